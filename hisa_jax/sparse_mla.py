@@ -1,0 +1,180 @@
+"""Sparse multi-head latent attention over the selected tokens, in absorbed form, in pure JAX.
+
+A tile of queries at a time gathers its tokens' latents and attends to them, so memory is that of one tile. The
+backward pass gathers and recomputes tile by tile, too, from the saved logsumexp.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from hisa_jax import checks
+
+# Float32 logits of one tile of queries: few queries when heads and tokens are many.
+_TILE_BYTES = 32 << 20
+
+
+def sparse_mla(
+    q: Array,
+    kv: Array,
+    indices: Array,
+    *,
+    scale: float,
+    value_dim: int = 512,
+    sink: Array | None = None,
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Attends to the selected tokens of a latent cache that all heads share.
+
+    out[t, n] = sum_s p[t, n, s] * kv[s, :value_dim],  p = softmax over the selected s of scale * q[t, n] . kv[s]
+
+    Args:
+        q: [B, T, N, Dk] absorbed queries (latent then rope part, 512 + 64 in DeepSeek-V3.2), bfloat16 or float32.
+        kv: [B, S, Dk] latents and rope keys, same dtype.
+        indices: [B, T, K] int32 positions in the sequence, -1 where there is none. Others outside of [0, S) count as -1.
+        scale: factor of the logits.
+        value_dim: the first `value_dim` of the Dk features are the values.
+        sink: [N] float32, a logit per head that takes part in the softmax and has no value.
+        return_lse: also return the logsumexp of the logits, without the sink, for merging partial results.
+
+    Returns: [B, T, N, value_dim] in q's dtype, zeros where nothing is selected; with `return_lse` also [B, T, N]
+        float32, -inf there. Differentiable in `q`, `kv` and `sink` by reverse mode; `return_lse` too.
+    Raises: TypeError: a dtype not listed above. ValueError: shapes that do not fit.
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (absorbed form); the sink as in FlashMLA.
+    Example:
+        >>> q, kv, indices = jnp.ones((1, 2, 4, 24)), jnp.ones((1, 8, 24)), jnp.array([[[0, 3], [5, -1]]])
+        >>> hj.sparse_mla(q, kv, indices, value_dim=16, scale=24**-0.5).shape
+        (1, 2, 4, 16)
+    """
+    call = "sparse_mla"
+    checks.dtype(call, "q", q, ("bfloat16", "float32"))
+    checks.dtype(call, "kv", kv, (q.dtype.name,))
+    checks.dtype(call, "indices", indices, ("int32",))
+    checks.shape(call, "q", q, ("B", "T", "N", "Dk"))
+    B, T, N, Dk = q.shape
+    checks.shape(call, "kv", kv, (B, "S", Dk), f"its first and last axes must equal q's B and Dk (q is {list(q.shape)})")
+    checks.shape(call, "indices", indices, (B, T, "K"), f"one list a query (q is {list(q.shape)})")
+    if not 1 <= value_dim <= Dk:
+        raise ValueError(f"{call}: value_dim={value_dim}, wanted 1 to Dk = {Dk}")
+    if sink is not None:
+        checks.dtype(call, "sink", sink, ("float32",))
+        checks.shape(call, "sink", sink, (N,), f"one logit a head (q is {list(q.shape)})")
+    S = kv.shape[1]
+    checks.value(
+        (indices >= -1) & (indices < S), f"sparse_mla: indices range from {{least}} to {{most}}, wanted -1 to {S - 1}",
+        least=jnp.min(indices, initial=-1), most=jnp.max(indices, initial=-1),
+    )  # fmt: skip
+    if 0 in (B, T, S, N, indices.shape[2]):
+        out, lse = jnp.zeros((B, T, N, value_dim), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
+    else:
+        out, lse = _attend(q, kv, indices, scale, value_dim)
+        if sink is not None:
+            # What the sink takes from every value: 1 - exp(lse) / (exp(lse) + exp(sink)).
+            out = (out * jax.nn.sigmoid(lse - sink)[..., None]).astype(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+class _Tiling(NamedTuple):
+    """`n` tiles of `t` queries, the last one padded."""
+
+    n: int
+    t: int
+
+    def cut(self, x: Array, fill: int = 0) -> Array:
+        """[B, T, ...] -> [B * n, t, ...]."""
+        missing = [(0, 0)] * x.ndim
+        missing[1] = (0, self.n * self.t - x.shape[1])
+        return jnp.pad(x, missing, constant_values=fill).reshape(x.shape[0] * self.n, self.t, *x.shape[2:])
+
+    def join(self, x: Array, B: int, T: int) -> Array:
+        """[B * n, t, ...] -> [B, T, ...]."""
+        return x.reshape(B, self.n * self.t, *x.shape[2:])[:, :T]
+
+
+def _tiling(T: int, N: int, K: int) -> _Tiling:
+    t = min(max(_TILE_BYTES // (4 * N * K), 1), T)
+    return _Tiling(-(-T // t), t)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _attend(q: Array, kv: Array, indices: Array, scale: float, value_dim: int) -> tuple[Array, Array]:
+    """[B, T, N, Dk], [B, S, Dk], [B, T, K] -> [B, T, N, value_dim], [B, T, N] float32."""
+    (B, T, N, _), K = q.shape, indices.shape[2]
+    tiling = _tiling(T, N, K)
+
+    def tile(operands: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        b, q, indices = operands
+        selected, is_real = _gather(kv, b, indices)
+        logits = _logits(q, selected, is_real, scale)
+        lse = jax.nn.logsumexp(logits, axis=-1)  # [t, N]
+        p = _probabilities(logits, lse)
+        return _dot("tnk,tkv->tnv", p, selected[..., :value_dim]).astype(q.dtype), lse
+
+    batch = jnp.repeat(jnp.arange(B, dtype=jnp.int32), tiling.n)
+    out, lse = lax.map(tile, (batch, tiling.cut(q), tiling.cut(indices, -1)))
+    return tiling.join(out, B, T), tiling.join(lse, B, T)
+
+
+def _attend_forward(q: Array, kv: Array, indices: Array, scale: float, value_dim: int):  # type: ignore[no-untyped-def]
+    out, lse = _attend(q, kv, indices, scale, value_dim)
+    return (out, lse), (q, kv, indices, out, lse)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attend_backward(scale: float, value_dim: int, saved: tuple[Array, ...], gradients: tuple[Array, Array]):  # type: ignore[no-untyped-def]
+    """The gradient of a softmax by its saved logsumexp, as in FlashAttention-2 (arXiv 2307.08691), section 3.1."""
+    q, kv, indices, out, lse = saved
+    d_out, d_lse = gradients
+    (B, T, N, Dk), K = q.shape, indices.shape[2]
+    tiling = _tiling(T, N, K)
+    # d logits = p * (d p - delta): delta gathers what the normalisation and the logsumexp pass on.
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse  # [B, T, N]
+
+    def tile(d_kv: Array, operands: tuple[Array, ...]) -> tuple[Array, Array]:
+        b, q, indices, lse, d_out, delta = operands
+        selected, is_real = _gather(kv, b, indices)
+        p = _probabilities(_logits(q, selected, is_real, scale), lse)
+        d_p = _dot("tnv,tkv->tnk", d_out, selected[..., :value_dim])
+        d_logits = p * (d_p - delta[..., None]) * scale
+        d_q = _dot("tnk,tkd->tnd", d_logits, selected)
+        d_selected = _dot("tnk,tnd->tkd", d_logits, q)
+        d_selected = d_selected.at[..., :value_dim].add(_dot("tnk,tnv->tkv", p, d_out))
+        return d_kv.at[b, jnp.where(is_real, indices, -1)].add(d_selected, mode="drop", wrap_negative_indices=False), d_q
+
+    batch = jnp.repeat(jnp.arange(B, dtype=jnp.int32), tiling.n)
+    parts = (batch, tiling.cut(q), tiling.cut(indices, -1), tiling.cut(lse), tiling.cut(d_out), tiling.cut(delta))
+    d_kv, d_q = lax.scan(tile, jnp.zeros(kv.shape, jnp.float32), parts)
+    return tiling.join(d_q, B, T).astype(q.dtype), d_kv.astype(kv.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _gather(kv: Array, b: Array, indices: Array) -> tuple[Array, Array]:
+    """[B, S, Dk], [], [t, K] -> the selected tokens [t, K, Dk] and which of them are real [t, K]."""
+    S = kv.shape[1]
+    is_real = (indices >= 0) & (indices < S)
+    selected = kv[b, jnp.clip(indices, 0, S - 1)]
+    # A token that nobody selected may hold NaN, which a probability of 0 would not hide.
+    return jnp.where(is_real[..., None], selected, 0), is_real
+
+
+def _logits(q: Array, selected: Array, is_real: Array, scale: float) -> Array:
+    logits = _dot("tnd,tkd->tnk", q, selected) * scale
+    return jnp.where(is_real[:, None, :], logits, -jnp.inf)
+
+
+def _probabilities(logits: Array, lse: Array) -> Array:
+    """exp(logits - lse), and 0 in rows where nothing is selected."""
+    return jnp.exp(logits - jnp.where(jnp.isneginf(lse), 0, lse)[..., None])
+
+
+def _dot(formula: str, a: Array, b: Array) -> Array:
+    """A float32 sum of products. Operands meet in the narrower dtype: probabilities enter as bfloat16 beside such values."""
+    if jnp.bfloat16 in (a.dtype, b.dtype):
+        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jnp.einsum(formula, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

@@ -1,0 +1,274 @@
+"""The algorithm, stage by stage, in plain JAX: read this file first.
+
+    pool          mean key of each block
+    block_filter  the best block_topk blocks of each query, by the score of their means
+    refine        the best topk tokens inside them, by the token scores
+    flat          the best topk of all tokens: the indexer that the first three replace
+
+Every stage takes one tile of queries of one sequence (`xla.py` cuts the work into tiles) and streams candidates past a
+running exact top-k, so nothing of size queries x keys ever exists. The flat indexer over block means is the block
+filter, hence the one loop, `stream_topk`, under both.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from hisa_jax import topk
+from hisa_jax.methods import BlockSparse, Hisa
+
+# Widths of key tiles are multiples of this one. XLA's CPU matmul gives a product the same bits at every such width,
+# which is what makes chunked prefill, decode and the flat indexer agree bit for bit.
+LANES = 128
+
+
+class Keys(NamedTuple):
+    """Index keys of all sequences, one after the other.
+
+    Attributes: `values` [N, D]; `scales` [N] float32, or None where every scale is 1.
+    """
+
+    values: Array
+    scales: Array | None
+
+    def rows(self, rows: Array) -> "Keys":
+        """The keys at `rows` (any shape of int32), clipped to [0, N)."""
+        rows = jnp.clip(rows, 0, self.values.shape[0] - 1)
+        return Keys(self.values[rows], None if self.scales is None else self.scales[rows])
+
+    def slice(self, first: Array, size: int) -> "Keys":
+        """`size` keys from `first` on; both must fit."""
+        scales = None if self.scales is None else lax.dynamic_slice(self.scales, (first,), (size,))
+        return Keys(lax.dynamic_slice_in_dim(self.values, first, size), scales)
+
+    def padded(self, size: int) -> "Keys":
+        """At least `size` keys, zeros behind the real ones."""
+        missing = max(size - self.values.shape[0], 0)
+        if not missing:
+            return self
+        scales = None if self.scales is None else jnp.pad(self.scales, (0, missing))
+        return Keys(jnp.pad(self.values, ((0, missing), (0, 0))), scales)
+
+
+class Candidates(NamedTuple):
+    """Scored candidates of a tile of queries: `image` [t, s] int32 (see topk.py), `positions` [t, s] int32."""
+
+    image: Array
+    positions: Array
+
+
+def pool(keys: Keys, starts: Array, counts: Array, block_size: int, tile_n: int) -> Array:
+    """Mean key of each block, over the tokens present in it.
+
+    Args:
+        keys: N keys.
+        starts: [n] int32, row of each block's first key.
+        counts: [n] int32, tokens present in each block, at most `block_size`.
+        tile_n: blocks pooled at a time.
+
+    Returns: [n, D] float32; zeros for a block with no token.
+    Source: HISA, arXiv 2603.28458, equation for the block representative.
+    """
+
+    def mean(start: Array, count: Array) -> Array:
+        present = jnp.arange(block_size, dtype=jnp.int32) < count
+        block = keys.rows(start + jnp.arange(block_size, dtype=jnp.int32))
+        values = block.values.astype(jnp.float32)
+        if block.scales is not None:
+            values = values * block.scales[:, None]
+        # A select, not a product with 0: absent rows may hold NaN.
+        return jnp.sum(jnp.where(present[:, None], values, 0), axis=0) / jnp.maximum(count, 1)
+
+    return lax.map(lambda block: mean(*block), (starts, counts), batch_size=min(tile_n, starts.shape[0]))
+
+
+def scores(q: Array, keys: Keys, w: Array) -> Array:
+    """Scores of some keys for one query: scale[s] * sum_h w[h] * relu(q[h] . k[s]).
+
+    [H, D], [s, D], [H] -> [s] float32. Products are exact and sums in float32: 8-bit operands are exact in bfloat16.
+    """
+    wide = jnp.float32 if jnp.float32 in (q.dtype, keys.values.dtype) else jnp.bfloat16
+    products = jnp.einsum(
+        "hd,sd->hs",
+        q.astype(wide),
+        keys.values.astype(wide),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    # The head sum as a matrix product: XLA's CPU reduction over heads takes as long as the dot above.
+    total = jnp.einsum("hs,h->s", jnp.maximum(products, 0), w, precision=lax.Precision.HIGHEST)
+    return total if keys.scales is None else total * keys.scales
+
+
+def tile_scores(q: Array, w: Array, keys_of: Callable[[Array], Keys], width: int, needed: Array) -> Array:
+    """Scores of `width` keys for each query of a tile, -inf in rows that do not need them.
+
+    [t, H, D], [t, H], row -> its Keys, [t] bool -> [t, width] float32
+    """
+    rows = jnp.arange(q.shape[0], dtype=jnp.int32)
+
+    def one(row: Array) -> Array:
+        return scores(q[row], keys_of(row), w[row])
+
+    def one_if_needed(row: Array) -> Array:
+        return lax.cond(needed[row], one, lambda _: jnp.full((width,), -jnp.inf, jnp.float32), row)
+
+    # A CPU keeps one query's products in its cache and skips rows; an accelerator wants all queries in one product.
+    return lax.platform_dependent(
+        rows, cpu=lambda rows: lax.map(one_if_needed, rows), default=lambda rows: jax.vmap(one)(rows)
+    )
+
+
+def stream_topk(
+    candidates: Callable[[Array], Candidates], n_tiles: Array, max_tiles: int, k: int, n_queries: int
+) -> Candidates:
+    """The `k` best of `n_tiles` tiles of candidates, in ascending position.
+
+    `max_tiles` bounds `n_tiles` statically. Empty slots hold `INVISIBLE` and -1.
+    """
+    if max_tiles == 1:
+        return Candidates(*topk.topk_in_order(*candidates(jnp.int32(0)), k))
+
+    def merge(i: Array, best: Candidates) -> Candidates:
+        new = candidates(i)
+        both = Candidates(*(jnp.concatenate(pair, axis=1) for pair in zip(best, new, strict=True)))
+        return Candidates(*topk.topk_in_order(*both, k))
+
+    nothing = Candidates(
+        jnp.full((n_queries, k), topk.INVISIBLE, jnp.int32), jnp.full((n_queries, k), -1, jnp.int32)
+    )
+    return lax.fori_loop(0, n_tiles, merge, nothing)
+
+
+def flat(
+    q: Array,
+    w: Array,
+    visible: Array,
+    keys: Keys,
+    key_start: Array,
+    max_keys: int,
+    k: int,
+    tile_s: int,
+    forced: Callable[[Array], Array] | None = None,
+) -> Candidates:
+    """The `k` best of the visible keys of each query, by a running top-k over tiles of keys.
+
+    Args:
+        q: [t, H, D]; w: [t, H]; visible: [t] int32, how many keys of the sequence each query sees.
+        keys: the keys of all sequences; this one's begin at row `key_start`.
+        max_keys: static bound on `visible`.
+        tile_s: keys a tile.
+        forced: [t, s] positions -> [t, s] bool, which are chosen whatever their score.
+
+    Returns: the best, [t, k], ascending.
+    """
+    tile_s = min(tile_s, _round_up(max_keys, LANES))
+    keys = keys.padded(tile_s)
+    last_first = keys.values.shape[0] - tile_s
+
+    def candidates(i: Array) -> Candidates:
+        start = i * tile_s
+        # The last tile is moved back to end with the keys; what it sees again is masked.
+        first = jnp.clip(key_start + start, 0, last_first)
+        tile = keys.slice(first, tile_s)
+        positions = first - key_start + jnp.arange(tile_s, dtype=jnp.int32)
+        positions = jnp.broadcast_to(positions, (q.shape[0], tile_s))
+        image = topk.image_of(tile_scores(q, w, lambda _: tile, tile_s, visible > start))
+        if forced is not None:
+            image = jnp.where(forced(positions), topk.FORCED, image)
+        seen = (positions >= start) & (positions < visible[:, None])
+        return Candidates(jnp.where(seen, image, topk.INVISIBLE), positions)
+
+    max_tiles = -(-max_keys // tile_s)
+    return stream_topk(candidates, _cdiv(jnp.max(visible), tile_s), max_tiles, k, q.shape[0])
+
+
+def block_filter(
+    q: Array, w: Array, visible: Array, means: Array, first_block: Array, max_blocks: int, method: Hisa | BlockSparse,
+    tile_n: int,
+) -> Array:  # fmt: skip
+    """The blocks each query keeps: the best `block_topk` eligible ones, the first and the last always among them.
+
+    Args:
+        q: [t, H, D]; w: [t, H]; visible: [t] int32.
+        means: [n, D] float32, block means of all sequences; this one's begin at row `first_block`.
+        max_blocks: static bound on the blocks of a sequence.
+        tile_n: blocks scored at a time.
+
+    Returns: [t, block_topk] int32 block ids, ascending, then -1.
+    Source: HISA, arXiv 2603.28458, stage 1.
+    """
+    m = min(method.block_topk, max_blocks)
+    eligible = _cdiv(visible, method.block_size)
+
+    def forced(block_ids: Array) -> Array:
+        return (block_ids < method.keep_first) | (block_ids >= (eligible - method.keep_last)[:, None])
+
+    def filtered() -> Array:
+        best = flat(q, w, eligible, Keys(means, None), first_block, max_blocks, m, tile_n, forced)
+        return best.positions
+
+    def all_eligible() -> Array:
+        block_ids = jnp.arange(m, dtype=jnp.int32)
+        return jnp.where(block_ids < eligible[:, None], block_ids, -1)
+
+    kept = lax.cond(jnp.all(eligible <= m), all_eligible, filtered)
+    return jnp.pad(kept, ((0, 0), (0, method.block_topk - m)), constant_values=-1)
+
+
+def tokens_of(block_ids: Array, visible: Array, block_size: int) -> tuple[Array, Array]:
+    """Positions of the tokens in some blocks, and which are visible.
+
+    [t, m] int32 (-1: no block), [t] int32 -> [t, m * block_size] int32, [t, m * block_size] bool
+    """
+    positions = block_ids[:, :, None] * block_size + jnp.arange(block_size, dtype=jnp.int32)
+    positions = positions.reshape(block_ids.shape[0], -1)
+    return positions, (positions >= 0) & (positions < visible[:, None])
+
+
+def refine(
+    q: Array, w: Array, visible: Array, keys: Keys, key_start: Array, block_ids: Array, block_size: int, k: int,
+    tile_s: int,
+) -> Candidates:  # fmt: skip
+    """The `k` best of the visible tokens in the kept blocks of each query.
+
+    Args:
+        q: [t, H, D]; w: [t, H]; visible: [t] int32.
+        keys: the keys of all sequences; this one's begin at row `key_start`.
+        block_ids: [t, m] int32, ascending, then -1.
+        tile_s: tokens scored at a time, rounded to whole blocks.
+
+    Returns: the best, [t, k], ascending.
+    Source: HISA, arXiv 2603.28458, stage 2.
+    """
+    t, m = block_ids.shape
+    tile_m = min(max(tile_s // block_size, 1), m)
+    # Whole lanes, for the reason given at LANES.
+    tile_m = _round_up(tile_m * block_size, LANES) // block_size
+    max_tiles = -(-m // tile_m)
+    block_ids = jnp.pad(block_ids, ((0, 0), (0, max_tiles * tile_m - m)), constant_values=-1)
+    n_kept = jnp.sum(block_ids >= 0, axis=1, dtype=jnp.int32)
+    width = _round_up(tile_m * block_size, LANES)
+
+    def candidates(i: Array) -> Candidates:
+        tile_ids = lax.dynamic_slice_in_dim(block_ids, i * tile_m, tile_m, axis=1)
+        positions, seen = tokens_of(tile_ids, visible, block_size)
+        missing = ((0, 0), (0, width - positions.shape[1]))
+        positions, seen = jnp.pad(positions, missing), jnp.pad(seen, missing)
+        image = topk.image_of(
+            tile_scores(q, w, lambda row: keys.rows(key_start + positions[row]), width, n_kept > i * tile_m)
+        )
+        return Candidates(jnp.where(seen, image, topk.INVISIBLE), positions)
+
+    return stream_topk(candidates, _cdiv(jnp.max(n_kept), tile_m), max_tiles, k, t)
+
+
+def _cdiv(a: Array, b: int) -> Array:
+    return (a + (b - 1)) // b
+
+
+def _round_up(a: int, b: int) -> int:
+    return -(-a // b) * b

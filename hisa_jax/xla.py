@@ -1,0 +1,194 @@
+"""Implementation "xla": the stages over tiles of queries, in pure JAX, for every platform that XLA has.
+
+Batches and packed batches are one thing here: R sequences, each with its rows of queries and its rows of keys.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from hisa_jax import stages, topk
+from hisa_jax.methods import BlockSparse, Dsa, Method
+from hisa_jax.selection import Selection
+from hisa_jax.stages import Candidates, Keys
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How much the XLA implementation works on at a time: it changes speed and memory, never the selection.
+
+    Attributes:
+        queries: queries a tile.
+        keys: keys scored and merged at a time; also blocks scored at a time.
+
+    Raises: ValueError: a size below 1, or `keys` that is not a multiple of 128.
+    """
+
+    queries: int = 8
+    keys: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.queries < 1:
+            raise ValueError(f"Tiles(queries={self.queries}): must be at least 1")
+        if self.keys < 1 or self.keys % stages.LANES:
+            raise ValueError(f"Tiles(keys={self.keys}): must be a positive multiple of {stages.LANES}")
+
+    @classmethod
+    def heuristic(cls, platform: str) -> "Tiles":
+        """A CPU's tile of products stays in its cache; an accelerator needs enough queries to fill itself."""
+        return cls() if platform == "cpu" else cls(queries=64)
+
+
+class Ragged(NamedTuple):
+    """Where the rows of R sequences lie.
+
+    Attributes:
+        query_starts: [R + 1] int32, ascending, first row of each sequence's queries; the last rows may be nobody's.
+        key_starts: [R] int32, row of each sequence's first key.
+        lengths: [R] int32, keys of each sequence.
+    """
+
+    query_starts: Array
+    key_starts: Array
+    lengths: Array
+
+
+class Pooled(NamedTuple):
+    """Block means of all sequences, `means` [n, D] float32, and where each one's begin, `first_blocks` [R] int32."""
+
+    means: Array
+    first_blocks: Array
+
+
+@functools.partial(jax.jit, static_argnames=("method", "tiles", "return_scores", "return_blocks"))
+def select(
+    q: Array, keys: Keys, w: Array, visible: Array, lengths: Array, method: Method, tiles: Tiles, *,
+    return_scores: bool, return_blocks: bool,
+) -> Selection:  # fmt: skip
+    """[B, T, H, D], Keys of [B, S, D], [B, T, H], [B, T], [B] -> Selection of [B, T]."""
+    (B, T, H, D), S = q.shape, keys.values.shape[1]
+    flat_keys = Keys(keys.values.reshape(B * S, D), None if keys.scales is None else keys.scales.reshape(B * S))
+    sequences = jnp.arange(B + 1, dtype=jnp.int32)
+    ragged = Ragged(sequences * T, sequences[:-1] * S, lengths)
+    selection = _select_ragged(
+        q.reshape(B * T, H, D), flat_keys, w.reshape(B * T, H), visible.reshape(B * T), ragged, S, method,
+        dataclasses.replace(tiles, queries=min(tiles.queries, T)), return_scores, return_blocks,
+    )  # fmt: skip
+    return jax.tree.map(lambda leaf: leaf.reshape(B, T, *leaf.shape[1:]), selection)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "tiles", "return_scores", "return_blocks"))
+def select_packed(
+    q: Array, keys: Keys, w: Array, visible: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, method: Method,
+    tiles: Tiles, *, return_scores: bool, return_blocks: bool,
+) -> Selection:  # fmt: skip
+    """[T, H, D], Keys of [N, D], [T, H], [T], [R + 1], [R + 1] -> Selection of [T]."""
+    ragged = Ragged(cu_seqlens_q, cu_seqlens_k[:-1], jnp.diff(cu_seqlens_k))
+    max_keys = keys.values.shape[0]
+    return _select_ragged(q, keys, w, visible, ragged, max_keys, method, tiles, return_scores, return_blocks)
+
+
+def _select_ragged(
+    q: Array, keys: Keys, w: Array, visible: Array, ragged: Ragged, max_keys: int, method: Method, tiles: Tiles,
+    return_scores: bool, return_blocks: bool,
+) -> Selection:  # fmt: skip
+    """[T, H, D], Keys of [N, D], [T, H], [T] -> Selection of [T]; a loop over the tiles that hold queries.
+
+    `max_keys` bounds the keys of a sequence statically.
+    """
+    T, t, last_r = q.shape[0], tiles.queries, ragged.lengths.shape[0] - 1
+    # If no query can see more blocks than it keeps, the method is the flat indexer by contract.
+    filters = not isinstance(method, Dsa) and max_keys > method.block_topk * method.block_size
+    pooled = _pool(keys, ragged, method.block_size, tiles) if filters else None
+    n_tiles = -(-jnp.diff(ragged.query_starts) // t)  # [R]
+    tile_ends = jnp.cumsum(n_tiles)
+
+    def one_tile(i: Array, done: Selection) -> Selection:
+        r = jnp.minimum(jnp.searchsorted(tile_ends, i, side="right"), last_r).astype(jnp.int32)
+        first = ragged.query_starts[r] + (i - (tile_ends[r] - n_tiles[r])) * t
+        rows = first + jnp.arange(t, dtype=jnp.int32)
+        is_real = rows < ragged.query_starts[r + 1]
+        rows = jnp.minimum(rows, T - 1)
+        seen = jnp.where(is_real, visible[rows], 0)
+        key_start = ragged.key_starts[r]
+        tile = _select_tile(
+            q[rows], w[rows], seen, keys, key_start, max_keys, pooled and (pooled.means, pooled.first_blocks[r]),
+            method, tiles.keys, return_scores, return_blocks,
+        )  # fmt: skip
+        # What a tile writes behind its sequence, the next tile overwrites.
+        return jax.tree.map(lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, first, axis=0), done, tile)
+
+    done = Selection(
+        indices=jnp.full((T + t, method.topk), -1, jnp.int32),
+        count=jnp.zeros(T + t, jnp.int32),
+        scores=jnp.full((T + t, method.topk), -jnp.inf, jnp.float32) if return_scores else None,
+        blocks=jnp.full((T + t, method.block_topk), -1, jnp.int32) if return_blocks else None,
+    )
+    done = lax.fori_loop(0, tile_ends[-1], one_tile, done)
+    return jax.tree.map(lambda leaf: leaf[:T], done)
+
+
+def _pool(keys: Keys, ragged: Ragged, block_size: int, tiles: Tiles) -> Pooled:
+    """The block means of every sequence, one sequence's behind the other's."""
+    n_blocks = -(-ragged.lengths // block_size)  # [R]
+    ends = jnp.cumsum(n_blocks)
+    # Each sequence ends in at most one partial block, so this many rows hold the blocks of all.
+    block_ids = jnp.arange(keys.values.shape[0] // block_size + len(ragged.lengths), dtype=jnp.int32)
+    r = jnp.minimum(jnp.searchsorted(ends, block_ids, side="right"), len(ragged.lengths) - 1)
+    starts = (block_ids - (ends - n_blocks)[r]) * block_size
+    counts = jnp.clip(ragged.lengths[r] - starts, 0, block_size)
+    tile_n = max(tiles.keys // block_size, 1)
+    means = stages.pool(keys, ragged.key_starts[r] + starts, counts, block_size, tile_n)
+    return Pooled(means, ends - n_blocks)
+
+
+def _select_tile(
+    q: Array, w: Array, visible: Array, keys: Keys, key_start: Array, max_keys: int,
+    pooled: tuple[Array, Array] | None, method: Method, tile_s: int, return_scores: bool, return_blocks: bool,
+) -> Selection:  # fmt: skip
+    """One tile of queries of one sequence: [t, H, D], [t, H], [t] -> Selection of [t].
+
+    `pooled` holds the block means and the row of the sequence's first one, or is None where every block is kept.
+    """
+    k = min(method.topk, max_keys)
+    if isinstance(method, Dsa):
+        blocks = None
+    elif pooled is None:
+        ids = jnp.arange(method.block_topk, dtype=jnp.int32)
+        blocks = jnp.where(ids * method.block_size < visible[:, None], ids, -1)
+    else:
+        max_blocks = -(-max_keys // method.block_size)
+        blocks = stages.block_filter(q, w, visible, *pooled, max_blocks, method, tile_s)
+
+    def all_visible() -> Candidates:
+        positions = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), (q.shape[0], k))
+        return unscored(positions, positions < visible[:, None])
+
+    def unscored(positions: Array, seen: Array) -> Candidates:
+        return Candidates(jnp.where(seen, 0, topk.INVISIBLE), jnp.where(seen, positions, -1))
+
+    def best() -> Candidates:
+        if isinstance(method, Dsa) or pooled is None:
+            return stages.flat(q, w, visible, keys, key_start, max_keys, k, tile_s)
+        if isinstance(method, BlockSparse) and not return_scores:
+            # Every visible token of the kept blocks. Only the last kept block, the query's own, has invisible ones.
+            return unscored(*(tokens[:, :k] for tokens in stages.tokens_of(blocks, visible, method.block_size)))
+        return stages.refine(q, w, visible, keys, key_start, blocks, method.block_size, k, tile_s)
+
+    chosen = best() if return_scores else lax.cond(jnp.all(visible <= k), all_visible, best)
+    missing = ((0, 0), (0, method.topk - k))
+    return Selection(
+        indices=jnp.pad(chosen.positions, missing, constant_values=-1),
+        count=jnp.sum(chosen.positions >= 0, axis=1, dtype=jnp.int32),
+        scores=_scores(chosen, missing) if return_scores else None,
+        blocks=blocks if return_blocks else None,
+    )
+
+
+def _scores(chosen: Candidates, missing: tuple[tuple[int, int], ...]) -> Array:
+    scores = jnp.where(chosen.positions >= 0, topk.score_of(chosen.image), -jnp.inf)
+    return jnp.pad(scores, missing, constant_values=-jnp.inf)
