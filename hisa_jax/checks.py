@@ -6,19 +6,16 @@ they run only under `checked`.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import checkify
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 KEY_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "int8")
 
 
-def checked(function: Callable[P, R]) -> Callable[P, R]:
+def checked[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     """Wraps a function so that bad values in its calls to this library raise, for debugging.
 
     Without it, lengths beyond the keys, positions below -1 or offsets out of order select nothing there and are never

@@ -81,7 +81,8 @@ class Hisa(_Blocks):
         if self.block_topk * self.block_size < self.topk:
             raise ValueError(
                 f"Hisa(topk={self.topk}): must be at most block_topk * block_size = "
-                f"{self.block_topk} * {self.block_size} = {self.block_topk * self.block_size}, the tokens in the kept blocks"
+                f"{self.block_topk} * {self.block_size} = {self.block_topk * self.block_size}, "
+                "the tokens in the kept blocks"
             )
 
 

@@ -41,13 +41,14 @@ class Comparison:
             if values is None:
                 continue
             values = np.asarray(values, np.float64)[is_real]
-            statistics = {"": np.mean, "_min": np.min, "_p5": lambda x: np.percentile(x, 5)}
-            for suffix, statistic in statistics.items():
-                result[name + suffix] = float(statistic(values)) if values.size else float("nan")
+            if not values.size:
+                values = np.array([np.nan])
+            result[name] = float(np.mean(values))
+            result[f"{name}_min"] = float(np.min(values))
+            result[f"{name}_p5"] = float(np.percentile(values, 5))
         return result
 
 
-@jax.jit
 def compare(selection: Selection, reference: Selection) -> Comparison:
     """Measures how much of a reference selection another one holds.
 
@@ -69,6 +70,11 @@ def compare(selection: Selection, reference: Selection) -> Comparison:
         if not isinstance(value, Selection):
             raise TypeError(f"compare: {name} is {type(value).__name__}, wanted a Selection")
     checks.shape("compare", "selection.count", selection.count, reference.count.shape, "that of the reference")
+    return _compare(selection, reference)
+
+
+@jax.jit
+def _compare(selection: Selection, reference: Selection) -> Comparison:
     both = _is_in(reference.indices, selection.indices)
     n_both = jnp.sum(both, axis=-1, dtype=jnp.float32)
     n_reference = reference.count.astype(jnp.float32)
@@ -83,7 +89,7 @@ def compare(selection: Selection, reference: Selection) -> Comparison:
 
 
 def _share(part: Array, whole: Array) -> Array:
-    """part / whole, and 1 where there is nothing to have a share of."""
+    """The share of part in whole, and 1 where there is nothing to have a share of."""
     return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 1.0)
 
 

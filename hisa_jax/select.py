@@ -67,20 +67,22 @@ def select(
         checks.dtype(call, "lengths", lengths, ("int32",))
         checks.shape(call, "lengths", lengths, (B,), "one length a sequence")
         checks.value(
-            (lengths >= 0) & (lengths <= S), f"select: lengths is {{lengths}}, wanted 0 to {S}, the keys there are",
+            (lengths >= 0) & (lengths <= S),
+            f"select: lengths is {{lengths}}, wanted 0 to {S}, the keys there are",
             lengths=lengths,
-        )  # fmt: skip
+        )
     if query_positions is not None:
         checks.dtype(call, "query_positions", query_positions, ("int32",))
         checks.shape(call, "query_positions", query_positions, (B, T), "one position a query")
         checks.value(
-            query_positions >= -1, "select: query_positions holds {least}, wanted -1 (padding) or more",
+            query_positions >= -1,
+            "select: query_positions holds {least}, wanted -1 (padding) or more",
             least=jnp.min(query_positions, initial=0),
-        )  # fmt: skip
+        )
     elif T > S:
         raise ValueError(
-            f"{call}: q has T = {T} queries but k has only S = {S} keys: by default the queries are the last T of the S "
-            "tokens; give query_positions"
+            f"{call}: q has T = {T} queries but k has only S = {S} keys: by default the queries are the last T of the "
+            "S tokens; give query_positions"
         )
     name = _prepare(call, q, keys, method, implementation, return_blocks, tiles)
 
@@ -91,9 +93,14 @@ def select(
     if 0 in (B, T, S):
         return _nothing((B, T), method, return_scores, return_blocks)
     return dispatch.IMPLEMENTATIONS[name].select(
-        *_constants(q, keys, w), visible, lengths, method, tiles or _default_tiles(),
-        return_scores=return_scores, return_blocks=return_blocks,
-    )  # fmt: skip
+        *_constants(q, keys, w),
+        visible,
+        lengths,
+        method,
+        tiles or _default_tiles(),
+        return_scores=return_scores,
+        return_blocks=return_blocks,
+    )
 
 
 def select_packed(
@@ -146,8 +153,9 @@ def select_packed(
         checks.shape(call, name, offsets, ("R + 1",))
         checks.value(
             (jnp.diff(offsets, prepend=0) >= 0) & (offsets <= end),
-            f"select_packed: {name} is {{offsets}}, wanted ascending offsets from 0 to at most {end}", offsets=offsets,
-        )  # fmt: skip
+            f"select_packed: {name} is {{offsets}}, wanted ascending offsets from 0 to at most {end}",
+            offsets=offsets,
+        )
     checks.shape(call, "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "as many sequences as cu_seqlens_q has")
     if cu_seqlens_q.shape[0] == 0:
         raise ValueError(f"{call}: cu_seqlens_q is [0], wanted [R + 1]: it starts with a 0")
@@ -165,9 +173,15 @@ def select_packed(
     lengths = jnp.diff(cu_seqlens_k)[r]
     positions = jnp.where(is_real, lengths - (cu_seqlens_q[r + 1] - rows), -1)
     return dispatch.IMPLEMENTATIONS[name].select_packed(
-        *_constants(q, keys, w), _visible(positions, lengths), cu_seqlens_q, cu_seqlens_k, method,
-        tiles or _default_tiles(), return_scores=return_scores, return_blocks=return_blocks,
-    )  # fmt: skip
+        *_constants(q, keys, w),
+        _visible(positions, lengths),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        method,
+        tiles or _default_tiles(),
+        return_scores=return_scores,
+        return_blocks=return_blocks,
+    )
 
 
 def implementations(
@@ -251,6 +265,7 @@ def _nothing(rows: tuple[int, ...], method: Method, return_scores: bool, return_
         indices=jnp.full((*rows, method.topk), -1, jnp.int32),
         count=jnp.zeros(rows, jnp.int32),
         scores=jnp.full((*rows, method.topk), -jnp.inf, jnp.float32) if return_scores else None,
-        blocks=None if isinstance(method, Dsa) or not return_blocks
+        blocks=None
+        if isinstance(method, Dsa) or not return_blocks
         else jnp.full((*rows, method.block_topk), -1, jnp.int32),
-    )  # fmt: skip
+    )

@@ -34,7 +34,8 @@ def sparse_mla(
     Args:
         q: [B, T, N, Dk] absorbed queries (latent then rope part, 512 + 64 in DeepSeek-V3.2), bfloat16 or float32.
         kv: [B, S, Dk] latents and rope keys, same dtype.
-        indices: [B, T, K] int32 positions in the sequence, -1 where there is none. Others outside of [0, S) count as -1.
+        indices: [B, T, K] int32 positions in the sequence, -1 where there is none. What lies outside of [0, S) counts
+            as -1.
         scale: factor of the logits.
         value_dim: the first `value_dim` of the Dk features are the values.
         sink: [N] float32, a logit per head that takes part in the softmax and has no value.
@@ -55,7 +56,9 @@ def sparse_mla(
     checks.dtype(call, "indices", indices, ("int32",))
     checks.shape(call, "q", q, ("B", "T", "N", "Dk"))
     B, T, N, Dk = q.shape
-    checks.shape(call, "kv", kv, (B, "S", Dk), f"its first and last axes must equal q's B and Dk (q is {list(q.shape)})")
+    checks.shape(
+        call, "kv", kv, (B, "S", Dk), f"its first and last axes must equal q's B and Dk (q is {list(q.shape)})"
+    )
     checks.shape(call, "indices", indices, (B, T, "K"), f"one list a query (q is {list(q.shape)})")
     if not 1 <= value_dim <= Dk:
         raise ValueError(f"{call}: value_dim={value_dim}, wanted 1 to Dk = {Dk}")
@@ -64,9 +67,11 @@ def sparse_mla(
         checks.shape(call, "sink", sink, (N,), f"one logit a head (q is {list(q.shape)})")
     S = kv.shape[1]
     checks.value(
-        (indices >= -1) & (indices < S), f"sparse_mla: indices range from {{least}} to {{most}}, wanted -1 to {S - 1}",
-        least=jnp.min(indices, initial=-1), most=jnp.max(indices, initial=-1),
-    )  # fmt: skip
+        (indices >= -1) & (indices < S),
+        f"sparse_mla: indices range from {{least}} to {{most}}, wanted -1 to {S - 1}",
+        least=jnp.min(indices, initial=-1),
+        most=jnp.max(indices, initial=-1),
+    )
     if 0 in (B, T, S, N, indices.shape[2]):
         out, lse = jnp.zeros((B, T, N, value_dim), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
     else:
@@ -129,7 +134,7 @@ def _attend_backward(scale: float, value_dim: int, saved: tuple[Array, ...], gra
     """The gradient of a softmax by its saved logsumexp, as in FlashAttention-2 (arXiv 2307.08691), section 3.1."""
     q, kv, indices, out, lse = saved
     d_out, d_lse = gradients
-    (B, T, N, Dk), K = q.shape, indices.shape[2]
+    (B, T, N, _), K = q.shape, indices.shape[2]
     tiling = _tiling(T, N, K)
     # d logits = p * (d p - delta): delta gathers what the normalisation and the logsumexp pass on.
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse  # [B, T, N]
@@ -143,7 +148,9 @@ def _attend_backward(scale: float, value_dim: int, saved: tuple[Array, ...], gra
         d_q = _dot("tnk,tkd->tnd", d_logits, selected)
         d_selected = _dot("tnk,tnd->tkd", d_logits, q)
         d_selected = d_selected.at[..., :value_dim].add(_dot("tnk,tnv->tkv", p, d_out))
-        return d_kv.at[b, jnp.where(is_real, indices, -1)].add(d_selected, mode="drop", wrap_negative_indices=False), d_q
+        return d_kv.at[b, jnp.where(is_real, indices, -1)].add(
+            d_selected, mode="drop", wrap_negative_indices=False
+        ), d_q
 
     batch = jnp.repeat(jnp.arange(B, dtype=jnp.int32), tiling.n)
     parts = (batch, tiling.cut(q), tiling.cut(indices, -1), tiling.cut(lse), tiling.cut(d_out), tiling.cut(delta))
@@ -174,7 +181,7 @@ def _probabilities(logits: Array, lse: Array) -> Array:
 
 
 def _dot(formula: str, a: Array, b: Array) -> Array:
-    """A float32 sum of products. Operands meet in the narrower dtype: probabilities enter as bfloat16 beside such values."""
+    """A float32 sum of products; beside bfloat16 values, probabilities and gradients enter as bfloat16."""
     if jnp.bfloat16 in (a.dtype, b.dtype):
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
     return jnp.einsum(formula, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

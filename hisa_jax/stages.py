@@ -53,6 +53,28 @@ class Keys(NamedTuple):
         return Keys(jnp.pad(self.values, ((0, missing), (0, 0))), scales)
 
 
+class Queries(NamedTuple):
+    """A tile of queries of one sequence.
+
+    Attributes: `q` [t, H, D]; `w` [t, H] float32; `visible` [t] int32, how many keys of the sequence each one sees.
+    """
+
+    q: Array
+    w: Array
+    visible: Array
+
+
+class Sequence(NamedTuple):
+    """The keys of one sequence among those of all.
+
+    Attributes: `keys` of all sequences; `start`, row of this one's first; `max_keys`, static bound on how many it has.
+    """
+
+    keys: Keys
+    start: Array
+    max_keys: int
+
+
 class Candidates(NamedTuple):
     """Scored candidates of a tile of queries: `image` [t, s] int32 (see topk.py), `positions` [t, s] int32."""
 
@@ -103,15 +125,15 @@ def scores(q: Array, keys: Keys, w: Array) -> Array:
     return total if keys.scales is None else total * keys.scales
 
 
-def tile_scores(q: Array, w: Array, keys_of: Callable[[Array], Keys], width: int, needed: Array) -> Array:
+def tile_scores(queries: Queries, keys_of: Callable[[Array], Keys], width: int, needed: Array) -> Array:
     """Scores of `width` keys for each query of a tile, -inf in rows that do not need them.
 
-    [t, H, D], [t, H], row -> its Keys, [t] bool -> [t, width] float32
+    `keys_of` maps a row of the tile to its keys; `needed` is [t] bool. Returns [t, width] float32.
     """
-    rows = jnp.arange(q.shape[0], dtype=jnp.int32)
+    rows = jnp.arange(queries.q.shape[0], dtype=jnp.int32)
 
     def one(row: Array) -> Array:
-        return scores(q[row], keys_of(row), w[row])
+        return scores(queries.q[row], keys_of(row), queries.w[row])
 
     def one_if_needed(row: Array) -> Array:
         return lax.cond(needed[row], one, lambda _: jnp.full((width,), -jnp.inf, jnp.float32), row)
@@ -137,86 +159,64 @@ def stream_topk(
         both = Candidates(*(jnp.concatenate(pair, axis=1) for pair in zip(best, new, strict=True)))
         return Candidates(*topk.topk_in_order(*both, k))
 
-    nothing = Candidates(
-        jnp.full((n_queries, k), topk.INVISIBLE, jnp.int32), jnp.full((n_queries, k), -1, jnp.int32)
-    )
+    nothing = Candidates(jnp.full((n_queries, k), topk.INVISIBLE, jnp.int32), jnp.full((n_queries, k), -1, jnp.int32))
     return lax.fori_loop(0, n_tiles, merge, nothing)
 
 
 def flat(
-    q: Array,
-    w: Array,
-    visible: Array,
-    keys: Keys,
-    key_start: Array,
-    max_keys: int,
-    k: int,
-    tile_s: int,
-    forced: Callable[[Array], Array] | None = None,
+    queries: Queries, sequence: Sequence, k: int, tile_s: int, forced: Callable[[Array], Array] | None = None
 ) -> Candidates:
-    """The `k` best of the visible keys of each query, by a running top-k over tiles of keys.
+    """The `k` best of the visible keys of each query, by a running top-k over tiles of `tile_s` keys.
 
-    Args:
-        q: [t, H, D]; w: [t, H]; visible: [t] int32, how many keys of the sequence each query sees.
-        keys: the keys of all sequences; this one's begin at row `key_start`.
-        max_keys: static bound on `visible`.
-        tile_s: keys a tile.
-        forced: [t, s] positions -> [t, s] bool, which are chosen whatever their score.
-
-    Returns: the best, [t, k], ascending.
+    `forced` maps positions [t, s] to which of them, [t, s] bool, are chosen whatever their score.
+    Returns the best, [t, k], ascending.
     """
+    t, max_keys, visible = queries.q.shape[0], sequence.max_keys, queries.visible
     tile_s = min(tile_s, _round_up(max_keys, LANES))
-    keys = keys.padded(tile_s)
+    keys = sequence.keys.padded(tile_s)
     last_first = keys.values.shape[0] - tile_s
 
     def candidates(i: Array) -> Candidates:
         start = i * tile_s
         # The last tile is moved back to end with the keys; what it sees again is masked.
-        first = jnp.clip(key_start + start, 0, last_first)
+        first = jnp.clip(sequence.start + start, 0, last_first)
         tile = keys.slice(first, tile_s)
-        positions = first - key_start + jnp.arange(tile_s, dtype=jnp.int32)
-        positions = jnp.broadcast_to(positions, (q.shape[0], tile_s))
-        image = topk.image_of(tile_scores(q, w, lambda _: tile, tile_s, visible > start))
+        positions = first - sequence.start + jnp.arange(tile_s, dtype=jnp.int32)
+        positions = jnp.broadcast_to(positions, (t, tile_s))
+        image = topk.image_of(tile_scores(queries, lambda _: tile, tile_s, visible > start))
         if forced is not None:
             image = jnp.where(forced(positions), topk.FORCED, image)
         seen = (positions >= start) & (positions < visible[:, None])
         return Candidates(jnp.where(seen, image, topk.INVISIBLE), positions)
 
     max_tiles = -(-max_keys // tile_s)
-    return stream_topk(candidates, _cdiv(jnp.max(visible), tile_s), max_tiles, k, q.shape[0])
+    return stream_topk(candidates, _cdiv(jnp.max(visible), tile_s), max_tiles, k, t)
 
 
-def block_filter(
-    q: Array, w: Array, visible: Array, means: Array, first_block: Array, max_blocks: int, method: Hisa | BlockSparse,
-    tile_n: int,
-) -> Array:  # fmt: skip
+def block_filter(queries: Queries, means: Sequence, method: Hisa | BlockSparse, tile_n: int) -> Array:
     """The blocks each query keeps: the best `block_topk` eligible ones, the first and the last always among them.
 
-    Args:
-        q: [t, H, D]; w: [t, H]; visible: [t] int32.
-        means: [n, D] float32, block means of all sequences; this one's begin at row `first_block`.
-        max_blocks: static bound on the blocks of a sequence.
-        tile_n: blocks scored at a time.
-
-    Returns: [t, block_topk] int32 block ids, ascending, then -1.
+    `means` are the sequence's block means, scored `tile_n` at a time. Returns [t, block_topk] int32 block ids,
+    ascending, then -1.
     Source: HISA, arXiv 2603.28458, stage 1.
     """
-    m = min(method.block_topk, max_blocks)
-    eligible = _cdiv(visible, method.block_size)
+    m = min(method.block_topk, means.max_keys)
+    eligible = _cdiv(queries.visible, method.block_size)
 
     def forced(block_ids: Array) -> Array:
         return (block_ids < method.keep_first) | (block_ids >= (eligible - method.keep_last)[:, None])
 
     def filtered() -> Array:
-        best = flat(q, w, eligible, Keys(means, None), first_block, max_blocks, m, tile_n, forced)
-        return best.positions
+        return flat(queries._replace(visible=eligible), means, m, tile_n, forced).positions
 
-    def all_eligible() -> Array:
-        block_ids = jnp.arange(m, dtype=jnp.int32)
-        return jnp.where(block_ids < eligible[:, None], block_ids, -1)
-
-    kept = lax.cond(jnp.all(eligible <= m), all_eligible, filtered)
+    kept = lax.cond(jnp.all(eligible <= m), lambda: first_positions(eligible, m), filtered)
     return jnp.pad(kept, ((0, 0), (0, method.block_topk - m)), constant_values=-1)
+
+
+def first_positions(visible: Array, k: int) -> Array:
+    """[t] int32 -> [t, k] int32: 0, 1, 2, ... as far as visible, then -1."""
+    positions = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), (visible.shape[0], k))
+    return jnp.where(positions < visible[:, None], positions, -1)
 
 
 def tokens_of(block_ids: Array, visible: Array, block_size: int) -> tuple[Array, Array]:
@@ -224,24 +224,16 @@ def tokens_of(block_ids: Array, visible: Array, block_size: int) -> tuple[Array,
 
     [t, m] int32 (-1: no block), [t] int32 -> [t, m * block_size] int32, [t, m * block_size] bool
     """
-    positions = block_ids[:, :, None] * block_size + jnp.arange(block_size, dtype=jnp.int32)
+    positions = block_ids[:, :, None] * block_size + jnp.arange(block_size, dtype=jnp.int32)[None, None, :]
     positions = positions.reshape(block_ids.shape[0], -1)
     return positions, (positions >= 0) & (positions < visible[:, None])
 
 
-def refine(
-    q: Array, w: Array, visible: Array, keys: Keys, key_start: Array, block_ids: Array, block_size: int, k: int,
-    tile_s: int,
-) -> Candidates:  # fmt: skip
+def refine(queries: Queries, sequence: Sequence, block_ids: Array, block_size: int, k: int, tile_s: int) -> Candidates:
     """The `k` best of the visible tokens in the kept blocks of each query.
 
-    Args:
-        q: [t, H, D]; w: [t, H]; visible: [t] int32.
-        keys: the keys of all sequences; this one's begin at row `key_start`.
-        block_ids: [t, m] int32, ascending, then -1.
-        tile_s: tokens scored at a time, rounded to whole blocks.
-
-    Returns: the best, [t, k], ascending.
+    `block_ids` [t, m] int32 are ascending, then -1; their tokens are scored about `tile_s` at a time, in whole blocks.
+    Returns the best, [t, k], ascending.
     Source: HISA, arXiv 2603.28458, stage 2.
     """
     t, m = block_ids.shape
@@ -255,12 +247,14 @@ def refine(
 
     def candidates(i: Array) -> Candidates:
         tile_ids = lax.dynamic_slice_in_dim(block_ids, i * tile_m, tile_m, axis=1)
-        positions, seen = tokens_of(tile_ids, visible, block_size)
+        positions, seen = tokens_of(tile_ids, queries.visible, block_size)
         missing = ((0, 0), (0, width - positions.shape[1]))
         positions, seen = jnp.pad(positions, missing), jnp.pad(seen, missing)
-        image = topk.image_of(
-            tile_scores(q, w, lambda row: keys.rows(key_start + positions[row]), width, n_kept > i * tile_m)
-        )
+
+        def keys_of(row: Array) -> Keys:
+            return sequence.keys.rows(sequence.start + positions[row])
+
+        image = topk.image_of(tile_scores(queries, keys_of, width, n_kept > i * tile_m))
         return Candidates(jnp.where(seen, image, topk.INVISIBLE), positions)
 
     return stream_topk(candidates, _cdiv(jnp.max(n_kept), tile_m), max_tiles, k, t)

@@ -14,7 +14,7 @@ from jax import Array, lax
 from hisa_jax import stages, topk
 from hisa_jax.methods import BlockSparse, Dsa, Method
 from hisa_jax.selection import Selection
-from hisa_jax.stages import Candidates, Keys
+from hisa_jax.stages import Candidates, Keys, Queries, Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,32 +60,57 @@ class Ragged(NamedTuple):
 class Pooled(NamedTuple):
     """Block means of all sequences, `means` [n, D] float32, and where each one's begin, `first_blocks` [R] int32."""
 
-    means: Array
+    means: Keys
     first_blocks: Array
 
 
 @functools.partial(jax.jit, static_argnames=("method", "tiles", "return_scores", "return_blocks"))
 def select(
-    q: Array, keys: Keys, w: Array, visible: Array, lengths: Array, method: Method, tiles: Tiles, *,
-    return_scores: bool, return_blocks: bool,
-) -> Selection:  # fmt: skip
+    q: Array,
+    keys: Keys,
+    w: Array,
+    visible: Array,
+    lengths: Array,
+    method: Method,
+    tiles: Tiles,
+    *,
+    return_scores: bool,
+    return_blocks: bool,
+) -> Selection:
     """[B, T, H, D], Keys of [B, S, D], [B, T, H], [B, T], [B] -> Selection of [B, T]."""
     (B, T, H, D), S = q.shape, keys.values.shape[1]
     flat_keys = Keys(keys.values.reshape(B * S, D), None if keys.scales is None else keys.scales.reshape(B * S))
     sequences = jnp.arange(B + 1, dtype=jnp.int32)
     ragged = Ragged(sequences * T, sequences[:-1] * S, lengths)
     selection = _select_ragged(
-        q.reshape(B * T, H, D), flat_keys, w.reshape(B * T, H), visible.reshape(B * T), ragged, S, method,
-        dataclasses.replace(tiles, queries=min(tiles.queries, T)), return_scores, return_blocks,
-    )  # fmt: skip
+        q.reshape(B * T, H, D),
+        flat_keys,
+        w.reshape(B * T, H),
+        visible.reshape(B * T),
+        ragged,
+        S,
+        method,
+        dataclasses.replace(tiles, queries=min(tiles.queries, T)),
+        return_scores,
+        return_blocks,
+    )
     return jax.tree.map(lambda leaf: leaf.reshape(B, T, *leaf.shape[1:]), selection)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "tiles", "return_scores", "return_blocks"))
 def select_packed(
-    q: Array, keys: Keys, w: Array, visible: Array, cu_seqlens_q: Array, cu_seqlens_k: Array, method: Method,
-    tiles: Tiles, *, return_scores: bool, return_blocks: bool,
-) -> Selection:  # fmt: skip
+    q: Array,
+    keys: Keys,
+    w: Array,
+    visible: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    method: Method,
+    tiles: Tiles,
+    *,
+    return_scores: bool,
+    return_blocks: bool,
+) -> Selection:
     """[T, H, D], Keys of [N, D], [T, H], [T], [R + 1], [R + 1] -> Selection of [T]."""
     ragged = Ragged(cu_seqlens_q, cu_seqlens_k[:-1], jnp.diff(cu_seqlens_k))
     max_keys = keys.values.shape[0]
@@ -93,17 +118,27 @@ def select_packed(
 
 
 def _select_ragged(
-    q: Array, keys: Keys, w: Array, visible: Array, ragged: Ragged, max_keys: int, method: Method, tiles: Tiles,
-    return_scores: bool, return_blocks: bool,
-) -> Selection:  # fmt: skip
+    q: Array,
+    keys: Keys,
+    w: Array,
+    visible: Array,
+    ragged: Ragged,
+    max_keys: int,
+    method: Method,
+    tiles: Tiles,
+    return_scores: bool,
+    return_blocks: bool,
+) -> Selection:
     """[T, H, D], Keys of [N, D], [T, H], [T] -> Selection of [T]; a loop over the tiles that hold queries.
 
     `max_keys` bounds the keys of a sequence statically.
     """
     T, t, last_r = q.shape[0], tiles.queries, ragged.lengths.shape[0] - 1
+    max_blocks, pooled = 0, None
     # If no query can see more blocks than it keeps, the method is the flat indexer by contract.
-    filters = not isinstance(method, Dsa) and max_keys > method.block_topk * method.block_size
-    pooled = _pool(keys, ragged, method.block_size, tiles) if filters else None
+    if not isinstance(method, Dsa) and max_keys > method.block_topk * method.block_size:
+        max_blocks = -(-max_keys // method.block_size)
+        pooled = _pool(keys, ragged, method.block_size, tiles)
     n_tiles = -(-jnp.diff(ragged.query_starts) // t)  # [R]
     tile_ends = jnp.cumsum(n_tiles)
 
@@ -113,12 +148,10 @@ def _select_ragged(
         rows = first + jnp.arange(t, dtype=jnp.int32)
         is_real = rows < ragged.query_starts[r + 1]
         rows = jnp.minimum(rows, T - 1)
-        seen = jnp.where(is_real, visible[rows], 0)
-        key_start = ragged.key_starts[r]
-        tile = _select_tile(
-            q[rows], w[rows], seen, keys, key_start, max_keys, pooled and (pooled.means, pooled.first_blocks[r]),
-            method, tiles.keys, return_scores, return_blocks,
-        )  # fmt: skip
+        queries = Queries(q[rows], w[rows], jnp.where(is_real, visible[rows], 0))
+        sequence = Sequence(keys, ragged.key_starts[r], max_keys)
+        means = Sequence(pooled.means, pooled.first_blocks[r], max_blocks) if pooled else None
+        tile = _select_tile(queries, sequence, means, method, tiles.keys, return_scores, return_blocks)
         # What a tile writes behind its sequence, the next tile overwrites.
         return jax.tree.map(lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, first, axis=0), done, tile)
 
@@ -126,7 +159,9 @@ def _select_ragged(
         indices=jnp.full((T + t, method.topk), -1, jnp.int32),
         count=jnp.zeros(T + t, jnp.int32),
         scores=jnp.full((T + t, method.topk), -jnp.inf, jnp.float32) if return_scores else None,
-        blocks=jnp.full((T + t, method.block_topk), -1, jnp.int32) if return_blocks else None,
+        blocks=None
+        if isinstance(method, Dsa) or not return_blocks
+        else jnp.full((T + t, method.block_topk), -1, jnp.int32),
     )
     done = lax.fori_loop(0, tile_ends[-1], one_tile, done)
     return jax.tree.map(lambda leaf: leaf[:T], done)
@@ -143,52 +178,53 @@ def _pool(keys: Keys, ragged: Ragged, block_size: int, tiles: Tiles) -> Pooled:
     counts = jnp.clip(ragged.lengths[r] - starts, 0, block_size)
     tile_n = max(tiles.keys // block_size, 1)
     means = stages.pool(keys, ragged.key_starts[r] + starts, counts, block_size, tile_n)
-    return Pooled(means, ends - n_blocks)
+    return Pooled(Keys(means, None), ends - n_blocks)
 
 
 def _select_tile(
-    q: Array, w: Array, visible: Array, keys: Keys, key_start: Array, max_keys: int,
-    pooled: tuple[Array, Array] | None, method: Method, tile_s: int, return_scores: bool, return_blocks: bool,
-) -> Selection:  # fmt: skip
+    queries: Queries,
+    sequence: Sequence,
+    means: Sequence | None,
+    method: Method,
+    tile_s: int,
+    return_scores: bool,
+    return_blocks: bool,
+) -> Selection:
     """One tile of queries of one sequence: [t, H, D], [t, H], [t] -> Selection of [t].
 
-    `pooled` holds the block means and the row of the sequence's first one, or is None where every block is kept.
+    `means` are the sequence's block means, or None where every block is kept.
     """
-    k = min(method.topk, max_keys)
-    if isinstance(method, Dsa):
-        blocks = None
-    elif pooled is None:
-        ids = jnp.arange(method.block_topk, dtype=jnp.int32)
-        blocks = jnp.where(ids * method.block_size < visible[:, None], ids, -1)
-    else:
-        max_blocks = -(-max_keys // method.block_size)
-        blocks = stages.block_filter(q, w, visible, *pooled, max_blocks, method, tile_s)
+    k = min(method.topk, sequence.max_keys)
+    blocks = None
+    if not isinstance(method, Dsa):
+        if means is None:
+            blocks = stages.first_positions(-(-queries.visible // method.block_size), method.block_topk)
+        else:
+            blocks = stages.block_filter(queries, means, method, tile_s)
 
     def all_visible() -> Candidates:
-        positions = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), (q.shape[0], k))
-        return unscored(positions, positions < visible[:, None])
-
-    def unscored(positions: Array, seen: Array) -> Candidates:
-        return Candidates(jnp.where(seen, 0, topk.INVISIBLE), jnp.where(seen, positions, -1))
+        return _unscored(stages.first_positions(queries.visible, k))
 
     def best() -> Candidates:
-        if isinstance(method, Dsa) or pooled is None:
-            return stages.flat(q, w, visible, keys, key_start, max_keys, k, tile_s)
+        if isinstance(method, Dsa) or means is None or blocks is None:
+            return stages.flat(queries, sequence, k, tile_s)
         if isinstance(method, BlockSparse) and not return_scores:
-            # Every visible token of the kept blocks. Only the last kept block, the query's own, has invisible ones.
-            return unscored(*(tokens[:, :k] for tokens in stages.tokens_of(blocks, visible, method.block_size)))
-        return stages.refine(q, w, visible, keys, key_start, blocks, method.block_size, k, tile_s)
+            # Only the last kept block, the query's own, has invisible tokens: they leave no hole.
+            positions, seen = stages.tokens_of(blocks, queries.visible, method.block_size)
+            return _unscored(jnp.where(seen, positions, -1))
+        return stages.refine(queries, sequence, blocks, method.block_size, k, tile_s)
 
-    chosen = best() if return_scores else lax.cond(jnp.all(visible <= k), all_visible, best)
+    chosen = best() if return_scores else lax.cond(jnp.all(queries.visible <= k), all_visible, best)
+    is_real = chosen.positions >= 0
     missing = ((0, 0), (0, method.topk - k))
+    scores = jnp.where(is_real, topk.score_of(chosen.image), -jnp.inf)
     return Selection(
         indices=jnp.pad(chosen.positions, missing, constant_values=-1),
-        count=jnp.sum(chosen.positions >= 0, axis=1, dtype=jnp.int32),
-        scores=_scores(chosen, missing) if return_scores else None,
+        count=jnp.sum(is_real, axis=1, dtype=jnp.int32),
+        scores=jnp.pad(scores, missing, constant_values=-jnp.inf) if return_scores else None,
         blocks=blocks if return_blocks else None,
     )
 
 
-def _scores(chosen: Candidates, missing: tuple[tuple[int, int], ...]) -> Array:
-    scores = jnp.where(chosen.positions >= 0, topk.score_of(chosen.image), -jnp.inf)
-    return jnp.pad(scores, missing, constant_values=-jnp.inf)
+def _unscored(positions: Array) -> Candidates:
+    return Candidates(jnp.zeros_like(positions), positions)

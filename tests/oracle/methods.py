@@ -1,0 +1,225 @@
+"""Which tokens each method chooses: flat (Dsa), hierarchical (Hisa) and block-sparse (BlockSparse).
+
+A method is told by the name of its class and read by attribute, so that nothing of hisa_jax is imported here.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .scores import block_means, float64, token_scores
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OracleSelection:
+    """What the contract says is chosen, and what a comparison has to know. `..` is [B, T], or [T] if packed.
+
+    Attributes:
+        indices: [.., topk] int32 positions in the sequence, ascending, then -1.
+        count: [..] int32, how many are real.
+        scores: [.., topk] float64, the score of each chosen token, -inf where `indices` is -1.
+        blocks: [..] arrays [kept] int32, the kept blocks, ascending; empty for Dsa.
+        token_scores: [..] arrays [visible] float64, NaN as -inf.
+        block_scores: [..] arrays [eligible] float64, NaN as -inf; empty for Dsa.
+        token_scale, block_scale: [..] float64, what a tolerance is relative to; see `score_scale`.
+        visible: [..] int32, how many tokens the query sees.
+        positions: [..] int32, of the query itself, -1 for padding.
+        method: the method asked for.
+    """
+
+    indices: np.ndarray
+    count: np.ndarray
+    scores: np.ndarray
+    blocks: np.ndarray
+    token_scores: np.ndarray
+    block_scores: np.ndarray
+    token_scale: np.ndarray
+    block_scale: np.ndarray
+    visible: np.ndarray
+    positions: np.ndarray
+    method: Any
+
+
+class Row(NamedTuple):
+    """One query's part of an `OracleSelection`; `chosen` [count] are its tokens."""
+
+    chosen: np.ndarray
+    blocks: np.ndarray
+    token_scores: np.ndarray
+    block_scores: np.ndarray
+    token_scale: float
+    block_scale: float
+    position: int
+
+
+def select(q, k, w, method, query_positions=None, lengths=None) -> OracleSelection:
+    """[B, T, H, D], [B, S, D] or an object with .values [B, S, D] and .scales [B, S], [B, T, H] -> the selection.
+
+    `lengths` [B] are clipped to [0, S]. `query_positions` [B, T]: below -1 counts as -1; by default the T queries are
+    the last T of the tokens, and those before the start are padding.
+    """
+    values, scales = keys_and_scales(k)
+    (B, T), S = np.shape(q)[:2], values.shape[1]
+    lengths = np.full(B, S) if lengths is None else np.clip(np.asarray(lengths), 0, S)
+    rows = []
+    for b in range(B):
+        positions = last_positions(T, lengths[b]) if query_positions is None else np.asarray(query_positions)[b]
+        rows += choose_rows(np.asarray(q)[b], values[b], scales[b], np.asarray(w)[b], positions, lengths[b], method)
+    return _collect(rows, (B, T), method)
+
+
+def select_packed(q, k, w, cu_seqlens_q, cu_seqlens_k, method, query_positions=None) -> OracleSelection:
+    """[T, H, D], [N, D] (or .values, .scales), [T, H], [R + 1], [R + 1] -> the selection, indices within each sequence.
+
+    By default each request's queries are its last tokens; `query_positions` [T] are within the sequence. Queries that
+    belong to no request are padding.
+    """
+    q, w, (values, scales) = np.asarray(q), np.asarray(w), keys_and_scales(k)
+    T, N = len(q), len(values)
+    cu_q, cu_k = np.clip(np.asarray(cu_seqlens_q), 0, T), np.clip(np.asarray(cu_seqlens_k), 0, N)
+    nothing = choose_rows(q[:1], values[:0], scales[:0], w[:1], [-1], 0, method)
+    rows = nothing * T
+    for r in range(len(cu_q) - 1):
+        mine, its_keys = slice(cu_q[r], cu_q[r + 1]), slice(cu_k[r], cu_k[r + 1])
+        own, length = len(q[mine]), len(values[its_keys])
+        positions = last_positions(own, length) if query_positions is None else np.asarray(query_positions)[mine]
+        rows[mine] = choose_rows(q[mine], values[its_keys], scales[its_keys], w[mine], positions, length, method)
+    return _collect(rows, (T,), method)
+
+
+def choose_rows(q, k, k_scale, w, positions, length: int, method) -> list[Row]:
+    """One sequence: [T, H, D], [S, D], [S], [T, H], [T] -> T rows."""
+    positions = np.maximum(np.asarray(positions, np.int64), -1)
+    visible = np.minimum(positions + 1, length)
+    means = block_means(k, k_scale, method.block_size, length) if has_blocks(method) else k[:0]
+    blocks = _nan_is_worst(token_scores(q, means, w))
+    k, k_scale = k[: visible.max(initial=0)], k_scale[: visible.max(initial=0)]
+    tokens = _nan_is_worst(token_scores(q, k, w, k_scale))
+    token_bounds, block_bounds = _score_bounds(q, k, k_scale, w), _score_bounds(q, means, 1, w)
+    rows = []
+    for t, v in enumerate(visible):
+        seen, eligible = tokens[t, :v], blocks[t, : eligible_blocks(v, method)]
+        kept = kept_blocks(eligible, method)
+        chosen = best_of(candidates(kept, v, method), seen, method.topk)
+        token_scale = score_scale(seen, token_bounds[t, :v])
+        block_scale = score_scale(eligible, block_bounds[t, : len(eligible)])
+        rows.append(Row(chosen, kept, seen, eligible, token_scale, block_scale, int(positions[t])))
+    return rows
+
+
+def last_positions(T: int, length: int) -> np.ndarray:
+    """[T]: the last T positions before `length`; negative, so padding, where there are not that many."""
+    return int(length) - T + np.arange(T)
+
+
+def has_blocks(method) -> bool:
+    name = type(method).__name__
+    if name not in ("Hisa", "Dsa", "BlockSparse"):
+        raise ValueError(f"oracle: method is a {name}, wanted Hisa, Dsa or BlockSparse")
+    if name != "Dsa" and method.keep_last < 1:
+        raise ValueError(f"oracle: {name}(keep_last={method.keep_last}): the query's own mean would decide")
+    if name != "Dsa" and method.keep_first + method.keep_last > block_budget(method):
+        raise ValueError(f"oracle: {name} always keeps more blocks than its budget of {block_budget(method)}")
+    return name != "Dsa"
+
+
+def block_budget(method) -> int:
+    """How many blocks a query keeps: m in the paper."""
+    return method.topk // method.block_size if type(method).__name__ == "BlockSparse" else method.block_topk
+
+
+def eligible_blocks(visible: int, method) -> int:
+    """Blocks up to the one that holds the last visible token."""
+    return -(-int(visible) // method.block_size) if has_blocks(method) else 0
+
+
+def forced_blocks(eligible: int, method) -> set[int]:
+    """The first and the last blocks, always kept."""
+    blocks = range(eligible)
+    return set(blocks[: method.keep_first]) | set(blocks[max(0, eligible - method.keep_last) :])
+
+
+def kept_blocks(block_scores, method) -> np.ndarray:
+    """[eligible] -> [kept] int32 ascending: the forced ones, then the best of the others, a tie to the lower block."""
+    if not has_blocks(method):
+        return np.zeros(0, np.int32)
+    forced = forced_blocks(len(block_scores), method)
+    others = np.array([j for j in range(len(block_scores)) if j not in forced], np.int32)
+    best = best_of(others, block_scores, block_budget(method) - len(forced))
+    return np.array(sorted(forced | set(best.tolist())), np.int32)
+
+
+def candidates(kept, visible: int, method) -> np.ndarray:
+    """The visible tokens of the kept blocks, ascending int32; for Dsa every visible token."""
+    positions = np.arange(visible, dtype=np.int32)
+    return positions[np.isin(positions // method.block_size, kept)] if has_blocks(method) else positions
+
+
+def best_of(items, scores, limit: int) -> np.ndarray:
+    """The `limit` items (ascending ids) of highest scores[item], ascending; a tie goes to the lower id."""
+    order = np.argsort(-scores[items], kind="stable")[:limit]
+    return np.sort(items[order])
+
+
+def score_scale(scores, bounds) -> float:
+    """What a tolerance is relative to: the query's largest finite |score|, but at least 1/64 of its largest bound.
+
+    bounds[s] = k_scale[s] |k[s]| * sum_h |w[h]| |q[h]|, which no |score| can exceed. A float32 sum errs in proportion
+    to it, not to what is left after cancellation: without the floor a query whose scores all cancel (weights 0.1 and
+    -0.1 on equal heads) would be judged by digits it does not have. There is no absolute floor: scaling w scales all.
+    """
+    return max(_largest(np.abs(scores)), _largest(bounds) / 64)
+
+
+def keys_and_scales(k) -> tuple[np.ndarray, np.ndarray]:
+    """[.., D] keys, or an object with .values and .scales -> the keys and their scales [..], 1 if there are none."""
+    if hasattr(k, "scales"):
+        return np.asarray(k.values), np.asarray(k.scales)
+    return np.asarray(k), np.ones(np.shape(k)[:-1])
+
+
+def _score_bounds(q, k, k_scale, w) -> np.ndarray:
+    """[T, S]: what |I[t, s]| can be at most, by Cauchy-Schwarz."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        sizes = (np.abs(float64(w)) * np.linalg.norm(float64(q), axis=-1)).sum(axis=-1)
+        return sizes[:, None] * (np.abs(float64(k_scale)) * np.linalg.norm(float64(k), axis=-1))
+
+
+def _largest(sizes) -> float:
+    return float(sizes[np.isfinite(sizes)].max(initial=0.0))
+
+
+def _nan_is_worst(scores) -> np.ndarray:
+    return np.where(np.isnan(scores), -np.inf, scores)
+
+
+def _collect(rows: list[Row], shape: tuple[int, ...], method) -> OracleSelection:
+    indices = np.full((len(rows), method.topk), -1, np.int32)
+    scores = np.full(indices.shape, -np.inf)
+    for i, row in enumerate(rows):
+        indices[i, : len(row.chosen)] = row.chosen
+        scores[i, : len(row.chosen)] = row.token_scores[row.chosen]
+
+    def ragged(name):
+        out = np.empty(len(rows), object)
+        for i, row in enumerate(rows):
+            out[i] = getattr(row, name)
+        return out.reshape(shape)
+
+    def dense(values, dtype):
+        return np.array(values, dtype).reshape(shape)
+
+    return OracleSelection(
+        indices=indices.reshape(*shape, method.topk),
+        count=dense([len(row.chosen) for row in rows], np.int32),
+        scores=scores.reshape(*shape, method.topk),
+        blocks=ragged("blocks"),
+        token_scores=ragged("token_scores"),
+        block_scores=ragged("block_scores"),
+        token_scale=dense([row.token_scale for row in rows], np.float64),
+        block_scale=dense([row.block_scale for row in rows], np.float64),
+        visible=dense([len(row.token_scores) for row in rows], np.int32),
+        positions=dense([row.position for row in rows], np.int32),
+        method=method,
+    )
