@@ -88,7 +88,7 @@ def select(
 
     lengths = jnp.full((B,), S, jnp.int32) if lengths is None else jnp.clip(lengths, 0, S)
     if query_positions is None:
-        query_positions = lengths[:, None] - T + jnp.arange(T, dtype=jnp.int32)
+        query_positions = lengths[:, None] - T + jnp.arange(T, dtype=jnp.int32)[None, :]
     visible = _visible(query_positions, lengths[:, None])
     if 0 in (B, T, S):
         return _nothing((B, T), method, return_scores, return_blocks)

@@ -78,7 +78,7 @@ def sparse_mla(
         out, lse = _attend(q, kv, indices, scale, value_dim)
         if sink is not None:
             # What the sink takes from every value: 1 - exp(lse) / (exp(lse) + exp(sink)).
-            out = (out * jax.nn.sigmoid(lse - sink)[..., None]).astype(q.dtype)
+            out = (out * jax.nn.sigmoid(lse - sink[None, None, :])[..., None]).astype(q.dtype)
     return (out, lse) if return_lse else out
 
 

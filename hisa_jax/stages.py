@@ -102,7 +102,7 @@ def pool(keys: Keys, starts: Array, counts: Array, block_size: int, tile_n: int)
         if block.scales is not None:
             values = values * block.scales[:, None]
         # A select, not a product with 0: absent rows may hold NaN.
-        return jnp.sum(jnp.where(present[:, None], values, 0), axis=0) / jnp.maximum(count, 1)
+        return jnp.sum(jnp.where(present[:, None], values, 0), axis=0) / jnp.maximum(count, 1).astype(jnp.float32)
 
     return lax.map(lambda block: mean(*block), (starts, counts), batch_size=min(tile_n, starts.shape[0]))
 

@@ -1,0 +1,484 @@
+"""The contract, a test a promise. An implementation subclasses `Contract`, names itself and inherits every promise."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import parameterized
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hisa_jax as hj
+from tests import draw, oracle
+from tests.draw import Inputs, named
+
+TOLERANCE = 1e-5  # float32 sums in another order, relative to the scale of a query's scores
+
+DSA = hj.Dsa(topk=24)
+HISA = hj.Hisa(topk=24, block_size=16, block_topk=4)
+BLOCK_SPARSE = hj.BlockSparse(topk=64, block_size=16)
+METHODS = {"dsa": DSA, "hisa": HISA, "block_sparse": BLOCK_SPARSE}
+HIERARCHICAL = {"hisa": HISA, "block_sparse": BLOCK_SPARSE}
+each_method = parameterized.named_parameters(METHODS.items())
+each_hierarchical = parameterized.named_parameters(HIERARCHICAL.items())
+both_variants = chex.variants(with_jit=True, without_jit=True)
+
+
+def assert_same_bits(got: hj.Selection, wanted: hj.Selection) -> None:
+    chex.assert_trees_all_equal(got, wanted)
+
+
+def rows(selection: hj.Selection, *at) -> hj.Selection:
+    """The selection of some of the queries."""
+    return jax.tree.map(lambda leaf: leaf[at], selection)
+
+
+class Contract(parameterized.TestCase):
+    """Promises of one implementation; `implementation` names it."""
+
+    implementation: str
+
+    def select(self, q, k, w, method, **options) -> hj.Selection:
+        q, k, w = jax.tree.map(jnp.asarray, (q, k, w))
+        return hj.select(q, k, w, method, implementation=self.implementation, **options)
+
+    def assert_agrees(self, got: hj.Selection, reference: oracle.OracleSelection, tolerance: float = TOLERANCE) -> None:
+        oracle.assert_same_selection(got.indices, got.count, reference, tolerance, scores=got.scores, blocks=got.blocks)
+
+    def assert_keeps_the_contract(self, q, k, w, method, tolerance=TOLERANCE, **options) -> hj.Selection:
+        """Selects with all that can be asked for, compares with the oracle, returns the selection."""
+        reference = oracle.select(q, k, w, method, **options)
+        extras = dict(return_scores=True, return_blocks=method.has_blocks)
+        got = self.select(q, k, w, method, **jax.tree.map(jnp.asarray, options), **extras)
+        self.assert_agrees(got, reference, tolerance)
+        return got
+
+
+class SelectionContract(Contract, chex.TestCase):
+    """Section 2 of the contract, in its order."""
+
+    @both_variants
+    @parameterized.product(shape=list(draw.SHAPES), method=list(METHODS))
+    def test_selects_what_the_oracle_selects(self, shape, method):
+        q, k, w = draw.inputs(*draw.SHAPES[shape])
+        method = METHODS[method]
+        select = self.variant(functools.partial(self.select, method=method))
+        self.assert_agrees(select(q, k, w), oracle.select(q, k, w, method))
+
+    # The score.
+
+    @parameterized.product(heads=list(draw.HEADS), method=list(METHODS))
+    def test_scores_are_the_formula_for_every_number_of_heads(self, heads, method):
+        self.assert_keeps_the_contract(*draw.inputs(1, 4, 150, draw.HEADS[heads], 32), METHODS[method])
+
+    @parameterized.product(size=list(draw.SIZES), method=list(METHODS))
+    def test_scores_are_the_formula_for_every_head_size(self, size, method):
+        self.assert_keeps_the_contract(*draw.inputs(1, 4, 150, 4, draw.SIZES[size]), METHODS[method])
+
+    @parameterized.product(dtype=list(draw.DTYPES), method=list(METHODS))
+    def test_scores_are_the_formula_for_every_dtype(self, dtype, method):
+        self.assert_keeps_the_contract(*draw.inputs(2, 5, 140, 4, 64, dtype=dtype), METHODS[method])
+
+    @parameterized.product(
+        q_dtype=["float32", "bfloat16", "float8_e4m3fn", "int8"],
+        k_dtype=["float8_e4m3fn", "int8"],
+        scale=["float32", "ue8m0"],
+    )
+    def test_key_scales_multiply_the_score(self, q_dtype, k_dtype, scale):
+        q, k, w = draw.inputs(2, 5, 140, 4, 64)
+        keys = draw.quantized(k, k_dtype, scale)
+        for method in METHODS.values():
+            self.assert_keeps_the_contract(draw.cast(q, q_dtype), keys, w, method)
+
+    @each_method
+    def test_weights_may_be_negative(self, method):
+        q, k, w = draw.inputs(1, 6, 150, 4, 32)
+        got = self.assert_keeps_the_contract(q, k, -np.abs(w), method)
+        self.assertTrue(np.all(np.asarray(got.scores)[np.asarray(got.indices) >= 0] <= 0))
+
+    # Visible.
+
+    @each_method
+    def test_visible_are_the_tokens_up_to_the_query_and_the_length(self, method):
+        q, k, w = draw.inputs(1, 8, 100, 4, 32)
+        # Block edges and their neighbours, the first token, the last, one behind the length, one behind all keys.
+        positions = np.array([[0, 15, 16, 17, 63, 64, 89, 1000]], np.int32)
+        self.assert_keeps_the_contract(q, k, w, method, query_positions=positions, lengths=np.array([90], np.int32))
+
+    @each_method
+    def test_a_query_at_position_minus_one_selects_nothing(self, method):
+        q, k, w = draw.inputs(1, 4, 100, 4, 32)
+        got = self.assert_keeps_the_contract(q, k, w, method, query_positions=np.array([[-1, 40, -1, 99]], np.int32))
+        self.assertEqual(got.count[0, [0, 2]].tolist(), [0, 0])
+        self.assertTrue(np.all(np.asarray(got.indices)[0, [0, 2]] == -1))
+
+    @each_method
+    def test_by_default_the_queries_are_the_last_tokens(self, method):
+        q, k, w = draw.inputs(2, 5, 80, 4, 32)
+        lengths = np.array([80, 61], np.int32)
+        positions = (lengths[:, None] - 5 + np.arange(5)).astype(np.int32)
+        explicit = self.select(q, k, w, method, query_positions=jnp.asarray(positions), lengths=jnp.asarray(lengths))
+        assert_same_bits(self.select(q, k, w, method, lengths=jnp.asarray(lengths)), explicit)
+
+    @parameterized.product(method=list(METHODS), length=[0, 1, 15, 16, 17, 63, 64, 65, 100])
+    def test_lengths_at_block_edges(self, method, length):
+        q, k, w = draw.inputs(2, 3, 100, 4, 32)
+        self.assert_keeps_the_contract(q, k, w, METHODS[method], lengths=np.array([length, 100], np.int32))
+
+    @each_method
+    def test_impossible_lengths_and_positions_are_clipped(self, method):
+        q, k, w = draw.inputs(2, 3, 50, 4, 32)
+        extreme = np.array([[-7, np.iinfo(np.int32).max, 20]] * 2, np.int32)
+        lengths = np.array([-3, 5000], np.int32)
+        self.assert_keeps_the_contract(q, k, w, method, query_positions=extreme, lengths=lengths)
+
+    # The result.
+
+    @each_method
+    def test_indices_are_ascending_then_minus_one_and_count_says_how_many(self, method):
+        q, k, w = draw.inputs(2, 40, 40, 4, 32)
+        got = jax.tree.map(np.asarray, self.select(q, k, w, method))
+        chex.assert_type([got.indices, got.count], np.int32)
+        chex.assert_shape(got.indices, (2, 40, method.topk))
+        for indices, count in zip(got.indices.reshape(80, -1), got.count.reshape(80), strict=True):
+            self.assertTrue(np.all(np.diff(indices[:count]) > 0))
+            self.assertTrue(np.all(indices[count:] == -1))
+
+    @parameterized.parameters(1, 2, 23, 24, 63, 64, 65, 200)
+    def test_exactly_topk_or_all_visible_candidates_are_chosen(self, topk):
+        q, k, w = draw.inputs(1, 64, 64, 4, 32)
+        flat = self.select(q, k, w, hj.Dsa(topk=topk))
+        self.assertEqual(flat.count[0].tolist(), [min(topk, t + 1) for t in range(64)])
+        if topk <= 64:
+            hisa = self.select(q, k, w, hj.Hisa(topk=topk, block_size=32, block_topk=2))
+            self.assertEqual(hisa.count[0].tolist(), flat.count[0].tolist())
+
+    @settings(max_examples=25)
+    @given(data=st.data())
+    def test_nothing_is_chosen_twice_and_nothing_invisible_ever(self, data):
+        # One compiled shape, any run-time values: lengths and positions beyond all bounds among them.
+        B, T, S = 2, 4, 70
+        q, k, w = draw.inputs(B, T, S, 2, 16, seed=data.draw(st.integers(0, 9)))
+        positions = data.draw(st.lists(st.integers(-2, S + 2), min_size=B * T, max_size=B * T))
+        lengths = data.draw(st.lists(st.integers(-1, S + 1), min_size=B, max_size=B))
+        options = dict(query_positions=np.array(positions, np.int32).reshape(B, T), lengths=np.array(lengths, np.int32))
+        for method in METHODS.values():
+            self.assert_keeps_the_contract(q, k, w, method, **options)
+
+    # Ties, NaN, infinity.
+
+    @both_variants
+    @parameterized.named_parameters(*named("one_token", "one_query", "block_edge", "ragged_tail"))
+    def test_ties_go_to_the_lower_position(self, B, T, S, H, D):
+        q, k, w = draw.equal_scores(B, T, S, H, D)
+        for method in METHODS.values():
+            got = self.variant(functools.partial(self.select, method=method))(q, k, w)
+            self.assert_agrees(got, oracle.select(q, k, w, method), tolerance=0.0)
+
+    @parameterized.product(seed=[0, 1, 2], method=list(METHODS))
+    def test_partial_ties_go_to_the_lower_position_and_block(self, seed, method):
+        # Whole numbers and blocks of 16: sums and means are exact, so the oracle's choice is the only right one.
+        q, k, w = draw.few_scores(2, 6, 300, 4, 16, seed=seed)
+        self.assert_keeps_the_contract(q, k, w, METHODS[method], tolerance=0.0)
+
+    def test_negative_zero_ties_with_zero(self):
+        # Closed relus give 0 for a positive weight and -0 for a negative one; both are the score 0.
+        q = np.ones((1, 1, 1, 16), np.float32)
+        k = -np.ones((1, 40, 16), np.float32)
+        k[0, 30:] = 1  # score < 0 with the negative weight
+        for weight in (1.0, -1.0):
+            w = np.full((1, 1, 1), weight, np.float32)
+            self.assert_keeps_the_contract(q, k, w, hj.Dsa(topk=8), tolerance=0.0)
+        mixed = np.concatenate([q, q], axis=2)
+        self.assert_keeps_the_contract(mixed, k, np.array([[[1.0, -1.0]]], np.float32), hj.Dsa(topk=8), tolerance=0.0)
+
+    @each_method
+    def test_nan_scores_count_as_minus_infinity(self, method):
+        q, k, w = draw.inputs(1, 4, 150, 4, 32)
+        k[0, [3, 40, 100, 149]] = np.nan
+        self.assert_keeps_the_contract(q, k, w, method)
+        got = self.select(q, k, w, hj.Dsa(topk=140))
+        self.assertFalse(np.isin([3, 40, 100, 149], got.indices[0, 3]).any())
+
+    @parameterized.product(where=["q", "k", "w"], value=[np.nan, np.inf, -np.inf], method=list(METHODS))
+    def test_any_input_may_hold_nan_or_infinity(self, where, value, method):
+        arrays = draw.inputs(1, 3, 120, 4, 32)._asdict()
+        arrays[where] = arrays[where].copy()
+        arrays[where][0, 1] = value
+        arrays[where][0, -1, ..., 0] = value
+        # The values are what is tested, not scores near a cut: those that stay finite differ by more than rounding.
+        self.assert_keeps_the_contract(**arrays, method=METHODS[method])
+
+    @each_method
+    def test_minus_infinity_is_chosen_when_nothing_better_is_left_and_never_if_invisible(self, method):
+        q, k, w = draw.inputs(1, 3, 120, 4, 32)
+        self.assert_keeps_the_contract(q, np.full_like(k, np.nan), w, method, tolerance=0.0)
+        k[0, 20:] = np.nan  # less than topk real scores
+        self.assert_keeps_the_contract(q, k, w, method)
+
+    # Blocks.
+
+    @parameterized.parameters(16, 32, 64, 128, 256)
+    def test_blocks_start_at_multiples_of_the_block_size(self, block_size):
+        S = 5 * block_size + block_size // 2 + 1
+        q, k, w = draw.inputs(1, 5, S, 4, 32)
+        self.assert_keeps_the_contract(q, k, w, hj.Hisa(topk=8, block_size=block_size, block_topk=3))
+        self.assert_keeps_the_contract(q, k, w, hj.BlockSparse(topk=3 * block_size, block_size=block_size))
+
+    def test_block_sizes_need_not_be_powers_of_two(self):
+        q, k, w = draw.inputs(1, 5, 200, 4, 32)
+        self.assert_keeps_the_contract(q, k, w, hj.Hisa(topk=20, block_size=12, block_topk=5))
+
+    @each_hierarchical
+    def test_a_mean_is_over_the_tokens_present(self, method):
+        # The tail holds 3 tokens of 16. Queries behind the length make it the last of several blocks, not their own.
+        q, k, w = draw.inputs(1, 4, 160, 4, 32)
+        positions = np.array([[98, 99, 120, 159]], np.int32)
+        method = type(method)(**{**vars(method), "keep_last": 1})
+        self.assert_keeps_the_contract(q, k, w, method, query_positions=positions, lengths=np.array([99], np.int32))
+
+    @each_hierarchical
+    def test_the_first_and_last_eligible_blocks_are_always_kept_and_count(self, method):
+        q, k, w = draw.inputs(1, 200, 200, 4, 32)
+        k[0, :16] = -10 * np.abs(k[0, :16])  # the first block would lose on its score
+        got = self.assert_keeps_the_contract(q, k, w, method)
+        blocks = np.asarray(got.blocks)[0]
+        for t in range(200):
+            kept = blocks[t][blocks[t] >= 0]
+            self.assertIn(0, kept)
+            self.assertIn(t // 16, kept)
+            self.assertLen(kept, min(method.block_topk, t // 16 + 1))
+
+    @parameterized.product(keep_first=[0, 1, 2, 3], keep_last=[1, 2, 5])
+    def test_any_number_of_first_and_last_blocks_may_be_kept(self, keep_first, keep_last):
+        q, k, w = draw.inputs(1, 6, 250, 4, 32)
+        block_topk = max(keep_first + keep_last, 4)
+        options = dict(block_size=16, keep_first=keep_first, keep_last=keep_last)
+        self.assert_keeps_the_contract(q, k, w, hj.Hisa(topk=24, block_topk=block_topk, **options))
+        self.assert_keeps_the_contract(q, k, w, hj.BlockSparse(topk=16 * block_topk, **options))
+
+    def test_all_kept_blocks_may_be_forced(self):
+        q, k, w = draw.inputs(1, 6, 250, 4, 32)
+        method = hj.Hisa(topk=24, block_size=16, block_topk=4, keep_first=1, keep_last=3)
+        got = self.assert_keeps_the_contract(q, k, w, method)
+        self.assertEqual(got.blocks[0, -1].tolist(), [0, 13, 14, 15])
+
+    @each_method
+    def test_nothing_behind_a_query_decides_anything(self, method):
+        q, k, w = draw.inputs(1, 9, 150, 4, 32)
+        positions = jnp.arange(60, 69, dtype=jnp.int32)[None]
+        before = self.select(q, k, w, method, query_positions=positions, return_scores=True)
+        for future in (1e6, -1e6, np.nan, np.inf):
+            changed = k.copy()
+            changed[0, 69:] = future
+            assert_same_bits(self.select(q, changed, w, method, query_positions=positions, return_scores=True), before)
+
+    @each_method
+    def test_missing_tokens_decide_nothing(self, method):
+        q, k, w = draw.inputs(1, 9, 150, 4, 32)
+        lengths = jnp.array([135])  # 7 tokens in the last block
+        before = self.select(q, k, w, method, lengths=lengths, return_scores=True)
+        for missing in (1e6, np.nan, np.inf):
+            changed = k.copy()
+            changed[0, 135:] = missing
+            assert_same_bits(self.select(q, changed, w, method, lengths=lengths, return_scores=True), before)
+
+    # Consequences.
+
+    @each_method
+    def test_up_to_topk_visible_tokens_all_are_selected(self, method):
+        T = method.topk
+        q, k, w = draw.inputs(1, T, T, 4, 32)
+        got = self.select(q, k, w, method)
+        wanted = np.where(np.arange(T)[None] <= np.arange(T)[:, None], np.arange(T)[None], -1)
+        np.testing.assert_array_equal(got.indices[0], wanted)
+
+    @parameterized.product(S=[40, 63, 64, 65, 200], dtype=["float32", "bfloat16", "int8"])
+    def test_up_to_all_kept_blocks_the_selection_is_the_flat_one_bit_for_bit(self, S, dtype):
+        # Both where the shapes say so (S <= 64) and where only the run-time positions do.
+        q, k, w = draw.inputs(1, 8, S, 8, 64, dtype=dtype)
+        positions = jnp.asarray(np.linspace(0, min(S, 64) - 1, 8).astype(np.int32)[None])
+        flat, hisa = (self.select(q, k, w, m, query_positions=positions, return_scores=True) for m in (DSA, HISA))
+        assert_same_bits(hisa, flat)
+
+    def test_with_all_blocks_kept_the_selection_is_the_flat_one_bit_for_bit(self):
+        q, k, w = draw.inputs(2, 8, 500, 8, 64, dtype="bfloat16")
+        for block_topk in (32, 100):  # just all of them, more than there are
+            method = hj.Hisa(topk=24, block_size=16, block_topk=block_topk)
+            assert_same_bits(self.select(q, k, w, method), self.select(q, k, w, DSA))
+
+    @parameterized.product(method=list(METHODS), dtype=["float32", "bfloat16", "float8_e4m3fn", "int8"])
+    def test_prefill_chunks_do_not_change_the_selection(self, method, dtype):
+        S, method = 150, METHODS[method]
+        q, k, w = draw.inputs(1, S, S, 8, 64, dtype=dtype)
+        whole = self.select(q, k, w, method, return_scores=True)
+        for cuts in ((0, 64, 150), (0, 1, 16, 17, 100, 150)):
+            for start, end in itertools.pairwise(cuts):
+                # The keys that a chunk sees grow; its queries are the last of them.
+                part = self.select(q[:, start:end], k[:, :end], w[:, start:end], method, return_scores=True)
+                assert_same_bits(part, rows(whole, slice(None), slice(start, end)))
+
+    @parameterized.product(method=list(METHODS), heads=[1, 4, 64])
+    def test_one_token_at_a_time_gives_the_selection_of_one_shot(self, method, heads):
+        # As in decoding: one static buffer of keys, filled up to the length.
+        S, method = 140, METHODS[method]
+        q, k, w = draw.inputs(1, S, S, heads, 64, dtype="bfloat16")
+        whole = self.select(q, k, w, method, return_scores=True)
+        buffer = np.zeros((1, 400, 64), k.dtype)
+        step = jax.jit(functools.partial(self.select, method=method, return_scores=True))
+        for t in range(0, S, 3):
+            buffer[:, : t + 1] = k[:, : t + 1]
+            one = step(q[:, t : t + 1], buffer, w[:, t : t + 1], lengths=jnp.array([t + 1]))
+            assert_same_bits(one, rows(whole, slice(None), slice(t, t + 1)))
+
+    @each_method
+    def test_a_batch_gives_each_sequence_its_own_selection(self, method):
+        q, k, w = draw.inputs(3, 5, 150, 4, 32)
+        batch = self.select(q, k, w, method, return_scores=True)
+        for b in range(3):
+            one = self.select(*(x[b : b + 1] for x in (q, k, w)), method, return_scores=True)
+            assert_same_bits(one, rows(batch, slice(b, b + 1)))
+
+    @each_method
+    def test_the_same_call_gives_the_same_bits(self, method):
+        q, k, w = draw.inputs(2, 20, 300, 8, 64, dtype="bfloat16")
+        first = self.select(q, k, w, method, return_scores=True)
+        for _ in range(3):
+            assert_same_bits(self.select(q, k, w, method, return_scores=True), first)
+
+    # What a user would expect beside the contract.
+
+    @each_method
+    def test_scores_and_blocks_do_not_change_the_selection(self, method):
+        q, k, w = draw.inputs(2, 7, 150, 4, 32)
+        plain = self.select(q, k, w, method)
+        extra = self.select(q, k, w, method, return_scores=True, return_blocks=method.has_blocks)
+        assert_same_bits(hj.Selection(indices=extra.indices, count=extra.count), plain)
+
+    @each_method
+    def test_topk_may_exceed_the_tokens_and_blocks_there_are(self, method):
+        options = {name: value for name, value in vars(method).items() if name != "topk"}
+        if "block_topk" in options:
+            options["block_topk"] = 32
+        more = type(method)(topk=512, **options)
+        got = self.assert_keeps_the_contract(*draw.inputs(1, 5, 70, 4, 32), more)
+        self.assertEqual(got.indices.shape, (1, 5, 512))
+
+    @parameterized.parameters((0, 3, 50), (2, 0, 50), (2, 3, 0))
+    def test_empty_batches_give_empty_selections(self, B, T, S):
+        q, k, w = draw.inputs(B, T, S, 4, 32)
+        positions = jnp.zeros((B, T), jnp.int32)
+        for method in METHODS.values():
+            extras = dict(return_scores=True, return_blocks=method.has_blocks)
+            got = self.select(q, k, w, method, query_positions=positions, **extras)
+            chex.assert_shape(got.indices, (B, T, method.topk))
+            self.assertTrue(np.all(np.asarray(got.indices) == -1))
+            self.assertTrue(np.all(np.asarray(got.count) == 0))
+
+    @each_method
+    def test_no_gradient_flows_through_a_selection(self, method):
+        q, k, w = draw.inputs(1, 3, 100, 4, 32)
+
+        def total(q):
+            got = self.select(q, k, w, method, return_scores=True)
+            return jnp.sum(jnp.where(got.indices >= 0, got.scores, 0)) + jnp.sum(q) * 0
+
+        gradient = jax.grad(total)(jnp.asarray(q))
+        self.assertTrue(np.all(np.asarray(gradient) == 0))
+
+    @each_method
+    def test_vmap_over_calls_gives_what_the_calls_give(self, method):
+        q, k, w = (x[:, None] for x in draw.inputs(2, 3, 100, 4, 32))
+        mapped = jax.vmap(functools.partial(self.select, method=method))(*map(jnp.asarray, (q, k, w)))
+        for b in range(2):
+            one = self.select(q[b], k[b], w[b], method)
+            np.testing.assert_array_equal(mapped.indices[b], one.indices)
+
+
+class PackedContract(Contract, chex.TestCase):
+    """Packed ragged batches: the contract of each sequence by itself."""
+
+    def select_packed(self, q, k, w, cu_seqlens_q, cu_seqlens_k, method, **options) -> hj.Selection:
+        arrays = jax.tree.map(jnp.asarray, (q, k, w, cu_seqlens_q, cu_seqlens_k))
+        return hj.select_packed(*arrays, method, implementation=self.implementation, **options)
+
+    @staticmethod
+    def packed(lengths_q, lengths_k, *, extra=0, dtype="float32"):
+        """Inputs for sequences of these lengths, `extra` rows of nobody behind them; and both offsets."""
+        T, N = sum(lengths_q) + extra, sum(lengths_k) + extra
+        q, k, w = (x[0] for x in draw.inputs(1, max(T, 1), max(N, 1), 4, 32, dtype=dtype))
+        offsets = (np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32) for lengths in (lengths_q, lengths_k))
+        return Inputs(q[:T], k[:N], w[:T]), *offsets
+
+    @both_variants
+    @parameterized.product(
+        lengths=[
+            ([5], [130]),  # one sequence
+            ([3, 20, 1, 9], [60, 200, 1, 33]),  # blocks of no sequence start at a multiple of 16 in the buffer
+            ([0, 4, 0], [0, 50, 70]),  # no queries, no keys
+            ([1] * 12, [15, 16, 17, 31, 32, 33, 1, 2, 100, 64, 65, 63]),  # a decode batch
+        ],
+        method=list(METHODS),
+    )
+    def test_a_packed_batch_gives_what_the_oracle_gives(self, lengths, method):
+        inputs, cu_q, cu_k = self.packed(*lengths)
+        method = METHODS[method]
+        extras = dict(return_scores=True, return_blocks=method.has_blocks)
+        got = self.variant(functools.partial(self.select_packed, method=method, **extras))(*inputs, cu_q, cu_k)
+        self.assert_agrees(got, oracle.select_packed(*inputs, cu_q, cu_k, method))
+
+    @each_method
+    def test_packing_does_not_change_the_selection(self, method):
+        lengths_q, lengths_k = [7, 30, 2], [90, 170, 41]
+        inputs, cu_q, cu_k = self.packed(lengths_q, lengths_k, dtype="bfloat16")
+        packed = self.select_packed(*inputs, cu_q, cu_k, method, return_scores=True)
+        for r in range(3):
+            queries, keys = slice(cu_q[r], cu_q[r + 1]), slice(cu_k[r], cu_k[r + 1])
+            q, k, w = inputs.q[None, queries], inputs.k[None, keys], inputs.w[None, queries]
+            alone = self.select(q, k, w, method, return_scores=True)
+            assert_same_bits(rows(packed, queries), rows(alone, 0))
+
+    @each_method
+    def test_rows_behind_the_last_sequence_select_nothing(self, method):
+        inputs, cu_q, cu_k = self.packed([3, 8], [40, 90], extra=5)
+        got = self.select_packed(*inputs, cu_q, cu_k, method)
+        self.assert_agrees(got, oracle.select_packed(*inputs, cu_q, cu_k, method))
+        self.assertEqual(got.count[11:].tolist(), [0] * 5)
+
+    @parameterized.product(scale=["float32", "ue8m0"], method=list(METHODS))
+    def test_packed_keys_may_be_quantized(self, scale, method):
+        inputs, cu_q, cu_k = self.packed([3, 8], [40, 190])
+        keys = draw.quantized(inputs.k, "float8_e4m3fn", scale)
+        got = self.select_packed(inputs.q, keys, inputs.w, cu_q, cu_k, METHODS[method])
+        self.assert_agrees(got, oracle.select_packed(inputs.q, keys, inputs.w, cu_q, cu_k, METHODS[method]))
+
+    @settings(max_examples=25)
+    @given(
+        lengths_q=st.lists(st.integers(0, 9), min_size=3, max_size=3),
+        lengths_k=st.lists(st.integers(0, 40), min_size=3, max_size=3),
+    )
+    def test_any_lengths_can_be_packed(self, lengths_q, lengths_k):
+        # Rows of nobody fill the buffers up, so that one compiled shape serves every example.
+        (q, k, w), cu_q, cu_k = self.packed([27], [120])
+        cu_q, cu_k = (np.concatenate([[0], np.cumsum(x)]).astype(np.int32) for x in (lengths_q, lengths_k))
+        for method in METHODS.values():
+            got = self.select_packed(q, k, w, cu_q, cu_k, method)
+            self.assert_agrees(got, oracle.select_packed(q, k, w, cu_q, cu_k, method))
+
+    def test_impossible_offsets_read_nothing_outside(self):
+        (q, k, w), _, _ = self.packed([27], [120])
+        for cu_q, cu_k in (([5, 2, 27], [0, 60, 120]), ([0, 9, 900], [0, 60, 4000]), ([0, 9, 27], [0, -60, 120])):
+            for method in METHODS.values():
+                got = self.select_packed(q, k, w, np.array(cu_q, np.int32), np.array(cu_k, np.int32), method)
+                indices = np.asarray(got.indices)
+                self.assertTrue(np.all((indices >= -1) & (indices < 120)))
+
+    @parameterized.parameters(([0], [0], 3, 4), ([0, 0], [0, 0], 0, 0), ([0, 0], [0, 4], 0, 4), ([0, 3], [0, 0], 3, 0))
+    def test_an_empty_packed_batch_gives_an_empty_selection(self, cu_q, cu_k, T, N):
+        q, k, w = np.ones((T, 4, 32), np.float32), np.ones((N, 32), np.float32), np.ones((T, 4), np.float32)
+        got = self.select_packed(q, k, w, np.array(cu_q, np.int32), np.array(cu_k, np.int32), HISA)
+        chex.assert_shape(got.indices, (T, HISA.topk))
+        self.assertTrue(np.all(np.asarray(got.count) == 0))

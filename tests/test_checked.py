@@ -1,0 +1,58 @@
+"""`checked` turns values that only run time can know into errors; without it they are harmless."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import checkify
+
+import hisa_jax as hj
+
+ARRAYS = jnp.ones((2, 3, 4, 16)), jnp.ones((2, 40, 16)), jnp.ones((2, 3, 4))
+PACKED = jnp.ones((3, 4, 16)), jnp.ones((40, 16)), jnp.ones((3, 4))
+MLA = jnp.ones((1, 2, 4, 24)), jnp.ones((1, 40, 24))
+METHODS = [hj.Dsa(topk=4), hj.Hisa(topk=4, block_size=4, block_topk=2), hj.BlockSparse(topk=8, block_size=4)]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_good_values_pass_and_change_nothing(method):
+    got = hj.checked(hj.select)(*ARRAYS, method, lengths=jnp.array([40, 7]))
+    wanted = hj.select(*ARRAYS, method, lengths=jnp.array([40, 7]))
+    assert (got.indices == wanted.indices).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(lengths=jnp.array([40, 41])), r"select: lengths is \[40 41\], wanted 0 to 40, the keys there are"),
+        (dict(lengths=jnp.array([-1, 4])), r"select: lengths is \[-1  4\], wanted 0 to 40"),
+        (
+            dict(query_positions=jnp.array([[1, 2, -2]] * 2)),
+            r"select: query_positions holds -2, wanted -1 \(padding\) or more",
+        ),
+    ],
+)
+def test_bad_values_raise_and_are_named(options, message):
+    with pytest.raises(checkify.JaxRuntimeError, match=message):
+        hj.checked(hj.select)(*ARRAYS, METHODS[0], **options)
+    with pytest.raises(checkify.JaxRuntimeError, match=message):
+        hj.checked(jax.jit(lambda *arrays: hj.select(*arrays, METHODS[0], **options)))(*ARRAYS)
+    hj.select(*ARRAYS, METHODS[0], **options)  # unchecked: no error
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens_q", "cu_seqlens_k", "message"),
+    [
+        ([0, 2, 1], [0, 1, 2], r"cu_seqlens_q is \[0 2 1\], wanted ascending offsets from 0 to at most 3"),
+        ([0, 2, 3], [0, 1, 41], r"cu_seqlens_k is \[ 0  1 41\], wanted ascending offsets from 0 to at most 40"),
+    ],
+)
+def test_bad_offsets_raise_and_are_named(cu_seqlens_q, cu_seqlens_k, message):
+    with pytest.raises(checkify.JaxRuntimeError, match=message):
+        hj.checked(hj.select_packed)(*PACKED, jnp.array(cu_seqlens_q), jnp.array(cu_seqlens_k), METHODS[0])
+
+
+def test_bad_indices_raise_and_are_named():
+    indices = jnp.array([[[0, 40], [3, -1]]])
+    with pytest.raises(checkify.JaxRuntimeError, match="sparse_mla: indices range from -1 to 40, wanted -1 to 39"):
+        hj.checked(hj.sparse_mla)(*MLA, indices, scale=0.1, value_dim=16)
+    assert jnp.isfinite(hj.sparse_mla(*MLA, indices, scale=0.1, value_dim=16)).all()

@@ -1,0 +1,81 @@
+"""Which implementation runs, and the reason why another does not."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hisa_jax as hj
+from hisa_jax import dispatch
+
+ARRAYS = jnp.ones((1, 3, 4, 16)), jnp.ones((1, 40, 16)), jnp.ones((1, 3, 4))
+METHOD = hj.Dsa(topk=4)
+
+
+def test_every_implementation_is_listed_and_xla_always_runs():
+    for listed in (hj.implementations(), hj.implementations(*ARRAYS[:2], METHOD)):
+        assert list(listed) == ["mosaic_gpu", "triton", "mosaic_tpu", "xla"]
+        assert listed["xla"] is None
+        assert all(reason is None or len(reason) > 10 for reason in listed.values())
+
+
+def test_asking_about_half_a_call_says_what_is_wanted():
+    with pytest.raises(ValueError, match="implementations: wanted all of q, k and method, or none of them"):
+        hj.implementations(q=ARRAYS[0])
+
+
+def test_shapes_are_enough_to_ask_about_a_call():
+    q, k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ARRAYS[:2])
+    assert hj.implementations(q, k, METHOD)["xla"] is None
+
+
+def test_auto_takes_the_first_that_can_run(monkeypatch):
+    calls = []
+
+    def spy(*args, **kwargs):
+        calls.append("spy")
+        return dispatch.IMPLEMENTATIONS["xla"].select(*args, **kwargs)
+
+    able = dispatch.Implementation(why_not=lambda device, problem: None, select=spy, select_packed=spy)
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "triton", able)
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "mosaic_gpu", refusing("no"))
+    hj.select(*ARRAYS, METHOD)
+    hj.select(*ARRAYS, METHOD, implementation="triton")
+    assert calls == ["spy", "spy"]
+
+
+def refusing(reason):
+    def fail(*args, **kwargs):
+        raise AssertionError("ran although it declined")
+
+    return dispatch.Implementation(why_not=lambda device, problem: reason, select=fail, select_packed=fail)
+
+
+def test_one_that_cannot_run_says_why_and_which_can(monkeypatch):
+    reason = "needs compute capability 9.0, this device is 'NVIDIA A100'"
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "mosaic_gpu", refusing(reason))
+    usable = ", ".join(name for name, why_not in hj.implementations(*ARRAYS[:2], METHOD).items() if why_not is None)
+    message = f'select: implementation="mosaic_gpu" cannot run here: {reason}. Usable: {usable}'
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        hj.select(*ARRAYS, METHOD, implementation="mosaic_gpu")
+
+
+def test_tiles_are_for_xla_alone(monkeypatch):
+    able = dispatch.Implementation(why_not=lambda device, problem: None, select=np.zeros, select_packed=np.zeros)
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "triton", able)
+    with pytest.raises(ValueError, match=re.escape('with implementation="triton", wanted implementation="xla"')):
+        hj.select(*ARRAYS, METHOD, implementation="triton", tiles=hj.Tiles())
+
+
+def test_the_default_device_decides():
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        assert dispatch.Device.default() == dispatch.Device(platform="cpu", kind=cpu.device_kind)
+    with jax.default_device("cpu"):
+        assert dispatch.Device.default().platform == "cpu"
+
+
+def test_an_accelerator_gets_more_queries_a_tile():
+    assert hj.Tiles.heuristic("gpu").queries > hj.Tiles.heuristic("cpu").queries

@@ -1,0 +1,65 @@
+"""The exact top-k: order-preserving image, k-th value, compaction in order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from hisa_jax import topk
+
+INT_MIN, INT_MAX = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+ALL_FLOATS = hnp.arrays(np.float32, (2, 40), elements=st.floats(width=32, allow_nan=False, allow_subnormal=False))
+
+
+@given(ALL_FLOATS)
+def test_the_image_orders_as_the_scores_and_can_be_inverted(scores):
+    image = np.asarray(topk.image_of(jnp.asarray(scores)))
+    for compare in (np.less, np.equal):
+        wanted = compare(scores[0][:, None], scores[0][None, :])
+        np.testing.assert_array_equal(compare(image[0][:, None], image[0][None, :]), wanted)
+    np.testing.assert_array_equal(topk.score_of(jnp.asarray(image)), scores)
+    assert (image > topk.INVISIBLE).all() and (image < topk.FORCED).all()
+
+
+def test_nan_has_the_image_of_minus_infinity_and_zero_has_one():
+    image = topk.image_of(jnp.array([[np.nan, -np.nan, -np.inf, 0.0, -0.0]]))
+    assert image[0, 0] == image[0, 1] == image[0, 2] < image[0, 3] == image[0, 4]
+
+
+@given(
+    st.sampled_from([1, 2, 20, 39, 40]),
+    hnp.arrays(np.int32, (3, 40), elements=st.integers(-3, 3) | st.sampled_from([INT_MIN, INT_MAX])),
+)
+def test_the_k_best_are_chosen_in_order_with_ties_to_the_left(k, image):
+    positions = np.broadcast_to(np.arange(40, dtype=np.int32) * 2, (3, 40))
+    got_image, got_positions = jax.jit(topk.topk_in_order, static_argnums=2)(image, positions, k)
+    for row in range(3):
+        best = np.argsort(-image[row].astype(np.int64), kind="stable")[:k]
+        best = np.sort(best[image[row, best] > INT_MIN])
+        np.testing.assert_array_equal(got_positions[row], [*(2 * best), *[-1] * (k - len(best))])
+        np.testing.assert_array_equal(got_image[row], [*image[row, best], *[INT_MIN] * (k - len(best))])
+
+
+@pytest.mark.parametrize("S", [1, 31, 32, 33, 64, 100])
+def test_compaction_finds_every_set_bit(S):
+    rng = np.random.default_rng(S)
+    for share in (0.0, 0.1, 0.5, 1.0):
+        mask = rng.random((4, S)) < share
+        columns, filled = topk.compact(jnp.asarray(mask), 20)
+        for row in range(4):
+            wanted = np.flatnonzero(mask[row])[:20]
+            np.testing.assert_array_equal(columns[row], [*wanted, *[0] * (20 - len(wanted))])
+            assert filled[row].tolist() == [True] * len(wanted) + [False] * (20 - len(wanted))
+
+
+def test_all_patterns_of_eight_candidates():
+    # Every subset of visible candidates, equal scores: the first k visible.
+    patterns = (np.arange(256)[:, None] >> np.arange(8)) & 1 == 1
+    image = np.where(patterns, 7, INT_MIN).astype(np.int32)
+    _, positions = topk.topk_in_order(jnp.asarray(image), jnp.broadcast_to(jnp.arange(8), (256, 8)), 3)
+    for row in range(256):
+        wanted = np.flatnonzero(patterns[row])[:3]
+        assert positions[row].tolist() == [*wanted, *[-1] * (3 - len(wanted))]
