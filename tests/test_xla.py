@@ -1,11 +1,13 @@
 """Implementation "xla" keeps the contract, and its tile sizes change nothing."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 import hisa_jax as hj
-from tests import contract, draw
+from tests import contract, draw, oracle
 from tests.contract import METHODS, assert_same_bits
 
 
@@ -15,17 +17,17 @@ class XlaSelectionTest(contract.SelectionContract):
     @parameterized.product(queries=[1, 3, 64], keys=[128, 1024], method=list(METHODS))
     def test_tile_sizes_do_not_change_the_selection(self, queries, keys, method):
         q, k, w = draw.inputs(2, 11, 700, 8, 64, dtype="bfloat16")
-        options = dict(return_scores=True, lengths=jnp.array([700, 333]))
+        options = dict(lengths=jnp.array([700, 333]))
         wanted = self.select(q, k, w, METHODS[method], **options)
         got = self.select(q, k, w, METHODS[method], tiles=hj.Tiles(queries=queries, keys=keys), **options)
         assert_same_bits(got, wanted)
 
     def test_more_means_than_a_tile(self):
-        # 75 blocks scored 128 at a time would be one tile; blocks of 2 make 600, in five tiles.
+        # 600 blocks, scored 128 at a time.
         q, k, w = draw.inputs(1, 3, 1200, 2, 16)
         method = hj.Hisa(topk=16, block_size=2, block_topk=150)  # 300 candidates, in three tiles
-        got = self.select(q, k, w, method, tiles=hj.Tiles(keys=128), return_scores=True, return_blocks=True)
-        assert_same_bits(got, self.select(q, k, w, method, return_scores=True, return_blocks=True))
+        got = self.select(q, k, w, method, tiles=hj.Tiles(keys=128))
+        assert_same_bits(got, self.select(q, k, w, method))
         self.assert_keeps_the_contract(q, k, w, method)
 
 
@@ -39,3 +41,31 @@ def test_a_query_of_no_sequence_costs_no_scores():
     positions = jnp.array([[-1, 5, -1]])
     got = hj.select(*map(jnp.asarray, (q, k, w)), hj.Dsa(topk=4), query_positions=positions)
     np.testing.assert_array_equal(got.count, [[0, 4, 0]])
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_the_form_for_accelerators_selects_the_same(method, monkeypatch):
+    """Off the CPU all queries of a tile are scored in one product; that form must be right here, too."""
+    q, k, w = draw.inputs(2, 11, 300, 4, 32)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cpu, default: default(*operands))
+    jax.clear_caches()
+    options = dict(return_scores=True, return_blocks=method.has_blocks)
+    got = hj.select(*map(jnp.asarray, (q, k, w)), method, tiles=hj.Tiles(queries=4, keys=128), **options)
+    jax.clear_caches()
+    reference = oracle.select(q, k, w, method)
+    oracle.assert_same_selection(
+        got.indices, got.count, reference, contract.TOLERANCE, scores=got.scores, blocks=got.blocks
+    )
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+def test_it_lowers_for_every_platform(platform):
+    q, k, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 64, 64, 128), (1, 8192, 128), (1, 64, 64)))
+    w = jax.ShapeDtypeStruct(w.shape, jnp.float32)
+
+    def run(q, k, w):
+        method = hj.Hisa(topk=512, block_size=128, block_topk=16)
+        selection = hj.select(q, k, w, method, implementation="xla")
+        return selection, hj.sparse_mla(q, k, selection.indices, scale=0.1, value_dim=64)
+
+    assert jax.export.export(jax.jit(run), platforms=[platform])(q, k, w).platforms == (platform,)

@@ -1,0 +1,34 @@
+"""The commands: `python -m bench COMMAND`."""
+
+import argparse
+import importlib
+import sys
+
+from bench import UserError
+
+# Command -> module, help. A module has `add_arguments(parser)` and `run(args) -> int`, the exit status.
+COMMANDS = {
+    "demo": ("bench.demo", "the main job: index real text with all methods, show speed, quality and found passages"),
+    "memory": ("bench.memory", "peak memory of each method at a long context"),
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benches of hisa_jax.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module_name, description) in COMMANDS.items():
+        command = commands.add_parser(name, help=description, description=description)
+        if argv[:1] == [name]:  # the others need not be imported
+            module = importlib.import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"python -m bench {args.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

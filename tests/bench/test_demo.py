@@ -1,0 +1,105 @@
+"""The main job, end to end on a small text, and what it says when it cannot work."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bench import demo
+from bench.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    """1,100 tokens: random words, with a passage at the start that comes again at 470 and at the end."""
+    random = [f"w{i}" for i in np.random.default_rng(0).integers(90, size=1100)]
+    passage = [f"p{i}" for i in range(20)]
+    random[20:40] = random[480:500] = random[1000:1020] = passage
+    path = tmp_path_factory.mktemp("text") / "small.txt"
+    path.write_text(" ".join(random))
+    return path
+
+
+def test_the_demo_shows_a_table_and_passages_and_writes_rows_and_a_figure(text_file, tmp_path, capsys):
+    arguments = ["--context", "1024", "512", "--queries", "4", "--repeats", "2", "--out", str(tmp_path / "new" / "out")]
+    assert main(["demo", "--text", str(text_file), *arguments]) == 0
+
+    shown = capsys.readouterr().out
+    for wanted in ("small.txt", "HISA", "block-sparse", "implementation", "512 (4), 1K (4)", "found at", ">> p"):
+        assert wanted in shown
+    assert (tmp_path / "new" / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((tmp_path / "new" / "out" / "demo.json").read_text())
+    assert written.keys() == {"text", "seed", "device", "platform", "cpu_cores", "jax", "rows"}
+    rows = written["rows"]
+    assert [(row["context"], row["method"]) for row in rows] == [
+        (context, method) for context in (512, 1024) for method in ("dsa", "hisa", "block-sparse")
+    ]
+    for row in rows:
+        assert row.keys() == {
+            "row", "method", "implementation", "shape", "context", "dtype", "queries", "first_call_ms", "ms_per_query",
+            "spread_ms_per_query", "time_to_flat", "recall", "iou", "mass", "queries_with_places", "median_n",
+            "places_kept", "identical_queries",
+        }  # fmt: skip
+        # So few tokens are all selected.
+        assert (row["recall"], row["iou"], row["mass"], row["places_kept"]) == (1, 1, 1, 1)
+        assert row["ms_per_query"] > 0
+
+
+def test_a_text_without_repeats_has_no_right_answers_and_still_runs(tmp_path, capsys):
+    path = tmp_path / "unique.txt"
+    path.write_text(" ".join(f"w{i}" for i in range(512)))
+    # The shapes of the test above, which are compiled.
+    arguments = ["--context", "512", "--queries", "4", "--repeats", "1", "--out", str(tmp_path)]
+    assert main(["demo", "--text", str(path), *arguments]) == 0
+    assert "there were none" in capsys.readouterr().out
+    assert {row["places_kept"] for row in json.loads((tmp_path / "demo.json").read_text())["rows"]} == {None}
+
+
+def test_a_text_shorter_than_the_default_contexts_is_used_as_far_as_it_goes(text_file, monkeypatch):
+    monkeypatch.setattr(demo, "DEFAULT_CONTEXTS", (256, 1024, 2048))
+    tokens, contexts = demo._read(text_file, None)
+    assert (len(tokens), contexts) == (1024, [256, 1024])
+
+
+def test_a_selection_that_breaks_the_contract_stops_the_demo():
+    same, other = (demo.hj.Selection(indices=np.array([[[0, i]]]), count=np.array([[2]])) for i in (1, 2))
+    assert demo._check_identical(same, same, np.array([8191])) == 1
+    assert demo._check_identical(same, other, np.array([8192])) == 0
+    with pytest.raises(RuntimeError, match="against the contract"):
+        demo._check_identical(same, other, np.array([8191]))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--context", "0"], "argument --context: '0', wanted a whole number from 1 to 1,048,576"),
+        (["--context", "1048577"], "argument --context: '1048577', wanted a whole number from 1 to 1,048,576"),
+        (["--context", "8K"], "argument --context: '8K', wanted a whole number from 1 to 1,048,576"),
+        (["--queries", "0"], "argument --queries: '0', wanted a whole number from 1 to 4,096"),
+    ],
+)
+def test_options_out_of_range_are_refused_with_the_range(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_text_an_empty_one_and_a_short_one_are_named(tmp_path, capsys):
+    def error_of(content: bytes | None, context: str) -> str:
+        path = tmp_path / "text"
+        if content is not None:
+            path.write_bytes(content)
+        assert main(["demo", "--text", str(path), "--context", context, "--out", str(tmp_path)]) == 2
+        return capsys.readouterr().err.replace(str(tmp_path), "")
+
+    head = "python -m bench demo: error: --text /text: "
+    assert error_of(None, "1") == head + "cannot be read: No such file or directory\n"
+    assert error_of(b"", "1") == head + "is empty\n"
+    assert error_of(b"three short words", "4") == head + "3 tokens, wanted 4: give more text or a smaller --context\n"
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.endswith("file: cannot be written to: File exists\n")

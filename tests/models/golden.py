@@ -1,0 +1,94 @@
+"""The golden cases: numbers of the public model code, and our model on the same weights."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+import models
+
+FOLDER = Path(__file__).parent.parent / "golden"
+CASES = ("dsv32", "glm5", "glm52")
+LOGITS, HIDDEN, SCORES = 5e-4, 5e-5, 1e-4
+
+
+@functools.cache
+def numbers(case):
+    """What golden.npz holds."""
+    with np.load(FOLDER / case / "golden.npz") as arrays:
+        return dict(arrays)
+
+
+@functools.cache
+def index_inputs(case):
+    """What indexer.npz holds: q, k, w of each layer that selects."""
+    with np.load(FOLDER / case / "indexer.npz") as arrays:
+        return dict(arrays)
+
+
+@functools.cache
+def model(case):
+    return models.from_pretrained(FOLDER / case)
+
+
+def with_config(case, **changes):
+    """The case's weights under a changed config."""
+    config = dataclasses.replace(models.read_config(FOLDER / case), **changes)
+    return models.from_pretrained(FOLDER / case, config=config)
+
+
+@functools.cache
+def output(case, form="auto"):
+    return model(case).run(ids(case), trace=True, form=form)
+
+
+def ids(case):
+    return jnp.asarray(numbers(case)["input_ids"])
+
+
+def selects(case, layer):
+    return f"L{layer}.index_selected" in numbers(case)
+
+
+def token_scores(inputs):
+    """[B, T, H, D], [B, S, D], [B, T, H] -> [B, T, S] float64, of tokens before and after the query alike."""
+    q, k, w = (np.asarray(x, np.float64) for x in inputs)
+    return np.einsum("bth,bths->bts", w, np.maximum(np.einsum("bthd,bsd->bths", q, k), 0))
+
+
+def deinterleaved(x, config):
+    """Index queries or keys with the rotated dims as the public code has them: even ones, then odd ones."""
+    if not config.indexer_rope_interleave:
+        return np.asarray(x)
+    R = config.qk_rope_head_dim
+    return np.concatenate([x[..., 0:R:2], x[..., 1:R:2], x[..., R:]], axis=-1)
+
+
+def as_mask(selection, size):
+    """A selection's indices [B, T, K] as a mask [B, T, size]."""
+    indices = np.asarray(selection.indices)
+    mask = np.zeros((*indices.shape[:2], size + 1), bool)
+    np.put_along_axis(mask, np.where(indices < 0, size, indices), True, axis=-1)
+    return mask[..., :size]
+
+
+def assert_close(got, want, limit, name=""):
+    """Absolute, as the limits are stated."""
+    difference = np.abs(np.asarray(got, np.float64) - np.asarray(want, np.float64))
+    where = tuple(int(i) for i in np.unravel_index(difference.argmax(), difference.shape))
+    assert difference.max() <= limit, f"{name}: off by {difference.max():.3g} at {where}, allowed is {limit}"
+
+
+def write_checkpoint(folder, case, change=lambda tensors: None, **config):
+    """A copy of a case whose tensors and config.json keys were changed; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = safetensors.numpy.load_file(FOLDER / case / "model.safetensors")
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    keys = json.loads((FOLDER / case / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(keys | config))
+    return folder

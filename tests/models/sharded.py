@@ -1,0 +1,109 @@
+"""The models on 8 emulated devices against the golden numbers; run by test_sharding.py in a process of its own.
+
+The number of devices is fixed when JAX starts, so it cannot be set for one test among others.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from flax import nnx  # noqa: E402
+
+import hisa_jax as hj  # noqa: E402
+import models  # noqa: E402
+from tests.models import golden  # noqa: E402
+
+run = jax.jit(lambda model, tokens, mask=None: model(tokens, mask=mask))
+
+
+def per_device_share(model):
+    """Largest share of any parameter's bytes that one device holds, and of all of them."""
+    leaves = jax.tree.leaves(nnx.state(model))
+    held = sum(x.addressable_shards[0].data.nbytes for x in leaves)
+    return held / sum(x.nbytes for x in leaves)
+
+
+def logits_on(case, mesh, method=None):
+    model = models.from_pretrained(golden.FOLDER / case, method, mesh=mesh)
+    tokens = golden.ids(case)
+    # Both rows twice: a batch that the data axis divides.
+    return model, run(model, jnp.concatenate([tokens, tokens]))[: len(tokens)]
+
+
+def tensor_and_data_parallel():
+    """dsv32 has 4 heads and 8 experts, so model=4 splits both; glm5 has 5 heads, which stay whole."""
+    for case, most in (("dsv32", 0.6), ("glm5", 0.75)):
+        model, logits = logits_on(case, models.make_mesh(data=2, model=4))
+        golden.assert_close(logits, golden.numbers(case)["logits"], golden.LOGITS, case)
+        assert per_device_share(model) < most, per_device_share(model)
+        gate = model.layers[1].mlp.gate[...]
+        assert {shard.data.shape for shard in gate.addressable_shards} == {(2, *gate.shape[1:])}
+        heads = model.layers[0].attention.q_b[...].sharding.spec
+        assert heads == jax.P(None, "model" if case == "dsv32" else None, None), heads
+
+
+def explicit_mesh_of_one_axis():
+    """What jax.make_mesh makes is taken, too, and an axis that is not there splits nothing."""
+    for axis in ("data", "model"):
+        _, logits = logits_on("glm52", jax.make_mesh((2,), (axis,), devices=jax.devices()[:2]))
+        golden.assert_close(logits, golden.numbers("glm52")["logits"], golden.LOGITS, axis)
+
+
+def quantised_keys_and_hisa():
+    """QuantizedKeys pass the mesh as a whole; the selection is that of one device."""
+    config = dataclasses.replace(
+        models.read_config(golden.FOLDER / "dsv32"), index_key_dtype="int8", index_hadamard=True
+    )
+    method, tokens = hj.Hisa(topk=8, block_size=4, block_topk=3), golden.ids("dsv32")
+    for mesh in (None, models.make_mesh(data=2, model=4)):
+        model = models.from_pretrained(golden.FOLDER / "dsv32", method, mesh=mesh, config=config)
+        logits = run(model, tokens)
+        want = logits if mesh is None else want  # noqa: F821
+    golden.assert_close(logits, want, golden.LOGITS)
+
+
+def generation():
+    """Chunks, padding, caches and decoding on the mesh."""
+    numbers = golden.numbers("dsv32")
+    want, length = numbers["greedy.ids"][0].tolist(), int(numbers["greedy.prompt_length"])
+    model = models.from_pretrained(golden.FOLDER / "dsv32", mesh=models.make_mesh(data=2, model=4))
+    result = models.generate(model, [want[:length], want[:5]], len(want) - length, chunk=8)
+    assert result.tokens[0] == want[length:]
+    cache = model.empty_cache(2, 8)
+    assert {shard.data.shape[0] for shard in cache.layers[0].kv.addressable_shards} == {1}
+
+
+def save_here_restore_there():
+    """A model saved on one mesh comes back on another one, and random weights are made where they lie."""
+    config = models.read_config(golden.FOLDER / "dsv32")
+    model = models.from_config(config, rngs=nnx.Rngs(0), mesh=models.make_mesh(data=2, model=4))
+    assert per_device_share(model) < 0.6
+    with tempfile.TemporaryDirectory() as folder:
+        models.save(model, folder)
+        for mesh in (None, models.make_mesh(model=8)):
+            restored = models.restore(folder, mesh=mesh)
+            jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(restored))
+    gate = restored.layers[1].mlp.gate[...]
+    assert {shard.data.shape for shard in gate.addressable_shards} == {(1, *gate.shape[1:])}
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        tensor_and_data_parallel, explicit_mesh_of_one_axis, quantised_keys_and_hisa, generation,
+        save_here_restore_there,
+    )
+}  # fmt: skip
+
+if __name__ == "__main__":
+    for name in json.loads(sys.argv[1]):
+        CHECKS[name]()
+        print("passed", name, flush=True)

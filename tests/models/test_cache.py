@@ -1,0 +1,108 @@
+"""Caches and positions: a sequence gives the same whichever way it comes in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hisa_jax as hj
+from models.cache import write
+from models.dsa import choose_form
+
+from . import golden
+
+HISA = hj.Hisa(topk=8, block_size=4, block_topk=3)
+
+
+def test_tokens_without_a_slot_or_beyond_the_last_one_are_dropped():
+    got = write(jnp.zeros((1, 3)), jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[-1, 1, 3]]))
+    assert got.tolist() == [[0, 2, 0]]
+
+
+@pytest.mark.parametrize("case", ["glm5", "glm52"])
+def test_padding_anywhere_changes_neither_selection_nor_logits(case):
+    """With blocks, whose borders a shifted count of tokens would move."""
+    model = golden.model(case).with_method(HISA)
+    tokens = golden.ids(case)[:1, :30]
+    alone = model.run(tokens, trace=True)
+    columns = {
+        "left": np.arange(10, 40),
+        "right": np.arange(30),
+        "holes": np.delete(np.arange(40), np.arange(1, 31, 3)),
+    }
+    for name, where in columns.items():
+        padded = jnp.zeros((1, 40), jnp.int32).at[:, where].set(tokens)
+        mask = jnp.zeros((1, 40), bool).at[:, where].set(True)
+        out = model.run(padded, mask=mask, trace=True)
+        golden.assert_close(out.logits[:, where], alone.logits, golden.LOGITS, name)
+        for got, want in zip(out.layers, alone.layers, strict=True):
+            np.testing.assert_array_equal(got.selection.indices[:, where], want.selection.indices, name)
+        padding = np.setdiff1d(np.arange(40), where)
+        assert (np.asarray(out.layers[0].selection.count)[:, padding] == 0).all()
+
+
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+def test_chunks_give_what_the_whole_gives(form):
+    model, tokens = golden.model("glm5").with_method(HISA), golden.ids("glm5")
+    whole = model.run(tokens)
+    cache, logits = model.empty_cache(2, 48), []
+    for first in range(0, 40, 10):
+        out = model.run(tokens[:, first : first + 10], cache=cache, form=form)
+        cache, logits = out.cache, [*logits, out.logits]
+    golden.assert_close(jnp.concatenate(logits, axis=1), whole.logits, golden.LOGITS)
+    assert cache.lengths.tolist() == [40, 40] and cache.capacity == 48
+
+
+def test_positions_are_for_rope_alone():
+    """RoPE is relative: tokens that all stand further on give the same."""
+    model, tokens = golden.model("glm5"), golden.ids("glm5")[:, :24]
+    positions = jnp.broadcast_to(jnp.arange(24), (2, 24)) + 100
+    golden.assert_close(model(tokens, positions), model(tokens), golden.LOGITS)
+
+
+def test_a_row_of_padding_gives_finite_logits():
+    model, tokens = golden.model("dsv32"), golden.ids("dsv32")
+    mask = jnp.zeros((2, 40), bool).at[0].set(True)
+    assert np.isfinite(np.asarray(model(tokens, mask=mask))).all()
+    for form in ("expanded", "absorbed"):
+        assert np.isfinite(np.asarray(model.run(tokens, mask=mask, form=form).logits)).all()
+
+
+def test_the_form_of_attention_goes_by_the_work():
+    config = golden.model("dsv32").config
+    assert choose_form(config, 1, 40, 8) == "absorbed"
+    assert choose_form(config, 40, 8, 8) == "expanded"
+    from models import dsv32
+
+    assert choose_form(dsv32(), 2048, 6000, 2048) == "expanded"
+    assert choose_form(dsv32(), 2048, 8192, 2048) == "absorbed"
+    assert choose_form(dsv32(), 1, 2048, 2048) == "absorbed"
+
+
+def test_the_model_is_a_pytree_under_jit():
+    model, tokens = golden.model("glm5"), golden.ids("glm5")
+    logits = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
+    golden.assert_close(logits, golden.numbers("glm5")["logits"], golden.LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"input_ids": jnp.zeros(3, jnp.int32)}, ValueError, r"input_ids is \[3\], wanted \[B, T\]"),
+        ({"input_ids": jnp.zeros((1, 3))}, TypeError, "input_ids is float32, wanted int32"),
+        ({"positions": jnp.zeros((1, 3))}, TypeError, "positions is float32, wanted int32"),
+        ({"positions": jnp.zeros((1, 2), jnp.int32)}, ValueError, r"positions is \[1, 2\], wanted that of input_ids"),
+        ({"mask": jnp.zeros((3, 1), bool)}, ValueError, r"mask is \[3, 1\], wanted that of input_ids, \[1, 3\]"),
+        ({"phase": "train"}, ValueError, "phase is 'train', wanted 'prefill'"),
+        ({"form": "dense"}, ValueError, "form is 'dense', wanted 'auto'"),
+    ],
+)
+def test_bad_inputs_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        golden.model("dsv32").run(**{"input_ids": jnp.zeros((1, 3), jnp.int32)} | arguments)
+
+
+def test_a_cache_of_another_batch_is_refused():
+    model = golden.model("dsv32")
+    with pytest.raises(ValueError, match="cache has 2 rows, wanted input_ids' 1"):
+        model.run(jnp.zeros((1, 3), jnp.int32), cache=model.empty_cache(2, 3))

@@ -1,0 +1,190 @@
+"""Generation and its command."""
+
+import json
+import re
+import runpy
+import sys
+
+import numpy as np
+import pytest
+
+import hisa_jax as hj
+import models
+from models.__main__ import main
+from models.generate import pad_left
+from models.indexers import make_method, read_methods
+from models.tokens import Bytes, load_tokenizer
+
+from . import golden
+
+FOLDER = golden.FOLDER / "glm5"
+PROMPTS = [[5, 17, 30, 41, 52, 63, 74, 85, 96, 7, 18, 29, 40], [90, 80, 70, 60, 50, 40, 30, 20, 10]]
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    return models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8)
+
+
+def test_a_batch_of_unequal_prompts_continues_each_as_if_alone(greedy):
+    for prompt, tokens in zip(PROMPTS, greedy.tokens, strict=True):
+        alone = models.generate(golden.model("glm5"), [prompt], 3, chunk=8)
+        assert alone.tokens == [tokens] and len(tokens) == 3
+
+
+def test_it_counts_and_times(greedy):
+    assert greedy.prompt_tokens == 22 and greedy.recall == {}
+    assert greedy.prefill_rate > 0 and greedy.decode_rate > 0
+
+
+def test_a_stop_token_ends_its_row_alone(greedy):
+    first, second = greedy.tokens
+    stop, at = next((token, i) for i, token in enumerate(first) if i and token not in (*first[:i], *second))
+    stopped = models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8, stop_ids=[stop])
+    assert stopped.tokens == [first[: at + 1], second]
+
+
+def test_draws_depend_on_the_seed_and_the_temperature_alone(greedy):
+    def draw(seed, temperature):
+        return models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8, temperature=temperature, seed=seed).tokens
+
+    assert draw(0, 1.0) == draw(0, 1.0) != draw(1, 1.0)
+    assert draw(0, 1e-4) == greedy.tokens
+
+
+def test_recall_is_full_for_the_flat_indexer_and_not_for_few_blocks():
+    prompts = golden.ids("glm52")[:, :30].tolist()
+    few = hj.Hisa(topk=8, block_size=4, block_topk=2)
+    model = golden.model("glm52").with_method(dict.fromkeys(range(1, 7), few))
+    result = models.generate(model, prompts, 4, chunk=16, report_recall=True)
+    for phase in ("prefill", "decode"):
+        flat, *others = result.recall[phase]
+        assert flat == 1
+        assert [value is not None for value in others] == [golden.selects("glm52", i) for i in range(1, 7)]
+        assert all(0 < value < 1 for value in others if value is not None)
+
+
+def test_prompts_are_padded_on_the_left_to_whole_chunks():
+    ids, mask = pad_left([[1, 2, 3], [4]], 2)
+    assert ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 4]] and mask.astype(int).tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
+    assert pad_left([[1, 2, 3]], 512)[0].shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "at least one prompt"),
+        ({"prompts": [[1], []]}, "each at least one token"),
+        ({"prompts": [[101]]}, "prompts hold token 101, wanted 0 to 100"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 256}, "make 257 tokens, the model has 256 positions"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        models.generate(golden.model("glm5"), **{"prompts": [[1]], "max_new_tokens": 1} | arguments)
+
+
+def command(*arguments, tokens=3):
+    return main(
+        ["generate", "--checkpoint", str(FOLDER), "--max-new-tokens", str(tokens), "--dtype", "float32", *arguments]
+    )
+
+
+def test_the_command_continues_text_byte_by_byte(capsys):
+    assert command("--prompt", "HISA 2026") == 0
+    out, err = capsys.readouterr()
+    want = models.generate(golden.model("glm5"), [list(b"HISA 2026")], 3).tokens[0]
+    assert out == Bytes(101).decode(want) + "\n"
+    assert "tokens/s" in err and "recall" not in err
+
+
+def test_the_command_continues_ids_with_any_indexer(capsys, tmp_path):
+    ids = ",".join(map(str, golden.ids("glm5")[0, :20].tolist()))
+    layers = tmp_path / "layers.json"
+    layers.write_text(
+        json.dumps({"default": {"indexer": "hisa", "block_size": 4, "block_topk": 10}, "0": {"indexer": "dsa"}})
+    )
+    blocks = ["--block-size", "4"]
+    printed = {}
+    for name, options in {
+        "dsa": [],
+        "hisa": [*blocks, "--block-topk", "2"],
+        "block-sparse": blocks,
+        layers: [],
+    }.items():
+        report = ["--report-recall"] if name == "hisa" else []
+        assert command("--prompt-ids", ids, "--indexer", str(name), *options, *report) == 0
+        printed[name] = capsys.readouterr()
+    assert len({out for out, _ in printed.values()}) > 1
+    # All blocks kept: the flat indexer by another way.
+    assert printed[layers].out == printed["dsa"].out
+    rows = [line.split() for line in printed["hisa"].err.splitlines()[-3:]]
+    assert [row[0] for row in rows] == ["0", "1", "2"] and all(0 < float(row[1]) < 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "lower case"], "prompt holds byte 108, but the vocabulary has only 101 tokens"),
+        (["--prompt", "A", "--indexer", "flat"], "indexer is flat, wanted one of dsa, hisa, block-sparse or a file"),
+        (["--prompt", "A", "--indexer", "dsa", "--block-size", "4"], "--indexer: .*block_size"),
+        (["--prompt", "A", "--model-parallel", "99"], r"make_mesh\(data=1, model=99\): there are 1 devices"),
+        (["--prompt", "A", "--checkpoint", "nowhere"], r"wanted a folder with a config\.json"),
+    ],
+)
+def test_the_command_says_what_is_wrong(capsys, arguments, message):
+    assert command(*arguments) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and re.search(message, err)
+
+
+def test_the_command_runs_as_a_module(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "models.__main__")
+    monkeypatch.setattr(sys, "argv", ["models", "generate", "--help"])
+    with pytest.raises(SystemExit) as status:
+        runpy.run_module("models", run_name="__main__", alter_sys=True)
+    assert status.value.code == 0 and "--report-recall" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "not JSON"),
+        ('{"0": 1}', "wanted an object of objects"),
+        ('{"3": {"indexer": "dsa"}}', "names layer '3', wanted 'default' or one from '0' to '2'"),
+        ('{"0": {"indexer": "flat"}}', "0: indexer is 'flat', wanted one of dsa, hisa, block-sparse"),
+        ('{"0": {"indexer": "dsa", "topk": 0}}', r"0: Dsa\(topk=0\)"),
+        ('{"0": {"topk": 8}}', "0: indexer is None"),
+    ],
+)
+def test_a_per_layer_file_that_is_none_is_refused(tmp_path, text, message):
+    file = tmp_path / "layers.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_methods(file, golden.model("glm5").config)
+
+
+def test_methods_take_topk_from_the_checkpoint_unless_given():
+    config = golden.model("glm5").config
+    assert make_method("dsa", config) == hj.Dsa(topk=8)
+    assert make_method("hisa", config, topk=4) == hj.Hisa(topk=4)
+
+
+def test_the_folders_tokenizer_is_used_if_there_is_one(tmp_path):
+    assert isinstance(load_tokenizer(tmp_path, 300), Bytes)
+    assert Bytes(300).decode(Bytes(300).encode("grüße")) == "grüße"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    try:
+        import tokenizers
+    except ModuleNotFoundError:
+        with pytest.raises(ModuleNotFoundError, match="needs the package tokenizers: pip install tokenizers"):
+            load_tokenizer(tmp_path, 300)
+        return
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0, "world": 1}, unk_token="hello"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path, 300)
+    assert tokenizer.encode("world hello") == [1, 0] and tokenizer.decode(np.array([0, 1]).tolist()) == "hello world"

@@ -1,0 +1,36 @@
+"""The models split over 8 emulated devices compute what one device does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import models
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "checks",
+    [
+        ["tensor_and_data_parallel", "explicit_mesh_of_one_axis"],
+        ["quantised_keys_and_hisa", "generation", "save_here_restore_there"],
+    ],
+    ids="+".join,
+)
+def test_eight_devices_give_what_one_gives(checks):
+    """tests/models/sharded.py says what each check promises."""
+    command = [sys.executable, "-W", "error", "-m", "tests.models.sharded", json.dumps(checks)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines() == [f"passed {name}" for name in checks]
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"make_mesh\(data=4096, model=2\): there are"):
+        models.make_mesh(4096, 2)
+    with pytest.raises(ValueError, match=r"mesh has the axes \('tp',\), wanted 'data', 'model' or both"):
+        models.from_pretrained(ROOT / "tests/golden/glm5", mesh=jax.make_mesh((1,), ("tp",)))
