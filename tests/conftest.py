@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items):
     if jax.default_backend() == "gpu":
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU, this machine has {jax.default_backend()}"))
 
 

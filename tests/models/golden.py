@@ -13,6 +13,8 @@ import models
 
 FOLDER = Path(__file__).parent.parent / "golden"
 CASES = ("dsv32", "glm5", "glm52")
+# Other group counts, two shared experts, other eps, another mscale, a pattern string: see make_variants.py there.
+VARIANTS = ("variant_dsv32", "variant_glm")
 LOGITS, HIDDEN, SCORES = 5e-4, 5e-5, 1e-4
 
 

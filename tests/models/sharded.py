@@ -25,7 +25,7 @@ run = jax.jit(lambda model, tokens, mask=None: model(tokens, mask=mask))
 
 
 def per_device_share(model):
-    """Largest share of any parameter's bytes that one device holds, and of all of them."""
+    """Share of the bytes of all parameters that one device holds."""
     leaves = jax.tree.leaves(nnx.state(model))
     held = sum(x.addressable_shards[0].data.nbytes for x in leaves)
     return held / sum(x.nbytes for x in leaves)

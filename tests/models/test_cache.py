@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
+import models
 from models.cache import write
 from models.dsa import choose_form
 
@@ -19,6 +20,7 @@ def test_tokens_without_a_slot_or_beyond_the_last_one_are_dropped():
     assert got.tolist() == [[0, 2, 0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["glm5", "glm52"])
 def test_padding_anywhere_changes_neither_selection_nor_logits(case):
     """With blocks, whose borders a shifted count of tokens would move."""
@@ -72,11 +74,9 @@ def test_the_form_of_attention_goes_by_the_work():
     config = golden.model("dsv32").config
     assert choose_form(config, 1, 40, 8) == "absorbed"
     assert choose_form(config, 40, 8, 8) == "expanded"
-    from models import dsv32
-
-    assert choose_form(dsv32(), 2048, 6000, 2048) == "expanded"
-    assert choose_form(dsv32(), 2048, 8192, 2048) == "absorbed"
-    assert choose_form(dsv32(), 1, 2048, 2048) == "absorbed"
+    assert choose_form(models.dsv32(), 2048, 6000, 2048) == "expanded"
+    assert choose_form(models.dsv32(), 2048, 8192, 2048) == "absorbed"
+    assert choose_form(models.dsv32(), 1, 2048, 2048) == "absorbed"
 
 
 def test_the_model_is_a_pytree_under_jit():

@@ -75,10 +75,17 @@ def test_calling_the_model_gives_the_logits_of_the_public_code(case):
     golden.assert_close(golden.model(case)(golden.ids(case)), golden.numbers(case)["logits"], golden.LOGITS)
 
 
-@cases
+@pytest.mark.parametrize("case", golden.VARIANTS)
+def test_other_settings_give_the_logits_of_the_public_code(case):
+    numbers = golden.numbers(case)
+    golden.assert_close(golden.model(case)(golden.ids(case)), numbers["logits"], golden.LOGITS)
+
+
+@pytest.mark.parametrize("case", [*golden.CASES, *golden.VARIANTS])
 def test_a_left_padded_batch_gives_the_logits_of_the_public_code(case):
     numbers = golden.numbers(case)
-    tokens, mask = jnp.asarray(numbers["padded.input_ids"]), jnp.asarray(numbers["padded.attention_mask"])
+    tokens = jnp.asarray(numbers.get("padded.input_ids", numbers["input_ids"]))
+    mask = jnp.asarray(numbers["padded.attention_mask"])
     is_real = numbers["padded.attention_mask"].astype(bool)
     positions = jnp.asarray(numbers["padded.position_ids"])
     marked = jnp.where(mask == 1, positions, -1)

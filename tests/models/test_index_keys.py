@@ -41,6 +41,7 @@ def test_quantised_index_keys_select_nearly_the_same(dtype, scale):
     assert (scores * selected).sum() > 0.99 * (scores * want).sum()
 
 
+@pytest.mark.slow
 def test_quantised_index_keys_are_cached_as_such():
     settings = {"index_key_dtype": "float8_e4m3fn", "index_hadamard": True}
     model = golden.with_config("dsv32", **settings)

@@ -1,0 +1,67 @@
+"""Device code of `scores` and what `refine` shares with it."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from kernels_pallas.image import FORCED, INVISIBLE, image_of
+from kernels_pallas.types import Ref
+
+
+def scores_body(
+    q_ref: Ref,
+    w_ref: Ref,
+    limit_ref: Ref,
+    first_column_ref: Ref,
+    k_ref: Ref,
+    *refs: Ref,
+    queries: int,
+    keys: int,
+    tile_t: int,
+    tile_s: int,
+    n_parts: int,
+    keep_first: int,
+    keep_last: int,
+) -> None:
+    *scale_ref, o_ref = refs  # in: [T, H, D], [T, H], [T], [1], [parts, S, D], maybe [S]; out: [T, width]
+    sequence, tile = pl.program_id(0), pl.program_id(1)
+    column = pl.program_id(2) * tile_s
+    first = first_column_ref[0] + column
+    candidate = first + jnp.arange(tile_s, dtype=jnp.int32)
+    there = candidate < keys
+    row = jnp.where(there, sequence * keys + candidate, 0)
+    parts = [load_keys(k_ref, part, row, there) for part in range(n_parts)]
+    scale = plt.load(scale_ref[0].at[row], mask=there, other=0.0) if scale_ref else None
+
+    def one_query(i, _):
+        t = sequence * queries + tile * tile_t + i
+        limit = limit_ref[t]
+
+        @pl.when(first < limit)
+        def _score():
+            image = image_of(score(parts, q_ref[t], w_ref[t], scale))
+            if keep_first or keep_last:
+                image = jnp.where(candidate < keep_first, FORCED, image)
+                image = jnp.where(candidate >= limit - keep_last, FORCED, image)
+            o_ref[t, pl.ds(column, tile_s)] = jnp.where(candidate < limit, image, INVISIBLE)
+
+        return _
+
+    lax.fori_loop(0, jnp.minimum(tile_t, queries - tile * tile_t), one_query, None)
+
+
+def load_keys(k_ref: Ref, part: int, rows: Array, there: Array) -> Array:
+    """Rows of one part of [parts, S, D], zeros where they are not `there`."""
+    columns = jnp.arange(k_ref.shape[2], dtype=jnp.int32)
+    mask = jnp.broadcast_to(there[:, None], (rows.shape[0], columns.shape[0]))
+    return plt.load(k_ref.at[part, rows[:, None], columns[None, :]], mask=mask, other=0.0)
+
+
+def score(parts: list[Array], q: Array, w: Array, scale: Array | None) -> Array:
+    """[s, D] parts, [H, D], [H], [s] -> [s] float32."""
+    contract_last = (((1,), (1,)), ((), ()))
+    products = sum(lax.dot_general(k, q, contract_last, preferred_element_type=jnp.float32) for k in parts)
+    # A select, not a maximum, which Triton lowers to one that drops NaN. The scale once a key, after the sum.
+    total = jnp.sum(jnp.where(products < 0.0, 0.0, products) * w[None, :], axis=1)
+    return total if scale is None else total * scale

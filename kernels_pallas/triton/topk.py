@@ -1,0 +1,115 @@
+"""Exact top-k of rows of score images, ascending: the second half of the refinement and of the block filter.
+    o[t] = the columns (or the tokens they stand for) of the k largest x[t, :limit[t]], in column order, then -1
+
+Floor, 4096 rows of 8192 on an H200: HBM 134 MB / 4.3 TB/s = 0.03 ms. A row lives in the registers of one program, so
+memory is read once; what takes the time is counting: each pass over a row is 8192 compares and a sum over the program.
+`find_cut` needs 6 to 9 passes, and one scan of both counts (above the cut, at the cut) packed in an int32 gives
+tie-breaking and slots together.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from kernels_pallas.image import INVISIBLE
+from kernels_pallas.triton.topk_body import merge_topk_body, topk_body
+
+__all__ = ["INVISIBLE", "MAX_WIDTH", "Config", "heuristic", "merge_topk", "topk", "why_not"]
+
+MAX_WIDTH = 32768  # the two counts of a row share an int32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Launch sizes: they change the speed, never the result."""
+
+    num_warps: int = 8
+
+
+def why_not(width: int) -> str | None:
+    """None, or why rows of this many candidates cannot be selected from in one piece."""
+    if width > MAX_WIDTH:
+        return f"needs at most {MAX_WIDTH} candidates a row, not {width}"
+    return None
+
+
+def heuristic(width: int) -> Config:
+    """32 images a thread: fewer leave the scan's shuffles exposed, more spill."""
+    return Config(num_warps=min(max(pl.next_power_of_2(width) // 1024, 1), 32))
+
+
+@functools.partial(jax.jit, static_argnames=("k", "block_size", "config", "interpret"))
+def topk(
+    x: Array,
+    limit: Array,
+    k: int,
+    block_ids: Array | None = None,
+    block_size: int = 1,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """[T, W] int32 images, [T] int32 -> [T, k] int32, [T] int32 count.
+
+    Args:
+        limit: columns from here on are no candidates, whatever they hold.
+        block_ids: [T, m] int32. Column c is then token block_ids[c // block_size] * block_size + c % block_size.
+    """
+    T, W = x.shape
+    config = config or heuristic(W)
+    row = lambda width: pl.BlockSpec((None, width), lambda t: (t, 0))  # noqa: E731
+    one = pl.BlockSpec((1,), lambda t: (t,))
+    in_specs, operands = [row(W), one], [x, limit]
+    if block_ids is not None:
+        in_specs.append(row(block_ids.shape[1]))
+        operands.append(block_ids)
+    return pl.pallas_call(
+        functools.partial(topk_body, k=k, block_size=block_size),
+        grid=(T,),
+        in_specs=in_specs,
+        out_specs=[row(k), one],
+        out_shape=[jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)],
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        name="hisa_topk",
+        interpret=interpret,
+    )(*operands)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def merge_topk(
+    best: Array,
+    positions: Array,
+    x: Array,
+    start: Array,
+    limit: Array,
+    config: Config | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """One step of a streaming top-k: the k best of `best` and of a new tile of candidates.
+
+    Args:
+        best: [T, k] int32 images of the best so far, `INVISIBLE` in empty slots; `positions`: [T, k], ascending.
+        x: [T, W] int32 images of the tile.
+        start: [1] int32, the position of the tile's first column, beyond all `positions`.
+        limit: [T] int32, candidates of the whole row: columns at or beyond limit - start are none.
+
+    Returns: the new `best` and `positions`; empty slots hold `INVISIBLE` and -1.
+    """
+    (T, W), k = x.shape, best.shape[1]
+    config = config or heuristic(W + k)
+    row = lambda width: pl.BlockSpec((None, width), lambda t: (t, 0))  # noqa: E731
+    one = pl.BlockSpec((1,), lambda t: (t,))
+    return pl.pallas_call(
+        functools.partial(merge_topk_body, k=k),
+        grid=(T,),
+        in_specs=[row(k), row(k), row(W), pl.BlockSpec((1,), lambda t: (0,)), one],
+        out_specs=[row(k), row(k)],
+        out_shape=[jax.ShapeDtypeStruct((T, k), jnp.int32)] * 2,
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        name="hisa_merge_topk",
+        interpret=interpret,
+    )(best, positions, x, start, limit)

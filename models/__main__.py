@@ -1,0 +1,109 @@
+"""The command: python -m models generate --checkpoint DIR --prompt TEXT."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from models.config import Config, read_config
+from models.generate import Generation, generate
+from models.indexers import NAMES, make_method, read_methods
+from models.params import from_pretrained
+from models.plan import MethodLike
+from models.sharding import make_mesh
+from models.tokens import load_tokenizer
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: default: those of the process.
+
+    Returns: the exit status, 1 if the checkpoint or an argument does not do.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        _generate(options)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> None:
+    config = read_config(options.checkpoint)
+    tokenizer = load_tokenizer(options.checkpoint, config.vocab_size)
+    if options.prompt_ids:
+        prompts = [[int(token) for token in text.split(",")] for text in options.prompt_ids]
+    else:
+        prompts = [tokenizer.encode(text) for text in options.prompt]
+    devices = options.data_parallel * options.model_parallel
+    mesh = make_mesh(options.data_parallel, options.model_parallel) if devices > 1 else None
+    model = from_pretrained(options.checkpoint, _method(options, config), _DTYPES[options.dtype], mesh)
+    for _ in range(2 if options.warm_up else 1):
+        result = generate(
+            model, prompts, options.max_new_tokens, chunk=options.chunk, temperature=options.temperature,
+            seed=options.seed, stop_ids=config.eos_token_ids, report_recall=options.report_recall,
+        )  # fmt: skip
+    for tokens in result.tokens:
+        print(",".join(map(str, tokens)) if options.prompt_ids else tokenizer.decode(tokens))
+    _report(result, options.warm_up)
+
+
+def _method(options: argparse.Namespace, config: Config) -> MethodLike:
+    if options.indexer not in NAMES:
+        return read_methods(options.indexer, config)
+    fields = {"topk": options.topk, "block_size": options.block_size, "block_topk": options.block_topk}
+    # What the flat and block-sparse indexers do not have is refused there, by name, if it was given.
+    given = {name: value for name, value in fields.items() if value is not None}
+    return make_method(options.indexer, config, "--indexer", **given)
+
+
+def _report(result: Generation, is_warm: bool) -> None:
+    new = sum(map(len, result.tokens))
+    print(
+        f"prefill {result.prompt_tokens} tokens, {result.prefill_rate:.1f} tokens/s; "
+        f"decode {new} tokens, {result.decode_rate:.1f} tokens/s"
+        f"{'' if is_warm else ' (compilation included)'}",
+        file=sys.stderr,
+    )
+    if not result.recall:
+        return
+    print("recall against the flat indexer, where more than topk tokens are visible", file=sys.stderr)
+    print(f"{'layer':>5} {'prefill':>8} {'decode':>8}", file=sys.stderr)
+    for layer, pair in enumerate(zip(result.recall["prefill"], result.recall["decode"], strict=True)):
+        cells = " ".join(f"{'-' if value is None else format(value, '.4f'):>8}" for value in pair)
+        print(f"{layer:>5} {cells}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m models", description="DSA models with a pluggable indexer.")
+    command = parser.add_subparsers(required=True).add_parser("generate", help="continue prompts by a local checkpoint")
+    command.add_argument("--checkpoint", required=True, metavar="DIR", help="folder with config.json and safetensors")
+    prompts = command.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="repeat for a batch")
+    prompts.add_argument("--prompt-ids", action="append", metavar="1,2,3", help="token ids; prints ids, too")
+    command.add_argument("--indexer", default="dsa", metavar="dsa|hisa|block-sparse|FILE", help="FILE: per-layer JSON")
+    command.add_argument("--topk", type=int, help="tokens each query attends to; default: the checkpoint's")
+    command.add_argument("--block-size", type=int, help="tokens a block")
+    command.add_argument("--block-topk", type=int, help="blocks kept, for hisa")
+    command.add_argument("--max-new-tokens", type=int, default=32)
+    command.add_argument("--chunk", type=int, default=512, help="prompt tokens a forward pass")
+    command.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
+    command.add_argument("--data-parallel", type=int, default=1, metavar="N", help="devices the batch is split over")
+    command.add_argument(
+        "--model-parallel", type=int, default=1, metavar="N", help="devices the weights are split over"
+    )
+    command.add_argument("--warm-up", action="store_true", help="run twice, so that tokens/s leave compilation out")
+    command.add_argument("--report-recall", action="store_true", help="compare each selection with the flat indexer's")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

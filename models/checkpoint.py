@@ -1,0 +1,90 @@
+"""Saves a model as it is here, config and all, and restores it onto any mesh; by Orbax."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from models.config import Config, Yarn
+from models.modeling import Model
+from models.plan import MethodLike
+from models.sharding import parameter_sharding
+
+_CONFIG, _WEIGHTS = "hisa_config.json", "weights"
+
+
+def save(model: Model, folder: str | Path) -> None:
+    """Saves weights and config. The method is no part of them.
+
+    Args:
+        model: on any mesh.
+        folder: a new folder; each process of a multi-host program calls with the same one.
+
+    Raises: FileExistsError: there is a saved model already.
+    """
+    folder = Path(folder).absolute()
+    if (folder / _CONFIG).exists() or (folder / _WEIGHTS).exists():
+        raise FileExistsError(f"save: folder {folder} holds a saved model already")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / _WEIGHTS, _by_name(nnx.state(model)))
+    if jax.process_index() == 0:
+        (folder / _CONFIG).write_text(json.dumps(dataclasses.asdict(model.config), indent=1))
+
+
+def restore(
+    folder: str | Path, method: MethodLike = None, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+) -> Model:
+    """Restores what `save` saved, each device's part by itself.
+
+    Args:
+        folder: given to `save`.
+        method, mesh: as for `models.from_pretrained`; the mesh may be another one than before.
+        dtype: of weights and activations; None for that of the saved model.
+
+    Returns: the model.
+    Raises: FileNotFoundError: no saved model there.
+    """
+    folder = Path(folder).absolute()
+    if not (folder / _CONFIG).is_file():
+        raise FileNotFoundError(f"restore: folder {folder} holds no {_CONFIG}, wanted one that models.save wrote")
+    config = _config_from_json(json.loads((folder / _CONFIG).read_text()))
+    with ocp.StandardCheckpointer() as checkpointer:
+        if dtype is None:
+            dtype = checkpointer.metadata(folder / _WEIGHTS).item_metadata["embed"].dtype
+        model = nnx.eval_shape(lambda: Model(config, method=method, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0)))
+        graph, state = nnx.split(model)
+        one_device = SingleDeviceSharding(jnp.zeros(()).device)
+        wanted = {
+            _name(path): jax.ShapeDtypeStruct(
+                parameter.get_value().shape,
+                parameter.get_value().dtype,
+                sharding=one_device if model.mesh is None else parameter_sharding(model.mesh, parameter),
+            )
+            for path, parameter in nnx.to_flat_state(state)
+        }
+        arrays = checkpointer.restore(folder / _WEIGHTS, wanted)
+    restored = [(path, parameter.replace(arrays[_name(path)])) for path, parameter in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(restored))
+
+
+def _by_name(state: nnx.State) -> dict[str, jax.Array]:
+    return {_name(path): parameter[...] for path, parameter in nnx.to_flat_state(state)}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def _config_from_json(keys: dict[str, Any]) -> Config:
+    """Undoes what JSON does to a Config: tuples become lists, the nested Yarn a dict."""
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in keys.items()}
+    if values["yarn"] is not None:
+        values["yarn"] = Yarn(**values["yarn"])
+    return Config(**values)

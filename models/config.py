@@ -1,0 +1,281 @@
+"""What a checkpoint's config.json says, as one frozen value: the only thing in which the model families differ."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import hisa_jax as hj
+
+LayerKind = Literal["dense", "sparse"]
+IndexerKind = Literal["full", "shared"]
+
+# Which families rotate the indexer's dims in neighbouring pairs; the key `indexer_rope_interleave` overrides it.
+_FAMILIES = {"deepseek_v32": False, "glm_moe_dsa": True}
+
+# Settings of which only one value is built: anything else would load and compute something different in silence.
+_ONLY = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """YaRN context extension (arXiv 2309.00071), under the names of config.json."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    @property
+    def rope_scale(self) -> float:
+        """Multiplier of cos and sin; 1 where mscale equals mscale_all_dim, as published."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
+        return self._magnitude(1.0)
+
+    @property
+    def softmax_scale(self) -> float:
+        """Multiplier of the attention's softmax scale."""
+        return self._magnitude(self.mscale_all_dim) ** 2
+
+    def _magnitude(self, mscale: float) -> float:
+        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Hyperparameters of a DSA model. Names are those of config.json; what it leaves out has the default given here.
+
+    Attributes:
+        layer_kinds: one of "dense", "sparse" (mixture of experts) for each layer.
+        indexer_kinds: one of "full", "shared" (reuses the selection of the last full layer) for each layer.
+        rope_interleave, indexer_rope_interleave: whether RoPE turns dims (2i, 2i + 1) or (i, i + d / 2).
+        yarn: context extension, or None for plain RoPE.
+        lora_norm_eps: eps of the norms of the query and key-value latents. Published code has 1e-6 here whatever
+            `rms_norm_eps` says; some servers pass `rms_norm_eps` instead.
+        index_norm_eps: eps of the LayerNorm of the index keys.
+        index_key_dtype: "float8_e4m3fn" or "int8" quantises index queries and keys, None leaves them as they are.
+        index_key_scale: "ue8m0" rounds their scales up to powers of two, "float32" does not.
+        index_hadamard: whether index queries and keys are rotated by a Hadamard matrix, which spreads outliers before
+            they are quantised and changes nothing else.
+        weight_block_size: rows and columns that share a scale in block-scaled F8_E4M3 weights.
+        num_nextn_predict_layers: multi-token-prediction layers behind the last one, left out; None if unsaid.
+
+    Raises: ValueError: sizes that do not fit together, and settings that are not built.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    routed_scaling_factor: float
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    layer_kinds: tuple[LayerKind, ...]
+    indexer_kinds: tuple[IndexerKind, ...]
+    yarn: Yarn | None = None
+    norm_topk_prob: bool = True
+    rope_interleave: bool = True
+    indexer_rope_interleave: bool = False
+    tie_word_embeddings: bool = False
+    lora_norm_eps: float = 1e-6
+    index_norm_eps: float = 1e-6
+    index_key_dtype: Literal["float8_e4m3fn", "int8"] | None = None
+    index_key_scale: Literal["float32", "ue8m0"] = "float32"
+    index_hadamard: bool = False
+    weight_block_size: tuple[int, int] = (128, 128)
+    num_nextn_predict_layers: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        def demand(holds: bool, name: str, wanted: str) -> None:
+            if not holds:
+                raise ValueError(f"Config({name}={getattr(self, name)!r}): must be {wanted}")
+
+        layers, dim = self.num_hidden_layers, self.index_head_dim
+        demand(layers >= 1, "num_hidden_layers", "at least 1")
+        demand(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "even, since RoPE turns pairs")
+        demand(dim >= self.qk_rope_head_dim, "index_head_dim", f"at least qk_rope_head_dim = {self.qk_rope_head_dim}")
+        demand(len(self.layer_kinds) == layers, "layer_kinds", f"num_hidden_layers = {layers} entries")
+        demand(set(self.layer_kinds) <= {"dense", "sparse"}, "layer_kinds", "made of 'dense' and 'sparse'")
+        demand(len(self.indexer_kinds) == layers, "indexer_kinds", f"num_hidden_layers = {layers} entries")
+        demand(set(self.indexer_kinds) <= {"full", "shared"}, "indexer_kinds", "made of 'full' and 'shared'")
+        demand(self.indexer_kinds[0] == "full", "indexer_kinds", "'full' at layer 0: there is nothing to share yet")
+        demand(self.n_routed_experts % self.n_group == 0, "n_group", f"a divisor of {self.n_routed_experts} experts")
+        demand(1 <= self.topk_group <= self.n_group, "topk_group", f"from 1 to n_group = {self.n_group}")
+        room = self.topk_group * self.n_routed_experts // self.n_group
+        demand(self.num_experts_per_tok <= room, "num_experts_per_tok", f"at most the {room} experts in kept groups")
+        demand(
+            self.index_key_dtype in (None, "float8_e4m3fn", "int8"), "index_key_dtype", "float8_e4m3fn, int8 or None"
+        )
+        demand(self.index_key_scale in ("float32", "ue8m0"), "index_key_scale", "'float32' or 'ue8m0'")
+        demand(not self.index_hadamard or dim & (dim - 1) == 0, "index_hadamard", "False unless index_head_dim is 2^n")
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Dims of an attention query."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """What attention scores are multiplied by before the softmax."""
+        return self.qk_head_dim**-0.5 * (self.yarn.softmax_scale if self.yarn else 1.0)
+
+    @property
+    def method(self) -> hj.Dsa:
+        """The checkpoint's own, flat indexer."""
+        return hj.Dsa(topk=self.index_topk)
+
+
+def read_config(folder: str | Path) -> Config:
+    """Reads a checkpoint's config.json.
+
+    Args:
+        folder: where the checkpoint lies.
+
+    Returns: its `Config`.
+    Raises: FileNotFoundError: no config.json. ValueError: not JSON, a key missing, a setting that is not built.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"read_config: folder is {folder}, wanted a folder with a config.json")
+    try:
+        keys = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(keys, dict):
+        raise ValueError(f"{path}: holds a {type(keys).__name__}, wanted an object")
+    return config_from_keys(keys, str(path))
+
+
+def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
+    """Makes a `Config` of the keys of a config.json, in the style of published ones or of the transformers package.
+
+    Args:
+        keys: the object in config.json. Keys that do not bear on the forward pass are ignored.
+        source: what error messages call it.
+
+    Returns: the `Config`.
+    Raises: ValueError: a key missing, sizes that do not fit together, a setting that is not built.
+    """
+    model_type = keys.get("model_type")
+    if model_type not in _FAMILIES:
+        raise ValueError(f"{source}: model_type is {model_type!r}, wanted one of {', '.join(_FAMILIES)}")
+    for name, only in _ONLY.items():
+        if keys.get(name, only) != only:
+            raise ValueError(f"{source}: {name} is {keys[name]!r}, only {only!r} is built")
+
+    given = {
+        field.name: keys[field.name]
+        for field in dataclasses.fields(Config)
+        if keys.get(field.name) is not None and field.name not in ("weight_block_size",)
+    }
+    given["indexer_rope_interleave"] = keys.get("indexer_rope_interleave", _FAMILIES[model_type])
+    quantization = keys.get("quantization_config") or {}
+    if "weight_block_size" in quantization:
+        given["weight_block_size"] = tuple(quantization["weight_block_size"])
+    if quantization.get("scale_fmt") == "ue8m0":
+        given["index_key_scale"] = "ue8m0"
+    eos = keys.get("eos_token_id")
+    given["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    given["rope_theta"], given["yarn"] = _rope(keys, source)
+    if "num_hidden_layers" in given:
+        given["layer_kinds"] = _layer_kinds(keys, given["num_hidden_layers"])
+        given["indexer_kinds"] = _indexer_kinds(keys, given["num_hidden_layers"], source)
+    missing = [
+        field.name
+        for field in dataclasses.fields(Config)
+        if field.default is dataclasses.MISSING and given.get(field.name) is None
+    ]
+    if missing:
+        raise ValueError(f"{source}: lacks {', '.join(missing)}")
+    try:
+        return Config(**given)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _rope(keys: Mapping[str, Any], source: str) -> tuple[float | None, Yarn | None]:
+    """Theta and YaRN from either `rope_parameters` or `rope_theta` with `rope_scaling`."""
+    rope = {**(keys.get("rope_scaling") or {}), **(keys.get("rope_parameters") or {})}
+    theta = rope.get("rope_theta", keys.get("rope_theta"))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "yarn":
+        raise ValueError(f"{source}: rope type is {kind!r}, wanted 'default' or 'yarn'")
+    named = {field.name: rope[field.name] for field in dataclasses.fields(Yarn) if rope.get(field.name) is not None}
+    named.setdefault("original_max_position_embeddings", keys.get("max_position_embeddings"))
+    if "factor" not in named:
+        raise ValueError(f"{source}: rope type is 'yarn', but it lacks factor")
+    return theta, Yarn(**named)
+
+
+def _layer_kinds(keys: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
+    if keys.get("mlp_layer_types") is not None:
+        return tuple(keys["mlp_layer_types"])
+    dense = keys.get("first_k_dense_replace", 0)
+    return tuple("dense" if i < dense else "sparse" for i in range(layers))
+
+
+def _indexer_kinds(keys: Mapping[str, Any], layers: int, source: str) -> tuple[IndexerKind, ...]:
+    """From a list, else a pattern such as "FFSSF", else the rule of frequency and offset."""
+    if keys.get("indexer_types") is not None:
+        return tuple(keys["indexer_types"])
+    pattern = keys.get("index_topk_pattern")
+    if pattern is not None:
+        if len(pattern) != layers or not set(pattern) <= {"F", "S"}:
+            raise ValueError(
+                f"{source}: index_topk_pattern is {pattern!r}, wanted {layers} letters F (full) or S (shared)"
+            )
+        return tuple("full" if letter == "F" else "shared" for letter in pattern)
+    return indexer_kinds(layers, keys.get("index_topk_freq") or 1, _or(keys.get("index_skip_topk_offset"), 2))
+
+
+def indexer_kinds(layers: int, frequency: int, offset: int) -> tuple[IndexerKind, ...]:
+    """GLM-5.2's rule: full in the first `offset` layers, then in every `frequency`-th, counted from the last of them.
+
+    Args:
+        layers: how many layers there are.
+        frequency: `index_topk_freq`.
+        offset: `index_skip_topk_offset`.
+
+    Returns: "full" or "shared" for each layer.
+    """
+    return tuple("full" if max(i - offset + 1, 0) % frequency == 0 else "shared" for i in range(layers))
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

@@ -1,0 +1,234 @@
+"""DeepSeek Sparse Attention: multi-head latent attention over the tokens that an indexer selects.
+
+Two forms of the attention compute the same. The expanded form makes every head's keys and values from the latents and
+masks what is not selected: cheap while the context is a few times topk. The absorbed form moves the queries into the
+latent space and reads the selected latents alone: decoding, and prefill of long contexts.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import scipy.linalg
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+import hisa_jax as hj
+from models.cache import LayerCache, write
+from models.config import Config
+from models.layers import Init, layer_norm, rms_norm
+from models.rope import rotate
+from models.sharding import per_device
+
+Form = Literal["auto", "expanded", "absorbed"]
+Table = tuple[Array, Array]
+IndexKeys = Array | hj.QuantizedKeys
+IndexInputs = tuple[Array, IndexKeys, Array]
+
+
+class Indexer(nnx.Module):
+    """Makes what the selection is made of: index queries, index keys, head weights."""
+
+    def __init__(self, config: Config, init: Init):
+        E, H, D = config.hidden_size, config.index_n_heads, config.index_head_dim
+        self.config = config
+        self.q = init.weight((config.q_lora_rank, H, D), (None, None, None))
+        self.k = init.weight((E, D), (None, None))
+        self.k_norm = init.constant((D,), 1.0)
+        self.k_norm_bias = init.constant((D,), 0.0)
+        self.w = init.weight((E, H), (None, None), jnp.float32)
+
+    def keys(self, x: Array, table: Table) -> IndexKeys:
+        """Hidden states [B, T, E] -> index keys [B, T, D]."""
+        config = self.config
+        k = layer_norm(x @ self.k[...], self.k_norm[...], self.k_norm_bias[...], config.index_norm_eps)
+        k = self._turn(k, table)
+        if config.index_key_dtype is None:
+            return k
+        return hj.quantize_keys(k, config.index_key_dtype, config.index_key_scale)
+
+    def queries(self, q_latent: Array, x: Array, table: Table) -> tuple[Array, Array]:
+        """Query latents [B, T, Q] and hidden states [B, T, E] -> q [B, T, H, D], w [B, T, H] float32."""
+        config = self.config
+        q = self._turn(jnp.einsum("btl,lhd->bthd", q_latent, self.q[...]), table)
+        w = x.astype(jnp.float32) @ self.w[...] * (config.index_n_heads * config.index_head_dim) ** -0.5
+        if config.index_key_dtype is None:
+            return q, w
+        return hj.quantize_queries(q, w, config.index_key_dtype, config.index_key_scale)
+
+    def _turn(self, x: Array, table: Table) -> Array:
+        """RoPE on the first dims, which MLA has last, then the Hadamard rotation."""
+        R = self.config.qk_rope_head_dim
+        rotated = rotate(x[..., :R], table, self.config.indexer_rope_interleave)
+        x = jnp.concatenate([rotated, x[..., R:]], axis=-1)
+        if not self.config.index_hadamard:
+            return x
+        D = x.shape[-1]
+        return x @ jnp.asarray(scipy.linalg.hadamard(D) * D**-0.5, x.dtype)
+
+
+class Attention(nnx.Module):
+    """One layer's attention: MLA and, unless the layer shares another one's selection, its indexer."""
+
+    def __init__(self, config: Config, layer: int, init: Init):
+        E, N, L, R = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
+        Q, P, V = config.q_lora_rank, config.qk_nope_head_dim, config.v_head_dim
+        self.config = config
+        self.q_a = init.weight((E, Q), (None, None))
+        self.q_a_norm = init.constant((Q,), 1.0)
+        self.q_b = init.weight((Q, N, P + R), (None, "heads", None))
+        self.kv_a = init.weight((E, L + R), (None, None))
+        self.kv_a_norm = init.constant((L,), 1.0)
+        self.k_b = init.weight((L, N, P), (None, "heads", None))
+        self.v_b = init.weight((L, N, V), (None, "heads", None))
+        self.o = init.weight((N, V, E), ("heads", None, None))
+        is_full = config.indexer_kinds[layer] == "full"
+        self.indexer = Indexer(config, init) if is_full else None
+
+    def __call__(
+        self, x: Array, *, table: Table, slots: Array, lengths: Array, cache: LayerCache, method: hj.Method,
+        selection: hj.Selection | None, form: Form, mesh: Mesh | None,
+    ) -> tuple[Array, LayerCache, hj.Selection, IndexInputs | None]:  # fmt: skip
+        """Attends to the selected tokens of the cache, in which the new ones are by then.
+
+        Args:
+            x: [B, T, E] normed hidden states.
+            table: cos and sin of the tokens' positions.
+            slots: [B, T] int32, each token's number in its sequence, -1 for padding.
+            lengths: [B] int32, tokens in each sequence, the new ones among them.
+            cache: the layer's, before these tokens.
+            method: how to select.
+            selection: that of the last full layer, for layers that share it.
+            form: see `choose_form`.
+            mesh: what the model is split over, or None.
+
+        Returns: output [B, T, E]; the cache with the new tokens; the selection; what it was made of, None if shared.
+        """
+        config = self.config
+        P, L = config.qk_nope_head_dim, config.kv_lora_rank
+        q_latent = rms_norm(x @ self.q_a[...], self.q_a_norm[...], config.lora_norm_eps)
+        q = jnp.einsum("btl,lnd->btnd", q_latent, self.q_b[...])
+        q_nope, q_rope = q[..., :P], rotate(q[..., P:], table, config.rope_interleave)
+        kv = x @ self.kv_a[...]
+        latent = rms_norm(kv[..., :L], self.kv_a_norm[...], config.lora_norm_eps)
+        kv = jnp.concatenate([latent, rotate(kv[..., L:], table, config.rope_interleave)], axis=-1)
+
+        cache = LayerCache(kv=write(cache.kv, kv, slots), index_key=cache.index_key)
+        inputs: IndexInputs | None = None
+        if self.indexer is not None and cache.index_key is not None:
+            index_key = write(cache.index_key, self.indexer.keys(x, table), slots)
+            index_q, index_w = self.indexer.queries(q_latent, x, table)
+            cache, inputs = LayerCache(kv=cache.kv, index_key=index_key), (index_q, index_key, index_w)
+            selection = select(inputs, method, slots, lengths, mesh)
+        assert selection is not None  # Config has checked that layer 0 selects
+
+        (_, T), S = slots.shape, cache.kv.shape[1]
+        if form == "auto":
+            form = choose_form(config, T, S, selection.indices.shape[-1])
+        attend = absorbed if form == "absorbed" else expanded
+        out = attend(
+            q_nope, q_rope, cache.kv, selection.indices, self.k_b[...], self.v_b[...], config.softmax_scale, mesh
+        )
+        out = jnp.einsum("btnv,nve->bte", out, self.o[...])
+        return out, cache, selection, inputs
+
+
+def select(
+    inputs: IndexInputs, method: hj.Method, slots: Array, lengths: Array, mesh: Mesh | None = None
+) -> hj.Selection:
+    """The one line that a method changes, on each device for its part of the batch.
+
+    Args:
+        inputs: index queries [B, T, H, D], index keys [B, S, D], head weights [B, T, H].
+        method: how to select.
+        slots: [B, T] int32, each query's number in its sequence, -1 for padding.
+        lengths: [B] int32, tokens in each sequence.
+        mesh: what the batch is split over, or None.
+
+    Returns: the selection.
+    """
+
+    def call(q: Array, k: IndexKeys, w: Array, slots: Array, lengths: Array) -> hj.Selection:
+        return hj.select(q, k, w, method, query_positions=slots, lengths=lengths)
+
+    return per_device(call, mesh, (("batch",),) * 5, ("batch",))(*inputs, slots, lengths)
+
+
+def choose_form(config: Config, T: int, S: int, topk: int) -> Form:
+    """The form of attention with fewer multiplications a head.
+
+    Args:
+        config: dims of the heads.
+        T: queries.
+        S: tokens that the cache has room for.
+        topk: tokens that each query attends to.
+
+    Returns: "expanded" or "absorbed". For V3.2 prefill in chunks of 2048 changes over at a context of 6,100 tokens.
+    """
+    L, R, P, V = config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim
+    expanded_cost = S * L * (P + V) + T * S * (P + R + V)
+    absorbed_cost = T * L * (P + V) + T * min(topk, S) * (L + R + L)
+    return "expanded" if expanded_cost < absorbed_cost else "absorbed"
+
+
+def expanded(
+    q_nope: Array,
+    q_rope: Array,
+    kv: Array,
+    indices: Array,
+    k_b: Array,
+    v_b: Array,
+    scale: float,
+    mesh: Mesh | None = None,
+) -> Array:
+    """Attention with every head's keys and values in full and a mask.
+
+    Args:
+        q_nope, q_rope: [B, T, N, P] and [B, T, N, R].
+        kv: [B, S, L + R] cached latents and rope keys.
+        indices: [B, T, K] int32, selected tokens, -1 where there is none.
+        k_b, v_b: [L, N, P] and [L, N, V].
+        scale: factor of the logits.
+        mesh: unused, the compiler splits this form by itself.
+
+    Returns: [B, T, N, V], zeros where nothing is selected.
+    """
+    L = k_b.shape[0]
+    latent, k_rope = kv[..., :L], kv[..., L:]
+    k_nope = jnp.einsum("bsl,lnd->bsnd", latent, k_b)
+    v = jnp.einsum("bsl,lnd->bsnd", latent, v_b)
+    sum32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = sum32("btnd,bsnd->bnts", q_nope, k_nope) + sum32("btnd,bsd->bnts", q_rope, k_rope)
+    is_selected = selected_mask(indices, kv.shape[1])[:, None, :, :]
+    # Softmax over where it is selected; rows that select nothing get zeros, not NaN.
+    p = jax.nn.softmax(jnp.where(is_selected, logits * scale, jnp.finfo(jnp.float32).min), axis=-1)
+    p = jnp.where(is_selected, p, 0).astype(v.dtype)
+    return jnp.einsum("bnts,bsnd->btnd", p, v)
+
+
+def absorbed(
+    q_nope: Array,
+    q_rope: Array,
+    kv: Array,
+    indices: Array,
+    k_b: Array,
+    v_b: Array,
+    scale: float,
+    mesh: Mesh | None = None,
+) -> Array:
+    """Attention in the latent space, which all heads share. Arguments and result are those of `expanded`."""
+    L = k_b.shape[0]
+    q = jnp.concatenate([jnp.einsum("btnd,lnd->btnl", q_nope, k_b), q_rope], axis=-1)
+    attend = functools.partial(hj.sparse_mla, value_dim=L, scale=scale)
+    heads = ("batch", None, "heads")
+    out = per_device(attend, mesh, (heads, ("batch",), ("batch",)), heads)(q, kv, indices)
+    return jnp.einsum("btnl,lnd->btnd", out, v_b)
+
+
+def selected_mask(indices: Array, S: int) -> Array:
+    """[B, T, K] int32 -> [B, T, S] bool, which tokens are selected."""
+    targets = jnp.where(indices < 0, S, indices)
+    row = functools.partial(jnp.zeros, (S,), bool)
+    return jax.vmap(jax.vmap(lambda at: row().at[at].set(True, mode="drop")))(targets)

@@ -1,0 +1,244 @@
+"""Generation: a prompt in chunks, then token by token, with static shapes throughout."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+import hisa_jax as hj
+from models.cache import Cache
+from models.dsa import select
+from models.modeling import Model, Output
+from models.plan import Phase
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RecallSums:
+    """Recall against the flat indexer, summed over queries that see more than topk tokens, and their number.
+
+    Attributes:
+        total, count: [layers] float32; 0 in layers that share a selection.
+    """
+
+    total: Array
+    count: Array
+
+    def __add__(self, other: "RecallSums") -> "RecallSums":
+        return RecallSums(self.total + other.total, self.count + other.count)
+
+    def means(self) -> list[float | None]:
+        """Mean recall of each layer, None where there was no such query."""
+        pairs = zip(np.asarray(self.total).tolist(), np.asarray(self.count).tolist(), strict=True)
+        return [total / count if count else None for total, count in pairs]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What `generate` returns.
+
+    Attributes:
+        tokens: the new tokens of each prompt, a stop token at the end if there was one.
+        prompt_tokens: how many the prompts had together.
+        prefill_seconds, decode_seconds: wall time; the first call of each shape compiles within it.
+        recall: by phase, "prefill" and "decode": mean recall of each layer's selection against the flat indexer on the
+            same keys and queries, over the queries that see more than topk tokens; None where there are none. Empty
+            unless asked for.
+    """
+
+    tokens: list[list[int]]
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    recall: dict[str, list[float | None]]
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prompt_tokens / self.prefill_seconds
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens per second, over all prompts; each one's first token belongs to the prefill."""
+        return sum(len(row) - 1 for row in self.tokens) / self.decode_seconds
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    chunk: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop_ids: Sequence[int] = (),
+    report_recall: bool = False,
+) -> Generation:
+    """Continues prompts of any lengths.
+
+    Args:
+        model: whose plan selects in the phases "prefill", "last_prefill" (each prompt's last chunk) and "decode".
+        prompts: token ids, one or more a prompt.
+        max_new_tokens: how many to make.
+        chunk: prompt tokens a forward pass.
+        temperature: 0 takes the likeliest token, others divide the logits before one is drawn.
+        seed: of the draws.
+        stop_ids: tokens that end a row.
+        report_recall: whether to compare each selection with the flat indexer's.
+
+    Returns: `Generation`.
+    Raises: ValueError: no prompt, an empty one, a token outside the vocabulary, more tokens than the model has
+        positions, sizes below 1, a negative temperature.
+    """
+    _check(model, prompts, max_new_tokens, chunk, temperature)
+    ids, mask = pad_left(prompts, chunk)
+    # Whole chunks, so that prompts of about the same length run the same compiled programs.
+    capacity = -(-(max(map(len, prompts)) + max_new_tokens) // chunk) * chunk
+    graphs, state = _graphs(model), nnx.state(model)
+
+    start = time.perf_counter()
+    cache, recall = model.empty_cache(len(prompts), capacity), {}
+    chunks = range(0, ids.shape[1], min(chunk, ids.shape[1]))
+    prefill_recall = _no_recall(model)
+    for first in chunks:
+        part = slice(first, first + chunks.step)
+        phase: Phase = "last_prefill" if first == chunks[-1] else "prefill"
+        logits, cache, sums = _prefill(
+            state, cache, ids[:, part], mask[:, part], graph=graphs[phase], report_recall=report_recall
+        )
+        prefill_recall += sums
+    jax.block_until_ready(logits)
+    middle = time.perf_counter()
+    key = jax.random.key(seed)
+    tokens, decode_recall = _decode(
+        state, cache, logits, key, jnp.float32(temperature), graph=graphs["decode"], steps=max_new_tokens,
+        is_greedy=temperature == 0, stop_ids=tuple(stop_ids), report_recall=report_recall,
+    )  # fmt: skip
+    rows = np.asarray(tokens).tolist()
+    end = time.perf_counter()
+    if report_recall:
+        recall = {"prefill": prefill_recall.means(), "decode": decode_recall.means()}
+    return Generation(
+        tokens=[[token for token in row if token >= 0] for row in rows],
+        prompt_tokens=sum(map(len, prompts)), prefill_seconds=middle - start, decode_seconds=end - middle,
+        recall=recall,
+    )  # fmt: skip
+
+
+def _graphs(model: Model) -> dict[Phase, nnx.GraphDef]:
+    """The model with the methods of each phase, a rule asked once: phases of the same methods run the same program."""
+    layers = range(model.config.num_hidden_layers)
+    phases: tuple[Phase, ...] = get_args(Phase)
+    return {phase: nnx.graphdef(model.with_method([model.plan(i, phase) for i in layers])) for phase in phases}
+
+
+def pad_left(prompts: Sequence[Sequence[int]], multiple: int) -> tuple[Array, Array]:
+    """Lines prompts up at their ends.
+
+    Args:
+        prompts: token ids.
+        multiple: the width is rounded up to a multiple of it if it is larger.
+
+    Returns: ids [B, W] int32 and mask [B, W] bool, False where there is padding.
+    """
+    width = max(map(len, prompts))
+    if width > multiple:
+        width = -(-width // multiple) * multiple
+    ids = np.zeros((len(prompts), width), np.int32)
+    mask = np.zeros((len(prompts), width), bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = True
+    return jnp.asarray(ids), jnp.asarray(mask)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "report_recall"), donate_argnames="cache")
+def _prefill(
+    state: nnx.State, cache: Cache, ids: Array, mask: Array, *, graph: nnx.GraphDef, report_recall: bool
+) -> tuple[Array, Cache, RecallSums]:
+    """One chunk: logits [B, V] of its last column, the cache behind it."""
+    model = nnx.merge(graph, state)
+    out = model.run(ids, cache=cache, mask=mask, last_only=True, trace=report_recall)
+    return out.logits[:, 0], out.cache, _recall(model, out)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "steps", "is_greedy", "stop_ids", "report_recall"))
+def _decode(
+    state: nnx.State, cache: Cache, logits: Array, key: Array, temperature: Array, *, graph: nnx.GraphDef, steps: int,
+    is_greedy: bool, stop_ids: tuple[int, ...], report_recall: bool,
+) -> tuple[Array, RecallSums]:  # fmt: skip
+    """From the prompt's last logits [B, V]: new tokens [B, steps], -1 behind a stop token."""
+    model = nnx.merge(graph, state)
+
+    def choose(logits: Array, i: Array) -> Array:
+        if is_greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jax.random.categorical(jax.random.fold_in(key, i), logits / temperature, axis=-1).astype(jnp.int32)
+
+    def put(tokens: Array, token: Array, is_done: Array, i: Array) -> tuple[Array, Array]:
+        tokens = tokens.at[:, i].set(jnp.where(is_done, -1, token))
+        is_stop = jnp.isin(token, jnp.asarray(stop_ids, jnp.int32)) if stop_ids else jnp.zeros_like(is_done)
+        return tokens, is_done | is_stop
+
+    def unfinished(carry: tuple) -> Array:
+        i, _, _, is_done, *_ = carry
+        return (i < steps) & ~jnp.all(is_done)
+
+    def step(carry: tuple) -> tuple:
+        i, cache, token, is_done, tokens, sums = carry
+        out = model.run(token[:, None], cache=cache, mask=~is_done[:, None], trace=report_recall)
+        token = choose(out.logits[:, 0], i)
+        tokens, is_done = put(tokens, token, is_done, i)
+        return i + 1, out.cache, token, is_done, tokens, sums + _recall(model, out)
+
+    B = logits.shape[0]
+    token = choose(logits, jnp.int32(0))
+    tokens, is_done = put(jnp.full((B, steps), -1, jnp.int32), token, jnp.zeros((B,), bool), jnp.int32(0))
+    carry = (jnp.int32(1), cache, token, is_done, tokens, _no_recall(model))
+    *_, tokens, sums = lax.while_loop(unfinished, step, carry)
+    return tokens, sums
+
+
+def _no_recall(model: Model) -> RecallSums:
+    zeros = jnp.zeros((model.config.num_hidden_layers,), jnp.float32)
+    return RecallSums(zeros, zeros)
+
+
+def _recall(model: Model, out: Output) -> RecallSums:
+    sums = _no_recall(model)
+    for i, layer in enumerate(out.layers):
+        if layer.index_inputs is None:
+            continue
+        flat = hj.Dsa(topk=model.plan.layers[i].topk)
+        reference = select(layer.index_inputs, flat, out.slots, out.cache.lengths, model.mesh)
+        chooses = out.slots >= flat.topk
+        recall = jnp.where(chooses, hj.compare(layer.selection, reference).recall, 0)
+        sums += RecallSums(
+            jnp.zeros_like(sums.total).at[i].set(jnp.sum(recall)),
+            jnp.zeros_like(sums.count).at[i].set(jnp.sum(chooses, dtype=jnp.float32)),
+        )
+    return sums
+
+
+def _check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int, temperature: float) -> None:
+    if max_new_tokens < 1 or chunk < 1:
+        raise ValueError(f"generate: max_new_tokens={max_new_tokens}, chunk={chunk}, wanted at least 1 each")
+    if temperature < 0:
+        raise ValueError(f"generate: temperature={temperature}, wanted at least 0")
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("generate: prompts must hold at least one prompt, and each at least one token")
+    vocabulary = model.config.vocab_size
+    for prompt in prompts:
+        for token in prompt:
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"generate: prompts hold token {token}, wanted 0 to {vocabulary - 1}")
+    longest, room = max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings
+    if longest > room:
+        raise ValueError(f"generate: prompt and max_new_tokens make {longest} tokens, the model has {room} positions")

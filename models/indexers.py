@@ -1,0 +1,68 @@
+"""Methods by name, for the command line: one for all layers, or a file that says which layer has which.
+
+The file is JSON: {"default": {"indexer": "hisa", "block_topk": 32}, "0": {"indexer": "dsa"}}. Keys are layers, or
+"default" for those left out (else they keep the checkpoint's own flat indexer). `indexer` is dsa, hisa or block-sparse;
+the others are fields of that method. `topk` is the checkpoint's unless given.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hisa_jax as hj
+from models.config import Config
+
+NAMES = {"dsa": hj.Dsa, "hisa": hj.Hisa, "block-sparse": hj.BlockSparse}
+
+
+def make_method(name: str, config: Config, source: str = "indexer", **fields: Any) -> hj.Method:
+    """Makes a method of its name.
+
+    Args:
+        name: "dsa", "hisa" or "block-sparse".
+        config: gives `topk` unless `fields` do.
+        source: what error messages call it.
+        fields: of the method.
+
+    Returns: the method.
+    Raises: ValueError: no such name, a field that the method does not have or take.
+    """
+    if name not in NAMES:
+        raise ValueError(f"{source}: indexer is {name!r}, wanted one of {', '.join(NAMES)}")
+    try:
+        return NAMES[name](**{"topk": config.index_topk, **fields})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def read_methods(path: str | Path, config: Config) -> tuple[hj.Method, ...]:
+    """Reads a per-layer file, see the head of this module.
+
+    Args:
+        path: of the file.
+        config: of the model.
+
+    Returns: one method a layer.
+    Raises: FileNotFoundError: no such file. ValueError: not JSON in that form, a layer or method that does not exist.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"indexer is {path}, wanted one of {', '.join(NAMES)} or a file")
+    try:
+        given = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(given, Mapping) or not all(isinstance(item, Mapping) for item in given.values()):
+        raise ValueError(f"{path}: wanted an object of objects, as {{'default': {{'indexer': 'hisa'}}}}")
+    layers = [str(i) for i in range(config.num_hidden_layers)]
+    for key in given:
+        if key not in ("default", *layers):
+            raise ValueError(f"{path}: names layer {key!r}, wanted 'default' or one from '0' to '{layers[-1]}'")
+    default = given.get("default", {"indexer": "dsa"})
+    return tuple(_method_of(given.get(key, default), config, f"{path}: {key}") for key in layers)
+
+
+def _method_of(item: Mapping[str, Any], config: Config, source: str) -> hj.Method:
+    fields = dict(item)
+    return make_method(fields.pop("indexer", None), config, source, **fields)

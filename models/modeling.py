@@ -1,0 +1,219 @@
+"""The decoder: embedding, layers of DSA attention and MLP or experts, logits. One for V3.2, GLM-5 and GLM-5.2."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+import hisa_jax as hj
+from models.cache import Cache, LayerCache, empty_cache
+from models.config import Config
+from models.dsa import Attention, Form, IndexInputs, Table
+from models.layers import Init, Mlp, rms_norm
+from models.moe import Moe
+from models.plan import MethodLike, Phase, make_plan
+from models.rope import rope_table
+from models.sharding import automatic, constrain
+
+_HIDDEN = ("batch", None, None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerTrace:
+    """What happened in one layer, for tests and reports.
+
+    Attributes:
+        attention, mlp: [B, T, E], the two branches' outputs.
+        hidden: [B, T, E], the layer's output.
+        selection: the tokens attended to; that of another layer in layers that share it.
+        index_inputs: index queries [B, T, H, D], index keys [B, S, D], head weights [B, T, H]; None if shared.
+        experts, expert_weights: [B, T, K]; None in dense layers.
+    """
+
+    attention: Array
+    mlp: Array
+    hidden: Array
+    selection: hj.Selection
+    index_inputs: IndexInputs | None
+    experts: Array | None
+    expert_weights: Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a forward pass returns.
+
+    Attributes:
+        logits: [B, T, V] float32, or [B, 1, V] of the last token.
+        cache: with the new tokens.
+        slots: [B, T] int32, each token's number in its sequence, -1 for padding.
+        layers: a `LayerTrace` a layer if asked for, else empty.
+    """
+
+    logits: Array
+    cache: Cache
+    slots: Array
+    layers: tuple[LayerTrace, ...]
+
+
+class Layer(nnx.Module):
+    """Attention, then MLP or experts, each on the normed hidden state and added to it."""
+
+    def __init__(self, config: Config, layer: int, init: Init):
+        self.config = config
+        self.attention_norm = init.constant((config.hidden_size,), 1.0)
+        self.attention = Attention(config, layer, init)
+        self.mlp_norm = init.constant((config.hidden_size,), 1.0)
+        if config.layer_kinds[layer] == "dense":
+            self.mlp: Mlp | Moe = Mlp(config, config.intermediate_size, init)
+        else:
+            self.mlp = Moe(config, init)
+
+    def __call__(
+        self, x: Array, *, table: Table, slots: Array, lengths: Array, cache: LayerCache, method: hj.Method,
+        selection: hj.Selection | None, form: Form, mesh: Mesh | None,
+    ) -> tuple[LayerCache, LayerTrace]:  # fmt: skip
+        eps = self.config.rms_norm_eps
+        attention, cache, selection, inputs = self.attention(
+            rms_norm(x, self.attention_norm[...], eps), table=table, slots=slots, lengths=lengths, cache=cache,
+            method=method, selection=selection, form=form, mesh=mesh,
+        )  # fmt: skip
+        x = constrain(x + attention, mesh, _HIDDEN)
+        normed, experts, expert_weights = rms_norm(x, self.mlp_norm[...], eps), None, None
+        if isinstance(self.mlp, Moe):
+            mlp, experts, expert_weights = self.mlp(normed, mesh)
+        else:
+            mlp = self.mlp(normed)
+        trace = LayerTrace(
+            attention=attention, mlp=mlp, hidden=constrain(x + mlp, mesh, _HIDDEN), selection=selection,
+            index_inputs=inputs, experts=experts, expert_weights=expert_weights,
+        )  # fmt: skip
+        return cache, trace
+
+
+class Model(nnx.Module):
+    """A DSA language model.
+
+    Args:
+        config: sizes and settings.
+        method: how layers select, see `make_plan`; None is the checkpoint's own flat indexer.
+        dtype: of weights and activations. Norms, router, index head weights and logits are float32 always.
+        mesh: with the axes "data", "model" or both, to split the model and its inputs over; None for one device.
+        rngs: for random weights, stream "params".
+    """
+
+    def __init__(
+        self, config: Config, *, method: MethodLike = None, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.config = config
+        self.plan = make_plan(method, config)
+        self.mesh = automatic(mesh)
+        V, E = config.vocab_size, config.hidden_size
+        init = Init(rngs, dtype, self.mesh)
+        self.embed = init.weight((V, E), ("vocab", None))
+        self.layers = nnx.List([Layer(config, i, init) for i in range(config.num_hidden_layers)])
+        self.norm = init.constant((E,), 1.0)
+        self.head = None if config.tie_word_embeddings else init.weight((E, V), (None, "vocab"))
+
+    def with_method(self, method: MethodLike) -> Self:
+        """The same model with another method; the two share their weights."""
+        other = nnx.merge(*nnx.split(self))
+        other.plan = make_plan(method, self.config)
+        return other
+
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
+        """A cache with room for `capacity` tokens in each of `batch` rows."""
+        cache = empty_cache(self.config, batch, capacity, self.embed[...].dtype)
+        return jax.tree.map(lambda leaf: constrain(leaf, self.mesh, ("batch",) + (None,) * (leaf.ndim - 1)), cache)
+
+    def __call__(self, input_ids: Array, positions: Array | None = None, mask: Array | None = None) -> Array:
+        """Logits of whole sequences.
+
+        Args:
+            input_ids: [B, T] int32.
+            positions: [B, T] int32 for RoPE, -1 where there is padding. Default: count the tokens of each row.
+            mask: [B, T], 0 or False where there is padding, on either side. Default: what `positions` says.
+
+        Returns: [B, T, V] float32; those of padding mean nothing.
+        Raises: TypeError: ids or positions that are not integers. ValueError: shapes that do not fit.
+        """
+        return self.run(input_ids, positions=positions, mask=mask).logits
+
+    def run(
+        self, input_ids: Array, *, cache: Cache | None = None, positions: Array | None = None,
+        mask: Array | None = None, phase: Phase = "prefill", form: Form = "auto", last_only: bool = False,
+        trace: bool = False,
+    ) -> Output:  # fmt: skip
+        """Runs tokens that come after those in the cache.
+
+        Args:
+            input_ids: [B, T] int32.
+            cache: what came before. Default: nothing.
+            positions, mask: as for a call of the model; tokens in the cache count.
+            phase: for methods that are a rule: "prefill", "last_prefill" or "decode".
+            form: "expanded" or "absorbed" attention, which compute the same; "auto" takes the cheaper one.
+            last_only: whether to compute the logits of the last column alone.
+            trace: whether to return what happened in each layer.
+
+        Returns: `Output`.
+        Raises: TypeError: ids or positions that are not integers. ValueError: shapes that do not fit, a `form` or
+            `phase` that is none.
+        """
+        input_ids = jnp.asarray(input_ids)
+        positions, mask = (x if x is None else jnp.asarray(x) for x in (positions, mask))
+        _check_tokens(input_ids, cache, positions, mask, phase, form)
+        B, T = input_ids.shape
+        if cache is None:
+            cache = self.empty_cache(B, T)
+        if mask is None:
+            mask = jnp.ones((B, T), bool) if positions is None else positions >= 0
+        is_real = mask.astype(bool)
+        lengths = cache.lengths + jnp.sum(is_real, axis=1, dtype=jnp.int32)
+        slots = cache.lengths[:, None] + jnp.cumsum(is_real, axis=1, dtype=jnp.int32) - 1
+        slots = jnp.where(is_real, slots, -1)
+        table = rope_table(self.config, slots if positions is None else positions)
+
+        x = constrain(self.embed[...][input_ids], self.mesh, _HIDDEN)
+        selection, layer_caches, traces = None, [], []
+        for i, layer in enumerate(self.layers):
+            layer_cache, layer_trace = layer(
+                x, table=table, slots=slots, lengths=lengths, cache=cache.layers[i], method=self.plan(i, phase),
+                selection=selection, form=form, mesh=self.mesh,
+            )  # fmt: skip
+            x, selection = layer_trace.hidden, layer_trace.selection
+            layer_caches.append(layer_cache)
+            if trace:
+                traces.append(layer_trace)
+        x = rms_norm(x[:, -1:] if last_only else x, self.norm[...], self.config.rms_norm_eps)
+        logits = jnp.einsum("bte,ve->btv", x, self.embed[...]) if self.head is None else x @ self.head[...]
+        return Output(
+            logits=logits.astype(jnp.float32), cache=Cache(layers=tuple(layer_caches), lengths=lengths), slots=slots,
+            layers=tuple(traces),
+        )  # fmt: skip
+
+
+def _check_tokens(
+    input_ids: Array, cache: Cache | None, positions: Array | None, mask: Array | None, phase: str, form: str
+) -> None:
+    if input_ids.ndim != 2:
+        raise ValueError(f"Model: input_ids is {list(input_ids.shape)}, wanted [B, T]")
+    for name, array in (("input_ids", input_ids), ("positions", positions)):
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(f"Model: {name} is {array.dtype}, wanted int32")
+    for name, array in (("positions", positions), ("mask", mask)):
+        if array is not None and array.shape != input_ids.shape:
+            raise ValueError(f"Model: {name} is {list(array.shape)}, wanted that of input_ids, {list(input_ids.shape)}")
+    if cache is not None and cache.lengths.shape[0] != input_ids.shape[0]:
+        raise ValueError(f"Model: cache has {cache.lengths.shape[0]} rows, wanted input_ids' {input_ids.shape[0]}")
+    if phase not in ("prefill", "last_prefill", "decode"):
+        raise ValueError(f"Model: phase is {phase!r}, wanted 'prefill', 'last_prefill' or 'decode'")
+    if form not in ("auto", "expanded", "absorbed"):
+        raise ValueError(f"Model: form is {form!r}, wanted 'auto', 'expanded' or 'absorbed'")

@@ -1,0 +1,102 @@
+"""Mixture of experts: a sigmoid router with limited groups, routed experts, shared experts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import Mesh
+
+from models.config import Config
+from models.layers import Init, Mlp
+from models.sharding import mesh_axis, per_device
+
+# Keeps the division by the chosen experts' scores finite; the value of the published code.
+_SUM_FLOOR = 1e-20
+
+
+def route(logits: Array, bias: Array, config: Config) -> tuple[Array, Array]:
+    """Chooses experts for each token, and their weights.
+
+    Args:
+        logits: [B, T, X] float32 router logits of X experts.
+        bias: [X] float32, added to the scores for the choice alone.
+        config: group and expert counts, scaling.
+
+    Returns: experts [B, T, K] int32; weights [B, T, K] float32.
+    Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
+    """
+    (B, T, X), groups = logits.shape, config.n_group
+    scores = jax.nn.sigmoid(logits)
+    biased = scores + bias[None, None, :]
+    grouped = biased.reshape(B, T, groups, X // groups)
+    group_scores = jnp.sum(lax.top_k(grouped, min(2, X // groups))[0], axis=-1)
+    kept = lax.top_k(group_scores, config.topk_group)[1]
+    is_kept = jnp.any(kept[..., None] == jnp.arange(groups)[None, None, None, :], axis=-2)  # [B, T, groups]
+    # Not 0: a biased score may be below it.
+    biased = jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(B, T, X)
+    experts = lax.top_k(biased, config.num_experts_per_tok)[1]
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if config.norm_topk_prob:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + _SUM_FLOOR)
+    return experts, weights * config.routed_scaling_factor
+
+
+def routed_experts(
+    x: Array, experts: Array, weights: Array, gate: Array, up: Array, down: Array, *, axis: str | None = None
+) -> Array:
+    """Sum over each token's experts of weight times SwiGLU MLP.
+
+    Args:
+        x: [B, T, E].
+        experts: [B, T, K] int32, numbered over all devices.
+        weights: [B, T, K] float32.
+        gate, up: [X, E, F] weights of the experts here.
+        down: [X, F, E].
+        axis: mesh axis that the experts are split over, inside of shard_map; None if all are here.
+
+    Returns: [B, T, E] in x's dtype.
+    """
+    (B, T, E), K, X = x.shape, experts.shape[-1], gate.shape[0]
+    first = 0 if axis is None else lax.axis_index(axis) * X
+    local = experts.reshape(-1) - first
+    is_here = (local >= 0) & (local < X)
+    # Pairs of token and expert in the order of experts, those of other devices last.
+    order = jnp.argsort(jnp.where(is_here, local, X))
+    sizes = jnp.sum(local[None, :] == jnp.arange(X)[:, None], axis=1, dtype=jnp.int32)
+    tokens = order // K
+    rows = x.reshape(B * T, E)[tokens]
+    hidden = jax.nn.silu(lax.ragged_dot(rows, gate, sizes)) * lax.ragged_dot(rows, up, sizes)
+    out = lax.ragged_dot(hidden, down, sizes).astype(jnp.float32)
+    # Rows beyond the sizes are unspecified, so they are replaced, not scaled.
+    out = jnp.where(is_here[order][:, None], out * weights.reshape(-1)[order][:, None], 0)
+    total = jnp.zeros((B * T, E), jnp.float32).at[tokens].add(out)
+    if axis is not None:
+        total = lax.psum(total, axis)
+    return total.reshape(B, T, E).astype(x.dtype)
+
+
+class Moe(nnx.Module):
+    """Router, routed and shared experts, [B, T, E] -> [B, T, E]."""
+
+    def __init__(self, config: Config, init: Init):
+        E, F, X = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+        self.config = config
+        self.router = init.weight((E, X), (None, None), jnp.float32)
+        self.router_bias = init.constant((X,), 0.0)
+        self.gate = init.weight((X, E, F), ("experts", None, None))
+        self.up = init.weight((X, E, F), ("experts", None, None))
+        self.down = init.weight((X, F, E), ("experts", None, None))
+        self.shared = Mlp(config, F * config.n_shared_experts, init)
+
+    def __call__(self, x: Array, mesh: Mesh | None = None) -> tuple[Array, Array, Array]:
+        """Returns the output and, for inspection, each token's experts and their weights, [B, T, K]."""
+        experts, weights = route(x.astype(jnp.float32) @ self.router[...], self.router_bias[...], self.config)
+        tokens, split = ("batch", None, None), ("experts", None, None)
+        axis = mesh_axis(mesh, "experts", self.config.n_routed_experts)
+        apply = per_device(
+            functools.partial(routed_experts, axis=axis), mesh, (tokens, tokens, tokens, split, split, split), tokens
+        )
+        out = apply(x, experts, weights, self.gate[...], self.up[...], self.down[...])
+        return out + self.shared(x), experts, weights

@@ -1,0 +1,105 @@
+"""Where arrays lie on a mesh: named axes of parameters and activations, and the mesh axes that split them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Axes = Sequence[str | None]
+
+# An axis whose size its mesh axis does not divide is replicated.
+RULES = {"batch": "data", "heads": "model", "experts": "model", "ff": "model", "vocab": "model"}
+
+
+def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Makes the mesh that the models are split over.
+
+    Args:
+        data: devices that each take a part of the batch.
+        model: devices that each take a part of the heads, experts, dense layers and vocabulary.
+        devices: default: the first data * model of all devices.
+
+    Returns: a mesh with the axes "data" and "model".
+    Raises: ValueError: fewer devices than the mesh needs.
+    """
+    devices = jax.devices() if devices is None else devices
+    if not 1 <= data * model <= len(devices):
+        raise ValueError(f"make_mesh(data={data}, model={model}): there are {len(devices)} devices")
+    grid = np.asarray(devices[: data * model]).reshape(data, model)
+    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def automatic(mesh: Mesh | None) -> Mesh | None:
+    """The same mesh with automatic axes, which the models rely on.
+
+    Raises: ValueError: axes other than "data" and "model".
+    """
+    if mesh is None:
+        return None
+    if not set(mesh.axis_names) <= {"data", "model"}:
+        raise ValueError(f"mesh has the axes {mesh.axis_names}, wanted 'data', 'model' or both")
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def mesh_axis(mesh: Mesh | None, name: str | None, size: int) -> str | None:
+    """Mesh axis over which an axis of that name and size is split, None if it is not."""
+    axis = RULES.get(name) if name else None
+    if mesh is None or axis not in mesh.axis_names or size % mesh.shape[axis]:
+        return None
+    return axis
+
+
+def sharding_of(mesh: Mesh, shape: Sequence[int], axes: Axes) -> NamedSharding:
+    """Placement of an array of that shape whose axes have these names."""
+    return NamedSharding(mesh, PartitionSpec(*(mesh_axis(mesh, n, s) for n, s in zip(axes, shape, strict=True))))
+
+
+def parameter_sharding(mesh: Mesh, parameter: nnx.Variable) -> NamedSharding:
+    """Placement of a parameter, from the axis names it was made with."""
+    return sharding_of(mesh, parameter.get_value().shape, parameter.get_metadata("out_sharding"))
+
+
+def constrain(x: Array, mesh: Mesh | None, axes: Axes) -> Array:
+    """Tells the compiler where an activation lies; without a mesh does nothing."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding_of(mesh, x.shape, axes))
+
+
+def per_device(function: Callable[..., Any], mesh: Mesh | None, in_axes: Sequence[Axes], out_axes: Axes) -> Callable:
+    """Runs a function on each device's own part of its arguments, since the compiler cannot look into kernels.
+
+    Args:
+        function: of arrays or pytrees of arrays.
+        mesh: None calls it as it is.
+        in_axes: names of the leading axes of each argument.
+        out_axes: names of the leading axes of everything it returns.
+
+    Returns: a function of the same arguments.
+    """
+    if mesh is None:
+        return function
+
+    def call(*arguments: Any) -> Any:
+        placed = {
+            name: mesh_axis(mesh, name, leaf.shape[i])
+            for argument, axes in zip(arguments, in_axes, strict=True)
+            for leaf in jax.tree.leaves(argument)
+            for i, name in enumerate(axes)
+            if name is not None
+        }
+
+        def spec(axes: Axes) -> PartitionSpec:
+            return PartitionSpec(*(placed[name] if name else None for name in axes))
+
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=tuple(spec(axes) for axes in in_axes),
+            out_specs=spec(out_axes),
+            check_vma=False,
+        )(*arguments)
+
+    return call

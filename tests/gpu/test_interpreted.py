@@ -1,0 +1,182 @@
+"""Every kernel on the CPU: Mosaic GPU's interpreter with race detection, and Triton kernels in plain interpret mode."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import mosaic_gpu, triton
+from kernels_pallas.mosaic_gpu import refine as mosaic_refine
+from kernels_pallas.mosaic_gpu import topk as mosaic_topk
+from kernels_pallas.triton import topk as triton_topk
+from kernels_pallas.triton.sparse_mla import Config, sparse_mla
+from tests.gpu import draw, promises, reference
+
+E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
+EXACT = {"token_tolerance": 1e-9, "block_tolerance": 1e-9}
+
+
+@pytest.fixture
+def interpret():
+    """Interpret parameters; no race may have been found by the end."""
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+    yield plgpu.InterpretGPUParams(detect_races=True)
+    assert not interpret_pallas_call.get_races().races_found
+
+
+@pytest.fixture(autouse=True)
+def few_ctas(monkeypatch):
+    """Two CTAs, so that each has several queries."""
+    monkeypatch.setattr(mosaic_gpu, "n_sms", lambda: 2)
+
+
+CASES = [  # block_size, block_topk, topk, dtype, has_scale, visible [B, T], S
+    pytest.param(32, 6, 50, E4M3, True, [[512, 300], [20, 0]], 512, id="batch_few_visible_and_none"),
+    pytest.param(32, 6, 50, BF16, False, [[400, 33]], 400, id="ragged_tail_bf16"),
+    pytest.param(128, 3, 400, E4M3, True, [[640]], 640, id="topk_above_the_candidates"),
+]
+
+
+@pytest.mark.parametrize(("block_size", "block_topk", "topk", "dtype", "has_scale", "visible", "S"), CASES)
+def test_mosaic_hisa_keeps_the_contract(interpret, block_size, block_topk, topk, dtype, has_scale, visible, S):
+    visible = np.asarray(visible, np.int32)
+    q, k, scale, w = draw.integers(0, *visible.shape, S, 16, 64, dtype, has_scale)
+    options = {"topk": topk, "block_size": block_size, "block_topk": block_topk}
+    got = mosaic_gpu.select_hisa(q, k, scale, w, jnp.asarray(visible), **options, interpret=interpret)
+    promises.check_hisa(got, q, k, scale, w, visible, **options, **EXACT)
+
+
+@pytest.mark.parametrize(("block_size", "block_topk", "topk", "dtype", "has_scale", "visible", "S"), CASES)
+def test_triton_hisa_keeps_the_contract(block_size, block_topk, topk, dtype, has_scale, visible, S):
+    visible = np.asarray(visible, np.int32)
+    q, k, scale, w = draw.integers(1, *visible.shape, S, 16, 64, dtype, has_scale)
+    options = {"topk": topk, "block_size": block_size, "block_topk": block_topk}
+    got = triton.select_hisa(q, k, scale, w, jnp.asarray(visible), **options, interpret=True)
+    promises.check_hisa(got, q, k, scale, w, visible, **options, **EXACT)
+
+
+def test_mosaic_flat_keeps_the_contract(interpret):
+    visible = np.asarray([[520, 300]], np.int32)
+    q, k, scale, w = draw.integers(2, 1, 2, 520, 16, 64, E4M3, True)
+    got = mosaic_gpu.select_flat(q, k, scale, w, jnp.asarray(visible), topk=50, interpret=interpret)
+    promises.check_flat(got, q, k, scale, w, visible, topk=50, token_tolerance=1e-9)
+
+
+def test_streaming_topk_of_mosaic_equals_one_piece(interpret, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu.select, "_FLAT_WIDTH", 1024)
+    visible = np.asarray([[1500]], np.int32)
+    q, k, scale, w = draw.integers(3, 1, 1, 1500, 16, 64, E4M3, True)
+    got = mosaic_gpu.select_flat(q, k, scale, w, jnp.asarray(visible), topk=100, interpret=interpret)
+    promises.check_flat(got, q, k, scale, w, visible, topk=100, token_tolerance=1e-9)
+
+
+def test_streaming_topk_of_triton_equals_one_piece(monkeypatch):
+    monkeypatch.setattr(triton.select, "_FLAT_WIDTH", 512)
+    visible = np.asarray([[1200, 700]], np.int32)
+    q, k, _, w = draw.integers(4, 1, 2, 1200, 16, 64, BF16, False)
+    got = triton.select_flat(q, k, None, w, jnp.asarray(visible), topk=100, interpret=True)
+    promises.check_flat(got, q, k, None, w, visible, topk=100, token_tolerance=1e-9)
+
+
+def test_nan_scores_are_chosen_last(interpret):
+    q, k, _, w = draw.integers(5, 1, 1, 256, 16, 64, BF16, False)
+    k = k.at[0, 17].set(jnp.nan)
+    visible = np.asarray([[256]], np.int32)
+    options = {"topk": 255, "block_size": 64, "block_topk": 4}
+    for got in (
+        mosaic_gpu.select_hisa(q, k, None, w, jnp.asarray(visible), **options, interpret=interpret),
+        triton.select_hisa(q, k, None, w, jnp.asarray(visible), **options, interpret=True),
+    ):
+        assert set(range(256)) - set(np.asarray(got[0]).ravel().tolist()) == {17}
+
+
+@pytest.mark.parametrize("block_size", [32, 256])
+def test_refine_takes_several_blocks_a_tile_and_several_tiles_a_block(interpret, block_size):
+    q, k, scale, w = draw.integers(6, 1, 2, 768, 16, 64, E4M3, True)
+    blocks = np.asarray([[0, 1, 2], [0, 2, -1]], np.int32)
+    visible = np.asarray([3 * block_size - 5, 3 * block_size], np.int32)
+    config = mosaic_refine.Config(ring=4)
+    first_block = jnp.zeros((2,), jnp.int32)
+    indices, count = mosaic_refine.refine(
+        q[0],
+        w[0],
+        k[0],
+        scale[0],
+        jnp.asarray(blocks),
+        jnp.asarray(visible),
+        first_block,
+        k_top=40,
+        block_size=block_size,
+        config=config,
+        n_ctas=1,
+        interpret=interpret,
+    )
+    scores = reference.token_scores(q[0], k[0], scale[0], w[0])
+    for t in range(2):
+        tokens = reference.tokens_of(blocks[t][blocks[t] >= 0], visible[t], block_size)
+        reference.assert_selection(np.asarray(indices[t]), int(count[t]), scores[t], tokens, 40, 1e-9, f"query {t}")
+
+
+def _images(seed):
+    """Rows of images with ties, forced and invisible ones."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-40, 40, (5, 1024)).astype(np.int32)
+    x[0, rng.integers(0, 1024, 9)] = 2**31 - 1
+    x[1, rng.integers(0, 1024, 700)] = -(2**31)
+    x[2] = 7
+    limit = np.asarray([1024, 1024, 1024, 130, 0], np.int32)
+    return np.where(np.arange(1024) < limit[:, None], x, -(2**31)), limit
+
+
+def _check_topk(x, limit, got):
+    for t in range(len(x)):
+        # A row that keeps all it sees is not looked at.
+        candidates = np.arange(limit[t]) if limit[t] <= 100 else np.flatnonzero(x[t] > -(2**31))
+        wanted = reference.best(x[t].astype(np.float64), candidates, 100)
+        count = int(got[1][t])
+        np.testing.assert_array_equal(np.asarray(got[0][t])[:count], wanted)
+        assert (np.asarray(got[0][t])[count:] == -1).all()
+
+
+def test_mosaic_topk_breaks_ties_from_the_left(interpret):
+    x, limit = _images(7)
+    _check_topk(x, limit, mosaic_topk.topk(jnp.asarray(x), jnp.asarray(limit), 100, n_ctas=2, interpret=interpret))
+
+
+def test_triton_topk_breaks_ties_from_the_left():
+    x, limit = _images(7)
+    _check_topk(x, limit, triton_topk.topk(jnp.asarray(x), jnp.asarray(limit), 100, interpret=True))
+
+
+@pytest.mark.parametrize("n_splits", [1, 3])
+def test_sparse_mla_is_a_softmax_over_the_chosen(n_splits):
+    rng = np.random.default_rng(8)
+    q, kv = rng.standard_normal((1, 2, 16, 80)), rng.standard_normal((1, 70, 80))
+    indices = np.stack([rng.permutation(70)[:40] for _ in range(2)])[None].astype(np.int32)
+    indices[0, 1, 5:] = -1
+    config = Config(tile_n=16, tile_s=16, n_splits=n_splits)
+    q, kv = jnp.asarray(q, BF16), jnp.asarray(kv, BF16)
+    o, lse = sparse_mla(q, kv, jnp.asarray(indices), value_dim=64, scale=0.1, config=config, interpret=True)
+    qf, kvf = np.asarray(q, np.float64), np.asarray(kv, np.float64)
+    for t in range(2):
+        rows = kvf[0, indices[0, t][indices[0, t] >= 0]]
+        logits = 0.1 * qf[0, t] @ rows.T
+        p = np.exp(logits)
+        np.testing.assert_allclose(np.asarray(lse[0, t]), np.log(p.sum(1)), atol=2e-3)
+        np.testing.assert_allclose(
+            np.asarray(o[0, t], np.float32), (p / p.sum(1, keepdims=True)) @ rows[:, :64], atol=2e-2
+        )
+
+
+def test_sparse_mla_of_nothing_is_zero():
+    o, lse = sparse_mla(
+        jnp.ones((1, 1, 16, 80), BF16),
+        jnp.ones((1, 16, 80), BF16),
+        jnp.full((1, 1, 16), -1, jnp.int32),
+        value_dim=64,
+        scale=1.0,
+        config=Config(tile_n=16, tile_s=16),
+        interpret=True,
+    )
+    assert not np.asarray(o, np.float32).any() and np.isneginf(np.asarray(lse)).all()

@@ -1,0 +1,81 @@
+"""Every kernel lowers for an H200 at the production shapes on a machine without one."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.mesh import AbstractDevice
+
+from kernels_pallas import mosaic_gpu, triton
+from kernels_pallas.mosaic_gpu import refine
+from kernels_pallas.triton.sparse_mla import sparse_mla
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+BACKENDS = {"mosaic_gpu": mosaic_gpu, "triton": triton}
+E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
+_CUSTOM_CALLS = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton")
+
+
+def lower(f, *shapes):
+    """StableHLO text of f for CUDA; Pallas lowers its kernels on the way."""
+    device = AbstractDevice("NVIDIA H200", 132, "gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _CUSTOM_CALLS]
+    with jax.sharding.use_abstract_mesh(mesh):
+        exported = jax.export.export(jax.jit(f), platforms=["cuda"], disabled_checks=checks)
+        return exported(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).mlir_module()
+
+
+def _shapes(B, T, S, H, D, dtype):
+    f32, i32 = jnp.float32, jnp.int32
+    return ((B, T, H, D), dtype), ((B, S, D), dtype), ((B, S), f32), ((B, T, H), f32), ((B, T), i32)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, BF16], ids=["e4m3", "bf16"])
+@pytest.mark.parametrize(
+    ("B", "T", "S", "H"),
+    [(1, 4096, 65536, 64), (1, 4096, 131072, 32), (32, 1, 131072, 64), (3, 77, 1000, 16)],
+    ids=["dsv32_64k", "glm5_128k", "decode_32", "odd"],
+)
+@pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
+def test_indexers_lower(backend, B, T, S, H, dtype):
+    module, quantized = BACKENDS[backend], dtype == E4M3
+
+    def both(q, k, k_scale, w, visible):
+        k_scale = k_scale if quantized else None
+        hisa = module.select_hisa(q, k, k_scale, w, visible, topk=2048, block_size=128, block_topk=64)
+        return hisa, module.select_flat(q, k, k_scale, w, visible, topk=2048)
+
+    assert "custom_call" in lower(both, *_shapes(B, T, S, H, 128, dtype))
+
+
+@pytest.mark.parametrize(("H", "D", "block_size"), [(16, 64, 32), (128, 128, 64), (64, 64, 256)])
+def test_every_head_and_block_size_lowers(H, D, block_size):
+    def hisa(q, k, k_scale, w, visible):
+        return mosaic_gpu.select_hisa(q, k, k_scale, w, visible, topk=500, block_size=block_size, block_topk=16)
+
+    assert "custom_call" in lower(hisa, *_shapes(1, 100, 16384, H, D, E4M3))
+
+
+@pytest.mark.parametrize(("B", "T", "S", "N"), [(1, 4096, 65536, 128), (32, 1, 8192, 64)], ids=["prefill", "decode"])
+def test_sparse_mla_lowers(B, T, S, N):
+    def attend(q, kv, indices):
+        return sparse_mla(q, kv, indices, value_dim=512, scale=0.1)
+
+    shapes = ((B, T, N, 576), BF16), ((B, S, 576), BF16), ((B, T, 2048), jnp.int32)
+    assert "custom_call" in lower(attend, *shapes)
+
+
+def test_refusals_say_why():
+    shape = {"H": 64, "D": 128, "dtype": E4M3, "topk": 2048}
+    assert mosaic_gpu.why_not("9.0", **shape) is None and triton.why_not("9.0", **shape) is None
+    assert "Hopper" in mosaic_gpu.why_not("8.0", **shape)
+    assert "8.9" in triton.why_not("8.0", **shape)
+    assert "16, 32, 64 or 128 heads" in mosaic_gpu.why_not("9.0", **{**shape, "H": 48})
+    assert "float8_e4m3fn or bfloat16" in mosaic_gpu.why_not("9.0", **{**shape, "dtype": jnp.float32})
+
+
+def test_refine_fits_shared_memory():
+    for H, D, itemsize in ((64, 128, 1), (64, 128, 2), (128, 128, 1), (32, 128, 1)):
+        config = refine.heuristic(H, D, 64, 128, itemsize)
+        assert config is not None and config.smem_bytes(H, D, 64, 128, itemsize) <= refine.SMEM_BYTES
+    assert refine.heuristic(64, 128, 512, 128, 1) is None
