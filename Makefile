@@ -6,6 +6,8 @@ PYTHON ?= python3
 JAX ?= jax
 ARGS ?=
 OLDEST := 0.11.2
+# Interpreted, each waiting warp-group of a GPU kernel blocks a thread of XLA: two cores' worth of them stand still.
+GPU_INTERPRETER := NPROC=32
 
 .PHONY: demo test test-oldest lint format clean
 .DELETE_ON_ERROR:
@@ -14,11 +16,13 @@ demo: .venv/demo.stamp
 	.venv/bin/python -m bench demo $(ARGS)
 
 test: .venv/test.stamp
-	.venv/bin/python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=95 $(ARGS)
+	.venv/bin/python -m pytest -n 2 --ignore=tests/gpu --cov --cov-report=term:skip-covered --cov-fail-under=95 $(ARGS)
+	$(GPU_INTERPRETER) .venv/bin/python -m pytest tests/gpu
 
 # The promises again on the oldest supported jax, without what is marked slow.
 test-oldest: .venv-oldest/test.stamp
-	.venv-oldest/bin/python -m pytest -n 2 -m "not slow" $(ARGS)
+	.venv-oldest/bin/python -m pytest -n 2 -m "not slow" --ignore=tests/gpu $(ARGS)
+	$(GPU_INTERPRETER) .venv-oldest/bin/python -m pytest -m "not slow" tests/gpu
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check .

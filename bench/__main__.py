@@ -9,6 +9,7 @@ from bench import UserError
 # Command -> module, help. A module has `add_arguments(parser)` and `run(args) -> int`, the exit status.
 COMMANDS = {
     "demo": ("bench.demo", "the main job: index real text with all methods, show speed, quality and found passages"),
+    "gpu": ("bench.gpu", "the kernels on an NVIDIA GPU, each checked before it is timed"),
     "memory": ("bench.memory", "peak memory of each method at a long context"),
 }
 

@@ -52,22 +52,24 @@ class Implementation:
     select_packed: Callable[..., Any]
 
 
-def _not_built(backend: str) -> Implementation:
+def _unavailable(backend: str, reason: str) -> Implementation:
     def missing(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"kernels_pallas.{backend}")
 
     return Implementation(
-        why_not=lambda device, problem: f"kernels_pallas.{backend} has no kernels yet",
+        why_not=lambda device, problem: reason,
         select=missing,
         select_packed=missing,
     )
 
 
+_NOT_WIRED = "its kernels do not take the inputs of select yet, only those named in kernels_pallas/README.md"
+
 # In the order in which "auto" tries them.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "mosaic_gpu": _not_built("mosaic_gpu"),
-    "triton": _not_built("triton"),
-    "mosaic_tpu": _not_built("mosaic_tpu"),
+    "mosaic_gpu": _unavailable("mosaic_gpu", _NOT_WIRED),
+    "triton": _unavailable("triton", _NOT_WIRED),
+    "mosaic_tpu": _unavailable("mosaic_tpu", "it has no kernels yet"),
     "xla": Implementation(why_not=lambda device, problem: None, select=xla.select, select_packed=xla.select_packed),
 }
 
