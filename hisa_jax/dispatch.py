@@ -1,21 +1,31 @@
 """Which implementation runs, and why the others do not. Alone here are kernels imported."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import Array
 
 from hisa_jax import xla
-from hisa_jax.methods import Method
+from hisa_jax.kernels import Backend, Kernels
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a choice depends on of the hardware: `platform` ("cpu", "gpu", "tpu") and `kind` ("NVIDIA H200")."""
+    """What a choice depends on of the hardware.
+
+    Attributes:
+        platform: "cpu", "gpu" or "tpu".
+        kind: as the vendor names it, "NVIDIA H200".
+        compute_capability: of an NVIDIA GPU, "9.0"; else "".
+    """
 
     platform: str
     kind: str
+    compute_capability: str = ""
 
     @classmethod
     def default(cls) -> "Device":
@@ -23,15 +33,17 @@ class Device:
         device = jax.config.jax_default_device or jax.devices()[0]
         if isinstance(device, str):
             device = jax.devices(device)[0]
-        return cls(platform=device.platform, kind=device.device_kind)
+        capability = getattr(device, "compute_capability", "")
+        return cls(platform=device.platform, kind=device.device_kind, compute_capability=capability)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What a choice depends on of the call: index heads, their size, dtypes, and the method."""
+    """What a choice depends on of the call: index heads, their size, most keys a sequence, dtypes, and the method."""
 
     H: int
     D: int
+    S: int
     q_dtype: str
     k_dtype: str
     method: Method
@@ -52,24 +64,51 @@ class Implementation:
     select_packed: Callable[..., Any]
 
 
-def _unavailable(backend: str, reason: str) -> Implementation:
-    def missing(*args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"kernels_pallas.{backend}")
-
-    return Implementation(
-        why_not=lambda device, problem: reason,
-        select=missing,
-        select_packed=missing,
-    )
+def backend(name: str) -> Backend:
+    """A backend of kernels_pallas, by name."""
+    module: Any = importlib.import_module(f"kernels_pallas.{name}")
+    return module
 
 
-_NOT_WIRED = "its kernels do not take the inputs of select yet, only those named in kernels_pallas/README.md"
+def _kernels(name: str, why_not: Callable[[Device, Problem | None], str | None]) -> Implementation:
+    kernels = Kernels(lambda: backend(name))
+    return Implementation(why_not=why_not, select=kernels.select, select_packed=kernels.select_packed)
+
+
+def _nvidia(name: str) -> Implementation:
+    def why_not(device: Device, problem: Problem | None) -> str | None:
+        if not device.compute_capability:
+            return _NO_NVIDIA.format(device.kind)
+        module: Any = backend(name)
+        if problem is None:
+            return module.why_not(device.compute_capability, H=64, D=128, dtype="bfloat16", topk=1)
+        if problem.q_dtype != problem.k_dtype:
+            return f"needs queries and keys of one dtype, not {problem.q_dtype} and {problem.k_dtype}"
+        method = problem.method
+        return module.why_not(
+            device.compute_capability,
+            H=problem.H,
+            D=problem.D,
+            dtype=problem.k_dtype,
+            # A block-sparse selection takes its tokens from the blocks, not by a top-k.
+            topk=1 if isinstance(method, BlockSparse) else method.topk,
+            **{} if isinstance(method, Dsa) else _blocks(method, problem.S),
+        )
+
+    return _kernels(name, why_not)
+
+
+def _blocks(method: Hisa | BlockSparse, S: int) -> dict[str, int]:
+    return {"block_size": method.block_size, "block_topk": method.block_topk, "n_blocks": -(-S // method.block_size)}
+
+
+_NO_NVIDIA = "needs an NVIDIA GPU, this device is {!r}"
 
 # In the order in which "auto" tries them.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "mosaic_gpu": _unavailable("mosaic_gpu", _NOT_WIRED),
-    "triton": _unavailable("triton", _NOT_WIRED),
-    "mosaic_tpu": _unavailable("mosaic_tpu", "it has no kernels yet"),
+    "mosaic_gpu": _nvidia("mosaic_gpu"),
+    "triton": _nvidia("triton"),
+    "mosaic_tpu": _kernels("mosaic_tpu", lambda device, problem: "it has no kernels yet"),
     "xla": Implementation(why_not=lambda device, problem: None, select=xla.select, select_packed=xla.select_packed),
 }
 
@@ -79,15 +118,14 @@ def reasons(device: Device, problem: Problem | None) -> dict[str, str | None]:
     return {name: implementation.why_not(device, problem) for name, implementation in IMPLEMENTATIONS.items()}
 
 
-def choose(call: str, implementation: str, device: Device, problem: Problem) -> str:
-    """The name of the implementation that runs.
+def choose(call: str, implementation: str, why_not: dict[str, str | None]) -> str:
+    """The name of the implementation that runs: the one asked for, or the first that can.
 
     Raises: ValueError: one that does not exist, or one that cannot run here: says why and which can.
     """
-    if implementation != "auto" and implementation not in IMPLEMENTATIONS:
-        names = ", ".join(["auto", *IMPLEMENTATIONS])
+    if implementation != "auto" and implementation not in why_not:
+        names = ", ".join(["auto", *why_not])
         raise ValueError(f"{call}: implementation={implementation!r}, wanted one of {names}")
-    why_not = reasons(device, problem)
     usable = [name for name, reason in why_not.items() if reason is None]
     if implementation == "auto":
         return usable[0]
@@ -97,3 +135,30 @@ def choose(call: str, implementation: str, device: Device, problem: Problem) -> 
             f"Usable: {', '.join(usable)}"
         )
     return implementation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionProblem:
+    """What the choice of a sparse attention depends on: heads, sizes of key and value, dtype."""
+
+    N: int
+    key_dim: int
+    value_dim: int
+    dtype: str
+
+
+def attention(name: str) -> Callable[..., tuple[Array, Array]]:
+    """The forward pass of a backend: (q, kv, indices, *, value_dim, scale) -> (out, lse)."""
+    return importlib.import_module(f"kernels_pallas.{name}.sparse_mla").sparse_mla
+
+
+def attention_reasons(device: Device, problem: AttentionProblem) -> dict[str, str | None]:
+    """As `reasons`, for the sparse attention."""
+
+    def nvidia(name: str) -> str | None:
+        if not device.compute_capability:
+            return _NO_NVIDIA.format(device.kind)
+        module = importlib.import_module(f"kernels_pallas.{name}.sparse_mla")
+        return module.why_not(device.compute_capability, **dataclasses.asdict(problem))
+
+    return {"triton": nvidia("triton"), "xla": None}

@@ -227,8 +227,8 @@ def _check_dtypes(call: str, q: Array, keys: Keys, w: Array) -> None:
 
 
 def _problem(q: Array, keys: Keys, method: Method) -> dispatch.Problem:
-    H, D = q.shape[-2:]
-    return dispatch.Problem(H=H, D=D, q_dtype=q.dtype.name, k_dtype=keys.values.dtype.name, method=method)
+    (H, D), S = q.shape[-2:], keys.values.shape[-2]
+    return dispatch.Problem(H=H, D=D, S=S, q_dtype=q.dtype.name, k_dtype=keys.values.dtype.name, method=method)
 
 
 def _prepare(
@@ -239,7 +239,7 @@ def _prepare(
         raise TypeError(f"{call}: method is {method!r}, wanted a Hisa, Dsa or BlockSparse")
     if return_blocks and isinstance(method, Dsa):
         raise ValueError(f"{call}: return_blocks=True with {method}: the flat indexer keeps no blocks")
-    name = dispatch.choose(call, implementation, dispatch.Device.default(), _problem(q, keys, method))
+    name = dispatch.choose(call, implementation, dispatch.reasons(dispatch.Device.default(), _problem(q, keys, method)))
     if tiles is not None and name != "xla":
         raise ValueError(f'{call}: tiles={tiles} with implementation="{name}", wanted implementation="xla"')
     return name

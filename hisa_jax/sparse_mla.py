@@ -5,13 +5,13 @@ backward pass gathers and recomputes tile by tile, too, from the saved logsumexp
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import checks
+from hisa_jax import checks, dispatch
 
 # Float32 logits of one tile of queries: few queries when heads and tokens are many.
 _TILE_BYTES = 32 << 20
@@ -26,6 +26,7 @@ def sparse_mla(
     value_dim: int = 512,
     sink: Array | None = None,
     return_lse: bool = False,
+    implementation: str = "auto",
 ) -> Array | tuple[Array, Array]:
     """Attends to the selected tokens of a latent cache that all heads share.
 
@@ -40,10 +41,13 @@ def sparse_mla(
         value_dim: the first `value_dim` of the Dk features are the values.
         sink: [N] float32, a logit per head that takes part in the softmax and has no value.
         return_lse: also return the logsumexp of the logits, without the sink, for merging partial results.
+        implementation: of the forward pass, "auto" (the first that can run here), "triton" or "xla". The backward
+            pass is XLA's.
 
     Returns: [B, T, N, value_dim] in q's dtype, zeros where nothing is selected; with `return_lse` also [B, T, N]
         float32, -inf there. Differentiable in `q`, `kv` and `sink` by reverse mode; `return_lse` too.
-    Raises: TypeError: a dtype not listed above. ValueError: shapes that do not fit.
+    Raises: TypeError: a dtype not listed above. ValueError: shapes that do not fit; an implementation that cannot run
+        here.
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (absorbed form); the sink as in FlashMLA.
     Example:
         >>> q, kv, indices = jnp.ones((1, 2, 4, 24)), jnp.ones((1, 8, 24)), jnp.array([[[0, 3], [5, -1]]])
@@ -65,6 +69,8 @@ def sparse_mla(
     if sink is not None:
         checks.dtype(call, "sink", sink, ("float32",))
         checks.shape(call, "sink", sink, (N,), f"one logit a head (q is {list(q.shape)})")
+    problem = dispatch.AttentionProblem(N=N, key_dim=Dk, value_dim=value_dim, dtype=q.dtype.name)
+    name = dispatch.choose(call, implementation, dispatch.attention_reasons(dispatch.Device.default(), problem))
     S = kv.shape[1]
     checks.value(
         (indices >= -1) & (indices < S),
@@ -75,7 +81,7 @@ def sparse_mla(
     if 0 in (B, T, S, N, indices.shape[2]):
         out, lse = jnp.zeros((B, T, N, value_dim), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
     else:
-        out, lse = _attend(q, kv, indices, scale, value_dim)
+        out, lse = _attend(q, kv, indices, scale, value_dim, name)
         if sink is not None:
             # What the sink takes from every value: 1 - exp(lse) / (exp(lse) + exp(sink)).
             out = (out * jax.nn.sigmoid(lse - sink[None, None, :])[..., None]).astype(q.dtype)
@@ -104,10 +110,17 @@ def _tiling(T: int, N: int, K: int) -> _Tiling:
     return _Tiling(-(-T // t), t)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _attend(q: Array, kv: Array, indices: Array, scale: float, value_dim: int) -> tuple[Array, Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _attend(
+    q: Array, kv: Array, indices: Array, scale: float, value_dim: int, implementation: str
+) -> tuple[Array, Array]:
     """[B, T, N, Dk], [B, S, Dk], [B, T, K] -> [B, T, N, value_dim], [B, T, N] float32."""
+    attend = _xla if implementation == "xla" else dispatch.attention(implementation)
+    return attend(q, kv, indices, scale=scale, value_dim=value_dim)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "value_dim"))
+def _xla(q: Array, kv: Array, indices: Array, *, scale: float, value_dim: int) -> tuple[Array, Array]:
     (B, T, N, _), K = q.shape, indices.shape[2]
     tiling = _tiling(T, N, K)
 
@@ -124,13 +137,15 @@ def _attend(q: Array, kv: Array, indices: Array, scale: float, value_dim: int) -
     return tiling.join(out, B, T), tiling.join(lse, B, T)
 
 
-def _attend_forward(q: Array, kv: Array, indices: Array, scale: float, value_dim: int):  # type: ignore[no-untyped-def]
-    out, lse = _attend(q, kv, indices, scale, value_dim)
+def _attend_forward(q: Array, kv: Array, indices: Array, scale: float, value_dim: int, implementation: str) -> Any:
+    out, lse = _attend(q, kv, indices, scale, value_dim, implementation)
     return (out, lse), (q, kv, indices, out, lse)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _attend_backward(scale: float, value_dim: int, saved: tuple[Array, ...], gradients: tuple[Array, Array]):  # type: ignore[no-untyped-def]
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _attend_backward(
+    scale: float, value_dim: int, implementation: str, saved: tuple[Array, ...], gradients: tuple[Array, Array]
+) -> tuple[Array, Array, None]:
     """The gradient of a softmax by its saved logsumexp, as in FlashAttention-2 (arXiv 2307.08691), section 3.1."""
     q, kv, indices, out, lse = saved
     d_out, d_lse = gradients

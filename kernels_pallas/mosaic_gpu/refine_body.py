@@ -172,7 +172,10 @@ def load_keys(
                     plgpu.copy_gmem_to_smem(scale_gmem[0].at[rows], scale_smem.at[slot, there], k_full.at[slot])
             return _
 
-        return lax.fori_loop(0, n_tiles, one_tile, _)
+        lax.fori_loop(0, n_tiles, one_tile, None)
+        if plan.interpret:
+            plgpu.commit_smem()  # as in `release`: this warp read `meta`, and a later copy of its own overwrites it
+        return _
 
     @one_warp
     def _all_queries():

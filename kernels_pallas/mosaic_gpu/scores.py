@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.mosaic_gpu.rows import COLUMNS
 from kernels_pallas.mosaic_gpu.scores_body import Plan, scores_body
 from kernels_pallas.types import Interpret, Ref
 
@@ -59,20 +58,6 @@ def heuristic(T: int, H: int, D: int, n_columns: int, n_parts: int, itemsize: in
     return dataclasses.replace(config, tile_t=tile_t)
 
 
-def query_tiles(n_sequences: int, queries: int, tile_t: int, keys: int, limit: Array) -> Array:
-    """[n_tiles, 4] int32: first query, how many, first key row, most candidates any of them has.
-
-    For `n_sequences` of `queries` queries and `keys` key rows each; `limit`: [T] int32.
-    """
-    per_sequence = -(-queries // tile_t)
-    sequence = jnp.repeat(jnp.arange(n_sequences, dtype=jnp.int32), per_sequence)
-    first = jnp.tile(jnp.arange(per_sequence, dtype=jnp.int32) * tile_t, n_sequences)
-    padded = jnp.pad(limit.reshape(n_sequences, queries), ((0, 0), (0, per_sequence * tile_t - queries)))
-    # Rounded up, so that whatever a selection reads in a round of its own was written.
-    most = -(-jnp.max(padded.reshape(-1, tile_t), axis=1) // COLUMNS) * COLUMNS
-    return jnp.stack([sequence * queries + first, jnp.minimum(tile_t, queries - first), sequence * keys, most], axis=1)
-
-
 @functools.partial(jax.jit, static_argnames=("n_columns", "keep_first", "keep_last", "config", "n_ctas", "interpret"))
 def scores(
     q: Array,
@@ -94,7 +79,7 @@ def scores(
 
     Args:
         limit: candidates of each query. Columns at or beyond are `INVISIBLE` or, beyond its whole tile, not written.
-        tiles: which queries and keys go together, see `query_tiles`.
+        tiles: which queries and keys go together, see `Sequences.query_tiles`.
         first_column: [1] int32, a multiple of the span: column c of the result is candidate first_column + c.
         keep_first, keep_last: that many first and last candidates of each query are `FORCED`.
     """

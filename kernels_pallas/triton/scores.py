@@ -31,18 +31,16 @@ def heuristic(H: int) -> Config:
     return Config(tile_s=128 if H <= 64 else 64)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("n_sequences", "n_columns", "keep_first", "keep_last", "config", "interpret")
-)
+@functools.partial(jax.jit, static_argnames=("n_columns", "keep_first", "keep_last", "config", "interpret"))
 def scores(
     q: Array,
     w: Array,
     k: Array,
     k_scale: Array | None,
     limit: Array,
+    tiles: Array,
     first_column: Array,
     *,
-    n_sequences: int,
     n_columns: int,
     config: Config,
     keep_first: int = 0,
@@ -53,29 +51,26 @@ def scores(
 
     Args:
         limit: candidates of each query. Columns at or beyond are `INVISIBLE` or, beyond its whole tile, not written.
+        tiles: which queries and keys go together, see `Sequences.query_tiles`.
         first_column: [1] int32: column c of the result is candidate first_column + c of its sequence.
         keep_first, keep_last: that many first and last candidates of each query are `FORCED`.
     """
-    T, (n_parts, S, _) = q.shape[0], k.shape
-    queries, keys = T // n_sequences, S // n_sequences
-    n_tiles = -(-n_columns // config.tile_s)
-    width = n_tiles * config.tile_s
-    whole = lambda x: pl.BlockSpec(x.shape, lambda b, t, s: (0,) * x.ndim)  # noqa: E731
-    operands = [q, w, limit, first_column, k] + ([] if k_scale is None else [k_scale])
+    T = q.shape[0]
+    n_spans = -(-n_columns // config.tile_s)
+    width = n_spans * config.tile_s
+    whole = lambda x: pl.BlockSpec(x.shape, lambda t, s: (0,) * x.ndim)  # noqa: E731
+    operands = [q, w, limit, tiles, first_column, k] + ([] if k_scale is None else [k_scale])
     return pl.pallas_call(
         functools.partial(
             scores_body,
-            queries=queries,
-            keys=keys,
-            tile_t=config.tile_t,
             tile_s=config.tile_s,
-            n_parts=n_parts,
+            n_parts=k.shape[0],
             keep_first=keep_first,
             keep_last=keep_last,
         ),
-        grid=(n_sequences, -(-queries // config.tile_t), n_tiles),
+        grid=(tiles.shape[0], n_spans),
         in_specs=[whole(x) for x in operands],
-        out_specs=pl.BlockSpec((T, width), lambda b, t, s: (0, 0)),
+        out_specs=pl.BlockSpec((T, width), lambda t, s: (0, 0)),
         out_shape=jax.ShapeDtypeStruct((T, width), jnp.int32),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=2),
         name="hisa_scores",

@@ -13,29 +13,29 @@ def scores_body(
     q_ref: Ref,
     w_ref: Ref,
     limit_ref: Ref,
+    tiles_ref: Ref,
     first_column_ref: Ref,
     k_ref: Ref,
     *refs: Ref,
-    queries: int,
-    keys: int,
-    tile_t: int,
     tile_s: int,
     n_parts: int,
     keep_first: int,
     keep_last: int,
 ) -> None:
-    *scale_ref, o_ref = refs  # in: [T, H, D], [T, H], [T], [1], [parts, S, D], maybe [S]; out: [T, width]
-    sequence, tile = pl.program_id(0), pl.program_id(1)
-    column = pl.program_id(2) * tile_s
+    # in: [T, H, D], [T, H], [T], [n_tiles, 4], [1], [parts, S, D], maybe [S]; out: [T, width]
+    *scale_ref, o_ref = refs
+    tile = pl.program_id(0)
+    column = pl.program_id(1) * tile_s
+    first_query, n_queries, first_row, most = (tiles_ref[tile, field] for field in range(4))
     first = first_column_ref[0] + column
     candidate = first + jnp.arange(tile_s, dtype=jnp.int32)
-    there = candidate < keys
-    row = jnp.where(there, sequence * keys + candidate, 0)
+    there = first_row + candidate < k_ref.shape[1]
+    row = jnp.where(there, first_row + candidate, 0)
     parts = [load_keys(k_ref, part, row, there) for part in range(n_parts)]
     scale = plt.load(scale_ref[0].at[row], mask=there, other=0.0) if scale_ref else None
 
     def one_query(i, _):
-        t = sequence * queries + tile * tile_t + i
+        t = first_query + i
         limit = limit_ref[t]
 
         @pl.when(first < limit)
@@ -48,7 +48,7 @@ def scores_body(
 
         return _
 
-    lax.fori_loop(0, jnp.minimum(tile_t, queries - tile * tile_t), one_query, None)
+    lax.fori_loop(0, jnp.where(first < most, n_queries, 0), one_query, None)
 
 
 def load_keys(k_ref: Ref, part: int, rows: Array, there: Array) -> Array:

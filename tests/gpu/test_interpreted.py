@@ -6,7 +6,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import mosaic_gpu, triton
+from kernels_pallas import indexer, mosaic_gpu, triton
 from kernels_pallas.mosaic_gpu import refine as mosaic_refine
 from kernels_pallas.mosaic_gpu import topk as mosaic_topk
 from kernels_pallas.triton import topk as triton_topk
@@ -28,7 +28,7 @@ def interpret():
 @pytest.fixture(autouse=True)
 def few_ctas(monkeypatch):
     """Two CTAs, so that each has several queries."""
-    monkeypatch.setattr(mosaic_gpu, "n_sms", lambda: 2)
+    monkeypatch.setattr(mosaic_gpu.stages, "n_sms", lambda: 2)
 
 
 CASES = [  # block_size, block_topk, topk, dtype, has_scale, visible [B, T], S
@@ -64,7 +64,7 @@ def test_mosaic_flat_keeps_the_contract(interpret):
 
 
 def test_streaming_topk_of_mosaic_equals_one_piece(interpret, monkeypatch):
-    monkeypatch.setattr(mosaic_gpu.select, "_FLAT_WIDTH", 1024)
+    monkeypatch.setattr(mosaic_gpu.stages, "_FLAT_WIDTH", 1024)
     visible = np.asarray([[1500]], np.int32)
     q, k, scale, w = draw.integers(3, 1, 1, 1500, 16, 64, E4M3, True)
     got = mosaic_gpu.select_flat(q, k, scale, w, jnp.asarray(visible), topk=100, interpret=interpret)
@@ -72,11 +72,44 @@ def test_streaming_topk_of_mosaic_equals_one_piece(interpret, monkeypatch):
 
 
 def test_streaming_topk_of_triton_equals_one_piece(monkeypatch):
-    monkeypatch.setattr(triton.select, "_FLAT_WIDTH", 512)
+    monkeypatch.setattr(triton.stages, "_FLAT_WIDTH", 512)
     visible = np.asarray([[1200, 700]], np.int32)
     q, k, _, w = draw.integers(4, 1, 2, 1200, 16, 64, BF16, False)
     got = triton.select_flat(q, k, None, w, jnp.asarray(visible), topk=100, interpret=True)
     promises.check_flat(got, q, k, None, w, visible, topk=100, token_tolerance=1e-9)
+
+
+def _packed(seed, lengths_q, lengths_k, T, N):
+    """A packed batch in buffers of T queries and N keys: arrays, offsets, visible; nobody's rows behind."""
+    q, k, scale, w = (x[0] for x in draw.integers(seed, 1, T, N, 16, 64, E4M3, True))
+    cu = [np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32) for lengths in (lengths_q, lengths_k)]
+    visible = np.zeros(T, np.int32)
+    for r, (n_q, n_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        visible[cu[0][r] : cu[0][r + 1]] = np.maximum(n_k - n_q + 1 + np.arange(n_q), 0)
+    return (q, k, scale, w, jnp.asarray(visible)), tuple(map(jnp.asarray, cu))
+
+
+@pytest.mark.parametrize("queries", [8192, 4], ids=["one_piece", "a_few_queries_at_a_time"])
+@pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
+def test_packed_sequences_keep_the_contract(backend, queries, monkeypatch, request):
+    # More blocks than are kept, an empty sequence, one with fewer tokens than a block; 3 rows nobody's.
+    lengths_q, lengths_k = [2, 0, 1, 3], [300, 40, 9, 230]
+    arrays, cu = _packed(9, lengths_q, lengths_k, 9, 600)
+    monkeypatch.setattr(indexer, "_QUERIES", queries)
+    module, mode = triton, True
+    if backend == "mosaic_gpu":
+        module, mode = mosaic_gpu, request.getfixturevalue("interpret")
+    options = {"topk": 50, "block_size": 32, "block_topk": 4}
+    hisa = module.select_hisa(*arrays, **options, cu_seqlens=cu, interpret=mode)
+    flat = module.select_flat(*arrays, topk=50, cu_seqlens=cu, interpret=mode)
+    for r in np.flatnonzero(lengths_q):
+        rows, keys = (slice(int(x[r]), int(x[r + 1])) for x in cu)
+        q, k, scale, w, visible = arrays
+        one = q[None, rows], k[None, keys], scale[None, keys], w[None, rows], np.asarray(visible)[None, rows]
+        promises.check_hisa([x[None, rows] for x in hisa], *one, **options, **EXACT)
+        promises.check_flat([x[None, rows] for x in flat], *one, topk=50, token_tolerance=1e-9)
+    for indices, count in (hisa[:2], flat):
+        assert (np.asarray(indices)[6:] == -1).all() and (np.asarray(count)[6:] == 0).all()
 
 
 def test_nan_scores_are_chosen_last(interpret):

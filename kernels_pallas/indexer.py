@@ -1,0 +1,243 @@
+"""The indexers put together from a backend's stages: the same for every backend."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import jax.numpy as jnp
+from jax import Array
+
+from kernels_pallas.sequences import FlatCall, Rows, Sequences, flatten_batch, flatten_packed
+from kernels_pallas.types import Interpret
+
+Means = tuple[Array, Array | None]  # [parts, n, D] in the keys' dtype and [n] float32 scale: what `pool` returns
+
+
+class Stages(Protocol):
+    """What a backend brings, over flat arrays: [T, H, D] queries, [T, H] weights, [S, D] keys, [S] scales."""
+
+    def pool(
+        self, k: Array, k_scale: Array | None, counts: Rows, *, block_size: int, interpret: Interpret = False
+    ) -> Means:
+        """Mean key of each block over the `counts` [S // block_size] tokens present in it."""
+        ...
+
+    def block_filter(
+        self,
+        q: Array,
+        w: Array,
+        means: Means,
+        eligible: Array,
+        sequences: Sequences,
+        *,
+        block_topk: int,
+        keep_first: int,
+        keep_last: int,
+        interpret: Interpret = False,
+    ) -> Array:
+        """The best of the first `eligible` [T] blocks: [T, block_topk] int32 ids, ascending, then -1.
+
+        `sequences` have blocks for keys. A query with no eligible block gets nothing, or anything.
+        """
+        ...
+
+    def refine(
+        self,
+        q: Array,
+        w: Array,
+        k: Array,
+        k_scale: Array | None,
+        block_ids: Array,
+        visible: Array,
+        first_block: Array,
+        *,
+        topk: int,
+        block_size: int,
+        interpret: Interpret = False,
+    ) -> tuple[Array, Array]:
+        """The best tokens of the kept blocks: [T, topk] int32, ascending, then -1; [T] count."""
+        ...
+
+    def flat(
+        self,
+        q: Array,
+        w: Array,
+        k: Array,
+        k_scale: Array | None,
+        visible: Array,
+        sequences: Sequences,
+        *,
+        topk: int,
+        interpret: Interpret = False,
+    ) -> tuple[Array, Array]:
+        """The best of all visible tokens, as `refine`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Indexer:
+    """Whole indexers of one backend.
+
+    The arguments that all have in common, for a batch, or for a packed batch where `cu_seqlens` is given:
+
+        q: [B, T, H, D] or packed [T, H, D]; k: [B, S, D] or [N, D]; of one dtype that the backend takes.
+        k_scale: [B, S] or [N] float32, or None where every scale is 1.
+        w: [B, T, H] or [T, H] float32 of any sign.
+        visible: [B, T] or [T] int32, how many tokens of its sequence a query sees; 0 for padding.
+        lengths: [B] int32, tokens present in each sequence of a batch; None: S. Unused for a packed batch.
+        cu_seqlens: [R + 1] int32 offsets of each sequence's queries, and of its keys.
+        interpret: see types.py.
+    """
+
+    stages: Stages
+
+    def select_hisa(
+        self,
+        q: Array,
+        k: Array,
+        k_scale: Array | None,
+        w: Array,
+        visible: Array,
+        *,
+        topk: int,
+        block_size: int,
+        block_topk: int,
+        keep_first: int = 1,
+        keep_last: int = 1,
+        lengths: Array | None = None,
+        cu_seqlens: tuple[Array, Array] | None = None,
+        means: Means | None = None,
+        interpret: Interpret = False,
+    ) -> tuple[Array, Array, Array]:
+        """The hierarchical indexer.
+
+        Args:
+            means: kept block means of a batch (see `Stages.pool`); pooled here if None.
+
+        Returns: [B, T, topk] int32 positions, ascending, then -1; [B, T] int32 count; [B, T, block_topk] block ids,
+            ascending, then -1.
+        """
+        call = _flatten(q, k, k_scale, w, visible, lengths, cu_seqlens, block_size)
+        filtered = self._filter(call, block_size, block_topk, keep_first, keep_last, means, interpret)
+
+        def some(call: FlatCall) -> tuple[Array, Array, Array]:
+            blocks = filtered(call)
+            first_block = call.sequences.key_start_of_queries(call.q.shape[0]) // block_size
+            indices, count = self.stages.refine(
+                call.q,
+                call.w,
+                call.k,
+                call.k_scale,
+                blocks[:, : -(-call.sequences.max_keys // block_size)],
+                call.visible,
+                first_block,
+                topk=topk,
+                block_size=block_size,
+                interpret=interpret,
+            )
+            return indices, count, blocks
+
+        indices, count, blocks = call.unflatten(*call.map_queries(some, _QUERIES))
+        return indices, count, blocks
+
+    def select_blocks(
+        self,
+        q: Array,
+        k: Array,
+        k_scale: Array | None,
+        w: Array,
+        visible: Array,
+        *,
+        block_size: int,
+        block_topk: int,
+        keep_first: int = 1,
+        keep_last: int = 1,
+        lengths: Array | None = None,
+        cu_seqlens: tuple[Array, Array] | None = None,
+        interpret: Interpret = False,
+    ) -> Array:
+        """The block filter alone: [B, T, block_topk] int32 block ids, ascending, then -1."""
+        call = _flatten(q, k, k_scale, w, visible, lengths, cu_seqlens, block_size)
+        filtered = self._filter(call, block_size, block_topk, keep_first, keep_last, None, interpret)
+        return call.unflatten(*call.map_queries(lambda call: (filtered(call),), _QUERIES))[0]
+
+    def select_flat(
+        self,
+        q: Array,
+        k: Array,
+        k_scale: Array | None,
+        w: Array,
+        visible: Array,
+        *,
+        topk: int,
+        cu_seqlens: tuple[Array, Array] | None = None,
+        interpret: Interpret = False,
+    ) -> tuple[Array, Array]:
+        """The flat indexer; results as in `select_hisa`, without blocks."""
+        call = _flatten(q, k, k_scale, w, visible, None, cu_seqlens, _TILED_ROWS)
+
+        def some(call: FlatCall) -> tuple[Array, Array]:
+            return self.stages.flat(
+                call.q, call.w, call.k, call.k_scale, call.visible, call.sequences, topk=topk, interpret=interpret
+            )
+
+        indices, count = call.unflatten(*call.map_queries(some, _QUERIES))
+        return indices, count
+
+    def _filter(
+        self,
+        call: FlatCall,
+        block_size: int,
+        block_topk: int,
+        keep_first: int,
+        keep_last: int,
+        means: Means | None,
+        interpret: Interpret,
+    ) -> Callable[[FlatCall], Array]:
+        """Pools the keys and returns what maps some of the queries to their kept blocks, [T, block_topk] int32."""
+        has_filter = call.sequences.max_keys > block_topk * block_size
+        if has_filter and means is None:
+            counts = call.sequences.tokens_in_blocks(call.k.shape[0], block_size)
+            means = self.stages.pool(call.k, call.k_scale, counts, block_size=block_size, interpret=interpret)
+
+        def kept(call: FlatCall) -> Array:
+            eligible = -(-call.visible // block_size)[:, None]
+            first = jnp.arange(block_topk, dtype=jnp.int32)
+            all_eligible = jnp.where(first < eligible, first, -1)
+            if means is None:
+                return all_eligible
+            keeps_all = eligible <= block_topk
+            best = self.stages.block_filter(
+                call.q,
+                call.w,
+                means,
+                # A query that keeps all its blocks needs no scores of them.
+                jnp.where(keeps_all[:, 0], 0, eligible[:, 0]),
+                call.sequences.blocks(block_size),
+                block_topk=block_topk,
+                keep_first=keep_first,
+                keep_last=keep_last,
+                interpret=interpret,
+            )
+            return jnp.where(keeps_all, all_eligible, best)
+
+        return kept
+
+
+_QUERIES = 8192  # at a time: what a stage leaves in memory for each of them, 64 KB at most, stays below 0.5 GiB
+_TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
+
+
+def _flatten(
+    q: Array,
+    k: Array,
+    k_scale: Array | None,
+    w: Array,
+    visible: Array,
+    lengths: Array | None,
+    cu_seqlens: tuple[Array, Array] | None,
+    align: int,
+) -> FlatCall:
+    if cu_seqlens is None:
+        return flatten_batch(q, k, k_scale, w, visible, lengths, align)
+    return flatten_packed(q, k, k_scale, w, visible, *cu_seqlens, align)

@@ -1,0 +1,155 @@
+"""The stages of `indexer.Stages`, by Mosaic GPU kernels; pooling and narrow selections are Triton's."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from kernels_pallas.image import INVISIBLE
+from kernels_pallas.indexer import Means
+from kernels_pallas.mosaic_gpu import refine as refine_stage
+from kernels_pallas.mosaic_gpu import scores as scores_stage
+from kernels_pallas.mosaic_gpu import topk as topk_stage
+from kernels_pallas.mosaic_gpu.rows import COLUMNS
+from kernels_pallas.sequences import Rows, Sequences
+from kernels_pallas.triton import pool as pool_stage
+from kernels_pallas.triton import topk as narrow_topk_stage
+from kernels_pallas.types import Interpret
+
+_FLAT_WIDTH = 16384  # images that a step of the streaming top-k holds: the best so far and a new tile
+_NARROW = 2048  # up to this many images a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
+_TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
+_DEFAULT_SMS = 132  # of every Hopper GPU sold as H100 SXM, H200 or GH200, where no GPU can be asked
+
+
+def n_sms() -> int:
+    """Multiprocessors of the default GPU."""
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else _DEFAULT_SMS
+
+
+def why_not(topk: int, n_blocks: int) -> str | None:
+    """None, or why so many tokens cannot be selected, or from so many blocks."""
+    if topk > topk_stage.MAX_WIDTH // 2:
+        return f"needs topk at most {topk_stage.MAX_WIDTH // 2}, not {topk}"
+    return topk_stage.why_not(n_blocks)
+
+
+def pool(k: Array, k_scale: Array | None, counts: Rows, *, block_size: int, interpret: Interpret = False) -> Means:
+    return pool_stage.pool(k, k_scale, counts, block_size=block_size, interpret=bool(interpret))
+
+
+def block_filter(
+    q: Array,
+    w: Array,
+    means: Means,
+    eligible: Array,
+    sequences: Sequences,
+    *,
+    block_topk: int,
+    keep_first: int,
+    keep_last: int,
+    interpret: Interpret = False,
+) -> Array:
+    (T, H, D), (parts, scale), n_ctas = q.shape, means, n_sms()
+    rows, sequences = sequences.aligned(parts.shape[1], _TILED_ROWS)
+    if rows is not None:
+        parts, scale = parts[:, rows], None if scale is None else scale[rows]
+    n_columns = sequences.max_keys
+    config = scores_stage.heuristic(T, H, D, n_columns, parts.shape[0], parts.dtype.itemsize, n_ctas)
+    images = scores_stage.scores(
+        q,
+        w,
+        parts,
+        scale,
+        eligible,
+        sequences.query_tiles(T, config.tile_t, eligible, COLUMNS),
+        jnp.zeros((1,), jnp.int32),
+        n_columns=n_columns,
+        config=config,
+        keep_first=keep_first,
+        keep_last=keep_last,
+        n_ctas=n_ctas,
+        interpret=interpret,
+    )
+    if images.shape[1] <= _NARROW:
+        return narrow_topk_stage.topk(images, eligible, block_topk, interpret=bool(interpret))[0]
+    return topk_stage.topk(images, eligible, block_topk, n_ctas=n_ctas, interpret=interpret)[0]
+
+
+def refine(
+    q: Array,
+    w: Array,
+    k: Array,
+    k_scale: Array | None,
+    block_ids: Array,
+    visible: Array,
+    first_block: Array,
+    *,
+    topk: int,
+    block_size: int,
+    interpret: Interpret = False,
+) -> tuple[Array, Array]:
+    """`refine.refine`, or its scores and `topk` one after the other where a query's images outgrow shared memory."""
+    (_, H, D), m = q.shape, block_ids.shape[1]
+    operands = (q, w, k, k_scale, block_ids, visible, first_block)
+    options = {"block_size": block_size, "n_ctas": n_sms(), "interpret": interpret}
+    config = refine_stage.heuristic(H, D, m, block_size, k.dtype.itemsize)
+    if config is not None:
+        return refine_stage.refine(*operands, k_top=topk, config=config, **options)
+    config = refine_stage.Config(rows=128 if H <= 64 else 64, ring=4)
+    images = refine_stage.refine_scores(*operands, config=config, **options)
+    limit = jnp.sum(block_ids >= 0, axis=1, dtype=jnp.int32) * block_size
+    return narrow_topk_stage.topk(images, limit, topk, block_ids, block_size, interpret=bool(interpret))
+
+
+def flat(
+    q: Array,
+    w: Array,
+    k: Array,
+    k_scale: Array | None,
+    visible: Array,
+    sequences: Sequences,
+    *,
+    topk: int,
+    interpret: Interpret = False,
+) -> tuple[Array, Array]:
+    """A streaming top-k over tiles of tokens."""
+    (T, H, D), n_ctas = q.shape, n_sms()
+    width = next(width for width in (_FLAT_WIDTH, topk_stage.MAX_WIDTH) if width >= 2 * topk)
+    config = scores_stage.heuristic(T, H, D, min(width, sequences.max_keys), 1, k.dtype.itemsize, n_ctas)
+    tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
+
+    def images(first_column: Array, n_columns: int) -> Array:
+        return scores_stage.scores(
+            q,
+            w,
+            k[None],
+            k_scale,
+            visible,
+            tiles,
+            first_column,
+            n_columns=n_columns,
+            config=config,
+            n_ctas=n_ctas,
+            interpret=interpret,
+        )
+
+    if sequences.max_keys <= width:
+        x = images(jnp.zeros((1,), jnp.int32), sequences.max_keys)
+        return topk_stage.topk(x, visible, topk, n_ctas=n_ctas, interpret=interpret)
+    n_best = -(-topk // COLUMNS) * COLUMNS
+    step = (width - n_best) // config.span * config.span
+
+    def one_tile(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        start = jnp.full((1,), i * step, jnp.int32)
+        return topk_stage.merge_topk(*best, images(start, step), start, visible, n_ctas=n_ctas, interpret=interpret)
+
+    nothing = jnp.full((T, n_best), INVISIBLE, jnp.int32), jnp.full((T, n_best), -1, jnp.int32)
+    best, positions = lax.fori_loop(0, (jnp.max(visible) + step - 1) // step, one_tile, nothing)
+    if n_best == topk:
+        return positions, jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    columns, count = topk_stage.topk(
+        best, jnp.sum(positions >= 0, axis=1, dtype=jnp.int32), topk, n_ctas=n_ctas, interpret=interpret
+    )
+    positions = jnp.take_along_axis(positions, jnp.maximum(columns, 0), axis=1)
+    return jnp.where(columns >= 0, positions, -1), count

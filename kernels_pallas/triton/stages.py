@@ -1,0 +1,112 @@
+"""The stages of `indexer.Stages`, by Triton kernels."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from kernels_pallas.image import INVISIBLE
+from kernels_pallas.indexer import Means
+from kernels_pallas.sequences import Sequences
+from kernels_pallas.triton import refine as refine_stage
+from kernels_pallas.triton import scores as scores_stage
+from kernels_pallas.triton import topk as topk_stage
+from kernels_pallas.triton.pool import pool
+from kernels_pallas.types import Interpret
+
+__all__ = ["block_filter", "flat", "pool", "refine"]
+
+_FLAT_WIDTH = 8192  # images that a step of the streaming top-k adds to the best so far, less those
+
+
+def block_filter(
+    q: Array,
+    w: Array,
+    means: Means,
+    eligible: Array,
+    sequences: Sequences,
+    *,
+    block_topk: int,
+    keep_first: int,
+    keep_last: int,
+    interpret: Interpret = False,
+) -> Array:
+    config = scores_stage.heuristic(q.shape[1])
+    images = scores_stage.scores(
+        q,
+        w,
+        *means,
+        eligible,
+        sequences.query_tiles(q.shape[0], config.tile_t, eligible),
+        jnp.zeros((1,), jnp.int32),
+        n_columns=sequences.max_keys,
+        config=config,
+        keep_first=keep_first,
+        keep_last=keep_last,
+        interpret=interpret,
+    )
+    return topk_stage.topk(images, eligible, block_topk, interpret=interpret)[0]
+
+
+def refine(
+    q: Array,
+    w: Array,
+    k: Array,
+    k_scale: Array | None,
+    block_ids: Array,
+    visible: Array,
+    first_block: Array,
+    *,
+    topk: int,
+    block_size: int,
+    interpret: Interpret = False,
+) -> tuple[Array, Array]:
+    config = refine_stage.heuristic(q.shape[1], block_size)
+    images = refine_stage.refine_scores(
+        q, w, k, k_scale, block_ids, visible, first_block, block_size=block_size, config=config, interpret=interpret
+    )
+    limit = jnp.sum(block_ids >= 0, axis=1, dtype=jnp.int32) * block_size
+    return topk_stage.topk(images, limit, topk, block_ids, block_size, interpret=interpret)
+
+
+def flat(
+    q: Array,
+    w: Array,
+    k: Array,
+    k_scale: Array | None,
+    visible: Array,
+    sequences: Sequences,
+    *,
+    topk: int,
+    interpret: Interpret = False,
+) -> tuple[Array, Array]:
+    """A streaming top-k over tiles of tokens."""
+    T = q.shape[0]
+    config = scores_stage.heuristic(q.shape[1])
+    tiles = sequences.query_tiles(T, config.tile_t, visible)
+    width = next(width for width in (_FLAT_WIDTH, topk_stage.MAX_WIDTH) if width >= 2 * topk)
+
+    def images(first_column: Array, n_columns: int) -> Array:
+        return scores_stage.scores(
+            q,
+            w,
+            k[None],
+            k_scale,
+            visible,
+            tiles,
+            first_column,
+            n_columns=n_columns,
+            config=config,
+            interpret=interpret,
+        )
+
+    if sequences.max_keys <= width:
+        x = images(jnp.zeros((1,), jnp.int32), sequences.max_keys)
+        return topk_stage.topk(x, visible, topk, interpret=interpret)
+    step = (width - topk) // config.tile_s * config.tile_s
+
+    def one_tile(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        start = jnp.full((1,), i * step, jnp.int32)
+        return tuple(topk_stage.merge_topk(*best, images(start, step), start, visible, interpret=interpret))
+
+    nothing = jnp.full((T, topk), INVISIBLE, jnp.int32), jnp.full((T, topk), -1, jnp.int32)
+    _, positions = lax.fori_loop(0, (jnp.max(visible) + step - 1) // step, one_tile, nothing)
+    return positions, jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)

@@ -1,0 +1,174 @@
+"""`select`, `select_packed` and `sparse_mla` on kernels keep the contract: on a GPU, and interpreted without one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hisa_jax as hj
+from hisa_jax import dispatch
+from hisa_jax.kernels import Kernels
+from tests import draw, oracle
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+METHODS = {
+    "dsa": hj.Dsa(topk=50),
+    "hisa": hj.Hisa(topk=50, block_size=32, block_topk=5),
+    "hisa_more_forced": hj.Hisa(topk=50, block_size=32, block_topk=6, keep_first=2, keep_last=3),
+    "block_sparse": hj.BlockSparse(topk=160, block_size=32),
+}
+SHAPES = {
+    "prefill": draw.Shape(1, 5, 700, 16, 64),
+    "decode": draw.Shape(3, 1, 600, 32, 128),
+    "ragged_tail": draw.Shape(2, 3, 333, 16, 64),
+    "all_blocks_kept": draw.Shape(1, 4, 150, 16, 64),
+}
+# Hopper adds e4m3 products with about 14 bits; block means carry 8 bits. Small whole numbers are exact in both.
+TOLERANCE = 2e-2
+
+
+@pytest.fixture(params=["mosaic_gpu", "triton"])
+def implementation(request, monkeypatch):
+    """An implementation that runs here: as it is on a GPU, interpreted elsewhere."""
+    name = request.param
+    if jax.default_backend() == "gpu":
+        reason = hj.implementations()[name]
+        if reason:
+            pytest.skip(reason)
+        return name
+    if name == "mosaic_gpu":
+        pytest.skip("its interpreter is too slow for these: test_interpreted.py runs the kernels")
+    kernels = Kernels(lambda: dispatch.backend(name), interpret=True)
+    able = dispatch.Implementation(
+        why_not=lambda device, problem: None, select=kernels.select, select_packed=kernels.select_packed
+    )
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, name, able)
+    return name
+
+
+def few_scores(shape, dtype, seed=0):
+    """Whole numbers: scores are exact in every format, and most of them tie with many others."""
+    q, k, w = draw.few_scores(*shape, seed=seed)
+    return draw.cast(q, dtype), draw.cast(k, dtype), w
+
+
+def select(implementation, q, k, w, method, **options):
+    options = dict(return_scores=True, return_blocks=method.has_blocks) | options
+    q, k, w = jax.tree.map(jnp.asarray, (q, k, w))
+    return hj.select(q, k, w, method, implementation=implementation, **options)
+
+
+def assert_agrees(got, reference, tolerance):
+    oracle.assert_same_selection(got.indices, got.count, reference, tolerance, scores=got.scores, blocks=got.blocks)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_selects_what_the_oracle_selects(implementation, shape, method, dtype):
+    # Sums over blocks of 32 are exact, so the oracle's choice is the only right one, except that a tail's mean is not.
+    q, k, w = few_scores(SHAPES[shape], dtype)
+    tolerance = 0.0 if SHAPES[shape].S % 32 == 0 or method == "dsa" else 1e-2
+    assert_agrees(select(implementation, q, k, w, METHODS[method]), oracle.select(q, k, w, METHODS[method]), tolerance)
+
+
+@pytest.mark.parametrize("scale", ["float32", "ue8m0"])
+@pytest.mark.parametrize("method", METHODS)
+def test_keys_may_be_quantized(implementation, method, scale):
+    q, k, w = draw.inputs(2, 4, 400, 16, 64)
+    keys = draw.quantized(k, "float8_e4m3fn", scale)
+    q = draw.cast(q, "float8_e4m3fn")
+    got = select(implementation, q, keys, w, METHODS[method], return_scores=False)
+    assert_agrees(got, oracle.select(q, keys, w, METHODS[method]), TOLERANCE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_positions_and_lengths_limit_what_is_visible(implementation, method):
+    q, k, w = few_scores(draw.Shape(2, 6, 333, 16, 64), "bfloat16")
+    k[0, 101:] = np.nan
+    positions = np.array([[-1, 0, 31, 32, 100, 400], [7, 160, 161, -1, 331, 332]], np.int32)
+    options = dict(query_positions=positions, lengths=np.array([101, 333], np.int32))
+    got = select(implementation, q, k, w, METHODS[method], **jax.tree.map(jnp.asarray, options))
+    assert_agrees(got, oracle.select(q, k, w, METHODS[method], **options), 1e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_packed_batch_gives_what_the_oracle_gives(implementation, method):
+    q, k, w = (x[0] for x in few_scores(draw.Shape(1, 12, 800, 16, 64), "float8_e4m3fn"))
+    cu_q, cu_k = np.array([0, 3, 3, 4, 9], np.int32), np.array([0, 300, 340, 349, 722], np.int32)
+    options = dict(return_scores=True, return_blocks=METHODS[method].has_blocks)
+    arrays = map(jnp.asarray, (q, k, w, cu_q, cu_k))
+    got = hj.select_packed(*arrays, METHODS[method], implementation=implementation, **options)
+    assert_agrees(got, oracle.select_packed(q, k, w, cu_q, cu_k, METHODS[method]), 1e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_keys_and_weights_decide_nothing_else(implementation, method):
+    q, k, w = few_scores(draw.Shape(1, 3, 320, 16, 64), "bfloat16")
+    k[0, [3, 300]] = np.nan
+    w[0, 1] = np.nan
+    assert_agrees(select(implementation, q, k, w, METHODS[method]), oracle.select(q, k, w, METHODS[method]), 1e-2)
+
+
+def test_up_to_all_kept_blocks_the_selection_is_the_flat_one_bit_for_bit(implementation):
+    q, k, w = draw.inputs(1, 8, 500, 16, 64, dtype="bfloat16")
+    positions = jnp.asarray(np.linspace(0, 159, 8).astype(np.int32)[None])
+    hisa, dsa = (
+        select(implementation, q, k, w, METHODS[name], query_positions=positions, return_blocks=False)
+        for name in ("hisa", "dsa")
+    )
+    np.testing.assert_array_equal(hisa.indices, dsa.indices)
+
+
+def test_it_runs_under_jit_and_vmap(implementation):
+    q, k, w = (x[:, None] for x in few_scores(draw.Shape(2, 3, 320, 16, 64), "bfloat16"))
+    run = functools.partial(select, implementation, method=METHODS["hisa"], return_scores=False)
+    one_by_one = [run(q[b], k[b], w[b]).indices for b in range(2)]
+    jitted = [jax.jit(run)(q[b], k[b], w[b]).indices for b in range(2)]
+    np.testing.assert_array_equal(one_by_one, jitted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
+def test_what_cannot_run_is_refused_with_the_reason(name):
+    if hj.implementations()[name]:
+        pytest.skip(hj.implementations()[name])
+    q, k, w = map(jnp.asarray, draw.inputs(1, 2, 64, 16, 64))
+    for q_dtype, k_dtype, reason in (
+        (jnp.float32, jnp.float32, "bfloat16"),
+        (jnp.bfloat16, jnp.float8_e4m3fn, "one dtype"),
+    ):
+        with pytest.raises(ValueError, match=f'implementation="{name}" cannot run here: needs .*{reason}'):
+            hj.select(q.astype(q_dtype), k.astype(k_dtype), w, METHODS["dsa"], implementation=name)
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_kernels():
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+    q, k, w = map(jnp.asarray, draw.inputs(1, 2, 640, 16, 64, dtype="bfloat16"))
+    usable = [name for name, reason in hj.implementations(q, k, METHODS["hisa"]).items() if reason is None]
+    assert usable[0] in ("mosaic_gpu", "triton")
+    jaxpr = str(jax.make_jaxpr(lambda *x: hj.select(*x, METHODS["hisa"]))(q, k, w))
+    assert "hisa_refine" in jaxpr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
+def test_gradients_of_the_sparse_attention_are_those_of_xla(implementation):
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+    rng = np.random.default_rng(0)
+    q, kv = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1, 3, 64, 576), (1, 300, 576)))
+    indices = jnp.asarray(np.sort(rng.permutation(300)[:192]).astype(np.int32))[None, None] * jnp.ones((1, 3, 1), int)
+
+    def loss(q, kv, implementation):
+        out = hj.sparse_mla(q, kv, indices.astype(jnp.int32), scale=576**-0.5, implementation=implementation)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    got, wanted = (jax.grad(loss, argnums=(0, 1))(q, kv, name) for name in (implementation, "xla"))
+    for x, y in zip(got, wanted, strict=True):
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        assert np.linalg.norm(x - y) < 2e-2 * np.linalg.norm(y)
