@@ -10,6 +10,7 @@ from bench import UserError
 COMMANDS = {
     "demo": ("bench.demo", "the main job: index real text with all methods, show speed, quality and found passages"),
     "gpu": ("bench.gpu", "the kernels on an NVIDIA GPU, each checked before it is timed"),
+    "gpu-report": ("bench.gpu_report", "the table and the plot of the README from rows that gpu measured"),
     "memory": ("bench.memory", "peak memory of each method at a long context"),
 }
 

@@ -10,19 +10,14 @@ import argparse
 import fnmatch
 import json
 import pathlib
-import time
 import warnings
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from bench import UserError, shapes
 from bench.gpu_rows import Row, rows
-
-SAMPLE_S = 0.02
+from bench.timing import device_times
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,24 +50,7 @@ def measure(row: Row, samples: int) -> dict:
     f, operands, check = row.make()
     check(jax.tree.map(np.asarray, jax.jit(f)(*operands)))
 
-    @jax.jit
-    def repeat(n: int, *operands: Any) -> Any:
-        def again(_, carry):
-            last, _ = carry
-            result = jax.tree.leaves(f(*operands[:-1], last))[0]
-            # Nothing changes, but the compiler cannot know: the next repetition waits for this one.
-            return jnp.where(result.reshape(-1)[0] == -7, last + 1, last), result.reshape(-1)[0].astype(jnp.float32)
-
-        return lax.fori_loop(0, n, again, (operands[-1], jnp.float32(0)))[1]
-
-    def sample(n: int) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(repeat(n, *operands))
-        return (time.perf_counter() - start) / n * 1e3
-
-    sample(1)
-    n = max(int(SAMPLE_S * 1e3 / sample(5)), 3)
-    times = [sample(n) for _ in range(samples)]
+    times = device_times(f, operands, samples)
     ms = float(np.median(times))
     p10, p90 = (float(x) for x in np.percentile(times, [10, 90]))
     return {
