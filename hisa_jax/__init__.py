@@ -1,10 +1,13 @@
 """Hierarchical indexing for sparse attention in JAX. These are the public names; README.md shows how to use them."""
 
+from hisa_jax.cache import IndexCache, append, copy_pages, init_cache, truncate
 from hisa_jax.checks import checked
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
+from hisa_jax.paged import select_paged, sparse_mla_paged
 from hisa_jax.quality import Comparison, compare
 from hisa_jax.quantize import QuantizedKeys, quantize_keys, quantize_queries
-from hisa_jax.select import implementations, select, select_packed
+from hisa_jax.select import implementations, select
+from hisa_jax.select_packed import select_packed
 from hisa_jax.selection import Selection
 from hisa_jax.sparse_mla import sparse_mla
 from hisa_jax.xla import Tiles
@@ -14,17 +17,24 @@ __all__ = [
     "Comparison",
     "Dsa",
     "Hisa",
+    "IndexCache",
     "Method",
     "QuantizedKeys",
     "Selection",
     "Tiles",
+    "append",
     "checked",
     "compare",
+    "copy_pages",
     "implementations",
+    "init_cache",
     "quantize_keys",
     "quantize_queries",
     "select",
     "select_packed",
+    "select_paged",
     "sparse_mla",
+    "sparse_mla_paged",
+    "truncate",
 ]
 __version__ = "0.1.0"

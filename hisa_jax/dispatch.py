@@ -39,7 +39,10 @@ class Device:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What a choice depends on of the call: index heads, their size, most keys a sequence, dtypes, and the method."""
+    """What a choice depends on of the call: index heads, their size, most keys a sequence, dtypes, and the method.
+
+    `page_size` is that of a paged cache, None where keys are contiguous.
+    """
 
     H: int
     D: int
@@ -47,6 +50,7 @@ class Problem:
     q_dtype: str
     k_dtype: str
     method: Method
+    page_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,12 +60,14 @@ class Implementation:
     Attributes:
         why_not: None if it can run this problem on this device, else the sentence that the user reads. The problem
             is None where only the device is asked about.
-        select, select_packed: the functions of `xla.py` with these names, or others of their signature.
+        select, select_packed, select_paged: the functions of `xla.py` with these names, or others of their signature;
+            None: `why_not` declines every such call.
     """
 
     why_not: Callable[[Device, Problem | None], str | None]
     select: Callable[..., Any]
     select_packed: Callable[..., Any]
+    select_paged: Callable[..., Any] | None = None
 
 
 def backend(name: str) -> Backend:
@@ -82,6 +88,8 @@ def _nvidia(name: str) -> Implementation:
         module: Any = backend(name)
         if problem is None:
             return module.why_not(device.compute_capability, H=64, D=128, dtype="bfloat16", topk=1)
+        if problem.page_size is not None:
+            return "its kernels take no pages yet"
         if problem.q_dtype != problem.k_dtype:
             return f"needs queries and keys of one dtype, not {problem.q_dtype} and {problem.k_dtype}"
         method = problem.method
@@ -109,7 +117,12 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "mosaic_gpu": _nvidia("mosaic_gpu"),
     "triton": _nvidia("triton"),
     "mosaic_tpu": _kernels("mosaic_tpu", lambda device, problem: "it has no kernels yet"),
-    "xla": Implementation(why_not=lambda device, problem: None, select=xla.select, select_packed=xla.select_packed),
+    "xla": Implementation(
+        why_not=lambda device, problem: None,
+        select=xla.select,
+        select_packed=xla.select_packed,
+        select_paged=xla.select_paged,
+    ),
 }
 
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax import stages, topk
+from hisa_jax.keys import Keys
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
 from hisa_jax.selection import Selection
-from hisa_jax.stages import Keys
 from hisa_jax.xla import Tiles
 
 _STATIC = ("self", "method", "tiles", "return_scores", "return_blocks")

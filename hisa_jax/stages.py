@@ -18,39 +18,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax import topk
+from hisa_jax.keys import LANES, Keys, Sequence, mean, present_values, tree_sum
 from hisa_jax.methods import BlockSparse, Hisa
-
-# Widths of key tiles are multiples of this one. XLA's CPU matmul gives a product the same bits at every such width,
-# which is what makes chunked prefill, decode and the flat indexer agree bit for bit.
-LANES = 128
-
-
-class Keys(NamedTuple):
-    """Index keys of all sequences, one after the other.
-
-    Attributes: `values` [N, D]; `scales` [N] float32, or None where every scale is 1.
-    """
-
-    values: Array
-    scales: Array | None
-
-    def rows(self, rows: Array) -> "Keys":
-        """The keys at `rows` (any shape of int32), clipped to [0, N)."""
-        rows = jnp.clip(rows, 0, self.values.shape[0] - 1)
-        return Keys(self.values[rows], None if self.scales is None else self.scales[rows])
-
-    def slice(self, first: Array, size: int) -> "Keys":
-        """`size` keys from `first` on; both must fit."""
-        scales = None if self.scales is None else lax.dynamic_slice(self.scales, (first,), (size,))
-        return Keys(lax.dynamic_slice_in_dim(self.values, first, size), scales)
-
-    def padded(self, size: int) -> "Keys":
-        """At least `size` keys, zeros behind the real ones."""
-        missing = max(size - self.values.shape[0], 0)
-        if not missing:
-            return self
-        scales = None if self.scales is None else jnp.pad(self.scales, (0, missing))
-        return Keys(jnp.pad(self.values, ((0, missing), (0, 0))), scales)
 
 
 class Queries(NamedTuple):
@@ -62,17 +31,6 @@ class Queries(NamedTuple):
     q: Array
     w: Array
     visible: Array
-
-
-class Sequence(NamedTuple):
-    """The keys of one sequence among those of all.
-
-    Attributes: `keys` of all sequences; `start`, row of this one's first; `max_keys`, static bound on how many it has.
-    """
-
-    keys: Keys
-    start: Array
-    max_keys: int
 
 
 class Candidates(NamedTuple):
@@ -95,16 +53,12 @@ def pool(keys: Keys, starts: Array, counts: Array, block_size: int, tile_n: int)
     Source: HISA, arXiv 2603.28458, equation for the block representative.
     """
 
-    def mean(start: Array, count: Array) -> Array:
+    def one(start: Array, count: Array) -> Array:
         present = jnp.arange(block_size, dtype=jnp.int32) < count
-        block = keys.rows(start + jnp.arange(block_size, dtype=jnp.int32))
-        values = block.values.astype(jnp.float32)
-        if block.scales is not None:
-            values = values * block.scales[:, None]
-        # A select, not a product with 0: absent rows may hold NaN.
-        return jnp.sum(jnp.where(present[:, None], values, 0), axis=0) / jnp.maximum(count, 1).astype(jnp.float32)
+        return tree_sum(present_values(keys.rows(start + jnp.arange(block_size, dtype=jnp.int32)), present))
 
-    return lax.map(lambda block: mean(*block), (starts, counts), batch_size=min(tile_n, starts.shape[0]))
+    sums = lax.map(lambda block: one(*block), (starts, counts), batch_size=min(tile_n, starts.shape[0]))
+    return mean(sums, counts)
 
 
 def scores(q: Array, keys: Keys, w: Array) -> Array:
@@ -173,15 +127,10 @@ def flat(
     """
     t, max_keys, visible = queries.q.shape[0], sequence.max_keys, queries.visible
     tile_s = min(tile_s, _round_up(max_keys, LANES))
-    keys = sequence.keys.padded(tile_s)
-    last_first = keys.values.shape[0] - tile_s
 
     def candidates(i: Array) -> Candidates:
         start = i * tile_s
-        # The last tile is moved back to end with the keys; what it sees again is masked.
-        first = jnp.clip(sequence.start + start, 0, last_first)
-        tile = keys.slice(first, tile_s)
-        positions = first - sequence.start + jnp.arange(tile_s, dtype=jnp.int32)
+        tile, positions = sequence.tile(start, tile_s)
         positions = jnp.broadcast_to(positions, (t, tile_s))
         image = topk.image_of(tile_scores(queries, lambda _: tile, tile_s, visible > start))
         if forced is not None:
@@ -252,7 +201,7 @@ def refine(queries: Queries, sequence: Sequence, block_ids: Array, block_size: i
         positions, seen = jnp.pad(positions, missing), jnp.pad(seen, missing)
 
         def keys_of(row: Array) -> Keys:
-            return sequence.keys.rows(sequence.start + positions[row])
+            return sequence.rows(positions[row])
 
         image = topk.image_of(tile_scores(queries, keys_of, width, n_kept > i * tile_m))
         return Candidates(jnp.where(seen, image, topk.INVISIBLE), positions)

@@ -5,16 +5,19 @@ Batches and packed batches are one thing here: R sequences, each with its rows o
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax import stages, topk
-from hisa_jax.methods import BlockSparse, Dsa, Method
+from hisa_jax.cache import IndexCache
+from hisa_jax.keys import LANES, Contiguous, Keys, Paged, PagedMeans, Sequence
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
 from hisa_jax.selection import Selection
-from hisa_jax.stages import Candidates, Keys, Queries, Sequence
+from hisa_jax.stages import Candidates, Queries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,34 +37,13 @@ class Tiles:
     def __post_init__(self) -> None:
         if self.queries < 1:
             raise ValueError(f"Tiles(queries={self.queries}): must be at least 1")
-        if self.keys < 1 or self.keys % stages.LANES:
-            raise ValueError(f"Tiles(keys={self.keys}): must be a positive multiple of {stages.LANES}")
+        if self.keys < 1 or self.keys % LANES:
+            raise ValueError(f"Tiles(keys={self.keys}): must be a positive multiple of {LANES}")
 
     @classmethod
     def heuristic(cls, platform: str) -> "Tiles":
         """A CPU's tile of products stays in its cache; an accelerator needs enough queries to fill itself."""
         return cls() if platform == "cpu" else cls(queries=64)
-
-
-class Ragged(NamedTuple):
-    """Where the rows of R sequences lie.
-
-    Attributes:
-        query_starts: [R + 1] int32, ascending, first row of each sequence's queries; the last rows may be nobody's.
-        key_starts: [R] int32, row of each sequence's first key.
-        lengths: [R] int32, keys of each sequence.
-    """
-
-    query_starts: Array
-    key_starts: Array
-    lengths: Array
-
-
-class Pooled(NamedTuple):
-    """Block means of all sequences, `means` [n, D] float32, and where each one's begin, `first_blocks` [R] int32."""
-
-    means: Keys
-    first_blocks: Array
 
 
 @functools.partial(jax.jit, static_argnames=("method", "tiles", "return_scores", "return_blocks"))
@@ -81,14 +63,10 @@ def select(
     (B, T, H, D), S = q.shape, keys.values.shape[1]
     flat_keys = Keys(keys.values.reshape(B * S, D), None if keys.scales is None else keys.scales.reshape(B * S))
     sequences = jnp.arange(B + 1, dtype=jnp.int32)
-    ragged = Ragged(sequences * T, sequences[:-1] * S, lengths)
     selection = _select_ragged(
-        q.reshape(B * T, H, D),
-        flat_keys,
-        w.reshape(B * T, H),
-        visible.reshape(B * T),
-        ragged,
-        S,
+        Queries(q.reshape(B * T, H, D), w.reshape(B * T, H), visible.reshape(B * T)),
+        sequences * T,
+        *_contiguous(flat_keys, sequences[:-1] * S, lengths, S, method, tiles),
         method,
         dataclasses.replace(tiles, queries=min(tiles.queries, T)),
         return_scores,
@@ -112,46 +90,103 @@ def select_packed(
     return_blocks: bool,
 ) -> Selection:
     """[T, H, D], Keys of [N, D], [T, H], [T], [R + 1], [R + 1] -> Selection of [T]."""
-    ragged = Ragged(cu_seqlens_q, cu_seqlens_k[:-1], jnp.diff(cu_seqlens_k))
-    max_keys = keys.values.shape[0]
-    return _select_ragged(q, keys, w, visible, ragged, max_keys, method, tiles, return_scores, return_blocks)
+    N, lengths = keys.values.shape[0], jnp.diff(cu_seqlens_k)
+    sequence_of, means_of = _contiguous(keys, cu_seqlens_k[:-1], lengths, N, method, tiles)
+    return _select_ragged(
+        Queries(q, w, visible), cu_seqlens_q, sequence_of, means_of, method, tiles, return_scores, return_blocks
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("method", "tiles", "return_scores", "return_blocks"))
+def select_paged(
+    q: Array,
+    w: Array,
+    visible: Array,
+    cache: IndexCache,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+    method: Method,
+    tiles: Tiles,
+    *,
+    return_scores: bool,
+    return_blocks: bool,
+) -> Selection:
+    """[T, H, D], [T, H], [T], pages, [R, P], [R + 1] -> Selection of [T]."""
+    page_size = cache.page_size
+    rows = Keys(
+        cache.keys.reshape(-1, cache.keys.shape[-1]), None if cache.scales is None else cache.scales.reshape(-1)
+    )
+
+    def sequence_of(r: Array) -> Sequence:
+        return Paged(rows, block_tables[r], page_size)
+
+    def means_of(r: Array) -> Sequence:
+        assert not isinstance(method, Dsa)
+        return PagedMeans(cache.sums, cache.counts, block_tables[r], method.block_size // page_size)
+
+    has_filter = _has_filter(method, block_tables.shape[1] * page_size)
+    return _select_ragged(
+        Queries(q, w, visible),
+        cu_seqlens_q,
+        sequence_of,
+        means_of if has_filter else None,
+        method,
+        tiles,
+        return_scores,
+        return_blocks,
+    )
+
+
+def _has_filter(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse]:
+    """False where no query can see more blocks than it keeps: there the method is the flat indexer by contract."""
+    return not isinstance(method, Dsa) and max_keys > method.block_topk * method.block_size
+
+
+SequenceOf = Callable[[Array], Sequence]
+
+
+def _contiguous(
+    keys: Keys, key_starts: Array, lengths: Array, max_keys: int, method: Method, tiles: Tiles
+) -> tuple[SequenceOf, SequenceOf | None]:
+    """What gives sequence r its keys, and its block means, pooled here; None for the means where none are needed."""
+
+    def sequence_of(r: Array) -> Sequence:
+        return Contiguous(keys, key_starts[r], max_keys)
+
+    if not _has_filter(method, max_keys):
+        return sequence_of, None
+    max_blocks = -(-max_keys // method.block_size)
+    means, first_blocks = _pool(keys, key_starts, lengths, method.block_size, tiles)
+    return sequence_of, lambda r: Contiguous(means, first_blocks[r], max_blocks)
 
 
 def _select_ragged(
-    q: Array,
-    keys: Keys,
-    w: Array,
-    visible: Array,
-    ragged: Ragged,
-    max_keys: int,
+    queries: Queries,
+    query_starts: Array,
+    sequence_of: SequenceOf,
+    means_of: SequenceOf | None,
     method: Method,
     tiles: Tiles,
     return_scores: bool,
     return_blocks: bool,
 ) -> Selection:
-    """[T, H, D], Keys of [N, D], [T, H], [T] -> Selection of [T]; a loop over the tiles that hold queries.
+    """[T, H, D] queries of R sequences, `query_starts` [R + 1] -> Selection of [T]; a loop over the tiles of queries.
 
-    `max_keys` bounds the keys of a sequence statically.
+    The rows behind the last sequence are nobody's.
     """
-    T, t, last_r = q.shape[0], tiles.queries, ragged.lengths.shape[0] - 1
-    max_blocks, pooled = 0, None
-    # If no query can see more blocks than it keeps, the method is the flat indexer by contract.
-    if not isinstance(method, Dsa) and max_keys > method.block_topk * method.block_size:
-        max_blocks = -(-max_keys // method.block_size)
-        pooled = _pool(keys, ragged, method.block_size, tiles)
-    n_tiles = -(-jnp.diff(ragged.query_starts) // t)  # [R]
+    (T, *_), t, last_r = queries.q.shape, tiles.queries, query_starts.shape[0] - 2
+    n_tiles = -(-jnp.diff(query_starts) // t)  # [R]
     tile_ends = jnp.cumsum(n_tiles)
 
     def one_tile(i: Array, done: Selection) -> Selection:
         r = jnp.minimum(jnp.searchsorted(tile_ends, i, side="right"), last_r).astype(jnp.int32)
-        first = ragged.query_starts[r] + (i - (tile_ends[r] - n_tiles[r])) * t
+        first = query_starts[r] + (i - (tile_ends[r] - n_tiles[r])) * t
         rows = first + jnp.arange(t, dtype=jnp.int32)
-        is_real = rows < ragged.query_starts[r + 1]
+        is_real = rows < query_starts[r + 1]
         rows = jnp.minimum(rows, T - 1)
-        queries = Queries(q[rows], w[rows], jnp.where(is_real, visible[rows], 0))
-        sequence = Sequence(keys, ragged.key_starts[r], max_keys)
-        means = Sequence(pooled.means, pooled.first_blocks[r], max_blocks) if pooled else None
-        tile = _select_tile(queries, sequence, means, method, tiles.keys, return_scores, return_blocks)
+        own = Queries(queries.q[rows], queries.w[rows], jnp.where(is_real, queries.visible[rows], 0))
+        means = means_of(r) if means_of else None
+        tile = _select_tile(own, sequence_of(r), means, method, tiles.keys, return_scores, return_blocks)
         # What a tile writes behind its sequence, the next tile overwrites.
         return jax.tree.map(lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, first, axis=0), done, tile)
 
@@ -167,18 +202,18 @@ def _select_ragged(
     return jax.tree.map(lambda leaf: leaf[:T], done)
 
 
-def _pool(keys: Keys, ragged: Ragged, block_size: int, tiles: Tiles) -> Pooled:
-    """The block means of every sequence, one sequence's behind the other's."""
-    n_blocks = -(-ragged.lengths // block_size)  # [R]
+def _pool(keys: Keys, key_starts: Array, lengths: Array, block_size: int, tiles: Tiles) -> tuple[Keys, Array]:
+    """The block means of every sequence, one sequence's behind the other's, and [R] int32, where each one's begin."""
+    R = lengths.shape[0]
+    n_blocks = -(-lengths // block_size)  # [R]
     ends = jnp.cumsum(n_blocks)
     # Each sequence ends in at most one partial block, so this many rows hold the blocks of all.
-    block_ids = jnp.arange(keys.values.shape[0] // block_size + len(ragged.lengths), dtype=jnp.int32)
-    r = jnp.minimum(jnp.searchsorted(ends, block_ids, side="right"), len(ragged.lengths) - 1)
+    block_ids = jnp.arange(keys.values.shape[0] // block_size + R, dtype=jnp.int32)
+    r = jnp.minimum(jnp.searchsorted(ends, block_ids, side="right"), R - 1)
     starts = (block_ids - (ends - n_blocks)[r]) * block_size
-    counts = jnp.clip(ragged.lengths[r] - starts, 0, block_size)
-    tile_n = max(tiles.keys // block_size, 1)
-    means = stages.pool(keys, ragged.key_starts[r] + starts, counts, block_size, tile_n)
-    return Pooled(Keys(means, None), ends - n_blocks)
+    counts = jnp.clip(lengths[r] - starts, 0, block_size)
+    means = stages.pool(keys, key_starts[r] + starts, counts, block_size, max(tiles.keys // block_size, 1))
+    return Keys(means, None), ends - n_blocks
 
 
 def _select_tile(

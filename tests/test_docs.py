@@ -26,7 +26,7 @@ def test_every_public_name_exists_and_is_documented():
 def test_every_argument_of_a_public_function_is_described(name):
     function = getattr(hj, name)
     doc = inspect.getdoc(function)
-    described = set(re.findall(r"\b[a-z_]+\b", doc[doc.index("Args:") :]))
+    described = set(re.findall(r"\b[A-Za-z_]+\b", doc[doc.index("Args:") :]))
     assert set(inspect.signature(function).parameters) <= described
 
 

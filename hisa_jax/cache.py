@@ -1,0 +1,266 @@
+"""A paged cache of index keys, and the latents of the sparse attention beside them, as a functional pytree.
+
+Beside its keys a page keeps their dequantised sum and their count, from which block means follow. Both belong to the
+physical page, so whoever shares, copies, evicts or reuses a page has nothing else to keep in step. Every write works
+them out anew from what the page then holds: writing the same tokens twice changes nothing, and no rounding adds up.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from hisa_jax import checks
+from hisa_jax.keys import Keys, present_values, tree_sum
+from hisa_jax.quantize import QuantizedKeys
+
+_PAGE_SIZES = (16, 32, 64, 128, 256)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexCache:
+    """Pages of index keys.
+
+    Attributes:
+        keys: [n_pages, page_size, D], bfloat16, float32, float8_e4m3fn or int8.
+        scales: [n_pages, page_size] float32, one a token; None where every scale is 1.
+        sums: [n_pages, D] float32, sum of the dequantised keys of the tokens in each page.
+        counts: [n_pages] int32, of how many tokens.
+        latents: [n_pages, page_size, Dk], the keys of `sparse_mla` of the same tokens; None if kept elsewhere.
+    """
+
+    keys: Array
+    scales: Array | None
+    sums: Array
+    counts: Array
+    latents: Array | None
+
+    @property
+    def n_pages(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.keys.shape[1]
+
+
+def init_cache(
+    n_pages: int,
+    page_size: int,
+    D: int,
+    dtype: DTypeLike = jnp.bfloat16,
+    *,
+    latent_dim: int | None = None,
+    latent_dtype: DTypeLike = jnp.bfloat16,
+) -> IndexCache:
+    """An empty cache.
+
+    Args:
+        n_pages: pages there are for all requests.
+        page_size: tokens of a page, 16, 32, 64, 128 or 256; to be used with blocks of so many tokens or a multiple.
+        D: size of an index key.
+        dtype: of the keys: bfloat16, float32, or float8_e4m3fn or int8, which come with a scale a token.
+        latent_dim: size of the attention's keys (576 in DeepSeek-V3.2), to keep them in the same pages; None: not here.
+        latent_dtype: of those.
+
+    Raises: TypeError: a dtype not listed above. ValueError: sizes that are not.
+    """
+    if page_size not in _PAGE_SIZES:
+        raise ValueError(f"init_cache: page_size={page_size}, wanted one of {', '.join(map(str, _PAGE_SIZES))}")
+    if n_pages < 1 or D < 1:
+        raise ValueError(f"init_cache: n_pages={n_pages}, D={D}, wanted at least 1 of each")
+    dtype = jnp.dtype(dtype)
+    if dtype.name not in checks.KEY_DTYPES:
+        raise TypeError(f"init_cache: dtype is {dtype.name}, wanted one of {', '.join(checks.KEY_DTYPES)}")
+    latents = None if latent_dim is None else jnp.zeros((n_pages, page_size, latent_dim), latent_dtype)
+    return IndexCache(
+        keys=jnp.zeros((n_pages, page_size, D), dtype),
+        scales=jnp.ones((n_pages, page_size), jnp.float32) if dtype.itemsize == 1 else None,
+        sums=jnp.zeros((n_pages, D), jnp.float32),
+        counts=jnp.zeros((n_pages,), jnp.int32),
+        latents=latents,
+    )
+
+
+def append(
+    cache: IndexCache,
+    k: Array | QuantizedKeys,
+    block_tables: Array,
+    cu_seqlens: Array,
+    lengths: Array,
+    *,
+    latents: Array | None = None,
+) -> IndexCache:
+    """Writes new tokens behind those of their requests.
+
+    What stood at their places before is replaced, so tokens that were rejected need not be removed first. Tokens that
+    have no page (their entry of the table lies outside of [0, n_pages)) are dropped. Under `jax.jit` give the cache's
+    buffers to the result: `jax.jit(hj.append, donate_argnums=0)`.
+
+    Args:
+        cache: the pages of all requests.
+        k: [T, D] new index keys of all requests, one request's behind the other's, in the cache's dtype;
+            `QuantizedKeys` for 8 bits.
+        block_tables: [R, P] int32, the pages of each request in order. Pages written to must be no one else's.
+        cu_seqlens: [R + 1] int32, where each request's new tokens begin in `k`, from 0, ascending.
+        lengths: [R] int32, tokens of each request before.
+        latents: [T, Dk], the new tokens' keys for `sparse_mla`, if the cache keeps them.
+
+    Returns: the cache with lengths + diff(cu_seqlens) tokens a request.
+    Raises: TypeError, ValueError: arrays that do not fit the cache or each other.
+    Example:
+        >>> cache, table = hj.init_cache(4, 16, D=8, dtype=jnp.float32), jnp.array([[2, 0]], jnp.int32)
+        >>> cache = hj.append(cache, jnp.ones((20, 8)), table, jnp.array([0, 20]), jnp.array([0]))
+        >>> cache.counts.tolist()
+        [4, 0, 16, 0]
+    """
+    call = "append"
+    values, scales = (k.values, k.scales) if isinstance(k, QuantizedKeys) else (k, None)
+    checks.dtype(call, "k", values, (cache.keys.dtype.name,))
+    checks.shape(call, "k", values, ("T", cache.keys.shape[2]), "its last axis must equal the cache's D")
+    T = values.shape[0]
+    if (scales is None) != (cache.scales is None):
+        wanted = "QuantizedKeys" if scales is None else "an array"
+        raise TypeError(f"{call}: k is {type(k).__name__}, wanted {wanted}, as the cache holds {cache.keys.dtype.name}")
+    if (latents is None) != (cache.latents is None):
+        has = "keeps none" if cache.latents is None else "keeps them"
+        raise ValueError(f"{call}: latents is {'None' if latents is None else 'given'}, but the cache {has}")
+    if latents is not None and cache.latents is not None:
+        checks.dtype(call, "latents", latents, (cache.latents.dtype.name,))
+        checks.shape(call, "latents", latents, (T, cache.latents.shape[2]), "a row for each of k's")
+    R = check_table(call, cache, block_tables, lengths)
+    checks.dtype(call, "cu_seqlens", cu_seqlens, ("int32",))
+    checks.shape(call, "cu_seqlens", cu_seqlens, (R + 1,), "a start for each request, and the end")
+    if 0 in (T, R):
+        return cache
+    return _append(cache, values, scales, latents, block_tables, jnp.clip(cu_seqlens, 0, T), lengths)
+
+
+def truncate(
+    cache: IndexCache, block_tables: Array, lengths: Array, new_lengths: Array, *, max_tokens: int
+) -> IndexCache:
+    """Removes the last tokens of requests, rejected speculative ones for instance.
+
+    Args:
+        cache, block_tables: as in `append`.
+        lengths: [R] int32, tokens of each request before; `new_lengths`: [R] int32, after; not more.
+        max_tokens: how many tokens a request loses at most; static.
+
+    Returns: the cache, in whose pages the sums and counts are of the remaining tokens.
+    Raises: as `append`.
+    """
+    call = "truncate"
+    R = check_table(call, cache, block_tables, lengths)
+    checks.dtype(call, "new_lengths", new_lengths, ("int32",))
+    checks.shape(call, "new_lengths", new_lengths, (R,), "one length a request")
+    if max_tokens < 1:
+        raise ValueError(f"{call}: max_tokens={max_tokens}, wanted at least 1")
+    checks.value(
+        (new_lengths >= 0) & (new_lengths <= lengths) & (lengths - new_lengths <= max_tokens),
+        f"truncate: new_lengths is {{new}} where lengths is {{old}}, wanted 0 to {max_tokens} tokens less",
+        new=new_lengths,
+        old=lengths,
+    )
+    return _recount(
+        cache,
+        block_tables,
+        new_lengths,
+        jnp.maximum(lengths, new_lengths),
+        new_lengths,
+        R * (max_tokens // cache.page_size + 2),
+    )
+
+
+@jax.jit
+def copy_pages(cache: IndexCache, source: Array, target: Array) -> IndexCache:
+    """Copies whole pages, as before a write to a shared one.
+
+    Args:
+        cache: the pages of all requests.
+        source: [n] int32, pages to copy.
+        target: [n] int32, where to; one outside of [0, n_pages) is no copy, so that n may be fixed.
+    """
+    source = jnp.clip(source, 0, cache.n_pages - 1)
+    target = jnp.where(target < 0, cache.n_pages, target)
+    return jax.tree.map(lambda leaf: leaf.at[target].set(leaf[source], mode="drop"), cache)
+
+
+def check_table(call: str, cache: IndexCache, block_tables: Array, lengths: Array) -> int:
+    """Raises unless [R, P] and [R] int32 fit each other; returns R."""
+    checks.dtype(call, "block_tables", block_tables, ("int32",))
+    checks.shape(call, "block_tables", block_tables, ("R", "P"))
+    R, P = block_tables.shape
+    checks.dtype(call, "lengths", lengths, ("int32",))
+    checks.shape(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")
+    checks.value(
+        (lengths >= 0) & (lengths <= P * cache.page_size),
+        f"{call}: lengths is {{lengths}}, wanted 0 to {P * cache.page_size}, the tokens that {P} pages hold",
+        lengths=lengths,
+    )
+    return R
+
+
+@jax.jit
+def _append(
+    cache: IndexCache,
+    values: Array,
+    scales: Array | None,
+    latents: Array | None,
+    block_tables: Array,
+    cu_seqlens: Array,
+    lengths: Array,
+) -> IndexCache:
+    (T, _), R, size = values.shape, lengths.shape[0], cache.page_size
+    rows = jnp.arange(T, dtype=jnp.int32)
+    r = jnp.searchsorted(cu_seqlens, rows, side="right").astype(jnp.int32) - 1
+    is_real = (r >= 0) & (r < R)
+    r = jnp.clip(r, 0, R - 1)
+    position = lengths[r] + rows - cu_seqlens[r]
+    page = jnp.where(is_real, _page_of(cache, block_tables, r, position // size), cache.n_pages)
+
+    def put(pages: Array, new: Array) -> Array:
+        return pages.at[page, position % size].set(new, mode="drop")
+
+    cache = dataclasses.replace(
+        cache,
+        keys=put(cache.keys, values),
+        scales=None if cache.scales is None or scales is None else put(cache.scales, scales),
+        latents=None if cache.latents is None or latents is None else put(cache.latents, latents),
+    )
+    ends = lengths + jnp.diff(cu_seqlens)
+    # Full pages of new tokens, and at most two partial ones a request.
+    return _recount(cache, block_tables, lengths, ends, ends, min(T, T // size + 2 * R))
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _recount(
+    cache: IndexCache, block_tables: Array, first: Array, end: Array, lengths: Array, max_pages: int
+) -> IndexCache:
+    """Works out sums and counts of the pages that hold positions first .. end - 1 [R] of requests of `lengths` [R]."""
+    R, size = first.shape[0], cache.page_size
+    n_pages = jnp.where(end > first, (end - 1) // size - first // size + 1, 0)
+    ends = jnp.cumsum(n_pages)
+    i = jnp.arange(max_pages, dtype=jnp.int32)
+    r = jnp.minimum(jnp.searchsorted(ends, i, side="right").astype(jnp.int32), R - 1)
+    nth = first[r] // size + i - (ends - n_pages)[r]
+    page = jnp.where(i < ends[-1], _page_of(cache, block_tables, r, nth), cache.n_pages)
+    counts = jnp.clip(lengths[r] - nth * size, 0, size)
+    content = jnp.minimum(page, cache.n_pages - 1)
+    keys = Keys(cache.keys[content], None if cache.scales is None else cache.scales[content])
+    sums = tree_sum(present_values(keys, jnp.arange(size, dtype=jnp.int32)[None, :] < counts[:, None]))
+    return dataclasses.replace(
+        cache,
+        sums=cache.sums.at[page].set(sums, mode="drop"),
+        counts=cache.counts.at[page].set(counts, mode="drop"),
+    )
+
+
+def _page_of(cache: IndexCache, block_tables: Array, r: Array, nth: Array) -> Array:
+    """Physical page of the nth page of request r, n_pages where there is none."""
+    page = block_tables[r, jnp.clip(nth, 0, block_tables.shape[1] - 1)]
+    is_there = (nth >= 0) & (nth < block_tables.shape[1]) & (page >= 0) & (page < cache.n_pages)
+    return jnp.where(is_there, page, cache.n_pages)

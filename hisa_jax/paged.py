@@ -1,0 +1,169 @@
+"""Selection from a paged cache, and the sparse attention over its latents."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from hisa_jax import checks, dispatch, prepare, xla
+from hisa_jax.cache import IndexCache, check_table
+from hisa_jax.keys import Keys
+from hisa_jax.methods import Dsa, Method
+from hisa_jax.selection import Selection
+from hisa_jax.sparse_mla import sparse_mla
+
+
+def select_paged(
+    q: Array,
+    w: Array,
+    cache: IndexCache,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+    lengths: Array,
+    method: Method,
+    *,
+    implementation: str = "auto",
+    return_scores: bool = False,
+    return_blocks: bool = False,
+    tiles: xla.Tiles | None = None,
+) -> Selection:
+    """Chooses tokens for a batch of requests whose keys are in pages: prefill chunks and decode steps, mixed.
+
+    The queries of request r are the last of its `lengths[r]` tokens, whose keys `append` has written before. A request
+    whose table lacks a page of these tokens (an entry outside of [0, n_pages), or a length beyond the table) selects
+    nothing.
+
+    Args:
+        q: [T, H, D] index queries of all requests, one request's behind the other's; any number of each, 0 too.
+        w: [T, H] float32, every scale factor in them.
+        cache: the pages of all requests.
+        block_tables: [R, P] int32, the pages of each request in order. What is behind its tokens is not looked at.
+        cu_seqlens_q: [R + 1] int32, where each request's queries begin, from 0, ascending.
+        lengths: [R] int32, tokens of each request, the queries among them.
+        method: `Hisa` and `BlockSparse` need a block_size that is a multiple of the page size.
+        implementation, return_scores, return_blocks, tiles: as for `select`.
+
+    Returns: `Selection` of [T] queries; `indices` are positions in the request, bit for bit those of `select` over the
+        same keys in one piece (implementation "xla").
+    Raises: as `select`; ValueError: a block that is not whole pages.
+    Example:
+        >>> cache, table = hj.init_cache(4, 16, D=8, dtype=jnp.float32), jnp.array([[2, 0]], jnp.int32)
+        >>> cache = hj.append(cache, jnp.ones((20, 8)), table, jnp.array([0, 20]), jnp.array([0]))
+        >>> q, w, one = jnp.ones((1, 4, 8)), jnp.ones((1, 4)), jnp.array([0, 1])
+        >>> hj.select_paged(q, w, cache, table, one, jnp.array([20]), hj.Dsa(topk=8)).indices.tolist()
+        [[0, 1, 2, 3, 4, 5, 6, 7]]
+    """
+    call = "select_paged"
+    prepare.check_dtypes(call, q, Keys(cache.keys, None), w)
+    checks.shape(call, "q", q, ("T", "H", cache.keys.shape[-1]), "its last axis must equal the cache's D")
+    T, H, _ = q.shape
+    checks.shape(call, "w", w, (T, H), f"one weight a query and head (q is {prepare.axes_of(q)})")
+    R = check_table(call, cache, block_tables, lengths)
+    checks.dtype(call, "cu_seqlens_q", cu_seqlens_q, ("int32",))
+    checks.shape(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), "a start for each request, and the end")
+    checks.value(
+        (jnp.diff(cu_seqlens_q, prepend=0) >= 0) & (cu_seqlens_q <= T),
+        f"select_paged: cu_seqlens_q is {{offsets}}, wanted ascending offsets from 0 to at most {T}",
+        offsets=cu_seqlens_q,
+    )
+    size = cache.page_size
+    problem = prepare.problem_of(q, Keys(cache.keys, None), method)
+    problem = dataclasses.replace(problem, S=block_tables.shape[1] * size, page_size=size)
+    name = prepare.choose(call, problem, implementation, return_blocks, tiles)
+    if not isinstance(method, Dsa) and method.block_size % size:
+        raise ValueError(
+            f"{call}: {method} with pages of {size} tokens, wanted a block_size that is a multiple of them"
+        )
+    if 0 in (T, R, block_tables.shape[1]):
+        return prepare.nothing((T,), method, return_scores, return_blocks)
+
+    has_pages = has_all_pages(cache, block_tables, lengths)
+    checks.value(
+        has_pages,
+        f"select_paged: block_tables lacks pages of requests {{bad}}, wanted 0 to {cache.n_pages - 1} for every token",
+        bad=~has_pages,
+    )
+    lengths = jnp.where(has_pages, lengths, 0)
+    cu_seqlens_q = lax.cummax(jnp.clip(cu_seqlens_q, 0, T))
+    row = jnp.arange(T, dtype=jnp.int32)
+    r = jnp.searchsorted(cu_seqlens_q, row, side="right") - 1
+    is_real = (r >= 0) & (r < R)
+    r = jnp.clip(r, 0, R - 1)
+    positions = jnp.where(is_real, lengths[r] - (cu_seqlens_q[r + 1] - row), -1)
+    select = dispatch.IMPLEMENTATIONS[name].select_paged
+    assert select is not None
+    return select(
+        *jax.tree.map(lax.stop_gradient, (jnp.asarray(q), jnp.asarray(w))),
+        prepare.visible_tokens(positions, lengths[r]),
+        jax.tree.map(lax.stop_gradient, cache),
+        block_tables,
+        cu_seqlens_q,
+        method,
+        tiles or prepare.default_tiles(),
+        return_scores=return_scores,
+        return_blocks=return_blocks,
+    )
+
+
+def sparse_mla_paged(
+    q: Array,
+    cache: IndexCache,
+    indices: Array,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+    *,
+    scale: float,
+    value_dim: int = 512,
+    sink: Array | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+) -> Array | tuple[Array, Array]:
+    """Attends to the selected tokens, whose latents are in the pages of the cache.
+
+    Args:
+        q: [T, N, Dk] absorbed queries of all requests, as `select_paged` has them.
+        cache: with `latents`.
+        indices: [T, K] int32, of `select_paged`.
+        block_tables, cu_seqlens_q: as for `select_paged`.
+        scale, value_dim, sink, return_lse, implementation: as for `sparse_mla`.
+
+    Returns: [T, N, value_dim] in q's dtype; with `return_lse` also [T, N] float32.
+    Raises: as `sparse_mla`; ValueError: a cache without latents.
+    """
+    call = "sparse_mla_paged"
+    if cache.latents is None:
+        raise ValueError(f"{call}: cache has no latents, wanted one of init_cache(..., latent_dim=Dk)")
+    checks.shape(
+        call, "q", q, ("T", "N", cache.latents.shape[2]), "its last axis must equal that of the cache's latents"
+    )
+    checks.dtype(call, "indices", indices, ("int32",))
+    checks.shape(call, "indices", indices, (q.shape[0], "K"), f"one list a query (q is {prepare.axes_of(q)})")
+    checks.shape(call, "block_tables", block_tables, ("R", "P"))
+    R, P = block_tables.shape
+    checks.shape(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), "a start for each request, and the end")
+    row = jnp.arange(q.shape[0], dtype=jnp.int32)
+    r = jnp.clip(jnp.searchsorted(cu_seqlens_q, row, side="right") - 1, 0, max(R - 1, 0))
+    nth = indices // cache.page_size
+    page = block_tables[r[:, None], jnp.clip(nth, 0, P - 1)]
+    is_there = (indices >= 0) & (nth < P) & (page >= 0) & (page < cache.n_pages)
+    rows = jnp.where(is_there, page * cache.page_size + indices % cache.page_size, -1)
+    out = sparse_mla(
+        q[None],
+        cache.latents.reshape(1, -1, cache.latents.shape[2]),
+        rows[None],
+        scale=scale,
+        value_dim=value_dim,
+        sink=sink,
+        return_lse=return_lse,
+        implementation=implementation,
+    )
+    return jax.tree.map(lambda x: x[0], out)
+
+
+def has_all_pages(cache: IndexCache, block_tables: Array, lengths: Array) -> Array:
+    """[R] bool: whether every token of a request has a page."""
+    P = block_tables.shape[1]
+    is_needed = jnp.arange(P, dtype=jnp.int32)[None, :] * cache.page_size < lengths[:, None]
+    is_page = (block_tables >= 0) & (block_tables < cache.n_pages)
+    return jnp.all(is_page | ~is_needed, axis=1) & (lengths <= P * cache.page_size)

@@ -1,0 +1,136 @@
+"""Who holds which page of a cache: the bookkeeping of a server, on the host.
+
+Plain Python beside the arrays of `cache.py`: it decides which pages requests get, share and give back, and tells which
+pages must be copied before a write. It never touches keys.
+"""
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+
+class OutOfPages(Exception):
+    """No page is free. The request that asked is as it was before."""
+
+
+class PagePool:
+    """The pages of one cache and the requests that hold them.
+
+    Args:
+        n_pages: pages of the cache.
+        page_size: tokens of a page.
+    """
+
+    def __init__(self, n_pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.lengths: dict[Hashable, int] = {}  # tokens of each request
+        self._pages: dict[Hashable, list[int]] = {}
+        self._holders = [0] * n_pages  # how many requests hold each page
+        self._free = list(range(n_pages))[::-1]
+
+    @property
+    def n_free(self) -> int:
+        return len(self._free)
+
+    def add(self, request: Hashable) -> None:
+        """A request without tokens. Raises ValueError: there is one of that name."""
+        if request in self._pages:
+            raise ValueError(f"PagePool.add: request {request!r} is there already")
+        self._pages[request], self.lengths[request] = [], 0
+
+    def fork(self, request: Hashable, new: Hashable, length: int | None = None) -> None:
+        """A new request that shares the first `length` tokens of another (all, if None), and the pages they are in."""
+        length = self.lengths[request] if length is None else length
+        if not 0 <= length <= self.lengths[request]:
+            raise ValueError(f"PagePool.fork: length={length}, wanted 0 to {self.lengths[request]}, what it has")
+        self.add(new)
+        self._pages[new] = self._pages[request][: self._n_pages(length)]
+        self.lengths[new] = length
+        for page in self._pages[new]:
+            self._holders[page] += 1
+
+    def extend(self, request: Hashable, n_tokens: int) -> list[tuple[int, int]]:
+        """Makes room for `n_tokens` more and counts them.
+
+        Returns: copies to make before the tokens are written, (from, to): a partly filled page that others hold too
+            is replaced by one of its own.
+        Raises: OutOfPages: nothing has changed then.
+        """
+        pages, length = self._pages[request], self.lengths[request]
+        nth, within = divmod(length, self.page_size)
+        shared = n_tokens > 0 and within > 0 and self._holders[pages[nth]] > 1
+        n_new = self._n_pages(length + n_tokens) - len(pages) + shared
+        if n_new > self.n_free:
+            raise OutOfPages(f"request {request!r} needs {n_new} pages for {n_tokens} tokens, {self.n_free} are free")
+        copies = []
+        if shared:
+            copies = [(pages[nth], self._take())]
+            self._holders[pages[nth]] -= 1
+            pages[nth] = copies[0][1]
+        pages += [self._take() for _ in range(n_new - shared)]
+        self.lengths[request] = length + n_tokens
+        return copies
+
+    def truncate(self, request: Hashable, length: int) -> list[tuple[int, int]]:
+        """Takes the tokens behind the first `length` away and frees their pages; `cache.truncate` does the rest.
+
+        Returns: copies to make first, as `extend`: the last page left, if it becomes a partly filled one that others
+            hold, is replaced by a copy.
+        Raises: OutOfPages: nothing has changed then.
+        """
+        if not 0 <= length <= self.lengths[request]:
+            raise ValueError(f"PagePool.truncate: length={length}, wanted 0 to {self.lengths[request]}, what it has")
+        pages = self._pages[request]
+        kept, lost = pages[: self._n_pages(length)], pages[self._n_pages(length) :]
+        becomes_partial = length < self.lengths[request] and length % self.page_size > 0
+        shared = becomes_partial and self._holders[kept[-1]] > 1
+        if shared and not self._free and all(self._holders[page] > 1 for page in lost):
+            raise OutOfPages(f"request {request!r} needs a page of its own to be truncated, none is free")
+        for page in lost:
+            self._give_back(page)
+        copies = []
+        if shared:
+            copies = [(kept[-1], self._take())]
+            self._holders[kept[-1]] -= 1
+            kept[-1] = copies[0][1]
+        self._pages[request], self.lengths[request] = kept, length
+        return copies
+
+    def free(self, request: Hashable) -> None:
+        """Gives back what a finished request holds."""
+        for page in self._pages.pop(request):
+            self._give_back(page)
+        del self.lengths[request]
+
+    def table(self, requests: Sequence[Hashable], max_pages: int) -> np.ndarray:
+        """[R, max_pages] int32, the pages of each request, then -1. Raises ValueError: one has more."""
+        table = np.full((len(requests), max_pages), -1, np.int32)
+        for row, request in zip(table, requests, strict=True):
+            pages = self._pages[request]
+            if len(pages) > max_pages:
+                raise ValueError(f"PagePool.table: request {request!r} has {len(pages)} pages, max_pages={max_pages}")
+            row[: len(pages)] = pages
+        return table
+
+    def check(self) -> None:
+        """Asserts that every page is either free or counted as often as requests hold it."""
+        holders = [0] * len(self._holders)
+        for request, pages in self._pages.items():
+            assert len(pages) == self._n_pages(self.lengths[request]), request
+            for page in pages:
+                holders[page] += 1
+        assert holders == self._holders
+        assert sorted(self._free) == [page for page, n in enumerate(holders) if n == 0]
+
+    def _n_pages(self, n_tokens: int) -> int:
+        return -(-n_tokens // self.page_size)
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._holders[page] = 1
+        return page
+
+    def _give_back(self, page: int) -> None:
+        self._holders[page] -= 1
+        if not self._holders[page]:
+            self._free.append(page)
