@@ -41,7 +41,7 @@ class Device:
 class Problem:
     """What a choice depends on of the call: index heads, their size, most keys a sequence, dtypes, and the method.
 
-    `page_size` is that of a paged cache, None where keys are contiguous.
+    `is_packed` tells sequences of any lengths from a batch, `page_size` pages from contiguous keys.
     """
 
     H: int
@@ -50,6 +50,7 @@ class Problem:
     q_dtype: str
     k_dtype: str
     method: Method
+    is_packed: bool = False
     page_size: int | None = None
 
 
@@ -106,6 +107,27 @@ def _nvidia(name: str) -> Implementation:
     return _kernels(name, why_not)
 
 
+def _tpu(name: str) -> Implementation:
+    def why_not(device: Device, problem: Problem | None) -> str | None:
+        if device.platform != "tpu":
+            return f"needs a TPU, this device is {device.kind!r}"
+        module: Any = backend(name)
+        if problem is None:
+            return module.why_not(device.kind, H=64, D=128, q_dtype="bfloat16", k_dtype="bfloat16", topk=1)
+        if problem.page_size is not None or problem.is_packed:
+            return f"its kernels take batches, not {'packed sequences' if problem.is_packed else 'pages'} yet"
+        method = problem.method
+        if isinstance(method, BlockSparse):
+            return "it has no kernel for BlockSparse yet"
+        blocks = {} if isinstance(method, Dsa) else {"block_size": method.block_size, "block_topk": method.block_topk}
+        return module.why_not(
+            device.kind, H=problem.H, D=problem.D, q_dtype=problem.q_dtype, k_dtype=problem.k_dtype, topk=method.topk,
+            **blocks,
+        )  # fmt: skip
+
+    return _kernels(name, why_not)
+
+
 def _blocks(method: Hisa | BlockSparse, S: int) -> dict[str, int]:
     return {"block_size": method.block_size, "block_topk": method.block_topk, "n_blocks": -(-S // method.block_size)}
 
@@ -116,7 +138,7 @@ _NO_NVIDIA = "needs an NVIDIA GPU, this device is {!r}"
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "mosaic_gpu": _nvidia("mosaic_gpu"),
     "triton": _nvidia("triton"),
-    "mosaic_tpu": _kernels("mosaic_tpu", lambda device, problem: "it has no kernels yet"),
+    "mosaic_tpu": _tpu("mosaic_tpu"),
     "xla": Implementation(
         why_not=lambda device, problem: None,
         select=xla.select,

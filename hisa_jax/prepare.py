@@ -33,8 +33,8 @@ def check_dtypes(call: str, q: Array, keys: Keys, w: Array) -> None:
 
 def problem_of(q: Array, keys: Keys, method: Method) -> dispatch.Problem:
     H, D = q.shape[-2:]
-    k_dtype, S = keys.values.dtype.name, keys.values.shape[-2]
-    return dispatch.Problem(H=H, D=D, S=S, q_dtype=q.dtype.name, k_dtype=k_dtype, method=method)
+    k_dtype, S, is_packed = keys.values.dtype.name, keys.values.shape[-2], q.ndim == 3
+    return dispatch.Problem(H=H, D=D, S=S, q_dtype=q.dtype.name, k_dtype=k_dtype, method=method, is_packed=is_packed)
 
 
 def choose(
