@@ -12,6 +12,7 @@ COMMANDS = {
     "gpu": ("bench.gpu", "the kernels on an NVIDIA GPU, each checked before it is timed"),
     "gpu-report": ("bench.gpu_report", "the table and the plot of the README from rows that gpu measured"),
     "memory": ("bench.memory", "peak memory of each method at a long context"),
+    "tune": ("bench.tune", "find the fastest launch configurations on this GPU, for kernels_pallas/tuned.json"),
 }
 
 

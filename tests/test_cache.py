@@ -307,9 +307,7 @@ def test_sparse_mla_attends_to_latents_in_pages():
     latents = jnp.asarray(rng.normal(size=(50, 24)), jnp.float32)
     table = jnp.array([[4, 0, 2, 5]], jnp.int32)
     cache = hj.init_cache(6, PAGE, D, "float32", latent_dim=24, latent_dtype="float32")
-    cache = hj.append(
-        cache, jnp.ones((50, D)), table, jnp.array([0, 50]), jnp.array([0], jnp.int32), latents=latents
-    )
+    cache = hj.append(cache, jnp.ones((50, D)), table, jnp.array([0, 50]), jnp.array([0], jnp.int32), latents=latents)
     q = jnp.asarray(rng.normal(size=(3, 2, 24)), jnp.float32)
     indices = jnp.array([[0, 17, 49, -1], [3, 4, 5, 6], [-1, -1, -1, -1]], jnp.int32)
     options = dict(scale=0.3, value_dim=16, return_lse=True)

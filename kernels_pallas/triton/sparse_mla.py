@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
 from kernels_pallas.triton.sparse_mla_body import sparse_mla_body
+from kernels_pallas.tuning import tuned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,14 +43,17 @@ def why_not(compute_capability: str, N: int, key_dim: int, value_dim: int, dtype
     return None if N >= 16 else f"needs at least 16 heads, not {N}"
 
 
-def heuristic(n_queries: int, N: int, K: int, n_sms: int = 132) -> Config:
-    """Splits the token list until every multiprocessor has a program, but into no less than 128 tokens."""
-    tile_n = min(32, pl.next_power_of_2(N))
-    programs = n_queries * -(-N // tile_n)
+def heuristic(n_queries: int, N: int, K: int, tiles: Config | None = None, n_sms: int = 132) -> Config:
+    """Splits the token list until every multiprocessor has a program, but into no less than 128 tokens.
+
+    `tiles`: tile sizes that were found by measurement.
+    """
+    config = tiles or Config(tile_n=min(32, pl.next_power_of_2(N)))
+    programs = n_queries * -(-N // config.tile_n)
     n_splits = 1
     while programs * n_splits < n_sms and K // (2 * n_splits) >= 128:
         n_splits *= 2
-    return Config(tile_n=tile_n, n_splits=n_splits)
+    return dataclasses.replace(config, n_splits=n_splits)
 
 
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "interpret"))
@@ -69,7 +73,9 @@ def sparse_mla(
         indices: token positions, -1 for none. A query with none gives zeros and an lse of -inf.
     """
     (B, T, N, E), S, K = q.shape, kv.shape[1], indices.shape[2]
-    config = config or heuristic(B * T, N, K)
+    if config is None:
+        tiles = tuned(Config, "triton.sparse_mla", N=N, key_dim=E, value_dim=value_dim)
+        config = heuristic(B * T, N, K, tiles)
     tile_n, n_splits = config.tile_n, config.n_splits
     q = q.reshape(B * T, N, E)
     per_split = -(-K // (n_splits * config.tile_s)) * config.tile_s

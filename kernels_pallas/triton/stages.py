@@ -10,6 +10,7 @@ from kernels_pallas.triton import refine as refine_stage
 from kernels_pallas.triton import scores as scores_stage
 from kernels_pallas.triton import topk as topk_stage
 from kernels_pallas.triton.pool import pool
+from kernels_pallas.tuning import tuned
 from kernels_pallas.types import Interpret
 
 __all__ = ["block_filter", "flat", "pool", "refine"]
@@ -59,7 +60,10 @@ def refine(
     block_size: int,
     interpret: Interpret = False,
 ) -> tuple[Array, Array]:
-    config = refine_stage.heuristic(q.shape[1], block_size)
+    (_, H, D), itemsize = q.shape, k.dtype.itemsize
+    config = tuned(
+        refine_stage.Config, "triton.refine", H=H, D=D, block_size=block_size, itemsize=itemsize
+    ) or refine_stage.heuristic(H, block_size)
     images = refine_stage.refine_scores(
         q, w, k, k_scale, block_ids, visible, first_block, block_size=block_size, config=config, interpret=interpret
     )
