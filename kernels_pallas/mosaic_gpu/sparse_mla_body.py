@@ -1,0 +1,342 @@
+"""Device code of `sparse_mla`: the roles of the warp-groups.
+
+    load: k_full[slot] -> scores: p_full[slot] -> values, two of them: k_free[slot] -> load
+
+A tile is 64 tokens of a query's list, and there are two slots. Its probabilities take the place of its last 64 key
+columns, which no value needs: there is no room for them elsewhere.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import FragmentedArray, utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+
+from kernels_pallas.mosaic_gpu.gather import ROWS, fetch_rows, gather_rows, load_word, store_bias, wait_rows
+from kernels_pallas.mosaic_gpu.lanes import _element as element
+from kernels_pallas.mosaic_gpu.roles import LOADER_REGISTERS, one_warp, release, wait_all
+from kernels_pallas.types import Ref
+
+HEADS = 64  # of one query a CTA takes: the rows of a product
+SLOTS = 2
+KEY_DIM, VALUE_DIM = 576, 512
+HALF = VALUE_DIM // 2  # value columns a warp-group: 128 accumulators a thread
+QUARTER = HALF // 2  # columns a product: ptxas refuses 256 in a kernel launched with 128 registers a thread
+VALUE_REGISTERS, SCORE_REGISTERS = 176, 120
+SCORES, LOAD = 2, 3  # warp-groups; 0 and 1 take the values
+PER_HEAD, PER_TOKEN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+_LOG2_E = math.log2(math.e)
+_LEAST = -1e30  # a finite stand-in for -inf, so that differences of maxima stay numbers
+_SLACK = 8.0  # the maximum may lag this much (as a power of two) behind, which spares rescaling the sums
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The static numbers of a launch."""
+
+    T: int  # queries of all sequences
+    queries: int  # of a sequence
+    keys: int  # of a sequence
+    groups: int  # of 64 heads
+    n_splits: int
+    pairs: int  # of tiles a split
+    scale: float
+    n_ctas: int
+    interpret: object
+
+    @property
+    def n_items(self) -> int:
+        return self.n_splits * self.T * self.groups
+
+    def items(self, cta: Array) -> Array:
+        """How many items this CTA has: cta, cta + n_ctas, ..."""
+        return (self.n_items - cta + self.n_ctas - 1) // self.n_ctas
+
+    def item(self, cta: Array, i: Array) -> tuple[Array, Array, Array, Array]:
+        """Split, query, first head, and place in n_pairs. Groups of a query are neighbours: the L2 cache serves one."""
+        item = cta + i * self.n_ctas
+        place = item // self.groups
+        return place // self.T, place % self.T, item % self.groups * HEADS, place
+
+
+def sparse_mla_body(plan: Plan, *refs: Ref, **scratch: Ref) -> None:
+    n_pairs_gmem, indices_gmem, q_gmem, kv_gmem, o_gmem, lse_gmem = refs
+    role = lax.axis_index("warpgroup")
+    pl.when(role < SCORES)(lambda: add_values(plan, role, n_pairs_gmem, o_gmem, **scratch))
+    pl.when(role == SCORES)(lambda: score(plan, n_pairs_gmem, lse_gmem, **scratch))
+    load = load_interpreted if plan.interpret else load_keys
+    pl.when(role == LOAD)(lambda: load(plan, n_pairs_gmem, indices_gmem, q_gmem, kv_gmem, **scratch))
+
+
+def load_keys(
+    plan: Plan,
+    n_pairs_gmem: Ref,
+    indices_gmem: Ref,
+    q_gmem: Ref,
+    kv_gmem: Ref,
+    *,
+    q_smem: Ref,
+    k_smem: Ref,
+    bias_smem: Ref,
+    q_full: Ref,
+    q_free: Ref,
+    k_full: Ref,
+    k_free: Ref,
+    **_: Ref,
+) -> None:
+    """Two warps a slot: one copies the first half of the value columns, the other the rest of each row."""
+    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+    cta = lax.axis_index("cta")
+
+    def one_part(slot: Array, part: int, brings_queries: Array) -> None:
+        first, n_columns = ((0, HALF), (HALF, KEY_DIM - HALF))[part]
+
+        def one_item(i, _):
+            split, t, head, place = plan.item(cta, i)
+            first_row = t // plan.queries * plan.keys
+
+            def one_tile(pair, _):
+                column = ((split * plan.pairs + pair) * SLOTS + slot) * ROWS
+                low, high = fetch_rows(indices_gmem, t, column, first_row, plan.keys)
+                plgpu.barrier_wait(k_free.at[slot])
+                gather_rows(kv_gmem, k_smem, slot, low, high, first, n_columns)
+                if part == 0:
+                    store_bias(bias_smem, slot, low, high)
+                wait_rows()
+                plgpu.barrier_arrive(k_full.at[slot])
+                return _
+
+            @pl.when(brings_queries)
+            def _queries():
+                plgpu.barrier_wait(q_free)
+                plgpu.copy_gmem_to_smem(q_gmem.at[t, pl.ds(head, HEADS)], q_smem.at[0], q_full)
+
+            return lax.fori_loop(0, load_word(n_pairs_gmem, place), one_tile, _)
+
+        lax.fori_loop(0, plan.items(cta), one_item, None)
+
+    @plgpu.warp_map
+    def _warps(warp):
+        slot = warp // 2
+        pl.when(warp % 2 == 0)(lambda: one_part(slot, 0, warp == 0))
+        pl.when(warp % 2 == 1)(lambda: one_part(slot, 1, warp < 0))
+
+
+def load_interpreted(
+    plan: Plan,
+    n_pairs_gmem: Ref,
+    indices_gmem: Ref,
+    q_gmem: Ref,
+    kv_gmem: Ref,
+    *,
+    q_smem: Ref,
+    k_smem: Ref,
+    bias_smem: Ref,
+    q_full: Ref,
+    q_free: Ref,
+    k_full: Ref,
+    k_free: Ref,
+    **_: Ref,
+) -> None:
+    """`load_keys` in jnp, for interpret mode, which cannot run PTX."""
+    cta = lax.axis_index("cta")
+
+    def one_item(i, _):
+        split, t, head, place = plan.item(cta, i)
+        plgpu.barrier_wait(q_free)
+        plgpu.copy_gmem_to_smem(q_gmem.at[t, pl.ds(head, HEADS)], q_smem.at[0], q_full)
+        indices, kv = indices_gmem[t], kv_gmem[...]
+
+        def one_pair(pair, _):
+            for slot in range(SLOTS):
+                column = ((split * plan.pairs + pair) * SLOTS + slot) * ROWS + jnp.arange(ROWS, dtype=jnp.int32)
+                index = jnp.where(column < indices.shape[0], indices[jnp.minimum(column, indices.shape[0] - 1)], -1)
+                there = (index >= 0) & (index < plan.keys)
+                row = t // plan.queries * plan.keys + jnp.where(there, index, 0)
+                plgpu.barrier_wait(k_free.at[slot])
+                k_smem[slot] = jnp.where(there[:, None], kv[row], 0).astype(kv.dtype)
+                bias_smem[slot] = jnp.where(there, 0.0, -jnp.inf)
+                plgpu.commit_smem()
+                for _part in range(2):
+                    plgpu.barrier_arrive(k_full.at[slot])
+            return _
+
+        return lax.fori_loop(0, n_pairs_gmem[place], one_pair, _)
+
+    lax.fori_loop(0, plan.items(cta), one_item, None)
+    wait_all(k_free, SLOTS)
+    plgpu.barrier_wait(q_free)
+
+
+def score(
+    plan: Plan,
+    n_pairs_gmem: Ref,
+    lse_gmem: Ref,
+    *,
+    q_smem: Ref,
+    k_smem: Ref,
+    bias_smem: Ref,
+    decay_smem: Ref,
+    total_smem: Ref,
+    q_full: Ref,
+    q_free: Ref,
+    k_full: Ref,
+    p_full: Ref,
+    **_: Ref,
+) -> None:
+    """Probabilities of each tile, and by how much they make the earlier ones decay."""
+    plgpu.set_max_registers(SCORE_REGISTERS, action="decrease")
+    cta = lax.axis_index("cta")
+    plgpu.barrier_arrive(q_free)
+    row = lambda value: plgpu.layout_cast(jnp.full((HEADS,), value, jnp.float32), PER_HEAD)  # noqa: E731
+
+    def one_item(i, _):
+        split, t, head, place = plan.item(cta, i)
+        plgpu.barrier_wait(q_full)
+
+        def one_tile(j, carry):
+            (highest, total), slot = carry, j % SLOTS
+            plgpu.barrier_wait(k_full.at[slot])
+
+            def multiply(acc: Ref) -> Array:
+                plgpu.wgmma(acc, q_smem.at[opaque_zero(plan)], k_smem.at[slot].T)
+                return acc[...]
+
+            products = pl.run_scoped(multiply, plgpu.ACC((HEADS, ROWS), jnp.float32))
+            bias = plgpu.load(bias_smem.at[slot], layout=PER_TOKEN)
+            logits = products * (plan.scale * _LOG2_E) + lax.broadcast_in_dim(bias, products.shape, [1])
+            here = jnp.max(logits, axis=1)
+            new_highest = jnp.where(here > highest + _SLACK, here, highest)
+            p = jnp.exp2(logits - lax.broadcast_in_dim(new_highest, logits.shape, [0]))
+            decay = jnp.exp2(highest - new_highest)
+            total = total * decay + jnp.sum(p, axis=1)
+            k_smem.at[slot, :, pl.ds(VALUE_DIM, ROWS)][...] = p.astype(k_smem.dtype)
+            decay_smem[slot] = decay
+            total_smem[slot] = total
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(p_full.at[slot])
+            return new_highest, total
+
+        highest, total = lax.fori_loop(0, SLOTS * n_pairs_gmem[place], one_tile, (row(_LEAST), row(0.0)))
+        release(plan, q_free)
+        lse = (highest + jnp.log2(jnp.maximum(total, 1e-30))) / _LOG2_E
+        lse_gmem[split, t, pl.ds(head, HEADS)] = jnp.where(total > 0, lse, -jnp.inf)
+        return _
+
+    lax.fori_loop(0, plan.items(cta), one_item, None)
+
+
+def add_values(
+    plan: Plan,
+    half: Array,
+    n_pairs_gmem: Ref,
+    o_gmem: Ref,
+    *,
+    k_smem: Ref,
+    decay_smem: Ref,
+    total_smem: Ref,
+    k_free: Ref,
+    p_full: Ref,
+    **_: Ref,
+) -> None:
+    """Half of the value columns of the output."""
+    plgpu.set_max_registers(VALUE_REGISTERS, action="increase")
+    cta = lax.axis_index("cta")
+    columns = lambda part: pl.ds((half * 2 + part) * QUARTER, QUARTER)  # noqa: E731
+    for slot in range(SLOTS):
+        plgpu.barrier_arrive(k_free.at[slot])
+
+    def one_item(i, _):
+        split, t, head, place = plan.item(cta, i)
+
+        def one_tile(j, carry):
+            o, slot = carry[:-1], j % SLOTS
+            plgpu.barrier_wait(p_full.at[slot])
+            decay = plgpu.load(decay_smem.at[slot], layout=PER_HEAD)
+            total = plgpu.load(total_smem.at[slot], layout=PER_HEAD)
+            o = scale_rows(o, decay, plan)
+
+            p = k_smem.at[slot, :, pl.ds(VALUE_DIM, ROWS)]
+            o = add_products(o, p, [k_smem.at[slot, :, columns(part)] for part in range(2)], plan)
+            release(plan, k_free.at[slot])
+            return *o, total
+
+        zeros = plgpu.layout_cast(jnp.zeros((HEADS, QUARTER), jnp.float32), plgpu.Layout.WGMMA)
+        nothing = plgpu.layout_cast(jnp.zeros((HEADS,), jnp.float32), PER_HEAD)
+        *o, total = lax.fori_loop(0, SLOTS * n_pairs_gmem[place], one_tile, (zeros, zeros, nothing))
+        share = 1.0 / jnp.where(total > 0, total, 1.0)
+        for part, x in enumerate(o):
+            x = x * lax.broadcast_in_dim(share, x.shape, [0])
+            o_gmem[split, t, pl.ds(head, HEADS), columns(part)] = x.astype(o_gmem.dtype)
+        return _
+
+    lax.fori_loop(0, plan.items(cta), one_item, None)
+
+
+def add_products(o: tuple[Array, ...], p: Ref, values: list[Ref], plan: Plan) -> tuple[Array, ...]:
+    """o[i] + p @ values[i]."""
+
+    def multiply(accs: tuple[Ref, ...]) -> None:
+        for acc, v in zip(accs, values, strict=True):
+            plgpu.wgmma(acc, p, v)
+
+    if not plan.interpret:
+        return pl.run_state(multiply)(tuple(map(plgpu.ACC.init, o)))
+
+    def product(v: Ref) -> Array:  # the interpreter has no accumulators with a start
+        def multiply(acc: Ref) -> Array:
+            plgpu.wgmma(acc, p, v)
+            return acc[...]
+
+        return pl.run_scoped(multiply, plgpu.ACC((HEADS, QUARTER), jnp.float32))
+
+    return tuple(x + product(v) for x, v in zip(o, values, strict=True))
+
+
+def scale_rows(o: tuple[Array, ...], decay: Array, plan: Plan) -> tuple[Array, ...]:
+    """o * decay[:, None]; a warp whose rows all keep their maximum skips it."""
+    scaled = lambda o: tuple(x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in o)  # noqa: E731
+    if plan.interpret:
+        return scaled(o)
+    scalar = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=(PER_HEAD,), return_type=scalar)
+    def any_decay(_ctx, decay):
+        i32 = ir.IntegerType.get_signless(32)
+        one = utils.c(1.0, ir.F32Type.get())
+        ne = [arith.cmpf(arith.CmpFPredicate.UNE, element(x, 0), one) for x in decay.registers.flat]
+        any_ = ne[0]
+        for x in ne[1:]:
+            any_ = arith.ori(any_, x)
+        vote = utils.inline_ptx(
+            "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }",
+            arith.extui(i32, any_),
+            result_types=i32,
+            has_side_effects=True,
+            convergent=True,
+        )
+        return FragmentedArray.splat(vote, (), is_signed=True)
+
+    return jax.lax.cond(any_decay(decay) > 0, scaled, lambda o: o, o)
+
+
+def opaque_zero(plan: Plan) -> Array:
+    """0, but the compiler does not know: else it keeps the address of every step of a product in registers."""
+    if plan.interpret:
+        return jnp.int32(0)
+    scalar = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(return_type=scalar)
+    def zero(_ctx):
+        word = utils.inline_ptx(
+            "mov.b32 $0, 0;", result_types=ir.IntegerType.get_signless(32), has_side_effects=True
+        )
+        return FragmentedArray.splat(word, (), is_signed=True)
+
+    return zero()
