@@ -20,6 +20,7 @@ from jaxlib.mlir.dialects import arith
 
 from kernels_pallas.mosaic_gpu.gather import ROWS, fetch_rows, gather_rows, load_word, store_bias, wait_rows
 from kernels_pallas.mosaic_gpu.lanes import _element as element
+from kernels_pallas.mosaic_gpu.lanes import address_of
 from kernels_pallas.mosaic_gpu.roles import LOADER_REGISTERS, one_warp, release, wait_all
 from kernels_pallas.types import Ref
 
@@ -203,12 +204,7 @@ def score(
         def one_tile(j, carry):
             (highest, total), slot = carry, j % SLOTS
             plgpu.barrier_wait(k_full.at[slot])
-
-            def multiply(acc: Ref) -> Array:
-                plgpu.wgmma(acc, q_smem.at[opaque_zero(plan)], k_smem.at[slot].T)
-                return acc[...]
-
-            products = pl.run_scoped(multiply, plgpu.ACC((HEADS, ROWS), jnp.float32))
+            products = product(q_smem.at[opaque_zero(plan)], k_smem.at[slot].T)
             bias = plgpu.load(bias_smem.at[slot], layout=PER_TOKEN)
             logits = products * (plan.scale * _LOG2_E) + lax.broadcast_in_dim(bias, products.shape, [1])
             here = jnp.max(logits, axis=1)
@@ -217,8 +213,8 @@ def score(
             decay = jnp.exp2(highest - new_highest)
             total = total * decay + jnp.sum(p, axis=1)
             k_smem.at[slot, :, pl.ds(VALUE_DIM, ROWS)][...] = p.astype(k_smem.dtype)
-            decay_smem[slot] = decay
-            total_smem[slot] = total
+            store_rows(decay_smem, slot, decay, plan)
+            store_rows(total_smem, slot, total, plan)
             plgpu.commit_smem()
             plgpu.barrier_arrive(p_full.at[slot])
             return new_highest, total
@@ -279,6 +275,16 @@ def add_values(
     lax.fori_loop(0, plan.items(cta), one_item, None)
 
 
+def product(a: Ref, b: Ref) -> Array:
+    """a @ b, in float32."""
+
+    def multiply(acc: Ref) -> Array:
+        plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
 def add_products(o: tuple[Array, ...], p: Ref, values: list[Ref], plan: Plan) -> tuple[Array, ...]:
     """o[i] + p @ values[i]."""
 
@@ -289,14 +295,8 @@ def add_products(o: tuple[Array, ...], p: Ref, values: list[Ref], plan: Plan) ->
     if not plan.interpret:
         return pl.run_state(multiply)(tuple(map(plgpu.ACC.init, o)))
 
-    def product(v: Ref) -> Array:  # the interpreter has no accumulators with a start
-        def multiply(acc: Ref) -> Array:
-            plgpu.wgmma(acc, p, v)
-            return acc[...]
-
-        return pl.run_scoped(multiply, plgpu.ACC((HEADS, QUARTER), jnp.float32))
-
-    return tuple(x + product(v) for x, v in zip(o, values, strict=True))
+    # The interpreter has no accumulators with a start.
+    return tuple(x + product(p, v) for x, v in zip(o, values, strict=True))
 
 
 def scale_rows(o: tuple[Array, ...], decay: Array, plan: Plan) -> tuple[Array, ...]:
@@ -340,3 +340,21 @@ def opaque_zero(plan: Plan) -> Array:
         return FragmentedArray.splat(word, (), is_signed=True)
 
     return zero()
+
+
+def store_rows(ref: Ref, slot: Array, values: Array, plan: Plan) -> None:
+    """ref[slot] = values, one a head, without the barriers of the warp-group that Pallas puts around it."""
+    if plan.interpret:
+        ref[slot] = values
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, PER_HEAD))
+    def store(_ctx, ref, slot, values):
+        first, second = (element(x, 0) for x in values.registers.flat)  # of rows 8 apart, the same in four lanes
+        ptx = """{ .reg .pred p; .reg .b32 at, x; mov.u32 at, %tid.x; and.b32 x, at, 3; setp.eq.u32 p, x, 0;
+shr.u32 x, at, 5; and.b32 x, x, 3; shl.b32 x, x, 6; and.b32 at, at, 28; add.u32 at, at, x; add.u32 at, at, $0;
+@p st.shared.f32 [at], $1; @p st.shared.f32 [at+32], $2; }"""
+        place = address_of(ref, slot.registers.item(), HEADS)
+        utils.inline_ptx(ptx, place, first, second, has_side_effects=True)
+
+    store(ref, slot, values)
