@@ -12,13 +12,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from kernels_pallas.mosaic_gpu import sparse_mla_body
-from kernels_pallas.mosaic_gpu.gather import ROWS
+from kernels_pallas.mosaic_gpu.gather import BARRIER_WORDS
 from kernels_pallas.mosaic_gpu.roles import tiled
-from kernels_pallas.mosaic_gpu.sparse_mla_body import HEADS, KEY_DIM, SLOTS, VALUE_DIM, Plan
+from kernels_pallas.mosaic_gpu.sparse_mla_body import HEADS, KEY_DIM, PARTS, SLOTS, TOKENS, VALUE_DIM, Plan
 from kernels_pallas.triton.sparse_mla import combine
 from kernels_pallas.types import Interpret, Ref
 
-_PAIR = SLOTS * ROWS
+_PAIR = SLOTS * TOKENS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,14 +107,15 @@ def _launch(plan: Plan, out_type: list, operands: list) -> list[Array]:
     barrier = plgpu.Barrier
     scratch: dict[str, Ref] = {
         "q_smem": plgpu.SMEM((1, HEADS, KEY_DIM), dtype, transforms=tiled(KEY_DIM, dtype)),
-        "k_smem": plgpu.SMEM((SLOTS, ROWS, KEY_DIM), dtype, transforms=tiled(KEY_DIM, dtype)),
-        "bias_smem": plgpu.SMEM((SLOTS, ROWS), jnp.float32),
+        "k_smem": plgpu.SMEM((SLOTS, TOKENS, KEY_DIM), dtype, transforms=tiled(KEY_DIM, dtype)),
+        "bias_smem": plgpu.SMEM((SLOTS, TOKENS), jnp.float32),
         "decay_smem": plgpu.SMEM((SLOTS, HEADS), jnp.float32),
         "total_smem": plgpu.SMEM((SLOTS, HEADS), jnp.float32),
+        "landed_smem": plgpu.SMEM((SLOTS * len(PARTS), BARRIER_WORDS), jnp.int32),
         "q_full": barrier(),
         "q_free": barrier(),
-        "k_full": barrier(num_arrivals=2, num_barriers=SLOTS),
-        "k_free": barrier(num_arrivals=2, num_barriers=SLOTS),
+        "k_full": barrier(num_barriers=SLOTS if plan.interpret else 1),
+        "k_free": barrier(num_arrivals=2, num_barriers=SLOTS * len(PARTS)),
         "p_full": barrier(num_barriers=SLOTS),
     }
     return plgpu.kernel(

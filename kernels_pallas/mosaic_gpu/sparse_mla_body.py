@@ -8,6 +8,7 @@ columns, which no value needs: there is no room for them elsewhere.
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +19,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from kernels_pallas.mosaic_gpu.gather import ROWS, fetch_rows, gather_rows, load_word, store_bias, wait_rows
+from kernels_pallas.mosaic_gpu import gather
+from kernels_pallas.mosaic_gpu.gather import gather_rows, load_lane_word, load_word, store_bias
 from kernels_pallas.mosaic_gpu.lanes import _element as element
 from kernels_pallas.mosaic_gpu.lanes import address_of
-from kernels_pallas.mosaic_gpu.roles import LOADER_REGISTERS, one_warp, release, wait_all
+from kernels_pallas.mosaic_gpu.roles import release, tiled, wait_all
 from kernels_pallas.types import Ref
 
 HEADS = 64  # of one query a CTA takes: the rows of a product
-SLOTS = 2
+SLOTS, TOKENS = 2, 64  # of a tile
 KEY_DIM, VALUE_DIM = 576, 512
 HALF = VALUE_DIM // 2  # value columns a warp-group: 128 accumulators a thread
 QUARTER = HALF // 2  # columns a product: ptxas refuses 256 in a kernel launched with 128 registers a thread
-VALUE_REGISTERS, SCORE_REGISTERS = 176, 120
+VALUE_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS = 168, 120, 56
+# Columns that come and go together: what each warp-group of values multiplies first, and the rest.
+PARTS = (((0, 128), (256, 128)), ((128, 128), (384, 128), (512, 64)))
 SCORES, LOAD = 2, 3  # warp-groups; 0 and 1 take the values
 PER_HEAD, PER_TOKEN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 _LOG2_E = math.log2(math.e)
@@ -85,48 +89,51 @@ def load_keys(
     q_smem: Ref,
     k_smem: Ref,
     bias_smem: Ref,
+    landed_smem: Ref,
     q_full: Ref,
     q_free: Ref,
     k_full: Ref,
     k_free: Ref,
     **_: Ref,
 ) -> None:
-    """Two warps a slot: one copies the first half of the value columns, the other the rest of each row."""
-    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+    """A warp takes half of the rows of each tile, and one part of their columns."""
+    plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
     cta = lax.axis_index("cta")
 
-    def one_part(slot: Array, part: int, brings_queries: Array) -> None:
-        first, n_columns = ((0, HALF), (HALF, KEY_DIM - HALF))[part]
+    def one_part(part: int, first: Array, brings_queries: Array) -> None:
+        plgpu.barrier_wait(k_full)
 
         def one_item(i, _):
             split, t, head, place = plan.item(cta, i)
             first_row = t // plan.queries * plan.keys
-
-            def one_tile(pair, _):
-                column = ((split * plan.pairs + pair) * SLOTS + slot) * ROWS
-                low, high = fetch_rows(indices_gmem, t, column, first_row, plan.keys)
-                plgpu.barrier_wait(k_free.at[slot])
-                gather_rows(kv_gmem, k_smem, slot, low, high, first, n_columns)
-                if part == 0:
-                    store_bias(bias_smem, slot, low, high)
-                wait_rows()
-                plgpu.barrier_arrive(k_full.at[slot])
-                return _
+            fetch = lambda j: load_lane_word(  # noqa: E731
+                indices_gmem, t, (split * plan.pairs * SLOTS + j) * TOKENS + first
+            )
 
             @pl.when(brings_queries)
             def _queries():
                 plgpu.barrier_wait(q_free)
                 plgpu.copy_gmem_to_smem(q_gmem.at[t, pl.ds(head, HEADS)], q_smem.at[0], q_full)
 
-            return lax.fori_loop(0, load_word(n_pairs_gmem, place), one_tile, _)
+            def one_tile(j, index):
+                barrier = j % SLOTS * len(PARTS) + part
+                row = jnp.where((index >= 0) & (index < plan.keys), first_row + index, -1)
+                plgpu.barrier_wait(k_free.at[barrier])
+                gather_rows(kv_gmem, row, k_smem, j % SLOTS, first, PARTS[part], landed_smem, barrier)
+                if part == 0:
+                    store_bias(bias_smem, j % SLOTS, first, row, landed_smem, barrier)
+                return fetch(j + 1)
+
+            lax.fori_loop(0, SLOTS * load_word(n_pairs_gmem, place), one_tile, fetch(0))
+            return _
 
         lax.fori_loop(0, plan.items(cta), one_item, None)
 
     @plgpu.warp_map
     def _warps(warp):
-        slot = warp // 2
-        pl.when(warp % 2 == 0)(lambda: one_part(slot, 0, warp == 0))
-        pl.when(warp % 2 == 1)(lambda: one_part(slot, 1, warp < 0))
+        first = warp % 2 * gather.ROWS
+        pl.when(warp // 2 == 0)(lambda: one_part(0, first, warp == 0))
+        pl.when(warp // 2 == 1)(lambda: one_part(1, first, warp < 0))
 
 
 def load_interpreted(
@@ -156,22 +163,22 @@ def load_interpreted(
 
         def one_pair(pair, _):
             for slot in range(SLOTS):
-                column = ((split * plan.pairs + pair) * SLOTS + slot) * ROWS + jnp.arange(ROWS, dtype=jnp.int32)
+                column = ((split * plan.pairs + pair) * SLOTS + slot) * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
                 index = jnp.where(column < indices.shape[0], indices[jnp.minimum(column, indices.shape[0] - 1)], -1)
                 there = (index >= 0) & (index < plan.keys)
                 row = t // plan.queries * plan.keys + jnp.where(there, index, 0)
-                plgpu.barrier_wait(k_free.at[slot])
+                for part in range(len(PARTS)):
+                    plgpu.barrier_wait(k_free.at[slot * len(PARTS) + part])
                 k_smem[slot] = jnp.where(there[:, None], kv[row], 0).astype(kv.dtype)
                 bias_smem[slot] = jnp.where(there, 0.0, -jnp.inf)
                 plgpu.commit_smem()
-                for _part in range(2):
-                    plgpu.barrier_arrive(k_full.at[slot])
+                plgpu.barrier_arrive(k_full.at[slot])
             return _
 
         return lax.fori_loop(0, n_pairs_gmem[place], one_pair, _)
 
     lax.fori_loop(0, plan.items(cta), one_item, None)
-    wait_all(k_free, SLOTS)
+    wait_all(k_free, SLOTS * len(PARTS))
     plgpu.barrier_wait(q_free)
 
 
@@ -189,22 +196,33 @@ def score(
     q_free: Ref,
     k_full: Ref,
     p_full: Ref,
+    landed_smem: Ref = None,
     **_: Ref,
 ) -> None:
     """Probabilities of each tile, and by how much they make the earlier ones decay."""
     plgpu.set_max_registers(SCORE_REGISTERS, action="decrease")
     cta = lax.axis_index("cta")
+    if not plan.interpret:
+        gather.init_landed(landed_smem, (4 * gather.ROWS, 2 * gather.ROWS) * SLOTS)  # the bias arrives with part 0
+        plgpu.barrier_arrive(k_full)
     plgpu.barrier_arrive(q_free)
     row = lambda value: plgpu.layout_cast(jnp.full((HEADS,), value, jnp.float32), PER_HEAD)  # noqa: E731
 
-    def one_item(i, _):
+    def one_item(i, n_before):
         split, t, head, place = plan.item(cta, i)
+        n_tiles = SLOTS * n_pairs_gmem[place]
         plgpu.barrier_wait(q_full)
 
         def one_tile(j, carry):
             (highest, total), slot = carry, j % SLOTS
-            plgpu.barrier_wait(k_full.at[slot])
-            products = product(q_smem.at[opaque_zero(plan)], k_smem.at[slot].T)
+
+            def wait(part: int) -> None:
+                if not plan.interpret:
+                    gather.wait_landed(landed_smem, slot * len(PARTS) + part, (n_before + j) // SLOTS)
+                elif part == 0:
+                    plgpu.barrier_wait(k_full.at[slot])
+
+            products = products_of(q_smem.at[opaque_zero(plan)], k_smem.at[slot], wait)
             bias = plgpu.load(bias_smem.at[slot], layout=PER_TOKEN)
             logits = products * (plan.scale * _LOG2_E) + lax.broadcast_in_dim(bias, products.shape, [1])
             here = jnp.max(logits, axis=1)
@@ -212,20 +230,20 @@ def score(
             p = jnp.exp2(logits - lax.broadcast_in_dim(new_highest, logits.shape, [0]))
             decay = jnp.exp2(highest - new_highest)
             total = total * decay + jnp.sum(p, axis=1)
-            k_smem.at[slot, :, pl.ds(VALUE_DIM, ROWS)][...] = p.astype(k_smem.dtype)
+            store_p(k_smem, slot, p.astype(k_smem.dtype), plan)
             store_rows(decay_smem, slot, decay, plan)
             store_rows(total_smem, slot, total, plan)
-            plgpu.commit_smem()
+            show(plan)
             plgpu.barrier_arrive(p_full.at[slot])
             return new_highest, total
 
-        highest, total = lax.fori_loop(0, SLOTS * n_pairs_gmem[place], one_tile, (row(_LEAST), row(0.0)))
+        highest, total = lax.fori_loop(0, n_tiles, one_tile, (row(_LEAST), row(0.0)))
         release(plan, q_free)
         lse = (highest + jnp.log2(jnp.maximum(total, 1e-30))) / _LOG2_E
         lse_gmem[split, t, pl.ds(head, HEADS)] = jnp.where(total > 0, lse, -jnp.inf)
-        return _
+        return n_before + n_tiles
 
-    lax.fori_loop(0, plan.items(cta), one_item, None)
+    lax.fori_loop(0, plan.items(cta), one_item, jnp.int32(0))
 
 
 def add_values(
@@ -245,8 +263,8 @@ def add_values(
     plgpu.set_max_registers(VALUE_REGISTERS, action="increase")
     cta = lax.axis_index("cta")
     columns = lambda part: pl.ds((half * 2 + part) * QUARTER, QUARTER)  # noqa: E731
-    for slot in range(SLOTS):
-        plgpu.barrier_arrive(k_free.at[slot])
+    for barrier in range(SLOTS * len(PARTS)):
+        plgpu.barrier_arrive(k_free.at[barrier])
 
     def one_item(i, _):
         split, t, head, place = plan.item(cta, i)
@@ -258,9 +276,9 @@ def add_values(
             total = plgpu.load(total_smem.at[slot], layout=PER_HEAD)
             o = scale_rows(o, decay, plan)
 
-            p = k_smem.at[slot, :, pl.ds(VALUE_DIM, ROWS)]
-            o = add_products(o, p, [k_smem.at[slot, :, columns(part)] for part in range(2)], plan)
-            release(plan, k_free.at[slot])
+            p = k_smem.at[slot, :, pl.ds(VALUE_DIM, TOKENS)]
+            values = [k_smem.at[slot, :, columns(part)] for part in range(2)]
+            o = add_products(o, p, values, lambda part: release(plan, k_free.at[slot * len(PARTS) + part]), plan)
             return *o, total
 
         zeros = plgpu.layout_cast(jnp.zeros((HEADS, QUARTER), jnp.float32), plgpu.Layout.WGMMA)
@@ -275,28 +293,45 @@ def add_values(
     lax.fori_loop(0, plan.items(cta), one_item, None)
 
 
-def product(a: Ref, b: Ref) -> Array:
-    """a @ b, in float32."""
+def products_of(q: Ref, k: Ref, wait: Callable[[int], None]) -> Array:
+    """q @ k.T in float32, part by part of their columns, each waited for."""
 
     def multiply(acc: Ref) -> Array:
-        plgpu.wgmma(acc, a, b)
+        for part, pieces in enumerate(PARTS):
+            wait(part)
+            for first, n in pieces:
+                plgpu.wgmma(acc, q.at[:, pl.ds(first, n)], k.at[:, pl.ds(first, n)].T)
         return acc[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.ACC((HEADS, TOKENS), jnp.float32))
 
 
-def add_products(o: tuple[Array, ...], p: Ref, values: list[Ref], plan: Plan) -> tuple[Array, ...]:
-    """o[i] + p @ values[i]."""
+def add_products(
+    o: tuple[Array, ...], p: Ref, values: list[Ref], release: Callable[[int], None], plan: Plan
+) -> tuple[Array, ...]:
+    """o[i] + p @ values[i]; values[i] goes back as soon as it is read."""
+    if plan.interpret:  # the interpreter has no accumulators with a start
 
-    def multiply(accs: tuple[Ref, ...]) -> None:
-        for acc, v in zip(accs, values, strict=True):
-            plgpu.wgmma(acc, p, v)
+        def product(part: int) -> Array:
+            def multiply(acc: Ref) -> Array:
+                plgpu.wgmma(acc, p, values[part])
+                return acc[...]
 
-    if not plan.interpret:
-        return pl.run_state(multiply)(tuple(map(plgpu.ACC.init, o)))
+            return pl.run_scoped(multiply, plgpu.ACC((HEADS, QUARTER), jnp.float32))
 
-    # The interpreter has no accumulators with a start.
-    return tuple(x + product(p, v) for x, v in zip(o, values, strict=True))
+        o = tuple(x + product(part) for part, x in enumerate(o))
+        release(0)
+    else:
+
+        def multiply(accs: tuple[Ref, ...]) -> None:
+            for acc, v in zip(accs, values, strict=True):
+                plgpu.wgmma(acc, p, v)
+            plgpu.wgmma_wait(1)
+            release(0)
+
+        o = pl.run_state(multiply)(tuple(map(plgpu.ACC.init, o)))
+    release(1)
+    return o
 
 
 def scale_rows(o: tuple[Array, ...], decay: Array, plan: Plan) -> tuple[Array, ...]:
@@ -324,6 +359,34 @@ def scale_rows(o: tuple[Array, ...], decay: Array, plan: Plan) -> tuple[Array, .
         return FragmentedArray.splat(vote, (), is_signed=True)
 
     return jax.lax.cond(any_decay(decay) > 0, scaled, lambda o: o, o)
+
+
+def store_p(k_smem: Ref, slot: Array, p: Array, plan: Plan) -> None:
+    """Probabilities of a tile over its last key columns, without the second barrier that Pallas puts behind a store."""
+    place = k_smem.at[slot, :, pl.ds(VALUE_DIM, TOKENS)]
+    if plan.interpret:
+        place[...] = p
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiled(KEY_DIM, k_smem.dtype)), plgpu.Layout.WGMMA))
+    def store(_ctx, place, p):
+        utils.warpgroup_barrier()  # the slowest warp may still be multiplying by what lies there
+        p.store_tiled(place, swizzle=128)
+
+    store(place, p)
+
+
+def show(plan: Plan) -> None:
+    """Lets the tensor core see this thread's stores; `commit_smem` without its barrier of the warp-group."""
+    if plan.interpret:
+        plgpu.commit_smem()
+        return
+
+    @plgpu.inline_mgpu()
+    def fence(_ctx):
+        utils.inline_ptx("fence.proxy.async.shared::cta;", has_side_effects=True)
+
+    fence()
 
 
 def opaque_zero(plan: Plan) -> Array:
