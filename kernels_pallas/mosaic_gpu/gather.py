@@ -5,8 +5,8 @@ themselves: in shared memory as `roles.tiled` lays it out, a tile of 8 rows by 1
 chunk c of its row r lies at r * 128 + (c ^ r) * 16. Tiles follow each other along a row.
 
 A warp copies 32 rows; each lane holds the number of one of them, which to Pallas is a scalar. The copies themselves
-arrive at a barrier when they have landed, so that a warp need not wait for them. Such barriers are words of shared memory,
-since Pallas lets no PTX touch its own; they complete a phase each time, and whoever waits counts the phases.
+arrive at a barrier when they have landed, so that a warp need not wait for them. Such barriers are words of shared
+memory, since Pallas lets no PTX touch its own; whoever waits at one counts its phases.
 """
 
 import functools
@@ -73,7 +73,7 @@ def gather_rows(
 
     Args:
         tiles_smem: [slots, rows, E], as `roles.tiled`; first: a multiple of 8.
-        columns: pieces as (first column, how many), each 64 or 128 or 256 wide.
+        columns: pieces as (first column, how many), each 64, 128 or 256 wide.
     """
     E, dtype, rows = source_gmem.shape[1], source_gmem.dtype, tiles_smem.shape[1]
     ptx = _gather_ptx(E, tuple((start // _CHUNK, n // _CHUNK) for start, n in columns))
@@ -97,7 +97,7 @@ def gather_rows(
 
 
 def store_bias(bias_smem: Ref, slot: Array, first: Array, row: Array, landed_smem: Ref, barrier: Array) -> None:
-    """bias[slot, first + lane]: 0 for a row that is there, -inf for one that is not. Each lane arrives at the barrier."""
+    """bias[slot, first + lane] = 0 for a row that is there, -inf for row -1. Each lane arrives at the barrier."""
     ptx = """{ .reg .pred p; .reg .b32 at, v; mov.u32 at, %laneid; shl.b32 at, at, 2; add.u32 at, at, $0;
 setp.lt.s32 p, $1, 0; selp.b32 v, 0xff800000, 0, p; st.shared.b32 [at], v;
 mbarrier.arrive.shared::cta.b64 _, [$2]; }"""

@@ -1,29 +1,24 @@
 """Device code of `sparse_mla`: the roles of the warp-groups.
 
-    load: k_full[slot] -> scores: p_full[slot] -> values, two of them: k_free[slot] -> load
+    load: landed[slot] -> score: p_full[slot] -> add values, two of them: k_free[slot] -> load
 
 A tile is 64 tokens of a query's list, and there are two slots. Its probabilities take the place of its last 64 key
-columns, which no value needs: there is no room for them elsewhere.
+columns, which are no value: there is no room for them elsewhere. In interpret mode `k_full` stands for `landed`.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import FragmentedArray, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
 
-from kernels_pallas.mosaic_gpu import gather
+from kernels_pallas.mosaic_gpu import gather, sparse_mla_ptx
 from kernels_pallas.mosaic_gpu.gather import gather_rows, load_lane_word, load_word, store_bias
-from kernels_pallas.mosaic_gpu.lanes import _element as element
-from kernels_pallas.mosaic_gpu.lanes import address_of
-from kernels_pallas.mosaic_gpu.roles import release, tiled, wait_all
+from kernels_pallas.mosaic_gpu.roles import release, wait_all
+from kernels_pallas.mosaic_gpu.sparse_mla_ptx import PER_HEAD
 from kernels_pallas.types import Ref
 
 HEADS = 64  # of one query a CTA takes: the rows of a product
@@ -31,11 +26,11 @@ SLOTS, TOKENS = 2, 64  # of a tile
 KEY_DIM, VALUE_DIM = 576, 512
 HALF = VALUE_DIM // 2  # value columns a warp-group: 128 accumulators a thread
 QUARTER = HALF // 2  # columns a product: ptxas refuses 256 in a kernel launched with 128 registers a thread
-VALUE_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS = 168, 120, 56
 # Columns that come and go together: what each warp-group of values multiplies first, and the rest.
 PARTS = (((0, 128), (256, 128)), ((128, 128), (384, 128), (512, 64)))
 SCORES, LOAD = 2, 3  # warp-groups; 0 and 1 take the values
-PER_HEAD, PER_TOKEN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+VALUE_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS = 168, 120, 56  # twice the first and the others: 512
+PER_TOKEN = plgpu.Layout.WGMMA.reduce(0)
 _LOG2_E = math.log2(math.e)
 _LEAST = -1e30  # a finite stand-in for -inf, so that differences of maxima stay numbers
 _SLACK = 8.0  # the maximum may lag this much (as a power of two) behind, which spares rescaling the sums
@@ -90,9 +85,9 @@ def load_keys(
     k_smem: Ref,
     bias_smem: Ref,
     landed_smem: Ref,
+    ready: Ref,
     q_full: Ref,
     q_free: Ref,
-    k_full: Ref,
     k_free: Ref,
     **_: Ref,
 ) -> None:
@@ -101,14 +96,13 @@ def load_keys(
     cta = lax.axis_index("cta")
 
     def one_part(part: int, first: Array, brings_queries: Array) -> None:
-        plgpu.barrier_wait(k_full)
+        plgpu.barrier_wait(ready)
 
         def one_item(i, _):
             split, t, head, place = plan.item(cta, i)
             first_row = t // plan.queries * plan.keys
-            fetch = lambda j: load_lane_word(  # noqa: E731
-                indices_gmem, t, (split * plan.pairs * SLOTS + j) * TOKENS + first
-            )
+            column = split * plan.pairs * SLOTS * TOKENS + first
+            fetch = lambda j: load_lane_word(indices_gmem, t, column + j * TOKENS)  # noqa: E731
 
             @pl.when(brings_queries)
             def _queries():
@@ -194,17 +188,21 @@ def score(
     total_smem: Ref,
     q_full: Ref,
     q_free: Ref,
-    k_full: Ref,
     p_full: Ref,
+    k_full: Ref = None,
+    ready: Ref = None,
     landed_smem: Ref = None,
+    turn_smem: Ref = None,
     **_: Ref,
 ) -> None:
     """Probabilities of each tile, and by how much they make the earlier ones decay."""
     plgpu.set_max_registers(SCORE_REGISTERS, action="decrease")
     cta = lax.axis_index("cta")
     if not plan.interpret:
-        gather.init_landed(landed_smem, (4 * gather.ROWS, 2 * gather.ROWS) * SLOTS)  # the bias arrives with part 0
-        plgpu.barrier_arrive(k_full)
+        # Every lane of two warps; the bias arrives with the first part.
+        gather.init_landed(landed_smem, (4 * gather.ROWS, 2 * gather.ROWS) * SLOTS)
+        sparse_mla_ptx.unclaim(turn_smem)
+        plgpu.barrier_arrive(ready)
     plgpu.barrier_arrive(q_free)
     row = lambda value: plgpu.layout_cast(jnp.full((HEADS,), value, jnp.float32), PER_HEAD)  # noqa: E731
 
@@ -222,7 +220,10 @@ def score(
                 elif part == 0:
                     plgpu.barrier_wait(k_full.at[slot])
 
-            products = products_of(q_smem.at[opaque_zero(plan)], k_smem.at[slot], wait)
+            zero = jnp.int32(0) if plan.interpret else sparse_mla_ptx.opaque_zero()
+            products = products_of(q_smem.at[zero], k_smem.at[slot], wait)
+            if not plan.interpret:
+                sparse_mla_ptx.unclaim(turn_smem)
             bias = plgpu.load(bias_smem.at[slot], layout=PER_TOKEN)
             logits = products * (plan.scale * _LOG2_E) + lax.broadcast_in_dim(bias, products.shape, [1])
             here = jnp.max(logits, axis=1)
@@ -230,10 +231,18 @@ def score(
             p = jnp.exp2(logits - lax.broadcast_in_dim(new_highest, logits.shape, [0]))
             decay = jnp.exp2(highest - new_highest)
             total = total * decay + jnp.sum(p, axis=1)
-            store_p(k_smem, slot, p.astype(k_smem.dtype), plan)
-            store_rows(decay_smem, slot, decay, plan)
-            store_rows(total_smem, slot, total, plan)
-            show(plan)
+            p = p.astype(k_smem.dtype)
+            if plan.interpret:
+                k_smem.at[slot, :, pl.ds(VALUE_DIM, TOKENS)][...] = p
+                decay_smem[slot], total_smem[slot] = decay, total
+                plgpu.commit_smem()
+            else:
+                sparse_mla_ptx.store_p(k_smem, slot, VALUE_DIM, p)
+                sparse_mla_ptx.store_rows(decay_smem, slot, decay)
+                sparse_mla_ptx.store_rows(total_smem, slot, total)
+                sparse_mla_ptx.show_stores()
+                barrier = (j + 1) % SLOTS * len(PARTS)
+                sparse_mla_ptx.claim(turn_smem, landed_smem, barrier, (n_before + j + 1) // SLOTS)
             plgpu.barrier_arrive(p_full.at[slot])
             return new_highest, total
 
@@ -257,6 +266,7 @@ def add_values(
     total_smem: Ref,
     k_free: Ref,
     p_full: Ref,
+    turn_smem: Ref = None,
     **_: Ref,
 ) -> None:
     """Half of the value columns of the output."""
@@ -274,8 +284,12 @@ def add_values(
             plgpu.barrier_wait(p_full.at[slot])
             decay = plgpu.load(decay_smem.at[slot], layout=PER_HEAD)
             total = plgpu.load(total_smem.at[slot], layout=PER_HEAD)
-            o = scale_rows(o, decay, plan)
-
+            scaled = lambda o: tuple(x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in o)  # noqa: E731
+            if plan.interpret:
+                o = scaled(o)
+            else:  # rarely does any maximum of a warp's rows move
+                o = lax.cond(sparse_mla_ptx.any_decay(decay) > 0, scaled, lambda o: o, o)
+                sparse_mla_ptx.let_first(turn_smem)
             p = k_smem.at[slot, :, pl.ds(VALUE_DIM, TOKENS)]
             values = [k_smem.at[slot, :, columns(part)] for part in range(2)]
             o = add_products(o, p, values, lambda part: release(plan, k_free.at[slot * len(PARTS) + part]), plan)
@@ -287,7 +301,11 @@ def add_values(
         share = 1.0 / jnp.where(total > 0, total, 1.0)
         for part, x in enumerate(o):
             x = x * lax.broadcast_in_dim(share, x.shape, [0])
-            o_gmem[split, t, pl.ds(head, HEADS), columns(part)] = x.astype(o_gmem.dtype)
+            place, x = o_gmem.at[split, t, pl.ds(head, HEADS), columns(part)], x.astype(o_gmem.dtype)
+            if plan.interpret:
+                place[...] = x
+            else:
+                sparse_mla_ptx.store_output(place, x)
         return _
 
     lax.fori_loop(0, plan.items(cta), one_item, None)
@@ -332,92 +350,3 @@ def add_products(
         o = pl.run_state(multiply)(tuple(map(plgpu.ACC.init, o)))
     release(1)
     return o
-
-
-def scale_rows(o: tuple[Array, ...], decay: Array, plan: Plan) -> tuple[Array, ...]:
-    """o * decay[:, None]; a warp whose rows all keep their maximum skips it."""
-    scaled = lambda o: tuple(x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in o)  # noqa: E731
-    if plan.interpret:
-        return scaled(o)
-    scalar = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT)
-
-    @plgpu.inline_mgpu(arg_types=(PER_HEAD,), return_type=scalar)
-    def any_decay(_ctx, decay):
-        i32 = ir.IntegerType.get_signless(32)
-        one = utils.c(1.0, ir.F32Type.get())
-        ne = [arith.cmpf(arith.CmpFPredicate.UNE, element(x, 0), one) for x in decay.registers.flat]
-        any_ = ne[0]
-        for x in ne[1:]:
-            any_ = arith.ori(any_, x)
-        vote = utils.inline_ptx(
-            "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }",
-            arith.extui(i32, any_),
-            result_types=i32,
-            has_side_effects=True,
-            convergent=True,
-        )
-        return FragmentedArray.splat(vote, (), is_signed=True)
-
-    return jax.lax.cond(any_decay(decay) > 0, scaled, lambda o: o, o)
-
-
-def store_p(k_smem: Ref, slot: Array, p: Array, plan: Plan) -> None:
-    """Probabilities of a tile over its last key columns, without the second barrier that Pallas puts behind a store."""
-    place = k_smem.at[slot, :, pl.ds(VALUE_DIM, TOKENS)]
-    if plan.interpret:
-        place[...] = p
-        return
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiled(KEY_DIM, k_smem.dtype)), plgpu.Layout.WGMMA))
-    def store(_ctx, place, p):
-        utils.warpgroup_barrier()  # the slowest warp may still be multiplying by what lies there
-        p.store_tiled(place, swizzle=128)
-
-    store(place, p)
-
-
-def show(plan: Plan) -> None:
-    """Lets the tensor core see this thread's stores; `commit_smem` without its barrier of the warp-group."""
-    if plan.interpret:
-        plgpu.commit_smem()
-        return
-
-    @plgpu.inline_mgpu()
-    def fence(_ctx):
-        utils.inline_ptx("fence.proxy.async.shared::cta;", has_side_effects=True)
-
-    fence()
-
-
-def opaque_zero(plan: Plan) -> Array:
-    """0, but the compiler does not know: else it keeps the address of every step of a product in registers."""
-    if plan.interpret:
-        return jnp.int32(0)
-    scalar = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT)
-
-    @plgpu.inline_mgpu(return_type=scalar)
-    def zero(_ctx):
-        word = utils.inline_ptx(
-            "mov.b32 $0, 0;", result_types=ir.IntegerType.get_signless(32), has_side_effects=True
-        )
-        return FragmentedArray.splat(word, (), is_signed=True)
-
-    return zero()
-
-
-def store_rows(ref: Ref, slot: Array, values: Array, plan: Plan) -> None:
-    """ref[slot] = values, one a head, without the barriers of the warp-group that Pallas puts around it."""
-    if plan.interpret:
-        ref[slot] = values
-        return
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, PER_HEAD))
-    def store(_ctx, ref, slot, values):
-        first, second = (element(x, 0) for x in values.registers.flat)  # of rows 8 apart, the same in four lanes
-        ptx = """{ .reg .pred p; .reg .b32 at, x; mov.u32 at, %tid.x; and.b32 x, at, 3; setp.eq.u32 p, x, 0;
-shr.u32 x, at, 5; and.b32 x, x, 3; shl.b32 x, x, 6; and.b32 at, at, 28; add.u32 at, at, x; add.u32 at, at, $0;
-@p st.shared.f32 [at], $1; @p st.shared.f32 [at+32], $2; }"""
-        place = address_of(ref, slot.registers.item(), HEADS)
-        utils.inline_ptx(ptx, place, first, second, has_side_effects=True)
-
-    store(ref, slot, values)
