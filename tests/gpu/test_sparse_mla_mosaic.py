@@ -1,0 +1,127 @@
+"""The Hopper kernel of sparse MLA: interpreted with race detection, lowered for an H200, run where there is one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.mosaic_gpu.sparse_mla import Config, heuristic, sparse_mla, why_not
+from tests.gpu.test_lowering import lower
+
+BF16, SCALE = jnp.bfloat16, 576**-0.5
+
+
+@pytest.fixture
+def interpret():
+    """Interpret parameters; no race may have been found by the end."""
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+    yield plgpu.InterpretGPUParams(detect_races=True)
+    assert not interpret_pallas_call.get_races().races_found
+
+
+@pytest.fixture
+def gpu():
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+
+
+def draw(B, T, N, S, K, seed=0):
+    """Lists of all lengths: a full one, an empty one, a single token, then any; some have indices out of range."""
+    rng = np.random.default_rng(seed)
+    q, kv = (jnp.asarray(rng.standard_normal(shape), BF16) for shape in ((B, T, N, 576), (B, S, 576)))
+    indices = np.full((B * T, K), -1, np.int32)
+    for t, row in enumerate(indices):
+        n = (min(K, S), 0, 1)[t] if t < 3 else int(rng.integers(0, min(K, S) + 1))
+        row[:n] = np.sort(rng.permutation(S)[:n])
+        if t > 2 and n > 2:
+            row[:2] = (np.iinfo(np.int32).min, S)
+            row[n - 1] = np.iinfo(np.int32).max
+    return q, kv, indices.reshape(B, T, K)
+
+
+def expected(q, kv, indices):
+    """One query: [N, 576], [S, 576], [K] -> [N, 512], [N] in float64."""
+    rows = np.asarray(kv, np.float64)[indices[(indices >= 0) & (indices < kv.shape[0])]]
+    if not len(rows):
+        return np.zeros((q.shape[0], 512)), np.full(q.shape[0], -np.inf)
+    logits = SCALE * np.asarray(q, np.float64) @ rows.T
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True) @ rows[:, :512], np.log(p.sum(1)) + logits.max(1)
+
+
+def check(q, kv, indices, **options):
+    o, lse = sparse_mla(q, kv, jnp.asarray(indices), value_dim=512, scale=SCALE, **options)
+    assert o.dtype == q.dtype and o.shape == (*q.shape[:3], 512) and lse.shape == q.shape[:3]
+    o, lse = np.asarray(o, np.float64), np.asarray(lse)
+    for b, t in np.ndindex(*indices.shape[:2]):
+        want_o, want_lse = expected(np.asarray(q[b, t], np.float32), np.asarray(kv[b], np.float32), indices[b, t])
+        assert np.linalg.norm(o[b, t] - want_o) <= 1e-2 * np.linalg.norm(want_o), (b, t)
+        np.testing.assert_allclose(lse[b, t], want_lse, atol=1e-3, err_msg=f"query {b}, {t}")
+
+
+@pytest.mark.parametrize("n_splits", [1, 2])
+def test_interpreted(interpret, n_splits):
+    # One CTA, so that it has several queries: the ring of tiles goes on from one to the next.
+    check(*draw(1, 4, 16, 130, 101), config=Config(n_splits=n_splits), n_ctas=1, interpret=interpret)
+
+
+def test_tokens_not_selected_leave_no_trace(interpret):
+    q, kv, indices = draw(2, 1, 16, 90, 20)
+    for b in range(2):
+        others = np.setdiff1d(np.arange(90), indices[b])
+        kv = kv.at[b, others].set(jnp.nan)
+    check(q, kv, indices, n_ctas=1, interpret=interpret)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "S", "N", "K"),
+    [(1, 4096, 65536, 128, 2048), (32, 1, 8192, 64, 2048), (128, 1, 131072, 128, 2048), (3, 5, 100, 16, 33)],
+    ids=["prefill", "decode_32", "decode_128", "odd"],
+)
+def test_lowers(B, T, S, N, K):
+    def attend(q, kv, indices):
+        return sparse_mla(q, kv, indices, value_dim=512, scale=SCALE)
+
+    shapes = ((B, T, N, 576), BF16), ((B, S, 576), BF16), ((B, T, K), jnp.int32)
+    assert "custom_call" in lower(attend, *shapes)
+
+
+def test_refusals_say_why():
+    shape = {"N": 128, "key_dim": 576, "value_dim": 512, "dtype": BF16}
+    assert why_not("9.0", **shape) is None
+    assert "Hopper" in why_not("8.0", **shape)
+    assert "needs bfloat16" in why_not("9.0", **{**shape, "dtype": jnp.float32})
+    assert "576" in why_not("9.0", **{**shape, "key_dim": 512})
+    assert "16, 32, 64 or 128 heads" in why_not("9.0", **{**shape, "N": 8})
+
+
+def test_every_multiprocessor_has_work():
+    for n_queries, N in ((1, 128), (1, 16), (7, 64), (32, 128), (128, 128)):
+        programs = n_queries * max(N // 64, 1) * heuristic(n_queries, N, 2048).n_splits
+        assert programs > 66 or programs == n_queries * max(N // 64, 1) * 16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("B", "T", "N", "S", "K"),
+    [(2, 9, 128, 3000, 2048), (1, 150, 64, 5000, 777), (3, 5, 32, 100, 33), (2, 3, 16, 700, 1)],
+)
+def test_on_device(gpu, B, T, N, S, K):
+    check(*draw(B, T, N, S, K))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_splits", [2, 5, 16])
+def test_splits_on_device(gpu, n_splits):
+    check(*draw(2, 5, 128, 9000, 2048), config=Config(n_splits=n_splits))
+
+
+@pytest.mark.gpu
+def test_same_bits_again_and_no_trace_on_device(gpu):
+    q, kv, indices = draw(1, 6, 128, 4000, 512, seed=1)
+    others = np.setdiff1d(np.arange(4000), indices)
+    attend = lambda kv: sparse_mla(q, kv, jnp.asarray(indices), value_dim=512, scale=SCALE)  # noqa: E731
+    for x, y in zip(attend(kv), attend(kv.at[0, others].set(jnp.nan)), strict=True):
+        np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
