@@ -196,4 +196,8 @@ def attention_reasons(device: Device, problem: AttentionProblem) -> dict[str, st
         module = importlib.import_module(f"kernels_pallas.{name}.sparse_mla")
         return module.why_not(device.compute_capability, **dataclasses.asdict(problem))
 
-    return {"triton": nvidia("triton"), "xla": None}
+    names = ["mosaic_gpu", "triton"]
+    # Hopper's kernel works on 64 heads at a time.
+    if problem.N % 64:
+        names.reverse()
+    return {name: nvidia(name) for name in names} | {"xla": None}
