@@ -76,7 +76,7 @@ def heuristic(H: int, D: int, m: int, block_size: int, itemsize: int) -> Config 
 
 
 def split(T: int, m: int, block_size: int, config: Config, n_ctas: int) -> int:
-    """In how many parts to score each query's blocks, so that few queries keep every CTA busy; 1: `refine` is faster."""
+    """In how many parts to score each query, so that few queries keep every CTA busy; 1: `refine` is faster."""
     laps = -(-m * block_size // config.columns)
     return next(n for n in range(max(min(n_ctas // T, laps), 1), 0, -1) if laps % n == 0)
 

@@ -35,8 +35,9 @@ def test_parts_of_a_query_make_the_same_selection(interpret, n_parts):
     images = refine.refine_scores(
         q[0], w[0], k[0], scale[0], *map(jnp.asarray, (blocks, visible, first_block)), **options, interpret=interpret
     )
-    limit = np.asarray(640 if n_parts > 1 else (blocks >= 0).sum(1) * block_size) * np.ones(2, np.int32)
-    indices, count = topk.topk(images, jnp.asarray(limit, jnp.int32), 50, jnp.asarray(blocks), block_size, interpret=True)
+    limit = np.full(2, 640) if n_parts > 1 else (blocks >= 0).sum(1) * block_size
+    limit = jnp.asarray(limit, jnp.int32)
+    indices, count = topk.topk(images, limit, 50, jnp.asarray(blocks), block_size, interpret=True)
     for t in range(2):
         own = slice(t * S, (t + 1) * S)
         scores = reference.token_scores(q[0, t : t + 1], k[0, own], scale[0, own], w[0, t : t + 1])[0]
