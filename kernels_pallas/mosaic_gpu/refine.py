@@ -75,6 +75,12 @@ def heuristic(H: int, D: int, m: int, block_size: int, itemsize: int) -> Config 
     return None
 
 
+def split(T: int, m: int, block_size: int, config: Config, n_ctas: int) -> int:
+    """In how many parts to score each query, so that few queries keep every CTA busy; 1: `refine` is faster."""
+    laps = -(-m * block_size // config.columns)
+    return next(n for n in range(max(min(n_ctas // T, laps), 1), 0, -1) if laps % n == 0)
+
+
 @functools.partial(jax.jit, static_argnames=("k_top", "block_size", "config", "n_ctas", "interpret"))
 def refine(
     q: Array,
@@ -109,7 +115,7 @@ def refine(
     return indices, count
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "config", "n_ctas", "interpret"))
+@functools.partial(jax.jit, static_argnames=("block_size", "config", "n_parts", "n_ctas", "interpret"))
 def refine_scores(
     q: Array,
     w: Array,
@@ -121,28 +127,37 @@ def refine_scores(
     *,
     block_size: int,
     config: Config,
+    n_parts: int = 1,
     n_ctas: int = 132,
     interpret: Interpret = False,
 ) -> Array:
-    """The images alone, [T, m * block_size, padded] int32, for lists too long for shared memory and for benches.
+    """The images alone, [T, m * block_size, padded] int32: for few queries, and lists too long for shared memory.
 
-    Columns beyond the kept blocks of a query are not written.
+    Args:
+        n_parts: CTAs that share a query, each with that part of its blocks (see `split`). If 1, columns beyond the kept
+            blocks of a query are not written, otherwise they are `INVISIBLE`.
     """
-    T = q.shape[0]
-    plan = Plan.of(q, k, k_scale, block_ids, None, block_size, config, min(n_ctas, T), interpret)
+    (T, m), step = block_ids.shape, n_parts * config.columns
+    missing = (-m * block_size % step) // block_size if n_parts > 1 else 0
+    block_ids = jnp.pad(block_ids, ((0, 0), (0, missing)), constant_values=-1).reshape(T * n_parts, -1)
+    visible, first_block = jnp.repeat(visible, n_parts), jnp.repeat(first_block, n_parts)
+    plan = Plan.of(q, k, k_scale, block_ids, None, block_size, config, min(n_ctas, T * n_parts), interpret)
     meta = meta_of(block_ids, visible, first_block, 0, plan)
     operands = [meta, q, w, k] + ([] if k_scale is None else [k_scale])
-    out_type = [jax.ShapeDtypeStruct((T, plan.width), jnp.int32)]
-    return _launch(refine_body.refine_scores_body, plan, out_type, operands)[0]
+    out_type = [jax.ShapeDtypeStruct((plan.T, plan.width), jnp.int32)]
+    return _launch(refine_body.refine_scores_body, plan, out_type, operands)[0].reshape(T, -1)
 
 
 def meta_of(block_ids: Array, visible: Array, first_block: Array, k_top: int, plan: Plan) -> Array:
     """[T, m + META] int32: what a CTA must know about a query, in one copy."""
     m = block_ids.shape[1]
-    n_kept = jnp.sum(block_ids >= 0, axis=1, dtype=jnp.int32)
-    n_tiles = (n_kept * plan.block_size + plan.columns - 1) // plan.columns * (plan.columns // plan.rows)
-    # A query that keeps all it sees needs no scores.
-    n_tiles = jnp.where(visible <= k_top, 0, n_tiles)
+    if plan.n_parts > 1:
+        n_tiles = jnp.full_like(visible, plan.width // plan.rows)
+    else:
+        n_kept = jnp.sum(block_ids >= 0, axis=1, dtype=jnp.int32)
+        n_tiles = (n_kept * plan.block_size + plan.columns - 1) // plan.columns * (plan.columns // plan.rows)
+        # A query that keeps all it sees needs no scores.
+        n_tiles = jnp.where(visible <= k_top, 0, n_tiles)
     block_ids = jnp.pad(block_ids, ((0, 0), (0, plan.m - m)), constant_values=-1)
     tail = jnp.stack([n_tiles, visible, first_block, jnp.zeros_like(visible)], axis=1)
     return jnp.concatenate([block_ids, tail], axis=1)

@@ -34,7 +34,8 @@ _NOWHERE = 2**30  # a position nobody sees
 class Plan:
     """The static numbers of a launch."""
 
-    T: int
+    T: int  # queries, or parts of queries
+    n_parts: int  # parts of a query: they share its heads and weights
     H: int
     D: int
     m: int  # block ids a query, padded so that a query's row of `meta` is a multiple of 128 bytes, as copies need it
@@ -64,10 +65,11 @@ class Plan:
         n_ctas: Ref,
         interpret: Interpret,
     ) -> "Plan":
-        T, H, D = q.shape
-        m = block_ids.shape[1]
+        _, H, D = q.shape
+        T, m = block_ids.shape
         return cls(
             T=T,
+            n_parts=T // q.shape[0],
             H=H,
             D=D,
             m=-(-(m + META) // 32) * 32 - META,
@@ -153,8 +155,9 @@ def load_keys(
         t, at = cta + i * plan.n_ctas, i % 2
         plgpu.barrier_wait(q_free.at[at])
         plgpu.copy_gmem_to_smem(meta_gmem.at[t], meta_smem.at[at], q_full.at[at])
-        plgpu.copy_gmem_to_smem(q_gmem.at[t], q_smem.at[at], q_full.at[at])
-        plgpu.copy_gmem_to_smem(w_gmem.at[t], w_smem.at[at, pl.ds(0, plan.H)], q_full.at[at])
+        whole = t // plan.n_parts
+        plgpu.copy_gmem_to_smem(q_gmem.at[whole], q_smem.at[at], q_full.at[at])
+        plgpu.copy_gmem_to_smem(w_gmem.at[whole], w_smem.at[at, pl.ds(0, plan.H)], q_full.at[at])
         plgpu.barrier_wait(q_full.at[at])
         meta = lambda column: load_word(meta_smem, at, column, plan.interpret)  # noqa: E731
         n_tiles, first_block = meta(plan.m), meta(plan.m + 2)
