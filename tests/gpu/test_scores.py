@@ -96,6 +96,7 @@ def test_no_register_of_the_loop_is_read_before_it_is_written(H, row_bytes, n_pa
 def unwritten(ptx):
     """Registers that PTX reads above the line that first writes them: ptxas takes them for anything, silently."""
     ptx = re.sub(r"%[\w.]+|\$\w+", "", ptx)
+    ptx = re.sub(r"(\w+)<(\d+)>", lambda name: ", ".join(f"{name[1]}{i}" for i in range(int(name[2]))), ptx)
     names = {name for line in re.findall(r"\.reg \.\w+ ([^;]*);", ptx) for name in re.findall(r"\w+", line)}
     registers = lambda text: [x for x in re.findall(r"\b\w+\b", text) if x in names]  # noqa: E731
     written = set()
