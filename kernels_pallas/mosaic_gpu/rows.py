@@ -205,6 +205,11 @@ def own_positions() -> str:
     return "mov.b32 id, column;"
 
 
+def listed_positions() -> str:
+    """PTX, column -> id: what $IDS in shared memory lists for the column."""
+    return "shl.b32 id, column, 2; add.u32 id, id, $IDS; ld.shared.u32 id, [id];"
+
+
 def merged_positions(n_old: int) -> str:
     """PTX, column -> id: the first n_old from $IDS in shared memory, then columns of a tile that begins at $START."""
     return f"""setp.lt.u32 r, column, {n_old}; shl.b32 id, column, 2; add.u32 id, id, $IDS; @r ld.shared.u32 id, [id];

@@ -2,8 +2,8 @@
     x[t, c] = image(k_scale[c] * sum_h w[t, h] * relu(q[t, h] . sum_p k[p, c]))       float32 sums
 
 Floor, 4096 queries of dsv32 on an H200: block means of 64K (n = 512, two e4m3 parts each) 69 GFLOP / 1979 TFLOP/s =
-0.035 ms; tokens of 64K 4.4 TFLOP = 2.2 ms. A CTA keeps `n_score` tiles of keys in shared memory, one a warp-group, and
-streams the queries of a tile past them, so keys are read once a query tile and queries once a span of keys.
+0.035 ms; tokens of 64K 4.4 TFLOP = 2.2 ms. A warp-group keeps 128 keys in registers and streams the queries of a tile
+past them (see `stationary`), so keys are read once a query tile and queries once a span of keys.
 
 Block means come in parts whose sum is the mean (see `pool`): the tensor core adds the parts up in its accumulator,
 which buys 8 bits of mean for e4m3 queries without converting them.
@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.mosaic_gpu.rows import COLUMNS
 from kernels_pallas.mosaic_gpu.scores_body import Plan, scores_body
+from kernels_pallas.mosaic_gpu.stationary import ROWS, Shape
 from kernels_pallas.types import Interpret, Ref
 
 
@@ -25,37 +27,51 @@ from kernels_pallas.types import Interpret, Ref
 class Config:
     """Tile sizes and warp-groups: they change the speed, never the result."""
 
-    rows: int = 128  # keys a warp-group
-    n_score: int = 4  # warp-groups that score
-    n_keys: int = 1  # spans of keys in shared memory at a time
-    ring: int = 4  # queries in flight
+    n_score: int = 3  # warp-groups that score
+    n_keys: int = 1  # spans of keys in shared memory at a time, waiting: the one in work is in registers
+    ring: int = 8  # queries in flight, a power of two
     tile_t: int = 32  # queries a work item
 
     @property
     def span(self) -> int:
         """Keys a work item."""
-        return self.rows * self.n_score
+        return ROWS * self.n_score
+
+    def columns(self, n: int) -> tuple[int, int]:
+        """Spans that cover n columns, and columns of the result: wide ones are read in whole steps of a selection."""
+        n = n if n <= COLUMNS else -(-n // COLUMNS) * COLUMNS
+        n_spans = -(-n // self.span)
+        width = n_spans * self.span
+        return n_spans, width if width <= COLUMNS else -(-width // COLUMNS) * COLUMNS
 
     def smem_bytes(self, H: int, D: int, n_parts: int, itemsize: int) -> int:
         """Shared memory of a CTA, barriers and alignment included."""
         keys = self.n_keys * self.span * (n_parts * D * itemsize + 4)
         return keys + self.ring * H * (D * itemsize + 4) + 4096
 
+    def fits(self, H: int, D: int, n_parts: int, itemsize: int) -> bool:
+        return self.smem_bytes(H, D, n_parts, itemsize) <= 227 * 1024
 
-def heuristic(T: int, H: int, D: int, n_columns: int, n_parts: int, itemsize: int, n_ctas: int = 132) -> Config:
-    """Enough work items for every CTA, and as many queries an item as that allows."""
-    rows = 128 if H <= 64 else 64
-    fits = [
-        config
-        for n_score, n_keys in ((4, 2), (4, 1), (2, 2), (2, 1))
-        for ring in (8, 4, 2)
-        if (config := Config(rows=rows, n_score=n_score, n_keys=n_keys, ring=ring)).smem_bytes(H, D, n_parts, itemsize)
-        <= 227 * 1024
-    ]
-    config = fits[0]
-    n_spans = -(-n_columns // config.span)
-    tile_t = next((t for t in (128, 64, 32, 16, 8, 4, 2) if -(-T // t) * n_spans >= n_ctas * 3 // 4), 1)
-    return dataclasses.replace(config, tile_t=tile_t)
+
+def heuristic(
+    T: int, H: int, D: int, n_columns: int, n_parts: int, itemsize: int, n_ctas: int = 132, n_score: int = 2
+) -> Config:
+    """Enough work items for every CTA, and as many queries an item as that allows.
+
+    Args:
+        n_score: warp-groups that score, fewer if their registers do not suffice. Three take 0.94 ms for 13,824 tokens
+            where two take 1.05; over few columns their wider span wastes more.
+    """
+    # 128 keys are 32 registers a thread, in two parts or in bfloat16 64, more than each of three warp-groups has beside
+    # its accumulators.
+    if n_parts * D * itemsize > 128 or H > 64:
+        n_score = min(n_score, 2)
+    config = next(c for ring in (8, 4, 2) if (c := Config(n_score=n_score, ring=ring)).fits(H, D, n_parts, itemsize))
+    n_spans, _ = config.columns(n_columns)
+    # Whole rounds of all CTAs, of at most 128 queries an item.
+    rounds = next(r for r in range(1, T + 2) if -(-T * n_spans // (n_ctas * r)) <= 128)
+    tiles = max(n_ctas * rounds // n_spans, 1)
+    return dataclasses.replace(config, tile_t=max(min(-(-T // tiles), 128), 1))
 
 
 @functools.partial(jax.jit, static_argnames=("n_columns", "keep_first", "keep_last", "config", "n_ctas", "interpret"))
@@ -67,6 +83,7 @@ def scores(
     limit: Array,
     tiles: Array,
     first_column: Array,
+    cut: Array | None = None,
     *,
     n_columns: int,
     config: Config,
@@ -74,17 +91,19 @@ def scores(
     keep_last: int = 0,
     n_ctas: int = 132,
     interpret: Interpret = False,
-) -> Array:
-    """[T, H, D], [T, H], [parts, S, D], [S], [T] -> [T, n_columns padded to whole spans] int32 images.
+) -> Array | tuple[Array, Array]:
+    """[T, H, D], [T, H], [parts, S, D], [S], [T] -> [T, n_columns padded, see `Config.columns`] int32 images.
 
     Args:
         limit: candidates of each query. Columns at or beyond are `INVISIBLE` or, beyond its whole tile, not written.
         tiles: which queries and keys go together, see `Sequences.query_tiles`.
         first_column: [1] int32, a multiple of the span: column c of the result is candidate first_column + c.
+        cut: [T] int32. Only images above it are written, and a second result [T, columns // 32] tells which: bit
+            c % 32 of word c // 32 stands for column c.
         keep_first, keep_last: that many first and last candidates of each query are `FORCED`.
     """
     T, H, D = q.shape
-    n_spans = -(-n_columns // config.span)
+    n_spans, width = config.columns(n_columns)
     n_items = tiles.shape[0] * n_spans
     plan = Plan(
         T=T,
@@ -95,11 +114,20 @@ def scores(
         n_parts=k.shape[0],
         n_spans=n_spans,
         n_items=n_items,
-        keep_first=keep_first,
-        keep_last=keep_last,
         n_ctas=min(n_ctas, n_items),
         interpret=interpret,
-        rows=config.rows,
+        loop=Shape(
+            H=H,
+            row_bytes=D * k.dtype.itemsize,
+            n_parts=k.shape[0],
+            is_e4m3=k.dtype == jnp.float8_e4m3fn,
+            ring=config.ring,
+            has_scale=k_scale is not None,
+            keep_first=keep_first,
+            keep_last=keep_last,
+            out_columns=width,
+            filters=cut is not None,
+        ),
         n_score=config.n_score,
         n_keys=config.n_keys,
         ring=config.ring,
@@ -108,18 +136,19 @@ def scores(
     scratch: dict[str, Ref] = {
         "q_smem": plgpu.SMEM((plan.ring, H, D), plan.dtype, transforms=tile),
         "w_smem": plgpu.SMEM((plan.ring, max(H, 32)), jnp.float32),  # copies go to multiples of 128 bytes
-        "k_smem": plgpu.SMEM((plan.n_keys, plan.n_score, plan.n_parts, plan.rows, D), plan.dtype, transforms=tile),
+        "k_smem": plgpu.SMEM((plan.n_keys * plan.n_score, plan.n_parts, ROWS, D), plan.dtype, transforms=tile),
         "q_full": plgpu.Barrier(num_arrivals=2, num_barriers=plan.ring),
         "q_free": plgpu.Barrier(num_arrivals=plan.n_score, num_barriers=plan.ring),
         "k_full": plgpu.Barrier(num_arrivals=plan.n_score * (plan.n_parts + plan.has_scale), num_barriers=plan.n_keys),
         "k_free": plgpu.Barrier(num_arrivals=plan.n_score, num_barriers=plan.n_keys),
     }
     if plan.has_scale:
-        scratch["scale_smem"] = plgpu.SMEM((plan.n_keys * plan.n_score, plan.rows), jnp.float32)
-    keys = [k] + ([] if k_scale is None else [k_scale])
-    return plgpu.kernel(
+        scratch["scale_smem"] = plgpu.SMEM((plan.n_keys * plan.n_score, ROWS), jnp.float32)
+    operands = [tiles, limit, first_column, q, w, k, *(x for x in (k_scale, cut) if x is not None)]
+    widths = [width] + [width // 32] * (cut is not None)
+    out = plgpu.kernel(
         functools.partial(scores_body, plan),
-        out_type=[jax.ShapeDtypeStruct((T, n_spans * config.span), jnp.int32)],
+        out_type=[jax.ShapeDtypeStruct((T, width), jnp.int32) for width in widths],
         grid=(plan.n_ctas,),
         grid_names=("cta",),
         num_threads=plan.n_score + 1,
@@ -127,4 +156,5 @@ def scores(
         scratch_types=scratch,
         kernel_name="hisa_scores",
         interpret=interpret,
-    )(tiles, limit, first_column, q, w, *keys)[0]
+    )(*operands)
+    return out[0] if cut is None else tuple(out)

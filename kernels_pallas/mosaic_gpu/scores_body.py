@@ -1,22 +1,21 @@
 """Device code of `scores`: one warp-group loads, the others score, each its own tile of keys."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.image import FORCED, INVISIBLE, image_of
-from kernels_pallas.mosaic_gpu.lanes import keys_of_lanes, load_lanes, multiply_and_sum, store_lanes
-from kernels_pallas.mosaic_gpu.roles import (
-    HEAD_COLUMN,
-    LOADER_REGISTERS,
-    one_warp,
-    release,
-    share_registers,
-    tiled,
-    wait_all,
+from kernels_pallas.mosaic_gpu.roles import LOADER_REGISTERS, one_warp, release, share_registers, tiled, wait_all
+from kernels_pallas.mosaic_gpu.stationary import (
+    ROWS,
+    Buffers,
+    Item,
+    Shape,
+    score_queries,
+    score_queries_reference,
 )
 from kernels_pallas.types import Ref
 
@@ -33,10 +32,8 @@ class Plan:
     n_parts: int
     n_spans: int
     n_items: int
-    keep_first: int
-    keep_last: int
     n_ctas: int
-    rows: int
+    loop: Shape
     n_score: int
     n_keys: int
     ring: int
@@ -57,11 +54,16 @@ def scores_body(
     *refs: Ref,
     **scratch: Ref,
 ) -> None:
-    *keys_gmem, o_gmem = refs
+    n_keys = 1 + plan.has_scale
+    keys_gmem, cut_gmem, out = refs[:n_keys], refs[n_keys : -1 - plan.loop.filters], refs[-1 - plan.loop.filters :]
     role = lax.axis_index("warpgroup")
     items = _Items(plan, tiles_gmem, first_column_gmem)
-    pl.when(role < plan.n_score)(lambda: score(plan, items, role, limit_gmem, o_gmem, **scratch))
-    pl.when(role == plan.n_score)(lambda: load(plan, items, q_gmem, w_gmem, keys_gmem, **scratch))
+    # Two branches of one condition: only so does ptxas give each role the registers that it asks for.
+    lax.cond(
+        role < plan.n_score,
+        lambda: score(plan, items, role, limit_gmem, cut_gmem, out, **scratch),
+        lambda: load(plan, items, q_gmem, w_gmem, keys_gmem, **scratch),
+    )
 
 
 class _Items:
@@ -77,7 +79,7 @@ class _Items:
         """First query, how many (0 if none sees this span), column of the result and first key row."""
         item = self.cta + i * self.plan.n_ctas
         tile, span = item // self.plan.n_spans, item % self.plan.n_spans
-        column = span * (self.plan.rows * self.plan.n_score)
+        column = span * (ROWS * self.plan.n_score)
         first, n, key_row, most = (self.tiles_gmem[tile, field] for field in range(4))
         n = jnp.where(self.first_column + column < most, n, 0)
         return first, n, column, key_row + self.first_column + column
@@ -107,9 +109,11 @@ def load(
         plgpu.barrier_wait(k_free.at[at])
         for group in range(plan.n_score):
             # A visible multiple of 8: tiled copies need to know.
-            rows = pl.ds((key_row // 8 + group * (plan.rows // 8)) * 8, plan.rows)
+            rows = pl.ds((key_row // 8 + group * (ROWS // 8)) * 8, ROWS)
             for part in range(plan.n_parts):
-                plgpu.copy_gmem_to_smem(keys_gmem[0].at[part, rows], k_smem.at[at, group, part], k_full.at[at])
+                plgpu.copy_gmem_to_smem(
+                    keys_gmem[0].at[part, rows], k_smem.at[at * plan.n_score + group, part], k_full.at[at]
+                )
             if plan.has_scale:
                 plgpu.copy_gmem_to_smem(keys_gmem[-1].at[rows], scale_smem.at[at * plan.n_score + group], k_full.at[at])
 
@@ -135,49 +139,44 @@ def score(
     items: _Items,
     group: Array,
     limit_gmem: Ref,
-    o_gmem: Ref,
+    cut_gmem: Sequence[Ref],
+    out: Sequence[Ref],
     *,
-    q_smem: Ref,
-    w_smem: Ref,
-    k_smem: Ref,
-    q_full: Ref,
-    q_free: Ref,
     k_full: Ref,
-    k_free: Ref,
     scale_smem: Ref = None,
+    **refs: Ref,
 ) -> None:
     plgpu.set_max_registers(share_registers(plan.n_score, LOADER_REGISTERS), action="increase")
+    cut = cut_gmem[0] if cut_gmem else None
+    buffers = Buffers(scale_smem=scale_smem, **refs)
     for at in range(plan.n_keys):
-        plgpu.barrier_arrive(k_free.at[at])
+        plgpu.barrier_arrive(buffers.k_free.at[at])
     for slot in range(plan.ring):
-        plgpu.barrier_arrive(q_free.at[slot])
-    key = keys_of_lanes(plan.rows, plan.interpret)
+        plgpu.barrier_arrive(buffers.q_free.at[slot])
 
     def one_item(i, n_before):
         first, n, column, _ = items(i)
         at = i % plan.n_keys
-        column = column + group * plan.rows
-        candidate = items.first_column + column + key
+        column = column + group * ROWS
         plgpu.barrier_wait(k_full.at[at])
-        scale = load_lanes(scale_smem, at * plan.n_score + group, plan.rows, plan.interpret) if plan.has_scale else None
+        item = Item(
+            key_slot=at,
+            tile=at * plan.n_score + group,
+            n=n,
+            n_before=n_before,
+            first=first,
+            column=column,
+            candidate=items.first_column + column,
+        )
 
-        def one_query(j, _):
-            slot, t = (n_before + j) % plan.ring, first + j
-            limit = limit_gmem[t]
-            plgpu.barrier_wait(q_full.at[slot])
-            w = plgpu.load(w_smem.at[slot, pl.ds(0, plan.H)], layout=HEAD_COLUMN)
-            parts = [k_smem.at[at, group, part] for part in range(plan.n_parts)]
-            x = multiply_and_sum(parts, q_smem.at[slot], w, lambda: release(plan, q_free.at[slot]), plan.interpret)
-            image = image_of(x if scale is None else x * scale)
-            if plan.keep_first or plan.keep_last:
-                image = jnp.where(candidate < plan.keep_first, FORCED, image)
-                image = jnp.where(candidate >= limit - plan.keep_last, FORCED, image)
-            image = jnp.where(candidate < limit, image, INVISIBLE)
-            store_lanes(o_gmem, t, column, plan.rows, image, plan.interpret)
-            return _
+        @pl.when(n > 0)
+        def _queries():
+            if plan.interpret:
+                score_queries_reference(plan.loop, item, buffers, limit_gmem, out, cut, plan.interpret)
+            else:
+                score_queries(plan.loop, item, buffers, limit_gmem, out, cut, plan.tile_transforms)
 
-        lax.fori_loop(0, n, one_query, None)
-        release(plan, k_free.at[at])
+        pl.when(n == 0)(lambda: release(plan, buffers.k_free.at[at]))
         return n_before + n
 
     lax.fori_loop(0, items.n, one_item, jnp.int32(0))

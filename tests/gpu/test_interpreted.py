@@ -63,14 +63,6 @@ def test_mosaic_flat_keeps_the_contract(interpret):
     promises.check_flat(got, q, k, scale, w, visible, topk=50, token_tolerance=1e-9)
 
 
-def test_streaming_topk_of_mosaic_equals_one_piece(interpret, monkeypatch):
-    monkeypatch.setattr(mosaic_gpu.stages, "_FLAT_WIDTH", 1024)
-    visible = np.asarray([[1500]], np.int32)
-    q, k, scale, w = draw.integers(3, 1, 1, 1500, 16, 64, E4M3, True)
-    got = mosaic_gpu.select_flat(q, k, scale, w, jnp.asarray(visible), topk=100, interpret=interpret)
-    promises.check_flat(got, q, k, scale, w, visible, topk=100, token_tolerance=1e-9)
-
-
 def test_streaming_topk_of_triton_equals_one_piece(monkeypatch):
     monkeypatch.setattr(triton.stages, "_FLAT_WIDTH", 512)
     visible = np.asarray([[1200, 700]], np.int32)

@@ -1,0 +1,84 @@
+"""The flat indexer with a streaming top-k: every token of the sequence is scored, no [T, S] matrix is ever in memory.
+
+Tokens come in tiles. Of the first every image is kept; later ones are filtered by the k-th best so far where they are
+scored, and only what passes is merged (see `merge`).
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from kernels_pallas.image import INVISIBLE
+from kernels_pallas.mosaic_gpu import merge as merge_stage
+from kernels_pallas.mosaic_gpu import scores as scores_stage
+from kernels_pallas.mosaic_gpu import topk as topk_stage
+from kernels_pallas.mosaic_gpu.rows import COLUMNS
+from kernels_pallas.sequences import Sequences
+from kernels_pallas.types import Interpret
+
+ONE_TILE = 16384  # up to this many tokens are selected from in one piece
+FIRST, STEP = 7680, 13824  # tokens of the first tile and of the others: bounds the memory to T * STEP images
+
+
+def flat(
+    q: Array,
+    w: Array,
+    k: Array,
+    k_scale: Array | None,
+    visible: Array,
+    sequences: Sequences,
+    *,
+    topk: int,
+    n_ctas: int,
+    interpret: Interpret = False,
+) -> tuple[Array, Array]:
+    """[T, H, D], [T, H], [S, D], [S], [T] -> [T, topk] positions in the sequence, ascending, then -1; [T] count."""
+    T, H, D = q.shape
+    config = scores_stage.heuristic(T, H, D, min(STEP, sequences.max_keys), 1, k.dtype.itemsize, n_ctas, n_score=3)
+    tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
+
+    def images(start: Array, n_columns: int, cut: Array | None = None) -> Any:
+        return scores_stage.scores(
+            q,
+            w,
+            k[None],
+            k_scale,
+            visible,
+            tiles,
+            start,
+            cut,
+            n_columns=n_columns,
+            config=config,
+            n_ctas=n_ctas,
+            interpret=interpret,
+        )
+
+    if sequences.max_keys <= max(ONE_TILE, 2 * topk) <= topk_stage.MAX_WIDTH:
+        x = images(jnp.zeros((1,), jnp.int32), sequences.max_keys)
+        return topk_stage.topk(x, visible, topk, n_ctas=n_ctas, interpret=interpret)
+
+    def merged(best: Array, positions: Array, start: Array, n_columns: int) -> tuple[Array, Array]:
+        cut = jnp.min(best, axis=1)
+        x, masks = images(start, n_columns, cut)
+        return merge_stage.merge(best, positions, x, masks, start, visible, n_ctas=n_ctas, interpret=interpret)
+
+    n_best = -(-topk // COLUMNS) * COLUMNS
+    # Whole spans, and whole steps of a selection: a tile's result must not reach into the next tile.
+    unit = math.lcm(config.span, COLUMNS)
+    first, step = (-(-n // unit) * unit for n in (FIRST, STEP))
+    nothing = jnp.full((T, n_best), INVISIBLE, jnp.int32), jnp.full((T, n_best), -1, jnp.int32)
+
+    def one_tile(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        return merged(best[0], best[1], jnp.full((1,), first + i * step, jnp.int32), step)
+
+    start = merged(*nothing, jnp.zeros((1,), jnp.int32), first)
+    best, positions = lax.fori_loop(0, (jnp.max(visible) - first + step - 1) // step, one_tile, start)
+    if n_best == topk:
+        return positions, jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    columns, count = topk_stage.topk(
+        best, jnp.sum(positions >= 0, axis=1, dtype=jnp.int32), topk, n_ctas=n_ctas, interpret=interpret
+    )
+    positions = jnp.take_along_axis(positions, jnp.maximum(columns, 0), axis=1)
+    return jnp.where(columns >= 0, positions, -1), count

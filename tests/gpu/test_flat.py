@@ -1,0 +1,111 @@
+"""The streaming flat indexer and its merge, interpreted with race detection."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import mosaic_gpu
+from kernels_pallas.mosaic_gpu import flat, gather, merge
+from kernels_pallas.sequences import flatten_batch
+from tests.gpu import draw, promises, reference
+from tests.gpu.test_scores import unwritten
+
+E4M3 = jnp.float8_e4m3fn
+INVISIBLE = -(2**31)
+
+
+@pytest.fixture
+def interpret():
+    """Interpret parameters; no race may have been found by the end."""
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+    yield plgpu.InterpretGPUParams(detect_races=True)
+    assert not interpret_pallas_call.get_races().races_found
+
+
+def select(q, k, k_scale, w, visible, topk, n_ctas=132, interpret=False):
+    call = flatten_batch(q, k, k_scale, w, jnp.asarray(visible), None, 8)
+    options = {"topk": topk, "n_ctas": n_ctas, "interpret": interpret}
+    out = flat.flat(call.q, call.w, call.k, call.k_scale, call.visible, call.sequences, **options)
+    return call.unflatten(*out)
+
+
+def test_streaming_in_filtered_tiles_equals_one_piece(interpret, monkeypatch):
+    monkeypatch.setattr(flat, "ONE_TILE", 256)
+    monkeypatch.setattr(flat, "FIRST", 256)
+    monkeypatch.setattr(flat, "STEP", 512)  # rounded up to 1536, three spans of 384 being four steps of a selection
+    visible = np.asarray([[3500, 300]], np.int32)
+    q, k, scale, w = draw.integers(3, 1, 2, 3500, 16, 64, E4M3, True)
+    got = select(q, k, scale, w, visible, 100, 2, interpret)
+    promises.check_flat(got, q, k, scale, w, visible, topk=100, token_tolerance=1e-9)
+
+
+def merge_case(seed, k, W, n_start, limit):
+    """Old lists of k, a tile behind them with ties at the cut, its masks; and what the merge must give."""
+    rng = np.random.default_rng(seed)
+    T = len(limit)
+    x = rng.integers(-30, 30, (T, n_start + W)).astype(np.int64)
+    x = np.where(np.arange(n_start + W) < np.asarray(limit)[:, None], x, INVISIBLE)
+    old = [reference.best(row[:n_start].astype(float), np.flatnonzero(row[:n_start] > INVISIBLE), k) for row in x]
+    want = [reference.best(row.astype(float), np.flatnonzero(row > INVISIBLE), k) for row in x]
+    pad = lambda values, empty: np.pad(values, (0, k - len(values)), constant_values=empty)  # noqa: E731
+    best = np.stack([pad(row[chosen], INVISIBLE) for row, chosen in zip(x, old, strict=True)])
+    positions = np.stack([pad(chosen, -1) for chosen in old])
+    passed = x[:, n_start:] > best.min(1)[:, None]
+    words = (passed.reshape(T, -1, 32).astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(-1).astype(np.uint32)
+    tile = np.where(passed, x[:, n_start:], 12345)  # never read
+    operands = (best, positions, tile, words.view(np.int32))
+    return [jnp.asarray(a.astype(np.int32)) for a in operands], x, want
+
+
+@pytest.mark.parametrize("n_start", [0, 2048])
+def test_merge_keeps_the_lower_of_equals(interpret, n_start):
+    limit = [n_start + 1024, n_start + 700, n_start + 5, max(n_start - 9, 0)]
+    operands, x, want = merge_case(0, 512, 1024, n_start, limit)
+    start, limit = jnp.full((1,), n_start, jnp.int32), jnp.asarray(limit, jnp.int32)
+    check_merge(merge.merge(*operands, start, limit, n_ctas=2, interpret=interpret), x, want)
+
+
+def check_merge(got, x, want):
+    for t, chosen in enumerate(want):
+        positions, best = np.asarray(got[1][t]), np.asarray(got[0][t])
+        np.testing.assert_array_equal(positions[: len(chosen)], chosen)
+        assert (positions[len(chosen) :] == -1).all()
+        np.testing.assert_array_equal(best[: len(chosen)], x[t, chosen])
+        assert (best[len(chosen) :] == INVISIBLE).all()
+
+
+@pytest.fixture
+def hopper():
+    if jax.default_backend() != "gpu" or mosaic_gpu.why_not(
+        jax.devices()[0].compute_capability, 64, 128, E4M3, topk=64
+    ):
+        pytest.skip("needs a Hopper GPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n_start", "W", "k"), [(0, 13824, 2048), (8192, 13824, 2048), (2048, 1024, 512)])
+def test_merge_on_the_device(hopper, n_start, W, k):
+    """From nothing every image passes: the list is filled, cut down and filled again."""
+    limit = [n_start + W, n_start + W // 2 + 3, n_start + 5, max(n_start - 9, 0), n_start + W]
+    operands, x, want = merge_case(1, k, W, n_start, limit)
+    check_merge(merge.merge(*operands, jnp.full((1,), n_start, jnp.int32), jnp.asarray(limit, jnp.int32)), x, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rising", [False, True], ids=["any_order", "each_better_than_all_before"])
+def test_flat_on_the_device(hopper, rising):
+    S = 40000
+    visible = np.asarray([[S, S - 1, 30000, 7680, 7681, 2049, 5, 0]], np.int32)
+    q, k, scale, w = draw.normal(0, 1, 8, S, 64, 128, E4M3, True)
+    if rising:
+        q, k, w = jnp.ones_like(q), jnp.ones_like(k), jnp.ones_like(w)
+        scale = jnp.arange(1, S + 1, dtype=jnp.float32)[None]
+    got = select(q, k, scale, w, visible, 2048)
+    promises.check_flat(got, q, k, scale, w, visible, topk=2048, token_tolerance=2e-3)
+
+
+def test_no_register_of_the_gathering_is_read_before_it_is_written():
+    assert not list(unwritten(gather.gather_ptx(6144))) and not list(unwritten(gather.reload_ptx(2048)))

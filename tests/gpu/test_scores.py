@@ -1,0 +1,113 @@
+"""The scores kernel: images, forced candidates, filter and masks; and the loop of PTX that no interpreter runs."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import mosaic_gpu
+from kernels_pallas.image import FORCED, INVISIBLE
+from kernels_pallas.mosaic_gpu import scores as scores_stage
+from kernels_pallas.mosaic_gpu.stationary import Shape, loop_ptx
+from tests.gpu import draw, reference
+
+E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
+
+
+@pytest.fixture
+def interpret():
+    """Interpret parameters; no race may have been found by the end."""
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+    yield plgpu.InterpretGPUParams(detect_races=True)
+    assert not interpret_pallas_call.get_races().races_found
+
+
+def check(H, D, dtype, n_parts, n_score, cut, interpret, keep=1, n_ctas=132):
+    """Three queries of 600 keys, tiles of two queries, limits inside a tile of keys; sums are exact."""
+    T, S = 3, 600
+    q, k, scale, w = draw.integers(H + D, 1, T, S, H, D, dtype, dtype == E4M3)
+    k = jnp.concatenate([k, k])[:n_parts]  # a part twice is a key twice as large
+    limit = np.asarray([600, 131, 0], np.int32)
+    tiles = np.asarray([[0, 2, 0, 1024], [2, 1, 0, 0]], np.int32)
+    config = scores_stage.Config(n_score=n_score, ring=2)
+    options = {"n_columns": S, "config": config, "keep_first": keep, "keep_last": keep, "n_ctas": n_ctas}
+    cuts = None if cut is None else jnp.full((T,), cut, jnp.int32)
+    operands = (q[0], w[0], k, None if scale is None else scale[0], jnp.asarray(limit), jnp.asarray(tiles))
+    out = scores_stage.scores(*operands, jnp.zeros((1,), jnp.int32), cuts, **options, interpret=interpret)
+    images, masks = (out, None) if cut is None else out
+    want = n_parts * reference.token_scores(q[0], k[0], None if scale is None else scale[0], w[0])
+    for t in range(2):  # the third sees nothing: nothing is written
+        bits = want[t].astype(np.float32).view(np.int32)
+        image = np.where(bits < 0, bits ^ FORCED, bits)
+        image[bits == INVISIBLE] = 0  # -0.0
+        image[: min(keep, limit[t])] = FORCED
+        image[max(limit[t] - keep, 0) : limit[t]] = FORCED
+        image[limit[t] :] = INVISIBLE
+        passes = np.ones(S, bool) if cut is None else image > cut
+        np.testing.assert_array_equal(np.asarray(images[t])[:S][passes], image[passes])
+        if masks is not None:
+            bits = np.asarray(masks[t]).view(np.uint32)[:, None] >> np.arange(32, dtype=np.uint32) & 1
+            np.testing.assert_array_equal(bits.reshape(-1)[:S], passes)
+
+
+CASES = [(16, 64, E4M3, 2, 2, None), (16, 64, BF16, 1, 2, None), (16, 64, E4M3, 1, 3, 1086324736)]  # image of 6.0
+
+
+@pytest.mark.parametrize("case", CASES, ids=["means", "bf16", "filtered"])
+def test_images_limits_forced_and_masks(interpret, case):
+    check(*case, interpret, n_ctas=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("H", [16, 32, 64, 128])
+@pytest.mark.parametrize(
+    ("D", "dtype", "n_parts"), [(64, E4M3, 2), (128, E4M3, 1), (128, E4M3, 2), (64, BF16, 1), (128, BF16, 1)]
+)
+@pytest.mark.parametrize("cut", [None, 1086324736])
+def test_on_the_device(H, D, dtype, n_parts, cut):
+    if jax.default_backend() != "gpu" or mosaic_gpu.why_not(jax.devices()[0].compute_capability, H, D, dtype, topk=64):
+        pytest.skip("needs a Hopper GPU")
+    check(H, D, dtype, n_parts, 2, cut, False)
+
+
+@pytest.mark.parametrize("H", [16, 64, 128])
+@pytest.mark.parametrize(("row_bytes", "n_parts"), [(64, 2), (128, 1), (256, 1)])
+@pytest.mark.parametrize("filters", [False, True])
+def test_no_register_of_the_loop_is_read_before_it_is_written(H, row_bytes, n_parts, filters):
+    shape = Shape(
+        H=H,
+        row_bytes=row_bytes,
+        n_parts=n_parts,
+        is_e4m3=row_bytes < 256,
+        ring=8,
+        has_scale=row_bytes < 256,
+        keep_first=1,
+        keep_last=1,
+        out_columns=512,
+        filters=filters,
+    )
+    assert not list(unwritten(loop_ptx(shape)))
+
+
+def unwritten(ptx):
+    """Registers that PTX reads above the line that first writes them: ptxas takes them for anything, silently."""
+    ptx = re.sub(r"%[\w.]+|\$\w+", "", ptx)
+    ptx = re.sub(r"(\w+)<(\d+)>", lambda name: ", ".join(f"{name[1]}{i}" for i in range(int(name[2]))), ptx)
+    names = {name for line in re.findall(r"\.reg \.\w+ ([^;]*);", ptx) for name in re.findall(r"\w+", line)}
+    registers = lambda text: [x for x in re.findall(r"\b\w+\b", text) if x in names]  # noqa: E731
+    written = set()
+    for statement in re.sub(r"\.reg[^;]*;", "", ptx).strip("{}").split(";"):
+        statement = re.sub(r"^\s*\w+:\s*", "", statement).strip()
+        guard, op, operands = re.match(r"(@!?\w+\s+)?(\S*)(.*)", statement, re.DOTALL).groups()
+        ends = operands.find("}") if operands.lstrip().startswith("{") else operands.find(",")
+        writes = op and not op.startswith(
+            ("st.", "bra", "mbarrier.arrive", "wgmma.wait", "wgmma.commit", "wgmma.fence")
+        )
+        for name in registers((guard or "") + (operands[ends:] if writes else operands)):
+            if name not in written:
+                yield name, statement
+        written.update(registers(operands[:ends]) if writes else [])
