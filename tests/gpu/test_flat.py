@@ -8,7 +8,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import mosaic_gpu
-from kernels_pallas.mosaic_gpu import flat, gather, merge
+from kernels_pallas.mosaic_gpu import flat, merge, passed
 from kernels_pallas.sequences import flatten_batch
 from tests.gpu import draw, promises, reference
 from tests.gpu.test_scores import unwritten
@@ -108,4 +108,4 @@ def test_flat_on_the_device(hopper, rising):
 
 
 def test_no_register_of_the_gathering_is_read_before_it_is_written():
-    assert not list(unwritten(gather.gather_ptx(6144))) and not list(unwritten(gather.reload_ptx(2048)))
+    assert not list(unwritten(passed.gather_ptx(6144))) and not list(unwritten(passed.reload_ptx(2048)))

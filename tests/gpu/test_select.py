@@ -29,22 +29,21 @@ SHAPES = {
 TOLERANCE = 2e-2
 
 
-@pytest.fixture(params=["mosaic_gpu", "triton"])
+on_gpu = [pytest.param(name, marks=pytest.mark.gpu) for name in ("mosaic_gpu", "triton")]
+
+
+@pytest.fixture(params=[*on_gpu, "triton_interpreted"])
 def implementation(request, monkeypatch):
-    """An implementation that runs here: as it is on a GPU, interpreted elsewhere."""
+    """The implementations of GPUs where there is one; Triton's interpreted everywhere (Mosaic's takes too long)."""
     name = request.param
-    if jax.default_backend() == "gpu":
-        reason = hj.implementations()[name]
-        if reason:
-            pytest.skip(reason)
-        return name
-    if name == "mosaic_gpu":
-        pytest.skip("its interpreter is too slow for these: test_interpreted.py runs the kernels")
-    kernels = Kernels(lambda: dispatch.backend(name), interpret=True)
-    able = dispatch.Implementation(
-        why_not=lambda device, problem: None, select=kernels.select, select_packed=kernels.select_packed
-    )
-    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, name, able)
+    if name == "triton_interpreted":
+        kernels = Kernels(lambda: dispatch.backend("triton"), interpret=True)
+        able = dispatch.Implementation(
+            why_not=lambda device, problem: None, select=kernels.select, select_packed=kernels.select_packed
+        )
+        monkeypatch.setitem(dispatch.IMPLEMENTATIONS, name, able)
+    elif hj.implementations()[name]:
+        pytest.skip(hj.implementations()[name])
     return name
 
 
