@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh, SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, SingleDeviceSharding
 
 from bench import UserError, tpu_schedule
 from bench.chips import CHIPS, Chip
@@ -89,7 +89,7 @@ def abstract_mesh(chip: str, mesh: Mesh | None = None) -> AbstractMesh:
     """What tells the lowering of a kernel which chip it is for."""
     device = AbstractDevice(CHIPS[chip].kind, CHIPS[chip].cores_per_device, "tpu")
     if mesh is None:
-        return AbstractMesh((1,), ("device",), abstract_device=device)
+        return AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=device)
     return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device)
 
 
