@@ -1,0 +1,65 @@
+"""What the launches of the kernels have in common."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.types import Interpret, Ref
+
+
+def call(
+    body: Callable,
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    prefetch: list,
+    operands: list,
+    in_specs: list[pl.BlockSpec],
+    out_specs: Any,
+    out_shape: Any,
+    scratch: dict[str, Ref],
+    dimension_semantics: tuple[str, ...],
+    vmem_bytes: int,
+    interpret: Interpret,
+) -> Any:
+    """A `pl.pallas_call` whose body gets its scratch by keyword and `None` operands not at all."""
+
+    def named(*refs: Ref) -> None:
+        n = len(refs) - len(scratch)
+        body(*refs[:n], **dict(zip(scratch, refs[n:], strict=True)))
+
+    return pl.pallas_call(
+        named,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetch),
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=dimension_semantics, vmem_limit_bytes=vmem_bytes + _MARGIN_BYTES
+        ),
+        interpret=interpret,
+        name=name,
+    )(*prefetch, *operands)
+
+
+def in_hbm(operands: list) -> list[pl.BlockSpec]:
+    """For operands that the kernel copies itself."""
+    return [pl.BlockSpec(memory_space=pltpu.HBM)] * len(operands)
+
+
+def rows(tile: int, tiles: int, *trailing: int, memory_space: Ref = None) -> pl.BlockSpec:
+    """Block [tile, *trailing] of [B, T, *trailing] on a grid of (cores, B, `tiles` of a sequence on one core)."""
+
+    def index(core: Ref, b: Ref, t: Ref, *_: Ref) -> tuple:
+        return b, core * tiles + t, *(0 for _ in trailing)
+
+    return pl.BlockSpec((None, tile, *trailing), index, memory_space=memory_space)
+
+
+_MARGIN_BYTES = 6 << 20  # what the compiler keeps in VMEM for itself, spills and semaphores among it
