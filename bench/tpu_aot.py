@@ -128,8 +128,11 @@ def _take_schedules(*, keep: bool) -> list[tpu_schedule.Schedule]:
         match = _KERNEL.match(path.name)
         if not match or match.group(2) == "TLP" or match.group(2).startswith("<"):
             continue
+        text = path.read_text()
+        if "= custom-call(" not in text:  # XLA's own operations
+            continue
         use = next(folder.glob(f"{match.group(1)}-{match.group(2)}*-final_hlo-static-per-bundle-utilization.txt"))
-        found.append(tpu_schedule.read(match.group(2), path.read_text(), use.read_text()))
+        found.append(tpu_schedule.read(match.group(2), text, use.read_text()))
     for path in folder.iterdir():
         path.unlink()
     return found

@@ -16,7 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.image import INVISIBLE
 from kernels_pallas.mosaic_tpu import topk_body
-from kernels_pallas.mosaic_tpu.topk_body import LANES, ROWS, SLOTS
+from kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from kernels_pallas.types import Interpret
 
 MAX_K = 16384

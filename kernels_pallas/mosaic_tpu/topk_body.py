@@ -1,7 +1,7 @@
 """Exact top-k of rows of images that lie in VMEM: functions for the inside of any kernel.
 
-Images lie as [tiles, G * 8, 128]: a tile is 8 rows; a group is 128 candidates; sublane 8 g + r holds group g of row r, so
-that one vector register holds a group of a tile. That is the memory order of a [rows, candidates] array. The three
+Images lie as [tiles, G * 8, 128]: a tile is 8 rows, a group 128 candidates, and sublane 8 g + r holds group g of row r,
+so that one vector register holds a group of a tile. That is the memory order of a [rows, candidates] array. The three
 steps of a selection:
 
 1. `find_cuts`: the cut of each row, all rows side by side, by counting how many images reach a guess.
@@ -20,16 +20,23 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.image import FORCED, INVISIBLE, narrow_search
+from kernels_pallas.mosaic_tpu.config import LANES, ROWS
 from kernels_pallas.types import Ref
 
-LANES = 128
-ROWS = 8
 SLOTS = ROWS * LANES  # output slots that one vector register holds
 _WORDS, _COUNTS, _TOTALS, _STARTS = 0, 4, 5, 6  # rows of the tables; four rows of words
 _GATHER = lax.GatherDimensionNumbers((), (1,), (1,), operand_batching_dims=(0,), start_indices_batching_dims=(0,))
 
 
-def select(images_ref: Ref, n: Array, k: int, cuts_ref: Ref, table_ref: Ref, out_ref: Ref) -> None:
+def select(
+    images_ref: Ref,
+    n: Array,
+    k: int,
+    cuts_ref: Ref,
+    table_ref: Ref,
+    out_ref: Ref,
+    groups: Array | int | None = None,
+) -> None:
     """The columns of the k largest images of every row, ascending, then -1; the lowest columns win ties.
 
     Args:
@@ -37,25 +44,28 @@ def select(images_ref: Ref, n: Array, k: int, cuts_ref: Ref, table_ref: Ref, out
         n: [tiles, 8, 128] int32, images of each row that are not `INVISIBLE`, the same along the lanes.
         cuts_ref: scratch, [tiles, 8, 128] int32; `table_ref`: scratch, int32, of `table_shape(G)`.
         out_ref: [tiles, K // 16, 128] int32, K a multiple of 1024, as the images lie.
+        groups: only so many groups are looked at, the first; a multiple of min(G, 128). All if None.
     """
-    cuts_ref[...] = find_exact_cuts(images_ref, n, k)
+    cuts_ref[...] = find_exact_cuts(images_ref, n, k, groups)
 
     def one_tile(tile, _):
-        chosen_columns(images_ref, tile, cuts_ref, table_ref, out_ref.at[tile])
+        chosen_columns(images_ref, tile, cuts_ref, table_ref, out_ref.at[tile], groups=groups)
         return _
 
     lax.fori_loop(0, images_ref.shape[0], one_tile, None)
 
 
-def find_exact_cuts(images_ref: Ref, n: Array, k: int) -> Array:
+def find_exact_cuts(images_ref: Ref, n: Array, k: int, groups: Array | int | None = None) -> Array:
     """`find_cuts` and `drop_late_ties`: afterwards min(n, k) images of each row reach its cut."""
-    unroll = min(8, _n_groups(images_ref))
-    cuts, reached = find_cuts(images_ref, n, k, unroll=unroll)
-    drop_late_ties(images_ref, cuts, reached, k, unroll=unroll)
+    groups = _n_groups(images_ref) if groups is None else groups
+    # 32 registers a step: enough to fill the slots, few enough to stay in registers.
+    unroll = min(max(32 // images_ref.shape[0], 8), _n_groups(images_ref))
+    cuts, reached = find_cuts(images_ref, n, k, groups, unroll=unroll)
+    drop_late_ties(images_ref, cuts, reached, k, groups, unroll=unroll)
     return cuts
 
 
-def find_cuts(images_ref: Ref, n: Array, k: int, *, unroll: int = 8) -> tuple[Array, Array]:
+def find_cuts(images_ref: Ref, n: Array, k: int, groups: Array | int, *, unroll: int) -> tuple[Array, Array]:
     """The cut of each row: the k largest images reach it, or more if there are ties.
 
     Args:
@@ -69,7 +79,7 @@ def find_cuts(images_ref: Ref, n: Array, k: int, *, unroll: int = 8) -> tuple[Ar
         def some(i, carry):
             return step(carry, _load_groups(images_ref, i, unroll))
 
-        return lax.fori_loop(0, _n_groups(images_ref) // unroll, some, start)
+        return lax.fori_loop(0, groups // unroll, some, start)
 
     def bounds(carry, x):
         least, greatest = carry
@@ -105,12 +115,11 @@ def find_cuts(images_ref: Ref, n: Array, k: int, *, unroll: int = 8) -> tuple[Ar
     return low, n_low
 
 
-def drop_late_ties(images_ref: Ref, cuts: Array, reached: Array, k: int, *, unroll: int = 8) -> None:
+def drop_late_ties(images_ref: Ref, cuts: Array, reached: Array, k: int, groups: Array | int, *, unroll: int) -> None:
     """Makes `INVISIBLE` what reaches the cut but comes after the k-th: the late ones of those equal to it."""
 
     @pl.when(jnp.any(reached > k))
     def _some_row_has_ties():
-        n_groups = _n_groups(images_ref)
 
         def columns(i):
             return _columns(images_ref.shape[0], unroll, i * unroll)
@@ -122,7 +131,7 @@ def drop_late_ties(images_ref: Ref, cuts: Array, reached: Array, k: int, *, unro
                 chosen = (x > cut) | ((x == cut) & (columns(i) < limit[:, None]))
                 return total + jnp.sum(jnp.where(chosen, 1.0, 0.0), axis=1)
 
-            return _along_lanes(jnp.sum, lax.fori_loop(0, n_groups // unroll, some, jnp.zeros(cuts.shape, jnp.float32)))
+            return _along_lanes(jnp.sum, lax.fori_loop(0, groups // unroll, some, jnp.zeros(cuts.shape, jnp.float32)))
 
         def halve(_, bounds):
             low, high = bounds  # fewer than k, at least k
@@ -130,7 +139,7 @@ def drop_late_ties(images_ref: Ref, cuts: Array, reached: Array, k: int, *, unro
             enough = chosen_before(middle) >= k
             return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-        n = n_groups * LANES
+        n = _n_groups(images_ref) * LANES
         whole = (jnp.zeros_like(cuts), jnp.full(cuts.shape, n, jnp.int32))
         limit = lax.fori_loop(0, n.bit_length(), halve, whole)[1]
 
@@ -141,7 +150,7 @@ def drop_late_ties(images_ref: Ref, cuts: Array, reached: Array, k: int, *, unro
             images_ref[:, pl.ds(i * unroll * ROWS, unroll * ROWS)] = kept
             return _
 
-        lax.fori_loop(0, n_groups // unroll, drop, None)
+        lax.fori_loop(0, groups // unroll, drop, None)
 
 
 def in_blocks(block_ids_ref: Ref, block_size: int) -> Callable[[int, Array], Array]:
@@ -171,6 +180,7 @@ def chosen_columns(
     table_ref: Ref,
     out_ref: Ref,
     position_of: Callable[[int, Array], Array] | None = None,
+    groups: Array | int | None = None,
 ) -> None:
     """Writes the columns of a tile's images that reach the cut, ascending, then -1.
 
@@ -178,7 +188,8 @@ def chosen_columns(
         images_ref: [tiles, G * 8, 128] int32; G = 8, 16, 32, 64 or a multiple of 128.
         cuts_ref: [tiles, 8, 128] int32, the same along the lanes, above `INVISIBLE`.
         table_ref: scratch, int32, of `table_shape(G)`.
-        out_ref: [K // 16, 128] int32, as the images lie; no row has more than K images that reach its cut. K a multiple of 1024.
+        out_ref: [K // 16, 128] int32, as the images lie; K a multiple of 1024, and no row has more than K images that
+            reach its cut.
         position_of: (row, columns [8, 128]) -> what to write for them; the columns themselves if None.
     """
     n_groups = _n_groups(images_ref)
@@ -205,7 +216,7 @@ def chosen_columns(
         one_span(0, none)
     else:
         out_ref[...] = jnp.full(out_ref.shape, -1, jnp.int32)
-        lax.fori_loop(0, n_groups // span, one_span, none)
+        lax.fori_loop(0, (n_groups if groups is None else groups) // span, one_span, none)
 
 
 def _write_tables(

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # what was found has no public name
 from jax.experimental.pallas import tpu as pltpu
 
 from bench import tpu_aot
@@ -10,7 +11,10 @@ from bench.chips import CHIPS
 
 @pytest.fixture
 def interpret():
-    return pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
+    yield pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
+    races = interpret_pallas_call.races
+    assert races is not None, "nothing was interpreted"
+    assert not races.races_found
 
 
 @pytest.fixture(params=CHIPS)
