@@ -3,10 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.mosaic_tpu import topk_body
+from kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from kernels_pallas.types import Interpret, Ref
+
+_MARGIN_BYTES = 6 << 20  # what the compiler keeps in VMEM for itself, spills and semaphores among it
 
 
 def call(
@@ -62,4 +68,11 @@ def rows(tile: int, tiles: int, *trailing: int, memory_space: Ref = None) -> pl.
     return pl.BlockSpec((None, tile, *trailing), index, memory_space=memory_space)
 
 
-_MARGIN_BYTES = 6 << 20  # what the compiler keeps in VMEM for itself, spills and semaphores among it
+def selection_scratch(tiles: int, groups: int, k: int) -> dict[str, Ref]:
+    """What `topk_body.select` needs, for `tiles` of eight rows."""
+    return {
+        "images_vmem": pltpu.VMEM((tiles, groups * ROWS, LANES), jnp.int32),
+        "cuts_vmem": pltpu.VMEM((tiles, ROWS, LANES), jnp.int32),
+        "table_vmem": pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
+        "chosen_vmem": pltpu.VMEM((tiles, -(-k // SLOTS) * ROWS * ROWS, LANES), jnp.int32),
+    }

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.image import image_of
+from kernels_pallas.image import INVISIBLE, image_of
 from kernels_pallas.mosaic_tpu.config import LANES, ROWS
 from kernels_pallas.types import Ref
 
@@ -31,10 +31,9 @@ def column(row: Array, width: int) -> Array:
 
 def products(q: Array, keys: Array) -> Array:
     """[rows, D], [n, D] -> [rows, n] float32, relu(q . k)."""
-    if q.dtype == jnp.int8:
-        x = lax.dot_general(q, keys, _CONTRACT_LAST, preferred_element_type=jnp.int32)
-        return jnp.maximum(x, 0).astype(jnp.float32)
-    return jnp.maximum(lax.dot_general(q, keys, _CONTRACT_LAST, preferred_element_type=jnp.float32), 0.0)
+    exact = jnp.int32 if q.dtype == jnp.int8 else jnp.float32
+    x = lax.dot_general(q, keys, _CONTRACT_LAST, preferred_element_type=exact)
+    return jnp.maximum(x.astype(jnp.float32), 0.0)  # the integer maximum would be two instructions
 
 
 def sum_to_sublanes(x: Array, w: Array) -> Array:
@@ -50,10 +49,18 @@ def images_of_rows(partial_vmem: Ref, first: int) -> Array:
     return image_of(total)
 
 
-def rows_of_scalars(scalars: list[Array]) -> Array:
-    """Eight int32 scalars -> [8, LANES], one a row."""
-    row = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0)
-    out = jnp.zeros((ROWS, LANES), jnp.int32)
-    for r, scalar in enumerate(scalars):
-        out = jnp.where(row == r, scalar, out)
-    return out
+def splat(column_ref: Ref) -> Array:
+    """[tiles, 8, 1] -> [tiles, 8, LANES]."""
+    return jnp.broadcast_to(column_ref[...], (*column_ref.shape[:2], LANES))
+
+
+def fill(images_vmem: Ref, first_group: Array, visible: Array) -> None:
+    """Images from a group on that need no scores: what is visible there is chosen whatever it is."""
+    tiles, sublanes, _ = images_vmem.shape
+    lane = lax.broadcasted_iota(jnp.int32, (tiles, ROWS, LANES), 2)
+
+    def one_group(i: Array, _: None) -> None:
+        image = jnp.where(i * LANES + lane < visible, 0, INVISIBLE)
+        images_vmem[:, pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS)] = image
+
+    lax.fori_loop(first_group, sublanes // ROWS, one_group, None)

@@ -1,5 +1,5 @@
-"""Scores of every block's mean for every query, forced blocks on top: the first half of the block filter.
-    o[t, n] = image of sum_h w[t, h] * relu(q[t, h] . mean[n])       float32 sums
+"""The blocks that each query keeps: pooling, scores of the means and their exact top-m in one kernel.
+    score[t, n] = sum_h w[t, h] * relu(q[t, h] . mean[n])       float32 sums;   o[t] = the m best n, ascending
 
 Means never reach HBM: at the first tile of a sequence its keys stream through VMEM, each block leaves its float32 mean
 there in `mean_parts` bfloat16 numbers, and the tiles of queries follow. One part errs by 2^-9 of a mean, which moves a
@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.mosaic_tpu import launch, pool, scores_body
+from kernels_pallas.mosaic_tpu import block_filter_body, launch, pool
+from kernels_pallas.mosaic_tpu.block_filter_body import COLUMNS, Plan
 from kernels_pallas.mosaic_tpu.config import LANES, ROWS, Chip
-from kernels_pallas.mosaic_tpu.scores_body import COLUMNS, Plan
+from kernels_pallas.mosaic_tpu.topk import padded_groups
+from kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from kernels_pallas.types import Interpret, Ref
 
 
@@ -47,7 +49,7 @@ class Config:
         """Everything in VMEM but what the means come from."""
         means = 2 * n * self.mean_parts * max(D, LANES)
         queries = self.tile_t * H * (2 * max(D, LANES) * itemsize + 2 * 4 + 4 * LANES)
-        return means + queries + 2 * 4 * self.tile_t * n + 4 * COLUMNS * self.tile_t * ROWS
+        return means + queries + 4 * self.tile_t * (n + SLOTS) + 4 * COLUMNS * self.tile_t * ROWS
 
 
 def heuristic(chip: Chip, T: int) -> Config:
@@ -56,8 +58,8 @@ def heuristic(chip: Chip, T: int) -> Config:
     return Config(tile_t=tile_t, mean_parts=2 if chip.mxu > 128 else 1, n_cores=chip.n_cores if tile_t < T else 1)
 
 
-@functools.partial(jax.jit, static_argnames=("keep_first", "keep_last", "config", "interpret"))
-def scores(
+@functools.partial(jax.jit, static_argnames=("block_topk", "keep_first", "keep_last", "config", "interpret"))
+def block_filter(
     q: Array,
     w: Array,
     k: Array | None,
@@ -66,12 +68,13 @@ def scores(
     eligible: Array,
     n_tokens: Array,
     *,
+    block_topk: int,
     keep_first: int,
     keep_last: int,
     config: Config,
     interpret: Interpret = False,
 ) -> Array:
-    """[B, T, H, D], [B, T, H], ... -> [B, T, n] int32 images, n padded; columns from `eligible` on mean nothing.
+    """[B, T, H, D], [B, T, H], ... -> [B, T, block_topk] int32, ascending, then -1.
 
     Args:
         q: T a multiple of tile_t * n_cores.
@@ -80,38 +83,46 @@ def scores(
         eligible: [B, T] int32, blocks that each query may keep; n_tokens: [B] int32, tokens present.
     """
     (B, T, H, D), n = q.shape, k.shape[1] if k is not None else means.shape[1]
-    n_columns, tile_t = -(-n // COLUMNS) * COLUMNS, config.tile_t
-    tiles = T // tile_t // config.n_cores
+    groups, tile_t = padded_groups(n), config.tile_t
+    tiles, registers = T // tile_t // config.n_cores, tile_t // ROWS
+    slots = -(-block_topk // LANES) * LANES
     scratch: dict[str, Ref] = {
-        "means_vmem": pltpu.VMEM((n_columns, config.mean_parts * D), jnp.bfloat16),
+        "means_vmem": pltpu.VMEM((groups * LANES, config.mean_parts * D), jnp.bfloat16),
         "w_vmem": pltpu.VMEM((tile_t, H, LANES), jnp.float32),
         "partial_vmem": pltpu.VMEM((COLUMNS // LANES * tile_t * ROWS, LANES), jnp.float32),
+        **launch.selection_scratch(registers, groups, block_topk),
     }
     if k is not None:
-        body, operands = scores_body.pooled_scores_body, [k] if k_scale is None else [k, k_scale]
+        body, operands = block_filter_body.pooled_body, [k] if k_scale is None else [k, k_scale]
         scratch |= pool.scratch(k, k_scale is not None)
-        vmem_bytes = config.vmem_bytes(H, D, n_columns, q.dtype.itemsize) + pool.vmem_bytes(
+        vmem_bytes = config.vmem_bytes(H, D, groups * LANES, q.dtype.itemsize) + pool.vmem_bytes(
             k.shape[2], D, k.dtype.itemsize
         )
     else:
-        body, operands = scores_body.kept_scores_body, [means]
+        body, operands = block_filter_body.kept_body, [means]
         scratch |= {"float_vmem": pltpu.VMEM((n, D), jnp.float32), "sem": pltpu.SemaphoreType.DMA}
-        vmem_bytes = config.vmem_bytes(H, D, n_columns, q.dtype.itemsize) + 4 * n * max(D, LANES)
-    plan = Plan(tile_t=tile_t, mean_parts=config.mean_parts, tiles=tiles, keep_first=keep_first, keep_last=keep_last)
-
-    most_eligible = jnp.max(eligible.reshape(-1, tile_t), axis=1)
+        vmem_bytes = config.vmem_bytes(H, D, groups * LANES, q.dtype.itemsize) + 4 * n * max(D, LANES)
+    plan = Plan(
+        tiles=tiles,
+        mean_parts=config.mean_parts,
+        block_topk=block_topk,
+        keep_first=keep_first,
+        keep_last=keep_last,
+    )
     rows = functools.partial(launch.rows, tile_t, tiles)
-    return launch.call(
+    by_eight = functools.partial(launch.rows, registers, tiles)
+    out = launch.call(
         functools.partial(body, plan),
-        name="hisa_block_scores",
+        name="hisa_block_filter",
         grid=(config.n_cores, B, tiles),
-        prefetch=[n_tokens, most_eligible],
-        operands=[eligible[..., None], q, w, *operands],
-        in_specs=[rows(1, memory_space=pltpu.SMEM), rows(H, D), rows(H), *launch.in_hbm(operands)],
-        out_specs=rows(n_columns),
-        out_shape=jax.ShapeDtypeStruct((B, T, n_columns), jnp.int32),
+        prefetch=[n_tokens, jnp.max(eligible.reshape(-1, tile_t), axis=1)],
+        operands=[eligible.reshape(B, -1, ROWS, 1), q, w, *operands],
+        in_specs=[by_eight(ROWS, 1), rows(H, D), rows(H), *launch.in_hbm(operands)],
+        out_specs=by_eight(ROWS, slots),
+        out_shape=jax.ShapeDtypeStruct((B, T // ROWS, ROWS, slots), jnp.int32),
         scratch=scratch,
         dimension_semantics=("parallel", "arbitrary", "arbitrary"),
         vmem_bytes=vmem_bytes,
         interpret=interpret,
     )
+    return out.reshape(B, T, slots)[..., :block_topk]
