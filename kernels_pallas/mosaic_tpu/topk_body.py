@@ -58,24 +58,24 @@ def select(
 def find_exact_cuts(images_ref: Ref, n: Array, k: int, groups: Array | int | None = None) -> Array:
     """`find_cuts` and `drop_late_ties`: afterwards min(n, k) images of each row reach its cut."""
     groups = _n_groups(images_ref) if groups is None else groups
-    # 32 registers a step: enough to fill the slots, few enough to stay in registers.
-    unroll = min(max(32 // images_ref.shape[0], 8), _n_groups(images_ref))
-    cuts, reached = find_cuts(images_ref, n, k, groups, unroll=unroll)
-    drop_late_ties(images_ref, cuts, reached, k, groups, unroll=unroll)
+    cuts, reached = find_cuts(images_ref, n, k, groups)
+    drop_late_ties(images_ref, cuts, reached, k, groups)
     return cuts
 
 
-def find_cuts(images_ref: Ref, n: Array, k: int, groups: Array | int, *, unroll: int) -> tuple[Array, Array]:
+def find_cuts(images_ref: Ref, n: Array, k: int, groups: Array | int) -> tuple[Array, Array]:
     """The cut of each row: the k largest images reach it, or more if there are ties.
 
     Args:
-        images_ref: [tiles, G * 8, 128] int32, G a multiple of `unroll`.
+        images_ref: [tiles, G * 8, 128] int32.
         n: [tiles, 8, 128] int32, images of each row that are not `INVISIBLE`, the same along the lanes.
 
     Returns: the cuts and how many images reach them, [tiles, 8, 128] int32, the same along the lanes.
     """
 
-    def over_groups(step: Callable, start: tuple) -> tuple:
+    def over_groups(step: Callable, start: tuple, registers: int) -> tuple:
+        unroll = _unroll(images_ref, registers)
+
         def some(i, carry):
             return step(carry, _load_groups(images_ref, i, unroll))
 
@@ -90,10 +90,11 @@ def find_cuts(images_ref: Ref, n: Array, k: int, groups: Array | int, *, unroll:
         def some(carry, x):
             return (carry[0] + jnp.sum(jnp.where(x >= cut[:, None], 1.0, 0.0), axis=1),)
 
-        return _along_lanes(jnp.sum, over_groups(some, (jnp.zeros(n.shape, jnp.float32),))[0]).astype(jnp.int32)
+        total = over_groups(some, (jnp.zeros(n.shape, jnp.float32),), registers=128)[0]
+        return _along_lanes(jnp.sum, total).astype(jnp.int32)
 
     shape = n.shape
-    least, greatest = over_groups(bounds, (jnp.full(shape, FORCED), jnp.full(shape, INVISIBLE)))
+    least, greatest = over_groups(bounds, (jnp.full(shape, FORCED), jnp.full(shape, INVISIBLE)), registers=32)
     excess = (n - k).astype(jnp.float32) + 0.5
     few = n <= k
     start = (
@@ -115,11 +116,12 @@ def find_cuts(images_ref: Ref, n: Array, k: int, groups: Array | int, *, unroll:
     return low, n_low
 
 
-def drop_late_ties(images_ref: Ref, cuts: Array, reached: Array, k: int, groups: Array | int, *, unroll: int) -> None:
+def drop_late_ties(images_ref: Ref, cuts: Array, reached: Array, k: int, groups: Array | int) -> None:
     """Makes `INVISIBLE` what reaches the cut but comes after the k-th: the late ones of those equal to it."""
 
     @pl.when(jnp.any(reached > k))
     def _some_row_has_ties():
+        unroll = _unroll(images_ref, 32)
 
         def columns(i):
             return _columns(images_ref.shape[0], unroll, i * unroll)
@@ -310,6 +312,12 @@ def _before(span: int) -> Array:
     i = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
     j = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1)
     return jnp.where((i < j) & (i // span == j // span), 1.0, 0.0).astype(jnp.bfloat16)
+
+
+def _unroll(images_ref: Ref, registers: int) -> int:
+    """Groups a step of a loop, a power of two, so that it works on about so many registers."""
+    groups = 1 << ((registers // images_ref.shape[0]).bit_length() - 1)
+    return min(max(groups, 8), _span(_n_groups(images_ref)))
 
 
 def _n_groups(images_ref: Ref) -> int:
