@@ -77,11 +77,12 @@ def block_filter(
     """[B, T, H, D], [B, T, H], ... -> [B, T, block_topk] int32, ascending, then -1.
 
     Args:
-        q: T a multiple of tile_t * n_cores.
         k: [B, n, block_size, D], n a multiple of GROUP; k_scale: [B, n, block_size] or None. Or, without k,
         means: [B, n, D] float32, as `pool.pool` gives them.
         eligible: [B, T] int32, blocks that each query may keep; n_tokens: [B] int32, tokens present.
     """
+    n_queries, step = q.shape[1], config.tile_t * config.n_cores
+    q, w, eligible = (launch.pad_axis(x, 1, step) for x in (q, w, eligible))
     (B, T, H, D), n = q.shape, k.shape[1] if k is not None else means.shape[1]
     groups, tile_t = padded_groups(n), config.tile_t
     tiles, registers = T // tile_t // config.n_cores, tile_t // ROWS
@@ -125,4 +126,4 @@ def block_filter(
         vmem_bytes=vmem_bytes,
         interpret=interpret,
     )
-    return out.reshape(B, T, slots)[..., :block_topk]
+    return out.reshape(B, T, slots)[:, :n_queries, :block_topk]

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.image import FORCED, INVISIBLE
 from kernels_pallas.mosaic_tpu import topk_body
 from kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
-from kernels_pallas.mosaic_tpu.pool_body import pool_sequence
+from kernels_pallas.mosaic_tpu.pool_body import parts_of, pool_sequence
 from kernels_pallas.mosaic_tpu.tiles import fill, images_of_rows, products, splat, spread_weights, sum_to_sublanes
 from kernels_pallas.types import Ref
 
@@ -67,12 +67,7 @@ def kept_body(
 
 
 def store_parts(n_parts: int, means_vmem: Ref, first: Array, means: Array) -> None:
-    """Rounds float32 means to bfloat16, and what that left to the next part; parts lie side by side: [n, parts * D]."""
-    parts = []
-    for _ in range(n_parts):
-        parts.append(means.astype(jnp.bfloat16))
-        means = means - parts[-1].astype(jnp.float32)
-    means_vmem[pl.ds(first, GROUP)] = jnp.concatenate(parts, axis=1)
+    means_vmem[pl.ds(first, GROUP)] = parts_of(means, n_parts)
 
 
 def filter_tile(
@@ -103,13 +98,12 @@ def filter_tile(
     n_columns = n_columns_smem[(b * pl.num_programs(0) + core) * plan.tiles + t]
     spread_weights(w_ref, w_vmem)
     eligible = splat(eligible_ref)
-    n_steps = pl.cdiv(n_columns, COLUMNS)
+    fill(images_vmem, eligible)
 
     def one_step(i: Array, _: None) -> None:
         score_step(plan, i, eligible, q_ref, means_vmem, w_vmem, partial_vmem, images_vmem)
 
-    lax.fori_loop(0, n_steps, one_step, None)
-    fill(images_vmem, n_steps * (COLUMNS // LANES), jnp.full_like(eligible, 0))
+    lax.fori_loop(0, pl.cdiv(n_columns, COLUMNS), one_step, None)
     topk_body.select(images_vmem, eligible, plan.block_topk, cuts_vmem, table_vmem, chosen_vmem)
     for register in range(o_ref.shape[2] // LANES):
         some = pl.ds(register * ROWS, ROWS)

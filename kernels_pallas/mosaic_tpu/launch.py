@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -76,3 +77,8 @@ def selection_scratch(tiles: int, groups: int, k: int) -> dict[str, Ref]:
         "table_vmem": pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
         "chosen_vmem": pltpu.VMEM((tiles, -(-k // SLOTS) * ROWS * ROWS, LANES), jnp.int32),
     }
+
+
+def pad_axis(x: Array, axis: int, multiple: int) -> Array:
+    """Zeros behind an axis, to a multiple."""
+    return jnp.pad(x, [(0, -n % multiple if i == axis else 0) for i, n in enumerate(x.shape)])

@@ -85,3 +85,12 @@ def mean_of_block(keys: Array, scale: Array | None, n_present: Array) -> Array:
     x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) < n_present, x, 0.0)
     count = jnp.full((1, D), jnp.clip(n_present, 1, block_size)).astype(jnp.float32)
     return jnp.sum(x, axis=0, keepdims=True) / count
+
+
+def parts_of(means: Array, n_parts: int) -> Array:
+    """[n, D] float32 -> [n, n_parts * D] bfloat16: each part rounds what those before it left."""
+    parts = []
+    for _ in range(n_parts):
+        parts.append(means.astype(jnp.bfloat16))
+        means = means - parts[-1].astype(jnp.float32)
+    return jnp.concatenate(parts, axis=-1)

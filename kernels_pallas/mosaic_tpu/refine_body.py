@@ -1,8 +1,10 @@
-"""Device code of `refine`: eight queries side by side, each with the keys of its own blocks.
+"""Device code of `refine`: eight lists of blocks side by side, each scored by its own query.
 
-A step scores `columns` candidates of each of the eight: one product a query and 256 candidates, all unrolled, so that
-the matrix units load the keys of one product while the rows of another pass. The images of a tile of queries stay in
+A step scores `columns` candidates of each list: one product a list and 256 candidates, all unrolled, so that the
+matrix units load the keys of one product while the rows of another pass. The images of a tile of queries stay in
 VMEM, where their top-k is found at the end.
+
+The eight lists are those of eight queries; or, where queries are few, eighths of one query's list (`is_split`).
 """
 
 import dataclasses
@@ -10,11 +12,11 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.image import INVISIBLE
-from kernels_pallas.mosaic_tpu import topk_body
-from kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
+from kernels_pallas.image import FORCED, INVISIBLE
+from kernels_pallas.mosaic_tpu import refine_source, topk_body
+from kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from kernels_pallas.mosaic_tpu.refine_source import Source, Step
 from kernels_pallas.mosaic_tpu.tiles import fill, images_of_rows, products, splat, spread_weights, sum_to_sublanes
 from kernels_pallas.types import Ref
 
@@ -26,85 +28,68 @@ class Plan:
     """The static numbers of a launch."""
 
     tiles: int  # of a sequence, on one core
+    eights: int  # of a tile: eight queries, or one if is_split
+    is_split: bool
     topk: int
+    m: int  # blocks of a query, padded to whole steps
     block_size: int
-    columns: int  # candidates of a query a step
+    columns: int  # candidates of a list a step
+    keep_first: int  # candidates that are chosen whatever they score, of the first and of the last that are visible
+    keep_last: int
 
     @property
     def slots(self) -> int:
-        """Blocks of a query a step."""
+        """Blocks of a list a step."""
         return self.columns // self.block_size
+
+    @property
+    def blocks_per_list(self) -> int:
+        return self.m // ROWS if self.is_split else self.m
 
     @property
     def blocks_per_product(self) -> int:
         return max(1, _PRODUCT // self.block_size)
 
-    @property
-    def lanes(self) -> int:
-        """Candidates a product."""
-        return self.blocks_per_product * self.block_size
+    def query(self, step: Step, r: int) -> Array:
+        """Row of the tile whose list number r of a step is."""
+        return step.eight if self.is_split else step.eight * ROWS + r
+
+    def place(self, step: Step, r: int, s: int) -> tuple[Array, Array]:
+        """Row of the tile and place in its list of slot s of list r."""
+        slot = step.i * self.slots + s
+        return self.query(step, r), slot + r * self.blocks_per_list if self.is_split else slot
 
 
 def resident_body(
     plan: Plan, n_steps_smem: Ref, n_tokens_smem: Ref, blocks_smem: Ref, blocks_ref: Ref, n_visible_ref: Ref,
     q_ref: Ref, w_ref: Ref, k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None, **scratch: Ref
 ) -> None:  # fmt: skip
-    """Keys of the whole sequence in VMEM, [n, block_size, D], from its first tile on."""
     *scale_hbm, o_ref = refs
-    core, b, t = (pl.program_id(axis) for axis in range(3))
+    b = pl.program_id(1)
 
-    @pl.when(t == 0)
+    @pl.when(pl.program_id(2) == 0)
     def _load():
-        load_sequence(plan, b, n_tokens_smem[b], k_hbm, scale_hbm, keys_vmem, scale_vmem, sems)
+        pairs = [(k_hbm, keys_vmem), *((scale, scale_vmem) for scale in scale_hbm)]
+        refine_source.load_sequence(b, n_tokens_smem[b], pairs, sems)
 
-    def keys(row: Array, slot: Array) -> Array:
-        return keys_vmem[blocks_smem[row, slot]]
-
-    def scale(row: Array, slot: Array) -> Array:
-        return scale_vmem[pl.ds(blocks_smem[row, slot], 1)]
-
-    first = ((b * pl.num_programs(0) + core) * plan.tiles + t) * (q_ref.shape[0] // ROWS)
-    sources = keys, scale if scale_hbm else None
-    refine_tile(plan, sources, n_steps_smem, first, blocks_ref, n_visible_ref, q_ref, w_ref, o_ref, **scratch)
+    source = refine_source.resident(plan.place, blocks_smem, keys_vmem, scale_vmem)
+    refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, o_ref, **scratch)
 
 
-def load_sequence(
-    plan: Plan,
-    b: Array,
-    n_tokens: Array,
-    k_hbm: Ref,
-    scale_hbm: list[Ref],
-    keys_vmem: Ref,
-    scale_vmem: Ref,
-    sems: Ref,
-) -> None:
-    """Brings the blocks of sequence b that hold a token."""
+def gathered_body(
+    plan: Plan, n_steps_smem: Ref, blocks_smem: Ref, blocks_ref: Ref, n_visible_ref: Ref, q_ref: Ref, w_ref: Ref,
+    k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None, **scratch: Ref
+) -> None:  # fmt: skip
+    *scale_hbm, o_ref = refs
     pairs = [(k_hbm, keys_vmem), *((scale, scale_vmem) for scale in scale_hbm)]
-    n_groups = pl.cdiv(n_tokens, GROUP * plan.block_size)
-
-    def copies(i: Array) -> list:
-        blocks = pl.ds(pl.multiple_of(i * GROUP, GROUP), GROUP)
-        return [
-            pltpu.make_async_copy(hbm.at[b, blocks], vmem.at[blocks], sems.at[j]) for j, (hbm, vmem) in enumerate(pairs)
-        ]
-
-    def start(i: Array, _: None) -> None:
-        for copy in copies(i):
-            copy.start()
-
-    def wait(i: Array, _: None) -> None:
-        for copy in copies(i):
-            copy.wait()
-
-    lax.fori_loop(0, n_groups, start, None)
-    lax.fori_loop(0, n_groups, wait, None)
+    source = refine_source.ring(plan.place, plan.slots, blocks_smem, pairs, sems)
+    refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, o_ref, **scratch)
 
 
 def refine_tile(
     plan: Plan,
-    sources: tuple,
+    source: Source,
     n_steps_smem: Ref,
-    first: Array,
     blocks_ref: Ref,
     n_visible_ref: Ref,
     q_ref: Ref,
@@ -121,61 +106,87 @@ def refine_tile(
     """The best tokens of a tile of queries.
 
     Args:
-        sources: (query of the tile, slot of its list) -> keys [block_size, D], and -> scale [1, block_size] or None.
-        n_steps_smem: steps that eights of queries need, this tile's from `first` on.
+        n_steps_smem: [all tiles * eights] int32, steps that each eight needs.
         blocks_ref: [tile_t // 8, 8, m] int32; n_visible_ref: [tile_t // 8, 8, 1] int32, candidates of each query.
         q_ref: [tile_t, H, D]; w_ref: [tile_t, H]; o_ref: [tile_t // 8, 8, topk padded] int32, ascending, then -1.
-        w_vmem: [8, H, LANES]; partial_vmem: [columns / LANES * 64, LANES]; the others as in `topk_body.select`.
+        w_vmem: [tile_t, H, LANES]; partial_vmem: [columns / LANES * 64, LANES]; the others as in `topk_body.select`.
     """
+    core, b, t = (pl.program_id(axis) for axis in range(3))
+    first = ((b * pl.num_programs(0) + core) * plan.tiles + t) * plan.eights
+    n_steps = [n_steps_smem[first + e] for e in range(plan.eights)]
+    spread_weights(w_ref, w_vmem)
+    fill(images_vmem, splat(n_visible_ref))
 
-    def one_eight(e: Array, _: None) -> None:
-        spread_weights(w_ref.at[pl.ds(pl.multiple_of(e * ROWS, ROWS), ROWS)], w_vmem)
-        n_visible = splat(n_visible_ref.at[pl.ds(e, 1)])
-        n_steps = n_steps_smem[first + e]
+    def following(step: Step) -> Step:
+        """The next step of the eight, or the first of the next eight that has one."""
+        eight, more = jnp.int32(plan.eights), jnp.int32(0)
+        for e in reversed(range(plan.eights)):
+            eight = jnp.where((e > step.eight) & (n_steps[e] > 0), e, eight)
+            more = jnp.where(e == step.eight, n_steps[e], more)
+        is_last = step.i + 1 >= more
+        return Step(jnp.where(is_last, eight, step.eight), jnp.where(is_last, 0, step.i + 1), step.turn + 1)
 
-        def one_step(i: Array, _: None) -> None:
-            score_step(plan, i, sources, e * ROWS, n_visible[0], q_ref, w_vmem, partial_vmem, images_vmem.at[e])
+    total = sum(n_steps[1:], n_steps[0])
+    step = following(Step(jnp.int32(-1), jnp.int32(0), jnp.int32(-1)))
+    pl.when(total > 0)(lambda: source.start(step))
 
-        lax.fori_loop(0, n_steps, one_step, None)
-        fill(images_vmem.at[pl.ds(e, 1)], n_steps * (plan.columns // LANES), n_visible)
+    def one_step(turn: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        step = Step(*carry, turn)
+        after = following(step)
+        pl.when(turn + 1 < total)(lambda: source.start(after))
+        source.wait(step)
+        score_step(plan, source, step, n_visible_ref, q_ref, w_vmem, partial_vmem, images_vmem)
+        return after.eight, after.i
 
-    lax.fori_loop(0, images_vmem.shape[0], one_eight, None)
+    lax.fori_loop(0, total, one_step, (step.eight, step.i))
     topk_body.select(images_vmem, splat(n_visible_ref), plan.topk, cuts_vmem, table_vmem, chosen_vmem)
     write_positions(plan, blocks_ref, chosen_vmem, o_ref)
 
 
 def score_step(
     plan: Plan,
-    i: Array,
-    sources: tuple,
-    first_row: Array,
-    n_visible: Array,
+    source: Source,
+    step: Step,
+    n_visible_ref: Ref,
     q_ref: Ref,
     w_vmem: Ref,
     partial_vmem: Ref,
     images_vmem: Ref,
 ) -> None:
-    """Images of candidates i * columns ... of eight queries, from row `first_row` of the tile on."""
-    keys, scale = sources
-    W = plan.blocks_per_product
+    """Images of `columns` candidates of eight lists."""
+    W, lanes = plan.blocks_per_product, plan.blocks_per_product * plan.block_size
     for s in range(0, plan.slots, W):
-        slots = [i * plan.slots + s + j for j in range(W)]
         for r in range(ROWS):
-            x = products(q_ref[first_row + r], jnp.concatenate([keys(first_row + r, slot) for slot in slots], axis=0))
-            if scale is not None:
-                row = jnp.concatenate([scale(first_row + r, slot) for slot in slots], axis=1)
-            for c in range(0, plan.lanes, LANES):
-                rows = sum_to_sublanes(x[:, c : c + LANES], w_vmem[r])
-                if scale is not None:
-                    rows = rows * row[:, c : c + LANES]
+            query = plan.query(step, r)
+            x = products(q_ref[query], jnp.concatenate([source.keys(step, r, s + j) for j in range(W)], axis=0))
+            if source.scale is not None:
+                scale = jnp.concatenate([source.scale(step, r, s + j) for j in range(W)], axis=1)
+            for c in range(0, lanes, LANES):
+                rows = sum_to_sublanes(x[:, c : c + LANES], w_vmem[query])
+                if source.scale is not None:
+                    rows = rows * scale[:, c : c + LANES]
                 at = (s * plan.block_size + c) // LANES * ROWS * ROWS + r * ROWS
                 partial_vmem[pl.ds(at, ROWS)] = rows
-    lane = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
-    for group in range(plan.columns // LANES):
-        image = images_of_rows(partial_vmem, group * ROWS * ROWS)
-        column = i * plan.columns + group * LANES + lane
-        at = (i * (plan.columns // LANES) + group) * ROWS
-        images_vmem[pl.ds(pl.multiple_of(at, ROWS), ROWS)] = jnp.where(column < n_visible, image, INVISIBLE)
+    column = step.i * plan.columns + lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
+    groups_per_list = plan.blocks_per_list * plan.block_size // LANES
+    if plan.is_split:
+        column += lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0) * (groups_per_list * LANES)
+        n_visible = n_visible_ref[lax.div(step.eight, ROWS), pl.ds(lax.rem(step.eight, ROWS), 1)]
+    else:
+        n_visible = n_visible_ref[step.eight]
+    n_visible = jnp.broadcast_to(n_visible, (ROWS, LANES))
+    for c in range(0, plan.columns, LANES):
+        image = images_of_rows(partial_vmem, c // LANES * ROWS * ROWS)
+        if plan.keep_first or plan.keep_last:
+            is_forced = (column + c < plan.keep_first) | (column + c >= n_visible - plan.keep_last)
+            image = jnp.where(is_forced, FORCED, image)
+        image = jnp.where(column + c < n_visible, image, INVISIBLE)
+        group = (step.i * plan.columns + c) // LANES
+        if plan.is_split:
+            tile, sublane = lax.div(step.eight, ROWS), lax.rem(step.eight, ROWS)
+            images_vmem[tile, pl.ds(group * ROWS + sublane, ROWS, stride=groups_per_list * ROWS)] = image
+        else:
+            images_vmem[step.eight, pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)] = image
 
 
 def write_positions(plan: Plan, blocks_ref: Ref, chosen_vmem: Ref, o_ref: Ref) -> None:

@@ -54,8 +54,8 @@ def splat(column_ref: Ref) -> Array:
     return jnp.broadcast_to(column_ref[...], (*column_ref.shape[:2], LANES))
 
 
-def fill(images_vmem: Ref, first_group: Array, visible: Array) -> None:
-    """Images from a group on that need no scores: what is visible there is chosen whatever it is."""
+def fill(images_vmem: Ref, visible: Array) -> None:
+    """Images before any is scored: what is visible and never scored is chosen whatever it is."""
     tiles, sublanes, _ = images_vmem.shape
     lane = lax.broadcasted_iota(jnp.int32, (tiles, ROWS, LANES), 2)
 
@@ -63,4 +63,4 @@ def fill(images_vmem: Ref, first_group: Array, visible: Array) -> None:
         image = jnp.where(i * LANES + lane < visible, 0, INVISIBLE)
         images_vmem[:, pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS)] = image
 
-    lax.fori_loop(first_group, sublanes // ROWS, one_group, None)
+    lax.fori_loop(0, sublanes // ROWS, one_group, None)
