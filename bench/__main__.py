@@ -10,6 +10,7 @@ from bench import UserError
 COMMANDS = {
     "demo": ("bench.demo", "the main job: index real text with all methods, show speed, quality and found passages"),
     "gpu": ("bench.gpu", "the kernels on an NVIDIA GPU, each checked before it is timed"),
+    "tpu": ("bench.tpu", "the TPU kernels by the compiler's schedule, without a TPU; with one, measured: --run"),
     "memory": ("bench.memory", "peak memory of each method at a long context"),
 }
 

@@ -98,7 +98,8 @@ def shaped(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
 
 
 @functools.cache
-def _dump_dir() -> pathlib.Path:
+def prepare() -> pathlib.Path:
+    """Sets the environment that libtpu reads when it is loaded, if it is not too late; returns the folder of dumps."""
     reason = why_not()
     if reason:
         raise UserError(reason)
@@ -116,14 +117,14 @@ def _dump_dir() -> pathlib.Path:
 
 @functools.cache
 def _topology(name: str) -> Any:
-    _dump_dir()
+    prepare()
     return topologies.get_topology_desc(platform="tpu", topology_name=name)
 
 
 def _take_schedules(*, keep: bool) -> list[tpu_schedule.Schedule]:
     """Reads and removes the dumps of the last compile."""
     found = []
-    folder = _dump_dir()
+    folder = prepare()
     for path in sorted(folder.iterdir()) if keep else ():
         match = _KERNEL.match(path.name)
         if not match or match.group(2) == "TLP" or match.group(2).startswith("<"):

@@ -18,6 +18,7 @@ _STAGES = re.compile(r"iteration index, stage = (\d+)")
 _JUMP = re.compile(r"sbr\.rel (?:\((!?%p\w+)\) )?target = \$region(\d+)")
 _STARTS = re.compile(r"Start(?:/End empty)? region (\d+)")
 _DMA = re.compile(r"dma\.(\w+) .*?/\*size_in_granules=\*/(\w+|%s\w+)", re.S)
+_LARGE = 64  # bundles: a region of this size counts
 _SMALL = 24  # bundles: a skipped region below this is not worth a name
 
 
@@ -110,6 +111,38 @@ class Schedule:
             cycles += n * inner.cycles
             slots = {unit: slots[unit] + n * inner.slots[unit] for unit in slots}
         return Cost(cycles, slots)
+
+    def named_trips(
+        self, names: tuple[str, ...], trips: Mapping[str, float], shares: Mapping[str, float], rest: float = 1.0
+    ) -> dict[str, float]:
+        """Names the loops in program order and turns what is known of them into the `trips` of `cost`.
+
+        Paths differ between chips, as the compiler does without a branch here and there; the order of loops does not.
+
+        Args:
+            names: of the last loops, in program order. Before them come "grid", the first, and loops that bring in the
+                keys, which differ between chips: "pool" if there is arithmetic in it, else "load".
+            trips: name -> how often, each time the surrounding loop does; those not given keep what the compiler knows.
+            shares: name -> share of times that the branch right around the loop is taken.
+            rest: share of times that branches around no loop at all are taken, where they are not small.
+        """
+        loops = [loop for loop in self.root.walk() if loop.path and not loop.is_branch]
+        if len(loops) <= len(names):
+            raise ValueError(f"{self.name} has {len(loops)} loops, wanted a grid and {names}\n{self.outline()}")
+        first = loops[1 : len(loops) - len(names)]
+        loading = ("pool" if sum(part.bundles for part in loop.walk()) >= _LARGE * 3 else "load" for loop in first)
+        regions = {loop.path: loop for loop in self.root.walk() if loop.is_branch}
+        out = {}
+        for name, loop in zip(("grid", *loading, *names), loops, strict=True):
+            if name in trips:
+                out[loop.path] = trips[name]
+            parent = loop.path.rpartition(".")[0]
+            if name in shares and parent in regions:
+                out[parent] = shares[name]
+        for path, region in regions.items():
+            if all(child.is_branch for child in region.walk()) and region.bundles >= _LARGE:
+                out[path] = rest
+        return out
 
     def outline(self) -> str:
         """The tree as text: path, trips, own bundles, own slot use in percent."""
