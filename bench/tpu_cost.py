@@ -19,7 +19,9 @@ from bench.tpu_schedule import Schedule
 from kernels_pallas.image import image_of, narrow_search
 from kernels_pallas.mosaic_tpu import block_filter, flat, refine
 from kernels_pallas.mosaic_tpu.config import CHIPS as KERNEL_CHIPS
+from kernels_pallas.mosaic_tpu.flat_body import COLUMNS, products_a_step
 from kernels_pallas.mosaic_tpu.topk import padded_groups
+from kernels_pallas.mosaic_tpu.topk_body import SLOTS
 
 TOPK = ("bounds", "passes", "count", "tie_steps", "tie_count", "tie_drop", "tiles")
 _LINED = ("passes", "tie_steps", "tiles")  # where a pass is short enough to be no loop
@@ -40,7 +42,7 @@ class Kernel:
     loops: tuple[str, ...]
     trips: Mapping[str, float]
     shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    rest: float = 1.0
+    rest: Mapping[str, float] = dataclasses.field(default_factory=dict)
     moved_bytes: float = 0.0
     exposed_bytes: float = 0.0
 
@@ -64,7 +66,7 @@ def flat_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) ->
     scanned = float(np.mean(-(-last // (span * 128)) * span))
     trips = {
         "grid": tiles * S / tile_s,
-        "score": tile_s / 256,
+        "score": tile_s / COLUMNS / products_a_step(config.tile_t, tile_s),
         "fill": 0.0,
         **_topk_trips(scanned, S, model.topk, config.tile_t),
         "spans": scanned / span,
@@ -78,7 +80,7 @@ def flat_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) ->
             loops=tuple(names),
             trips=trips,
             shares={"score": steps * share, "fill": share},
-            rest=share,
+            rest={"grid": share, "spans": min(1.0, SLOTS / model.topk + 0.6 * span / scanned)},
             moved_bytes=keys + tiles * config.tile_t * _query_bytes(model, dtype),
         )
     ]

@@ -113,7 +113,7 @@ class Schedule:
         return Cost(cycles, slots)
 
     def named_trips(
-        self, names: tuple[str, ...], trips: Mapping[str, float], shares: Mapping[str, float], rest: float = 1.0
+        self, names: tuple[str, ...], trips: Mapping[str, float], shares: Mapping[str, float], rest: Mapping[str, float]
     ) -> dict[str, float]:
         """Names the loops in program order and turns what is known of them into the `trips` of `cost`.
 
@@ -124,7 +124,7 @@ class Schedule:
                 keys, which differ between chips: "pool" if there is arithmetic in it, else "load".
             trips: name -> how often, each time the surrounding loop does; those not given keep what the compiler knows.
             shares: name -> share of times that the branch right around the loop is taken.
-            rest: share of times that branches around no loop at all are taken, where they are not small.
+            rest: the same for branches around no loop, where they are not small, by the loop that they are in.
         """
         loops = [loop for loop in self.root.walk() if loop.path and not loop.is_branch]
         if len(loops) <= len(names):
@@ -132,16 +132,21 @@ class Schedule:
         first = loops[1 : len(loops) - len(names)]
         loading = ("pool" if sum(part.bundles for part in loop.walk()) >= _LARGE * 3 else "load" for loop in first)
         regions = {loop.path: loop for loop in self.root.walk() if loop.is_branch}
-        out = {}
+        out, name_of = {}, {"": ""}
         for name, loop in zip(("grid", *loading, *names), loops, strict=True):
+            name_of[loop.path] = name
             if name in trips:
                 out[loop.path] = trips[name]
             parent = loop.path.rpartition(".")[0]
             if name in shares and parent in regions:
                 out[parent] = shares[name]
         for path, region in regions.items():
-            if all(child.is_branch for child in region.walk()) and region.bundles >= _LARGE:
-                out[path] = rest
+            around = path
+            while around not in name_of:
+                around = around.rpartition(".")[0]
+            is_large = all(child.is_branch for child in region.walk()) and region.bundles >= _LARGE
+            if is_large and name_of[around] in rest:
+                out[path] = rest[name_of[around]]
         return out
 
     def outline(self) -> str:

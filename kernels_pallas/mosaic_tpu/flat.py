@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.flatten import whole_blocks
 from kernels_pallas.mosaic_tpu import launch, topk_body
 from kernels_pallas.mosaic_tpu.config import LANES, ROWS
-from kernels_pallas.mosaic_tpu.flat_body import Plan, flat_body
+from kernels_pallas.mosaic_tpu.flat_body import Plan, flat_body, products_a_step
 from kernels_pallas.mosaic_tpu.topk import from_tiles, padded_groups
 from kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from kernels_pallas.types import Interpret
@@ -42,7 +42,7 @@ class Config:
         keys = 2 * self.tile_s * (D * itemsize + 4 * ROWS)
         queries = 2 * self.tile_t * (H * D * itemsize + 4 * LANES) + 4 * self.tile_t * H * LANES
         slots = 2 * 4 * self.tile_t * -(-k // SLOTS) * SLOTS
-        return images + keys + queries + slots + 4 * LANES * self.tile_t * 24
+        return images + keys + queries + slots + 4 * LANES * max(self.tile_t, 32) * 24
 
 
 def heuristic(T: int, S: int) -> Config:
@@ -104,7 +104,7 @@ def select_flat(
         scratch={
             "images_vmem": pltpu.VMEM((tile_t // ROWS, groups * ROWS, LANES), jnp.int32),
             "w_vmem": pltpu.VMEM((tile_t, H, LANES), jnp.float32),
-            "partial_vmem": pltpu.VMEM((tile_t * 2 * ROWS, LANES), jnp.float32),
+            "partial_vmem": pltpu.VMEM((products_a_step(tile_t, tile_s) * tile_t * 2 * ROWS, LANES), jnp.float32),
             "cuts_vmem": pltpu.VMEM((tile_t // ROWS, ROWS, LANES), jnp.int32),
             "table_vmem": pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
         },

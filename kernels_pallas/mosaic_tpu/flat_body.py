@@ -1,6 +1,7 @@
 """Device code of `flat`: keys stream past a tile of queries, whose images stay in VMEM until all are there."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -12,7 +13,7 @@ from kernels_pallas.mosaic_tpu.config import LANES, ROWS
 from kernels_pallas.mosaic_tpu.tiles import images_of_rows, products, spread_weights, sum_to_sublanes
 from kernels_pallas.types import Ref
 
-_COLUMNS = 256  # keys a product: a side of the larger matrix unit
+COLUMNS = 256  # keys a product: a side of the larger matrix unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,11 @@ def flat_body(
         topk_body.select(images_vmem, n, plan.topk, cuts_vmem, table_vmem, o_ref, groups)
 
 
+def products_a_step(tile_t: int, tile_s: int) -> int:
+    """Products of a step of the scoring loop; each takes [tile_t * 16, 128] of the partial sums' scratch."""
+    return math.gcd(max(1, 32 // tile_t), tile_s // COLUMNS)
+
+
 def score_keys(
     s: Array,
     q_ref: Ref,
@@ -69,32 +75,36 @@ def score_keys(
 
     Args:
         q_ref: [tile_t, H, D]; k_ref: [tile_s, D]; scale_ref: none or one, [1, tile_s]; visible_ref: [tile_t, 1].
-        images_vmem: [tile_t // 8, G * 8, 128]; w_vmem: [tile_t, H, 128]; partial_vmem: [tile_t * 16, 128].
+        images_vmem: [tile_t // 8, G * 8, 128]; w_vmem: [tile_t, H, 128]; partial_vmem: see `products_a_step`.
     """
     tile_t, H, D = q_ref.shape
     tile_s = k_ref.shape[0]
+    per_step = products_a_step(tile_t, tile_s)
     lane = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
     visible = [jnp.broadcast_to(visible_ref[pl.ds(t, ROWS)], (ROWS, LANES)) for t in range(0, tile_t, ROWS)]
 
     def one_step(i: Array, _: None) -> None:
-        first = pl.multiple_of(i * _COLUMNS, _COLUMNS)
-        keys = k_ref[pl.ds(first, _COLUMNS)]
-        # Eight queries a product: the keys stay in the matrix unit while their rows pass.
-        scales = [ref[:, pl.ds(first, _COLUMNS)] for ref in scale_ref]
+        # Few queries are few rows a product: then more products a step, so that one's keys are loaded under another.
+        for product in range(per_step):
+            first = pl.multiple_of((i * per_step + product) * COLUMNS, COLUMNS)
+            at = product * COLUMNS // LANES
+            keys = k_ref[pl.ds(first, COLUMNS)]
+            scales = [ref[:, pl.ds(first, COLUMNS)] for ref in scale_ref]
+            # Eight queries a product: the keys stay in the matrix unit while their rows pass.
+            for t in range(0, tile_t, ROWS):
+                x = products(q_ref[pl.ds(t, ROWS)].reshape(ROWS * H, D), keys)
+                for r in range(ROWS):
+                    for c in range(COLUMNS // LANES):
+                        some = slice(c * LANES, (c + 1) * LANES)
+                        rows = sum_to_sublanes(x[r * H : (r + 1) * H, some], w_vmem[t + r])
+                        for scale in scales:
+                            rows = rows * scale[:, some]
+                        partial_vmem[pl.ds(((at + c) * tile_t + t + r) * ROWS, ROWS)] = rows
         for t in range(0, tile_t, ROWS):
-            x = products(q_ref[pl.ds(t, ROWS)].reshape(ROWS * H, D), keys)
-            for r in range(ROWS):
-                for c in range(0, _COLUMNS, LANES):
-                    rows = sum_to_sublanes(x[r * H : (r + 1) * H, c : c + LANES], w_vmem[t + r])
-                    for scale in scales:
-                        rows = rows * scale[:, c : c + LANES]
-                    partial_vmem[pl.ds((c // LANES * tile_t + t + r) * ROWS, ROWS)] = rows
-        for t in range(0, tile_t, ROWS):
-            for c in range(0, _COLUMNS, LANES):
-                image = images_of_rows(partial_vmem, (c // LANES * tile_t + t) * ROWS)
-                position = s * tile_s + first + c + lane
-                image = jnp.where(position < visible[t // ROWS], image, INVISIBLE)
-                sublane = pl.multiple_of((s * tile_s + first + c) // LANES * ROWS, ROWS)
-                images_vmem[t // ROWS, pl.ds(sublane, ROWS)] = image
+            for c in range(per_step * COLUMNS // LANES):
+                image = images_of_rows(partial_vmem, (c * tile_t + t) * ROWS)
+                first = s * tile_s + i * per_step * COLUMNS + c * LANES
+                image = jnp.where(first + lane < visible[t // ROWS], image, INVISIBLE)
+                images_vmem[t // ROWS, pl.ds(pl.multiple_of(first // LANES * ROWS, ROWS), ROWS)] = image
 
-    lax.fori_loop(0, tile_s // _COLUMNS, one_step, None)
+    lax.fori_loop(0, tile_s // (per_step * COLUMNS), one_step, None)

@@ -198,20 +198,31 @@ def chosen_columns(
     span = _span(n_groups)
     registers = out_ref.shape[0] * LANES // (ROWS * SLOTS)
 
+    def write(i, register, before, totals):
+        for row in range(ROWS):
+            place = pl.ds(register * ROWS * ROWS + row, ROWS, stride=ROWS)
+            slot = _slots(register) - before[row]
+            column = _column_of_slot(slot, row, span, table_ref) + i * span * LANES
+            column = position_of(row, column) if position_of else column
+            inside = slot < totals[row]
+            if span == n_groups:
+                out_ref[place, :] = jnp.where(inside, column, -1)
+            else:
+                out_ref[place, :] = jnp.where((slot >= 0) & inside, column, out_ref[place, :])
+
     def one_span(i, before):
         totals = _write_tables(images_ref, tile, i * span, span, cuts_ref, table_ref)
-        for row in range(ROWS):
+        after = tuple(a + b for a, b in zip(before, totals, strict=True))
+        if span == n_groups:
             for register in range(registers):
-                place = pl.ds(register * ROWS * ROWS + row, ROWS, stride=ROWS)
-                slot = _slots(register) - before[row]
-                column = _column_of_slot(slot, row, span, table_ref) + i * span * LANES
-                column = position_of(row, column) if position_of else column
-                inside = slot < totals[row]
-                if span == n_groups:
-                    out_ref[place, :] = jnp.where(inside, column, -1)
-                else:
-                    out_ref[place, :] = jnp.where((slot >= 0) & inside, column, out_ref[place, :])
-        return tuple(a + b for a, b in zip(before, totals, strict=True))
+                write(i, register, before, totals)
+            return after
+        # A span fills few of the slots: most registers of them are left alone.
+        first, last = jnp.min(functools.reduce(jnp.minimum, before)), jnp.max(functools.reduce(jnp.maximum, after))
+        for register in range(registers):
+            is_touched = (first < (register + 1) * SLOTS) & (last > register * SLOTS)
+            pl.when(is_touched)(functools.partial(write, i, register, before, totals))
+        return after
 
     none = tuple(jnp.zeros((ROWS, LANES), jnp.int32) for _ in range(ROWS))
     if span == n_groups:
