@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.flatten import whole_blocks
-from kernels_pallas.mosaic_tpu import launch, topk_body
+from kernels_pallas.mosaic_tpu import topk_body
 from kernels_pallas.mosaic_tpu.config import LANES, ROWS
 from kernels_pallas.mosaic_tpu.flat_body import Plan, flat_body, products_a_step
 from kernels_pallas.mosaic_tpu.topk import from_tiles, padded_groups
@@ -92,25 +92,29 @@ def select_flat(
     queries = lambda *shape: pl.BlockSpec((None, tile_t, *shape), lambda b, t, s, _: (b, t, *(0 for _ in shape)))  # noqa: E731
     tiled = (tile_t // ROWS, slots // LANES * ROWS, LANES)
     has_scale = k_scale is not None
-    out = launch.call(
-        functools.partial(flat_body, Plan(topk=topk, tiles=tiles, span=min(groups, LANES))),
-        name="dsa_select_flat",
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
         grid=(B, tiles, k.shape[1] // tile_s),
-        prefetch=[furthest],
-        operands=[q, w, visible[..., None], k, *([k_scale[:, None]] if has_scale else [])],
         in_specs=[queries(H, D), queries(H), queries(1), keys, *([scales] if has_scale else [])],
         out_specs=pl.BlockSpec((None, *tiled), lambda b, t, s, _: (b, t, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((B, tiles * tiled[0], *tiled[1:]), jnp.int32),
-        scratch={
-            "images_vmem": pltpu.VMEM((tile_t // ROWS, groups * ROWS, LANES), jnp.int32),
-            "w_vmem": pltpu.VMEM((tile_t, H, LANES), jnp.float32),
-            "partial_vmem": pltpu.VMEM((products_a_step(tile_t, tile_s) * tile_t * 2 * ROWS, LANES), jnp.float32),
-            "cuts_vmem": pltpu.VMEM((tile_t // ROWS, ROWS, LANES), jnp.int32),
-            "table_vmem": pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
-        },
-        dimension_semantics=("parallel", "parallel", "arbitrary"),
-        vmem_bytes=config.vmem_bytes(H, D, k.shape[1], topk, q.dtype.itemsize),
-        interpret=interpret,
+        scratch_shapes=[
+            pltpu.VMEM((tile_t // ROWS, groups * ROWS, LANES), jnp.int32),
+            pltpu.VMEM((tile_t, H, LANES), jnp.float32),
+            pltpu.VMEM((products_a_step(tile_t, tile_s) * tile_t * 2 * ROWS, LANES), jnp.float32),
+            pltpu.VMEM((tile_t // ROWS, ROWS, LANES), jnp.int32),
+            pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
+        ],
     )
+    out = pl.pallas_call(
+        functools.partial(flat_body, Plan(topk=topk, tiles=tiles, span=min(groups, LANES))),
+        grid_spec=grid_spec,
+        out_shape=jax.ShapeDtypeStruct((B, tiles * tiled[0], *tiled[1:]), jnp.int32),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=config.vmem_bytes(H, D, k.shape[1], topk, q.dtype.itemsize) + (6 << 20),
+        ),
+        name="dsa_select_flat",
+        interpret=interpret,
+    )(furthest, q, w, visible[..., None], k, *([k_scale[:, None]] if has_scale else []))
     indices = from_tiles(out.reshape(-1, *tiled[1:])).reshape(B, -1, slots)[:, :T, :topk]
     return indices, jnp.minimum(visible[:, :T], topk)

@@ -25,11 +25,9 @@ class Plan:
     span: int  # groups of images that the selection looks at in one go
 
 
-def flat_body(
-    plan: Plan, furthest_smem: Ref, q_ref: Ref, w_ref: Ref, visible_ref: Ref, k_ref: Ref, *refs: Ref,
-    images_vmem: Ref, w_vmem: Ref, partial_vmem: Ref, cuts_vmem: Ref, table_vmem: Ref
-) -> None:  # fmt: skip
-    *scale_ref, o_ref = refs
+def flat_body(plan: Plan, furthest_smem: Ref, q_ref: Ref, w_ref: Ref, visible_ref: Ref, k_ref: Ref, *refs: Ref) -> None:
+    """On a grid of (sequences, tiles of queries, tiles of keys); the shapes are those of the launch."""
+    *scale_ref, o_ref, images_vmem, w_vmem, partial_vmem, cuts_vmem, table_vmem = refs
     b, t, s = (pl.program_id(axis) for axis in range(3))
     tile_s = k_ref.shape[0]
     furthest = furthest_smem[b * plan.tiles + t]  # of the tile's queries
