@@ -13,6 +13,7 @@ and 67 MB of queries / 819 GB/s = 0.12 ms. Bound by the MXU; the schedule takes 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +63,8 @@ def heuristic(chip: Chip, T: int) -> Config:
 def block_filter(
     q: Array,
     w: Array,
-    k: Array | None,
+    source: Array,
     k_scale: Array | None,
-    means: Array | None,
     eligible: Array,
     n_tokens: Array,
     *,
@@ -77,13 +77,14 @@ def block_filter(
     """[B, T, H, D], [B, T, H], ... -> [B, T, block_topk] int32, ascending, then -1.
 
     Args:
-        k: [B, n, block_size, D], n a multiple of GROUP; k_scale: [B, n, block_size] or None. Or, without k,
-        means: [B, n, D] float32, as `pool.pool` gives them.
+        source: keys [B, n, block_size, D], n a multiple of GROUP, pooled here; or kept means [B, n, D] float32, as
+            `pool.pool` gives them.
+        k_scale: [B, n, block_size] float32 with keys that have scales, else None.
         eligible: [B, T] int32, blocks that each query may keep; n_tokens: [B] int32, tokens present.
     """
     n_queries, step = q.shape[1], config.tile_t * config.n_cores
     q, w, eligible = (launch.pad_axis(x, 1, step) for x in (q, w, eligible))
-    (B, T, H, D), n = q.shape, k.shape[1] if k is not None else means.shape[1]
+    (B, T, H, D), n = q.shape, source.shape[1]
     groups, tile_t = padded_groups(n), config.tile_t
     tiles, registers = T // tile_t // config.n_cores, tile_t // ROWS
     slots = -(-block_topk // LANES) * LANES
@@ -93,16 +94,17 @@ def block_filter(
         "partial_vmem": pltpu.VMEM((COLUMNS // LANES * tile_t * ROWS, LANES), jnp.float32),
         **launch.selection_scratch(registers, groups, block_topk),
     }
-    if k is not None:
-        body, operands = block_filter_body.pooled_body, [k] if k_scale is None else [k, k_scale]
-        scratch |= pool.scratch(k, k_scale is not None)
-        vmem_bytes = config.vmem_bytes(H, D, groups * LANES, q.dtype.itemsize) + pool.vmem_bytes(
-            k.shape[2], D, k.dtype.itemsize
-        )
+    operands = [source] if k_scale is None else [source, k_scale]
+    vmem_bytes = config.vmem_bytes(H, D, groups * LANES, q.dtype.itemsize)
+    body: Callable
+    if source.ndim == 4:
+        body = block_filter_body.pooled_body
+        scratch |= pool.scratch(source, k_scale is not None)
+        vmem_bytes += pool.vmem_bytes(source.shape[2], D, source.dtype.itemsize)
     else:
-        body, operands = block_filter_body.kept_body, [means]
+        body = block_filter_body.kept_body
         scratch |= {"float_vmem": pltpu.VMEM((n, D), jnp.float32), "sem": pltpu.SemaphoreType.DMA}
-        vmem_bytes = config.vmem_bytes(H, D, groups * LANES, q.dtype.itemsize) + 4 * n * max(D, LANES)
+        vmem_bytes += 4 * n * max(D, LANES)
     plan = Plan(
         tiles=tiles,
         mean_parts=config.mean_parts,
@@ -122,7 +124,6 @@ def block_filter(
         out_specs=by_eight(ROWS, slots),
         out_shape=jax.ShapeDtypeStruct((B, T // ROWS, ROWS, slots), jnp.int32),
         scratch=scratch,
-        dimension_semantics=("parallel", "arbitrary", "arbitrary"),
         vmem_bytes=vmem_bytes,
         interpret=interpret,
     )

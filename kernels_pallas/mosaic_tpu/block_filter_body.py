@@ -122,8 +122,8 @@ def score_step(
 ) -> None:
     """Images of `COLUMNS` blocks for a tile of queries."""
     tile_t, H, D = q_ref.shape
-    first = pl.multiple_of(i * COLUMNS, COLUMNS)
-    means = means_vmem[pl.ds(first, COLUMNS)]
+    first = i * COLUMNS
+    means = means_vmem[pl.ds(pl.multiple_of(first, COLUMNS), COLUMNS)]
     # Eight queries a product: the means stay in the matrix unit while their rows pass.
     for group in range(0, tile_t, ROWS):
         q = q_ref[pl.ds(group, ROWS)].astype(jnp.bfloat16).reshape(ROWS * H, D)
@@ -140,6 +140,7 @@ def score_step(
             block = first + c + lane
             is_forced = (block < plan.keep_first) | (block >= eligible[tile] - plan.keep_last)
             image = jnp.where(is_forced, FORCED, image)
-            group = i * (COLUMNS // LANES) + c // LANES
-            place = pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)
-            images_vmem[tile, place] = jnp.where(block < eligible[tile], image, INVISIBLE)
+            at = (first + c) // LANES * ROWS
+            images_vmem[tile, pl.ds(pl.multiple_of(at, ROWS), ROWS)] = jnp.where(
+                block < eligible[tile], image, INVISIBLE
+            )

@@ -47,14 +47,13 @@ def pool(k: Array, k_scale: Array | None, n_tokens: Array, *, interpret: Interpr
     return launch.call(
         pool_body,
         name="hisa_pool",
-        grid=(B,),
+        grid=(1, B, 1),
         prefetch=[n_tokens],
         operands=operands,
         in_specs=launch.in_hbm(operands),
-        out_specs=pl.BlockSpec((None, n, D), lambda b, _: (b, 0, 0)),
+        out_specs=pl.BlockSpec((None, n, D), lambda core, b, t, _: (b, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((B, n, D), jnp.float32),
         scratch=scratch(k, k_scale is not None),
-        dimension_semantics=("parallel",),
         vmem_bytes=vmem_bytes(block_size, D, k.dtype.itemsize) + 2 * 4 * n * max(D, LANES),
         interpret=interpret,
     )

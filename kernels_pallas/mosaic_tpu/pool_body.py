@@ -14,7 +14,7 @@ from kernels_pallas.types import Ref
 
 def pool_body(n_tokens_smem: Ref, k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None) -> None:
     *scale_hbm, o_ref = refs  # in: [B], [B, n, block_size, D], maybe [B, n, block_size]; out: [n, D] of sequence b
-    b = pl.program_id(0)
+    b = pl.program_id(1)
 
     def store(first: Array, means: Array) -> None:
         o_ref[pl.ds(first, GROUP)] = means

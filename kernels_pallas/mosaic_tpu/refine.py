@@ -18,7 +18,7 @@ from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.mosaic_tpu import launch, refine_body
-from kernels_pallas.mosaic_tpu.config import LANES, ROWS, Chip
+from kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS, Chip
 from kernels_pallas.mosaic_tpu.refine_body import Plan
 from kernels_pallas.mosaic_tpu.topk import padded_groups
 from kernels_pallas.mosaic_tpu.topk_body import SLOTS
@@ -33,15 +33,17 @@ class Config:
 
     Attributes:
         tile_t: queries a grid step: eights whose searches for the cut share the latency of a sum over lanes.
-        columns: candidates of a list a step; 1024 are 64 products of 128 keys, which take 800 to 1200 cycles.
+        columns: candidates of a list a step; 2048 are 128 products with 128 keys, which take 1300 to 2300 cycles.
         is_resident: whether the keys of a sequence are in VMEM whole.
+        is_transposed: whether those are transposed on the way, so that the matrix unit loads them as they lie.
         is_split: whether the list of a query is cut into eighths that are scored side by side.
         n_cores: cores that share the queries of a sequence.
     """
 
     tile_t: int = 32
-    columns: int = 1024
+    columns: int = 2048
     is_resident: bool = True
+    is_transposed: bool = False
     is_split: bool = False
     n_cores: int = 1
 
@@ -50,6 +52,10 @@ class Config:
             raise ValueError(f"Config(tile_t={self.tile_t}): must be a multiple of 8, the sublanes of a float32 tile")
         if self.columns % 256:
             raise ValueError(f"Config(columns={self.columns}): must be a multiple of 256, the candidates of a product")
+
+    @property
+    def queries_per_eight(self) -> int:
+        return 1 if self.is_split else ROWS
 
     def padded_blocks(self, m: int, block_size: int) -> int:
         """Blocks of a query, padded to whole steps."""
@@ -63,7 +69,9 @@ class Config:
         scratch = 4 * (self.tile_t * H * LANES + ROWS * ROWS * self.columns)
         images = self.tile_t * 4 * (padded_groups(width) * LANES + 3 * (topk + SLOTS))
         ring = 2 * ROWS * self.columns * (max(D, LANES) * itemsize + 4 * ROWS * (itemsize == 1))
-        return queries + scratch + images + (resident_bytes(n, block_size, D, itemsize) if self.is_resident else ring)
+        staged = 2 * GROUP * block_size * max(D, LANES) * itemsize
+        keys = resident_bytes(n, block_size, D, itemsize) + staged if self.is_resident else ring
+        return queries + scratch + images + keys
 
 
 def resident_bytes(n: int, block_size: int, D: int, itemsize: int) -> int:
@@ -73,16 +81,25 @@ def resident_bytes(n: int, block_size: int, D: int, itemsize: int) -> int:
 
 def heuristic(chip: Chip, B: int, T: int, H: int, D: int, n: int, m: int, block_size: int, itemsize: int) -> Config:
     """Keys in VMEM if they fit and enough queries share them; else the queries of a batch side by side."""
-    # Fewer candidates a step where a product has more rows, for the sake of the code's size.
-    columns = 1024 if H <= 64 else 512
     is_resident = T >= ROWS and T * m >= n and resident_bytes(n, block_size, D, itemsize) <= _RESIDENT_BYTES
     queries = T if is_resident else B * T
+    # 128 products a step hide how long the first and the last of them take; copies take longer than that anyway, and
+    # with more heads a product has more rows.
+    columns = 2048 if is_resident and H <= 64 else 1024 if H <= 64 else 512
     tile_t = min(32, -(-queries // ROWS) * ROWS)
     is_split = not is_resident and queries < ROWS
     if is_split:
         columns = min(columns, -(-m * block_size // (256 * ROWS)) * 256)
-    n_cores = chip.n_cores if tile_t < queries else 1
-    return Config(tile_t=tile_t, columns=columns, is_resident=is_resident, is_split=is_split, n_cores=n_cores)
+    return Config(
+        tile_t=tile_t,
+        columns=columns,
+        is_resident=is_resident,
+        # bfloat16: 15.6 -> 10.5 cycles a query and block on v7x, 15.8 -> 12.8 on v6e. On v5e the products take as long
+        # as the loads, and 8-bit keys are half as many registers.
+        is_transposed=is_resident and itemsize == 2 and chip.mxu > LANES and block_size % LANES == 0,
+        is_split=is_split,
+        n_cores=chip.n_cores if tile_t < queries else 1,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("topk", "keep_first", "keep_last", "config", "interpret"))
@@ -110,50 +127,28 @@ def refine(
         n_tokens: [B] int32, tokens present.
         keep_first, keep_last: candidates chosen whatever they score, the first and the last visible ones.
     """
-    if config.is_resident:
-        return _refine(
-            q, w, k, k_scale, block_ids, None, n_visible, n_tokens, topk, keep_first, keep_last, config, interpret
+    (B, T, H, D), (n, block_size), m = q.shape, k.shape[1:3], block_ids.shape[2]
+    block_ids = jnp.clip(block_ids, -1, n - 1)
+    places = jnp.maximum(block_ids, 0)
+    n_kept = jnp.where(n_visible > 0, jnp.sum(block_ids >= 0, axis=2, dtype=jnp.int32), 0)
+    if not config.is_resident:
+        # One sequence of all queries and all keys: lists of places in it, and of blocks of their own for the positions.
+        places += n * jnp.arange(B, dtype=jnp.int32)[:, None, None]
+        q, w, block_ids, places, n_visible, n_kept = (
+            x.reshape(1, B * T, *x.shape[2:]) for x in (q, w, block_ids, places, n_visible, n_kept)
         )
-    B, T, n = *q.shape[:2], k.shape[1]
-    # One sequence of all queries and all keys; the lists name blocks of their own sequences for the positions.
-    global_ids = block_ids + n * jnp.arange(B, dtype=jnp.int32)[:, None, None]
-    flat = [x.reshape(1, B * T, *x.shape[2:]) for x in (q, w, block_ids, global_ids, n_visible)]
-    q, w, block_ids, global_ids, n_visible = flat
-    k = k.reshape(-1, *k.shape[2:])
-    k_scale = None if k_scale is None else k_scale.reshape(-1, 1, k_scale.shape[2])
-    out = _refine(
-        q, w, k, k_scale, block_ids, global_ids, n_visible, n_tokens, topk, keep_first, keep_last, config, interpret
+        k = k.reshape(-1, *k.shape[2:])
+        k_scale = None if k_scale is None else k_scale.reshape(-1, 1, block_size)
+    queries = config.tile_t * config.n_cores
+    q, w, block_ids, places, n_visible, n_kept = (
+        launch.pad_axis(x, 1, queries) for x in (q, w, block_ids, places, n_visible, n_kept)
     )
-    return out.reshape(B, T, topk)
-
-
-def _refine(
-    q: Array,
-    w: Array,
-    k: Array,
-    k_scale: Array | None,
-    block_ids: Array,
-    global_ids: Array | None,
-    n_visible: Array,
-    n_tokens: Array,
-    topk: int,
-    keep_first: int,
-    keep_last: int,
-    config: Config,
-    interpret: Interpret,
-) -> Array:
-    B, n_queries = q.shape[:2]
-    q, w, block_ids, n_visible = (
-        launch.pad_axis(x, 1, config.tile_t * config.n_cores) for x in (q, w, block_ids, n_visible)
-    )
-    (_, T, H, D), (block_size, _), m = q.shape, k.shape[-2:], block_ids.shape[2]
     padded_m = config.padded_blocks(m, block_size)
-    tiles, eights = T // config.tile_t // config.n_cores, config.tile_t // ROWS
-    rows_per_eight = 1 if config.is_split else ROWS
     plan = Plan(
-        tiles=tiles,
-        eights=config.tile_t // rows_per_eight,
+        tiles=q.shape[1] // queries,
+        eights=config.tile_t // config.queries_per_eight,
         is_split=config.is_split,
+        is_transposed=config.is_transposed,
         topk=topk,
         m=padded_m,
         block_size=block_size,
@@ -161,57 +156,73 @@ def _refine(
         keep_first=keep_first,
         keep_last=keep_last,
     )
-    most = jnp.max(n_visible.reshape(-1, rows_per_eight), axis=1)
-    if config.is_split:
-        most = jnp.minimum(most, padded_m // ROWS * block_size)  # the longest eighth is the first
-    # Queries that keep all they see need no scores.
-    keeps_all = jnp.max(n_visible.reshape(-1, rows_per_eight), axis=1) <= topk
-    n_steps = jnp.where(keeps_all, 0, -(-most // config.columns))
+    places = launch.pad_axis(places, 2, padded_m).reshape(*q.shape[:2], -1, plan.slots)
     operands = [k] if k_scale is None else [k, k_scale]
-    rows = functools.partial(launch.rows, config.tile_t, tiles)
-    by_eight = functools.partial(launch.rows, eights, tiles)
-    smem_blocks = launch.pad_axis(jnp.maximum(block_ids, 0), 2, padded_m)
-    ring = (2, ROWS, plan.slots)
-    scratch: dict[str, Ref] = {
-        "w_vmem": pltpu.VMEM((config.tile_t, H, LANES), jnp.float32),
-        "partial_vmem": pltpu.VMEM((config.columns // LANES * ROWS * ROWS, LANES), jnp.float32),
-        **launch.selection_scratch(eights, padded_groups(padded_m * block_size), topk),
-    }
-    if config.is_resident:
-        body, prefetch = refine_body.resident_body, [n_steps, n_tokens]
-        scratch |= {"keys_vmem": pltpu.VMEM(k.shape[1:], k.dtype), "sems": pltpu.SemaphoreType.DMA((2,))}
-        if k_scale is not None:
-            scratch["scale_vmem"] = pltpu.VMEM(k_scale.shape[1:], jnp.float32)
-    else:
-        body, prefetch = refine_body.gathered_body, [n_steps]
-        n_kept = jnp.sum(block_ids >= 0, axis=2, dtype=jnp.int32)
-        n_kept = jnp.minimum(n_kept, jnp.where(n_visible > 0, m, 0))
-        smem_blocks = launch.pad_axis(launch.pad_axis(global_ids, 1, config.tile_t * config.n_cores), 2, padded_m)
-        smem_blocks = jnp.concatenate([smem_blocks, n_kept[..., None]], axis=2)
-        scratch |= {"keys_vmem": pltpu.VMEM((*ring, block_size, D), k.dtype), "sems": pltpu.SemaphoreType.DMA((2, 2))}
-        if k_scale is not None:
-            scratch["scale_vmem"] = pltpu.VMEM((*ring, 1, block_size), jnp.float32)
-    vmem_blocks = launch.pad_axis(jnp.maximum(block_ids, 0), 2, LANES).reshape(B, T // ROWS, ROWS, -1)
+    prefetch = [steps_of(n_visible, plan, config)] + ([n_tokens] if config.is_resident else [])
+    blocks = launch.pad_axis(jnp.maximum(block_ids, 0), 2, LANES)
     slots = -(-topk // LANES) * LANES
+    rows = functools.partial(launch.rows, config.tile_t, plan.tiles)
+    by_eight = functools.partial(launch.rows, config.tile_t // ROWS, plan.tiles)
+    in_eights = (*q.shape[:1], q.shape[1] // ROWS, ROWS)
     out = launch.call(
-        functools.partial(body, plan),
+        functools.partial(refine_body.resident_body if config.is_resident else refine_body.gathered_body, plan),
         name="hisa_refine",
-        grid=(config.n_cores, B, tiles),
+        grid=(config.n_cores, q.shape[0], plan.tiles),
         prefetch=prefetch,
-        operands=[smem_blocks, vmem_blocks, n_visible.reshape(B, -1, ROWS, 1), q, w, *operands],
+        operands=[
+            places,
+            n_kept[..., None],
+            blocks.reshape(*in_eights, -1),
+            n_visible.reshape(*in_eights, 1),
+            q,
+            w,
+            *operands,
+        ],
         in_specs=[
-            rows(smem_blocks.shape[2], memory_space=pltpu.SMEM),
-            by_eight(ROWS, vmem_blocks.shape[3]),
+            rows(*places.shape[2:], memory_space=pltpu.SMEM),
+            rows(1, memory_space=pltpu.SMEM),
+            by_eight(ROWS, blocks.shape[2]),
             by_eight(ROWS, 1),
             rows(H, D),
             rows(H),
             *launch.in_hbm(operands),
         ],
         out_specs=by_eight(ROWS, slots),
-        out_shape=jax.ShapeDtypeStruct((B, T // ROWS, ROWS, slots), jnp.int32),
-        scratch=scratch,
-        dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-        vmem_bytes=config.vmem_bytes(H, D, k.shape[-3], m, block_size, topk, k.dtype.itemsize),
+        out_shape=jax.ShapeDtypeStruct((*in_eights, slots), jnp.int32),
+        scratch={
+            "w_vmem": pltpu.VMEM((config.tile_t, H, LANES), jnp.float32),
+            "partial_vmem": pltpu.VMEM((config.columns // LANES * ROWS * ROWS, LANES), jnp.float32),
+            **launch.selection_scratch(config.tile_t // ROWS, padded_groups(padded_m * block_size), topk),
+            **keys_scratch(k, k_scale, plan, config),
+        },
+        vmem_bytes=config.vmem_bytes(H, D, n, m, block_size, topk, k.dtype.itemsize),
         interpret=interpret,
     )
-    return out.reshape(B, T, slots)[:, :n_queries, :topk]
+    return out.reshape(*q.shape[:2], slots)[:, : B * T // q.shape[0], :topk].reshape(B, T, topk)
+
+
+def steps_of(n_visible: Array, plan: Plan, config: Config) -> Array:
+    """[B, T] -> [B * T / queries_per_eight] int32; none where all queries keep all they see, which needs no scores."""
+    most = jnp.max(n_visible.reshape(-1, config.queries_per_eight), axis=1)
+    longest = jnp.minimum(most, plan.blocks_per_list * plan.block_size)
+    return jnp.where(most <= plan.topk, 0, -(-longest // plan.columns))
+
+
+def keys_scratch(k: Array, k_scale: Array | None, plan: Plan, config: Config) -> dict[str, Ref]:
+    """Where the keys lie in VMEM: all of a sequence, or a ring of two steps."""
+    shape: tuple
+    scale_shape: tuple
+    sems: tuple
+    block_size, D = k.shape[-2:]
+    if config.is_resident:
+        block = (D, block_size) if config.is_transposed else (block_size, D)
+        shape, scale_shape, sems = (k.shape[1], *block), (k.shape[1], block_size), (2,)
+    else:
+        ring = 2, ROWS, plan.slots
+        shape, scale_shape, sems = (*ring, block_size, D), (*ring, 1, block_size), (2, 2)
+    scratch: dict[str, Ref] = {"keys_vmem": pltpu.VMEM(shape, k.dtype), "sems": pltpu.SemaphoreType.DMA(sems)}
+    if config.is_transposed:
+        scratch["staged_vmem"] = pltpu.VMEM((2, GROUP, block_size, D), k.dtype)
+    if k_scale is not None:
+        scratch["scale_vmem"] = pltpu.VMEM(scale_shape, jnp.float32)
+    return scratch

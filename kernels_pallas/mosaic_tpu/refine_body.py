@@ -30,6 +30,7 @@ class Plan:
     tiles: int  # of a sequence, on one core
     eights: int  # of a tile: eight queries, or one if is_split
     is_split: bool
+    is_transposed: bool
     topk: int
     m: int  # blocks of a query, padded to whole steps
     block_size: int
@@ -54,35 +55,43 @@ class Plan:
         """Row of the tile whose list number r of a step is."""
         return step.eight if self.is_split else step.eight * ROWS + r
 
-    def place(self, step: Step, r: int, s: int) -> tuple[Array, Array]:
-        """Row of the tile and place in its list of slot s of list r."""
-        slot = step.i * self.slots + s
-        return self.query(step, r), slot + r * self.blocks_per_list if self.is_split else slot
+    @property
+    def steps_per_list(self) -> int:
+        return self.blocks_per_list // self.slots
+
+    def place(self, step: Step, r: int, s: int) -> tuple[Array, Array, int]:
+        """Where [tile_t, steps, slots] holds slot s of list r."""
+        return self.query(step, r), step.i + (r * self.steps_per_list if self.is_split else 0), s
 
 
 def resident_body(
-    plan: Plan, n_steps_smem: Ref, n_tokens_smem: Ref, blocks_smem: Ref, blocks_ref: Ref, n_visible_ref: Ref,
-    q_ref: Ref, w_ref: Ref, k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None, **scratch: Ref
+    plan: Plan, n_steps_smem: Ref, n_tokens_smem: Ref, places_smem: Ref, n_kept_smem: Ref, blocks_ref: Ref,
+    n_visible_ref: Ref, q_ref: Ref, w_ref: Ref, k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref,
+    staged_vmem: Ref = None, scale_vmem: Ref = None, **scratch: Ref
 ) -> None:  # fmt: skip
     *scale_hbm, o_ref = refs
     b = pl.program_id(1)
 
     @pl.when(pl.program_id(2) == 0)
     def _load():
-        pairs = [(k_hbm, keys_vmem), *((scale, scale_vmem) for scale in scale_hbm)]
+        pairs = [(scale, scale_vmem) for scale in scale_hbm]
+        if plan.is_transposed:
+            refine_source.load_transposed(b, n_tokens_smem[b], k_hbm, keys_vmem, staged_vmem, sems)
+        else:
+            pairs.append((k_hbm, keys_vmem))
         refine_source.load_sequence(b, n_tokens_smem[b], pairs, sems)
 
-    source = refine_source.resident(plan.place, blocks_smem, keys_vmem, scale_vmem)
+    source = refine_source.resident(plan.place, places_smem, keys_vmem, scale_vmem)
     refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, o_ref, **scratch)
 
 
 def gathered_body(
-    plan: Plan, n_steps_smem: Ref, blocks_smem: Ref, blocks_ref: Ref, n_visible_ref: Ref, q_ref: Ref, w_ref: Ref,
-    k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None, **scratch: Ref
+    plan: Plan, n_steps_smem: Ref, places_smem: Ref, n_kept_smem: Ref, blocks_ref: Ref, n_visible_ref: Ref, q_ref: Ref,
+    w_ref: Ref, k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None, **scratch: Ref
 ) -> None:  # fmt: skip
     *scale_hbm, o_ref = refs
     pairs = [(k_hbm, keys_vmem), *((scale, scale_vmem) for scale in scale_hbm)]
-    source = refine_source.ring(plan.place, plan.slots, blocks_smem, pairs, sems)
+    source = refine_source.ring(plan.place, plan.slots, places_smem, n_kept_smem, pairs, sems)
     refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, o_ref, **scratch)
 
 
@@ -154,11 +163,12 @@ def score_step(
     images_vmem: Ref,
 ) -> None:
     """Images of `columns` candidates of eight lists."""
-    W, lanes = plan.blocks_per_product, plan.blocks_per_product * plan.block_size
+    W, lanes, transposed = plan.blocks_per_product, plan.blocks_per_product * plan.block_size, plan.is_transposed
     for s in range(0, plan.slots, W):
         for r in range(ROWS):
             query = plan.query(step, r)
-            x = products(q_ref[query], jnp.concatenate([source.keys(step, r, s + j) for j in range(W)], axis=0))
+            keys = [source.keys(step, r, s + j) for j in range(W)]
+            x = products(q_ref[query], jnp.concatenate(keys, axis=1 if transposed else 0), transposed)
             if source.scale is not None:
                 scale = jnp.concatenate([source.scale(step, r, s + j) for j in range(W)], axis=1)
             for c in range(0, lanes, LANES):

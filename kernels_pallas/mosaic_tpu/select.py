@@ -98,9 +98,8 @@ def kept_blocks(
     return block_filter_stage.block_filter(
         q,
         w,
-        k if means is None else None,
+        k if means is None else means,
         k_scale if means is None else None,
-        means,
         eligible,
         n_tokens,
         block_topk=block_topk,

@@ -15,8 +15,6 @@ from kernels_pallas.image import INVISIBLE, image_of
 from kernels_pallas.mosaic_tpu.config import LANES, ROWS
 from kernels_pallas.types import Ref
 
-_CONTRACT_LAST = (((1,), (1,)), ((), ()))
-
 
 def spread_weights(w_ref: Ref, w_vmem: Ref) -> None:
     """[tile, H] -> [tile, H, LANES]: heads along sublanes, as in the products."""
@@ -29,10 +27,11 @@ def column(row: Array, width: int) -> Array:
     return jnp.broadcast_to(row, (width, row.shape[1])).T
 
 
-def products(q: Array, keys: Array) -> Array:
-    """[rows, D], [n, D] -> [rows, n] float32, relu(q . k)."""
+def products(q: Array, keys: Array, is_transposed: bool = False) -> Array:
+    """[rows, D], [n, D] (or [D, n]) -> [rows, n] float32, relu(q . k)."""
+    dimensions = (((1,), (0 if is_transposed else 1,)), ((), ()))
     exact = jnp.int32 if q.dtype == jnp.int8 else jnp.float32
-    x = lax.dot_general(q, keys, _CONTRACT_LAST, preferred_element_type=exact)
+    x = lax.dot_general(q, keys, dimensions, preferred_element_type=exact)
     return jnp.maximum(x.astype(jnp.float32), 0.0)  # the integer maximum would be two instructions
 
 
