@@ -23,6 +23,7 @@ from bench import UserError, shapes, tpu_aot, tpu_cost
 from bench.chips import CHIPS, Chip
 from kernels_pallas import mosaic_tpu
 from kernels_pallas.mosaic_tpu.flat import select_flat
+from kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla
 from kernels_pallas.mosaic_tpu.topk import topk
 
 NOTE = "Static estimate from the compiler's schedule: nothing was run. One TensorCore; v5p: both of a chip's."
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
 def cases() -> Iterator[tuple[Callable, str, int, str]]:
     """(make, row, context, dtype); make(context, dtype) -> f, its operands."""
     yield _make_topk, "topk", MODEL.block_topk * MODEL.block_size, "int32"
+    yield _make_sparse_mla, "mla", 131072, "bf16"
     for context, dtype in SIZES:
         yield _make_flat, "flat", context, dtype
         yield _make_hisa, "hisa", context, dtype
@@ -72,10 +74,7 @@ def estimate(chip: Chip, make: Callable, name: str, context: int, dtype: str) ->
     f, operands = make(context, dtype)
     shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(*x), operands, is_leaf=_is_shape)
     program = tpu_aot.compile_for(chip.name, f, *shaped)
-    if name == "topk":
-        kernels = tpu_cost.topk_kernels(chip, T, context, MODEL.topk)
-    else:
-        kernels = {"flat": tpu_cost.flat_kernels, "hisa": tpu_cost.hisa_kernels}[name](chip, MODEL, T, context, dtype)
+    kernels = _kernels(chip, name, context, dtype)
     cycles = selecting = seconds = valu = 0.0
     parts = {}
     for kernel in kernels:
@@ -108,23 +107,22 @@ def estimate(chip: Chip, make: Callable, name: str, context: int, dtype: str) ->
         "topk_cycles_a_query": selecting / queries,
         "ms": 1e3 * seconds,
         "floor_ms": 1e3 * floor,
-        "mxu_percent": 100 * flop / chip.clock_hz and 100 * flop / (cycles * peak / chip.clock_hz),
+        "mxu_percent": 100 * flop / peak * chip.clock_hz / cycles,
         "valu_percent": 100 * valu / cycles,
         "kernels": parts,
     }
-    if name == "hisa":
-        row["refine_cycles_a_pair"] = _cycles_a_pair(program.schedule("hisa_refine"))
+    for kernel in kernels:
+        if kernel.pairs:
+            row["refine_cycles_a_pair"] = kernel.cycles_a_pair(program.schedule(kernel.name))
     return row
 
 
-def _cycles_a_pair(schedule: Any) -> float:
-    """Of the loop that scores 1024 candidates of eight queries, its longest: (query, block of 128 keys) pairs."""
-    longest = max((x for x in schedule.root.walk() if not x.is_branch and x.trips is None), key=_loop_bundles)
-    return _loop_bundles(longest) / 64
-
-
-def _loop_bundles(loop: Any) -> int:
-    return loop.bundles + sum(_loop_bundles(child) for child in loop.children if child.is_branch)
+def _kernels(chip: Chip, name: str, context: int, dtype: str) -> list[tpu_cost.Kernel]:
+    if name == "topk":
+        return tpu_cost.topk_kernels(chip, T, context, MODEL.topk)
+    if name == "mla":
+        return tpu_cost.sparse_mla_kernels(chip, MODEL, T)
+    return {"flat": tpu_cost.flat_kernels, "hisa": tpu_cost.hisa_kernels}[name](chip, MODEL, T, context, dtype)
 
 
 def _compare(rows: list[dict]) -> None:
@@ -141,6 +139,8 @@ def _flop(name: str, context: int) -> float:
     visible = context - (T - 1) / 2
     if name == "topk":
         return 0.0
+    if name == "mla":
+        return 2.0 * T * MODEL.topk * MODEL.mla_heads * (MODEL.mla_dim + MODEL.mla_value_dim)
     scored = visible
     if name == "hisa":
         kept = min(MODEL.block_topk * MODEL.block_size, visible)
@@ -178,6 +178,12 @@ def _make_hisa(context: int, dtype: str) -> tuple[Callable, tuple]:
     return lambda *operands: mosaic_tpu.select_hisa(*operands, **options), _operands(context, dtype)
 
 
+def _make_sparse_mla(context: int, dtype: str) -> tuple[Callable, tuple]:
+    N, E, V = MODEL.mla_heads, MODEL.mla_dim, MODEL.mla_value_dim
+    operands = ((1, T, N, E), DTYPES[dtype]), ((1, context, E), DTYPES[dtype]), ((1, T, MODEL.topk), jnp.int32)
+    return lambda *operands: sparse_mla(*operands, value_dim=V, scale=E**-0.5), operands
+
+
 def _operands(S: int, dtype: str) -> tuple:
     scale = None if dtype == "bf16" else ((1, S), jnp.float32)
     q, k = ((1, T, MODEL.H, MODEL.D), DTYPES[dtype]), ((1, S, MODEL.D), DTYPES[dtype])
@@ -213,6 +219,11 @@ def _draw(shaped: tuple, context: int) -> tuple:
     if len(shaped) == 2:
         (shape, _), _ = shaped
         return jax.random.randint(jax.random.key(0), shape, -(1 << 30), 1 << 30), jnp.full((T,), shape[1], jnp.int32)
+    if len(shaped) == 3:  # the tokens of every second block of the last 128, every fourth of them
+        q, kv = (jax.random.normal(jax.random.key(i), x[0]).astype(x[1]) for i, x in enumerate(shaped[:2]))
+        token = jnp.arange(MODEL.topk, dtype=jnp.int32)
+        listed = context - 16384 + token // 32 * 256 + token % 32 * 4
+        return q, kv, jnp.broadcast_to(listed, shaped[2][0])
     keys = iter(jax.random.split(jax.random.key(0), 4))
     q, k, scale, w, _ = shaped
     draw = lambda x, factor: (factor * jax.random.normal(next(keys), x[0])).astype(x[1])  # noqa: E731
@@ -229,10 +240,10 @@ def _times_ms(f: Callable, operands: tuple, samples: int = 9) -> list[float]:
     def repeat(n: int, *operands: Any) -> Array:
         def again(_, carry):
             last, _ = carry
-            first = jax.tree.leaves(f(*operands[:-1], last))[0].reshape(-1)[0]
+            first = jax.tree.leaves(f(*operands[:-1], last))[0].reshape(-1)[0].astype(jnp.float32)
             return jnp.where(first == -7, last + 1, last), first  # never, but the compiler cannot know
 
-        return lax.fori_loop(0, n, again, (operands[-1], jnp.int32(0)))[1]
+        return lax.fori_loop(0, n, again, (operands[-1], jnp.float32(0)))[1]
 
     def sample(n: int) -> float:
         start = time.perf_counter()

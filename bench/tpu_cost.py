@@ -17,7 +17,7 @@ from bench import shapes
 from bench.chips import Chip
 from bench.tpu_schedule import Schedule
 from kernels_pallas.image import image_of, narrow_search
-from kernels_pallas.mosaic_tpu import block_filter, flat, refine
+from kernels_pallas.mosaic_tpu import block_filter, flat, refine, sparse_mla
 from kernels_pallas.mosaic_tpu.config import CHIPS as KERNEL_CHIPS
 from kernels_pallas.mosaic_tpu.flat_body import COLUMNS, products_a_step
 from kernels_pallas.mosaic_tpu.topk import padded_groups
@@ -35,7 +35,7 @@ class Kernel:
 
     Attributes:
         moved_bytes: over HBM, under the arithmetic; `exposed_bytes`: while nothing else runs.
-        selects: names of the loops of its exact top-k.
+        pairs: (query, 128 keys) products of a turn of the loop "score", where that is of interest.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Kernel:
     rest: Mapping[str, float] = dataclasses.field(default_factory=dict)
     moved_bytes: float = 0.0
     exposed_bytes: float = 0.0
+    pairs: float = 0.0
 
     def cycles(self, schedule: Schedule) -> tuple[float, float, Mapping[str, float]]:
         """Cycles of all, of the exact top-k, and slots used."""
@@ -53,6 +54,10 @@ class Kernel:
         without = schedule.named_trips(self.loops, {**self.trips, **nothing}, self.shares, self.rest)
         cost = schedule.cost(trips)
         return cost.cycles, cost.cycles - schedule.cost(without).cycles, cost.slots
+
+    def cycles_a_pair(self, schedule: Schedule) -> float:
+        path = next(path for path, name in schedule.names(self.loops).items() if name == "score")
+        return schedule.cost(path=path).cycles / self.pairs
 
 
 def flat_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) -> list[Kernel]:
@@ -120,6 +125,7 @@ def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) ->
     pairs = queries * width / model.block_size
     trips = {
         "grid": tiles,
+        "pool": n / 16,  # what a sequence's keys are brought in by, turned for the product
         "load": 0.0,
         "score": config.tile_t / 8 * width / config.columns,
         **_topk_trips(padded_groups(width), width, model.topk, config.tile_t),
@@ -130,8 +136,10 @@ def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) ->
             name="hisa_refine",
             loops=("fill", "score", *TOPK, "positions"),
             trips=trips,
+            shares={"pool": 1 / tiles},
             moved_bytes=moved + gathered + 4 * queries * model.topk,
             exposed_bytes=key_bytes if config.is_resident else 0.0,
+            pairs=8 * config.columns / 128,
         )
     )
     return out
@@ -141,6 +149,22 @@ def topk_kernels(chip: Chip, T: int, W: int, k: int) -> list[Kernel]:
     tiles = T / 32 / chip.cores_per_device
     trips = {"grid": tiles, **_topk_trips(padded_groups(W), W, k, 32)}
     return [Kernel(name="hisa_topk", loops=TOPK, trips=trips, moved_bytes=32 * tiles * 4 * (W + k))]
+
+
+def sparse_mla_kernels(chip: Chip, model: shapes.Model, T: int) -> list[Kernel]:
+    """For the tokens of `block_topk` blocks a query; the keys of a block take whole tiles of 128 lanes."""
+    queries = T / chip.cores_per_device
+    tokens = model.block_topk * model.block_size
+    row_bytes = 2 * (-(-model.mla_dim // 128) * 128)
+    heads_bytes = 2 * model.mla_heads * (model.mla_dim + model.mla_value_dim)
+    return [
+        Kernel(
+            name="sparse_mla",
+            loops=("steps",),
+            trips={"grid": queries, "steps": tokens / sparse_mla.Config().tile_s},
+            moved_bytes=queries * (tokens * row_bytes + heads_bytes),
+        )
+    ]
 
 
 def _query_bytes(model: shapes.Model, dtype: str) -> int:

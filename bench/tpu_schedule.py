@@ -112,32 +112,39 @@ class Schedule:
             slots = {unit: slots[unit] + n * inner.slots[unit] for unit in slots}
         return Cost(cycles, slots)
 
-    def named_trips(
-        self, names: tuple[str, ...], trips: Mapping[str, float], shares: Mapping[str, float], rest: Mapping[str, float]
-    ) -> dict[str, float]:
-        """Names the loops in program order and turns what is known of them into the `trips` of `cost`.
+    def names(self, last: tuple[str, ...]) -> dict[str, str]:
+        """Path -> name of each loop, and "" -> "".
 
         Paths differ between chips, as the compiler does without a branch here and there; the order of loops does not.
 
         Args:
-            names: of the last loops, in program order. Before them come "grid", the first, and loops that bring in the
-                keys, which differ between chips: "pool" if there is arithmetic in it, else "load".
+            last: names of the last loops, in program order. Before them come "grid", the first, and loops that bring in
+                the keys, which differ between chips: "pool" if there is arithmetic in it, else "load".
+        """
+        loops = [loop for loop in self.root.walk() if loop.path and not loop.is_branch]
+        if len(loops) <= len(last):
+            raise ValueError(f"{self.name} has {len(loops)} loops, wanted a grid and {last}\n{self.outline()}")
+        first = loops[1 : len(loops) - len(last)]
+        loading = ("pool" if sum(part.bundles for part in loop.walk()) >= _LARGE * 3 else "load" for loop in first)
+        named = zip(("grid", *loading, *last), loops, strict=True)
+        return {"": "", **{loop.path: name for name, loop in named}}
+
+    def named_trips(
+        self, names: tuple[str, ...], trips: Mapping[str, float], shares: Mapping[str, float], rest: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Turns what is known of named loops into the `trips` of `cost`.
+
+        Args:
+            names: see `names`.
             trips: name -> how often, each time the surrounding loop does; those not given keep what the compiler knows.
             shares: name -> share of times that the branch right around the loop is taken.
             rest: the same for branches around no loop, where they are not small, by the loop that they are in.
         """
-        loops = [loop for loop in self.root.walk() if loop.path and not loop.is_branch]
-        if len(loops) <= len(names):
-            raise ValueError(f"{self.name} has {len(loops)} loops, wanted a grid and {names}\n{self.outline()}")
-        first = loops[1 : len(loops) - len(names)]
-        loading = ("pool" if sum(part.bundles for part in loop.walk()) >= _LARGE * 3 else "load" for loop in first)
         regions = {loop.path: loop for loop in self.root.walk() if loop.is_branch}
-        out, name_of = {}, {"": ""}
-        for name, loop in zip(("grid", *loading, *names), loops, strict=True):
-            name_of[loop.path] = name
-            if name in trips:
-                out[loop.path] = trips[name]
-            parent = loop.path.rpartition(".")[0]
+        name_of = self.names(names)
+        out = {path: trips[name] for path, name in name_of.items() if name in trips}
+        for path, name in name_of.items():
+            parent = path.rpartition(".")[0]
             if name in shares and parent in regions:
                 out[parent] = shares[name]
         for path, region in regions.items():
