@@ -134,6 +134,8 @@ def _take_schedules(*, keep: bool) -> list[tpu_schedule.Schedule]:
             continue
         use = next(folder.glob(f"{match.group(1)}-{match.group(2)}*-final_hlo-static-per-bundle-utilization.txt"))
         found.append(tpu_schedule.read(match.group(2), text, use.read_text()))
+    if keep and not any(folder.iterdir()):
+        raise RuntimeError("libtpu was loaded before bench.tpu_aot.prepare() was called, so it writes no schedules")
     for path in folder.iterdir():
         path.unlink()
     return found

@@ -14,6 +14,7 @@ UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL"
 
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:\s*(>*)\s*\{(.*)", re.S)
 _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder (%s\w+), (\d+) /\* loop exit test")
+_PHI = re.compile(r"= sphi %s\w+, (%s\w+)")
 _STAGES = re.compile(r"iteration index, stage = (\d+)")
 _JUMP = re.compile(r"sbr\.rel (?:\((!?%p\w+)\) )?target = \$region(\d+)")
 _STARTS = re.compile(r"Start(?:/End empty)? region (\d+)")
@@ -236,21 +237,24 @@ def _loop_spans(bundles: list[Bundle]) -> list[tuple[int, int, float | None]]:
 
 
 def _trips(bundles: list[Bundle], first: int, end: int) -> float | None:
-    depth = bundles[first].depth
-    for i in range(first, min(end + 8, len(bundles))):
-        if i < end and bundles[i].depth > depth:
-            continue
-        match = _EXIT.search(bundles[i].text)
-        if not match:
-            continue
-        counter, limit = match.groups()
-        stages = [int(s) for s in _STAGES.findall(bundles[first].text)]
-        if stages:  # the grid: a software pipeline, of which the first and last iterations only copy
-            return int(limit) - max(stages)
-        own = "\n".join(bundle.text for bundle in bundles[first:end])
-        step = re.search(re.escape(counter) + r" = sadd\.s32 (\d+), ", own)
-        return int(limit) / int(step.group(1)) if step else None
-    return None
+    """The limit of the counter that goes round the loop: of its phi, or else of a test at the loop's own depth."""
+    around = set(_PHI.findall(bundles[first].text))
+    tests = [
+        (match.groups(), bundles[i].depth)
+        for i in range(first, min(end + 8, len(bundles)))
+        for match in _EXIT.finditer(bundles[i].text)
+    ]
+    own = [test for test, _ in tests if test[0] in around]
+    own = own or [test for test, depth in tests if depth <= bundles[first].depth]
+    if not own:
+        return None
+    counter, limit = own[0]
+    stages = [int(s) for s in _STAGES.findall(bundles[first].text)]
+    if stages:  # the grid: a software pipeline, of which the first and last iterations only copy
+        return int(limit) - max(stages)
+    body = "\n".join(bundle.text for bundle in bundles[first:end])
+    step = re.search(re.escape(counter) + r" = sadd\.s32 (\d+), ", body)
+    return int(limit) / int(step.group(1)) if step else None
 
 
 def _branch_spans(bundles: list[Bundle], starts: dict[int, int]) -> list[tuple[int, int]]:

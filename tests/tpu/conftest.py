@@ -8,6 +8,9 @@ from jax.experimental.pallas import tpu as pltpu
 from bench import tpu_aot
 from bench.chips import CHIPS
 
+if tpu_aot.why_not() is None:
+    tpu_aot.prepare()  # before anything asks JAX for its devices, which loads libtpu
+
 
 @pytest.fixture
 def interpret():
