@@ -5,8 +5,8 @@ Peaks, memory and bandwidth are per chip in the sources, here divided by the Ten
 VMEM and the number and size of MXUs: JAX's own table, `jax/_src/tpu_info.py`.
 Google publishes no clock for v6e and v7x. A clock here is the published bf16 peak over the multiply-adds of a cycle:
 MXUs * size^2 * `rows_per_cycle`. v5e and v5p take one row a cycle, which gives the clocks that are known of them (1.5
-and 1.75 GHz); v6e and v7x take two rows a cycle, as the compiler's schedule of a large matrix product shows
-(tests/tpu/test_schedule.py).
+and 1.75 GHz); v6e and v7x take two rows a cycle: the compiler's schedule of a large matrix product comes to that
+within a third (tests/tpu/test_schedule.py).
 """
 
 import dataclasses

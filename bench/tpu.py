@@ -174,8 +174,12 @@ def _make_flat(context: int, dtype: str) -> tuple[Callable, tuple]:
 
 
 def _make_hisa(context: int, dtype: str) -> tuple[Callable, tuple]:
-    options = dict(topk=MODEL.topk, block_size=MODEL.block_size, block_topk=MODEL.block_topk)
-    return lambda *operands: mosaic_tpu.select_hisa(*operands, **options), _operands(context, dtype)
+    def f(*operands: Any) -> Any:
+        return mosaic_tpu.select_hisa(
+            *operands, topk=MODEL.topk, block_size=MODEL.block_size, block_topk=MODEL.block_topk
+        )
+
+    return f, _operands(context, dtype)
 
 
 def _make_sparse_mla(context: int, dtype: str) -> tuple[Callable, tuple]:

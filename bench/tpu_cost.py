@@ -117,20 +117,20 @@ def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) ->
                 moved_bytes=moved + key_bytes,
             )
         )
-    config = refine.heuristic(
+    refine_config = refine.heuristic(
         kind, 1, T, model.H, model.D, n, min(model.block_topk, n), model.block_size, _ITEMSIZE[dtype]
     )
-    tiles = queries / config.tile_t
+    tiles = queries / refine_config.tile_t
     width = min(model.block_topk * model.block_size, S)
     pairs = queries * width / model.block_size
     trips = {
         "grid": tiles,
         "pool": n / 16,  # what a sequence's keys are brought in by, turned for the product
         "load": 0.0,
-        "score": config.tile_t / 8 * width / config.columns,
-        **_topk_trips(padded_groups(width), width, model.topk, config.tile_t),
+        "score": refine_config.tile_t / 8 * width / refine_config.columns,
+        **_topk_trips(padded_groups(width), width, model.topk, refine_config.tile_t),
     }
-    gathered = 0.0 if config.is_resident else pairs * key_bytes / n
+    gathered = 0.0 if refine_config.is_resident else pairs * key_bytes / n
     out.append(
         Kernel(
             name="hisa_refine",
@@ -138,8 +138,8 @@ def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) ->
             trips=trips,
             shares={"pool": 1 / tiles},
             moved_bytes=moved + gathered + 4 * queries * model.topk,
-            exposed_bytes=key_bytes if config.is_resident else 0.0,
-            pairs=8 * config.columns / 128,
+            exposed_bytes=key_bytes if refine_config.is_resident else 0.0,
+            pairs=8 * refine_config.columns / 128,
         )
     )
     return out

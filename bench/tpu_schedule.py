@@ -201,7 +201,7 @@ def _bundles(text: str, slots: list[tuple[int, ...]]) -> list[Bundle]:
             chunks[-1] += "\n" + line
     if len(chunks) != len(slots):
         raise ValueError(f"{len(chunks)} bundles listed, slots of {len(slots)}: the compiler's listing has changed")
-    bundles = []
+    bundles: list[Bundle] = []
     for chunk, used in zip(chunks, slots, strict=True):
         match = _BUNDLE.match(chunk)
         assert match

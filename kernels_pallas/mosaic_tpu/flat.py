@@ -91,11 +91,11 @@ def select_flat(
     scales = pl.BlockSpec((None, 1, tile_s), lambda b, t, s, last: (b, 0, step(b, t, s, last)))
     queries = lambda *shape: pl.BlockSpec((None, tile_t, *shape), lambda b, t, s, _: (b, t, *(0 for _ in shape)))  # noqa: E731
     tiled = (tile_t // ROWS, slots // LANES * ROWS, LANES)
-    has_scale = k_scale is not None
+    scale_rows = [] if k_scale is None else [k_scale[:, None]]
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(B, tiles, k.shape[1] // tile_s),
-        in_specs=[queries(H, D), queries(H), queries(1), keys, *([scales] if has_scale else [])],
+        in_specs=[queries(H, D), queries(H), queries(1), keys, *([scales] * len(scale_rows))],
         out_specs=pl.BlockSpec((None, *tiled), lambda b, t, s, _: (b, t, 0, 0)),
         scratch_shapes=[
             pltpu.VMEM((tile_t // ROWS, groups * ROWS, LANES), jnp.int32),
@@ -115,6 +115,6 @@ def select_flat(
         ),
         name="dsa_select_flat",
         interpret=interpret,
-    )(furthest, q, w, visible[..., None], k, *([k_scale[:, None]] if has_scale else []))
+    )(furthest, q, w, visible[..., None], k, *scale_rows)
     indices = from_tiles(out.reshape(-1, *tiled[1:])).reshape(B, -1, slots)[:, :T, :topk]
     return indices, jnp.minimum(visible[:, :T], topk)

@@ -18,7 +18,7 @@ from kernels_pallas.image import INVISIBLE
 from kernels_pallas.mosaic_tpu import topk_body
 from kernels_pallas.mosaic_tpu.config import LANES, ROWS
 from kernels_pallas.mosaic_tpu.topk_body import SLOTS
-from kernels_pallas.types import Interpret
+from kernels_pallas.types import Interpret, Ref
 
 MAX_K = 16384
 
@@ -99,6 +99,6 @@ def topk(
     return from_tiles(out)[:T, :k], jnp.minimum(n.reshape(-1)[:T], k)
 
 
-def _kernel(x_ref, n_ref, o_ref, cuts_ref, table_ref, *, k: int) -> None:
+def _kernel(x_ref: Ref, n_ref: Ref, o_ref: Ref, cuts_ref: Ref, table_ref: Ref, *, k: int) -> None:
     n = jnp.broadcast_to(n_ref[...], cuts_ref.shape)
     topk_body.select(x_ref, n, k, cuts_ref, table_ref, o_ref)

@@ -283,8 +283,8 @@ def _column_of_slot(slot: Array, row: int, span: int, table_ref: Ref) -> Array:
         group, start = jnp.where(early, further, group), jnp.where(early, found, start)
         step //= 2
     rank = slot - start
-    counts = _gather_lanes(along(_COUNTS), group)
-    counts = (counts & 63, (counts >> 6) & 127, counts >> 16)  # of one, two and three words
+    packed = _gather_lanes(along(_COUNTS), group)
+    counts = (packed & 63, (packed >> 6) & 127, packed >> 16)  # of one, two and three words
     word, before, bit = _gather_lanes(along(_WORDS), group), jnp.zeros_like(rank), jnp.zeros_like(rank)
     for i, count in enumerate(counts, 1):
         later = rank >= count

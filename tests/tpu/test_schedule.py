@@ -91,7 +91,8 @@ def test_clocks_follow_from_published_peaks():
 
 
 def test_rows_a_cycle_of_the_matrix_units(chip):
-    """A large product is scheduled at the rate that the table of chips takes for its clock, or a little under it."""
+    """A large product is scheduled about at the rate that the table of chips takes for its clock: the compiler takes
+    the matrix unit for up to 1.3 times faster than the published peak, so such loops may stall (docs/tpu.md)."""
     rows, size = 2048, 512
 
     def body(x_ref, y_ref, o_ref):
@@ -102,7 +103,7 @@ def test_rows_a_cycle_of_the_matrix_units(chip):
     schedule = tpu_aot.compile_for(chip, call, *operands).schedule("product")
     peak = CHIPS[chip].bf16_flops / CHIPS[chip].clock_hz
     share = 2 * rows * size * size / peak / schedule.cost().cycles
-    assert 0.6 < share <= 1.0
+    assert 0.6 < share < 1.35
 
 
 @pytest.mark.parametrize(("name", "context"), [("topk", 8192), ("flat", 131072), ("hisa", 131072), ("mla", 131072)])
