@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": ("bench.demo", "the main job: index real text with all methods, show speed, quality and found passages"),
     "gpu": ("bench.gpu", "the kernels on an NVIDIA GPU, each checked before it is timed"),
     "gpu-report": ("bench.gpu_report", "the table and the plot of the README from rows that gpu measured"),
+    "tpu": ("bench.tpu", "the TPU kernels by the compiler's schedule, without a TPU; with one, measured: --run"),
     "memory": ("bench.memory", "peak memory of each method at a long context"),
     "tune": ("bench.tune", "find the fastest launch configurations on this GPU, for kernels_pallas/tuned.json"),
 }

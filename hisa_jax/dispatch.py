@@ -110,7 +110,7 @@ def _nvidia(name: str) -> Implementation:
 def _tpu(name: str) -> Implementation:
     def why_not(device: Device, problem: Problem | None) -> str | None:
         if device.platform != "tpu":
-            return f"needs a TPU, this device is {device.kind!r}"
+            return _NO_TPU.format(device.kind)
         module: Any = backend(name)
         if problem is None:
             return module.why_not(device.kind, H=64, D=128, q_dtype="bfloat16", k_dtype="bfloat16", topk=1)
@@ -133,6 +133,7 @@ def _blocks(method: Hisa | BlockSparse, S: int) -> dict[str, int]:
 
 
 _NO_NVIDIA = "needs an NVIDIA GPU, this device is {!r}"
+_NO_TPU = "needs a TPU, this device is {!r}"
 
 # In the order in which "auto" tries them.
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -190,14 +191,17 @@ def attention(name: str) -> Callable[..., tuple[Array, Array]]:
 def attention_reasons(device: Device, problem: AttentionProblem) -> dict[str, str | None]:
     """As `reasons`, for the sparse attention."""
 
-    def nvidia(name: str) -> str | None:
-        if not device.compute_capability:
+    def why_not(name: str) -> str | None:
+        where = device.kind if name == "mosaic_tpu" else device.compute_capability
+        if name == "mosaic_tpu" and device.platform != "tpu":
+            return _NO_TPU.format(device.kind)
+        if not where:
             return _NO_NVIDIA.format(device.kind)
         module = importlib.import_module(f"kernels_pallas.{name}.sparse_mla")
-        return module.why_not(device.compute_capability, **dataclasses.asdict(problem))
+        return module.why_not(where, **dataclasses.asdict(problem))
 
-    names = ["mosaic_gpu", "triton"]
+    nvidia = ["mosaic_gpu", "triton"]
     # Hopper's kernel works on 64 heads at a time.
     if problem.N % 64:
-        names.reverse()
-    return {name: nvidia(name) for name in names} | {"xla": None}
+        nvidia.reverse()
+    return {name: why_not(name) for name in (*nvidia, "mosaic_tpu")} | {"xla": None}

@@ -5,6 +5,7 @@ which must not be chosen (`INVISIBLE`) and those which must (`FORCED`) need no s
 image of -inf.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ INVISIBLE = -(2**31)
 FORCED = 2**31 - 1
 _MAGNITUDE = 2**31 - 1
 # Least and greatest image of the cut, how many reach the least, two weights, which bound moved last, steps so far.
-_Search = tuple[Array, Array, Array, Array, Array, Array, Array]
+Search = tuple[Array, Array, Array, Array, Array, Array, Array]
 _GUESSES = 24  # then halving alone, so that no input takes more than 24 + 32 counts
 
 
@@ -30,6 +31,34 @@ def image_of(scores: Array, bitcast: Callable = lax.bitcast_convert_type) -> Arr
 def score_of(image: Array, bitcast: Callable = lax.bitcast_convert_type) -> Array:
     """Inverts `image_of`."""
     return bitcast(jnp.where(image < 0, image ^ _MAGNITUDE, image), jnp.float32)
+
+
+def narrow_search(
+    state: Search, count_at_least: Callable[[Array], Array], k: int, bitcast: Callable = lax.bitcast_convert_type
+) -> Search:
+    """One pass of `find_cut`; a search that is over stays as it is, so that many may go on side by side."""
+    low, high, n_low, above, below, side, step = state
+    halfway = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up, without overflow
+    a, b = score_of(low, bitcast), score_of(high, bitcast)
+    guess = image_of(a + (b - a) * (above / (above + below)), bitcast)
+    # The image of a NaN is that of -inf: an infinite or forced bound falls back to halving.
+    guess = jnp.where((guess <= low) | (guess > high) | (step >= _GUESSES), halfway, guess)
+    passed = count_at_least(guess)
+    enough = passed >= k
+    moved = jnp.where(enough, jnp.int32(1), jnp.int32(-1))
+    again = jnp.where(moved == side, jnp.float32(0.5), jnp.float32(1))
+    excess = (passed - k).astype(jnp.float32)
+    above_next = jnp.where(enough, excess + 0.5, above * again)
+    below_next = jnp.where(enough, below * again, 0.5 - excess)
+    return (
+        jnp.where(enough, guess, low),
+        jnp.where(enough, high, guess - 1),
+        jnp.where(enough, passed, n_low),
+        above_next,
+        below_next,
+        moved,
+        step + 1,
+    )
 
 
 def find_cut(
@@ -53,34 +82,11 @@ def find_cut(
     its weight), which takes 6 to 9 passes where halving the image takes about 22; it stops as soon as exactly k pass.
     """
 
-    def unfinished(state: _Search) -> Array:
+    def unfinished(state: Search) -> Array:
         low, high, n_low, *_ = state
         return (low < high) & (n_low > k)
 
-    def narrow(state: _Search) -> _Search:
-        low, high, n_low, above, below, side, step = state
-        halfway = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up, without overflow
-        a, b = score_of(low, bitcast), score_of(high, bitcast)
-        guess = image_of(a + (b - a) * (above / (above + below)), bitcast)
-        # The image of a NaN is that of -inf: an infinite or forced bound falls back to halving.
-        guess = jnp.where((guess <= low) | (guess > high) | (step >= _GUESSES), halfway, guess)
-        passed = count_at_least(guess)
-        enough = passed >= k
-        moved = jnp.where(enough, jnp.int32(1), jnp.int32(-1))
-        again = jnp.where(moved == side, jnp.float32(0.5), jnp.float32(1))
-        excess = (passed - k).astype(jnp.float32)
-        above_next = jnp.where(enough, excess + 0.5, above * again)
-        below_next = jnp.where(enough, below * again, 0.5 - excess)
-        return (
-            jnp.where(enough, guess, low),
-            jnp.where(enough, high, guess - 1),
-            jnp.where(enough, passed, n_low),
-            above_next,
-            below_next,
-            moved,
-            step + 1,
-        )
-
     excess = (n - k).astype(jnp.float32) + 0.5
     start = (lowest, highest, n, excess, jnp.float32(k), jnp.int32(0), jnp.int32(0))
-    return lax.while_loop(unfinished, narrow, start)[0]
+    step = functools.partial(narrow_search, count_at_least=count_at_least, k=k, bitcast=bitcast)
+    return lax.while_loop(unfinished, step, start)[0]

@@ -140,15 +140,21 @@ class FlatCall:
         return tuple(x.reshape(*self.shape, *x.shape[1:]) for x in results)
 
 
+def whole_blocks(k: Array, k_scale: Array | None, block_size: int) -> tuple[Array, Array | None]:
+    """Pads [B, S, D] and [B, S] with zeros to a multiple of `block_size` tokens."""
+    if missing := -k.shape[1] % block_size:
+        k = jnp.pad(k, ((0, 0), (0, missing), (0, 0)))
+        k_scale = None if k_scale is None else jnp.pad(k_scale, ((0, 0), (0, missing)))
+    return k, k_scale
+
+
 def flatten_batch(
     q: Array, k: Array, k_scale: Array | None, w: Array, visible: Array, lengths: Array | None, align: int
 ) -> FlatCall:
     """[B, T, H, D], [B, S, D], [B, S], [B, T, H], [B, T], [B] or None (all S): keys padded to `align` rows each."""
     (B, T, H, D), S = q.shape, k.shape[1]
-    if missing := -S % align:
-        k = jnp.pad(k, ((0, 0), (0, missing), (0, 0)))
-        k_scale = None if k_scale is None else jnp.pad(k_scale, ((0, 0), (0, missing)))
-    rows = S + missing
+    k, k_scale = whole_blocks(k, k_scale, align)
+    rows = k.shape[1]
     return FlatCall(
         q=q.reshape(B * T, H, D),
         k=k.reshape(B * rows, D),

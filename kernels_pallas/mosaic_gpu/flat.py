@@ -56,11 +56,11 @@ def flat(
         )
 
     if sequences.max_keys <= max(ONE_TILE, 2 * topk) <= topk_stage.MAX_WIDTH:
-        x = images(jnp.zeros((1,), jnp.int32), sequences.max_keys)
+        # Whole steps of a selection, also where a span is less.
+        x = images(jnp.zeros((1,), jnp.int32), -(-sequences.max_keys // COLUMNS) * COLUMNS)
         return topk_stage.topk(x, visible, topk, n_ctas=n_ctas, interpret=interpret)
 
-    def merged(best: Array, positions: Array, start: Array, n_columns: int) -> tuple[Array, Array]:
-        cut = jnp.min(best, axis=1)
+    def merged(best: Array, positions: Array, cut: Array, start: Array, n_columns: int) -> tuple[Array, Array]:
         x, masks = images(start, n_columns, cut)
         return merge_stage.merge(best, positions, x, masks, start, visible, n_ctas=n_ctas, interpret=interpret)
 
@@ -71,9 +71,10 @@ def flat(
     nothing = jnp.full((T, n_best), INVISIBLE, jnp.int32), jnp.full((T, n_best), -1, jnp.int32)
 
     def one_tile(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        return merged(best[0], best[1], jnp.full((1,), first + i * step, jnp.int32), step)
+        return merged(*best, jnp.min(best[0], axis=1), jnp.full((1,), first + i * step, jnp.int32), step)
 
-    start = merged(*nothing, jnp.zeros((1,), jnp.int32), first)
+    everything = jnp.full((T,), INVISIBLE, jnp.int32)  # the minimum of nothing, which XLA would work out slowly
+    start = merged(*nothing, everything, jnp.zeros((1,), jnp.int32), first)
     best, positions = lax.fori_loop(0, (jnp.max(visible) - first + step - 1) // step, one_tile, start)
     if n_best == topk:
         return positions, jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)

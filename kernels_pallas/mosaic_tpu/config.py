@@ -1,0 +1,67 @@
+"""What the TPU kernels know of the chips, and which inputs they take."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+ROWS = 8  # sublanes of a float32 register: queries side by side in every kernel
+LANES = 128
+GROUP = 16  # blocks that one copy of contiguous keys brings: the rows of a bfloat16 tile of means
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """What a choice of tile sizes depends on.
+
+    Attributes:
+        mxu: rows and columns of the matrix unit.
+        n_cores: cores that share a grid (megacore).
+    """
+
+    mxu: int
+    n_cores: int = 1
+
+
+_V5E, _V5P, _V6E, _V7X = Chip(mxu=128), Chip(mxu=128, n_cores=2), Chip(mxu=256), Chip(mxu=256)
+# By `device_kind`; some kinds have two names.
+CHIPS = {
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
+    "TPU7x": _V7X,
+}
+
+
+def chip() -> Chip:
+    """The chip that is compiled for: the abstract mesh's, or the default device's; v6e where that is no TPU."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return CHIPS.get(device.device_kind if device else jax.devices()[0].device_kind, _V6E)
+
+
+def why_not(
+    device_kind: str,
+    H: int,
+    D: int,
+    q_dtype: DTypeLike,
+    k_dtype: DTypeLike,
+    *,
+    block_size: int,
+) -> str | None:
+    """None, or why the indexer's kernels cannot run this."""
+    if device_kind not in CHIPS:
+        return f"needs a TPU v5e, v5p, v6e or v7x, this device is {device_kind!r}"
+    names = jnp.dtype(q_dtype).name, jnp.dtype(k_dtype).name
+    if names[0] != names[1]:
+        return f"needs queries and keys of one dtype, not {names[0]} and {names[1]}"
+    if names[0] not in ("bfloat16", "int8", "float8_e4m3fn"):
+        return f"needs bfloat16, int8 or float8_e4m3fn queries and keys, not {names[0]}"
+    if H not in (16, 32, 64, 128) or D not in (64, 128):
+        return f"needs 16, 32, 64 or 128 heads of size 64 or 128, not {H} of {D}"
+    if block_size not in (64, 128, 256):
+        return f"needs blocks of 64, 128 or 256 tokens, not {block_size}"
+    return None

@@ -1,0 +1,120 @@
+"""The flat indexer: all visible keys scored and the exact top-k of them, in one kernel.
+    o[t] = the topk tokens s < visible[t] of largest scale[s] * sum_h w[t, h] relu(q[t, h] . k[s]), ascending, then -1
+
+Floor, 4096 queries of dsv32 at 128K on v5e: MXU 8.8 PFLOP / 197 TFLOP/s = 45 ms; HBM 128 passes over 32 MiB of keys =
+5 ms. Bound by the MXU. The images of a tile of queries wait in VMEM (4 bytes a query and token) for the exact
+selection, so that nothing but keys and the chosen positions crosses HBM.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.mosaic_tpu import topk_body
+from kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from kernels_pallas.mosaic_tpu.flat_body import Plan, flat_body, products_a_step
+from kernels_pallas.mosaic_tpu.topk import from_tiles, padded_groups
+from kernels_pallas.mosaic_tpu.topk_body import SLOTS
+from kernels_pallas.sequences import whole_blocks
+from kernels_pallas.types import Interpret
+
+_IMAGES_BYTES = 36 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tile sizes: they change the speed, never the result."""
+
+    tile_t: int = 32  # queries whose images are in VMEM together
+    tile_s: int = 2048  # keys a grid step
+
+    def __post_init__(self) -> None:
+        if self.tile_t % ROWS or self.tile_s % 256:
+            raise ValueError(f"{self}: tile_t must be a multiple of {ROWS} and tile_s of 256")
+
+    def vmem_bytes(self, H: int, D: int, S: int, k: int, itemsize: int) -> int:
+        images = 4 * self.tile_t * padded_groups(S) * LANES
+        keys = 2 * self.tile_s * (D * itemsize + 4 * ROWS)
+        queries = 2 * self.tile_t * (H * D * itemsize + 4 * LANES) + 4 * self.tile_t * H * LANES
+        slots = 2 * 4 * self.tile_t * -(-k // SLOTS) * SLOTS
+        return images + keys + queries + slots + 4 * LANES * max(self.tile_t, 32) * 24
+
+
+def heuristic(T: int, S: int) -> Config:
+    """As many queries as their images fit: each more halves what the keys' copies and a grid step cost a query."""
+    tile_t = 32
+    while tile_t > ROWS and (4 * tile_t * S > _IMAGES_BYTES or tile_t >= 2 * T):
+        tile_t //= 2
+    return Config(tile_t=tile_t, tile_s=2048 if tile_t == 32 else 4096)
+
+
+def why_not(S: int) -> str | None:
+    """None, or why so many keys cannot be selected from."""
+    most = _IMAGES_BYTES // (4 * ROWS)
+    return None if most >= S else f"the flat indexer needs at most {most} keys, not {S}"
+
+
+@functools.partial(jax.jit, static_argnames=("topk", "config", "interpret"))
+def select_flat(
+    q: Array,
+    k: Array,
+    k_scale: Array | None,
+    w: Array,
+    visible: Array,
+    *,
+    topk: int,
+    config: Config | None = None,
+    interpret: Interpret = False,
+) -> tuple[Array, Array]:
+    """[B, T, H, D], [B, S, D], [B, S] or None, [B, T, H], [B, T] -> indices [B, T, topk], count [B, T], both int32."""
+    (B, T, H, D), S = q.shape, k.shape[1]
+    config = config or heuristic(T, S)
+    tile_t, tile_s = config.tile_t, min(config.tile_s, -(-S // 256) * 256)
+    k, k_scale = whole_blocks(k, k_scale, tile_s)
+    groups, slots = padded_groups(k.shape[1]), -(-topk // SLOTS) * SLOTS
+    missing = -T % tile_t
+    q, w, visible = (jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) for x in (q, w, visible))
+    visible = jnp.clip(visible, 0, S)
+    tiles = (T + missing) // tile_t
+    furthest = jnp.max(visible.reshape(B * tiles, tile_t), axis=1)
+
+    def step(b, t, s, furthest_smem):
+        # Beyond the last key that some query of the tile sees, the same keys again: nothing is copied.
+        return jnp.minimum(s, jnp.maximum(pl.cdiv(furthest_smem[b * tiles + t], tile_s) - 1, 0))
+
+    keys = pl.BlockSpec((None, tile_s, D), lambda b, t, s, last: (b, step(b, t, s, last), 0))
+    scales = pl.BlockSpec((None, 1, tile_s), lambda b, t, s, last: (b, 0, step(b, t, s, last)))
+    queries = lambda *shape: pl.BlockSpec((None, tile_t, *shape), lambda b, t, s, _: (b, t, *(0 for _ in shape)))  # noqa: E731
+    tiled = (tile_t // ROWS, slots // LANES * ROWS, LANES)
+    scale_rows = [] if k_scale is None else [k_scale[:, None]]
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(B, tiles, k.shape[1] // tile_s),
+        in_specs=[queries(H, D), queries(H), queries(1), keys, *([scales] * len(scale_rows))],
+        out_specs=pl.BlockSpec((None, *tiled), lambda b, t, s, _: (b, t, 0, 0)),
+        scratch_shapes=[
+            pltpu.VMEM((tile_t // ROWS, groups * ROWS, LANES), jnp.int32),
+            pltpu.VMEM((tile_t, H, LANES), jnp.float32),
+            pltpu.VMEM((products_a_step(tile_t, tile_s) * tile_t * 2 * ROWS, LANES), jnp.float32),
+            pltpu.VMEM((tile_t // ROWS, ROWS, LANES), jnp.int32),
+            pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
+        ],
+    )
+    out = pl.pallas_call(
+        functools.partial(flat_body, Plan(topk=topk, tiles=tiles, span=min(groups, LANES))),
+        grid_spec=grid_spec,
+        out_shape=jax.ShapeDtypeStruct((B, tiles * tiled[0], *tiled[1:]), jnp.int32),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=config.vmem_bytes(H, D, k.shape[1], topk, q.dtype.itemsize) + (6 << 20),
+        ),
+        name="dsa_select_flat",
+        interpret=interpret,
+    )(furthest, q, w, visible[..., None], k, *scale_rows)
+    indices = from_tiles(out.reshape(-1, *tiled[1:])).reshape(B, -1, slots)[:, :T, :topk]
+    return indices, jnp.minimum(visible[:, :T], topk)

@@ -1,0 +1,93 @@
+"""What the launches of the kernels have in common."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.mosaic_tpu import topk_body
+from kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from kernels_pallas.mosaic_tpu.topk_body import SLOTS
+from kernels_pallas.types import Interpret, Ref
+
+_MARGIN_BYTES = 6 << 20  # what the compiler keeps in VMEM for itself, spills and semaphores among it
+
+
+def call(
+    body: Callable,
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    prefetch: list,
+    operands: list,
+    in_specs: list[pl.BlockSpec],
+    out_specs: Any,
+    out_shape: Any,
+    scratch: dict[str, Ref],
+    vmem_bytes: int,
+    interpret: Interpret,
+    dimension_semantics: Any = ("parallel", "arbitrary", "arbitrary"),
+) -> Any:
+    """A `pl.pallas_call` whose body gets its scratch by keyword.
+
+    Args:
+        grid: (cores, sequences, tiles of a sequence), unless `dimension_semantics` says otherwise. At the first tile of
+            a sequence its keys are brought to VMEM for all of them.
+    """
+
+    def named(*refs: Ref) -> None:
+        n = len(refs) - len(scratch)
+        body(*refs[:n], **dict(zip(scratch, refs[n:], strict=True)))
+
+    return pl.pallas_call(
+        named,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetch),
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=dimension_semantics,
+            vmem_limit_bytes=vmem_bytes + _MARGIN_BYTES,
+            # Checks of the copies take longer than the copies: 27 cycles each instead of 10. Every index is clipped
+            # before the launch instead.
+            disable_bounds_checks=True,
+        ),
+        interpret=interpret,
+        name=name,
+    )(*prefetch, *operands)
+
+
+def in_hbm(operands: list) -> list[pl.BlockSpec]:
+    """For operands that the kernel copies itself."""
+    return [pl.BlockSpec(memory_space=pltpu.HBM)] * len(operands)
+
+
+def rows(tile: int, tiles: int, *trailing: int, memory_space: Ref = None) -> pl.BlockSpec:
+    """Block [tile, *trailing] of [B, T, *trailing] on a grid of (cores, B, `tiles` of a sequence on one core)."""
+
+    def index(core: Ref, b: Ref, t: Ref, *_: Ref) -> tuple:
+        return b, core * tiles + t, *(0 for _ in trailing)
+
+    return pl.BlockSpec((None, tile, *trailing), index, memory_space=memory_space)
+
+
+def selection_scratch(tiles: int, groups: int, k: int) -> dict[str, Ref]:
+    """What `topk_body.select` needs, for `tiles` of eight rows."""
+    return {
+        "images_vmem": pltpu.VMEM((tiles, groups * ROWS, LANES), jnp.int32),
+        "cuts_vmem": pltpu.VMEM((tiles, ROWS, LANES), jnp.int32),
+        "table_vmem": pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
+        "chosen_vmem": pltpu.VMEM((tiles, -(-k // SLOTS) * ROWS * ROWS, LANES), jnp.int32),
+    }
+
+
+def pad_axis(x: Array, axis: int, multiple: int) -> Array:
+    """Zeros behind an axis, to a multiple."""
+    return jnp.pad(x, [(0, -n % multiple if i == axis else 0) for i, n in enumerate(x.shape)])

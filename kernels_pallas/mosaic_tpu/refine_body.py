@@ -1,0 +1,218 @@
+"""Device code of `refine`: eight lists of blocks side by side, each scored by its own query.
+
+A step scores `columns` candidates of each list: one product a list and 256 candidates, all unrolled, so that the
+matrix units load the keys of one product while the rows of another pass. The images of a tile of queries stay in
+VMEM, where their top-k is found at the end.
+
+The eight lists are those of eight queries; or, where queries are few, eighths of one query's list (`is_split`).
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from kernels_pallas.image import FORCED, INVISIBLE
+from kernels_pallas.mosaic_tpu import refine_source, topk_body
+from kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from kernels_pallas.mosaic_tpu.refine_source import Source, Step
+from kernels_pallas.mosaic_tpu.tiles import fill, images_of_rows, products, splat, spread_weights, sum_to_sublanes
+from kernels_pallas.types import Ref
+
+_PRODUCT = 256  # candidates a product: a side of the larger matrix unit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The static numbers of a launch."""
+
+    tiles: int  # of a sequence, on one core
+    eights: int  # of a tile: eight queries, or one if is_split
+    is_split: bool
+    is_transposed: bool
+    topk: int
+    m: int  # blocks of a query, padded to whole steps
+    block_size: int
+    columns: int  # candidates of a list a step
+    keep_first: int  # candidates that are chosen whatever they score, of the first and of the last that are visible
+    keep_last: int
+
+    @property
+    def slots(self) -> int:
+        """Blocks of a list a step."""
+        return self.columns // self.block_size
+
+    @property
+    def blocks_per_list(self) -> int:
+        return self.m // ROWS if self.is_split else self.m
+
+    @property
+    def blocks_per_product(self) -> int:
+        return max(1, _PRODUCT // self.block_size)
+
+    def query(self, step: Step, r: int) -> Array:
+        """Row of the tile whose list number r of a step is."""
+        return step.eight if self.is_split else step.eight * ROWS + r
+
+    @property
+    def steps_per_list(self) -> int:
+        return self.blocks_per_list // self.slots
+
+    def place(self, step: Step, r: int, s: int) -> tuple[Array, Array, int]:
+        """Where [tile_t, steps, slots] holds slot s of list r."""
+        return self.query(step, r), step.i + (r * self.steps_per_list if self.is_split else 0), s
+
+
+def resident_body(
+    plan: Plan, n_steps_smem: Ref, n_tokens_smem: Ref, places_smem: Ref, n_kept_smem: Ref, blocks_ref: Ref,
+    n_visible_ref: Ref, q_ref: Ref, w_ref: Ref, k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref,
+    staged_vmem: Ref = None, scale_vmem: Ref = None, **scratch: Ref
+) -> None:  # fmt: skip
+    *scale_hbm, o_ref = refs
+    b = pl.program_id(1)
+
+    @pl.when(pl.program_id(2) == 0)
+    def _load():
+        pairs = [(scale, scale_vmem) for scale in scale_hbm]
+        if plan.is_transposed:
+            refine_source.load_transposed(b, n_tokens_smem[b], k_hbm, keys_vmem, staged_vmem, sems)
+        else:
+            pairs.append((k_hbm, keys_vmem))
+        refine_source.load_sequence(b, n_tokens_smem[b], pairs, sems)
+
+    source = refine_source.resident(plan.place, places_smem, keys_vmem, scale_vmem)
+    refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, o_ref, **scratch)
+
+
+def gathered_body(
+    plan: Plan, n_steps_smem: Ref, places_smem: Ref, n_kept_smem: Ref, blocks_ref: Ref, n_visible_ref: Ref, q_ref: Ref,
+    w_ref: Ref, k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None, **scratch: Ref
+) -> None:  # fmt: skip
+    *scale_hbm, o_ref = refs
+    pairs = [(k_hbm, keys_vmem), *((scale, scale_vmem) for scale in scale_hbm)]
+    source = refine_source.ring(plan.place, plan.slots, places_smem, n_kept_smem, pairs, sems)
+    refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, o_ref, **scratch)
+
+
+def refine_tile(
+    plan: Plan,
+    source: Source,
+    n_steps_smem: Ref,
+    blocks_ref: Ref,
+    n_visible_ref: Ref,
+    q_ref: Ref,
+    w_ref: Ref,
+    o_ref: Ref,
+    *,
+    w_vmem: Ref,
+    partial_vmem: Ref,
+    images_vmem: Ref,
+    cuts_vmem: Ref,
+    table_vmem: Ref,
+    chosen_vmem: Ref,
+) -> None:
+    """The best tokens of a tile of queries.
+
+    Args:
+        n_steps_smem: [all tiles * eights] int32, steps that each eight needs.
+        blocks_ref: [tile_t // 8, 8, m] int32; n_visible_ref: [tile_t // 8, 8, 1] int32, candidates of each query.
+        q_ref: [tile_t, H, D]; w_ref: [tile_t, H]; o_ref: [tile_t // 8, 8, topk padded] int32, ascending, then -1.
+        w_vmem: [tile_t, H, LANES]; partial_vmem: [columns / LANES * 64, LANES]; the others as in `topk_body.select`.
+    """
+    core, b, t = (pl.program_id(axis) for axis in range(3))
+    first = ((b * pl.num_programs(0) + core) * plan.tiles + t) * plan.eights
+    n_steps = [n_steps_smem[first + e] for e in range(plan.eights)]
+    spread_weights(w_ref, w_vmem)
+    fill(images_vmem, splat(n_visible_ref))
+
+    def following(step: Step) -> Step:
+        """The next step of the eight, or the first of the next eight that has one."""
+        eight, more = jnp.int32(plan.eights), jnp.int32(0)
+        for e in reversed(range(plan.eights)):
+            eight = jnp.where((e > step.eight) & (n_steps[e] > 0), e, eight)
+            more = jnp.where(e == step.eight, n_steps[e], more)
+        is_last = step.i + 1 >= more
+        return Step(jnp.where(is_last, eight, step.eight), jnp.where(is_last, 0, step.i + 1), step.turn + 1)
+
+    total = sum(n_steps[1:], n_steps[0])
+    step = following(Step(jnp.int32(-1), jnp.int32(0), jnp.int32(-1)))
+    pl.when(total > 0)(lambda: source.start(step))
+
+    def one_step(turn: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        step = Step(*carry, turn)
+        after = following(step)
+        pl.when(turn + 1 < total)(lambda: source.start(after))
+        source.wait(step)
+        score_step(plan, source, step, n_visible_ref, q_ref, w_vmem, partial_vmem, images_vmem)
+        return after.eight, after.i
+
+    lax.fori_loop(0, total, one_step, (step.eight, step.i))
+    topk_body.select(images_vmem, splat(n_visible_ref), plan.topk, cuts_vmem, table_vmem, chosen_vmem)
+    write_positions(plan, blocks_ref, chosen_vmem, o_ref)
+
+
+def score_step(
+    plan: Plan,
+    source: Source,
+    step: Step,
+    n_visible_ref: Ref,
+    q_ref: Ref,
+    w_vmem: Ref,
+    partial_vmem: Ref,
+    images_vmem: Ref,
+) -> None:
+    """Images of `columns` candidates of eight lists."""
+    W, lanes, transposed = plan.blocks_per_product, plan.blocks_per_product * plan.block_size, plan.is_transposed
+    for s in range(0, plan.slots, W):
+        for r in range(ROWS):
+            query = plan.query(step, r)
+            keys = [source.keys(step, r, s + j) for j in range(W)]
+            x = products(q_ref[query], jnp.concatenate(keys, axis=1 if transposed else 0), transposed)
+            if source.scale is not None:
+                scale = jnp.concatenate([source.scale(step, r, s + j) for j in range(W)], axis=1)
+            for c in range(0, lanes, LANES):
+                rows = sum_to_sublanes(x[:, c : c + LANES], w_vmem[query])
+                if source.scale is not None:
+                    rows = rows * scale[:, c : c + LANES]
+                at = (s * plan.block_size + c) // LANES * ROWS * ROWS + r * ROWS
+                partial_vmem[pl.ds(at, ROWS)] = rows
+    column = step.i * plan.columns + lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
+    groups_per_list = plan.blocks_per_list * plan.block_size // LANES
+    if plan.is_split:
+        column += lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0) * (groups_per_list * LANES)
+        n_visible = n_visible_ref[lax.div(step.eight, ROWS), pl.ds(lax.rem(step.eight, ROWS), 1)]
+    else:
+        n_visible = n_visible_ref[step.eight]
+    n_visible = jnp.broadcast_to(n_visible, (ROWS, LANES))
+    for c in range(0, plan.columns, LANES):
+        image = images_of_rows(partial_vmem, c // LANES * ROWS * ROWS)
+        if plan.keep_first or plan.keep_last:
+            is_forced = (column + c < plan.keep_first) | (column + c >= n_visible - plan.keep_last)
+            image = jnp.where(is_forced, FORCED, image)
+        image = jnp.where(column + c < n_visible, image, INVISIBLE)
+        group = (step.i * plan.columns + c) // LANES
+        if plan.is_split:
+            tile, sublane = lax.div(step.eight, ROWS), lax.rem(step.eight, ROWS)
+            images_vmem[tile, pl.ds(group * ROWS + sublane, ROWS, stride=groups_per_list * ROWS)] = image
+        else:
+            images_vmem[step.eight, pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)] = image
+
+
+def write_positions(plan: Plan, blocks_ref: Ref, chosen_vmem: Ref, o_ref: Ref) -> None:
+    """Columns of the candidates to positions in the sequence."""
+
+    def one_tile(tile: Array, _: None) -> None:
+        for first in range(0, o_ref.shape[2], LANES):
+            columns = chosen_vmem[tile, pl.ds(first // LANES * ROWS, ROWS)]
+            slot = jnp.maximum(columns, 0) // plan.block_size
+            block = jnp.zeros_like(slot)
+            for part in range(0, blocks_ref.shape[2], LANES):
+                found = jnp.take_along_axis(
+                    blocks_ref[tile, :, part : part + LANES], slot % LANES, axis=1, mode="promise_in_bounds"
+                )
+                block = jnp.where(slot // LANES == part // LANES, found, block)
+            positions = block * plan.block_size + columns % plan.block_size
+            o_ref[tile, :, first : first + LANES] = jnp.where(columns < 0, -1, positions)
+
+    lax.fori_loop(0, o_ref.shape[0], one_tile, None)

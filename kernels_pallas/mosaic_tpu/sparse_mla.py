@@ -1,0 +1,174 @@
+"""Sparse multi-head latent attention, forward: every query attends to the tokens its indexer chose.
+    o[t, n] = softmax_s(scale * q[t, n] . kv[s]) @ kv[s, :value_dim], s chosen by t;   lse[t, n] = log sum_s exp(...)
+
+Floor, a query of dsv32 (128 heads, 576 / 512, 8192 tokens of 64 blocks) on v5e: MXU 2.3 GFLOP / 197 TFLOP/s = 12 us,
+HBM 9.4 MB / 819 GB/s = 12 us. Whole blocks are read and masked to the chosen tokens: four times the arithmetic of
+the 2048 tokens alone, but a copy of one row of a bfloat16 array is not to be had, and 2048 copies a query would cost
+more cycles to start than the product takes. A list of tokens is turned into its blocks of 128 and, in the kernel, their
+masks; of a list over all of a long context that is the whole context.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+
+from kernels_pallas.image import FORCED, INVISIBLE
+from kernels_pallas.mosaic_tpu import config as chips
+from kernels_pallas.mosaic_tpu.config import LANES
+from kernels_pallas.mosaic_tpu.sparse_mla_body import WINDOW, Plan, listed_body, masked_body
+from kernels_pallas.mosaic_tpu.topk import topk
+from kernels_pallas.types import Interpret, Ref
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tile sizes: they change the speed and the last bits, nothing else."""
+
+    tile_s: int = 1024  # tokens a step: 22,300 cycles a query on v5e with 512, 21,800 with 1024
+
+
+def why_not(device_kind: str, N: int, key_dim: int, value_dim: int, dtype: DTypeLike) -> str | None:
+    """None, or why this kernel cannot run a shape."""
+    if device_kind not in chips.CHIPS:
+        return f"needs a TPU v5e, v5p, v6e or v7x, this device is {device_kind!r}"
+    if jnp.dtype(dtype) != jnp.dtype(jnp.bfloat16):
+        return f"needs bfloat16, not {jnp.dtype(dtype).name}"
+    if value_dim % LANES or not value_dim <= key_dim:
+        return (
+            f"needs a value size that is a multiple of {LANES} and at most the key size, not {value_dim} of {key_dim}"
+        )
+    return None if N % 16 == 0 else f"needs a multiple of 16 heads, not {N}"
+
+
+@functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "interpret"))
+def sparse_mla(
+    q: Array,
+    kv: Array,
+    indices: Array,
+    *,
+    value_dim: int,
+    scale: float,
+    config: Config | None = None,
+    interpret: Interpret = False,
+) -> tuple[Array, Array]:
+    """[B, T, N, E], [B, S, E], [B, T, K] int32 -> [B, T, N, value_dim] in the dtype of q, [B, T, N] float32 lse.
+
+    Args:
+        indices: token positions, ascending, then -1. A query with none gives zeros and an lse of -inf.
+    """
+    (B, T, _, _), S = q.shape, kv.shape[1]
+    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % LANES)), constant_values=-1)
+    K = indices.shape[2]
+    blocks = indices // LANES
+    is_first = (indices >= 0) & (blocks != jnp.pad(blocks[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=-1))
+    most = min(K, -(-S // LANES))
+    n_blocks = jnp.sum(is_first, axis=2, dtype=jnp.int32)
+    flags = jnp.where(is_first, FORCED, INVISIBLE).reshape(B * T, K)
+    starts, _ = topk(flags, n_blocks.reshape(-1), most, interpret=interpret)
+    return _launch(
+        listed_body,
+        q,
+        kv,
+        n_blocks,
+        smem=[jnp.maximum(starts, 0).reshape(B, T, most), indices],
+        vmem=[indices.reshape(B, T, K // LANES, LANES)],
+        scratch=[pltpu.VMEM((K + WINDOW, LANES), jnp.int32)],
+        block_size=LANES,
+        value_dim=value_dim,
+        scale=scale,
+        config=config or Config(),
+        interpret=interpret,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "interpret"))
+def sparse_mla_blocks(
+    q: Array,
+    kv: Array,
+    block_ids: Array,
+    mask: Array,
+    *,
+    value_dim: int,
+    scale: float,
+    config: Config | None = None,
+    interpret: Interpret = False,
+) -> tuple[Array, Array]:
+    """As `sparse_mla`, for the tokens of kept blocks where a mask is set.
+
+    Args:
+        block_ids: [B, T, M] int32, then -1; mask: [B, T, M, block_size] bool, block_size a multiple of 128.
+    """
+    n_blocks = jnp.sum(block_ids >= 0, axis=2, dtype=jnp.int32)
+    return _launch(
+        masked_body,
+        q,
+        kv,
+        n_blocks,
+        smem=[jnp.maximum(block_ids, 0)],
+        vmem=[mask.astype(jnp.float32)],
+        scratch=[],
+        block_size=mask.shape[3],
+        value_dim=value_dim,
+        scale=scale,
+        config=config or Config(),
+        interpret=interpret,
+    )
+
+
+def _launch(
+    body: Ref,
+    q: Array,
+    kv: Array,
+    n_blocks: Array,
+    *,
+    smem: list[Array],
+    vmem: list[Array],
+    scratch: list,
+    block_size: int,
+    value_dim: int,
+    scale: float,
+    config: Config,
+    interpret: Interpret,
+) -> tuple[Array, Array]:
+    B, T, N, E = q.shape
+    kv = jnp.pad(kv, ((0, 0), (0, -kv.shape[1] % block_size), (0, 0)))
+    per_step = max(config.tile_s // block_size, 1)
+    smem = [n_blocks[..., None], *smem]
+    scalars = [
+        pl.BlockSpec((None, 1, x.shape[2]), lambda b, t: (b * T + t, 0, 0), memory_space=pltpu.SMEM) for x in smem
+    ]
+    whole = lambda *shape: pl.BlockSpec((None, None, *shape), lambda b, t: (b, t, 0, 0))  # noqa: E731
+    plan = Plan(value_dim=value_dim, scale=scale, per_step=per_step, block_size=block_size)
+    tile = per_step * block_size
+    vmem_bytes = 4 * tile * E + N * (8 * E + 12 * value_dim + 12 * tile) + (12 << 20)
+    o, lse = pl.pallas_call(
+        functools.partial(body, plan),
+        grid=(B, T),
+        in_specs=[
+            *scalars,
+            *(whole(*x.shape[2:]) for x in vmem),
+            whole(N, E),
+            pl.BlockSpec(memory_space=pltpu.HBM),
+        ],
+        out_specs=[whole(N, value_dim), whole(N, LANES)],
+        out_shape=[
+            jax.ShapeDtypeStruct((B, T, N, value_dim), q.dtype),
+            jax.ShapeDtypeStruct((B, T, N, LANES), jnp.float32),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((2, tile, E), kv.dtype),
+            pltpu.VMEM((N, value_dim), jnp.float32),
+            pltpu.SemaphoreType.DMA((2,)),
+            *scratch,
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_bytes),
+        name="sparse_mla",
+        interpret=interpret,
+    )(*(x.reshape(B * T, 1, -1) for x in smem), *vmem, q, kv)
+    return o, lse[..., 0]

@@ -1,0 +1,37 @@
+"""Interpret mode that finds races, missing waits and what was never written; compile tests where libtpu is."""
+
+import jax
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # what was found has no public name
+from jax.experimental.pallas import tpu as pltpu
+
+from bench import tpu_aot
+from bench.chips import CHIPS
+
+if tpu_aot.why_not() is None:
+    tpu_aot.prepare()  # before anything asks JAX for its devices, which loads libtpu
+
+
+@pytest.fixture
+def interpret():
+    yield pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
+    races = interpret_pallas_call.races
+    assert races is not None, "nothing was interpreted"
+    assert not races.races_found
+
+
+@pytest.fixture(params=CHIPS)
+def chip(request):
+    """Each chip that kernels are compiled for."""
+    reason = tpu_aot.why_not()
+    if reason:
+        pytest.skip(reason)
+    return request.param
+
+
+def pytest_collection_modifyitems(items):
+    if jax.default_backend() == "tpu":
+        return
+    for item in items:
+        if item.get_closest_marker("tpu"):
+            item.add_marker(pytest.mark.skip(reason=f"needs a TPU, this machine has {jax.default_backend()}"))

@@ -1,0 +1,147 @@
+"""The hierarchical indexer in TPU interpret mode: races found, copies done only when waited for, memory full of NaN."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import mosaic_tpu
+from kernels_pallas.mosaic_tpu import block_filter, decode, pool, refine
+from kernels_pallas.mosaic_tpu.config import CHIPS
+from tests.gpu import draw, promises, reference
+
+BF16, INT8, E4M3 = jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn
+EXACT = {"token_tolerance": 1e-9, "block_tolerance": 1e-9}
+
+
+def run(inputs, visible, interpret, *, lengths=None, **options):
+    """`select_hisa`, with NaN where a sequence has no keys or scales."""
+    q, k, k_scale, w = inputs
+    B, S, _ = k.shape
+    lengths = np.full((B,), S, np.int32) if lengths is None else np.asarray(lengths, np.int32)
+    absent = jnp.asarray(np.arange(S) >= lengths[:, None])
+    if k_scale is not None:
+        k_scale = jnp.where(absent, jnp.nan, k_scale)
+    else:
+        k = jnp.where(absent[..., None], jnp.asarray(jnp.nan, k.dtype), k)
+    lengths, visible = jnp.asarray(lengths), jnp.asarray(visible)
+    return mosaic_tpu.select_hisa(q, k, k_scale, w, visible, lengths=lengths, interpret=interpret, **options)
+
+
+PREFILL = [  # dtype, has_scale, block_size, H, D, topk, block_topk, S, visible [B, T], lengths
+    pytest.param(BF16, False, 64, 16, 64, 100, 6, 1100, [[*range(1091, 1100), 20, 0], [*range(290, 300), 64]],
+                 [1099, 300], id="bf16_ragged_few_visible_and_none"),
+    pytest.param(INT8, True, 128, 16, 128, 300, 4, 1500, [[*range(1490, 1500)]], [1500], id="int8_scales"),
+    pytest.param(E4M3, True, 256, 32, 64, 1100, 3, 1280, [[*range(1270, 1280)]], [1280], id="e4m3_topk_above_kept"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_scale", "block_size", "H", "D", "topk", "block_topk", "S", "visible", "lengths"), PREFILL
+)
+def test_prefill_keeps_the_contract(
+    interpret, dtype, has_scale, block_size, H, D, topk, block_topk, S, visible, lengths
+):
+    visible = np.asarray(visible, np.int32)
+    inputs = draw.integers(0, *visible.shape, S, H, D, dtype, has_scale)
+    options = {"topk": topk, "block_size": block_size, "block_topk": block_topk}
+    got = run(inputs, visible, interpret, lengths=lengths, **options)
+    promises.check_hisa(got, *inputs, visible, **options, **EXACT)
+
+
+@pytest.mark.parametrize(("dtype", "has_scale"), [(BF16, False), (INT8, True)], ids=["bf16", "int8"])
+def test_keys_beyond_vmem_are_copied_block_by_block(interpret, monkeypatch, dtype, has_scale):
+    monkeypatch.setattr(refine, "_RESIDENT_BYTES", 0)
+    visible = np.asarray([[*range(700, 708), 30], [*range(1015, 1024)]], np.int32)
+    inputs = draw.integers(1, 2, 9, 1024, 16, 64, dtype, has_scale)
+    options = {"topk": 90, "block_size": 64, "block_topk": 5}
+    got = run(inputs, visible, interpret, lengths=[708, 1024], **options)
+    promises.check_hisa(got, *inputs, visible, **options, **EXACT)
+
+
+@pytest.mark.parametrize("lengths", [[1000, 70], [1024, 0, 65, 1, 700, 333, 128, 129, 1000]], ids=["split", "batch"])
+def test_decode_keeps_the_contract(interpret, lengths):
+    visible = np.asarray(lengths, np.int32)[:, None]
+    inputs = draw.integers(2, len(lengths), 1, 1024, 16, 64, INT8, True)
+    options = {"topk": 90, "block_size": 64, "block_topk": 5}
+    got = run(inputs, visible, interpret, lengths=lengths, **options)
+    promises.check_hisa(got, *inputs, visible, **options, **EXACT)
+
+
+@pytest.mark.parametrize(("H", "block_size"), [(128, 64), (16, 256)])
+def test_every_kind_of_tile(interpret, H, block_size):
+    """More candidates a product than a block, and fewer; several steps a list; ties, forced blocks and NaN weights."""
+    S = 32 * block_size
+    visible = np.asarray([[S - 1] * 8], np.int32)
+    inputs = draw.integers(3, 1, 8, S, H, 64, BF16, False)
+    options = {"topk": 10 * block_size, "block_size": block_size, "block_topk": 20}
+    promises.check_hisa(run(inputs, visible, interpret, **options), *inputs, visible, **options, **EXACT)
+
+
+def test_nan_scores_are_chosen_last(interpret):
+    q, k, _, w = draw.integers(4, 1, 8, 256, 16, 64, BF16, False)
+    k = k.at[0, 17].set(jnp.nan)
+    visible = np.full((1, 8), 256, np.int32)
+    options = {"topk": 255, "block_size": 64, "block_topk": 4}
+    indices, count, _ = run((q, k, None, w), visible, interpret, **options)
+    assert (np.asarray(count) == 255).all()
+    for row in np.asarray(indices[0]):
+        assert set(range(256)) - set(row.tolist()) == {17}
+
+
+@pytest.mark.parametrize(("dtype", "has_scale"), [(BF16, False), (E4M3, True)], ids=["bf16", "e4m3"])
+def test_means_are_over_the_tokens_present(interpret, dtype, has_scale):
+    B, n, block_size, D = 2, 16, 64, 64
+    _, k, k_scale, _ = draw.normal(5, B, 1, n * block_size, 16, D, dtype, has_scale)
+    lengths = np.asarray([n * block_size, 200], np.int32)
+    blocks = k.reshape(B, n, block_size, D), None if k_scale is None else k_scale.reshape(B, n, block_size)
+    got = np.asarray(pool.pool(*blocks, jnp.asarray(lengths), interpret=interpret))
+    for b in range(B):
+        wanted = reference.block_means(k[b], None if k_scale is None else k_scale[b], block_size, lengths[b])
+        present = -(-lengths[b] // block_size)
+        np.testing.assert_allclose(got[b, :present], wanted[:present], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("mean_parts", "tolerance"), [(1, 5e-3), (2, 2e-5)])
+def test_blocks_agree_with_float64_but_near_the_cut(interpret, mean_parts, tolerance):
+    """Pooled in the kernel, from kept means, and as `decode` does it: the same blocks each time."""
+    B, T, n, block_size, H, D = 1, 8, 64, 64, 16, 128
+    q, k, _, w = draw.normal(6, B, T, n * block_size, H, D, BF16, False)
+    lengths = jnp.asarray([n * block_size], jnp.int32)
+    eligible = jnp.full((B, T), n, jnp.int32)
+    keys = k.reshape(B, n, block_size, D)
+    means = pool.pool(keys, None, lengths, interpret=interpret)
+    options = {"block_topk": 16, "keep_first": 1, "keep_last": 1, "interpret": interpret}
+    config = block_filter.Config(tile_t=8, mean_parts=mean_parts)
+    pooled = block_filter.block_filter(q, w, keys, None, eligible, lengths, config=config, **options)
+    kept = block_filter.block_filter(q, w, means, None, eligible, lengths, config=config, **options)
+    chip = CHIPS["TPU v6e"]
+    q, w, eligible = q[:, :4], w[:, :4], eligible[:, :4]
+    few = decode.block_filter(q, w, means, eligible, mean_parts=mean_parts, chip=chip, **options)
+    np.testing.assert_array_equal(pooled, kept)
+    float_means = reference.block_means(k[0], None, block_size, n * block_size)
+    scores = reference.token_scores(q[0], float_means, None, w[0])
+    for blocks in (np.asarray(pooled[0]), np.asarray(few[0])):
+        for t in range(len(scores)):
+            promises.check_blocks(blocks[t], scores[t], n * block_size, block_size, 16, tolerance, f"query {t}")
+
+
+def test_normal_data_agrees_with_float64_but_near_the_cut(interpret):
+    visible = np.asarray([[1000, *range(1016, 1024)]], np.int32)
+    inputs = draw.normal(7, 1, 9, 1024, 16, 128, E4M3, True)
+    options = {"topk": 90, "block_size": 64, "block_topk": 5}
+    got = run(inputs, visible, interpret, **options)
+    promises.check_hisa(got, *inputs, visible, **options, token_tolerance=1e-5, block_tolerance=1e-4)
+
+
+def test_refusals_say_why():
+    shape = {"H": 64, "D": 128, "q_dtype": BF16, "k_dtype": BF16, "topk": 2048}
+    for kind in ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"):
+        assert mosaic_tpu.why_not(kind, **shape) is None
+    assert "TPU v5e, v5p, v6e or v7x" in mosaic_tpu.why_not("TPU v4", **shape)
+    assert "16, 32, 64 or 128 heads" in mosaic_tpu.why_not("TPU7x", **{**shape, "H": 48})
+    assert "one dtype" in mosaic_tpu.why_not("TPU7x", **{**shape, "k_dtype": INT8})
+    assert "bfloat16, int8 or float8_e4m3fn" in mosaic_tpu.why_not(
+        "TPU7x", **{**shape, "q_dtype": jnp.float32, "k_dtype": jnp.float32}
+    )
+    assert "blocks of 64, 128 or 256" in mosaic_tpu.why_not("TPU7x", **shape, block_size=32)
+    assert "topk at most" in mosaic_tpu.why_not("TPU7x", **{**shape, "topk": 1 << 20})

@@ -1,0 +1,78 @@
+"""Whole pods: 256 chips of v5e and v6e, 128 of v5p and v7x, compiled from here.
+
+Sequences are sharded over `data`, the queries of each over `context`; a kernel sees one device's share under
+`shard_map`. What may cross the network and what a device may hold is asserted from the compiled program.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bench import shapes, tpu_aot
+from bench.chips import CHIPS
+from kernels_pallas import mosaic_tpu
+
+MODEL = shapes.DSV32
+CONTEXT = 131072
+COLLECTIVES = re.compile(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+METHOD = dict(topk=MODEL.topk, block_size=MODEL.block_size, block_topk=MODEL.block_topk)
+
+
+def compiled(chip, mesh, B, T, queries):
+    """`select_hisa` of [B, T] queries that are sharded as `queries` says, keys over the sequences."""
+
+    def sharded(spec, *shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    operands = (
+        sharded(P(*queries, None, None), B, T, MODEL.H, MODEL.D),
+        sharded(P(queries[0], None, None), B, CONTEXT, MODEL.D),
+        sharded(P(*queries, None), B, T, MODEL.H, dtype=jnp.float32),
+        sharded(P(*queries), B, T, dtype=jnp.int32),
+    )
+
+    def one_device(q, k, w, visible):
+        return mosaic_tpu.select_hisa(q, k, None, w, visible, **METHOD)
+
+    f = jax.shard_map(
+        one_device,
+        mesh=mesh,
+        in_specs=tuple(x.sharding.spec for x in operands),
+        out_specs=(P(*queries, None), P(*queries), P(*queries, None)),
+        check_vma=False,
+    )
+    return tpu_aot.compile_sharded(chip, f, mesh, *operands)
+
+
+def devices(chip):
+    return CHIPS[chip].pod_chips * CHIPS[chip].devices_per_chip
+
+
+def test_prefill_shares_sequences_and_queries(chip):
+    context = CHIPS[chip].pod_chips // 16  # an axis of the mesh is whole axes of the torus
+    data = devices(chip) // context
+    mesh = tpu_aot.pod_mesh(chip, data=data, context=context)
+    program = compiled(chip, mesh, data, context * 512, ("data", "context"))
+    assert not COLLECTIVES.findall(program.compiled.as_text()), "queries and keys are where they are needed"
+    memory = program.compiled.memory_analysis()
+    keys, queries = CONTEXT * MODEL.D * 2, 512 * MODEL.H * (MODEL.D * 2 + 4)
+    assert memory.argument_size_in_bytes < 1.3 * (keys + queries)
+    assert memory.temp_size_in_bytes < keys + queries, "nothing of [T, S]"
+
+
+def test_decode_shares_sequences(chip):
+    n = devices(chip)
+    mesh = tpu_aot.pod_mesh(chip, data=n, context=1)
+    program = compiled(chip, mesh, 4 * n, 1, ("data", "context"))
+    assert not COLLECTIVES.findall(program.compiled.as_text())
+    memory = program.compiled.memory_analysis()
+    keys = 4 * CONTEXT * MODEL.D * 2
+    assert memory.argument_size_in_bytes < 1.3 * keys
+    assert memory.temp_size_in_bytes < keys
+
+
+def test_pods_are_as_large_as_they_say(chip):
+    assert tpu_aot.pod_mesh(chip, data=devices(chip)).size == devices(chip)

@@ -1,0 +1,130 @@
+"""The reader of the compiler's schedules, what the table of chips derives, and that no kernel has grown unseen."""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from bench import tpu, tpu_aot, tpu_schedule
+from bench.chips import CHIPS
+
+COMMITTED = pathlib.Path(tpu.__file__).parent / "results" / "tpu_schedule.json"
+GROWTH = 1.10
+
+
+def loops_body(n_ref, x_ref, o_ref):
+    def outer(i, _):
+        o_ref[...] += x_ref[...]
+        lax.fori_loop(0, 24, inner, None)
+        return _
+
+    def inner(i, _):
+        o_ref[...] = jnp.tanh(o_ref[...]) * jnp.exp(x_ref[...])
+        return _
+
+    lax.fori_loop(0, 10, outer, None)
+    lax.fori_loop(0, n_ref[0], inner, None)
+
+
+@functools.cache
+def schedule_of_loops(chip):
+    block = pl.BlockSpec((8, 128), lambda i: (i, 0))
+    call = pl.pallas_call(
+        loops_body,
+        grid=(6,),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), block],
+        out_specs=block,
+        out_shape=jax.ShapeDtypeStruct((48, 128), jnp.float32),
+        name="loops",
+    )
+    operands = (jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((48, 128), jnp.float32))
+    return tpu_aot.compile_for(chip, call, *operands).schedule("loops")
+
+
+def test_finds_the_loops_and_how_often_they_run(chip):
+    schedule = schedule_of_loops(chip)
+    loops = [loop for loop in schedule.root.walk() if loop.path and not loop.is_branch]
+    names = schedule.names(("outer", "inner", "again"))
+    assert [names[loop.path] for loop in loops] == ["grid", "outer", "inner", "again"]
+    grid, _, inner, again = loops
+    assert inner.trips == 24 and again.trips is None
+    assert 6 <= grid.trips <= 7  # a last turn only copies
+    assert inner.slots["EUP"] > 0 and inner.bundles > 0
+
+
+def test_cycles_are_bundles_times_trips(chip):
+    schedule = schedule_of_loops(chip)
+    trips = lambda again, inner: schedule.named_trips(  # noqa: E731
+        ("outer", "inner", "again"), {"grid": 6, "outer": 10, "again": again, "inner": inner}, {}, {}
+    )
+    cycles = lambda again, inner: schedule.cost(trips(again, inner)).cycles  # noqa: E731
+    path = {name: path for path, name in schedule.names(("outer", "inner", "again")).items()}
+    assert cycles(0, 24) - cycles(0, 23) == 6 * 10 * schedule.cost(path=path["inner"]).cycles
+    assert cycles(5, 24) - cycles(4, 24) == 6 * schedule.cost(path=path["again"]).cycles
+
+
+def test_a_loop_of_unknown_length_must_be_given(chip):
+    with pytest.raises(ValueError, match="trips of loop .* are not known"):
+        schedule_of_loops(chip).cost()
+    with pytest.raises(KeyError, match="has no loop"):
+        schedule_of_loops(chip).cost({"9.9": 1})
+
+
+def test_a_listing_of_another_form_is_not_guessed_at():
+    with pytest.raises(ValueError, match="listing has changed"):
+        tpu_schedule.read("x", "0 : { a }\n", "== CAPACITY\n1 1 1 1 1 1 1 1 1 1\n")
+
+
+def test_clocks_follow_from_published_peaks():
+    """v5e and v5p are known to run at 1.5 and 1.75 GHz."""
+    clocks = {name: round(chip.clock_hz / 1e9, 2) for name, chip in CHIPS.items()}
+    assert clocks == {"v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "v7x": 2.2}
+
+
+def test_rows_a_cycle_of_the_matrix_units(chip):
+    """A large product is scheduled about at the rate that the table of chips takes for its clock: the compiler takes
+    the matrix unit for up to 1.3 times faster than the published peak, so such loops may stall (docs/tpu.md)."""
+    rows, size = 2048, 512
+
+    def body(x_ref, y_ref, o_ref):
+        o_ref[...] = jnp.dot(x_ref[...], y_ref[...], preferred_element_type=jnp.float32)
+
+    call = pl.pallas_call(body, out_shape=jax.ShapeDtypeStruct((rows, size), jnp.float32), name="product")
+    operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, size), (size, size))]
+    schedule = tpu_aot.compile_for(chip, call, *operands).schedule("product")
+    peak = CHIPS[chip].bf16_flops / CHIPS[chip].clock_hz
+    share = 2 * rows * size * size / peak / schedule.cost().cycles
+    assert 0.6 < share < 1.35
+
+
+@pytest.mark.parametrize(("name", "context"), [("topk", 8192), ("flat", 131072), ("hisa", 131072), ("mla", 131072)])
+def test_no_kernel_has_grown_by_more_than_a_tenth(chip, name, context):
+    committed = json.loads(COMMITTED.read_text())
+    if committed["jax"] != jax.__version__:
+        pytest.skip(f"the schedules were made with jax {committed['jax']}")
+    make = next(make for make, row, size, dtype in tpu.cases() if row == name)
+    dtype = "int32" if name == "topk" else "bf16"
+    now = tpu.estimate(CHIPS[chip], make, name, context, dtype)["kernels"]
+    same = {"chip": chip, "row": name, "context": context, "dtype": dtype}
+    row = next(row for row in committed["rows"] if all(row[key] == same[key] for key in same))
+    for kernel, then in row["kernels"].items():
+        assert now[kernel]["bundles"] <= GROWTH * then["bundles"], kernel
+        assert now[kernel]["cycles_a_query"] <= GROWTH * then["cycles_a_query"], kernel
+
+
+def test_run_needs_a_tpu():
+    command = [sys.executable, "-m", "bench", "tpu", "--run"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
+    assert done.returncode == 2
+    assert "--run needs a TPU, this machine has cpu" in done.stderr

@@ -1,0 +1,92 @@
+"""The exact top-k in VMEM against NumPy, to the last position."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bench import tpu_aot
+from kernels_pallas.image import FORCED, INVISIBLE, image_of
+from kernels_pallas.mosaic_tpu import topk_body
+from kernels_pallas.mosaic_tpu.topk import Config, from_tiles, padded_groups, to_tiles, topk
+
+
+def rows_of(kind: str, T: int, W: int) -> np.ndarray:
+    draw = np.random.default_rng(0)
+    normal = np.asarray(image_of(jnp.asarray(draw.normal(size=(T, W)), jnp.float32))).copy()
+    if kind == "normal":
+        return normal
+    if kind == "any_bits":
+        return draw.integers(INVISIBLE + 1, FORCED, (T, W)).astype(np.int32)
+    if kind == "few_values":
+        return draw.integers(0, 5, (T, W)).astype(np.int32)
+    if kind == "all_equal":
+        return np.full((T, W), 7, np.int32)
+    if kind == "infinite":
+        scores = draw.choice([-np.inf, np.inf, 0.0, -0.0, np.nan, 1e-38, 3.0], (T, W))
+        return np.asarray(image_of(jnp.asarray(scores, jnp.float32))).copy()
+    if kind == "ragged":
+        for row in range(T):
+            normal[row, draw.integers(0, W + 1) :] = INVISIBLE
+        normal[0] = INVISIBLE
+        return normal
+    assert kind == "forced"
+    normal[:, ::7] = FORCED
+    return normal
+
+
+KINDS = ("normal", "any_bits", "few_values", "all_equal", "infinite", "ragged", "forced")
+
+
+def wanted(x: np.ndarray, k: int) -> np.ndarray:
+    out = np.full((x.shape[0], k), -1)
+    for row, images in zip(out, x, strict=True):
+        best = np.lexsort((np.arange(len(images)), -images.astype(np.int64)))[: min(k, (images != INVISIBLE).sum())]
+        row[: len(best)] = np.sort(best)
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_takes_the_largest_and_the_lowest_columns_of_ties(kind, interpret):
+    x = rows_of(kind, 11, 1500)
+    indices, count = topk(x, (x != INVISIBLE).sum(1), 300, config=Config(tiles=1), interpret=interpret)
+    np.testing.assert_array_equal(indices, wanted(x, 300))
+    np.testing.assert_array_equal(count, np.minimum((x != INVISIBLE).sum(1), 300))
+
+
+@pytest.mark.parametrize(
+    ("T", "W", "k", "tiles"),
+    [
+        (1, 1, 1, 1),
+        (3, 100, 200, 1),  # fewer candidates than are wanted
+        (17, 1025, 64, 2),  # a filter of blocks, odd numbers everywhere
+        (8, 8192, 2048, 1),  # the candidates of dsv32
+        (5, 17000, 2500, 1),  # more than one span of tables, more than two registers of slots
+    ],
+)
+def test_shapes(T, W, k, tiles, interpret):
+    x = rows_of("ragged", T, W)
+    indices, _ = topk(x, (x != INVISIBLE).sum(1), k, config=Config(tiles=tiles), interpret=interpret)
+    np.testing.assert_array_equal(indices, wanted(x, k))
+
+
+def test_tiles_are_the_memory_order_of_rows():
+    x = np.arange(16 * 1024, dtype=np.int32).reshape(16, 1024)
+    tiled = to_tiles(x, 16, padded_groups(1024))
+    assert tiled[1, 8 * 3 + 2, 5] == x[8 + 2, 3 * 128 + 5]
+    np.testing.assert_array_equal(from_tiles(tiled), x)
+
+
+def test_columns_of_kept_blocks_become_positions():
+    ids = np.arange(0, 64, 2, dtype=np.int32)
+    ids_ref = np.zeros((8, 128), np.int32)
+    ids_ref[3, :32] = ids
+    columns = np.arange(1024, dtype=np.int32).reshape(8, 128)
+    positions = topk_body.in_blocks(jnp.asarray(ids_ref), 32)(3, jnp.asarray(columns))
+    np.testing.assert_array_equal(positions.ravel(), (ids[:, None] * 32 + np.arange(32)).ravel())
+
+
+@pytest.mark.parametrize(("W", "k"), [(8192, 2048), (1024, 64), (131072, 2048)])
+def test_compiles(chip, W, k):
+    operands = (jax.ShapeDtypeStruct((64, W), jnp.int32), jax.ShapeDtypeStruct((64,), jnp.int32))
+    tpu_aot.compile_for(chip, lambda x, n: topk(x, n, k), *operands, schedules=False)
