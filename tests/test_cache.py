@@ -217,8 +217,8 @@ class CacheMachine(stateful.RuleBasedStateMachine):
         assert self.requests.pool.n_free == N_PAGES
 
 
-TestCacheOfFloat32 = CacheMachine.TestCase
-TestCacheOfE4m3 = type("E4m3Machine", (CacheMachine,), {"dtype": "float8_e4m3fn"}).TestCase
+TestCacheOfFloat32 = pytest.mark.slow(CacheMachine.TestCase)
+TestCacheOfE4m3 = pytest.mark.slow(type("E4m3Machine", (CacheMachine,), {"dtype": "float8_e4m3fn"}).TestCase)
 for case in (TestCacheOfFloat32, TestCacheOfE4m3):
     case.settings = hypothesis.settings(max_examples=12, stateful_step_count=25, deadline=None)
 

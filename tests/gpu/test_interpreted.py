@@ -56,9 +56,10 @@ def test_triton_hisa_keeps_the_contract(block_size, block_topk, topk, dtype, has
     promises.check_hisa(got, q, k, scale, w, visible, **options, **EXACT)
 
 
-def test_mosaic_flat_keeps_the_contract(interpret):
-    visible = np.asarray([[520, 300]], np.int32)
-    q, k, scale, w = draw.integers(2, 1, 2, 520, 16, 64, E4M3, True)
+@pytest.mark.parametrize("S", [520, 333, 9])
+def test_mosaic_flat_keeps_the_contract(interpret, S):
+    visible = np.asarray([[S, S // 2]], np.int32)
+    q, k, scale, w = draw.integers(2, 1, 2, S, 16, 64, E4M3, True)
     got = mosaic_gpu.select_flat(q, k, scale, w, jnp.asarray(visible), topk=50, interpret=interpret)
     promises.check_flat(got, q, k, scale, w, visible, topk=50, token_tolerance=1e-9)
 

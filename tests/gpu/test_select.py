@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import hisa_jax as hj
 from hisa_jax import dispatch
 from hisa_jax.kernels import Kernels
+from kernels_pallas import mosaic_gpu
 from tests import draw, oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -30,14 +32,21 @@ TOLERANCE = 2e-2
 
 
 on_gpu = [pytest.param(name, marks=pytest.mark.gpu) for name in ("mosaic_gpu", "triton")]
+INTERPRET = {"triton": True, "mosaic_gpu": plgpu.InterpretGPUParams()}
+# Mosaic's interpreter takes seconds a call: the tests whose rows of queries and keys are hardest have it.
+with_mosaic_interpreted = pytest.mark.parametrize(
+    "implementation", [*on_gpu, "triton_interpreted", "mosaic_gpu_interpreted"], indirect=True
+)
 
 
 @pytest.fixture(params=[*on_gpu, "triton_interpreted"])
 def implementation(request, monkeypatch):
-    """The implementations of GPUs where there is one; Triton's interpreted everywhere (Mosaic's takes too long)."""
+    """The implementations of GPUs where there is one; interpreted everywhere."""
     name = request.param
-    if name == "triton_interpreted":
-        kernels = Kernels(lambda: dispatch.backend("triton"), interpret=True)
+    if name.endswith("_interpreted"):
+        backend = name.removesuffix("_interpreted")
+        monkeypatch.setattr(mosaic_gpu.stages, "n_sms", lambda: 3)
+        kernels = Kernels(lambda: dispatch.backend(backend), interpret=INTERPRET[backend])
         able = dispatch.Implementation(
             why_not=lambda device, problem: None, select=kernels.select, select_packed=kernels.select_packed
         )
@@ -83,6 +92,7 @@ def test_keys_may_be_quantized(implementation, method, scale):
     assert_agrees(got, oracle.select(q, keys, w, METHODS[method]), TOLERANCE)
 
 
+@with_mosaic_interpreted
 @pytest.mark.parametrize("method", METHODS)
 def test_positions_and_lengths_limit_what_is_visible(implementation, method):
     q, k, w = few_scores(draw.Shape(2, 6, 333, 16, 64), "bfloat16")
@@ -93,6 +103,7 @@ def test_positions_and_lengths_limit_what_is_visible(implementation, method):
     assert_agrees(got, oracle.select(q, k, w, METHODS[method], **options), 1e-2)
 
 
+@with_mosaic_interpreted
 @pytest.mark.parametrize("method", METHODS)
 def test_a_packed_batch_gives_what_the_oracle_gives(implementation, method):
     q, k, w = (x[0] for x in few_scores(draw.Shape(1, 12, 800, 16, 64), "float8_e4m3fn"))
@@ -111,6 +122,7 @@ def test_nan_keys_and_weights_decide_nothing_else(implementation, method):
     assert_agrees(select(implementation, q, k, w, METHODS[method]), oracle.select(q, k, w, METHODS[method]), 1e-2)
 
 
+@with_mosaic_interpreted
 def test_up_to_all_kept_blocks_the_selection_is_the_flat_one_bit_for_bit(implementation):
     q, k, w = draw.inputs(1, 8, 500, 16, 64, dtype="bfloat16")
     positions = jnp.asarray(np.linspace(0, 159, 8).astype(np.int32)[None])

@@ -52,6 +52,7 @@ def test_tells_how_many_keys_fit():
     assert "at most" in flat.why_not(1 << 21)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "context", "dtype"),
     [

@@ -8,6 +8,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -15,6 +16,7 @@ from bench import shapes, tpu_aot
 from bench.chips import CHIPS
 from kernels_pallas import mosaic_tpu
 
+pytestmark = pytest.mark.slow
 MODEL = shapes.DSV32
 CONTEXT = 131072
 COLLECTIVES = re.compile(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")

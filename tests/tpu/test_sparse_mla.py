@@ -79,6 +79,7 @@ def test_says_what_it_declines():
     assert "this device is 'cpu'" in module.why_not("cpu", 16, 576, 512, jnp.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("B", "T", "context"), [(1, 64, 131072), (32, 1, 32768)])
 def test_compiles(chip, B, T, context):
     model = shapes.DSV32

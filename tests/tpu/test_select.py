@@ -1,0 +1,71 @@
+"""`select` on TPU kernels keeps the contract, and says what they do not take."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hisa_jax as hj
+from hisa_jax import dispatch
+from hisa_jax.kernels import Kernels
+from tests import draw, oracle
+
+METHODS = {"dsa": hj.Dsa(topk=40), "hisa": hj.Hisa(topk=40, block_size=64, block_topk=3)}
+V5E = dispatch.Device(platform="tpu", kind="TPU v5 lite")
+
+
+@pytest.fixture
+def implementation(interpret, monkeypatch):
+    kernels = Kernels(lambda: dispatch.backend("mosaic_tpu"), interpret=interpret)
+    able = dispatch.Implementation(
+        why_not=lambda device, problem: None, select=kernels.select, select_packed=kernels.select_packed
+    )
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "mosaic_tpu", able)
+    return "mosaic_tpu"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_selects_what_the_oracle_selects(implementation, method):
+    q, k, w = draw.few_scores(2, 5, 330, 16, 64)
+    q, k = (draw.cast(x, "bfloat16") for x in (q, k))
+    options = dict(query_positions=np.array([[-1, 0, 64, 100, 329], [3, 190, 191, 192, 260]], np.int32))
+    options["lengths"] = np.array([330, 201], np.int32)
+    reference = oracle.select(q, k, w, METHODS[method], **options)
+    got = hj.select(
+        *map(jnp.asarray, (q, k, w)), METHODS[method], implementation=implementation, return_scores=True,
+        return_blocks=method == "hisa", **jax.tree.map(jnp.asarray, options),
+    )  # fmt: skip
+    # The mean of a partly filled block is not exact.
+    oracle.assert_same_selection(
+        got.indices, got.count, reference, 0.0 if method == "dsa" else 1e-2, scores=got.scores, blocks=got.blocks
+    )
+
+
+def problem(**changes):
+    options = dict(H=64, D=128, S=65536, q_dtype="bfloat16", k_dtype="bfloat16", method=hj.Hisa())
+    return dispatch.Problem(**options | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(is_packed=True), "its kernels take batches, not packed sequences yet"),
+        (dict(page_size=64), "its kernels take batches, not pages yet"),
+        (dict(method=hj.BlockSparse()), "it has no kernel for BlockSparse yet"),
+        (dict(q_dtype="float32", k_dtype="float32"), "float32"),
+    ],
+)
+def test_what_it_does_not_take_is_declined_with_the_reason(changes, reason):
+    assert dispatch.reasons(V5E, problem())["mosaic_tpu"] is None
+    assert reason in dispatch.reasons(V5E, problem(**changes))["mosaic_tpu"]
+
+
+def test_a_tpu_is_asked_for():
+    cpu = dispatch.Device(platform="cpu", kind="cpu")
+    assert dispatch.reasons(cpu, problem())["mosaic_tpu"] == "needs a TPU, this device is 'cpu'"
+    attention = dispatch.AttentionProblem(N=128, key_dim=576, value_dim=512, dtype="bfloat16")
+    assert dispatch.attention_reasons(cpu, attention)["mosaic_tpu"] == "needs a TPU, this device is 'cpu'"
+    assert dispatch.attention_reasons(V5E, attention)["mosaic_tpu"] is None
+    hopper = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
+    assert next(iter(dispatch.attention_reasons(hopper, attention))) == "mosaic_gpu"
+    assert dispatch.reasons(hopper, problem())["mosaic_gpu"] is None
