@@ -1,0 +1,82 @@
+"""The hierarchical indexer compiles for four TPU generations at the shapes of real models, on a machine without one."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bench import shapes, tpu_aot
+from kernels_pallas import mosaic_tpu
+from kernels_pallas.mosaic_tpu import block_filter, pool
+from kernels_pallas.mosaic_tpu.config import CHIPS, GROUP
+
+DTYPES = {"bf16": jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
+K = 1024
+
+
+def inputs(model, phase, S, dtype):
+    B, T = phase.B, phase.T
+    scale = None if dtype == "bf16" else jax.ShapeDtypeStruct((B, S), jnp.float32)
+    return (
+        jax.ShapeDtypeStruct((B, T, model.H, model.D), DTYPES[dtype]),
+        jax.ShapeDtypeStruct((B, S, model.D), DTYPES[dtype]),
+        scale,
+        jax.ShapeDtypeStruct((B, T, model.H), jnp.float32),
+        jax.ShapeDtypeStruct((B, T), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "phase", "context", "dtype"),
+    [
+        ("dsv32", "prefill", 8 * K, "e4m3"),  # keeps all its blocks
+        ("dsv32", "prefill", 128 * K, "bf16"),  # keys fill what VMEM has for them
+        ("glm5", "prefill", 32 * K, "int8"),
+        ("glm52", "prefill", 1024 * K, "bf16"),  # keys copied block by block
+        ("dsv32", "decode128", 128 * K, "bf16"),
+        ("glm52", "decode1", 1024 * K, "int8"),
+    ],
+)
+def test_indexer_compiles(chip, model, phase, context, dtype):
+    model, phase = shapes.MODELS[model], shapes.PHASES[phase]
+    options = {"topk": model.topk, "block_size": model.block_size, "block_topk": model.block_topk}
+
+    def hisa(q, k, k_scale, w, visible):
+        return mosaic_tpu.select_hisa(q, k, k_scale, w, visible, lengths=visible[:, -1], **options)
+
+    program = tpu_aot.compile_for(chip, hisa, *inputs(model, phase, context, dtype), schedules=False)
+    # Scores of all tokens, the means of a prefill and copies of keys would show here.
+    if phase.T > 1:
+        assert program.temp_bytes < 64 << 20
+
+
+@pytest.mark.parametrize(("H", "D", "block_size"), [(16, 64, 64), (128, 128, 64), (128, 64, 256)])
+def test_every_head_and_block_size_compiles(chip, H, D, block_size):
+    def hisa(q, k, w, visible):
+        return mosaic_tpu.select_hisa(q, k, None, w, visible, topk=500, block_size=block_size, block_topk=16)
+
+    q, k = jax.ShapeDtypeStruct((1, 100, H, D), jnp.bfloat16), jax.ShapeDtypeStruct((1, 40_000, D), jnp.bfloat16)
+    w, visible = jax.ShapeDtypeStruct((1, 100, H), jnp.float32), jax.ShapeDtypeStruct((1, 100), jnp.int32)
+    tpu_aot.compile_for(chip, hisa, q, k, w, visible, schedules=False)
+
+
+def test_kept_means_compile(chip):
+    """What serving does: pool once, filter from the means."""
+    model, n = shapes.DSV32, 128 * K // 128
+    config = block_filter.heuristic(CHIPS[tpu_aot.CHIPS[chip].kind], 64)
+
+    def f(k, q, w, eligible, n_tokens):
+        means = pool.pool(k, None, n_tokens)
+        options = {"block_topk": model.block_topk, "keep_first": 1, "keep_last": 1, "config": config}
+        return block_filter.block_filter(q, w, means, None, eligible, n_tokens, **options)
+
+    assert n % GROUP == 0
+    tpu_aot.compile_for(
+        chip,
+        f,
+        jax.ShapeDtypeStruct((1, n, 128, model.D), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1, 64, model.H, model.D), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1, 64, model.H), jnp.float32),
+        jax.ShapeDtypeStruct((1, 64), jnp.int32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        schedules=False,
+    )
