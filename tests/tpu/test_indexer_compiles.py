@@ -25,6 +25,7 @@ def inputs(model, phase, S, dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "phase", "context", "dtype"),
     [
@@ -49,6 +50,7 @@ def test_indexer_compiles(chip, model, phase, context, dtype):
         assert program.temp_bytes < 64 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("H", "D", "block_size"), [(16, 64, 64), (128, 128, 64), (128, 64, 256)])
 def test_every_head_and_block_size_compiles(chip, H, D, block_size):
     def hisa(q, k, w, visible):
