@@ -77,8 +77,10 @@ def backend(name: str) -> Backend:
     return module
 
 
-def _kernels(name: str, why_not: Callable[[Device, Problem | None], str | None]) -> Implementation:
-    kernels = Kernels(lambda: backend(name))
+def _kernels(
+    name: str, why_not: Callable[[Device, Problem | None], str | None], *, flat_if_all_kept: bool = False
+) -> Implementation:
+    kernels = Kernels(lambda: backend(name), flat_if_all_kept)
     return Implementation(why_not=why_not, select=kernels.select, select_packed=kernels.select_packed)
 
 
@@ -125,7 +127,8 @@ def _tpu(name: str) -> Implementation:
             **blocks,
         )  # fmt: skip
 
-    return _kernels(name, why_not)
+    # By the compiler's schedule HISA takes 1.15 to 1.3 times as long as the flat indexer at 8K. On Hopper it is 0.96.
+    return _kernels(name, why_not, flat_if_all_kept=True)
 
 
 def _blocks(method: Hisa | BlockSparse, S: int) -> dict[str, int]:

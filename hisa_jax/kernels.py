@@ -33,10 +33,13 @@ class Kernels:
 
     Attributes:
         backend: a function that imports it, so that nothing is imported which does not run.
+        flat_if_all_kept: whether its flat indexer is the faster way to `Hisa` where no query can see more blocks than
+            it keeps, and both are the same by contract.
         interpret: handed to the kernels, for tests without their device.
     """
 
     backend: Callable[[], Backend]
+    flat_if_all_kept: bool = False
     interpret: Any = False
 
     @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -88,10 +91,12 @@ class Kernels:
         self, q: Array, keys: Keys, w: Array, visible: Array, method: Method, return_blocks: bool, **rows: Any
     ) -> Selection:
         backend, operands = self.backend(), (q, keys.values, keys.scales, w, visible)
-        if isinstance(method, Dsa):
+        keeps_all = isinstance(method, Hisa) and keys.values.shape[-2] <= method.block_topk * method.block_size
+        if isinstance(method, Dsa) or (keeps_all and self.flat_if_all_kept):
             rows.pop("lengths", None)  # `visible` says it all
             indices, count = backend.select_flat(*operands, topk=method.topk, interpret=self.interpret, **rows)
-            return Selection(indices=indices, count=count)
+            blocks = _all_blocks(visible, method) if return_blocks and isinstance(method, Hisa) else None
+            return Selection(indices=indices, count=count, blocks=blocks)
         options = dict(
             block_size=method.block_size,
             block_topk=method.block_topk,
@@ -106,6 +111,12 @@ class Kernels:
             blocks = backend.select_blocks(*operands, **options)
             indices, count = _tokens_of_blocks(blocks, visible, method)
         return Selection(indices=indices, count=count, blocks=blocks if return_blocks else None)
+
+
+def _all_blocks(visible: Array, method: Hisa) -> Array:
+    """[...] -> [..., block_topk] int32: the blocks of the visible tokens, which are no more."""
+    eligible = -(-visible // method.block_size)
+    return stages.first_positions(eligible.reshape(-1), method.block_topk).reshape(*visible.shape, method.block_topk)
 
 
 def _tokens_of_blocks(blocks: Array, visible: Array, method: BlockSparse) -> tuple[Array, Array]:

@@ -38,12 +38,13 @@ def test_examples_of_public_functions_run(name):
         assert runner.run(example).failed == 0
 
 
-def test_the_example_of_the_readme_runs():
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert code, "README.md shows no Python"
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md"])
+def test_the_examples_of_a_page_run(page):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert code, f"{page} shows no Python"
     namespace: dict = {}
     for block in code:
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, page, "exec"), namespace)
 
 
 def test_links_of_the_readme_and_docs_lead_somewhere():

@@ -32,6 +32,17 @@ def parts_of(dtype: DTypeLike) -> int:
     return 2 if jnp.dtype(dtype).itemsize == 1 else 1
 
 
+def is_addressable(k: Array) -> bool:
+    """Whether one kernel can address the whole of k: up to 4 GiB Pallas counts elements in 32 bits, with a sign."""
+    return k.dtype.itemsize > 1 or k.size <= 2**31
+
+
+def check_addressable(k: Array) -> None:
+    """Raises ValueError: keys that a kernel cannot address whole."""
+    if not is_addressable(k):
+        raise ValueError(f"triton: k has {k.size} elements of one byte, wanted at most {2**31} in all of a batch")
+
+
 @functools.partial(jax.jit, static_argnames=("block_size", "config", "interpret"))
 def pool(
     k: Array,
@@ -48,6 +59,12 @@ def pool(
         counts: tokens present in each block of `block_size` rows, the first ones; S = n * block_size.
     """
     n, D = counts.shape[0], k.shape[1]
+    if not is_addressable(k):
+        middle = n // 2
+        halves = [(slice(middle * block_size), slice(middle)), (slice(middle * block_size, None), slice(middle, None))]
+        options: dict = {"block_size": block_size, "config": config, "interpret": interpret}
+        parts = [pool(k[rows], None if k_scale is None else k_scale[rows], counts[n], **options) for rows, n in halves]
+        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=x[0].ndim - 2 if x[0].ndim == 3 else 0), *parts)
     config, n_parts = config or Config(), parts_of(k.dtype)
     in_specs = [pl.BlockSpec((block_size, D), lambda b: (b, 0)), pl.BlockSpec((1,), lambda b: (b,))]
     operands = [k, counts]

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
+from kernels_pallas.triton.pool import check_addressable
 from kernels_pallas.triton.refine_body import refine_body
 
 
@@ -63,6 +64,7 @@ def refine_scores(
 ) -> Array:
     """[T, H, D], [T, H], [S, D], [S], [T, m], [T], [T] -> [T, m * block_size] int32 images, as in mosaic_gpu."""
     (T, H, D), m = q.shape, block_ids.shape[1]
+    check_addressable(k)
     tile_m = min(config.tile_m, m)
     row = lambda *shape: pl.BlockSpec((None, *shape), lambda t, j: (t,) + (0,) * len(shape))  # noqa: E731
     whole = lambda x: pl.BlockSpec(x.shape, lambda t, j: (0,) * x.ndim)  # noqa: E731

@@ -14,6 +14,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kernels_pallas.triton.pool import check_addressable
 from kernels_pallas.triton.scores_body import scores_body
 
 
@@ -56,6 +57,7 @@ def scores(
         keep_first, keep_last: that many first and last candidates of each query are `FORCED`.
     """
     T = q.shape[0]
+    check_addressable(k)
     n_spans = -(-n_columns // config.tile_s)
     width = n_spans * config.tile_s
     whole = lambda x: pl.BlockSpec(x.shape, lambda t, s: (0,) * x.ndim)  # noqa: E731

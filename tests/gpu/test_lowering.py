@@ -7,6 +7,7 @@ from jax._src.mesh import AbstractDevice
 
 from kernels_pallas import mosaic_gpu, triton
 from kernels_pallas.mosaic_gpu import refine
+from kernels_pallas.triton.pool import pool
 from kernels_pallas.triton.sparse_mla import sparse_mla
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -79,3 +80,16 @@ def test_refine_fits_shared_memory():
         config = refine.heuristic(H, D, 64, 128, itemsize)
         assert config is not None and config.smem_bytes(H, D, 64, 128, itemsize) <= refine.SMEM_BYTES
     assert refine.heuristic(64, 128, 512, 128, 1) is None
+
+
+def test_keys_beyond_32_bits_are_pooled_in_parts_and_refused_elsewhere():
+    S = 3 << 23  # 3 * 2**30 bytes
+    k, q, w = (jax.ShapeDtypeStruct(shape, E4M3) for shape in ((S, 128), (1, 64, 128), (1, 64)))
+    counts = jax.ShapeDtypeStruct((S // 128,), jnp.int32)
+    means, scale = jax.eval_shape(lambda k, counts: pool(k, None, counts, block_size=128), k, counts)
+    assert means.shape == (2, S // 128, 128) and scale.shape == (S // 128,)
+    visible = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    with pytest.raises(ValueError, match=r"triton: k has 3221225472 elements of one byte, wanted at most 2147483648"):
+        jax.eval_shape(
+            lambda q, k, w, v: triton.select_flat(q[None], k[None], None, w[None], v, topk=64), q, k, w, visible
+        )

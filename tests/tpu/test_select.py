@@ -14,14 +14,17 @@ METHODS = {"dsa": hj.Dsa(topk=40), "hisa": hj.Hisa(topk=40, block_size=64, block
 V5E = dispatch.Device(platform="tpu", kind="TPU v5 lite")
 
 
-@pytest.fixture
-def implementation(interpret, monkeypatch):
-    kernels = Kernels(lambda: dispatch.backend("mosaic_tpu"), interpret=interpret)
-    able = dispatch.Implementation(
-        why_not=lambda device, problem: None, select=kernels.select, select_packed=kernels.select_packed
-    )
-    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "mosaic_tpu", able)
-    return "mosaic_tpu"
+@pytest.fixture(params=[pytest.param("mosaic_tpu", marks=pytest.mark.tpu), "interpreted"])
+def implementation(request, monkeypatch):
+    """The kernels on a TPU where there is one; interpreted everywhere."""
+    if request.param == "interpreted":
+        interpret = request.getfixturevalue("interpret")
+        kernels = Kernels(lambda: dispatch.backend("mosaic_tpu"), flat_if_all_kept=True, interpret=interpret)
+        able = dispatch.Implementation(
+            why_not=lambda device, problem: None, select=kernels.select, select_packed=kernels.select_packed
+        )
+        monkeypatch.setitem(dispatch.IMPLEMENTATIONS, request.param, able)
+    return request.param
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -39,6 +42,18 @@ def test_selects_what_the_oracle_selects(implementation, method):
     oracle.assert_same_selection(
         got.indices, got.count, reference, 0.0 if method == "dsa" else 1e-2, scores=got.scores, blocks=got.blocks
     )
+
+
+def test_with_all_blocks_kept_hisa_is_the_flat_indexer(implementation):
+    q, k, w = map(jnp.asarray, draw.inputs(1, 3, 150, 16, 64, dtype="bfloat16"))
+    positions = jnp.array([[10, 100, 149]])
+    hisa, dsa = (
+        hj.select(q, k, w, METHODS[name], query_positions=positions, implementation=implementation,
+                  return_blocks=name == "hisa")
+        for name in ("hisa", "dsa")
+    )  # fmt: skip
+    np.testing.assert_array_equal(hisa.indices, dsa.indices)
+    np.testing.assert_array_equal(hisa.blocks[0], [[0, -1, -1], [0, 1, -1], [0, 1, 2]])
 
 
 def problem(**changes):
