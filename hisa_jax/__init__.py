@@ -2,6 +2,7 @@
 
 from hisa_jax.cache import IndexCache, append, copy_pages, init_cache, truncate
 from hisa_jax.checks import checked
+from hisa_jax.context import select_sharded
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
 from hisa_jax.paged import select_paged, sparse_mla_paged
 from hisa_jax.quality import Comparison, compare
@@ -33,6 +34,7 @@ __all__ = [
     "select",
     "select_packed",
     "select_paged",
+    "select_sharded",
     "sparse_mla",
     "sparse_mla_paged",
     "truncate",

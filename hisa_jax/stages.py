@@ -151,15 +151,22 @@ def block_filter(queries: Queries, means: Sequence, method: Hisa | BlockSparse, 
     """
     m = min(method.block_topk, means.max_keys)
     eligible = _cdiv(queries.visible, method.block_size)
-
-    def forced(block_ids: Array) -> Array:
-        return (block_ids < method.keep_first) | (block_ids >= (eligible - method.keep_last)[:, None])
+    forced = forced_blocks(eligible, method)
 
     def filtered() -> Array:
         return flat(queries._replace(visible=eligible), means, m, tile_n, forced).positions
 
     kept = lax.cond(jnp.all(eligible <= m), lambda: first_positions(eligible, m), filtered)
     return jnp.pad(kept, ((0, 0), (0, method.block_topk - m)), constant_values=-1)
+
+
+def forced_blocks(eligible: Array, method: Hisa | BlockSparse) -> Callable[[Array], Array]:
+    """Blocks that each query sees, [t] int32 -> which of some block ids, [t, n], are kept whatever they score."""
+
+    def forced(block_ids: Array) -> Array:
+        return (block_ids < method.keep_first) | (block_ids >= (eligible - method.keep_last)[:, None])
+
+    return forced
 
 
 def first_positions(visible: Array, k: int) -> Array:

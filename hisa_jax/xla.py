@@ -124,12 +124,11 @@ def select_paged(
         assert not isinstance(method, Dsa)
         return PagedMeans(cache.sums, cache.counts, block_tables[r], method.block_size // page_size)
 
-    has_filter = _has_filter(method, block_tables.shape[1] * page_size)
     return _select_ragged(
         Queries(q, w, visible),
         cu_seqlens_q,
         sequence_of,
-        means_of if has_filter else None,
+        means_of if has_filter(method, block_tables.shape[1] * page_size) else None,
         method,
         tiles,
         return_scores,
@@ -137,7 +136,7 @@ def select_paged(
     )
 
 
-def _has_filter(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse]:
+def has_filter(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse]:
     """False where no query can see more blocks than it keeps: there the method is the flat indexer by contract."""
     return not isinstance(method, Dsa) and max_keys > method.block_topk * method.block_size
 
@@ -153,10 +152,10 @@ def _contiguous(
     def sequence_of(r: Array) -> Sequence:
         return Contiguous(keys, key_starts[r], max_keys)
 
-    if not _has_filter(method, max_keys):
+    if not has_filter(method, max_keys):
         return sequence_of, None
     max_blocks = -(-max_keys // method.block_size)
-    means, first_blocks = _pool(keys, key_starts, lengths, method.block_size, tiles)
+    means, first_blocks = pool_all(keys, key_starts, lengths, method.block_size, tiles)
     return sequence_of, lambda r: Contiguous(means, first_blocks[r], max_blocks)
 
 
@@ -170,11 +169,29 @@ def _select_ragged(
     return_scores: bool,
     return_blocks: bool,
 ) -> Selection:
-    """[T, H, D] queries of R sequences, `query_starts` [R + 1] -> Selection of [T]; a loop over the tiles of queries.
+    """[T, H, D] queries of R sequences, `query_starts` [R + 1] -> Selection of [T]."""
 
-    The rows behind the last sequence are nobody's.
+    def select_tile(own: Queries, r: Array) -> Selection:
+        means = means_of(r) if means_of else None
+        return _select_tile(own, sequence_of(r), means, method, tiles.keys, return_scores, return_blocks)
+
+    return over_tiles(select_tile, queries, query_starts, method, tiles.queries, return_scores, return_blocks)
+
+
+def over_tiles(
+    select_tile: Callable[[Queries, Array], Selection],
+    queries: Queries,
+    query_starts: Array,
+    method: Method,
+    t: int,
+    return_scores: bool,
+    return_blocks: bool,
+) -> Selection:
+    """[T, H, D] queries of R sequences, `query_starts` [R + 1] -> Selection of [T]; a loop over tiles of t queries.
+
+    `select_tile` gets a tile and the number of its sequence. The rows behind the last sequence are nobody's.
     """
-    (T, *_), t, last_r = queries.q.shape, tiles.queries, query_starts.shape[0] - 2
+    (T, *_), last_r = queries.q.shape, query_starts.shape[0] - 2
     n_tiles = -(-jnp.diff(query_starts) // t)  # [R]
     tile_ends = jnp.cumsum(n_tiles)
 
@@ -185,8 +202,7 @@ def _select_ragged(
         is_real = rows < query_starts[r + 1]
         rows = jnp.minimum(rows, T - 1)
         own = Queries(queries.q[rows], queries.w[rows], jnp.where(is_real, queries.visible[rows], 0))
-        means = means_of(r) if means_of else None
-        tile = _select_tile(own, sequence_of(r), means, method, tiles.keys, return_scores, return_blocks)
+        tile = select_tile(own, r)
         # What a tile writes behind its sequence, the next tile overwrites.
         return jax.tree.map(lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, first, axis=0), done, tile)
 
@@ -202,7 +218,7 @@ def _select_ragged(
     return jax.tree.map(lambda leaf: leaf[:T], done)
 
 
-def _pool(keys: Keys, key_starts: Array, lengths: Array, block_size: int, tiles: Tiles) -> tuple[Keys, Array]:
+def pool_all(keys: Keys, key_starts: Array, lengths: Array, block_size: int, tiles: Tiles) -> tuple[Keys, Array]:
     """The block means of every sequence, one sequence's behind the other's, and [R] int32, where each one's begin."""
     R = lengths.shape[0]
     n_blocks = -(-lengths // block_size)  # [R]
@@ -238,7 +254,7 @@ def _select_tile(
             blocks = stages.block_filter(queries, means, method, tile_s)
 
     def all_visible() -> Candidates:
-        return _unscored(stages.first_positions(queries.visible, k))
+        return unscored(stages.first_positions(queries.visible, k))
 
     def best() -> Candidates:
         if isinstance(method, Dsa) or means is None or blocks is None:
@@ -246,12 +262,19 @@ def _select_tile(
         if isinstance(method, BlockSparse) and not return_scores:
             # Only the last kept block, the query's own, has invisible tokens: they leave no hole.
             positions, seen = stages.tokens_of(blocks, queries.visible, method.block_size)
-            return _unscored(jnp.where(seen, positions, -1))
+            return unscored(jnp.where(seen, positions, -1))
         return stages.refine(queries, sequence, blocks, method.block_size, k, tile_s)
 
     chosen = best() if return_scores else lax.cond(jnp.all(queries.visible <= k), all_visible, best)
+    return selection_of(chosen, method, blocks, return_scores, return_blocks)
+
+
+def selection_of(
+    chosen: Candidates, method: Method, blocks: Array | None, return_scores: bool, return_blocks: bool
+) -> Selection:
+    """The chosen of a tile, [t, k] with k at most topk, as a selection."""
     is_real = chosen.positions >= 0
-    missing = ((0, 0), (0, method.topk - k))
+    missing = ((0, 0), (0, method.topk - chosen.positions.shape[1]))
     scores = jnp.where(is_real, topk.score_of(chosen.image), -jnp.inf)
     return Selection(
         indices=jnp.pad(chosen.positions, missing, constant_values=-1),
@@ -261,5 +284,5 @@ def _select_tile(
     )
 
 
-def _unscored(positions: Array) -> Candidates:
+def unscored(positions: Array) -> Candidates:
     return Candidates(jnp.zeros_like(positions), positions)

@@ -1,0 +1,48 @@
+"""Keys sharded over devices: tests/context_parallel.py on 8 emulated ones, and what is refused."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import hisa_jax as hj
+
+
+def test_a_selection_over_eight_devices_is_that_of_one():
+    command = [sys.executable, "-W", "error", "-m", "tests.context_parallel"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=900, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("kept:") == 4
+
+
+def call(S=256, **changes):
+    q, k, w = jnp.ones((1, 2, 4, 32)), jnp.ones((1, S, 32)), jnp.ones((1, 2, 4))
+    options = dict(mesh=jax.make_mesh((1,), ("context",)), context_axis="context") | changes
+    method = options.pop("method", hj.Hisa(topk=16, block_size=64, block_topk=2))
+    return hj.select_sharded(q, k, w, method, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(context_axis="x"), r"select_sharded: context_axis='x', wanted one of the mesh's axes \('context',\)"),
+        (dict(data_axis="x"), "select_sharded: data_axis='x', wanted one of"),
+        (dict(S=250), "select_sharded: k's S = 250, wanted a multiple of 64 for context_axis='context'"),
+        (dict(method=hj.Dsa(topk=4), return_blocks=True), "select_sharded: return_blocks=True"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_empty_batches_give_empty_selections():
+    mesh = jax.make_mesh((1,), ("context",))
+    q, k, w = jnp.ones((0, 2, 4, 32)), jnp.ones((0, 64, 32)), jnp.ones((0, 2, 4))
+    got = hj.select_sharded(q, k, w, hj.Dsa(topk=4), mesh=mesh, context_axis="context")
+    assert got.indices.shape == (0, 2, 4)
