@@ -4,6 +4,7 @@ Sequences are sharded over `data`, the queries of each over `context`; a kernel 
 `shard_map`. What may cross the network and what a device may hold is asserted from the compiled program.
 """
 
+import math
 import re
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import hisa_jax as hj
 from bench import shapes, tpu_aot
 from bench.chips import CHIPS
 from kernels_pallas import mosaic_tpu
@@ -74,6 +76,36 @@ def test_decode_shares_sequences(chip):
     keys = 4 * CONTEXT * MODEL.D * 2
     assert memory.argument_size_in_bytes < 1.3 * keys
     assert memory.temp_size_in_bytes < keys
+
+
+def test_keys_split_over_context_exchange_candidates_alone(chip):
+    """`select_sharded`, which is XLA's, over whole pods: prefill on two generations, decode on the others."""
+    T = 64 if chip in ("v5e", "v7x") else 1
+    context = CHIPS[chip].pod_chips // 16
+    data = devices(chip) // context
+    mesh = tpu_aot.pod_mesh(chip, data=data, context=context)
+
+    def sharded(spec, *shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    def select(q, k, w):
+        axes = dict(mesh=mesh, context_axis="context", data_axis="data", tiles=hj.Tiles(queries=64))
+        return hj.select_sharded(q, k, w, MODEL.methods()["hisa"], **axes)
+
+    q, k = sharded(P("data"), data, T, MODEL.H, MODEL.D), sharded(P("data", "context"), data, CONTEXT, MODEL.D)
+    w = sharded(P("data"), data, T, MODEL.H, dtype=jnp.float32)
+    program = tpu_aot.compile_sharded(chip, select, mesh, q, k, w)
+    results = [
+        line.split(found[0])[0]
+        for line in program.compiled.as_text().splitlines()
+        if (found := COLLECTIVES.search(line))
+    ]
+    assert results
+    for dtype, shape in re.findall(r"(\w+)\[([0-9,]+)\]", " ".join(results)):
+        # What each device has found, an image and a position a candidate; XLA may gather by adding up.
+        assert dtype in ("s32", "u32") and math.prod(map(int, shape.split(","))) <= T * context * MODEL.topk, results
+    keys = CONTEXT // context * MODEL.D * 2
+    assert program.temp_bytes < max(32 * keys, 160 << 20), "nothing of [T, S]"
 
 
 def test_pods_are_as_large_as_they_say(chip):
