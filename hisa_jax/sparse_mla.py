@@ -41,8 +41,8 @@ def sparse_mla(
         value_dim: the first `value_dim` of the Dk features are the values.
         sink: [N] float32, a logit per head that takes part in the softmax and has no value.
         return_lse: also return the logsumexp of the logits, without the sink, for merging partial results.
-        implementation: of the forward pass: "auto" (the first that can run here), "mosaic_gpu", "triton",
-            "mosaic_tpu" or "xla". The backward pass is XLA's.
+        implementation: of the forward pass: "mosaic_gpu", "triton", "mosaic_tpu", "xla", or "auto" as for `select`. The
+            backward pass is XLA's.
 
     Returns: [B, T, N, value_dim] in q's dtype, zeros where nothing is selected; with `return_lse` also [B, T, N]
         float32, -inf there. Differentiable in `q`, `kv` and `sink` by reverse mode; `return_lse` too.

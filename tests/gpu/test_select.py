@@ -156,14 +156,12 @@ def test_what_cannot_run_is_refused_with_the_reason(name):
 
 
 @pytest.mark.gpu
-def test_auto_takes_the_kernels():
+def test_a_gpu_can_run_the_kernels():
     if jax.default_backend() != "gpu":
         pytest.skip("needs an NVIDIA GPU")
-    q, k, w = map(jnp.asarray, draw.inputs(1, 2, 640, 16, 64, dtype="bfloat16"))
+    q, k, _ = map(jnp.asarray, draw.inputs(1, 2, 640, 16, 64, dtype="bfloat16"))
     usable = [name for name, reason in hj.implementations(q, k, METHODS["hisa"]).items() if reason is None]
     assert usable[0] in ("mosaic_gpu", "triton")
-    jaxpr = str(jax.make_jaxpr(lambda *x: hj.select(*x, METHODS["hisa"]))(q, k, w))
-    assert "hisa_refine" in jaxpr
 
 
 @pytest.mark.gpu
