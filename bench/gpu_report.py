@@ -71,7 +71,7 @@ def figure(rows: list[Row]) -> Figure:
         axes.fill_between(contexts, low, high, color=color, alpha=0.2, linewidth=0)
         axes.plot(contexts, floor, ":", color=color, label=f"{name}: floor")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set_yscale("log", base=2)
     axes.set_xticks(sorted(ticks), map(shapes.label, sorted(ticks)))
     axes.minorticks_off()
     axes.yaxis.set_major_formatter("{x:g}")
