@@ -6,9 +6,11 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import hisa_jax as hj
+from tests import draw
 
 
 def test_a_selection_over_eight_devices_is_that_of_one():
@@ -18,6 +20,27 @@ def test_a_selection_over_eight_devices_is_that_of_one():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("kept:") == 4
+
+
+METHODS = {
+    "dsa": hj.Dsa(topk=24),
+    "hisa": hj.Hisa(topk=24, block_size=16, block_topk=5),
+    "all_blocks_kept": hj.Hisa(topk=24, block_size=16, block_topk=32),
+    "block_sparse": hj.BlockSparse(topk=64, block_size=16),
+}
+
+
+@pytest.mark.parametrize("return_scores", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mesh_may_be_one_device(method, return_scores):
+    method = METHODS[method]
+    q, k, w = draw.inputs(2, 5, 320, 4, 32, dtype="bfloat16")
+    arrays = jnp.asarray(q), draw.quantized(k, "int8", "float32"), jnp.asarray(w)
+    options = dict(return_scores=return_scores, return_blocks=method.has_blocks)
+    mesh = jax.make_mesh((1,), ("context",))
+    got = hj.select_sharded(*arrays, method, mesh=mesh, context_axis="context", **options)
+    wanted = hj.select(*arrays, method, implementation="xla", **options)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 def call(S=256, **changes):
