@@ -9,6 +9,7 @@ from kernels_pallas.mosaic_tpu import block_filter, decode, pool, refine
 from kernels_pallas.mosaic_tpu.config import CHIPS
 from tests.gpu import draw, promises, reference
 
+pytestmark = pytest.mark.slow
 BF16, INT8, E4M3 = jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn
 EXACT = {"token_tolerance": 1e-9, "block_tolerance": 1e-9}
 
