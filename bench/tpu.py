@@ -10,17 +10,16 @@ import argparse
 import fnmatch
 import json
 import pathlib
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
 
 from bench import UserError, shapes, tpu_aot, tpu_cost
 from bench.chips import CHIPS, Chip
+from bench.timing import device_times
 from kernels_pallas import mosaic_tpu
 from kernels_pallas.mosaic_tpu.flat import select_flat
 from kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla
@@ -208,7 +207,7 @@ def _run_all(args: argparse.Namespace) -> int:
         if not fnmatch.fnmatch(name, args.rows):
             continue
         f, shaped = make(context, dtype)
-        times = _times_ms(f, _draw(shaped, context))
+        times = device_times(f, _draw(shaped, context), samples=9, sample_s=0.05)
         ms = float(np.median(times))
         row = {"row": name, "context": context, "dtype": dtype, "queries": T, "ms": ms, "samples_ms": times}
         results.append({**row, "shape": MODEL.name, "device": kind, "jax": jax.__version__})
@@ -235,25 +234,3 @@ def _draw(shaped: tuple, context: int) -> tuple:
     visible = jnp.arange(context - T + 1, context + 1, dtype=jnp.int32)[None]
     scales = None if scale is None else jnp.exp(0.1 * jax.random.normal(next(keys), scale[0]))
     return draw(q, factor), draw(k, factor), scales, draw(w, 0.01), visible
-
-
-def _times_ms(f: Callable, operands: tuple, samples: int = 9) -> list[float]:
-    """Each repetition waits for the one before: its last operand, int32, depends on the last result."""
-
-    @jax.jit
-    def repeat(n: int, *operands: Any) -> Array:
-        def again(_, carry):
-            last, _ = carry
-            first = jax.tree.leaves(f(*operands[:-1], last))[0].reshape(-1)[0].astype(jnp.float32)
-            return jnp.where(first == -7, last + 1, last), first  # never, but the compiler cannot know
-
-        return lax.fori_loop(0, n, again, (operands[-1], jnp.float32(0)))[1]
-
-    def sample(n: int) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(repeat(n, *operands))
-        return (time.perf_counter() - start) / n * 1e3
-
-    sample(1)
-    n = max(int(50 / sample(3)), 3)
-    return [sample(n) for _ in range(samples)]
