@@ -47,11 +47,11 @@ class Sequences:
         )
 
     def aligned(self, S: int, align: int) -> "tuple[Rows | None, Sequences]":
-        """Moves keys so that every sequence begins at a multiple of `align` rows.
+        """Moves keys so that every sequence begins at a multiple of `align` rows, and S is one.
 
         Returns: which row of [S, D] belongs in each row, None if all are there already; the sequences as they then are.
         """
-        if isinstance(self.key_starts, np.ndarray) and not np.any(self.key_starts % align):
+        if isinstance(self.key_starts, np.ndarray) and not np.any(self.key_starts % align) and S % align == 0:
             return None, self
         xp, R = self._np, len(self.key_starts)
         n_groups = -(-(self.lengths if xp is jnp else np.full((R,), self.max_keys, np.int32)) // align)

@@ -141,15 +141,16 @@ and.b32 u, t, 7; mad.lo.u32 at, u, {shape.line}, at;
 
 
 def _start(shape: Shape) -> str:
-    """The tile goes back; what stays the same for all queries, and the limit (and cut) of the first one."""
+    """What stays the same for all queries, and the limit (and cut) of the first one; then the tile goes back."""
     lines = [
-        f"""mbarrier.arrive.release.cta.shared::cta.b64 _, [$K_FREE], 1;
-mov.u32 j, 0; and.b32 t, lane, 1; setp.ne.u32 upper1, t, 0; and.b32 t, lane, 2; setp.ne.u32 upper2, t, 0;
+        f"""mov.u32 j, 0; and.b32 t, lane, 1; setp.ne.u32 upper1, t, 0; and.b32 t, lane, 2; setp.ne.u32 upper2, t, 0;
 mov.u32 u, %tid.x; and.b32 u, u, {ROWS - 1}; add.u32 candidate, u, $CANDIDATE;
 mul.wide.u32 o, u, 4; add.u64 o, o, $O; mov.b64 limits, $LIMITS; ld.global.b32 limit_next, [limits];"""
     ]
     if shape.has_scale:
         lines.append("shl.b32 t, u, 2; add.u32 t, t, $SCALES; ld.shared.f32 scale, [t];")
+    # Only now: scales are part of the tile, and the next one may land at once.
+    lines.append("mbarrier.arrive.release.cta.shared::cta.b64 _, [$K_FREE], 1;")
     if shape.filters:
         lines.append(
             """mov.b64 cuts, $CUTS; ld.global.b32 cut_next, [cuts]; setp.eq.u32 leads, lane, 0;

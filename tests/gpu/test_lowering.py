@@ -34,8 +34,8 @@ def _shapes(B, T, S, H, D, dtype):
 @pytest.mark.parametrize("dtype", [E4M3, BF16], ids=["e4m3", "bf16"])
 @pytest.mark.parametrize(
     ("B", "T", "S", "H"),
-    [(1, 4096, 65536, 64), (1, 4096, 131072, 32), (32, 1, 131072, 64), (3, 77, 1000, 16)],
-    ids=["dsv32_64k", "glm5_128k", "decode_32", "odd"],
+    [(1, 4096, 65536, 64), (1, 4096, 131072, 32), (32, 1, 131072, 64), (3, 77, 1000, 16), (1, 9, 9000, 16)],
+    ids=["dsv32_64k", "glm5_128k", "decode_32", "odd", "odd_blocks"],
 )
 @pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
 def test_indexers_lower(backend, B, T, S, H, dtype):

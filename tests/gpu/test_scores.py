@@ -74,6 +74,25 @@ def test_on_the_device(H, D, dtype, n_parts, cut):
     check(H, D, dtype, n_parts, 2, cut, False)
 
 
+@pytest.mark.gpu
+def test_a_tile_is_not_overwritten_while_it_is_read():
+    """One query a tile of keys: the loader is always a tile ahead."""
+    if jax.default_backend() != "gpu" or mosaic_gpu.why_not(jax.devices()[0].compute_capability, 64, 128, E4M3, topk=64):
+        pytest.skip("needs a Hopper GPU")
+    T, S, n_ctas = 1000, 256, 8
+    q, k, scale, w = (x[0] for x in draw.integers(3, 1, T, T * S, 64, 128, E4M3, True))
+    scale = scale * (1 + jnp.arange(T * S) // S % 7)  # neighbours differ
+    first = np.arange(T, dtype=np.int32)
+    tiles = np.stack([first, np.ones_like(first), first * S, np.full_like(first, 1024)], axis=1)
+    config, limit = scores_stage.Config(n_score=2), jnp.full((T,), S, jnp.int32)
+    operands = (q, w, k[None], scale, limit, jnp.asarray(tiles), jnp.zeros((1,), jnp.int32))
+    images = np.asarray(scores_stage.scores(*operands, n_columns=S, config=config, n_ctas=n_ctas))[:, :S]
+    got = np.where(images < 0, images ^ FORCED, images).view(np.float32)
+    for t in range(T):
+        own = slice(t * S, (t + 1) * S)
+        np.testing.assert_array_equal(got[t], reference.token_scores(q[t : t + 1], k[own], scale[own], w[t : t + 1])[0])
+
+
 @pytest.mark.parametrize("H", [16, 64, 128])
 @pytest.mark.parametrize(("row_bytes", "n_parts"), [(64, 2), (128, 1), (256, 1)])
 @pytest.mark.parametrize("filters", [False, True])
