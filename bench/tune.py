@@ -123,7 +123,7 @@ def _mosaic_refine(model: shapes.Model, dtype: Any) -> Target:
             config=config, n_ctas=n_sms(),
         )  # fmt: skip
 
-    grid = _grid(mosaic_refine.Config, rows=(128,), n_score=(4, 2), ring=(4, 8), n_images=(1, 2))
+    grid = _grid(mosaic_refine.Config, rows=(128,), n_score=(4, 2), ring=(4, 8), n_images=(1, 2, 3))
     shape = (model.H, model.D, model.block_topk, model.block_size, size)
     return Target(
         kernel="mosaic_gpu.refine",

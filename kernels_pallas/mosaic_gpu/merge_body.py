@@ -130,7 +130,6 @@ def _choose(
             lists[1],
             group,
             capacity,
-            start,
             select_rows.listed_positions(),
             t,
             o_positions_gmem,

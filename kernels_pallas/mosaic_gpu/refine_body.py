@@ -309,7 +309,6 @@ def select(
                 meta_smem,
                 at,
                 plan.m + META,
-                first,
                 select_rows.block_positions(plan.block_size),
                 t,
                 o_gmem,

@@ -111,24 +111,34 @@ def _range_ptx() -> str:
     )
 
 
-def _split_ptx() -> str:
-    """How many images of each warp's quarter lie above the cut (words 0 to 3 of the scratch) and at it (4 to 7)."""
+def _quarter(step: str) -> str:
+    """PTX over this warp's quarter of a row at $ROW, $N bytes of it: `step` sees 128 columns, 32 at a time, from `at`.
+
+    `column` is the lane's first of them. There may be several in a scope: `{again}` and `{done}` are theirs alone.
+    """
+    return f"""{_WARP}
+mul.lo.u32 at, warp, $N; add.u32 end, at, $N; shr.u32 column, at, 2; add.u32 column, column, lane;
+add.u32 end, end, $ROW; add.u32 at, at, $ROW; shl.b32 t, lane, 2; add.u32 at, at, t;
+{{again}}: setp.ge.u32 p, at, end; @p bra {{done}};
+{step}add.u32 at, at, 512; add.u32 column, column, 128; bra {{again}};
+{{done}}:"""
+
+
+def _count_quarter(compare: str, place: int, name: str) -> str:
+    """PTX: how many images of each warp's quarter compare so with the cut, to words `place` + warp of the scratch."""
     step = "".join(
-        f"""ld.shared.s32 v, [at+{128 * u}];
-setp.gt.s32 p, v, $CUT; @p add.u32 above, above, 1; setp.eq.s32 p, v, $CUT; @p add.u32 tie, tie, 1;
-"""
-        for u in range(4)
+        f"ld.shared.s32 v0, [at+{128 * u}]; setp.{compare}.s32 p, v0, $CUT; @p add.u32 n, n, 1;\n" for u in range(4)
     )
+    loop = _quarter(step).format(again=f"count_{name}", done=f"counted_{name}")
+    return f"""mov.u32 n, 0; {loop}
+{_across_warps("add", "n", place)}"""
+
+
+def _split_ptx() -> str:
+    """How many images of each warp's quarter reach the cut: words 0 to 3 of the scratch."""
     return _scope(
-        f""".reg .pred p; .reg .b32 lane, warp, at, end, v, above, tie;
-mov.u32 lane, %laneid; {_WARP}
-mul.lo.u32 at, warp, $N; add.u32 end, at, $N; add.u32 end, end, $ROW; add.u32 at, at, $ROW;
-shl.b32 lane, lane, 2; add.u32 at, at, lane; mov.u32 above, 0; mov.u32 tie, 0;
-again: setp.ge.u32 p, at, end; @p bra done;
-{step}add.u32 at, at, 512; bra again;
-done: redux.sync.add.s32 above, above, -1; redux.sync.add.s32 tie, tie, -1;
-shl.b32 warp, warp, 2; add.u32 warp, warp, $SCRATCH; st.shared.u32 [warp], above; st.shared.u32 [warp+16], tie;
-""",
+        f""".reg .pred p; .reg .b32 lane, warp, at, end, column, v0, t, n;
+mov.u32 lane, %laneid; {_count_quarter("ge", 0, "reached")}""",
         "ROW",
         "N",
         "CUT",
@@ -136,41 +146,66 @@ shl.b32 warp, warp, 2; add.u32 warp, warp, $SCRATCH; st.shared.u32 [warp], above
     )
 
 
-def _emit(k: int, position: str, with_images: bool) -> str:
-    """`position` turns the column `column` + `lane` into `id`; $N is a warp's quarter in bytes."""
-    image_store = "add.u64 b64, word, $IMAGES; @p st.global.b32 [b64], v;" if with_images else ""
-    image_fill = f"add.u64 b64, word, $IMAGES; st.global.b32 [b64], {INVISIBLE};" if with_images else ""
-    step = f"""ld.shared.s32 v, [at]; setp.gt.s32 p, v, $CUT; setp.eq.s32 q, v, $CUT;
-vote.sync.ballot.b32 b, q, -1; and.b32 t, b, below; popc.b32 t, t; add.u32 t, t, tie; popc.b32 b, b; add.u32 tie, tie,
-b; setp.lt.s32 r, t, room; and.pred q, q, r; or.pred p, p, q; vote.sync.ballot.b32 b, p, -1; and.b32 t, b, below;
-popc.b32 t, t; add.u32 t, t, slot; popc.b32 b, b; add.u32 slot, slot, b; {position} mul.wide.u32 word, t, 4; add.u64
-b64, word, $O; @p st.global.b32 [b64], id; {image_store} add.u32 at, at, 128; add.u32 column, column, 32;
+def _emit(k: int, position: Callable[[int], str], with_images: bool) -> str:
+    """Writes what is chosen of a warp's quarter, $N bytes, in order.
+
+    Where no more than k images reach the cut, all that reach it are chosen: a third of the instructions of the general
+    form, which takes images at the cut from the left until `room` is used up.
+
+    Args:
+        position: u -> PTX that turns column `column` + 32 * u, for u = 0, 1, 2, 3 in turn, into `id`.
+    """
+
+    def store(u: int, register: str) -> str:
+        """The chosen of 32 columns, bits `b` and predicate p, go where `slot` is."""
+        image = f"add.s64 word, word, images; @p st.global.b32 [word], {register};" if with_images else ""
+        return f"""and.b32 t, b, below; popc.b32 t, t; add.u32 t, t, slot; popc.b32 b, b; add.u32 slot, slot, b;
+{position(u)} mad.wide.u32 word, t, 4, $O; @p st.global.b32 [word], id; {image}
 """
-    operands = ("ROW", "N", "CUT", "SCRATCH", "IDS", "START", "O", "COUNT") + (("IMAGES",) if with_images else ())
+
+    quick = "".join(f"ld.shared.s32 v{u}, [at+{128 * u}];\n" for u in range(4)) + "".join(
+        f"setp.ge.s32 p, v{u}, $CUT; vote.sync.ballot.b32 b, p, -1;\n{store(u, f'v{u}')}" for u in range(4)
+    )
+    general = "".join(
+        f"""ld.shared.s32 v0, [at+{128 * u}]; setp.gt.s32 p, v0, $CUT; setp.eq.s32 q, v0, $CUT;
+vote.sync.ballot.b32 b, q, -1; and.b32 t, b, below; popc.b32 t, t; add.u32 t, t, tie; popc.b32 b, b; add.u32 tie, tie,
+b; setp.lt.s32 r, t, room; and.pred q, q, r; or.pred p, p, q; vote.sync.ballot.b32 b, p, -1;
+{store(u, "v0")}"""
+        for u in range(4)
+    )
+    operands = ("ROW", "N", "CUT", "SCRATCH", "IDS", "O", "COUNT") + (("IMAGES",) if with_images else ())
+    image_fill = f"add.s64 word, word, images; st.global.b32 [word], {INVISIBLE};" if with_images else ""
     return _scope(
-        f""".reg .pred p, q, r; .reg .b64 b64, word;
-.reg .b32 lane, warp, below, at, column, end, v, t, t2, id, b, slot, tie, room, total, s<8>;
-mov.u32 lane, %laneid; mov.u32 below, %lanemask_lt; {_WARP}
-ld.shared.v4.u32 {{s0, s1, s2, s3}}, [$SCRATCH]; ld.shared.v4.u32 {{s4, s5, s6, s7}}, [$SCRATCH+16];
-add.u32 total, s0, s1; add.u32 total, total, s2; add.u32 total, total, s3; sub.s32 room, {k}, total;
-add.u32 v, s4, s5; add.u32 v, v, s6; add.u32 v, v, s7; min.s32 v, v, room; add.u32 total, total, v;
-mov.u32 slot, 0; mov.u32 tie, 0;
-setp.gt.u32 p, warp, 0; @p add.u32 slot, slot, s0; @p add.u32 tie, tie, s4;
-setp.gt.u32 p, warp, 1; @p add.u32 slot, slot, s1; @p add.u32 tie, tie, s5;
-setp.gt.u32 p, warp, 2; @p add.u32 slot, slot, s2; @p add.u32 tie, tie, s6;
-min.s32 v, tie, room; add.u32 slot, slot, v;
-mul.lo.u32 at, warp, $N; add.u32 end, at, $N; shr.u32 column, at, 2; add.u32 end, end, $ROW; add.u32 at, at, $ROW;
-shl.b32 v, lane, 2; add.u32 at, at, v; add.u32 column, column, lane;
-again: setp.ge.u32 p, at, end; @p bra done;
-{step * 4}bra again;
-done: shl.b32 v, warp, 5; add.u32 v, v, lane; setp.ne.u32 p, v, 0; @!p st.global.u32 [$COUNT], total;
-add.u32 v, v, total;
-fill: setp.ge.u32 p, v, {k}; @p bra out;
-mul.wide.u32 word, v, 4; add.u64 b64, word, $O; st.global.b32 [b64], -1; {image_fill} add.u32 v, v, 128; bra fill;
+        f""".reg .pred p, q, r; .reg .b64 word, images;
+.reg .b32 lane, warp, below, at, column, end, v<4>, t, id, first, b, n, slot, tie, room, total, s<8>;
+mov.u32 lane, %laneid; mov.u32 below, %lanemask_lt; {_WARP} {"sub.s64 images, $IMAGES, $O;" if with_images else ""}
+ld.shared.v4.u32 {{s0, s1, s2, s3}}, [$SCRATCH];
+add.u32 total, s0, s1; add.u32 total, total, s2; add.u32 total, total, s3;
+{_before("slot", "s0", "s1", "s2")}
+setp.gt.u32 p, total, {k}; @p bra general;
+{_quarter(quick).format(again="quick", done="quick_done")}
+bra fill;
+general: {_count_quarter("gt", 4, "above")}
+{_BARRIER}
+ld.shared.v4.u32 {{s4, s5, s6, s7}}, [$SCRATCH+16];
+add.u32 total, s4, s5; add.u32 total, total, s6; add.u32 total, total, s7; sub.s32 room, {k}, total; mov.u32 total, {k};
+{_WARP} {_before("n", "s4", "s5", "s6")}
+sub.u32 tie, slot, n; min.s32 slot, tie, room; add.u32 slot, slot, n;
+{_quarter(general).format(again="again", done="done")}
+fill: {_WARP} shl.b32 t, warp, 5; add.u32 t, t, lane; setp.ne.u32 p, t, 0; @!p st.global.u32 [$COUNT], total;
+add.u32 t, t, total;
+more: setp.ge.u32 p, t, {k}; @p bra out;
+mad.wide.u32 word, t, 4, $O; st.global.b32 [word], -1; {image_fill} add.u32 t, t, 128; bra more;
 out:
 """,
         *operands,
     )
+
+
+def _before(into: str, *counts: str) -> str:
+    """PTX: the sum of the counts of the warps before this one."""
+    lines = [f"setp.gt.u32 p, warp, {i}; @p add.u32 {into}, {into}, {count};" for i, count in enumerate(counts)]
+    return " ".join([f"mov.u32 {into}, 0;", *lines])
 
 
 def _prefix(k: int) -> str:
@@ -193,27 +228,28 @@ def _scope(body: str, *operands: str) -> str:
     return "{\n" + re.sub(r"\$([A-Z]+)", lambda name: f"${operands.index(name[1])}", body) + "}"
 
 
-def block_positions(block_size: int) -> str:
-    """PTX, column -> id: the token of a kept block; $IDS: the block ids in shared memory."""
-    shift = block_size.bit_length() - 1
-    return f"""shr.u32 id, column, {shift}; shl.b32 id, id, 2; add.u32 id, id, $IDS; ld.shared.u32 id, [id];
-shl.b32 id, id, {shift}; and.b32 t2, column, {block_size - 1}; add.u32 id, id, t2;"""
+def block_positions(block_size: int) -> Callable[[int], str]:
+    """For `compact`: the token of a kept block; the ids are block ids."""
+    shift, each = block_size.bit_length() - 1, min(block_size // 32, 4)
+
+    def position(u: int) -> str:
+        find = f"""add.u32 id, column, {32 * u}; shr.u32 first, id, {shift}; shl.b32 first, first, 2;
+add.u32 first, first, $IDS; ld.shared.u32 first, [first]; shl.b32 first, first, {shift}; and.b32 id, id, {block_size - 1};
+add.u32 first, first, id;"""
+        return f"{'' if u % each else find} add.u32 id, first, {32 * (u % each)};"
+
+    return position
 
 
-def own_positions() -> str:
-    """PTX, column -> id: the column itself."""
-    return "mov.b32 id, column;"
+def own_positions() -> Callable[[int], str]:
+    """For `compact`: the column itself."""
+    return lambda u: f"add.u32 id, column, {32 * u};"
 
 
-def listed_positions() -> str:
-    """PTX, column -> id: what $IDS in shared memory lists for the column."""
-    return "shl.b32 id, column, 2; add.u32 id, id, $IDS; ld.shared.u32 id, [id];"
-
-
-def merged_positions(n_old: int) -> str:
-    """PTX, column -> id: the first n_old from $IDS in shared memory, then columns of a tile that begins at $START."""
-    return f"""setp.lt.u32 r, column, {n_old}; shl.b32 id, column, 2; add.u32 id, id, $IDS; @r ld.shared.u32 id, [id];
-sub.u32 t2, column, {n_old}; add.u32 t2, t2, $START; @!r mov.b32 id, t2;"""
+def listed_positions() -> Callable[[int], str]:
+    """For `compact`: what the ids list for the column."""
+    find = "shl.b32 first, column, 2; add.u32 first, first, $IDS;"
+    return lambda u: f"{'' if u else find} ld.shared.u32 id, [first+{128 * u}];"
 
 
 def cut_reference(images: Array, k: int) -> Array:
@@ -270,8 +306,7 @@ def compact(
     ids_smem: Ref,
     ids_row: Array,
     ids_width: int,
-    start: Array,
-    position: str,
+    position: Callable[[int], str],
     t: Array,
     o_gmem: Ref,
     count_gmem: Ref,
@@ -280,17 +315,17 @@ def compact(
     """Writes the chosen of the first n_columns images of a row to o[t] and count[t], and their images if asked.
 
     Args:
-        ids_smem: what `position` looks up, in row `ids_row` of `ids_width` words; `start`: its $START.
-        position: PTX, one of `block_positions`, `own_positions`, `merged_positions`.
+        ids_smem: what `position` looks up, in row `ids_row` of `ids_width` words.
+        position: one of `block_positions`, `own_positions`, `listed_positions`.
     """
     outputs = [o_gmem, count_gmem] + ([] if o_images_gmem is None else [o_images_gmem])
     emit = _emit(k, position, o_images_gmem is not None)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (3 + len(outputs)) + (_SPLAT,) * 7)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (3 + len(outputs)) + (_SPLAT,) * 6)
     def write(_ctx, images, scratch, ids, o, count, *rest):
-        *o_images, row, scratch_row, ids_row, n_columns, cut, start, t = rest
-        row, scratch_row, ids_row, n_columns, cut, start, t = (
-            x.registers.item() for x in (row, scratch_row, ids_row, n_columns, cut, start, t)
+        *o_images, row, scratch_row, ids_row, n_columns, cut, t = rest
+        row, scratch_row, ids_row, n_columns, cut, t = (
+            x.registers.item() for x in (row, scratch_row, ids_row, n_columns, cut, t)
         )
         first, shared = address_of(images, row, width), address_of(scratch, scratch_row, SCRATCH_WORDS)
         ptx = functools.partial(utils.inline_ptx, has_side_effects=True, convergent=True)
@@ -303,14 +338,13 @@ def compact(
             cut,
             shared,
             address_of(ids, ids_row, ids_width),
-            start,
             address_of(o, t, k),
             address_of(count, t, 1),
             *(address_of(x, t, k) for x in o_images),
         )
         utils.warpgroup_barrier()
 
-    write(images_smem, scratch_smem, ids_smem, *outputs, row, scratch_row, ids_row, n_columns, cut, start, t)
+    write(images_smem, scratch_smem, ids_smem, *outputs, row, scratch_row, ids_row, n_columns, cut, t)
 
 
 def compact_reference(

@@ -95,6 +95,7 @@ def loop_ptx(shape: Shape) -> str:
 .reg .b32 candidate;""",
         _load_keys(shape, a),
         _start(shape),
+        _hand_back(shape, a),
         f"again: {_next_query(shape)}",
         _weights(shape, 0),
         *(_product(shape, a, acc, unit) for unit in shape.units[:2]),
@@ -141,7 +142,7 @@ and.b32 u, t, 7; mad.lo.u32 at, u, {shape.line}, at;
 
 
 def _start(shape: Shape) -> str:
-    """What stays the same for all queries, and the limit (and cut) of the first one; then the tile goes back."""
+    """What stays the same for all queries, and the limit (and cut) of the first one."""
     lines = [
         f"""mov.u32 j, 0; and.b32 t, lane, 1; setp.ne.u32 upper1, t, 0; and.b32 t, lane, 2; setp.ne.u32 upper2, t, 0;
 mov.u32 u, %tid.x; and.b32 u, u, {ROWS - 1}; add.u32 candidate, u, $CANDIDATE;
@@ -149,13 +150,25 @@ mul.wide.u32 o, u, 4; add.u64 o, o, $O; mov.b64 limits, $LIMITS; ld.global.b32 l
     ]
     if shape.has_scale:
         lines.append("shl.b32 t, u, 2; add.u32 t, t, $SCALES; ld.shared.f32 scale, [t];")
-    # Only now: scales are part of the tile, and the next one may land at once.
-    lines.append("mbarrier.arrive.release.cta.shared::cta.b64 _, [$K_FREE], 1;")
     if shape.filters:
         lines.append(
             """mov.b64 cuts, $CUTS; ld.global.b32 cut_next, [cuts]; setp.eq.u32 leads, lane, 0;
 shr.u32 t, u, 5; mul.wide.u32 masks, t, 4; add.u64 masks, masks, $MASKS;"""
         )
+    return "\n".join(lines)
+
+
+def _hand_back(shape: Shape, a: list[list[str]]) -> str:
+    """The tile goes back once all of it is in registers.
+
+    An arrival is not ordered behind the thread's own loads where the copy engine is what writes next: the last of them
+    then read the next tile. So the barrier's address takes all that was loaded, times a zero ptxas does not know.
+    """
+    loaded = [*a[0], *a[1]]
+    lines = ["mov.b32 t, scale;" if shape.has_scale else f"mov.b32 t, {loaded.pop()};"]
+    lines += [f"xor.b32 t, t, {register};" for register in loaded]
+    lines.append("shr.u32 u, $COUNT, 31; and.b32 t, t, u; add.u32 t, t, $K_FREE;")
+    lines.append("mbarrier.arrive.release.cta.shared::cta.b64 _, [t], 1;")
     return "\n".join(lines)
 
 

@@ -77,7 +77,9 @@ def test_on_the_device(H, D, dtype, n_parts, cut):
 @pytest.mark.gpu
 def test_a_tile_is_not_overwritten_while_it_is_read():
     """One query a tile of keys: the loader is always a tile ahead."""
-    if jax.default_backend() != "gpu" or mosaic_gpu.why_not(jax.devices()[0].compute_capability, 64, 128, E4M3, topk=64):
+    if jax.default_backend() != "gpu" or mosaic_gpu.why_not(
+        jax.devices()[0].compute_capability, 64, 128, E4M3, topk=64
+    ):
         pytest.skip("needs a Hopper GPU")
     T, S, n_ctas = 1000, 256, 8
     q, k, scale, w = (x[0] for x in draw.integers(3, 1, T, T * S, 64, 128, E4M3, True))
