@@ -1,7 +1,7 @@
 """The flat indexer with a streaming top-k: every token of the sequence is scored, no [T, S] matrix is ever in memory.
 
-Tokens come in tiles. Of the first every image is kept; later ones are filtered by the k-th best so far where they are
-scored, and only what passes is merged (see `merge`).
+Tokens come in tiles. The first is selected from by itself; later ones are filtered by the k-th best so far where they
+are scored, and only what passes is merged (see `merge`).
 """
 
 import math
@@ -10,7 +10,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.image import INVISIBLE
 from kernels_pallas.mosaic_gpu import merge as merge_stage
 from kernels_pallas.mosaic_gpu import scores as scores_stage
 from kernels_pallas.mosaic_gpu import topk as topk_stage
@@ -19,7 +18,7 @@ from kernels_pallas.sequences import Sequences
 from kernels_pallas.types import Interpret
 
 ONE_TILE = 16384  # up to this many tokens are selected from in one piece
-FIRST, STEP = 7680, 13824  # tokens of the first tile and of the others: bounds the memory to T * STEP images
+STEP = 13824  # tokens of a tile: bounds the memory to T * STEP images
 
 
 def flat(
@@ -60,22 +59,20 @@ def flat(
         x = images(jnp.zeros((1,), jnp.int32), -(-sequences.max_keys // COLUMNS) * COLUMNS)
         return topk_stage.topk(x, visible, topk, n_ctas=n_ctas, interpret=interpret)
 
-    def merged(best: Array, positions: Array, cut: Array, start: Array, n_columns: int) -> tuple[Array, Array]:
-        x, masks = images(start, n_columns, cut)
-        return merge_stage.merge(best, positions, x, masks, start, visible, n_ctas=n_ctas, interpret=interpret)
-
     n_best = -(-topk // COLUMNS) * COLUMNS
     # Whole spans, and whole steps of a selection: a tile's result must not reach into the next tile.
     unit = math.lcm(config.span, COLUMNS)
-    first, step = (-(-n // unit) * unit for n in (FIRST, STEP))
-    nothing = jnp.full((T, n_best), INVISIBLE, jnp.int32), jnp.full((T, n_best), -1, jnp.int32)
+    step = -(-STEP // unit) * unit
+    x = images(jnp.zeros((1,), jnp.int32), step)
+    positions, _, best = topk_stage.topk_with_images(x, visible, n_best, n_ctas=n_ctas, interpret=interpret)
 
-    def one_tile(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        return merged(*best, jnp.min(best[0], axis=1), jnp.full((1,), first + i * step, jnp.int32), step)
+    def one_tile(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        best, positions = found
+        start = jnp.full((1,), i * step, jnp.int32)
+        x, masks = images(start, step, jnp.min(best, axis=1))
+        return merge_stage.merge(best, positions, x, masks, start, visible, n_ctas=n_ctas, interpret=interpret)
 
-    everything = jnp.full((T,), INVISIBLE, jnp.int32)  # the minimum of nothing, which XLA would work out slowly
-    start = merged(*nothing, everything, jnp.zeros((1,), jnp.int32), first)
-    best, positions = lax.fori_loop(0, (jnp.max(visible) - first + step - 1) // step, one_tile, start)
+    best, positions = lax.fori_loop(1, (jnp.max(visible) + step - 1) // step, one_tile, (best, positions))
     if n_best == topk:
         return positions, jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     columns, count = topk_stage.topk(

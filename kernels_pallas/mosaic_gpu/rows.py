@@ -234,8 +234,8 @@ def block_positions(block_size: int) -> Callable[[int], str]:
 
     def position(u: int) -> str:
         find = f"""add.u32 id, column, {32 * u}; shr.u32 first, id, {shift}; shl.b32 first, first, 2;
-add.u32 first, first, $IDS; ld.shared.u32 first, [first]; shl.b32 first, first, {shift}; and.b32 id, id, {block_size - 1};
-add.u32 first, first, id;"""
+add.u32 first, first, $IDS; ld.shared.u32 first, [first]; shl.b32 first, first, {shift};
+and.b32 id, id, {block_size - 1}; add.u32 first, first, id;"""
         return f"{'' if u % each else find} add.u32 id, first, {32 * (u % each)};"
 
     return position

@@ -1,4 +1,4 @@
-"""Exact top-k of rows of score images, ascending: after the block filter's scores.
+"""Exact top-k of rows of score images, ascending: after the block filter's scores, and of flat's first tile.
     o[t] = the columns of the k largest x[t, :limit[t]], in column order, then -1
 
 Floor, 4096 rows of 8192 on an H200: HBM 134 MB / 4.3 TB/s = 0.03 ms. Counting is what takes the time: about 9 passes
@@ -41,7 +41,6 @@ def why_not(width: int) -> str | None:
     return None if width <= MAX_WIDTH else f"needs at most {MAX_WIDTH} candidates a row, not {width}"
 
 
-@functools.partial(jax.jit, static_argnames=("k", "config", "n_ctas", "interpret"))
 def topk(
     x: Array, limit: Array, k: int, *, config: Config | None = None, n_ctas: int = 132, interpret: Interpret = False
 ) -> tuple[Array, Array]:
@@ -51,6 +50,22 @@ def topk(
         x: W is a multiple of 512; images at columns limit[t] .. the next multiple of 512 are `INVISIBLE`, those beyond
             are never read.
     """
+    columns, count = _launch(x, limit, k, False, config, n_ctas, interpret)
+    return columns, count
+
+
+def topk_with_images(
+    x: Array, limit: Array, k: int, *, config: Config | None = None, n_ctas: int = 132, interpret: Interpret = False
+) -> tuple[Array, Array, Array]:
+    """`topk` and the [T, k] images of what it chose, `INVISIBLE` where nothing is chosen."""
+    columns, count, images = _launch(x, limit, k, True, config, n_ctas, interpret)
+    return columns, count, images
+
+
+@functools.partial(jax.jit, static_argnames=("k", "with_images", "config", "n_ctas", "interpret"))
+def _launch(
+    x: Array, limit: Array, k: int, with_images: bool, config: Config | None, n_ctas: int, interpret: Interpret
+) -> list[Array]:
     T, W = x.shape
     if W % COLUMNS:
         raise ValueError(f"topk: x has rows of {W} images, wanted a multiple of {COLUMNS}")
@@ -62,9 +77,10 @@ def topk(
         "row_full": plgpu.Barrier(num_arrivals=1, num_barriers=plan.n_select),
         "row_free": plgpu.Barrier(num_arrivals=1, num_barriers=plan.n_select),
     }
-    columns, count = plgpu.kernel(
+    row, count = jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)
+    return plgpu.kernel(
         functools.partial(topk_body, plan),
-        out_type=[jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)],
+        out_type=[row, count] + [row] * with_images,
         grid=(plan.n_ctas,),
         grid_names=("cta",),
         num_threads=plan.n_select + 1,
@@ -73,4 +89,3 @@ def topk(
         kernel_name="hisa_topk",
         interpret=interpret,
     )(limit, x.reshape(T, -1, LINE))  # a copy takes at most 256 elements an axis
-    return columns, count

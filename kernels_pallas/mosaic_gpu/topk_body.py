@@ -67,6 +67,7 @@ def select(
     limit_gmem: Ref,
     o_gmem: Ref,
     count_gmem: Ref,
+    o_images_gmem: Ref = None,
     *,
     images_smem: Ref,
     scratch_smem: Ref,
@@ -85,20 +86,22 @@ def select(
                 columns = jnp.arange(plan.W, dtype=jnp.int32)
                 images = jnp.where(columns < n_columns, images_smem[group].reshape(-1), INVISIBLE)
                 cut = select_rows.cut_reference(images, plan.k)
-                select_rows.compact_reference(images, columns, cut, plan.k, t, o_gmem, count_gmem)
+                select_rows.compact_reference(images, columns, cut, plan.k, t, o_gmem, count_gmem, o_images_gmem)
                 return
             row = (images_smem, group, plan.W, n_columns)
             cut = select_rows.cut_of(*row, plan.k, scratch_smem, group)
             # The columns themselves are written: no ids are looked up.
             ids = (scratch_smem, group, select_rows.SCRATCH_WORDS, select_rows.own_positions())
-            select_rows.compact(*row, cut, plan.k, scratch_smem, group, *ids, t, o_gmem, count_gmem)
+            select_rows.compact(*row, cut, plan.k, scratch_smem, group, *ids, t, o_gmem, count_gmem, o_images_gmem)
 
         @pl.when(t < plan.T)
         def _one_row():
             limit = limit_gmem[t]
             plgpu.barrier_wait(row_full.at[group])
-            pl.when(limit <= plan.k)(lambda: select_rows.write_prefix(o_gmem, count_gmem, t, limit, plan.interpret))
-            pl.when(limit > plan.k)(lambda: _choose(limit))
+            # Where all are chosen there is nothing to search for, unless their images are wanted, too.
+            keeps_all = (limit <= plan.k) & (o_images_gmem is None)
+            pl.when(keeps_all)(lambda: select_rows.write_prefix(o_gmem, count_gmem, t, limit, plan.interpret))
+            pl.when(~keeps_all)(lambda: _choose(limit))
             release(plan, row_free.at[group])
 
         return _

@@ -34,7 +34,6 @@ def select(q, k, k_scale, w, visible, topk, n_ctas=132, interpret=False):
 
 def test_streaming_in_filtered_tiles_equals_one_piece(interpret, monkeypatch):
     monkeypatch.setattr(flat, "ONE_TILE", 256)
-    monkeypatch.setattr(flat, "FIRST", 256)
     monkeypatch.setattr(flat, "STEP", 512)  # rounded up to 1536, three spans of 384 being four steps of a selection
     visible = np.asarray([[3500, 300]], np.int32)
     q, k, scale, w = draw.integers(3, 1, 2, 3500, 16, 64, E4M3, True)
@@ -98,7 +97,7 @@ def test_merge_on_the_device(hopper, n_start, W, k):
 @pytest.mark.parametrize("rising", [False, True], ids=["any_order", "each_better_than_all_before"])
 def test_flat_on_the_device(hopper, rising):
     S = 40000
-    visible = np.asarray([[S, S - 1, 30000, 7680, 7681, 2049, 5, 0]], np.int32)
+    visible = np.asarray([[S, S - 1, 30000, flat.STEP, flat.STEP + 1, 2049, 5, 0]], np.int32)
     q, k, scale, w = draw.normal(0, 1, 8, S, 64, 128, E4M3, True)
     if rising:
         q, k, w = jnp.ones_like(q), jnp.ones_like(k), jnp.ones_like(w)

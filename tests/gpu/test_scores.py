@@ -26,6 +26,11 @@ def interpret():
     assert not interpret_pallas_call.get_races().races_found
 
 
+def skip_unless_hopper(H, D, dtype):
+    if jax.default_backend() != "gpu" or mosaic_gpu.why_not(jax.devices()[0].compute_capability, H, D, dtype, topk=64):
+        pytest.skip("needs a Hopper GPU")
+
+
 def check(H, D, dtype, n_parts, n_score, cut, interpret, keep=1, n_ctas=132):
     """Three queries of 600 keys, tiles of two queries, limits inside a tile of keys; sums are exact."""
     T, S = 3, 600
@@ -69,8 +74,7 @@ def test_images_limits_forced_and_masks(interpret, case):
 )
 @pytest.mark.parametrize("cut", [None, 1086324736])
 def test_on_the_device(H, D, dtype, n_parts, cut):
-    if jax.default_backend() != "gpu" or mosaic_gpu.why_not(jax.devices()[0].compute_capability, H, D, dtype, topk=64):
-        pytest.skip("needs a Hopper GPU")
+    skip_unless_hopper(H, D, dtype)
     check(H, D, dtype, n_parts, 2, cut, False)
 
 
