@@ -152,17 +152,13 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 
-# "auto" leaves these alone until their tests pass on a GPU (docs/gpu.md, "Open"): they run where they are named.
-UNPROVEN = {"mosaic_gpu", "triton"}
-
-
 def reasons(device: Device, problem: Problem | None) -> dict[str, str | None]:
     """Why each implementation cannot run, None for those that can, in the order of preference."""
     return {name: implementation.why_not(device, problem) for name, implementation in IMPLEMENTATIONS.items()}
 
 
 def choose(call: str, implementation: str, why_not: dict[str, str | None]) -> str:
-    """The name of the implementation that runs: the one asked for, or the first that can and is proven.
+    """The name of the implementation that runs: the one asked for, or the first that can.
 
     Raises: ValueError: one that does not exist, or one that cannot run here: says why and which can.
     """
@@ -171,7 +167,7 @@ def choose(call: str, implementation: str, why_not: dict[str, str | None]) -> st
         raise ValueError(f"{call}: implementation={implementation!r}, wanted one of {names}")
     usable = [name for name, reason in why_not.items() if reason is None]
     if implementation == "auto":
-        return next(name for name in usable if name not in UNPROVEN)
+        return usable[0]
     if why_not[implementation] is not None:
         raise ValueError(
             f'{call}: implementation="{implementation}" cannot run here: {why_not[implementation]}. '

@@ -109,7 +109,7 @@ def select(
 def implementations(
     q: Array | None = None, k: Array | QuantizedKeys | None = None, method: Method | None = None
 ) -> dict[str, str | None]:
-    """Lists the implementations, the fastest first: "auto" takes the first that can run here and is proven.
+    """Lists the implementations, the fastest first: "auto" takes the first that can run here.
 
     Args:
         q, k, method: those of a call to `select` or `select_packed`, to ask about that call; none of them, to ask about

@@ -41,17 +41,9 @@ def test_auto_takes_the_first_that_can_run(monkeypatch):
     able = dispatch.Implementation(why_not=lambda device, problem: None, select=spy, select_packed=spy)
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "triton", able)
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "mosaic_gpu", refusing("no"))
-    monkeypatch.setattr(dispatch, "UNPROVEN", set())
     hj.select(*ARRAYS, METHOD)
     hj.select(*ARRAYS, METHOD, implementation="triton")
     assert calls == ["spy", "spy"]
-
-
-def test_auto_leaves_alone_what_is_not_proven():
-    able = dict.fromkeys(dispatch.IMPLEMENTATIONS)
-    assert dispatch.choose("select", "auto", able) == "mosaic_tpu"
-    assert dispatch.choose("select", "auto", able | {"mosaic_tpu": "needs a TPU"}) == "xla"
-    assert dispatch.choose("select", "mosaic_gpu", able) == "mosaic_gpu"
 
 
 def refusing(reason):
