@@ -11,6 +11,7 @@ from hisa_jax.select import implementations, select
 from hisa_jax.select_packed import select_packed
 from hisa_jax.selection import Selection
 from hisa_jax.sparse_mla import sparse_mla
+from hisa_jax.training import indexer_kl
 from hisa_jax.xla import Tiles
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "compare",
     "copy_pages",
     "implementations",
+    "indexer_kl",
     "init_cache",
     "quantize_keys",
     "quantize_queries",

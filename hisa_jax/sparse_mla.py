@@ -5,16 +5,14 @@ backward pass gathers and recomputes tile by tile, too, from the saved logsumexp
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax import checks, dispatch
-
-# Float32 logits of one tile of queries: few queries when heads and tokens are many.
-_TILE_BYTES = 32 << 20
+from hisa_jax.query_tiles import QueryTiles
 
 
 def sparse_mla(
@@ -88,28 +86,6 @@ def sparse_mla(
     return (out, lse) if return_lse else out
 
 
-class _Tiling(NamedTuple):
-    """`n` tiles of `t` queries, the last one padded."""
-
-    n: int
-    t: int
-
-    def cut(self, x: Array, fill: int = 0) -> Array:
-        """[B, T, ...] -> [B * n, t, ...]."""
-        missing = [(0, 0)] * x.ndim
-        missing[1] = (0, self.n * self.t - x.shape[1])
-        return jnp.pad(x, missing, constant_values=fill).reshape(x.shape[0] * self.n, self.t, *x.shape[2:])
-
-    def join(self, x: Array, B: int, T: int) -> Array:
-        """[B * n, t, ...] -> [B, T, ...]."""
-        return x.reshape(B, self.n * self.t, *x.shape[2:])[:, :T]
-
-
-def _tiling(T: int, N: int, K: int) -> _Tiling:
-    t = min(max(_TILE_BYTES // (4 * N * K), 1), T)
-    return _Tiling(-(-T // t), t)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _attend(
     q: Array, kv: Array, indices: Array, scale: float, value_dim: int, implementation: str
@@ -122,7 +98,7 @@ def _attend(
 @functools.partial(jax.jit, static_argnames=("scale", "value_dim"))
 def _xla(q: Array, kv: Array, indices: Array, *, scale: float, value_dim: int) -> tuple[Array, Array]:
     (B, T, N, _), K = q.shape, indices.shape[2]
-    tiling = _tiling(T, N, K)
+    tiles = QueryTiles.of(T, N * K)  # the logits: few queries when heads and tokens are many
 
     def tile(operands: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         b, q, indices = operands
@@ -132,9 +108,8 @@ def _xla(q: Array, kv: Array, indices: Array, *, scale: float, value_dim: int) -
         p = _probabilities(logits, lse)
         return _dot("tnk,tkv->tnv", p, selected[..., :value_dim]).astype(q.dtype), lse
 
-    batch = jnp.repeat(jnp.arange(B, dtype=jnp.int32), tiling.n)
-    out, lse = lax.map(tile, (batch, tiling.cut(q), tiling.cut(indices, -1)))
-    return tiling.join(out, B, T), tiling.join(lse, B, T)
+    out, lse = lax.map(tile, (tiles.sequences(B), tiles.cut(q), tiles.cut(indices, -1)))
+    return tiles.join(out, B, T), tiles.join(lse, B, T)
 
 
 def _attend_forward(q: Array, kv: Array, indices: Array, scale: float, value_dim: int, implementation: str) -> Any:
@@ -150,7 +125,7 @@ def _attend_backward(
     q, kv, indices, out, lse = saved
     d_out, d_lse = gradients
     (B, T, N, _), K = q.shape, indices.shape[2]
-    tiling = _tiling(T, N, K)
+    tiles = QueryTiles.of(T, N * K)
     # d logits = p * (d p - delta): delta gathers what the normalisation and the logsumexp pass on.
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse  # [B, T, N]
 
@@ -167,10 +142,16 @@ def _attend_backward(
             d_selected, mode="drop", wrap_negative_indices=False
         ), d_q
 
-    batch = jnp.repeat(jnp.arange(B, dtype=jnp.int32), tiling.n)
-    parts = (batch, tiling.cut(q), tiling.cut(indices, -1), tiling.cut(lse), tiling.cut(d_out), tiling.cut(delta))
+    parts = (
+        tiles.sequences(B),
+        tiles.cut(q),
+        tiles.cut(indices, -1),
+        tiles.cut(lse),
+        tiles.cut(d_out),
+        tiles.cut(delta),
+    )
     d_kv, d_q = lax.scan(tile, jnp.zeros(kv.shape, jnp.float32), parts)
-    return tiling.join(d_q, B, T).astype(q.dtype), d_kv.astype(kv.dtype), None
+    return tiles.join(d_q, B, T).astype(q.dtype), d_kv.astype(kv.dtype), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
