@@ -81,7 +81,12 @@ def _kernels(
     name: str, why_not: Callable[[Device, Problem | None], str | None], *, flat_if_all_kept: bool = False
 ) -> Implementation:
     kernels = Kernels(lambda: backend(name), flat_if_all_kept)
-    return Implementation(why_not=why_not, select=kernels.select, select_packed=kernels.select_packed)
+    return Implementation(
+        why_not=why_not,
+        select=kernels.select,
+        select_packed=kernels.select_packed,
+        select_paged=kernels.select_paged,
+    )
 
 
 def _nvidia(name: str) -> Implementation:
