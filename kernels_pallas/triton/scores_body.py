@@ -24,8 +24,8 @@ def scores_body(
     keep_last: int,
 ) -> None:
     # in: [T, H, D], [T, H], [T], [n_tiles, 4], [1], [parts, S, D], maybe a page table, maybe [S]; out: [T, width]
-    *refs, o_ref = refs
-    table_ref, scale_ref = (None, refs) if page_size is None else (refs[0], refs[1:])
+    *scale_ref, o_ref = refs
+    table_ref: Ref = scale_ref.pop(0) if page_size else None
     tile = pl.program_id(0)
     column = pl.program_id(1) * tile_s
     first_query, n_queries, first_row, most = (tiles_ref[tile, field] for field in range(4))
@@ -33,7 +33,7 @@ def scores_body(
     candidate = first + jnp.arange(tile_s, dtype=jnp.int32)
     row = first_row + candidate
     there = row < k_ref.shape[1]
-    if table_ref is not None:
+    if page_size:
         place = jnp.minimum(lax.div(row, jnp.int32(page_size)), table_ref.shape[0] - 1)
         row = plt.load(table_ref.at[place]) * page_size + lax.rem(row, jnp.int32(page_size))
         there = (row >= 0) & (row < k_ref.shape[1])
