@@ -55,7 +55,7 @@ class Config:
         return tiles + 2 * H * (D * itemsize + 4) + 2 * 4 * words + self.n_images * 4 * width + 4096
 
 
-def why_not(H: int, D: int, m: int, block_size: int, dtype: DTypeLike) -> str | None:
+def why_not(H: int, D: int, m: int, block_size: int, dtype: DTypeLike, page_size: int | None = None) -> str | None:
     """None, or why this kernel cannot run a shape."""
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.bfloat16)):
         return f"needs float8_e4m3fn or bfloat16 keys and queries, not {jnp.dtype(dtype).name}"
@@ -63,6 +63,8 @@ def why_not(H: int, D: int, m: int, block_size: int, dtype: DTypeLike) -> str | 
         return f"needs 16, 32, 64 or 128 heads of size 64 or 128, not {H} of {D}"
     if block_size not in (32, 64, 128, 256):
         return f"needs blocks of 32, 64, 128 or 256 tokens, not {block_size}"
+    if page_size is not None and page_size < 32:  # whose scales would be copied to less than 128 bytes
+        return f"needs pages of 32 tokens or more, not {page_size}"
     return None
 
 
