@@ -14,7 +14,7 @@ from kernels_pallas.triton.page_means import pool_pages
 from kernels_pallas.triton.pool import pool
 from tests.gpu import promises
 from tests.gpu.test_lowering import BACKENDS, BF16, E4M3, lower
-from tests.gpu.test_select import implementation, with_mosaic_interpreted  # noqa: F401
+from tests.gpu.test_select import implementation  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
@@ -86,45 +86,50 @@ METHODS = {
     "hisa": lambda block_size: hj.Hisa(topk=50, block_size=block_size, block_topk=4),
     "block_sparse": lambda block_size: hj.BlockSparse(topk=4 * block_size, block_size=block_size),
 }
-PAGES = {  # page, block, dtype, requests
-    "page_is_a_block": (32, 32, BF16, DECODE),
-    "two_pages_a_block": (32, 64, E4M3, PREFILL_AND_DECODE),
-    "decode_with_scales": (64, 128, E4M3, DECODE),
-}
+# Of these few and small requests means are taken in registers, where queries are few, or written first.
+CASES = [  # page, block, dtype, requests, method
+    pytest.param(32, 64, E4M3, PREFILL_AND_DECODE, "hisa", id="two_pages_a_block"),
+    pytest.param(32, 64, E4M3, PREFILL_AND_DECODE, "dsa", id="flat"),
+    pytest.param(64, 128, E4M3, DECODE, "hisa", id="decode"),
+]
+MORE_CASES = [
+    pytest.param(32, 32, BF16, DECODE, "hisa", id="page_is_a_block"),
+    pytest.param(16, 64, BF16, DECODE, "hisa", id="four_pages_a_block"),
+    pytest.param(32, 32, BF16, PREFILL_AND_DECODE, "block_sparse", id="block_sparse"),
+]
 
 
-@with_mosaic_interpreted
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("pages", PAGES)
-def test_pages_give_what_xla_gives(implementation, pages, method):  # noqa: F811
-    page_size, block_size, dtype, requests = PAGES[pages]
+@pytest.mark.parametrize(
+    ("implementation", "page_size", "block_size", "dtype", "requests", "method"),
+    [
+        pytest.param(name, *case.values, id=f"{name}-{case.id}", marks=marks)
+        for name, marks, cases in (
+            ("triton_interpreted", (), CASES + MORE_CASES),
+            ("mosaic_gpu_interpreted", (), CASES),
+            ("triton", pytest.mark.gpu, CASES + MORE_CASES),
+            ("mosaic_gpu", pytest.mark.gpu, [case for case in CASES + MORE_CASES if case.values[0] >= 32]),
+        )
+        for case in cases
+    ],
+    indirect=["implementation"],
+)
+def test_pages_give_what_xla_gives(implementation, page_size, block_size, dtype, requests, method):  # noqa: F811
     requests, method = draw(**requests, page_size=page_size, dtype=dtype), METHODS[method](block_size)
     assert_same(requests.select(implementation, method), requests.select("xla", method))
 
 
-@pytest.mark.parametrize(("page_size", "block_size"), [(16, 256), (256, 256)])
-def test_small_and_large_pages(implementation, page_size, block_size):  # noqa: F811
-    if page_size < 32 and implementation == "mosaic_gpu":
-        pytest.skip("declines pages of 16")
-    requests, method = draw([1500, 700], [3, 1], page_size, BF16), METHODS["hisa"](block_size)
-    assert_same(requests.select(implementation, method), requests.select("xla", method))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_request_that_lacks_a_page_selects_nothing_and_the_others_are_right(implementation, method):  # noqa: F811
-    requests, method = draw(**PREFILL_AND_DECODE, page_size=32, dtype=BF16), METHODS[method](32)
+def test_a_request_that_lacks_a_page_selects_nothing_and_the_others_are_right(implementation):  # noqa: F811
+    requests, method = draw(**PREFILL_AND_DECODE, page_size=32, dtype=BF16), METHODS["hisa"](32)
     requests = dataclasses.replace(requests, tables=requests.tables.at[0, 3].set(requests.cache.n_pages))
     got = requests.select(implementation, method)
     assert (np.asarray(got.count[:8]) == 0).all() and (np.asarray(got.count[8:11]) > 0).all()
     assert_same(got, requests.select("xla", method))
 
 
-@pytest.mark.parametrize("direct", [0, 100], ids=["means_written", "means_in_registers"])
-def test_some_queries_at_a_time_and_either_way_to_the_means(implementation, direct, monkeypatch):  # noqa: F811
+def test_some_queries_at_a_time_give_the_same(implementation, monkeypatch):  # noqa: F811
     requests, method = draw(**PREFILL_AND_DECODE, page_size=32, dtype=E4M3), METHODS["hisa"](64)
     monkeypatch.setattr(indexer, "_QUERIES", 4)
-    monkeypatch.setattr(indexer, "_DIRECT", direct)
-    jax.clear_caches()  # of what was traced with other numbers
+    jax.clear_caches()  # of what was traced for more at a time
     assert_same(requests.select(implementation, method), requests.select("xla", method))
 
 
@@ -159,7 +164,6 @@ def test_small_pages_are_declined_with_the_reason():
         ("mosaic_gpu", 128, 128, 131072, 64, E4M3),  # a query a CTA
         ("mosaic_gpu", 32, 32, 131072, 128, E4M3),  # several CTAs a query
         ("mosaic_gpu", 4200, 8, 65536, 64, BF16),  # prefill among decode
-        ("mosaic_gpu", 40, 32, 65536, 32, E4M3),
         ("triton", 32, 32, 131072, 64, E4M3),
         ("triton", 4200, 8, 65536, 16, BF16),
     ],
