@@ -96,7 +96,7 @@ def page_scores(
             keep_first=keep_first,
             keep_last=keep_last,
         ),
-        # Queries change fastest: those of one request follow each other, and find its sums in L2.
+        # Query by query: the next one of a request finds its sums in L2.
         grid=(width // config.tile_s, T),
         in_specs=[row(H, D), row(H), one, one, *(_whole(x) for x in operands)],
         out_specs=row(width),
