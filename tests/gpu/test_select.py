@@ -142,6 +142,7 @@ def test_up_to_all_kept_blocks_the_selection_is_the_flat_one_bit_for_bit(impleme
     np.testing.assert_array_equal(hisa.indices, dsa.indices)
 
 
+@pytest.mark.slow
 def test_it_runs_under_jit_and_vmap(implementation):
     q, k, w = (x[:, None] for x in few_scores(draw.Shape(2, 3, 320, 16, 64), "bfloat16"))
     run = functools.partial(select, implementation, method=METHODS["hisa"], return_scores=False)
