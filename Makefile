@@ -6,26 +6,34 @@ PYTHON ?= python3
 JAX ?= jax
 ARGS ?=
 OLDEST := 0.11.2
-# Tests run on the CPU, whatever the machine has: `pytest -m gpu` and `pytest -m tpu` are for that. Interpreted, each
-# waiting warp-group of a GPU kernel blocks a thread of XLA: on two cores' worth of them the kernel stands still.
-TESTS := JAX_PLATFORMS=cpu
-KERNEL_TESTS := JAX_PLATFORMS=cpu NPROC=32
+# Tests run on the CPU, whatever the machine has: `pytest -m gpu` and `pytest -m tpu` are for that. What XLA has compiled
+# is kept beside the installation, for both workers and the next run.
+TESTS = JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(<D)/jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	$(<D)/bin/python -m pytest -n 2 --dist worksteal
+# Interpreted, each waiting warp-group of a GPU kernel blocks a thread of XLA: on two cores' worth of them the kernel
+# stands still. Programs that call back into Python are never kept.
+KERNEL_TESTS = JAX_PLATFORMS=cpu NPROC=32 $(<D)/bin/python -m pytest -n 2 --dist worksteal tests/gpu tests/tpu
+CORE := --ignore=tests/gpu --ignore=tests/tpu
 
-.PHONY: demo test test-oldest lint format clean
+.PHONY: demo test test-oldest test-chips lint format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
 	.venv/bin/python -m bench demo $(ARGS)
 
 test: .venv-test/test.stamp
-	$(TESTS) .venv-test/bin/python -m pytest -n 2 --ignore=tests/gpu --ignore=tests/tpu --cov --cov-report= $(ARGS)
-	$(KERNEL_TESTS) .venv-test/bin/python -m pytest -n 2 tests/gpu tests/tpu \
-		--cov --cov-append --cov-report=term:skip-covered --cov-fail-under=95
+	$(TESTS) $(CORE) --cov --cov-report= $(ARGS)
+	$(KERNEL_TESTS) -m "not every_chip" --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=95
 
-# The promises again on the oldest supported jax, without what is marked slow.
+# Each compile for a TPU on the three chips that another case has its turn on in `make test`.
+test-chips: .venv-test/test.stamp
+	$(KERNEL_TESTS) -m every_chip
+
+# On the oldest supported jax what could be different there: every public call, every kernel lowered, compiled and
+# interpreted once. What is marked slow, and the oracle, which knows no JAX, are left out.
 test-oldest: .venv-oldest/test.stamp
-	$(TESTS) .venv-oldest/bin/python -m pytest -n 2 -m "not slow" --ignore=tests/gpu --ignore=tests/tpu $(ARGS)
-	$(KERNEL_TESTS) .venv-oldest/bin/python -m pytest -n 2 -m "not slow" tests/gpu tests/tpu
+	$(TESTS) -m "not slow" $(CORE) --ignore=tests/oracle $(ARGS)
+	$(KERNEL_TESTS) -m "not slow and not every_chip"
 
 lint: .venv-test/test.stamp
 	.venv-test/bin/ruff check .

@@ -20,6 +20,7 @@ def text_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_demo_shows_a_table_and_passages_and_writes_rows_and_a_figure(text_file, tmp_path, capsys):
     arguments = ["--context", "1024", "512", "--queries", "4", "--repeats", "2", "--out", str(tmp_path / "new" / "out")]
     assert main(["demo", "--text", str(text_file), *arguments]) == 0
@@ -45,6 +46,7 @@ def test_the_demo_shows_a_table_and_passages_and_writes_rows_and_a_figure(text_f
         assert row["ms_per_query"] > 0
 
 
+@pytest.mark.slow
 def test_a_text_without_repeats_has_no_right_answers_and_still_runs(tmp_path, capsys):
     path = tmp_path / "unique.txt"
     path.write_text(" ".join(f"w{i}" for i in range(512)))

@@ -9,6 +9,7 @@ from bench.__main__ import main
 SMALL = ["--context", "4096", "--queries", "2", "--heads", "4", "--dim", "32"]
 
 
+@pytest.mark.slow
 def test_a_table_shows_each_method(capsys):
     assert main(["memory", *SMALL]) == 0
     shown = capsys.readouterr().out

@@ -2,6 +2,18 @@
 
 import os
 
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # what was found has no public name
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
 # GPU interpret mode blocks a thread of XLA's CPU pool for every warp-group that waits: fewer threads than
 # warp-groups, as on a machine of two cores, and it stands still. Read when the CPU backend starts.
 os.environ.setdefault("NPROC", "32")
+
+
+@pytest.fixture
+def interpret():
+    """Interpret parameters; no race may have been found by the end."""
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+    yield plgpu.InterpretGPUParams(detect_races=True)
+    assert not interpret_pallas_call.get_races().races_found

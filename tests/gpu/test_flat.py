@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import mosaic_gpu
 from kernels_pallas.mosaic_gpu import flat, merge, passed
@@ -15,14 +13,6 @@ from tests.gpu.test_scores import unwritten
 
 E4M3 = jnp.float8_e4m3fn
 INVISIBLE = -(2**31)
-
-
-@pytest.fixture
-def interpret():
-    """Interpret parameters; no race may have been found by the end."""
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
-    yield plgpu.InterpretGPUParams(detect_races=True)
-    assert not interpret_pallas_call.get_races().races_found
 
 
 def select(q, k, k_scale, w, visible, topk, n_ctas=132, interpret=False):

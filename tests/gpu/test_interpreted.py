@@ -3,8 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import indexer, mosaic_gpu, triton
 from kernels_pallas.mosaic_gpu import refine as mosaic_refine
@@ -17,14 +15,6 @@ E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 EXACT = {"token_tolerance": 1e-9, "block_tolerance": 1e-9}
 
 
-@pytest.fixture
-def interpret():
-    """Interpret parameters; no race may have been found by the end."""
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
-    yield plgpu.InterpretGPUParams(detect_races=True)
-    assert not interpret_pallas_call.get_races().races_found
-
-
 @pytest.fixture(autouse=True)
 def few_ctas(monkeypatch):
     """Two CTAs, so that each has several queries."""
@@ -33,8 +23,8 @@ def few_ctas(monkeypatch):
 
 CASES = [  # block_size, block_topk, topk, dtype, has_scale, visible [B, T], S
     pytest.param(32, 6, 50, E4M3, True, [[512, 300], [20, 0]], 512, id="batch_few_visible_and_none"),
-    pytest.param(32, 6, 50, BF16, False, [[400, 33]], 400, id="ragged_tail_bf16"),
-    pytest.param(128, 3, 400, E4M3, True, [[640]], 640, id="topk_above_the_candidates"),
+    pytest.param(32, 6, 50, BF16, False, [[400, 33]], 400, id="ragged_tail_bf16", marks=pytest.mark.slow),
+    pytest.param(128, 3, 400, E4M3, True, [[640]], 640, id="topk_above_the_candidates", marks=pytest.mark.slow),
 ]
 
 
@@ -56,7 +46,7 @@ def test_triton_hisa_keeps_the_contract(block_size, block_topk, topk, dtype, has
     promises.check_hisa(got, q, k, scale, w, visible, **options, **EXACT)
 
 
-@pytest.mark.parametrize("S", [520, 333, 9])
+@pytest.mark.parametrize("S", [pytest.param(520, marks=pytest.mark.slow), 333, pytest.param(9, marks=pytest.mark.slow)])
 def test_mosaic_flat_keeps_the_contract(interpret, S):
     visible = np.asarray([[S, S // 2]], np.int32)
     q, k, scale, w = draw.integers(2, 1, 2, S, 16, 64, E4M3, True)
@@ -82,8 +72,12 @@ def _packed(seed, lengths_q, lengths_k, T, N):
     return (q, k, scale, w, jnp.asarray(visible)), tuple(map(jnp.asarray, cu))
 
 
-@pytest.mark.parametrize("queries", [8192, 4], ids=["one_piece", "a_few_queries_at_a_time"])
-@pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "queries"),
+    [("mosaic_gpu", 4), ("triton", 8192)],
+    ids=["mosaic_a_few_queries_at_a_time", "triton_one_piece"],
+)
 def test_packed_sequences_keep_the_contract(backend, queries, monkeypatch, request):
     # More blocks than are kept, an empty sequence, one with fewer tokens than a block; 3 rows nobody's.
     lengths_q, lengths_k = [2, 0, 1, 3], [300, 40, 9, 230]
@@ -105,6 +99,7 @@ def test_packed_sequences_keep_the_contract(backend, queries, monkeypatch, reque
         assert (np.asarray(indices)[6:] == -1).all() and (np.asarray(count)[6:] == 0).all()
 
 
+@pytest.mark.slow
 def test_nan_scores_are_chosen_last(interpret):
     q, k, _, w = draw.integers(5, 1, 1, 256, 16, 64, BF16, False)
     k = k.at[0, 17].set(jnp.nan)
@@ -117,6 +112,7 @@ def test_nan_scores_are_chosen_last(interpret):
         assert set(range(256)) - set(np.asarray(got[0]).ravel().tolist()) == {17}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [32, 256])
 def test_refine_takes_several_blocks_a_tile_and_several_tiles_a_block(interpret, block_size):
     q, k, scale, w = draw.integers(6, 1, 2, 768, 16, 64, E4M3, True)

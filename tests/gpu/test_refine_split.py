@@ -3,8 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.mosaic_gpu import refine
 from kernels_pallas.triton import topk
@@ -12,14 +10,6 @@ from tests.gpu import draw, reference
 from tests.gpu.test_lowering import lower
 
 E4M3 = jnp.float8_e4m3fn
-
-
-@pytest.fixture
-def interpret():
-    """Interpret parameters; no race may have been found by the end."""
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
-    yield plgpu.InterpretGPUParams(detect_races=True)
-    assert not interpret_pallas_call.get_races().races_found
 
 
 @pytest.mark.parametrize("n_parts", [1, 2])

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import mosaic_gpu
 from kernels_pallas.image import FORCED, INVISIBLE
@@ -16,14 +14,6 @@ from kernels_pallas.mosaic_gpu.stationary import Shape, loop_ptx
 from tests.gpu import draw, reference
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
-
-
-@pytest.fixture
-def interpret():
-    """Interpret parameters; no race may have been found by the end."""
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
-    yield plgpu.InterpretGPUParams(detect_races=True)
-    assert not interpret_pallas_call.get_races().races_found
 
 
 def skip_unless_hopper(H, D, dtype):

@@ -21,11 +21,11 @@ METHODS = {
     "hisa_more_forced": hj.Hisa(topk=50, block_size=32, block_topk=6, keep_first=2, keep_last=3),
     "block_sparse": hj.BlockSparse(topk=160, block_size=32),
 }
-SHAPES = {
-    "prefill": draw.Shape(1, 5, 700, 16, 64),
-    "decode": draw.Shape(3, 1, 600, 32, 128),
-    "ragged_tail": draw.Shape(2, 3, 333, 16, 64),
-    "all_blocks_kept": draw.Shape(1, 4, 150, 16, 64),
+CASES = {
+    "prefill": (draw.Shape(1, 5, 700, 16, 64), "bfloat16"),
+    "decode": (draw.Shape(3, 1, 600, 32, 128), "float8_e4m3fn"),
+    "ragged_tail": (draw.Shape(2, 3, 333, 16, 64), "bfloat16"),
+    "all_blocks_kept": (draw.Shape(1, 4, 150, 16, 64), "float8_e4m3fn"),
 }
 # Hopper adds e4m3 products with about 14 bits; block means carry 8 bits. Small whole numbers are exact in both.
 TOLERANCE = 2e-2
@@ -33,10 +33,14 @@ TOLERANCE = 2e-2
 
 on_gpu = [pytest.param(name, marks=pytest.mark.gpu) for name in ("mosaic_gpu", "triton")]
 INTERPRET = {"triton": True, "mosaic_gpu": plgpu.InterpretGPUParams()}
-# Mosaic's interpreter takes seconds a call: the tests whose rows of queries and keys are hardest have it.
-with_mosaic_interpreted = pytest.mark.parametrize(
-    "implementation", [*on_gpu, "triton_interpreted", "mosaic_gpu_interpreted"], indirect=True
-)
+
+
+def with_mosaic_interpreted(*methods):
+    """Mosaic's interpreter takes many seconds a call: of the tests whose rows are hardest it has these methods."""
+    gpu = [pytest.param(name, method, marks=pytest.mark.gpu) for name in ("mosaic_gpu", "triton") for method in METHODS]
+    triton = [("triton_interpreted", method) for method in METHODS]
+    mosaic = [pytest.param("mosaic_gpu_interpreted", method, marks=pytest.mark.slow) for method in methods]
+    return pytest.mark.parametrize(("implementation", "method"), [*gpu, *triton, *mosaic], indirect=["implementation"])
 
 
 @pytest.fixture(params=[*on_gpu, "triton_interpreted"])
@@ -75,28 +79,29 @@ def assert_agrees(got, reference, tolerance):
     oracle.assert_same_selection(got.indices, got.count, reference, tolerance, scores=got.scores, blocks=got.blocks)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_selects_what_the_oracle_selects(implementation, shape, method, dtype):
+@pytest.mark.parametrize("case", CASES)
+def test_selects_what_the_oracle_selects(implementation, case, method):
     # Sums over blocks of 32 are exact, so the oracle's choice is the only right one, except that a tail's mean is not.
-    q, k, w = few_scores(SHAPES[shape], dtype)
-    tolerance = 0.0 if SHAPES[shape].S % 32 == 0 or method == "dsa" else 1e-2
+    shape, dtype = CASES[case]
+    q, k, w = few_scores(shape, dtype)
+    tolerance = 0.0 if shape.S % 32 == 0 or method == "dsa" else 1e-2
     assert_agrees(select(implementation, q, k, w, METHODS[method]), oracle.select(q, k, w, METHODS[method]), tolerance)
 
 
-@pytest.mark.parametrize("scale", ["float32", "ue8m0"])
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_keys_may_be_quantized(implementation, method, scale):
+def test_keys_may_be_quantized(implementation, method):
     q, k, w = draw.inputs(2, 4, 400, 16, 64)
-    keys = draw.quantized(k, "float8_e4m3fn", scale)
     q = draw.cast(q, "float8_e4m3fn")
-    got = select(implementation, q, keys, w, METHODS[method], return_scores=False)
-    assert_agrees(got, oracle.select(q, keys, w, METHODS[method]), TOLERANCE)
+    for scale in ("float32", "ue8m0"):
+        keys = draw.quantized(k, "float8_e4m3fn", scale)
+        got = select(implementation, q, keys, w, METHODS[method], return_scores=False)
+        assert_agrees(got, oracle.select(q, keys, w, METHODS[method]), TOLERANCE)
 
 
-@with_mosaic_interpreted
-@pytest.mark.parametrize("method", METHODS)
+@with_mosaic_interpreted("dsa", "hisa_more_forced")
 def test_positions_and_lengths_limit_what_is_visible(implementation, method):
     q, k, w = few_scores(draw.Shape(2, 6, 333, 16, 64), "bfloat16")
     k[0, 101:] = np.nan
@@ -106,8 +111,7 @@ def test_positions_and_lengths_limit_what_is_visible(implementation, method):
     assert_agrees(got, oracle.select(q, k, w, METHODS[method], **options), 1e-2)
 
 
-@with_mosaic_interpreted
-@pytest.mark.parametrize("method", METHODS)
+@with_mosaic_interpreted("hisa", "block_sparse")
 def test_a_packed_batch_gives_what_the_oracle_gives(implementation, method):
     q, k, w = (x[0] for x in few_scores(draw.Shape(1, 12, 800, 16, 64), "float8_e4m3fn"))
     cu_q, cu_k = np.array([0, 3, 3, 4, 9], np.int32), np.array([0, 300, 340, 349, 722], np.int32)
@@ -117,6 +121,7 @@ def test_a_packed_batch_gives_what_the_oracle_gives(implementation, method):
     assert_agrees(got, oracle.select_packed(q, k, w, cu_q, cu_k, METHODS[method]), 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_nan_keys_and_weights_decide_nothing_else(implementation, method):
     q, k, w = few_scores(draw.Shape(1, 3, 320, 16, 64), "bfloat16")
@@ -125,7 +130,8 @@ def test_nan_keys_and_weights_decide_nothing_else(implementation, method):
     assert_agrees(select(implementation, q, k, w, METHODS[method]), oracle.select(q, k, w, METHODS[method]), 1e-2)
 
 
-@with_mosaic_interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", [*on_gpu, "triton_interpreted", "mosaic_gpu_interpreted"], indirect=True)
 def test_up_to_all_kept_blocks_the_selection_is_the_flat_one_bit_for_bit(implementation):
     q, k, w = draw.inputs(1, 8, 500, 16, 64, dtype="bfloat16")
     positions = jnp.asarray(np.linspace(0, 159, 8).astype(np.int32)[None])
@@ -136,6 +142,7 @@ def test_up_to_all_kept_blocks_the_selection_is_the_flat_one_bit_for_bit(impleme
     np.testing.assert_array_equal(hisa.indices, dsa.indices)
 
 
+@pytest.mark.slow
 def test_it_runs_under_jit_and_vmap(implementation):
     q, k, w = (x[:, None] for x in few_scores(draw.Shape(2, 3, 320, 16, 64), "bfloat16"))
     run = functools.partial(select, implementation, method=METHODS["hisa"], return_scores=False)

@@ -4,21 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.mosaic_gpu.sparse_mla import Config, heuristic, sparse_mla, why_not
 from tests.gpu.test_lowering import lower
 
 BF16, SCALE = jnp.bfloat16, 576**-0.5
-
-
-@pytest.fixture
-def interpret():
-    """Interpret parameters; no race may have been found by the end."""
-    interpret_pallas_call.reset_gpu_interpret_mode_state()
-    yield plgpu.InterpretGPUParams(detect_races=True)
-    assert not interpret_pallas_call.get_races().races_found
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ def test_padding_anywhere_changes_neither_selection_nor_logits(case):
         assert (np.asarray(out.layers[0].selection.count)[:, padding] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
 def test_chunks_give_what_the_whole_gives(form):
     model, tokens = golden.model("glm5").with_method(HISA), golden.ids("glm5")
@@ -55,6 +56,7 @@ def test_chunks_give_what_the_whole_gives(form):
     assert cache.lengths.tolist() == [40, 40] and cache.capacity == 48
 
 
+@pytest.mark.slow
 def test_positions_are_for_rope_alone():
     """RoPE is relative: tokens that all stand further on give the same."""
     model, tokens = golden.model("glm5"), golden.ids("glm5")[:, :24]
@@ -62,6 +64,7 @@ def test_positions_are_for_rope_alone():
     golden.assert_close(model(tokens, positions), model(tokens), golden.LOGITS)
 
 
+@pytest.mark.slow
 def test_a_row_of_padding_gives_finite_logits():
     model, tokens = golden.model("dsv32"), golden.ids("dsv32")
     mask = jnp.zeros((2, 40), bool).at[0].set(True)

@@ -37,6 +37,7 @@ def test_it_counts_and_times(greedy):
     assert greedy.prefill_rate > 0 and greedy.decode_rate > 0
 
 
+@pytest.mark.slow
 def test_a_stop_token_ends_its_row_alone(greedy):
     first, second = greedy.tokens
     stop, at = next((token, i) for i, token in enumerate(first) if i and token not in (*first[:i], *second))
@@ -44,6 +45,7 @@ def test_a_stop_token_ends_its_row_alone(greedy):
     assert stopped.tokens == [first[: at + 1], second]
 
 
+@pytest.mark.slow
 def test_draws_depend_on_the_seed_and_the_temperature_alone(greedy):
     def draw(seed, temperature):
         return models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8, temperature=temperature, seed=seed).tokens

@@ -118,6 +118,7 @@ def test_caches_and_decoding_give_the_numbers_of_the_public_code(case):
     np.testing.assert_array_equal(out.cache.lengths, [S] * B)
 
 
+@pytest.mark.slow
 @cases
 def test_greedy_continuation_in_chunks_is_that_of_the_public_code(case):
     numbers = golden.numbers(case)

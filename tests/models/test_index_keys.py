@@ -15,6 +15,7 @@ def run(case="dsv32", **settings):
     return golden.with_config(case, **settings).run(golden.ids(case), trace=True).layers[0]
 
 
+@pytest.mark.slow
 def test_the_hadamard_rotation_changes_no_score():
     plain, rotated = golden.output("dsv32").layers[0], run(index_hadamard=True)
     assert np.abs(np.asarray(plain.index_inputs[1]) - np.asarray(rotated.index_inputs[1])).max() > 0.1

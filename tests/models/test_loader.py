@@ -55,6 +55,7 @@ def test_block_size_comes_from_the_config(fp8_copy):
         models.from_pretrained(fp8_copy)
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_norms_router_and_index_head_weights_in_float32():
     model = models.from_pretrained(golden.FOLDER / "dsv32", dtype=jnp.bfloat16)
     float32 = {
@@ -96,6 +97,7 @@ def test_loading_holds_the_model_once(tmp_path):
     assert peak < 1.3 * model_bytes + 1e6, f"{peak / 1e6:.1f} MB at the peak for a model of {model_bytes / 1e6:.1f} MB"
 
 
+@pytest.mark.slow
 def test_tied_embeddings_need_no_head(tmp_path):
     def tie(tensors):
         del tensors["lm_head.weight"]

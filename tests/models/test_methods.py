@@ -16,6 +16,7 @@ HISA = hj.Hisa(topk=8, block_size=4, block_topk=3)
 cases = pytest.mark.parametrize("case", golden.CASES)
 
 
+@pytest.mark.slow
 @cases
 def test_hisa_that_keeps_all_blocks_gives_the_golden_logits(case):
     method = hj.Hisa(topk=8, block_size=4, block_topk=10)
@@ -27,6 +28,7 @@ def test_hisa_that_keeps_all_blocks_gives_the_golden_logits(case):
             np.testing.assert_array_equal(golden.as_mask(layer.selection, want.shape[-1]), want)
 
 
+@pytest.mark.slow
 @cases
 @pytest.mark.parametrize("block_topk", [2, 3, 5])
 def test_every_layer_selects_the_top_k_of_the_golden_scores_in_the_kept_blocks(case, block_topk):
@@ -102,6 +104,7 @@ def test_methods_by_layer():
     assert loaded.plan.layers == (flat, HISA, HISA)
 
 
+@pytest.mark.slow
 def test_a_rule_is_asked_for_every_layer_and_phase():
     asked = set()
 

@@ -15,6 +15,8 @@ from models import dsa, modeling, moe, rope
 
 from . import golden
 
+pytestmark = pytest.mark.slow
+
 
 def failures(case, model):
     """Names of the golden checks that this model fails, as the golden tests make them."""

@@ -1,5 +1,7 @@
 """Interpret mode that finds races, missing waits and what was never written; compile tests where libtpu is."""
 
+import collections
+
 import jax
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # what was found has no public name
@@ -29,9 +31,19 @@ def chip(request):
     return request.param
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
-    if jax.default_backend() == "tpu":
-        return
+    """A case has its turn on one chip; on the others it is marked `every_chip`.
+
+    What parametrises itself by chip asks for all.
+    """
+    turns = collections.defaultdict(dict)
     for item in items:
-        if item.get_closest_marker("tpu"):
+        chip = item.callspec.params.get("chip") if hasattr(item, "callspec") else None
+        if chip and not any("chip" in mark.args[0] for mark in item.iter_markers("parametrize")):
+            of_file, case = turns[item.path], item.nodeid.replace(chip, "")
+            turn = of_file.setdefault(case, len(of_file))
+            if chip != list(CHIPS)[turn % len(CHIPS)]:
+                item.add_marker(pytest.mark.every_chip)
+        if item.get_closest_marker("tpu") and jax.default_backend() != "tpu":
             item.add_marker(pytest.mark.skip(reason=f"needs a TPU, this machine has {jax.default_backend()}"))

@@ -14,6 +14,7 @@ from tests.gpu.promises import check_flat
 DTYPES = {"bf16": jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("B", "T", "S", "H", "D", "topk", "dtype", "config"),
     [
@@ -31,6 +32,7 @@ def test_chooses_the_best_tokens(B, T, S, H, D, topk, dtype, config, interpret):
     check_flat(got, q, k, k_scale, w, visible, topk=topk, token_tolerance=0.0)
 
 
+@pytest.mark.slow
 def test_keys_beyond_the_last_visible_are_not_read(interpret):
     q, k, _, w = draw.integers(0, 1, 8, 1024, 16, 64, jnp.bfloat16, False)
     visible = np.full((1, 8), 256, np.int32)

@@ -12,6 +12,7 @@ from tests.gpu import draw, promises, reference
 pytestmark = pytest.mark.slow
 BF16, INT8, E4M3 = jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn
 EXACT = {"token_tolerance": 1e-9, "block_tolerance": 1e-9}
+NEAR = {"token_tolerance": 1e-5, "block_tolerance": 1e-4}
 
 
 def run(inputs, visible, interpret, *, lengths=None, **options):
@@ -42,18 +43,32 @@ PREFILL = [  # dtype, has_scale, block_size, H, D, topk, block_topk, S, visible 
 def test_prefill_keeps_the_contract(
     interpret, dtype, has_scale, block_size, H, D, topk, block_topk, S, visible, lengths
 ):
+    """Exactly where sums are exact, a key of NaN among them; but near the cut on normal data. To compile takes longer
+    than to run, so one program runs all three."""
     visible = np.asarray(visible, np.int32)
-    inputs = draw.integers(0, *visible.shape, S, H, D, dtype, has_scale)
+    shape = *visible.shape, S, H, D, dtype, has_scale
     options = {"topk": topk, "block_size": block_size, "block_topk": block_topk}
-    got = run(inputs, visible, interpret, lengths=lengths, **options)
-    promises.check_hisa(got, *inputs, visible, **options, **EXACT)
+    for inputs, tolerances in (
+        (draw.integers(0, *shape), EXACT),
+        (with_nan(draw.integers(0, *shape), S - 2), EXACT),
+        (draw.normal(7, *shape), NEAR),
+    ):
+        got = run(inputs, visible, interpret, lengths=lengths, **options)
+        promises.check_hisa(got, *inputs, visible, **options, **tolerances)
 
 
-@pytest.mark.parametrize(("dtype", "has_scale"), [(BF16, False), (INT8, True)], ids=["bf16", "int8"])
-def test_keys_beyond_vmem_are_copied_block_by_block(interpret, monkeypatch, dtype, has_scale):
+def with_nan(inputs, position):
+    q, k, k_scale, w = inputs
+    if k_scale is None:
+        return q, k.at[:, position].set(jnp.nan), None, w
+    return q, k, k_scale.at[:, position].set(jnp.nan), w
+
+
+def test_keys_beyond_vmem_are_copied_block_by_block(interpret, monkeypatch):
+    """And their scales."""
     monkeypatch.setattr(refine, "_RESIDENT_BYTES", 0)
     visible = np.asarray([[*range(700, 708), 30], [*range(1015, 1024)]], np.int32)
-    inputs = draw.integers(1, 2, 9, 1024, 16, 64, dtype, has_scale)
+    inputs = draw.integers(1, 2, 9, 1024, 16, 64, INT8, True)
     options = {"topk": 90, "block_size": 64, "block_topk": 5}
     got = run(inputs, visible, interpret, lengths=[708, 1024], **options)
     promises.check_hisa(got, *inputs, visible, **options, **EXACT)
@@ -76,17 +91,6 @@ def test_every_kind_of_tile(interpret, H, block_size):
     inputs = draw.integers(3, 1, 8, S, H, 64, BF16, False)
     options = {"topk": 10 * block_size, "block_size": block_size, "block_topk": 20}
     promises.check_hisa(run(inputs, visible, interpret, **options), *inputs, visible, **options, **EXACT)
-
-
-def test_nan_scores_are_chosen_last(interpret):
-    q, k, _, w = draw.integers(4, 1, 8, 256, 16, 64, BF16, False)
-    k = k.at[0, 17].set(jnp.nan)
-    visible = np.full((1, 8), 256, np.int32)
-    options = {"topk": 255, "block_size": 64, "block_topk": 4}
-    indices, count, _ = run((q, k, None, w), visible, interpret, **options)
-    assert (np.asarray(count) == 255).all()
-    for row in np.asarray(indices[0]):
-        assert set(range(256)) - set(row.tolist()) == {17}
 
 
 @pytest.mark.parametrize(("dtype", "has_scale"), [(BF16, False), (E4M3, True)], ids=["bf16", "e4m3"])
@@ -124,14 +128,6 @@ def test_blocks_agree_with_float64_but_near_the_cut(interpret, mean_parts, toler
     for blocks in (np.asarray(pooled[0]), np.asarray(few[0])):
         for t in range(len(scores)):
             promises.check_blocks(blocks[t], scores[t], n * block_size, block_size, 16, tolerance, f"query {t}")
-
-
-def test_normal_data_agrees_with_float64_but_near_the_cut(interpret):
-    visible = np.asarray([[1000, *range(1016, 1024)]], np.int32)
-    inputs = draw.normal(7, 1, 9, 1024, 16, 128, E4M3, True)
-    options = {"topk": 90, "block_size": 64, "block_topk": 5}
-    got = run(inputs, visible, interpret, **options)
-    promises.check_hisa(got, *inputs, visible, **options, token_tolerance=1e-5, block_tolerance=1e-4)
 
 
 def test_refusals_say_why():

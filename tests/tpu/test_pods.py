@@ -108,5 +108,6 @@ def test_keys_split_over_context_exchange_candidates_alone(chip):
     assert program.temp_bytes < max(32 * keys, 160 << 20), "nothing of [T, S]"
 
 
+@pytest.mark.parametrize("chip", CHIPS, indirect=True)
 def test_pods_are_as_large_as_they_say(chip):
     assert tpu_aot.pod_mesh(chip, data=devices(chip)).size == devices(chip)

@@ -90,6 +90,7 @@ def test_clocks_follow_from_published_peaks():
     assert clocks == {"v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "v7x": 2.2}
 
 
+@pytest.mark.parametrize("chip", CHIPS, indirect=True)
 def test_rows_a_cycle_of_the_matrix_units(chip):
     """A large product is scheduled about at the rate that the table of chips takes for its clock: the compiler takes
     the matrix unit for up to 1.3 times faster than the published peak, so such loops may stall (docs/tpu.md)."""

@@ -44,6 +44,7 @@ def test_selects_what_the_oracle_selects(implementation, method):
     )
 
 
+@pytest.mark.slow
 def test_with_all_blocks_kept_hisa_is_the_flat_indexer(implementation):
     q, k, w = map(jnp.asarray, draw.inputs(1, 3, 150, 16, 64, dtype="bfloat16"))
     positions = jnp.array([[10, 100, 149]])

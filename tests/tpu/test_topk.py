@@ -46,6 +46,7 @@ def wanted(x: np.ndarray, k: int) -> np.ndarray:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_takes_the_largest_and_the_lowest_columns_of_ties(kind, interpret):
     x = rows_of(kind, 11, 1500)
@@ -54,6 +55,7 @@ def test_takes_the_largest_and_the_lowest_columns_of_ties(kind, interpret):
     np.testing.assert_array_equal(count, np.minimum((x != INVISIBLE).sum(1), 300))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("T", "W", "k", "tiles"),
     [

@@ -1,0 +1,106 @@
+"""The comparison of selections by blocks: kept blocks are reported, or inferred from the tokens."""
+
+from tests import oracle
+from tests.oracle.cases import BlockSparse, Hisa, chosen, one_query
+from tests.oracle.comparing import compare, hisa_reference, refuses
+
+
+def test_a_missing_forced_block_fails():
+    # right: blocks 0 1 4, tokens 1 2 3 8. Left out: block 0 for block 2, then block 4 for block 2.
+    got = hisa_reference()
+    compare([1, 2, 3, 8], got, blocks=[0, 1, 4, -1])
+    refuses("block 0 was left out", [2, 3, 5, 8], got, 1e-3, blocks=[1, 2, 4])
+    refuses("block 4 was left out", [1, 2, 3, 5], got, 1e-3, blocks=[0, 1, 2])
+    sparse = oracle.select(*one_query([0, 0.5, 4, 5, 3, 3.5, 1, 1, 2, 0]), BlockSparse(6, 2))
+    compare([0, 1, 2, 3, 8, 9], sparse)
+    refuses("block 0 was left out", [2, 3, 4, 5, 8, 9], sparse, 1e-3)
+    refuses("block 4 was left out", [0, 1, 2, 3, 4, 5], sparse, 1e-3)
+
+
+def test_a_missing_forced_block_shows_in_the_tokens_alone():
+    # (0 0) (4 5) (4 5) (1 1) (9 9), m = 4: right are blocks 0 1 2 4. Keeping 0 1 2 3 loses tokens 8 and 9.
+    got = oracle.select(*one_query([0, 0, 4, 5, 4, 5, 1, 1, 9, 9]), Hisa(4, 2, 4))
+    compare([3, 5, 8, 9], got, 1e-3)
+    refuses("token 2 was chosen: .* left out [89] has 9", [2, 3, 4, 5], got, 1e-3)
+    # m = 3 and a tie of blocks 1 and 2: keeping 0 1 2 takes a block too many beside the forced ones.
+    got = oracle.select(*one_query([0, 0, 4, 5, 4, 5, 1, 1, 9, 9]), Hisa(4, 2, 3))
+    refuses("4 blocks were kept, wanted 3", [2, 3, 4, 5], got, 1e-3)
+
+
+def test_a_near_tie_of_blocks_swaps_all_their_tokens():
+    # means 4.5 and 4.4999: block 2 for block 1 is right too, and brings tokens 4 and 5 for 2 and 3.
+    got = hisa_reference(third=4.0, fourth=4.2499)
+    assert chosen(got, 0, 0) == [1, 2, 3, 8]
+    compare([1, 4, 5, 8], got, 1e-4)
+    compare([1, 4, 5, 8], got, 1e-4, blocks=[0, 2, 4])
+    refuses("block 2 .* was kept", [1, 4, 5, 8], got, 1e-6)
+    refuses("block 2 .* was kept", [1, 4, 5, 8], got, 0.0, blocks=[0, 2, 4])
+
+
+def test_blocks_that_tie_cannot_both_be_kept():
+    got = hisa_reference(third=4.0, fourth=4.2499)
+    refuses("4 blocks were kept, wanted 3", [2, 3, 4, 5], got, 1e-4)
+    refuses("4 blocks were kept, wanted 3", [2, 3, 4, 5], got, 1e-4, blocks=[0, 1, 2, 4])
+    refuses("2 blocks were kept, wanted 3", [0, 1, 8, 9], got, 1e-4, blocks=[0, 4])
+
+
+def test_after_a_swap_of_blocks_the_tokens_are_judged_in_the_kept_ones():
+    # block 2 kept for block 1: its tokens 4 and 5 must be there; leaving 5 out for token 0 is wrong in any kept set.
+    got = hisa_reference(third=4.0, fourth=4.2499)
+    refuses("token 0 was chosen", [0, 1, 4, 8], got, 1e-4)
+    refuses("its block is not among the kept", [1, 2, 3, 8], got, 1e-4, blocks=[0, 2, 4])
+
+
+def test_reported_blocks_must_be_a_list_like_the_tokens():
+    got = hisa_reference()
+    refuses("not ascending: block 1", [1, 2, 3, 8], got, blocks=[0, 4, 1])
+    refuses("block 4 is given twice", [1, 2, 3, 8], got, blocks=[0, 4, 4])
+    refuses("block 5 is not eligible", [1, 2, 3, 8], got, blocks=[0, 1, 5])
+    refuses("slot 1 holds -1", [1, 2, 3, 8], got, blocks=[0, -1, 4])
+
+
+def test_a_kept_block_may_give_no_token():
+    # m = 4 of 6 blocks of 2, topk 2: the best two tokens lie in block 5, so blocks 1 to 4 never show in the tokens.
+    k = [0, 0, 3, 3, 2, 2, 1, 1, 2, 2, 9, 9]
+    got = oracle.select(*one_query(k), Hisa(2, 2, 4))
+    assert chosen(got, 0, 0) == [10, 11]
+    compare([10, 11], got)
+    compare([10, 11], got, 1e-6, blocks=[0, 1, 4, 5])  # blocks 2 and 4 tie
+    refuses("block 4 .* was kept", [10, 11], got, blocks=[0, 1, 4, 5])
+    refuses("token 2 was chosen", [2, 10], got, 1e-6)
+
+
+def test_a_block_far_above_the_block_cut_cannot_make_room_for_near_ties():
+    # means 0, 9, 4, 4, 1, m = 4: blocks 0 1 2 4. Keeping both 2 and 3 in place of 1 is wrong whatever the tolerance.
+    got = oracle.select(*one_query([0, 0, 9, 9, 4, 4, 4, 4, 1, 1]), Hisa(2, 2, 4))
+    assert got.blocks[0, 0].tolist() == [0, 1, 2, 4]
+    refuses("block 1 was left out with score 9", [4, 5], got, 1e-3, blocks=[0, 2, 3, 4])
+    refuses("5 blocks were kept, wanted 4", [4, 6], got, 1e-3)
+
+
+def test_the_kept_blocks_are_inferred_among_very_many_ties():
+    # 40 blocks tie, any 6 of them may be kept; only those with the least large token explain the choice of 5.
+    k = [0, 0, *([4, 0] * 34 + [2, 2] * 6), 5, 5]
+    got = oracle.select(*one_query(k), Hisa(2, 2, 8))
+    compare([82, 83], got, 1e-6)
+    refuses("token 0 was chosen", [0, 83], got, 1e-6)
+    got = oracle.select(*one_query([*k[:-2], 3, 3]), Hisa(2, 2, 8))  # now the 4s are better than the last block
+    assert chosen(got, 0, 0) == [2, 4]
+    compare([82, 83], got, 1e-6)
+
+
+def test_a_set_of_kept_blocks_that_is_not_the_likeliest_is_found():
+    # blocks (3 3 0) (4.9 2.9 2.9) (5 4 4) (3 0 0), m = 3, tokens may lie 1.005 from the cut, blocks 0.87.
+    # Three 3s are right if (5 4 4) was kept, cut 4, and wrong if (4.9 2.9 2.9) was: 4.9 is 1.9 above the cut 3.
+    got = oracle.select(*one_query([3, 3, 0, 4.9, 2.9, 2.9, 5, 4, 4, 3, 0, 0]), Hisa(3, 3, 3))
+    compare([0, 1, 9], got, 0.201)
+    compare([0, 1, 9], got, 0.201, blocks=[0, 2, 3])
+    refuses("token 3 was left out", [0, 1, 9], got, 0.201, blocks=[0, 1, 3])
+
+
+def test_a_block_sparse_selection_is_whole_blocks():
+    got = oracle.select(*one_query([0, 0, 5, 5, 5, 5, 1, 1, 2, 2]), BlockSparse(6, 2))
+    compare([0, 1, 4, 5, 8, 9], got, 1e-6)  # blocks 1 and 2 tie
+    refuses("block 2 .* was kept", [0, 1, 4, 5, 8, 9], got, 0.0)
+    refuses("4 blocks were kept, wanted 3", [0, 1, 3, 4, 8, 9], got, 1e-6)
+    refuses("block 3 .* was kept", [0, 1, 6, 7, 8, 9], got, 1e-6)
