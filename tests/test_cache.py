@@ -334,7 +334,7 @@ def bad_calls():
     k, table, cu, lengths = jnp.ones((2, D)), jnp.zeros((1, 2), jnp.int32), jnp.array([0, 2]), jnp.array([0])
     q, w = jnp.ones((2, 3, D)), jnp.ones((2, 3))
     select = functools.partial(hj.select_paged, q, w, cache, table, cu, lengths)
-    yield lambda: hj.init_cache(4, 20, D), ValueError, "init_cache: page_size=20, wanted one of 16, 32, 64, 128, 256"
+    yield lambda: hj.init_cache(4, 20, D), ValueError, "init_cache: page_size=20, wanted a power of two up to 256"
     yield lambda: hj.init_cache(4, 16, D, "float16"), TypeError, "init_cache: dtype is float16, wanted one of"
     yield (
         lambda: hj.append(cache, k[:, 1:], table, cu, lengths),
