@@ -81,7 +81,8 @@ def select_paged(
     has_pages = has_all_pages(cache, block_tables, lengths)
     checks.value(
         has_pages,
-        f"select_paged: block_tables lacks pages of requests {{bad}}, wanted 0 to {cache.n_pages - 1} for every token",
+        "select_paged: block_tables lacks pages of requests {bad}, wanted for every token one that was written for its "
+        f"place, from 0 to {cache.n_pages - 1}",
         bad=~has_pages,
     )
     lengths = jnp.where(has_pages, lengths, 0)

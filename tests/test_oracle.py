@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import oracle
+import oracle
 
 
 # The names and attributes of hisa_jax's methods, which the oracle reads without importing them.

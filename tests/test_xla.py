@@ -7,7 +7,8 @@ import pytest
 from absl.testing import parameterized
 
 import hisa_jax as hj
-from tests import contract, draw, oracle
+import oracle
+from tests import contract, draw
 from tests.contract import METHODS, assert_same_bits
 
 
