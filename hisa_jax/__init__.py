@@ -5,6 +5,7 @@ from hisa_jax.checks import checked
 from hisa_jax.context import select_sharded
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
 from hisa_jax.paged import select_paged, sparse_mla_paged
+from hisa_jax.processes import check_processes
 from hisa_jax.quality import Comparison, compare
 from hisa_jax.quantize import QuantizedKeys, quantize_keys, quantize_queries
 from hisa_jax.select import implementations, select
@@ -25,6 +26,7 @@ __all__ = [
     "Selection",
     "Tiles",
     "append",
+    "check_processes",
     "checked",
     "compare",
     "copy_pages",

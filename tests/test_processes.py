@@ -1,0 +1,55 @@
+"""Several processes: tests/processes.py on localhost, each run bounded by a time-out."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests import processes
+
+TIMEOUT_S = 600
+
+
+def run(n, *promises):
+    """(exit status, output) of each of n processes; fails if one has not ended in time."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tests.processes", str(port), str(n)]
+    started = [
+        subprocess.Popen(
+            [*command, str(i), *promises], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+        for i in range(n)
+    ]  # fmt: skip
+    try:
+        ended = [(process.communicate(timeout=TIMEOUT_S)[0], process.returncode) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(status, output) for output, status in ended]
+
+
+@pytest.mark.slow
+def test_four_processes_select_what_one_device_does():
+    for status, output in run(4, "selections_are_those_of_one_device"):
+        assert status == 0 and output.count("kept:") == len(processes.METHODS), output
+
+
+def test_two_processes_do_too_and_end_with_an_error_where_shapes_disagree_or_one_dies():
+    first, other = run(
+        2, "selections_are_those_of_one_device", "shapes_that_disagree_are_an_error_on_all",
+        "a_process_that_dies_ends_the_others",
+    )  # fmt: skip
+    for _, output in (first, other):
+        assert output.count("kept:") == len(processes.METHODS), output
+        assert (
+            "refused: step: k is float32 [1, 256, 32] on process 0, float32 [1, 272, 32] on process 1, wanted the same "
+            "on all" in output
+        ), output
+    # The collective's error, or that of the runtime, which misses the other one's heartbeat: whichever comes first.
+    assert other[0] == 3 and first[0] != 0, first[1]
+    assert "Gloo AllGather failed" in first[1] or "another task died" in first[1], first[1]
