@@ -27,7 +27,7 @@ def step(request, start, n_kept, rng, wrong=False):
     """One forward pass of two tokens of one request, one layer."""
     q, k, w = (rng.normal(size=s).astype(np.float32) for s in ((1, 2, 2, 8), (1, 2, 8), (1, 2, 2)))
     selection = hj.Selection(
-        np.tile(np.arange(24, dtype=np.int32), (1, 2, 1)), np.array([[start + 1, start + 2]], np.int32)
+        indices=np.tile(np.arange(24, dtype=np.int32), (1, 2, 1)), count=np.array([[start + 1, start + 2]], np.int32)
     )
     selection.indices[selection.indices >= selection.count[..., None]] = -1
     if wrong:

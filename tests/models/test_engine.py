@@ -16,13 +16,13 @@ N_NEW = 7
 
 
 def model():
-    return golden.model("glm52").with_method(HISA)
+    return golden.model("glm5").with_method(HISA)
 
 
 @pytest.fixture(scope="module")
 def alone():
-    """By `generate`, which has no engine."""
-    return [models.generate(model(), [prompt], N_NEW, chunk=24).tokens[0] for prompt in PROMPTS]
+    """By `generate`, which has no engine and pages that nobody shares."""
+    return models.generate(model(), PROMPTS, N_NEW, chunk=24).tokens
 
 
 def run(engine, prompts=PROMPTS):
@@ -47,15 +47,8 @@ def run(engine, prompts=PROMPTS):
     return [tokens[i] for i in range(len(prompts))], forks, verified
 
 
-def test_tokens_are_those_of_each_request_alone_with_shared_prefixes_and_few_pages(alone):
-    """14 pages of 4 tokens hold two requests and little more: others wait, and finished ones are dropped for them."""
-    tokens, forks, _ = run(Engine(model(), n_pages=14, rows=3, max_length=24, chunk=6))
-    assert tokens == alone
-    assert forks and all(shared >= 4 for _, _, shared in forks)
-
-
-@pytest.mark.slow
-def test_verified_proposals_change_no_token_right_or_wrong(alone):
+def test_tokens_are_those_of_each_request_alone_with_shared_prefixes_few_pages_and_proposals_right_or_wrong(alone):
+    """15 pages of 4 tokens hold two requests and little more: others wait, and finished ones are dropped for them."""
     answers = {tuple(prompt): [*prompt, *made] for prompt, made in zip(PROMPTS, alone, strict=True)}
 
     def draft(tokens, n):
@@ -63,8 +56,10 @@ def test_verified_proposals_change_no_token_right_or_wrong(alone):
         whole = next(whole for prompt, whole in answers.items() if tokens == whole[: len(tokens)])
         return [token if at % 3 else (token + 1) % 101 for at, token in enumerate(whole)][len(tokens) : len(tokens) + n]
 
-    tokens, _, verified = run(Engine(model(), n_pages=40, rows=3, max_length=24, chunk=6, draft=draft, n_draft=3))
+    engine = Engine(model(), n_pages=15, rows=3, max_length=24, chunk=6, draft=draft, n_draft=3)
+    tokens, forks, verified = run(engine)
     assert tokens == alone
+    assert forks and all(shared >= 4 for _, _, shared in forks)
     assert {kept for _, kept in verified} >= {0, 1, 2} and any(kept < new for new, kept in verified)
 
 
