@@ -1,6 +1,7 @@
 """`select_sharded` over the processes of `jax.distributed`; test_processes.py starts each of them in this module."""
 
 import os
+import re
 import sys
 
 import jax
@@ -54,6 +55,29 @@ def selections_are_those_of_one_device():
             wanted = hj.select(*here, method, implementation="xla", return_scores=True)
             jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.addressable_data(0), y), got, wanted)
         print("kept:", name, flush=True)
+
+
+def sparse_mla_is_that_of_one_device_and_exchanges_one_sum():
+    rng, N, Dk, V = np.random.default_rng(1), 3, 24, 16
+    q, kv = (rng.normal(size=size).astype(np.float32) for size in ((B, T, N, Dk), (B, S, Dk)))
+    indices = np.stack([rng.choice(S, 12, replace=False) for _ in range(B * T)]).reshape(B, T, 12).astype(np.int32)
+    indices[:, 0], indices[:, 1, 1:] = -1, -1  # of nothing, and of one token
+    options = dict(value_dim=V, scale=0.2, return_lse=True, sink=np.linspace(-1, 1, N, dtype=np.float32))
+
+    def call(q, kv, indices):
+        return hj.sparse_mla_sharded(q, kv, indices, mesh=mesh(), context_axis="context", **options)
+
+    arrays = globally(q), globally(kv, None, "context"), globally(indices)
+    compiled = jax.jit(call).lower(*arrays).compile()
+    got, wanted = compiled(*arrays), hj.sparse_mla(q, kv, indices, **options)
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(x.addressable_data(0), y, rtol=1e-5, atol=1e-6)
+    text = compiled.as_text()
+    assert not re.search(r"(all-gather|all-to-all|collective-permute)(-start)?\(", text)
+    reduced = re.findall(r"= f32\[([0-9,]*)\][^=]*? all-reduce(?:-start)?\(", text)
+    bytes_per_query = sum(4 * np.prod(list(map(int, shape.split(",")))) for shape in reduced) // (B * T)
+    assert bytes_per_query == 4 * N * (V + 2), (bytes_per_query, reduced)
+    print("merged:", bytes_per_query, "bytes a query", flush=True)
 
 
 def shapes_that_disagree_are_an_error_on_all():
