@@ -38,8 +38,8 @@ def sparse_mla_sharded(
         context_axis: the mesh axis that splits S, in order.
         data_axis: the mesh axis that splits B; None: the whole batch on every device.
 
-    Returns: what `sparse_mla` returns, up to the rounding of sums, the same on all devices of `context_axis`; each one's
-        part is rounded to q's dtype before the merge. 4 * N * (value_dim + 2) bytes a query are reduced over them.
+    Returns: what `sparse_mla` returns, up to rounding, the same on all devices of `context_axis`; each one's part is
+        rounded to q's dtype before the merge. 4 * N * (value_dim + 2) bytes a query are reduced over them.
     Raises: as `sparse_mla`; ValueError: a mesh without the axis, shapes that it does not split.
     Example:
         >>> mesh = jax.make_mesh((1,), ("context",))
@@ -70,7 +70,8 @@ def sparse_mla_sharded(
         S = kv.shape[1]
         first = lax.axis_index(context_axis) * S
         own = jnp.where((indices >= first) & (indices < first + S), indices - first, -1)
-        return merge(*attend(q, kv, own), context_axis)
+        out, lse = attend(q, kv, own)
+        return merge(out, lse, context_axis)
 
     rows, split = PartitionSpec(data_axis), PartitionSpec(data_axis, context_axis)
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
