@@ -121,6 +121,9 @@ class Engine:
             )
         if model.mesh is not None:
             raise ValueError("Engine: model is on a mesh, wanted one on one device")
+        if max_length > model.config.max_position_embeddings:
+            room = model.config.max_position_embeddings
+            raise ValueError(f"Engine: max_length={max_length}, wanted at most {room}, the model's positions")
         phases: tuple[Phase, ...] = get_args(Phase)
         layers = range(model.config.num_hidden_layers)
         self._graphs = {p: nnx.graphdef(model.with_method([model.plan(i, p) for i in layers])) for p in phases}
@@ -140,11 +143,14 @@ class Engine:
         """Queues a request.
 
         Returns: its number.
-        Raises: ValueError: an empty prompt, no token wanted, or more tokens or pages than there will ever be.
+        Raises: ValueError: an empty prompt, a token outside of the vocabulary, no token wanted, or more tokens or pages
+            than there will ever be.
         """
         end, n_pages = len(prompt) + max_new_tokens, self.pool.n_pages
         if not len(prompt) or max_new_tokens < 1:
             raise ValueError(f"submit: {len(prompt)} prompt and {max_new_tokens} new tokens, wanted at least 1 each")
+        if not 0 <= min(prompt) <= max(prompt) < (vocabulary := self.model.config.vocab_size):
+            raise ValueError(f"submit: prompt has tokens {min(prompt)} to {max(prompt)}, wanted 0 to {vocabulary - 1}")
         # One page more than its tokens fill: that of a copy.
         needed = -(-end // self.pool.page_size) + 1
         if end > self.max_length or needed > n_pages:

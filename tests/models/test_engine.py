@@ -75,6 +75,7 @@ def test_lookup_proposes_what_followed_last_time():
         ({"rows": 0}, "Engine: rows=0, wanted at least 1"),
         ({"n_draft": 2}, "Engine: n_draft=2, wanted 0 without a draft"),
         ({"draft": lookup}, "Engine: n_draft=0, wanted 1 or more with a draft"),
+        ({"max_length": 257}, "Engine: max_length=257, wanted at most 256, the model's positions"),
     ],
 )
 def test_bad_sizes_are_named(changes, message):
@@ -88,4 +89,6 @@ def test_a_request_that_could_never_run_is_refused():
         engine.submit([1] * 12, 1)
     with pytest.raises(ValueError, match="submit: 0 prompt and 1 new tokens"):
         engine.submit(np.zeros(0, int), 1)
+    with pytest.raises(ValueError, match="submit: prompt has tokens 3 to 101, wanted 0 to 100"):
+        engine.submit([3, 101], 1)
     assert engine.is_idle
