@@ -339,7 +339,8 @@ def paged(inputs: Inputs, page_size: int) -> tuple[hj.cache.IndexCache, Array]:
     scales = inputs.k_scale.reshape(n_pages, page_size)[order]
     sums = jax.jit(lambda k, scales: jnp.sum(k.astype(jnp.float32) * scales[:, :, None], axis=1))(k, scales)
     counts = jnp.full((n_pages,), page_size, jnp.int32)
-    cache = hj.cache.IndexCache(keys=k, scales=scales, sums=sums, counts=counts, latents=None)
+    places = (order % (S // page_size)).astype(jnp.int32)
+    cache = hj.cache.IndexCache(keys=k, scales=scales, sums=sums, counts=counts, places=places, latents=None)
     return cache, table.reshape(B, -1)
 
 

@@ -3,8 +3,10 @@
 from hisa_jax.cache import IndexCache, append, copy_pages, init_cache, truncate
 from hisa_jax.checks import checked
 from hisa_jax.context import select_sharded
+from hisa_jax.context_mla import sparse_mla_sharded
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
 from hisa_jax.paged import select_paged, sparse_mla_paged
+from hisa_jax.processes import check_processes
 from hisa_jax.quality import Comparison, compare
 from hisa_jax.quantize import QuantizedKeys, quantize_keys, quantize_queries
 from hisa_jax.select import implementations, select
@@ -25,6 +27,7 @@ __all__ = [
     "Selection",
     "Tiles",
     "append",
+    "check_processes",
     "checked",
     "compare",
     "copy_pages",
@@ -39,6 +42,7 @@ __all__ = [
     "select_sharded",
     "sparse_mla",
     "sparse_mla_paged",
+    "sparse_mla_sharded",
     "truncate",
 ]
 __version__ = "0.1.0"

@@ -3,6 +3,7 @@
 Beside its keys a page keeps their dequantised sum and their count, from which block means follow. Both belong to the
 physical page, so whoever shares, copies, evicts or reuses a page has nothing else to keep in step. Every write works
 them out anew from what the page then holds: writing the same tokens twice changes nothing, and no rounding adds up.
+A page also knows its place in its sequence, so that a table which names it elsewhere is found out.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from hisa_jax import checks
 from hisa_jax.keys import Keys, present_values, tree_sum
 from hisa_jax.quantize import QuantizedKeys
 
-_PAGE_SIZES = (16, 32, 64, 128, 256)
+_MAX_PAGE_SIZE = 256
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +31,7 @@ class IndexCache:
         scales: [n_pages, page_size] float32, one a token; None where every scale is 1.
         sums: [n_pages, D] float32, sum of the dequantised keys of the tokens in each page.
         counts: [n_pages] int32, of how many tokens.
+        places: [n_pages] int32, which page of its sequence each is, from 0; the same for all that share it. -1: none.
         latents: [n_pages, page_size, Dk], the keys of `sparse_mla` of the same tokens; None if kept elsewhere.
     """
 
@@ -37,6 +39,7 @@ class IndexCache:
     scales: Array | None
     sums: Array
     counts: Array
+    places: Array
     latents: Array | None
 
     @property
@@ -61,18 +64,18 @@ def init_cache(
 
     Args:
         n_pages: pages there are for all requests.
-        page_size: tokens of a page, 16, 32, 64, 128 or 256; to be used with blocks of so many tokens or a multiple.
-        D: size of an index key.
+        page_size: tokens of a page, a power of two up to 256; to be used with blocks of so many tokens or a multiple.
+        D: size of an index key; 0 for the latents of a layer that has no indexer of its own.
         dtype: of the keys: bfloat16, float32, or float8_e4m3fn or int8, which come with a scale a token.
         latent_dim: size of the attention's keys (576 in DeepSeek-V3.2), to keep them in the same pages; None: not here.
         latent_dtype: of those.
 
     Raises: TypeError: a dtype not listed above. ValueError: sizes that are not.
     """
-    if page_size not in _PAGE_SIZES:
-        raise ValueError(f"init_cache: page_size={page_size}, wanted one of {', '.join(map(str, _PAGE_SIZES))}")
-    if n_pages < 1 or D < 1:
-        raise ValueError(f"init_cache: n_pages={n_pages}, D={D}, wanted at least 1 of each")
+    if not 1 <= page_size <= _MAX_PAGE_SIZE or page_size & (page_size - 1):
+        raise ValueError(f"init_cache: page_size={page_size}, wanted a power of two up to {_MAX_PAGE_SIZE}")
+    if n_pages < 1 or D < 0:
+        raise ValueError(f"init_cache: n_pages={n_pages}, D={D}, wanted at least 1 page and no less than 0 features")
     dtype = jnp.dtype(dtype)
     if dtype.name not in checks.KEY_DTYPES:
         raise TypeError(f"init_cache: dtype is {dtype.name}, wanted one of {', '.join(checks.KEY_DTYPES)}")
@@ -82,6 +85,7 @@ def init_cache(
         scales=jnp.ones((n_pages, page_size), jnp.float32) if dtype.itemsize == 1 else None,
         sums=jnp.zeros((n_pages, D), jnp.float32),
         counts=jnp.zeros((n_pages,), jnp.int32),
+        places=jnp.full((n_pages,), -1, jnp.int32),
         latents=latents,
     )
 
@@ -241,7 +245,7 @@ def _append(
 def _recount(
     cache: IndexCache, block_tables: Array, first: Array, end: Array, lengths: Array, max_pages: int
 ) -> IndexCache:
-    """Works out sums and counts of the pages that hold positions first .. end - 1 [R] of requests of `lengths` [R]."""
+    """Works out what pages say of themselves that hold positions first .. end - 1 [R] of requests of `lengths` [R]."""
     R, size = first.shape[0], cache.page_size
     n_pages = jnp.where(end > first, (end - 1) // size - first // size + 1, 0)
     ends = jnp.cumsum(n_pages)
@@ -258,6 +262,7 @@ def _recount(
         cache,
         sums=cache.sums.at[page].set(sums, mode="drop"),
         counts=cache.counts.at[page].set(counts, mode="drop"),
+        places=cache.places.at[page].set(nth, mode="drop"),
     )
 
 

@@ -31,8 +31,8 @@ def select_paged(
     """Chooses tokens for a batch of requests whose keys are in pages: prefill chunks and decode steps, mixed.
 
     The queries of request r are the last of its `lengths[r]` tokens, whose keys `append` has written before. A request
-    whose table lacks a page of these tokens (an entry outside of [0, n_pages), or a length beyond the table) selects
-    nothing.
+    whose table lacks a page of these tokens (an entry outside of [0, n_pages), a page of fewer tokens or of another
+    place in a sequence, so also one named twice, or a length beyond the table) selects nothing.
 
     Args:
         q: [T, H, D] index queries of all requests, one request's behind the other's; any number of each, 0 too.
@@ -81,7 +81,8 @@ def select_paged(
     has_pages = has_all_pages(cache, block_tables, lengths)
     checks.value(
         has_pages,
-        f"select_paged: block_tables lacks pages of requests {{bad}}, wanted 0 to {cache.n_pages - 1} for every token",
+        "select_paged: block_tables lacks pages of requests {bad}, wanted for every token one that was written for its "
+        f"place, from 0 to {cache.n_pages - 1}",
         bad=~has_pages,
     )
     lengths = jnp.where(has_pages, lengths, 0)
@@ -163,8 +164,11 @@ def sparse_mla_paged(
 
 
 def has_all_pages(cache: IndexCache, block_tables: Array, lengths: Array) -> Array:
-    """[R] bool: whether every token of a request has a page."""
+    """[R] bool: whether every token of a request has a page that was written for this place of a sequence."""
     P = block_tables.shape[1]
-    is_needed = jnp.arange(P, dtype=jnp.int32)[None, :] * cache.page_size < lengths[:, None]
+    places = jnp.arange(P, dtype=jnp.int32)[None, :]
+    n_needed = jnp.clip(lengths[:, None] - places * cache.page_size, 0, cache.page_size)
     is_page = (block_tables >= 0) & (block_tables < cache.n_pages)
-    return jnp.all(is_page | ~is_needed, axis=1) & (lengths <= P * cache.page_size)
+    page = jnp.where(is_page, block_tables, 0)
+    holds = is_page & (cache.places[page] == places) & (cache.counts[page] >= n_needed)
+    return jnp.all(holds | (n_needed == 0), axis=1) & (lengths <= P * cache.page_size)

@@ -29,6 +29,10 @@ class PagePool:
         self._free = list(range(n_pages))[::-1]
 
     @property
+    def n_pages(self) -> int:
+        return len(self._holders)
+
+    @property
     def n_free(self) -> int:
         return len(self._free)
 

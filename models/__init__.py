@@ -3,6 +3,7 @@
 from models.cache import Cache
 from models.checkpoint import restore, save
 from models.config import Config, Yarn, config_from_keys, read_config
+from models.engine import Engine
 from models.generate import Generation, generate
 from models.modeling import Model, Output
 from models.params import from_config, from_pretrained
@@ -15,6 +16,7 @@ __all__ = [
     "Cache",
     "CheckpointError",
     "Config",
+    "Engine",
     "Generation",
     "Model",
     "Output",

@@ -1,33 +1,26 @@
-"""What attention remembers of the tokens before: one latent, one rope key and one index key a token and layer.
+"""What attention remembers of earlier tokens: one latent, one rope key and one index key a token and layer, in pages.
 
-A token lies in the slot of its number in its sequence, whatever column of a padded batch it came in. So the selection,
-which counts tokens from the start of the sequence, sees the same for a prompt alone, padded, or cut into chunks.
+A token lies at the place of its number in its sequence, whatever column of a padded batch it came in. So the selection,
+which counts tokens from the start of the sequence, sees the same for a prompt alone, padded, or cut into chunks. Which
+pages those are the tables say, one for all layers: rows may share pages, and a server hands in tables of its own.
 """
 
 import dataclasses
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
 from models.config import Config
+from models.sharding import constrain, mesh_axis, per_device
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerCache:
-    """One layer's cache.
-
-    Attributes:
-        kv: [B, S, L + R], each token's latent after its norm, then its rotated rope key.
-        index_key: [B, S, D] index keys after norm and RoPE, quantised if the config says so; None in layers that share
-            the selection of another one.
-    """
-
-    kv: Array
-    index_key: Array | hj.QuantizedKeys | None
+_LARGEST_PAGE = 64
 
 
 @jax.tree_util.register_dataclass
@@ -36,59 +29,145 @@ class Cache:
     """The caches of all layers: a value that goes into a forward pass and comes out of it with more tokens.
 
     Attributes:
-        layers: one `LayerCache` a layer.
+        layers: one `hj.IndexCache` a layer. Its latents are each token's latent after its norm, then its rotated rope
+            key; its keys the index keys after norm and RoPE, quantised if the config says so, of no feature in layers
+            that share the selection of another one.
+        block_tables: [B, P] int32, the pages of each row in order. On a mesh that splits the batch they are numbers
+            among the pages of the row's own device.
         lengths: [B] int32, tokens in each row.
     """
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[hj.IndexCache, ...]
+    block_tables: Array
     lengths: Array
 
     @property
     def capacity(self) -> int:
-        """Tokens each row has room for; those beyond are dropped."""
-        return self.layers[0].kv.shape[1]
+        """Tokens each row has room for. A row of more selects nothing."""
+        return self.block_tables.shape[1] * self.layers[0].page_size
 
 
-def empty_cache(config: Config, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
-    """A cache with room for `capacity` tokens in each of `batch` rows.
+def page_size_of(methods: Iterable[hj.Method]) -> int:
+    """The largest page that the blocks of all these methods are made of."""
+    return math.gcd(_LARGEST_PAGE, *(method.block_size for method in methods if not isinstance(method, hj.Dsa)))
+
+
+def empty_pages(config: Config, n_pages: int, page_size: int, dtype: DTypeLike) -> tuple[hj.IndexCache, ...]:
+    """Pages of every layer.
 
     Args:
         config: sizes, and the dtype of the index keys.
-        batch: B.
-        capacity: S.
+        n_pages, page_size: pages of a layer, and tokens of a page.
         dtype: of latents, rope keys, and index keys that are not quantised.
-
-    Returns: `Cache` of zeros with lengths 0.
     """
-    shape = (batch, capacity, config.index_head_dim)
 
-    def index_key() -> Array | hj.QuantizedKeys:
-        if config.index_key_dtype is None:
-            return jnp.zeros(shape, dtype)
-        return hj.QuantizedKeys(jnp.zeros(shape, config.index_key_dtype), jnp.zeros(shape[:2], jnp.float32))
+    def pages(kind: str) -> hj.IndexCache:
+        D, key_dtype = (config.index_head_dim, config.index_key_dtype or dtype) if kind == "full" else (0, dtype)
+        latent_dim = config.kv_lora_rank + config.qk_rope_head_dim
+        return hj.init_cache(n_pages, page_size, D, key_dtype, latent_dim=latent_dim, latent_dtype=dtype)
 
-    kv_dim = config.kv_lora_rank + config.qk_rope_head_dim
-    layers = tuple(
-        LayerCache(kv=jnp.zeros((batch, capacity, kv_dim), dtype), index_key=index_key() if kind == "full" else None)
-        for kind in config.indexer_kinds
-    )
-    return Cache(layers=layers, lengths=jnp.zeros((batch,), jnp.int32))
+    return tuple(pages(kind) for kind in config.indexer_kinds)
 
 
-def write[Tree](cached: Tree, new: Tree, slots: Array) -> Tree:
-    """Puts tokens into their slots.
+def empty_cache(
+    config: Config, batch: int, capacity: int, dtype: DTypeLike, page_size: int, mesh: Mesh | None = None
+) -> Cache:
+    """A cache with pages of their own for at least `capacity` tokens in each of `batch` rows.
 
     Args:
-        cached: [B, S, ...], an array or a pytree of arrays.
-        new: [B, T, ...].
-        slots: [B, T] int32; tokens with -1 or a slot beyond S are dropped.
+        config, dtype, page_size: see `empty_pages`.
+        batch: B.
+        capacity: tokens.
+        mesh: what the batch is split over, or None.
 
-    Returns: what `cached` was, with the tokens in it.
+    Returns: `Cache` with lengths 0.
+    """
+    P = -(-capacity // page_size)
+    layers = empty_pages(config, batch * P, page_size, dtype)
+    axis = mesh_axis(mesh, "batch", batch)
+    n_devices = 1
+    if mesh is not None and axis is not None:
+        n_devices = mesh.shape[axis]
+        layers = jax.tree.map(lambda leaf: constrain(leaf, mesh, ("batch",) + (None,) * (leaf.ndim - 1)), layers)
+    tables = jnp.arange(batch * P, dtype=jnp.int32).reshape(batch, P) % (batch * P // n_devices)
+    return Cache(layers=layers, block_tables=tables, lengths=jnp.zeros((batch,), jnp.int32))
+
+
+class Packing(NamedTuple):
+    """The real tokens of a padded batch, one row's behind the other's, then the padding.
+
+    Attributes:
+        order: [B * T] int32, the place in the batch of each packed token; `places`: the packed token of each place.
+        cu_seqlens: [B + 1] int32, where each row's tokens begin.
     """
 
-    def write_leaf(leaf: Array, values: Array) -> Array:
-        targets = jnp.where(slots < 0, leaf.shape[1], slots)
-        # Batched explicitly, so that rows that lie on different devices stay there.
-        return jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))(leaf, targets, values)
+    order: Array
+    places: Array
+    cu_seqlens: Array
 
-    return jax.tree.map(write_leaf, cached, new)
+    def pack(self, x: Array) -> Array:
+        """[B, T, ...] -> [B * T, ...]."""
+        return x.reshape(self.order.shape[0], *x.shape[2:])[self.order]
+
+    def unpack(self, x: Array) -> Array:
+        """[B * T, ...] -> [B, T, ...]."""
+        B = self.cu_seqlens.shape[0] - 1
+        return x[self.places].reshape(B, x.shape[0] // B, *x.shape[1:])
+
+
+def packing(slots: Array) -> Packing:
+    """How to pack a batch.
+
+    Args:
+        slots: [B, T] int32, each token's number in its sequence, -1 for padding.
+    """
+    is_real = slots.reshape(-1) >= 0
+    n_before = jnp.cumsum(is_real, dtype=jnp.int32) - is_real.astype(jnp.int32)
+    at = jnp.arange(is_real.shape[0], dtype=jnp.int32)
+    places = jnp.where(is_real, n_before, jnp.sum(is_real, dtype=jnp.int32) + at - n_before)
+    order = jnp.zeros_like(places).at[places].set(at, unique_indices=True)
+    sizes = jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
+    return Packing(order, places, jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)]))
+
+
+def write(
+    pages: hj.IndexCache, keys: Array | hj.QuantizedKeys | None, latents: Array, block_tables: Array, slots: Array,
+    lengths: Array, mesh: Mesh | None = None,
+) -> hj.IndexCache:  # fmt: skip
+    """Appends the tokens of a batch to the pages of one layer.
+
+    Args:
+        pages: of the layer.
+        keys: [B, T, D] index keys; None in layers that have none.
+        latents: [B, T, L + R].
+        block_tables: [B, P] int32.
+        slots: [B, T] int32, -1 for padding.
+        lengths: [B] int32, tokens in each row, these among them.
+        mesh: what the batch is split over, or None.
+
+    Returns: the pages with the tokens; those that have no page are dropped.
+    """
+    if keys is None:
+        keys = jnp.zeros((*latents.shape[:2], 0), pages.keys.dtype)
+
+    def call(
+        pages: hj.IndexCache, keys: Array | hj.QuantizedKeys, latents: Array, tables: Array, slots: Array,
+        lengths: Array,
+    ) -> hj.IndexCache:  # fmt: skip
+        rows = packing(slots)
+        before = lengths - jnp.diff(rows.cu_seqlens)
+        new = jax.tree.map(rows.pack, keys)
+        return hj.append(pages, new, tables, rows.cu_seqlens, before, latents=rows.pack(latents))
+
+    call = per_device(call, mesh, (("batch",),) * 6, ("batch",))
+    return call(pages, keys, latents, block_tables, slots, lengths)
+
+
+def contiguous(pages: Array, block_tables: Array, mesh: Mesh | None = None) -> Array:
+    """What rows have in pages, in one piece: [n_pages, page_size, ...] and [B, P] -> [B, P * page_size, ...]."""
+
+    def call(pages: Array, tables: Array) -> Array:
+        found = pages[jnp.clip(tables, 0, pages.shape[0] - 1)]
+        return found.reshape(tables.shape[0], tables.shape[1] * pages.shape[1], *pages.shape[2:])
+
+    return per_device(call, mesh, (("batch",),) * 2, ("batch",))(pages, block_tables)

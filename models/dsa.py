@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 import hisa_jax as hj
-from models.cache import LayerCache, write
+from models.cache import contiguous, packing, write
 from models.config import Config
 from models.layers import Init, layer_norm, rms_norm
 from models.rope import rotate
@@ -88,9 +88,9 @@ class Attention(nnx.Module):
         self.indexer = Indexer(config, init) if is_full else None
 
     def __call__(
-        self, x: Array, *, table: Table, slots: Array, lengths: Array, cache: LayerCache, method: hj.Method,
-        selection: hj.Selection | None, form: Form, mesh: Mesh | None,
-    ) -> tuple[Array, LayerCache, hj.Selection, IndexInputs | None]:  # fmt: skip
+        self, x: Array, *, table: Table, slots: Array, lengths: Array, pages: hj.IndexCache, block_tables: Array,
+        method: hj.Method, selection: hj.Selection | None, form: Form, mesh: Mesh | None,
+    ) -> tuple[Array, hj.IndexCache, hj.Selection, IndexInputs | None]:  # fmt: skip
         """Attends to the selected tokens of the cache, in which the new ones are by then.
 
         Args:
@@ -98,13 +98,15 @@ class Attention(nnx.Module):
             table: cos and sin of the tokens' positions.
             slots: [B, T] int32, each token's number in its sequence, -1 for padding.
             lengths: [B] int32, tokens in each sequence, the new ones among them.
-            cache: the layer's, before these tokens.
+            pages: the layer's, before these tokens.
+            block_tables: [B, P] int32, the pages of each sequence.
             method: how to select.
             selection: that of the last full layer, for layers that share it.
             form: see `choose_form`.
             mesh: what the model is split over, or None.
 
-        Returns: output [B, T, E]; the cache with the new tokens; the selection; what it was made of, None if shared.
+        Returns: output [B, T, E]; the pages with the new tokens; the selection; what these tokens brought to it, None
+            if shared.
         """
         config = self.config
         P, L = config.qk_nope_head_dim, config.kv_lora_rank
@@ -115,45 +117,53 @@ class Attention(nnx.Module):
         latent = rms_norm(kv[..., :L], self.kv_a_norm[...], config.lora_norm_eps)
         kv = jnp.concatenate([latent, rotate(kv[..., L:], table, config.rope_interleave)], axis=-1)
 
-        cache = LayerCache(kv=write(cache.kv, kv, slots), index_key=cache.index_key)
+        keys = None if self.indexer is None else self.indexer.keys(x, table)
+        pages = write(pages, keys, kv, block_tables, slots, lengths, mesh)
         inputs: IndexInputs | None = None
-        if self.indexer is not None and cache.index_key is not None:
-            index_key = write(cache.index_key, self.indexer.keys(x, table), slots)
+        if self.indexer is not None and keys is not None:
             index_q, index_w = self.indexer.queries(q_latent, x, table)
-            cache, inputs = LayerCache(kv=cache.kv, index_key=index_key), (index_q, index_key, index_w)
-            selection = select(inputs, method, slots, lengths, mesh)
+            inputs = index_q, keys, index_w
+            selection = select(index_q, index_w, pages, block_tables, slots, lengths, method, mesh)
         assert selection is not None  # Config has checked that layer 0 selects
 
-        (_, T), S = slots.shape, cache.kv.shape[1]
+        (_, T), S = slots.shape, block_tables.shape[1] * pages.page_size
         if form == "auto":
             form = choose_form(config, T, S, selection.indices.shape[-1])
-        attend = absorbed if form == "absorbed" else expanded
-        out = attend(
-            q_nope, q_rope, cache.kv, selection.indices, self.k_b[...], self.v_b[...], config.softmax_scale, mesh
-        )
+        k_b, v_b, scale = self.k_b[...], self.v_b[...], config.softmax_scale
+        if form == "absorbed":
+            out = absorbed(q_nope, q_rope, pages, block_tables, slots, selection.indices, k_b, v_b, scale, mesh)
+        else:
+            assert pages.latents is not None
+            latents = contiguous(pages.latents, block_tables, mesh)
+            out = expanded(q_nope, q_rope, latents, selection.indices, k_b, v_b, scale)
         out = jnp.einsum("btnv,nve->bte", out, self.o[...])
-        return out, cache, selection, inputs
+        return out, pages, selection, inputs
 
 
 def select(
-    inputs: IndexInputs, method: hj.Method, slots: Array, lengths: Array, mesh: Mesh | None = None
-) -> hj.Selection:
+    q: Array, w: Array, pages: hj.IndexCache, block_tables: Array, slots: Array, lengths: Array, method: hj.Method,
+    mesh: Mesh | None = None,
+) -> hj.Selection:  # fmt: skip
     """The one line that a method changes, on each device for its part of the batch.
 
     Args:
-        inputs: index queries [B, T, H, D], index keys [B, S, D], head weights [B, T, H].
-        method: how to select.
+        q, w: index queries [B, T, H, D], head weights [B, T, H].
+        pages, block_tables: that hold the index keys.
         slots: [B, T] int32, each query's number in its sequence, -1 for padding.
-        lengths: [B] int32, tokens in each sequence.
+        lengths: [B] int32, tokens in each sequence, the queries its last ones.
+        method: how to select.
         mesh: what the batch is split over, or None.
 
     Returns: the selection.
     """
 
-    def call(q: Array, k: IndexKeys, w: Array, slots: Array, lengths: Array) -> hj.Selection:
-        return hj.select(q, k, w, method, query_positions=slots, lengths=lengths)
+    def call(q: Array, w: Array, pages: hj.IndexCache, tables: Array, slots: Array, lengths: Array) -> hj.Selection:
+        rows = packing(slots)
+        selection = hj.select_paged(rows.pack(q), rows.pack(w), pages, tables, rows.cu_seqlens, lengths, method)
+        return jax.tree.map(rows.unpack, selection)
 
-    return per_device(call, mesh, (("batch",),) * 5, ("batch",))(*inputs, slots, lengths)
+    call = per_device(call, mesh, (("batch",),) * 6, ("batch",))
+    return call(q, w, pages, block_tables, slots, lengths)
 
 
 def choose_form(config: Config, T: int, S: int, topk: int) -> Form:
@@ -181,7 +191,6 @@ def expanded(
     k_b: Array,
     v_b: Array,
     scale: float,
-    mesh: Mesh | None = None,
 ) -> Array:
     """Attention with every head's keys and values in full and a mask.
 
@@ -191,7 +200,6 @@ def expanded(
         indices: [B, T, K] int32, selected tokens, -1 where there is none.
         k_b, v_b: [L, N, P] and [L, N, V].
         scale: factor of the logits.
-        mesh: unused, the compiler splits this form by itself.
 
     Returns: [B, T, N, V], zeros where nothing is selected.
     """
@@ -211,20 +219,39 @@ def expanded(
 def absorbed(
     q_nope: Array,
     q_rope: Array,
-    kv: Array,
+    pages: hj.IndexCache,
+    block_tables: Array,
+    slots: Array,
     indices: Array,
     k_b: Array,
     v_b: Array,
     scale: float,
     mesh: Mesh | None = None,
 ) -> Array:
-    """Attention in the latent space, which all heads share. Arguments and result are those of `expanded`."""
+    """Attention in the latent space, which all heads share, to latents where they lie.
+
+    Args:
+        q_nope, q_rope, indices, k_b, v_b, scale: as for `expanded`.
+        pages, block_tables: that hold the latents and rope keys.
+        slots: [B, T] int32, -1 for padding.
+        mesh: what batch and heads are split over, or None.
+
+    Returns: as `expanded`.
+    """
     L = k_b.shape[0]
     q = jnp.concatenate([jnp.einsum("btnd,lnd->btnl", q_nope, k_b), q_rope], axis=-1)
-    attend = functools.partial(hj.sparse_mla, value_dim=L, scale=scale)
+
+    def attend(q: Array, pages: hj.IndexCache, tables: Array, slots: Array, indices: Array) -> Array:
+        rows = packing(slots)
+        out = hj.sparse_mla_paged(
+            rows.pack(q), pages, rows.pack(indices), tables, rows.cu_seqlens, value_dim=L, scale=scale
+        )
+        assert isinstance(out, Array)  # no logsumexp was asked for
+        return rows.unpack(out)
+
     heads = ("batch", None, "heads")
-    out = per_device(attend, mesh, (heads, ("batch",), ("batch",)), heads)(q, kv, indices)
-    return jnp.einsum("btnl,lnd->btnd", out, v_b)
+    attend = per_device(attend, mesh, (heads, *(("batch",),) * 4), heads)
+    return jnp.einsum("btnl,lnd->btnd", attend(q, pages, block_tables, slots, indices), v_b)
 
 
 def selected_mask(indices: Array, S: int) -> Array:

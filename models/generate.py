@@ -217,7 +217,10 @@ def _recall(model: Model, out: Output) -> RecallSums:
         if layer.index_inputs is None:
             continue
         flat = hj.Dsa(topk=model.plan.layers[i].topk)
-        reference = select(layer.index_inputs, flat, out.slots, out.cache.lengths, model.mesh)
+        q, _, w = layer.index_inputs
+        reference = select(
+            q, w, out.cache.layers[i], out.cache.block_tables, out.slots, out.cache.lengths, flat, model.mesh
+        )
         chooses = out.slots >= flat.topk
         recall = jnp.where(chooses, hj.compare(layer.selection, reference).recall, 0)
         sums += RecallSums(

@@ -1,7 +1,7 @@
 """The decoder: embedding, layers of DSA attention and MLP or experts, logits. One for V3.2, GLM-5 and GLM-5.2."""
 
 import dataclasses
-from typing import Self
+from typing import Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
-from models.cache import Cache, LayerCache, empty_cache
+from models.cache import Cache, empty_cache, page_size_of
 from models.config import Config
 from models.dsa import Attention, Form, IndexInputs, Table
 from models.layers import Init, Mlp, rms_norm
@@ -32,7 +32,8 @@ class LayerTrace:
         attention, mlp: [B, T, E], the two branches' outputs.
         hidden: [B, T, E], the layer's output.
         selection: the tokens attended to; that of another layer in layers that share it.
-        index_inputs: index queries [B, T, H, D], index keys [B, S, D], head weights [B, T, H]; None if shared.
+        index_inputs: index queries [B, T, H, D], index keys [B, T, D], head weights [B, T, H] of these tokens; None if
+            shared.
         experts, expert_weights: [B, T, K]; None in dense layers.
     """
 
@@ -77,13 +78,13 @@ class Layer(nnx.Module):
             self.mlp = Moe(config, init)
 
     def __call__(
-        self, x: Array, *, table: Table, slots: Array, lengths: Array, cache: LayerCache, method: hj.Method,
-        selection: hj.Selection | None, form: Form, mesh: Mesh | None,
-    ) -> tuple[LayerCache, LayerTrace]:  # fmt: skip
+        self, x: Array, *, table: Table, slots: Array, lengths: Array, pages: hj.IndexCache, block_tables: Array,
+        method: hj.Method, selection: hj.Selection | None, form: Form, mesh: Mesh | None,
+    ) -> tuple[hj.IndexCache, LayerTrace]:  # fmt: skip
         eps = self.config.rms_norm_eps
-        attention, cache, selection, inputs = self.attention(
-            rms_norm(x, self.attention_norm[...], eps), table=table, slots=slots, lengths=lengths, cache=cache,
-            method=method, selection=selection, form=form, mesh=mesh,
+        attention, pages, selection, inputs = self.attention(
+            rms_norm(x, self.attention_norm[...], eps), table=table, slots=slots, lengths=lengths, pages=pages,
+            block_tables=block_tables, method=method, selection=selection, form=form, mesh=mesh,
         )  # fmt: skip
         x = constrain(x + attention, mesh, _HIDDEN)
         normed, experts, expert_weights = rms_norm(x, self.mlp_norm[...], eps), None, None
@@ -95,7 +96,7 @@ class Layer(nnx.Module):
             attention=attention, mlp=mlp, hidden=constrain(x + mlp, mesh, _HIDDEN), selection=selection,
             index_inputs=inputs, experts=experts, expert_weights=expert_weights,
         )  # fmt: skip
-        return cache, trace
+        return pages, trace
 
 
 class Model(nnx.Module):
@@ -130,9 +131,15 @@ class Model(nnx.Module):
         return other
 
     def empty_cache(self, batch: int, capacity: int) -> Cache:
-        """A cache with room for `capacity` tokens in each of `batch` rows."""
-        cache = empty_cache(self.config, batch, capacity, self.embed[...].dtype)
-        return jax.tree.map(lambda leaf: constrain(leaf, self.mesh, ("batch",) + (None,) * (leaf.ndim - 1)), cache)
+        """A cache with room for at least `capacity` tokens in each of `batch` rows, for the methods of all phases."""
+        return empty_cache(self.config, batch, capacity, self.embed[...].dtype, self.page_size, self.mesh)
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page that every method can read."""
+        phases: tuple[Phase, ...] = get_args(Phase)
+        layers = range(self.config.num_hidden_layers)
+        return page_size_of(self.plan(layer, phase) for layer in layers for phase in phases)
 
     def __call__(self, input_ids: Array, positions: Array | None = None, mask: Array | None = None) -> Array:
         """Logits of whole sequences.
@@ -182,20 +189,21 @@ class Model(nnx.Module):
         table = rope_table(self.config, slots if positions is None else positions)
 
         x = constrain(self.embed[...][input_ids], self.mesh, _HIDDEN)
-        selection, layer_caches, traces = None, [], []
+        selection, pages, traces = None, [], []
         for i, layer in enumerate(self.layers):
-            layer_cache, layer_trace = layer(
-                x, table=table, slots=slots, lengths=lengths, cache=cache.layers[i], method=self.plan(i, phase),
-                selection=selection, form=form, mesh=self.mesh,
+            layer_pages, layer_trace = layer(
+                x, table=table, slots=slots, lengths=lengths, pages=cache.layers[i], block_tables=cache.block_tables,
+                method=self.plan(i, phase), selection=selection, form=form, mesh=self.mesh,
             )  # fmt: skip
             x, selection = layer_trace.hidden, layer_trace.selection
-            layer_caches.append(layer_cache)
+            pages.append(layer_pages)
             if trace:
                 traces.append(layer_trace)
         x = rms_norm(x[:, -1:] if last_only else x, self.norm[...], self.config.rms_norm_eps)
         logits = jnp.einsum("bte,ve->btv", x, self.embed[...]) if self.head is None else x @ self.head[...]
         return Output(
-            logits=logits.astype(jnp.float32), cache=Cache(layers=tuple(layer_caches), lengths=lengths), slots=slots,
+            logits=logits.astype(jnp.float32),
+            cache=Cache(layers=tuple(pages), block_tables=cache.block_tables, lengths=lengths), slots=slots,
             layers=tuple(traces),
         )  # fmt: skip
 

@@ -83,13 +83,14 @@ def per_device(function: Callable[..., Any], mesh: Mesh | None, in_axes: Sequenc
         return function
 
     def call(*arguments: Any) -> Any:
-        placed = {
-            name: mesh_axis(mesh, name, leaf.shape[i])
-            for argument, axes in zip(arguments, in_axes, strict=True)
-            for leaf in jax.tree.leaves(argument)
-            for i, name in enumerate(axes)
-            if name is not None
-        }
+        placed: dict[str, str | None] = {}
+        for argument, axes in zip(arguments, in_axes, strict=True):
+            for leaf in jax.tree.leaves(argument):
+                for i, name in enumerate(axes):
+                    if name is not None:
+                        axis = mesh_axis(mesh, name, leaf.shape[i])
+                        # Split everywhere or nowhere: rows and their pages stay together.
+                        placed[name] = axis if axis == placed.get(name, axis) else None
 
         def spec(axes: Axes) -> PartitionSpec:
             return PartitionSpec(*(placed[name] if name else None for name in axes))

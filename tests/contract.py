@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hisa_jax as hj
-from tests import draw, oracle
+import oracle
+from tests import draw
 from tests.draw import Inputs, named
 
 TOLERANCE = 1e-5  # float32 sums in another order, relative to the scale of a query's scores

@@ -126,6 +126,7 @@ class Requests:
         """Pages hold the tokens of their holders, and sums and counts are those of what the pages hold."""
         self.pool.check()
         content, counts, sums = values_of(self.cache), np.asarray(self.cache.counts), np.asarray(self.cache.sums)
+        places = np.asarray(self.cache.places)
         for name, length in self.pool.lengths.items():
             held = self.held[name]
             wanted = np.asarray(held.values if isinstance(held, hj.QuantizedKeys) else held, np.float32)
@@ -134,6 +135,7 @@ class Requests:
             for nth, page in enumerate(self.pool.table([name], P)[0][: -(-length // PAGE)]):
                 tokens = wanted[nth * PAGE : (nth + 1) * PAGE]
                 np.testing.assert_array_equal(content[page, : len(tokens)], tokens)
+                assert places[page] == nth
                 # A fork may share the first tokens of a page only: it is its last, whose block is always kept.
                 assert counts[page] == len(tokens) or (counts[page] > len(tokens) and length < (nth + 1) * PAGE)
                 present = np.where(np.arange(PAGE)[:, None] < counts[page], content[page], np.float32(0))
@@ -338,7 +340,7 @@ def bad_calls():
     k, table, cu, lengths = jnp.ones((2, D)), jnp.zeros((1, 2), jnp.int32), jnp.array([0, 2]), jnp.array([0])
     q, w = jnp.ones((2, 3, D)), jnp.ones((2, 3))
     select = functools.partial(hj.select_paged, q, w, cache, table, cu, lengths)
-    yield lambda: hj.init_cache(4, 20, D), ValueError, "init_cache: page_size=20, wanted one of 16, 32, 64, 128, 256"
+    yield lambda: hj.init_cache(4, 20, D), ValueError, "init_cache: page_size=20, wanted a power of two up to 256"
     yield lambda: hj.init_cache(4, 16, D, "float16"), TypeError, "init_cache: dtype is float16, wanted one of"
     yield (
         lambda: hj.append(cache, k[:, 1:], table, cu, lengths),

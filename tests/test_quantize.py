@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hisa_jax as hj
-from tests import draw, oracle
+import oracle
+from tests import draw
 
 FORMATS = [(dtype, scale) for dtype in ("float8_e4m3fn", "int8") for scale in ("float32", "ue8m0")]
 each_format = pytest.mark.parametrize(("dtype", "scale"), FORMATS)

@@ -10,7 +10,8 @@ import pytest
 from absl.testing import parameterized
 
 import hisa_jax as hj
-from tests import draw, oracle
+import oracle
+from tests import draw
 
 
 def inputs(B, T, S, N, K, latent=32, rope=16, dtype="float32", seed=0):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from tests import contract, draw, oracle
+import oracle
+from tests import contract, draw
 from tests.contract import METHODS, assert_same_bits
 
 

@@ -78,7 +78,8 @@ def generation():
     result = models.generate(model, [want[:length], want[:5]], len(want) - length, chunk=8)
     assert result.tokens[0] == want[length:]
     cache = model.empty_cache(2, 8)
-    assert {shard.data.shape[0] for shard in cache.layers[0].kv.addressable_shards} == {1}
+    assert {shard.data.shape[0] for shard in cache.layers[0].latents.addressable_shards} == {1}
+    np.testing.assert_array_equal(cache.block_tables, [[0], [0]])
 
 
 def save_here_restore_there():

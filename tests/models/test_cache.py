@@ -7,7 +7,7 @@ import pytest
 
 import hisa_jax as hj
 import models
-from models.cache import write
+from models.cache import packing
 from models.dsa import choose_form
 
 from . import golden
@@ -15,9 +15,11 @@ from . import golden
 HISA = hj.Hisa(topk=8, block_size=4, block_topk=3)
 
 
-def test_tokens_without_a_slot_or_beyond_the_last_one_are_dropped():
-    got = write(jnp.zeros((1, 3)), jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[-1, 1, 3]]))
-    assert got.tolist() == [[0, 2, 0]]
+def test_real_tokens_are_packed_in_front_and_come_back_to_their_places():
+    rows = packing(jnp.array([[-1, 0, 1], [-1, -1, -1], [5, -1, 6]]))
+    x = jnp.arange(9).reshape(3, 3)
+    assert rows.pack(x).tolist() == [1, 2, 6, 8, 0, 3, 4, 5, 7] and rows.cu_seqlens.tolist() == [0, 2, 2, 4]
+    np.testing.assert_array_equal(rows.unpack(rows.pack(x)), x)
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def test_published_sizes_run_abstractly(name):
         tokens = jax.ShapeDtypeStruct((2, T), jnp.int32)
         out = jax.eval_shape(lambda m, x, p=phase: m.run(x, cache=m.empty_cache(2, 8192), phase=p), model, tokens)
         assert out.logits.shape == (2, T, config.vocab_size)
-        assert out.cache.layers[0].kv.shape == (2, 8192, 576)
+        assert out.cache.layers[0].latents.shape == (256, 64, 576)
 
 
 def test_glm52_selects_in_21_of_its_78_layers():

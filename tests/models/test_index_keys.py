@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from models.cache import empty_cache
+from models.cache import empty_pages
 
 from . import golden
 
@@ -50,11 +50,11 @@ def test_quantised_index_keys_are_cached_as_such():
     whole = model.run(tokens)
     first = model.run(tokens[:, :20], cache=model.empty_cache(2, 40))
     second = model.run(tokens[:, 20:], cache=first.cache)
-    assert second.cache.layers[0].index_key.values.dtype == jnp.float8_e4m3fn
+    assert second.cache.layers[0].keys.dtype == jnp.float8_e4m3fn
     golden.assert_close(second.logits, whole.logits[:, 20:], golden.LOGITS)
 
 
 def test_the_published_scale_format_is_read_with_the_checkpoint():
     assert golden.model("fp8_loader").config.index_key_scale == "ue8m0"
-    cache = empty_cache(golden.model("fp8_loader").config, 1, 4, jnp.float32)
-    assert cache.layers[0].index_key.dtype == jnp.float32
+    first, *_ = empty_pages(golden.model("fp8_loader").config, 1, 4, jnp.float32)
+    assert first.keys.dtype == jnp.float32 and first.scales is None

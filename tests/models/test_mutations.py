@@ -12,6 +12,7 @@ from jax import lax
 import hisa_jax as hj
 import models
 from models import dsa, modeling, moe, rope
+from models.cache import contiguous
 
 from . import golden
 
@@ -139,15 +140,16 @@ def test_an_rms_norm_of_the_index_keys_fails(monkeypatch):
 
 @pytest.mark.parametrize("case", ["dsv32", "glm5"])
 def test_no_relu_fails(case, monkeypatch):
-    def select(q, k, w, method, *, query_positions, lengths):
-        scores = jnp.einsum("bthd,bsd,bth->bts", q, k, w)
-        positions = jnp.arange(k.shape[1])
-        scores = jnp.where(positions <= query_positions[..., None], scores, -jnp.inf)
+    def select(q, w, cache, tables, cu_seqlens_q, lengths, method):
+        k = contiguous(cache.keys, tables)
+        (B, S, _), T = k.shape, len(q) // len(tables)
+        scores = jnp.einsum("bthd,bsd,bth->bts", q.reshape(B, T, *q.shape[1:]), k, w.reshape(B, T, -1))
+        scores = jnp.where(jnp.arange(S) <= jnp.arange(T)[:, None], scores, -jnp.inf)
         best, indices = lax.top_k(scores, method.topk)
-        indices = jnp.where(jnp.isinf(best), -1, indices)
+        indices = jnp.where(jnp.isinf(best), -1, indices).reshape(B * T, -1)
         return hj.Selection(indices=indices, count=jnp.sum(indices >= 0, axis=-1))
 
-    model = patched(case, monkeypatch, dsa.hj, "select", select)
+    model = patched(case, monkeypatch, dsa.hj, "select_paged", select)
     assert failures(case, model) >= {"selection", "logits"}
 
 
@@ -283,7 +285,11 @@ def test_looking_one_token_ahead_or_short_fails(monkeypatch):
     right = dsa.select
     for shift in (-1, 1):
         monkeypatch.setattr(
-            dsa, "select", lambda inputs, method, slots, *rest, s=shift: right(inputs, method, slots + s, *rest)
+            dsa,
+            "select",
+            lambda q, w, pages, tables, slots, lengths, *rest, s=shift: right(
+                q, w, pages, tables, slots, lengths + s, *rest
+            ),
         )
         assert failures("glm5", golden.model("glm5")) >= {"selection", "logits"}
 

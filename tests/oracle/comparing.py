@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests import oracle
+import oracle
 from tests.oracle.cases import Dsa, Hisa, one_query
 
 

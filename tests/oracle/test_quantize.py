@@ -5,7 +5,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 
-from tests import oracle
+import oracle
 from tests.oracle.cases import draw
 
 

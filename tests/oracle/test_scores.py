@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests import oracle
+import oracle
 from tests.oracle.cases import draw
 
 

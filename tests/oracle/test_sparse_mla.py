@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from tests import oracle
+import oracle
 
 
 def test_sparse_mla_by_hand():

@@ -1,0 +1,57 @@
+"""The server bench: it runs, and its check can fail."""
+
+import json
+
+import numpy as np
+import pytest
+
+import hisa_jax as hj
+from bench.__main__ import main
+from bench.serve import METHOD, traffic
+from bench.serve_check import Recorder
+from models.engine import Report, Step, Traced
+
+
+@pytest.mark.slow
+def test_a_small_run_is_right_and_leaks_nothing_whatever_faults_are_injected(tmp_path, capsys):
+    out = tmp_path / "serve.json"
+    assert main(["serve", "--requests", "7", "--pages", "30", "--verify", "--faults", "--out", str(out)]) == 0
+    row = json.loads(out.read_text())
+    assert row["finished"] == 7 and row["mismatches"] == row["leaked_pages"] == 0 < row["selections_checked"]
+    assert row["peak_pages"] <= 30 and len(row["faults"]) == 14
+    shown = capsys.readouterr().out
+    assert "selections against the oracle: 0 mismatches" in shown and "one page twice" in shown
+
+
+def step(request, start, n_kept, rng, wrong=False):
+    """One forward pass of two tokens of one request, one layer."""
+    q, k, w = (rng.normal(size=s).astype(np.float32) for s in ((1, 2, 2, 8), (1, 2, 8), (1, 2, 2)))
+    selection = hj.Selection(
+        indices=np.tile(np.arange(24, dtype=np.int32), (1, 2, 1)), count=np.array([[start + 1, start + 2]], np.int32)
+    )
+    selection.indices[selection.indices >= selection.count[..., None]] = -1
+    if wrong:
+        selection.indices[0, 1, start + 1] = start + 2
+    return Step(
+        phase="decode", requests=[request], starts=[start], n_new=[2], n_kept=[n_kept],
+        layers=(Traced(0, selection, q, k, w),),
+    )  # fmt: skip
+
+
+def test_the_recorder_follows_forks_and_rejections_and_sees_a_wrong_token():
+    recorder, rng = Recorder(METHOD), np.random.default_rng(0)
+    recorder.check(Report(forks=[], steps=[step(0, 0, 2, rng), step(0, 2, 1, rng)], finished={}), [0])
+    recorder.check(Report(forks=[(1, 0, 2)], steps=[step(1, 2, 2, rng), step(0, 3, 2, rng)], finished={}), [0, 1])
+    assert recorder.n_checked == 8 and recorder.mismatches == []
+    recorder.check(Report(forks=[], steps=[step(1, 4, 2, rng, wrong=True)], finished={}), [1])
+    (mismatch,) = recorder.mismatches
+    assert mismatch.startswith("request 1, layer 0, decode: query (b=0, t=1)") and "token 6 is not visible" in mismatch
+    with pytest.raises(AssertionError):  # request 0 is forgotten: it no longer was alive
+        recorder.check(Report(forks=[], steps=[step(0, 5, 2, rng)], finished={}), [])
+
+
+def test_traffic_shares_prefixes_and_is_the_same_for_a_seed():
+    requests = traffic(50, seed=3)
+    assert requests == traffic(50, seed=3) != traffic(50, seed=4)
+    starts = {tuple(prompt[:12]) for prompt, _ in requests}
+    assert len(starts) < 10
