@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 import hisa_jax as hj
-import oracle
 from models.engine import Report, Step
+from tests import oracle
 
 _TOLERANCE = 1e-5  # of float32 sums, relative to a query's scores
 

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hisa_jax as hj
-import oracle
-from tests import draw
+from tests import draw, oracle
 from tests.draw import Inputs, named
 
 TOLERANCE = 1e-5  # float32 sums in another order, relative to the scale of a query's scores

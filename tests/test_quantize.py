@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hisa_jax as hj
-import oracle
-from tests import draw
+from tests import draw, oracle
 
 FORMATS = [(dtype, scale) for dtype in ("float8_e4m3fn", "int8") for scale in ("float32", "ue8m0")]
 each_format = pytest.mark.parametrize(("dtype", "scale"), FORMATS)

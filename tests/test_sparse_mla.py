@@ -10,8 +10,7 @@ import pytest
 from absl.testing import parameterized
 
 import hisa_jax as hj
-import oracle
-from tests import draw
+from tests import draw, oracle
 
 
 def inputs(B, T, S, N, K, latent=32, rope=16, dtype="float32", seed=0):

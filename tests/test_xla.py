@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-import oracle
-from tests import contract, draw
+from tests import contract, draw, oracle
 from tests.contract import METHODS, assert_same_bits
 
 

@@ -9,11 +9,10 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import hisa_jax as hj
-import oracle
 from hisa_jax import dispatch
 from hisa_jax.kernels import Kernels
 from kernels_pallas import mosaic_gpu
-from tests import draw
+from tests import draw, oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 METHODS = {

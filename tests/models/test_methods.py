@@ -7,8 +7,8 @@ from flax import nnx
 
 import hisa_jax as hj
 import models
-import oracle
 from models.plan import make_plan
+from tests import oracle
 
 from . import golden
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-import oracle
+from tests import oracle
 from tests.oracle.cases import Dsa, Hisa, one_query
 
 

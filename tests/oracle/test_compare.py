@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import oracle
+from tests import oracle
 from tests.oracle.cases import METHODS, Dsa, Hisa, chosen, draw, one_query
 from tests.oracle.comparing import compare, flat_reference, refuses
 

@@ -1,6 +1,6 @@
 """The comparison of selections by blocks: kept blocks are reported, or inferred from the tokens."""
 
-import oracle
+from tests import oracle
 from tests.oracle.cases import BlockSparse, Hisa, chosen, one_query
 from tests.oracle.comparing import compare, hisa_reference, refuses
 

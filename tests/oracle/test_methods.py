@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import oracle
+from tests import oracle
 from tests.oracle.cases import METHODS, BlockSparse, Dsa, Hisa, chosen, draw, one_query
 
 

@@ -5,7 +5,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 
-import oracle
+from tests import oracle
 from tests.oracle.cases import draw
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-import oracle
+from tests import oracle
 from tests.oracle.cases import draw
 
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-import oracle
+from tests import oracle
 
 
 def test_sparse_mla_by_hand():

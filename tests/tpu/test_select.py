@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-import oracle
 from hisa_jax import dispatch
 from hisa_jax.kernels import Kernels
-from tests import draw
+from tests import draw, oracle
 
 METHODS = {"dsa": hj.Dsa(topk=40), "hisa": hj.Hisa(topk=40, block_size=64, block_topk=3)}
 V5E = dispatch.Device(platform="tpu", kind="TPU v5 lite")
