@@ -46,6 +46,7 @@ def block_filter(
         topk=block_topk,
         keep_first=keep_first,
         keep_last=keep_last,
+        name="hisa_block_filter",
         config=config,
         interpret=interpret,
     )

@@ -38,6 +38,13 @@ def call(
             a sequence its keys are brought to VMEM for all of them.
     """
 
+    if not interpret:
+        # Else XLA brings what fits, the keys of a small batch, to VMEM whole before the kernel copies a part of it.
+        operands = [
+            pltpu.with_memory_space_constraint(x, pltpu.HBM) if spec.memory_space == pltpu.HBM else x
+            for x, spec in zip(operands, in_specs, strict=True)
+        ]
+
     def named(*refs: Ref) -> None:
         n = len(refs) - len(scratch)
         body(*refs[:n], **dict(zip(scratch, refs[n:], strict=True)))

@@ -102,7 +102,7 @@ def heuristic(chip: Chip, B: int, T: int, H: int, D: int, n: int, m: int, block_
     )
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "keep_first", "keep_last", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("topk", "keep_first", "keep_last", "name", "config", "interpret"))
 def refine(
     q: Array,
     w: Array,
@@ -116,6 +116,7 @@ def refine(
     config: Config,
     keep_first: int = 0,
     keep_last: int = 0,
+    name: str = "hisa_refine",
     interpret: Interpret = False,
 ) -> Array:
     """[B, T, H, D], [B, T, H], [B, n, block_size, D], [B, n, block_size], [B, T, m], ... -> [B, T, topk] int32.
@@ -126,6 +127,7 @@ def refine(
         n_visible: [B, T] int32, candidates of each query: the first ones of its list.
         n_tokens: [B] int32, tokens present.
         keep_first, keep_last: candidates chosen whatever they score, the first and the last visible ones.
+        name: of the kernel.
     """
     (B, T, H, D), (n, block_size), m = q.shape, k.shape[1:3], block_ids.shape[2]
     block_ids = jnp.clip(block_ids, -1, n - 1)
@@ -166,7 +168,7 @@ def refine(
     in_eights = (*q.shape[:1], q.shape[1] // ROWS, ROWS)
     out = launch.call(
         functools.partial(refine_body.resident_body if config.is_resident else refine_body.gathered_body, plan),
-        name="hisa_refine",
+        name=name,
         grid=(config.n_cores, q.shape[0], plan.tiles),
         prefetch=prefetch,
         operands=[
