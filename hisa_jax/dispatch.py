@@ -1,6 +1,7 @@
 """Which implementation runs, and why the others do not. Alone here are kernels imported."""
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from hisa_jax import xla
+from hisa_jax import context_kernels, context_xla, xla
 from hisa_jax.kernels import Backend, Kernels
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
 
@@ -63,12 +64,14 @@ class Implementation:
             is None where only the device is asked about.
         select, select_packed, select_paged: the functions of `xla.py` with these names, or others of their signature;
             None: `why_not` declines every such call.
+        select_sharded: what one device does of it, as in `context_xla.py`; None: it takes no keys split over devices.
     """
 
     why_not: Callable[[Device, Problem | None], str | None]
     select: Callable[..., Any]
     select_packed: Callable[..., Any]
     select_paged: Callable[..., Any] | None = None
+    select_sharded: Callable[..., Any] | None = None
 
 
 def backend(name: str) -> Backend:
@@ -128,7 +131,8 @@ def _tpu(name: str) -> Implementation:
         )  # fmt: skip
 
     # By the compiler's schedule HISA takes 1.15 to 1.3 times as long as the flat indexer at 8K. On Hopper it is 0.96.
-    return _kernels(name, why_not, flat_if_all_kept=True)
+    sharded = functools.partial(context_kernels.select, lambda: backend(name))
+    return dataclasses.replace(_kernels(name, why_not, flat_if_all_kept=True), select_sharded=sharded)
 
 
 def _blocks(method: Hisa | BlockSparse, S: int) -> dict[str, int]:
@@ -148,6 +152,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         select=xla.select,
         select_packed=xla.select_packed,
         select_paged=xla.select_paged,
+        select_sharded=context_xla.select,
     ),
 }
 

@@ -4,14 +4,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kernels_pallas.mosaic_tpu import config, select
+from kernels_pallas.mosaic_tpu import config, local, select
 from kernels_pallas.mosaic_tpu.config import GROUP
 from kernels_pallas.mosaic_tpu.flat import select_flat
 from kernels_pallas.mosaic_tpu.topk import MAX_K
 from kernels_pallas.sequences import whole_blocks
 from kernels_pallas.types import Interpret
 
-__all__ = ["select_flat", "select_hisa", "why_not"]
+__all__ = ["local", "select_flat", "select_hisa", "why_not"]
 
 
 def why_not(

@@ -59,7 +59,9 @@ def heuristic(chip: Chip, T: int) -> Config:
     return Config(tile_t=tile_t, mean_parts=2 if chip.mxu > 128 else 1, n_cores=chip.n_cores if tile_t < T else 1)
 
 
-@functools.partial(jax.jit, static_argnames=("block_topk", "keep_first", "keep_last", "config", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("block_topk", "keep_first", "keep_last", "has_images", "config", "interpret")
+)
 def block_filter(
     q: Array,
     w: Array,
@@ -72,9 +74,10 @@ def block_filter(
     keep_first: int,
     keep_last: int,
     config: Config,
+    has_images: bool = False,
     interpret: Interpret = False,
-) -> Array:
-    """[B, T, H, D], [B, T, H], ... -> [B, T, block_topk] int32, ascending, then -1.
+) -> tuple[Array, ...]:
+    """[B, T, H, D], [B, T, H], ... -> [B, T, block_topk] int32, ascending, then -1; maybe their images.
 
     Args:
         source: keys [B, n, block_size, D], n a multiple of GROUP, pooled here; or kept means [B, n, D] float32, as
@@ -111,20 +114,21 @@ def block_filter(
         block_topk=block_topk,
         keep_first=keep_first,
         keep_last=keep_last,
+        has_images=has_images,
     )
     rows = functools.partial(launch.rows, tile_t, tiles)
     by_eight = functools.partial(launch.rows, registers, tiles)
-    out = launch.call(
+    outs = launch.call(
         functools.partial(body, plan),
         name="hisa_block_filter",
         grid=(config.n_cores, B, tiles),
         prefetch=[n_tokens, jnp.max(eligible.reshape(-1, tile_t), axis=1)],
         operands=[eligible.reshape(B, -1, ROWS, 1), q, w, *operands],
         in_specs=[by_eight(ROWS, 1), rows(H, D), rows(H), *launch.in_hbm(operands)],
-        out_specs=by_eight(ROWS, slots),
-        out_shape=jax.ShapeDtypeStruct((B, T // ROWS, ROWS, slots), jnp.int32),
+        out_specs=[by_eight(ROWS, slots)] * (1 + has_images),
+        out_shape=[jax.ShapeDtypeStruct((B, T // ROWS, ROWS, slots), jnp.int32)] * (1 + has_images),
         scratch=scratch,
         vmem_bytes=vmem_bytes,
         interpret=interpret,
     )
-    return out.reshape(B, T, slots)[:, :n_queries, :block_topk]
+    return tuple(out.reshape(B, T, slots)[:, :n_queries, :block_topk] for out in outs)

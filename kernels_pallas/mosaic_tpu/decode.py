@@ -25,9 +25,13 @@ def block_filter(
     keep_last: int,
     mean_parts: int,
     chip: Chip,
+    has_images: bool = False,
     interpret: Interpret = False,
-) -> Array:
-    """[B, T, H, D], [B, T, H], [B, n, D] float32, [B, T] -> [B, T, block_topk] int32, ascending, then -1; T < 8."""
+) -> tuple[Array, ...]:
+    """[B, T, H, D], [B, T, H], [B, n, D] float32, [B, T] -> [B, T, block_topk] int32, ascending, then -1; T < 8.
+
+    With `has_images` also the images of the kept.
+    """
     (B, T, H, D), n = q.shape, means.shape[1]
     lists = -(-n // LANES)
     means = launch.pad_axis(parts_of(means, mean_parts), 1, LANES).reshape(B, lists, LANES, -1)
@@ -46,6 +50,7 @@ def block_filter(
         topk=block_topk,
         keep_first=keep_first,
         keep_last=keep_last,
+        has_images=has_images,
         name="hisa_block_filter",
         config=config,
         interpret=interpret,

@@ -59,7 +59,7 @@ def why_not(S: int) -> str | None:
     return None if most >= S else f"the flat indexer needs at most {most} keys, not {S}"
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("topk", "config", "has_images", "interpret"))
 def select_flat(
     q: Array,
     k: Array,
@@ -69,9 +69,13 @@ def select_flat(
     *,
     topk: int,
     config: Config | None = None,
+    has_images: bool = False,
     interpret: Interpret = False,
-) -> tuple[Array, Array]:
-    """[B, T, H, D], [B, S, D], [B, S] or None, [B, T, H], [B, T] -> indices [B, T, topk], count [B, T], both int32."""
+) -> tuple[Array, ...]:
+    """[B, T, H, D], [B, S, D], [B, S] or None, [B, T, H], [B, T] -> indices [B, T, topk], count [B, T], both int32.
+
+    With `has_images` also the images of the chosen, [B, T, topk] int32, anything where there is none.
+    """
     (B, T, H, D), S = q.shape, k.shape[1]
     config = config or heuristic(T, S)
     tile_t, tile_s = config.tile_t, min(config.tile_s, -(-S // 256) * 256)
@@ -92,11 +96,13 @@ def select_flat(
     queries = lambda *shape: pl.BlockSpec((None, tile_t, *shape), lambda b, t, s, _: (b, t, *(0 for _ in shape)))  # noqa: E731
     tiled = (tile_t // ROWS, slots // LANES * ROWS, LANES)
     scale_rows = [] if k_scale is None else [k_scale[:, None]]
+    in_rows = (tile_t // ROWS, ROWS, slots)
+    out_shapes = [tiled, in_rows][: 1 + has_images]
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(B, tiles, k.shape[1] // tile_s),
         in_specs=[queries(H, D), queries(H), queries(1), keys, *([scales] * len(scale_rows))],
-        out_specs=pl.BlockSpec((None, *tiled), lambda b, t, s, _: (b, t, 0, 0)),
+        out_specs=[pl.BlockSpec((None, *shape), lambda b, t, s, _: (b, t, 0, 0)) for shape in out_shapes],
         scratch_shapes=[
             pltpu.VMEM((tile_t // ROWS, groups * ROWS, LANES), jnp.int32),
             pltpu.VMEM((tile_t, H, LANES), jnp.float32),
@@ -105,16 +111,19 @@ def select_flat(
             pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
         ],
     )
-    out = pl.pallas_call(
-        functools.partial(flat_body, Plan(topk=topk, tiles=tiles, span=min(groups, LANES))),
+    out, *images = pl.pallas_call(
+        functools.partial(flat_body, Plan(topk=topk, tiles=tiles, span=min(groups, LANES), has_images=has_images)),
         grid_spec=grid_spec,
-        out_shape=jax.ShapeDtypeStruct((B, tiles * tiled[0], *tiled[1:]), jnp.int32),
+        out_shape=[jax.ShapeDtypeStruct((B, tiles * shape[0], *shape[1:]), jnp.int32) for shape in out_shapes],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=config.vmem_bytes(H, D, k.shape[1], topk, q.dtype.itemsize) + (6 << 20),
+            vmem_limit_bytes=config.vmem_bytes(H, D, k.shape[1], topk, q.dtype.itemsize)
+            + 8 * has_images * tile_t * slots
+            + (6 << 20),
         ),
         name="dsa_select_flat",
         interpret=interpret,
     )(furthest, q, w, visible[..., None], k, *scale_rows)
     indices = from_tiles(out.reshape(-1, *tiled[1:])).reshape(B, -1, slots)[:, :T, :topk]
-    return indices, jnp.minimum(visible[:, :T], topk)
+    images = (x.reshape(B, -1, slots)[:, :T, :topk] for x in images)
+    return indices, jnp.minimum(visible[:, :T], topk), *images

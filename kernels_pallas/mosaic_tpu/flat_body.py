@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from kernels_pallas.image import INVISIBLE
 from kernels_pallas.mosaic_tpu import topk_body
 from kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from kernels_pallas.mosaic_tpu.look_up_body import split_outputs, write_images
 from kernels_pallas.mosaic_tpu.tiles import images_of_rows, products, spread_weights, sum_to_sublanes
 from kernels_pallas.types import Ref
 
@@ -23,11 +24,13 @@ class Plan:
     topk: int
     tiles: int  # of queries in a sequence
     span: int  # groups of images that the selection looks at in one go
+    has_images: bool  # whether those of the chosen are a second output
 
 
 def flat_body(plan: Plan, furthest_smem: Ref, q_ref: Ref, w_ref: Ref, visible_ref: Ref, k_ref: Ref, *refs: Ref) -> None:
     """On a grid of (sequences, tiles of queries, tiles of keys); the shapes are those of the launch."""
-    *scale_ref, o_ref, images_vmem, w_vmem, partial_vmem, cuts_vmem, table_vmem = refs
+    *rest, images_vmem, w_vmem, partial_vmem, cuts_vmem, table_vmem = refs
+    scale_ref, (o_ref, *images_refs) = split_outputs(tuple(rest), plan.has_images)
     b, t, s = (pl.program_id(axis) for axis in range(3))
     tile_s = k_ref.shape[0]
     furthest = furthest_smem[b * plan.tiles + t]  # of the tile's queries
@@ -52,6 +55,8 @@ def flat_body(plan: Plan, furthest_smem: Ref, q_ref: Ref, w_ref: Ref, visible_re
         lax.fori_loop(n_steps * tile_s // LANES, groups, fill, None)
         n = jnp.broadcast_to(visible_ref[...].reshape(-1, ROWS, 1), cuts_vmem.shape)
         topk_body.select(images_vmem, n, plan.topk, cuts_vmem, table_vmem, o_ref, groups)
+        for images_ref in images_refs:
+            write_images(images_vmem, o_ref, images_ref, groups)
 
 
 def products_a_step(tile_t: int, tile_s: int) -> int:
@@ -63,7 +68,7 @@ def score_keys(
     s: Array,
     q_ref: Ref,
     k_ref: Ref,
-    scale_ref: list[Ref],
+    scale_ref: tuple[Ref, ...],
     visible_ref: Ref,
     images_vmem: Ref,
     w_vmem: Ref,

@@ -1,6 +1,6 @@
 """Device code of pooling: the float32 mean of each of `GROUP` blocks, and the copies that bring the blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -26,7 +26,7 @@ def pool_sequence(
     b: Array,
     n_tokens: Array,
     k_hbm: Ref,
-    scale_hbm: list[Ref],
+    scale_hbm: Sequence[Ref],
     store: Callable[[Array, Array], None],
     *,
     keys_vmem: Ref,

@@ -102,7 +102,9 @@ def heuristic(chip: Chip, B: int, T: int, H: int, D: int, n: int, m: int, block_
     )
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "keep_first", "keep_last", "name", "config", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("topk", "keep_first", "keep_last", "has_images", "name", "config", "interpret")
+)
 def refine(
     q: Array,
     w: Array,
@@ -116,10 +118,11 @@ def refine(
     config: Config,
     keep_first: int = 0,
     keep_last: int = 0,
+    has_images: bool = False,
     name: str = "hisa_refine",
     interpret: Interpret = False,
-) -> Array:
-    """[B, T, H, D], [B, T, H], [B, n, block_size, D], [B, n, block_size], [B, T, m], ... -> [B, T, topk] int32.
+) -> tuple[Array, ...]:
+    """[B, T, H, D], [B, T, H], [B, n, block_size, D], [B, n, block_size], [B, T, m], ... -> [B, T, topk] int32, ....
 
     Args:
         k: n a multiple of GROUP if keys are resident.
@@ -127,6 +130,7 @@ def refine(
         n_visible: [B, T] int32, candidates of each query: the first ones of its list.
         n_tokens: [B] int32, tokens present.
         keep_first, keep_last: candidates chosen whatever they score, the first and the last visible ones.
+        has_images: whether to return the images of the chosen, too, [B, T, topk] int32, anything where there is none.
         name: of the kernel.
     """
     (B, T, H, D), (n, block_size), m = q.shape, k.shape[1:3], block_ids.shape[2]
@@ -157,6 +161,7 @@ def refine(
         columns=config.columns,
         keep_first=keep_first,
         keep_last=keep_last,
+        has_images=has_images,
     )
     places = launch.pad_axis(places, 2, padded_m).reshape(*q.shape[:2], -1, plan.slots)
     operands = [k] if k_scale is None else [k, k_scale]
@@ -166,7 +171,7 @@ def refine(
     rows = functools.partial(launch.rows, config.tile_t, plan.tiles)
     by_eight = functools.partial(launch.rows, config.tile_t // ROWS, plan.tiles)
     in_eights = (*q.shape[:1], q.shape[1] // ROWS, ROWS)
-    out = launch.call(
+    outs = launch.call(
         functools.partial(refine_body.resident_body if config.is_resident else refine_body.gathered_body, plan),
         name=name,
         grid=(config.n_cores, q.shape[0], plan.tiles),
@@ -189,25 +194,28 @@ def refine(
             rows(H),
             *launch.in_hbm(operands),
         ],
-        out_specs=by_eight(ROWS, slots),
-        out_shape=jax.ShapeDtypeStruct((*in_eights, slots), jnp.int32),
+        out_specs=[by_eight(ROWS, slots)] * (1 + has_images),
+        out_shape=[jax.ShapeDtypeStruct((*in_eights, slots), jnp.int32)] * (1 + has_images),
         scratch={
             "w_vmem": pltpu.VMEM((config.tile_t, H, LANES), jnp.float32),
             "partial_vmem": pltpu.VMEM((config.columns // LANES * ROWS * ROWS, LANES), jnp.float32),
             **launch.selection_scratch(config.tile_t // ROWS, padded_groups(padded_m * block_size), topk),
             **keys_scratch(k, k_scale, plan, config),
         },
-        vmem_bytes=config.vmem_bytes(H, D, n, m, block_size, topk, k.dtype.itemsize),
+        vmem_bytes=config.vmem_bytes(H, D, n, m, block_size, topk, k.dtype.itemsize)
+        + 8 * has_images * config.tile_t * slots,
         interpret=interpret,
     )
-    return out.reshape(*q.shape[:2], slots)[:, : B * T // q.shape[0], :topk].reshape(B, T, topk)
+    whole = (out.reshape(*q.shape[:2], slots) for out in outs)
+    return tuple(out[:, : B * T // q.shape[0], :topk].reshape(B, T, topk) for out in whole)
 
 
 def steps_of(n_visible: Array, plan: Plan, config: Config) -> Array:
-    """[B, T] -> [B * T / queries_per_eight] int32; none where all queries keep all they see, which needs no scores."""
+    """[B, T] -> [B * T / queries_per_eight] int32; none where nobody asks for scores and all keep all they see."""
     most = jnp.max(n_visible.reshape(-1, config.queries_per_eight), axis=1)
     longest = jnp.minimum(most, plan.blocks_per_list * plan.block_size)
-    return jnp.where(most <= plan.topk, 0, -(-longest // plan.columns))
+    steps = -(-longest // plan.columns)
+    return steps if plan.has_images else jnp.where(most <= plan.topk, 0, steps)
 
 
 def keys_scratch(k: Array, k_scale: Array | None, plan: Plan, config: Config) -> dict[str, Ref]:

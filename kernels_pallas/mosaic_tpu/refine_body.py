@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from kernels_pallas.image import FORCED, INVISIBLE
 from kernels_pallas.mosaic_tpu import refine_source, topk_body
 from kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from kernels_pallas.mosaic_tpu.look_up_body import split_outputs, write_images
 from kernels_pallas.mosaic_tpu.refine_source import Source, Step
 from kernels_pallas.mosaic_tpu.tiles import fill, images_of_rows, products, splat, spread_weights, sum_to_sublanes
 from kernels_pallas.types import Ref
@@ -37,6 +38,7 @@ class Plan:
     columns: int  # candidates of a list a step
     keep_first: int  # candidates that are chosen whatever they score, of the first and of the last that are visible
     keep_last: int
+    has_images: bool  # whether those of the chosen are a second output
 
     @property
     def slots(self) -> int:
@@ -69,7 +71,7 @@ def resident_body(
     n_visible_ref: Ref, q_ref: Ref, w_ref: Ref, k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref,
     staged_vmem: Ref = None, scale_vmem: Ref = None, **scratch: Ref
 ) -> None:  # fmt: skip
-    *scale_hbm, o_ref = refs
+    scale_hbm, outs = split_outputs(refs, plan.has_images)
     b = pl.program_id(1)
 
     @pl.when(pl.program_id(2) == 0)
@@ -82,17 +84,17 @@ def resident_body(
         refine_source.load_sequence(b, n_tokens_smem[b], pairs, sems)
 
     source = refine_source.resident(plan.place, places_smem, keys_vmem, scale_vmem)
-    refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, o_ref, **scratch)
+    refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, outs, **scratch)
 
 
 def gathered_body(
     plan: Plan, n_steps_smem: Ref, places_smem: Ref, n_kept_smem: Ref, blocks_ref: Ref, n_visible_ref: Ref, q_ref: Ref,
     w_ref: Ref, k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None, **scratch: Ref
 ) -> None:  # fmt: skip
-    *scale_hbm, o_ref = refs
+    scale_hbm, outs = split_outputs(refs, plan.has_images)
     pairs = [(k_hbm, keys_vmem), *((scale, scale_vmem) for scale in scale_hbm)]
     source = refine_source.ring(plan.place, plan.slots, places_smem, n_kept_smem, pairs, sems)
-    refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, o_ref, **scratch)
+    refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, outs, **scratch)
 
 
 def refine_tile(
@@ -103,7 +105,7 @@ def refine_tile(
     n_visible_ref: Ref,
     q_ref: Ref,
     w_ref: Ref,
-    o_ref: Ref,
+    outs: tuple[Ref, ...],
     *,
     w_vmem: Ref,
     partial_vmem: Ref,
@@ -117,7 +119,8 @@ def refine_tile(
     Args:
         n_steps_smem: [all tiles * eights] int32, steps that each eight needs.
         blocks_ref: [tile_t // 8, 8, m] int32; n_visible_ref: [tile_t // 8, 8, 1] int32, candidates of each query.
-        q_ref: [tile_t, H, D]; w_ref: [tile_t, H]; o_ref: [tile_t // 8, 8, topk padded] int32, ascending, then -1.
+        q_ref: [tile_t, H, D]; w_ref: [tile_t, H].
+        outs: [tile_t // 8, 8, topk padded] int32, positions, ascending, then -1; maybe their images.
         w_vmem: [tile_t, H, LANES]; partial_vmem: [columns / LANES * 64, LANES]; the others as in `topk_body.select`.
     """
     core, b, t = (pl.program_id(axis) for axis in range(3))
@@ -149,7 +152,9 @@ def refine_tile(
 
     lax.fori_loop(0, total, one_step, (step.eight, step.i))
     topk_body.select(images_vmem, splat(n_visible_ref), plan.topk, cuts_vmem, table_vmem, chosen_vmem)
-    write_positions(plan, blocks_ref, chosen_vmem, o_ref)
+    write_positions(plan, blocks_ref, chosen_vmem, outs[0])
+    for images_ref in outs[1:]:
+        write_images(images_vmem, chosen_vmem, images_ref)
 
 
 def score_step(

@@ -53,7 +53,7 @@ def hisa(
     kept = blocks[..., : min(block_topk, n)]
     (B, T, H, D), m = q.shape, kept.shape[2]
     config = refine_stage.heuristic(chip, B, T, H, D, n, m, block_size, k.dtype.itemsize)
-    indices = refine_stage.refine(
+    (indices,) = refine_stage.refine(
         q, w, k, k_scale, kept, n_visible, n_tokens, topk=topk, config=config, interpret=interpret
     )
     return indices, jnp.minimum(n_visible, topk), blocks
@@ -83,7 +83,7 @@ def kept_blocks(
     if T < ROWS:
         if means is None:
             means = pool_stage.pool(k, k_scale, n_tokens, interpret=interpret)
-        return decode.block_filter(
+        (blocks,) = decode.block_filter(
             q,
             w,
             means,
@@ -95,7 +95,8 @@ def kept_blocks(
             chip=chip,
             interpret=interpret,
         )
-    return block_filter_stage.block_filter(
+        return blocks
+    (blocks,) = block_filter_stage.block_filter(
         q,
         w,
         k if means is None else means,
@@ -108,6 +109,7 @@ def kept_blocks(
         config=config,
         interpret=interpret,
     )
+    return blocks
 
 
 def candidates(blocks: Array, visible: Array, block_size: int) -> Array:
