@@ -112,7 +112,9 @@ def select_flat(
         ],
     )
     out, *images = pl.pallas_call(
-        functools.partial(flat_body, Plan(topk=topk, tiles=tiles, span=min(groups, LANES), has_images=has_images)),
+        functools.partial(
+            flat_body, Plan(topk=topk, tiles=tiles, rows=min(T, ROWS), span=min(groups, LANES), has_images=has_images)
+        ),
         grid_spec=grid_spec,
         out_shape=[jax.ShapeDtypeStruct((B, tiles * shape[0], *shape[1:]), jnp.int32) for shape in out_shapes],
         compiler_params=pltpu.CompilerParams(

@@ -23,6 +23,7 @@ class Plan:
 
     topk: int
     tiles: int  # of queries in a sequence
+    rows: int  # of eight queries side by side, those that there are: fewer than 8 in decoding
     span: int  # groups of images that the selection looks at in one go
     has_images: bool  # whether those of the chosen are a second output
 
@@ -42,7 +43,7 @@ def flat_body(plan: Plan, furthest_smem: Ref, q_ref: Ref, w_ref: Ref, visible_re
 
     @pl.when(s < n_steps)
     def _score():
-        score_keys(s, q_ref, k_ref, scale_ref, visible_ref, images_vmem, w_vmem, partial_vmem)
+        score_keys(plan.rows, s, q_ref, k_ref, scale_ref, visible_ref, images_vmem, w_vmem, partial_vmem)
 
     @pl.when(s == jnp.maximum(n_steps - 1, 0))
     def _select():
@@ -65,6 +66,7 @@ def products_a_step(tile_t: int, tile_s: int) -> int:
 
 
 def score_keys(
+    n_rows: int,
     s: Array,
     q_ref: Ref,
     k_ref: Ref,
@@ -95,8 +97,8 @@ def score_keys(
             scales = [ref[:, pl.ds(first, COLUMNS)] for ref in scale_ref]
             # Eight queries a product: the keys stay in the matrix unit while their rows pass.
             for t in range(0, tile_t, ROWS):
-                x = products(q_ref[pl.ds(t, ROWS)].reshape(ROWS * H, D), keys)
-                for r in range(ROWS):
+                x = products(q_ref[pl.ds(t, n_rows)].reshape(n_rows * H, D), keys)
+                for r in range(n_rows):
                     for c in range(COLUMNS // LANES):
                         some = slice(c * LANES, (c + 1) * LANES)
                         rows = sum_to_sublanes(x[r * H : (r + 1) * H, some], w_vmem[t + r])

@@ -49,14 +49,14 @@ def check(name, data, context, T, S, tolerance, **options):
         implementation="mosaic_tpu", return_scores=True, return_blocks=method.has_blocks,
         **jax.tree.map(jnp.asarray, options),
     )  # fmt: skip
-    oracle.assert_same_selection(
-        got.indices, got.count, reference, tolerance, scores=got.scores, blocks=got.blocks
-    )
+    oracle.assert_same_selection(got.indices, got.count, reference, tolerance, scores=got.scores, blocks=got.blocks)
 
 
 def prefill_and_decode_over_two_devices_and_two_of_data():
     lengths = np.array([512, 201], np.int32)
-    positions = np.array([[-1, 0, 64, 100, 300, 509, 510, 511, 511], [3, 63, 127, 128, 129, 190, 198, 199, 200]], np.int32)
+    positions = np.array(
+        [[-1, 0, 64, 100, 300, 509, 510, 511, 511], [3, 63, 127, 128, 129, 190, 198, 199, 200]], np.int32
+    )
     check("hisa", 2, 2, 9, 512, 1e-2, query_positions=positions, lengths=lengths)
     check("hisa", 1, 4, 1, 512, 1e-2, lengths=lengths)
 
