@@ -93,7 +93,7 @@ def flat_kernels(chip: Chip, model: shapes.Model, B: int, T: int, S: int, dtype:
     ]
 
 
-def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) -> list[Kernel]:
+def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str, is_masked: bool = False) -> list[Kernel]:
     kind = KERNEL_CHIPS[chip.kind]
     n, queries = S // model.block_size, T // chip.cores_per_device
     key_bytes = S * (model.D * _ITEMSIZE[dtype] + (0 if dtype == "bf16" else 4))
@@ -132,14 +132,15 @@ def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) ->
         "score": refine_config.tile_t / 8 * width / refine_config.columns,
         **_topk_trips(padded_groups(width), width, model.topk, refine_config.tile_t),
     }
+    after_topk = () if is_masked else ("positions",)
     gathered = 0.0 if refine_config.is_resident else pairs * key_bytes / n
     out.append(
         Kernel(
             name="hisa_refine",
-            loops=("fill", "score", *_topk_loops(padded_groups(width), refine_config.tile_t), "positions"),
+            loops=("fill", "score", *_topk_loops(padded_groups(width), refine_config.tile_t), *after_topk),
             trips=trips,
             shares={"pool": 1 / tiles},
-            moved_bytes=moved + gathered + 4 * queries * model.topk,
+            moved_bytes=moved + gathered + 4 * queries * (width if is_masked else model.topk),
             exposed_bytes=key_bytes if refine_config.is_resident else 0.0,
             pairs=8 * refine_config.columns / 128,
         )
@@ -192,7 +193,7 @@ def topk_kernels(chip: Chip, T: int, W: int, k: int) -> list[Kernel]:
     return [Kernel(name="hisa_topk", loops=TOPK, trips=trips, moved_bytes=32 * tiles * 4 * (W + k))]
 
 
-def sparse_mla_kernels(chip: Chip, model: shapes.Model, T: int) -> list[Kernel]:
+def sparse_mla_kernels(chip: Chip, model: shapes.Model, T: int, is_masked: bool = False) -> list[Kernel]:
     """For the tokens of `block_topk` blocks a query; the keys of a block take whole tiles of 128 lanes."""
     queries = T / chip.cores_per_device
     tokens = model.block_topk * model.block_size
@@ -203,7 +204,7 @@ def sparse_mla_kernels(chip: Chip, model: shapes.Model, T: int) -> list[Kernel]:
             name="sparse_mla",
             loops=("steps",),
             trips={"grid": queries, "steps": tokens / sparse_mla.Config().tile_s},
-            moved_bytes=queries * (tokens * row_bytes + heads_bytes),
+            moved_bytes=queries * (tokens * (row_bytes + 4 * is_masked) + heads_bytes),
         )
     ]
 

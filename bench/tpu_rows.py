@@ -16,7 +16,7 @@ from bench.gpu_checks import CHECKED, check_attention, check_flat, check_hisa
 from kernels_pallas import mosaic_tpu
 from kernels_pallas.mosaic_tpu import config, pool, select
 from kernels_pallas.mosaic_tpu.flat import select_flat
-from kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla
+from kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla, sparse_mla_blocks
 from kernels_pallas.mosaic_tpu.topk import topk
 
 DTYPES: dict[str, Any] = {"bf16": jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
@@ -64,6 +64,8 @@ def rows() -> Iterator[Row]:
     for context, dtype in PREFILLS:
         yield _flat(shapes.PREFILL, context, dtype)
         yield _hisa(context, dtype)
+    yield _masked_mla(128 * K)
+    yield _masked_hisa(128 * K)
     for phase in shapes.DECODES:
         yield _flat(phase, 128 * K, "bf16")
         yield _decode(phase.B, 128 * K, "bf16")
@@ -121,6 +123,31 @@ def _hisa(context: int, dtype: str) -> Row:
         check=lambda out, operands: check_hisa(out, operands, MODEL),
         kernels=lambda chip: tpu_cost.hisa_kernels(chip, MODEL, T, context, dtype),
         flop=_hisa_flop(T, context),
+    )
+
+
+def _masked_hisa(context: int) -> Row:
+    """The kept blocks and a mask of their tokens, in place of a list."""
+    row = _hisa(context, "bf16")
+    T, m, block_size = row.queries, MODEL.block_topk, MODEL.block_size
+    blocks: Any = dict(topk=MODEL.topk, block_size=block_size, block_topk=m)
+
+    def check(out: Any, operands: tuple) -> None:
+        mask, count, kept = out
+        tokens = (np.maximum(kept, 0)[..., None] * block_size + np.arange(block_size)).reshape(T, -1)
+        indices = np.full((1, T, MODEL.topk), -1, np.int32)
+        for t, chosen in enumerate(mask.reshape(T, -1) > 0):
+            listed = tokens[t][chosen]
+            assert len(listed) == count[0, t]
+            indices[0, t, : len(listed)] = listed
+        check_hisa((indices, count, kept), operands, MODEL)
+
+    return dataclasses.replace(
+        row,
+        row="hisa_mask",
+        f=lambda *operands: mosaic_tpu.select_hisa(*operands, **blocks, is_masked=True),
+        check=check,
+        kernels=lambda chip: tpu_cost.hisa_kernels(chip, MODEL, T, context, "bf16", is_masked=True),
     )
 
 
@@ -191,6 +218,36 @@ def _sparse_mla(context: int) -> Row:
         check=lambda out, operands: check_attention(out[0], *operands, **options),
         kernels=lambda chip: tpu_cost.sparse_mla_kernels(chip, MODEL, T),
         flop=2.0 * T * MODEL.topk * N * (E + V),
+    )
+
+
+def _masked_mla(context: int) -> Row:
+    """The same tokens as blocks and masks, as `hisa_mask` gives them."""
+    row = _sparse_mla(context)
+    q, kv, _ = row.operands
+    T, m, block_size = row.queries, MODEL.block_topk, MODEL.block_size
+    scale = MODEL.mla_dim**-0.5
+    options: Any = dict(value_dim=MODEL.mla_value_dim, scale=scale)
+
+    def draw() -> tuple:
+        q, kv, indices = row.draw()
+        mask = jnp.broadcast_to((jnp.arange(block_size) % 4 == 0).astype(jnp.float32), (1, T, m, block_size))
+        return q, kv, mask, indices[..., :: MODEL.topk // m] // block_size
+
+    def check(out: Any, operands: tuple) -> None:
+        q, kv, mask, block_ids = operands
+        of_block = jnp.flatnonzero(mask[0, 0, 0])
+        indices = (block_ids[..., None] * block_size + of_block).reshape(1, T, -1)
+        check_attention(out[0], q, kv, indices, **options)
+
+    return dataclasses.replace(
+        row,
+        row="mla_mask",
+        f=lambda q, kv, mask, block_ids: sparse_mla_blocks(q, kv, block_ids, mask, **options),
+        operands=(q, kv, Shaped((1, T, m, block_size), jnp.float32), Shaped((1, T, m), jnp.int32)),
+        draw=draw,
+        check=check,
+        kernels=lambda chip: tpu_cost.sparse_mla_kernels(chip, MODEL, T, is_masked=True),
     )
 
 

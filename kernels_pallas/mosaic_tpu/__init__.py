@@ -48,6 +48,7 @@ def select_hisa(
     keep_first: int = 1,
     keep_last: int = 1,
     lengths: Array | None = None,
+    is_masked: bool = False,
     interpret: Interpret = False,
 ) -> tuple[Array, Array, Array]:
     """The hierarchical indexer.
@@ -56,6 +57,8 @@ def select_hisa(
         q: [B, T, H, D]; k: [B, S, D], both bfloat16, int8 or float8_e4m3fn; k_scale: [B, S] float32 or None.
         w: [B, T, H] float32; visible: [B, T] int32, tokens each query sees, 0 for padding.
         lengths: [B] int32, tokens present in each sequence; S if None.
+        is_masked: whether to return a mask in place of the positions: [B, T, m, block_size] float32, 1 where a token of
+            the kept blocks is chosen, m at most block_topk. `sparse_mla_blocks` takes it as it is.
 
     Returns: [B, T, topk] int32 positions, ascending, then -1; [B, T] int32 count; [B, T, block_topk] block ids.
     """
@@ -74,5 +77,6 @@ def select_hisa(
         keep_first=keep_first,
         keep_last=keep_last,
         chip=config.chip(),
+        is_masked=is_masked,
         interpret=interpret,
     )

@@ -103,7 +103,8 @@ def heuristic(chip: Chip, B: int, T: int, H: int, D: int, n: int, m: int, block_
 
 
 @functools.partial(
-    jax.jit, static_argnames=("topk", "keep_first", "keep_last", "has_images", "name", "config", "interpret")
+    jax.jit,
+    static_argnames=("topk", "keep_first", "keep_last", "has_images", "is_masked", "name", "config", "interpret"),
 )
 def refine(
     q: Array,
@@ -119,6 +120,7 @@ def refine(
     keep_first: int = 0,
     keep_last: int = 0,
     has_images: bool = False,
+    is_masked: bool = False,
     name: str = "hisa_refine",
     interpret: Interpret = False,
 ) -> tuple[Array, ...]:
@@ -131,6 +133,7 @@ def refine(
         n_tokens: [B] int32, tokens present.
         keep_first, keep_last: candidates chosen whatever they score, the first and the last visible ones.
         has_images: whether to return the images of the chosen, too, [B, T, topk] int32, anything where there is none.
+        is_masked: whether to return instead which candidates were chosen, [B, T, m, block_size] float32, 1 or 0.
         name: of the kernel.
     """
     (B, T, H, D), (n, block_size), m = q.shape, k.shape[1:3], block_ids.shape[2]
@@ -162,12 +165,14 @@ def refine(
         keep_first=keep_first,
         keep_last=keep_last,
         has_images=has_images,
+        is_masked=is_masked,
     )
     places = launch.pad_axis(places, 2, padded_m).reshape(*q.shape[:2], -1, plan.slots)
     operands = [k] if k_scale is None else [k, k_scale]
     prefetch = [steps_of(n_visible, plan, config)] + ([n_tokens] if config.is_resident else [])
     blocks = launch.pad_axis(jnp.maximum(block_ids, 0), 2, LANES)
     slots = -(-topk // LANES) * LANES
+    groups = -(-m * block_size // LANES)
     rows = functools.partial(launch.rows, config.tile_t, plan.tiles)
     by_eight = functools.partial(launch.rows, config.tile_t // ROWS, plan.tiles)
     in_eights = (*q.shape[:1], q.shape[1] // ROWS, ROWS)
@@ -194,8 +199,10 @@ def refine(
             rows(H),
             *launch.in_hbm(operands),
         ],
-        out_specs=[by_eight(ROWS, slots)] * (1 + has_images),
-        out_shape=[jax.ShapeDtypeStruct((*in_eights, slots), jnp.int32)] * (1 + has_images),
+        out_specs=[rows(groups, LANES)] if is_masked else [by_eight(ROWS, slots)] * (1 + has_images),
+        out_shape=[jax.ShapeDtypeStruct((*q.shape[:2], groups, LANES), jnp.float32)]
+        if is_masked
+        else [jax.ShapeDtypeStruct((*in_eights, slots), jnp.int32)] * (1 + has_images),
         scratch={
             "w_vmem": pltpu.VMEM((config.tile_t, H, LANES), jnp.float32),
             "partial_vmem": pltpu.VMEM((config.columns // LANES * ROWS * ROWS, LANES), jnp.float32),
@@ -203,11 +210,13 @@ def refine(
             **keys_scratch(k, k_scale, plan, config),
         },
         vmem_bytes=config.vmem_bytes(H, D, n, m, block_size, topk, k.dtype.itemsize)
-        + 8 * has_images * config.tile_t * slots,
+        + 8 * config.tile_t * (has_images * slots + is_masked * groups * LANES),
         interpret=interpret,
     )
-    whole = (out.reshape(*q.shape[:2], slots) for out in outs)
-    return tuple(out[:, : B * T // q.shape[0], :topk].reshape(B, T, topk) for out in whole)
+    whole = [out.reshape(*q.shape[:2], -1)[:, : B * T // q.shape[0]] for out in outs]
+    if is_masked:
+        return (whole[0][..., : m * block_size].reshape(B, T, m, block_size),)
+    return tuple(out[..., :topk].reshape(B, T, topk) for out in whole)
 
 
 def steps_of(n_visible: Array, plan: Plan, config: Config) -> Array:

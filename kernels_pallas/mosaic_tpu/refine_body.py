@@ -39,6 +39,7 @@ class Plan:
     keep_first: int  # candidates that are chosen whatever they score, of the first and of the last that are visible
     keep_last: int
     has_images: bool  # whether those of the chosen are a second output
+    is_masked: bool  # whether a mask of the chosen candidates takes the place of their positions
 
     @property
     def slots(self) -> int:
@@ -120,7 +121,8 @@ def refine_tile(
         n_steps_smem: [all tiles * eights] int32, steps that each eight needs.
         blocks_ref: [tile_t // 8, 8, m] int32; n_visible_ref: [tile_t // 8, 8, 1] int32, candidates of each query.
         q_ref: [tile_t, H, D]; w_ref: [tile_t, H].
-        outs: [tile_t // 8, 8, topk padded] int32, positions, ascending, then -1; maybe their images.
+        outs: [tile_t // 8, 8, topk padded] int32, positions, ascending, then -1; maybe their images. Or one mask,
+            [tile_t, groups, LANES] float32, of the candidates as they lie in the list.
         w_vmem: [tile_t, H, LANES]; partial_vmem: [columns / LANES * 64, LANES]; the others as in `topk_body.select`.
     """
     core, b, t = (pl.program_id(axis) for axis in range(3))
@@ -151,6 +153,10 @@ def refine_tile(
         return after.eight, after.i
 
     lax.fori_loop(0, total, one_step, (step.eight, step.i))
+    if plan.is_masked:
+        cuts_vmem[...] = topk_body.find_exact_cuts(images_vmem, splat(n_visible_ref), plan.topk)
+        write_mask(images_vmem, cuts_vmem, outs[0])
+        return
     topk_body.select(images_vmem, splat(n_visible_ref), plan.topk, cuts_vmem, table_vmem, chosen_vmem)
     write_positions(plan, blocks_ref, chosen_vmem, outs[0])
     for images_ref in outs[1:]:
@@ -221,3 +227,19 @@ def write_positions(plan: Plan, blocks_ref: Ref, chosen_vmem: Ref, o_ref: Ref) -
             o_ref[tile, :, first : first + LANES] = jnp.where(columns < 0, -1, positions)
 
     lax.fori_loop(0, o_ref.shape[0], one_tile, None)
+
+
+def write_mask(images_vmem: Ref, cuts_vmem: Ref, o_ref: Ref) -> None:
+    """1.0 where an image reaches the cut of its row: [tile_t, groups, LANES]."""
+    groups = o_ref.shape[1]
+
+    def one_tile(tile: Array, _: None) -> None:
+        for row in range(ROWS):
+            cut = jnp.broadcast_to(cuts_vmem[tile, row : row + 1], (ROWS, LANES))
+            for first in range(0, groups, ROWS):
+                # Eight groups of one row are one strided load.
+                image = images_vmem[tile, pl.ds(first * ROWS + row, ROWS, stride=ROWS)]
+                some = min(ROWS, groups - first)
+                o_ref[tile * ROWS + row, first : first + some] = jnp.where(image >= cut, 1.0, 0.0)[:some]
+
+    lax.fori_loop(0, images_vmem.shape[0], one_tile, None)
