@@ -84,7 +84,12 @@ def _kernels(
     name: str, why_not: Callable[[Device, Problem | None], str | None], *, flat_if_all_kept: bool = False
 ) -> Implementation:
     kernels = Kernels(lambda: backend(name), flat_if_all_kept)
-    return Implementation(why_not=why_not, select=kernels.select, select_packed=kernels.select_packed)
+    return Implementation(
+        why_not=why_not,
+        select=kernels.select,
+        select_packed=kernels.select_packed,
+        select_paged=kernels.select_paged,
+    )
 
 
 def _nvidia(name: str) -> Implementation:
@@ -119,16 +124,20 @@ def _tpu(name: str) -> Implementation:
         module: Any = backend(name)
         if problem is None:
             return module.why_not(device.kind, H=64, D=128, q_dtype="bfloat16", k_dtype="bfloat16", topk=1)
-        if problem.page_size is not None or problem.is_packed:
-            return f"its kernels take batches, not {'packed sequences' if problem.is_packed else 'pages'} yet"
         method = problem.method
-        if isinstance(method, BlockSparse):
-            return "it has no kernel for BlockSparse yet"
         blocks = {} if isinstance(method, Dsa) else {"block_size": method.block_size, "block_topk": method.block_topk}
         return module.why_not(
-            device.kind, H=problem.H, D=problem.D, q_dtype=problem.q_dtype, k_dtype=problem.k_dtype, topk=method.topk,
+            device.kind,
+            H=problem.H,
+            D=problem.D,
+            q_dtype=problem.q_dtype,
+            k_dtype=problem.k_dtype,
+            # A block-sparse selection takes its tokens from the blocks, not by a top-k.
+            topk=1 if isinstance(method, BlockSparse) else method.topk,
+            page_size=problem.page_size,
+            n_keys=problem.S,
             **blocks,
-        )  # fmt: skip
+        )
 
     # By the compiler's schedule HISA takes 1.15 to 1.3 times as long as the flat indexer at 8K. On Hopper it is 0.96.
     sharded = functools.partial(context_kernels.select, lambda: backend(name))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax import stages, topk
-from hisa_jax.keys import Keys
+from hisa_jax.cache import IndexCache
+from hisa_jax.keys import Contiguous, Keys, Paged, Sequence
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
 from hisa_jax.selection import Selection
 from hisa_jax.xla import Tiles
@@ -25,6 +26,10 @@ class Backend(Protocol):
     select_hisa: Callable[..., tuple[Array, Array, Array]]
     select_flat: Callable[..., tuple[Array, Array]]
     select_blocks: Callable[..., Array]
+    # Over pages, of the backends that have them.
+    select_hisa_paged: Callable[..., tuple[Array, Array, Array]]
+    select_flat_paged: Callable[..., tuple[Array, Array]]
+    select_blocks_paged: Callable[..., Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +62,18 @@ class Kernels:
         return_blocks: bool,
     ) -> Selection:
         """[B, T, H, D], Keys of [B, S, D], [B, T, H], [B, T], [B] -> Selection of [B, T]."""
-        selection = self._select(q, keys, w, visible, method, return_blocks, lengths=lengths)
+        S = keys.values.shape[1]
+        selection = self._select(
+            q, keys, w, visible, method, return_blocks, max_keys=S, rows={}, blocks_rows=dict(lengths=lengths)
+        )
         if not return_scores:
             return selection
-        scored = jax.vmap(_scores_of_chosen)(q, keys, w, selection.indices, jnp.zeros(visible.shape, jnp.int32))
-        return dataclasses.replace(selection, scores=scored)
+
+        def scored(q: Array, keys: Keys, w: Array, indices: Array) -> Array:
+            first_key = jnp.zeros(q.shape[0], jnp.int32)
+            return _scores_of_chosen(q, w, indices, lambda first: Contiguous(keys, first, S), first_key)
+
+        return dataclasses.replace(selection, scores=jax.vmap(scored)(q, keys, w, selection.indices))
 
     @functools.partial(jax.jit, static_argnames=_STATIC)
     def select_packed(
@@ -79,22 +91,77 @@ class Kernels:
         return_blocks: bool,
     ) -> Selection:
         """[T, H, D], Keys of [N, D], [T, H], [T], [R + 1], [R + 1] -> Selection of [T]."""
-        cu_seqlens = (cu_seqlens_q, cu_seqlens_k)
-        selection = self._select(q, keys, w, visible, method, return_blocks, cu_seqlens=cu_seqlens)
+        N, rows = keys.values.shape[0], dict(cu_seqlens=(cu_seqlens_q, cu_seqlens_k))
+        selection = self._select(q, keys, w, visible, method, return_blocks, max_keys=N, rows=rows, blocks_rows={})
         if not return_scores:
             return selection
-        r = jnp.searchsorted(cu_seqlens_q[1:], jnp.arange(q.shape[0], dtype=jnp.int32), side="right")
-        first_key = cu_seqlens_k[jnp.minimum(r, cu_seqlens_k.shape[0] - 2)]
-        return dataclasses.replace(selection, scores=_scores_of_chosen(q, keys, w, selection.indices, first_key))
+        first_key = cu_seqlens_k[_sequences_of(q.shape[0], cu_seqlens_q)]
+        scored = _scores_of_chosen(q, w, selection.indices, lambda first: Contiguous(keys, first, N), first_key)
+        return dataclasses.replace(selection, scores=scored)
+
+    @functools.partial(jax.jit, static_argnames=_STATIC)
+    def select_paged(
+        self,
+        q: Array,
+        w: Array,
+        visible: Array,
+        cache: IndexCache,
+        block_tables: Array,
+        cu_seqlens_q: Array,
+        method: Method,
+        tiles: Tiles,
+        *,
+        return_scores: bool,
+        return_blocks: bool,
+    ) -> Selection:
+        """[T, H, D], [T, H], [T], pages, [R, P], [R + 1] -> Selection of [T]."""
+        page_size = cache.page_size
+        selection = self._select(
+            q,
+            Keys(cache.keys, cache.scales),
+            w,
+            visible,
+            method,
+            return_blocks,
+            max_keys=block_tables.shape[1] * page_size,
+            rows=dict(block_tables=block_tables, cu_seqlens_q=cu_seqlens_q),
+            blocks_rows=dict(page_sums=cache.sums, page_counts=cache.counts),
+            is_paged=True,
+        )
+        if not return_scores:
+            return selection
+        keys = Keys(
+            cache.keys.reshape(-1, cache.keys.shape[-1]), None if cache.scales is None else cache.scales.reshape(-1)
+        )
+        scored = _scores_of_chosen(
+            q,
+            w,
+            selection.indices,
+            lambda r: Paged(keys, block_tables[r], page_size),
+            _sequences_of(q.shape[0], cu_seqlens_q),
+        )
+        return dataclasses.replace(selection, scores=scored)
 
     def _select(
-        self, q: Array, keys: Keys, w: Array, visible: Array, method: Method, return_blocks: bool, **rows: Any
+        self,
+        q: Array,
+        keys: Keys,
+        w: Array,
+        visible: Array,
+        method: Method,
+        return_blocks: bool,
+        *,
+        max_keys: int,
+        rows: dict[str, Any],
+        blocks_rows: dict[str, Any],
+        is_paged: bool = False,
     ) -> Selection:
+        """`rows`: where queries and keys lie; `blocks_rows`: also what only block means need to know."""
         backend, operands = self.backend(), (q, keys.values, keys.scales, w, visible)
-        keeps_all = isinstance(method, Hisa) and keys.values.shape[-2] <= method.block_topk * method.block_size
+        keeps_all = isinstance(method, Hisa) and max_keys <= method.block_topk * method.block_size
         if isinstance(method, Dsa) or (keeps_all and self.flat_if_all_kept):
-            rows.pop("lengths", None)  # `visible` says it all
-            indices, count = backend.select_flat(*operands, topk=method.topk, interpret=self.interpret, **rows)
+            flat = backend.select_flat_paged if is_paged else backend.select_flat
+            indices, count = flat(*operands, topk=method.topk, interpret=self.interpret, **rows)
             blocks = _all_blocks(visible, method) if return_blocks and isinstance(method, Hisa) else None
             return Selection(indices=indices, count=count, blocks=blocks)
         options = dict(
@@ -104,11 +171,14 @@ class Kernels:
             keep_last=method.keep_last,
             interpret=self.interpret,
             **rows,
+            **blocks_rows,
         )
         if isinstance(method, Hisa):
-            indices, count, blocks = backend.select_hisa(*operands, topk=method.topk, **options)
+            hisa = backend.select_hisa_paged if is_paged else backend.select_hisa
+            indices, count, blocks = hisa(*operands, topk=method.topk, **options)
         else:
-            blocks = backend.select_blocks(*operands, **options)
+            block_sparse = backend.select_blocks_paged if is_paged else backend.select_blocks
+            blocks = block_sparse(*operands, **options)
             indices, count = tokens_of_blocks(blocks, visible, method)
         return Selection(indices=indices, count=count, blocks=blocks if return_blocks else None)
 
@@ -127,15 +197,24 @@ def tokens_of_blocks(blocks: Array, visible: Array, method: BlockSparse) -> tupl
     return indices, jnp.sum(indices >= 0, axis=-1, dtype=jnp.int32)
 
 
-def _scores_of_chosen(q: Array, keys: Keys, w: Array, indices: Array, first_key: Array) -> Array:
-    """[T, H, D], Keys of [N, D], [T, H], [T, topk], [T] -> [T, topk] float32, -inf where nothing is chosen.
+def _sequences_of(T: int, query_starts: Array) -> Array:
+    """[T] int32: the sequence of each query, the last one's for rows behind it."""
+    r = jnp.searchsorted(query_starts[1:], jnp.arange(T, dtype=jnp.int32), side="right")
+    return jnp.minimum(r, query_starts.shape[0] - 2)
 
-    Kernels hand out no scores, so the chosen ones are scored once more, in float32.
+
+def _scores_of_chosen(
+    q: Array, w: Array, indices: Array, sequence_of: Callable[[Array], Sequence], which: Array
+) -> Array:
+    """[T, H, D], [T, H], [T, topk] -> [T, topk] float32, -inf where nothing is chosen.
+
+    Kernels hand out no scores, so the chosen ones are scored once more, in float32. `sequence_of(which[t])` has the
+    keys of query t.
     """
 
     def one(row: tuple[Array, ...]) -> Array:
-        q, w, indices, first_key = row
-        scores = topk.score_of(topk.image_of(stages.scores(q, keys.rows(first_key + indices), w)))
+        q, w, indices, which = row
+        scores = topk.score_of(topk.image_of(stages.scores(q, sequence_of(which).rows(indices), w)))
         return jnp.where(indices >= 0, scores, -jnp.inf)
 
-    return lax.map(one, (q, w, indices, first_key), batch_size=min(_SCORED_QUERIES, q.shape[0]))
+    return lax.map(one, (q, w, indices, which), batch_size=min(_SCORED_QUERIES, q.shape[0]))

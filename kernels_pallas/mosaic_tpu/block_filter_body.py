@@ -11,8 +11,9 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.image import FORCED, INVISIBLE
 from kernels_pallas.mosaic_tpu import topk_body
 from kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
+from kernels_pallas.mosaic_tpu.launch import Tile
 from kernels_pallas.mosaic_tpu.look_up_body import split_outputs, write_images
-from kernels_pallas.mosaic_tpu.pool_body import parts_of, pool_sequence
+from kernels_pallas.mosaic_tpu.pool_body import add_pages, parts_of, pool_sequence
 from kernels_pallas.mosaic_tpu.tiles import fill, images_of_rows, products, splat, spread_weights, sum_to_sublanes
 from kernels_pallas.types import Ref
 
@@ -25,6 +26,7 @@ class Plan:
 
     tiles: int  # of a sequence, on one core
     mean_parts: int
+    block_size: int
     block_topk: int
     keep_first: int
     keep_last: int
@@ -32,30 +34,40 @@ class Plan:
 
 
 def pooled_body(
-    plan: Plan, n_tokens_smem: Ref, n_columns_smem: Ref, eligible_ref: Ref, q_ref: Ref, w_ref: Ref, k_hbm: Ref,
-    *refs: Ref, means_vmem: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None, **scratch: Ref
+    plan: Plan, tile: Tile, n_tokens_smem: Ref, n_columns_smem: Ref, eligible_ref: Ref, q_ref: Ref, w_ref: Ref,
+    k_hbm: Ref, *refs: Ref, means_vmem: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None, **scratch: Ref
 ) -> None:  # fmt: skip
     scale_hbm, outs = split_outputs(refs, plan.has_images)
-    b = pl.program_id(1)
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(tile.is_first)
     def _pool():
         store = functools.partial(store_parts, plan.mean_parts, means_vmem)
         ring = {"keys_vmem": keys_vmem, "scale_vmem": scale_vmem, "sems": sems}
-        pool_sequence(b, n_tokens_smem[b], k_hbm, scale_hbm, store, **ring)
+        pool_sequence(tile.copy_group, n_tokens_smem[tile.sequence], k_hbm, scale_hbm, store, **ring)
+
+    filter_tile(plan, n_columns_smem, eligible_ref, q_ref, w_ref, means_vmem, outs, **scratch)
+
+
+def paged_body(
+    plan: Plan, tile: Tile, n_tokens_smem: Ref, n_columns_smem: Ref, eligible_ref: Ref, q_ref: Ref, w_ref: Ref,
+    sums_hbm: Ref, *outs: Ref, means_vmem: Ref, sums_vmem: Ref, sems: Ref, **scratch: Ref
+) -> None:  # fmt: skip
+    @pl.when(tile.is_first)
+    def _add():
+        store = functools.partial(store_parts, plan.mean_parts, means_vmem)
+        n_tokens = n_tokens_smem[tile.sequence]
+        add_pages(tile.copy_group, n_tokens, plan.block_size, sums_hbm, store, sums_vmem=sums_vmem, sems=sems)
 
     filter_tile(plan, n_columns_smem, eligible_ref, q_ref, w_ref, means_vmem, outs, **scratch)
 
 
 def kept_body(
-    plan: Plan, n_tokens_smem: Ref, n_columns_smem: Ref, eligible_ref: Ref, q_ref: Ref, w_ref: Ref, kept_hbm: Ref,
-    *outs: Ref, means_vmem: Ref, float_vmem: Ref, sem: Ref, **scratch: Ref
+    plan: Plan, tile: Tile, n_tokens_smem: Ref, n_columns_smem: Ref, eligible_ref: Ref, q_ref: Ref, w_ref: Ref,
+    kept_hbm: Ref, *outs: Ref, means_vmem: Ref, float_vmem: Ref, sem: Ref, **scratch: Ref
 ) -> None:  # fmt: skip
-    b = pl.program_id(1)
-
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(tile.is_first)
     def _split():
-        copy = pltpu.make_async_copy(kept_hbm.at[b], float_vmem, sem)
+        copy = pltpu.make_async_copy(kept_hbm.at[tile.sequence], float_vmem, sem)
         copy.start()
         copy.wait()
 

@@ -14,8 +14,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.image import FORCED, INVISIBLE
-from kernels_pallas.mosaic_tpu import refine_source, topk_body
-from kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from kernels_pallas.mosaic_tpu import fetch, refine_source, topk_body
+from kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
+from kernels_pallas.mosaic_tpu.launch import Tile
 from kernels_pallas.mosaic_tpu.look_up_body import split_outputs, write_images
 from kernels_pallas.mosaic_tpu.refine_source import Source, Step
 from kernels_pallas.mosaic_tpu.tiles import fill, images_of_rows, products, splat, spread_weights, sum_to_sublanes
@@ -35,6 +36,7 @@ class Plan:
     topk: int
     m: int  # blocks of a query, padded to whole steps
     block_size: int
+    per_block: int  # pages of a block, as the keys lie in HBM
     columns: int  # candidates of a list a step
     keep_first: int  # candidates that are chosen whatever they score, of the first and of the last that are visible
     keep_last: int
@@ -68,21 +70,21 @@ class Plan:
 
 
 def resident_body(
-    plan: Plan, n_steps_smem: Ref, n_tokens_smem: Ref, places_smem: Ref, n_kept_smem: Ref, blocks_ref: Ref,
+    plan: Plan, tile: Tile, n_steps_smem: Ref, n_tokens_smem: Ref, places_smem: Ref, n_kept_smem: Ref, blocks_ref: Ref,
     n_visible_ref: Ref, q_ref: Ref, w_ref: Ref, k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref,
     staged_vmem: Ref = None, scale_vmem: Ref = None, **scratch: Ref
 ) -> None:  # fmt: skip
     scale_hbm, outs = split_outputs(refs, plan.has_images)
-    b = pl.program_id(1)
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(tile.is_first)
     def _load():
-        pairs = [(scale, scale_vmem) for scale in scale_hbm]
+        n_groups = pl.cdiv(n_tokens_smem[tile.sequence], GROUP * plan.block_size)
+        pairs = [(scale, scale_vmem, GROUP * plan.per_block) for scale in scale_hbm]
         if plan.is_transposed:
-            refine_source.load_transposed(b, n_tokens_smem[b], k_hbm, keys_vmem, staged_vmem, sems)
+            refine_source.load_transposed(tile.copy_group, n_groups, k_hbm, keys_vmem, staged_vmem, sems)
         else:
-            pairs.append((k_hbm, keys_vmem))
-        refine_source.load_sequence(b, n_tokens_smem[b], pairs, sems)
+            pairs.append((k_hbm, keys_vmem, GROUP))
+        fetch.all_at_once(tile.copy_group, n_groups, pairs, sems.at[0])
 
     source = refine_source.resident(plan.place, places_smem, keys_vmem, scale_vmem)
     refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, outs, **scratch)
@@ -94,7 +96,7 @@ def gathered_body(
 ) -> None:  # fmt: skip
     scale_hbm, outs = split_outputs(refs, plan.has_images)
     pairs = [(k_hbm, keys_vmem), *((scale, scale_vmem) for scale in scale_hbm)]
-    source = refine_source.ring(plan.place, plan.slots, places_smem, n_kept_smem, pairs, sems)
+    source = refine_source.ring(plan.place, plan.slots, plan.per_block, places_smem, n_kept_smem, pairs, sems)
     refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, outs, **scratch)
 
 

@@ -90,10 +90,10 @@ def kept_blocks(
             w,
             means,
             eligible,
+            mean_parts=config.mean_parts,
             block_topk=block_topk,
             keep_first=keep_first,
             keep_last=keep_last,
-            mean_parts=config.mean_parts,
             chip=chip,
             interpret=interpret,
         )
