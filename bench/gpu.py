@@ -50,7 +50,7 @@ def measure(row: Row, samples: int) -> dict:
     f, operands, check = row.make()
     check(jax.tree.map(np.asarray, jax.jit(f)(*operands)))
 
-    times = device_times(f, operands, samples)
+    times = device_times(f, operands, samples, carries=row.carries)
     ms = float(np.median(times))
     p10, p90 = (float(x) for x in np.percentile(times, [10, 90]))
     return {

@@ -40,6 +40,7 @@ class Row:
 
     Attributes:
         make: () -> (f, its operands, check of its result that raises; the last operand is int32 and may be delayed).
+        carries: f returns its first operand anew, for the next repetition.
         flop: arithmetic of the visible work; `moved_bytes`: what must cross device memory.
     """
 
@@ -50,6 +51,7 @@ class Row:
     queries: int
     dtype: str = "e4m3"
     implementation: str = "mosaic_gpu"
+    carries: bool = False
     flop: float = 0.0
     moved_bytes: float = 0.0
 
@@ -84,6 +86,9 @@ def rows() -> Iterator[Row]:
         yield _flat(dsv32, context)
     for batch in (1, 32, 128):
         yield _decode(dsv32, batch, 128 * K)
+        for page_size in (64, 128):
+            yield _decode_paged(dsv32, batch, 128 * K, page_size)
+    yield _append(dsv32, 128, 8 * K, 64)
     yield _hisa(dsv32, 64 * K, dtype="bf16", implementation="triton")
     yield _hisa(dsv32, 64 * K, implementation="triton")
     for implementation in ("mosaic_gpu", "triton"):
@@ -254,6 +259,88 @@ def _decode(model: shapes.Model, batch: int, context: int) -> Row:
         flop=2.0 * pairs * model.H * model.D,
         moved_bytes=pairs * (model.D + 4.0),
     )
+
+
+def _decode_paged(model: shapes.Model, batch: int, context: int, page_size: int) -> Row:
+    """`_decode` from pages in random order; block means come from the sums that pages keep."""
+    P = context // page_size
+
+    def make():
+        inputs = draw(model, batch, 1, context)
+        cache, tables = paged(inputs, page_size)
+        k, scales, sums, counts = cache.keys, cache.scales, cache.sums, cache.counts
+        offsets = jnp.arange(batch + 1, dtype=jnp.int32)
+
+        def f(q, k, scales, w, sums, counts, tables, offsets, visible):
+            options: Any = dict(topk=model.topk, block_size=model.block_size, block_topk=model.block_topk)
+            where = dict(block_tables=tables, cu_seqlens_q=offsets, page_sums=sums, page_counts=counts)
+            return mosaic_gpu.select_hisa_paged(q, k, scales, w, visible, **options, **where)
+
+        def check(out: Any) -> None:
+            check_hisa([x[:, None] for x in out], inputs, model)
+
+        return (
+            f,
+            (inputs.q[:, 0], k, scales, inputs.w[:, 0], sums, counts, tables, offsets, inputs.visible[:, 0]),
+            check,
+        )
+
+    tokens = batch * model.block_topk * model.block_size
+    return Row(
+        row=f"decode{batch}_paged" if page_size < model.block_size else f"decode{batch}_paged{page_size}",
+        make=make,
+        shape=model.name,
+        context=context,
+        queries=batch,
+        flop=2.0 * (tokens + batch * context / model.block_size) * model.H * model.D,
+        moved_bytes=tokens * (model.D + 4.0) + batch * P * (4.0 * model.D + 8.0),
+    )
+
+
+def _append(model: shapes.Model, batch: int, context: int, page_size: int) -> Row:
+    """A new token each, written in the middle of a page, whose sum is taken anew."""
+
+    def make():
+        inputs = draw(model, batch, 1, context)
+        cache, tables = paged(inputs, page_size)
+        lengths = jnp.full((batch,), context - page_size // 2, jnp.int32)
+        new = hj.QuantizedKeys(inputs.k[:, 0], inputs.k_scale[:, 0])
+        offsets = jnp.arange(batch + 1, dtype=jnp.int32)
+
+        def check(got: Any) -> None:
+            page, place = np.asarray(tables)[:, -1], page_size // 2
+            np.testing.assert_array_equal(got.keys[page, place], new.values)
+            np.testing.assert_array_equal(got.scales[page, place], new.scales)
+            np.testing.assert_array_equal(got.counts[page], place + 1)
+            values = np.asarray(got.keys[page], np.float32) * got.scales[page][:, :, None]
+            np.testing.assert_allclose(got.sums[page], values[:, : place + 1].sum(1), atol=1e-3)
+
+        return hj.append, (cache, new, tables, offsets, lengths), check
+
+    return Row(
+        row=f"append{batch}",
+        make=make,
+        implementation="xla",
+        carries=True,
+        shape=model.name,
+        context=context,
+        queries=batch,
+        moved_bytes=batch * (page_size * (model.D + 4.0) + 4.0 * model.D),
+    )
+
+
+def paged(inputs: Inputs, page_size: int) -> tuple[hj.cache.IndexCache, Array]:
+    """The keys in pages of random order, and their table [B, P]."""
+    B, S, D = inputs.k.shape
+    n_pages = B * S // page_size
+    table = jax.random.permutation(jax.random.key(7), n_pages).astype(jnp.int32)
+    order = jnp.argsort(table)  # which piece of the sequences is in each page
+    k = inputs.k.reshape(n_pages, page_size, D)[order]
+    scales = inputs.k_scale.reshape(n_pages, page_size)[order]
+    sums = jax.jit(lambda k, scales: jnp.sum(k.astype(jnp.float32) * scales[:, :, None], axis=1))(k, scales)
+    counts = jnp.full((n_pages,), page_size, jnp.int32)
+    cache = hj.cache.IndexCache(keys=k, scales=scales, sums=sums, counts=counts, latents=None)
+    return cache, table.reshape(B, -1)
 
 
 def _sparse_mla(model: shapes.Model, batch: int, T: int, context: int, implementation: str) -> Row:

@@ -60,12 +60,17 @@ def interleaved(
     return {name: Timing(samples_ms=column) for name, column in zip(calls, columns, strict=True)}
 
 
-def device_times(f: Callable[..., Any], operands: tuple, samples: int, *, sample_s: float = 0.02) -> list[float]:
+def device_times(
+    f: Callable[..., Any], operands: tuple, samples: int, *, carries: bool = False, sample_s: float = 0.02
+) -> list[float]:
     """Milliseconds of f(*operands) on the device, a figure a sample.
 
     A sample is one program that runs f so often that it takes `sample_s` seconds, so that launching it does not count.
     Each repetition waits for the one before, and nothing of it can be taken out of the loop: its operands are bound to
     the last result. The last operand must be an array of integers.
+
+    Args:
+        carries: f returns the first operand anew, and the next repetition begins with that.
     """
 
     @jax.jit
@@ -76,8 +81,14 @@ def device_times(f: Callable[..., Any], operands: tuple, samples: int, *, sample
             # Nothing changes, but the compiler cannot know.
             return jnp.where(result == -7, last + 1, last), result.astype(jnp.float32)
 
+        def go_on(_, first):
+            first, rest = lax.optimization_barrier((first, operands[1:]))
+            return f(first, *rest)
+
         # The inner loop has a static count: the host of a GPU waits for the condition of any other, 15 us each time.
-        inner = lambda _, carry: lax.fori_loop(0, _INNER, again, carry)  # noqa: E731
+        inner = lambda _, carry: lax.fori_loop(0, _INNER, go_on if carries else again, carry)  # noqa: E731
+        if carries:
+            return lax.fori_loop(0, n, inner, operands[0])
         return lax.fori_loop(0, n, inner, (operands[-1], jnp.float32(0)))[1]
 
     def sample(n: int) -> float:

@@ -216,7 +216,8 @@ def _append(
 ) -> IndexCache:
     (T, _), R, size = values.shape, lengths.shape[0], cache.page_size
     rows = jnp.arange(T, dtype=jnp.int32)
-    r = jnp.searchsorted(cu_seqlens, rows, side="right").astype(jnp.int32) - 1
+    # Not a search, which on a GPU is a loop of tiny kernels.
+    r = jnp.searchsorted(cu_seqlens, rows, side="right", method="compare_all").astype(jnp.int32) - 1
     is_real = (r >= 0) & (r < R)
     r = jnp.clip(r, 0, R - 1)
     position = lengths[r] + rows - cu_seqlens[r]
@@ -245,7 +246,8 @@ def _recount(
     n_pages = jnp.where(end > first, (end - 1) // size - first // size + 1, 0)
     ends = jnp.cumsum(n_pages)
     i = jnp.arange(max_pages, dtype=jnp.int32)
-    r = jnp.minimum(jnp.searchsorted(ends, i, side="right").astype(jnp.int32), R - 1)
+    r = jnp.searchsorted(ends, i, side="right", method="compare_all").astype(jnp.int32)
+    r = jnp.minimum(r, R - 1)
     nth = first[r] // size + i - (ends - n_pages)[r]
     page = jnp.where(i < ends[-1], _page_of(cache, block_tables, r, nth), cache.n_pages)
     counts = jnp.clip(lengths[r] - nth * size, 0, size)

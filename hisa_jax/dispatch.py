@@ -99,8 +99,6 @@ def _nvidia(name: str) -> Implementation:
         module: Any = backend(name)
         if problem is None:
             return module.why_not(device.compute_capability, H=64, D=128, dtype="bfloat16", topk=1)
-        if problem.page_size is not None:
-            return "its kernels take no pages yet"
         if problem.q_dtype != problem.k_dtype:
             return f"needs queries and keys of one dtype, not {problem.q_dtype} and {problem.k_dtype}"
         method = problem.method
@@ -111,6 +109,7 @@ def _nvidia(name: str) -> Implementation:
             dtype=problem.k_dtype,
             # A block-sparse selection takes its tokens from the blocks, not by a top-k.
             topk=1 if isinstance(method, BlockSparse) else method.topk,
+            page_size=problem.page_size,
             **{} if isinstance(method, Dsa) else _blocks(method, problem.S),
         )
 

@@ -199,7 +199,7 @@ def tokens_of_blocks(blocks: Array, visible: Array, method: BlockSparse) -> tupl
 
 def _sequences_of(T: int, query_starts: Array) -> Array:
     """[T] int32: the sequence of each query, the last one's for rows behind it."""
-    r = jnp.searchsorted(query_starts[1:], jnp.arange(T, dtype=jnp.int32), side="right")
+    r = jnp.searchsorted(query_starts[1:], jnp.arange(T, dtype=jnp.int32), side="right", method="compare_all")
     return jnp.minimum(r, query_starts.shape[0] - 2)
 
 

@@ -87,7 +87,7 @@ def select_paged(
     lengths = jnp.where(has_pages, lengths, 0)
     cu_seqlens_q = lax.cummax(jnp.clip(cu_seqlens_q, 0, T))
     row = jnp.arange(T, dtype=jnp.int32)
-    r = jnp.searchsorted(cu_seqlens_q, row, side="right") - 1
+    r = jnp.searchsorted(cu_seqlens_q, row, side="right", method="compare_all") - 1
     is_real = (r >= 0) & (r < R)
     r = jnp.clip(r, 0, R - 1)
     positions = jnp.where(is_real, lengths[r] - (cu_seqlens_q[r + 1] - row), -1)
@@ -143,7 +143,8 @@ def sparse_mla_paged(
     R, P = block_tables.shape
     checks.shape(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), "a start for each request, and the end")
     row = jnp.arange(q.shape[0], dtype=jnp.int32)
-    r = jnp.clip(jnp.searchsorted(cu_seqlens_q, row, side="right") - 1, 0, max(R - 1, 0))
+    r = jnp.searchsorted(cu_seqlens_q, row, side="right", method="compare_all") - 1
+    r = jnp.clip(r, 0, max(R - 1, 0))
     nth = indices // cache.page_size
     page = block_tables[r[:, None], jnp.clip(nth, 0, P - 1)]
     is_there = (indices >= 0) & (nth < P) & (page >= 0) & (page < cache.n_pages)

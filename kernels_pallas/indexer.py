@@ -6,7 +6,9 @@ from typing import Protocol
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
+from kernels_pallas.pages import Pages, PageSums, flatten_paged
 from kernels_pallas.sequences import FlatCall, Rows, Sequences, flatten_batch, flatten_packed
 from kernels_pallas.types import Interpret
 
@@ -22,11 +24,15 @@ class Stages(Protocol):
         """Mean key of each block over the `counts` [S // block_size] tokens present in it."""
         ...
 
+    def pool_pages(self, page_sums: PageSums, dtype: DTypeLike, *, interpret: Interpret = False) -> Means:
+        """Mean key of each block from its pages' sums, as `pool` gives them for keys of `dtype`."""
+        ...
+
     def block_filter(
         self,
         q: Array,
         w: Array,
-        means: Means,
+        means: Means | PageSums,
         eligible: Array,
         sequences: Sequences,
         *,
@@ -50,12 +56,18 @@ class Stages(Protocol):
         block_ids: Array,
         visible: Array,
         first_block: Array,
+        pages: Pages | None = None,
         *,
         topk: int,
         block_size: int,
         interpret: Interpret = False,
     ) -> tuple[Array, Array]:
-        """The best tokens of the kept blocks: [T, topk] int32, ascending, then -1; [T] count."""
+        """The best tokens of the kept blocks: [T, topk] int32, ascending, then -1; [T] count.
+
+        Args:
+            block_ids: [T, m] int32, in the sequence, which begins with block `first_block` [T] of all rows.
+            pages: where those rows are in k, if not one behind the other.
+        """
         ...
 
     def flat(
@@ -66,6 +78,7 @@ class Stages(Protocol):
         k_scale: Array | None,
         visible: Array,
         sequences: Sequences,
+        pages: Pages | None = None,
         *,
         topk: int,
         interpret: Interpret = False,
@@ -87,6 +100,14 @@ class Indexer:
         lengths: [B] int32, tokens present in each sequence of a batch; None: S. Unused for a packed batch.
         cu_seqlens: [R + 1] int32 offsets of each sequence's queries, and of its keys.
         interpret: see types.py.
+
+    And for requests in pages:
+
+        q, w, visible: packed; k: [n_pages, page_size, D]; k_scale: [n_pages, page_size] or None.
+        block_tables: [R, P] int32, the pages of each request in order; any value where it has none.
+        cu_seqlens_q: [R + 1] int32 offsets of each request's queries.
+        page_sums: [n_pages, D] float32, the dequantised keys of the tokens in each page; `page_counts`: [n_pages]
+            int32, of how many. A block is one page or several whole ones.
     """
 
     stages: Stages
@@ -119,26 +140,32 @@ class Indexer:
         """
         call = _flatten(q, k, k_scale, w, visible, lengths, cu_seqlens, block_size)
         filtered = self._filter(call, block_size, block_topk, keep_first, keep_last, means, interpret)
+        return self._hisa(call, filtered, None, topk, block_size, interpret)
 
-        def some(call: FlatCall) -> tuple[Array, Array, Array]:
-            blocks = filtered(call)
-            first_block = call.sequences.key_start_of_queries(call.q.shape[0]) // block_size
-            indices, count = self.stages.refine(
-                call.q,
-                call.w,
-                call.k,
-                call.k_scale,
-                blocks[:, : -(-call.sequences.max_keys // block_size)],
-                call.visible,
-                first_block,
-                topk=topk,
-                block_size=block_size,
-                interpret=interpret,
-            )
-            return indices, count, blocks
-
-        indices, count, blocks = call.unflatten(*call.map_queries(some, _QUERIES))
-        return indices, count, blocks
+    def select_hisa_paged(
+        self,
+        q: Array,
+        k: Array,
+        k_scale: Array | None,
+        w: Array,
+        visible: Array,
+        *,
+        topk: int,
+        block_size: int,
+        block_topk: int,
+        keep_first: int = 1,
+        keep_last: int = 1,
+        block_tables: Array,
+        cu_seqlens_q: Array,
+        page_sums: Array,
+        page_counts: Array,
+        interpret: Interpret = False,
+    ) -> tuple[Array, Array, Array]:
+        """The hierarchical indexer over pages: [T, topk], [T], [T, block_topk], as `select_hisa`."""
+        call, pages = flatten_paged(q, k, k_scale, w, visible, block_tables, cu_seqlens_q, block_size)
+        sums = PageSums(sums=page_sums, counts=page_counts, pages=pages, per_block=block_size // pages.size)
+        filtered = self._filter(call, block_size, block_topk, keep_first, keep_last, sums, interpret)
+        return self._hisa(call, filtered, pages, topk, block_size, interpret)
 
     def select_blocks(
         self,
@@ -161,6 +188,30 @@ class Indexer:
         filtered = self._filter(call, block_size, block_topk, keep_first, keep_last, None, interpret)
         return call.unflatten(*call.map_queries(lambda call: (filtered(call),), _QUERIES))[0]
 
+    def select_blocks_paged(
+        self,
+        q: Array,
+        k: Array,
+        k_scale: Array | None,
+        w: Array,
+        visible: Array,
+        *,
+        block_size: int,
+        block_topk: int,
+        keep_first: int = 1,
+        keep_last: int = 1,
+        block_tables: Array,
+        cu_seqlens_q: Array,
+        page_sums: Array,
+        page_counts: Array,
+        interpret: Interpret = False,
+    ) -> Array:
+        """The block filter alone over pages: [T, block_topk]."""
+        call, pages = flatten_paged(q, k, k_scale, w, visible, block_tables, cu_seqlens_q, block_size)
+        sums = PageSums(sums=page_sums, counts=page_counts, pages=pages, per_block=block_size // pages.size)
+        filtered = self._filter(call, block_size, block_topk, keep_first, keep_last, sums, interpret)
+        return call.map_queries(lambda call: (filtered(call),), _QUERIES)[0]
+
     def select_flat(
         self,
         q: Array,
@@ -175,14 +226,73 @@ class Indexer:
     ) -> tuple[Array, Array]:
         """The flat indexer; results as in `select_hisa`, without blocks."""
         call = _flatten(q, k, k_scale, w, visible, None, cu_seqlens, _TILED_ROWS)
+        return self._flat(call, None, topk, interpret)
 
+    def select_flat_paged(
+        self,
+        q: Array,
+        k: Array,
+        k_scale: Array | None,
+        w: Array,
+        visible: Array,
+        *,
+        topk: int,
+        block_tables: Array,
+        cu_seqlens_q: Array,
+        interpret: Interpret = False,
+    ) -> tuple[Array, Array]:
+        """The flat indexer over pages: [T, topk], [T]."""
+        call, pages = flatten_paged(q, k, k_scale, w, visible, block_tables, cu_seqlens_q)
+        return self._flat(call, pages, topk, interpret)
+
+    def _flat(self, call: FlatCall, pages: Pages | None, topk: int, interpret: Interpret) -> tuple[Array, Array]:
         def some(call: FlatCall) -> tuple[Array, Array]:
             return self.stages.flat(
-                call.q, call.w, call.k, call.k_scale, call.visible, call.sequences, topk=topk, interpret=interpret
+                call.q,
+                call.w,
+                call.k,
+                call.k_scale,
+                call.visible,
+                call.sequences,
+                pages,
+                topk=topk,
+                interpret=interpret,
             )
 
         indices, count = call.unflatten(*call.map_queries(some, _QUERIES))
         return indices, count
+
+    def _hisa(
+        self,
+        call: FlatCall,
+        filtered: Callable[[FlatCall], Array],
+        pages: Pages | None,
+        topk: int,
+        block_size: int,
+        interpret: Interpret,
+    ) -> tuple[Array, Array, Array]:
+        """What `select_hisa` returns, given what maps some of the queries to their kept blocks."""
+
+        def some(call: FlatCall) -> tuple[Array, Array, Array]:
+            blocks = filtered(call)
+            first_block = call.sequences.key_start_of_queries(call.q.shape[0]) // block_size
+            indices, count = self.stages.refine(
+                call.q,
+                call.w,
+                call.k,
+                call.k_scale,
+                blocks[:, : -(-call.sequences.max_keys // block_size)],
+                call.visible,
+                first_block,
+                pages,
+                topk=topk,
+                block_size=block_size,
+                interpret=interpret,
+            )
+            return indices, count, blocks
+
+        indices, count, blocks = call.unflatten(*call.map_queries(some, _QUERIES))
+        return indices, count, blocks
 
     def _filter(
         self,
@@ -191,20 +301,26 @@ class Indexer:
         block_topk: int,
         keep_first: int,
         keep_last: int,
-        means: Means | None,
+        means: Means | PageSums | None,
         interpret: Interpret,
     ) -> Callable[[FlatCall], Array]:
-        """Pools the keys and returns what maps some of the queries to their kept blocks, [T, block_topk] int32."""
+        """Pools the keys and returns what maps some of the queries to their kept blocks, [T, block_topk] int32.
+
+        Args:
+            means: None: of the call's keys, pooled here.
+        """
         has_filter = call.sequences.max_keys > block_topk * block_size
         if has_filter and means is None:
             counts = call.sequences.tokens_in_blocks(call.k.shape[0], block_size)
             means = self.stages.pool(call.k, call.k_scale, counts, block_size=block_size, interpret=interpret)
+        elif has_filter and isinstance(means, PageSums) and call.q.shape[0] > _DIRECT * len(call.sequences.lengths):
+            means = self.stages.pool_pages(means, call.k.dtype, interpret=interpret)
 
         def kept(call: FlatCall) -> Array:
             eligible = -(-call.visible // block_size)[:, None]
             first = jnp.arange(block_topk, dtype=jnp.int32)
             all_eligible = jnp.where(first < eligible, first, -1)
-            if means is None:
+            if not has_filter or means is None:
                 return all_eligible
             keeps_all = eligible <= block_topk
             best = self.stages.block_filter(
@@ -225,6 +341,9 @@ class Indexer:
 
 
 _QUERIES = 8192  # at a time: what a stage leaves in memory for each of them, 64 KB at most, stays below 0.5 GiB
+# Up to so many queries a request, each takes the means from the pages' sums itself: 2 KB a block of four pages are read
+# once more, and nothing is written in between.
+_DIRECT = 2
 _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
 
 

@@ -58,7 +58,7 @@ class Sequences:
         ends = xp.cumsum(n_groups)
         # Each sequence ends in at most one partial group, so this many hold all.
         group = xp.arange(int(ends[-1]) if xp is np else S // align + R, dtype=np.int32)
-        r = xp.minimum(xp.searchsorted(ends, group, side="right"), R - 1)
+        r = xp.minimum(_count_up_to(ends, group), R - 1)
         first = self.key_starts[r] + (group - (ends - n_groups)[r]) * align
         rows = xp.clip(first[:, None] + xp.arange(align, dtype=np.int32), 0, S - 1).reshape(-1)
         return rows, dataclasses.replace(self, key_starts=((ends - n_groups) * align).astype(np.int32))
@@ -66,14 +66,14 @@ class Sequences:
     def key_start_of_queries(self, T: int) -> Array:
         """[T] int32: the first key of each query's sequence."""
         xp = self._np
-        r = xp.searchsorted(self.query_starts[1:], xp.arange(T, dtype=np.int32), side="right")
-        return jnp.asarray(self.key_starts[xp.minimum(r, len(self.key_starts) - 1)], jnp.int32)
+        r = _count_up_to(self.query_starts[1:], xp.arange(T, dtype=np.int32))
+        return jnp.asarray(xp.asarray(self.key_starts)[xp.minimum(r, len(self.key_starts) - 1)], jnp.int32)
 
     def tokens_in_blocks(self, S: int, block_size: int) -> Rows:
         """[S // block_size] int32: tokens present in each block of rows; sequences begin with a block."""
         xp = self._np
         first = xp.arange(S // block_size, dtype=np.int32) * block_size
-        r = xp.maximum(xp.searchsorted(self.key_starts, first, side="right") - 1, 0)
+        r = xp.maximum(_count_up_to(self.key_starts, first) - 1, 0)
         return (self.lengths[r] - (first - self.key_starts[r])).clip(0, block_size).astype(np.int32)
 
     def query_tiles(self, T: int, tile_t: int, limit: Array, multiple: int = 1) -> Array:
@@ -89,13 +89,13 @@ class Sequences:
         ends = xp.cumsum(n_tiles)
         # Each sequence ends in at most one partial tile.
         tile = xp.arange(int(ends[-1]) if xp is np else T // tile_t + R, dtype=np.int32)
-        r = xp.minimum(xp.searchsorted(ends, tile, side="right"), R - 1)
+        r = xp.minimum(_count_up_to(ends, tile), R - 1)
         first = self.query_starts[r] + (tile - (ends - n_tiles)[r]) * tile_t
         n = xp.clip(self.query_starts[r + 1] - first, 0, tile_t)
         rows = first[:, None] + xp.arange(tile_t, dtype=np.int32)
         most = jnp.max(jnp.where(rows < (first + n)[:, None], limit[xp.clip(rows, 0, T - 1)], 0), axis=1)
         most = -(-most // multiple) * multiple
-        return jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, n, self.key_starts[r], most)], axis=1)
+        return jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, n, xp.asarray(self.key_starts)[r], most)], axis=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,6 +138,14 @@ class FlatCall:
     def unflatten(self, *results: Array) -> tuple[Array, ...]:
         """[T, ...] each -> [B, T, ...] for a batch."""
         return tuple(x.reshape(*self.shape, *x.shape[1:]) for x in results)
+
+
+def _count_up_to(ascending: Rows, x: Rows) -> Rows:
+    """[R], [n] -> [n] int32: how many are not above x."""
+    if isinstance(ascending, np.ndarray) and isinstance(x, np.ndarray):
+        return np.searchsorted(ascending, x, side="right").astype(np.int32)
+    # A search would be a loop of tiny kernels on a GPU.
+    return jnp.searchsorted(ascending, x, side="right", method="compare_all").astype(jnp.int32)
 
 
 def whole_blocks(k: Array, k_scale: Array | None, block_size: int) -> tuple[Array, Array | None]:

@@ -5,10 +5,20 @@ from jax.typing import DTypeLike
 from kernels_pallas.indexer import Indexer
 from kernels_pallas.mosaic_gpu import refine, stages
 
-__all__ = ["select_blocks", "select_flat", "select_hisa", "why_not"]
+__all__ = [
+    "select_blocks",
+    "select_blocks_paged",
+    "select_flat",
+    "select_flat_paged",
+    "select_hisa",
+    "select_hisa_paged",
+    "why_not",
+]
 
 _indexer = Indexer(stages)
-select_hisa, select_flat, select_blocks = _indexer.select_hisa, _indexer.select_flat, _indexer.select_blocks
+select_hisa, select_hisa_paged = _indexer.select_hisa, _indexer.select_hisa_paged
+select_flat, select_flat_paged = _indexer.select_flat, _indexer.select_flat_paged
+select_blocks, select_blocks_paged = _indexer.select_blocks, _indexer.select_blocks_paged
 
 
 def why_not(
@@ -21,6 +31,7 @@ def why_not(
     block_size: int = 128,
     block_topk: int = 64,
     n_blocks: int = 0,
+    page_size: int | None = None,
 ) -> str | None:
     """None if a Hopper kernel can run this, or the sentence that says why not.
 
@@ -28,7 +39,8 @@ def why_not(
         compute_capability: of the device, "9.0" for instance; "" if it is no NVIDIA GPU.
         dtype: of queries and keys.
         n_blocks: most blocks of a sequence.
+        page_size: of keys in pages.
     """
     if compute_capability != "9.0":
         return f"needs compute capability 9.0 (Hopper), this device has {compute_capability or 'none'}"
-    return refine.why_not(H, D, block_topk, block_size, dtype) or stages.why_not(topk, n_blocks)
+    return refine.why_not(H, D, block_topk, block_size, dtype, page_size) or stages.why_not(topk, n_blocks)

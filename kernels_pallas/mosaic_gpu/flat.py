@@ -14,6 +14,7 @@ from kernels_pallas.mosaic_gpu import merge as merge_stage
 from kernels_pallas.mosaic_gpu import scores as scores_stage
 from kernels_pallas.mosaic_gpu import topk as topk_stage
 from kernels_pallas.mosaic_gpu.rows import COLUMNS
+from kernels_pallas.pages import Pages
 from kernels_pallas.sequences import Sequences
 from kernels_pallas.types import Interpret
 
@@ -28,6 +29,7 @@ def flat(
     k_scale: Array | None,
     visible: Array,
     sequences: Sequences,
+    pages: Pages | None = None,
     *,
     topk: int,
     n_ctas: int,
@@ -48,6 +50,7 @@ def flat(
             tiles,
             start,
             cut,
+            pages,
             n_columns=n_columns,
             config=config,
             n_ctas=n_ctas,

@@ -21,8 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from kernels_pallas.mosaic_gpu import refine_body
-from kernels_pallas.mosaic_gpu.refine_body import META, Plan
+from kernels_pallas.mosaic_gpu.refine_body import META, PAGES_A_COPY, Plan
 from kernels_pallas.mosaic_gpu.rows import COLUMNS, SCRATCH_WORDS
+from kernels_pallas.pages import Pages
 from kernels_pallas.types import Interpret, Ref
 
 SMEM_BYTES = 227 * 1024
@@ -46,14 +47,15 @@ class Config:
         """Candidates a query are padded to a multiple of this: whole laps of the ring, whole steps of the selection."""
         return max(self.rows * self.ring, COLUMNS)
 
-    def smem_bytes(self, H: int, D: int, m: int, block_size: int, itemsize: int) -> int:
+    def smem_bytes(self, H: int, D: int, m: int, block_size: int, itemsize: int, page_size: int | None = None) -> int:
         """Shared memory of a CTA, barriers and alignment included."""
         width = -(-m * block_size // self.columns) * self.columns
         tiles = self.ring * self.rows * (D * itemsize + 4)
-        return tiles + 2 * H * (D * itemsize + 4) + 2 * 4 * (m + META + 32) + self.n_images * 4 * width + 4096
+        words = m + META + 32 + (0 if page_size is None else _n_listed(m * block_size // page_size))
+        return tiles + 2 * H * (D * itemsize + 4) + 2 * 4 * words + self.n_images * 4 * width + 4096
 
 
-def why_not(H: int, D: int, m: int, block_size: int, dtype: DTypeLike) -> str | None:
+def why_not(H: int, D: int, m: int, block_size: int, dtype: DTypeLike, page_size: int | None = None) -> str | None:
     """None, or why this kernel cannot run a shape."""
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.bfloat16)):
         return f"needs float8_e4m3fn or bfloat16 keys and queries, not {jnp.dtype(dtype).name}"
@@ -61,16 +63,18 @@ def why_not(H: int, D: int, m: int, block_size: int, dtype: DTypeLike) -> str | 
         return f"needs 16, 32, 64 or 128 heads of size 64 or 128, not {H} of {D}"
     if block_size not in (32, 64, 128, 256):
         return f"needs blocks of 32, 64, 128 or 256 tokens, not {block_size}"
+    if page_size is not None and page_size < 32:  # whose scales would be copied to less than 128 bytes
+        return f"needs pages of 32 tokens or more, not {page_size}"
     return None
 
 
-def heuristic(H: int, D: int, m: int, block_size: int, itemsize: int) -> Config | None:
+def heuristic(H: int, D: int, m: int, block_size: int, itemsize: int, page_size: int | None = None) -> Config | None:
     """Images of two queries if they fit, else of one, else None. Eight tiles in flight take 0.74 ms, four 0.69."""
     # 64 accumulators a thread, and with 128 heads also 32 weights, which leaves room for two warp-groups alone.
     rows, n_score = (128, 4) if H <= 64 else (64, 2)
     for n_images in (2, 1):
         config = Config(rows=rows, n_score=n_score, ring=4, n_images=n_images)
-        if config.smem_bytes(H, D, m, block_size, itemsize) <= SMEM_BYTES:
+        if config.smem_bytes(H, D, m, block_size, itemsize, page_size) <= SMEM_BYTES:
             return config
     return None
 
@@ -90,6 +94,7 @@ def refine(
     block_ids: Array,
     visible: Array,
     first_block: Array,
+    pages: Pages | None = None,
     *,
     k_top: int,
     block_size: int,
@@ -104,12 +109,14 @@ def refine(
         block_ids: blocks each query keeps, ascending, then -1.
         visible: tokens of its sequence that each query sees.
         first_block: row of k where the query's sequence begins, in blocks.
+        pages: where the rows of all sequences are in k, if not one behind the other.
         n_ctas: how many persistent CTAs; the SMs of the device.
     """
     T = q.shape[0]
-    plan = Plan.of(q, k, k_scale, block_ids, k_top, block_size, config, min(n_ctas, T), interpret)
+    places = pages_of(block_ids, first_block, block_size, pages)
+    plan = Plan.of(q, k, k_scale, block_ids, k_top, block_size, config, min(n_ctas, T), interpret, places, pages)
     meta = meta_of(block_ids, visible, first_block, k_top, plan)
-    operands = [meta, q, w, k] + ([] if k_scale is None else [k_scale])
+    operands = [meta, *places, q, w, k] + ([] if k_scale is None else [k_scale])
     out_type = [jax.ShapeDtypeStruct((T, k_top), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)]
     indices, count = _launch(refine_body.refine_body, plan, out_type, operands)
     return indices, count
@@ -124,6 +131,7 @@ def refine_scores(
     block_ids: Array,
     visible: Array,
     first_block: Array,
+    pages: Pages | None = None,
     *,
     block_size: int,
     config: Config,
@@ -141,9 +149,10 @@ def refine_scores(
     missing = (-m * block_size % step) // block_size if n_parts > 1 else 0
     block_ids = jnp.pad(block_ids, ((0, 0), (0, missing)), constant_values=-1).reshape(T * n_parts, -1)
     visible, first_block = jnp.repeat(visible, n_parts), jnp.repeat(first_block, n_parts)
-    plan = Plan.of(q, k, k_scale, block_ids, None, block_size, config, min(n_ctas, T * n_parts), interpret)
+    places, n_ctas = pages_of(block_ids, first_block, block_size, pages), min(n_ctas, T * n_parts)
+    plan = Plan.of(q, k, k_scale, block_ids, None, block_size, config, n_ctas, interpret, places, pages)
     meta = meta_of(block_ids, visible, first_block, 0, plan)
-    operands = [meta, q, w, k] + ([] if k_scale is None else [k_scale])
+    operands = [meta, *places, q, w, k] + ([] if k_scale is None else [k_scale])
     out_type = [jax.ShapeDtypeStruct((plan.T, plan.width), jnp.int32)]
     return _launch(refine_body.refine_scores_body, plan, out_type, operands)[0].reshape(T, -1)
 
@@ -163,6 +172,20 @@ def meta_of(block_ids: Array, visible: Array, first_block: Array, k_top: int, pl
     return jnp.concatenate([block_ids, tail], axis=1)
 
 
+def pages_of(block_ids: Array, first_block: Array, block_size: int, pages: Pages | None) -> list[Array]:
+    """[T, m] blocks -> a list of [T, n_listed] int32, the pages of each query's blocks in order; of nothing without."""
+    if pages is None:
+        return []
+    places = pages.of_blocks(first_block[:, None] + jnp.maximum(block_ids, 0), block_size)
+    return [jnp.pad(places, ((0, 0), (0, _n_listed(places.shape[1]) - places.shape[1])))]
+
+
+def _n_listed(n: int) -> int:
+    """Whole copies of page numbers."""
+    unit = 32 if n <= PAGES_A_COPY else PAGES_A_COPY
+    return -(-n // unit) * unit
+
+
 def _launch(body: Ref, plan: Plan, out_type: list, operands: list) -> list[Array]:
     tile = plan.tile_transforms
     barrier = plgpu.Barrier
@@ -171,13 +194,15 @@ def _launch(body: Ref, plan: Plan, out_type: list, operands: list) -> list[Array
         "q_smem": plgpu.SMEM((2, plan.H, plan.D), plan.dtype, transforms=tile),
         "w_smem": plgpu.SMEM((2, max(plan.H, 32)), jnp.float32),  # copies go to multiples of 128 bytes
         "k_smem": plgpu.SMEM((plan.ring, plan.rows, plan.D), plan.dtype, transforms=tile),
-        "q_full": barrier(num_arrivals=3, num_barriers=2),
+        "q_full": barrier(num_arrivals=3 + plan.n_page_copies, num_barriers=2),
         "q_free": barrier(num_arrivals=plan.n_score + plan.selects, num_barriers=2),
         "k_full": barrier(num_arrivals=plan.n_copies * (1 + plan.has_scale), num_barriers=plan.ring),
         "k_free": barrier(num_arrivals=1, num_barriers=plan.ring),
     }
     if plan.has_scale:
         scratch["scale_smem"] = plgpu.SMEM((plan.ring, plan.rows), jnp.float32)
+    if plan.page_size is not None:
+        scratch["pages_smem"] = plgpu.SMEM((2, plan.n_listed), jnp.int32)
     if plan.selects:
         scratch["images_smem"] = plgpu.SMEM((plan.n_images, plan.width), jnp.int32)
         scratch["counts_smem"] = plgpu.SMEM((1, SCRATCH_WORDS), jnp.int32)

@@ -27,6 +27,7 @@ from kernels_pallas.mosaic_gpu.roles import (
 from kernels_pallas.types import Interpret, Ref
 
 META = 4  # behind the block ids of a query: number of tiles, visible, first block of the sequence, 0
+PAGES_A_COPY = 256  # the most elements an axis that a copy takes
 _NOWHERE = 2**30  # a position nobody sees
 
 
@@ -51,6 +52,8 @@ class Plan:
     width: int
     n_ctas: int
     interpret: object
+    page_size: int | None  # None: blocks lie in one piece, one behind the other
+    n_listed: int  # pages a query lists, padded
 
     @classmethod
     def of(
@@ -64,6 +67,8 @@ class Plan:
         config: Ref,
         n_ctas: Ref,
         interpret: Interpret,
+        places: Ref,
+        pages: Ref,
     ) -> "Plan":
         _, H, D = q.shape
         T, m = block_ids.shape
@@ -85,6 +90,8 @@ class Plan:
             width=-(-m * block_size // config.columns) * config.columns,
             n_ctas=n_ctas,
             interpret=interpret,
+            page_size=None if pages is None else pages.size,
+            n_listed=places[0].shape[1] if places else 0,
         )
 
     @property
@@ -98,12 +105,16 @@ class Plan:
 
     @property
     def part(self) -> int:
-        """Keys a copy: a tile holds several blocks, or a block several tiles."""
-        return min(self.rows, self.block_size)
+        """Keys a copy: a tile holds several blocks or pages, or one of those several tiles."""
+        return min(self.rows, self.page_size or self.block_size)
 
     @property
     def n_copies(self) -> int:
         return self.rows // self.part
+
+    @property
+    def n_page_copies(self) -> int:
+        return -(-self.n_listed // PAGES_A_COPY)
 
     @property
     def tile_transforms(self) -> tuple:
@@ -132,10 +143,7 @@ def refine_scores_body(plan: Plan, *refs: Ref, **scratch: Ref) -> None:
 def load_keys(
     plan: Plan,
     meta_gmem: Ref,
-    q_gmem: Ref,
-    w_gmem: Ref,
-    k_gmem: Ref,
-    *scale_gmem: Ref,
+    *refs: Ref,
     meta_smem: Ref,
     q_smem: Ref,
     w_smem: Ref,
@@ -145,8 +153,11 @@ def load_keys(
     k_full: Ref,
     k_free: Ref,
     scale_smem: Ref = None,
+    pages_smem: Ref = None,
     **_: Ref,
 ) -> None:
+    *pages_gmem, q_gmem, w_gmem, k_gmem = refs[: len(refs) - plan.has_scale]
+    scale_gmem = refs[-1]
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
     cta = lax.axis_index("cta")
     n_queries = plan.queries(cta)
@@ -155,24 +166,27 @@ def load_keys(
         t, at = cta + i * plan.n_ctas, i % 2
         plgpu.barrier_wait(q_free.at[at])
         plgpu.copy_gmem_to_smem(meta_gmem.at[t], meta_smem.at[at], q_full.at[at])
+        for first in range(0, plan.n_listed, PAGES_A_COPY):
+            some = pl.ds(first, min(plan.n_listed, PAGES_A_COPY))
+            plgpu.copy_gmem_to_smem(pages_gmem[0].at[t, some], pages_smem.at[at, some], q_full.at[at])
         whole = t // plan.n_parts
         plgpu.copy_gmem_to_smem(q_gmem.at[whole], q_smem.at[at], q_full.at[at])
         plgpu.copy_gmem_to_smem(w_gmem.at[whole], w_smem.at[at, pl.ds(0, plan.H)], q_full.at[at])
         plgpu.barrier_wait(q_full.at[at])
         meta = lambda column: load_word(meta_smem, at, column, plan.interpret)  # noqa: E731
+        page = lambda column: load_word(pages_smem, at, column, plan.interpret)  # noqa: E731
         n_tiles, first_block = meta(plan.m), meta(plan.m + 2)
 
         def one_tile(j, _):
             slot = j % plan.ring
             plgpu.barrier_wait(k_free.at[slot])
             for part in range(plan.n_copies):
-                block_id, offset = _part_of(plan, meta, j, part)
-                place = (first_block + jnp.maximum(block_id, 0)) * (plan.block_size // plan.part) + offset // plan.part
+                place = _place_of(plan, meta, page, first_block, j * plan.rows + part * plan.part)
                 rows = pl.ds(place * plan.part, plan.part)  # a visible multiple: tiled copies need to know
                 there = pl.ds(part * plan.part, plan.part)
                 plgpu.copy_gmem_to_smem(k_gmem.at[rows], k_smem.at[slot, there], k_full.at[slot])
                 if plan.has_scale:
-                    plgpu.copy_gmem_to_smem(scale_gmem[0].at[rows], scale_smem.at[slot, there], k_full.at[slot])
+                    plgpu.copy_gmem_to_smem(scale_gmem.at[rows], scale_smem.at[slot, there], k_full.at[slot])
             return _
 
         lax.fori_loop(0, n_tiles, one_tile, None)
@@ -322,22 +336,33 @@ def select(
     lax.fori_loop(0, plan.queries(cta), one_query, None)
 
 
-def _part_of(plan: Plan, meta: Callable[[Array], Array], j: Array, part: int) -> tuple[Array, Array]:
-    """Which block a part of tile j belongs to (-1: none), and the part's offset in it."""
-    column = j * plan.rows + part * plan.part
+def _block_of(plan: Plan, meta: Callable[[Array], Array], column: Array) -> tuple[Array, Array]:
+    """Which block a column belongs to (-1: none), and the column's offset in it."""
     place = column // plan.block_size
     block_id = meta(jnp.minimum(place, plan.m - 1))
     return jnp.where(place < plan.m, block_id, -1), column % plan.block_size
 
 
+def _place_of(
+    plan: Plan, meta: Callable[[Array], Array], page: Callable[[Array], Array], first_block: Array, column: Array
+) -> Array:
+    """Where the keys of a column on are in k, in copies."""
+    if plan.page_size is not None:
+        nth = jnp.minimum(column // plan.page_size, plan.n_listed - 1)
+        return page(nth) * (plan.page_size // plan.part) + column % plan.page_size // plan.part
+    block_id, offset = _block_of(plan, meta, column)
+    return (first_block + jnp.maximum(block_id, 0)) * (plan.block_size // plan.part) + offset // plan.part
+
+
 def _positions(plan: Plan, meta_smem: Ref, at: Array, j: Array, key: Array) -> Array:
     """Token positions of the keys of tile j, [rows] int32."""
+    size = min(plan.rows, plan.block_size)
 
-    def of_part(part: int) -> Array:
-        block_id, offset = _part_of(plan, lambda column: meta_smem[at, column], j, part)
-        return key + jnp.where(block_id >= 0, block_id * plan.block_size + offset - part * plan.part, _NOWHERE)
+    def from_key(first: int) -> Array:
+        block_id, offset = _block_of(plan, lambda column: meta_smem[at, column], j * plan.rows + first)
+        return key + jnp.where(block_id >= 0, block_id * plan.block_size + offset - first, _NOWHERE)
 
-    positions = of_part(0)
-    for part in range(1, plan.n_copies):
-        positions = jnp.where(key >= part * plan.part, of_part(part), positions)
+    positions = from_key(0)
+    for first in range(size, plan.rows, size):
+        positions = jnp.where(key >= first, from_key(first), positions)
     return positions

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.mosaic_gpu.rows import COLUMNS
 from kernels_pallas.mosaic_gpu.scores_body import Plan, scores_body
 from kernels_pallas.mosaic_gpu.stationary import ROWS, Shape
+from kernels_pallas.pages import Pages
 from kernels_pallas.types import Interpret, Ref
 
 
@@ -84,6 +85,7 @@ def scores(
     tiles: Array,
     first_column: Array,
     cut: Array | None = None,
+    pages: Pages | None = None,
     *,
     n_columns: int,
     config: Config,
@@ -100,6 +102,7 @@ def scores(
         first_column: [1] int32, a multiple of the span: column c of the result is candidate first_column + c.
         cut: [T] int32. Only images above it are written, and a second result [T, columns // 32] tells which: bit
             c % 32 of word c // 32 stands for column c.
+        pages: where the rows of all sequences are in k, if not one behind the other.
         keep_first, keep_last: that many first and last candidates of each query are `FORCED`.
     """
     T, H, D = q.shape
@@ -112,6 +115,7 @@ def scores(
         dtype=k.dtype,
         has_scale=k_scale is not None,
         n_parts=k.shape[0],
+        pages=None if pages is None else (pages.size, pages.n_pages),
         n_spans=n_spans,
         n_items=n_items,
         n_ctas=min(n_ctas, n_items),
@@ -139,12 +143,13 @@ def scores(
         "k_smem": plgpu.SMEM((plan.n_keys * plan.n_score, plan.n_parts, ROWS, D), plan.dtype, transforms=tile),
         "q_full": plgpu.Barrier(num_arrivals=2, num_barriers=plan.ring),
         "q_free": plgpu.Barrier(num_arrivals=plan.n_score, num_barriers=plan.ring),
-        "k_full": plgpu.Barrier(num_arrivals=plan.n_score * (plan.n_parts + plan.has_scale), num_barriers=plan.n_keys),
+        "k_full": plgpu.Barrier(num_arrivals=plan.n_copies, num_barriers=plan.n_keys),
         "k_free": plgpu.Barrier(num_arrivals=plan.n_score, num_barriers=plan.n_keys),
     }
     if plan.has_scale:
         scratch["scale_smem"] = plgpu.SMEM((plan.n_keys * plan.n_score, ROWS), jnp.float32)
-    operands = [tiles, limit, first_column, q, w, k, *(x for x in (k_scale, cut) if x is not None)]
+    table = None if pages is None else pages.table
+    operands = [tiles, limit, first_column, q, w, *(x for x in (table, k, k_scale, cut) if x is not None)]
     widths = [width] + [width // 32] * (cut is not None)
     out = plgpu.kernel(
         functools.partial(scores_body, plan),

@@ -30,6 +30,7 @@ class Plan:
     dtype: jnp.dtype
     has_scale: bool
     n_parts: int
+    pages: tuple[int, int] | None  # size, and how many; None: rows of a sequence are one behind the other
     n_spans: int
     n_items: int
     n_ctas: int
@@ -43,6 +44,16 @@ class Plan:
     def tile_transforms(self) -> tuple:
         return tiled(self.D, self.dtype)
 
+    @property
+    def part(self) -> int:
+        """Keys a copy."""
+        return ROWS if self.pages is None else min(ROWS, self.pages[0])
+
+    @property
+    def n_copies(self) -> int:
+        """Copies an item."""
+        return self.n_score * (self.n_parts + self.has_scale) * (ROWS // self.part)
+
 
 def scores_body(
     plan: Plan,
@@ -54,6 +65,7 @@ def scores_body(
     *refs: Ref,
     **scratch: Ref,
 ) -> None:
+    table_gmem, refs = (None, refs) if plan.pages is None else (refs[0], refs[1:])
     n_keys = 1 + plan.has_scale
     keys_gmem, cut_gmem, out = refs[:n_keys], refs[n_keys : -1 - plan.loop.filters], refs[-1 - plan.loop.filters :]
     role = lax.axis_index("warpgroup")
@@ -62,7 +74,7 @@ def scores_body(
     lax.cond(
         role < plan.n_score,
         lambda: score(plan, items, role, limit_gmem, cut_gmem, out, **scratch),
-        lambda: load(plan, items, q_gmem, w_gmem, keys_gmem, **scratch),
+        lambda: load(plan, items, q_gmem, w_gmem, keys_gmem, table_gmem, **scratch),
     )
 
 
@@ -91,6 +103,7 @@ def load(
     q_gmem: Ref,
     w_gmem: Ref,
     keys_gmem: Ref,
+    table_gmem: Ref,
     *,
     q_smem: Ref,
     w_smem: Ref,
@@ -108,14 +121,14 @@ def load(
         at = i % plan.n_keys
         plgpu.barrier_wait(k_free.at[at])
         for group in range(plan.n_score):
-            # A visible multiple of 8: tiled copies need to know.
-            rows = pl.ds((key_row // 8 + group * (ROWS // 8)) * 8, ROWS)
-            for part in range(plan.n_parts):
-                plgpu.copy_gmem_to_smem(
-                    keys_gmem[0].at[part, rows], k_smem.at[at * plan.n_score + group, part], k_full.at[at]
-                )
-            if plan.has_scale:
-                plgpu.copy_gmem_to_smem(keys_gmem[-1].at[rows], scale_smem.at[at * plan.n_score + group], k_full.at[at])
+            tile = at * plan.n_score + group
+            for first_of_copy in range(0, ROWS, plan.part):
+                rows = _rows(plan, table_gmem, key_row, group * ROWS + first_of_copy)
+                there = pl.ds(first_of_copy, plan.part)
+                for part in range(plan.n_parts):
+                    plgpu.copy_gmem_to_smem(keys_gmem[0].at[part, rows], k_smem.at[tile, part, there], k_full.at[at])
+                if plan.has_scale:
+                    plgpu.copy_gmem_to_smem(keys_gmem[-1].at[rows], scale_smem.at[tile, there], k_full.at[at])
 
         def one_query(j, _):
             slot, t = (n_before + j) % plan.ring, first + j
@@ -132,6 +145,18 @@ def load(
         lax.fori_loop(0, items.n, one_item, jnp.int32(0))
         wait_all(k_free, plan.n_keys)
         wait_all(q_free, plan.ring)
+
+
+def _rows(plan: Plan, table_gmem: Ref, key_row: Array, offset: int) -> Ref:
+    """Where a copy's rows are in k: those from key_row + offset on. A visible multiple of 8: tiled copies must know."""
+    if plan.pages is None:
+        return pl.ds((key_row // 8 + offset // 8) * 8, ROWS)
+    size, n_pages = plan.pages
+    row = key_row + offset
+    # The last tile reaches behind the table; what it reads there nobody sees.
+    page = table_gmem[jnp.minimum(row // size, table_gmem.shape[0] - 1)]
+    page = jnp.minimum(jnp.maximum(page, 0), n_pages - 1)
+    return pl.ds((page * (size // plan.part) + row % size // plan.part) * plan.part, plan.part)
 
 
 def score(

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from kernels_pallas.indexer import Means
 from kernels_pallas.mosaic_gpu import flat as flat_stage
@@ -12,7 +13,9 @@ from kernels_pallas.mosaic_gpu import refine as refine_stage
 from kernels_pallas.mosaic_gpu import scores as scores_stage
 from kernels_pallas.mosaic_gpu import topk as topk_stage
 from kernels_pallas.mosaic_gpu.rows import COLUMNS
+from kernels_pallas.pages import Pages, PageSums
 from kernels_pallas.sequences import Rows, Sequences
+from kernels_pallas.triton import page_means
 from kernels_pallas.triton import pool as pool_stage
 from kernels_pallas.triton import topk as narrow_topk_stage
 from kernels_pallas.tuning import tuned
@@ -40,10 +43,14 @@ def pool(k: Array, k_scale: Array | None, counts: Rows, *, block_size: int, inte
     return pool_stage.pool(k, k_scale, counts, block_size=block_size, interpret=bool(interpret))
 
 
+def pool_pages(page_sums: PageSums, dtype: DTypeLike, *, interpret: Interpret = False) -> Means:
+    return page_means.pool_pages(page_sums, dtype, interpret=bool(interpret))
+
+
 def block_filter(
     q: Array,
     w: Array,
-    means: Means,
+    means: Means | PageSums,
     eligible: Array,
     sequences: Sequences,
     *,
@@ -52,27 +59,30 @@ def block_filter(
     keep_last: int,
     interpret: Interpret = False,
 ) -> Array:
-    (T, H, D), (parts, scale), n_ctas = q.shape, means, n_sms()
-    rows, sequences = sequences.aligned(parts.shape[1], _TILED_ROWS)
-    if rows is not None:
-        parts, scale = parts[:, rows], None if scale is None else scale[rows]
-    n_columns = sequences.max_keys
-    config = scores_stage.heuristic(T, H, D, n_columns, parts.shape[0], parts.dtype.itemsize, n_ctas)
-    images = scores_stage.scores(
-        q,
-        w,
-        parts,
-        scale,
-        eligible,
-        sequences.query_tiles(T, config.tile_t, eligible, COLUMNS),
-        jnp.zeros((1,), jnp.int32),
-        n_columns=n_columns,
-        config=config,
-        keep_first=keep_first,
-        keep_last=keep_last,
-        n_ctas=n_ctas,
-        interpret=interpret,
-    )
+    (T, H, D), n_ctas = q.shape, n_sms()
+    options: Any = dict(n_columns=sequences.max_keys, keep_first=keep_first, keep_last=keep_last)
+    if isinstance(means, PageSums):
+        first_block = sequences.key_start_of_queries(T)
+        images = page_means.page_scores(q, w, means, eligible, first_block, interpret=bool(interpret), **options)
+    else:
+        parts, scale = means
+        rows, sequences = sequences.aligned(parts.shape[1], _TILED_ROWS)
+        if rows is not None:
+            parts, scale = parts[:, rows], None if scale is None else scale[rows]
+        config = scores_stage.heuristic(T, H, D, sequences.max_keys, parts.shape[0], parts.dtype.itemsize, n_ctas)
+        images = scores_stage.scores(
+            q,
+            w,
+            parts,
+            scale,
+            eligible,
+            sequences.query_tiles(T, config.tile_t, eligible, COLUMNS),
+            jnp.zeros((1,), jnp.int32),
+            config=config,
+            n_ctas=n_ctas,
+            interpret=interpret,
+            **options,
+        )
     if images.shape[1] <= _NARROW:
         # A row alone on its multiprocessor takes 9.5 us with one warp, 5.4 with four (1024 to 64).
         alone = narrow_topk_stage.Config(num_warps=4) if n_ctas > T else None
@@ -88,6 +98,7 @@ def refine(
     block_ids: Array,
     visible: Array,
     first_block: Array,
+    pages: Pages | None = None,
     *,
     topk: int,
     block_size: int,
@@ -95,14 +106,17 @@ def refine(
 ) -> tuple[Array, Array]:
     """`refine.refine`, or its scores and then `topk`, where queries are fewer than CTAs or outgrow shared memory."""
     (T, H, D), m, itemsize, n_ctas = q.shape, block_ids.shape[1], k.dtype.itemsize, n_sms()
-    operands = (q, w, k, k_scale, block_ids, visible, first_block)
+    operands = (q, w, k, k_scale, block_ids, visible, first_block, pages)
     options: Any = {"block_size": block_size, "n_ctas": n_ctas, "interpret": interpret}
     apart = refine_stage.Config(rows=128 if H <= 64 else 64, n_score=4 if H <= 64 else 2, ring=4)
     n_parts = refine_stage.split(T, m, block_size, apart, n_ctas)
-    fused = refine_stage.heuristic(H, D, m, block_size, itemsize)
+    page_size = None if pages is None else pages.size
+    fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size)
     if fused is not None and n_parts == 1:
         shape = dict(H=H, D=D, m=m, block_size=block_size, itemsize=itemsize)
-        config = tuned(refine_stage.Config, "mosaic_gpu.refine", **shape) or fused
+        # Those found for keys in one piece leave no room for the pages' numbers.
+        config = tuned(refine_stage.Config, "mosaic_gpu.refine", **shape) if pages is None else None
+        config = config or fused
         return refine_stage.refine(*operands, k_top=topk, config=config, **options)
     images = refine_stage.refine_scores(*operands, config=apart, n_parts=n_parts, **options)
     if n_parts > 1:
@@ -119,8 +133,10 @@ def flat(
     k_scale: Array | None,
     visible: Array,
     sequences: Sequences,
+    pages: Pages | None = None,
     *,
     topk: int,
     interpret: Interpret = False,
 ) -> tuple[Array, Array]:
-    return flat_stage.flat(q, w, k, k_scale, visible, sequences, topk=topk, n_ctas=n_sms(), interpret=interpret)
+    operands = (q, w, k, k_scale, visible, sequences, pages)
+    return flat_stage.flat(*operands, topk=topk, n_ctas=n_sms(), interpret=interpret)

@@ -100,7 +100,7 @@ class Ragged:
 
     def sequence_of(self, rows: Array) -> Array:
         """[n] int32 rows of queries -> the sequence of each."""
-        r = jnp.searchsorted(self.query_starts[1:], rows, side="right").astype(jnp.int32)
+        r = jnp.searchsorted(self.query_starts[1:], rows, side="right", method="compare_all").astype(jnp.int32)
         return jnp.minimum(r, self.lengths.shape[0] - 1)
 
     def places(self, block_ids: Array, rows: Array) -> Array:
@@ -131,7 +131,7 @@ class Ragged:
         is_tile = (slot % per_core < used) & (tile < ends[-1])
         # Where there is no tile, the last one's queries again: nothing is copied.
         tile = jnp.minimum(tile, ends[-1] - 1)
-        r = jnp.minimum(jnp.searchsorted(ends, tile, side="right").astype(jnp.int32), R - 1)
+        r = jnp.minimum(jnp.searchsorted(ends, tile, side="right", method="compare_all").astype(jnp.int32), R - 1)
         own = starts[r] + (tile - before[r]) * tile_t
         first = jnp.clip(own, 0, T - tile_t)  # the last tiles are moved back to end with the queries
         row = first[:, None] + jnp.arange(tile_t, dtype=jnp.int32)

@@ -55,7 +55,7 @@ def packed(k: Array, k_scale: Array | None, cu_seqlens_q: Array, cu_seqlens_k: A
         x = jnp.pad(x, ((0, chunk), *((0, 0),) * (x.ndim - 1)))
 
         def one_chunk(i: Array, out: Array) -> Array:
-            r = jnp.searchsorted(ends, i, side="right")
+            r = jnp.searchsorted(ends, i, side="right", method="compare_all")
             at = (i - (ends - n_chunks)[r]) * chunk
             part = lax.dynamic_slice_in_dim(x, cu_seqlens_k[r] + at, chunk)
             # What a sequence writes behind its end, the next one overwrites.

@@ -10,12 +10,22 @@ from kernels_pallas.triton import refine, stages
 from kernels_pallas.triton.topk import MAX_WIDTH
 from kernels_pallas.triton.topk import why_not as why_not_width
 
-__all__ = ["select_blocks", "select_flat", "select_hisa", "why_not"]
+__all__ = [
+    "select_blocks",
+    "select_blocks_paged",
+    "select_flat",
+    "select_flat_paged",
+    "select_hisa",
+    "select_hisa_paged",
+    "why_not",
+]
 
 _MAX_TOPK = MAX_WIDTH // 2
 
 _indexer = Indexer(stages)
-select_hisa, select_flat, select_blocks = _indexer.select_hisa, _indexer.select_flat, _indexer.select_blocks
+select_hisa, select_hisa_paged = _indexer.select_hisa, _indexer.select_hisa_paged
+select_flat, select_flat_paged = _indexer.select_flat, _indexer.select_flat_paged
+select_blocks, select_blocks_paged = _indexer.select_blocks, _indexer.select_blocks_paged
 
 
 def why_not(
@@ -28,6 +38,7 @@ def why_not(
     block_size: int = 128,
     block_topk: int = 64,
     n_blocks: int = 0,
+    page_size: int | None = None,
 ) -> str | None:
     """None if a Triton kernel can run this, or the sentence that says why not; arguments as in mosaic_gpu."""
     major, _, minor = compute_capability.partition(".")
@@ -35,6 +46,8 @@ def why_not(
         return f"needs compute capability 8.0, this device has {compute_capability or 'none'}"
     if topk > _MAX_TOPK:
         return f"needs topk at most {_MAX_TOPK}, not {topk}"
+    if page_size is not None and page_size < 16:  # the fewest rows of a product
+        return f"needs pages of 16 tokens or more, not {page_size}"
     return (
         why_not_width(block_topk * block_size)
         or why_not_width(n_blocks)

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
+from kernels_pallas.pages import Pages
 from kernels_pallas.triton.pool import check_addressable
 from kernels_pallas.triton.refine_body import refine_body
 
@@ -57,24 +58,33 @@ def refine_scores(
     block_ids: Array,
     visible: Array,
     first_block: Array,
+    pages: Pages | None = None,
     *,
     block_size: int,
     config: Config,
     interpret: bool = False,
 ) -> Array:
-    """[T, H, D], [T, H], [S, D], [S], [T, m], [T], [T] -> [T, m * block_size] int32 images, as in mosaic_gpu."""
+    """[T, H, D], [T, H], [S, D], [S], [T, m], [T], [T] -> [T, m * block_size] int32 images, as in mosaic_gpu.
+
+    Args:
+        pages: where the rows of all sequences are in k; tiles are at most a page.
+    """
     (T, H, D), m = q.shape, block_ids.shape[1]
     check_addressable(k)
     tile_m = min(config.tile_m, m)
+    places, page_size = first_block[:, None], None
+    if pages is not None:
+        places, page_size = pages.of_blocks(places + jnp.maximum(block_ids, 0), block_size), pages.size
     row = lambda *shape: pl.BlockSpec((None, *shape), lambda t, j: (t,) + (0,) * len(shape))  # noqa: E731
     whole = lambda x: pl.BlockSpec(x.shape, lambda t, j: (0,) * x.ndim)  # noqa: E731
     one = pl.BlockSpec((1,), lambda t, j: (t,))
-    in_specs, operands = [row(H, D), row(H), row(m), one, one, whole(k)], [q, w, block_ids, visible, first_block, k]
+    in_specs = [row(H, D), row(H), row(m), one, row(places.shape[1]), whole(k)]
+    operands = [q, w, block_ids, visible, places, k]
     if k_scale is not None:
         in_specs.append(whole(k_scale))
         operands.append(k_scale)
     return pl.pallas_call(
-        functools.partial(refine_body, block_size=block_size, tile_s=config.tile_s, tile_m=tile_m),
+        functools.partial(refine_body, block_size=block_size, page_size=page_size, tile_s=config.tile_s, tile_m=tile_m),
         grid=(T, -(-m // tile_m)),
         in_specs=in_specs,
         out_specs=row(m * block_size),

@@ -14,16 +14,18 @@ def refine_body(
     w_ref: Ref,
     block_ids_ref: Ref,
     visible_ref: Ref,
-    first_block_ref: Ref,
+    places_ref: Ref,
     k_ref: Ref,
     *refs: Ref,
     block_size: int,
+    page_size: int | None,
     tile_s: int,
     tile_m: int,
 ) -> None:
-    *scale_ref, o_ref = refs  # in: [H, D], [H], [m], [1], [1], [S, D], maybe [S]; out: [m * block_size]
+    # in: [H, D], [H], [m], [1], [1] first block or [m * block_size / page_size] pages, [S, D], maybe [S]
+    *scale_ref, o_ref = refs  # out: [m * block_size]
     m, per_block = block_ids_ref.shape[0], block_size // tile_s
-    q, w, visible, first_block = q_ref[...], w_ref[...], visible_ref[0], first_block_ref[0]
+    q, w, visible = q_ref[...], w_ref[...], visible_ref[0]
     first = pl.program_id(1) * tile_m
     inside = jnp.arange(tile_s, dtype=jnp.int32)
 
@@ -32,7 +34,13 @@ def refine_body(
         offset = lax.rem(i, jnp.int32(per_block)) * tile_s
         block_id = block_ids_ref[j]
         # Without a block the first keys are read and nothing of them is visible.
-        rows = pl.ds((first_block + jnp.maximum(block_id, 0)) * block_size + offset, tile_s)
+        if page_size is None:
+            start = (places_ref[0] + jnp.maximum(block_id, 0)) * block_size + offset
+        else:
+            column = j * block_size + offset
+            start = places_ref[lax.div(column, jnp.int32(page_size))] * page_size
+            start = start + lax.rem(column, jnp.int32(page_size))
+        rows = pl.ds(start, tile_s)
         x = score([k_ref[rows, :]], q, w, scale_ref[0][rows] if scale_ref else None)
         position = jnp.where(block_id < 0, visible, block_id * block_size) + offset + inside
         o_ref[pl.ds(j * block_size + offset, tile_s)] = jnp.where(position < visible, image_of(x), INVISIBLE)

@@ -14,6 +14,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kernels_pallas.pages import Pages
 from kernels_pallas.triton.pool import check_addressable
 from kernels_pallas.triton.scores_body import scores_body
 
@@ -41,6 +42,7 @@ def scores(
     limit: Array,
     tiles: Array,
     first_column: Array,
+    pages: Pages | None = None,
     *,
     n_columns: int,
     config: Config,
@@ -54,6 +56,7 @@ def scores(
         limit: candidates of each query. Columns at or beyond are `INVISIBLE` or, beyond its whole tile, not written.
         tiles: which queries and keys go together, see `Sequences.query_tiles`.
         first_column: [1] int32: column c of the result is candidate first_column + c of its sequence.
+        pages: where the rows of all sequences are in k, if not one behind the other.
         keep_first, keep_last: that many first and last candidates of each query are `FORCED`.
     """
     T = q.shape[0]
@@ -61,12 +64,15 @@ def scores(
     n_spans = -(-n_columns // config.tile_s)
     width = n_spans * config.tile_s
     whole = lambda x: pl.BlockSpec(x.shape, lambda t, s: (0,) * x.ndim)  # noqa: E731
-    operands = [q, w, limit, tiles, first_column, k] + ([] if k_scale is None else [k_scale])
+    operands = [q, w, limit, tiles, first_column, k]
+    operands += [] if pages is None else [pages.table]
+    operands += [] if k_scale is None else [k_scale]
     return pl.pallas_call(
         functools.partial(
             scores_body,
             tile_s=config.tile_s,
             n_parts=k.shape[0],
+            page_size=None if pages is None else pages.size,
             keep_first=keep_first,
             keep_last=keep_last,
         ),

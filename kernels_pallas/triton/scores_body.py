@@ -19,18 +19,25 @@ def scores_body(
     *refs: Ref,
     tile_s: int,
     n_parts: int,
+    page_size: int | None,
     keep_first: int,
     keep_last: int,
 ) -> None:
-    # in: [T, H, D], [T, H], [T], [n_tiles, 4], [1], [parts, S, D], maybe [S]; out: [T, width]
+    # in: [T, H, D], [T, H], [T], [n_tiles, 4], [1], [parts, S, D], maybe a page table, maybe [S]; out: [T, width]
     *scale_ref, o_ref = refs
+    table_ref: Ref = scale_ref.pop(0) if page_size else None
     tile = pl.program_id(0)
     column = pl.program_id(1) * tile_s
     first_query, n_queries, first_row, most = (tiles_ref[tile, field] for field in range(4))
     first = first_column_ref[0] + column
     candidate = first + jnp.arange(tile_s, dtype=jnp.int32)
-    there = first_row + candidate < k_ref.shape[1]
-    row = jnp.where(there, first_row + candidate, 0)
+    row = first_row + candidate
+    there = row < k_ref.shape[1]
+    if page_size:
+        place = jnp.minimum(lax.div(row, jnp.int32(page_size)), table_ref.shape[0] - 1)
+        row = plt.load(table_ref.at[place]) * page_size + lax.rem(row, jnp.int32(page_size))
+        there = (row >= 0) & (row < k_ref.shape[1])
+    row = jnp.where(there, row, 0)
     parts = [load_keys(k_ref, part, row, there) for part in range(n_parts)]
     scale = plt.load(scale_ref[0].at[row], mask=there, other=0.0) if scale_ref else None
 

@@ -1,19 +1,24 @@
 """The stages of `indexer.Stages`, by Triton kernels."""
 
+import dataclasses
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels_pallas.image import INVISIBLE
 from kernels_pallas.indexer import Means
+from kernels_pallas.pages import Pages, PageSums
 from kernels_pallas.sequences import Sequences
 from kernels_pallas.triton import refine as refine_stage
 from kernels_pallas.triton import scores as scores_stage
 from kernels_pallas.triton import topk as topk_stage
+from kernels_pallas.triton.page_means import page_scores, pool_pages
 from kernels_pallas.triton.pool import pool
 from kernels_pallas.tuning import tuned
 from kernels_pallas.types import Interpret
 
-__all__ = ["block_filter", "flat", "pool", "refine"]
+__all__ = ["block_filter", "flat", "pool", "pool_pages", "refine"]
 
 _FLAT_WIDTH = 8192  # images that a step of the streaming top-k adds to the best so far, less those
 
@@ -21,7 +26,7 @@ _FLAT_WIDTH = 8192  # images that a step of the streaming top-k adds to the best
 def block_filter(
     q: Array,
     w: Array,
-    means: Means,
+    means: Means | PageSums,
     eligible: Array,
     sequences: Sequences,
     *,
@@ -30,20 +35,14 @@ def block_filter(
     keep_last: int,
     interpret: Interpret = False,
 ) -> Array:
-    config = scores_stage.heuristic(q.shape[1])
-    images = scores_stage.scores(
-        q,
-        w,
-        *means,
-        eligible,
-        sequences.query_tiles(q.shape[0], config.tile_t, eligible),
-        jnp.zeros((1,), jnp.int32),
-        n_columns=sequences.max_keys,
-        config=config,
-        keep_first=keep_first,
-        keep_last=keep_last,
-        interpret=interpret,
-    )
+    options: Any = dict(n_columns=sequences.max_keys, keep_first=keep_first, keep_last=keep_last, interpret=interpret)
+    if isinstance(means, PageSums):
+        images = page_scores(q, w, means, eligible, sequences.key_start_of_queries(q.shape[0]), **options)
+    else:
+        config = scores_stage.heuristic(q.shape[1])
+        tiles = sequences.query_tiles(q.shape[0], config.tile_t, eligible)
+        first = jnp.zeros((1,), jnp.int32)
+        images = scores_stage.scores(q, w, *means, eligible, tiles, first, config=config, **options)
     return topk_stage.topk(images, eligible, block_topk, interpret=interpret)[0]
 
 
@@ -55,6 +54,7 @@ def refine(
     block_ids: Array,
     visible: Array,
     first_block: Array,
+    pages: Pages | None = None,
     *,
     topk: int,
     block_size: int,
@@ -64,8 +64,20 @@ def refine(
     config = tuned(
         refine_stage.Config, "triton.refine", H=H, D=D, block_size=block_size, itemsize=itemsize
     ) or refine_stage.heuristic(H, block_size)
+    if pages is not None:
+        config = dataclasses.replace(config, tile_s=min(config.tile_s, pages.size))
     images = refine_stage.refine_scores(
-        q, w, k, k_scale, block_ids, visible, first_block, block_size=block_size, config=config, interpret=interpret
+        q,
+        w,
+        k,
+        k_scale,
+        block_ids,
+        visible,
+        first_block,
+        pages,
+        block_size=block_size,
+        config=config,
+        interpret=interpret,
     )
     limit = jnp.sum(block_ids >= 0, axis=1, dtype=jnp.int32) * block_size
     return topk_stage.topk(images, limit, topk, block_ids, block_size, interpret=interpret)
@@ -78,6 +90,7 @@ def flat(
     k_scale: Array | None,
     visible: Array,
     sequences: Sequences,
+    pages: Pages | None = None,
     *,
     topk: int,
     interpret: Interpret = False,
@@ -97,6 +110,7 @@ def flat(
             visible,
             tiles,
             first_column,
+            pages,
             n_columns=n_columns,
             config=config,
             interpret=interpret,

@@ -1,0 +1,102 @@
+"""Keys in pages: where a paged cache has the rows of each request, and the sums from which block means follow."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kernels_pallas.sequences import FlatCall, Sequences
+
+_MAX_ROWS = 2**31 - 1
+TILED_BLOCKS = (
+    16  # a request's blocks begin at a multiple of this: tiled copies of their means need 8, tiles of them 16
+)
+
+
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pages:
+    """Where each row of the requests is: row i of them all is row i % size of page table[i // size].
+
+    Attributes:
+        table: [n] int32, page of every `size` rows; any value where a request has none.
+        size: rows of a page, a power of two; `n_pages`: pages there are.
+    """
+
+    table: Array
+    size: int = dataclasses.field(metadata=_STATIC)
+    n_pages: int = dataclasses.field(metadata=_STATIC)
+
+    def __getitem__(self, i: Array) -> Array:
+        """The page of each group of rows, one that there is whatever the table says."""
+        return jnp.clip(self.table[jnp.minimum(i, self.table.shape[0] - 1)], 0, self.n_pages - 1)
+
+    def of_blocks(self, blocks: Array, block_size: int) -> Array:
+        """[T, m] blocks of all requests' rows -> [T, m * block_size / size] int32."""
+        per_block = block_size // self.size
+        first = (blocks * per_block)[:, :, None]
+        return self[first + jnp.arange(per_block, dtype=jnp.int32)].reshape(blocks.shape[0], -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PageSums:
+    """The block means of all requests, not yet taken.
+
+    Attributes:
+        sums: [n_pages, D] float32, the dequantised keys of the tokens in each page; `counts`: [n_pages] int32, of how
+            many.
+        pages: of all requests' rows; `per_block`: pages of a block.
+    """
+
+    sums: Array
+    counts: Array
+    pages: Pages
+    per_block: int = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def n_blocks(self) -> int:
+        """Of all requests."""
+        return self.pages.table.shape[0] // self.per_block
+
+
+def flatten_paged(
+    q: Array,
+    k: Array,
+    k_scale: Array | None,
+    w: Array,
+    visible: Array,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+    block_size: int | None = None,
+) -> tuple[FlatCall, Pages]:
+    """[T, H, D], [n_pages, page_size, D], [n_pages, page_size], [T, H], [T], [R, P], [R + 1]: nothing is copied.
+
+    The call's keys are the rows of all pages; its sequences speak of rows of the requests, which the pages map to them.
+    """
+    (R, P), (n_pages, size, D) = block_tables.shape, k.shape
+    unit = TILED_BLOCKS * (block_size or size) // size
+    block_tables = jnp.pad(block_tables, ((0, 0), (0, -P % unit)))
+    rows = block_tables.shape[1] * size
+    if R * rows > _MAX_ROWS:
+        raise ValueError(f"{R} requests of up to {rows} tokens, wanted at most {_MAX_ROWS} in all block tables")
+    call = FlatCall(
+        q=q,
+        k=k.reshape(n_pages * size, D),
+        k_scale=None if k_scale is None else k_scale.reshape(n_pages * size),
+        w=w,
+        visible=visible,
+        sequences=Sequences(
+            query_starts=cu_seqlens_q,
+            key_starts=np.arange(R, dtype=np.int32) * rows,
+            lengths=np.full((R,), P * size, np.int32),
+            max_keys=P * size,
+        ),
+        shape=q.shape[:1],
+    )
+    return call, Pages(table=block_tables.reshape(-1), size=size, n_pages=n_pages)

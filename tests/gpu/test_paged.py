@@ -1,0 +1,222 @@
+"""`select_paged` on the GPU kernels: keys in pages give the selection that XLA makes of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hisa_jax as hj
+from kernels_pallas import indexer, mosaic_gpu, triton
+from kernels_pallas.pages import PageSums, flatten_paged
+from kernels_pallas.triton.page_means import pool_pages
+from kernels_pallas.triton.pool import pool
+from tests.gpu import promises
+from tests.gpu.test_lowering import BACKENDS, BF16, E4M3, lower
+from tests.gpu.test_select import implementation  # noqa: F401
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Requests in pages of a cache in random order, beside them their keys in one piece; a row of queries is nobody's.
+
+    Tables hold nonsense where there are no tokens.
+    """
+
+    q: jax.Array
+    w: jax.Array
+    k: jax.Array  # of all requests
+    k_scale: jax.Array | None
+    cache: hj.cache.IndexCache
+    tables: jax.Array
+    cu_seqlens_q: jax.Array
+    lengths: jax.Array
+
+    def select(self, implementation, method, **options):  # noqa: F811
+        arrays = self.q, self.w, self.cache, self.tables, self.cu_seqlens_q, self.lengths
+        options = dict(return_scores=True, return_blocks=method.has_blocks) | options
+        return hj.select_paged(*arrays, method, implementation=implementation, **options)
+
+
+def draw(lengths, queries, page_size, dtype, *, H=16, D=64, normal=False, seed=0):
+    """Whole numbers, whose sums are exact, or normal data."""
+    rng = np.random.default_rng(seed)
+    lengths, queries = np.asarray(lengths, np.int32), np.asarray(queries)
+    n_used = -(-lengths // page_size)
+    n_pages = int(n_used.sum()) + 3
+    tables = rng.choice([-1, n_pages, 2**31 - 1], (len(lengths), n_used.max() + 2)).astype(np.int32)
+    free = rng.permutation(n_pages)
+    for r, n in enumerate(n_used):
+        tables[r, :n], free = free[:n], free[n:]
+    make = (lambda *shape: rng.normal(size=shape)) if normal else (lambda *shape: rng.integers(-1, 2, shape))
+    T, N = queries.sum() + 1, lengths.sum()
+    q, k, w = (jnp.asarray(make(*shape), jnp.float32) for shape in ((T, H, D), (N, D), (T, H)))
+    q, k, k_scale = q.astype(dtype), k.astype(dtype), None
+    if dtype == E4M3:
+        k_scale = jnp.asarray(2.0 ** rng.integers(-1, 2, N), jnp.float32)
+    cache = hj.append(
+        hj.init_cache(n_pages, page_size, D, dtype),
+        k if k_scale is None else hj.QuantizedKeys(k, k_scale),
+        jnp.asarray(tables),
+        jnp.asarray(np.cumsum([0, *lengths]), jnp.int32),
+        jnp.zeros(len(lengths), jnp.int32),
+    )
+    cu_seqlens_q = jnp.asarray(np.cumsum([0, *queries]), jnp.int32)
+    return Requests(
+        q, 0.1 * w if normal else w, k, k_scale, cache, jnp.asarray(tables), cu_seqlens_q, jnp.asarray(lengths)
+    )
+
+
+def assert_same(got, wanted):
+    for field in dataclasses.fields(got):
+        x, y = getattr(got, field.name), getattr(wanted, field.name)
+        assert (x is None) == (y is None)
+        if x is not None:
+            np.testing.assert_array_equal(x, y, err_msg=field.name)
+
+
+# One request without tokens, one shorter than a block, one that keeps all its blocks; ends within a page.
+PREFILL_AND_DECODE = dict(lengths=[600, 0, 21, 250], queries=[8, 0, 1, 2])
+DECODE = dict(lengths=[600, 333, 0, 21, 250], queries=[1, 1, 0, 1, 1])
+METHODS = {
+    "dsa": lambda block_size: hj.Dsa(topk=50),
+    "hisa": lambda block_size: hj.Hisa(topk=50, block_size=block_size, block_topk=4),
+    "block_sparse": lambda block_size: hj.BlockSparse(topk=4 * block_size, block_size=block_size),
+}
+# Of these few and small requests means are taken in registers, where queries are few, or written first.
+CASES = [  # page, block, dtype, requests, method
+    pytest.param(32, 64, E4M3, PREFILL_AND_DECODE, "hisa", id="two_pages_a_block"),
+    pytest.param(32, 64, E4M3, PREFILL_AND_DECODE, "dsa", id="flat"),
+    pytest.param(64, 128, E4M3, DECODE, "hisa", id="decode"),
+]
+MORE_CASES = [
+    pytest.param(32, 32, BF16, DECODE, "hisa", id="page_is_a_block"),
+    pytest.param(16, 64, BF16, DECODE, "hisa", id="four_pages_a_block"),
+    pytest.param(32, 32, BF16, PREFILL_AND_DECODE, "block_sparse", id="block_sparse"),
+]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "page_size", "block_size", "dtype", "requests", "method"),
+    [
+        pytest.param(name, *case.values, id=f"{name}-{case.id}", marks=marks)
+        for name, marks, cases in (
+            ("triton_interpreted", (), CASES + MORE_CASES),
+            ("mosaic_gpu_interpreted", (), CASES),
+            ("triton", pytest.mark.gpu, CASES + MORE_CASES),
+            ("mosaic_gpu", pytest.mark.gpu, [case for case in CASES + MORE_CASES if case.values[0] >= 32]),
+        )
+        for case in cases
+    ],
+    indirect=["implementation"],
+)
+def test_pages_give_what_xla_gives(implementation, page_size, block_size, dtype, requests, method):  # noqa: F811
+    requests, method = draw(**requests, page_size=page_size, dtype=dtype), METHODS[method](block_size)
+    assert_same(requests.select(implementation, method), requests.select("xla", method))
+
+
+def test_a_request_that_lacks_a_page_selects_nothing_and_the_others_are_right(implementation):  # noqa: F811
+    requests, method = draw(**PREFILL_AND_DECODE, page_size=32, dtype=BF16), METHODS["hisa"](32)
+    requests = dataclasses.replace(requests, tables=requests.tables.at[0, 3].set(requests.cache.n_pages))
+    got = requests.select(implementation, method)
+    assert (np.asarray(got.count[:8]) == 0).all() and (np.asarray(got.count[8:11]) > 0).all()
+    assert_same(got, requests.select("xla", method))
+
+
+def test_some_queries_at_a_time_give_the_same(implementation, monkeypatch):  # noqa: F811
+    requests, method = draw(**PREFILL_AND_DECODE, page_size=32, dtype=E4M3), METHODS["hisa"](64)
+    monkeypatch.setattr(indexer, "_QUERIES", 4)
+    jax.clear_caches()  # of what was traced for more at a time
+    assert_same(requests.select(implementation, method), requests.select("xla", method))
+
+
+@pytest.mark.parametrize("dtype", [E4M3, BF16], ids=["e4m3", "bf16"])
+def test_means_of_pages_are_those_of_the_keys(dtype):
+    requests = draw([384, 64], [1, 1], 32, dtype)
+    call, pages = flatten_paged(
+        requests.q, requests.cache.keys, None, requests.w, jnp.zeros(3, jnp.int32), requests.tables,
+        requests.cu_seqlens_q, 64,
+    )  # fmt: skip
+    sums = PageSums(sums=requests.cache.sums, counts=requests.cache.counts, pages=pages, per_block=2)
+    means, scale = pool_pages(sums, dtype, interpret=True)
+    wanted, wanted_scale = pool(requests.k, requests.k_scale, np.full(7, 64, np.int32), block_size=64, interpret=True)
+    for r, blocks in enumerate((slice(0, 6), slice(6, 7))):
+        first = int(call.sequences.key_starts[r]) // 64
+        own = slice(first, first + blocks.stop - blocks.start)
+        np.testing.assert_array_equal(means[:, own], wanted[:, blocks])
+        if scale is not None:
+            np.testing.assert_array_equal(scale[own], wanted_scale[blocks])
+
+
+def test_small_pages_are_declined_with_the_reason():
+    shape = {"H": 64, "D": 128, "dtype": E4M3, "topk": 2048}
+    assert mosaic_gpu.why_not("9.0", **shape, page_size=32) is None
+    assert mosaic_gpu.why_not("9.0", **shape, page_size=16) == "needs pages of 32 tokens or more, not 16"
+    assert triton.why_not("9.0", **shape, page_size=16) is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "T", "R", "context", "page_size", "dtype"),
+    [
+        ("mosaic_gpu", 128, 128, 131072, 64, E4M3),  # a query a CTA
+        ("mosaic_gpu", 32, 32, 131072, 128, E4M3),  # several CTAs a query
+        ("mosaic_gpu", 4200, 8, 65536, 64, BF16),  # prefill among decode
+        ("triton", 32, 32, 131072, 64, E4M3),
+        ("triton", 4200, 8, 65536, 16, BF16),
+    ],
+)
+def test_indexers_over_pages_lower(backend, T, R, context, page_size, dtype):
+    module, P, f32, i32 = BACKENDS[backend], context // page_size, jnp.float32, jnp.int32
+
+    def both(q, k, k_scale, w, visible, tables, cu_seqlens_q, sums, counts):
+        operands = q, k, k_scale if dtype == E4M3 else None, w, visible
+        where = dict(block_tables=tables, cu_seqlens_q=cu_seqlens_q)
+        means = dict(page_sums=sums, page_counts=counts)
+        hisa = module.select_hisa_paged(*operands, topk=2048, block_size=128, block_topk=64, **where, **means)
+        return hisa, module.select_flat_paged(*operands, topk=2048, **where) if T > R else None
+
+    keys = ((R * P, page_size, 128), dtype), ((R * P, page_size), f32)
+    requests = ((R, P), i32), ((R + 1,), i32), ((R * P, 128), f32), ((R * P,), i32)
+    assert "custom_call" in lower(both, ((T, 64, 128), dtype), *keys, ((T, 64), f32), ((T,), i32), *requests)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [64, 128])
+@pytest.mark.parametrize("queries", [[1, 1, 1, 0, 1], [300, 1, 8, 0, 1]], ids=["decode", "prefill_and_decode"])
+@pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
+def test_real_sizes_keep_the_contract(backend, queries, page_size):
+    if jax.default_backend() != "gpu" or hj.implementations()[backend]:
+        pytest.skip(hj.implementations()[backend] or "needs an NVIDIA GPU")
+    lengths = [20000, 131072, 9000, 0, 700]
+    requests = draw(lengths, queries, page_size, E4M3, H=64, D=128, normal=True)
+    method = hj.Hisa(topk=2048, block_size=128, block_topk=64)
+    got = requests.select(backend, method, return_scores=False)
+    flat = requests.select(backend, hj.Dsa(topk=2048), return_scores=False)
+    starts = np.cumsum([0, *lengths])
+    for r, (first, end) in enumerate(zip(np.cumsum([0, *queries]), np.cumsum(queries), strict=False)):
+        rows = slice(max(first, end - 8), end)
+        keys = slice(starts[r], starts[r + 1])
+        one = requests.q[None, rows], requests.k[None, keys], requests.k_scale[None, keys], requests.w[None, rows]
+        visible = lengths[r] - (end - np.arange(rows.start, rows.stop))[None] + 1
+        if first < end:
+            own = [x[None, rows] for x in (got.indices, got.count, got.blocks)]
+            promises.check_hisa(
+                own, *one, visible, topk=2048, block_size=128, block_topk=64, token_tolerance=2e-3, block_tolerance=2e-2
+            )
+            own = [x[None, rows] for x in (flat.indices, flat.count)]
+            promises.check_flat(own, *one, visible, topk=2048, token_tolerance=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
+def test_real_sizes_of_whole_numbers_give_what_xla_gives(backend):
+    if jax.default_backend() != "gpu" or hj.implementations()[backend]:
+        pytest.skip(hj.implementations()[backend] or "needs an NVIDIA GPU")
+    for seed, page_size in enumerate((64, 128)):
+        for queries in ([1, 1, 1], [150, 1, 8]):
+            requests = draw([9000, 20000, 12345], queries, page_size, BF16, H=64, D=128, seed=seed)
+            method = hj.Hisa(topk=2048, block_size=128, block_topk=32)
+            assert_same(requests.select(backend, method), requests.select("xla", method))
