@@ -127,7 +127,7 @@ def test_kernels_exchange_candidates_alone(chip, monkeypatch):
 
 def test_xla_exchanges_candidates_alone(monkeypatch):
     """The same without kernels."""
-    chip, T = "v6e", 64
+    chip, T = "v6e", 1
     if reason := tpu_aot.why_not():
         pytest.skip(reason)
     program, context = compiled_sharded(chip, T, "xla", monkeypatch)
