@@ -133,8 +133,11 @@ def _take_schedules(*, keep: bool) -> list[tpu_schedule.Schedule]:
         text = path.read_text()
         if "= custom-call(" not in text:  # XLA's own operations
             continue
-        use = next(folder.glob(f"{match.group(1)}-{match.group(2)}*-final_hlo-static-per-bundle-utilization.txt"))
-        found.append(tpu_schedule.read(match.group(2), text, use.read_text()))
+        others = [
+            next(folder.glob(f"{match.group(1)}-{match.group(2)}*-{what}.txt")).read_text()
+            for what in ("final_hlo-static-per-bundle-utilization", "[0-9][0-9]-post-ra")
+        ]
+        found.append(tpu_schedule.read(match.group(2), text, *others))
     if keep and not any(folder.iterdir()):
         raise RuntimeError("libtpu was loaded before bench.tpu_aot.prepare() was called, so it writes no schedules")
     for path in folder.iterdir():

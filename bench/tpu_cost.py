@@ -19,12 +19,12 @@ from bench.tpu_schedule import Schedule
 from kernels_pallas.image import image_of, narrow_search
 from kernels_pallas.mosaic_tpu import block_filter, flat, refine, sparse_mla
 from kernels_pallas.mosaic_tpu.config import CHIPS as KERNEL_CHIPS
+from kernels_pallas.mosaic_tpu.config import ROWS
 from kernels_pallas.mosaic_tpu.flat_body import COLUMNS, products_a_step
 from kernels_pallas.mosaic_tpu.topk import padded_groups
 from kernels_pallas.mosaic_tpu.topk_body import SLOTS
 
 TOPK = ("bounds", "passes", "count", "tie_steps", "tie_count", "tie_drop", "tiles")
-_LINED = ("passes", "tie_steps", "tiles")  # where a pass is short enough to be no loop
 _NO_TIES = {"tie_steps": 0.0, "tie_count": 0.0, "tie_drop": 0.0}
 _ITEMSIZE = {"bf16": 2, "int8": 1, "e4m3": 1}
 
@@ -60,10 +60,12 @@ class Kernel:
         return schedule.cost(path=path).cycles / self.pairs
 
 
-def flat_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) -> list[Kernel]:
+def flat_kernels(chip: Chip, model: shapes.Model, B: int, T: int, S: int, dtype: str) -> list[Kernel]:
     config = flat.heuristic(T, S)
-    tiles = T // config.tile_t // chip.cores_per_device
-    last = S - T + config.tile_t * (np.arange(T // config.tile_t) + 1)  # visible to the last query of each tile
+    per_sequence = -(-T // config.tile_t)
+    tiles = -(-B * per_sequence // chip.cores_per_device)
+    # Visible to the last query of each tile.
+    last = np.minimum(S - T + config.tile_t * (np.arange(per_sequence) + 1), S)
     tile_s = min(config.tile_s, S)
     steps = float(np.mean(-(-last // tile_s)))
     groups = padded_groups(S)
@@ -77,7 +79,7 @@ def flat_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) ->
         "spans": scanned / span,
     }
     share = tile_s / S  # of the steps of a tile
-    names = ["score", "fill", *(TOPK if config.tile_t > 8 else TOPK[:-1]), *(["spans"] if groups > 128 else [])]
+    names = ["score", "fill", *_topk_loops(groups, config.tile_t), *(["spans"] if groups > 128 else [])]
     keys = tiles * steps * tile_s * (model.D * _ITEMSIZE[dtype] + (0 if dtype == "bf16" else 4))
     return [
         Kernel(
@@ -91,7 +93,7 @@ def flat_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) ->
     ]
 
 
-def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) -> list[Kernel]:
+def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str, is_masked: bool = False) -> list[Kernel]:
     kind = KERNEL_CHIPS[chip.kind]
     n, queries = S // model.block_size, T // chip.cores_per_device
     key_bytes = S * (model.D * _ITEMSIZE[dtype] + (0 if dtype == "bf16" else 4))
@@ -111,7 +113,7 @@ def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) ->
         out.append(
             Kernel(
                 name="hisa_block_filter",
-                loops=("fill", "score", *(_LINED if groups <= 32 else TOPK)),
+                loops=("fill", "score", *_topk_loops(groups, config.tile_t)),
                 trips=trips,
                 shares={"pool": 1 / tiles},
                 moved_bytes=moved + key_bytes,
@@ -130,19 +132,59 @@ def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) ->
         "score": refine_config.tile_t / 8 * width / refine_config.columns,
         **_topk_trips(padded_groups(width), width, model.topk, refine_config.tile_t),
     }
+    after_topk = () if is_masked else ("positions",)
     gathered = 0.0 if refine_config.is_resident else pairs * key_bytes / n
     out.append(
         Kernel(
             name="hisa_refine",
-            loops=("fill", "score", *TOPK, "positions"),
+            loops=("fill", "score", *_topk_loops(padded_groups(width), refine_config.tile_t), *after_topk),
             trips=trips,
             shares={"pool": 1 / tiles},
-            moved_bytes=moved + gathered + 4 * queries * model.topk,
+            moved_bytes=moved + gathered + 4 * queries * (width if is_masked else model.topk),
             exposed_bytes=key_bytes if refine_config.is_resident else 0.0,
             pairs=8 * refine_config.columns / 128,
         )
     )
     return out
+
+
+def decode_kernels(chip: Chip, model: shapes.Model, B: int, S: int, dtype: str) -> list[Kernel]:
+    """One query a sequence, from kept means: the block filter and refine are one kernel on means and on keys."""
+    kind = KERNEL_CHIPS[chip.kind]
+    parts = block_filter.heuristic(kind, 1).mean_parts
+    n, m, itemsize = S // model.block_size, model.block_topk, _ITEMSIZE[dtype]
+    row_bytes = model.D * itemsize + (0 if dtype == "bf16" else 4)
+    return [
+        # XLA cuts the means into parts first.
+        _gathered(chip, "hisa_block_filter", model, B, parts * model.D, n // 128, 128, model.block_topk, 2,
+                  row_bytes=2 * parts * model.D, exposed_bytes=B * n * model.D * (4 + 2 * parts)),
+        _gathered(chip, "hisa_refine", model, B, model.D, m, model.block_size, model.topk, itemsize,
+                  row_bytes=row_bytes, exposed_bytes=0.0),
+    ]  # fmt: skip
+
+
+def _gathered(
+    chip: Chip, name: str, model: shapes.Model, B: int, D: int, m: int, block_size: int, k: int, itemsize: int, *,
+    row_bytes: int, exposed_bytes: float,
+) -> Kernel:  # fmt: skip
+    """`refine` of one query a sequence, which keeps m blocks, all of them full."""
+    config = refine.heuristic(KERNEL_CHIPS[chip.kind], B, 1, model.H, D, m, m, block_size, itemsize)
+    queries = min(B, -(-B // (config.tile_t * config.n_cores)) * config.tile_t)
+    width = config.padded_blocks(m, block_size) * block_size
+    steps = -(-m * block_size // (config.columns * (ROWS // config.queries_per_eight)))
+    trips = {
+        "grid": -(-queries // config.tile_t),
+        "score": min(queries, config.tile_t) / config.queries_per_eight * steps,
+        **_topk_trips(padded_groups(width), m * block_size, k, config.tile_t),
+    }
+    positions = ["positions"] if config.tile_t > ROWS else []
+    return Kernel(
+        name=name,
+        loops=("fill", "score", *_topk_loops(padded_groups(width), config.tile_t), *positions),
+        trips=trips,
+        moved_bytes=queries * (m * block_size * row_bytes + _query_bytes(model, "bf16") + 4 * k),
+        exposed_bytes=exposed_bytes,
+    )
 
 
 def topk_kernels(chip: Chip, T: int, W: int, k: int) -> list[Kernel]:
@@ -151,7 +193,7 @@ def topk_kernels(chip: Chip, T: int, W: int, k: int) -> list[Kernel]:
     return [Kernel(name="hisa_topk", loops=TOPK, trips=trips, moved_bytes=32 * tiles * 4 * (W + k))]
 
 
-def sparse_mla_kernels(chip: Chip, model: shapes.Model, T: int) -> list[Kernel]:
+def sparse_mla_kernels(chip: Chip, model: shapes.Model, T: int, is_masked: bool = False) -> list[Kernel]:
     """For the tokens of `block_topk` blocks a query; the keys of a block take whole tiles of 128 lanes."""
     queries = T / chip.cores_per_device
     tokens = model.block_topk * model.block_size
@@ -162,7 +204,7 @@ def sparse_mla_kernels(chip: Chip, model: shapes.Model, T: int) -> list[Kernel]:
             name="sparse_mla",
             loops=("steps",),
             trips={"grid": queries, "steps": tokens / sparse_mla.Config().tile_s},
-            moved_bytes=queries * (tokens * row_bytes + heads_bytes),
+            moved_bytes=queries * (tokens * (row_bytes + 4 * is_masked) + heads_bytes),
         )
     ]
 
@@ -172,15 +214,24 @@ def _query_bytes(model: shapes.Model, dtype: str) -> int:
 
 
 def _topk_trips(groups: float, n: int, k: int, rows: int) -> dict[str, float]:
-    tiles = rows // 8
-    unroll = lambda registers: min(max(registers // tiles, 8), padded_groups(n), 128)  # noqa: E731
     return {
-        "bounds": groups / unroll(32),
+        "bounds": groups / _unroll(32, n, rows),
         "passes": passes(n, k, rows),
-        "count": groups / unroll(128),
+        "count": groups / _unroll(128, n, rows),
         **_NO_TIES,
-        "tiles": tiles,
+        "tiles": rows // ROWS,
     }
+
+
+def _topk_loops(groups: int, rows: int) -> tuple[str, ...]:
+    """Those of `TOPK` that are loops: what runs once is none."""
+    few, many = (groups > _unroll(registers, groups * 128, rows) for registers in (32, 128))
+    is_loop = {"bounds": few, "count": many, "tie_count": few, "tie_drop": few, "tiles": rows > ROWS}
+    return tuple(name for name in TOPK if is_loop.get(name, True))
+
+
+def _unroll(registers: int, n: int, rows: int) -> int:
+    return min(max(registers * ROWS // rows, ROWS), padded_groups(n), 128)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ _STAGES = re.compile(r"iteration index, stage = (\d+)")
 _JUMP = re.compile(r"sbr\.rel (?:\((!?%p\w+)\) )?target = \$region(\d+)")
 _STARTS = re.compile(r"Start(?:/End empty)? region (\d+)")
 _DMA = re.compile(r"dma\.(\w+) .*?/\*size_in_granules=\*/(\w+|%s\w+)", re.S)
+_IN_VMEM = re.compile(r"^ *#allocation\w+ \[.*?space=vmem, size = (0x[0-9a-f]+), scoped", re.M)
 _LARGE = 64  # bundles: a region of this size counts
 _SMALL = 24  # bundles: a skipped region below this is not worth a name
 
@@ -71,11 +72,13 @@ class Schedule:
     Attributes:
         capacity: slots a bundle has of each unit.
         root: the tree.
+        vmem_bytes: of VMEM: scratch, windows of operands, spilled registers.
     """
 
     name: str
     capacity: Mapping[str, int]
     root: Loop
+    vmem_bytes: int
 
     @property
     def bundles(self) -> int:
@@ -119,15 +122,15 @@ class Schedule:
         Paths differ between chips, as the compiler does without a branch here and there; the order of loops does not.
 
         Args:
-            last: names of the last loops, in program order. Before them come "grid", the first, and loops that bring in
-                the keys, which differ between chips: "pool" if there is arithmetic in it, else "load".
+            last: names of the last loops, in program order. If there are more, the first is the "grid", and those after
+                it bring in the keys, which differs between chips: "pool" if there is arithmetic in it, else "load".
         """
         loops = [loop for loop in self.root.walk() if loop.path and not loop.is_branch]
-        if len(loops) <= len(last):
-            raise ValueError(f"{self.name} has {len(loops)} loops, wanted a grid and {last}\n{self.outline()}")
-        first = loops[1 : len(loops) - len(last)]
-        loading = ("pool" if sum(part.bundles for part in loop.walk()) >= _LARGE * 3 else "load" for loop in first)
-        named = zip(("grid", *loading, *last), loops, strict=True)
+        if len(loops) < len(last):
+            raise ValueError(f"{self.name} has {len(loops)} loops, wanted {last}\n{self.outline()}")
+        first = loops[: len(loops) - len(last)]
+        loading = ("pool" if sum(part.bundles for part in loop.walk()) >= _LARGE * 3 else "load" for loop in first[1:])
+        named = zip((*["grid"][: len(first)], *loading, *last), loops, strict=True)
         return {"": "", **{loop.path: name for name, loop in named}}
 
     def named_trips(
@@ -176,14 +179,15 @@ class Schedule:
         return "\n".join(lines)
 
 
-def read(name: str, final_bundles: str, utilization: str) -> Schedule:
-    """Parses the texts of `*-final_bundles.txt` and `*-final_hlo-static-per-bundle-utilization.txt`."""
+def read(name: str, final_bundles: str, utilization: str, after_allocation: str) -> Schedule:
+    """Parses `*-final_bundles.txt`, `*-final_hlo-static-per-bundle-utilization.txt` and `*-post-ra.txt`."""
     capacity, slots = _slots(utilization)
     bundles = _bundles(final_bundles, slots)
     starts = _region_starts(bundles)
     loops = _loop_spans(bundles)
     branches = [span for span in _branch_spans(bundles, starts) if not _is_guard(span, loops)]
-    return Schedule(name=name, capacity=capacity, root=_tree(bundles, loops, branches))
+    vmem_bytes = sum(int(size, 16) for size in _IN_VMEM.findall(after_allocation))
+    return Schedule(name=name, capacity=capacity, root=_tree(bundles, loops, branches), vmem_bytes=vmem_bytes)
 
 
 def _slots(utilization: str) -> tuple[dict[str, int], list[tuple[int, ...]]]:

@@ -1,6 +1,7 @@
 """Which implementation runs, and why the others do not. Alone here are kernels imported."""
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from hisa_jax import xla
+from hisa_jax import context_kernels, context_xla, xla
 from hisa_jax.kernels import Backend, Kernels
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
 
@@ -63,12 +64,14 @@ class Implementation:
             is None where only the device is asked about.
         select, select_packed, select_paged: the functions of `xla.py` with these names, or others of their signature;
             None: `why_not` declines every such call.
+        select_sharded: what one device does of it, as in `context_xla.py`; None: it takes no keys split over devices.
     """
 
     why_not: Callable[[Device, Problem | None], str | None]
     select: Callable[..., Any]
     select_packed: Callable[..., Any]
     select_paged: Callable[..., Any] | None = None
+    select_sharded: Callable[..., Any] | None = None
 
 
 def backend(name: str) -> Backend:
@@ -120,19 +123,24 @@ def _tpu(name: str) -> Implementation:
         module: Any = backend(name)
         if problem is None:
             return module.why_not(device.kind, H=64, D=128, q_dtype="bfloat16", k_dtype="bfloat16", topk=1)
-        if problem.page_size is not None or problem.is_packed:
-            return f"its kernels take batches, not {'packed sequences' if problem.is_packed else 'pages'} yet"
         method = problem.method
-        if isinstance(method, BlockSparse):
-            return "it has no kernel for BlockSparse yet"
         blocks = {} if isinstance(method, Dsa) else {"block_size": method.block_size, "block_topk": method.block_topk}
         return module.why_not(
-            device.kind, H=problem.H, D=problem.D, q_dtype=problem.q_dtype, k_dtype=problem.k_dtype, topk=method.topk,
+            device.kind,
+            H=problem.H,
+            D=problem.D,
+            q_dtype=problem.q_dtype,
+            k_dtype=problem.k_dtype,
+            # A block-sparse selection takes its tokens from the blocks, not by a top-k.
+            topk=1 if isinstance(method, BlockSparse) else method.topk,
+            page_size=problem.page_size,
+            n_keys=problem.S,
             **blocks,
-        )  # fmt: skip
+        )
 
     # By the compiler's schedule HISA takes 1.15 to 1.3 times as long as the flat indexer at 8K. On Hopper it is 0.96.
-    return _kernels(name, why_not, flat_if_all_kept=True)
+    sharded = functools.partial(context_kernels.select, lambda: backend(name))
+    return dataclasses.replace(_kernels(name, why_not, flat_if_all_kept=True), select_sharded=sharded)
 
 
 def _blocks(method: Hisa | BlockSparse, S: int) -> dict[str, int]:
@@ -152,6 +160,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         select=xla.select,
         select_packed=xla.select_packed,
         select_paged=xla.select_paged,
+        select_sharded=context_xla.select,
     ),
 }
 

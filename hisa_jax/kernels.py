@@ -179,7 +179,7 @@ class Kernels:
         else:
             block_sparse = backend.select_blocks_paged if is_paged else backend.select_blocks
             blocks = block_sparse(*operands, **options)
-            indices, count = _tokens_of_blocks(blocks, visible, method)
+            indices, count = tokens_of_blocks(blocks, visible, method)
         return Selection(indices=indices, count=count, blocks=blocks if return_blocks else None)
 
 
@@ -189,7 +189,7 @@ def _all_blocks(visible: Array, method: Hisa) -> Array:
     return stages.first_positions(eligible.reshape(-1), method.block_topk).reshape(*visible.shape, method.block_topk)
 
 
-def _tokens_of_blocks(blocks: Array, visible: Array, method: BlockSparse) -> tuple[Array, Array]:
+def tokens_of_blocks(blocks: Array, visible: Array, method: BlockSparse) -> tuple[Array, Array]:
     """[..., m], [...] -> [..., topk] int32 and [...] count: only the last block has invisible tokens, so no holes."""
     flat = blocks.reshape(-1, blocks.shape[-1])
     positions, seen = stages.tokens_of(flat, visible.reshape(-1), method.block_size)

@@ -38,15 +38,25 @@ def problem_of(q: Array, keys: Keys, method: Method) -> dispatch.Problem:
 
 
 def choose(
-    call: str, problem: dispatch.Problem, implementation: str, return_blocks: bool, tiles: xla.Tiles | None
+    call: str,
+    problem: dispatch.Problem,
+    implementation: str,
+    return_blocks: bool,
+    tiles: xla.Tiles | None,
+    *,
+    needs: str = "select",
 ) -> str:
-    """Checks what is no array and returns the name of the implementation to run."""
+    """Checks what is no array and returns the name of the implementation to run, one that has the function `needs`."""
     method: Any = problem.method
     if not isinstance(method, Hisa | Dsa | BlockSparse):
         raise TypeError(f"{call}: method is {method!r}, wanted a Hisa, Dsa or BlockSparse")
     if return_blocks and isinstance(method, Dsa):
         raise ValueError(f"{call}: return_blocks=True with {method}: the flat indexer keeps no blocks")
-    name = dispatch.choose(call, implementation, dispatch.reasons(dispatch.Device.default(), problem))
+    why_not = {
+        name: f"it has no {needs}" if getattr(dispatch.IMPLEMENTATIONS[name], needs) is None else reason
+        for name, reason in dispatch.reasons(dispatch.Device.default(), problem).items()
+    }
+    name = dispatch.choose(call, implementation, why_not)
     if tiles is not None and name != "xla":
         raise ValueError(f'{call}: tiles={tiles} with implementation="{name}", wanted implementation="xla"')
     return name

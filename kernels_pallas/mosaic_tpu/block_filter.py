@@ -14,6 +14,7 @@ and 67 MB of queries / 819 GB/s = 0.12 ms. Bound by the MXU; the schedule takes 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.mosaic_tpu import block_filter_body, launch, pool
 from kernels_pallas.mosaic_tpu.block_filter_body import COLUMNS, Plan
 from kernels_pallas.mosaic_tpu.config import LANES, ROWS, Chip
+from kernels_pallas.mosaic_tpu.ragged import Ragged, RaggedTiles
 from kernels_pallas.mosaic_tpu.topk import padded_groups
 from kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from kernels_pallas.types import Interpret, Ref
@@ -59,7 +61,6 @@ def heuristic(chip: Chip, T: int) -> Config:
     return Config(tile_t=tile_t, mean_parts=2 if chip.mxu > 128 else 1, n_cores=chip.n_cores if tile_t < T else 1)
 
 
-@functools.partial(jax.jit, static_argnames=("block_topk", "keep_first", "keep_last", "config", "interpret"))
 def block_filter(
     q: Array,
     w: Array,
@@ -67,26 +68,70 @@ def block_filter(
     k_scale: Array | None,
     eligible: Array,
     n_tokens: Array,
-    *,
-    block_topk: int,
-    keep_first: int,
-    keep_last: int,
-    config: Config,
-    interpret: Interpret = False,
-) -> Array:
-    """[B, T, H, D], [B, T, H], ... -> [B, T, block_topk] int32, ascending, then -1.
+    **options: Any,
+) -> tuple[Array, ...]:
+    """[B, T, H, D], [B, T, H], ... -> [B, T, block_topk] int32, ascending, then -1; maybe their images.
 
     Args:
         source: keys [B, n, block_size, D], n a multiple of GROUP, pooled here; or kept means [B, n, D] float32, as
             `pool.pool` gives them.
         k_scale: [B, n, block_size] float32 with keys that have scales, else None.
         eligible: [B, T] int32, blocks that each query may keep; n_tokens: [B] int32, tokens present.
+        options: of `_launch`.
     """
-    n_queries, step = q.shape[1], config.tile_t * config.n_cores
-    q, w, eligible = (launch.pad_axis(x, 1, step) for x in (q, w, eligible))
-    (B, T, H, D), n = q.shape, source.shape[1]
-    groups, tile_t = padded_groups(n), config.tile_t
-    tiles, registers = T // tile_t // config.n_cores, tile_t // ROWS
+    block_size = source.shape[2] if source.ndim == 4 else 0
+    outs = _launch(q, w, source, k_scale, eligible, n_tokens, n=source.shape[1], block_size=block_size, **options)
+    return tuple(out[:, : q.shape[1]] for out in outs)
+
+
+def block_filter_ragged(
+    q: Array, w: Array, ragged: Ragged, tiles: RaggedTiles, page_sums: Array | None, eligible: Array, **options: Any
+) -> Array:
+    """The same for the sequences in `tiles`: [T, H, D], [T, H], ..., [T] -> [T, block_topk] int32.
+
+    Args:
+        page_sums: [N, D] float32, of pages; None: pooled here.
+    """
+    source, k_scale = (ragged.k, ragged.k_scale) if page_sums is None else (page_sums, None)
+    w, eligible = tiles.gather(w), tiles.gather(eligible)
+    sizes = {"n": ragged.max_blocks, "block_size": ragged.block_size}
+    (out,) = _launch(q, w, source, k_scale, eligible, ragged.lengths, tiles, **sizes, **options)
+    return tiles.scatter(out)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("n", "block_size", "block_topk", "keep_first", "keep_last", "has_images", "config", "interpret"),
+)
+def _launch(
+    q: Array,
+    w: Array,
+    source: Array,
+    k_scale: Array | None,
+    eligible: Array,
+    n_tokens: Array,
+    tiles: RaggedTiles | None = None,
+    *,
+    n: int,
+    block_size: int,
+    block_topk: int,
+    keep_first: int,
+    keep_last: int,
+    config: Config,
+    has_images: bool = False,
+    interpret: Interpret = False,
+) -> tuple[Array, ...]:
+    """[B, T, block_topk] int32, T padded to whole tiles; maybe their images.
+
+    Args:
+        q: [B, T, H, D]; of ragged sequences [rows, H, D], while what else has a row a query lies in `tiles`, B = 1.
+        n: most blocks of a sequence.
+    """
+    tile_t, (H, D) = config.tile_t, q.shape[-2:]
+    w, eligible = (launch.pad_axis(x, 1, tile_t * config.n_cores) for x in (w, eligible))
+    q = launch.pad_axis(q, 1, tile_t * config.n_cores) if tiles is None else q
+    B, T = eligible.shape
+    groups, per_core, registers = padded_groups(n), T // tile_t // config.n_cores, tile_t // ROWS
     slots = -(-block_topk // LANES) * LANES
     scratch: dict[str, Ref] = {
         "means_vmem": pltpu.VMEM((groups * LANES, config.mean_parts * D), jnp.bfloat16),
@@ -101,30 +146,42 @@ def block_filter(
         body = block_filter_body.pooled_body
         scratch |= pool.scratch(source, k_scale is not None)
         vmem_bytes += pool.vmem_bytes(source.shape[2], D, source.dtype.itemsize)
+    elif tiles is not None:
+        body = block_filter_body.paged_body
+        scratch |= pool.sums_scratch(tiles.per_block, D)
+        vmem_bytes += pool.sums_vmem_bytes(tiles.per_block, D)
     else:
         body = block_filter_body.kept_body
         scratch |= {"float_vmem": pltpu.VMEM((n, D), jnp.float32), "sem": pltpu.SemaphoreType.DMA}
         vmem_bytes += 4 * n * max(D, LANES)
     plan = Plan(
-        tiles=tiles,
+        tiles=per_core,
         mean_parts=config.mean_parts,
+        block_size=block_size,
         block_topk=block_topk,
         keep_first=keep_first,
         keep_last=keep_last,
+        has_images=has_images,
     )
-    rows = functools.partial(launch.rows, tile_t, tiles)
-    by_eight = functools.partial(launch.rows, registers, tiles)
-    out = launch.call(
+    rows = functools.partial(launch.rows, tile_t, per_core)
+    by_eight = functools.partial(launch.rows, registers, per_core)
+    outs = launch.call_by_sequence(
         functools.partial(body, plan),
+        tiles,
         name="hisa_block_filter",
-        grid=(config.n_cores, B, tiles),
+        grid=(config.n_cores, B, per_core),
         prefetch=[n_tokens, jnp.max(eligible.reshape(-1, tile_t), axis=1)],
         operands=[eligible.reshape(B, -1, ROWS, 1), q, w, *operands],
-        in_specs=[by_eight(ROWS, 1), rows(H, D), rows(H), *launch.in_hbm(operands)],
-        out_specs=by_eight(ROWS, slots),
-        out_shape=jax.ShapeDtypeStruct((B, T // ROWS, ROWS, slots), jnp.int32),
+        in_specs=[
+            by_eight(ROWS, 1),
+            launch.queries(tiles, tile_t, per_core, H, D),
+            rows(H),
+            *launch.in_hbm(operands),
+        ],
+        out_specs=[by_eight(ROWS, slots)] * (1 + has_images),
+        out_shape=[jax.ShapeDtypeStruct((B, T // ROWS, ROWS, slots), jnp.int32)] * (1 + has_images),
         scratch=scratch,
         vmem_bytes=vmem_bytes,
         interpret=interpret,
     )
-    return out.reshape(B, T, slots)[:, :n_queries, :block_topk]
+    return tuple(out.reshape(B, T, slots)[..., :block_topk] for out in outs)

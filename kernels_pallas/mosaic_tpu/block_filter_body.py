@@ -11,7 +11,9 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.image import FORCED, INVISIBLE
 from kernels_pallas.mosaic_tpu import topk_body
 from kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
-from kernels_pallas.mosaic_tpu.pool_body import parts_of, pool_sequence
+from kernels_pallas.mosaic_tpu.launch import Tile
+from kernels_pallas.mosaic_tpu.look_up_body import split_outputs, write_images
+from kernels_pallas.mosaic_tpu.pool_body import add_pages, parts_of, pool_sequence
 from kernels_pallas.mosaic_tpu.tiles import fill, images_of_rows, products, splat, spread_weights, sum_to_sublanes
 from kernels_pallas.types import Ref
 
@@ -24,36 +26,48 @@ class Plan:
 
     tiles: int  # of a sequence, on one core
     mean_parts: int
+    block_size: int
     block_topk: int
     keep_first: int
     keep_last: int
+    has_images: bool  # whether those of the kept are a second output
 
 
 def pooled_body(
-    plan: Plan, n_tokens_smem: Ref, n_columns_smem: Ref, eligible_ref: Ref, q_ref: Ref, w_ref: Ref, k_hbm: Ref,
-    *refs: Ref, means_vmem: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None, **scratch: Ref
+    plan: Plan, tile: Tile, n_tokens_smem: Ref, n_columns_smem: Ref, eligible_ref: Ref, q_ref: Ref, w_ref: Ref,
+    k_hbm: Ref, *refs: Ref, means_vmem: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None, **scratch: Ref
 ) -> None:  # fmt: skip
-    *scale_hbm, o_ref = refs
-    b = pl.program_id(1)
+    scale_hbm, outs = split_outputs(refs, plan.has_images)
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(tile.is_first)
     def _pool():
         store = functools.partial(store_parts, plan.mean_parts, means_vmem)
         ring = {"keys_vmem": keys_vmem, "scale_vmem": scale_vmem, "sems": sems}
-        pool_sequence(b, n_tokens_smem[b], k_hbm, scale_hbm, store, **ring)
+        pool_sequence(tile.copy_group, n_tokens_smem[tile.sequence], k_hbm, scale_hbm, store, **ring)
 
-    filter_tile(plan, n_columns_smem, eligible_ref, q_ref, w_ref, means_vmem, o_ref, **scratch)
+    filter_tile(plan, n_columns_smem, eligible_ref, q_ref, w_ref, means_vmem, outs, **scratch)
+
+
+def paged_body(
+    plan: Plan, tile: Tile, n_tokens_smem: Ref, n_columns_smem: Ref, eligible_ref: Ref, q_ref: Ref, w_ref: Ref,
+    sums_hbm: Ref, *outs: Ref, means_vmem: Ref, sums_vmem: Ref, sems: Ref, **scratch: Ref
+) -> None:  # fmt: skip
+    @pl.when(tile.is_first)
+    def _add():
+        store = functools.partial(store_parts, plan.mean_parts, means_vmem)
+        n_tokens = n_tokens_smem[tile.sequence]
+        add_pages(tile.copy_group, n_tokens, plan.block_size, sums_hbm, store, sums_vmem=sums_vmem, sems=sems)
+
+    filter_tile(plan, n_columns_smem, eligible_ref, q_ref, w_ref, means_vmem, outs, **scratch)
 
 
 def kept_body(
-    plan: Plan, n_tokens_smem: Ref, n_columns_smem: Ref, eligible_ref: Ref, q_ref: Ref, w_ref: Ref, kept_hbm: Ref,
-    o_ref: Ref, *, means_vmem: Ref, float_vmem: Ref, sem: Ref, **scratch: Ref
+    plan: Plan, tile: Tile, n_tokens_smem: Ref, n_columns_smem: Ref, eligible_ref: Ref, q_ref: Ref, w_ref: Ref,
+    kept_hbm: Ref, *outs: Ref, means_vmem: Ref, float_vmem: Ref, sem: Ref, **scratch: Ref
 ) -> None:  # fmt: skip
-    b = pl.program_id(1)
-
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(tile.is_first)
     def _split():
-        copy = pltpu.make_async_copy(kept_hbm.at[b], float_vmem, sem)
+        copy = pltpu.make_async_copy(kept_hbm.at[tile.sequence], float_vmem, sem)
         copy.start()
         copy.wait()
 
@@ -63,7 +77,7 @@ def kept_body(
 
         lax.fori_loop(0, float_vmem.shape[0] // GROUP, one_group, None)
 
-    filter_tile(plan, n_columns_smem, eligible_ref, q_ref, w_ref, means_vmem, o_ref, **scratch)
+    filter_tile(plan, n_columns_smem, eligible_ref, q_ref, w_ref, means_vmem, outs, **scratch)
 
 
 def store_parts(n_parts: int, means_vmem: Ref, first: Array, means: Array) -> None:
@@ -77,7 +91,7 @@ def filter_tile(
     q_ref: Ref,
     w_ref: Ref,
     means_vmem: Ref,
-    o_ref: Ref,
+    outs: tuple[Ref, ...],
     *,
     w_vmem: Ref,
     partial_vmem: Ref,
@@ -91,7 +105,7 @@ def filter_tile(
     Args:
         n_columns_smem: [all tiles] int32, the most that a query of the tile may keep.
         eligible_ref: [tile_t // 8, 8, 1] int32; q_ref: [tile_t, H, D]; w_ref: [tile_t, H]; means_vmem: [n, parts * D].
-        o_ref: [tile_t // 8, 8, slots] int32, ascending, then -1.
+        outs: [tile_t // 8, 8, slots] int32, block ids, ascending, then -1; maybe their images.
         partial_vmem: [COLUMNS / LANES * tile_t * 8, LANES]; the others as in `topk_body.select`.
     """
     core, b, t = (pl.program_id(axis) for axis in range(3))
@@ -105,9 +119,11 @@ def filter_tile(
 
     lax.fori_loop(0, pl.cdiv(n_columns, COLUMNS), one_step, None)
     topk_body.select(images_vmem, eligible, plan.block_topk, cuts_vmem, table_vmem, chosen_vmem)
-    for register in range(o_ref.shape[2] // LANES):
+    for register in range(outs[0].shape[2] // LANES):
         some = pl.ds(register * ROWS, ROWS)
-        o_ref[:, :, register * LANES : (register + 1) * LANES] = chosen_vmem[:, some]
+        outs[0][:, :, register * LANES : (register + 1) * LANES] = chosen_vmem[:, some]
+    for images_ref in outs[1:]:
+        write_images(images_vmem, chosen_vmem, images_ref)
 
 
 def score_step(

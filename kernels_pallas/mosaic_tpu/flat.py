@@ -8,6 +8,7 @@ selection, so that nothing but keys and the chosen positions crosses HBM.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,14 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.mosaic_tpu import topk_body
-from kernels_pallas.mosaic_tpu.config import LANES, ROWS
-from kernels_pallas.mosaic_tpu.flat_body import Plan, flat_body, products_a_step
+from kernels_pallas.mosaic_tpu import launch, topk_body
+from kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
+from kernels_pallas.mosaic_tpu.flat_body import Plan, flat_body, products_a_step, ragged_body
+from kernels_pallas.mosaic_tpu.ragged import Ragged, RaggedTiles
 from kernels_pallas.mosaic_tpu.topk import from_tiles, padded_groups
 from kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from kernels_pallas.sequences import whole_blocks
-from kernels_pallas.types import Interpret
+from kernels_pallas.types import Interpret, Ref
 
 _IMAGES_BYTES = 36 << 20
 
@@ -59,7 +61,7 @@ def why_not(S: int) -> str | None:
     return None if most >= S else f"the flat indexer needs at most {most} keys, not {S}"
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("topk", "config", "has_images", "interpret"))
 def select_flat(
     q: Array,
     k: Array,
@@ -69,9 +71,13 @@ def select_flat(
     *,
     topk: int,
     config: Config | None = None,
+    has_images: bool = False,
     interpret: Interpret = False,
-) -> tuple[Array, Array]:
-    """[B, T, H, D], [B, S, D], [B, S] or None, [B, T, H], [B, T] -> indices [B, T, topk], count [B, T], both int32."""
+) -> tuple[Array, ...]:
+    """[B, T, H, D], [B, S, D], [B, S] or None, [B, T, H], [B, T] -> indices [B, T, topk], count [B, T], both int32.
+
+    With `has_images` also the images of the chosen, [B, T, topk] int32, anything where there is none.
+    """
     (B, T, H, D), S = q.shape, k.shape[1]
     config = config or heuristic(T, S)
     tile_t, tile_s = config.tile_t, min(config.tile_s, -(-S // 256) * 256)
@@ -92,11 +98,13 @@ def select_flat(
     queries = lambda *shape: pl.BlockSpec((None, tile_t, *shape), lambda b, t, s, _: (b, t, *(0 for _ in shape)))  # noqa: E731
     tiled = (tile_t // ROWS, slots // LANES * ROWS, LANES)
     scale_rows = [] if k_scale is None else [k_scale[:, None]]
+    in_rows = (tile_t // ROWS, ROWS, slots)
+    out_shapes = [tiled, in_rows][: 1 + has_images]
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(B, tiles, k.shape[1] // tile_s),
         in_specs=[queries(H, D), queries(H), queries(1), keys, *([scales] * len(scale_rows))],
-        out_specs=pl.BlockSpec((None, *tiled), lambda b, t, s, _: (b, t, 0, 0)),
+        out_specs=[pl.BlockSpec((None, *shape), lambda b, t, s, _: (b, t, 0, 0)) for shape in out_shapes],
         scratch_shapes=[
             pltpu.VMEM((tile_t // ROWS, groups * ROWS, LANES), jnp.int32),
             pltpu.VMEM((tile_t, H, LANES), jnp.float32),
@@ -105,16 +113,90 @@ def select_flat(
             pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
         ],
     )
-    out = pl.pallas_call(
-        functools.partial(flat_body, Plan(topk=topk, tiles=tiles, span=min(groups, LANES))),
+    out, *images = pl.pallas_call(
+        functools.partial(
+            flat_body, Plan(topk=topk, tiles=tiles, rows=min(T, ROWS), span=min(groups, LANES), has_images=has_images)
+        ),
         grid_spec=grid_spec,
-        out_shape=jax.ShapeDtypeStruct((B, tiles * tiled[0], *tiled[1:]), jnp.int32),
+        out_shape=[jax.ShapeDtypeStruct((B, tiles * shape[0], *shape[1:]), jnp.int32) for shape in out_shapes],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=config.vmem_bytes(H, D, k.shape[1], topk, q.dtype.itemsize) + (6 << 20),
+            vmem_limit_bytes=config.vmem_bytes(H, D, k.shape[1], topk, q.dtype.itemsize)
+            + 8 * has_images * tile_t * slots
+            + (6 << 20),
         ),
         name="dsa_select_flat",
         interpret=interpret,
     )(furthest, q, w, visible[..., None], k, *scale_rows)
     indices = from_tiles(out.reshape(-1, *tiled[1:])).reshape(B, -1, slots)[:, :T, :topk]
-    return indices, jnp.minimum(visible[:, :T], topk)
+    images = (x.reshape(B, -1, slots)[:, :T, :topk] for x in images)
+    return indices, jnp.minimum(visible[:, :T], topk), *images
+
+
+def select_ragged(q: Array, w: Array, visible: Array, ragged: Ragged, tiles: RaggedTiles, **options: Any) -> Array:
+    """Of the sequences in `tiles`: [T, H, D], [T, H], [T] -> [T, topk] int32, as `select_flat`."""
+    w, visible = tiles.gather(w), tiles.gather(visible)
+    return tiles.scatter(_launch_ragged(q, w, visible, ragged.k, ragged.k_scale, tiles, S=ragged.max_keys, **options))
+
+
+@functools.partial(jax.jit, static_argnames=("S", "unit", "topk", "tile_t", "n_cores", "interpret"))
+def _launch_ragged(
+    q: Array,
+    w: Array,
+    visible: Array,
+    k: Array,
+    k_scale: Array | None,
+    tiles: RaggedTiles,
+    *,
+    S: int,
+    unit: int,
+    topk: int,
+    tile_t: int,
+    n_cores: int,
+    interpret: Interpret,
+) -> Array:
+    """[rows, H, D], else [1, T, ...] in tiles -> [1, T, topk] int32.
+
+    Args:
+        unit: keys of a block, as far as copies go, 128 or 256; S: most keys of a sequence.
+    """
+    (H, D), T, page_size = q.shape[1:], visible.shape[1], k.shape[-2]
+    config = Config(tile_t=tile_t, tile_s=GROUP * unit)
+    S = -(-S // config.tile_s) * config.tile_s
+    groups, slots, per_core = padded_groups(S), -(-topk // SLOTS) * SLOTS, T // tile_t // n_cores
+    tiled = (tile_t // ROWS, slots // LANES * ROWS, LANES)
+    operands = [k] if k_scale is None else [k, k_scale]
+    rows = functools.partial(launch.rows, tile_t, per_core)
+    scratch: dict[str, Ref] = {
+        "keys_vmem": pltpu.VMEM((2, GROUP, unit, D), k.dtype),
+        "sems": pltpu.SemaphoreType.DMA((2, 2)),
+        "images_vmem": pltpu.VMEM((tile_t // ROWS, groups * ROWS, LANES), jnp.int32),
+        "w_vmem": pltpu.VMEM((tile_t, H, LANES), jnp.float32),
+        "partial_vmem": pltpu.VMEM((products_a_step(tile_t, config.tile_s) * tile_t * 2 * ROWS, LANES), jnp.float32),
+        "cuts_vmem": pltpu.VMEM((tile_t // ROWS, ROWS, LANES), jnp.int32),
+        "table_vmem": pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
+    }
+    if k_scale is not None:
+        scratch["scale_vmem"] = pltpu.VMEM((2, GROUP * tiles.per_block, page_size), jnp.float32)
+    out = launch.call_by_sequence(
+        functools.partial(
+            ragged_body, Plan(topk=topk, tiles=per_core, rows=ROWS, span=min(groups, LANES), has_images=False)
+        ),
+        tiles,
+        name="dsa_select_flat",
+        grid=(n_cores, 1, per_core),
+        prefetch=[jnp.max(visible.reshape(-1, tile_t), axis=1)],
+        operands=[q, w, visible[..., None], *operands],
+        in_specs=[
+            launch.queries(tiles, tile_t, per_core, H, D),
+            rows(H),
+            rows(1),
+            *launch.in_hbm(operands),
+        ],
+        out_specs=launch.rows(tiled[0], per_core, *tiled[1:]),
+        out_shape=jax.ShapeDtypeStruct((1, T // ROWS, *tiled[1:]), jnp.int32),
+        scratch=scratch,
+        vmem_bytes=config.vmem_bytes(H, D, S, topk, q.dtype.itemsize) + 8 * GROUP * tiles.per_block * LANES,
+        interpret=interpret,
+    )
+    return from_tiles(out[0])[None, :, :topk]

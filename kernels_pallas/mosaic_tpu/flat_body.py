@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.image import INVISIBLE
-from kernels_pallas.mosaic_tpu import topk_body
-from kernels_pallas.mosaic_tpu.config import LANES, ROWS
-from kernels_pallas.mosaic_tpu.tiles import images_of_rows, products, spread_weights, sum_to_sublanes
+from kernels_pallas.mosaic_tpu import fetch, topk_body
+from kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
+from kernels_pallas.mosaic_tpu.launch import Tile
+from kernels_pallas.mosaic_tpu.look_up_body import split_outputs, write_images
+from kernels_pallas.mosaic_tpu.tiles import images_of_rows, products, row_of, spread_weights, sum_to_sublanes
 from kernels_pallas.types import Ref
 
 COLUMNS = 256  # keys a product: a side of the larger matrix unit
@@ -22,15 +25,25 @@ class Plan:
 
     topk: int
     tiles: int  # of queries in a sequence
+    rows: int  # of eight queries side by side, those that there are: fewer than 8 in decoding
     span: int  # groups of images that the selection looks at in one go
+    has_images: bool  # whether those of the chosen are a second output
 
 
 def flat_body(plan: Plan, furthest_smem: Ref, q_ref: Ref, w_ref: Ref, visible_ref: Ref, k_ref: Ref, *refs: Ref) -> None:
     """On a grid of (sequences, tiles of queries, tiles of keys); the shapes are those of the launch."""
-    *scale_ref, o_ref, images_vmem, w_vmem, partial_vmem, cuts_vmem, table_vmem = refs
+    *rest, images_vmem, w_vmem, partial_vmem, cuts_vmem, table_vmem = refs
+    scale_ref, (o_ref, *images_refs) = split_outputs(tuple(rest), plan.has_images)
     b, t, s = (pl.program_id(axis) for axis in range(3))
     tile_s = k_ref.shape[0]
     furthest = furthest_smem[b * plan.tiles + t]  # of the tile's queries
+
+    def keys_of(first: Array) -> Array:
+        return k_ref[pl.ds(first, COLUMNS)]
+
+    def scale_of(first: Array) -> Array:
+        return scale_ref[0][:, pl.ds(first, COLUMNS)]
+
     n_steps = pl.cdiv(furthest, tile_s)
 
     @pl.when(s == 0)
@@ -39,19 +52,71 @@ def flat_body(plan: Plan, furthest_smem: Ref, q_ref: Ref, w_ref: Ref, visible_re
 
     @pl.when(s < n_steps)
     def _score():
-        score_keys(s, q_ref, k_ref, scale_ref, visible_ref, images_vmem, w_vmem, partial_vmem)
+        keys = tile_s, keys_of, scale_of if scale_ref else None
+        score_keys(plan.rows, s, *keys, q_ref, visible_ref, images_vmem, w_vmem, partial_vmem)
 
     @pl.when(s == jnp.maximum(n_steps - 1, 0))
     def _select():
-        groups = pl.cdiv(n_steps * tile_s, plan.span * LANES) * plan.span
-        empty = jnp.full((images_vmem.shape[0], ROWS, LANES), INVISIBLE, jnp.int32)
+        scratch = images_vmem, cuts_vmem, table_vmem
+        select_scored(plan, n_steps * tile_s, visible_ref, *scratch, o_ref, *images_refs)
 
-        def fill(group: Array, _: None) -> None:
-            images_vmem[:, pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)] = empty
 
-        lax.fori_loop(n_steps * tile_s // LANES, groups, fill, None)
-        n = jnp.broadcast_to(visible_ref[...].reshape(-1, ROWS, 1), cuts_vmem.shape)
-        topk_body.select(images_vmem, n, plan.topk, cuts_vmem, table_vmem, o_ref, groups)
+def ragged_body(
+    plan: Plan, tile: Tile, furthest_smem: Ref, q_ref: Ref, w_ref: Ref, visible_ref: Ref, k_hbm: Ref, *refs: Ref,
+    keys_vmem: Ref, sems: Ref, images_vmem: Ref, w_vmem: Ref, partial_vmem: Ref, cuts_vmem: Ref, table_vmem: Ref,
+    scale_vmem: Ref = None
+) -> None:  # fmt: skip
+    """On a grid of (cores, 1, tiles): the keys of a tile's sequence come in groups of blocks of `unit` keys.
+
+    Args:
+        keys_vmem: [2, GROUP, unit, D]; scale_vmem: [2, GROUP * per_block, unit / per_block].
+    """
+    *scale_hbm, o_ref = refs
+    unit = keys_vmem.shape[2]
+    tile_s, units = GROUP * unit, COLUMNS // unit
+    furthest = furthest_smem[pl.program_id(0) * plan.tiles + pl.program_id(2)]
+    n_steps = pl.cdiv(furthest, tile_s)
+    spread_weights(w_ref, w_vmem)
+
+    def score(i: Array, slot: Array) -> None:
+        def keys_of(first: Array) -> Array:
+            at = lax.div(first, unit)
+            return jnp.concatenate([keys_vmem[slot, at + u] for u in range(units)], axis=0)
+
+        def scale_of(first: Array) -> Array:
+            per_block = scale_vmem.shape[1] // GROUP
+            return row_of(scale_vmem.at[slot], lax.div(first, unit) * per_block, units * per_block)
+
+        keys = tile_s, keys_of, scale_of if scale_hbm else None
+        score_keys(plan.rows, i, *keys, q_ref, visible_ref, images_vmem, w_vmem, partial_vmem)
+
+    pairs = [(k_hbm, keys_vmem), *((scale, scale_vmem) for scale in scale_hbm)]
+    fetch.in_turn(tile.copy_group, n_steps, pairs, sems, score)
+    select_scored(plan, n_steps * tile_s, visible_ref, images_vmem, cuts_vmem, table_vmem, o_ref)
+
+
+def select_scored(
+    plan: Plan,
+    n_scored: Array,
+    visible_ref: Ref,
+    images_vmem: Ref,
+    cuts_vmem: Ref,
+    table_vmem: Ref,
+    o_ref: Ref,
+    *images_refs: Ref,
+) -> None:
+    """The selection of a tile, whose first `n_scored` keys have images."""
+    groups = pl.cdiv(n_scored, plan.span * LANES) * plan.span
+    empty = jnp.full((images_vmem.shape[0], ROWS, LANES), INVISIBLE, jnp.int32)
+
+    def fill(group: Array, _: None) -> None:
+        images_vmem[:, pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)] = empty
+
+    lax.fori_loop(n_scored // LANES, groups, fill, None)
+    n = jnp.broadcast_to(visible_ref[...].reshape(-1, ROWS, 1), cuts_vmem.shape)
+    topk_body.select(images_vmem, n, plan.topk, cuts_vmem, table_vmem, o_ref, groups)
+    for images_ref in images_refs:
+        write_images(images_vmem, o_ref, images_ref, groups)
 
 
 def products_a_step(tile_t: int, tile_s: int) -> int:
@@ -60,10 +125,12 @@ def products_a_step(tile_t: int, tile_s: int) -> int:
 
 
 def score_keys(
+    n_rows: int,
     s: Array,
+    tile_s: int,
+    keys_of: Callable[[Array], Array],
+    scale_of: Callable[[Array], Array] | None,
     q_ref: Ref,
-    k_ref: Ref,
-    scale_ref: list[Ref],
     visible_ref: Ref,
     images_vmem: Ref,
     w_vmem: Ref,
@@ -72,11 +139,11 @@ def score_keys(
     """Images of all queries of the tile for the keys of step s.
 
     Args:
-        q_ref: [tile_t, H, D]; k_ref: [tile_s, D]; scale_ref: none or one, [1, tile_s]; visible_ref: [tile_t, 1].
+        keys_of: first of `COLUMNS` keys of the step's `tile_s` -> [COLUMNS, D]; scale_of: the same -> [1, COLUMNS].
+        q_ref: [tile_t, H, D]; visible_ref: [tile_t, 1].
         images_vmem: [tile_t // 8, G * 8, 128]; w_vmem: [tile_t, H, 128]; partial_vmem: see `products_a_step`.
     """
     tile_t, H, D = q_ref.shape
-    tile_s = k_ref.shape[0]
     per_step = products_a_step(tile_t, tile_s)
     lane = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
     visible = [jnp.broadcast_to(visible_ref[pl.ds(t, ROWS)], (ROWS, LANES)) for t in range(0, tile_t, ROWS)]
@@ -86,12 +153,12 @@ def score_keys(
         for product in range(per_step):
             first = pl.multiple_of((i * per_step + product) * COLUMNS, COLUMNS)
             at = product * COLUMNS // LANES
-            keys = k_ref[pl.ds(first, COLUMNS)]
-            scales = [ref[:, pl.ds(first, COLUMNS)] for ref in scale_ref]
+            keys = keys_of(first)
+            scales = [scale_of(first)] if scale_of else []
             # Eight queries a product: the keys stay in the matrix unit while their rows pass.
             for t in range(0, tile_t, ROWS):
-                x = products(q_ref[pl.ds(t, ROWS)].reshape(ROWS * H, D), keys)
-                for r in range(ROWS):
+                x = products(q_ref[pl.ds(t, n_rows)].reshape(n_rows * H, D), keys)
+                for r in range(n_rows):
                     for c in range(COLUMNS // LANES):
                         some = slice(c * LANES, (c + 1) * LANES)
                         rows = sum_to_sublanes(x[r * H : (r + 1) * H, some], w_vmem[t + r])

@@ -14,8 +14,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.image import FORCED, INVISIBLE
-from kernels_pallas.mosaic_tpu import refine_source, topk_body
-from kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from kernels_pallas.mosaic_tpu import fetch, refine_source, topk_body
+from kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
+from kernels_pallas.mosaic_tpu.launch import Tile
+from kernels_pallas.mosaic_tpu.look_up_body import split_outputs, write_images
 from kernels_pallas.mosaic_tpu.refine_source import Source, Step
 from kernels_pallas.mosaic_tpu.tiles import fill, images_of_rows, products, splat, spread_weights, sum_to_sublanes
 from kernels_pallas.types import Ref
@@ -34,9 +36,12 @@ class Plan:
     topk: int
     m: int  # blocks of a query, padded to whole steps
     block_size: int
+    per_block: int  # pages of a block, as the keys lie in HBM
     columns: int  # candidates of a list a step
     keep_first: int  # candidates that are chosen whatever they score, of the first and of the last that are visible
     keep_last: int
+    has_images: bool  # whether those of the chosen are a second output
+    is_masked: bool  # whether a mask of the chosen candidates takes the place of their positions
 
     @property
     def slots(self) -> int:
@@ -65,34 +70,34 @@ class Plan:
 
 
 def resident_body(
-    plan: Plan, n_steps_smem: Ref, n_tokens_smem: Ref, places_smem: Ref, n_kept_smem: Ref, blocks_ref: Ref,
+    plan: Plan, tile: Tile, n_steps_smem: Ref, n_tokens_smem: Ref, places_smem: Ref, n_kept_smem: Ref, blocks_ref: Ref,
     n_visible_ref: Ref, q_ref: Ref, w_ref: Ref, k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref,
     staged_vmem: Ref = None, scale_vmem: Ref = None, **scratch: Ref
 ) -> None:  # fmt: skip
-    *scale_hbm, o_ref = refs
-    b = pl.program_id(1)
+    scale_hbm, outs = split_outputs(refs, plan.has_images)
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(tile.is_first)
     def _load():
-        pairs = [(scale, scale_vmem) for scale in scale_hbm]
+        n_groups = pl.cdiv(n_tokens_smem[tile.sequence], GROUP * plan.block_size)
+        pairs = [(scale, scale_vmem, GROUP * plan.per_block) for scale in scale_hbm]
         if plan.is_transposed:
-            refine_source.load_transposed(b, n_tokens_smem[b], k_hbm, keys_vmem, staged_vmem, sems)
+            refine_source.load_transposed(tile.copy_group, n_groups, k_hbm, keys_vmem, staged_vmem, sems)
         else:
-            pairs.append((k_hbm, keys_vmem))
-        refine_source.load_sequence(b, n_tokens_smem[b], pairs, sems)
+            pairs.append((k_hbm, keys_vmem, GROUP))
+        fetch.all_at_once(tile.copy_group, n_groups, pairs, sems.at[0])
 
     source = refine_source.resident(plan.place, places_smem, keys_vmem, scale_vmem)
-    refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, o_ref, **scratch)
+    refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, outs, **scratch)
 
 
 def gathered_body(
     plan: Plan, n_steps_smem: Ref, places_smem: Ref, n_kept_smem: Ref, blocks_ref: Ref, n_visible_ref: Ref, q_ref: Ref,
     w_ref: Ref, k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None, **scratch: Ref
 ) -> None:  # fmt: skip
-    *scale_hbm, o_ref = refs
+    scale_hbm, outs = split_outputs(refs, plan.has_images)
     pairs = [(k_hbm, keys_vmem), *((scale, scale_vmem) for scale in scale_hbm)]
-    source = refine_source.ring(plan.place, plan.slots, places_smem, n_kept_smem, pairs, sems)
-    refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, o_ref, **scratch)
+    source = refine_source.ring(plan.place, plan.slots, plan.per_block, places_smem, n_kept_smem, pairs, sems)
+    refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, outs, **scratch)
 
 
 def refine_tile(
@@ -103,7 +108,7 @@ def refine_tile(
     n_visible_ref: Ref,
     q_ref: Ref,
     w_ref: Ref,
-    o_ref: Ref,
+    outs: tuple[Ref, ...],
     *,
     w_vmem: Ref,
     partial_vmem: Ref,
@@ -117,7 +122,9 @@ def refine_tile(
     Args:
         n_steps_smem: [all tiles * eights] int32, steps that each eight needs.
         blocks_ref: [tile_t // 8, 8, m] int32; n_visible_ref: [tile_t // 8, 8, 1] int32, candidates of each query.
-        q_ref: [tile_t, H, D]; w_ref: [tile_t, H]; o_ref: [tile_t // 8, 8, topk padded] int32, ascending, then -1.
+        q_ref: [tile_t, H, D]; w_ref: [tile_t, H].
+        outs: [tile_t // 8, 8, topk padded] int32, positions, ascending, then -1; maybe their images. Or one mask,
+            [tile_t, groups, LANES] float32, of the candidates as they lie in the list.
         w_vmem: [tile_t, H, LANES]; partial_vmem: [columns / LANES * 64, LANES]; the others as in `topk_body.select`.
     """
     core, b, t = (pl.program_id(axis) for axis in range(3))
@@ -148,8 +155,14 @@ def refine_tile(
         return after.eight, after.i
 
     lax.fori_loop(0, total, one_step, (step.eight, step.i))
+    if plan.is_masked:
+        cuts_vmem[...] = topk_body.find_exact_cuts(images_vmem, splat(n_visible_ref), plan.topk)
+        write_mask(images_vmem, cuts_vmem, outs[0])
+        return
     topk_body.select(images_vmem, splat(n_visible_ref), plan.topk, cuts_vmem, table_vmem, chosen_vmem)
-    write_positions(plan, blocks_ref, chosen_vmem, o_ref)
+    write_positions(plan, blocks_ref, chosen_vmem, outs[0])
+    for images_ref in outs[1:]:
+        write_images(images_vmem, chosen_vmem, images_ref)
 
 
 def score_step(
@@ -216,3 +229,19 @@ def write_positions(plan: Plan, blocks_ref: Ref, chosen_vmem: Ref, o_ref: Ref) -
             o_ref[tile, :, first : first + LANES] = jnp.where(columns < 0, -1, positions)
 
     lax.fori_loop(0, o_ref.shape[0], one_tile, None)
+
+
+def write_mask(images_vmem: Ref, cuts_vmem: Ref, o_ref: Ref) -> None:
+    """1.0 where an image reaches the cut of its row: [tile_t, groups, LANES]."""
+    groups = o_ref.shape[1]
+
+    def one_tile(tile: Array, _: None) -> None:
+        for row in range(ROWS):
+            cut = jnp.broadcast_to(cuts_vmem[tile, row : row + 1], (ROWS, LANES))
+            for first in range(0, groups, ROWS):
+                # Eight groups of one row are one strided load.
+                image = images_vmem[tile, pl.ds(first * ROWS + row, ROWS, stride=ROWS)]
+                some = min(ROWS, groups - first)
+                o_ref[tile * ROWS + row, first : first + some] = jnp.where(image >= cut, 1.0, 0.0)[:some]
+
+    lax.fori_loop(0, images_vmem.shape[0], one_tile, None)

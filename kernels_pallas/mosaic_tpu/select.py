@@ -25,6 +25,7 @@ def hisa(
     keep_last: int,
     chip: Chip,
     means: Array | None = None,
+    is_masked: bool = False,
     interpret: Interpret = False,
 ) -> tuple[Array, Array, Array]:
     """[B, T, H, D], [B, n, block_size, D], [B, n, block_size], [B, T, H], [B, T], [B] -> indices, count, block ids.
@@ -32,6 +33,7 @@ def hisa(
     Args:
         k: n a multiple of GROUP; visible: tokens of its sequence that each query sees, at most n_tokens.
         means: [B, n, D] float32, kept means (see `pool`); pooled here if None.
+        is_masked: whether a mask of the chosen tokens of the kept blocks takes the place of the indices (see `refine`).
     """
     n, block_size = k.shape[1:3]
     eligible = -(-visible // block_size)
@@ -53,10 +55,10 @@ def hisa(
     kept = blocks[..., : min(block_topk, n)]
     (B, T, H, D), m = q.shape, kept.shape[2]
     config = refine_stage.heuristic(chip, B, T, H, D, n, m, block_size, k.dtype.itemsize)
-    indices = refine_stage.refine(
-        q, w, k, k_scale, kept, n_visible, n_tokens, topk=topk, config=config, interpret=interpret
+    (chosen,) = refine_stage.refine(
+        q, w, k, k_scale, kept, n_visible, n_tokens, topk=topk, config=config, is_masked=is_masked, interpret=interpret
     )
-    return indices, jnp.minimum(n_visible, topk), blocks
+    return chosen, jnp.minimum(n_visible, topk), blocks
 
 
 def kept_blocks(
@@ -83,19 +85,20 @@ def kept_blocks(
     if T < ROWS:
         if means is None:
             means = pool_stage.pool(k, k_scale, n_tokens, interpret=interpret)
-        return decode.block_filter(
+        (blocks,) = decode.block_filter(
             q,
             w,
             means,
             eligible,
+            mean_parts=config.mean_parts,
             block_topk=block_topk,
             keep_first=keep_first,
             keep_last=keep_last,
-            mean_parts=config.mean_parts,
             chip=chip,
             interpret=interpret,
         )
-    return block_filter_stage.block_filter(
+        return blocks
+    (blocks,) = block_filter_stage.block_filter(
         q,
         w,
         k if means is None else means,
@@ -108,6 +111,7 @@ def kept_blocks(
         config=config,
         interpret=interpret,
     )
+    return blocks
 
 
 def candidates(blocks: Array, visible: Array, block_size: int) -> Array:

@@ -102,7 +102,8 @@ def sparse_mla_blocks(
     """As `sparse_mla`, for the tokens of kept blocks where a mask is set.
 
     Args:
-        block_ids: [B, T, M] int32, then -1; mask: [B, T, M, block_size] bool, block_size a multiple of 128.
+        block_ids: [B, T, M] int32, then -1; mask: [B, T, M, block_size] bool, or float32 of 0 and 1 as
+            `select_hisa(..., is_masked=True)` gives it, block_size a multiple of 128.
     """
     n_blocks = jnp.sum(block_ids >= 0, axis=2, dtype=jnp.int32)
     return _launch(

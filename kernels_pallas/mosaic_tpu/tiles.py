@@ -27,6 +27,11 @@ def column(row: Array, width: int) -> Array:
     return jnp.broadcast_to(row, (width, row.shape[1])).T
 
 
+def row_of(ref: Ref, first: Array | int, n: int) -> Array:
+    """Rows `first` to first + n of [..., width] side by side: [1, n * width]."""
+    return jnp.concatenate([ref[pl.ds(first + i, 1)] for i in range(n)], axis=1)
+
+
 def products(q: Array, keys: Array, is_transposed: bool = False) -> Array:
     """[rows, D], [n, D] (or [D, n]) -> [rows, n] float32, relu(q . k)."""
     dimensions = (((1,), (0 if is_transposed else 1,)), ((), ()))

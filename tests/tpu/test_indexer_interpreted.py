@@ -117,11 +117,11 @@ def test_blocks_agree_with_float64_but_near_the_cut(interpret, mean_parts, toler
     means = pool.pool(keys, None, lengths, interpret=interpret)
     options = {"block_topk": 16, "keep_first": 1, "keep_last": 1, "interpret": interpret}
     config = block_filter.Config(tile_t=8, mean_parts=mean_parts)
-    pooled = block_filter.block_filter(q, w, keys, None, eligible, lengths, config=config, **options)
-    kept = block_filter.block_filter(q, w, means, None, eligible, lengths, config=config, **options)
+    (pooled,) = block_filter.block_filter(q, w, keys, None, eligible, lengths, config=config, **options)
+    (kept,) = block_filter.block_filter(q, w, means, None, eligible, lengths, config=config, **options)
     chip = CHIPS["TPU v6e"]
     q, w, eligible = q[:, :4], w[:, :4], eligible[:, :4]
-    few = decode.block_filter(q, w, means, eligible, mean_parts=mean_parts, chip=chip, **options)
+    (few,) = decode.block_filter(q, w, means, eligible, mean_parts=mean_parts, chip=chip, **options)
     np.testing.assert_array_equal(pooled, kept)
     float_means = reference.block_means(k[0], None, block_size, n * block_size)
     scores = reference.token_scores(q[0], float_means, None, w[0])

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import hisa_jax as hj
 from bench import shapes, tpu_aot
 from bench.chips import CHIPS
+from hisa_jax import dispatch
 from kernels_pallas import mosaic_tpu
 
 pytestmark = pytest.mark.slow
@@ -78,9 +79,9 @@ def test_decode_shares_sequences(chip):
     assert memory.temp_size_in_bytes < keys
 
 
-def test_keys_split_over_context_exchange_candidates_alone(chip):
-    """`select_sharded`, which is XLA's, over whole pods: prefill on two generations, decode on the others."""
-    T = 64 if chip in ("v5e", "v7x") else 1
+def compiled_sharded(chip, T, implementation, monkeypatch):
+    """`select_sharded` of T queries a sequence over a whole pod; devices of `context` that share one's keys."""
+    monkeypatch.setattr(dispatch.Device, "default", lambda: dispatch.Device(platform="tpu", kind=CHIPS[chip].kind))
     context = CHIPS[chip].pod_chips // 16
     data = devices(chip) // context
     mesh = tpu_aot.pod_mesh(chip, data=data, context=context)
@@ -89,21 +90,50 @@ def test_keys_split_over_context_exchange_candidates_alone(chip):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
     def select(q, k, w):
-        axes = dict(mesh=mesh, context_axis="context", data_axis="data", tiles=hj.Tiles(queries=64))
-        return hj.select_sharded(q, k, w, MODEL.methods()["hisa"], **axes)
+        axes = dict(mesh=mesh, context_axis="context", data_axis="data")
+        return hj.select_sharded(q, k, w, MODEL.methods()["hisa"], **axes, implementation=implementation)
 
     q, k = sharded(P("data"), data, T, MODEL.H, MODEL.D), sharded(P("data", "context"), data, CONTEXT, MODEL.D)
     w = sharded(P("data"), data, T, MODEL.H, dtype=jnp.float32)
-    program = tpu_aot.compile_sharded(chip, select, mesh, q, k, w)
-    results = [
-        line.split(found[0])[0]
-        for line in program.compiled.as_text().splitlines()
-        if (found := COLLECTIVES.search(line))
-    ]
-    assert results
-    for dtype, shape in re.findall(r"(\w+)\[([0-9,]+)\]", " ".join(results)):
-        # What each device has found, an image and a position a candidate; XLA may gather by adding up.
-        assert dtype in ("s32", "u32") and math.prod(map(int, shape.split(","))) <= T * context * MODEL.topk, results
+    return tpu_aot.compile_sharded(chip, select, mesh, q, k, w), context
+
+
+def exchanged(program):
+    """Dtype and elements of the results of each collective, on one device."""
+    found = []
+    for line in program.compiled.as_text().splitlines():
+        if match := COLLECTIVES.search(line):
+            results = re.findall(r"(\w+)\[([0-9,]+)\]", line.split(match[0])[0])
+            found += [(match[1], dtype, math.prod(map(int, shape.split(",")))) for dtype, shape in results]
+    assert found
+    return found
+
+
+def test_kernels_exchange_candidates_alone(chip, monkeypatch):
+    """Keys split over `context`: what crosses the network is an image and a position of every candidate.
+
+    Prefill on two generations, decode on the others; all eight compile (docs/tpu.md).
+    """
+    T = shapes.PREFILL.T if chip in ("v5e", "v7x") else 1
+    program, context = compiled_sharded(chip, T, "mosaic_tpu", monkeypatch)
+    rows = -(-T // context) * context
+    for _, dtype, n in exchanged(program):
+        assert dtype in ("s32", "u32") and n <= rows * MODEL.topk
+    text = program.compiled.as_text()
+    assert all(f"hisa_{stage}" in text for stage in ("block_filter", "refine", "merge"))
+    # At most the candidates, in and out, and what they are merged into: [T, S] would be 64 times one of them.
+    assert program.temp_bytes < 12 * rows * MODEL.topk * 4 + (64 << 20)
+
+
+def test_xla_exchanges_candidates_alone(monkeypatch):
+    """The same without kernels."""
+    chip, T = "v6e", 1
+    if reason := tpu_aot.why_not():
+        pytest.skip(reason)
+    program, context = compiled_sharded(chip, T, "xla", monkeypatch)
+    for _, dtype, n in exchanged(program):
+        # XLA may gather by adding up.
+        assert dtype in ("s32", "u32") and n <= T * context * MODEL.topk
     keys = CONTEXT // context * MODEL.D * 2
     assert program.temp_bytes < max(32 * keys, 160 << 20), "nothing of [T, S]"
 

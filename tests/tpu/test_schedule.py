@@ -1,5 +1,6 @@
 """The reader of the compiler's schedules, what the table of chips derives, and that no kernel has grown unseen."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -14,8 +15,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from bench import tpu, tpu_aot, tpu_schedule
+import hisa_jax as hj
+from bench import shapes, tpu, tpu_aot, tpu_rows, tpu_schedule
 from bench.chips import CHIPS
+from bench.gpu_checks import check_hisa
 
 COMMITTED = pathlib.Path(tpu.__file__).parent / "results" / "tpu_schedule.json"
 GROWTH = 1.10
@@ -81,7 +84,7 @@ def test_a_loop_of_unknown_length_must_be_given(chip):
 
 def test_a_listing_of_another_form_is_not_guessed_at():
     with pytest.raises(ValueError, match="listing has changed"):
-        tpu_schedule.read("x", "0 : { a }\n", "== CAPACITY\n1 1 1 1 1 1 1 1 1 1\n")
+        tpu_schedule.read("x", "0 : { a }\n", "== CAPACITY\n1 1 1 1 1 1 1 1 1 1\n", "")
 
 
 def test_clocks_follow_from_published_peaks():
@@ -108,19 +111,43 @@ def test_rows_a_cycle_of_the_matrix_units(chip):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "context"), [("topk", 8192), ("flat", 131072), ("hisa", 131072), ("mla", 131072)])
+@pytest.mark.parametrize(
+    ("name", "context"),
+    [("topk", 8192), ("flat", 131072), ("hisa", 131072), ("mla", 131072)],
+)
 def test_no_kernel_has_grown_by_more_than_a_tenth(chip, name, context):
     committed = json.loads(COMMITTED.read_text())
     if committed["jax"] != jax.__version__:
         pytest.skip(f"the schedules were made with jax {committed['jax']}")
-    make = next(make for make, row, size, dtype in tpu.cases() if row == name)
-    dtype = "int32" if name == "topk" else "bf16"
-    now = tpu.estimate(CHIPS[chip], make, name, context, dtype)["kernels"]
-    same = {"chip": chip, "row": name, "context": context, "dtype": dtype}
-    row = next(row for row in committed["rows"] if all(row[key] == same[key] for key in same))
-    for kernel, then in row["kernels"].items():
+    row = next(row for row in tpu_rows.rows() if (row.row, row.context) == (name, context))
+    now = tpu.estimate(CHIPS[chip], row)["kernels"]
+    same = {"chip": chip, "row": name, "context": context, "dtype": row.dtype}
+    line = next(line for line in committed["rows"] if all(line[key] == same[key] for key in same))
+    for kernel, then in line["kernels"].items():
         assert now[kernel]["bundles"] <= GROWTH * then["bundles"], kernel
         assert now[kernel]["cycles_a_query"] <= GROWTH * then["cycles_a_query"], kernel
+        assert 0 < now[kernel]["vmem_mib"] <= GROWTH * then["vmem_mib"] < CHIPS[chip].vmem_bytes / (1 << 20), kernel
+
+
+def test_rows_are_drawn_as_they_are_compiled():
+    for row in tpu_rows.rows():
+        drawn = jax.eval_shape(row.draw)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), drawn) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), row.operands
+        ), row.row
+
+
+def test_a_wrong_result_is_not_timed():
+    """The check that `--run` makes first: of the selection of few queries, which XLA makes, and of a damaged one."""
+    S, small = 2048, dataclasses.replace(shapes.DSV32, H=16, D=64, topk=128, block_size=64, block_topk=8)
+    q, k, w = jnp.ones((1, 4, 16, 64)), jnp.sin(jnp.arange(S * 64.0)).reshape(1, S, 64), jnp.ones((1, 4, 16))
+    visible = jnp.full((1, 4), S, jnp.int32)
+    got = hj.select(q, k, w, small.methods()["hisa"], query_positions=visible - 1, return_blocks=True)
+    out = got.indices, got.count, got.blocks
+    check_hisa(out, (q, k, None, w, visible), small)
+    for damaged in ((out[0].at[0, 0, 5].add(1), *out[1:]), (out[0], out[1] - 1, out[2]), (*out[:2], out[2] + 1)):
+        with pytest.raises(AssertionError):
+            check_hisa(damaged, (q, k, None, w, visible), small)
 
 
 def test_run_needs_a_tpu():

@@ -10,7 +10,11 @@ from hisa_jax import dispatch
 from hisa_jax.kernels import Kernels
 from tests import draw, oracle
 
-METHODS = {"dsa": hj.Dsa(topk=40), "hisa": hj.Hisa(topk=40, block_size=64, block_topk=3)}
+METHODS = {
+    "dsa": hj.Dsa(topk=40),
+    "hisa": hj.Hisa(topk=40, block_size=64, block_topk=3),
+    "block_sparse": hj.BlockSparse(topk=192, block_size=64),
+}
 V5E = dispatch.Device(platform="tpu", kind="TPU v5 lite")
 
 
@@ -36,7 +40,7 @@ def test_selects_what_the_oracle_selects(implementation, method):
     reference = oracle.select(q, k, w, METHODS[method], **options)
     got = hj.select(
         *map(jnp.asarray, (q, k, w)), METHODS[method], implementation=implementation, return_scores=True,
-        return_blocks=method == "hisa", **jax.tree.map(jnp.asarray, options),
+        return_blocks=method != "dsa", **jax.tree.map(jnp.asarray, options),
     )  # fmt: skip
     # The mean of a partly filled block is not exact.
     oracle.assert_same_selection(
@@ -65,15 +69,22 @@ def problem(**changes):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (dict(is_packed=True), "its kernels take batches, not packed sequences yet"),
-        (dict(page_size=64), "its kernels take batches, not pages yet"),
-        (dict(method=hj.BlockSparse()), "it has no kernel for BlockSparse yet"),
+        (dict(S=1 << 21, method=hj.Dsa()), "the flat indexer needs at most 1179648 keys"),
+        (dict(S=1 << 22, page_size=32), "needs at most 65536 pages a request"),
+        (dict(page_size=256), "needs blocks of whole pages"),
+        (dict(method=hj.BlockSparse(topk=2048, block_size=32)), "blocks of 64, 128 or 256"),
         (dict(q_dtype="float32", k_dtype="float32"), "float32"),
     ],
 )
 def test_what_it_does_not_take_is_declined_with_the_reason(changes, reason):
     assert dispatch.reasons(V5E, problem())["mosaic_tpu"] is None
     assert reason in dispatch.reasons(V5E, problem(**changes))["mosaic_tpu"]
+
+
+@pytest.mark.parametrize("method", [hj.Hisa(), hj.Dsa(), hj.BlockSparse()], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("changes", [{}, dict(is_packed=True), dict(is_packed=True, page_size=16)])
+def test_takes_every_method_in_every_form(method, changes):
+    assert dispatch.reasons(V5E, problem(method=method, **changes))["mosaic_tpu"] is None
 
 
 def test_a_tpu_is_asked_for():

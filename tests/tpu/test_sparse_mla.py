@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from bench import shapes, tpu_aot
+from kernels_pallas import mosaic_tpu
 from kernels_pallas.mosaic_tpu import sparse_mla as module
 from kernels_pallas.mosaic_tpu.sparse_mla import Config, sparse_mla, sparse_mla_blocks
+from tests.gpu import draw, promises
 
 
 def attention(q, kv, chosen, value_dim, scale):
@@ -69,6 +71,28 @@ def test_attends_to_the_masked_tokens_of_blocks(block_size, interpret):
     assert_close(
         sparse_mla_blocks(q, kv, ids, mask, **options, interpret=interpret), attention(q, kv, chosen, **options)
     )
+
+
+def test_from_the_indexer_to_the_attention_without_a_list(interpret):
+    """The indexer hands out its kept blocks and a mask of their tokens, and the attention takes them as they are."""
+    B, T, S, lengths, options = 1, 9, 1024, [1000], dict(topk=200, block_size=128, block_topk=3)
+    visible = np.maximum(np.asarray(lengths, np.int32)[:, None] - np.arange(T - 1, -1, -1, dtype=np.int32), 0)
+    inputs = draw.integers(0, B, T, S, 16, 64, jnp.bfloat16, False)
+    mask, count, blocks = mosaic_tpu.select_hisa(
+        *inputs, visible, **options, lengths=jnp.asarray(lengths), is_masked=True, interpret=interpret
+    )
+    tokens = np.maximum(blocks, 0)[..., None] * 128 + np.arange(128)
+    indices = np.full((B, T, 200), -1, np.int32)
+    chosen = np.zeros((B, T, S), bool)
+    for at in np.ndindex(B, T):
+        of_query = np.sort(tokens[at][np.asarray(mask[at]) > 0])
+        indices[at][: len(of_query)], chosen[at][of_query] = of_query, True
+    promises.check_hisa(
+        (indices, count, blocks), *inputs, visible, **options, token_tolerance=1e-9, block_tolerance=1e-9
+    )
+    q, kv, _ = case(B, T, S, 16, 160)
+    mla = dict(value_dim=128, scale=160**-0.5)
+    assert_close(sparse_mla_blocks(q, kv, blocks, mask, **mla, interpret=interpret), attention(q, kv, chosen, **mla))
 
 
 def test_says_what_it_declines():

@@ -1,0 +1,247 @@
+"""What dispatch calls: arrays as callers have them to what the stages take, for batches, packed batches and pages."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from kernels_pallas.mosaic_tpu import config, flat, select, select_ragged
+from kernels_pallas.mosaic_tpu.config import GROUP, LANES
+from kernels_pallas.mosaic_tpu.select_ragged import Queries
+from kernels_pallas.mosaic_tpu.topk import MAX_K
+from kernels_pallas.sequences import whole_blocks
+from kernels_pallas.types import Interpret
+
+MAX_PAGES = 65536
+CuSeqlens = tuple[Array, Array]  # [R + 1] int32 each: offsets of each sequence's queries, and of its keys
+
+
+def why_not(
+    device_kind: str,
+    H: int,
+    D: int,
+    q_dtype: DTypeLike,
+    k_dtype: DTypeLike,
+    *,
+    topk: int,
+    block_size: int | None = None,
+    block_topk: int | None = None,
+    page_size: int | None = None,
+    n_keys: int = 0,
+) -> str | None:
+    """None if a TPU kernel can run this, or the sentence that says why not.
+
+    Args:
+        device_kind: as JAX reports it, "TPU v5 lite" for instance.
+        block_size, block_topk: None for the flat indexer.
+        page_size: of keys in pages; n_keys: most of a sequence, or of a packed batch.
+    """
+    if topk > MAX_K:
+        return f"needs topk at most {MAX_K}, not {topk}"
+    if block_topk is not None and block_topk > MAX_K:
+        return f"needs block_topk at most {MAX_K}, not {block_topk}"
+    if block_size is None and flat.why_not(n_keys):
+        return flat.why_not(n_keys)
+    if page_size is not None:
+        if n_keys > page_size * MAX_PAGES:
+            return f"needs at most {MAX_PAGES} pages a request, whose table is in SMEM, not {n_keys // page_size}"
+        if (block_size or page_size) % page_size:
+            return f"needs blocks of whole pages, not blocks of {block_size} tokens and pages of {page_size}"
+    return config.why_not(device_kind, H, D, q_dtype, k_dtype, block_size=block_size or LANES)
+
+
+def select_hisa(
+    q: Array,
+    k: Array,
+    k_scale: Array | None,
+    w: Array,
+    visible: Array,
+    *,
+    topk: int,
+    block_size: int,
+    block_topk: int,
+    keep_first: int = 1,
+    keep_last: int = 1,
+    lengths: Array | None = None,
+    cu_seqlens: CuSeqlens | None = None,
+    is_masked: bool = False,
+    interpret: Interpret = False,
+) -> tuple[Array, Array, Array]:
+    """The hierarchical indexer.
+
+    Args:
+        q: [B, T, H, D]; k: [B, S, D], both bfloat16, int8 or float8_e4m3fn; k_scale: [B, S] float32 or None.
+        w: [B, T, H] float32; visible: [B, T] int32, tokens each query sees, 0 for padding.
+        lengths: [B] int32, tokens present in each sequence; S if None.
+        cu_seqlens: of a packed batch, whose arrays have no B.
+        is_masked: of a batch, whether to return a mask, not positions: [B, T, m, block_size] float32, 1 where
+            a token of the kept blocks is chosen, m at most block_topk. `sparse_mla_blocks` takes it as it is.
+
+    Returns: [B, T, topk] int32 positions, ascending, then -1; [B, T] int32 count; [B, T, block_topk] block ids.
+    """
+    options: dict[str, Any] = dict(
+        topk=topk,
+        block_topk=block_topk,
+        keep_first=keep_first,
+        keep_last=keep_last,
+        chip=config.chip(),
+        interpret=interpret,
+    )
+    if cu_seqlens is None:
+        k, k_scale, visible, n_tokens = _blocks(k, k_scale, visible, lengths, block_size)
+        return select.hisa(q, k, k_scale, w, visible, n_tokens, is_masked=is_masked, **options)
+    assert not is_masked
+    ragged = select_ragged.packed(k, k_scale, *cu_seqlens, block_size)
+    return _first(q, select_ragged.hisa(Queries.padded(q, w, visible), ragged, None, **options))
+
+
+def select_blocks(
+    q: Array,
+    k: Array,
+    k_scale: Array | None,
+    w: Array,
+    visible: Array,
+    *,
+    block_size: int,
+    block_topk: int,
+    keep_first: int = 1,
+    keep_last: int = 1,
+    lengths: Array | None = None,
+    cu_seqlens: CuSeqlens | None = None,
+    interpret: Interpret = False,
+) -> Array:
+    """The block filter alone: [B, T, block_topk] int32 block ids, ascending, then -1; arguments as `select_hisa`."""
+    options: dict[str, Any] = dict(
+        block_topk=block_topk, keep_first=keep_first, keep_last=keep_last, chip=config.chip(), interpret=interpret
+    )
+    if cu_seqlens is None:
+        k, k_scale, visible, n_tokens = _blocks(k, k_scale, visible, lengths, block_size)
+        return select.kept_blocks(q, k, k_scale, w, -(-visible // block_size), n_tokens, None, **options)
+    ragged = select_ragged.packed(k, k_scale, *cu_seqlens, block_size)
+    return _first(q, (select_ragged.kept_blocks(Queries.padded(q, w, visible), ragged, None, **options),))[0]
+
+
+def select_flat(
+    q: Array,
+    k: Array,
+    k_scale: Array | None,
+    w: Array,
+    visible: Array,
+    *,
+    topk: int,
+    cu_seqlens: CuSeqlens | None = None,
+    interpret: Interpret = False,
+) -> tuple[Array, Array]:
+    """The flat indexer: indices [B, T, topk] and count [B, T]; arguments as `select_hisa`."""
+    if cu_seqlens is None:
+        return flat.select_flat(q, k, k_scale, w, visible, topk=topk, interpret=interpret)
+    ragged = select_ragged.packed(k, k_scale, *cu_seqlens, LANES)
+    options: dict[str, Any] = dict(topk=topk, chip=config.chip(), interpret=interpret)
+    return _first(q, select_ragged.select_flat(Queries.padded(q, w, visible), ragged, **options))
+
+
+def select_hisa_paged(
+    q: Array,
+    k: Array,
+    k_scale: Array | None,
+    w: Array,
+    visible: Array,
+    *,
+    topk: int,
+    block_size: int,
+    block_topk: int,
+    keep_first: int = 1,
+    keep_last: int = 1,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+    page_sums: Array,
+    page_counts: Array,
+    interpret: Interpret = False,
+) -> tuple[Array, Array, Array]:
+    """The hierarchical indexer over pages.
+
+    Args:
+        q: [T, H, D], w: [T, H], visible: [T]: one request's queries behind the other's, the last of its tokens.
+        k: [N, page_size, D]; k_scale: [N, page_size] float32 or None.
+        block_tables: [R, P] int32, pages of each request; cu_seqlens_q: [R + 1] int32, where its queries begin.
+        page_sums: [N, D] float32, the dequantised keys of each page added up; page_counts: not looked at, since only
+            blocks of full pages are chosen by their mean.
+
+    Returns: [T, topk] int32 positions, ascending, then -1; [T] int32 count; [T, block_topk] block ids.
+    """
+    del page_counts
+    ragged = select_ragged.paged(k, k_scale, visible, block_tables, cu_seqlens_q, block_size)
+    options: dict[str, Any] = dict(
+        topk=topk,
+        block_topk=block_topk,
+        keep_first=keep_first,
+        keep_last=keep_last,
+        chip=config.chip(),
+        interpret=interpret,
+    )
+    return _first(q, select_ragged.hisa(Queries.padded(q, w, visible), ragged, page_sums, **options))
+
+
+def select_blocks_paged(
+    q: Array,
+    k: Array,
+    k_scale: Array | None,
+    w: Array,
+    visible: Array,
+    *,
+    block_size: int,
+    block_topk: int,
+    keep_first: int = 1,
+    keep_last: int = 1,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+    page_sums: Array,
+    page_counts: Array,
+    interpret: Interpret = False,
+) -> Array:
+    """The block filter alone over pages: [T, block_topk] int32; arguments as `select_hisa_paged`."""
+    del page_counts
+    ragged = select_ragged.paged(k, k_scale, visible, block_tables, cu_seqlens_q, block_size)
+    options: dict[str, Any] = dict(
+        block_topk=block_topk, keep_first=keep_first, keep_last=keep_last, chip=config.chip(), interpret=interpret
+    )
+    return _first(q, (select_ragged.kept_blocks(Queries.padded(q, w, visible), ragged, page_sums, **options),))[0]
+
+
+def select_flat_paged(
+    q: Array,
+    k: Array,
+    k_scale: Array | None,
+    w: Array,
+    visible: Array,
+    *,
+    topk: int,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+    interpret: Interpret = False,
+) -> tuple[Array, Array]:
+    """The flat indexer over pages: [T, topk] and [T]; arguments as `select_hisa_paged`."""
+    ragged = select_ragged.paged(k, k_scale, visible, block_tables, cu_seqlens_q, max(LANES, k.shape[1]))
+    options: dict[str, Any] = dict(topk=topk, chip=config.chip(), interpret=interpret)
+    return _first(q, select_ragged.select_flat(Queries.padded(q, w, visible), ragged, **options))
+
+
+def _blocks(
+    k: Array, k_scale: Array | None, visible: Array, lengths: Array | None, block_size: int
+) -> tuple[Array, Array | None, Array, Array]:
+    """A batch's keys in blocks, whole groups of them; what queries see of them; and [B] tokens present."""
+    B, S, D = k.shape
+    n_tokens = jnp.full((B,), S, jnp.int32) if lengths is None else jnp.clip(lengths, 0, S)
+    k, k_scale = whole_blocks(k, k_scale, GROUP * block_size)
+    return (
+        k.reshape(B, -1, block_size, D),
+        None if k_scale is None else k_scale.reshape(B, -1, block_size),
+        jnp.minimum(visible, n_tokens[:, None]),
+        n_tokens,
+    )
+
+
+def _first(q: Array, results: tuple[Array, ...]) -> tuple[Any, ...]:
+    """Of results with rows for queries that were padded, those of q."""
+    return tuple(x[: q.shape[0]] for x in results)

@@ -1,0 +1,66 @@
+"""Device code that turns chosen columns into what stands there: images, positions."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from kernels_pallas.types import Ref
+
+_AT_A_TIME = 16  # registers of slots: with their columns they fill three quarters of the registers there are
+
+
+def look_up(
+    values_ref: Ref,
+    columns_ref: Ref,
+    slots: int,
+    store: Callable[[int, Array], None],
+    groups: Array | int | None = None,
+) -> None:
+    """Calls store(i, what stands in the columns of slots 128 i and on, [8, 128] int32): -1 for no column.
+
+    A TPU gathers along lanes, 128 values at a time: every group of values is offered to all slots.
+
+    Args:
+        values_ref: [G * 8, 128] int32, as the images of a tile lie; columns_ref: its [K // 16, 128] chosen columns.
+        slots: how many of the K are looked up; groups: how many of the G may be chosen, the first; all if None.
+    """
+    groups = values_ref.shape[0] // ROWS if groups is None else groups
+    n = -(-slots // LANES)
+    for first in range(0, n, _AT_A_TIME):
+        some = range(first, min(first + _AT_A_TIME, n))
+        columns = [columns_ref[pl.ds(i * ROWS, ROWS)] for i in some]
+
+        def one_group(g: Array, found: tuple[Array, ...], columns: list[Array] = columns) -> tuple[Array, ...]:
+            entries = values_ref[pl.ds(pl.multiple_of(g * ROWS, ROWS), ROWS)]
+
+            def offer(column: Array, x: Array) -> Array:
+                entry = jnp.take_along_axis(entries, column & (LANES - 1), axis=1, mode="promise_in_bounds")
+                return jnp.where(column >> 7 == g, entry, x)
+
+            # Of -1, which is no column, the group is -1.
+            return tuple(offer(column, x) for column, x in zip(columns, found, strict=True))
+
+        nothing = tuple(jnp.full((ROWS, LANES), -1, jnp.int32) for _ in some)
+        for i, x in zip(some, lax.fori_loop(0, groups, one_group, nothing), strict=True):
+            store(i, x)
+
+
+def write_images(images_vmem: Ref, chosen_vmem: Ref, o_ref: Ref, groups: Array | int | None = None) -> None:
+    """The images [tiles, G * 8, 128] of the chosen columns of each tile, in rows: [tiles, 8, slots]; see `look_up`."""
+
+    def one_tile(tile: Array, _: None) -> None:
+        def store(i: int, images: Array) -> None:
+            o_ref[tile, :, i * LANES : (i + 1) * LANES] = images
+
+        look_up(images_vmem.at[tile], chosen_vmem.at[tile], o_ref.shape[2], store, groups)
+
+    lax.fori_loop(0, o_ref.shape[0], one_tile, None)
+
+
+def split_outputs(refs: tuple[Ref, ...], has_images: bool) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
+    """What comes before the outputs, and those: the chosen, and maybe their images."""
+    n = len(refs) - 1 - has_images
+    return refs[:n], refs[n:]

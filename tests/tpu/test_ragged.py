@@ -1,0 +1,203 @@
+"""Packed batches and pages on TPU kernels: what the oracle selects, and the compiler at the sizes of real models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hisa_jax as hj
+from bench import shapes, tpu_aot
+from hisa_jax import dispatch
+from hisa_jax.kernels import Kernels
+from kernels_pallas import mosaic_tpu
+from kernels_pallas.mosaic_tpu.ragged import Ragged
+from tests import draw, oracle
+
+METHODS = {
+    "dsa": hj.Dsa(topk=40),
+    "hisa": hj.Hisa(topk=40, block_size=64, block_topk=3),
+    "block_sparse": hj.BlockSparse(topk=192, block_size=64),
+}
+
+
+@pytest.fixture(params=[pytest.param("mosaic_tpu", marks=pytest.mark.tpu), "interpreted"])
+def implementation(request, monkeypatch):
+    """The kernels on a TPU where there is one; interpreted everywhere."""
+    if request.param == "interpreted":
+        interpret = request.getfixturevalue("interpret")
+        kernels = Kernels(lambda: dispatch.backend("mosaic_tpu"), flat_if_all_kept=True, interpret=interpret)
+        able = dispatch.Implementation(
+            why_not=lambda device, problem: None,
+            select=kernels.select,
+            select_packed=kernels.select_packed,
+            select_paged=kernels.select_paged,
+        )
+        monkeypatch.setitem(dispatch.IMPLEMENTATIONS, request.param, able)
+    return request.param
+
+
+def inputs(n_queries, lengths, dtype, *, padding=0):
+    """Packed queries, keys, weights and offsets; `padding` rows of queries that are nobody's."""
+    T, N = sum(n_queries) + padding, sum(lengths)
+    q, k, w = draw.few_scores(1, max(T, N), N, 16, 64)
+    cu_seqlens = [np.cumsum([0, *n]).astype(np.int32) for n in (n_queries, lengths)]
+    return draw.cast(q[0, :T], dtype), draw.cast(k[0], dtype), w[0, :T], *cu_seqlens
+
+
+def check(got, q, k, w, cu_seqlens_q, cu_seqlens_k, name):
+    reference = oracle.select_packed(q, k, w, cu_seqlens_q, cu_seqlens_k, METHODS[name])
+    # The mean of a partly filled block is not exact.
+    tolerance = 0.0 if name == "dsa" else 1e-2
+    oracle.assert_same_selection(got.indices, got.count, reference, tolerance, scores=got.scores, blocks=got.blocks)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_queries", "lengths"),
+    [
+        ("dsa", [3, 20], [300, 70]),
+        ("hisa", [3, 20], [300, 270]),
+        pytest.param("block_sparse", [9, 0, 1], [250, 60, 260], marks=pytest.mark.slow),
+        pytest.param("hisa", [1, 1], [200, 130], marks=pytest.mark.slow),
+    ],
+)
+def test_packed_batches(implementation, name, n_queries, lengths):
+    """Sequences with tiles of their own and without, short ones, and rows behind the last."""
+    operands = inputs(n_queries, lengths, "bfloat16", padding=2)
+    got = hj.select_packed(
+        *map(jnp.asarray, operands),
+        METHODS[name],
+        implementation=implementation,
+        return_scores=True,
+        return_blocks=name != "dsa",
+    )
+    check(got, *operands, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_queries", "lengths", "page_size", "dtype"),
+    [
+        ("hisa", [9, 1, 0, 2], [290, 260, 33, 70], 16, "bfloat16"),
+        ("dsa", [1, 17], [300, 70], 64, "int8"),
+        pytest.param("hisa", [1, 2], [300, 250], 64, "bfloat16", marks=pytest.mark.slow),
+        pytest.param("hisa", [9, 1], [290, 270], 32, "int8", marks=pytest.mark.slow),
+        pytest.param("block_sparse", [9, 2], [290, 250], 64, "float8_e4m3fn", marks=pytest.mark.slow),
+        pytest.param("dsa", [17, 1], [300, 70], 256, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_pages(implementation, name, n_queries, lengths, page_size, dtype):
+    """Prefill and decode in one batch, pages in any order, tables with nothing behind a request's pages."""
+    q, k, w, cu_q, cu_k = inputs(n_queries, lengths, dtype)
+    rng, R = np.random.default_rng(0), len(lengths)
+    n_pages = [-(-length // page_size) for length in lengths]
+    pages = rng.permutation(sum(n_pages) + 3)
+    table = np.full((R, max(n_pages) + 1), -1, np.int32)
+    for r, first in enumerate(np.cumsum([0, *n_pages[:-1]])):
+        table[r, : n_pages[r]] = pages[first : first + n_pages[r]]
+    keys = jnp.asarray(k)
+    if dtype != "bfloat16":
+        keys = hj.QuantizedKeys(keys, jnp.asarray(2.0 ** rng.integers(-2, 3, sum(lengths)), jnp.float32))
+    cache = hj.init_cache(len(pages), page_size, D=64, dtype=jnp.dtype(dtype))
+    cache = hj.append(cache, keys, jnp.asarray(table), jnp.asarray(cu_k), jnp.zeros(R, jnp.int32))
+    got = hj.select_paged(
+        jnp.asarray(q),
+        jnp.asarray(w),
+        cache,
+        jnp.asarray(table),
+        jnp.asarray(cu_q),
+        jnp.asarray(lengths, jnp.int32),
+        METHODS[name],
+        implementation=implementation,
+        return_scores=True,
+        return_blocks=name != "dsa",
+    )
+    check(got, q, k if dtype == "bfloat16" else keys, w, cu_q, cu_k, name)
+
+
+@pytest.mark.parametrize("n_cores", [1, 2])
+@pytest.mark.parametrize(("least", "n_tiles"), [(1, 1 + 5 + 2), (8, 5 + 2)])
+def test_tiles_hold_every_wanted_query_once(n_cores, least, n_tiles):
+    n_queries = np.array([5, 0, 40, 9, 1])
+    wanted = (n_queries >= least) & (np.arange(5) < 4)
+    starts, T, tile_t = np.cumsum([0, *n_queries]), 57, 8
+    ragged = Ragged(
+        k=jnp.zeros((1, 99, 64, 8)),
+        k_scale=None,
+        query_starts=jnp.asarray(starts, jnp.int32),
+        lengths=jnp.full(5, 70, jnp.int32),
+        keys=jnp.arange(5, dtype=jnp.int32),
+        table=None,
+        block_size=64,
+        max_keys=350,
+    )
+    tiles = ragged.tiles(T, jnp.asarray(wanted), least, tile_t, n_cores)
+    rows, sequence = np.asarray(tiles.rows), np.asarray(tiles.sequence)
+    held = np.flatnonzero(np.append(np.repeat(wanted, n_queries), False)[:T])
+    assert sorted(rows[rows < T]) == held.tolist()
+    assert sum(sequence >= 0) == n_tiles
+    for tile, r in enumerate(sequence):
+        own = rows[tile * tile_t : (tile + 1) * tile_t]
+        assert np.all((own == T) | ((own >= starts[r]) & (own < starts[r + 1]) & (r >= 0)))
+        # A tile's queries are consecutive rows of q, none outside.
+        assert 0 <= tiles.first[tile] <= T - tile_t
+        assert np.all((own == T) | (own == tiles.first[tile] + np.arange(tile_t)))
+    assert np.array_equal(rows[tiles.places[held]], held)
+
+
+@pytest.fixture(params=["v5e", "v7x"])
+def one_chip(request):
+    reason = tpu_aot.why_not()
+    if reason:
+        pytest.skip(reason)
+    return request.param
+
+
+def compiled(chip, f, T, k, k_scale, *rest):
+    model = shapes.DSV32
+    q, w = jax.ShapeDtypeStruct((T, model.H, model.D), k.dtype), jax.ShapeDtypeStruct((T, model.H), jnp.float32)
+    return tpu_aot.compile_for(chip, f, q, k, k_scale, w, tpu_aot.shaped(T, dtype=jnp.int32), *rest, schedules=False)
+
+
+OPTIONS = {"flat": {"topk": 2048}, "hisa": {"topk": 2048, "block_size": 128, "block_topk": 64}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", OPTIONS)
+def test_packed_compiles(one_chip, stage):
+    T, N, R = 2048, 128 << 10, 8
+
+    def f(q, k, k_scale, w, visible, *cu_seqlens):
+        select = getattr(mosaic_tpu, f"select_{stage}")
+        return select(q, k, k_scale, w, visible, cu_seqlens=cu_seqlens, **OPTIONS[stage])
+
+    offsets = [tpu_aot.shaped(R + 1, dtype=jnp.int32)] * 2
+    program = compiled(one_chip, f, T, tpu_aot.shaped(N, shapes.DSV32.D), None, *offsets)
+    # The keys moved, once, and a share of the queries; no scores.
+    assert program.temp_bytes < 256 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "T", "R", "page_size", "dtype"),
+    [
+        ("hisa", 64, 64, 64, "bfloat16"),  # decode
+        ("hisa", 1024, 8, 16, "bfloat16"),  # prefill chunks
+        ("hisa", 1024, 8, 64, "int8"),
+        ("flat", 64, 64, 64, "float8_e4m3fn"),
+    ],
+)
+def test_pages_compile(one_chip, stage, T, R, page_size, dtype):
+    D, P, n_pages = shapes.DSV32.D, (128 << 10) // page_size, (1 << 20) // page_size
+
+    def f(q, k, k_scale, w, visible, block_tables, cu_seqlens_q, page_sums, page_counts):
+        sums = {} if stage == "flat" else {"page_sums": page_sums, "page_counts": page_counts}
+        select = getattr(mosaic_tpu, f"select_{stage}_paged")
+        rows = {"block_tables": block_tables, "cu_seqlens_q": cu_seqlens_q}
+        return select(q, k, k_scale, w, visible, **rows, **sums, **OPTIONS[stage])
+
+    shaped = tpu_aot.shaped
+    k_scale = None if dtype == "bfloat16" else shaped(n_pages, page_size, dtype=jnp.float32)
+    sums = shaped(n_pages, D, dtype=jnp.float32), shaped(n_pages, dtype=jnp.int32)
+    tables = shaped(R, P, dtype=jnp.int32), shaped(R + 1, dtype=jnp.int32)
+    program = compiled(one_chip, f, T, shaped(n_pages, page_size, D, dtype=jnp.dtype(dtype)), k_scale, *tables, *sums)
+    # Nothing is copied out of the pages but the means of decoding requests.
+    assert program.temp_bytes < 128 << 20
