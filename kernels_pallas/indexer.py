@@ -350,7 +350,7 @@ def _writes_means(T: int, page_sums: PageSums, sequences: Sequences) -> bool:
     On an H200, 128K, one query a request, ms so and so: 128 requests 0.121 and 0.141 in pages of a block, 0.153 and 0.147
     in pages of half a block, 32 requests 0.062 and 0.061, 0.074 and 0.067.
     """
-    return T > 2 * len(sequences.lengths) or (page_sums.per_block == 1 and T > 64)
+    return 2 * len(sequences.lengths) < T or (page_sums.per_block == 1 and T > 64)
 
 
 def _flatten(
