@@ -347,8 +347,8 @@ _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
 def _writes_means(T: int, page_sums: PageSums, sequences: Sequences) -> bool:
     """Whether to write block means for T queries to share, or to take them from the pages' sums where they are scored.
 
-    On an H200, 128K, one query a request, ms so and so: 128 requests 0.121 and 0.141 in pages of a block, 0.153 and 0.147
-    in pages of half a block, 32 requests 0.062 and 0.061, 0.074 and 0.067.
+    On an H200, one query a request of 128K, ms so and so: 128 requests 0.121 and 0.141 in pages of a block, 0.153 and
+    0.147 in pages of half a block; 32 requests 0.062 and 0.061, 0.074 and 0.067.
     """
     return 2 * len(sequences.lengths) < T or (page_sums.per_block == 1 and T > 64)
 
