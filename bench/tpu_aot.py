@@ -67,6 +67,7 @@ def compile_for(chip: str, f: Callable, *operands: Any, schedules: bool = True) 
         schedules: whether to read the schedules too.
     """
     device = _topology(CHIPS[chip].topology).devices[0]
+    _take_schedules(keep=False)  # what a compile that failed has left
     with jax.sharding.use_abstract_mesh(abstract_mesh(chip)):
         lowered = jax.jit(f, in_shardings=SingleDeviceSharding(device)).trace(*operands)
         compiled = lowered.lower(lowering_platforms=("tpu",)).compile()

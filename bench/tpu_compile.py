@@ -24,21 +24,20 @@ PHASES = (shapes.PREFILL, shapes.PHASES["decode32"])
 
 
 def run(args: argparse.Namespace) -> int:
-    results, failed = [], 0
+    results = []
     print(f"{'':4} {'shape':6} {'context':>7} {'phase':9} {'':5} {'temp MiB':>8} {'seconds':>7}  MiB of VMEM")
     for chip in args.chips:
         for model, context, phase, name in cases():
             if not fnmatch.fnmatch(name, args.rows):
                 continue
-            try:
-                results.append(compiled(chip, model, context, phase, name))
-                print(_line(results[-1]), flush=True)
-            except Exception as error:  # the others are to be seen, too; the exit status tells
-                failed += 1
-                print(f"{chip} {model.name} {shapes.label(context)} {phase.name} {name}: FAILED {error!r:.300}")
+            results.append(
+                {"chip": chip, "shape": model.name, "context": context, "phase": phase.name, "row": name}
+                | outcome(chip, model, context, phase, name)
+            )
+            print(_line(results[-1]), flush=True)
         if args.json:
             args.json.write_text(json.dumps({"jax": jax.__version__, "rows": results}, indent=1) + "\n")
-    return 1 if failed else 0
+    return 1 if any("error" in row for row in results) else 0
 
 
 def cases() -> Iterator[tuple[shapes.Model, int, shapes.Phase, str]]:
@@ -49,16 +48,15 @@ def cases() -> Iterator[tuple[shapes.Model, int, shapes.Phase, str]]:
                     yield model, context, phase, name
 
 
-def compiled(chip: str, model: shapes.Model, context: int, phase: shapes.Phase, name: str) -> dict:
+def outcome(chip: str, model: shapes.Model, context: int, phase: shapes.Phase, name: str) -> dict:
+    """What the compiler gave it, or the error: the others are to be seen, too."""
     f, operands = function(model, context, phase, name)
     start = time.perf_counter()
-    program = tpu_aot.compile_for(chip, f, *operands)
+    try:
+        program = tpu_aot.compile_for(chip, f, *operands)
+    except jax.errors.JaxRuntimeError as error:
+        return {"error": str(error).split("\n")[0]}
     return {
-        "chip": chip,
-        "shape": model.name,
-        "context": context,
-        "phase": phase.name,
-        "row": name,
         "vmem_mib": {schedule.name: schedule.vmem_bytes / (1 << 20) for schedule in program.schedules},
         "temp_mib": program.temp_bytes / (1 << 20),
         "seconds": time.perf_counter() - start,
@@ -81,6 +79,8 @@ def function(model: shapes.Model, context: int, phase: shapes.Phase, name: str) 
 
 
 def _line(x: dict) -> str:
-    vmem = ", ".join(f"{name} {mib:.1f}" for name, mib in x["vmem_mib"].items())
     what = f"{x['chip']:4} {x['shape']:6} {shapes.label(x['context']):>7} {x['phase']:9} {x['row']:5}"
+    if "error" in x:
+        return f"{what} {x['error']}"
+    vmem = ", ".join(f"{name} {mib:.1f}" for name, mib in x["vmem_mib"].items())
     return f"{what} {x['temp_mib']:8.1f} {x['seconds']:7.1f}  {vmem}"
