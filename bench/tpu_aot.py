@@ -106,8 +106,8 @@ def prepare() -> pathlib.Path:
         raise UserError(reason)
     folder = tempfile.mkdtemp(prefix="hisa_tpu_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    # Of the eighty listings of a kernel the last alone: writing the others takes as long as compiling.
-    dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_.*"
+    # Of the eighty listings of a kernel the two that are read: writing the others takes as long as compiling.
+    dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_.*|post-ra"
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump}".strip()
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
