@@ -106,7 +106,8 @@ def select_scored(
     *images_refs: Ref,
 ) -> None:
     """The selection of a tile, whose first `n_scored` keys have images."""
-    groups = pl.cdiv(n_scored, plan.span * LANES) * plan.span
+    # A tile that sees nothing, too: the selection always looks at the first span.
+    groups = jnp.maximum(pl.cdiv(n_scored, plan.span * LANES), 1) * plan.span
     empty = jnp.full((images_vmem.shape[0], ROWS, LANES), INVISIBLE, jnp.int32)
 
     def fill(group: Array, _: None) -> None:

@@ -28,6 +28,7 @@ def test_chooses_the_best_tokens(B, T, S, H, D, topk, dtype, config, interpret):
     q, k, k_scale, w = draw.integers(0, B, T, S, H, D, DTYPES[dtype], has_scale)
     visible = np.random.default_rng(1).integers(0, S + 1, (B, T)).astype(np.int32)
     visible[0, :3] = 0, 1, S
+    visible[1:] = 0  # a tile that sees nothing
     got = select_flat(q, k, k_scale, w, visible, topk=topk, config=config, interpret=interpret)
     check_flat(got, q, k, k_scale, w, visible, topk=topk, token_tolerance=0.0)
 
