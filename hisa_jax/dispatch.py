@@ -42,7 +42,7 @@ class Device:
 class Problem:
     """What a choice depends on of the call: index heads, their size, most keys a sequence, dtypes, and the method.
 
-    `is_packed` tells sequences of any lengths from a batch, `page_size` pages from contiguous keys.
+    `is_packed` tells sequences of any lengths from a batch, `page_size` pages from contiguous keys, of `n_requests`.
     """
 
     H: int
@@ -53,6 +53,7 @@ class Problem:
     method: Method
     is_packed: bool = False
     page_size: int | None = None
+    n_requests: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,11 @@ def _nvidia(name: str) -> Implementation:
         if problem.q_dtype != problem.k_dtype:
             return f"needs queries and keys of one dtype, not {problem.q_dtype} and {problem.k_dtype}"
         method = problem.method
+        if problem.page_size is not None:
+            unit = problem.page_size if isinstance(method, Dsa) else method.block_size
+            pages: Any = importlib.import_module("kernels_pallas.pages")
+            if reason := pages.why_not(problem.n_requests, problem.S, unit):
+                return reason
         return module.why_not(
             device.compute_capability,
             H=problem.H,

@@ -69,7 +69,7 @@ def select_paged(
     )
     size = cache.page_size
     problem = prepare.problem_of(q, Keys(cache.keys, None), method)
-    problem = dataclasses.replace(problem, S=block_tables.shape[1] * size, page_size=size)
+    problem = dataclasses.replace(problem, S=block_tables.shape[1] * size, page_size=size, n_requests=R)
     name = prepare.choose(call, problem, implementation, return_blocks, tiles)
     if not isinstance(method, Dsa) and method.block_size % size:
         raise ValueError(

@@ -10,11 +10,8 @@ from jax import Array
 from kernels_pallas.sequences import FlatCall, Sequences
 
 _MAX_ROWS = 2**31 - 1
-TILED_BLOCKS = (
-    16  # a request's blocks begin at a multiple of this: tiled copies of their means need 8, tiles of them 16
-)
-
-
+# A request's blocks begin at a multiple of this: tiled copies of their means need 8, tiles of them 16.
+TILED_BLOCKS = 16
 _STATIC = {"static": True}
 
 
@@ -65,6 +62,17 @@ class PageSums:
         return self.pages.table.shape[0] // self.per_block
 
 
+def why_not(R: int, S: int, block_size: int) -> str | None:
+    """None, or why tables of R requests of up to S tokens cannot be taken: their rows are counted in 32 bits.
+
+    Args:
+        block_size: or the page size, where there are no blocks.
+    """
+    unit = TILED_BLOCKS * block_size
+    rows = -(-S // unit) * unit
+    return None if R * rows <= _MAX_ROWS else f"needs tables of at most {_MAX_ROWS} tokens, not {R} of {rows}"
+
+
 def flatten_paged(
     q: Array,
     k: Array,
@@ -80,11 +88,11 @@ def flatten_paged(
     The call's keys are the rows of all pages; its sequences speak of rows of the requests, which the pages map to them.
     """
     (R, P), (n_pages, size, D) = block_tables.shape, k.shape
+    if reason := why_not(R, P * size, block_size or size):
+        raise ValueError(f"block_tables is [{R}, {P}] with pages of {size}: {reason}")
     unit = TILED_BLOCKS * (block_size or size) // size
     block_tables = jnp.pad(block_tables, ((0, 0), (0, -P % unit)))
     rows = block_tables.shape[1] * size
-    if R * rows > _MAX_ROWS:
-        raise ValueError(f"{R} requests of up to {rows} tokens, wanted at most {_MAX_ROWS} in all block tables")
     call = FlatCall(
         q=q,
         k=k.reshape(n_pages * size, D),

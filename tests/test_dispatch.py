@@ -1,5 +1,6 @@
 """Which implementation runs, and the reason why another does not."""
 
+import dataclasses
 import re
 
 import jax
@@ -60,6 +61,18 @@ def test_one_that_cannot_run_says_why_and_which_can(monkeypatch):
     message = f'select: implementation="mosaic_gpu" cannot run here: {reason}. Usable: {usable}'
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         hj.select(*ARRAYS, METHOD, implementation="mosaic_gpu")
+
+
+def test_kernels_decline_tables_beyond_32_bits():
+    hopper = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
+    problem = dispatch.Problem(
+        H=64, D=128, S=1 << 20, q_dtype="bfloat16", k_dtype="bfloat16", method=hj.Hisa(), page_size=64, n_requests=2047
+    )
+    assert dispatch.reasons(hopper, problem)["mosaic_gpu"] is None
+    reasons = dispatch.reasons(hopper, dataclasses.replace(problem, n_requests=2048))
+    for name in ("mosaic_gpu", "triton"):
+        assert reasons[name] == "needs tables of at most 2147483647 tokens, not 2048 of 1048576"
+    assert dispatch.choose("select_paged", "auto", reasons) == "xla"
 
 
 def test_tiles_are_for_xla_alone(monkeypatch):
