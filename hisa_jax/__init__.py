@@ -3,7 +3,9 @@
 from hisa_jax.cache import IndexCache, append, copy_pages, init_cache, truncate
 from hisa_jax.checks import checked
 from hisa_jax.context import select_sharded
+from hisa_jax.context_cache import append_sharded, copy_pages_sharded, truncate_sharded
 from hisa_jax.context_mla import sparse_mla_sharded
+from hisa_jax.context_paged import select_paged_sharded, sparse_mla_paged_sharded
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
 from hisa_jax.paged import select_paged, sparse_mla_paged
 from hisa_jax.processes import check_processes
@@ -27,10 +29,12 @@ __all__ = [
     "Selection",
     "Tiles",
     "append",
+    "append_sharded",
     "check_processes",
     "checked",
     "compare",
     "copy_pages",
+    "copy_pages_sharded",
     "implementations",
     "indexer_kl",
     "init_cache",
@@ -39,10 +43,13 @@ __all__ = [
     "select",
     "select_packed",
     "select_paged",
+    "select_paged_sharded",
     "select_sharded",
     "sparse_mla",
     "sparse_mla_paged",
+    "sparse_mla_paged_sharded",
     "sparse_mla_sharded",
     "truncate",
+    "truncate_sharded",
 ]
 __version__ = "0.1.0"

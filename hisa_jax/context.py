@@ -10,12 +10,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
-from hisa_jax import checks, dispatch, prepare, xla
+from hisa_jax import checks, dispatch, meshes, prepare, xla
 from hisa_jax.methods import Dsa, Method
 from hisa_jax.quantize import QuantizedKeys
-from hisa_jax.selection import Selection
+from hisa_jax.selection import Selection, nothing
 
 
 def select_sharded(
@@ -66,23 +66,16 @@ def select_sharded(
     checks.shape(call, "w", w, (B, T, H), f"one weight a query and head (q is {prepare.axes_of(q)})")
     problem = prepare.problem_of(q, keys, method)
     chosen = prepare.choose(call, problem, implementation, return_blocks, tiles, needs="select_sharded")
-    for name, axis, size, unit in (
-        ("context_axis", context_axis, S, 1 if isinstance(method, Dsa) else method.block_size),
-        ("data_axis", data_axis, B, 1),
-    ):
-        if axis is None:
-            continue
-        if axis not in mesh.axis_names:
-            raise ValueError(f"{call}: {name}={axis!r}, wanted one of the mesh's axes {mesh.axis_names}")
-        if size % (mesh.shape[axis] * unit):
-            what = f"k's S = {size}" if axis == context_axis else f"B = {size}"
-            raise ValueError(f"{call}: {what}, wanted a multiple of {mesh.shape[axis] * unit} for {name}={axis!r}")
+    unit = 1 if isinstance(method, Dsa) else method.block_size
+    n_devices = meshes.check_axis(call, "context_axis", mesh, context_axis, S, "k's S", unit)
+    if data_axis is not None:
+        meshes.check_axis(call, "data_axis", mesh, data_axis, B, "B")
     lengths = jnp.full((B,), S, jnp.int32) if lengths is None else jnp.clip(lengths, 0, S)
     if query_positions is None:
         query_positions = lengths[:, None] - T + jnp.arange(T, dtype=jnp.int32)[None, :]
     visible = prepare.visible_tokens(query_positions, lengths[:, None])
     if 0 in (B, T, S):
-        return prepare.nothing((B, T), method, return_scores, return_blocks)
+        return nothing((B, T), method, return_scores, return_blocks)
 
     rows, split = PartitionSpec(data_axis), PartitionSpec(data_axis, context_axis)
     one_device = dispatch.IMPLEMENTATIONS[chosen].select_sharded
@@ -92,12 +85,16 @@ def select_sharded(
         method=method,
         tiles=tiles or prepare.default_tiles(),
         axis=context_axis,
-        n_devices=mesh.shape[context_axis],
+        n_devices=n_devices,
         return_scores=return_scores,
         return_blocks=return_blocks,
     )
-    # Automatic axes: the caller's arrays may lie anywhere, and are moved to where the specs want them.
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     # That what was gathered is the same everywhere is known here, not to the checker.
-    run = jax.shard_map(local, mesh=mesh, in_specs=(rows, split, rows, rows, rows), out_specs=rows, check_vma=False)
+    run = jax.shard_map(
+        local,
+        mesh=meshes.automatic(mesh),
+        in_specs=(rows, split, rows, rows, rows),
+        out_specs=rows,
+        check_vma=False,
+    )
     return jax.jit(run)(*prepare.constants(q, keys, w), visible, lengths)

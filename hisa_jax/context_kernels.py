@@ -1,7 +1,6 @@
 """One device's part of `select_sharded` by kernels: its own candidates with their images, exchanged and merged.
 
-Each device merges an equal share of the queries: it sends what it has found for the others' and gets what they have
-found for its own. That is `devices` times less to send and to hold than all candidates everywhere.
+Each device merges an equal share of the queries (`exchange.py`).
 """
 
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import stages, topk, xla
+from hisa_jax import exchange, stages, topk, xla
 from hisa_jax.kernels import tokens_of_blocks
 from hisa_jax.keys import Keys
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
@@ -48,11 +47,11 @@ def select(
         """The k best of what all devices have found: positions from each device's `first` on, and images."""
         images, ids = found
         ids = jnp.where(ids >= 0, ids + first, -1)
-        shares = [_to_owner(x, fill, axis, n_devices) for x, fill in ((images, topk.INVISIBLE), (ids, -1))]
+        B, T, j = ids.shape
+        filled = (images, topk.INVISIBLE), (ids, -1)
+        shares = (exchange.to_owner(x.reshape(-1, j), fill, axis, n_devices) for x, fill in filled)
         best = local.merge(*shares, k, interpret=interpret)
-        B, T, _ = ids.shape
-        everywhere = (lax.all_gather(x, axis, axis=0, tiled=True) for x in best)
-        ids, images = (x[: B * T].reshape(B, T, k) for x in everywhere)
+        ids, images = (exchange.from_owners(x, axis, B * T).reshape(B, T, k) for x in best)
         return images, ids
 
     n_tokens, own_visible = jnp.clip(lengths - first_key, 0, S), jnp.clip(visible - first_key, 0, S)
@@ -92,14 +91,6 @@ def select(
         scores=jnp.pad(scores, missing, constant_values=-jnp.inf) if return_scores else None,
         blocks=blocks if return_blocks else None,
     )
-
-
-def _to_owner(x: Array, fill: int, axis: str, n_devices: int) -> Array:
-    """[B, T, j] of all queries on each device -> [B * T / n, n * j] of this device's queries, from all devices."""
-    rows = x.reshape(-1, x.shape[2])
-    rows = jnp.pad(rows, ((0, -rows.shape[0] % n_devices), (0, 0)), constant_values=fill)
-    shares = rows.reshape(n_devices, -1, x.shape[2])
-    return lax.all_to_all(shares, axis, split_axis=0, concat_axis=2, tiled=True)[0]
 
 
 def _kept_blocks(

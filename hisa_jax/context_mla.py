@@ -9,10 +9,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
-from hisa_jax import checks
-from hisa_jax.sparse_mla import sparse_mla
+from hisa_jax import checks, meshes
+from hisa_jax.sparse_mla import sparse_mla, with_sink
 
 
 def sparse_mla_sharded(
@@ -56,12 +56,9 @@ def sparse_mla_sharded(
     )
     if sink is not None:
         checks.shape(call, "sink", sink, (N,), f"one logit a head (q is {list(q.shape)})")
-    for name, axis, size in (("context_axis", context_axis, kv.shape[1]), ("data_axis", data_axis, B)):
-        if axis is not None and axis not in mesh.axis_names:
-            raise ValueError(f"{call}: {name}={axis!r}, wanted one of the mesh's axes {mesh.axis_names}")
-        if axis is not None and size % mesh.shape[axis]:
-            what = f"kv's S = {size}" if axis == context_axis else f"B = {size}"
-            raise ValueError(f"{call}: {what}, wanted a multiple of {mesh.shape[axis]} for {name}={axis!r}")
+    meshes.check_axis(call, "context_axis", mesh, context_axis, kv.shape[1], "kv's S")
+    if data_axis is not None:
+        meshes.check_axis(call, "data_axis", mesh, data_axis, B, "B")
     attend = functools.partial(
         sparse_mla, scale=scale, value_dim=value_dim, return_lse=True, implementation=implementation
     )
@@ -74,11 +71,11 @@ def sparse_mla_sharded(
         return merge(out, lse, context_axis)
 
     rows, split = PartitionSpec(data_axis), PartitionSpec(data_axis, context_axis)
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    run = jax.shard_map(local, mesh=mesh, in_specs=(rows, split, rows), out_specs=rows, check_vma=False)
+    run = jax.shard_map(
+        local, mesh=meshes.automatic(mesh), in_specs=(rows, split, rows), out_specs=rows, check_vma=False
+    )
     out, lse = jax.jit(run)(q, kv, indices)
-    if sink is not None:
-        out = (out * jax.nn.sigmoid(lse - sink[None, None, :])[..., None]).astype(q.dtype)
+    out = with_sink(out, lse, sink)
     return (out, lse) if return_lse else out
 
 

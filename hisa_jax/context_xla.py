@@ -3,6 +3,8 @@
 A key scores the same bits wherever it lies, so the selection is that of one device, bit for bit.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -10,7 +12,7 @@ from jax import Array, lax
 from hisa_jax import stages, topk, xla
 from hisa_jax.keys import Contiguous, Keys
 from hisa_jax.methods import BlockSparse, Dsa, Method
-from hisa_jax.selection import Selection
+from hisa_jax.selection import Selection, nothing
 from hisa_jax.stages import Candidates, Queries
 
 
@@ -89,9 +91,7 @@ def select(
         select_tile,
         Queries(q.reshape(B * T, H, D), w.reshape(B * T, H), visible.reshape(B * T)),
         starts * T,
-        method,
         min(tiles.queries, T),
-        return_scores,
-        return_blocks,
+        functools.partial(nothing, method=method, return_scores=return_scores, return_blocks=return_blocks),
     )
     return jax.tree.map(lambda leaf: leaf.reshape(B, T, *leaf.shape[1:]), selection)

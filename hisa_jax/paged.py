@@ -9,8 +9,8 @@ from jax import Array, lax
 from hisa_jax import checks, dispatch, prepare, xla
 from hisa_jax.cache import IndexCache, check_table
 from hisa_jax.keys import Keys
-from hisa_jax.methods import Dsa, Method
-from hisa_jax.selection import Selection
+from hisa_jax.methods import BlockSparse, Hisa, Method
+from hisa_jax.selection import Selection, nothing
 from hisa_jax.sparse_mla import sparse_mla
 
 
@@ -55,6 +55,41 @@ def select_paged(
         [[0, 1, 2, 3, 4, 5, 6, 7]]
     """
     call = "select_paged"
+    problem = check(call, q, w, cache, block_tables, cu_seqlens_q, lengths, method)
+    name = prepare.choose(call, problem, implementation, return_blocks, tiles)
+    T = q.shape[0]
+    if 0 in (T, *block_tables.shape):
+        return nothing((T,), method, return_scores, return_blocks)
+
+    has_pages = has_all_pages(cache, block_tables, lengths)
+    check_pages(call, has_pages, cache)
+    cu_seqlens_q, visible = visible_tokens(cu_seqlens_q, jnp.where(has_pages, lengths, 0), T)
+    select = dispatch.IMPLEMENTATIONS[name].select_paged
+    assert select is not None
+    return select(
+        *jax.tree.map(lax.stop_gradient, (jnp.asarray(q), jnp.asarray(w))),
+        visible,
+        jax.tree.map(lax.stop_gradient, cache),
+        block_tables,
+        cu_seqlens_q,
+        method,
+        tiles or prepare.default_tiles(),
+        return_scores=return_scores,
+        return_blocks=return_blocks,
+    )
+
+
+def check(
+    call: str,
+    q: Array,
+    w: Array,
+    cache: IndexCache,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+    lengths: Array,
+    method: Method,
+) -> dispatch.Problem:
+    """Raises unless the arguments of `select_paged` fit each other; returns what the choice depends on."""
     prepare.check_dtypes(call, q, Keys(cache.keys, None), w)
     checks.shape(call, "q", q, ("T", "H", cache.keys.shape[-1]), "its last axis must equal the cache's D")
     T, H, _ = q.shape
@@ -64,47 +99,37 @@ def select_paged(
     checks.shape(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), "a start for each request, and the end")
     checks.value(
         (jnp.diff(cu_seqlens_q, prepend=0) >= 0) & (cu_seqlens_q <= T),
-        f"select_paged: cu_seqlens_q is {{offsets}}, wanted ascending offsets from 0 to at most {T}",
+        f"{call}: cu_seqlens_q is {{offsets}}, wanted ascending offsets from 0 to at most {T}",
         offsets=cu_seqlens_q,
     )
     size = cache.page_size
-    problem = prepare.problem_of(q, Keys(cache.keys, None), method)
-    problem = dataclasses.replace(problem, S=block_tables.shape[1] * size, page_size=size, n_requests=R)
-    name = prepare.choose(call, problem, implementation, return_blocks, tiles)
-    if not isinstance(method, Dsa) and method.block_size % size:
+    if isinstance(method, Hisa | BlockSparse) and method.block_size % size:
         raise ValueError(
             f"{call}: {method} with pages of {size} tokens, wanted a block_size that is a multiple of them"
         )
-    if 0 in (T, R, block_tables.shape[1]):
-        return prepare.nothing((T,), method, return_scores, return_blocks)
+    problem = prepare.problem_of(q, Keys(cache.keys, None), method)
+    return dataclasses.replace(problem, S=block_tables.shape[1] * size, page_size=size, n_requests=R)
 
-    has_pages = has_all_pages(cache, block_tables, lengths)
+
+def check_pages(call: str, has_pages: Array, cache: IndexCache) -> None:
     checks.value(
         has_pages,
-        "select_paged: block_tables lacks pages of requests {bad}, wanted for every token one that was written for its "
+        f"{call}: block_tables lacks pages of requests {{bad}}, wanted for every token one that was written for its "
         f"place, from 0 to {cache.n_pages - 1}",
         bad=~has_pages,
     )
-    lengths = jnp.where(has_pages, lengths, 0)
+
+
+def visible_tokens(cu_seqlens_q: Array, lengths: Array, T: int) -> tuple[Array, Array]:
+    """[R + 1], [R] -> offsets that ascend within T, and [T] int32, how many tokens each query sees."""
+    R = lengths.shape[0]
     cu_seqlens_q = lax.cummax(jnp.clip(cu_seqlens_q, 0, T))
     row = jnp.arange(T, dtype=jnp.int32)
     r = jnp.searchsorted(cu_seqlens_q, row, side="right", method="compare_all") - 1
     is_real = (r >= 0) & (r < R)
     r = jnp.clip(r, 0, R - 1)
     positions = jnp.where(is_real, lengths[r] - (cu_seqlens_q[r + 1] - row), -1)
-    select = dispatch.IMPLEMENTATIONS[name].select_paged
-    assert select is not None
-    return select(
-        *jax.tree.map(lax.stop_gradient, (jnp.asarray(q), jnp.asarray(w))),
-        prepare.visible_tokens(positions, lengths[r]),
-        jax.tree.map(lax.stop_gradient, cache),
-        block_tables,
-        cu_seqlens_q,
-        method,
-        tiles or prepare.default_tiles(),
-        return_scores=return_scores,
-        return_blocks=return_blocks,
-    )
+    return cu_seqlens_q, prepare.visible_tokens(positions, lengths[r])
 
 
 def sparse_mla_paged(
@@ -166,9 +191,14 @@ def sparse_mla_paged(
 def has_all_pages(cache: IndexCache, block_tables: Array, lengths: Array) -> Array:
     """[R] bool: whether every token of a request has a page that was written for this place of a sequence."""
     P = block_tables.shape[1]
-    places = jnp.arange(P, dtype=jnp.int32)[None, :]
-    n_needed = jnp.clip(lengths[:, None] - places * cache.page_size, 0, cache.page_size)
-    is_page = (block_tables >= 0) & (block_tables < cache.n_pages)
-    page = jnp.where(is_page, block_tables, 0)
-    holds = is_page & (cache.places[page] == places) & (cache.counts[page] >= n_needed)
-    return jnp.all(holds | (n_needed == 0), axis=1) & (lengths <= P * cache.page_size)
+    holds = holds_tokens(cache, block_tables, jnp.arange(P, dtype=jnp.int32), lengths)
+    return holds & (lengths <= P * cache.page_size)
+
+
+def holds_tokens(cache: IndexCache, pages: Array, places: Array, lengths: Array) -> Array:
+    """[R, P], [P], [R] -> [R] bool: whether pages hold the tokens of requests that belong to some places of theirs."""
+    n_needed = jnp.clip(lengths[:, None] - places[None, :] * cache.page_size, 0, cache.page_size)
+    is_page = (pages >= 0) & (pages < cache.n_pages)
+    page = jnp.where(is_page, pages, 0)
+    holds = is_page & (cache.places[page] == places[None, :]) & (cache.counts[page] >= n_needed)
+    return jnp.all(holds | (n_needed == 0), axis=1)

@@ -4,6 +4,8 @@ Plain Python beside the arrays of `cache.py`: it decides which pages requests ge
 pages must be copied before a write. It never touches keys.
 """
 
+import collections
+import itertools
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -19,14 +21,26 @@ class PagePool:
     Args:
         n_pages: pages of the cache.
         page_size: tokens of a page.
+        n_devices: over how many devices they are split, equally and in order.
+        stripe: tokens in a row that one device has, as in `select_paged_sharded`, whole pages; None: a page.
+
+    Raises: ValueError: pages that are not split equally, a stripe that is not whole pages.
     """
 
-    def __init__(self, n_pages: int, page_size: int) -> None:
+    def __init__(self, n_pages: int, page_size: int, *, n_devices: int = 1, stripe: int | None = None) -> None:
+        stripe = page_size if stripe is None else stripe
+        if n_devices < 1 or n_pages % n_devices or stripe < 1 or stripe % page_size:
+            raise ValueError(
+                f"PagePool: n_pages={n_pages}, n_devices={n_devices}, stripe={stripe}, wanted equal parts of the pages "
+                f"and a stripe of whole pages of {page_size}"
+            )
         self.page_size = page_size
+        self._per_stripe, self._per_device = stripe // page_size, n_pages // n_devices
         self.lengths: dict[Hashable, int] = {}  # tokens of each request
         self._pages: dict[Hashable, list[int]] = {}
         self._holders = [0] * n_pages  # how many requests hold each page
-        self._free = list(range(n_pages))[::-1]
+        pages = range(n_pages)
+        self._free = [list(pages[i : i + self._per_device])[::-1] for i in range(0, n_pages, self._per_device)]
 
     @property
     def n_pages(self) -> int:
@@ -34,7 +48,7 @@ class PagePool:
 
     @property
     def n_free(self) -> int:
-        return len(self._free)
+        return sum(map(len, self._free))
 
     def add(self, request: Hashable) -> None:
         """A request without tokens. Raises ValueError: there is one of that name."""
@@ -63,15 +77,20 @@ class PagePool:
         pages, length = self._pages[request], self.lengths[request]
         nth, within = divmod(length, self.page_size)
         shared = n_tokens > 0 and within > 0 and self._holders[pages[nth]] > 1
-        n_new = self._n_pages(length + n_tokens) - len(pages) + shared
-        if n_new > self.n_free:
-            raise OutOfPages(f"request {request!r} needs {n_new} pages for {n_tokens} tokens, {self.n_free} are free")
+        new = [*([nth] if shared else []), *range(len(pages), self._n_pages(length + n_tokens))]
+        for device, n_new in collections.Counter(map(self._device, new)).items():
+            if n_new > len(self._free[device]):
+                where = f" on device {device}" if len(self._free) > 1 else ""
+                raise OutOfPages(
+                    f"request {request!r} needs {n_new} pages{where} for {n_tokens} tokens, "
+                    f"{len(self._free[device])} are free"
+                )
         copies = []
         if shared:
-            copies = [(pages[nth], self._take())]
+            copies = [(pages[nth], self._take(nth))]
             self._holders[pages[nth]] -= 1
             pages[nth] = copies[0][1]
-        pages += [self._take() for _ in range(n_new - shared)]
+        pages += [self._take(i) for i in new[shared:]]
         self.lengths[request] = length + n_tokens
         return copies
 
@@ -88,13 +107,16 @@ class PagePool:
         kept, lost = pages[: self._n_pages(length)], pages[self._n_pages(length) :]
         becomes_partial = length < self.lengths[request] and length % self.page_size > 0
         shared = becomes_partial and self._holders[kept[-1]] > 1
-        if shared and not self._free and all(self._holders[page] > 1 for page in lost):
-            raise OutOfPages(f"request {request!r} needs a page of its own to be truncated, none is free")
+        if shared:
+            device = self._device(len(kept) - 1)
+            freed = (page for page in lost if self._holders[page] == 1 and page // self._per_device == device)
+            if not self._free[device] and not any(True for _ in freed):
+                raise OutOfPages(f"request {request!r} needs a page of its own to be truncated, none is free")
         for page in lost:
             self._give_back(page)
         copies = []
         if shared:
-            copies = [(kept[-1], self._take())]
+            copies = [(kept[-1], self._take(len(kept) - 1))]
             self._holders[kept[-1]] -= 1
             kept[-1] = copies[0][1]
         self._pages[request], self.lengths[request] = kept, length
@@ -124,17 +146,23 @@ class PagePool:
             for page in pages:
                 holders[page] += 1
         assert holders == self._holders
-        assert sorted(self._free) == [page for page, n in enumerate(holders) if n == 0]
+        assert sorted(itertools.chain(*self._free)) == [page for page, n in enumerate(holders) if n == 0]
+        for request, pages in self._pages.items():
+            assert [page // self._per_device for page in pages] == list(map(self._device, range(len(pages)))), request
 
     def _n_pages(self, n_tokens: int) -> int:
         return -(-n_tokens // self.page_size)
 
-    def _take(self) -> int:
-        page = self._free.pop()
+    def _device(self, nth: int) -> int:
+        """Where the nth page of a request lies."""
+        return nth // self._per_stripe % len(self._free)
+
+    def _take(self, nth: int) -> int:
+        page = self._free[self._device(nth)].pop()
         self._holders[page] = 1
         return page
 
     def _give_back(self, page: int) -> None:
         self._holders[page] -= 1
         if not self._holders[page]:
-            self._free.append(page)
+            self._free[page // self._per_device].append(page)

@@ -10,7 +10,6 @@ from hisa_jax import checks, dispatch, xla
 from hisa_jax.keys import Keys
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
 from hisa_jax.quantize import QuantizedKeys
-from hisa_jax.selection import Selection
 
 
 def keys_of(k: Array | QuantizedKeys) -> Keys:
@@ -74,15 +73,3 @@ def visible_tokens(positions: Array, lengths: Array) -> Array:
 def constants(q: Array, keys: Keys, w: Array) -> tuple[Array, Keys, Array]:
     """The selection is piecewise constant: cut the gradient here, where loops need not be differentiated."""
     return jax.tree.map(lax.stop_gradient, (jnp.asarray(q), keys, jnp.asarray(w)))
-
-
-def nothing(rows: tuple[int, ...], method: Method, return_scores: bool, return_blocks: bool) -> Selection:
-    """The selection where there is no query or no key."""
-    return Selection(
-        indices=jnp.full((*rows, method.topk), -1, jnp.int32),
-        count=jnp.zeros(rows, jnp.int32),
-        scores=jnp.full((*rows, method.topk), -jnp.inf, jnp.float32) if return_scores else None,
-        blocks=None
-        if isinstance(method, Dsa) or not return_blocks
-        else jnp.full((*rows, method.block_topk), -1, jnp.int32),
-    )

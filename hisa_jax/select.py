@@ -6,7 +6,7 @@ from jax import Array
 from hisa_jax import checks, dispatch, prepare, xla
 from hisa_jax.methods import Method
 from hisa_jax.quantize import QuantizedKeys
-from hisa_jax.selection import Selection
+from hisa_jax.selection import Selection, nothing
 
 
 def select(
@@ -94,7 +94,7 @@ def select(
         query_positions = lengths[:, None] - T + jnp.arange(T, dtype=jnp.int32)[None, :]
     visible = prepare.visible_tokens(query_positions, lengths[:, None])
     if 0 in (B, T, S):
-        return prepare.nothing((B, T), method, return_scores, return_blocks)
+        return nothing((B, T), method, return_scores, return_blocks)
     return dispatch.IMPLEMENTATIONS[name].select(
         *prepare.constants(q, keys, w),
         visible,

@@ -6,7 +6,7 @@ from jax import Array, lax
 from hisa_jax import checks, dispatch, prepare, xla
 from hisa_jax.methods import Method
 from hisa_jax.quantize import QuantizedKeys
-from hisa_jax.selection import Selection
+from hisa_jax.selection import Selection, nothing
 
 
 def select_packed(
@@ -67,7 +67,7 @@ def select_packed(
         raise ValueError(f"{call}: cu_seqlens_q is [0], wanted [R + 1]: it starts with a 0")
     name = prepare.choose(call, prepare.problem_of(q, keys, method), implementation, return_blocks, tiles)
     if cu_seqlens_q.shape[0] == 1 or 0 in (T, N):
-        return prepare.nothing((T,), method, return_scores, return_blocks)
+        return nothing((T,), method, return_scores, return_blocks)
 
     # Bad offsets can make sequences empty, never reach outside: nothing below checks again.
     cu_seqlens_q = lax.cummax(jnp.clip(cu_seqlens_q, 0, T))

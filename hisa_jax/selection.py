@@ -3,7 +3,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+
+from hisa_jax.methods import Dsa, Method
 
 
 @jax.tree_util.register_dataclass
@@ -22,3 +25,15 @@ class Selection:
     count: Array
     scores: Array | None = None
     blocks: Array | None = None
+
+
+def nothing(rows: tuple[int, ...], method: Method, return_scores: bool, return_blocks: bool) -> Selection:
+    """The selection where there is no query or no key."""
+    return Selection(
+        indices=jnp.full((*rows, method.topk), -1, jnp.int32),
+        count=jnp.zeros(rows, jnp.int32),
+        scores=jnp.full((*rows, method.topk), -jnp.inf, jnp.float32) if return_scores else None,
+        blocks=None
+        if isinstance(method, Dsa) or not return_blocks
+        else jnp.full((*rows, method.block_topk), -1, jnp.int32),
+    )

@@ -80,10 +80,17 @@ def sparse_mla(
         out, lse = jnp.zeros((B, T, N, value_dim), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
     else:
         out, lse = _attend(q, kv, indices, scale, value_dim, name)
-        if sink is not None:
-            # What the sink takes from every value: 1 - exp(lse) / (exp(lse) + exp(sink)).
-            out = (out * jax.nn.sigmoid(lse - sink[None, None, :])[..., None]).astype(q.dtype)
+        out = with_sink(out, lse, sink)
     return (out, lse) if return_lse else out
+
+
+def with_sink(out: Array, lse: Array, sink: Array | None) -> Array:
+    """[..., N, V], [..., N], [N] or None -> [..., N, V]: a logit without a value beside those of the tokens."""
+    if sink is None:
+        return out
+    # What the sink takes from every value: 1 - exp(lse) / (exp(lse) + exp(sink)).
+    kept = jax.nn.sigmoid(lse - sink.reshape((1,) * (lse.ndim - 1) + sink.shape))
+    return (out * kept[..., None]).astype(out.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

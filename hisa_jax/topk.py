@@ -109,3 +109,10 @@ def topk_in_order(image: Array, positions: Array, k: int) -> tuple[Array, Array]
     image = jnp.take_along_axis(image, columns, axis=1)
     positions = jnp.take_along_axis(positions, columns, axis=1)
     return jnp.where(filled, image, INVISIBLE), jnp.where(filled, positions, -1)
+
+
+def topk_of_any_order(image: Array, positions: Array, k: int) -> tuple[Array, Array]:
+    """As `topk_in_order`, where the candidates of a row stand in any order; the chosen come out ascending."""
+    last = jnp.iinfo(jnp.int32).max
+    positions, image = lax.sort((jnp.where(image > INVISIBLE, positions, last), image), dimension=1, num_keys=1)
+    return topk_in_order(image, positions, k)

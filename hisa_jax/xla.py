@@ -16,7 +16,7 @@ from hisa_jax import stages, topk
 from hisa_jax.cache import IndexCache
 from hisa_jax.keys import LANES, Contiguous, Keys, Paged, PagedMeans, Sequence
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
-from hisa_jax.selection import Selection
+from hisa_jax.selection import Selection, nothing
 from hisa_jax.stages import Candidates, Queries
 
 
@@ -175,46 +175,39 @@ def _select_ragged(
         means = means_of(r) if means_of else None
         return _select_tile(own, sequence_of(r), means, method, tiles.keys, return_scores, return_blocks)
 
-    return over_tiles(select_tile, queries, query_starts, method, tiles.queries, return_scores, return_blocks)
+    empty = functools.partial(nothing, method=method, return_scores=return_scores, return_blocks=return_blocks)
+    return over_tiles(select_tile, queries, query_starts, tiles.queries, empty)
 
 
-def over_tiles(
-    select_tile: Callable[[Queries, Array], Selection],
+def over_tiles[Found](
+    select_tile: Callable[..., Found],
     queries: Queries,
     query_starts: Array,
-    method: Method,
     t: int,
-    return_scores: bool,
-    return_blocks: bool,
-) -> Selection:
-    """[T, H, D] queries of R sequences, `query_starts` [R + 1] -> Selection of [T]; a loop over tiles of t queries.
+    nothing: Callable[[tuple[int]], Found],
+    *rows_of_tile: Array,
+) -> Found:
+    """[T, H, D] queries of R sequences, `query_starts` [R + 1] -> what they find; a loop over tiles of t queries.
 
-    `select_tile` gets a tile and the number of its sequence. The rows behind the last sequence are nobody's.
+    `select_tile` gets a tile, the number of its sequence and its rows of the last arguments, [T, ...] each. `nothing`
+    gives what so many queries find nowhere. The rows behind the last sequence are nobody's.
     """
     (T, *_), last_r = queries.q.shape, query_starts.shape[0] - 2
     n_tiles = -(-jnp.diff(query_starts) // t)  # [R]
     tile_ends = jnp.cumsum(n_tiles)
 
-    def one_tile(i: Array, done: Selection) -> Selection:
+    def one_tile(i: Array, done: Found) -> Found:
         r = jnp.minimum(jnp.searchsorted(tile_ends, i, side="right"), last_r).astype(jnp.int32)
         first = query_starts[r] + (i - (tile_ends[r] - n_tiles[r])) * t
         rows = first + jnp.arange(t, dtype=jnp.int32)
         is_real = rows < query_starts[r + 1]
         rows = jnp.minimum(rows, T - 1)
         own = Queries(queries.q[rows], queries.w[rows], jnp.where(is_real, queries.visible[rows], 0))
-        tile = select_tile(own, r)
+        tile = select_tile(own, r, *(x[rows] for x in rows_of_tile))
         # What a tile writes behind its sequence, the next tile overwrites.
         return jax.tree.map(lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, first, axis=0), done, tile)
 
-    done = Selection(
-        indices=jnp.full((T + t, method.topk), -1, jnp.int32),
-        count=jnp.zeros(T + t, jnp.int32),
-        scores=jnp.full((T + t, method.topk), -jnp.inf, jnp.float32) if return_scores else None,
-        blocks=None
-        if isinstance(method, Dsa) or not return_blocks
-        else jnp.full((T + t, method.block_topk), -1, jnp.int32),
-    )
-    done = lax.fori_loop(0, tile_ends[-1], one_tile, done)
+    done = lax.fori_loop(0, tile_ends[-1], one_tile, nothing((T + t,)))
     return jax.tree.map(lambda leaf: leaf[:T], done)
 
 

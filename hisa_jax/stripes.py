@@ -1,0 +1,44 @@
+"""Which device holds what of a request whose blocks are dealt out: stripe i lies on device i % n_devices.
+
+A stripe is a run of whole blocks. One arithmetic serves tokens, pages and blocks, whichever a stripe is counted in.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+
+class Stripes(NamedTuple):
+    """One device's part of a request.
+
+    Attributes: `size`, units of a stripe; `n_devices`, to whom they are dealt; `device`, [] int32, which of them.
+    """
+
+    size: int
+    n_devices: int
+    device: Array
+
+    def owns(self, places: Array) -> Array:
+        """Which places of the request, from 0, are this device's."""
+        return places // self.size % self.n_devices == self.device
+
+    def own(self, places: Array) -> Array:
+        """Places of the request that are this device's, counted among its own."""
+        return places // (self.size * self.n_devices) * self.size + places % self.size
+
+    def place(self, own: Array) -> Array:
+        """Inverts `own`; keeps -1."""
+        places = (own // self.size * self.n_devices + self.device) * self.size + own % self.size
+        return jnp.where(own >= 0, places, -1)
+
+    def before(self, end: Array) -> Array:
+        """How many of the first `end` places are this device's."""
+        rounds, rest = jnp.divmod(end, self.size * self.n_devices)
+        return rounds * self.size + jnp.clip(rest - self.device * self.size, 0, self.size)
+
+    def columns(self, table: Array) -> Array:
+        """[R, P] -> [R, P / n_devices, rounded up to whole stripes]: the columns at this device's places, then -1."""
+        table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % (self.size * self.n_devices))), constant_values=-1)
+        dealt = table.reshape(table.shape[0], -1, self.n_devices, self.size)
+        return dealt[:, :, self.device].reshape(table.shape[0], -1)
