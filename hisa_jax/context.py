@@ -7,7 +7,6 @@ all. `context_xla.py` and `context_kernels.py` have what one device does.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
@@ -89,12 +88,5 @@ def select_sharded(
         return_scores=return_scores,
         return_blocks=return_blocks,
     )
-    # That what was gathered is the same everywhere is known here, not to the checker.
-    run = jax.shard_map(
-        local,
-        mesh=meshes.automatic(mesh),
-        in_specs=(rows, split, rows, rows, rows),
-        out_specs=rows,
-        check_vma=False,
-    )
-    return jax.jit(run)(*prepare.constants(q, keys, w), visible, lengths)
+    run = meshes.on_devices(local, mesh, (rows, split, rows, rows, rows), rows)
+    return run(*prepare.constants(q, keys, w), visible, lengths)

@@ -8,7 +8,6 @@ exchanged: the new tokens and the tables are on all devices.
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
@@ -47,6 +46,8 @@ def append_sharded(
         >>> hj.append_sharded(cache, *arrays, jnp.array([0]), mesh=mesh, context_axis="context").counts.tolist()
         [4, 0, 16, 0]
     """
+    call = "append_sharded"
+    on_one_device.check_table(call, cache, block_tables, lengths)
 
     def one_device(
         cache: IndexCache, block_tables: Array, k: Any, cu_seqlens: Array, lengths: Array, latents: Array | None
@@ -54,9 +55,7 @@ def append_sharded(
         own = own_ids(cache, block_tables, context_axis)
         return on_one_device.append(cache, k, own, cu_seqlens, lengths, latents=latents)
 
-    return _on_each(
-        "append_sharded", one_device, mesh, context_axis, cache, block_tables, k, cu_seqlens, lengths, latents
-    )
+    return _on_each(call, one_device, mesh, context_axis, cache, block_tables, k, cu_seqlens, lengths, latents)
 
 
 def truncate_sharded(
@@ -78,12 +77,14 @@ def truncate_sharded(
     Returns: what `truncate` returns, bit for bit, its pages split likewise.
     Raises: as `truncate` and `append_sharded`.
     """
+    call = "truncate_sharded"
+    on_one_device.check_table(call, cache, block_tables, lengths)
 
     def one_device(cache: IndexCache, block_tables: Array, lengths: Array, new_lengths: Array) -> IndexCache:
         own = own_ids(cache, block_tables, context_axis)
         return on_one_device.truncate(cache, own, lengths, new_lengths, max_tokens=max_tokens)
 
-    return _on_each("truncate_sharded", one_device, mesh, context_axis, cache, block_tables, lengths, new_lengths)
+    return _on_each(call, one_device, mesh, context_axis, cache, block_tables, lengths, new_lengths)
 
 
 def copy_pages_sharded(cache: IndexCache, source: Array, target: Array, *, mesh: Mesh, context_axis: str) -> IndexCache:
@@ -125,11 +126,5 @@ def _on_each(
     """Runs `one_device` with its part of the cache and the arrays, which are on all."""
     meshes.check_axis(call, "context_axis", mesh, axis, cache.n_pages, PAGES)
     split, all_of_it = PartitionSpec(axis), PartitionSpec()
-    run = jax.shard_map(
-        one_device,
-        mesh=meshes.automatic(mesh),
-        in_specs=(split, *(all_of_it for _ in arrays)),
-        out_specs=split,
-        check_vma=False,
-    )
-    return jax.jit(run)(cache, *arrays)
+    run = meshes.on_devices(one_device, mesh, (split, *(all_of_it for _ in arrays)), split)
+    return run(cache, *arrays)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from hisa_jax import checks, context_mla, dispatch, paged, prepare, xla
 from hisa_jax.cache import IndexCache
 from hisa_jax.context_cache import PAGES, own_ids
-from hisa_jax.meshes import automatic, check_axis
+from hisa_jax.meshes import check_axis, on_devices
 from hisa_jax.methods import Dsa, Method
 from hisa_jax.selection import Selection, nothing
 from hisa_jax.sparse_mla import with_sink
@@ -120,16 +120,9 @@ def select_paged_sharded(
     missing = -T % n_shares
     rows = (jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) for x in (jnp.asarray(q), jnp.asarray(w)))
     queries, split, all_of_it = PartitionSpec(query_axis), PartitionSpec(context_axis), PartitionSpec()
-    # That what was gathered is the same everywhere is known here, not to the checker.
-    run = jax.shard_map(
-        one_device,
-        mesh=automatic(mesh),
-        in_specs=(queries, queries, split, all_of_it, all_of_it, all_of_it),
-        out_specs=all_of_it,
-        check_vma=False,
-    )
+    run = on_devices(one_device, mesh, (queries, queries, split, all_of_it, all_of_it, all_of_it), all_of_it)
     arrays = jax.tree.map(lax.stop_gradient, (*rows, cache))
-    selection, has_pages = jax.jit(run)(*arrays, block_tables, cu_seqlens_q, lengths)
+    selection, has_pages = run(*arrays, block_tables, cu_seqlens_q, lengths)
     paged.check_pages(call, has_pages, cache)
     return jax.tree.map(lambda x: x[:T], selection)
 
@@ -201,13 +194,7 @@ def sparse_mla_paged_sharded(
         return context_mla.merge(out, lse, context_axis)
 
     split, all_of_it = PartitionSpec(context_axis), PartitionSpec()
-    run = jax.shard_map(
-        one_device,
-        mesh=automatic(mesh),
-        in_specs=(all_of_it, split, all_of_it, all_of_it, all_of_it),
-        out_specs=all_of_it,
-        check_vma=False,
-    )
-    out, lse = jax.jit(run)(q, cache, indices, block_tables, cu_seqlens_q)
+    run = on_devices(one_device, mesh, (all_of_it, split, all_of_it, all_of_it, all_of_it), all_of_it)
+    out, lse = run(q, cache, indices, block_tables, cu_seqlens_q)
     out = with_sink(out, lse, sink)
     return (out, lse) if return_lse else out

@@ -1,11 +1,32 @@
-"""What the functions over several devices share: checks of a mesh's axes."""
+"""What the functions over several devices share: how they run on a mesh, and checks of its axes."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 from jax.sharding import AxisType, Mesh
 
 
 def automatic(mesh: Mesh) -> Mesh:
     """The mesh with automatic axes: the caller's arrays may lie anywhere, and are moved to where specs want them."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def on_devices(one_device: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`jax.shard_map` over the mesh, for what carries no gradient; checks of values belong outside of `one_device`.
+
+    That what is gathered is the same everywhere is known to the caller, not to the checker.
+    """
+    run = jax.shard_map(one_device, mesh=automatic(mesh), in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    # Checkify gives the errors that it carries through a shard_map one of each device, and then cannot read them beside
+    # others (jax 0.12). A function with a batching rule of its own it leaves alone.
+    opaque = jax.custom_batching.custom_vmap(jax.jit(run))
+    opaque.def_vmap(_cannot_be_batched)
+    return opaque
+
+
+def _cannot_be_batched(*_: Any) -> Any:
+    raise NotImplementedError("jax.vmap of a function over a mesh: give it the batch")
 
 
 def check_axis(call: str, name: str, mesh: Mesh, axis: str, size: int, what: str, unit: int = 1) -> int:

@@ -1,0 +1,132 @@
+"""Pages split over devices: tests/context_paged.py on 8 emulated ones, one of them, and what is refused."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hisa_jax as hj
+from hisa_jax.pages import OutOfPages, PagePool
+from hisa_jax.stripes import Stripes
+
+# What they promise; not imported from there, since that module configures JAX.
+PROMISES = {
+    "selection": (
+        "pages_on_eight_devices_hold_what_one_would",
+        "same_bits_for_every_method",
+    ),
+    "bytes": (
+        "only_candidates_are_exchanged",
+        "writing_exchanges_nothing_and_a_copy_stays_on_its_device",
+        "sparse_mla_over_pages_is_that_of_one_device_and_exchanges_one_sum",
+        "a_page_that_is_lacking_or_elsewhere_costs_its_request_alone",
+    ),
+    "layouts": (
+        "same_bits_for_8_bits_and_for_stripes_of_two_blocks",
+        "ranks_that_share_the_queries_select_the_same_and_exchange_the_chosen",
+        "ranks_that_share_the_queries_may_each_be_devices_that_share_the_pages",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("promises", PROMISES)
+def test_pages_on_eight_devices_serve_as_on_one(promises):
+    command = [sys.executable, "-W", "error", "-m", "tests.context_paged", *PROMISES[promises]]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=900, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("kept:") == len(PROMISES[promises])
+
+
+def test_every_place_is_one_devices_and_is_found_among_its_own():
+    places = jnp.arange(200)
+    for size, n_devices in ((1, 1), (1, 2), (16, 3)):
+        owners = []
+        for device in range(n_devices):
+            stripes = Stripes(size, n_devices, jnp.int32(device))
+            own = [place for place in range(200) if place // size % n_devices == device]
+            owners.append(stripes.owns(places))
+            assert places[owners[-1]].tolist() == own
+            assert stripes.own(jnp.array(own)).tolist() == list(range(len(own)))
+            assert stripes.place(jnp.arange(-1, len(own))).tolist() == [-1, *own]
+            assert stripes.before(places).tolist() == [sum(x < end for x in own) for end in range(200)]
+            columns = stripes.columns(places[None])[0]
+            assert columns[: len(own)].tolist() == own and (columns[len(own) :] == -1).all()
+        assert (np.sum(owners, axis=0) == 1).all()
+
+
+def served(**options):
+    """A request of 75 tokens on a mesh of one device; a call of `select_paged_sharded` on it."""
+    cache, table = hj.init_cache(8, 16, 32, jnp.float32), jnp.array([[3, 0, 7, 1, 2, -1]], jnp.int32)
+    mesh = jax.make_mesh((1,), ("context",))
+    options = dict(mesh=mesh, context_axis="context") | options
+    k = jax.random.normal(jax.random.key(0), (75, 32))
+    cache = hj.append_sharded(cache, k, table, jnp.array([0, 75]), jnp.array([0]), mesh=mesh, context_axis="context")
+    q, w = jax.random.normal(jax.random.key(1), (3, 4, 32)), jax.random.normal(jax.random.key(2), (3, 4))
+    arrays = q, w, cache, table, jnp.array([0, 3]), jnp.array([75])
+    method = options.pop("method", hj.Hisa(topk=16, block_size=32, block_topk=2))
+    return hj.select_paged_sharded(*arrays, method, **options), hj.select_paged(*arrays, method)
+
+
+@pytest.mark.parametrize("axes", [{}, {"query_axis": "context", "context_axis": None}])
+def test_a_mesh_may_be_one_device(axes):
+    got, wanted = served(**axes)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            dict(context_axis="x"),
+            r"select_paged_sharded: context_axis='x', wanted one of the mesh's axes \('context',\)",
+        ),
+        (dict(query_axis="x"), "select_paged_sharded: query_axis='x', wanted one of"),
+        (dict(context_axis=None), "context_axis=None and query_axis=None, wanted one of the mesh's axes for either"),
+        (dict(stripe=48), "select_paged_sharded: stripe=48, wanted a multiple of 32, of whole blocks"),
+        (dict(method=hj.Dsa(topk=4), stripe=24), "stripe=24, wanted a multiple of 16"),
+        (dict(method=hj.Hisa(topk=4, block_size=24, block_topk=2)), "with pages of 16 tokens, wanted a block_size"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        served(**options)
+
+
+def test_pages_that_devices_do_not_share_equally_are_refused():
+    mesh = jax.sharding.AbstractMesh((3,), ("context",))
+    cache, table = hj.init_cache(8, 16, 32), jnp.array([[0]], jnp.int32)
+    over = dict(mesh=mesh, context_axis="context")
+    lengths = jnp.array([0])
+    for call in (
+        functools.partial(hj.append_sharded, cache, jnp.ones((1, 32), jnp.bfloat16), table, jnp.array([0, 1]), lengths),
+        functools.partial(hj.truncate_sharded, cache, table, lengths, lengths, max_tokens=1),
+        functools.partial(hj.copy_pages_sharded, cache, lengths, lengths),
+    ):
+        with pytest.raises(
+            ValueError, match="_sharded: the cache's n_pages = 8, wanted a multiple of 3 for context_axis"
+        ):
+            call(**over)
+
+
+def test_a_pool_takes_the_pages_of_a_request_from_devices_in_turn():
+    pool = PagePool(12, 16, n_devices=3, stripe=32)
+    pool.add("a")
+    pool.extend("a", 16 * 9)
+    assert (pool.table(["a"], 9)[0] // 4).tolist() == [0, 0, 1, 1, 2, 2, 0, 0, 1]
+    pool.fork("a", "b", 16 * 8 + 5)
+    (copy,) = pool.extend("b", 1)
+    assert copy[0] // 4 == copy[1] // 4 == 1
+    pool.check()
+    with pytest.raises(OutOfPages, match="request 'a' needs 1 pages on device 1 for 80 tokens, 0 are free"):
+        pool.extend("a", 80)
+    assert pool.n_free == 2
+    with pytest.raises(ValueError, match="n_pages=12, n_devices=5, stripe=16, wanted equal parts"):
+        PagePool(12, 16, n_devices=5)
