@@ -28,8 +28,8 @@ def score_of(image: Array) -> Array:
     return lax.bitcast_convert_type(jnp.where(image < 0, image ^ FORCED, image), jnp.float32)
 
 
-def kth_largest(image: Array, k: int) -> Array:
-    """[T, S] int32 -> [T] int32: the k-th largest of each row, by bisection on the value; k <= S."""
+def kth_largest(image: Array, k: int | Array) -> Array:
+    """[T, S] int32 -> [T] int32: the k-th largest of each row, by bisection on the value; k <= S, [T] or one of all."""
 
     def unfinished(bounds: tuple[Array, Array]) -> Array:
         low, high = bounds
@@ -46,15 +46,23 @@ def kth_largest(image: Array, k: int) -> Array:
     return lax.while_loop(unfinished, halve, (jnp.min(image, axis=1), jnp.max(image, axis=1)))[0]
 
 
-def chosen_mask(image: Array, k: int) -> Array:
-    """[T, S] int32 -> [T, S] bool: the k largest visible values of each row, all of them if there are fewer."""
+def chosen_mask(image: Array, k: int, positions: Array | None = None) -> Array:
+    """[T, S] int32 -> [T, S] bool: the k largest visible values of each row, all of them if there are fewer.
+
+    Of equal values those in front, or those with the lowest `positions`, [T, S] int32, all different.
+    """
     S = image.shape[1]
     if k >= S:
         return image > INVISIBLE
     cut = kth_largest(image, k)[:, None]
     above, at_cut = image > cut, image == cut
     room = k - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
-    return (above | (at_cut & (jnp.cumsum(at_cut, axis=1, dtype=jnp.int32) <= room))) & (image > INVISIBLE)
+    if positions is None:
+        has_room = jnp.cumsum(at_cut, axis=1, dtype=jnp.int32) <= room
+    else:
+        order = jnp.where(at_cut, -positions, INVISIBLE)
+        has_room = order >= kth_largest(order, room[:, 0])[:, None]
+    return (above | (at_cut & has_room)) & (image > INVISIBLE)
 
 
 def compact(mask: Array, k: int) -> tuple[Array, Array]:
@@ -113,6 +121,8 @@ def topk_in_order(image: Array, positions: Array, k: int) -> tuple[Array, Array]
 
 def topk_of_any_order(image: Array, positions: Array, k: int) -> tuple[Array, Array]:
     """As `topk_in_order`, where the candidates of a row stand in any order; the chosen come out ascending."""
-    last = jnp.iinfo(jnp.int32).max
-    positions, image = lax.sort((jnp.where(image > INVISIBLE, positions, last), image), dimension=1, num_keys=1)
-    return topk_in_order(image, positions, k)
+    columns, filled = compact(chosen_mask(image, k, positions), k)
+    image = jnp.take_along_axis(image, columns, axis=1)
+    positions = jnp.where(filled, jnp.take_along_axis(positions, columns, axis=1), jnp.iinfo(jnp.int32).max)
+    positions, image = lax.sort((positions, image), dimension=1, num_keys=1)  # the empty slots stay behind
+    return jnp.where(filled, image, INVISIBLE), jnp.where(filled, positions, -1)

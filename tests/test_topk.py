@@ -43,6 +43,19 @@ def test_the_k_best_are_chosen_in_order_with_ties_to_the_left(k, image):
         np.testing.assert_array_equal(got_image[row], [*image[row, best], *[INT_MIN] * (k - len(best))])
 
 
+@given(
+    st.sampled_from([1, 2, 20, 39, 40]),
+    hnp.arrays(np.int32, (3, 40), elements=st.integers(-3, 3) | st.sampled_from([INT_MIN, INT_MAX])),
+    st.permutations(range(40)),
+)
+def test_the_k_best_are_the_same_in_whatever_order_candidates_stand(k, image, order):
+    positions = np.broadcast_to(np.arange(40, dtype=np.int32) * 2, (3, 40))
+    wanted = jax.jit(topk.topk_in_order, static_argnums=2)(image, positions, k)
+    positions = np.where(image > INT_MIN, positions, -1)  # what is invisible has no position
+    got = jax.jit(topk.topk_of_any_order, static_argnums=2)(image[:, order], positions[:, order], k)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
 @pytest.mark.parametrize("S", [1, 31, 32, 33, 64, 100])
 def test_compaction_finds_every_set_bit(S):
     rng = np.random.default_rng(S)

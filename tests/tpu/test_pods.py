@@ -4,6 +4,7 @@ Sequences are sharded over `data`, the queries of each over `context`; a kernel 
 `shard_map`. What may cross the network and what a device may hold is asserted from the compiled program.
 """
 
+import functools
 import math
 import re
 
@@ -136,6 +137,71 @@ def test_xla_exchanges_candidates_alone(monkeypatch):
         assert dtype in ("s32", "u32") and n <= T * context * MODEL.topk
     keys = CONTEXT // context * MODEL.D * 2
     assert program.temp_bytes < max(32 * keys, 160 << 20), "nothing of [T, S]"
+
+
+R, PAGE = 32, 128  # requests a device, or devices that share their pages, has; tokens of a page
+
+
+def paged_step(mesh, chip, monkeypatch, dtype, n, cache_spec, rows_spec):
+    """A decoding step's operands for n times R requests of CONTEXT tokens, on a machine that has this chip."""
+    monkeypatch.setattr(dispatch.Device, "default", lambda: dispatch.Device(platform="tpu", kind=CHIPS[chip].kind))
+
+    def sharded(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    n_pages = CONTEXT // PAGE
+    cache = jax.eval_shape(lambda: hj.init_cache(n * R * n_pages, PAGE, MODEL.D, dtype))
+    cache = jax.tree.map(lambda leaf: sharded(leaf.shape, leaf.dtype, cache_spec), cache)
+    q = sharded((n * R, MODEL.H, MODEL.D), jnp.dtype(dtype), rows_spec)
+    w = sharded((n * R, MODEL.H), jnp.float32, rows_spec)
+    ints = (sharded(shape, jnp.int32, rows_spec) for shape in ((n * R, n_pages), (n * (R + 1),), (n * R,)))
+    return q, w, cache, *ints
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype"),
+    [
+        ("v5e", "int8"),
+        ("v7x", "float8_e4m3fn"),
+        pytest.param("v5e", "bfloat16", marks=pytest.mark.every_chip),
+        pytest.param("v7x", "bfloat16", marks=pytest.mark.every_chip),
+    ],
+)
+def test_decode_from_pages_shares_requests(chip, dtype, monkeypatch):
+    """Each device has a server's cache of its own: 32 requests of 128K tokens, one query each."""
+    if reason := tpu_aot.why_not():
+        pytest.skip(reason)
+    n = devices(chip)
+    mesh = tpu_aot.pod_mesh(chip, data=n)
+    operands = paged_step(mesh, chip, monkeypatch, dtype, n, P("data"), P("data"))
+    select = functools.partial(hj.select_paged, method=MODEL.methods()["hisa"], implementation="mosaic_tpu")
+    f = jax.shard_map(select, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    program = tpu_aot.compile_sharded(chip, f, mesh, *operands)
+    text = program.compiled.as_text()
+    assert not COLLECTIVES.findall(text)
+    assert all(f"hisa_{stage}" in text for stage in ("pool", "block_filter", "refine"))
+    keys = R * CONTEXT * MODEL.D * jnp.dtype(dtype).itemsize
+    means = R * CONTEXT // MODEL.block_size * MODEL.D * 4
+    memory = program.compiled.memory_analysis()
+    assert memory.argument_size_in_bytes < 1.1 * keys + 2 * means
+    # The means of blocks are brought together; keys stay where they are.
+    assert program.temp_bytes < 2 * means + (32 << 20)
+
+
+def test_pages_shared_by_devices_exchange_candidates_alone(monkeypatch):
+    """32 requests of 128K tokens whose pages lie on 16 devices; the rest of the pod has copies. By XLA."""
+    chip, n_context = "v5e", 16
+    if reason := tpu_aot.why_not():
+        pytest.skip(reason)
+    mesh = tpu_aot.pod_mesh(chip, data=devices(chip) // n_context, context=n_context)
+    operands = paged_step(mesh, chip, monkeypatch, "bfloat16", 1, P("context"), P())
+    over = dict(mesh=mesh, context_axis="context")
+    select = functools.partial(hj.select_paged_sharded, method=MODEL.methods()["hisa"], **over)
+    program = tpu_aot.compile_sharded(chip, select, mesh, *operands)
+    for _, dtype, n in exchanged(program):
+        assert dtype in ("s32", "u32") and n <= R * MODEL.topk
+    keys = R * CONTEXT // n_context * MODEL.D * 2
+    assert program.temp_bytes < keys, "the candidates, and a tile's scores"
 
 
 @pytest.mark.parametrize("chip", CHIPS, indirect=True)
