@@ -52,7 +52,7 @@ def select(
     def search(find: Callable[..., Candidates], k: int, *rows: Array) -> Candidates:
         """The k best of each query that `find` finds on this device, tile by tile; the tile sees its rows of `rows`."""
         nothing = functools.partial(_nothing, k=k)
-        return xla.over_tiles(find, Queries(q, w, visible), cu_seqlens_q, tiles.queries, nothing, *rows)
+        return xla.over_tiles(find, Queries(q, w, visible), cu_seqlens_q, min(tiles.queries, T), nothing, *rows)
 
     def merged(found: Candidates, stripes: Stripes, k: int) -> Candidates:
         """The k best of what all devices have found, at places of the request."""

@@ -1,5 +1,6 @@
-"""`select_sharded` over the processes of `jax.distributed`; test_processes.py starts each of them in this module."""
+"""Keys and pages over the processes of `jax.distributed`; test_processes.py starts each of them in this module."""
 
+import functools
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ import numpy as np  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
+from hisa_jax.pages import PagePool  # noqa: E402
 from tests import draw  # noqa: E402
 
 HEARTBEAT_TIMEOUT_S = 10
@@ -78,6 +80,36 @@ def sparse_mla_is_that_of_one_device_and_exchanges_one_sum():
     bytes_per_query = sum(4 * np.prod(list(map(int, shape.split(",")))) for shape in reduced) // (B * T)
     assert bytes_per_query == 4 * N * (V + 2), (bytes_per_query, reduced)
     print("merged:", bytes_per_query, "bytes a query", flush=True)
+
+
+def pages_on_all_processes_serve_as_on_one():
+    n, page, length, lengths = jax.process_count(), 16, 150, np.array([145], np.int32)
+    pool, method = PagePool(16 * n, page, n_devices=n, stripe=16), METHODS["hisa"]
+    pool.add("a")
+    pool.extend("a", length)
+    (_, _, _), (q, k, w) = inputs()
+    arrays = (
+        k[0, :length],
+        q[0],
+        w[0],
+        pool.table(["a"], 12),
+        np.array([0, length], np.int32),
+        np.array([0, T], np.int32),
+    )
+    axes = dict(mesh=mesh(), context_axis="context")
+
+    def step(append, select, cache, k, q, w, tables, offsets, own, before, **axes):
+        cache = append(cache, k, tables, offsets, before * 0, **axes)
+        return select(q, w, cache, tables, own, before + T, method, return_scores=True, **axes)
+
+    empty = functools.partial(hj.init_cache, 16 * n, page, D, "float32")
+    cache = jax.jit(empty, out_shardings=NamedSharding(mesh(), PartitionSpec("context")))()
+    run = jax.jit(functools.partial(step, hj.append_sharded, hj.select_paged_sharded, **axes))
+    got = run(cache, *map(globally, (*arrays, lengths)))
+    if jax.process_index() == 0:
+        wanted = jax.jit(functools.partial(step, hj.append, hj.select_paged))(empty(), *arrays, lengths)
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.addressable_data(0), y), got, wanted)
+    print("paged", flush=True)
 
 
 def shapes_that_disagree_are_an_error_on_all():

@@ -142,8 +142,8 @@ def test_xla_exchanges_candidates_alone(monkeypatch):
 R, PAGE = 32, 128  # requests a device, or devices that share their pages, has; tokens of a page
 
 
-def paged_step(mesh, chip, monkeypatch, dtype, n, cache_spec, rows_spec):
-    """A decoding step's operands for n times R requests of CONTEXT tokens, on a machine that has this chip."""
+def paged_step(mesh, chip, monkeypatch, dtype, n, cache_spec, rows_spec, queries=1):
+    """A step's operands for n times R requests of CONTEXT tokens and their queries, on a machine that has this chip."""
     monkeypatch.setattr(dispatch.Device, "default", lambda: dispatch.Device(platform="tpu", kind=CHIPS[chip].kind))
 
     def sharded(shape, dtype, spec):
@@ -152,8 +152,8 @@ def paged_step(mesh, chip, monkeypatch, dtype, n, cache_spec, rows_spec):
     n_pages = CONTEXT // PAGE
     cache = jax.eval_shape(lambda: hj.init_cache(n * R * n_pages, PAGE, MODEL.D, dtype))
     cache = jax.tree.map(lambda leaf: sharded(leaf.shape, leaf.dtype, cache_spec), cache)
-    q = sharded((n * R, MODEL.H, MODEL.D), jnp.dtype(dtype), rows_spec)
-    w = sharded((n * R, MODEL.H), jnp.float32, rows_spec)
+    q = sharded((n * R * queries, MODEL.H, MODEL.D), jnp.dtype(dtype), rows_spec)
+    w = sharded((n * R * queries, MODEL.H), jnp.float32, rows_spec)
     ints = (sharded(shape, jnp.int32, rows_spec) for shape in ((n * R, n_pages), (n * (R + 1),), (n * R,)))
     return q, w, cache, *ints
 
@@ -202,6 +202,21 @@ def test_pages_shared_by_devices_exchange_candidates_alone(monkeypatch):
         assert dtype in ("s32", "u32") and n <= R * MODEL.topk
     keys = R * CONTEXT // n_context * MODEL.D * 2
     assert program.temp_bytes < keys, "the candidates, and a tile's scores"
+
+
+def test_ranks_share_the_queries_of_chunks_and_exchange_the_chosen(monkeypatch):
+    """128 new tokens of each of 32 requests, by the kernels on 16 ranks that have the same pages."""
+    chip, n_ranks = "v6e", 16
+    if reason := tpu_aot.why_not():
+        pytest.skip(reason)
+    mesh = tpu_aot.pod_mesh(chip, data=devices(chip) // n_ranks, model=n_ranks)
+    operands = paged_step(mesh, chip, monkeypatch, "bfloat16", 1, P(), P(), queries=128)
+    over = dict(mesh=mesh, query_axis="model", implementation="mosaic_tpu")
+    select = functools.partial(hj.select_paged_sharded, method=MODEL.methods()["hisa"], **over)
+    program = tpu_aot.compile_sharded(chip, select, mesh, *operands)
+    found = exchanged(program)
+    assert {dtype for _, dtype, _ in found} == {"s32"} and {kind for kind, *_ in found} == {"all-gather"}
+    assert sum(n for *_, n in found) == R * 128 * (MODEL.topk + 1)
 
 
 @pytest.mark.parametrize("chip", CHIPS, indirect=True)
