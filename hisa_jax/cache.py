@@ -158,17 +158,7 @@ def truncate(
     Raises: as `append`.
     """
     call = "truncate"
-    R = check_table(call, cache, block_tables, lengths)
-    checks.dtype(call, "new_lengths", new_lengths, ("int32",))
-    checks.shape(call, "new_lengths", new_lengths, (R,), "one length a request")
-    if max_tokens < 1:
-        raise ValueError(f"{call}: max_tokens={max_tokens}, wanted at least 1")
-    checks.value(
-        (new_lengths >= 0) & (new_lengths <= lengths) & (lengths - new_lengths <= max_tokens),
-        f"truncate: new_lengths is {{new}} where lengths is {{old}}, wanted 0 to {max_tokens} tokens less",
-        new=new_lengths,
-        old=lengths,
-    )
+    R = check_truncation(call, cache, block_tables, lengths, new_lengths, max_tokens)
     return _recount(
         cache,
         block_tables,
@@ -204,6 +194,24 @@ def check_table(call: str, cache: IndexCache, block_tables: Array, lengths: Arra
         (lengths >= 0) & (lengths <= P * cache.page_size),
         f"{call}: lengths is {{lengths}}, wanted 0 to {P * cache.page_size}, the tokens that {P} pages hold",
         lengths=lengths,
+    )
+    return R
+
+
+def check_truncation(
+    call: str, cache: IndexCache, block_tables: Array, lengths: Array, new_lengths: Array, max_tokens: int
+) -> int:
+    """Raises unless the arguments of `truncate` fit each other; returns R."""
+    R = check_table(call, cache, block_tables, lengths)
+    checks.dtype(call, "new_lengths", new_lengths, ("int32",))
+    checks.shape(call, "new_lengths", new_lengths, (R,), "one length a request")
+    if max_tokens < 1:
+        raise ValueError(f"{call}: max_tokens={max_tokens}, wanted at least 1")
+    checks.value(
+        (new_lengths >= 0) & (new_lengths <= lengths) & (lengths - new_lengths <= max_tokens),
+        f"{call}: new_lengths is {{new}} where lengths is {{old}}, wanted 0 to {max_tokens} tokens less",
+        new=new_lengths,
+        old=lengths,
     )
     return R
 

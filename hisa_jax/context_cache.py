@@ -78,7 +78,7 @@ def truncate_sharded(
     Raises: as `truncate` and `append_sharded`.
     """
     call = "truncate_sharded"
-    on_one_device.check_table(call, cache, block_tables, lengths)
+    on_one_device.check_truncation(call, cache, block_tables, lengths, new_lengths, max_tokens)
 
     def one_device(cache: IndexCache, block_tables: Array, lengths: Array, new_lengths: Array) -> IndexCache:
         own = own_ids(cache, block_tables, context_axis)
