@@ -1,19 +1,24 @@
-"""One device's part of `select_sharded` in plain JAX: the stages of one device, and what they find merged.
+"""One device's part of a selection over several, in plain JAX: it searches its own keys, what devices find is merged.
 
-A key scores the same bits wherever it lies, so the selection is that of one device, bit for bit.
+Keys in one piece are equal runs of each sequence, one a device, and pages are dealt out: the same to all that follows,
+since a run is a stripe of which there is one a device. Each search runs over all queries before devices exchange
+anything, so a step exchanges twice, however many sequences it has. A key scores the same bits wherever it lies, so the
+selection is that of one device, bit for bit.
 """
 
-import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import stages, topk, xla
-from hisa_jax.keys import Contiguous, Keys
+from hisa_jax import exchange, stages, topk, xla
+from hisa_jax.cache import IndexCache
+from hisa_jax.keys import Contiguous, Keys, Paged, PagedMeans, Sequence
 from hisa_jax.methods import BlockSparse, Dsa, Method
-from hisa_jax.selection import Selection, nothing
+from hisa_jax.selection import Selection
 from hisa_jax.stages import Candidates, Queries
+from hisa_jax.stripes import Stripes
 
 
 def select(
@@ -32,66 +37,155 @@ def select(
 ) -> Selection:
     """One device: [B, T, H, D], its Keys of [B, S / n_devices, D], [B, T, H], [B, T], [B] -> Selection of [B, T]."""
     (B, T, H, D), S = q.shape, keys.values.shape[1]
-    first_key = lax.axis_index(axis) * S
-    k = min(method.topk, n_devices * S)
+    tokens = Stripes(S, n_devices, lax.axis_index(axis))
     flat_keys = Keys(keys.values.reshape(B * S, D), None if keys.scales is None else keys.scales.reshape(B * S))
     starts = jnp.arange(B + 1, dtype=jnp.int32)
 
-    def everywhere(best: Candidates, first: Array, k: int) -> Candidates:
-        """The k best of what all devices have found, at positions from `first` on."""
-        positions = jnp.where(best.positions >= 0, best.positions + first, -1)
-        image, positions = (lax.all_gather(x, axis, axis=1, tiled=True) for x in (best.image, positions))
-        return Candidates(*topk.topk_in_order(image, positions, min(k, image.shape[1])))
-
     means_of: xla.SequenceOf | None = None
     if xla.has_filter(method, n_devices * S):
-        n_blocks, first_block = S // method.block_size, first_key // method.block_size
+        n_blocks = S // method.block_size
         block_starts = jnp.arange(n_blocks, dtype=jnp.int32) * method.block_size
-        present = jnp.clip(lengths - first_key, 0, S)
-        counts = jnp.clip(present[:, None] - block_starts[None, :], 0, method.block_size)
+        counts = jnp.clip(tokens.before(lengths)[:, None] - block_starts[None, :], 0, method.block_size)
         first_rows = starts[:-1, None] * S + block_starts[None, :]
         tile_n = max(tiles.keys // method.block_size, 1)
         means = stages.pool(flat_keys, first_rows.reshape(-1), counts.reshape(-1), method.block_size, tile_n)
         means_of = lambda r: Contiguous(Keys(means, None), r * n_blocks, n_blocks)  # noqa: E731
 
-    def select_tile(queries: Queries, r: Array) -> Selection:
-        sequence = Contiguous(flat_keys, r * S, S)
-        own = queries._replace(visible=jnp.clip(queries.visible - first_key, 0, S))
-        if means_of is None:
-            blocks = None
-            if not isinstance(method, Dsa):
-                blocks = stages.first_positions(-(-queries.visible // method.block_size), method.block_topk)
-            best = everywhere(stages.flat(own, sequence, min(k, S), tiles.keys), first_key, k)
-            return xla.selection_of(best, method, blocks, return_scores, return_blocks)
-        assert not isinstance(method, Dsa)
-        eligible = -(-queries.visible // method.block_size)
-        own_eligible = jnp.clip(eligible - first_block, 0, n_blocks)
-        is_forced = stages.forced_blocks(eligible, method)
-        found = stages.flat(
-            queries._replace(visible=own_eligible),
-            means_of(r),
-            min(method.block_topk, n_blocks),
-            tiles.keys,
-            lambda block_ids: is_forced(block_ids + first_block),
-        )
-        blocks = everywhere(found, first_block, method.block_topk).positions
-        if isinstance(method, BlockSparse) and not return_scores:
-            positions, seen = stages.tokens_of(blocks, queries.visible, method.block_size)
-            best = xla.unscored(jnp.where(seen, positions, -1))
-        else:
-            # The kept blocks of this device in front, ascending.
-            ids = jnp.where((blocks >= first_block) & (blocks < first_block + n_blocks), blocks - first_block, n_blocks)
-            ids = jnp.sort(ids, axis=1)
-            ids = jnp.where(ids < n_blocks, ids, -1)
-            refined = stages.refine(own, sequence, ids, method.block_size, min(k, S), tiles.keys)
-            best = everywhere(refined, first_key, k)
-        return xla.selection_of(best, method, blocks, return_scores, return_blocks)
-
-    selection = xla.over_tiles(
-        select_tile,
+    selection = _select(
         Queries(q.reshape(B * T, H, D), w.reshape(B * T, H), visible.reshape(B * T)),
         starts * T,
-        min(tiles.queries, T),
-        functools.partial(nothing, method=method, return_scores=return_scores, return_blocks=return_blocks),
+        lambda r: Contiguous(flat_keys, r * S, S),
+        means_of,
+        tokens,
+        S,
+        n_devices * S,
+        method,
+        tiles,
+        axis,
+        return_scores,
+        return_blocks,
     )
     return jax.tree.map(lambda leaf: leaf.reshape(B, T, *leaf.shape[1:]), selection)
+
+
+def select_paged(
+    q: Array,
+    w: Array,
+    visible: Array,
+    cache: IndexCache,
+    pages: Array,
+    cu_seqlens_q: Array,
+    method: Method,
+    tiles: xla.Tiles,
+    *,
+    axis: str,
+    n_devices: int,
+    stripe: int,
+    max_keys: int,
+    return_scores: bool,
+    return_blocks: bool,
+) -> Selection:
+    """One device: [T, H, D], [T, H], [T], its cache, [R, P / n_devices] its pages, [R + 1] -> Selection of [T].
+
+    Args:
+        pages: of each request, ids within this device's cache; stripes of `stripe` tokens are dealt out.
+        max_keys: most tokens of a request, on all devices.
+    """
+    page_size = cache.page_size
+    keys = Keys(
+        cache.keys.reshape(-1, cache.keys.shape[-1]), None if cache.scales is None else cache.scales.reshape(-1)
+    )
+
+    def means_of(r: Array) -> Sequence:
+        assert not isinstance(method, Dsa)
+        return PagedMeans(cache.sums, cache.counts, pages[r], method.block_size // page_size)
+
+    return _select(
+        Queries(q, w, visible),
+        cu_seqlens_q,
+        lambda r: Paged(keys, pages[r], page_size),
+        means_of if xla.has_filter(method, max_keys) else None,
+        Stripes(stripe, n_devices, lax.axis_index(axis)),
+        pages.shape[1] * page_size,
+        max_keys,
+        method,
+        tiles,
+        axis,
+        return_scores,
+        return_blocks,
+    )
+
+
+def _select(
+    queries: Queries,
+    query_starts: Array,
+    sequence_of: xla.SequenceOf,
+    means_of: xla.SequenceOf | None,
+    tokens: Stripes,
+    own_keys: int,
+    max_keys: int,
+    method: Method,
+    tiles: xla.Tiles,
+    axis: str,
+    return_scores: bool,
+    return_blocks: bool,
+) -> Selection:
+    """[T, H, D] queries of R sequences, `query_starts` [R + 1] -> Selection of [T].
+
+    `sequence_of` and `means_of` give this device's part of a sequence, at most `own_keys` of `max_keys` tokens, and the
+    means of its blocks; None where no query can see more blocks than it keeps.
+    """
+    visible, k = queries.visible, min(method.topk, max_keys)
+    T, t = visible.shape[0], min(tiles.queries, visible.shape[0])
+
+    def search(find: Callable[..., Candidates], k: int, *rows: Array) -> Candidates:
+        """The k best of each query that `find` finds on this device, tile by tile; the tile sees its rows of `rows`."""
+
+        def nothing(shape: tuple[int]) -> Candidates:
+            return Candidates(jnp.full((*shape, k), topk.INVISIBLE, jnp.int32), jnp.full((*shape, k), -1, jnp.int32))
+
+        return xla.over_tiles(find, queries, query_starts, t, nothing, *rows)
+
+    def merged(found: Candidates, stripes: Stripes, k: int) -> Candidates:
+        """The k best of what all devices have found, at places of the sequence."""
+        parts = (found.image, topk.INVISIBLE), (stripes.place(found.positions), -1)
+        image, places = (exchange.to_owner(x, fill, axis, stripes.n_devices) for x, fill in parts)
+        best = topk.topk_of_any_order(image, places, min(k, image.shape[1]))
+        return Candidates(*(exchange.from_owners(x, axis, T) for x in best))
+
+    def own(tile: Queries) -> Queries:
+        return tile._replace(visible=tokens.before(tile.visible))
+
+    if means_of is None or isinstance(method, Dsa):
+        blocks = None
+        if not isinstance(method, Dsa):
+            blocks = stages.first_positions(-(-visible // method.block_size), method.block_topk)
+        own_k = min(k, own_keys)
+        found = search(lambda tile, r: stages.flat(own(tile), sequence_of(r), own_k, tiles.keys), own_k)
+        return xla.selection_of(merged(found, tokens, k), method, blocks, return_scores, return_blocks)
+
+    block_size, n_blocks = method.block_size, own_keys // method.block_size
+    dealt = tokens._replace(size=tokens.size // block_size)
+    m = min(method.block_topk, n_blocks)
+
+    def filter_blocks(tile: Queries, r: Array) -> Candidates:
+        eligible = -(-tile.visible // block_size)
+        is_forced = stages.forced_blocks(eligible, method)
+        tile = tile._replace(visible=dealt.before(eligible))
+        return stages.flat(tile, means_of(r), m, tiles.keys, lambda block_ids: is_forced(dealt.place(block_ids)))
+
+    blocks = merged(search(filter_blocks, m), dealt, method.block_topk).positions
+    if isinstance(method, BlockSparse) and not return_scores:
+        positions, seen = stages.tokens_of(blocks, visible, block_size)
+        best = xla.unscored(jnp.where(seen, positions, -1))
+        return xla.selection_of(best, method, blocks, return_scores, return_blocks)
+    # The kept blocks of this device in front, ascending.
+    own_blocks = jnp.sort(jnp.where((blocks >= 0) & dealt.owns(blocks), dealt.own(blocks), n_blocks), axis=1)[:, :m]
+    own_blocks = jnp.where(own_blocks < n_blocks, own_blocks, -1)
+    own_k = min(k, m * block_size)
+
+    def refine(tile: Queries, r: Array, block_ids: Array) -> Candidates:
+        return stages.refine(own(tile), sequence_of(r), block_ids, block_size, own_k, tiles.keys)
+
+    best = merged(search(refine, own_k, own_blocks), tokens, k)
+    return xla.selection_of(best, method, blocks, return_scores, return_blocks)

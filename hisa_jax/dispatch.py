@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from hisa_jax import context_kernels, context_paged_xla, context_xla, xla
+from hisa_jax import context_kernels, context_xla, xla
 from hisa_jax.kernels import Backend, Kernels
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
 
@@ -66,7 +66,7 @@ class Implementation:
         select, select_packed, select_paged: the functions of `xla.py` with these names, or others of their signature;
             None: `why_not` declines every such call.
         select_sharded: what one device does of it, as in `context_xla.py`; None: it takes no keys split over devices.
-        select_paged_sharded: the same over pages, as in `context_paged_xla.py`.
+        select_paged_sharded: the same over pages, as in `context_xla.py`.
     """
 
     why_not: Callable[[Device, Problem | None], str | None]
@@ -169,7 +169,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         select_packed=xla.select_packed,
         select_paged=xla.select_paged,
         select_sharded=context_xla.select,
-        select_paged_sharded=context_paged_xla.select,
+        select_paged_sharded=context_xla.select_paged,
     ),
 }
 

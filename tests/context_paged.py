@@ -5,8 +5,6 @@ The number of devices is fixed when JAX starts, so it cannot be set for one test
 
 import contextlib
 import functools
-import math
-import re
 import sys
 import time
 
@@ -23,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 import hisa_jax as hj  # noqa: E402
 from hisa_jax.pages import PagePool  # noqa: E402
 from tests import draw  # noqa: E402
+from tests.collectives import collectives, elements  # noqa: E402
 
 METHODS = {
     "dsa": hj.Dsa(topk=24),
@@ -58,16 +57,6 @@ def keys(rng, n, dtype):
 
 def offsets(sizes):
     return jnp.asarray(np.cumsum([0, *sizes]), jnp.int32)
-
-
-def collectives(compiled):
-    """[(kind, dtype, elements)] of what crosses between devices in a compiled program, in all its results."""
-    found = []
-    for line in compiled.as_text().splitlines():
-        if match := re.search(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\(", line):
-            results = re.findall(r"(\w+)\[([0-9,]*)\]", line.split(match[0])[0])
-            found += [(match[1], dtype, math.prod(int(n) for n in shape.split(",") if n)) for dtype, shape in results]
-    return found
 
 
 @functools.cache
@@ -169,10 +158,7 @@ def only_candidates_are_exchanged():
         method = METHODS[name]
         found = check(method, *served(), return_scores=False, **OVER)
         assert {dtype for _, dtype, _ in found} == {"s32"}
-        sent, merged, checked = (
-            4 * sum(n for kind, _, n in found if kind == collective)
-            for collective in ("all-to-all", "all-gather", "all-reduce")
-        )
+        sent, merged, checked = (4 * elements(found, kind) for kind in ("all-to-all", "all-gather", "all-reduce"))
         assert sent + merged + checked == 4 * sum(n for *_, n in found)
         # A block-sparse selection takes its tokens from the blocks; a device has at most 3 of the blocks of a request.
         own_m, m, k = 3, method.block_topk, method.topk if name == "hisa" else 0

@@ -3,17 +3,19 @@
 The number of devices is fixed when JAX starts, so it cannot be set for one test among others.
 """
 
-import re
+import functools
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
 from tests import draw  # noqa: E402
+from tests.collectives import collectives, elements  # noqa: E402
 
 METHODS = {
     "dsa": hj.Dsa(topk=24),
@@ -35,19 +37,30 @@ def inputs(dtype):
     return jnp.asarray(q), keys, jnp.asarray(w)
 
 
-def check(method, data, context, dtype="float32", **options):
-    arrays = inputs(dtype)
-    options = dict(return_scores=True, return_blocks=method.has_blocks) | options
-    wanted = hj.select(*arrays, method, implementation="xla", **options)
-    got = hj.select_sharded(
-        *arrays, method, mesh=mesh(data, context), context_axis="context", data_axis="data", **options
+@functools.cache
+def compiled(method, data, context, **options):
+    """`select` on one device and `select_sharded` on data x context of them; (q, k, w, lengths, positions) -> ..."""
+
+    def call(select, q, k, w, lengths, query_positions):
+        return select(q, k, w, method, lengths=lengths, query_positions=query_positions, **options)
+
+    axes = dict(mesh=mesh(data, context), context_axis="context", data_axis="data")
+    one = functools.partial(hj.select, implementation="xla")
+    return [jax.jit(functools.partial(call, f)) for f in (one, functools.partial(hj.select_sharded, **axes))]
+
+
+def check(method, data, context, dtype="float32", lengths=None, query_positions=None, return_scores=True):
+    one, sharded = compiled(
+        method, data, context, return_scores=return_scores, return_blocks=return_scores and method.has_blocks
     )
-    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    arrays = *inputs(dtype), lengths, query_positions
+    jax.tree.map(np.testing.assert_array_equal, sharded(*arrays), one(*arrays))
+    return functools.partial(sharded.lower, *arrays)
 
 
 def same_bits_for_every_method_and_mesh():
     for method in METHODS.values():
-        for data, context in ((1, 8), (2, 4), (1, 1)):
+        for data, context in ((1, 8), (2, 4)):
             check(method, data, context)
 
 
@@ -65,23 +78,15 @@ def same_bits_for_lengths_that_end_on_any_device():
 
 
 def only_candidates_are_exchanged():
-    """What a query costs between devices: m block scores and ids, topk token scores and ids, of each device."""
-    method, devices = METHODS["hisa"], 8
-    q, k, w = inputs("bfloat16")
-    run = jax.jit(
-        lambda *x: hj.select_sharded(
-            *x, method, mesh=mesh(1, devices), context_axis="context", tiles=hj.Tiles(queries=11)
-        )
-    )
-    text = run.lower(q, k, w).compile().as_text()
-    gathered = re.findall(r"= \(?([a-z0-9]+)\[([0-9,]*)\][^=]*? all-gather", text)
-    assert gathered and not re.search(r"(all-to-all|collective-permute|reduce-scatter)\(", text)
-    per_query = 0
-    for dtype, shape in gathered:
-        assert dtype == "s32", (dtype, shape)
-        per_query += 4 * np.prod(list(map(int, shape.split(",")))) // 11
-    assert per_query <= 8 * devices * (min(method.block_topk, S // devices // 16) + method.topk), per_query
-    print(f"{per_query} bytes a query")
+    """Of a query: image and id of each device's best to whom merges them, and the merged to all."""
+    method, n_queries = METHODS["hisa"], 24  # 22 in equal shares
+    found = collectives(check(method, 1, 8, "bfloat16", return_scores=False)().compile())
+    assert {dtype for _, dtype, _ in found} == {"s32"}, found
+    sent, merged = (4 * elements(found, kind) for kind in ("all-to-all", "all-gather"))
+    assert sent + merged == 4 * sum(n for *_, n in found), found
+    # A device has 4 blocks of a sequence.
+    assert sent == 8 * n_queries * (4 + method.topk) and merged == 4 * n_queries * (method.block_topk + method.topk)
+    print(f"{sent // n_queries} + {merged // n_queries} bytes a query")
 
 
 if __name__ == "__main__":
