@@ -1,6 +1,7 @@
 """Hierarchical indexing for sparse attention in JAX. These are the public names; README.md shows how to use them."""
 
-from hisa_jax.cache import IndexCache, append, copy_pages, init_cache, truncate
+from hisa_jax.append import append
+from hisa_jax.cache import IndexCache, copy_pages, init_cache, truncate
 from hisa_jax.checks import checked
 from hisa_jax.context import select_sharded
 from hisa_jax.context_cache import append_sharded, copy_pages_sharded, truncate_sharded

@@ -1,6 +1,7 @@
 """A paged cache of index keys, and the latents of the sparse attention beside them, as a functional pytree.
 
-Beside its keys a page keeps their dequantised sum and their count, from which block means follow. Both belong to the
+Beside its keys a page keeps their dequantised sum and their count, from which block means follow, and their mean in the
+form that the kernels' block filter reads. All belong to the
 physical page, so whoever shares, copies, evicts or reuses a page has nothing else to keep in step. Every write works
 them out anew from what the page then holds: writing the same tokens twice changes nothing, and no rounding adds up.
 A page also knows its place in its sequence, so that a table which names it elsewhere is found out.
@@ -15,8 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from hisa_jax import checks
-from hisa_jax.keys import Keys, present_values, tree_sum
-from hisa_jax.quantize import QuantizedKeys
+from hisa_jax.keys import Keys, mean, mean_parts, present_values, tree_sum
 
 _MAX_PAGE_SIZE = 256
 
@@ -32,6 +32,9 @@ class IndexCache:
         sums: [n_pages, D] float32, sum of the dequantised keys of the tokens in each page.
         counts: [n_pages] int32, of how many tokens.
         places: [n_pages] int32, which page of its sequence each is, from 0; the same for all that share it. -1: none.
+        means: [n_pages, parts, D], the mean of each page in numbers of the keys' dtype that add up to it, for kernels
+            whose blocks are pages: one bfloat16, or two e4m3; None for other dtypes, which they do not take.
+        mean_scales: [n_pages] float32, of the two e4m3; else None.
         latents: [n_pages, page_size, Dk], the keys of `sparse_mla` of the same tokens; None if kept elsewhere.
     """
 
@@ -40,6 +43,8 @@ class IndexCache:
     sums: Array
     counts: Array
     places: Array
+    means: Array | None
+    mean_scales: Array | None
     latents: Array | None
 
     @property
@@ -80,68 +85,18 @@ def init_cache(
     if dtype.name not in checks.KEY_DTYPES:
         raise TypeError(f"init_cache: dtype is {dtype.name}, wanted one of {', '.join(checks.KEY_DTYPES)}")
     latents = None if latent_dim is None else jnp.zeros((n_pages, page_size, latent_dim), latent_dtype)
+    sums = jnp.zeros((n_pages, D), jnp.float32)
+    means, mean_scales = mean_parts(sums, dtype) or (None, None)
     return IndexCache(
         keys=jnp.zeros((n_pages, page_size, D), dtype),
         scales=jnp.ones((n_pages, page_size), jnp.float32) if dtype.itemsize == 1 else None,
-        sums=jnp.zeros((n_pages, D), jnp.float32),
+        sums=sums,
         counts=jnp.zeros((n_pages,), jnp.int32),
         places=jnp.full((n_pages,), -1, jnp.int32),
+        means=means,
+        mean_scales=mean_scales,
         latents=latents,
     )
-
-
-def append(
-    cache: IndexCache,
-    k: Array | QuantizedKeys,
-    block_tables: Array,
-    cu_seqlens: Array,
-    lengths: Array,
-    *,
-    latents: Array | None = None,
-) -> IndexCache:
-    """Writes new tokens behind those of their requests.
-
-    What stood at their places before is replaced, so tokens that were rejected need not be removed first. Tokens that
-    have no page (their entry of the table lies outside of [0, n_pages)) are dropped. Under `jax.jit` give the cache's
-    buffers to the result: `jax.jit(hj.append, donate_argnums=0)`.
-
-    Args:
-        cache: the pages of all requests.
-        k: [T, D] new index keys of all requests, one request's behind the other's, in the cache's dtype;
-            `QuantizedKeys` for 8 bits.
-        block_tables: [R, P] int32, the pages of each request in order. Pages written to must be no one else's.
-        cu_seqlens: [R + 1] int32, where each request's new tokens begin in `k`, from 0, ascending.
-        lengths: [R] int32, tokens of each request before.
-        latents: [T, Dk], the new tokens' keys for `sparse_mla`, if the cache keeps them.
-
-    Returns: the cache with lengths + diff(cu_seqlens) tokens a request.
-    Raises: TypeError, ValueError: arrays that do not fit the cache or each other.
-    Example:
-        >>> cache, table = hj.init_cache(4, 16, D=8, dtype=jnp.float32), jnp.array([[2, 0]], jnp.int32)
-        >>> cache = hj.append(cache, jnp.ones((20, 8)), table, jnp.array([0, 20]), jnp.array([0]))
-        >>> cache.counts.tolist()
-        [4, 0, 16, 0]
-    """
-    call = "append"
-    values, scales = (k.values, k.scales) if isinstance(k, QuantizedKeys) else (k, None)
-    checks.dtype(call, "k", values, (cache.keys.dtype.name,))
-    checks.shape(call, "k", values, ("T", cache.keys.shape[2]), "its last axis must equal the cache's D")
-    T = values.shape[0]
-    if (scales is None) != (cache.scales is None):
-        wanted = "QuantizedKeys" if scales is None else "an array"
-        raise TypeError(f"{call}: k is {type(k).__name__}, wanted {wanted}, as the cache holds {cache.keys.dtype.name}")
-    if (latents is None) != (cache.latents is None):
-        has = "keeps none" if cache.latents is None else "keeps them"
-        raise ValueError(f"{call}: latents is {'None' if latents is None else 'given'}, but the cache {has}")
-    if latents is not None and cache.latents is not None:
-        checks.dtype(call, "latents", latents, (cache.latents.dtype.name,))
-        checks.shape(call, "latents", latents, (T, cache.latents.shape[2]), "a row for each of k's")
-    R = check_table(call, cache, block_tables, lengths)
-    checks.dtype(call, "cu_seqlens", cu_seqlens, ("int32",))
-    checks.shape(call, "cu_seqlens", cu_seqlens, (R + 1,), "a start for each request, and the end")
-    if 0 in (T, R):
-        return cache
-    return _append(cache, values, scales, latents, block_tables, jnp.clip(cu_seqlens, 0, T), lengths)
 
 
 def truncate(
@@ -154,8 +109,8 @@ def truncate(
         lengths: [R] int32, tokens of each request before; `new_lengths`: [R] int32, after; not more.
         max_tokens: how many tokens a request loses at most; static.
 
-    Returns: the cache, in whose pages the sums and counts are of the remaining tokens.
-    Raises: as `append`.
+    Returns: the cache, in whose pages sums, counts and means are of the remaining tokens.
+    Raises: TypeError, ValueError: arrays that do not fit the cache or each other.
     """
     call = "truncate"
     R = check_truncation(call, cache, block_tables, lengths, new_lengths, max_tokens)
@@ -217,7 +172,7 @@ def check_truncation(
 
 
 @jax.jit
-def _append(
+def write(
     cache: IndexCache,
     values: Array,
     scales: Array | None,
@@ -226,6 +181,7 @@ def _append(
     cu_seqlens: Array,
     lengths: Array,
 ) -> IndexCache:
+    """`append`, in XLA: [T, D], [T], [T, E], [R, P], [R + 1] within 0 .. T, [R]."""
     (T, _), R, size = values.shape, lengths.shape[0], cache.page_size
     rows = jnp.arange(T, dtype=jnp.int32)
     # Not a search, which on a GPU is a loop of tiny kernels.
@@ -266,11 +222,18 @@ def _recount(
     content = jnp.minimum(page, cache.n_pages - 1)
     keys = Keys(cache.keys[content], None if cache.scales is None else cache.scales[content])
     sums = tree_sum(present_values(keys, jnp.arange(size, dtype=jnp.int32)[None, :] < counts[:, None]))
+    means, mean_scales = mean_parts(mean(sums, counts), cache.keys.dtype) or (None, None)
+
+    def put(leaf: Array, new: Array) -> Array:
+        return leaf.at[page].set(new, mode="drop")
+
     return dataclasses.replace(
         cache,
-        sums=cache.sums.at[page].set(sums, mode="drop"),
-        counts=cache.counts.at[page].set(counts, mode="drop"),
-        places=cache.places.at[page].set(nth, mode="drop"),
+        sums=put(cache.sums, sums),
+        counts=put(cache.counts, counts),
+        places=put(cache.places, nth),
+        means=None if cache.means is None or means is None else put(cache.means, means),
+        mean_scales=None if cache.mean_scales is None or mean_scales is None else put(cache.mean_scales, mean_scales),
     )
 
 

@@ -230,3 +230,27 @@ def attention_reasons(device: Device, problem: AttentionProblem) -> dict[str, st
     if problem.N % 64:
         nvidia.reverse()
     return {name: why_not(name) for name in (*nvidia, "mosaic_tpu")} | {"xla": None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AppendProblem:
+    """What the choice of who writes new tokens depends on: requests, pages and their size, features, dtype of keys."""
+
+    n_requests: int
+    n_pages: int
+    page_size: int
+    D: int
+    dtype: str
+
+
+def appender(name: str) -> Callable[..., Any]:
+    """`append` of a backend: (cache, (keys, scales, latents), block_tables, cu_seqlens, lengths) -> cache."""
+    return importlib.import_module(f"kernels_pallas.{name}.append").append
+
+
+def append_reasons(device: Device, problem: AppendProblem) -> dict[str, str | None]:
+    """As `reasons`, for `append`."""
+    if not device.compute_capability:
+        return {"triton": _NO_NVIDIA.format(device.kind), "xla": None}
+    module = importlib.import_module("kernels_pallas.triton.append")
+    return {"triton": module.why_not(device.compute_capability, **dataclasses.asdict(problem)), "xla": None}

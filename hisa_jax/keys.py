@@ -4,6 +4,9 @@ from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
+
+_E4M3_MAX = 448.0
 
 # Widths of key tiles are multiples of this one. XLA's CPU matmul gives a product the same bits at every such width,
 # which is what makes chunked prefill, decode and the flat indexer agree bit for bit.
@@ -157,3 +160,29 @@ def tree_sum(values: Array) -> Array:
 def mean(total: Array, counts: Array) -> Array:
     """[..., D] float32, [...] int32 -> [..., D]; zeros for no token."""
     return total / jnp.maximum(counts, 1).astype(jnp.float32)[..., None]
+
+
+def mean_parts(means: Array, dtype: DTypeLike) -> tuple[Array, Array | None] | None:
+    """[..., D] float32 means in the numbers that the kernels' block filter multiplies for keys of a dtype, or None.
+
+    Returns: [..., parts, D], each part holding what those before left, and of two e4m3 parts the scale [...] float32.
+        The same bits as the `pool` stage of the GPU kernels (triton/pool_body.py) makes: the scale is a power of two,
+        and the rounding to e4m3 is spelled out, so that nothing is left to a compiler.
+    """
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        return means[..., None, :].astype(dtype), None
+    if jnp.dtype(dtype) != jnp.float8_e4m3fn:
+        return None
+    magnitude = jnp.where(jnp.isnan(means), 0.0, jnp.abs(means))
+    largest = jnp.maximum(jnp.max(magnitude, axis=-1, initial=0.0), 1e-30)
+    # The least power of two that brings 1.75 * 2**e, of whose form 448 is, into range.
+    exponent = ((lax.bitcast_convert_type(largest, jnp.int32) + 0x1FFFFF) >> 23) - 8
+    scale, inverse = (lax.bitcast_convert_type(x << 23, jnp.float32) for x in (exponent, 254 - exponent))
+    rest = jnp.clip(means * inverse[..., None], -_E4M3_MAX, _E4M3_MAX)
+    parts = []
+    for _ in range(2):
+        bits = lax.bitcast_convert_type(rest, jnp.int32)
+        rounded = lax.bitcast_convert_type((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000, jnp.float32)
+        parts.append(jnp.where(jnp.isnan(rest), rest, rounded).astype(dtype))
+        rest = rest - parts[-1].astype(jnp.float32)
+    return jnp.stack(parts, axis=-2), scale

@@ -6,7 +6,7 @@ JAX has deprecated this lowering (it warns when such a kernel is compiled), so i
 from jax.typing import DTypeLike
 
 from kernels_pallas.indexer import Indexer
-from kernels_pallas.triton import refine, stages
+from kernels_pallas.triton import capability, refine, stages
 from kernels_pallas.triton.topk import MAX_WIDTH
 from kernels_pallas.triton.topk import why_not as why_not_width
 
@@ -41,15 +41,10 @@ def why_not(
     page_size: int | None = None,
 ) -> str | None:
     """None if a Triton kernel can run this, or the sentence that says why not; arguments as in mosaic_gpu."""
-    major, _, minor = compute_capability.partition(".")
-    if not major.isdigit() or int(major) < 8:
-        return f"needs compute capability 8.0, this device has {compute_capability or 'none'}"
+    if reason := capability.why_not(compute_capability, dtype):
+        return reason
     if topk > _MAX_TOPK:
         return f"needs topk at most {_MAX_TOPK}, not {topk}"
     if page_size is not None and page_size < 16:  # the fewest rows of a product
         return f"needs pages of 16 tokens or more, not {page_size}"
-    return (
-        why_not_width(block_topk * block_size)
-        or why_not_width(n_blocks)
-        or refine.why_not(H, D, block_size, dtype, (int(major), int(minor or 0)))
-    )
+    return why_not_width(block_topk * block_size) or why_not_width(n_blocks) or refine.why_not(H, D, block_size, dtype)

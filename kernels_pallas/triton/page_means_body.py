@@ -6,7 +6,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels_pallas.image import FORCED, INVISIBLE, image_of
-from kernels_pallas.triton.pool_body import split
+from kernels_pallas.triton.pool_body import mean, split
 from kernels_pallas.triton.scores_body import score
 from kernels_pallas.types import Ref
 
@@ -80,5 +80,4 @@ def _means(table_ref: Ref, sums_ref: Ref, counts_ref: Ref, blocks: Array, per_bl
         page = jnp.clip(plt.load(table_ref.at[place]), 0, n_pages - 1)
         return plt.load(sums_ref.at[page[:, None], columns[None, :]]), plt.load(counts_ref.at[page])
 
-    total, count = of_pages(0, per_block)
-    return total / jnp.maximum(count, 1).astype(jnp.float32)[:, None]
+    return mean(*of_pages(0, per_block))

@@ -32,14 +32,14 @@ def parts_of(dtype: DTypeLike) -> int:
     return 2 if jnp.dtype(dtype).itemsize == 1 else 1
 
 
-def is_addressable(k: Array) -> bool:
-    """Whether one kernel can address the whole of k: up to 4 GiB Pallas counts elements in 32 bits, with a sign."""
-    return k.dtype.itemsize > 1 or k.size <= 2**31
+def is_addressable(size: int, dtype: DTypeLike) -> bool:
+    """Whether a kernel can address so many elements: up to 4 GiB Pallas counts them in 32 bits, with a sign."""
+    return jnp.dtype(dtype).itemsize > 1 or size <= 2**31
 
 
 def check_addressable(k: Array) -> None:
     """Raises ValueError: keys that a kernel cannot address whole."""
-    if not is_addressable(k):
+    if not is_addressable(k.size, k.dtype):
         raise ValueError(f"triton: k has {k.size} elements of one byte, wanted at most {2**31} in all of a batch")
 
 
@@ -59,7 +59,7 @@ def pool(
         counts: tokens present in each block of `block_size` rows, the first ones; S = n * block_size.
     """
     n, D = counts.shape[0], k.shape[1]
-    if not is_addressable(k):
+    if not is_addressable(k.size, k.dtype):
         middle = n // 2
         halves = [(slice(middle * block_size), slice(middle)), (slice(middle * block_size, None), slice(middle, None))]
         options: dict = {"block_size": block_size, "config": config, "interpret": interpret}

@@ -30,13 +30,11 @@ class Config:
     num_stages: int = 3
 
 
-def why_not(H: int, D: int, block_size: int, dtype: DTypeLike, compute_capability: tuple[int, int]) -> str | None:
+def why_not(H: int, D: int, block_size: int, dtype: DTypeLike) -> str | None:
     """None, or why this kernel cannot run a shape."""
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)):
         return f"needs bfloat16 or float8_e4m3fn keys and queries, not {dtype.name}"
-    if dtype.itemsize == 1 and compute_capability < (8, 9):
-        return f"float8_e4m3fn needs compute capability 8.9, this device has {'.'.join(map(str, compute_capability))}"
     if H not in (16, 32, 64, 128) or D not in (64, 128):
         return f"needs 16, 32, 64 or 128 heads of size 64 or 128, not {H} of {D}"
     if block_size not in (32, 64, 128, 256):

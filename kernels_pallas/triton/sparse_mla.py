@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
+from kernels_pallas.triton import capability
 from kernels_pallas.triton.sparse_mla_body import sparse_mla_body
 from kernels_pallas.tuning import tuned
 
@@ -33,9 +34,8 @@ class Config:
 
 def why_not(compute_capability: str, N: int, key_dim: int, value_dim: int, dtype: DTypeLike) -> str | None:
     """None, or why this kernel cannot run a shape."""
-    major = compute_capability.partition(".")[0]
-    if not major.isdigit() or int(major) < 8:
-        return f"needs compute capability 8.0, this device has {compute_capability or 'none'}"
+    if reason := capability.why_not(compute_capability, dtype):
+        return reason
     if jnp.dtype(dtype) != jnp.dtype(jnp.bfloat16):
         return f"needs bfloat16, not {jnp.dtype(dtype).name}"
     if value_dim & (value_dim - 1) or (key_dim - value_dim) & (key_dim - value_dim - 1) or key_dim < value_dim + 16:

@@ -1,0 +1,132 @@
+"""Device code of `append`: one touched page a program."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from kernels_pallas.triton.pool_body import mean, split
+from kernels_pallas.triton.tree import sum_rows
+from kernels_pallas.types import Ref
+
+_ROWS = 8  # of latents copied at a time
+
+
+class _Page(NamedTuple):
+    """What a program does: int32 scalars.
+
+    Attributes:
+        page: the page; `place`: which of its sequence.
+        n_before: tokens of it that were there; `n`: that are there now.
+        first: row of the new tokens that goes to the page's row 0, if that were new.
+    """
+
+    page: Array
+    place: Array
+    n_before: Array
+    n: Array
+    first: Array
+
+
+def append_body(cu_seqlens_ref: Ref, lengths_ref: Ref, table_ref: Ref, *refs: Ref, treedef: Any) -> None:
+    # in: [R + 1], [R], [R, P], then the new tokens and the pages; out: the pages
+    (new, old), n_pages = jax.tree.unflatten(treedef, refs[: treedef.num_leaves]), refs[-1].shape[0]
+    pages = jax.tree.unflatten(jax.tree.structure(old), refs[treedef.num_leaves :])
+    size, T = old.keys.shape[1], new[0].shape[0]
+    nth, r, is_one = _touched(cu_seqlens_ref, lengths_ref, size, T)
+    begin, end, length = (plt.load(ref.at[at]) for ref, at in _of(cu_seqlens_ref, lengths_ref, r))
+    begin, end = jnp.clip(begin, 0, T), jnp.clip(end, 0, T)
+    place = (length >> _log2(size)) + nth
+    is_one &= (place >= 0) & (place < table_ref.shape[1])
+    page = plt.load(table_ref.at[r, jnp.where(is_one, place, 0)])
+
+    @pl.when(is_one & (page >= 0) & (page < n_pages))
+    def _write():
+        start = place * size
+        at = _Page(
+            page=page,
+            place=place,
+            n_before=jnp.clip(length - start, 0, size),
+            n=jnp.clip(length + end - begin - start, 0, size),
+            first=begin + start - length,
+        )
+        _write_keys(at, new, old, pages)
+        if pages.latents is not None:
+            _copy_rows(at, new[2], pages.latents)
+
+
+def _of(cu_seqlens_ref: Ref, lengths_ref: Ref, r: Array) -> tuple:
+    return (cu_seqlens_ref, r), (cu_seqlens_ref, r + 1), (lengths_ref, r)
+
+
+def _touched(cu_seqlens_ref: Ref, lengths_ref: Ref, size: int, T: int) -> tuple[Array, Array, Array]:
+    """This program's page: the nth that its request r touches; and whether there is one."""
+    R, i, shift = lengths_ref.shape[0], pl.program_id(0), _log2(size)
+    requests = jnp.arange(pl.next_power_of_2(R), dtype=jnp.int32)
+    there = requests < R
+    at = jnp.where(there, requests, 0)
+    begin, end, length = (plt.load(ref.at[at]) for ref, at in _of(cu_seqlens_ref, lengths_ref, at))
+    n_new = jnp.where(there, jnp.clip(end, 0, T) - jnp.clip(begin, 0, T), 0)
+    last = length + n_new - 1
+    n_touched = jnp.where(n_new > 0, (last >> shift) - (length >> shift) + 1, 0)
+    ends = jnp.cumsum(n_touched)
+    is_before = there & (ends <= i)
+    r = jnp.sum(is_before.astype(jnp.int32))
+    nth = i - jnp.sum(jnp.where(is_before, n_touched, 0))
+    return nth, jnp.minimum(r, R - 1), r < R
+
+
+def _write_keys(at: _Page, new: tuple, old: Any, pages: Any) -> None:
+    k_ref, k_scale_ref, _ = new
+    columns = jnp.arange(k_ref.shape[1], dtype=jnp.int32)
+
+    def load(rows: Array) -> Array:
+        """Rows of the page as they are from now on, dequantised, zeros behind the last; stores the new ones."""
+        is_old, is_new = rows < at.n_before, (rows >= at.n_before) & (rows < at.n)
+        source = jnp.where(is_new, at.first + rows, 0)
+        whole = lambda mask: jnp.broadcast_to(mask[:, None], (rows.shape[0], columns.shape[0]))  # noqa: E731
+        old_keys = plt.load(old.keys.at[at.page, rows[:, None], columns[None, :]], mask=whole(is_old))
+        new_keys = plt.load(k_ref.at[source[:, None], columns[None, :]], mask=whole(is_new))
+        plt.store(pages.keys.at[at.page, rows[:, None], columns[None, :]], new_keys, mask=whole(is_new))
+        values = jnp.where(whole(is_new), new_keys.astype(jnp.float32), old_keys.astype(jnp.float32))
+        if k_scale_ref is not None:
+            old_scales = plt.load(old.scales.at[at.page, rows], mask=is_old)
+            new_scales = plt.load(k_scale_ref.at[source], mask=is_new)
+            plt.store(pages.scales.at[at.page, rows], new_scales, mask=is_new)
+            values = values * jnp.where(is_new, new_scales, old_scales)[:, None]
+        # This select also keeps product and sum apart, which would be rounded once if they were one instruction.
+        return jnp.where(whole(is_old | is_new), values, 0.0)
+
+    total = sum_rows(load, old.keys.shape[1])
+    pages.sums[at.page] = total
+    pages.counts[at.page] = at.n
+    pages.places[at.page] = at.place
+    if pages.means is not None:
+        parts, scale = split(mean(total, at.n), pages.means.shape[1], pages.means.dtype)
+        for part, rounded in enumerate(parts):
+            pages.means[at.page, part] = rounded
+        if scale is not None:
+            pages.mean_scales[at.page] = scale
+
+
+def _copy_rows(at: _Page, source_ref: Ref, target_ref: Ref) -> None:
+    """[T, E] -> the new rows of [n_pages, size, E]."""
+    E = source_ref.shape[1]
+    columns = jnp.arange(pl.next_power_of_2(E), dtype=jnp.int32)
+
+    def some(i: Array, _: None) -> None:
+        rows = i * _ROWS + jnp.arange(_ROWS, dtype=jnp.int32)
+        is_new = (rows >= at.n_before) & (rows < at.n)
+        mask = is_new[:, None] & (columns < E)[None, :]
+        source = jnp.where(is_new, at.first + rows, 0)[:, None]
+        values = plt.load(source_ref.at[source, columns[None, :]], mask=mask)
+        plt.store(target_ref.at[at.page, rows[:, None], columns[None, :]], values, mask=mask)
+
+    lax.fori_loop(at.n_before >> _log2(_ROWS), (at.n + _ROWS - 1) >> _log2(_ROWS), some, None)
+
+
+def _log2(n: int) -> int:
+    return n.bit_length() - 1
