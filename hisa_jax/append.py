@@ -1,7 +1,7 @@
 """Writing new tokens to the pages of a cache."""
 
-from jax import Array
 import jax.numpy as jnp
+from jax import Array
 
 from hisa_jax import checks, dispatch
 from hisa_jax.cache import IndexCache, check_table, write

@@ -83,10 +83,8 @@ def backend(name: str) -> Backend:
     return module
 
 
-def _kernels(
-    name: str, why_not: Callable[[Device, Problem | None], str | None], *, flat_if_all_kept: bool = False
-) -> Implementation:
-    kernels = Kernels(lambda: backend(name), flat_if_all_kept)
+def _kernels(name: str, why_not: Callable[[Device, Problem | None], str | None], **options: bool) -> Implementation:
+    kernels = Kernels(lambda: backend(name), **options)
     return Implementation(
         why_not=why_not,
         select=kernels.select,
@@ -121,7 +119,7 @@ def _nvidia(name: str) -> Implementation:
             **{} if isinstance(method, Dsa) else _blocks(method, problem.S),
         )
 
-    return _kernels(name, why_not)
+    return _kernels(name, why_not, takes_means=True)
 
 
 def _tpu(name: str) -> Implementation:

@@ -40,11 +40,13 @@ class Kernels:
         backend: a function that imports it, so that nothing is imported which does not run.
         flat_if_all_kept: whether its flat indexer is the faster way to `Hisa` where no query can see more blocks than
             it keeps, and both are the same by contract.
+        takes_means: whether its block filter reads the means that pages keep.
         interpret: handed to the kernels, for tests without their device.
     """
 
     backend: Callable[[], Backend]
     flat_if_all_kept: bool = False
+    takes_means: bool = False
     interpret: Any = False
 
     @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -125,7 +127,8 @@ class Kernels:
             return_blocks,
             max_keys=block_tables.shape[1] * page_size,
             rows=dict(block_tables=block_tables, cu_seqlens_q=cu_seqlens_q),
-            blocks_rows=dict(page_sums=cache.sums, page_counts=cache.counts),
+            blocks_rows=dict(page_sums=cache.sums, page_counts=cache.counts)
+            | (dict(page_means=(cache.means, cache.mean_scales)) if self.takes_means else {}),
             is_paged=True,
         )
         if not return_scores:

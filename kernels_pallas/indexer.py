@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kernels_pallas.pages import Pages, PageSums, flatten_paged
+from kernels_pallas.pages import PageMeans, Pages, PageSums, flatten_paged, means_of
 from kernels_pallas.sequences import FlatCall, Rows, Sequences, flatten_batch, flatten_packed
 from kernels_pallas.types import Interpret
 
-Means = tuple[Array, Array | None]  # [parts, n, D] in the keys' dtype and [n] float32 scale: what `pool` returns
+Means = tuple[Array, Array | None]  # [n, parts, D] in the keys' dtype and [n] float32 scale: what `pool` returns
 
 
 class Stages(Protocol):
@@ -32,7 +32,7 @@ class Stages(Protocol):
         self,
         q: Array,
         w: Array,
-        means: Means | PageSums,
+        means: Means | PageSums | PageMeans,
         eligible: Array,
         sequences: Sequences,
         *,
@@ -108,6 +108,7 @@ class Indexer:
         cu_seqlens_q: [R + 1] int32 offsets of each request's queries.
         page_sums: [n_pages, D] float32, the dequantised keys of the tokens in each page; `page_counts`: [n_pages]
             int32, of how many. A block is one page or several whole ones.
+        page_means: [n_pages, parts, D] and [n_pages], each page's mean as `Stages.pool` gives it.
     """
 
     stages: Stages
@@ -159,12 +160,13 @@ class Indexer:
         cu_seqlens_q: Array,
         page_sums: Array,
         page_counts: Array,
+        page_means: Means,
         interpret: Interpret = False,
     ) -> tuple[Array, Array, Array]:
         """The hierarchical indexer over pages: [T, topk], [T], [T, block_topk], as `select_hisa`."""
         call, pages = flatten_paged(q, k, k_scale, w, visible, block_tables, cu_seqlens_q, block_size)
-        sums = PageSums(sums=page_sums, counts=page_counts, pages=pages, per_block=block_size // pages.size)
-        filtered = self._filter(call, block_size, block_topk, keep_first, keep_last, sums, interpret)
+        means = means_of(pages, block_size, page_sums, page_counts, *page_means)
+        filtered = self._filter(call, block_size, block_topk, keep_first, keep_last, means, interpret)
         return self._hisa(call, filtered, pages, topk, block_size, interpret)
 
     def select_blocks(
@@ -204,12 +206,13 @@ class Indexer:
         cu_seqlens_q: Array,
         page_sums: Array,
         page_counts: Array,
+        page_means: Means,
         interpret: Interpret = False,
     ) -> Array:
         """The block filter alone over pages: [T, block_topk]."""
         call, pages = flatten_paged(q, k, k_scale, w, visible, block_tables, cu_seqlens_q, block_size)
-        sums = PageSums(sums=page_sums, counts=page_counts, pages=pages, per_block=block_size // pages.size)
-        filtered = self._filter(call, block_size, block_topk, keep_first, keep_last, sums, interpret)
+        means = means_of(pages, block_size, page_sums, page_counts, *page_means)
+        filtered = self._filter(call, block_size, block_topk, keep_first, keep_last, means, interpret)
         return call.map_queries(lambda call: (filtered(call),), _QUERIES)[0]
 
     def select_flat(
@@ -301,7 +304,7 @@ class Indexer:
         block_topk: int,
         keep_first: int,
         keep_last: int,
-        means: Means | PageSums | None,
+        means: Means | PageSums | PageMeans | None,
         interpret: Interpret,
     ) -> Callable[[FlatCall], Array]:
         """Pools the keys and returns what maps some of the queries to their kept blocks, [T, block_topk] int32.
@@ -313,7 +316,7 @@ class Indexer:
         if has_filter and means is None:
             counts = call.sequences.tokens_in_blocks(call.k.shape[0], block_size)
             means = self.stages.pool(call.k, call.k_scale, counts, block_size=block_size, interpret=interpret)
-        elif has_filter and isinstance(means, PageSums) and _writes_means(call.q.shape[0], means, call.sequences):
+        elif has_filter and isinstance(means, PageSums) and _writes_means(call.q.shape[0], call.sequences):
             means = self.stages.pool_pages(means, call.k.dtype, interpret=interpret)
 
         def kept(call: FlatCall) -> Array:
@@ -344,13 +347,13 @@ _QUERIES = 8192  # at a time: what a stage leaves in memory for each of them, 64
 _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
 
 
-def _writes_means(T: int, page_sums: PageSums, sequences: Sequences) -> bool:
+def _writes_means(T: int, sequences: Sequences) -> bool:
     """Whether to write block means for T queries to share, or to take them from the pages' sums where they are scored.
 
-    On an H200, one query a request of 128K, ms so and so: 128 requests 0.121 and 0.141 in pages of a block, 0.153 and
-    0.147 in pages of half a block; 32 requests 0.062 and 0.061, 0.074 and 0.067.
+    On an H200, one query a request of 128K in pages of half a block, ms so and so: 0.153 and 0.147 for 128 requests,
+    0.074 and 0.067 for 32.
     """
-    return 2 * len(sequences.lengths) < T or (page_sums.per_block == 1 and T > 64)
+    return 2 * len(sequences.lengths) < T
 
 
 def _flatten(

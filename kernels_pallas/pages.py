@@ -1,4 +1,4 @@
-"""Keys in pages: where a paged cache has the rows of each request, and the sums from which block means follow."""
+"""Keys in pages: where a paged cache has the rows of each request, and its block means or what they follow from."""
 
 import dataclasses
 
@@ -60,6 +60,30 @@ class PageSums:
     def n_blocks(self) -> int:
         """Of all requests."""
         return self.pages.table.shape[0] // self.per_block
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PageMeans:
+    """The block means of all requests where a block is a page, which keeps its own.
+
+    Attributes:
+        means: [n_pages, parts, D] and `scales`: [n_pages] float32 or None, as `Stages.pool` gives them.
+        rows: where each block of all requests is among them: pages of one row.
+    """
+
+    means: Array
+    scales: Array | None
+    rows: Pages
+
+
+def means_of(
+    pages: Pages, block_size: int, sums: Array, counts: Array, means: Array, scales: Array | None
+) -> PageSums | PageMeans:
+    """Where block means come from, given what each page of a cache keeps."""
+    if block_size == pages.size:
+        return PageMeans(means=means, scales=scales, rows=dataclasses.replace(pages, size=1))
+    return PageSums(sums=sums, counts=counts, pages=pages, per_block=block_size // pages.size)
 
 
 def why_not(R: int, S: int, block_size: int) -> str | None:

@@ -84,6 +84,10 @@ class Sequences:
             limit: [T] int32, candidates of each query.
             multiple: what the last column is rounded up to.
         """
+        if tile_t == 1:
+            most = -(-limit // multiple) * multiple
+            first = jnp.arange(T, dtype=jnp.int32)
+            return jnp.stack([first, jnp.ones_like(first), self.key_start_of_queries(T), most], axis=1)
         xp, R = self._np, len(self.key_starts)
         n_tiles = -(-xp.diff(self.query_starts) // tile_t)
         ends = xp.cumsum(n_tiles)

@@ -26,6 +26,7 @@ def _abstract_eval(barrier: Ref) -> tuple[Any, set]:
     return jax.core.ShapedArray((), jnp.dtype(jnp.int32)), {gpu_core._memory_effect}
 
 
+@lowering.register_lowering_rule(_barrier_address, *gpu_core.WGxWARP_SEMANTICS)
 @lowering.register_lowering_rule(_barrier_address, mgpu.LoweringSemantics.Warpgroup)
 def _lower(ctx: Any, barrier: Any) -> ir.Value:
     return llvm.ptrtoint(ir.IntegerType.get_signless(32), barrier.barrier_ref.base_address)

@@ -44,7 +44,7 @@ def flat(
         return scores_stage.scores(
             q,
             w,
-            k[None],
+            k[:, None],
             k_scale,
             visible,
             tiles,

@@ -1,5 +1,5 @@
 """Images of the scores of a run of keys for every query: the flat indexer's scores and, over block means, the filter's.
-    x[t, c] = image(k_scale[c] * sum_h w[t, h] * relu(q[t, h] . sum_p k[p, c]))       float32 sums
+    x[t, c] = image(k_scale[c] * sum_h w[t, h] * relu(q[t, h] . sum_p k[c, p]))       float32 sums
 
 Floor, 4096 queries of dsv32 on an H200: block means of 64K (n = 512, two e4m3 parts each) 69 GFLOP / 1979 TFLOP/s =
 0.035 ms; tokens of 64K 4.4 TFLOP = 2.2 ms. A warp-group keeps 128 keys in registers and streams the queries of a tile
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.mosaic_gpu.page_rows import PAD
 from kernels_pallas.mosaic_gpu.rows import COLUMNS
 from kernels_pallas.mosaic_gpu.scores_body import Plan, scores_body
 from kernels_pallas.mosaic_gpu.stationary import ROWS, Shape
@@ -47,7 +48,7 @@ class Config:
 
     def smem_bytes(self, H: int, D: int, n_parts: int, itemsize: int) -> int:
         """Shared memory of a CTA, barriers and alignment included."""
-        keys = self.n_keys * self.span * (n_parts * D * itemsize + 4)
+        keys = self.n_keys * self.span * (n_parts * D * itemsize + PAD + 4)
         return keys + self.ring * H * (D * itemsize + 4) + 4096
 
     def fits(self, H: int, D: int, n_parts: int, itemsize: int) -> bool:
@@ -55,11 +56,20 @@ class Config:
 
 
 def heuristic(
-    T: int, H: int, D: int, n_columns: int, n_parts: int, itemsize: int, n_ctas: int = 132, n_score: int = 2
+    T: int,
+    H: int,
+    D: int,
+    n_columns: int,
+    n_parts: int,
+    itemsize: int,
+    n_ctas: int = 132,
+    n_score: int = 2,
+    n_keys: int = 1,
 ) -> Config:
     """Enough work items for every CTA, and as many queries an item as that allows.
 
     Args:
+        n_keys: spans in shared memory, fewer if it does not suffice. Keys that are looked up row by row arrive late.
         n_score: warp-groups that score, fewer if their registers do not suffice. Three take 0.94 ms for 13,824 tokens
             where two take 1.05; over few columns their wider span wastes more.
     """
@@ -67,7 +77,12 @@ def heuristic(
     # its accumulators.
     if n_parts * D * itemsize > 128 or H > 64:
         n_score = min(n_score, 2)
-    config = next(c for ring in (8, 4, 2) if (c := Config(n_score=n_score, ring=ring)).fits(H, D, n_parts, itemsize))
+    config = next(
+        config
+        for n in range(n_keys, 0, -1)
+        for ring in (8, 4, 2)
+        if (config := Config(n_score=n_score, n_keys=n, ring=ring)).fits(H, D, n_parts, itemsize)
+    )
     n_spans, _ = config.columns(n_columns)
     # Whole rounds of all CTAs, of at most 128 queries an item.
     rounds = next(r for r in range(1, T + 2) if -(-T * n_spans // (n_ctas * r)) <= 128)
@@ -94,7 +109,7 @@ def scores(
     n_ctas: int = 132,
     interpret: Interpret = False,
 ) -> Array | tuple[Array, Array]:
-    """[T, H, D], [T, H], [parts, S, D], [S], [T] -> [T, n_columns padded, see `Config.columns`] int32 images.
+    """[T, H, D], [T, H], [S, parts, D], [S], [T] -> [T, n_columns padded, see `Config.columns`] int32 images.
 
     Args:
         limit: candidates of each query. Columns at or beyond are `INVISIBLE` or, beyond its whole tile, not written.
@@ -102,19 +117,22 @@ def scores(
         first_column: [1] int32, a multiple of the span: column c of the result is candidate first_column + c.
         cut: [T] int32. Only images above it are written, and a second result [T, columns // 32] tells which: bit
             c % 32 of word c // 32 stands for column c.
-        pages: where the rows of all sequences are in k, if not one behind the other.
+        pages: where the rows of all sequences are in k, if not one behind the other; of a row each or of 32 and more.
         keep_first, keep_last: that many first and last candidates of each query are `FORCED`.
     """
     T, H, D = q.shape
     n_spans, width = config.columns(n_columns)
     n_items = tiles.shape[0] * n_spans
+    # Interpreted, gathered keys lie as those that are copied.
+    gathers = pages is not None and pages.size == 1 and not interpret
+    pitch = k.shape[1] * D * k.dtype.itemsize + PAD if gathers else None
     plan = Plan(
         T=T,
         H=H,
         D=D,
         dtype=k.dtype,
         has_scale=k_scale is not None,
-        n_parts=k.shape[0],
+        n_parts=k.shape[1],
         pages=None if pages is None else (pages.size, pages.n_pages),
         n_spans=n_spans,
         n_items=n_items,
@@ -123,7 +141,7 @@ def scores(
         loop=Shape(
             H=H,
             row_bytes=D * k.dtype.itemsize,
-            n_parts=k.shape[0],
+            n_parts=k.shape[1],
             is_e4m3=k.dtype == jnp.float8_e4m3fn,
             ring=config.ring,
             has_scale=k_scale is not None,
@@ -131,6 +149,7 @@ def scores(
             keep_last=keep_last,
             out_columns=width,
             filters=cut is not None,
+            pitch=pitch,
         ),
         n_score=config.n_score,
         n_keys=config.n_keys,
@@ -140,7 +159,9 @@ def scores(
     scratch: dict[str, Ref] = {
         "q_smem": plgpu.SMEM((plan.ring, H, D), plan.dtype, transforms=tile),
         "w_smem": plgpu.SMEM((plan.ring, max(H, 32)), jnp.float32),  # copies go to multiples of 128 bytes
-        "k_smem": plgpu.SMEM((plan.n_keys * plan.n_score, plan.n_parts, ROWS, D), plan.dtype, transforms=tile),
+        "k_smem": plgpu.SMEM((plan.n_keys * plan.n_score, plan.n_parts, ROWS, D), plan.dtype, transforms=tile)
+        if pitch is None
+        else plgpu.SMEM((plan.n_keys * plan.n_score, ROWS, pitch // k.dtype.itemsize), plan.dtype),
         "q_full": plgpu.Barrier(num_arrivals=2, num_barriers=plan.ring),
         "q_free": plgpu.Barrier(num_arrivals=plan.n_score, num_barriers=plan.ring),
         "k_full": plgpu.Barrier(num_arrivals=plan.n_copies, num_barriers=plan.n_keys),

@@ -8,6 +8,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.mosaic_gpu.page_rows import copy_rows
 from kernels_pallas.mosaic_gpu.roles import LOADER_REGISTERS, one_warp, release, share_registers, tiled, wait_all
 from kernels_pallas.mosaic_gpu.stationary import (
     ROWS,
@@ -45,13 +46,20 @@ class Plan:
         return tiled(self.D, self.dtype)
 
     @property
+    def gathers(self) -> bool:
+        """Whether every key is a page of its own, too small for a tiled copy."""
+        return self.pages is not None and self.pages[0] == 1
+
+    @property
     def part(self) -> int:
         """Keys a copy."""
         return ROWS if self.pages is None else min(ROWS, self.pages[0])
 
     @property
     def n_copies(self) -> int:
-        """Copies an item."""
+        """What arrives at a barrier for an item: its copies."""
+        if self.gathers:
+            return 1
         return self.n_score * (self.n_parts + self.has_scale) * (ROWS // self.part)
 
 
@@ -115,20 +123,41 @@ def load(
     scale_smem: Ref = None,
 ) -> None:
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+    scale_gmem: Ref = keys_gmem[1] if plan.has_scale else None
 
-    def one_item(i, n_before):
-        first, n, _, key_row = items(i)
-        at = i % plan.n_keys
-        plgpu.barrier_wait(k_free.at[at])
+    def copy_keys(at: Array, key_row: Array) -> None:
         for group in range(plan.n_score):
             tile = at * plan.n_score + group
             for first_of_copy in range(0, ROWS, plan.part):
                 rows = _rows(plan, table_gmem, key_row, group * ROWS + first_of_copy)
                 there = pl.ds(first_of_copy, plan.part)
                 for part in range(plan.n_parts):
-                    plgpu.copy_gmem_to_smem(keys_gmem[0].at[part, rows], k_smem.at[tile, part, there], k_full.at[at])
+                    plgpu.copy_gmem_to_smem(keys_gmem[0].at[rows, part], k_smem.at[tile, part, there], k_full.at[at])
                 if plan.has_scale:
-                    plgpu.copy_gmem_to_smem(keys_gmem[-1].at[rows], scale_smem.at[tile, there], k_full.at[at])
+                    plgpu.copy_gmem_to_smem(scale_gmem.at[rows], scale_smem.at[tile, there], k_full.at[at])
+
+    def gather_keys_interpreted(at: Array, key_row: Array) -> None:
+        table, keys = table_gmem[...], keys_gmem[0][...]
+        for group in range(plan.n_score):
+            place = jnp.minimum(key_row + group * ROWS + jnp.arange(ROWS, dtype=jnp.int32), table.shape[0] - 1)
+            rows = jnp.clip(table[place], 0, keys.shape[0] - 1)
+            for part in range(plan.n_parts):
+                k_smem[at * plan.n_score + group, part] = keys[rows, part]
+            if plan.has_scale:
+                scale_smem[at * plan.n_score + group] = scale_gmem[...][rows]
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(k_full.at[at])
+
+    def one_item(i, n_before):
+        first, n, _, key_row = items(i)
+        at = i % plan.n_keys
+        plgpu.barrier_wait(k_free.at[at])
+        if not plan.gathers:
+            copy_keys(at, key_row)
+        elif plan.interpret:
+            gather_keys_interpreted(at, key_row)
+        else:
+            copy_rows(keys_gmem[0], scale_gmem, table_gmem, key_row, n, k_smem, scale_smem, k_full, at)
 
         def one_query(j, _):
             slot, t = (n_before + j) % plan.ring, first + j
@@ -140,11 +169,13 @@ def load(
         lax.fori_loop(0, n, one_query, None)
         return n_before + n
 
-    @one_warp
-    def _all_items():
+    def all_items() -> None:
         lax.fori_loop(0, items.n, one_item, jnp.int32(0))
         wait_all(k_free, plan.n_keys)
         wait_all(q_free, plan.ring)
+
+    # A store by the whole warp-group stands for what only PTX can do.
+    all_items() if plan.gathers and plan.interpret else one_warp(all_items)
 
 
 def _rows(plan: Plan, table_gmem: Ref, key_row: Array, offset: int) -> Ref:

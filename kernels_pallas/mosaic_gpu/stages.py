@@ -1,5 +1,6 @@
 """The stages of `indexer.Stages`, by Mosaic GPU kernels; pooling and narrow selections are Triton's."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from kernels_pallas.mosaic_gpu import refine as refine_stage
 from kernels_pallas.mosaic_gpu import scores as scores_stage
 from kernels_pallas.mosaic_gpu import topk as topk_stage
 from kernels_pallas.mosaic_gpu.rows import COLUMNS
-from kernels_pallas.pages import Pages, PageSums
+from kernels_pallas.pages import PageMeans, Pages, PageSums
 from kernels_pallas.sequences import Rows, Sequences
 from kernels_pallas.triton import page_means
 from kernels_pallas.triton import pool as pool_stage
@@ -50,7 +51,7 @@ def pool_pages(page_sums: PageSums, dtype: DTypeLike, *, interpret: Interpret = 
 def block_filter(
     q: Array,
     w: Array,
-    means: Means | PageSums,
+    means: Means | PageSums | PageMeans,
     eligible: Array,
     sequences: Sequences,
     *,
@@ -65,11 +66,15 @@ def block_filter(
         first_block = sequences.key_start_of_queries(T)
         images = page_means.page_scores(q, w, means, eligible, first_block, interpret=bool(interpret), **options)
     else:
-        parts, scale = means
-        rows, sequences = sequences.aligned(parts.shape[1], _TILED_ROWS)
+        pages = means.rows if isinstance(means, PageMeans) else None
+        parts, scale = (means.means, means.scales) if isinstance(means, PageMeans) else means
+        rows, sequences = (None, sequences) if pages else sequences.aligned(parts.shape[0], _TILED_ROWS)
         if rows is not None:
-            parts, scale = parts[:, rows], None if scale is None else scale[rows]
-        config = scores_stage.heuristic(T, H, D, sequences.max_keys, parts.shape[0], parts.dtype.itemsize, n_ctas)
+            parts, scale = parts[rows], None if scale is None else scale[rows]
+        sizes = T, H, D, sequences.max_keys, parts.shape[1], parts.dtype.itemsize, n_ctas
+        config = scores_stage.heuristic(*sizes, n_keys=2 if pages else 1)
+        if len(sequences.key_starts) >= T:  # a query each
+            config = dataclasses.replace(config, tile_t=1)
         images = scores_stage.scores(
             q,
             w,
@@ -78,6 +83,7 @@ def block_filter(
             eligible,
             sequences.query_tiles(T, config.tile_t, eligible, COLUMNS),
             jnp.zeros((1,), jnp.int32),
+            pages=pages,
             config=config,
             n_ctas=n_ctas,
             interpret=interpret,

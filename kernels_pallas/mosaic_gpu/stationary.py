@@ -46,6 +46,7 @@ class Shape:
     keep_last: int
     out_columns: int
     filters: bool  # by CUTS: only images above are stored, and MASKS tell which
+    pitch: int | None = None  # bytes from a key, its parts in one piece, to the next; None: swizzled, part by part
 
     @property
     def n(self) -> int:
@@ -61,6 +62,11 @@ class Shape:
     def line(self) -> int:
         """Bytes of a row side by side in shared memory; eight rows of them are a swizzled tile."""
         return min(self.row_bytes, 128)
+
+    @property
+    def tile_bytes(self) -> int:
+        """Shared memory of a tile of keys."""
+        return ROWS * (self.pitch or self.n_parts * self.row_bytes)
 
     @property
     def units(self) -> list[tuple[int, int]]:
@@ -122,10 +128,15 @@ def _load_keys(shape: Shape, a: list[list[str]]) -> str:
 and.b32 u, lane, 7; shl.b32 u, u, 2; add.u32 t, t, u; shr.u32 u, lane, 2; and.b32 u, u, 2; add.u32 t, t, u;"""
     ]
     for half in range(2):
+        if half:
+            lines.append("add.u32 t, t, 1;")
+        if shape.pitch:
+            lines.append(f"mad.lo.u32 at, t, {shape.pitch}, $KEYS; shr.u32 u, lane, 4; mad.lo.u32 at, u, 16, at;")
+            lines += [_load_matrices(a[half], i, f"at+{32 * i}") for i in range(shape.steps * shape.n_parts)]
+            continue
         swizzle = "and.b32 u, t, 7;" if shape.line == 128 else "shr.u32 u, t, 1; and.b32 u, u, 3;"
         lines.append(
-            f"""{"add.u32 t, t, 1;" if half else ""}
-shr.u32 at, t, 3; mul.lo.u32 at, at, {8 * shape.row_bytes}; add.u32 at, at, $KEYS;
+            f"""shr.u32 at, t, 3; mul.lo.u32 at, at, {8 * shape.row_bytes}; add.u32 at, at, $KEYS;
 and.b32 u, t, 7; mad.lo.u32 at, u, {shape.line}, at;
 {swizzle} shr.u32 swizzled, lane, 4; xor.b32 swizzled, swizzled, u; shl.b32 swizzled, swizzled, 4;"""
         )
@@ -133,12 +144,13 @@ and.b32 u, t, 7; mad.lo.u32 at, u, {shape.line}, at;
             for step in range(shape.steps):
                 column, within = divmod(32 * step, shape.line)
                 offset = part * ROWS * shape.row_bytes + column * 8 * shape.line
-                first = 4 * (part * shape.steps + step)
-                lines.append(
-                    f"xor.b32 u, swizzled, {within}; add.u32 u, u, at; ldmatrix.sync.aligned.m8n8.x4.shared.b16 "
-                    f"{{{', '.join(a[half][first : first + 4])}}}, [u+{offset}];"
-                )
+                lines.append(f"xor.b32 u, swizzled, {within}; add.u32 u, u, at;")
+                lines.append(_load_matrices(a[half], part * shape.steps + step, f"u+{offset}"))
     return "\n".join(lines)
+
+
+def _load_matrices(a: list[str], i: int, address: str) -> str:
+    return f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{', '.join(a[4 * i : 4 * i + 4])}}}, [{address}];"
 
 
 def _start(shape: Shape) -> str:
@@ -281,7 +293,8 @@ class Item:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buffers:
-    """Refs: keys [*, parts, ROWS, D], their scales [*, ROWS], rings of queries [ring, H, D] and weights; barriers."""
+    """Refs: keys [*, parts, ROWS, D], or with a pitch [*, ROWS, pitch], and their scales [*, ROWS]; rings of queries
+    [ring, H, D] and weights; barriers."""
 
     k_smem: Ref
     scale_smem: Ref
@@ -302,7 +315,8 @@ def score_queries(
     """
     o_gmem = out[0]
     refs = [buffers.k_smem, buffers.q_smem, buffers.w_smem, limit_gmem, o_gmem]
-    types = [plgpu.RefType(transforms)] * 2 + [plgpu.RefType()] * 3
+    types = [plgpu.RefType() if shape.pitch else plgpu.RefType(transforms), plgpu.RefType(transforms)]
+    types += [plgpu.RefType()] * 3
     if shape.has_scale:
         refs.append(buffers.scale_smem)
         types += [plgpu.RefType()]
@@ -317,9 +331,8 @@ def score_queries(
         k_free, q_full, q_free, *fields = (x.registers.item() for x in rest[-len(scalars) :])
         at = Item(**dict(zip(Item.__dataclass_fields__, fields, strict=True)))
         i32 = ir.IntegerType.get_signless(32)
-        tile_bytes = shape.n_parts * ROWS * shape.row_bytes
         operands = {
-            "KEYS": _bytes_on(utils.memref_ptr(keys), arith.muli(at.tile, utils.c(tile_bytes, i32))),
+            "KEYS": _bytes_on(utils.memref_ptr(keys), arith.muli(at.tile, utils.c(shape.tile_bytes, i32))),
             "K_FREE": arith.addi(k_free, arith.muli(at.key_slot, utils.c(8, i32))),
             "SCALES": address_of(rest[0], at.tile, ROWS) if shape.has_scale else k_free,
             "Q": utils.memref_ptr(q),

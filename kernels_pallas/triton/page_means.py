@@ -37,7 +37,7 @@ class Config:
 def pool_pages(
     page_sums: PageSums, dtype: DTypeLike, *, config: Config | None = None, interpret: bool = False
 ) -> tuple[Array, Array | None]:
-    """-> [parts, n, D] of dtype, [n] float32 scale (None for bfloat16): the means of all requests' n blocks."""
+    """-> [n, parts, D] of dtype, [n] float32 scale (None for bfloat16): the means of all requests' n blocks."""
     config, n, D = config or Config(), page_sums.n_blocks, page_sums.sums.shape[1]
     n_parts = parts_of(dtype)
     operands = _operands(page_sums)
@@ -48,10 +48,10 @@ def pool_pages(
         grid=(n // config.tile_s,),
         in_specs=[_whole(x) for x in operands],
         out_specs=[
-            pl.BlockSpec((n_parts, config.tile_s, D), lambda s: (0, s, 0)),
+            pl.BlockSpec((config.tile_s, n_parts, D), lambda s: (s, 0, 0)),
             pl.BlockSpec((config.tile_s,), lambda s: (s,)),
         ],
-        out_shape=[jax.ShapeDtypeStruct((n_parts, n, D), dtype), jax.ShapeDtypeStruct((n,), jnp.float32)],
+        out_shape=[jax.ShapeDtypeStruct((n, n_parts, D), dtype), jax.ShapeDtypeStruct((n,), jnp.float32)],
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
         name="hisa_pool_pages",
         interpret=interpret,

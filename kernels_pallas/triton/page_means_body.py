@@ -22,13 +22,13 @@ def pool_pages_body(
     n_pages: int,
     n_parts: int,
 ) -> None:
-    # in: [n * per_block], [n_pages, D], [n_pages]; out: [parts, tile_s, D], [tile_s]
-    blocks = pl.program_id(0) * o_ref.shape[1] + jnp.arange(o_ref.shape[1], dtype=jnp.int32)
+    # in: [n * per_block], [n_pages, D], [n_pages]; out: [tile_s, parts, D], [tile_s]
+    blocks = pl.program_id(0) * o_ref.shape[0] + jnp.arange(o_ref.shape[0], dtype=jnp.int32)
     parts, scale = split(_means(table_ref, sums_ref, counts_ref, blocks, per_block, n_pages), n_parts, o_ref.dtype)
     if scale is not None:
         scale_ref[...] = scale
     for part, rounded in enumerate(parts):
-        o_ref[part] = rounded
+        o_ref[:, part] = rounded
 
 
 def page_scores_body(

@@ -1,5 +1,5 @@
 """Images of the scores of a run of keys for every query: the flat indexer's scores and, over block means, the filter's.
-    x[t, c] = image(k_scale[c] * sum_h w[t, h] * relu(q[t, h] . sum_p k[p, c]))       float32 sums
+    x[t, c] = image(k_scale[c] * sum_h w[t, h] * relu(q[t, h] . sum_p k[c, p]))       float32 sums
 
 Floor, 4096 queries of dsv32 in bfloat16 on an H200: block means of 64K (n = 512) 34 GFLOP / 990 TFLOP/s = 0.035 ms,
 tokens of 64K 4.4 ms. A program keeps a tile of keys and streams `tile_t` queries past it.
@@ -50,7 +50,7 @@ def scores(
     keep_last: int = 0,
     interpret: bool = False,
 ) -> Array:
-    """[T, H, D], [T, H], [parts, S, D], [S], [T] -> [T, n_columns padded to whole tiles] int32 images.
+    """[T, H, D], [T, H], [S, parts, D], [S], [T] -> [T, n_columns padded to whole tiles] int32 images.
 
     Args:
         limit: candidates of each query. Columns at or beyond are `INVISIBLE` or, beyond its whole tile, not written.
@@ -71,7 +71,7 @@ def scores(
         functools.partial(
             scores_body,
             tile_s=config.tile_s,
-            n_parts=k.shape[0],
+            n_parts=k.shape[1],
             page_size=None if pages is None else pages.size,
             keep_first=keep_first,
             keep_last=keep_last,

@@ -23,7 +23,7 @@ def scores_body(
     keep_first: int,
     keep_last: int,
 ) -> None:
-    # in: [T, H, D], [T, H], [T], [n_tiles, 4], [1], [parts, S, D], maybe a page table, maybe [S]; out: [T, width]
+    # in: [T, H, D], [T, H], [T], [n_tiles, 4], [1], [S, parts, D], maybe a page table, maybe [S]; out: [T, width]
     *scale_ref, o_ref = refs
     table_ref: Ref = scale_ref.pop(0) if page_size else None
     tile = pl.program_id(0)
@@ -32,11 +32,11 @@ def scores_body(
     first = first_column_ref[0] + column
     candidate = first + jnp.arange(tile_s, dtype=jnp.int32)
     row = first_row + candidate
-    there = row < k_ref.shape[1]
+    there = row < k_ref.shape[0]
     if page_size:
         place = jnp.minimum(lax.div(row, jnp.int32(page_size)), table_ref.shape[0] - 1)
         row = plt.load(table_ref.at[place]) * page_size + lax.rem(row, jnp.int32(page_size))
-        there = (row >= 0) & (row < k_ref.shape[1])
+        there = (row >= 0) & (row < k_ref.shape[0])
     row = jnp.where(there, row, 0)
     parts = [load_keys(k_ref, part, row, there) for part in range(n_parts)]
     scale = plt.load(scale_ref[0].at[row], mask=there, other=0.0) if scale_ref else None
@@ -59,10 +59,10 @@ def scores_body(
 
 
 def load_keys(k_ref: Ref, part: int, rows: Array, there: Array) -> Array:
-    """Rows of one part of [parts, S, D], zeros where they are not `there`."""
+    """Rows of one part of [S, parts, D], zeros where they are not `there`."""
     columns = jnp.arange(k_ref.shape[2], dtype=jnp.int32)
     mask = jnp.broadcast_to(there[:, None], (rows.shape[0], columns.shape[0]))
-    return plt.load(k_ref.at[part, rows[:, None], columns[None, :]], mask=mask, other=0.0)
+    return plt.load(k_ref.at[rows[:, None], part, columns[None, :]], mask=mask, other=0.0)
 
 
 def score(parts: list[Array], q: Array, w: Array, scale: Array | None) -> Array:

@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from kernels_pallas.image import INVISIBLE
 from kernels_pallas.indexer import Means
-from kernels_pallas.pages import Pages, PageSums
+from kernels_pallas.pages import PageMeans, Pages, PageSums
 from kernels_pallas.sequences import Sequences
 from kernels_pallas.triton import refine as refine_stage
 from kernels_pallas.triton import scores as scores_stage
@@ -26,7 +26,7 @@ _FLAT_WIDTH = 8192  # images that a step of the streaming top-k adds to the best
 def block_filter(
     q: Array,
     w: Array,
-    means: Means | PageSums,
+    means: Means | PageSums | PageMeans,
     eligible: Array,
     sequences: Sequences,
     *,
@@ -42,7 +42,9 @@ def block_filter(
         config = scores_stage.heuristic(q.shape[1])
         tiles = sequences.query_tiles(q.shape[0], config.tile_t, eligible)
         first = jnp.zeros((1,), jnp.int32)
-        images = scores_stage.scores(q, w, *means, eligible, tiles, first, config=config, **options)
+        operands = (means.means, means.scales) if isinstance(means, PageMeans) else means
+        rows = means.rows if isinstance(means, PageMeans) else None
+        images = scores_stage.scores(q, w, *operands, eligible, tiles, first, rows, config=config, **options)
     return topk_stage.topk(images, eligible, block_topk, interpret=interpret)[0]
 
 
@@ -105,7 +107,7 @@ def flat(
         return scores_stage.scores(
             q,
             w,
-            k[None],
+            k[:, None],
             k_scale,
             visible,
             tiles,

@@ -87,7 +87,7 @@ def test_keys_beyond_32_bits_are_pooled_in_parts_and_refused_elsewhere():
     k, q, w = (jax.ShapeDtypeStruct(shape, E4M3) for shape in ((S, 128), (1, 64, 128), (1, 64)))
     counts = jax.ShapeDtypeStruct((S // 128,), jnp.int32)
     means, scale = jax.eval_shape(lambda k, counts: pool(k, None, counts, block_size=128), k, counts)
-    assert means.shape == (2, S // 128, 128) and scale.shape == (S // 128,)
+    assert means.shape == (S // 128, 2, 128) and scale.shape == (S // 128,)
     visible = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     with pytest.raises(ValueError, match=r"triton: k has 3221225472 elements of one byte, wanted at most 2147483648"):
         jax.eval_shape(

@@ -31,7 +31,14 @@ def check(H, D, dtype, n_parts, n_score, cut, interpret, keep=1, n_ctas=132):
     config = scores_stage.Config(n_score=n_score, ring=2)
     options = {"n_columns": S, "config": config, "keep_first": keep, "keep_last": keep, "n_ctas": n_ctas}
     cuts = None if cut is None else jnp.full((T,), cut, jnp.int32)
-    operands = (q[0], w[0], k, None if scale is None else scale[0], jnp.asarray(limit), jnp.asarray(tiles))
+    operands = (
+        q[0],
+        w[0],
+        k.swapaxes(0, 1),
+        None if scale is None else scale[0],
+        jnp.asarray(limit),
+        jnp.asarray(tiles),
+    )
     out = scores_stage.scores(*operands, jnp.zeros((1,), jnp.int32), cuts, **options, interpret=interpret)
     images, masks = (out, None) if cut is None else out
     want = n_parts * reference.token_scores(q[0], k[0], None if scale is None else scale[0], w[0])
@@ -81,7 +88,7 @@ def test_a_tile_is_not_overwritten_while_it_is_read():
     first = np.arange(T, dtype=np.int32)
     tiles = np.stack([first, np.ones_like(first), first * S, np.full_like(first, 1024)], axis=1)
     config, limit = scores_stage.Config(n_score=2), jnp.full((T,), S, jnp.int32)
-    operands = (q, w, k[None], scale, limit, jnp.asarray(tiles), jnp.zeros((1,), jnp.int32))
+    operands = (q, w, k[:, None], scale, limit, jnp.asarray(tiles), jnp.zeros((1,), jnp.int32))
     images = np.asarray(scores_stage.scores(*operands, n_columns=S, config=config, n_ctas=n_ctas))[:, :S]
     got = np.where(images < 0, images ^ FORCED, images).view(np.float32)
     for t in range(T):
