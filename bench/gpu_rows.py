@@ -22,6 +22,7 @@ from bench.gpu_checks import (
     checked_rows,
     scores_of,
 )
+from hisa_jax.keys import mean_parts
 from kernels_pallas import mosaic_gpu
 from kernels_pallas.mosaic_gpu import refine as mosaic_refine
 from kernels_pallas.mosaic_gpu import stages
@@ -262,18 +263,20 @@ def _decode(model: shapes.Model, batch: int, context: int) -> Row:
 
 
 def _decode_paged(model: shapes.Model, batch: int, context: int, page_size: int) -> Row:
-    """`_decode` from pages in random order; block means come from the sums that pages keep."""
+    """`_decode` from pages in random order; block means are those that pages keep, or come from their sums."""
     P = context // page_size
 
     def make():
         inputs = draw(model, batch, 1, context)
         cache, tables = paged(inputs, page_size)
-        k, scales, sums, counts = cache.keys, cache.scales, cache.sums, cache.counts
+        kept = cache.sums, cache.counts, (cache.means, cache.mean_scales)
         offsets = jnp.arange(batch + 1, dtype=jnp.int32)
 
-        def f(q, k, scales, w, sums, counts, tables, offsets, visible):
+        def f(q, k, scales, w, kept, tables, offsets, visible):
+            sums, counts, means = kept
             options: Any = dict(topk=model.topk, block_size=model.block_size, block_topk=model.block_topk)
-            where = dict(block_tables=tables, cu_seqlens_q=offsets, page_sums=sums, page_counts=counts)
+            options |= dict(page_sums=sums, page_counts=counts, page_means=means)
+            where = dict(block_tables=tables, cu_seqlens_q=offsets)
             return mosaic_gpu.select_hisa_paged(q, k, scales, w, visible, **options, **where)
 
         def check(out: Any) -> None:
@@ -281,11 +284,12 @@ def _decode_paged(model: shapes.Model, batch: int, context: int, page_size: int)
 
         return (
             f,
-            (inputs.q[:, 0], k, scales, inputs.w[:, 0], sums, counts, tables, offsets, inputs.visible[:, 0]),
+            (inputs.q[:, 0], cache.keys, cache.scales, inputs.w[:, 0], kept, tables, offsets, inputs.visible[:, 0]),
             check,
         )
 
     tokens = batch * model.block_topk * model.block_size
+    mean_bytes = 2.0 * model.D + 4.0 if page_size == model.block_size else 4.0 * model.D + 8.0
     return Row(
         row=f"decode{batch}_paged" if page_size < model.block_size else f"decode{batch}_paged{page_size}",
         make=make,
@@ -293,7 +297,7 @@ def _decode_paged(model: shapes.Model, batch: int, context: int, page_size: int)
         context=context,
         queries=batch,
         flop=2.0 * (tokens + batch * context / model.block_size) * model.H * model.D,
-        moved_bytes=tokens * (model.D + 4.0) + batch * P * (4.0 * model.D + 8.0),
+        moved_bytes=tokens * (model.D + 4.0) + batch * P * mean_bytes,
     )
 
 
@@ -314,18 +318,20 @@ def _append(model: shapes.Model, batch: int, context: int, page_size: int) -> Ro
             np.testing.assert_array_equal(got.counts[page], place + 1)
             values = np.asarray(got.keys[page], np.float32) * got.scales[page][:, :, None]
             np.testing.assert_allclose(got.sums[page], values[:, : place + 1].sum(1), atol=1e-3)
+            means = np.asarray(got.means[page], np.float32).sum(1) * np.asarray(got.mean_scales[page])[:, None]
+            np.testing.assert_allclose(means, got.sums[page] / (place + 1), atol=5e-3)
 
         return hj.append, (cache, new, tables, offsets, lengths), check
 
     return Row(
         row=f"append{batch}",
         make=make,
-        implementation="xla",
+        implementation="triton",
         carries=True,
         shape=model.name,
         context=context,
         queries=batch,
-        moved_bytes=batch * (page_size * (model.D + 4.0) + 4.0 * model.D),
+        moved_bytes=batch * (page_size * (model.D + 4.0) + 6.0 * model.D),
     )
 
 
@@ -340,7 +346,18 @@ def paged(inputs: Inputs, page_size: int) -> tuple[hj.cache.IndexCache, Array]:
     sums = jax.jit(lambda k, scales: jnp.sum(k.astype(jnp.float32) * scales[:, :, None], axis=1))(k, scales)
     counts = jnp.full((n_pages,), page_size, jnp.int32)
     places = (order % (S // page_size)).astype(jnp.int32)
-    cache = hj.cache.IndexCache(keys=k, scales=scales, sums=sums, counts=counts, places=places, latents=None)
+    parts = mean_parts(sums / page_size, k.dtype)
+    assert parts is not None
+    cache = hj.cache.IndexCache(
+        keys=k,
+        scales=scales,
+        sums=sums,
+        counts=counts,
+        places=places,
+        means=parts[0],
+        mean_scales=parts[1],
+        latents=None,
+    )
     return cache, table.reshape(B, -1)
 
 

@@ -12,6 +12,7 @@ from hypothesis import stateful
 from hypothesis import strategies as st
 
 import hisa_jax as hj
+from hisa_jax.keys import mean_parts
 from hisa_jax.pages import OutOfPages, PagePool
 from tests import draw
 
@@ -140,6 +141,9 @@ class Requests:
                 assert counts[page] == len(tokens) or (counts[page] > len(tokens) and length < (nth + 1) * PAGE)
                 present = np.where(np.arange(PAGE)[:, None] < counts[page], content[page], np.float32(0))
                 np.testing.assert_array_equal(sums[page], tree_sum(present))
+        # For every page, also those that were copied, truncated or given back.
+        wanted = mean_parts(sums / np.maximum(counts, 1).astype(np.float32)[:, None], self.dtype) or (None, None)
+        jax.tree.map(np.testing.assert_array_equal, (self.cache.means, self.cache.mean_scales), wanted)
 
     def check_selection(self, method, n_queries):
         """The last tokens of every request select from pages what they select from one piece, bit for bit."""

@@ -86,14 +86,15 @@ METHODS = {
     "hisa": lambda block_size: hj.Hisa(topk=50, block_size=block_size, block_topk=4),
     "block_sparse": lambda block_size: hj.BlockSparse(topk=4 * block_size, block_size=block_size),
 }
-# Of these few and small requests means are taken in registers, where queries are few, or written first.
+# Means are those that pages keep; of smaller pages they are taken in registers for few queries, or written first.
 CASES = [  # page, block, dtype, requests, method
     pytest.param(32, 64, E4M3, PREFILL_AND_DECODE, "hisa", id="two_pages_a_block"),
     pytest.param(32, 64, E4M3, PREFILL_AND_DECODE, "dsa", id="flat"),
     pytest.param(64, 128, E4M3, DECODE, "hisa", id="decode"),
+    pytest.param(32, 32, E4M3, DECODE, "hisa", id="decode_where_a_page_is_a_block"),
 ]
 MORE_CASES = [
-    pytest.param(32, 32, BF16, DECODE, "hisa", id="page_is_a_block"),
+    pytest.param(32, 32, BF16, PREFILL_AND_DECODE, "hisa", id="page_is_a_block"),
     pytest.param(16, 64, BF16, DECODE, "hisa", id="four_pages_a_block"),
     pytest.param(32, 32, BF16, PREFILL_AND_DECODE, "block_sparse", id="block_sparse"),
 ]
@@ -164,6 +165,7 @@ def test_small_pages_are_declined_with_the_reason():
         ("mosaic_gpu", 128, 128, 131072, 64, E4M3),  # a query a CTA
         ("mosaic_gpu", 32, 32, 131072, 128, E4M3),  # several CTAs a query
         ("mosaic_gpu", 4200, 8, 65536, 64, BF16),  # prefill among decode
+        ("mosaic_gpu", 4200, 8, 65536, 128, BF16),
         ("triton", 32, 32, 131072, 64, E4M3),
         ("triton", 4200, 8, 65536, 16, BF16),
     ],
@@ -171,16 +173,18 @@ def test_small_pages_are_declined_with_the_reason():
 def test_indexers_over_pages_lower(backend, T, R, context, page_size, dtype):
     module, P, f32, i32 = BACKENDS[backend], context // page_size, jnp.float32, jnp.int32
 
-    def both(q, k, k_scale, w, visible, tables, cu_seqlens_q, sums, counts):
+    def both(q, k, k_scale, w, visible, tables, cu_seqlens_q, sums, counts, page_means, mean_scales):
         operands = q, k, k_scale if dtype == E4M3 else None, w, visible
         where = dict(block_tables=tables, cu_seqlens_q=cu_seqlens_q)
-        means = dict(page_sums=sums, page_counts=counts)
+        page_means = page_means, mean_scales if dtype == E4M3 else None
+        means = dict(page_sums=sums, page_counts=counts, page_means=page_means)
         hisa = module.select_hisa_paged(*operands, topk=2048, block_size=128, block_topk=64, **where, **means)
         return hisa, module.select_flat_paged(*operands, topk=2048, **where) if T > R else None
 
     keys = ((R * P, page_size, 128), dtype), ((R * P, page_size), f32)
-    requests = ((R, P), i32), ((R + 1,), i32), ((R * P, 128), f32), ((R * P,), i32)
-    assert "custom_call" in lower(both, ((T, 64, 128), dtype), *keys, ((T, 64), f32), ((T,), i32), *requests)
+    requests = ((R, P), i32), ((R + 1,), i32)
+    pages = ((R * P, 128), f32), ((R * P,), i32), ((R * P, 2 if dtype == E4M3 else 1, 128), dtype), ((R * P,), f32)
+    assert "custom_call" in lower(both, ((T, 64, 128), dtype), *keys, ((T, 64), f32), ((T,), i32), *requests, *pages)
 
 
 @pytest.mark.gpu

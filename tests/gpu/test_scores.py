@@ -10,6 +10,7 @@ import pytest
 from kernels_pallas import mosaic_gpu
 from kernels_pallas.image import FORCED, INVISIBLE
 from kernels_pallas.mosaic_gpu import scores as scores_stage
+from kernels_pallas.mosaic_gpu.page_rows import copy_ptx
 from kernels_pallas.mosaic_gpu.stationary import Shape, loop_ptx
 from tests.gpu import draw, reference
 
@@ -99,7 +100,8 @@ def test_a_tile_is_not_overwritten_while_it_is_read():
 @pytest.mark.parametrize("H", [16, 64, 128])
 @pytest.mark.parametrize(("row_bytes", "n_parts"), [(64, 2), (128, 1), (256, 1)])
 @pytest.mark.parametrize("filters", [False, True])
-def test_no_register_of_the_loop_is_read_before_it_is_written(H, row_bytes, n_parts, filters):
+@pytest.mark.parametrize("pitch", [None, 272])
+def test_no_register_of_the_loop_is_read_before_it_is_written(H, row_bytes, n_parts, filters, pitch):
     shape = Shape(
         H=H,
         row_bytes=row_bytes,
@@ -111,8 +113,14 @@ def test_no_register_of_the_loop_is_read_before_it_is_written(H, row_bytes, n_pa
         keep_last=1,
         out_columns=512,
         filters=filters,
+        pitch=pitch,
     )
     assert not list(unwritten(loop_ptx(shape)))
+
+
+@pytest.mark.parametrize("has_scale", [False, True])
+def test_no_register_of_the_row_copies_is_read_before_it_is_written(has_scale):
+    assert not list(unwritten(copy_ptx(256, 256, 1000, 2000, has_scale)))
 
 
 def unwritten(ptx):
