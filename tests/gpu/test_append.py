@@ -42,7 +42,7 @@ def draw(dtype, lengths, sizes, page_size, *, D=64, latent_dim=None, scale="ue8m
     """Normal keys. With scales of powers of two no product is rounded, so that no compiler can fuse it with a sum."""
     rng = np.random.default_rng(seed)
     R, lengths = len(lengths), np.asarray(lengths, np.int32)
-    P = int(max(-(-(lengths + sizes) // page_size))) + 1
+    P = int(max(-(-(lengths + np.asarray(sizes)) // page_size))) + 1
     n_pages = R * P + 2
     tables = rng.permutation(n_pages)[: R * P].reshape(R, P).astype(np.int32)
 
@@ -189,6 +189,7 @@ def test_on_the_device(dtype, page_size, scale):
     rng = np.random.default_rng(page_size)
     for lengths, sizes in (
         (rng.integers(0, 3000, 100), np.ones(100, int)),  # decode
+        ([777], [1]),
         (rng.integers(0, 3000, 9), [700, 1, 0, 300, 128, 1, 1, 5, 64]),  # prefill chunks among it
     ):
         step = draw(dtype, lengths, sizes, page_size, D=128, latent_dim=576, scale=scale)
