@@ -12,6 +12,7 @@ from kernels_pallas.image import FORCED, INVISIBLE
 from kernels_pallas.mosaic_gpu import scores as scores_stage
 from kernels_pallas.mosaic_gpu.page_rows import copy_ptx
 from kernels_pallas.mosaic_gpu.stationary import Shape, loop_ptx
+from kernels_pallas.pages import Pages
 from tests.gpu import draw, reference
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
@@ -95,6 +96,39 @@ def test_a_tile_is_not_overwritten_while_it_is_read():
     for t in range(T):
         own = slice(t * S, (t + 1) * S)
         np.testing.assert_array_equal(got[t], reference.token_scores(q[t : t + 1], k[own], scale[own], w[t : t + 1])[0])
+
+
+def check_scattered(H, D, dtype, n_parts, n_keys, T, interpret, n_ctas):
+    """A query a sequence of 300 keys, whose rows a table scatters: the images of the same rows in order."""
+    S, n_rows = 300, 320
+    q, k, scale, w = (x if x is None else x[0] for x in draw.integers(4, 1, T, T * n_rows, H, D, dtype, dtype == E4M3))
+    k = jnp.stack([k, k[::-1]][:n_parts], axis=1)
+    limit = jnp.asarray([S, 257, 0, 3] * T, jnp.int32)[:T]
+    tiles = jnp.stack([jnp.arange(T), jnp.ones(T), jnp.arange(T) * n_rows, limit], axis=1).astype(jnp.int32)
+    options = dict(n_columns=S, config=scores_stage.Config(n_score=2, n_keys=n_keys, ring=2, tile_t=1), n_ctas=n_ctas)
+    scores = lambda k, scale, pages: scores_stage.scores(  # noqa: E731
+        q, w, k, scale, limit, tiles, jnp.zeros((1,), jnp.int32), pages=pages, **options, interpret=interpret
+    )
+    table = np.random.default_rng(5).permutation(T * n_rows).astype(np.int32)
+    order = np.argsort(table)
+    pages = Pages(table=jnp.asarray(table), size=1, n_pages=T * n_rows)
+    got = scores(k[order], None if scale is None else scale[order], pages)
+    wanted = scores(k, scale, None)
+    for t in range(T):
+        np.testing.assert_array_equal(got[t, : limit[t]], wanted[t, : limit[t]])
+
+
+@pytest.mark.parametrize(("dtype", "n_parts"), [(E4M3, 2), (BF16, 1)], ids=["means", "bf16"])
+def test_scattered_rows_score_as_rows_in_order(interpret, dtype, n_parts):
+    check_scattered(16, 64, dtype, n_parts, 2, 3, interpret, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_keys", [1, 2])
+@pytest.mark.parametrize(("H", "D", "dtype", "n_parts"), [(64, 128, E4M3, 2), (16, 64, E4M3, 2), (128, 128, BF16, 1)])
+def test_scattered_rows_on_the_device(H, D, dtype, n_parts, n_keys):
+    skip_unless_hopper(H, D, dtype)
+    check_scattered(H, D, dtype, n_parts, n_keys, 200, False, 8)
 
 
 @pytest.mark.parametrize("H", [16, 64, 128])
