@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from hisa_jax import cache as on_one_device
 from hisa_jax import checks, meshes
+from hisa_jax.append import append
 from hisa_jax.cache import IndexCache
 from hisa_jax.quantize import QuantizedKeys
 
@@ -53,7 +54,7 @@ def append_sharded(
         cache: IndexCache, block_tables: Array, k: Any, cu_seqlens: Array, lengths: Array, latents: Array | None
     ) -> IndexCache:
         own = own_ids(cache, block_tables, context_axis)
-        return on_one_device.append(cache, k, own, cu_seqlens, lengths, latents=latents)
+        return append(cache, k, own, cu_seqlens, lengths, latents=latents)
 
     return _on_each(call, one_device, mesh, context_axis, cache, block_tables, k, cu_seqlens, lengths, latents)
 
