@@ -1,6 +1,5 @@
 """The stages of `indexer.Stages`, by Mosaic GPU kernels; pooling and narrow selections are Triton's."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -67,7 +66,7 @@ def block_filter(
     if isinstance(means, PageSums):
         first_block = sequences.key_start_of_queries(T)
         images = page_means.page_scores(q, w, means, eligible, first_block, interpret=bool(interpret), **options)
-    elif isinstance(means, PageMeans) and T <= _FEW * len(sequences.lengths):
+    elif isinstance(means, PageMeans) and _FEW * len(sequences.lengths) >= T:
         images = _few_on_pages(q, w, means, eligible, sequences, interpret=bool(interpret), **options)
     else:
         pages = means.rows if isinstance(means, PageMeans) else None
@@ -103,8 +102,8 @@ def _few_on_pages(
 ) -> Array:
     """Images of the scores of page means that so few queries share that fetching them is what takes time.
 
-    Threads fetch scattered rows faster than the copy engine, which wants one command a row: 0.028 ms for 128 requests of
-    128K where `scores` takes 0.045, 0.018 for 32 by either.
+    Threads fetch scattered rows faster than the copy engine, which wants one command a row: 0.028 ms for 128 requests
+    of 128K where `scores` takes 0.045, 0.018 for 32 by either.
     """
     config = narrow_scores_stage.Config(tile_s=narrow_scores_stage.heuristic(q.shape[1]).tile_s, tile_t=1)
     if n_columns > _NARROW:
