@@ -1,8 +1,9 @@
-"""The command: python -m models generate --checkpoint DIR --prompt TEXT."""
+"""The commands: python -m models generate --checkpoint DIR --prompt TEXT, and data --out FILE."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax.numpy as jnp
 
@@ -13,6 +14,7 @@ from models.params import from_pretrained
 from models.plan import MethodLike
 from models.sharding import make_mesh
 from models.tokens import load_tokenizer
+from models.training.text import read_corpus, save_corpus
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        _generate(options)
+        options.run(options)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -80,9 +82,36 @@ def _report(result: Generation, is_warm: bool) -> None:
         print(f"{layer:>5} {cells}", file=sys.stderr)
 
 
+def _data(options: argparse.Namespace) -> None:
+    corpus = read_corpus(options.folder)
+    save_corpus(corpus, options.out)
+    for source in corpus.sources:
+        print(
+            f"{source.name}: {source.train_bytes:,} bytes of {source.train_files:,} files to train on, "
+            f"{source.held_out_bytes:,} of {source.held_out_files:,} held out, {sum(source.dropped.values()):,} left out"
+        )
+    print(f"{options.out}: {corpus.train.size:,} and {corpus.held_out.size:,} bytes, sha256 {corpus.sha256}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models", description="DSA models with a pluggable indexer.")
-    command = parser.add_subparsers(required=True).add_parser("generate", help="continue prompts by a local checkpoint")
+    commands = parser.add_subparsers(required=True)
+    _add_data(commands.add_parser("data", help="collect text to train a byte-level model on"))
+    _add_generate(commands.add_parser("generate", help="continue prompts by a local checkpoint"))
+    return parser
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_data)
+    command.add_argument("--out", required=True, type=Path, metavar="FILE", help=".npz to write")
+    command.add_argument(
+        "--folder", action="append", type=Path, metavar="DIR",
+        help="text files to read, repeat for more; default: Python's standard library and this machine's man pages",
+    )  # fmt: skip
+
+
+def _add_generate(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_generate)
     command.add_argument("--checkpoint", required=True, metavar="DIR", help="folder with config.json and safetensors")
     prompts = command.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="repeat for a batch")
@@ -102,7 +131,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--warm-up", action="store_true", help="run twice, so that tokens/s leave compilation out")
     command.add_argument("--report-recall", action="store_true", help="compare each selection with the flat indexer's")
-    return parser
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Batch:
     is_answer: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Batches:
     """Windows of the text to train on, a share of them with long-range questions in it.
 
@@ -38,6 +38,7 @@ class Batches:
     """
 
     corpus: Corpus
+    _: dataclasses.KW_ONLY
     length: int
     batch: int
     synthetic_share: float

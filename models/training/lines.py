@@ -15,32 +15,31 @@ from collections.abc import Sequence
 import numpy as np
 
 # Short and common, so that a key is made of bytes that the text around it has, too.
-WORDS = tuple(
-    """
-    acorn agent amber angle ankle apple april apron arrow atlas autumn award badge baker bamboo banjo barn basin basket
-    beach beacon bench berry birch bird bishop blade blanket bloom board boat bolt bone book boot bottle bowl branch
-    brass bread breeze brick bridge brook broom brush bubble bucket bugle button cabin cable cactus camel camera candle
-    canoe canyon carbon card cargo carpet carrot castle cedar chain chair chalk cherry chest chief circle city clay
-    cliff cloak clock cloud clover coach coast cobalt coffee coin comet copper coral corn cotton cousin crane crater
-    creek cricket crown crystal cup curtain daisy dance dawn deer desert diamond dinner doctor dollar dolphin donkey
-    door dragon drawer dream drum dune dust eagle earth echo elbow elm ember emerald engine engraver fable falcon farm
-    feather fence fern ferry fiddle field finch finger fire flag flame flint flock flour flower flute fog forest fork
-    fossil fountain fox frost fruit galaxy garden garlic gate ghost giant ginger glacier glass globe glove goat gold
-    goose grain grape grass gravel guitar hammer harbor harp hazel heart hedge hero heron hill honey hood horn horse
-    hotel house ice igloo ink inlet iron island ivory ivy jacket jade jaguar jar jelly jewel judge juice jungle kettle
-    key king kite kitten knight knot ladder lake lamp lantern laurel leaf lemon lentil letter lily lime linen lion
-    lizard lobster log lotus lunch magnet maple marble market marsh meadow melon metal mill mint mirror mitten moon
-    moss motor mountain museum mustard nail needle nest nickel night north nut oak oasis oat ocean olive onion opal
-    orange orchid otter oven owl oyster paddle palace palm panda paper parrot path peach pearl pebble pencil pepper
-    piano pigeon pillow pilot pine planet plate plum pocket poet pond poppy potato prairie prince pumpkin puzzle quartz
-    queen quill rabbit radio raft rain raven reed ribbon rice ring river robin rocket root rope rose ruby saddle sail
-    salmon salt sand satin scarf school seed shadow sheep shell ship silk silver sky smoke snow soap song spark
-    sparrow spice spider spoon spring spruce star stone storm straw sugar summer sun swan table tailor tea temple
-    thorn thunder tiger timber toast tomato torch tower trail train tulip tunnel turtle valley vapor velvet vessel
-    village vine violet wagon walnut water wave wax well whale wheat wheel willow wind window winter wolf wool yarn
-    zebra
-    """.split()
-)
+_WORD_LIST = """
+acorn agent amber angle ankle apple april apron arrow atlas autumn award badge baker bamboo banjo barn basin basket
+beach beacon bench berry birch bird bishop blade blanket bloom board boat bolt bone book boot bottle bowl branch
+brass bread breeze brick bridge brook broom brush bubble bucket bugle button cabin cable cactus camel camera candle
+canoe canyon carbon card cargo carpet carrot castle cedar chain chair chalk cherry chest chief circle city clay
+cliff cloak clock cloud clover coach coast cobalt coffee coin comet copper coral corn cotton cousin crane crater
+creek cricket crown crystal cup curtain daisy dance dawn deer desert diamond dinner doctor dollar dolphin donkey
+door dragon drawer dream drum dune dust eagle earth echo elbow elm ember emerald engine engraver fable falcon farm
+feather fence fern ferry fiddle field finch finger fire flag flame flint flock flour flower flute fog forest fork
+fossil fountain fox frost fruit galaxy garden garlic gate ghost giant ginger glacier glass globe glove goat gold
+goose grain grape grass gravel guitar hammer harbor harp hazel heart hedge hero heron hill honey hood horn horse
+hotel house ice igloo ink inlet iron island ivory ivy jacket jade jaguar jar jelly jewel judge juice jungle kettle
+key king kite kitten knight knot ladder lake lamp lantern laurel leaf lemon lentil letter lily lime linen lion
+lizard lobster log lotus lunch magnet maple marble market marsh meadow melon metal mill mint mirror mitten moon
+moss motor mountain museum mustard nail needle nest nickel night north nut oak oasis oat ocean olive onion opal
+orange orchid otter oven owl oyster paddle palace palm panda paper parrot path peach pearl pebble pencil pepper
+piano pigeon pillow pilot pine planet plate plum pocket poet pond poppy potato prairie prince pumpkin puzzle quartz
+queen quill rabbit radio raft rain raven reed ribbon rice ring river robin rocket root rope rose ruby saddle sail
+salmon salt sand satin scarf school seed shadow sheep shell ship silk silver sky smoke snow soap song spark
+sparrow spice spider spoon spring spruce star stone storm straw sugar summer sun swan table tailor tea temple
+thorn thunder tiger timber toast tomato torch tower trail train tulip tunnel turtle valley vapor velvet vessel
+village vine violet wagon walnut water wave wax well whale wheat wheel willow wind window winter wolf wool yarn
+zebra
+"""
+WORDS = tuple(_WORD_LIST.split())
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -84,8 +83,8 @@ def _mark(verb: str) -> str:
 
 
 def draw_keys(rng: np.random.Generator, n: int) -> list[str]:
-    """n different keys of few words and numbers: most share a part with others, so only the whole key tells them apart."""
-    n_parts = 2 + int(np.ceil(1.5 * np.sqrt(n)))
+    """n different keys of few words and numbers: most share parts, so that only the whole key tells them apart."""
+    n_parts = 2 + int(np.ceil(2 * np.cbrt(n)))  # a key has three: eight times as many combinations as keys
     words = [WORDS[at] for at in rng.choice(len(WORDS), min(n_parts, len(WORDS)), replace=False)]
     numbers = rng.choice(100, min(n_parts, 100), replace=False)
     picked = rng.choice(len(words) ** 2 * len(numbers), n, replace=False)

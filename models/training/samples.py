@@ -66,7 +66,8 @@ def place(task: str, filler: np.ndarray, placed: Sequence[tuple[float, Line]]) -
     rest = filler.size - sum(len(line.text) for _, line in placed)
     if rest < 0:
         raise ValueError(
-            f"{task}: its {len(placed)} lines take {filler.size - rest} bytes, wanted at most {filler.size}, the length of filler"
+            f"{task}: its {len(placed)} lines take {filler.size - rest} bytes, wanted at most {filler.size}, "
+            "the length of filler"
         )
     offsets = _between_lines(filler[:rest], np.array([int(position * rest) for position, _ in placed]))
     text, pieces, starts, before, size = filler.tobytes(), [], {}, 0, 0

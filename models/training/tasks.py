@@ -1,7 +1,7 @@
 """Long-range tasks: lines that state something, put into a text, and at its end lines that ask for it.
 
-Each kind is a function of a generator, the text around (`filler`, uint8 [length], whose end gives way to the lines, so that
-the sample is as long) and its parameters. They measure; `mix.dense_mix` is the form to train on.
+Each kind is a function of a generator, the text around and its parameters. The text is `filler`, uint8 [length]; its
+end gives way to the lines, so that the sample is as long. They measure; `dense_mix` is the form to train on.
 """
 
 from collections.abc import Callable

@@ -17,10 +17,10 @@ SEPARATOR = 0  # precedes every document; no document has it
 _SMALLEST, _LARGEST = 200, 1_000_000  # bytes of a document
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", ".git"}
 _HELD_OUT = 0.04  # of the files
-_SHINGLE = 3  # lines
+_SHINGLE = 2  # lines
 # A document is dropped if more than this share of its shingles stands in the documents kept before it. What is held
 # out comes last and is judged harder, since it is to measure what the model has not read.
-_DUPLICATE_SHARE = {"train": 0.5, "held_out": 0.1}
+_DUPLICATE_SHARE = {"train": 0.3, "held_out": 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def why_not(content: bytes) -> str | None:
         return "not text"
     # Tables of numbers or code points, keys in base64, the same line over and over: shares found on such files.
     digits = sum(content.count(digit) for digit in b"0123456789")
-    if digits > 0.15 * len(content):
+    if digits > 0.12 * len(content):
         return "digits"
     if max(map(len, content.splitlines())) > 5000:
         return "long lines"
@@ -181,7 +181,7 @@ def _default_roots() -> list[tuple[str, Path]]:
 
 
 def _named_roots(folders: Sequence[Path]) -> list[tuple[str, Path]]:
-    roots = {}
+    roots: dict[str, Path] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise ValueError(f"read_corpus: folders has {folder}, wanted a folder")
@@ -208,13 +208,13 @@ def _files(roots: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, str, bytes]
                     content = gzip.decompress(content)
             except (OSError, EOFError, zlib.error):
                 continue
-            if name.startswith("man"):
-                content = _manual_page(content)
-            yield name, path.relative_to(root).as_posix(), content
+            yield name, path.relative_to(root).as_posix(), _without_macros(content)
 
 
-def _manual_page(content: bytes) -> bytes:
-    """From its title on: before it stand macros that thousands of pages share."""
+def _without_macros(content: bytes) -> bytes:
+    """A manual page from its title on: before it stand macros that thousands of pages share. Other text as it is."""
+    if not content.lstrip().startswith((b".", b"'")):
+        return content
     starts = [at for title in (b"\n.TH ", b"\n.Dd ") if (at := content.find(title)) >= 0]
     return content[min(starts) + 1 :] if starts else content
 
