@@ -12,6 +12,7 @@ SHORTEST = 128  # bytes that hold a statement, its question and some text
 _MOST_LINES = 0.6  # of the bytes; the rest is text
 _NEAREST = 64  # bytes of the smallest distance drawn log-uniformly
 _ASKED_AGAIN = 0.35  # of the questions
+_TRIES = 8  # groups that do not fit before the sample is called full
 _NEVER_ASKED = 0.25  # statements for each one asked
 
 _Placed = list[tuple[float, Line]]
@@ -35,12 +36,12 @@ def dense_mix(rng: np.random.Generator, filler: np.ndarray, length: int | None =
         raise ValueError(f"dense_mix: length is {length}, wanted {SHORTEST} to {filler.size}, the bytes of filler")
     # The exponent makes 5 times the questions of 8 times the length: short samples are denser.
     wanted = max(1, round(int(rng.integers(40, 101)) * (length / 16384) ** 0.774))
-    # No group takes more than 8 of a name for a question; those of a few groups that do not fit are lost.
-    n_names = 8 * (wanted + 8)
+    # No group takes more than 8 of a name for a question; groups that do not fit lose theirs.
+    n_names = 8 * (wanted + _TRIES)
     names = Names(rng, keys=n_names, values=n_names, variables=n_names)
     placed: _Placed = []
     room, questions, misses = _MOST_LINES * length, 0, 0
-    while questions < wanted and misses < 4:
+    while questions < wanted and misses < _TRIES:
         group = _GROUPS[int(np.searchsorted(_SHARES, rng.random()))](rng, names, length, wanted - questions)
         size = sum(len(line.text) for _, line in group)
         if size > room:

@@ -1,5 +1,6 @@
 """Real text to train on: what a machine with Python has anyway, or folders of yours, cleaned and split by file."""
 
+import collections
 import dataclasses
 import gzip
 import hashlib
@@ -10,6 +11,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,10 +19,17 @@ SEPARATOR = 0  # precedes every document; no document has it
 _SMALLEST, _LARGEST = 200, 1_000_000  # bytes of a document
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", ".git"}
 _HELD_OUT = 0.04  # of the files
+_MANUAL, _LICENSES = Path("/usr/share/man"), Path("/usr/share/common-licenses")
 _SHINGLE = 2  # lines
 # A document is dropped if more than this share of its shingles stands in the documents kept before it. What is held
 # out comes last and is judged harder, since it is to measure what the model has not read.
 _DUPLICATE_SHARE = {"train": 0.3, "held_out": 0.1}
+
+
+class _Document(NamedTuple):
+    source: str
+    path: str  # from the root
+    content: bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,41 +91,17 @@ def read_corpus(folders: Sequence[Path] | None = None) -> Corpus:
     Raises: ValueError: a folder that is none, two of one name, or too few files to hold some out.
     """
     roots = _default_roots() if folders is None else _named_roots(folders)
-    documents: list[tuple[str, str, bytes]] = []  # source, path, content
-    dropped: dict[str, dict[str, int]] = {name: {} for name, _ in roots}
-    seen_contents: set[bytes] = set()
-    for name, path, content in _files(roots):
-        reason = why_not(content)
-        if reason is None:
-            digest = hashlib.sha256(content).digest()
-            reason = "same content" if digest in seen_contents else None
-            seen_contents.add(digest)
-        if reason is None:
-            documents.append((name, path, content))
-        else:
-            dropped[name][reason] = dropped[name].get(reason, 0) + 1
-    kept: dict[str, list[tuple[str, str, bytes]]] = {"train": [], "held_out": []}
-    seen_shingles: set[int] = set()
-    for split, documents_kept in kept.items():
-        for name, path, content in documents:
-            if is_held_out(path) != (split == "held_out"):
-                continue
-            shingles = _shingles(content)
-            if len(shingles & seen_shingles) > _DUPLICATE_SHARE[split] * len(shingles):
-                dropped[name]["near duplicate"] = dropped[name].get("near duplicate", 0) + 1
-                continue
-            seen_shingles |= shingles
-            documents_kept.append((name, path, content))
-    if not (kept["train"] and kept["held_out"]):
+    dropped: dict[str, collections.Counter[str]] = {name: collections.Counter() for name, _ in roots}
+    kept = _split(_text_files(roots, dropped), dropped)
+    train, held_out = kept["train"], kept["held_out"]
+    if not (train and held_out):
         raise ValueError(
-            f"read_corpus: {len(kept['train'])} files to train on and {len(kept['held_out'])} held out from "
+            f"read_corpus: {len(train)} files to train on and {len(held_out)} held out from "
             f"{', '.join(str(folder) for _, folder in roots) or 'nowhere'}, wanted at least one of each: "
             "give folders with more text files"
         )
-    sources = tuple(_source(name, kept, dropped[name]) for name, _ in roots)
-    return Corpus(
-        _joined(kept["train"]), _joined(kept["held_out"]), _names(kept["train"]), _names(kept["held_out"]), sources
-    )
+    sources = tuple(_source(name, train, held_out, dropped[name]) for name in dropped)
+    return Corpus(_joined(train), _joined(held_out), _names(train), _names(held_out), sources)
 
 
 def why_not(content: bytes) -> str | None:
@@ -137,11 +122,6 @@ def why_not(content: bytes) -> str | None:
         return "long lines"
     ratio = len(zlib.compress(content, 1)) / len(content)
     return None if 0.08 < ratio < 0.7 else "compresses unlike text"
-
-
-def is_held_out(path: str) -> bool:
-    """Which split a file is in: a hash of its path from its root, so the same on every machine."""
-    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") < _HELD_OUT * 2**32
 
 
 def save_corpus(corpus: Corpus, path: Path) -> None:
@@ -172,11 +152,10 @@ def load_corpus(path: Path) -> Corpus:
 
 
 def _default_roots() -> list[tuple[str, Path]]:
-    manual = Path("/usr/share/man")
     roots = [("python", Path(sysconfig.get_path("stdlib")))]
     # Its sections alone: the other folders are translations.
-    roots += [(f"man{section}", manual / f"man{section}") for section in range(1, 9)]
-    roots += [("licenses", Path("/usr/share/common-licenses")), ("doc", Path(sys.base_prefix) / "share" / "doc")]
+    roots += [(f"man{section}", _MANUAL / f"man{section}") for section in range(1, 9)]
+    roots += [("licenses", _LICENSES), ("doc", Path(sys.base_prefix) / "share" / "doc")]
     return [(name, folder) for name, folder in roots if folder.is_dir()]
 
 
@@ -192,8 +171,41 @@ def _named_roots(folders: Sequence[Path]) -> list[tuple[str, Path]]:
     return list(roots.items())
 
 
-def _files(roots: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, str, bytes]]:
-    """Source, path from its root and content of each file, in order; .gz unpacked, links and unreadable files not."""
+def _text_files(roots: Sequence[tuple[str, Path]], dropped: dict[str, collections.Counter[str]]) -> list[_Document]:
+    """The files that are text, each content once; counts the others."""
+    documents = []
+    seen: set[bytes] = set()
+    for document in _files(roots):
+        digest = hashlib.sha256(document.content).digest()
+        reason = why_not(document.content) or ("same content" if digest in seen else None)
+        if reason is None:
+            seen.add(digest)
+            documents.append(document)
+        else:
+            dropped[document.source][reason] += 1
+    return documents
+
+
+def _split(documents: Sequence[_Document], dropped: dict[str, collections.Counter[str]]) -> dict[str, list[_Document]]:
+    """What to train on, what is held out, both without near duplicates; counts those."""
+    held_out = _held_out({document.path for document in documents})
+    kept: dict[str, list[_Document]] = {"train": [], "held_out": []}
+    seen: set[int] = set()
+    for split, documents_kept in kept.items():
+        for document in documents:
+            if (document.path in held_out) != (split == "held_out"):
+                continue
+            shingles = _shingles(document.content)
+            if len(shingles & seen) > _DUPLICATE_SHARE[split] * len(shingles):
+                dropped[document.source]["near duplicate"] += 1
+                continue
+            seen |= shingles
+            documents_kept.append(document)
+    return kept
+
+
+def _files(roots: Sequence[tuple[str, Path]]) -> Iterator[_Document]:
+    """Each file, in the order of the paths; .gz unpacked, links and what cannot be read left out."""
     for name, root in roots:
         paths = []
         for folder, subfolders, files in os.walk(root):
@@ -208,7 +220,7 @@ def _files(roots: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, str, bytes]
                     content = gzip.decompress(content)
             except (OSError, EOFError, zlib.error):
                 continue
-            yield name, path.relative_to(root).as_posix(), _without_macros(content)
+            yield _Document(name, path.relative_to(root).as_posix(), _without_macros(content))
 
 
 def _without_macros(content: bytes) -> bytes:
@@ -226,16 +238,27 @@ def _shingles(content: bytes) -> set[int]:
     return {hash(tuple(lines[at : at + _SHINGLE])) for at in range(max(1, len(lines) - _SHINGLE + 1))}
 
 
-def _joined(documents: Sequence[tuple[str, str, bytes]]) -> np.ndarray:
+def _held_out(paths: set[str]) -> set[str]:
+    """The files held out, by a hash of the path from the root, so the same on every machine; at least one."""
+    shares = {path: int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") / 2**32 for path in paths}
+    most = max(_HELD_OUT, min(shares.values(), default=0.0))
+    return {path for path, share in shares.items() if share <= most}
+
+
+def _joined(documents: Sequence[_Document]) -> np.ndarray:
     separator = bytes([SEPARATOR])
-    return np.frombuffer(b"".join(separator + content for _, _, content in documents), np.uint8)
+    return np.frombuffer(b"".join(separator + document.content for document in documents), np.uint8)
 
 
-def _names(documents: Sequence[tuple[str, str, bytes]]) -> tuple[str, ...]:
-    return tuple(f"{name}/{path}" for name, path, _ in documents)
+def _names(documents: Sequence[_Document]) -> tuple[str, ...]:
+    return tuple(f"{document.source}/{document.path}" for document in documents)
 
 
-def _source(name: str, kept: dict[str, list[tuple[str, str, bytes]]], dropped: dict[str, int]) -> Source:
-    sizes = {split: [len(content) + 1 for source, _, content in kept[split] if source == name] for split in kept}
-    train, held_out = sizes["train"], sizes["held_out"]
-    return Source(name, len(train), sum(train), len(held_out), sum(held_out), dropped)
+def _source(
+    name: str, train: Sequence[_Document], held_out: Sequence[_Document], dropped: collections.Counter[str]
+) -> Source:
+    sizes = [
+        [len(document.content) + 1 for document in documents if document.source == name]
+        for documents in (train, held_out)
+    ]
+    return Source(name, len(sizes[0]), sum(sizes[0]), len(sizes[1]), sum(sizes[1]), dict(dropped))
