@@ -87,8 +87,8 @@ def _data(options: argparse.Namespace) -> None:
     save_corpus(corpus, options.out)
     for source in corpus.sources:
         print(
-            f"{source.name}: {source.train_bytes:,} bytes of {source.train_files:,} files, "
-            f"held out {source.held_out_bytes:,} of {source.held_out_files:,}, left out {sum(source.dropped.values()):,}"
+            f"{source.name}: {source.train_bytes:,} bytes of {source.train_files:,} files, held out "
+            f"{source.held_out_bytes:,} of {source.held_out_files:,}, left out {sum(source.dropped.values()):,}"
         )
     print(f"{options.out}: {corpus.train.size:,} and {corpus.held_out.size:,} bytes, sha256 {corpus.sha256}")
 

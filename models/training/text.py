@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import sysconfig
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -143,9 +144,9 @@ def load_corpus(path: Path) -> Corpus:
     Raises: ValueError: a file that it did not write. OSError: none there.
     """
     try:
-        with np.load(path) as arrays:
+        with open(path, "rb") as file, np.load(file) as arrays:
             train, held_out, card = arrays["train"], arrays["held_out"], json.loads(arrays["card"].tobytes())
-    except (KeyError, ValueError, zlib.error) as error:
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"load_corpus: {path} is no corpus written by save_corpus: {error}") from error
     sources = tuple(Source(**source) for source in card["sources"])
     return Corpus(train, held_out, tuple(card["train_names"]), tuple(card["held_out_names"]), sources)
