@@ -3,7 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -73,26 +73,26 @@ class Batches:
         return Batch(tokens, is_answer)
 
 
-def prefetched(batches: Batches, first_step: int, n_steps: int, workers: int = 4) -> Iterator[Batch]:
+def prefetched(batches: Callable[[int], Batch], first_step: int, n_steps: int, workers: int = 4) -> Iterator[Batch]:
     """The batches of `n_steps` steps in order, made ahead of time.
 
     Args:
+        batches: makes the batch of a step.
         workers: threads, each with up to two batches in hand.
     """
     if workers < 1:
         raise ValueError(f"prefetched: workers is {workers}, wanted at least 1")
-    steps = iter(range(first_step, first_step + n_steps))
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        pending: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
-        try:
-            for step in steps:
-                pending.append(pool.submit(batches, step))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    pending: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
+    try:
+        for step in range(first_step, first_step + n_steps):
+            pending.append(pool.submit(batches, step))
+            if len(pending) > 2 * workers:
                 yield pending.popleft().result()
-        finally:  # who stops early does not wait for batches that nobody reads
-            pool.shutdown(wait=False, cancel_futures=True)
+        while pending:
+            yield pending.popleft().result()
+    finally:  # who stops early does not wait for batches that nobody reads
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def held_out_samples(

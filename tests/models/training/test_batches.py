@@ -73,15 +73,23 @@ def test_batches_made_ahead_are_the_same_in_order(corpus, workers):
         assert_equal(batch, batches(step))
 
 
-def test_who_stops_early_leaves_no_thread_at_work(corpus):
-    before = threading.active_count()
-    ahead = prefetched(make(corpus), 0, 10**9, 2)
-    next(ahead)
-    ahead.close()
+def test_who_stops_early_waits_for_nothing_and_leaves_no_thread_at_work():
+    before, gate, begun = threading.active_count(), threading.Event(), []
+
+    def slow(step):
+        begun.append(step)
+        assert step == 0 or gate.wait(60)
+        return step
+
+    ahead = prefetched(slow, 0, 10**9, workers=1)
+    assert next(ahead) == 0
+    ahead.close()  # while step 1 is in the making or about to be
+    gate.set()
     for thread in threading.enumerate():
         if thread.name.startswith("ThreadPoolExecutor"):
-            thread.join(timeout=10)
+            thread.join(timeout=60)
     assert threading.active_count() <= before
+    assert begun in ([0], [0, 1])
 
 
 def test_an_error_in_a_worker_reaches_the_reader(corpus, monkeypatch):

@@ -1,6 +1,7 @@
 """Promises of the text to train on: what is read, what is left out, how it is split."""
 
 import base64
+import dataclasses
 import gzip
 import json
 import shutil
@@ -169,6 +170,12 @@ def test_the_card_counts_what_is_there(tmp_path):
         assert card[f"{split}_files"] == sum(source[f"{split}_files"] for source in card["sources"])
     assert card["sources"][0]["dropped"] == {"not 200 to 1000000 bytes": 1}
     assert card["sha256"] == corpus.sha256
+
+
+def test_the_hash_tells_apart_what_differs_in_either_split(tmp_path):
+    corpus = read_corpus([write_files(tmp_path, many_files())])
+    others = [dataclasses.replace(corpus, **{split: getattr(corpus, split)[1:]}) for split in ("train", "held_out")]
+    assert len({other.sha256 for other in (corpus, *others)}) == 3
 
 
 @pytest.mark.parametrize("name", ["corpus.npz", "corpus"])
