@@ -64,6 +64,13 @@ def test_sequences_are_windows_of_the_text_to_train_on(corpus):
             assert all(part.strip(b"\0") in train for part in prose)
 
 
+def test_windows_come_from_all_over_the_text():
+    text = np.arange(1000)
+    starts = [module.window(np.random.default_rng(seed), text, 900)[0] for seed in range(1000)]
+    assert (min(starts), max(starts)) == (0, 100)  # both ends included
+    assert np.mean(starts) == pytest.approx(50, abs=5)
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_batches_made_ahead_are_the_same_in_order(corpus, workers):
     batches = make(corpus)
