@@ -33,7 +33,7 @@ def save(model: Model, folder: str | Path) -> None:
     if (folder / _CONFIG).exists() or (folder / _WEIGHTS).exists():
         raise FileExistsError(f"save: folder {folder} holds a saved model already")
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / _WEIGHTS, _by_name(nnx.state(model)))
+        checkpointer.save(folder / _WEIGHTS, by_name(nnx.state(model)))
     if jax.process_index() == 0:
         (folder / _CONFIG).write_text(json.dumps(dataclasses.asdict(model.config), indent=1))
 
@@ -62,7 +62,7 @@ def restore(
         graph, state = nnx.split(model)
         one_device = SingleDeviceSharding(jnp.zeros(()).device)
         wanted = {
-            _name(path): jax.ShapeDtypeStruct(
+            name_of(path): jax.ShapeDtypeStruct(
                 parameter.get_value().shape,
                 parameter.get_value().dtype,
                 sharding=one_device if model.mesh is None else parameter_sharding(model.mesh, parameter),
@@ -70,15 +70,17 @@ def restore(
             for path, parameter in nnx.to_flat_state(state)
         }
         arrays = checkpointer.restore(folder / _WEIGHTS, wanted)
-    restored = [(path, parameter.replace(arrays[_name(path)])) for path, parameter in nnx.to_flat_state(state)]
+    restored = [(path, parameter.replace(arrays[name_of(path)])) for path, parameter in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(restored))
 
 
-def _by_name(state: nnx.State) -> dict[str, jax.Array]:
-    return {_name(path): parameter[...] for path, parameter in nnx.to_flat_state(state)}
+def by_name(state: nnx.State) -> dict[str, jax.Array]:
+    """A model's parameters under names such as "layers.0.attention.q_a"."""
+    return {name_of(path): parameter[...] for path, parameter in nnx.to_flat_state(state)}
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def name_of(path: tuple[Any, ...]) -> str:
+    """The name of a parameter's path in the state."""
     return ".".join(map(str, path))
 
 

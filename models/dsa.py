@@ -6,7 +6,7 @@ latent space and reads the selected latents alone: decoding, and prefill of long
 """
 
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,16 @@ Form = Literal["auto", "expanded", "absorbed"]
 Table = tuple[Array, Array]
 IndexKeys = Array | hj.QuantizedKeys
 IndexInputs = tuple[Array, IndexKeys, Array]
+
+
+class Projections(NamedTuple):
+    """What attention makes of hidden states: query latents [B, T, Q] (which the indexer shares), queries
+    [B, T, N, P] and [B, T, N, R], latents with rope keys [B, T, L + R]."""
+
+    q_latent: Array
+    q_nope: Array
+    q_rope: Array
+    kv: Array
 
 
 class Indexer(nnx.Module):
@@ -109,14 +119,7 @@ class Attention(nnx.Module):
             if shared.
         """
         config = self.config
-        P, L = config.qk_nope_head_dim, config.kv_lora_rank
-        q_latent = rms_norm(x @ self.q_a[...], self.q_a_norm[...], config.lora_norm_eps)
-        q = jnp.einsum("btl,lnd->btnd", q_latent, self.q_b[...])
-        q_nope, q_rope = q[..., :P], rotate(q[..., P:], table, config.rope_interleave)
-        kv = x @ self.kv_a[...]
-        latent = rms_norm(kv[..., :L], self.kv_a_norm[...], config.lora_norm_eps)
-        kv = jnp.concatenate([latent, rotate(kv[..., L:], table, config.rope_interleave)], axis=-1)
-
+        q_latent, q_nope, q_rope, kv = self.project(x, table)
         keys = None if self.indexer is None else self.indexer.keys(x, table)
         pages = write(pages, keys, kv, block_tables, slots, lengths, mesh)
         inputs: IndexInputs | None = None
@@ -136,8 +139,23 @@ class Attention(nnx.Module):
             assert pages.latents is not None
             latents = contiguous(pages.latents, block_tables, mesh)
             out = expanded(q_nope, q_rope, latents, selection.indices, k_b, v_b, scale)
-        out = jnp.einsum("btnv,nve->bte", out, self.o[...])
-        return out, pages, selection, inputs
+        return self.merge_heads(out), pages, selection, inputs
+
+    def project(self, x: Array, table: Table) -> Projections:
+        """Normed hidden states [B, T, E] -> queries and latents of these tokens, RoPE applied."""
+        config = self.config
+        P, L = config.qk_nope_head_dim, config.kv_lora_rank
+        q_latent = rms_norm(x @ self.q_a[...], self.q_a_norm[...], config.lora_norm_eps)
+        q = jnp.einsum("btl,lnd->btnd", q_latent, self.q_b[...])
+        q_nope, q_rope = q[..., :P], rotate(q[..., P:], table, config.rope_interleave)
+        kv = x @ self.kv_a[...]
+        latent = rms_norm(kv[..., :L], self.kv_a_norm[...], config.lora_norm_eps)
+        kv = jnp.concatenate([latent, rotate(kv[..., L:], table, config.rope_interleave)], axis=-1)
+        return Projections(q_latent, q_nope, q_rope, kv)
+
+    def merge_heads(self, out: Array) -> Array:
+        """Heads' values [B, T, N, V] -> [B, T, E]."""
+        return jnp.einsum("btnv,nve->bte", out, self.o[...])
 
 
 def select(
@@ -239,7 +257,7 @@ def absorbed(
     Returns: as `expanded`.
     """
     L = k_b.shape[0]
-    q = jnp.concatenate([jnp.einsum("btnd,lnd->btnl", q_nope, k_b), q_rope], axis=-1)
+    q = absorb(q_nope, q_rope, k_b)
 
     def attend(q: Array, pages: hj.IndexCache, tables: Array, slots: Array, indices: Array) -> Array:
         rows = packing(slots)
@@ -252,6 +270,11 @@ def absorbed(
     heads = ("batch", None, "heads")
     attend = per_device(attend, mesh, (heads, *(("batch",),) * 4), heads)
     return jnp.einsum("btnl,lnd->btnd", attend(q, pages, block_tables, slots, indices), v_b)
+
+
+def absorb(q_nope: Array, q_rope: Array, k_b: Array) -> Array:
+    """[B, T, N, P], [B, T, N, R], [L, N, P] -> [B, T, N, L + R], queries for latents instead of keys."""
+    return jnp.concatenate([jnp.einsum("btnd,lnd->btnl", q_nope, k_b), q_rope], axis=-1)
 
 
 def selected_mask(indices: Array, S: int) -> Array:

@@ -1,0 +1,103 @@
+"""Whole sequences through a model, differentiable, with the attention of a stage of DSA's training.
+
+Generation runs through pages (`Model.run`); here nothing is kept, so a layer is a function of its hidden states. The
+layers of a model are stacked and scanned.
+"""
+
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+import hisa_jax as hj
+from models.dsa import Attention, Projections, Table, absorb
+from models.layers import rms_norm
+from models.modeling import Layer
+from models.moe import Moe
+from models.rope import rope_table
+from models.training.attention import causal_attention
+from models.training.weights import Stacked
+
+
+class Attend(Protocol):
+    """How a stage attends: heads' values [B, T, N, V] and whatever else it wants to know of a layer."""
+
+    def __call__(self, attention: Attention, x: Array, table: Table, made: Projections) -> tuple[Array, Any]:
+        """x [B, T, E] is normed; `made` is made of it."""
+
+
+def dense(attention: Attention, x: Array, table: Table, made: Projections) -> tuple[Array, None]:
+    """Every query attends to all tokens up to its own; the indexer takes no part."""
+    k_b, v_b, scale = attention.k_b[...], attention.v_b[...], attention.config.softmax_scale
+    latent, k_rope = jnp.split(made.kv, [k_b.shape[0]], axis=-1)
+    k_nope = jnp.einsum("bsl,lnd->bsnd", latent, k_b)
+    k_rope = jnp.broadcast_to(k_rope[:, :, None, :], (*k_nope.shape[:3], k_rope.shape[-1]))
+    q, k = (jnp.concatenate(parts, axis=-1) for parts in ((made.q_nope, made.q_rope), (k_nope, k_rope)))
+    return causal_attention(q, k, jnp.einsum("bsl,lnd->bsnd", latent, v_b), scale), None
+
+
+def warm_up(attention: Attention, x: Array, table: Table, made: Projections) -> tuple[Array, Array]:
+    """As `dense`; also the KL of the indexer's distribution from the heads' over all visible tokens, [B, T]."""
+    out, _ = dense(attention, x, table, made)
+    q, k, w = _index_inputs(attention, x, table, made)
+    kl = hj.indexer_kl(q, k, w, *_target(attention, made), scale=attention.config.softmax_scale)
+    return out, kl
+
+
+def sparse(
+    attention: Attention, x: Array, table: Table, made: Projections, *, method: hj.Method
+) -> tuple[Array, Array]:
+    """Every query attends to the tokens that `method` selects; also the KL over these, [B, T]."""
+    q, k, w = _index_inputs(attention, x, table, made)
+    indices = hj.select(*lax.stop_gradient((q, k, w)), method).indices
+    scale, L = attention.config.softmax_scale, attention.config.kv_lora_rank
+    absorbed = absorb(made.q_nope, made.q_rope, attention.k_b[...])
+    out = hj.sparse_mla(absorbed, made.kv, indices, scale=scale, value_dim=L)
+    assert isinstance(out, Array)  # no logsumexp was asked for
+    kl = hj.indexer_kl(q, k, w, *_target(attention, made), scale=scale, indices=indices)
+    return jnp.einsum("btnl,lnd->btnd", out, attention.v_b[...]), kl
+
+
+def _index_inputs(attention: Attention, x: Array, table: Table, made: Projections) -> tuple[Array, Array, Array]:
+    """The indexer learns from its own loss alone: what it reads of the model is detached."""
+    assert attention.indexer is not None  # training wants one in each layer
+    q, w = attention.indexer.queries(lax.stop_gradient(made.q_latent), lax.stop_gradient(x), table)
+    k = attention.indexer.keys(lax.stop_gradient(x), table)
+    assert isinstance(k, Array)  # training wants keys that are not quantised
+    return q, k, w
+
+
+def _target(attention: Attention, made: Projections) -> tuple[Array, Array]:
+    return lax.stop_gradient((absorb(made.q_nope, made.q_rope, attention.k_b[...]), made.kv))
+
+
+def forward(stacked: Stacked, tokens: Array, attend: Attend) -> tuple[Array, Any]:
+    """Logits of whole sequences.
+
+    Args:
+        stacked: the model, its index keys not quantised.
+        tokens: [B, T] int32.
+        attend: of the stage: `dense`, `warm_up` or `sparse` with a method.
+
+    Returns: [B, T, V] float32, and what `attend` returned beside its values, stacked by layer.
+    """
+    table = rope_table(stacked.config, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :])
+
+    def layer(x: Array, state: nnx.State) -> tuple[Array, Any]:
+        return layer_forward(nnx.merge(stacked.graph, state), x, table, attend)
+
+    x, extra = lax.scan(layer, stacked.embed[tokens], stacked.layers)
+    x = rms_norm(x, stacked.norm, stacked.config.rms_norm_eps)
+    head = stacked.embed.T if stacked.head is None else stacked.head
+    return jnp.einsum("bte,ev->btv", x, head, preferred_element_type=jnp.float32), extra
+
+
+def layer_forward(layer: Layer, x: Array, table: Table, attend: Attend) -> tuple[Array, Any]:
+    """One layer on hidden states [B, T, E], and what `attend` returned beside its values."""
+    eps = layer.config.rms_norm_eps
+    normed = rms_norm(x, layer.attention_norm[...], eps)
+    out, extra = attend(layer.attention, normed, table, layer.attention.project(normed, table))
+    x = x + layer.attention.merge_heads(out)
+    normed = rms_norm(x, layer.mlp_norm[...], eps)
+    return x + (layer.mlp(normed)[0] if isinstance(layer.mlp, Moe) else layer.mlp(normed)), extra

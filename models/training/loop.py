@@ -1,0 +1,213 @@
+"""Runs a recipe: resumable at any step, the same whether it was interrupted or not, logged as it goes."""
+
+import csv
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from models.export import save_pretrained
+from models.training.batches import Batches, prefetched
+from models.training.optimizer import make_optimizer, rate, trained
+from models.training.recipe import Recipe, Stage
+from models.training.step import AXIS, make_step, placement
+from models.training.text import Corpus
+from models.training.weights import Skeleton, Weights
+
+RECIPE, CURVES, STATES, MODEL = "recipe.json", "curves.csv", "states", "model"
+COLUMNS = (
+    "step", "stage", "context", "bytes", "loss", "text_bits", "answer_bits", "answers_right", "kl", "rate",
+    "gradient_norm", "seconds",
+)  # fmt: skip
+_LOGGED = 10  # steps between readings of the metrics: reading waits for the device
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What does not change the result.
+
+    Attributes:
+        folder: of the run: recipe, curves, states, and the model as it is.
+        save_every: steps between saved states.
+        stop_after: seconds after which the run saves and ends, or None.
+        workers: processes that prepare data.
+    """
+
+    folder: Path
+    save_every: int = 200
+    stop_after: float | None = None
+    workers: int = 4
+
+
+Row = dict[str, Any]
+
+
+def train(recipe: Recipe, corpus: Corpus, settings: Settings, show: Callable[[Row], None] = lambda row: None) -> int:
+    """Trains from the last saved state, or from the start.
+
+    Args:
+        recipe: what to train.
+        corpus: text.
+        settings: folder and pace.
+        show: is told each logged row of the curves.
+
+    Returns: steps done in all; fewer than the recipe's if `stop_after` came first.
+    Raises: ValueError: the folder holds a run of another recipe; a step's rows that devices cannot share.
+    """
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    _check_recipe(recipe, settings.folder / RECIPE)
+    mesh = Mesh(np.array(jax.devices()), (AXIS,))
+    for stage in recipe.stages:
+        if stage.rows // stage.accumulate % mesh.size:
+            raise ValueError(
+                f"train: stage {stage.name!r} has {stage.rows // stage.accumulate} rows a pass, wanted a multiple of "
+                f"the {mesh.size} devices"
+            )
+    started = time.perf_counter()
+    skeleton = Skeleton(recipe.config)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    with ocp.CheckpointManager((settings.folder / STATES).absolute(), options=options) as states:
+        done = states.latest_step() or 0
+        weights, state = _restore(recipe, skeleton, states, mesh)
+        with _Curves(settings.folder / CURVES, done) as curves:
+            while done < recipe.n_steps and not _is_over(settings, started):
+                i, first = recipe.stage_at(done)
+                stage = recipe.stages[i]
+                batches = Batches(
+                    corpus, length=stage.context, batch=stage.rows, synthetic_share=stage.synthetic_share,
+                    seed=recipe.seed + 1000 * i,
+                )  # fmt: skip
+                step = make_step(recipe, stage, skeleton, mesh)
+                for k, operands in _placed(prefetched(batches, first, stage.steps - first, settings.workers), stage, mesh):
+                    weights, state, metrics = step(weights, state, *operands)
+                    done += 1
+                    curves.add(_Pending(done, stage, k, metrics))
+                    if done % _LOGGED == 0:
+                        for row in curves.write():
+                            show(row)
+                    if _is_over(settings, started):
+                        break
+                    if done % settings.save_every == 0 and k + 1 < stage.steps:
+                        _save(states, done, weights, state)
+                if done < recipe.n_steps and recipe.stage_at(done)[1] == 0:
+                    state = _fresh(recipe, recipe.stages[i + 1], weights)
+            for row in curves.write():
+                show(row)
+        if done != states.latest_step():
+            _save(states, done, weights, state)
+    save_pretrained(skeleton.model(weights), settings.folder / MODEL, overwrite=True)
+    return done
+
+
+def _is_over(settings: Settings, started: float) -> bool:
+    return settings.stop_after is not None and time.perf_counter() - started > settings.stop_after
+
+
+def _fresh(recipe: Recipe, stage: Stage, weights: Weights) -> Any:
+    learnt, _ = trained(stage, weights)
+    return jax.jit(make_optimizer(recipe, stage).init)(learnt)
+
+
+def _restore(recipe: Recipe, skeleton: Skeleton, states: ocp.CheckpointManager, mesh: Mesh) -> tuple[Weights, Any]:
+    """Weights and the optimiser's state, on all devices."""
+    everywhere = NamedSharding(mesh, P())
+    done = states.latest_step()
+    stage = recipe.stages[recipe.stage_at(min(done or 0, recipe.n_steps - 1))[0]]
+
+    def first() -> tuple[Weights, Any]:
+        weights = skeleton.initial(recipe.seed)
+        return weights, _fresh(recipe, stage, weights)
+
+    if done is None:
+        return jax.device_put(first(), everywhere)
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(first)
+    )
+    restored = states.restore(done, args=ocp.args.StandardRestore({"weights": wanted[0], "optimizer": wanted[1]}))
+    return restored["weights"], restored["optimizer"]
+
+
+def _save(states: ocp.CheckpointManager, done: int, weights: Weights, state: Any) -> None:
+    states.save(done, args=ocp.args.StandardSave({"weights": weights, "optimizer": state}))
+
+
+def _placed(batches: Iterator[Any], stage: Stage, mesh: Mesh) -> Iterator[tuple[int, tuple[jax.Array, jax.Array]]]:
+    """(number in the stage, arrays [A, rows, context + 1] on their devices)."""
+    for k, batch in batches:
+        parts = (x.reshape(stage.accumulate, -1, stage.context + 1) for x in (batch.tokens, batch.is_answer))
+        tokens, is_answer = (jax.device_put(x, placement(mesh)) for x in parts)
+        yield k, (tokens, is_answer)
+
+
+def _check_recipe(recipe: Recipe, path: Path) -> None:
+    if not path.exists():
+        path.write_text(recipe.to_json())
+    elif path.read_text() != recipe.to_json():
+        raise ValueError(f"train: {path} is of another recipe: give another folder, or the recipe that it began with")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A step whose metrics may not be there yet; `k` is its number in the stage."""
+
+    step: int
+    stage: Stage
+    k: int
+    metrics: Any
+
+
+class _Curves:
+    """curves.csv. Rows of steps beyond the restored one are taken away: they will come again."""
+
+    def __init__(self, path: Path, done: int):
+        rows = []
+        if path.exists():
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= done]
+        self.file = path.open("w", newline="")
+        self.writer = csv.DictWriter(self.file, COLUMNS)
+        self.writer.writeheader()
+        self.writer.writerows(rows)
+        self.bytes = int(rows[-1]["bytes"]) if rows else 0
+        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
+        self.pending: list[_Pending] = []
+        self.last = time.perf_counter()
+
+    def __enter__(self) -> "_Curves":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def add(self, pending: _Pending) -> None:
+        self.pending.append(pending)
+
+    def write(self) -> list[Row]:
+        """Waits for the steps that were added and writes them; returns the rows."""
+        values = jax.device_get([pending.metrics for pending in self.pending])
+        now = time.perf_counter()
+        self.seconds, self.last = self.seconds + now - self.last, now
+        rows = []
+        for pending, metrics in zip(self.pending, values, strict=True):
+            self.bytes += pending.stage.rows * pending.stage.context
+            rows.append({
+                "step": pending.step, "stage": pending.stage.name, "context": pending.stage.context,
+                "bytes": self.bytes, "loss": f"{metrics.loss:.5f}",
+                "text_bits": f"{metrics.text_loss / np.log(2):.5f}",
+                "answer_bits": f"{metrics.answer_loss / np.log(2):.5f}",
+                "answers_right": f"{metrics.answers_right:.5f}", "kl": f"{metrics.kl:.5f}",
+                "rate": f"{float(rate(pending.stage)(jnp.int32(pending.k))):.3e}",
+                "gradient_norm": f"{metrics.gradient_norm:.4f}", "seconds": f"{self.seconds:.1f}",
+            })  # fmt: skip
+        self.writer.writerows(rows)
+        self.file.flush()
+        self.pending.clear()
+        return rows
