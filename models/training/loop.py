@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.export import save_pretrained
-from models.training.batches import Batches, prefetched
+from models.training.batches import Batch, Batches, prefetched
 from models.training.optimizer import make_optimizer, rate, trained
 from models.training.recipe import Recipe, Stage
 from models.training.step import AXIS, make_step, placement
@@ -38,7 +38,7 @@ class Settings:
         folder: of the run: recipe, curves, states, and the model as it is.
         save_every: steps between saved states.
         stop_after: seconds after which the run saves and ends, or None.
-        workers: processes that prepare data.
+        workers: threads that prepare data.
     """
 
     folder: Path
@@ -86,9 +86,9 @@ def train(recipe: Recipe, corpus: Corpus, settings: Settings, show: Callable[[Ro
                     seed=recipe.seed + 1000 * i,
                 )  # fmt: skip
                 step = make_step(recipe, stage, skeleton, mesh)
-                for k, operands in _placed(prefetched(batches, first, stage.steps - first, settings.workers), stage, mesh):
-                    weights, state, metrics = step(weights, state, *operands)
-                    done += 1
+                for batch in prefetched(batches, first, stage.steps - first, settings.workers):
+                    weights, state, metrics = step(weights, state, *_placed(batch, stage, mesh))
+                    k, done = recipe.stage_at(done)[1], done + 1
                     curves.add(_Pending(done, stage, k, metrics))
                     if done % _LOGGED == 0:
                         for row in curves.write():
@@ -139,12 +139,10 @@ def _save(states: ocp.CheckpointManager, done: int, weights: Weights, state: Any
     states.save(done, args=ocp.args.StandardSave({"weights": weights, "optimizer": state}))
 
 
-def _placed(batches: Iterator[Any], stage: Stage, mesh: Mesh) -> Iterator[tuple[int, tuple[jax.Array, jax.Array]]]:
-    """(number in the stage, arrays [A, rows, context + 1] on their devices)."""
-    for k, batch in batches:
-        parts = (x.reshape(stage.accumulate, -1, stage.context + 1) for x in (batch.tokens, batch.is_answer))
-        tokens, is_answer = (jax.device_put(x, placement(mesh)) for x in parts)
-        yield k, (tokens, is_answer)
+def _placed(batch: Batch, stage: Stage, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """[A, rows a pass, context + 1] on the devices."""
+    tokens, is_answer = (x.reshape(stage.accumulate, -1, stage.context + 1) for x in (batch.tokens, batch.is_answer))
+    return jax.device_put(tokens, placement(mesh)), jax.device_put(is_answer, placement(mesh))
 
 
 def _check_recipe(recipe: Recipe, path: Path) -> None:
