@@ -124,16 +124,16 @@ def _kl_backward(scale: float, is_dense: bool, saved: tuple[Array, ...], d_loss:
         keys, products, log_p, p = _scored(tile, k, kv, scale, is_dense)
         has_any = jnp.sum(p, axis=1, keepdims=True)  # 1, or 0 without candidates
         d_scores = d_loss[:, None] * (jnp.exp(log_p) * has_any - p)
-        d_w = _dot("tk,thk->th", d_scores, jnp.maximum(products, 0))
+        d_w = _dot_gradient("tk,thk->th", d_scores, jnp.maximum(products, 0))
         d_products = jnp.where(products > 0, d_scores[:, None, :] * tile.w[:, :, None], 0)
         if is_dense:
-            d_q = _dot("thk,kd->thd", d_products, keys)
-            d_k = d_k.at[tile.b].add(_dot("thk,thd->kd", d_products, tile.q))
+            d_q = _dot_gradient("thk,kd->thd", d_products, keys)
+            d_k = d_k.at[tile.b].add(_dot_gradient("thk,thd->kd", d_products, tile.q))
         else:
-            d_q = _dot("thk,tkd->thd", d_products, keys)
+            d_q = _dot_gradient("thk,tkd->thd", d_products, keys)
             # No candidate is position -1, which must not wrap around to the last key.
             d_k = d_k.at[tile.b, tile.which].add(
-                _dot("thk,thd->tkd", d_products, tile.q), mode="drop", wrap_negative_indices=False
+                _dot_gradient("thk,thd->tkd", d_products, tile.q), mode="drop", wrap_negative_indices=False
             )
         return d_k, (d_q, d_w)
 
@@ -187,6 +187,15 @@ def _exp(x: Array, total: Array) -> Array:
 
 
 def _dot(formula: str, a: Array, b: Array) -> Array:
-    """A float32 sum of exact products."""
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return jnp.einsum(formula, a, b, precision=lax.Precision.HIGHEST)
+    """A float32 sum of exact products: those of two bfloat16 numbers are, by themselves."""
+    if a.dtype != b.dtype:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(formula, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _dot_gradient(formula: str, a: Array, b: Array) -> Array:
+    """A float32 sum of products of gradients, which tensor cores may round to about 11 bits."""
+    return jnp.einsum(
+        formula, a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGH,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip

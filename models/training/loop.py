@@ -35,7 +35,7 @@ class Settings:
     """What does not change the result.
 
     Attributes:
-        folder: of the run: recipe, curves, states, and the model as it is.
+        folder: of the run: recipe, curves, states, the model as it is and, numbered, as each stage left it.
         save_every: steps between saved states.
         stop_after: seconds after which the run saves and ends, or None.
         workers: threads that prepare data.
@@ -50,13 +50,17 @@ class Settings:
 Row = dict[str, Any]
 
 
-def train(recipe: Recipe, corpus: Corpus, settings: Settings, show: Callable[[Row], None] = lambda row: None) -> int:
-    """Trains from the last saved state, or from the start.
+def train(
+    recipe: Recipe, corpus: Corpus, settings: Settings, *, start: Weights | None = None,
+    show: Callable[[Row], None] = lambda row: None,
+) -> int:  # fmt: skip
+    """Trains from the folder's last saved state, or from the start.
 
     Args:
         recipe: what to train.
         corpus: text.
         settings: folder and pace.
+        start: weights to begin with, where there is no saved state. Default: random ones.
         show: is told each logged row of the curves.
 
     Returns: steps done in all; fewer than the recipe's if `stop_after` came first.
@@ -76,7 +80,7 @@ def train(recipe: Recipe, corpus: Corpus, settings: Settings, show: Callable[[Ro
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager((settings.folder / STATES).absolute(), options=options) as states:
         done = states.latest_step() or 0
-        weights, state = _restore(recipe, skeleton, states, mesh)
+        weights, state = _restore(recipe, skeleton, states, start, mesh)
         with _Curves(settings.folder / CURVES, done) as curves:
             while done < recipe.n_steps and not _is_over(settings, started):
                 i, first = recipe.stage_at(done)
@@ -99,6 +103,7 @@ def train(recipe: Recipe, corpus: Corpus, settings: Settings, show: Callable[[Ro
                         _save(states, done, weights, state)
                 if done < recipe.n_steps and recipe.stage_at(done)[1] == 0:
                     state = _fresh(recipe, recipe.stages[i + 1], weights)
+                    save_pretrained(skeleton.model(weights), settings.folder / f"{MODEL}_{i}", overwrite=True)
             for row in curves.write():
                 show(row)
         if done != states.latest_step():
@@ -116,14 +121,16 @@ def _fresh(recipe: Recipe, stage: Stage, weights: Weights) -> Any:
     return jax.jit(make_optimizer(recipe, stage).init)(learnt)
 
 
-def _restore(recipe: Recipe, skeleton: Skeleton, states: ocp.CheckpointManager, mesh: Mesh) -> tuple[Weights, Any]:
+def _restore(
+    recipe: Recipe, skeleton: Skeleton, states: ocp.CheckpointManager, start: Weights | None, mesh: Mesh
+) -> tuple[Weights, Any]:
     """Weights and the optimiser's state, on all devices."""
     everywhere = NamedSharding(mesh, P())
     done = states.latest_step()
     stage = recipe.stages[recipe.stage_at(min(done or 0, recipe.n_steps - 1))[0]]
 
     def first() -> tuple[Weights, Any]:
-        weights = skeleton.initial(recipe.seed)
+        weights = skeleton.initial(recipe.seed) if start is None else start
         return weights, _fresh(recipe, stage, weights)
 
     if done is None:

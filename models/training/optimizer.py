@@ -27,10 +27,10 @@ _LARGEST_GRADIENT = 1.0
 def trained(stage: Stage, weights: Weights) -> tuple[Weights, Weights]:
     """Divides weights into those that a stage trains and those that it leaves as they are."""
     wanted = {
-        "dense": lambda name: ".indexer." not in name,
-        "warm_up": lambda name: ".indexer." in name,
-        "sparse": lambda name: True,
-    }[stage.attention]
+        "model": lambda name: ".indexer." not in name,
+        "indexer": lambda name: ".indexer." in name,
+        "all": lambda name: True,
+    }[stage.trained]
     return (
         {name: x for name, x in weights.items() if wanted(name)},
         {name: x for name, x in weights.items() if not wanted(name)},

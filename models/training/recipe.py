@@ -3,12 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import hisa_jax as hj
 from models.config import Config
 
-Attention = Literal["dense", "warm_up", "sparse"]
+Attention = Literal["dense", "sparse"]
+Trained = Literal["model", "indexer", "all"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,20 +18,22 @@ class Stage:
 
     Attributes:
         name: for curves and logs.
-        attention: "dense" trains all but the indexer, on all tokens; "warm_up" the indexer alone, towards the dense
-            attention; "sparse" everything, on selected tokens, the indexer towards the attention over these.
+        attention: to all tokens ("dense") or to the selected ones ("sparse").
+        trained: the weights of the indexers, of all else ("model"), or both. Indexers learn towards the heads' attention
+            over the tokens that are attended to, the model to predict the next byte.
         context: tokens of a sequence.
         rows: sequences of a step, on all devices together.
         accumulate: passes that a step's sequences are divided into.
         steps: how many.
         learning_rate: the highest, reached after `rise` steps and lowered to `end_rate` by half a cosine.
         synthetic_share: of sequences that are long-range tasks in text, the others being text alone.
-        method: what selects in the sparse stage; None for the config's own flat indexer. `hj.Hisa` trains the indexer
-            under the block filter that it will run with.
+        method: what selects where attention is sparse; None for the config's own flat indexer. `hj.Hisa` trains the
+            indexer under the block filter that it will run with.
     """
 
     name: str
     attention: Attention
+    trained: Trained
     context: int
     rows: int
     accumulate: int = 1
@@ -42,8 +45,9 @@ class Stage:
     method: hj.Method | None = None
 
     def __post_init__(self) -> None:
-        if self.attention not in ("dense", "warm_up", "sparse"):
-            raise ValueError(f"Stage: attention is {self.attention!r}, wanted 'dense', 'warm_up' or 'sparse'")
+        for name, values in (("attention", get_args(Attention)), ("trained", get_args(Trained))):
+            if getattr(self, name) not in values:
+                raise ValueError(f"Stage: {name} is {getattr(self, name)!r}, wanted one of {', '.join(values)}")
         for name in ("context", "rows", "accumulate", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Stage: {name} is {getattr(self, name)}, wanted 1 or more")
@@ -102,7 +106,7 @@ def _plain(value: Any) -> Any:
 def byte_config(context: int = 16384) -> Config:
     """18.9 M parameters: 8 layers of width 384 on bytes, 256 tokens selected.
 
-    With blocks of 16, of which 64 are kept, 256 tokens of 16K are what 2048 of 128K are with blocks of 128.
+    At 16K, 256 selected tokens are what 2048 are at 128K, one in 64; so are 1024 in kept blocks, one in 16.
     """
     layers = 8
     return Config(
@@ -133,3 +137,52 @@ def byte_config(context: int = 16384) -> Config:
         layer_kinds=("dense",) * layers,
         indexer_kinds=("full",) * layers,
     )
+
+
+HISA = hj.Hisa(topk=256, block_size=32, block_topk=32)
+"""The hierarchy at the model's size: 4 times the selected tokens in kept blocks, as published."""
+
+
+def byte_recipe(seed: int = 0) -> Recipe:
+    """Trains `byte_config`: dense attention at 2K and 16K, the indexers' warm-up, sparse attention at 16K.
+
+    Source: the stages are DeepSeek-V3.2's, section 2.1.1.
+    """
+    return Recipe(
+        config=byte_config(),
+        stages=(
+            Stage(
+                name="dense 2K", attention="dense", trained="model", context=2048, rows=128, steps=800,
+                learning_rate=3e-3, end_rate=1.5e-3, synthetic_share=0.35,
+            ),
+            Stage(
+                name="dense 16K", attention="dense", trained="model", context=16384, rows=16, steps=900,
+                learning_rate=1.5e-3, end_rate=3e-4, synthetic_share=0.35,
+            ),
+            Stage(
+                name="warm-up 4K", attention="dense", trained="indexer", context=4096, rows=8, steps=80,
+                learning_rate=3e-3, end_rate=1e-3, synthetic_share=0.5,
+            ),
+            Stage(
+                name="warm-up 16K", attention="dense", trained="indexer", context=16384, rows=4, steps=40,
+                learning_rate=1e-3, end_rate=3e-4, synthetic_share=0.5,
+            ),
+            Stage(
+                name="sparse 16K", attention="sparse", trained="all", context=16384, rows=8, steps=250,
+                learning_rate=5e-4, end_rate=2e-5, synthetic_share=0.35,
+            ),
+        ),
+        seed=seed,
+    )  # fmt: skip
+
+
+def hisa_aware_recipe(seed: int = 0) -> Recipe:
+    """Trains the indexers of a model that `byte_recipe` trained under the block filter, all else as it is."""
+    stage = Stage(
+        name="HISA-aware 16K", attention="sparse", trained="indexer", context=16384, rows=8, steps=120,
+        learning_rate=5e-4, end_rate=2e-5, synthetic_share=0.35, method=HISA,
+    )  # fmt: skip
+    return Recipe(config=byte_config(), stages=(stage,), seed=seed)
+
+
+RECIPES = {"bytes": byte_recipe, "bytes-hisa": hisa_aware_recipe}

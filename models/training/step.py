@@ -102,11 +102,10 @@ def placement(mesh: Mesh) -> NamedSharding:
 def _loss(
     recipe: Recipe, stage: Stage, skeleton: Skeleton, fixed: Weights, learnt: Weights, tokens: Array, is_answer: Array
 ) -> tuple[Array, _Sums]:
-    attend: forward.Attend = {
-        "dense": forward.dense,
-        "warm_up": forward.warm_up,
-        "sparse": functools.partial(forward.sparse, method=stage.method or recipe.config.method),
-    }[stage.attention]
+    if stage.attention == "sparse":
+        attend: forward.Attend = functools.partial(forward.sparse, method=stage.method or recipe.config.method)
+    else:
+        attend = forward.dense if stage.trained == "model" else forward.warm_up
     wanted = tokens[:, 1:].astype(jnp.int32)
     logits, kl = forward.forward(skeleton.stacked(fixed | learnt), tokens[:, :-1].astype(jnp.int32), attend)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
@@ -114,7 +113,7 @@ def _loss(
     texts = 1 - answers
     divergence = jnp.float32(0) if kl is None else jnp.sum(jnp.mean(kl, axis=0))
     language = jnp.sum(losses * (texts + recipe.answer_weight * answers))
-    total = {"dense": language, "warm_up": divergence, "sparse": language + divergence}[stage.attention]
+    total = {"model": language, "indexer": divergence, "all": language + divergence}[stage.trained]
     is_right = (jnp.argmax(logits, axis=-1) == wanted).astype(jnp.float32)
     return total, _Sums(
         loss=total, text_loss=jnp.sum(losses * texts), texts=jnp.sum(texts), answer_loss=jnp.sum(losses * answers),
