@@ -1,4 +1,4 @@
-"""The commands: python -m models generate --checkpoint DIR --prompt TEXT, and data --out FILE."""
+"""The commands: python -m models generate --checkpoint DIR --prompt TEXT, data --out FILE, train --out DIR."""
 
 import argparse
 import sys
@@ -14,6 +14,7 @@ from models.params import from_pretrained
 from models.plan import MethodLike
 from models.sharding import make_mesh
 from models.tokens import load_tokenizer
+from models.training import command as training
 from models.training.text import read_corpus, save_corpus
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models", description="DSA models with a pluggable indexer.")
     commands = parser.add_subparsers(required=True)
     _add_data(commands.add_parser("data", help="collect text to train a byte-level model on"))
+    training.add_arguments(commands.add_parser("train", help="train a byte-level model with DSA's stages"))
     _add_generate(commands.add_parser("generate", help="continue prompts by a local checkpoint"))
     return parser
 

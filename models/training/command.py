@@ -1,13 +1,9 @@
-"""The commands `python -m models train` and `curves`: arguments, a progress bar, and what it says at the end."""
+"""The command `python -m models train`: arguments, a progress bar, and what it says at the end."""
 
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from models.params import from_pretrained
-from models.training.curves import draw
 from models.training.loop import CURVES, MODEL, Row, Settings, train
 from models.training.recipe import RECIPES
 from models.training.text import load_corpus, read_corpus
@@ -17,6 +13,8 @@ _PRINTED = 50  # steps between lines where the bar is not seen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `train` takes; needs matplotlib and rich (the extra `bench`) to run."""
+    parser.set_defaults(run=run)
     parser.add_argument("--recipe", choices=RECIPES, default="bytes", help="default: %(default)s")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the run; a run there is resumed")
     parser.add_argument("--corpus", type=Path, metavar="FILE", help="that `data` wrote (default: this machine's text)")
@@ -28,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Trains, or goes on."""
+    # Here, since the other commands do without.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from models.training.curves import draw
+
     console = Console()
     recipe = RECIPES[options.recipe](options.seed)
     corpus = read_corpus() if options.corpus is None else load_corpus(options.corpus)
@@ -35,9 +40,7 @@ def run(options: argparse.Namespace) -> None:
     settings = Settings(
         folder=options.out, save_every=options.save_every, stop_after=options.stop_after, workers=options.workers
     )
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("compiling", total=recipe.n_steps)
 

@@ -37,13 +37,14 @@ class Settings:
     Attributes:
         folder: of the run: recipe, curves, states, the model as it is and, numbered, as each stage left it.
         save_every: steps between saved states.
-        stop_after: seconds after which the run saves and ends, or None.
+        stop_after, stop_at: seconds and steps after which the run saves and ends, to be resumed; None for the end.
         workers: threads that prepare data.
     """
 
     folder: Path
     save_every: int = 200
     stop_after: float | None = None
+    stop_at: int | None = None
     workers: int = 4
 
 
@@ -63,7 +64,7 @@ def train(
         start: weights to begin with, where there is no saved state. Default: random ones.
         show: is told each logged row of the curves.
 
-    Returns: steps done in all; fewer than the recipe's if `stop_after` came first.
+    Returns: steps done in all; fewer than the recipe's if it was stopped.
     Raises: ValueError: the folder holds a run of another recipe; a step's rows that devices cannot share.
     """
     settings.folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ def train(
         done = states.latest_step() or 0
         weights, state = _restore(recipe, skeleton, states, start, mesh)
         with _Curves(settings.folder / CURVES, done) as curves:
-            while done < recipe.n_steps and not _is_over(settings, started):
+            while done < recipe.n_steps and not _is_over(settings, started, done):
                 i, first = recipe.stage_at(done)
                 stage = recipe.stages[i]
                 batches = Batches(
@@ -97,7 +98,7 @@ def train(
                     if done % _LOGGED == 0:
                         for row in curves.write():
                             show(row)
-                    if _is_over(settings, started):
+                    if _is_over(settings, started, done):
                         break
                     if done % settings.save_every == 0 and k + 1 < stage.steps:
                         _save(states, done, weights, state)
@@ -112,8 +113,9 @@ def train(
     return done
 
 
-def _is_over(settings: Settings, started: float) -> bool:
-    return settings.stop_after is not None and time.perf_counter() - started > settings.stop_after
+def _is_over(settings: Settings, started: float, done: int) -> bool:
+    too_late = settings.stop_after is not None and time.perf_counter() - started > settings.stop_after
+    return too_late or (settings.stop_at is not None and done >= settings.stop_at)
 
 
 def _fresh(recipe: Recipe, stage: Stage, weights: Weights) -> Any:

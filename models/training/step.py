@@ -87,7 +87,7 @@ def make_step(recipe: Recipe, stage: Stage, skeleton: Skeleton, mesh: Mesh) -> S
         bytes_, answers = sums.texts + sums.answers, jnp.maximum(sums.answers, 1)
         metrics = Metrics(
             loss=sums.loss / bytes_, text_loss=sums.text_loss / sums.texts, answer_loss=sums.answer_loss / answers,
-            answers_right=sums.right / answers, kl=sums.kl / bytes_, gradient_norm=optax.global_norm(change),
+            answers_right=sums.right / answers, kl=sums.kl / bytes_, gradient_norm=optax.tree.norm(change),
         )  # fmt: skip
         return fixed | optax.apply_updates(learnt, updates), state, metrics
 

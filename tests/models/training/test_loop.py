@@ -1,0 +1,67 @@
+"""A run: resumed anywhere it ends where an uninterrupted one ends, and what it leaves can be loaded."""
+
+import csv
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import models
+from models.training.curves import draw
+from models.training.loop import CURVES, MODEL, Settings, train
+from models.training.weights import weights_of
+from tests.models.training import tiny
+
+
+def curves(folder):
+    with (folder / CURVES).open(newline="") as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert train(tiny.recipe(), tiny.corpus(), Settings(folder=folder)) == 9
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pauses", [(2,), (3, 7)], ids=["in-a-stage", "between-stages-and-in-the-last"])
+def test_a_run_in_pieces_is_the_run_in_one(whole_run, tmp_path, pauses):
+    for pause in (*pauses, None):
+        done = train(tiny.recipe(), tiny.corpus(), Settings(folder=tmp_path, stop_at=pause))
+        assert done == (pause or 9)
+    assert curves(tmp_path) == curves(whole_run)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / MODEL / name).read_bytes() == (whole_run / MODEL / name).read_bytes()
+
+
+def test_each_stage_trains_what_it_says(whole_run):
+    names = [f"{MODEL}_0", f"{MODEL}_1", MODEL]
+    dense, warmed, last = (weights_of(models.from_pretrained(whole_run / name)) for name in names)
+
+    def changed(before, after):
+        return {name for name in before if not np.array_equal(before[name], after[name])}
+
+    assert changed(dense, warmed) == {name for name in dense if ".indexer." in name}
+    assert {name for name in changed(warmed, last) if ".indexer." not in name}
+
+
+def test_the_model_that_a_run_leaves_generates(whole_run):
+    model = models.from_pretrained(whole_run / MODEL, tiny.HISA, jnp.bfloat16)
+    result = models.generate(model, [list(b"the quick brown ")], max_new_tokens=4, chunk=16)
+    assert len(result.tokens[0]) == 4
+
+
+def test_curves_have_a_row_a_step_and_a_figure(whole_run, tmp_path):
+    rows = curves(whole_run)
+    assert [int(row["step"]) for row in rows] == list(range(1, 10))
+    assert [int(row["bytes"]) for row in rows] == [4 * 128 * step for step in range(1, 10)]
+    assert all(float(row["kl"]) > 0 for row in rows[3:]) and all(float(row["kl"]) == 0 for row in rows[:3])
+    draw(whole_run / CURVES, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_of_another_recipe_is_refused(whole_run):
+    with pytest.raises(ValueError, match="is of another recipe"):
+        train(tiny.recipe(tiny.stage("dense", "model")), tiny.corpus(), Settings(folder=whole_run))
