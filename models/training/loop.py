@@ -137,9 +137,7 @@ def _restore(
 
     if done is None:
         return jax.device_put(first(), everywhere)
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(first)
-    )
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(first))
     restored = states.restore(done, args=ocp.args.StandardRestore({"weights": wanted[0], "optimizer": wanted[1]}))
     return restored["weights"], restored["optimizer"]
 

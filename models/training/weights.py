@@ -5,7 +5,6 @@ Layers are alike, so that one is compiled and scanned, forward, backward and in 
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +21,21 @@ Weights = dict[str, Array]
 _LAYERS = "layers."
 
 
-class Stacked(NamedTuple):
-    """A model as `forward` reads it: each leaf of `layers` begins with an axis of layers; `graph` makes a `Layer` of
-    one of them. embed [V, E], norm [E], head [E, V] or None where it is the embedding."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stacked:
+    """A model as `forward` reads it.
 
-    config: Config
-    graph: nnx.GraphDef[Layer]
+    Attributes:
+        config: of the model.
+        graph: makes a `Layer` of the leaves of one.
+        layers: those of all layers, each with an axis of layers first.
+        embed, norm: [V, E] and [E].
+        head: [E, V], None where it is the embedding.
+    """
+
+    config: Config = dataclasses.field(metadata={"static": True})
+    graph: nnx.GraphDef[Layer] = dataclasses.field(metadata={"static": True})
     layers: nnx.State
     embed: Array
     norm: Array
@@ -77,7 +85,10 @@ class Skeleton:
             for path, parameter in nnx.to_flat_state(layers)
         ]
         layers = nnx.from_flat_state(filled)
-        return Stacked(self.config, graph, layers, outer["embed"], outer["norm"], outer.get("head"))
+        return Stacked(
+            config=self.config, graph=graph, layers=layers, embed=outer["embed"], norm=outer["norm"],
+            head=outer.get("head"),
+        )  # fmt: skip
 
     def model(self, weights: Weights) -> Model:
         """The model with these weights."""
