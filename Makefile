@@ -45,7 +45,7 @@ format: .venv-test/test.stamp
 	.venv-test/bin/ruff format .
 
 .venv/demo.stamp: pyproject.toml | .venv/bin/python
-	.venv/bin/python -m pip install --quiet '$(JAX)' -e '.[bench]'
+	.venv/bin/python -m pip install --quiet '$(JAX)' -e '.[models,bench]'
 	@touch $@
 
 .venv-test/test.stamp: pyproject.toml | .venv-test/bin/python

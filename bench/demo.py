@@ -1,7 +1,8 @@
 """The main job: index real text with the flat indexer, HISA and block-sparse selection, side by side.
 
-Queries and keys come from the text itself (`ngrams.py` says how), at the shape of DeepSeek-V3.2's indexer and with the
-methods' published defaults. All methods run in turns, their exact top-k included.
+First at the shape of DeepSeek-V3.2's indexer and with the methods' published defaults, for speed: queries and keys come
+from the text itself (`ngrams.py` says how), all methods run in turns, their exact top-k included. Then by the small
+trained model that comes with the project, for what selections are worth: it finds lines hidden in the text, or not.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 import hisa_jax as hj
-from bench import UserError, demo_report, options, shapes, text, timing
+from bench import UserError, demo_model, demo_report, options, shapes, text, timing
 from bench.ngrams import Ngrams, Task, task
 
 MODEL = shapes.DSV32
@@ -63,12 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=options.whole(0, 2**31 - 1), default=0, metavar="N", help="of the vectors (default: %(default)s)"
     )
+    parser.add_argument(
+        "--model-context", type=options.whole(demo_model.LEAST_CONTEXT, 16384), default=demo_model.CONTEXT, metavar="N",
+        help="bytes that the trained model reads (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:
     console = Console()
     tokens, contexts = _read(args.text, args.context)
+    content = _bytes(args.text)
     _make_writable(args.out)
     console.print(demo_report.headline(args.text, len(tokens), contexts, args.queries), highlight=False, markup=False)
     ngrams = Ngrams(tokens, args.seed)
@@ -80,9 +86,15 @@ def run(args: argparse.Namespace) -> int:
             progress.update(bar, description=f"{shapes.label(context)} tokens")
             show = functools.partial(_show, progress, bar, i)
             results.append(measure(ngrams, context, args.queries, args.repeats, show))
-    for part in (demo_report.table(results), *demo_report.notes(results), *demo_report.passages(tokens, results[-1])):
+        progress.update(bar, description="the trained model")
+        model = demo_model.run(content, args.model_context, args.seed)
+    for part in (
+        demo_report.table(results), *demo_report.notes(results), *demo_report.passages(tokens, results[-1]),
+        demo_model.table(model), demo_model.found(model),
+    ):  # fmt: skip
         console.print(part, highlight=False, markup=False)
-    for path in demo_report.write(args.out, args.text, args.seed, results):
+    rows = [row for result in results for row in result.rows]
+    for path in demo_report.write(args.out, args.text, args.seed, rows, model.rows()):
         console.print(f"Written: {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
@@ -157,6 +169,16 @@ def _read(path: Path | None, contexts: list[int] | None) -> tuple[list[str], lis
         tokens = text.file_tokens(path, at_least=wanted[-1] if contexts else wanted[0])
         wanted = [context for context in wanted if context <= len(tokens)]
     return tokens[: wanted[-1]], wanted
+
+
+def _bytes(path: Path | None) -> bytes | None:
+    """The text for the trained model, None for the default."""
+    if path is None:
+        return None
+    content = path.read_bytes()
+    if len(content) < demo_model.LEAST_CONTEXT:
+        raise UserError(f"--text {path}: {len(content):,} bytes, wanted {demo_model.LEAST_CONTEXT:,}: give more text")
+    return content
 
 
 def _make_writable(folder: Path) -> None:

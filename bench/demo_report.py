@@ -121,10 +121,12 @@ def _best_place(result: "Result", i: int) -> int | None:
     return best if best in result.task.places[i] else None
 
 
-def write(folder: Path, path: Path | None, seed: int, results: "list[Result]") -> tuple[Path, Path]:
-    """Writes demo.json and demo.png."""
-    rows = [row for result in results for row in result.rows]
-    data = {"text": "standard library" if path is None else path.name, "seed": seed, **device(), "rows": rows}
+def write(
+    folder: Path, path: Path | None, seed: int, rows: list[dict[str, Any]], model_rows: list[dict[str, Any]]
+) -> tuple[Path, Path]:
+    """Writes demo.json, all rows, and demo.png, those of the indexers."""
+    source = "standard library" if path is None else path.name
+    data = {"text": source, "seed": seed, **device(), "rows": rows + model_rows}
     json_path, png_path = folder / "demo.json", folder / "demo.png"
     json_path.write_text(json.dumps(data, indent=1) + "\n")
     figure(rows).savefig(png_path, dpi=150)

@@ -33,8 +33,7 @@ def select(
             Default: the queries are the last T of the `lengths` tokens.
         lengths: [B] int32, tokens present in each sequence; the keys behind them are never read into a result.
             Default: S.
-        implementation: one that `implementations` lists, or "auto": the first of them that can run here, of the GPU
-            kernels none until their tests on a GPU are clean.
+        implementation: one that `implementations` lists, or "auto": the first of them that can run here.
         return_scores: also return each chosen token's score.
         return_blocks: also return the blocks that were kept, for analysis. Not for `Dsa`.
         tiles: sizes that trade memory for speed; for implementation "xla" only.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import hisa_jax as hj
-from models.config import Config
+from models.config import Config, IndexerKind, LayerKind
 
 Attention = Literal["dense", "sparse"]
 Trained = Literal["model", "indexer", "all"]
@@ -19,8 +19,8 @@ class Stage:
     Attributes:
         name: for curves and logs.
         attention: to all tokens ("dense") or to the selected ones ("sparse").
-        trained: the weights of the indexers, of all else ("model"), or both. Indexers learn towards the heads' attention
-            over the tokens that are attended to, the model to predict the next byte.
+        trained: the weights of the indexers, of all else ("model"), or both. Indexers learn towards the heads'
+            attention over the tokens that are attended to, the model to predict the next byte.
         context: tokens of a sequence.
         rows: sequences of a step, on all devices together.
         accumulate: passes that a step's sequences are divided into.
@@ -104,18 +104,19 @@ def _plain(value: Any) -> Any:
 
 
 def byte_config(context: int = 16384) -> Config:
-    """18.9 M parameters: 8 layers of width 384 on bytes, 256 tokens selected.
+    """19.0 M parameters: 8 layers of width 384 on bytes, 256 tokens selected.
 
     At 16K, 256 selected tokens are what 2048 are at 128K, one in 64; so are 1024 in kept blocks, one in 16.
     """
-    layers = 8
+    layer_kinds: tuple[LayerKind, ...] = ("dense",) * 8
+    indexer_kinds: tuple[IndexerKind, ...] = ("full",) * len(layer_kinds)
     return Config(
         model_type="deepseek_v32",
         vocab_size=256,
         hidden_size=384,
         intermediate_size=1280,
         moe_intermediate_size=384,
-        num_hidden_layers=layers,
+        num_hidden_layers=len(layer_kinds),
         num_attention_heads=8,
         q_lora_rank=256,
         kv_lora_rank=128,
@@ -134,8 +135,8 @@ def byte_config(context: int = 16384) -> Config:
         rms_norm_eps=1e-6,
         rope_theta=1e5,
         max_position_embeddings=context,
-        layer_kinds=("dense",) * layers,
-        indexer_kinds=("full",) * layers,
+        layer_kinds=layer_kinds,
+        indexer_kinds=indexer_kinds,
     )
 
 

@@ -105,6 +105,20 @@ def read_corpus(folders: Sequence[Path] | None = None) -> Corpus:
     return Corpus(_joined(train), _joined(held_out), _names(train), _names(held_out), sources)
 
 
+def held_out_text(n_bytes: int) -> bytes:
+    """Standard library files that are held out wherever this corpus is read, joined, cut to `n_bytes`.
+
+    Raises: ValueError: there are not so many.
+    """
+    joined = b""
+    for document in _files([("python", Path(sysconfig.get_path("stdlib")))]):
+        if _place(document.path) <= _HELD_OUT and why_not(document.content) is None:
+            joined += document.content
+            if len(joined) >= n_bytes:
+                return joined[:n_bytes]
+    raise ValueError(f"held_out_text: n_bytes is {n_bytes}, wanted at most {len(joined)}, what this Python has")
+
+
 def why_not(content: bytes) -> str | None:
     """Why a file is left out, None if it is text to read."""
     if not _SMALLEST <= len(content) <= _LARGEST:
@@ -241,9 +255,14 @@ def _shingles(content: bytes) -> set[int]:
 
 def _held_out(paths: set[str]) -> set[str]:
     """The files held out, by a hash of the path from the root, so the same on every machine; at least one."""
-    shares = {path: int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") / 2**32 for path in paths}
-    most = max(_HELD_OUT, min(shares.values(), default=0.0))
-    return {path for path, share in shares.items() if share <= most}
+    places = {path: _place(path) for path in paths}
+    most = max(_HELD_OUT, min(places.values(), default=0.0))
+    return {path for path, place in places.items() if place <= most}
+
+
+def _place(path: str) -> float:
+    """Where in [0, 1) a path's hash puts it."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") / 2**32
 
 
 def _joined(documents: Sequence[_Document]) -> np.ndarray:

@@ -23,15 +23,25 @@ def text_file(tmp_path_factory):
 @pytest.mark.slow
 def test_the_demo_shows_a_table_and_passages_and_writes_rows_and_a_figure(text_file, tmp_path, capsys):
     arguments = ["--context", "1024", "512", "--queries", "4", "--repeats", "2", "--out", str(tmp_path / "new" / "out")]
+    arguments += ["--model-context", "1024"]
     assert main(["demo", "--text", str(text_file), *arguments]) == 0
 
     shown = capsys.readouterr().out
-    for wanted in ("small.txt", "HISA", "block-sparse", "implementation", "512 (4), 1K (4)", "found at", ">> p"):
+    for wanted in (
+        "small.txt",
+        "HISA",
+        "block-sparse",
+        "implementation",
+        "512 (4), 1K (4)",
+        "found at",
+        ">> p",
+        "8 of 8",
+    ):
         assert wanted in shown
     assert (tmp_path / "new" / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((tmp_path / "new" / "out" / "demo.json").read_text())
     assert written.keys() == {"text", "seed", "device", "platform", "cpu_cores", "jax", "rows"}
-    rows = written["rows"]
+    rows = [row for row in written["rows"] if row["row"] == "select"]
     assert [(row["context"], row["method"]) for row in rows] == [
         (context, method) for context in (512, 1024) for method in ("dsa", "hisa", "block-sparse")
     ]
@@ -44,6 +54,11 @@ def test_the_demo_shows_a_table_and_passages_and_writes_rows_and_a_figure(text_f
         # So few tokens are all selected.
         assert (row["recall"], row["iou"], row["mass"], row["places_kept"]) == (1, 1, 1, 1)
         assert row["ms_per_query"] > 0
+    of_model = [row for row in written["rows"] if row["row"] == "model"]
+    assert [row["method"] for row in of_model] == ["dsa", "hisa", "block-sparse"]
+    # At 1,024 bytes HISA keeps all blocks: it is the flat indexer, and the trained model answers.
+    assert [row["right"] for row in of_model][:2] == [8, 8] and of_model[0]["questions"] == 8
+    assert abs(of_model[0]["bits_per_byte"] - of_model[1]["bits_per_byte"]) < 1e-6
 
 
 @pytest.mark.slow
@@ -51,10 +66,22 @@ def test_a_text_without_repeats_has_no_right_answers_and_still_runs(tmp_path, ca
     path = tmp_path / "unique.txt"
     path.write_text(" ".join(f"w{i}" for i in range(512)))
     # The shapes of the test above, which are compiled.
-    arguments = ["--context", "512", "--queries", "4", "--repeats", "1", "--out", str(tmp_path)]
+    arguments = [
+        "--context",
+        "512",
+        "--queries",
+        "4",
+        "--repeats",
+        "1",
+        "--out",
+        str(tmp_path),
+        "--model-context",
+        "1024",
+    ]
     assert main(["demo", "--text", str(path), *arguments]) == 0
     assert "there were none" in capsys.readouterr().out
-    assert {row["places_kept"] for row in json.loads((tmp_path / "demo.json").read_text())["rows"]} == {None}
+    rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
+    assert {row["places_kept"] for row in rows if row["row"] == "select"} == {None}
 
 
 def test_a_text_shorter_than_the_default_contexts_is_used_as_far_as_it_goes(text_file, monkeypatch):
@@ -98,6 +125,7 @@ def test_a_missing_text_an_empty_one_and_a_short_one_are_named(tmp_path, capsys)
     head = "python -m bench demo: error: --text /text: "
     assert error_of(None, "1") == head + "cannot be read: No such file or directory\n"
     assert error_of(b"", "1") == head + "is empty\n"
+    assert error_of(b"three short words", "3") == head + "17 bytes, wanted 1,024: give more text\n"
     assert error_of(b"three short words", "4") == head + "3 tokens, wanted 4: give more text or a smaller --context\n"
 
 

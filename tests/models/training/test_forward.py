@@ -1,0 +1,92 @@
+"""The differentiable pass over whole sequences computes what the model that generates computes."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hisa_jax as hj
+from models.training import forward
+from models.training.attention import causal_attention
+from models.training.batches import held_out_samples
+from models.training.retrieval import answers
+from models.training.weights import Skeleton, weights_of
+from tests.models.training import tiny
+
+FLAT = hj.Dsa(topk=16)
+
+
+@pytest.fixture(scope="module")
+def model():
+    skeleton = Skeleton(tiny.CONFIG, "float32")
+    return skeleton.model(skeleton.initial(0))
+
+
+@pytest.mark.parametrize("method", [FLAT, tiny.HISA, hj.BlockSparse(topk=16, block_size=8)], ids=["flat", "hisa", "bs"])
+def test_sparse_is_the_model_with_that_method(model, method):
+    tokens = jax.random.randint(jax.random.key(1), (2, 72), 0, 256)
+    stacked = Skeleton(tiny.CONFIG, "float32").stacked(weights_of(model))
+    logits, kl = forward.forward(stacked, tokens, functools.partial(forward.sparse, method=method))
+    chex.assert_trees_all_close(logits, model.with_method(method)(tokens), atol=1e-4, rtol=1e-4)
+    assert kl.shape == (2, 2, 72) and (kl > -1e-5).all()
+
+
+def test_dense_is_the_model_that_selects_every_token(model):
+    tokens = jax.random.randint(jax.random.key(1), (2, 40), 0, 256)
+    stacked = Skeleton(tiny.CONFIG, "float32").stacked(weights_of(model))
+    logits, _ = forward.forward(stacked, tokens, forward.dense)
+    chex.assert_trees_all_close(logits, model.with_method(hj.Dsa(topk=40))(tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_the_indexer_learns_from_its_own_loss_alone_and_the_model_from_the_text_alone(model):
+    skeleton, weights = Skeleton(tiny.CONFIG, "float32"), weights_of(model)
+    tokens = jax.random.randint(jax.random.key(1), (1, 48), 0, 256)
+
+    def losses(weights, which):
+        attend = functools.partial(forward.sparse, method=FLAT)
+        logits, kl = forward.forward(skeleton.stacked(weights), tokens, attend)
+        return (jnp.sum(logits**2), jnp.sum(kl))[which]
+
+    for which, wanted in ((0, lambda name: ".indexer." not in name), (1, lambda name: ".indexer." in name)):
+        gradients = jax.grad(losses)(weights, which)
+        assert {name for name, x in gradients.items() if np.any(x)} == {name for name in weights if wanted(name)}
+
+
+@pytest.mark.parametrize("T", [1, 511, 700])
+def test_attention_in_tiles_is_attention_at_once(T):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, T, 3, 8)) for i in range(3))
+
+    def at_once(q, k, v):
+        logits = jnp.einsum("btnd,bsnd->bnts", q, k) * 0.3
+        logits = jnp.where(jnp.tril(jnp.ones((T, T), bool)), logits, -jnp.inf)
+        return jnp.einsum("bnts,bsnd->btnd", jax.nn.softmax(logits), v)
+
+    def tiled(q, k, v):
+        return causal_attention(q, k, v, 0.3)
+
+    chex.assert_trees_all_close(tiled(q, k, v), at_once(q, k, v), atol=1e-5)
+    loss = lambda f: jax.grad(lambda *x: jnp.sum(f(*x) ** 2), argnums=(0, 1, 2))(q, k, v)  # noqa: E731
+    chex.assert_trees_all_close(loss(tiled), loss(at_once), atol=1e-4)
+
+
+def test_an_answer_is_right_if_each_of_its_bytes_is_the_likeliest(model, monkeypatch):
+    (sample,) = held_out_samples(tiny.corpus(), "multikey", 1024, 1, 0, n_keys=4, n_questions=3)
+    stacked = Skeleton(tiny.CONFIG, "float32").stacked(weights_of(model))
+    wrong_at = sample.questions[1].stop - 1
+
+    def says(stacked, tokens, attend):
+        following = jnp.asarray(sample.tokens[1:])[None].at[0, wrong_at - 1].add(1)
+        return jax.nn.one_hot(following, 256), None
+
+    monkeypatch.setattr("models.training.retrieval.forward", says)
+    assert answers(stacked, [sample], forward.dense) == [[True, False, True]]
+
+
+def test_layers_of_several_kinds_are_refused():
+    import models
+
+    with pytest.raises(ValueError, match="training wants layers that are alike"):
+        Skeleton(models.glm52())
