@@ -142,8 +142,8 @@ def found(result: Result) -> Panel:
     asked = _text(tokens[question.start : question.answer]).strip()
     # Signs as well as a colour, which is lost in a file.
     shown = Text.assemble(
-        (f"at {start:,}\n", "dim"), before, (f">>{line}<<", "bold green"), (f"\n\nasked at {question.start:,}\n", "dim"),
-        asked,
+        (f"at {start:,}\n", "dim"), before, (f">>{line}<<", "bold green"),
+        (f"\n\nasked at {question.start:,}\n", "dim"), asked,
     )  # fmt: skip
     for name, reading in result.readings.items():
         is_right = reading.answers[at] == wanted[at]

@@ -109,7 +109,7 @@ def byte_config(context: int = 16384) -> Config:
     At 16K, 256 selected tokens are what 2048 are at 128K, one in 64; so are 1024 in kept blocks, one in 16.
     """
     layer_kinds: tuple[LayerKind, ...] = ("dense",) * 8
-    indexer_kinds: tuple[IndexerKind, ...] = ("full",) * len(layer_kinds)
+    indexer_kinds: tuple[IndexerKind, ...] = ("full",) * 8
     return Config(
         model_type="deepseek_v32",
         vocab_size=256,
