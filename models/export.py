@@ -30,6 +30,17 @@ def save_pretrained(model: Model, folder: str | Path, *, overwrite: bool = False
     if path.exists() and not overwrite:
         raise FileExistsError(f"save_pretrained: folder {folder} holds a checkpoint already")
     folder.mkdir(parents=True, exist_ok=True)
+    save_file(_tensors(model), path, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config_to_keys(model.config), indent=1) + "\n")
+
+
+def save_indexers(model: Model, path: str | Path) -> None:
+    """Writes the indexers' tensors alone, under their published names: all that a training of them changes."""
+    save_file({key: x for key, x in _tensors(model).items() if ".indexer." in key}, path, {"format": "pt"})
+
+
+def _tensors(model: Model) -> dict[str, np.ndarray]:
+    """By their published names, as they are stored."""
     table = parameter_table(model.config)
     tensors: dict[str, np.ndarray] = {}
     for parameter_path, parameter in nnx.to_flat_state(nnx.state(model)):
@@ -39,8 +50,7 @@ def save_pretrained(model: Model, folder: str | Path, *, overwrite: bool = False
             stored = tensors.setdefault(key, np.empty(source.shape, value.dtype))
             # Layouts are views, so what is written to them lands where it is stored.
             source.layout(stored)[...] = part
-    save_file(tensors, path, {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config_to_keys(model.config), indent=1) + "\n")
+    return tensors
 
 
 def config_to_keys(config: Config) -> dict[str, Any]:

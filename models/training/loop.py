@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models.export import save_pretrained
+from models.export import save_indexers, save_pretrained
 from models.training.batches import Batch, Batches, prefetched
 from models.training.optimizer import make_optimizer, rate, trained
 from models.training.recipe import Recipe, Stage
@@ -22,7 +22,7 @@ from models.training.step import AXIS, make_step, placement
 from models.training.text import Corpus
 from models.training.weights import Skeleton, Weights
 
-RECIPE, CURVES, STATES, MODEL = "recipe.json", "curves.csv", "states", "model"
+RECIPE, CURVES, STATES, MODEL, INDEXERS = "recipe.json", "curves.csv", "states", "model", "indexers.safetensors"
 COLUMNS = (
     "step", "stage", "context", "bytes", "loss", "text_bits", "answer_bits", "answers_right", "kl", "rate",
     "gradient_norm", "seconds",
@@ -35,7 +35,8 @@ class Settings:
     """What does not change the result.
 
     Attributes:
-        folder: of the run: recipe, curves, states, the model as it is and, numbered, as each stage left it.
+        folder: of the run: recipe, curves, states, the model as it is and, numbered, as each stage left it; where
+            nothing else is trained, the indexers by themselves.
         save_every: steps between saved states.
         stop_after, stop_at: seconds and steps after which the run saves and ends, to be resumed; None for the end.
         workers: threads that prepare data.
@@ -109,7 +110,10 @@ def train(
                 show(row)
         if done != states.latest_step():
             _save(states, done, weights, state)
-    save_pretrained(skeleton.model(weights), settings.folder / MODEL, overwrite=True)
+    model = skeleton.model(weights)
+    save_pretrained(model, settings.folder / MODEL, overwrite=True)
+    if all(stage.trained == "indexer" for stage in recipe.stages):
+        save_indexers(model, settings.folder / INDEXERS)
     return done
 
 

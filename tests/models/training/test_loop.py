@@ -5,10 +5,11 @@ import csv
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import models
 from models.training.curves import draw
-from models.training.loop import CURVES, MODEL, Settings, train
+from models.training.loop import CURVES, INDEXERS, MODEL, Settings, train
 from models.training.weights import weights_of
 from tests.models.training import tiny
 
@@ -65,3 +66,19 @@ def test_curves_have_a_row_a_step_and_a_figure(whole_run, tmp_path):
 def test_a_run_of_another_recipe_is_refused(whole_run):
     with pytest.raises(ValueError, match="is of another recipe"):
         train(tiny.recipe(tiny.stage("dense", "model")), tiny.corpus(), Settings(folder=whole_run))
+
+
+@pytest.mark.slow
+def test_indexers_trained_under_the_block_filter_are_handed_on_by_themselves(whole_run, tmp_path):
+    start = weights_of(models.from_pretrained(whole_run / MODEL))
+    recipe = tiny.recipe(tiny.stage("sparse", "indexer", method=tiny.HISA))
+    train(recipe, tiny.corpus(), Settings(folder=tmp_path), start=start)
+    trained, alone = load_file(tmp_path / MODEL / "model.safetensors"), load_file(tmp_path / INDEXERS)
+    before = load_file(whole_run / MODEL / "model.safetensors")
+    assert alone.keys() == {key for key in trained if ".indexer." in key}
+    for key, x in trained.items():
+        if key in alone:
+            np.testing.assert_array_equal(alone[key].view(np.uint8), x.view(np.uint8))
+        else:
+            np.testing.assert_array_equal(before[key].view(np.uint8), x.view(np.uint8))
+    assert any((alone[key].view(np.uint8) != before[key].view(np.uint8)).any() for key in alone)
