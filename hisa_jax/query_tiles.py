@@ -20,7 +20,7 @@ class QueryTiles(NamedTuple):
     @classmethod
     def of(cls, T: int, floats: int) -> "QueryTiles":
         """Tiles of T queries, of which each makes `floats` float32 numbers."""
-        size = _GPU_TILE_BYTES if jax.default_backend() in ("gpu", "cuda", "rocm") else _TILE_BYTES
+        size = _GPU_TILE_BYTES if jax.default_backend() == "gpu" else _TILE_BYTES
         t = min(max(size // (4 * floats), 1), T)
         return cls(-(-T // t), t)
 
