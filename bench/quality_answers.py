@@ -1,5 +1,6 @@
 """Retrieval and bits a byte of a model with another selection: rows of the quality report."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,8 +49,7 @@ def needle_rows(
     rows = []
     for depth in depths:
         samples = held_out_samples(corpus, "needle", context, n, seed=1, depth=depth)
-        answered = sum(right_answers(stacked, samples, variant), [])
-        rows.append({"depth": depth, **statistics.share(sum(answered), len(answered))})
+        rows.append({"depth": depth, **_share_of(stacked, variant, samples)})
     return rows
 
 
@@ -61,16 +61,12 @@ def multikey_rows(
     for n_keys in keys:
         if _fits(n_keys, context):
             samples = multikey_samples(corpus, context, n, n_keys)
-            rows.append(
-                {"task": "multikey", "n_keys": n_keys, "samples": n, **_share_of(stacked, variant, samples)}
-            )
+            rows.append({"task": "multikey", "n_keys": n_keys, "samples": n, **_share_of(stacked, variant, samples)})
     return rows
 
 
 def multikey_samples(corpus: Corpus, context: int, n: int, n_keys: int) -> list[Sample]:
-    return held_out_samples(
-        corpus, "multikey", context, n, seed=2, n_keys=n_keys, n_questions=min(_QUESTIONS, n_keys)
-    )
+    return held_out_samples(corpus, "multikey", context, n, seed=2, n_keys=n_keys, n_questions=min(_QUESTIONS, n_keys))
 
 
 def most_keys(context: int, limit: int = 32) -> int:
@@ -97,7 +93,7 @@ def bits_rows(stacked: Stacked, corpus: Corpus, variant: Variant, context: int, 
     found = bits(stacked, held_out_windows(corpus, context, n), variant)
     edges = [0, *(edge for edge in (256, 512, 1024, 2048, 4096, 8192) if edge < context), context]
     rows = []
-    for first, end in [*zip(edges[:-1], edges[1:], strict=True), (0, context)]:
+    for first, end in [*itertools.pairwise(edges), (0, context)]:
         by_window = found[:, max(first - 1, 0) : end - 1].mean(axis=1)
         middle, low, high = statistics.mean(by_window)
         rows.append({
@@ -108,7 +104,7 @@ def bits_rows(stacked: Stacked, corpus: Corpus, variant: Variant, context: int, 
 
 
 def _share_of(stacked: Stacked, variant: Variant, samples: Sequence[Sample]) -> Row:
-    answered = sum(right_answers(stacked, samples, variant), [])
+    answered = [right for of_sample in right_answers(stacked, samples, variant) for right in of_sample]
     return statistics.share(sum(answered), len(answered))
 
 

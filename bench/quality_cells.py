@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from bench import UserError, shapes
+from bench import UserError
 from bench.quality_agreement import agreement_rows
 from bench.quality_answers import bits_rows, most_keys, multikey_rows, multikey_samples, needle_rows, task_rows
 from bench.quality_size import Size
@@ -71,9 +72,7 @@ class Plan:
 
     def _needle(self, context: int) -> list[Cell]:
         n, depths = self.size.needles.get(context, 0), self.size.depths
-        return self._each(
-            "needle", context, n, lambda v: needle_rows(self.stacked, self.corpus, v, context, depths, n)
-        )
+        return self._each("needle", context, n, lambda v: needle_rows(self.stacked, self.corpus, v, context, depths, n))
 
     def _multikey(self, context: int) -> list[Cell]:
         n = self.size.multikey.get(context, 0)
@@ -141,6 +140,11 @@ class Folder:
         file = self.folder / cell.name
         return json.loads(file.read_text())["rows"] if file.is_file() else None
 
+    def seconds(self, cells: Sequence[Cell]) -> float:
+        """What the finished ones among some cells took."""
+        files = [self.folder / cell.name for cell in cells]
+        return round(sum(json.loads(file.read_text())["seconds"] for file in files if file.is_file()), 1)
+
     def measure(self, cell: Cell) -> list[Row]:
         """Runs a cell and keeps its rows."""
         start = time.perf_counter()
@@ -156,11 +160,6 @@ class Folder:
 def fingerprint(stacked: Stacked) -> str:
     """Of the weights, 16 hex digits."""
     digest = hashlib.sha256()
-    digest.update(np.asarray(stacked.embed, np.float32))
-    digest.update(np.asarray(stacked.norm, np.float32))
+    for leaf in jax.tree.leaves(stacked):
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8))
     return digest.hexdigest()[:16]
-
-
-def ratio(context: int, candidates: int) -> str:
-    """How often the candidates of HISA go into a context."""
-    return f"{shapes.label(context)} ({context / candidates:g})"

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ INDEX_WEIGHTS = "indexer_hisa.safetensors"  # beside a checkpoint: indexers trai
 
 
 class Seen(NamedTuple):
-    """What one layer selects from, and what it selected: q [B, T, H, D], k [B, T, D], w [B, T, H], indices [B, T, K]."""
+    """What one layer selects from and selects: q [B, T, H, D], k [B, T, D], w [B, T, H], indices [B, T, K]."""
 
     q: Array
     k: Array
@@ -161,7 +162,7 @@ def _attended(attention: Attention, made: Projections, indices: Array) -> Array:
 
 
 def _masked(q: Array, k: Array, v: Array, indices: Array, scale: float) -> Array:
-    (B, T, N, D), S = q.shape, k.shape[1]
+    (B, T, N, _), S = q.shape, k.shape[1]
     tile = min(_TILE, T)
     n = -(-T // tile)
 
@@ -182,7 +183,7 @@ def _masked(q: Array, k: Array, v: Array, indices: Array, scale: float) -> Array
 def _chunks(T: int) -> list[tuple[int, int]]:
     n = _CHUNKS if jax.default_backend() == "cpu" and T >= _CHUNKS * _TILE else 1
     edges = [T * i // n for i in range(n + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 @functools.partial(jax.jit, static_argnums=3)
