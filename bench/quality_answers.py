@@ -11,7 +11,7 @@ from jax import Array
 
 from bench import quality_statistics as statistics
 from bench.quality_model import logits_of
-from bench.quality_size import KEYS, TASKS
+from bench.quality_size import TASKS
 from bench.quality_variants import Variant
 from models.training.batches import held_out_samples, held_out_windows
 from models.training.samples import Sample
@@ -20,6 +20,7 @@ from models.training.weights import Stacked
 
 Row = dict[str, Any]
 _QUESTIONS = 16  # of one sample, all about statements of their own
+_COMPARED = 32  # keys where selections and ablations are compared, at most
 _LINE = 40  # bytes of a statement or a question, at most
 _PASS_CPU, _PASS = 4096, 65536  # tokens of one pass
 
@@ -46,15 +47,17 @@ def needle_rows(
     stacked: Stacked, corpus: Corpus, variant: Variant, context: int, depths: Sequence[float], n: int
 ) -> list[Row]:
     """One needle a sample: exact answers at each depth."""
-    rows = []
-    for depth in depths:
-        samples = held_out_samples(corpus, "needle", context, n, seed=1, depth=depth)
-        rows.append({"depth": depth, **_share_of(stacked, variant, samples)})
-    return rows
+    samples = [
+        sample for depth in depths for sample in held_out_samples(corpus, "needle", context, n, seed=1, depth=depth)
+    ]
+    answered = [right for (right,) in right_answers(stacked, samples, variant)]
+    return [
+        {"depth": depth, **statistics.share(sum(answered[at * n : (at + 1) * n]), n)} for at, depth in enumerate(depths)
+    ]
 
 
 def multikey_rows(
-    stacked: Stacked, corpus: Corpus, variant: Variant, context: int, n: int, keys: Sequence[int] = KEYS
+    stacked: Stacked, corpus: Corpus, variant: Variant, context: int, n: int, keys: Sequence[int]
 ) -> list[Row]:
     """Many statements with similar keys: exact answers for each number of keys that leaves half of the text."""
     rows = []
@@ -69,9 +72,9 @@ def multikey_samples(corpus: Corpus, context: int, n: int, n_keys: int) -> list[
     return held_out_samples(corpus, "multikey", context, n, seed=2, n_keys=n_keys, n_questions=min(_QUESTIONS, n_keys))
 
 
-def most_keys(context: int, limit: int = 32) -> int:
-    """The number of keys that comparisons use at a context."""
-    return max([n for n in KEYS if n <= limit and _fits(n, context)], default=2)
+def most_keys(context: int, keys: Sequence[int]) -> int:
+    """The number of keys that comparisons use at a context: the most that fit, at most 32."""
+    return max([n for n in keys if n <= _COMPARED and _fits(n, context)], default=2)
 
 
 def _fits(n_keys: int, context: int) -> bool:

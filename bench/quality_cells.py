@@ -76,7 +76,10 @@ class Plan:
 
     def _multikey(self, context: int) -> list[Cell]:
         n = self.size.multikey.get(context, 0)
-        return self._each("multikey", context, n, lambda v: multikey_rows(self.stacked, self.corpus, v, context, n))
+        keys = self.size.keys
+        return self._each(
+            "multikey", context, n, lambda v: multikey_rows(self.stacked, self.corpus, v, context, n, keys)
+        )
 
     def _tasks(self, context: int) -> list[Cell]:
         n = self.size.tasks.get(context, 0)
@@ -95,7 +98,7 @@ class Plan:
             return self._agreement(context, n, self.ablations)
 
         def answers(stacked: Stacked, variant: Variant) -> list[Row]:
-            keys = multikey_rows(stacked, self.corpus, variant, context, n, [most_keys(context)])
+            keys = multikey_rows(stacked, self.corpus, variant, context, n, [most_keys(context, self.size.keys)])
             return [*keys, *bits_rows(stacked, self.corpus, variant, context, n)[-1:]]
 
         cells = [Cell("ablations", context, "all", agreement)]
@@ -107,7 +110,7 @@ class Plan:
         return cells
 
     def _agreement(self, context: int, n: int, variants: Sequence[Variant]) -> list[Row]:
-        samples = multikey_samples(self.corpus, context, n, most_keys(context))
+        samples = multikey_samples(self.corpus, context, n, most_keys(context, self.size.keys))
         return agreement_rows(
             self.stacked, samples, self.main[0], variants, self.size.queries, self.main[0].method.topk
         )

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bench import shapes
-from bench.quality_tables import METHODS, OTHERS, averaged, contexts, excess, find, pooled
+from bench.quality_tables import METHODS, OTHERS, averaged, contexts, excess, find, pooled, variants_in
 from bench.quality_variants import BLOCK_SPARSE, FLAT, HISA
 
 Row = dict[str, Any]
@@ -113,6 +114,7 @@ def layers(rows: Sequence[Row]) -> Figure:
                 points = [row["layer"] for row in own], [row["mean"] for row in own]
                 axes.plot(*points, "o-", color=_COLORS[method], alpha=alpha, label=label)
         axes.set(title=f"{measure}, {queries} queries", xlabel="layer", ylim=(0, 1.03))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     all_axes[0].legend(frameon=False, fontsize="x-small", ncols=2)
     return figure
@@ -122,7 +124,7 @@ def ablations(rows: Sequence[Row]) -> Figure:
     """Accuracy, extra bits and recall of each variant, at the longest context."""
     context = contexts(rows, "ablations")[-1]
     own = find(rows, part="ablations", context=context)
-    names = [name for name in dict.fromkeys(row["method"] for row in own) if find(own, method=name, task="multikey")]
+    names = [name for name in variants_in(own) if find(own, method=name, task="multikey")]
     shares = [pooled(find(own, method=name, task="multikey")) for name in names]
     extra = [excess(own, name) for name in names]
     recall = [averaged(own, method=name, queries="retrieval", measure="recall") for name in names]

@@ -29,6 +29,7 @@ from models.training.forward import layer_forward
 from models.training.weights import Skeleton, Stacked, weights_of
 
 _CHUNKS = 4  # of a CPU's queries: each sees the keys up to its end, so 3 of 8 products are saved
+_LONG = 4096  # queries from which on that saves more than compiling takes
 _TILE = 256  # queries whose logits stand in a CPU's memory
 INDEX_WEIGHTS = "indexer_hisa.safetensors"  # beside a checkpoint: indexers trained under the block filter
 
@@ -181,7 +182,7 @@ def _masked(q: Array, k: Array, v: Array, indices: Array, scale: float) -> Array
 
 
 def _chunks(T: int) -> list[tuple[int, int]]:
-    n = _CHUNKS if jax.default_backend() == "cpu" and T >= _CHUNKS * _TILE else 1
+    n = _CHUNKS if jax.default_backend() == "cpu" and T >= _LONG else 1
     edges = [T * i // n for i in range(n + 1)]
     return list(itertools.pairwise(edges))
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384)
 TASKS = ("multikey", "recall", "multivalue", "copy", "variables")
-KEYS = (8, 16, 32, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +13,7 @@ class Size:
 
     Attributes:
         depths: of needles.
+        keys: numbers of keys of the multi-key task; at a context only those that leave half of the text.
         needles: needles a depth.
         multikey: samples for each number of keys.
         tasks: samples of each of the other tasks.
@@ -24,6 +24,7 @@ class Size:
     """
 
     depths: tuple[float, ...]
+    keys: tuple[int, ...]
     needles: Mapping[int, int]
     multikey: Mapping[int, int]
     tasks: Mapping[int, int]
@@ -39,12 +40,12 @@ def _at(*counts: int) -> dict[int, int]:
 
 SIZES = {
     "small": Size(
-        depths=(0.0, 0.25, 0.5, 0.75, 1.0), needles=_at(8, 4, 1), multikey=_at(8, 4, 2, 1), tasks=_at(8, 4, 1),
-        windows=_at(0, 0, 4, 1), layers=_at(4, 2, 1, 1), ablations=_at(0, 0, 0, 1), queries=128,
+        depths=(0.0, 0.25, 0.5, 0.75, 1.0), keys=(8, 32), needles=_at(4, 2, 1), multikey=_at(4, 2, 1, 1),
+        tasks=_at(4, 2, 1), windows=_at(0, 0, 3), layers=_at(2, 1, 1, 1), ablations=_at(0, 0, 1), queries=128,
     ),
     "full": Size(
-        depths=tuple(i / 10 for i in range(11)), needles=_at(16, 16, 16, 16, 16), multikey=_at(16, 16, 16, 16, 16),
-        tasks=_at(48, 48, 48, 48, 48), windows=_at(64, 64, 64, 48, 32), layers=_at(16, 16, 16, 8, 8),
-        ablations=_at(0, 0, 0, 0, 16), queries=512,
+        depths=tuple(i / 10 for i in range(11)), keys=(8, 16, 32, 64), needles=_at(16, 16, 16, 16, 16),
+        multikey=_at(16, 16, 16, 16, 16), tasks=_at(48, 48, 48, 48, 48), windows=_at(64, 64, 64, 48, 32),
+        layers=_at(16, 16, 16, 8, 8), ablations=_at(0, 0, 0, 0, 16), queries=512,
     ),
 }  # fmt: skip

@@ -210,7 +210,7 @@ def ablations(rows: Sequence[Row]) -> Table:
     found = []
     for context in contexts(rows, "ablations"):
         own = find(rows, part="ablations", context=context)
-        for method in dict.fromkeys(row["method"] for row in own):
+        for method in variants_in(own):
             share = pooled(find(own, method=method, task="multikey"))
             means = [
                 averaged(own, method=method, queries=queries, measure=measure)
@@ -226,6 +226,11 @@ def ablations(rows: Sequence[Row]) -> Table:
         "score mass, retrieval",
     )  # fmt: skip
     return Table("Ablations of HISA", columns, tuple(found))
+
+
+def variants_in(rows: Sequence[Row]) -> list[str]:
+    """Their names in order, the flat one first."""
+    return sorted(dict.fromkeys(row["method"] for row in rows), key=lambda name: name != FLAT)
 
 
 def percent(share: float) -> str:
