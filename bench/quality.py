@@ -93,7 +93,7 @@ def _size(args: argparse.Namespace) -> Size:
     size = SIZES[args.size]
     if args.samples is None and args.contexts is None:
         return size
-    changed: dict[str, dict[int, int]] = {}
+    changed: dict[str, Any] = {}
     for field in dataclasses.fields(size):
         counts = getattr(size, field.name)
         if isinstance(counts, dict):

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 _QUESTIONS = 16  # of one sample, all about statements of their own
 _COMPARED = 32  # keys where selections and ablations are compared, at most
 _LINE = 40  # bytes of a statement or a question, at most
-_PASS_CPU, _PASS = 4096, 65536  # tokens of one pass
+_PASS = 65536  # tokens at a time; a CPU gains nothing by more than one sequence
 
 
 def right_answers(stacked: Stacked, samples: Sequence[Sample], variant: Variant) -> list[list[bool]]:
@@ -113,8 +113,8 @@ def _share_of(stacked: Stacked, variant: Variant, samples: Sequence[Sample]) -> 
 
 def _passes(tokens: np.ndarray) -> list[tuple[np.ndarray, int]]:
     """Batches of sequences with the number of their first; the last is filled up, so that one shape is compiled."""
-    budget = _PASS_CPU if jax.default_backend() == "cpu" else _PASS
-    batch = min(max(1, budget // tokens.shape[1]), len(tokens))
+    most = 1 if jax.default_backend() == "cpu" else max(1, _PASS // tokens.shape[1])
+    batch = min(most, len(tokens))
     return [
         (tokens[np.minimum(np.arange(first, first + batch), len(tokens) - 1)], first)
         for first in range(0, len(tokens), batch)

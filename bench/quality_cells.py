@@ -1,6 +1,7 @@
 """The quality report's work in cells, each kept in a file of its own: a long run cut short goes on where it ended."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -15,13 +16,12 @@ from bench import UserError
 from bench.quality_agreement import agreement_rows
 from bench.quality_answers import bits_rows, most_keys, multikey_rows, multikey_samples, needle_rows, task_rows
 from bench.quality_size import Size
-from bench.quality_variants import Variant
+from bench.quality_variants import HISA_AWARE, Variant
 from models.training.text import Corpus
 from models.training.weights import Stacked
 
 Row = dict[str, Any]
 PARTS = ("bits", "needle", "multikey", "tasks", "layers", "ablations")
-HISA_AWARE = "HISA-aware indexer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +103,11 @@ class Plan:
 
         cells = [Cell("ablations", context, "all", agreement)]
         for variant in (self.main[0], *self.ablations):
-            cells.append(Cell("ablations", context, variant.name, lambda v=variant: answers(self.stacked, v)))
+            make = functools.partial(answers, self.stacked, variant)
+            cells.append(Cell("ablations", context, variant.name, make))
         if self.aware is not None:
-            aware, hisa = self.aware, dataclasses.replace(self.ablations[0], name=HISA_AWARE)
-            cells.append(Cell("ablations", context, HISA_AWARE, lambda: answers(aware, hisa)))
+            hisa = dataclasses.replace(self.ablations[0], name=HISA_AWARE)
+            cells.append(Cell("ablations", context, HISA_AWARE, functools.partial(answers, self.aware, hisa)))
         return cells
 
     def _agreement(self, context: int, n: int, variants: Sequence[Variant]) -> list[Row]:
@@ -118,7 +119,7 @@ class Plan:
     def _each(self, part: str, context: int, n: int, make: Callable[[Variant], list[Row]]) -> list[Cell]:
         if not n:
             return []
-        return [Cell(part, context, variant.name, lambda v=variant: make(v)) for variant in self.main]
+        return [Cell(part, context, variant.name, functools.partial(make, variant)) for variant in self.main]
 
 
 class Folder:

@@ -69,14 +69,15 @@ def verdict(data: dict[str, Any]) -> list[str]:
             + "."
         )
     kept = by_title.get("What is kept, what is lost")
-    for row in kept.rows if kept is not None else ():
-        context, times = row[0].split(", ")
-        found = [f"{column[:-10]} {cell}" for column, cell in zip(kept.columns[1:4], row[1:4], strict=True)
-                 if set(cell) - set("- /")]  # fmt: skip
-        found += [f"{column[:-6]} {cell}" for column, cell in zip(kept.columns[4:], row[4:], strict=True)
-                  if set(cell) - set("- /")]  # fmt: skip
-        sentences.append(f"At {context}, context/(m B) = {times}: {'; '.join(found)}.")
+    if kept is not None:
+        sentences += [_sentence(kept.columns, row) for row in kept.rows]
     return sentences
+
+
+def _sentence(columns: Sequence[str], row: Sequence[str]) -> str:
+    context, times = row[0].split(", ")
+    measured = [f"{column} {cell}" for column, cell in zip(columns[1:], row[1:], strict=True) if set(cell) - set("- /")]
+    return f"At {context}, context/(m B) = {times}: {'; '.join(measured)}."
 
 
 def _table(table: Table) -> str:

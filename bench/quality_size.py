@@ -40,8 +40,8 @@ def _at(*counts: int) -> dict[int, int]:
 
 SIZES = {
     "small": Size(
-        depths=(0.0, 0.25, 0.5, 0.75, 1.0), keys=(8, 32), needles=_at(4, 2, 1), multikey=_at(4, 2, 1, 1),
-        tasks=_at(4, 2, 1), windows=_at(0, 0, 3), layers=_at(2, 1, 1, 1), ablations=_at(0, 0, 1), queries=128,
+        depths=(0.1, 0.5, 0.9), keys=(8, 32), needles=_at(1, 1, 1), multikey=_at(1, 2, 2, 1), tasks=_at(1, 1, 1),
+        windows=_at(0, 0, 2), layers=_at(1, 1, 1, 1), ablations=_at(0, 0, 1), queries=128,
     ),
     "full": Size(
         depths=tuple(i / 10 for i in range(11)), keys=(8, 16, 32, 64), needles=_at(16, 16, 16, 16, 16),

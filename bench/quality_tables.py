@@ -6,7 +6,7 @@ from typing import Any
 
 from bench import quality_statistics as statistics
 from bench import shapes
-from bench.quality_variants import BLOCK_SPARSE, FLAT, HISA
+from bench.quality_variants import BLOCK_SPARSE, FLAT, HISA, HISA_AWARE
 
 Row = dict[str, Any]
 METHODS = (FLAT, HISA, BLOCK_SPARSE)
@@ -70,7 +70,8 @@ def all_tables(data: dict[str, Any]) -> list[Table]:
     rows, candidates = data["rows"], data["candidates"]
     made = [
         thresholds(rows), verdict(rows, candidates), needles(rows), multikey(rows), tasks(rows), bits(rows),
-        *(layers(rows, queries) for queries in ("text", "retrieval")), overlaps(rows), ablations(rows),
+        *(layers(rows, queries) for queries in ("text", "retrieval")), overlaps(rows),
+        ablations(rows, data["hisa_aware"]),
     ]  # fmt: skip
     return [table for table in made if table.rows]
 
@@ -173,20 +174,19 @@ def layers(rows: Sequence[Row], queries: str) -> Table:
             for layer in sorted({row["layer"] for row in of_method}):
                 cells = []
                 for measure in ("recall", "iou", "mass", "needle_bytes"):
-                    (row,) = find(of_method, layer=layer, measure=measure) or [None]
-                    flat = find(own, method=FLAT, layer=layer, measure=measure)
-                    if row is None:
-                        continue
-                    middle = _interval((row["mean"], row["low"], row["high"]), ".3f")
-                    cells.append(f"{middle} of {flat[0]['mean']:.3f}" if measure == "needle_bytes" else middle)
-                found.append((shapes.label(context), method, str(layer), *cells, str(row_n(of_method, layer))))
+                    for row in find(of_method, layer=layer, measure=measure):
+                        cells.append(_interval((row["mean"], row["low"], row["high"]), ".3f"))
+                        if measure == "needle_bytes":
+                            (flat,) = find(own, method=FLAT, layer=layer, measure=measure)
+                            cells[-1] += f" of {flat['mean']:.3f}"
+                found.append((shapes.label(context), method, str(layer), *cells, str(_n_queries(of_method, layer))))
     columns = ["context", "method", "layer", "recall", "IoU", "score mass", "queries"]
     if queries == "retrieval":
         columns.insert(6, "needle's bytes kept, of flat's")
     return Table(f"Selections of {queries} queries against the flat ones", tuple(columns), tuple(found))
 
 
-def row_n(rows: Sequence[Row], layer: int) -> int:
+def _n_queries(rows: Sequence[Row], layer: int) -> int:
     """Queries that a layer's recall is the mean of."""
     return find(rows, layer=layer, measure="recall")[0]["n"]
 
@@ -206,7 +206,8 @@ def overlaps(rows: Sequence[Row]) -> Table:
     return Table("Overlap (IoU) of selections, mean over layers, queries of text", columns, tuple(found))
 
 
-def ablations(rows: Sequence[Row]) -> Table:
+def ablations(rows: Sequence[Row], hisa_aware: str) -> Table:
+    """A line a variant; `hisa_aware` says why the indexer trained under HISA has none, if it has none."""
     found = []
     for context in contexts(rows, "ablations"):
         own = find(rows, part="ablations", context=context)
@@ -221,6 +222,8 @@ def ablations(rows: Sequence[Row]) -> Table:
                 NONE if method == FLAT else _interval(excess(own, method), "+.4f"),
                 *(NONE if mean is None else f"{mean:.3f}" for mean in means),
             ))  # fmt: skip
+        if not find(own, method=HISA_AWARE):
+            found.append((shapes.label(context), HISA_AWARE, hisa_aware, *[NONE] * 4))
     columns = (
         "context", "variant", "multi-key", "bits a byte more than flat", "recall, text", "recall, retrieval",
         "score mass, retrieval",

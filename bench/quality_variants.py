@@ -9,7 +9,9 @@ from jax import Array
 import hisa_jax as hj
 
 KeyDtype = Literal["float8_e4m3fn", "int8"]
+_LAST = 512  # queries: a chunk of prefill
 FLAT, HISA, BLOCK_SPARSE = "flat", "HISA", "block-sparse"
+HISA_AWARE = "HISA-aware indexer"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,15 +49,11 @@ class Variant:
         return hj.select(q, keys, w, self.method, **options)
 
 
-def hisa(topk: int, block_size: int, block_topk: int, **changes: int) -> hj.Hisa:
-    return hj.Hisa(topk=topk, block_size=block_size, block_topk=block_topk, **changes)
-
-
 def main_variants(topk: int, block_size: int, block_topk: int) -> tuple[Variant, ...]:
     """Flat, HISA and block-sparse at the same number of selected tokens, the flat one first."""
     return (
         Variant(name=FLAT, method=hj.Dsa(topk=topk)),
-        Variant(name=HISA, method=hisa(topk, block_size, block_topk)),
+        Variant(name=HISA, method=hj.Hisa(topk=topk, block_size=block_size, block_topk=block_topk)),
         Variant(name=BLOCK_SPARSE, method=hj.BlockSparse(topk=topk, block_size=block_size)),
     )
 
@@ -66,25 +64,20 @@ def ablations(topk: int, block_size: int, block_topk: int) -> tuple[Variant, ...
     Block sizes change at the same number of candidates, block_size * block_topk, numbers of blocks at the same block
     size. Those that cannot hold `topk` tokens or the blocks always kept are left out.
     """
-    made: dict[str, Variant] = {}
-
-    def add(name: str, size: int, kept: int, **changes: object) -> None:
-        fields = {key: changes.pop(key) for key in ("keep_first",) if key in changes}
-        if size < 1 or kept < 2 or size * kept < topk:
-            return
-        method = hisa(topk, size, kept, **fields)  # type: ignore[arg-type]
-        made.setdefault(name, Variant(name=name, method=method, **changes))  # type: ignore[arg-type]
-
-    add(HISA, block_size, block_topk)
-    for factor in (0.5, 2, 4):
-        size = int(block_size * factor)
-        add(f"B={size}, m={block_size * block_topk // size}", size, block_size * block_topk // size)
-    for factor in (0.5, 2, 4):
-        kept = int(block_topk * factor)
-        add(f"B={block_size}, m={kept}", block_size, kept)
-    add("first block not always kept", block_size, block_topk, keep_first=0)
-    add("last 512 queries flat", block_size, block_topk, flat_last=512)
-    add("layer 0 flat", block_size, block_topk, flat_layers=(0,))
-    add("e4m3 keys, pooled from them", block_size, block_topk, key_dtype="float8_e4m3fn")
-    add("int8 keys, pooled from them", block_size, block_topk, key_dtype="int8")
-    return tuple(made.values())
+    candidates = block_size * block_topk
+    by_size = [(size, candidates // size) for size in (block_size // 2, 2 * block_size, 4 * block_size) if size]
+    by_number = [(block_size, kept) for kept in (block_topk // 2, 2 * block_topk, 4 * block_topk)]
+    plain = hj.Hisa(topk=topk, block_size=block_size, block_topk=block_topk)
+    return (
+        Variant(name=HISA, method=plain),
+        *(
+            Variant(name=f"B={size}, m={kept}", method=hj.Hisa(topk=topk, block_size=size, block_topk=kept))
+            for size, kept in (*by_size, *by_number)
+            if kept >= 2 and size * kept >= topk
+        ),
+        Variant(name="first block not always kept", method=dataclasses.replace(plain, keep_first=0)),
+        Variant(name=f"last {_LAST} queries flat", method=plain, flat_last=_LAST),
+        Variant(name="layer 0 flat", method=plain, flat_layers=(0,)),
+        Variant(name="e4m3 keys, pooled from them", method=plain, key_dtype="float8_e4m3fn"),
+        Variant(name="int8 keys, pooled from them", method=plain, key_dtype="int8"),
+    )
