@@ -22,7 +22,7 @@ from bench import UserError, options, shapes
 from bench.quality_cells import PARTS, Cell, Folder, Plan, fingerprint
 from bench.quality_figures import all_figures
 from bench.quality_model import load, load_hisa_aware
-from bench.quality_page import about, page, png, verdict
+from bench.quality_page import about, markdown, page, png, verdict
 from bench.quality_size import CONTEXTS, SIZES, Size
 from bench.quality_variants import ablations, main_variants
 from models.training.text import Corpus, load_corpus, read_corpus
@@ -168,6 +168,7 @@ def _write(console: Console, folder: Path, data: dict[str, Any]) -> int:
         (folder / f"{name}.png").write_bytes(content)
     sentences = verdict(data)
     (folder / "quality.html").write_text(page(data, sentences, figures))
+    (folder / "quality.md").write_text(markdown(data))
     for sentence in (
         *sentences,
         about(data),

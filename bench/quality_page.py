@@ -74,6 +74,13 @@ def verdict(data: dict[str, Any]) -> list[str]:
     return sentences
 
 
+def markdown(data: dict[str, Any]) -> str:
+    """What docs/quality.md shows of the rows: the verdict, all tables, what was run."""
+    parts = [f"- {sentence}" for sentence in verdict(data)]
+    tables = (f"**{table.title}**\n\n{table.markdown()}" for table in all_tables(data))
+    return "\n".join(parts) + "\n\n" + "\n\n".join([*tables, about(data)]) + "\n"
+
+
 def _sentence(columns: Sequence[str], row: Sequence[str]) -> str:
     context, times = row[0].split(", ")
     measured = [f"{column} {cell}" for column, cell in zip(columns[1:], row[1:], strict=True) if set(cell) - set("- /")]
