@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         "dtype": str(stacked.embed.dtype), "held_out_bytes": corpus.held_out.size, "seconds": seconds, **_device(),
         "hisa_aware": "measured" if aware is not None else "not trained",
         "not_measured": [f"{cell.part} {shapes.label(cell.context)} {cell.method}" for cell in left],
-        "rows": _finite(rows),
+        "rows": _plain(rows),
     }  # fmt: skip
     return _write(console, args.out, data)
 
@@ -150,13 +150,13 @@ def _device() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _finite(value: Any) -> Any:
-    """The same with null for what is not a number, which JSON does not have."""
+def _plain(value: Any) -> Any:
+    """The same in six digits, with null for what is not a number, which JSON does not have."""
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _write(console: Console, folder: Path, data: dict[str, Any]) -> int:

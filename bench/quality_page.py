@@ -1,6 +1,7 @@
 """The quality report as one page of HTML that needs no other file."""
 
 import base64
+import dataclasses
 import html
 import io
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ _LEAD = 2  # tables of the first screen: thresholds and verdict
 
 def png(figure: Figure) -> bytes:
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=100)
+    figure.savefig(stream, format="png", dpi=80)
     return stream.getvalue()
 
 
@@ -75,10 +76,17 @@ def verdict(data: dict[str, Any]) -> list[str]:
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """What docs/quality.md shows of the rows: the verdict, all tables, what was run."""
+    """What docs/quality.md shows: the verdict, the tables (of layers at the longest context), what was run."""
     parts = [f"- {sentence}" for sentence in verdict(data)]
-    tables = (f"**{table.title}**\n\n{table.markdown()}" for table in all_tables(data))
+    tables = (f"**{table.title}**\n\n{table.markdown()}" for table in map(_longest, all_tables(data)))
     return "\n".join(parts) + "\n\n" + "\n\n".join([*tables, about(data)]) + "\n"
+
+
+def _longest(table: Table) -> Table:
+    """A table of layers at its last context alone, any other as it is."""
+    if "layer" not in table.columns:
+        return table
+    return dataclasses.replace(table, rows=tuple(row for row in table.rows if row[0] == table.rows[-1][0]))
 
 
 def _sentence(columns: Sequence[str], row: Sequence[str]) -> str:

@@ -157,7 +157,7 @@ def bits(rows: Sequence[Row]) -> Table:
             if (flat["first"], flat["end"]) == (0, context):
                 name = "all"
             else:
-                name = f"{shapes.label(flat['first'])} to {shapes.label(flat['end'])}"
+                name = f"{shapes.label(flat['first']) if flat['first'] else 0} to {shapes.label(flat['end'])}"
             where = dict(part="bits", context=context, first=flat["first"], end=flat["end"])
             others = (_interval(excess(rows, method, **where), "+.4f") for method in OTHERS)
             found.append((shapes.label(context), name, f"{flat['bits']:.4f}", *others, str(flat["n"])))
