@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=Path, default=Path("models/bytes"), metavar="DIR", help="default: %(default)s"
     )
     parser.add_argument("--corpus", type=Path, metavar="FILE.npz", help="default: this machine's text, read now")
-    parser.add_argument("--out", type=Path, default=Path("quality"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("quality_out"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--size", choices=SIZES, default="small", help="full is for a GPU (default: %(default)s)")
     parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS), help="default: all")
     parser.add_argument(
