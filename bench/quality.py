@@ -18,6 +18,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+import models
 from bench import UserError, options, shapes
 from bench.quality_cells import PARTS, Cell, Folder, Plan, fingerprint
 from bench.quality_figures import all_figures
@@ -27,12 +28,13 @@ from bench.quality_size import CONTEXTS, SIZES, Size
 from bench.quality_variants import ablations, main_variants
 from models.training.text import Corpus, load_corpus, read_corpus
 
+BYTES = Path(models.__file__).parent / "bytes"
 _MINUTES = {"small": 30.0, "full": math.inf}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoint", type=Path, default=Path("models/bytes"), metavar="DIR", help="default: %(default)s"
+        "--checkpoint", type=Path, default=BYTES, metavar="DIR", help="default: the trained model that comes along"
     )
     parser.add_argument("--corpus", type=Path, metavar="FILE.npz", help="default: this machine's text, read now")
     parser.add_argument("--out", type=Path, default=Path("quality_out"), metavar="DIR", help="default: %(default)s")

@@ -1,10 +1,8 @@
 """A trained model with another selection put in: logits, and what each layer's indexer saw and chose."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +29,7 @@ from models.training.weights import Skeleton, Stacked, weights_of
 _CHUNKS = 4  # of a CPU's queries: each sees the keys up to its end, so 3 of 8 products are saved
 _LONG = 4096  # queries from which on that saves more than compiling takes
 _TILE = 256  # queries whose logits stand in a CPU's memory
-INDEX_WEIGHTS = "indexer_hisa.safetensors"  # beside a checkpoint: indexers trained under the block filter
+INDEXERS = "hisa_aware"  # folder in a checkpoint's: indexers trained under the block filter, as `train` hands them on
 
 
 class Seen(NamedTuple):
@@ -46,8 +44,7 @@ class Seen(NamedTuple):
 def load(folder: Path) -> Stacked:
     """The model of a checkpoint, float32 on a CPU, which is faster there, and bfloat16 elsewhere."""
     try:
-        with _without_index_weights(folder) as cleared:
-            model = from_pretrained(cleared)
+        model = from_pretrained(folder)
         return Skeleton(model.config, dtype=_dtype()).stacked(weights_of(model))
     except (OSError, ValueError) as error:
         raise UserError(f"--checkpoint {folder}: {error}") from error
@@ -55,35 +52,22 @@ def load(folder: Path) -> Stacked:
 
 def load_hisa_aware(folder: Path) -> Stacked | None:
     """The same model with the indexers that were trained under the block filter, None if there are none."""
-    file = folder / INDEX_WEIGHTS
-    if not file.is_file():
+    trained = folder / INDEXERS
+    if not trained.is_dir():
         return None
     try:
-        with _without_index_weights(folder) as cleared:
-            model = from_pretrained(cleared)
+        model = from_pretrained(folder)
         weights = {name: np.array(x) for name, x in weights_of(model).items()}
-        with tempfile.TemporaryDirectory() as alone:
-            (Path(alone) / file.name).symlink_to(file.resolve())
-            reader = Reader(alone, model.config.weight_block_size)
-            for path, source in parameter_table(model.config).items():
-                if "indexer" in path:
-                    key = source.keys[0]
-                    if key not in reader:
-                        raise UserError(f"{file}: {key} is missing")
-                    weights[f"layers.{name_of(path[2:])}"][path[1]] = source.layout(reader.tensor(key))
+        reader = Reader(trained, model.config.weight_block_size)
+        for path, source in parameter_table(model.config).items():
+            if "indexer" in path:
+                key = source.keys[0]
+                if key not in reader:
+                    raise UserError(f"{trained}: {key} is missing")
+                weights[f"layers.{name_of(path[2:])}"][path[1]] = source.layout(reader.tensor(key))
         return Skeleton(model.config, dtype=_dtype()).stacked({name: jnp.asarray(x) for name, x in weights.items()})
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: {error}") from error
-
-
-@contextlib.contextmanager
-def _without_index_weights(folder: Path) -> Iterator[Path]:
-    """The folder as `from_pretrained` wants it, with one file of weights."""
-    with tempfile.TemporaryDirectory() as cleared:
-        for path in sorted(folder.iterdir()):
-            if path.name != INDEX_WEIGHTS:
-                (Path(cleared) / path.name).symlink_to(path.resolve())
-        yield Path(cleared)
+        raise UserError(f"{trained}: {error}") from error
 
 
 def _dtype() -> str:

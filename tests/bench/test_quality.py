@@ -105,7 +105,9 @@ def test_indexers_trained_under_hisa_take_the_place_of_the_flat_ones_alone(folde
         for name, x in load_file(tmp_path / "model.safetensors").items()
         if ".indexer." in name
     }
-    save_file(trained, tmp_path / quality_model.INDEX_WEIGHTS)
+    file = tmp_path / quality_model.INDEXERS / "indexers.safetensors"
+    file.parent.mkdir()
+    save_file(trained, file)
 
     flat, aware = quality_model.load(tmp_path), quality_model.load_hisa_aware(tmp_path)
     for of_flat, of_aware in zip(*map(_layers, (flat, aware)), strict=True):
@@ -114,7 +116,7 @@ def test_indexers_trained_under_hisa_take_the_place_of_the_flat_ones_alone(folde
         assert np.array_equal(of_flat[1], of_aware[1]) != is_indexer
     np.testing.assert_array_equal(flat.embed, aware.embed)
 
-    save_file({}, tmp_path / quality_model.INDEX_WEIGHTS)
+    save_file({}, file)
     with pytest.raises(quality_model.UserError, match="indexer.wq_b.weight is missing"):
         quality_model.load_hisa_aware(tmp_path)
 
