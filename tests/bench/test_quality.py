@@ -18,6 +18,8 @@ from models.training.text import save_corpus
 from models.training.weights import Skeleton
 from tests.models.training import tiny
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 PARTS = ["bits", "needle", "multikey", "layers", "ablations"]
 
@@ -49,7 +51,6 @@ def error_of(folder, capsys, *more):
     return capsys.readouterr().err.replace(str(folder), "").removeprefix("python -m bench quality: error: ")
 
 
-@pytest.mark.slow
 def test_the_report_is_measured_in_pieces_and_written(folder, capsys, monkeypatch):
     monkeypatch.setattr(quality, "ablations", lambda *sizes: ablations(*sizes)[:2])  # each is compiled
     # First a part alone, then the rest: what was measured is not measured again.

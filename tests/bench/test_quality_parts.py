@@ -17,6 +17,8 @@ from models.training.batches import held_out_samples
 from models.training.weights import Skeleton
 from tests.models.training import tiny
 
+pytestmark = pytest.mark.slow
+
 TOPK = tiny.CONFIG.index_topk
 FLAT_VARIANT = Variant(name=FLAT, method=hj.Dsa(topk=TOPK))
 HISA_VARIANT = Variant(name=HISA, method=tiny.HISA)
@@ -61,7 +63,6 @@ def test_logits_are_those_of_the_forward_pass_that_trains(stacked, variant):
     np.testing.assert_allclose(quality_model.logits_of(stacked, tokens, variant), wanted, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_queries_in_chunks_select_and_attend_as_in_one(stacked, monkeypatch):
     variant = dataclasses.replace(HISA_VARIANT, flat_last=40)
     tokens = sequences(112)

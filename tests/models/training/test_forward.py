@@ -16,6 +16,8 @@ from models.training.retrieval import answers
 from models.training.weights import Skeleton, weights_of
 from tests.models.training import tiny
 
+pytestmark = pytest.mark.slow
+
 FLAT = hj.Dsa(topk=16)
 
 

@@ -13,6 +13,8 @@ from models.training.loop import CURVES, INDEXERS, MODEL, Settings, train
 from models.training.weights import weights_of
 from tests.models.training import tiny
 
+pytestmark = pytest.mark.slow
+
 
 def curves(folder):
     with (folder / CURVES).open(newline="") as file:
@@ -26,7 +28,6 @@ def whole_run(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pauses", [(2,), (3, 7)], ids=["in-a-stage", "between-stages-and-in-the-last"])
 def test_a_run_in_pieces_is_the_run_in_one(whole_run, tmp_path, pauses):
     for pause in (*pauses, None):
@@ -68,7 +69,6 @@ def test_a_run_of_another_recipe_is_refused(whole_run):
         train(tiny.recipe(tiny.stage("dense", "model")), tiny.corpus(), Settings(folder=whole_run))
 
 
-@pytest.mark.slow
 def test_indexers_trained_under_the_block_filter_are_handed_on_by_themselves(whole_run, tmp_path):
     start = weights_of(models.from_pretrained(whole_run / MODEL))
     recipe = tiny.recipe(tiny.stage("sparse", "indexer", method=tiny.HISA))
