@@ -18,17 +18,15 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import models
 from bench import UserError, options, shapes
 from bench.quality_cells import PARTS, Cell, Folder, Plan, fingerprint
 from bench.quality_figures import all_figures
-from bench.quality_model import load, load_hisa_aware
+from bench.quality_model import BYTES, load, load_hisa_aware
 from bench.quality_page import about, markdown, page, png, verdict
 from bench.quality_size import CONTEXTS, SIZES, Size
 from bench.quality_variants import ablations, main_variants
 from models.training.text import Corpus, load_corpus, read_corpus
 
-BYTES = Path(models.__file__).parent / "bytes"
 _MINUTES = {"small": 30.0, "full": math.inf}
 
 

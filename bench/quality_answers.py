@@ -14,6 +14,7 @@ from bench.quality_model import logits_of
 from bench.quality_size import TASKS
 from bench.quality_variants import Variant
 from models.training.batches import held_out_samples, held_out_windows
+from models.training.retrieval import answered
 from models.training.samples import Sample
 from models.training.text import Corpus
 from models.training.weights import Stacked
@@ -29,16 +30,17 @@ def right_answers(stacked: Stacked, samples: Sequence[Sample], variant: Variant)
     """Which questions of each sample are answered right: every byte the likeliest one, those before it given."""
     right = []
     for tokens, first in _passes(np.stack([sample.tokens for sample in samples])):
-        is_right = np.asarray(_is_right(logits_of(stacked, tokens, variant), jnp.asarray(tokens)))
-        for row, sample in zip(is_right, samples[first : first + len(tokens)], strict=False):
-            right.append([bool(row[q.answer - 1 : q.stop - 1].all()) for q in sample.questions])
+        likeliest = np.asarray(jnp.argmax(logits_of(stacked, tokens, variant), axis=-1))
+        # The last pass may be filled up with rows that belong to no sample.
+        for row, sample in zip(likeliest, samples[first : first + len(tokens)], strict=False):
+            right.append(answered(row, sample))
     return right
 
 
 def bits(stacked: Stacked, windows: np.ndarray, variant: Variant) -> np.ndarray:
     """uint8 [n, T] -> float64 [n, T - 1]: bits to code each byte but the first."""
     return np.concatenate([
-        np.asarray(_bits(logits_of(stacked, tokens, variant), jnp.asarray(tokens)), np.float64)
+        np.asarray(bits_of(logits_of(stacked, tokens, variant), jnp.asarray(tokens)), np.float64)
         for tokens, _ in _passes(windows)
     ])[: len(windows)]  # fmt: skip
 
@@ -122,13 +124,8 @@ def _passes(tokens: np.ndarray) -> list[tuple[np.ndarray, int]]:
 
 
 @jax.jit
-def _is_right(logits: Array, tokens: Array) -> Array:
-    """[B, T, V], [B, T] uint8 -> [B, T - 1] bool: whether the likeliest next byte is the next one."""
-    return jnp.argmax(logits[:, :-1], axis=-1) == tokens[:, 1:].astype(jnp.int32)
-
-
-@jax.jit
-def _bits(logits: Array, tokens: Array) -> Array:
+def bits_of(logits: Array, tokens: Array) -> Array:
+    """[B, T, V], [B, T] uint8 -> [B, T - 1]: bits to code each byte but the first."""
     logs = jax.nn.log_softmax(logits[:, :-1], axis=-1)
     of_next = jnp.take_along_axis(logs, tokens[:, 1:, None].astype(jnp.int32), axis=-1)[..., 0]
     return -of_next / jnp.log(2.0)

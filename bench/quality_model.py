@@ -14,21 +14,23 @@ from flax import nnx
 from jax import Array, lax
 
 import hisa_jax as hj
+import models
 from bench import UserError
 from bench.quality_variants import Variant
 from models.checkpoint import name_of
-from models.dsa import Attention, Projections, Table, absorb
+from models.dsa import Attention, Projections, Table, absorb, selected_mask
 from models.layers import rms_norm
 from models.modeling import Layer
 from models.params import from_pretrained, parameter_table
 from models.rope import rope_table
 from models.safetensors_io import Reader
-from models.training.forward import layer_forward
+from models.training.forward import heads_of, layer_forward
 from models.training.weights import Skeleton, Stacked, weights_of
 
 _CHUNKS = 4  # of a CPU's queries: each sees the keys up to its end, so 3 of 8 products are saved
 _LONG = 4096  # queries from which on that saves more than compiling takes
 _TILE = 256  # queries whose logits stand in a CPU's memory
+BYTES = Path(models.__file__).parent / "bytes"  # the trained model that comes along
 INDEXERS = "hisa_aware"  # folder in a checkpoint's: indexers trained under the block filter, as `train` hands them on
 
 
@@ -136,10 +138,7 @@ def _attended(attention: Attention, made: Projections, indices: Array) -> Array:
         assert isinstance(out, Array)  # no logsumexp was asked for
         return jnp.einsum("btnl,lnd->btnd", out, v_b)
     # A CPU gathers slowly and multiplies well: all heads' keys, and a mask of the selected ones.
-    latent, k_rope = made.kv[..., :L], made.kv[..., L:]
-    k_nope = jnp.einsum("bsl,lnd->bsnd", latent, k_b)
-    k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))], axis=-1)
-    q, v = jnp.concatenate([made.q_nope, made.q_rope], axis=-1), jnp.einsum("bsl,lnd->bsnd", latent, v_b)
+    q, k, v = heads_of(attention, made)
     return jnp.concatenate([
         _masked(q[:, first:end], k[:, :end], v[:, :end], indices[:, first:end], scale)
         for first, end in _chunks(q.shape[1])
@@ -157,8 +156,7 @@ def _masked(q: Array, k: Array, v: Array, indices: Array, scale: float) -> Array
 
     def one(operands: tuple[Array, Array]) -> Array:
         q, indices = operands
-        b, t = jnp.arange(B)[:, None, None], jnp.arange(tile)[None, :, None]
-        is_selected = jnp.zeros((B, tile, S), bool).at[b, t, jnp.where(indices < 0, S, indices)].set(True, mode="drop")
+        is_selected = selected_mask(indices, S)
         return jax.nn.dot_product_attention(q, k, v, mask=is_selected[:, None], scale=scale)
 
     out = lax.map(one, (cut(q, 0), cut(indices, 0)))

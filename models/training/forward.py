@@ -29,12 +29,17 @@ class Attend(Protocol):
 
 def dense(attention: Attention, x: Array, table: Table, made: Projections) -> tuple[Array, None]:
     """Every query attends to all tokens up to its own; the indexer takes no part."""
-    k_b, v_b, scale = attention.k_b[...], attention.v_b[...], attention.config.softmax_scale
+    return causal_attention(*heads_of(attention, made), attention.config.softmax_scale), None
+
+
+def heads_of(attention: Attention, made: Projections) -> tuple[Array, Array, Array]:
+    """Every head's queries and keys [B, T, N, P + R] and values [B, T, N, V] in full, of the expanded form."""
+    k_b = attention.k_b[...]
     latent, k_rope = jnp.split(made.kv, [k_b.shape[0]], axis=-1)
     k_nope = jnp.einsum("bsl,lnd->bsnd", latent, k_b)
     k_rope = jnp.broadcast_to(k_rope[:, :, None, :], (*k_nope.shape[:3], k_rope.shape[-1]))
     q, k = (jnp.concatenate(parts, axis=-1) for parts in ((made.q_nope, made.q_rope), (k_nope, k_rope)))
-    return causal_attention(q, k, jnp.einsum("bsl,lnd->bsnd", latent, v_b), scale), None
+    return q, k, jnp.einsum("bsl,lnd->bsnd", latent, attention.v_b[...])
 
 
 def warm_up(attention: Attention, x: Array, table: Table, made: Projections) -> tuple[Array, Array]:

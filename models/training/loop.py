@@ -1,4 +1,8 @@
-"""Runs a recipe: resumable at any step, the same whether it was interrupted or not, logged as it goes."""
+"""Runs a recipe: resumable at any step, logged as it goes.
+
+On a CPU the result is the same to the bit whether it was interrupted or not. On a GPU it would differ from run to run:
+gradients of selected tokens are added in no fixed order.
+"""
 
 import csv
 import dataclasses

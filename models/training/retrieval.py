@@ -3,43 +3,25 @@
 That is what greedy decoding from the question would find, for the cost of one pass over the sample.
 """
 
-import functools
-from collections.abc import Sequence
-
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from models.training.forward import Attend, forward
-from models.training.samples import Sample
-from models.training.weights import Stacked
+from models.training.samples import Question, Sample
 
 
-def answers(stacked: Stacked, samples: Sequence[Sample], attend: Attend, batch: int = 1) -> list[list[bool]]:
-    """Which questions of each sample are answered right.
+def answer(likeliest: np.ndarray, question: Question) -> bytes:
+    """What a model says to a question.
 
     Args:
-        stacked: the model.
-        samples: of one length.
-        attend: how it attends.
-        batch: samples a pass.
-
-    Returns: for each sample, a bool a question in their order.
+        likeliest: [T], the likeliest byte behind each one of the sample.
     """
-    right = []
-    for first in range(0, len(samples), batch):
-        part = samples[first : first + batch]
-        tokens = np.stack([sample.tokens for sample in part])
-        is_right = np.asarray(_is_right(stacked, jnp.asarray(tokens), attend))
-        for row, sample in zip(is_right, part, strict=True):
-            right.append([bool(row[q.answer - 1 : q.stop - 1].all()) for q in sample.questions])
-    return right
+    return likeliest[question.answer - 1 : question.stop - 1].astype(np.uint8).tobytes()
 
 
-@functools.partial(jax.jit, static_argnames="attend")
-def _is_right(stacked: Stacked, tokens: Array, attend: Attend) -> Array:
-    """[B, T] uint8 -> [B, T - 1] bool: whether the likeliest next byte is the next one."""
-    tokens = tokens.astype(jnp.int32)
-    logits, _ = forward(stacked, tokens[:, :-1], attend)
-    return jnp.argmax(logits, axis=-1) == tokens[:, 1:]
+def wanted(sample: Sample, question: Question) -> bytes:
+    """The answer that stands in the sample."""
+    return sample.tokens[question.answer : question.stop].tobytes()
+
+
+def answered(likeliest: np.ndarray, sample: Sample) -> list[bool]:
+    """Which questions of a sample are answered right; `likeliest` as for `answer`."""
+    return [answer(likeliest, question) == wanted(sample, question) for question in sample.questions]

@@ -12,7 +12,7 @@ import hisa_jax as hj
 from models.training import forward
 from models.training.attention import causal_attention
 from models.training.batches import held_out_samples
-from models.training.retrieval import answers
+from models.training.retrieval import answered
 from models.training.weights import Skeleton, weights_of
 from tests.models.training import tiny
 
@@ -74,17 +74,16 @@ def test_attention_in_tiles_is_attention_at_once(T):
     chex.assert_trees_all_close(loss(tiled), loss(at_once), atol=1e-4)
 
 
-def test_an_answer_is_right_if_each_of_its_bytes_is_the_likeliest(model, monkeypatch):
+def test_an_answer_is_right_if_each_of_its_bytes_is_the_likeliest():
     (sample,) = held_out_samples(tiny.corpus(), "multikey", 1024, 1, 0, n_keys=4, n_questions=3)
-    stacked = Skeleton(tiny.CONFIG, "float32").stacked(weights_of(model))
-    wrong_at = sample.questions[1].stop - 1
-
-    def says(stacked, tokens, attend):
-        following = jnp.asarray(sample.tokens[1:])[None].at[0, wrong_at - 1].add(1)
-        return jax.nn.one_hot(following, 256), None
-
-    monkeypatch.setattr("models.training.retrieval.forward", says)
-    assert answers(stacked, [sample], forward.dense) == [[True, False, True]]
+    likeliest = np.append(sample.tokens[1:], 0)
+    assert answered(likeliest, sample) == [True, True, True]
+    for at in (sample.questions[1].answer, sample.questions[1].stop - 1):
+        wrong = likeliest.copy()
+        wrong[at - 1] += 1
+        assert answered(wrong, sample) == [True, False, True]
+    likeliest[[sample.questions[1].answer - 2, sample.questions[1].stop - 1]] += 1  # around the answer
+    assert answered(likeliest, sample) == [True, True, True]
 
 
 def test_layers_of_several_kinds_are_refused():
