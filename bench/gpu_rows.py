@@ -89,7 +89,8 @@ def rows() -> Iterator[Row]:
         yield _decode(dsv32, batch, 128 * K)
         for page_size in (64, 128):
             yield _decode_paged(dsv32, batch, 128 * K, page_size)
-    yield _append(dsv32, 128, 8 * K, 64)
+    for page_size in (64, 128):
+        yield _append(dsv32, 128, 8 * K, page_size)
     yield _hisa(dsv32, 64 * K, dtype="bf16", implementation="triton")
     yield _hisa(dsv32, 64 * K, implementation="triton")
     for implementation in ("mosaic_gpu", "triton"):
@@ -324,7 +325,7 @@ def _append(model: shapes.Model, batch: int, context: int, page_size: int) -> Ro
         return hj.append, (cache, new, tables, offsets, lengths), check
 
     return Row(
-        row=f"append{batch}",
+        row=f"append{batch}" if page_size == 64 else f"append{batch}_pages{page_size}",
         make=make,
         implementation="triton",
         carries=True,
