@@ -15,25 +15,29 @@ TESTS = JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(<D)/jax_cache JA
 KERNEL_TESTS = JAX_PLATFORMS=cpu NPROC=32 $(<D)/bin/python -m pytest -n 2 --dist worksteal tests/gpu tests/tpu
 CORE := --ignore=tests/gpu --ignore=tests/tpu
 
-.PHONY: demo test test-oldest test-chips lint format clean
+.PHONY: demo test test-oldest test-exhaustive lint format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
 	.venv/bin/python -m bench demo $(ARGS)
 
 test: .venv-test/test.stamp
-	$(TESTS) $(CORE) --cov --cov-report= $(ARGS)
-	$(KERNEL_TESTS) -m "not every_chip" --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=95
+	$(TESTS) -m "not exhaustive" $(CORE) --cov --cov-report= $(ARGS)
+	$(KERNEL_TESTS) -m "not exhaustive" --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=95
 
-# Each compile for a TPU on the three chips that another case has its turn on in `make test`.
-test-chips: .venv-test/test.stamp
-	$(KERNEL_TESTS) -m every_chip
+# What `make test` leaves out: each compile for a TPU on the chips that another case has its turn on there, and
+# combinations whose parts other cases have.
+test-exhaustive: .venv-test/test.stamp
+	$(TESTS) -m exhaustive $(CORE)
+	$(KERNEL_TESTS) -m exhaustive
 
 # On the oldest supported jax what could be different there: every public call, every kernel lowered, compiled and
-# interpreted once. What is marked slow, and the oracle, which knows no JAX, are left out.
+# interpreted once, each value of a test's parameters. What is marked slow, and the oracle, which knows no JAX, are left
+# out. Programs run unoptimised: compiling takes longer than running them.
+test-oldest: export JAX_DISABLE_MOST_OPTIMIZATIONS = 1
 test-oldest: .venv-oldest/test.stamp
-	$(TESTS) -m "not slow" $(CORE) --ignore=tests/oracle $(ARGS)
-	$(KERNEL_TESTS) -m "not slow and not every_chip"
+	$(TESTS) -m "not slow and not exhaustive" --each-value $(CORE) --ignore=tests/oracle $(ARGS)
+	$(KERNEL_TESTS) -m "not slow and not exhaustive" --each-value
 
 lint: .venv-test/test.stamp
 	.venv-test/bin/ruff check .

@@ -1,5 +1,6 @@
 """Strict JAX for the tests of the library, and GPU tests skipped where there is no GPU."""
 
+import collections
 import pathlib
 
 import hypothesis
@@ -21,12 +22,21 @@ def strict_jax(request):
         yield
 
 
-def pytest_collection_modifyitems(items):
-    if jax.default_backend() == "gpu":
-        return
+def pytest_addoption(parser):
+    parser.addoption(
+        "--each-value", action="store_true", help="of a test's cases, those that bring a new parameter value"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after `-m` has chosen
+def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU, this machine has {jax.default_backend()}"))
+    if config.getoption("--each-value"):
+        few, others = _each_value(items)
+        config.hook.pytest_deselected(items=others)
+        items[:] = few
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,3 +44,21 @@ def forget_compiled_programs():
     """Each compiled program holds memory maps, and Linux allows a process only so many: forget a module's."""
     yield
     jax.clear_caches()
+
+
+def _each_value(items):
+    """Cases that bring a value which no case of the same test before had, and the others.
+
+    Cases that `-m` leaves out or that this machine skips count for nothing.
+    """
+    few, others, seen = [], [], collections.defaultdict(set)
+    for item in items:
+        if item.get_closest_marker("skip"):
+            few.append(item)
+            continue
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        values = {(name, repr(value)) for name, value in params.items()}
+        known = seen[item.path, getattr(item, "originalname", item.name), item.cls]
+        (others if values and values <= known else few).append(item)
+        known |= values
+    return few, others

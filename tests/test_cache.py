@@ -232,7 +232,8 @@ TestCacheOfFloat32.settings = TestCacheOfE4m3.settings = hypothesis.settings(
 
 @pytest.mark.parametrize(
     ("dtype", "method"),
-    [("bfloat16", method) for method in METHODS] + [(dtype, "hisa") for dtype in DTYPES if dtype != "bfloat16"],
+    [("bfloat16", method) for method in METHODS]
+    + [pytest.param(dtype, "hisa", marks=pytest.mark.slow) for dtype in DTYPES if dtype != "bfloat16"],
 )
 def test_a_selection_from_pages_is_that_from_one_piece(dtype, method):
     requests = Requests(dtype)

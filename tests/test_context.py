@@ -31,7 +31,13 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize(("method", "return_scores"), [*((method, True) for method in METHODS), ("hisa", False)])
+@pytest.mark.parametrize(
+    ("method", "return_scores"),
+    [
+        ("hisa", False),
+        *(pytest.param(method, True, marks=[] if method == "dsa" else pytest.mark.slow) for method in METHODS),
+    ],
+)
 def test_a_mesh_may_be_one_device(method, return_scores):
     method = METHODS[method]
     q, k, w = draw.inputs(2, 5, 320, 4, 32, dtype="bfloat16")

@@ -14,6 +14,7 @@ class XlaSelectionTest(contract.SelectionContract):
     implementation = "xla"
 
     @contract.each_method
+    @pytest.mark.slow
     def test_tile_sizes_do_not_change_the_selection(self, method):
         q, k, w = draw.inputs(2, 11, 700, 8, 64, dtype="bfloat16")
         options = dict(lengths=jnp.array([700, 333]))
@@ -44,6 +45,7 @@ def test_a_query_of_no_sequence_costs_no_scores():
     np.testing.assert_array_equal(got.count, [[0, 4, 0]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_the_form_for_accelerators_selects_the_same(method, monkeypatch):
     """Off the CPU all queries of a tile are scored in one product; that form must be right here, too."""

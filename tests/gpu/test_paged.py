@@ -105,7 +105,8 @@ MORE_CASES = [
     [
         pytest.param(name, *case.values, id=f"{name}-{case.id}", marks=marks)
         for name, marks, cases in (
-            ("triton_interpreted", (), CASES + MORE_CASES),
+            ("triton_interpreted", (), CASES),
+            ("triton_interpreted", pytest.mark.slow, MORE_CASES),
             ("mosaic_gpu_interpreted", (), CASES),
             ("triton", pytest.mark.gpu, CASES + MORE_CASES),
             ("mosaic_gpu", pytest.mark.gpu, [case for case in CASES + MORE_CASES if case.values[0] >= 32]),

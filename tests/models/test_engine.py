@@ -47,6 +47,7 @@ def run(engine, prompts=PROMPTS):
     return [tokens[i] for i in range(len(prompts))], forks, verified
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_each_request_alone_with_shared_prefixes_few_pages_and_proposals_right_or_wrong(alone):
     """15 pages of 4 tokens hold two requests and little more: others wait, and finished ones are dropped for them."""
     answers = {tuple(prompt): [*prompt, *made] for prompt, made in zip(PROMPTS, alone, strict=True)}

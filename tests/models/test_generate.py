@@ -26,6 +26,7 @@ def greedy():
     return models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8)
 
 
+@pytest.mark.slow
 def test_a_batch_of_unequal_prompts_continues_each_as_if_alone(greedy):
     for prompt, tokens in zip(PROMPTS, greedy.tokens, strict=True):
         alone = models.generate(golden.model("glm5"), [prompt], 3, chunk=8)
@@ -107,6 +108,7 @@ def command(*arguments, tokens=3):
     )
 
 
+@pytest.mark.slow
 def test_the_command_continues_text_byte_by_byte(capsys):
     assert command("--prompt", "HISA 2026", "--warm-up") == 0
     out, err = capsys.readouterr()

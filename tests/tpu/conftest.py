@@ -33,7 +33,7 @@ def chip(request):
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
-    """A case has its turn on one chip; on the others it is marked `every_chip`.
+    """A case has its turn on one chip; on the others it is marked `exhaustive`.
 
     What parametrises itself by chip asks for all.
     """
@@ -44,6 +44,6 @@ def pytest_collection_modifyitems(items):
             of_file, case = turns[item.path], item.nodeid.replace(chip, "")
             turn = of_file.setdefault(case, len(of_file))
             if chip != list(CHIPS)[turn % len(CHIPS)]:
-                item.add_marker(pytest.mark.every_chip)
+                item.add_marker(pytest.mark.exhaustive)
         if item.get_closest_marker("tpu") and jax.default_backend() != "tpu":
             item.add_marker(pytest.mark.skip(reason=f"needs a TPU, this machine has {jax.default_backend()}"))

@@ -163,8 +163,8 @@ def paged_step(mesh, chip, monkeypatch, dtype, n, cache_spec, rows_spec, queries
     [
         ("v5e", "int8"),
         ("v7x", "float8_e4m3fn"),
-        pytest.param("v5e", "bfloat16", marks=pytest.mark.every_chip),
-        pytest.param("v7x", "bfloat16", marks=pytest.mark.every_chip),
+        pytest.param("v5e", "bfloat16", marks=pytest.mark.exhaustive),
+        pytest.param("v7x", "bfloat16", marks=pytest.mark.exhaustive),
     ],
 )
 def test_decode_from_pages_shares_requests(chip, dtype, monkeypatch):

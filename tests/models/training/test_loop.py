@@ -28,7 +28,13 @@ def whole_run(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("pauses", [(2,), (3, 7)], ids=["in-a-stage", "between-stages-and-in-the-last"])
+@pytest.mark.parametrize(
+    "pauses",
+    [
+        pytest.param((2,), id="in-a-stage", marks=pytest.mark.exhaustive),
+        pytest.param((3, 7), id="between-and-in-the-last"),
+    ],
+)
 def test_a_run_in_pieces_is_the_run_in_one(whole_run, tmp_path, pauses):
     for pause in (*pauses, None):
         done = train(tiny.recipe(), tiny.corpus(), Settings(folder=tmp_path, stop_at=pause))
