@@ -248,7 +248,7 @@ def test_a_selection_from_pages_is_that_from_one_piece(dtype, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page_size", [16, 64, 256])  # the smallest, one between, a block
+@pytest.mark.parametrize("page_size", [16, pytest.param(64, marks=pytest.mark.exhaustive), 256])  # smallest to a block
 def test_every_page_size_gives_the_same_bits(page_size):
     rng = np.random.default_rng(3)
     k = jnp.asarray(rng.normal(size=(700, D)), jnp.float32)

@@ -122,6 +122,13 @@ def test_indexers_trained_under_hisa_take_the_place_of_the_flat_ones_alone(folde
         quality_model.load_hisa_aware(tmp_path)
 
 
+def test_the_model_that_comes_along_has_indexers_trained_under_hisa():
+    flat, aware = quality_model.load(quality_model.BYTES), quality_model.load_hisa_aware(quality_model.BYTES)
+    for of_flat, of_aware in zip(*map(_layers, (flat, aware)), strict=True):
+        assert np.isfinite(np.asarray(of_aware[1])).all()
+        assert np.array_equal(of_flat[1], of_aware[1]) != ("indexer" in of_flat[0])
+
+
 def _layers(stacked):
     from flax import nnx
 

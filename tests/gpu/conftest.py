@@ -2,6 +2,7 @@
 
 import os
 
+import jax
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # what was found has no public name
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -17,3 +18,12 @@ def interpret():
     interpret_pallas_call.reset_gpu_interpret_mode_state()
     yield plgpu.InterpretGPUParams(detect_races=True)
     assert not interpret_pallas_call.get_races().races_found
+
+
+@pytest.fixture(autouse=True)
+def interpreted_unoptimised():
+    """To compile the interpreter's programs takes longer than to run them."""
+    was = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", was or jax.default_backend() == "cpu")
+    yield
+    jax.config.update("jax_disable_most_optimizations", was)

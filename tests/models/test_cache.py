@@ -23,7 +23,7 @@ def test_real_tokens_are_packed_in_front_and_come_back_to_their_places():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["glm5", "glm52"])
+@pytest.mark.parametrize("case", [pytest.param("glm5", marks=pytest.mark.exhaustive), "glm52"])
 def test_padding_anywhere_changes_neither_selection_nor_logits(case):
     """With blocks, whose borders a shifted count of tokens would move."""
     model = golden.model(case).with_method(HISA)
