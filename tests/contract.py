@@ -26,7 +26,6 @@ METHODS = {"dsa": DSA, "hisa": HISA, "block_sparse": BLOCK_SPARSE}
 HIERARCHICAL = {"hisa": HISA, "block_sparse": BLOCK_SPARSE}
 each_method = parameterized.named_parameters(METHODS.items())
 each_hierarchical = parameterized.named_parameters(HIERARCHICAL.items())
-both_variants = chex.variants(with_jit=True, without_jit=True)
 
 
 # Tests that differ by values alone share this shape, and so a compiled program.
@@ -450,7 +449,7 @@ class PackedContract(Contract, chex.TestCase):
         offsets = (np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32) for lengths in (lengths_q, lengths_k))
         return Inputs(q, k, w), *offsets
 
-    @both_variants
+    @chex.variants(with_jit=True)  # without: all other tests
     @parameterized.product(
         lengths=[
             ([5], [130]),  # one sequence

@@ -103,6 +103,7 @@ def test_offsets_beyond_the_new_tokens_write_no_more_than_there_are():
     assert_same(step.append_interpreted(), step.append("xla"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("page_size", [32, 128])
 def test_a_page_keeps_the_mean_that_pool_makes_of_it(dtype, page_size):

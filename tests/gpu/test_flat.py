@@ -22,6 +22,7 @@ def select(q, k, k_scale, w, visible, topk, n_ctas=132, interpret=False):
     return call.unflatten(*out)
 
 
+@pytest.mark.slow
 def test_streaming_in_filtered_tiles_equals_one_piece(interpret, monkeypatch):
     monkeypatch.setattr(flat, "ONE_TILE", 256)
     monkeypatch.setattr(flat, "STEP", 512)  # rounded up to 1536, three spans of 384 being four steps of a selection

@@ -31,7 +31,9 @@ def implementation(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["hisa", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dsa", "block_sparse"))]
+)
 def test_selects_what_the_oracle_selects(implementation, method):
     q, k, w = draw.few_scores(2, 5, 330, 16, 64)
     q, k = (draw.cast(x, "bfloat16") for x in (q, k))
