@@ -1,4 +1,4 @@
-"""Strict JAX for the tests of the library, and GPU tests skipped where there is no GPU."""
+"""Strict JAX for the tests of the library, GPU tests skipped where there is no GPU, and `--each-value`."""
 
 import collections
 import pathlib

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from tests import contract, draw, oracle
+from tests import contract, contract_packed, draw, oracle
 from tests.contract import METHODS, assert_same_bits
 
 
@@ -33,7 +33,7 @@ class XlaSelectionTest(contract.SelectionContract):
         self.assert_keeps_the_contract(q, k, w, method)
 
 
-class XlaPackedTest(contract.PackedContract):
+class XlaPackedTest(contract_packed.PackedContract):
     implementation = "xla"
 
 
