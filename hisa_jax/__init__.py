@@ -7,7 +7,7 @@ from hisa_jax.context import select_sharded
 from hisa_jax.context_cache import append_sharded, copy_pages_sharded, truncate_sharded
 from hisa_jax.context_mla import sparse_mla_sharded
 from hisa_jax.context_paged import select_paged_sharded, sparse_mla_paged_sharded
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.paged import select_paged, sparse_mla_paged
 from hisa_jax.processes import check_processes
 from hisa_jax.quality import Comparison, compare
@@ -27,6 +27,7 @@ __all__ = [
     "IndexCache",
     "Method",
     "QuantizedKeys",
+    "Scan",
     "Selection",
     "Tiles",
     "append",

@@ -79,7 +79,7 @@ def select_paged_sharded(
         n_devices = check_axis(call, "context_axis", mesh, context_axis, cache.n_pages, PAGES)
     if query_axis is not None:
         n_shares = check_axis(call, "query_axis", mesh, query_axis, 0, "")  # any number of queries
-    unit = cache.page_size if isinstance(method, Dsa) else method.block_size
+    unit = cache.page_size if isinstance(method, Dsa) else max(method.block_size, cache.page_size)
     stripe = unit if stripe is None else stripe
     if stripe < 1 or stripe % unit:
         raise ValueError(f"{call}: stripe={stripe}, wanted a multiple of {unit}, of whole blocks or pages of {method}")

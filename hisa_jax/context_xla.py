@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import exchange, stages, topk, xla
+from hisa_jax import exchange, scan, stages, topk, xla
 from hisa_jax.cache import IndexCache
 from hisa_jax.keys import Contiguous, Keys, Paged, PagedMeans, Sequence
-from hisa_jax.methods import BlockSparse, Dsa, Method
+from hisa_jax.methods import BlockSparse, Dsa, Method, Scan
 from hisa_jax.selection import Selection
 from hisa_jax.stages import Candidates, Queries
 from hisa_jax.stripes import Stripes
@@ -42,7 +42,7 @@ def select(
     starts = jnp.arange(B + 1, dtype=jnp.int32)
 
     means_of: xla.SequenceOf | None = None
-    if xla.has_filter(method, n_devices * S):
+    if xla.has_means(method, n_devices * S):
         n_blocks = S // method.block_size
         block_starts = jnp.arange(n_blocks, dtype=jnp.int32) * method.block_size
         counts = jnp.clip(tokens.before(lengths)[:, None] - block_starts[None, :], 0, method.block_size)
@@ -104,7 +104,7 @@ def select_paged(
         Queries(q, w, visible),
         cu_seqlens_q,
         lambda r: Paged(keys, pages[r], page_size),
-        means_of if xla.has_filter(method, max_keys) else None,
+        means_of if xla.has_means(method, max_keys) else None,
         Stripes(stripe, n_devices, lax.axis_index(axis)),
         pages.shape[1] * page_size,
         max_keys,
@@ -133,7 +133,7 @@ def _select(
     """[T, H, D] queries of R sequences, `query_starts` [R + 1] -> Selection of [T].
 
     `sequence_of` and `means_of` give this device's part of a sequence, at most `own_keys` of `max_keys` tokens, and the
-    means of its blocks; None where no query can see more blocks than it keeps.
+    means of its blocks; None where none are needed.
     """
     visible, k = queries.visible, min(method.topk, max_keys)
     T, t = visible.shape[0], min(tiles.queries, visible.shape[0])
@@ -156,7 +156,7 @@ def _select(
     def own(tile: Queries) -> Queries:
         return tile._replace(visible=tokens.before(tile.visible))
 
-    if means_of is None or isinstance(method, Dsa):
+    if not xla.has_filter(method, max_keys):
         blocks = None
         if not isinstance(method, Dsa):
             blocks = stages.first_positions(-(-visible // method.block_size), method.block_topk)
@@ -169,12 +169,23 @@ def _select(
     m = min(method.block_topk, n_blocks)
 
     def filter_blocks(tile: Queries, r: Array) -> Candidates:
+        assert means_of is not None
         eligible = -(-tile.visible // block_size)
         is_forced = stages.forced_blocks(eligible, method)
         tile = tile._replace(visible=dealt.before(eligible))
         return stages.flat(tile, means_of(r), m, tiles.keys, lambda block_ids: is_forced(dealt.place(block_ids)))
 
-    blocks = merged(search(filter_blocks, m), dealt, method.block_topk).positions
+    def scan_units(tile: Queries, r: Array, heads: Array) -> Candidates:
+        eligible = -(-tile.visible // block_size)
+        seen = tokens.before(tile.visible)
+        return scan.best_units(heads, seen, eligible, sequence_of(r), method, m, tiles.keys, dealt.place)
+
+    if isinstance(method, Scan):
+        heads = _virtual_heads(queries, query_starts, sequence_of, tokens, method, t, axis)
+        found = search(scan_units, m, heads)
+    else:
+        found = search(filter_blocks, m)
+    blocks = merged(found, dealt, method.block_topk).positions
     if isinstance(method, BlockSparse) and not return_scores:
         positions, seen = stages.tokens_of(blocks, visible, block_size)
         best = xla.unscored(jnp.where(seen, positions, -1))
@@ -189,3 +200,38 @@ def _select(
 
     best = merged(search(refine, own_k, own_blocks), tokens, k)
     return xla.selection_of(best, method, blocks, return_scores, return_blocks)
+
+
+def _virtual_heads(
+    queries: Queries,
+    query_starts: Array,
+    sequence_of: xla.SequenceOf,
+    tokens: Stripes,
+    method: Scan,
+    t: int,
+    axis: str,
+) -> Array:
+    """[T, D] float32, the same on all devices, each of which scores the samples that it has.
+
+    Devices exchange a score a sample, then a count a head: 1 KB and 4 * H bytes a query.
+    """
+    if method.slopes == "plain":
+        return scan.virtual_head(queries, jnp.ones_like(queries.w))
+    positions = scan.sample_positions(queries.visible)
+    positions = jnp.where((positions >= 0) & tokens.owns(positions), tokens.own(positions), -1)
+
+    def sampled(tile: Queries, r: Array, positions: Array) -> Array:
+        return scan.sample(tile, sequence_of(r), positions).image
+
+    def counted(tile: Queries, r: Array, positions: Array, is_best: Array) -> Array:
+        return scan.open_heads(scan.sample(tile, sequence_of(r), positions).products, is_best & (positions >= 0))
+
+    def each_tile(find: Callable[..., Array], width: int, *rows: Array) -> Array:
+        return xla.over_tiles(
+            find, queries, query_starts, t, lambda shape: jnp.zeros((*shape, width), jnp.int32), *rows
+        )
+
+    image = lax.pmax(each_tile(sampled, scan.N_SAMPLES, positions), axis)
+    is_best, n_best = scan.best_samples(image)
+    n_open = lax.psum(each_tile(counted, queries.w.shape[1], positions, is_best), axis)
+    return scan.virtual_head(queries, scan.slopes_of(n_open, n_best))

@@ -11,7 +11,7 @@ from jax import Array
 
 from hisa_jax import context_kernels, context_xla, xla
 from hisa_jax.kernels import Backend, Kernels
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,8 @@ def _nvidia(name: str) -> Implementation:
         module: Any = backend(name)
         if problem is None:
             return module.why_not(device.compute_capability, H=64, D=128, dtype="bfloat16", topk=1)
+        if isinstance(problem.method, Scan):
+            return _NO_SCAN
         if problem.q_dtype != problem.k_dtype:
             return f"needs queries and keys of one dtype, not {problem.q_dtype} and {problem.k_dtype}"
         method = problem.method
@@ -130,6 +132,8 @@ def _tpu(name: str) -> Implementation:
         if problem is None:
             return module.why_not(device.kind, H=64, D=128, q_dtype="bfloat16", k_dtype="bfloat16", topk=1)
         method = problem.method
+        if isinstance(method, Scan):
+            return _NO_SCAN
         blocks = {} if isinstance(method, Dsa) else {"block_size": method.block_size, "block_topk": method.block_topk}
         return module.why_not(
             device.kind,
@@ -154,6 +158,7 @@ def _blocks(method: Hisa | BlockSparse, S: int) -> dict[str, int]:
 
 
 _NO_NVIDIA = "needs an NVIDIA GPU, this device is {!r}"
+_NO_SCAN = "has no kernels for a Scan"
 _NO_TPU = "needs a TPU, this device is {!r}"
 
 # In the order in which "auto" tries them.

@@ -4,7 +4,7 @@ A method is a frozen, hashable dataclass, so it is static under `jax.jit` and ne
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 
 def _at_least(method: object, name: str, least: int, why: str = "") -> None:
@@ -114,4 +114,72 @@ class BlockSparse(_Blocks):
         return self.topk // self.block_size
 
 
-Method = Hisa | Dsa | BlockSparse
+Slopes = Literal["sampled", "plain"]
+_MAX_UNIT = 128  # tiles of keys are whole units
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scan:
+    """The scan: one virtual head scores every token, then the exact indexer chooses among the best by it.
+
+    The virtual head of query t is v[t] = sum_h w[t, h] * a[t, h] * q[t, h], and its score of token s is
+    k_scale[s] * v[t] . k[s]: the indexer's own score with relu replaced by the slopes a, at 1 / H of its products.
+
+    Attributes:
+        topk: tokens chosen for each query.
+        candidates: tokens that are scored exactly for each query; None: twice `topk`.
+        unit: adjacent tokens that become candidates together, from a multiple of `unit` on: a power of two up to 128. A
+            unit scores what the best of its visible tokens does.
+        slopes: "sampled": of up to 256 visible tokens, at positions 0, step, 2 step, ... with the least power of two
+            that leaves so few, the 16 of highest exact score are taken; a[t, h] is the share of them at which head h
+            is open, q[t, h] . k > 0. "plain": 1, which costs nothing and finds less.
+        keep_first: units at the start that are always kept; they count towards `candidates`.
+        keep_last: units at the end of what a query sees that are always kept, its own one among them.
+
+    Raises: TypeError: an attribute of another type. ValueError: an attribute out of range, `candidates` that are no
+        whole units or fewer than `topk`, or more units always kept than there are candidates.
+    """
+
+    has_blocks: ClassVar[bool] = True
+    topk: int = 2048
+    candidates: int | None = None
+    unit: int = 1
+    slopes: Slopes = "sampled"
+    keep_first: int = 1
+    keep_last: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(self, "topk", 1)
+        _at_least(self, "unit", 1)
+        _at_least(self, "keep_first", 0)
+        _at_least(self, "keep_last", 1, ": a query's own unit may be partial, so that it must always count")
+        if self.unit & (self.unit - 1) or self.unit > _MAX_UNIT:
+            raise ValueError(f"Scan(unit={self.unit}): must be a power of two up to {_MAX_UNIT}")
+        if self.slopes not in get_args(Slopes):
+            raise ValueError(f"Scan(slopes={self.slopes!r}): must be one of {', '.join(get_args(Slopes))}")
+        if self.candidates is None:
+            # The value that stands for None, so that methods which mean the same are equal.
+            object.__setattr__(self, "candidates", -(-2 * self.topk // self.unit) * self.unit)
+        _at_least(self, "candidates", self.topk, ", its topk")
+        if self.candidates % self.unit:
+            raise ValueError(f"Scan(candidates={self.candidates}): must be a multiple of unit = {self.unit}")
+        forced = self.keep_first + self.keep_last
+        if self.block_topk < forced:
+            raise ValueError(
+                f"Scan(candidates={self.candidates}): are {self.block_topk} units of {self.unit}, must be at least "
+                f"keep_first + keep_last = {forced}, since those units are always kept"
+            )
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block: a unit is one."""
+        return self.unit
+
+    @property
+    def block_topk(self) -> int:
+        """Units kept for each query."""
+        assert self.candidates is not None
+        return self.candidates // self.unit
+
+
+Method = Hisa | Dsa | BlockSparse | Scan

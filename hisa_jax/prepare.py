@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from hisa_jax import checks, dispatch, xla
 from hisa_jax.keys import Keys
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.quantize import QuantizedKeys
 
 
@@ -47,8 +47,8 @@ def choose(
 ) -> str:
     """Checks what is no array and returns the name of the implementation to run, one that has the function `needs`."""
     method: Any = problem.method
-    if not isinstance(method, Hisa | Dsa | BlockSparse):
-        raise TypeError(f"{call}: method is {method!r}, wanted a Hisa, Dsa or BlockSparse")
+    if not isinstance(method, Hisa | Dsa | BlockSparse | Scan):
+        raise TypeError(f"{call}: method is {method!r}, wanted a Hisa, Dsa, BlockSparse or Scan")
     if return_blocks and isinstance(method, Dsa):
         raise ValueError(f"{call}: return_blocks=True with {method}: the flat indexer keeps no blocks")
     why_not = {

@@ -2,8 +2,9 @@
 
     pool          mean key of each block
     block_filter  the best block_topk blocks of each query, by the score of their means
+    scan          in place of both: the best units of tokens by one virtual head (scan.py)
     refine        the best topk tokens inside them, by the token scores
-    flat          the best topk of all tokens: the indexer that the first three replace
+    flat          the best topk of all tokens: the indexer that the others replace
 
 Every stage takes one tile of queries of one sequence (`xla.py` cuts the work into tiles) and streams candidates past a
 running exact top-k, so nothing of size queries x keys ever exists. The flat indexer over block means is the block
@@ -19,7 +20,7 @@ from jax import Array, lax
 
 from hisa_jax import topk
 from hisa_jax.keys import LANES, Keys, Sequence, mean, present_values, tree_sum
-from hisa_jax.methods import BlockSparse, Hisa
+from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 
 class Queries(NamedTuple):
@@ -66,15 +67,24 @@ def scores(q: Array, keys: Keys, w: Array) -> Array:
 
     [H, D], [s, D], [H] -> [s] float32. Products are exact and sums in float32: 8-bit operands are exact in bfloat16.
     """
+    return head_sum(head_products(q, keys), keys, w)
+
+
+def head_products(q: Array, keys: Keys) -> Array:
+    """[H, D], s keys -> [H, s] float32, without the keys' scales."""
     wide = jnp.float32 if jnp.float32 in (q.dtype, keys.values.dtype) else jnp.bfloat16
-    products = jnp.einsum(
+    return jnp.einsum(
         "hd,sd->hs",
         q.astype(wide),
         keys.values.astype(wide),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    # The head sum as a matrix product: XLA's CPU reduction over heads takes as long as the dot above.
+
+
+def head_sum(products: Array, keys: Keys, w: Array) -> Array:
+    """[H, s] products of heads and keys, [H] -> [s] float32 scores."""
+    # The head sum as a matrix product: XLA's CPU reduction over heads takes as long as the products.
     total = jnp.einsum("hs,h->s", jnp.maximum(products, 0), w, precision=lax.Precision.HIGHEST)
     return total if keys.scales is None else total * keys.scales
 
@@ -84,7 +94,6 @@ def tile_scores(queries: Queries, keys_of: Callable[[Array], Keys], width: int, 
 
     `keys_of` maps a row of the tile to its keys; `needed` is [t] bool. Returns [t, width] float32.
     """
-    rows = jnp.arange(queries.q.shape[0], dtype=jnp.int32)
 
     def one(row: Array) -> Array:
         return scores(queries.q[row], keys_of(row), queries.w[row])
@@ -92,9 +101,15 @@ def tile_scores(queries: Queries, keys_of: Callable[[Array], Keys], width: int, 
     def one_if_needed(row: Array) -> Array:
         return lax.cond(needed[row], one, lambda _: jnp.full((width,), -jnp.inf, jnp.float32), row)
 
+    return each_row(one, queries.q.shape[0], on_cpu=one_if_needed)
+
+
+def each_row[Found](one: Callable[[Array], Found], t: int, on_cpu: Callable[[Array], Found] | None = None) -> Found:
+    """one(row) for each row of a tile of t queries; a CPU calls `on_cpu` instead if there is one."""
+    rows = jnp.arange(t, dtype=jnp.int32)
     # A CPU keeps one query's products in its cache and skips rows; an accelerator wants all queries in one product.
     return lax.platform_dependent(
-        rows, cpu=lambda rows: lax.map(one_if_needed, rows), default=lambda rows: jax.vmap(one)(rows)
+        rows, cpu=lambda rows: lax.map(on_cpu or one, rows), default=lambda rows: jax.vmap(one)(rows)
     )
 
 
@@ -160,7 +175,7 @@ def block_filter(queries: Queries, means: Sequence, method: Hisa | BlockSparse, 
     return jnp.pad(kept, ((0, 0), (0, method.block_topk - m)), constant_values=-1)
 
 
-def forced_blocks(eligible: Array, method: Hisa | BlockSparse) -> Callable[[Array], Array]:
+def forced_blocks(eligible: Array, method: Hisa | BlockSparse | Scan) -> Callable[[Array], Array]:
     """Blocks that each query sees, [t] int32 -> which of some block ids, [t, n], are kept whatever they score."""
 
     def forced(block_ids: Array) -> Array:

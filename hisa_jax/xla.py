@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import stages, topk
+from hisa_jax import scan, stages, topk
 from hisa_jax.cache import IndexCache
 from hisa_jax.keys import LANES, Contiguous, Keys, Paged, PagedMeans, Sequence
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.selection import Selection, nothing
 from hisa_jax.stages import Candidates, Queries
 
@@ -128,7 +128,7 @@ def select_paged(
         Queries(q, w, visible),
         cu_seqlens_q,
         sequence_of,
-        means_of if has_filter(method, block_tables.shape[1] * page_size) else None,
+        means_of if has_means(method, block_tables.shape[1] * page_size) else None,
         method,
         tiles,
         return_scores,
@@ -136,9 +136,14 @@ def select_paged(
     )
 
 
-def has_filter(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse]:
+def has_filter(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse | Scan]:
     """False where no query can see more blocks than it keeps: there the method is the flat indexer by contract."""
     return not isinstance(method, Dsa) and max_keys > method.block_topk * method.block_size
+
+
+def has_means(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse]:
+    """Whether block means choose the blocks."""
+    return has_filter(method, max_keys) and not isinstance(method, Scan)
 
 
 SequenceOf = Callable[[Array], Sequence]
@@ -152,7 +157,7 @@ def _contiguous(
     def sequence_of(r: Array) -> Sequence:
         return Contiguous(keys, key_starts[r], max_keys)
 
-    if not has_filter(method, max_keys):
+    if not has_means(method, max_keys):
         return sequence_of, None
     max_blocks = -(-max_keys // method.block_size)
     means, first_blocks = pool_all(keys, key_starts, lengths, method.block_size, tiles)
@@ -236,21 +241,24 @@ def _select_tile(
 ) -> Selection:
     """One tile of queries of one sequence: [t, H, D], [t, H], [t] -> Selection of [t].
 
-    `means` are the sequence's block means, or None where every block is kept.
+    `means` are the sequence's block means, or None where none are needed.
     """
     k = min(method.topk, sequence.max_keys)
     blocks = None
     if not isinstance(method, Dsa):
-        if means is None:
+        if not has_filter(method, sequence.max_keys):
             blocks = stages.first_positions(-(-queries.visible // method.block_size), method.block_topk)
+        elif isinstance(method, Scan):
+            blocks = scan.scan(queries, sequence, method, tile_s)
         else:
+            assert means is not None
             blocks = stages.block_filter(queries, means, method, tile_s)
 
     def all_visible() -> Candidates:
         return unscored(stages.first_positions(queries.visible, k))
 
     def best() -> Candidates:
-        if isinstance(method, Dsa) or means is None or blocks is None:
+        if blocks is None or not has_filter(method, sequence.max_keys):
             return stages.flat(queries, sequence, k, tile_s)
         if isinstance(method, BlockSparse) and not return_scores:
             # Only the last kept block, the query's own, has invisible tokens: they leave no hole.

@@ -22,7 +22,9 @@ TOLERANCE = 1e-5  # float32 sums in another order, relative to the scale of a qu
 DSA = hj.Dsa(topk=24)
 HISA = hj.Hisa(topk=24, block_size=16, block_topk=4)
 BLOCK_SPARSE = hj.BlockSparse(topk=64, block_size=16)
-METHODS = {"dsa": DSA, "hisa": HISA, "block_sparse": BLOCK_SPARSE}
+SCAN = hj.Scan(topk=24, candidates=48)
+SCAN_UNITS = hj.Scan(topk=24, candidates=64, unit=8)
+METHODS = {"dsa": DSA, "hisa": HISA, "block_sparse": BLOCK_SPARSE, "scan": SCAN, "scan_units": SCAN_UNITS}
 HIERARCHICAL = {"hisa": HISA, "block_sparse": BLOCK_SPARSE}
 each_method = parameterized.named_parameters(METHODS.items())
 each_hierarchical = parameterized.named_parameters(HIERARCHICAL.items())
@@ -399,6 +401,8 @@ class SelectionContract(Contract, chex.TestCase):
         options = {name: value for name, value in vars(method).items() if name != "topk"}
         if "block_topk" in options:
             options["block_topk"] = 32
+        if "candidates" in options:
+            options["candidates"] = None
         more = type(method)(topk=512, **options)
         got = self.assert_keeps_the_contract(*draw.inputs(1, 5, 70, 4, 32), more)
         self.assertEqual(got.indices.shape, (1, 5, 512))

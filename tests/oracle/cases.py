@@ -28,7 +28,18 @@ class BlockSparse:
     keep_last: int = 1
 
 
-METHODS = [Dsa(6), Hisa(6, 4, 3), Hisa(5, 2, 4, 0, 2), BlockSparse(12, 4), BlockSparse(8, 2, 2, 1)]
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    topk: int
+    candidates: int
+    unit: int = 1
+    slopes: str = "sampled"
+    keep_first: int = 1
+    keep_last: int = 1
+
+
+SCANS = [Scan(6, 12), Scan(4, 8, 2), Scan(5, 8, 4, "plain", 0, 2)]
+METHODS = [*SCANS, Dsa(6), Hisa(6, 4, 3), Hisa(5, 2, 4, 0, 2), BlockSparse(12, 4), BlockSparse(8, 2, 2, 1)]
 
 
 def draw(seed, B, T, S, H, D, dtype=np.float32):

@@ -1,8 +1,8 @@
 """Whether a selection is the contract's, up to near-ties.
 
 Two selections agree if they differ only in tokens whose oracle score lies within the tolerance of the cut, the score of
-the last token chosen. Hisa and BlockSparse cut twice: a block whose score lies within the tolerance of the block cut
-may be kept or not, which swaps all its tokens at once; the tokens are then judged given the blocks that were kept.
+the last token chosen. Hisa, BlockSparse and Scan cut twice: a block whose score lies within the tolerance of the block
+cut may be kept or not, which swaps all its tokens at once; the tokens are then judged given the blocks that were kept.
 
 `tolerance` is relative to the scale of the query's scores (`methods.score_scale`): for each query it allows
 tolerance * token_scale between tokens and tolerance * block_scale between blocks. 0 demands the same tokens and the
@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .methods import OracleSelection, best_of, block_budget, candidates, forced_blocks, has_blocks
+from .methods import OracleSelection, best_of, block_budget, block_size_of, candidates, forced_blocks, has_blocks
+from .scan import slack
 
 GUESSES = 1000  # sets of kept blocks tried for one query whose implementation does not report its own
 
@@ -72,6 +73,8 @@ def _assert_shapes(arrays: dict, reference: OracleSelection) -> None:
 
 
 def _query(reference: OracleSelection, at: tuple, tolerance: float) -> Query:
+    scanned = reference.scanned[at]
+    unsure = 0.0 if scanned is None else slack(scanned, tolerance, reference.token_scale[at])
     return Query(
         topk=reference.method.topk,
         visible=int(reference.visible[at]),
@@ -79,7 +82,7 @@ def _query(reference: OracleSelection, at: tuple, tolerance: float) -> Query:
         block_scores=reference.block_scores[at],
         blocks=reference.blocks[at],
         token_slack=tolerance * reference.token_scale[at],
-        block_slack=tolerance * reference.block_scale[at],
+        block_slack=tolerance * reference.block_scale[at] + unsure,
         method=reference.method,
     )
 
@@ -139,7 +142,7 @@ def _why_not_chosen(query: Query, chosen, blocks) -> str | None:
         reported = blocks[blocks != -1]
         why = _why_not_a_list("block", blocks, len(reported), len(query.block_scores))
         return why or _why_not_kept(query, reported) or _why_not_best(query, chosen, reported)
-    used = np.unique(chosen // query.method.block_size)
+    used = np.unique(chosen // block_size_of(query.method))
     if type(query.method).__name__ == "BlockSparse":  # every kept block shows in the tokens
         return _why_not_kept(query, used) or _why_not_best(query, chosen, used)
     reasons = []
@@ -162,7 +165,7 @@ def _explanations(query: Query, used):
         yield np.array(sorted(must), np.int32)
         return
     # A block that was kept and gave no token most likely has only low scores.
-    size = query.method.block_size
+    size = block_size_of(query.method)
     idle = sorted(near - must, key=lambda j: query.token_scores[j * size : (j + 1) * size].max())
     for extra in itertools.islice(itertools.combinations(idle, spare), GUESSES):
         yield np.array(sorted(must.union(extra)), np.int32)
@@ -189,7 +192,7 @@ def _why_not_kept(query: Query, kept) -> str | None:
     by_score = set(query.blocks.tolist()) - forced
     cut = min((scores[j] for j in by_score), default=math.nan)
     for j in sorted(kept - sure - near):
-        token = j * query.method.block_size
+        token = j * block_size_of(query.method)
         return (
             f"block {j} (tokens from {token} on) was kept with score {scores[j]:.9g}, block cut {cut:.9g}; "
             f"the oracle keeps {_short(query.blocks)}"

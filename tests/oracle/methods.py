@@ -1,4 +1,4 @@
-"""Which tokens each method chooses: flat (Dsa), hierarchical (Hisa) and block-sparse (BlockSparse).
+"""Which tokens each method chooses: flat (Dsa), hierarchical (Hisa), block-sparse (BlockSparse) and scanned (Scan).
 
 A method is told by the name of its class and read by attribute, so that nothing of hisa_jax is imported here.
 """
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .scan import Scanned, scan_query, unit_scores
 from .scores import block_means, float64, token_scores
 
 
@@ -23,6 +24,7 @@ class OracleSelection:
         token_scores: [..] arrays [visible] float64, NaN as -inf.
         block_scores: [..] arrays [eligible] float64, NaN as -inf; empty for Dsa.
         token_scale, block_scale: [..] float64, what a tolerance is relative to; see `score_scale`.
+        scanned: [..] objects, a `Scanned` of each query for Scan, else None.
         visible: [..] int32, how many tokens the query sees.
         positions: [..] int32, of the query itself, -1 for padding.
         method: the method asked for.
@@ -36,6 +38,7 @@ class OracleSelection:
     block_scores: np.ndarray
     token_scale: np.ndarray
     block_scale: np.ndarray
+    scanned: np.ndarray
     visible: np.ndarray
     positions: np.ndarray
     method: Any
@@ -50,6 +53,7 @@ class Row(NamedTuple):
     block_scores: np.ndarray
     token_scale: float
     block_scale: float
+    scanned: Scanned | None
     position: int
 
 
@@ -92,19 +96,24 @@ def choose_rows(q, k, k_scale, w, positions, length: int, method) -> list[Row]:
     """One sequence: [T, H, D], [S, D], [S], [T, H], [T] -> T rows."""
     positions = np.maximum(np.asarray(positions, np.int64), -1)
     visible = np.minimum(positions + 1, length)
-    means = block_means(k, k_scale, method.block_size, length) if has_blocks(method) else k[:0]
+    has_means = has_blocks(method) and not is_scan(method)
+    means = block_means(k, k_scale, method.block_size, length) if has_means else k[:0]
     blocks = _nan_is_worst(token_scores(q, means, w))
     k, k_scale = k[: visible.max(initial=0)], k_scale[: visible.max(initial=0)]
     tokens = _nan_is_worst(token_scores(q, k, w, k_scale))
     token_bounds, block_bounds = _score_bounds(q, k, k_scale, w), _score_bounds(q, means, 1, w)
     rows = []
     for t, v in enumerate(visible):
-        seen, eligible = tokens[t, :v], blocks[t, : eligible_blocks(v, method)]
+        seen, eligible, bounds = tokens[t, :v], blocks[t, : eligible_blocks(v, method)], block_bounds[t]
+        scanned = None
+        if is_scan(method):
+            scanned = scan_query(q[t], k, k_scale, w[t], int(v), seen, method.slopes)
+            eligible, bounds = unit_scores(scanned, method.unit), scanned.bounds
         kept = kept_blocks(eligible, method)
         chosen = best_of(candidates(kept, v, method), seen, method.topk)
         token_scale = score_scale(seen, token_bounds[t, :v])
-        block_scale = score_scale(eligible, block_bounds[t, : len(eligible)])
-        rows.append(Row(chosen, kept, seen, eligible, token_scale, block_scale, int(positions[t])))
+        block_scale = score_scale(eligible, bounds if is_scan(method) else bounds[: len(eligible)])
+        rows.append(Row(chosen, kept, seen, eligible, token_scale, block_scale, scanned, int(positions[t])))
     return rows
 
 
@@ -115,8 +124,8 @@ def last_positions(T: int, length: int) -> np.ndarray:
 
 def has_blocks(method) -> bool:
     name = type(method).__name__
-    if name not in ("Hisa", "Dsa", "BlockSparse"):
-        raise ValueError(f"oracle: method is a {name}, wanted Hisa, Dsa or BlockSparse")
+    if name not in ("Hisa", "Dsa", "BlockSparse", "Scan"):
+        raise ValueError(f"oracle: method is a {name}, wanted Hisa, Dsa, BlockSparse or Scan")
     if name != "Dsa" and method.keep_last < 1:
         raise ValueError(f"oracle: {name}(keep_last={method.keep_last}): the query's own mean would decide")
     if name != "Dsa" and method.keep_first + method.keep_last > block_budget(method):
@@ -124,14 +133,25 @@ def has_blocks(method) -> bool:
     return name != "Dsa"
 
 
+def is_scan(method) -> bool:
+    return type(method).__name__ == "Scan"
+
+
+def block_size_of(method) -> int:
+    """Tokens of a block, or of a unit of the scan."""
+    return method.unit if is_scan(method) else method.block_size
+
+
 def block_budget(method) -> int:
     """How many blocks a query keeps: m in the paper."""
+    if is_scan(method):
+        return method.candidates // method.unit
     return method.topk // method.block_size if type(method).__name__ == "BlockSparse" else method.block_topk
 
 
 def eligible_blocks(visible: int, method) -> int:
     """Blocks up to the one that holds the last visible token."""
-    return -(-int(visible) // method.block_size) if has_blocks(method) else 0
+    return -(-int(visible) // block_size_of(method)) if has_blocks(method) else 0
 
 
 def forced_blocks(eligible: int, method) -> set[int]:
@@ -153,7 +173,7 @@ def kept_blocks(block_scores, method) -> np.ndarray:
 def candidates(kept, visible: int, method) -> np.ndarray:
     """The visible tokens of the kept blocks, ascending int32; for Dsa every visible token."""
     positions = np.arange(visible, dtype=np.int32)
-    return positions[np.isin(positions // method.block_size, kept)] if has_blocks(method) else positions
+    return positions[np.isin(positions // block_size_of(method), kept)] if has_blocks(method) else positions
 
 
 def best_of(items, scores, limit: int) -> np.ndarray:
@@ -215,6 +235,7 @@ def _collect(rows: list[Row], shape: tuple[int, ...], method) -> OracleSelection
         count=dense([len(row.chosen) for row in rows], np.int32),
         scores=scores.reshape(*shape, method.topk),
         blocks=ragged("blocks"),
+        scanned=ragged("scanned"),
         token_scores=ragged("token_scores"),
         block_scores=ragged("block_scores"),
         token_scale=dense([row.token_scale for row in rows], np.float64),

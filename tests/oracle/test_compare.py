@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tests import oracle
 from tests.oracle.cases import METHODS, Dsa, Hisa, chosen, draw, one_query
 from tests.oracle.comparing import compare, flat_reference, refuses
+from tests.oracle.methods import block_size_of, has_blocks, is_scan
+from tests.oracle.scan import slack
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -18,7 +20,7 @@ def test_the_oracle_agrees_with_itself_at_tolerance_zero(method):
     got = oracle.select(q, k, w, method, lengths=[40, 9])
     blocks = None
     if not isinstance(method, Dsa):
-        blocks = np.full((2, 12, 9), -1, np.int32)
+        blocks = np.full((2, 12, 12), -1, np.int32)
         for at in np.ndindex(2, 12):
             blocks[at][: len(got.blocks[at])] = got.blocks[at]
     oracle.assert_same_selection(got.indices, got.count, got, 0.0, scores=got.scores)
@@ -129,7 +131,7 @@ def test_a_selection_from_slightly_wrong_scores_passes_and_another_token_fails(s
     got = oracle.select(q, k, w, method)
     # Scores off by less than half the tolerance: what a worse float format does, here on both stages at once.
     for t in range(3):
-        size = getattr(method, "block_size", 1)
+        size = block_size_of(method) if has_blocks(method) else 1
         tokens = got.token_scores[0, t] + rng.uniform(-0.49, 0.49, 28 + t) * tolerance * got.token_scale[0, t]
         visible = np.arange(28 + t)
         kept = np.zeros(0)
@@ -144,6 +146,8 @@ def test_a_selection_from_slightly_wrong_scores_passes_and_another_token_fails(s
         compare(mine.tolist(), one, tolerance)
         if not isinstance(method, Dsa):
             compare(mine.tolist(), one, tolerance, blocks=np.sort(kept))
+        if is_scan(method) and slack(got.scanned[0, t], tolerance, got.token_scale[0, t]):
+            continue  # other slopes could make anything a candidate
         # The worst visible token for the best chosen one is never right, unless hardly anything separates them.
         scores = got.token_scores[0, t]
         worst, best = np.argmin(scores), mine[np.argmax(scores[mine])]

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import oracle
-from tests.oracle.cases import METHODS, BlockSparse, Dsa, Hisa, chosen, draw, one_query
+from tests.oracle.cases import METHODS, BlockSparse, Dsa, Hisa, Scan, chosen, draw, one_query
+from tests.oracle.methods import block_budget, block_size_of
 
 
 def test_flat_takes_the_best_tokens_a_tie_going_to_the_lower_position():
@@ -105,15 +106,32 @@ def test_a_brute_force_search_in_plain_python_agrees(method):
                 total += float(w[b, t, h]) * max(dot, 0.0)
             return total
 
+        def dot(h, key, b=b, t=t):
+            return sum(float(q[b, t, h, d]) * float(key[d]) for d in range(D))
+
+        def linear(key, b=b, t=t, visible=visible):
+            # So few tokens that all are samples.
+            best = sorted(range(visible), key=lambda s: (-score(k[b, s]), s))[:16]
+            total = 0.0
+            for h in range(H):
+                is_open = [dot(h, k[b, s]) > 0 for s in best]
+                slope = 1.0 if method.slopes == "plain" else sum(is_open) / len(best)
+                total += float(w[b, t, h]) * slope * dot(h, key)
+            return total
+
         tokens = list(range(visible))
         if not isinstance(method, Dsa):
-            size = method.block_size
-            budget = method.block_topk if isinstance(method, Hisa) else method.topk // size
+            size = block_size_of(method)
             rank = {}
             for j in range(math.ceil(visible / size)):
-                members = [k[b, s].astype(float) for s in range(j * size, min(j * size + size, length))]
+                members = range(j * size, min(j * size + size, visible if isinstance(method, Scan) else length))
+                if isinstance(method, Scan):
+                    block_score = max(linear(k[b, s]) for s in members)
+                else:
+                    block_score = score(sum(k[b, s].astype(float) for s in members) / len(members))
                 is_forced = j < method.keep_first or j >= math.ceil(visible / size) - method.keep_last
-                rank[j] = (not is_forced, -score(sum(members) / len(members)), j)
+                rank[j] = (not is_forced, -block_score, j)
+            budget = block_budget(method)
             kept = sorted(rank, key=rank.get)[:budget]
             tokens = [s for s in tokens if s // size in kept]
             assert got.blocks[b, t].tolist() == sorted(kept)
@@ -172,5 +190,5 @@ def test_quantised_keys_select_like_their_dequantised_values():
 def test_a_method_that_lets_a_future_mean_decide_is_refused():
     with pytest.raises(ValueError, match="mean would decide"):
         oracle.select(*one_query([1, 2]), Hisa(2, 1, 2, 0, 0))
-    with pytest.raises(ValueError, match="wanted Hisa, Dsa or BlockSparse"):
+    with pytest.raises(ValueError, match="wanted Hisa, Dsa, BlockSparse or Scan"):
         oracle.select(*one_query([1, 2]), types.SimpleNamespace(topk=1))

@@ -1,0 +1,160 @@
+"""The scan, in plain JAX: which units of tokens each query keeps by the score of one virtual head.
+
+    sample        exact scores of up to 256 tokens, evenly strided over what a query sees
+    open_heads    which heads are open at the 16 best of them: the slopes
+    virtual_head  v = sum over heads of weight * slope * query
+    best_units    the units whose best visible token has the highest k_scale * (v . k)
+
+What is left, the exact top-k inside the kept units, is `stages.refine`. The stages are apart where several devices that
+share a sequence's keys exchange what they have found (context_xla.py).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from hisa_jax import stages, topk
+from hisa_jax.keys import Keys, Sequence
+from hisa_jax.methods import Scan
+from hisa_jax.stages import Candidates, Queries
+
+N_SAMPLES = 256
+N_BEST = 16
+_ROWS = 8  # of a product: always so many, since a CPU's product of other heights may have other bits
+_TILES = 32  # of keys between two top-ks: each bisects over all of its units, whatever it throws away
+
+
+class Samples(NamedTuple):
+    """Some tokens of each query: `products` [t, H, n] float32 of heads and keys, `image` [t, n] int32 of scores."""
+
+    products: Array
+    image: Array
+
+
+def sample_positions(visible: Array) -> Array:
+    """[t] int32 -> [t, 256] int32: 0, step, 2 step, ... as far as visible, then -1."""
+    # The least power of two that leaves at most 256: the bit length of (visible - 1) / 256.
+    step = 1 << (32 - lax.clz(jnp.maximum(visible - 1, 0) // N_SAMPLES))
+    positions = jnp.arange(N_SAMPLES, dtype=jnp.int32)[None, :] * step[:, None]
+    return jnp.where(positions < visible[:, None], positions, -1)
+
+
+def sample(queries: Queries, sequence: Sequence, positions: Array) -> Samples:
+    """The products and exact scores of tokens at positions [t, n] int32, -1: none."""
+
+    def one(row: Array) -> tuple[Array, Array]:
+        keys = sequence.rows(positions[row])
+        products = stages.head_products(queries.q[row], keys)
+        return products, stages.head_sum(products, keys, queries.w[row])
+
+    products, scores = stages.each_row(one, queries.q.shape[0])
+    return Samples(products, jnp.where(positions >= 0, topk.image_of(scores), topk.INVISIBLE))
+
+
+def open_heads(products: Array, is_best: Array) -> Array:
+    """[t, H, n] float32, [t, n] bool -> [t, H] int32: at how many of the best tokens each head is open."""
+    return jnp.sum((products > 0) & is_best[:, None, :], axis=2, dtype=jnp.int32)
+
+
+def best_samples(image: Array) -> tuple[Array, Array]:
+    """[t, 256] int32 -> [t, 256] bool, the 16 of highest score; [t] int32, how many they are."""
+    is_best = topk.chosen_mask(image, N_BEST)
+    return is_best, jnp.sum(is_best, axis=1, dtype=jnp.int32)
+
+
+def virtual_head(queries: Queries, slopes: Array) -> Array:
+    """[t, H] float32 slopes -> [t, D] float32."""
+    q = queries.q.astype(jnp.float32)
+    return jnp.einsum("th,thd->td", queries.w * slopes, q, precision=lax.Precision.HIGHEST)
+
+
+def slopes_of(n_open: Array, n_best: Array) -> Array:
+    """[t, H], [t] int32 -> [t, H] float32."""
+    return n_open.astype(jnp.float32) / jnp.maximum(n_best, 1).astype(jnp.float32)[:, None]
+
+
+def virtual_heads(queries: Queries, sequence: Sequence, method: Scan) -> Array:
+    """[t, D] float32: the virtual head of each query of a sequence in one place."""
+    if method.slopes == "plain":
+        return virtual_head(queries, jnp.ones_like(queries.w))
+    samples = sample(queries, sequence, sample_positions(queries.visible))
+    is_best, n_best = best_samples(samples.image)
+    return virtual_head(queries, slopes_of(open_heads(samples.products, is_best), n_best))
+
+
+def best_units(
+    heads: Array,
+    visible: Array,
+    eligible: Array,
+    sequence: Sequence,
+    method: Scan,
+    m: int,
+    tile_s: int,
+    place: Callable[[Array], Array] = lambda units: units,
+) -> Candidates:
+    """The `m` best units of each query, ascending.
+
+    Args:
+        heads: [t, D] float32, virtual heads.
+        visible: [t] int32, tokens of `sequence` that each query sees.
+        eligible: [t] int32, units that each query sees, also elsewhere than in `sequence`.
+        place: maps units of `sequence` to their places among all, where it is a part.
+    """
+    t, unit = visible.shape[0], method.unit
+    tile_s = min(tile_s, -(-sequence.max_keys // stages.LANES) * stages.LANES)
+    n_tiles = min(-(-sequence.max_keys // tile_s), _TILES)
+    width = n_tiles * tile_s
+    is_forced = stages.forced_blocks(eligible, method)
+
+    def tile_image(start: Array) -> Array:
+        """[t, tile_s / unit] int32: the scores of the units from token `start` on."""
+        keys, positions = sequence.tile(start, tile_s)
+        seen = (positions >= start)[None, :] & (positions[None, :] < visible[:, None])
+        image = jnp.where(seen, topk.image_of(scores(heads, keys)), topk.INVISIBLE)
+        # A tile may begin before `start`, so that it ends with the keys.
+        image = jnp.pad(image, ((0, 0), (0, tile_s)), constant_values=topk.INVISIBLE)
+        image = lax.dynamic_slice_in_dim(image, start - positions[0], tile_s, axis=1)
+        return jnp.max(image.reshape(t, -1, unit), axis=2)
+
+    def candidates(i: Array) -> Candidates:
+        start = i * width
+
+        def put(j: Array, image: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(image, tile_image(start + j * tile_s), j * (tile_s // unit), axis=1)
+
+        n_seen = jnp.clip(-(-(jnp.max(visible) - start) // tile_s), 0, n_tiles)
+        image = lax.fori_loop(0, n_seen, put, jnp.full((t, width // unit), topk.INVISIBLE, jnp.int32))
+        units = start // unit + jnp.broadcast_to(jnp.arange(width // unit, dtype=jnp.int32), image.shape)
+        forced = is_forced(place(units)) & (image > topk.INVISIBLE)
+        return Candidates(jnp.where(forced, topk.FORCED, image), units)
+
+    max_spans = -(-sequence.max_keys // width)
+    return stages.stream_topk(candidates, -(-jnp.max(visible) // width), max_spans, m, t)
+
+
+def scores(heads: Array, keys: Keys) -> Array:
+    """[t, D] float32, s keys -> [t, s] float32: k_scale[s] * v[t] . k[s]."""
+    t, D = heads.shape
+    values = keys.values.astype(jnp.float32)
+
+    def one(rows: Array) -> Array:
+        return jnp.einsum("td,sd->ts", rows, values, precision=lax.Precision.HIGHEST)
+
+    groups = jnp.pad(heads, ((0, -t % _ROWS), (0, 0))).reshape(-1, _ROWS, D)
+    products = lax.map(one, groups).reshape(-1, values.shape[0])[:t]
+    return products if keys.scales is None else products * keys.scales[None, :]
+
+
+def scan(queries: Queries, sequence: Sequence, method: Scan, tile_s: int) -> Array:
+    """The units each query keeps, of a sequence in one place: [t, candidates / unit] int32, ascending, then -1."""
+    eligible = -(-queries.visible // method.unit)
+    m = min(method.block_topk, -(-sequence.max_keys // method.unit))
+
+    def scanned() -> Array:
+        heads = virtual_heads(queries, sequence, method)
+        return best_units(heads, queries.visible, eligible, sequence, method, m, tile_s).positions
+
+    kept = lax.cond(jnp.all(eligible <= m), lambda: stages.first_positions(eligible, m), scanned)
+    return jnp.pad(kept, ((0, 0), (0, method.block_topk - m)), constant_values=-1)

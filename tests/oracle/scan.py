@@ -1,0 +1,96 @@
+"""The scan: which units of tokens a query keeps by the score of one virtual head, and how sure that is.
+
+    v[t] = sum_h w[t, h] * a[t, h] * q[t, h];   scan score of token s = k_scale[s] * v[t] . k[s]
+
+`a`, the slopes, are counts of open heads at a few sampled tokens. An implementation that sums in float32 may see a head
+open, or a token among the best, where the oracle does not; `slack` is by how much that may move a scan score.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .scores import float64
+
+N_SAMPLES, N_BEST = 256, 16
+
+
+class Scanned(NamedTuple):
+    """One query's scan, and what its slopes were counted from.
+
+    Attributes:
+        token_scan: [visible], the scan score of each token.
+        bounds: [visible], sizes that these cannot exceed.
+        products, product_bounds: [H, samples] of heads and sampled tokens, and sizes that they cannot exceed.
+        scores: [samples], their exact scores.
+        weights: [H, visible], how far one more open sample moves each token's scan score.
+    """
+
+    token_scan: np.ndarray
+    bounds: np.ndarray
+    products: np.ndarray
+    product_bounds: np.ndarray
+    scores: np.ndarray
+    weights: np.ndarray
+
+
+def scan_query(q, k, k_scale, w, visible: int, token_scores, slopes: str) -> Scanned:
+    """[H, D], [S, D], [S], [H] and the exact scores [visible] of its visible tokens -> one query's scan."""
+    q, k, w = float64(q), float64(k)[:visible], float64(w)
+    k_scale = float64(k_scale)[:visible]
+    with np.errstate(invalid="ignore", over="ignore"):
+        sampled = np.arange(0, visible, step_of(visible))
+        products, sizes = q @ k[sampled].T, np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(k, axis=1)[None]
+        scores = token_scores[sampled]
+        a = np.ones(len(q)) if slopes == "plain" else slopes_of(products, scores)
+        v = (w * a) @ q
+        each = w[:, None] * (q @ k.T) * k_scale
+        empty = slopes == "plain" or not visible
+        return Scanned(
+            token_scan=(k @ v) * k_scale,
+            bounds=(np.abs(w * a)[:, None] * sizes).sum(axis=0) * np.abs(k_scale),
+            products=products[:, :0] if empty else products,
+            product_bounds=sizes[:, sampled],
+            scores=scores,
+            weights=np.abs(each) / max(min(N_BEST, len(sampled)), 1),
+        )
+
+
+def step_of(visible: int) -> int:
+    """The least power of two that leaves at most 256 of the positions 0, step, 2 step, ... below `visible`."""
+    step = 1
+    while -(-visible // step) > N_SAMPLES:
+        step *= 2
+    return step
+
+
+def slopes_of(products, scores) -> np.ndarray:
+    """[H, n], [n] -> [H]: each head's share of open products among the 16 best, a tie to the lower position."""
+    best = np.argsort(-scores, kind="stable")[:N_BEST]
+    return (products[:, best] > 0).sum(axis=1) / max(len(best), 1)
+
+
+def unit_scores(scanned: Scanned, unit: int) -> np.ndarray:
+    """[visible] -> [units]: each unit's best visible token; NaN counts as -inf."""
+    tokens = np.where(np.isnan(scanned.token_scan), -np.inf, scanned.token_scan)
+    return np.array([tokens[i : i + unit].max() for i in range(0, len(tokens), unit)])
+
+
+def slack(scanned: Scanned, tolerance: float, score_scale: float) -> float:
+    """How far unsure slopes may move any token's scan score: 0 unless a sample is within the tolerance of a change."""
+    if tolerance == 0 or not scanned.products.size:
+        return 0.0
+    products, scores = scanned.products, scanned.scores
+    order = np.argsort(-scores, kind="stable")
+    best = np.zeros(len(scores), bool)
+    best[order[:N_BEST]] = True
+    with np.errstate(invalid="ignore"):
+        near_zero = np.abs(products) <= tolerance * scanned.product_bounds
+        unsure = (near_zero & best).sum(axis=1).astype(float)
+        if len(scores) > N_BEST:
+            cut = scores[order[N_BEST - 1]]
+            near = np.abs(scores - cut) <= tolerance * score_scale
+            n = min((near & best).sum(), (near & ~best).sum())
+            unsure += n  # so many may be others, with any heads open
+        moved = (unsure[:, None] * scanned.weights).sum(axis=0)
+    return float(moved[np.isfinite(moved)].max(initial=0.0)) * 2

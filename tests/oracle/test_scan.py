@@ -1,0 +1,49 @@
+"""The scan of the oracle, by hand."""
+
+import numpy as np
+import pytest
+
+from tests import oracle
+from tests.oracle.cases import Dsa, Scan, chosen, draw
+from tests.oracle.scan import slopes_of, step_of
+
+
+@pytest.mark.parametrize(
+    ("visible", "step"), [(0, 1), (1, 1), (256, 1), (257, 2), (512, 2), (513, 4), (131072, 512), (131073, 1024)]
+)
+def test_the_step_is_the_least_power_of_two_that_leaves_at_most_256(visible, step):
+    assert step_of(visible) == step
+    assert step == 2 ** np.ceil(np.log2(max(visible, 256) / 256))
+
+
+def test_slopes_are_shares_of_open_heads_among_the_16_best_samples():
+    # 20 samples of falling score: the last four count for nothing. Head 0 is open at every second, head 1 nowhere else.
+    products = np.array([[1.0, -1.0] * 10, [-1.0] * 16 + [1.0] * 4])
+    assert slopes_of(products, -np.arange(20.0)).tolist() == [0.5, 0.0]
+    assert slopes_of(products, np.zeros(20)).tolist() == [0.5, 0.0]  # a tie goes to the lower position
+    assert slopes_of(products[:, :3], np.zeros(3)).tolist() == [2 / 3, 0.0]  # fewer samples than 16
+
+
+def test_candidates_are_the_best_by_the_virtual_head():
+    # One head of weight 1, always open: the scan scores are the exact ones, and half of the candidates lose.
+    q, k, w = np.ones((1, 1, 1, 1)), np.arange(1.0, 11).reshape(1, 10, 1)[:, ::-1], np.ones((1, 1, 1))
+    got = oracle.select(q, k, w, Scan(topk=2, candidates=4))
+    assert got.blocks[0, 0].tolist() == [0, 1, 2, 9]  # token 9, the last, is always one
+    assert chosen(got, 0, 0) == [0, 1]
+    units = oracle.select(q, k, w, Scan(topk=2, candidates=4, unit=2, keep_first=0))
+    assert units.blocks[0, 0].tolist() == [0, 4]
+
+
+def test_a_head_that_is_open_nowhere_near_the_best_counts_for_nothing():
+    # Head 1 points the other way, with weight 3: at the best tokens by exact score, those of k = -1, it alone is open.
+    q = np.array([[[[1.0], [-1.0]]]])
+    k = np.array([1.0] * 30 + [-1.0] * 30).reshape(1, 60, 1)
+    w = np.array([[[1.0, 3.0]]])
+    got = oracle.select(q, k, w, Scan(topk=8, candidates=16, keep_first=0))
+    assert got.blocks[0, 0].tolist() == [*range(30, 45), 59]  # v = 3 * -1: the second half scores 3
+
+
+def test_where_all_are_candidates_it_is_the_flat_indexer():
+    q, k, w = draw(3, 2, 5, 40, 3, 4)
+    flat, scan = (oracle.select(q, k, w, method) for method in (Dsa(6), Scan(6, 40)))
+    np.testing.assert_array_equal(flat.indices, scan.indices)
