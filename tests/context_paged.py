@@ -143,7 +143,7 @@ def pages_on_eight_devices_hold_what_one_would():
 
 
 def same_bits_for_every_method():
-    for name in ("dsa", "hisa_more_forced", "all_blocks_kept", "block_sparse"):
+    for name in ("dsa", "hisa_more_forced", "all_blocks_kept", "block_sparse", "scan", "scan_units"):
         check(METHODS[name], *served(), stripe=STRIPE, **OVER)
 
 
