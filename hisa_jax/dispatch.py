@@ -182,7 +182,7 @@ def choose(call: str, implementation: str, why_not: dict[str, str | None]) -> st
 
     Raises: ValueError: one that does not exist, or one that cannot run here: says why and which can.
     """
-    if implementation != "auto" and implementation not in why_not:
+    if not isinstance(implementation, str) or (implementation != "auto" and implementation not in why_not):
         names = ", ".join(["auto", *why_not])
         raise ValueError(f"{call}: implementation={implementation!r}, wanted one of {names}")
     usable = [name for name, reason in why_not.items() if reason is None]

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from hisa_jax import checks
 
 
 def automatic(mesh: Mesh) -> Mesh:
@@ -31,6 +33,7 @@ def _cannot_be_batched(*_: Any) -> Any:
 
 def check_axis(call: str, name: str, mesh: Mesh, axis: str, size: int, what: str, unit: int = 1) -> int:
     """Raises unless the mesh has the axis and it splits `size`, called `what`, in whole units; returns its devices."""
+    checks.instance(call, "mesh", mesh, Mesh | AbstractMesh, "a Mesh")
     if axis not in mesh.axis_names:
         raise ValueError(f"{call}: {name}={axis!r}, wanted one of the mesh's axes {mesh.axis_names}")
     n_devices: int = mesh.shape[axis]

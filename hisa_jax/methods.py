@@ -7,7 +7,8 @@ import dataclasses
 from typing import ClassVar
 
 
-def _at_least(method: object, name: str, least: int, why: str = "") -> None:
+def at_least(method: object, name: str, least: int, why: str = "") -> None:
+    """Raises unless an attribute is an int and not below `least`."""
     value = getattr(method, name)
     call = f"{type(method).__name__}({name}={value!r})"
     if isinstance(value, bool) or not isinstance(value, int):
@@ -31,7 +32,7 @@ class Dsa:
     topk: int = 2048
 
     def __post_init__(self) -> None:
-        _at_least(self, "topk", 1)
+        at_least(self, "topk", 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +46,10 @@ class _Blocks:
     keep_last: int = 1
 
     def __post_init__(self) -> None:
-        _at_least(self, "topk", 1)
-        _at_least(self, "block_size", 1)
-        _at_least(self, "keep_first", 0)
-        _at_least(self, "keep_last", 1, ": the block of the query itself holds future tokens, its mean may not decide")
+        at_least(self, "topk", 1)
+        at_least(self, "block_size", 1)
+        at_least(self, "keep_first", 0)
+        at_least(self, "keep_last", 1, ": the block of the query itself holds future tokens, its mean may not decide")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class Hisa(_Blocks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, "block_topk", 1)
+        at_least(self, "block_topk", 1)
         forced = self.keep_first + self.keep_last
         if self.block_topk < forced:
             raise ValueError(

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax import checks, dispatch, prepare, xla
-from hisa_jax.cache import IndexCache, check_table
+from hisa_jax.cache import IndexCache
+from hisa_jax.check_select import check_paged
 from hisa_jax.keys import Keys
-from hisa_jax.methods import BlockSparse, Hisa, Method
+from hisa_jax.methods import Method
 from hisa_jax.selection import Selection, nothing
 from hisa_jax.sparse_mla import sparse_mla
 
@@ -55,8 +56,9 @@ def select_paged(
         [[0, 1, 2, 3, 4, 5, 6, 7]]
     """
     call = "select_paged"
-    problem = check(call, q, w, cache, block_tables, cu_seqlens_q, lengths, method)
-    name = prepare.choose(call, problem, implementation, return_blocks, tiles)
+    check_paged(call, q, w, cache, block_tables, cu_seqlens_q, lengths, method)
+    options = dict(return_scores=return_scores, return_blocks=return_blocks)
+    name = prepare.choose(call, problem_of(q, cache, block_tables, method), implementation, tiles, **options)
     T = q.shape[0]
     if 0 in (T, *block_tables.shape):
         return nothing((T,), method, return_scores, return_blocks)
@@ -74,41 +76,13 @@ def select_paged(
         cu_seqlens_q,
         method,
         tiles or prepare.default_tiles(),
-        return_scores=return_scores,
-        return_blocks=return_blocks,
+        **options,
     )
 
 
-def check(
-    call: str,
-    q: Array,
-    w: Array,
-    cache: IndexCache,
-    block_tables: Array,
-    cu_seqlens_q: Array,
-    lengths: Array,
-    method: Method,
-) -> dispatch.Problem:
-    """Raises unless the arguments of `select_paged` fit each other; returns what the choice depends on."""
-    prepare.check_dtypes(call, q, Keys(cache.keys, None), w)
-    checks.shape(call, "q", q, ("T", "H", cache.keys.shape[-1]), "its last axis must equal the cache's D")
-    T, H, _ = q.shape
-    checks.shape(call, "w", w, (T, H), f"one weight a query and head (q is {prepare.axes_of(q)})")
-    R = check_table(call, cache, block_tables, lengths)
-    checks.dtype(call, "cu_seqlens_q", cu_seqlens_q, ("int32",))
-    checks.shape(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), "a start for each request, and the end")
-    checks.value(
-        (jnp.diff(cu_seqlens_q, prepend=0) >= 0) & (cu_seqlens_q <= T),
-        f"{call}: cu_seqlens_q is {{offsets}}, wanted ascending offsets from 0 to at most {T}",
-        offsets=cu_seqlens_q,
-    )
-    size = cache.page_size
-    if isinstance(method, Hisa | BlockSparse) and method.block_size % size:
-        raise ValueError(
-            f"{call}: {method} with pages of {size} tokens, wanted a block_size that is a multiple of them"
-        )
-    problem = prepare.problem_of(q, Keys(cache.keys, None), method)
-    return dataclasses.replace(problem, S=block_tables.shape[1] * size, page_size=size, n_requests=R)
+def problem_of(q: Array, cache: IndexCache, block_tables: Array, method: Method) -> dispatch.Problem:
+    problem, (R, P) = prepare.problem_of(q, Keys(cache.keys, None), method), block_tables.shape
+    return dataclasses.replace(problem, S=P * cache.page_size, page_size=cache.page_size, n_requests=R)
 
 
 def check_pages(call: str, has_pages: Array, cache: IndexCache) -> None:

@@ -1,33 +1,17 @@
-"""What the public selections share: check, choose an implementation, prepare its arguments."""
-
-from typing import Any
+"""What the public selections share behind their checks: choose an implementation, prepare its arguments."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax import checks, dispatch, xla
+from hisa_jax.check_select import check_options
 from hisa_jax.keys import Keys
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
-from hisa_jax.quantize import QuantizedKeys
-
-
-def keys_of(k: Array | QuantizedKeys) -> Keys:
-    return Keys(k.values, k.scales) if isinstance(k, QuantizedKeys) else Keys(k, None)
+from hisa_jax.methods import Method
 
 
 def axes_of(array: Array) -> str:
-    return f"[{', '.join(map(str, array.shape))}]"
-
-
-def check_dtypes(call: str, q: Array, keys: Keys, w: Array) -> None:
-    checks.dtype(call, "q", q, checks.KEY_DTYPES)
-    checks.dtype(call, "w", w, ("float32",))
-    if keys.scales is None:
-        checks.dtype(call, "k", keys.values, checks.KEY_DTYPES)
-    else:
-        checks.dtype(call, "k.values", keys.values, ("float8_e4m3fn", "int8"))
-        checks.dtype(call, "k.scales", keys.scales, ("float32",))
+    return checks.axes_of(array)
 
 
 def problem_of(q: Array, keys: Keys, method: Method) -> dispatch.Problem:
@@ -40,17 +24,14 @@ def choose(
     call: str,
     problem: dispatch.Problem,
     implementation: str,
-    return_blocks: bool,
     tiles: xla.Tiles | None,
     *,
+    return_scores: bool,
+    return_blocks: bool,
     needs: str = "select",
 ) -> str:
     """Checks what is no array and returns the name of the implementation to run, one that has the function `needs`."""
-    method: Any = problem.method
-    if not isinstance(method, Hisa | Dsa | BlockSparse):
-        raise TypeError(f"{call}: method is {method!r}, wanted a Hisa, Dsa or BlockSparse")
-    if return_blocks and isinstance(method, Dsa):
-        raise ValueError(f"{call}: return_blocks=True with {method}: the flat indexer keeps no blocks")
+    check_options(call, problem.method, return_scores, return_blocks, tiles)
     why_not = {
         name: f"it has no {needs}" if getattr(dispatch.IMPLEMENTATIONS[name], needs) is None else reason
         for name, reason in dispatch.reasons(dispatch.Device.default(), problem).items()

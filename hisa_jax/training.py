@@ -51,6 +51,7 @@ def indexer_kl(
     for name, x in (("q", q), ("k", k), ("attention_q", attention_q), ("attention_kv", attention_kv)):
         checks.dtype(call, name, x, ("bfloat16", "float32"))
     checks.dtype(call, "w", w, ("float32",))
+    checks.finite(call, "scale", scale)
     checks.shape(call, "q", q, ("B", "T", "H", "D"))
     (B, T, H, D) = q.shape
     checks.shape(call, "k", k, (B, "S", D), f"its first and last axes must equal q's B and D (q is {list(q.shape)})")
@@ -61,6 +62,8 @@ def indexer_kl(
     if indices is None:
         if T > S:
             raise ValueError(f"{call}: q has T = {T} queries but k only S = {S} keys, of which they must be the last")
+        if 0 in (B, T):
+            return jnp.zeros((B, T), jnp.float32)
         visible = jnp.broadcast_to(jnp.arange(S - T + 1, S + 1, dtype=jnp.int32), (B, T))[..., None]
         return _kl(q, k, w, attention_q, attention_kv, visible, scale, True)
     checks.dtype(call, "indices", indices, ("int32",))

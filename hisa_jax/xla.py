@@ -15,7 +15,7 @@ from jax import Array, lax
 from hisa_jax import stages, topk
 from hisa_jax.cache import IndexCache
 from hisa_jax.keys import LANES, Contiguous, Keys, Paged, PagedMeans, Sequence
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, at_least
 from hisa_jax.selection import Selection, nothing
 from hisa_jax.stages import Candidates, Queries
 
@@ -28,15 +28,15 @@ class Tiles:
         queries: queries a tile.
         keys: keys scored and merged at a time; also blocks scored at a time.
 
-    Raises: ValueError: a size below 1, or `keys` that is not a multiple of 128.
+    Raises: TypeError: a size that is not an int. ValueError: one below 1, or `keys` that is not a multiple of 128.
     """
 
     queries: int = 8
     keys: int = 4096
 
     def __post_init__(self) -> None:
-        if self.queries < 1:
-            raise ValueError(f"Tiles(queries={self.queries}): must be at least 1")
+        at_least(self, "queries", 1)
+        at_least(self, "keys", 0)
         if self.keys < 1 or self.keys % LANES:
             raise ValueError(f"Tiles(keys={self.keys}): must be a positive multiple of {LANES}")
 

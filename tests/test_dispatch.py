@@ -23,7 +23,7 @@ def test_every_implementation_is_listed_and_xla_always_runs():
 
 
 def test_asking_about_half_a_call_says_what_is_wanted():
-    with pytest.raises(ValueError, match="implementations: wanted all of q, k and method, or none of them"):
+    with pytest.raises(ValueError, match="implementations: k is None, wanted all of q, k and method, or none of them"):
         hj.implementations(q=ARRAYS[0])
 
 

@@ -145,7 +145,7 @@ def test_quantising_names_its_bad_arguments():
     for call, message in [
         (
             lambda: hj.quantize_keys(jnp.ones((3, 4)), jnp.float16),
-            "quantize_keys: dtype=float16, wanted one of float8_e4m3fn, int8",
+            "quantize_keys: dtype is float16, wanted one of float8_e4m3fn, int8",
         ),
         (lambda: hj.quantize_keys(jnp.ones((3, 4), jnp.int8)), "quantize_keys: k is int8, wanted bfloat16 or float32"),
         (
