@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from hisa_jax import checks, meshes
-from hisa_jax.sparse_mla import sparse_mla, with_sink
+from hisa_jax.sparse_mla import check_numbers, check_sink, sparse_mla, with_sink
 
 
 def sparse_mla_sharded(
@@ -50,12 +50,14 @@ def sparse_mla_sharded(
     """
     call = "sparse_mla_sharded"
     checks.shape(call, "q", q, ("B", "T", "N", "Dk"))
-    B, _, N, Dk = q.shape
+    B, T, _, Dk = q.shape
     checks.shape(
         call, "kv", kv, (B, "S", Dk), f"its first and last axes must equal q's B and Dk (q is {list(q.shape)})"
     )
-    if sink is not None:
-        checks.shape(call, "sink", sink, (N,), f"one logit a head (q is {list(q.shape)})")
+    checks.dtype(call, "indices", indices, ("int32",))
+    checks.shape(call, "indices", indices, (B, T, "K"), f"one list a query (q is {list(q.shape)})")
+    check_numbers(call, scale, value_dim, Dk)
+    check_sink(call, sink, q)
     meshes.check_axis(call, "context_axis", mesh, context_axis, kv.shape[1], "kv's S")
     if data_axis is not None:
         meshes.check_axis(call, "data_axis", mesh, data_axis, B, "B")

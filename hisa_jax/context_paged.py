@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from hisa_jax import checks, context_mla, dispatch, paged, prepare, xla
+from hisa_jax import context_mla, dispatch, paged, prepare, xla
 from hisa_jax.cache import IndexCache
 from hisa_jax.context_cache import PAGES, own_ids
 from hisa_jax.meshes import check_axis, on_devices
@@ -181,16 +181,13 @@ def sparse_mla_paged_sharded(
     """
     call = "sparse_mla_paged_sharded"
     check_axis(call, "context_axis", mesh, context_axis, cache.n_pages, PAGES)
-    if sink is not None:
-        checks.shape(call, "sink", sink, (q.shape[1],), f"one logit a head (q is {prepare.axes_of(q)})")
-    attend = functools.partial(
-        paged.sparse_mla_paged, scale=scale, value_dim=value_dim, return_lse=True, implementation=implementation
-    )
+    paged.check_attention(call, q, cache, indices, block_tables, cu_seqlens_q, scale, value_dim, sink)
 
     def one_device(
         q: Array, cache: IndexCache, indices: Array, block_tables: Array, cu_seqlens_q: Array
     ) -> tuple[Array, Array]:
-        out, lse = attend(q, cache, indices, own_ids(cache, block_tables, context_axis), cu_seqlens_q)
+        rows = paged.latent_rows(cache, indices, own_ids(cache, block_tables, context_axis), cu_seqlens_q)
+        out, lse = paged.attend(q, cache, rows, scale, value_dim, None, True, implementation)
         return context_mla.merge(out, lse, context_axis)
 
     split, all_of_it = PartitionSpec(context_axis), PartitionSpec()
