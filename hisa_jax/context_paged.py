@@ -19,7 +19,7 @@ from hisa_jax.context_cache import PAGES, own_ids
 from hisa_jax.meshes import check_axis, on_devices
 from hisa_jax.methods import Dsa, Method
 from hisa_jax.selection import Selection, nothing
-from hisa_jax.sparse_mla import with_sink
+from hisa_jax.sparse_mla import check_options, with_sink
 from hisa_jax.stripes import Stripes
 
 
@@ -183,17 +183,15 @@ def sparse_mla_paged_sharded(
         (2, 4, 16)
     """
     call = "sparse_mla_paged_sharded"
+    paged.check_attention(call, q, cache, indices, block_tables, cu_seqlens_q)
+    scale, value_dim, name = check_options(call, q, scale, value_dim, sink, return_lse, implementation)
     check_axis(call, "context_axis", mesh, context_axis, cache.n_pages, PAGES)
-    if sink is not None:
-        checks.shape(call, "sink", sink, (q.shape[1],), f"one logit a head (q is {prepare.axes_of(q)})")
-    attend = functools.partial(
-        paged.sparse_mla_paged, scale=scale, value_dim=value_dim, return_lse=True, implementation=implementation
-    )
 
     def one_device(
         q: Array, cache: IndexCache, indices: Array, block_tables: Array, cu_seqlens_q: Array
     ) -> tuple[Array, Array]:
-        out, lse = attend(q, cache, indices, own_ids(cache, block_tables, context_axis), cu_seqlens_q)
+        rows = paged.latent_rows(cache, indices, own_ids(cache, block_tables, context_axis), cu_seqlens_q)
+        out, lse = paged.attend(q, cache, rows, scale, value_dim, None, True, name)
         return context_mla.merge(out, lse, context_axis)
 
     split, all_of_it = PartitionSpec(context_axis), PartitionSpec()

@@ -4,14 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import checks, dispatch, xla
+from hisa_jax import dispatch, xla
 from hisa_jax.check_select import check_options
 from hisa_jax.keys import Keys
 from hisa_jax.methods import Method
-
-
-def axes_of(array: Array) -> str:
-    return checks.axes_of(array)
 
 
 def problem_of(q: Array, keys: Keys, method: Method) -> dispatch.Problem:

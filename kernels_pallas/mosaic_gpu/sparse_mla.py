@@ -71,8 +71,8 @@ def sparse_mla(
     """[B, T, N, E], [B, S, E], [B, T, K] int32 -> [B, T, N, value_dim] in the dtype of q, [B, T, N] float32 lse.
 
     Args:
-        indices: token positions; any that is not one of 0 .. S - 1 stands for none. A query with none gives zeros and
-            an lse of -inf.
+        indices: token positions in any order; any that is not one of 0 .. S - 1 stands for none. A token listed twice
+            counts twice. A query with none gives zeros and an lse of -inf.
         n_ctas: how many persistent CTAs; the SMs of the device.
     """
     (B, T, N, E), S, K = q.shape, kv.shape[1], indices.shape[2]

@@ -39,8 +39,11 @@ def sparse_mla_body(
         position = indices_ref[pl.ds(i * tile_s, tile_s)]
         there = (position >= 0) & (position < keys)
         rows = (first_row + jnp.where(there, position, 0))[:, None]
-        value = plt.load(kv_ref.at[rows, value_columns[None, :]])
-        rest = plt.load(kv_ref.at[rows, rest_columns[None, :]])
+        # Zeros and not some row for an entry that is none: a probability of 0 would not hide a NaN there.
+        value, rest = (
+            plt.load(kv_ref.at[rows, columns[None, :]], mask=there[:, None], other=0)
+            for columns in (value_columns, rest_columns)
+        )
         logits = lax.dot_general(q_value, value, _CONTRACT_LAST, preferred_element_type=jnp.float32)
         logits += lax.dot_general(q_rest, rest, _CONTRACT_LAST, preferred_element_type=jnp.float32)
         logits = jnp.where(there[None, :], logits * (scale * _LOG2_E), _LEAST)
