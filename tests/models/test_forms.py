@@ -4,7 +4,6 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -152,9 +151,9 @@ def test_a_shard_of_nothing_that_is_needed_may_be_missing(tmp_path):
     folder = sharded(tmp_path, "glm5", lambda name: "a.safetensors" if "1" in name else "b.safetensors", extra)
     assert_same_model(models.from_pretrained(folder), golden.model("glm5"))
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    index["weight_map"]["model.norm.weight"] = "gone.safetensors"
+    index["weight_map"]["more.weight"] = "gone.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match=r"model\.norm\.weight in .*gone\.safetensors: .* missing"):
+    with pytest.raises(FileNotFoundError, match=r"more\.weight in .*gone\.safetensors: .* missing"):
         models.from_pretrained(folder)
 
 
@@ -170,10 +169,9 @@ VALUES = np.array([[1, 2, -3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13, 14, 15]], np
 
 def test_scales_may_be_powers_of_two_of_8_bits(tmp_path):
     exponents = np.array([[0, 127, 254], [126, 100, 1]], np.uint8)
-    want = VALUES * np.ldexp(1.0, exponents.astype(int) - 127).repeat(2, 0)[:3].repeat(2, 1)[:, :5].astype(np.float32)
-    want[:, 4] = 0  # 2^127 times 5 is too large for a float32
     values = VALUES.copy()
-    values[:, 4] = 0
+    values[:, 4] = 0  # 2^127 times 5 is too large for a float32
+    want = (values * np.ldexp(1.0, exponents.astype(int) - 127).repeat(2, 0)[:3].repeat(2, 1)[:, :5]).astype(np.float32)
     got = blocks(values, exponents.view(ml_dtypes.float8_e8m0fnu), ml_dtypes.float8_e8m0fnu, tmp_path)
     np.testing.assert_array_equal(got, want)
     exponents[1, 1] = 255  # this format's NaN
@@ -193,14 +191,14 @@ def test_a_block_of_zeros_may_have_the_scale_0(tmp_path, dtype):
 
 def test_an_fp8_checkpoint_loads_with_scales_of_8_bits(tmp_path):
     """The golden fp8 model with its scales rounded to powers of two: the bits of the same powers as float32."""
-    shutil.copytree(golden.FOLDER / "fp8_loader", tmp_path / "a", ignore=shutil.ignore_patterns("*.npz", "blocks*"))
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    for folder, dtype in (("a", np.float32), ("b", ml_dtypes.float8_e8m0fnu)):
-        for file in (tmp_path / folder).glob("*.safetensors"):
-            tensors = safetensors.numpy.load_file(file)
-            for name in [name for name in tensors if name.endswith("_scale_inv")]:
-                tensors[name] = np.exp2(np.round(np.log2(tensors[name]))).astype(dtype)
-            safetensors.numpy.save_file(tensors, file)
+    reader = models.safetensors_io.Reader(golden.FOLDER / "fp8_loader")
+    for name, dtype in (("a", np.float32), ("b", ml_dtypes.float8_e8m0fnu)):
+        tensors = {key: reader.raw(key) for key in reader}
+        for key in [key for key in tensors if key.endswith("_scale_inv")]:
+            tensors[key] = np.exp2(np.round(np.log2(tensors[key]))).astype(dtype)
+        (tmp_path / name).mkdir()
+        safetensors.numpy.save_file(tensors, tmp_path / name / "model.safetensors")
+        shutil.copy(golden.FOLDER / "fp8_loader" / "config.json", tmp_path / name)
     assert_same_model(models.from_pretrained(tmp_path / "b"), models.from_pretrained(tmp_path / "a"))
 
 
@@ -277,9 +275,3 @@ def test_values_too_large_for_their_dtype_are_named(tmp_path):
 
     with pytest.raises(models.CheckpointError, match=r"model\.norm\.weight in .*: holds numbers that are not finite"):
         rewritten(tmp_path, "glm5", grow)
-
-
-def test_an_engine_of_loaded_parameters_computes_the_golden_logits(tmp_path):
-    """Packed experts, an unused head dtype aside: the one that is run."""
-    model = rewritten(tmp_path, "glm5", pack)
-    golden.assert_close(model(jnp.asarray(golden.ids("glm5"))), golden.numbers("glm5")["logits"], golden.LOGITS)
