@@ -195,7 +195,7 @@ def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
     given["eos_token_ids"] = (eos,) if isinstance(eos, int) else tuple(eos)
     given |= _rope(values, source)
     if "num_hidden_layers" in given:
-        given["layer_kinds"] = _layer_kinds(values, given["num_hidden_layers"])
+        given["layer_kinds"] = _layer_kinds(values, given["num_hidden_layers"], source)
         given["indexer_kinds"] = _indexer_kinds(values, given["num_hidden_layers"], source)
     missing = [
         field.name
@@ -236,24 +236,31 @@ def _rope(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     return given | {"yarn": Yarn(**named)}
 
 
-def _layer_kinds(values: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    """From a list, whose first `layers` count in a model that was cut short, else the number of dense layers."""
+def _layer_kinds(values: Mapping[str, Any], layers: int, source: str) -> tuple[LayerKind, ...]:
+    """From a list, else the number of dense layers."""
     if "mlp_layer_types" in values:
-        return tuple(values["mlp_layer_types"][:layers])
+        return _first(values, "mlp_layer_types", layers, source)
     dense = values.get("first_k_dense_replace", 0)
     return tuple("dense" if i < dense else "sparse" for i in range(layers))
 
 
 def _indexer_kinds(values: Mapping[str, Any], layers: int, source: str) -> tuple[IndexerKind, ...]:
-    """From a list, else a pattern such as "FFSSF", the first `layers` of each, else by frequency and offset."""
+    """From a list, else a pattern such as "FFSSF", else by frequency and offset."""
     if "indexer_types" in values:
-        return tuple(values["indexer_types"][:layers])
-    pattern = values.get("index_topk_pattern")
-    if pattern is not None:
-        if len(pattern) < layers:
-            raise ValueError(f"{source}: index_topk_pattern is {shown(pattern)}, wanted {layers} letters F or S")
-        return tuple("full" if letter == "F" else "shared" for letter in pattern[:layers])
+        return _first(values, "indexer_types", layers, source)
+    if "index_topk_pattern" in values:
+        letters = _first(values, "index_topk_pattern", layers, source)
+        return tuple("full" if letter == "F" else "shared" for letter in letters)
     return indexer_kinds(layers, values.get("index_topk_freq", 1), values.get("index_skip_topk_offset", 2))
+
+
+def _first(values: Mapping[str, Any], name: str, layers: int, source: str) -> tuple:
+    """Those of the layers there are: a model that `num_hidden_layers` cuts short keeps its longer lists."""
+    if len(values[name]) < layers:
+        raise ValueError(
+            f"{source}: {name} is {shown(values[name])}, wanted an entry for each of num_hidden_layers = {layers}"
+        )
+    return tuple(values[name][:layers])
 
 
 def indexer_kinds(layers: int, frequency: int, offset: int) -> tuple[IndexerKind, ...]:

@@ -5,6 +5,8 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+# What a list or an object takes in memory is many times its 2 bytes of text; a header has three of them a tensor.
+_MOST_CONTAINERS = 2**20
 # Values in error messages: long enough to be found in the file, however long they are.
 _SHORT = reprlib.Repr(maxstring=80, maxother=80, maxlong=40, maxlist=4, maxdict=4, maxlevel=2)
 
@@ -26,8 +28,11 @@ def parse_object(data: bytes) -> dict[str, Any]:
         data: JSON in UTF-8.
 
     Returns: the object.
-    Raises: ValueError: not UTF-8, not JSON, nested too deeply, another value than an object, a key twice.
+    Raises: ValueError: not UTF-8, not JSON, nested too deeply, too many lists and objects, another value than an
+        object, a key twice.
     """
+    if data.count(b"[") + data.count(b"{") > _MOST_CONTAINERS:
+        raise ValueError(f"holds more than {_MOST_CONTAINERS} lists and objects, too many for what it should hold")
     try:
         value = json.loads(data.decode(), object_pairs_hook=_each_key_once)
     except UnicodeDecodeError as error:
@@ -46,7 +51,7 @@ def read_object(file: Path, limit: int) -> dict[str, Any]:
 
     Args:
         file: a file that is there.
-        limit: bytes that it may have; what Python makes of them takes some 25 times as many at the worst.
+        limit: bytes that it may have; what Python makes of them takes some 20 times as many at the worst.
 
     Returns: the object.
     Raises: ValueError: more bytes than that; as `parse_object`, with the file's name.

@@ -28,7 +28,7 @@ def unpacked(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ..
     if match is None:
         return []
     parts = _PARTS[match["what"]]
-    if len(shape) != 3 or shape[0] > _MOST_EXPERTS or shape[1] % len(parts):
+    if len(shape) != 3 or shape[0] > _MOST_EXPERTS or shape[1] % len(parts) or 0 in shape:
         raise ValueError(
             f"holds the packed experts of a layer in shape {list(shape)}, wanted [experts, rows, columns], at most "
             f"{_MOST_EXPERTS} experts{', the rows those of gate, then of up' if len(parts) > 1 else ''}"

@@ -29,9 +29,10 @@ _VALUES = {
 _SCALES = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "F8_E8M0": ml_dtypes.float8_e8m0fnu}
 _DTYPES = _VALUES | _SCALES
 _INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"[\w][\w.-]*\.safetensors", re.ASCII)
+_SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
 # Of a header or an index; those of the largest published models have 15 MB.
 _LARGEST_HEADER = 32 * 2**20
+_MOST_TENSORS = 2**19
 _LARGEST_RANK, _LARGEST_NUMBER = 8, 2**63 - 1
 SCALE_SUFFIX = "_scale_inv"
 
@@ -192,6 +193,10 @@ class Reader:
         """With the experts of a layer that are packed in one tensor one by one."""
         found: dict[str, Entry] = {}
         for name, entry in entries.items():
+            if len(found) > _MOST_TENSORS:
+                raise CheckpointError(
+                    f"{entry}: more than {_MOST_TENSORS} tensors, those of packed experts counted singly"
+                )
             try:
                 parts = unpacked(name, entry.shape)
             except ValueError as error:

@@ -133,7 +133,7 @@ ROPE = {
     "type": one_of("default", "yarn"),
     "rope_theta": _THETA,
     "factor": number(1.0, 1e6),
-    "original_max_position_embeddings": integer(1, INT32),
+    "original_max_position_embeddings": integer(1, 2**24),
     "beta_fast": number(1e-6, 1e6),
     "beta_slow": number(1e-6, 1e6),
     "mscale": number(0.0, 1e3),

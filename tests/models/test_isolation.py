@@ -124,11 +124,17 @@ def test_what_no_token_of_a_row_wrote_changes_no_bit(case, form):
             np.testing.assert_array_equal(later.logits, clean.logits, f"after {step}, {value}")
 
 
-def test_contiguous_holds_zeros_where_a_row_has_no_token():
-    pages = jnp.full((PAGES, PAGE, 3), jnp.nan).at[jnp.asarray(is_used(LENGTHS))].set(1.0)
-    found = contiguous(pages, jnp.asarray(TABLES), jnp.asarray(LENGTHS))
-    want = np.arange(32)[None, :, None] < np.asarray(LENGTHS)[:, None, None]
-    np.testing.assert_array_equal(found, np.broadcast_to(want, found.shape).astype(np.float32))
+@pytest.mark.parametrize("lengths", [LENGTHS, (32, 30)])
+def test_contiguous_holds_zeros_where_a_row_has_no_token(lengths):
+    """Rows of more tokens than they have pages for included."""
+    is_page = (TABLES >= 0) & (TABLES < PAGES)
+    want = (np.arange(32) < np.array(lengths)[:, None]) & is_page.repeat(PAGE, axis=1)
+    pages = np.full((PAGES, PAGE, 3), np.nan, np.float32)
+    pages[TABLES[is_page]] = 1
+    if lengths == LENGTHS:
+        pages[~is_used(lengths)] = np.nan
+    found = contiguous(jnp.asarray(pages), jnp.asarray(TABLES), jnp.asarray(lengths))
+    np.testing.assert_array_equal(found, np.broadcast_to(want[..., None], found.shape).astype(np.float32))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
