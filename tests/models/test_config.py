@@ -100,18 +100,18 @@ def test_mscale_scales_rope_and_softmax_as_the_public_code_does():
         ({"num_hidden_layers": ...}, "lacks num_hidden_layers"),
         ({"rope_parameters": {"rope_type": "default"}}, "lacks rope_theta"),
         ({"q_lora_rank": None}, "lacks q_lora_rank"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is built"),
-        ({"attention_bias": True}, "attention_bias is True, only False is built"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', wanted 'silu': no other is built"),
+        ({"attention_bias": True}, "attention_bias is True, wanted False: no other is built"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}},
-            "rope type is 'linear', wanted 'default' or 'yarn'",
+            "rope_scaling: type is 'linear', wanted one of default, yarn",
         ),
         ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_theta": 1e4}}, "lacks factor"),
-        ({"index_topk_pattern": "FS"}, "index_topk_pattern is 'FS', wanted 3 letters F"),
+        ({"index_topk_pattern": "FS"}, "index_topk_pattern is 'FS', wanted an entry for each of num_hidden_layers = 3"),
         ({"index_topk_pattern": "SFF"}, "must be 'full' at layer 0"),
-        ({"index_topk_pattern": "FXF"}, "wanted 3 letters F"),
-        ({"mlp_layer_types": ["dense"]}, "must be num_hidden_layers = 3 entries"),
+        ({"index_topk_pattern": "FXF"}, r"index_topk_pattern is 'FXF', wanted letters F \(full\) or S"),
+        ({"mlp_layer_types": ["dense"]}, "wanted an entry for each of num_hidden_layers = 3"),
         ({"n_group": 3}, "n_group=3.*must be a divisor of 8 experts"),
         ({"topk_group": 2}, "topk_group=2.*must be from 1 to n_group = 1"),
         ({"num_experts_per_tok": 9}, "must be at most the 8 experts in kept groups"),
@@ -126,8 +126,8 @@ def test_a_config_that_cannot_be_built_is_refused(keys, message):
 def test_settings_of_the_index_keys_are_checked():
     config = models.read_config(golden.FOLDER / "glm5")
     for change, message in [
-        ({"index_key_dtype": "float16"}, "float8_e4m3fn, int8 or None"),
-        ({"index_key_scale": "bf16"}, "'float32' or 'ue8m0'"),
+        ({"index_key_dtype": "float16"}, "one of float8_e4m3fn, int8"),
+        ({"index_key_scale": "bf16"}, "one of float32, ue8m0"),
         ({"index_hadamard": True, "index_head_dim": 24}, "False unless index_head_dim is 2"),
     ]:
         with pytest.raises(ValueError, match=message):
