@@ -164,8 +164,9 @@ def serve(engine: Engine, n_requests: int, seed: int, recorder: Recorder | None,
 
 
 def _state(engine: Engine, counts: Counts, used: int) -> str:
+    running, waiting = len(engine.scheduler.running), len(engine.scheduler.waiting)
     return (
-        f"{len(engine.running)} running, {len(engine.waiting)} waiting, {used}/{engine.pool.n_pages} pages, "
+        f"{running} running, {waiting} waiting, {used}/{engine.pool.n_pages} pages, "
         f"{counts.new_tokens / counts.seconds:.0f} tokens/s"
     )
 
