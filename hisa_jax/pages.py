@@ -5,6 +5,7 @@ pages must be copied before a write. It never touches keys.
 """
 
 import collections
+import copy
 import itertools
 from collections.abc import Hashable, Sequence
 
@@ -55,6 +56,22 @@ class PagePool:
     @property
     def n_free(self) -> int:
         return sum(map(len, self._free))
+
+    def copy(self) -> "PagePool":
+        """The same requests and pages, from now on apart."""
+        other = copy.copy(self)
+        other.lengths, other._holders = dict(self.lengths), list(self._holders)
+        other._pages = {request: list(pages) for request, pages in self._pages.items()}
+        other._free = [list(pages) for pages in self._free]
+        return other
+
+    def pages(self, request: Hashable) -> list[int]:
+        """Those of a request, in the order of its tokens."""
+        return list(self._pages[request])
+
+    def n_own(self, request: Hashable) -> int:
+        """How many of its pages nobody else holds: what `free` would give back."""
+        return sum(self._holders[page] == 1 for page in self._pages[request])
 
     def add(self, request: Hashable) -> None:
         """A request without tokens. Raises ValueError: there is one of that name."""

@@ -153,7 +153,7 @@ class Config:
 
 
 def read_config(folder: str | Path) -> Config:
-    """Reads a checkpoint's config.json.
+    """Reads a checkpoint's config.json, and the stop tokens of its generation_config.json if there is one.
 
     Args:
         folder: where the checkpoint lies.
@@ -164,7 +164,23 @@ def read_config(folder: str | Path) -> Config:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"read_config: folder is {folder}, wanted a folder with a config.json")
-    return config_from_keys(read_object(path, _LARGEST_FILE), str(path))
+    config = config_from_keys(read_object(path, _LARGEST_FILE), str(path))
+    generation = Path(folder) / "generation_config.json"
+    if not generation.is_file():
+        return config
+    values = settings.present(read_object(generation, _LARGEST_FILE), settings.GENERATION, str(generation))
+    if "eos_token_id" not in values:
+        return config
+    return dataclasses.replace(config, eos_token_ids=_stop_ids(values, config.vocab_size, str(generation)))
+
+
+def _stop_ids(values: Mapping[str, Any], vocab_size: int, source: str) -> tuple[int, ...]:
+    """What `eos_token_id` says, a token or several; none where it is absent."""
+    eos = values.get("eos_token_id", ())
+    ids = (eos,) if isinstance(eos, int) else tuple(eos)
+    if outside := [id for id in ids if id >= vocab_size]:
+        raise ValueError(f"{source}: eos_token_id holds {outside[0]}, wanted tokens of the vocabulary of {vocab_size}")
+    return ids
 
 
 def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
@@ -191,8 +207,6 @@ def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
         given["weight_block_size"] = tuple(quantization["weight_block_size"])
     if quantization.get("scale_fmt") == "ue8m0":
         given["index_key_scale"] = "ue8m0"
-    eos = values.get("eos_token_id", ())
-    given["eos_token_ids"] = (eos,) if isinstance(eos, int) else tuple(eos)
     given |= _rope(values, source)
     if "num_hidden_layers" in given:
         given["layer_kinds"] = _layer_kinds(values, given["num_hidden_layers"], source)
@@ -204,6 +218,7 @@ def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
     ]
     if missing:
         raise ValueError(f"{source}: lacks {', '.join(missing)}")
+    given["eos_token_ids"] = _stop_ids(values, given["vocab_size"], source)
     try:
         return Config(**given)
     except ValueError as error:

@@ -73,7 +73,7 @@ def test_lookup_proposes_what_followed_last_time():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": 0}, "Engine: rows=0, wanted at least 1"),
+        ({"rows": 0}, "Engine: rows=0, wanted an int of at least 1"),
         ({"n_draft": 2}, "Engine: n_draft=2, wanted 0 without a draft"),
         ({"draft": lookup}, "Engine: n_draft=0, wanted 1 or more with a draft"),
         ({"max_length": 257}, "Engine: max_length=257, wanted at most 256, the model's positions"),
@@ -88,8 +88,8 @@ def test_a_request_that_could_never_run_is_refused():
     engine = Engine(model(), n_pages=4, max_length=100)
     with pytest.raises(ValueError, match="submit: 13 tokens in 5 pages, wanted at most max_length=100 in 4"):
         engine.submit([1] * 12, 1)
-    with pytest.raises(ValueError, match="submit: 0 prompt and 1 new tokens"):
+    with pytest.raises(ValueError, match="submit: prompt is empty"):
         engine.submit(np.zeros(0, int), 1)
-    with pytest.raises(ValueError, match="submit: prompt has tokens 3 to 101, wanted 0 to 100"):
+    with pytest.raises(ValueError, match=r"submit: prompt\[1\] is 101, wanted an int from 0 to 100"):
         engine.submit([3, 101], 1)
     assert engine.is_idle

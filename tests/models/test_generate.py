@@ -78,8 +78,8 @@ def test_prompts_are_padded_on_the_left_to_whole_chunks():
     ("arguments", "message"),
     [
         ({"prompts": []}, "at least one prompt"),
-        ({"prompts": [[1], []]}, "each at least one token"),
-        ({"prompts": [[101]]}, "prompts hold token 101, wanted 0 to 100"),
+        ({"prompts": [[1], []]}, r"prompts\[1\] is empty"),
+        ({"prompts": [[101]]}, r"prompts\[0\]\[0\] is 101, wanted an int from 0 to 100"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": 256}, "make 257 tokens, the model has 256 positions"),
         ({"chunk": 0}, "chunk=0"),
