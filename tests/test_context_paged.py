@@ -129,5 +129,8 @@ def test_a_pool_takes_the_pages_of_a_request_from_devices_in_turn():
     with pytest.raises(OutOfPages, match="request 'a' needs 1 pages on device 1 for 80 tokens, 0 are free"):
         pool.extend("a", 80)
     assert pool.n_free == 2
+    pool.free("a")
+    pool.check()
+    assert pool.n_free == 3
     with pytest.raises(ValueError, match="n_pages=12, n_devices=5, stripe=16, wanted equal parts"):
         PagePool(12, 16, n_devices=5)

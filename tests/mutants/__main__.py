@@ -105,12 +105,12 @@ def fate(free: queue.Queue, mutant: Mutant) -> str:
     seconds = time.perf_counter() - start
     print(f"{verdict:8} {seconds:4.0f} s  {mutant.file}: {mutant.breaks}  [{mutant.test}]", flush=True)
     if verdict == "broken":
-        print(said, flush=True)
+        print("".join(line for line in said.splitlines(keepends=True) if not line.startswith("=")), flush=True)
     return verdict
 
 
 def run(tree: pathlib.Path, tests: list[str]) -> tuple[int, str]:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tree), "COLUMNS": "500"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tree), "COLUMNS": "300"}
     if tests[0].startswith(KERNEL_TESTS):
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         environment["NPROC"] = "32"
