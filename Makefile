@@ -15,7 +15,7 @@ TESTS = JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(<D)/jax_cache JA
 KERNEL_TESTS = JAX_PLATFORMS=cpu NPROC=32 $(<D)/bin/python -m pytest -n 2 --dist worksteal tests/gpu tests/tpu
 CORE := --ignore=tests/gpu --ignore=tests/tpu
 
-.PHONY: demo test test-oldest test-exhaustive lint format clean
+.PHONY: demo test test-oldest test-exhaustive mutants lint format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -30,6 +30,14 @@ test: .venv-test/test.stamp
 test-exhaustive: .venv-test/test.stamp
 	$(TESTS) -m exhaustive $(CORE)
 	$(KERNEL_TESTS) -m exhaustive
+	$(MUTANTS)
+
+# Makes one-line mistakes in copies of the tree (tests/mutants), one at a time, and runs the test that must fail of each.
+#   ARGS     words: only mistakes that have one of them in their file, phrase or test
+MUTANTS = JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(<D)/jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	$(<D)/bin/python -m tests.mutants
+mutants: .venv-test/test.stamp
+	$(MUTANTS) $(ARGS)
 
 # On the oldest supported jax what could be different there: every public call, models and meshes, every kernel lowered,
 # compiled and interpreted once, each value of a test's parameters, but for what is marked slow. Programs run unoptimised:

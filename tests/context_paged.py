@@ -204,15 +204,33 @@ def a_page_that_is_lacking_or_elsewhere_costs_its_request_alone():
         hj.checked(step)(eight)
 
 
-def writing_exchanges_nothing_and_a_copy_stays_on_its_device():
+def writing_exchanges_nothing():
     _, eight, tables, lengths = served()
     k, latents = keys(np.random.default_rng(1), ROWS, "bfloat16"), jnp.zeros((ROWS, LATENT))
     written = append_sharded.lower(eight, k, tables, jnp.arange(6), lengths, latents=latents)
     assert not collectives(written.compile())
-    pages = jnp.array([0]), jnp.array([PER_DEVICE])
-    same(hj.copy_pages_sharded(eight, *pages, **OVER), eight)
-    with raises(f"target is [{PER_DEVICE}] for source [0], wanted pages of one device, {PER_DEVICE} in a row"):
-        hj.checked(hj.copy_pages_sharded)(eight, *pages, **OVER)
+
+
+def a_copy_stays_on_its_device():
+    """From every page to every page, each with a number of its own in all that it holds."""
+    n, own = 16, 2  # pages of all devices and of one
+    empty, pages = hj.init_cache(n, 4, 8, "float8_e4m3fn", latent_dim=8), np.arange(n)
+    cache = jax.tree.map(
+        lambda x: jnp.broadcast_to(pages.reshape(-1, *[1] * (x.ndim - 1)), x.shape).astype(x.dtype), empty
+    )
+    cache, copy = split(cache), jax.jit(functools.partial(hj.copy_pages_sharded, **OVER))
+    for shift in range(n):
+        target = (pages + shift) % n
+        content = pages.copy()
+        stays = pages // own == target // own
+        content[target[stays]] = pages[stays]
+        got = copy(cache, jnp.array(pages, jnp.int32), jnp.array(target, jnp.int32))
+        jax.tree.map(
+            lambda x: np.testing.assert_array_equal(np.asarray(x, np.float32).reshape(n, -1)[:, 0], content), got
+        )
+    same(copy(cache, jnp.array([3, 5]), jnp.array([-1, n])), cache)
+    with raises("target is [2] for source [1], wanted pages of one device, 2 in a row"):
+        hj.checked(hj.copy_pages_sharded)(cache, jnp.array([1]), jnp.array([2]), **OVER)
 
 
 def sparse_mla_over_pages_is_that_of_one_device_and_exchanges_one_sum():
