@@ -89,4 +89,4 @@ def select_sharded(
         return_blocks=return_blocks,
     )
     run = meshes.on_devices(local, mesh, (rows, split, rows, rows, rows), rows)
-    return run(*prepare.constants(q, keys, w), visible, lengths)
+    return run(*prepare.constants(q, keys, w, visible, lengths))
