@@ -81,4 +81,4 @@ def select_sharded(
         **options,
     )
     run = meshes.on_devices(local, mesh, (rows, split, rows, rows, rows), rows)
-    return run(*prepare.constants(q, keys, w), visible, lengths)
+    return run(*prepare.constants(q, keys, w, visible, lengths))

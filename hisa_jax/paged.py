@@ -69,11 +69,7 @@ def select_paged(
     select = dispatch.IMPLEMENTATIONS[name].select_paged
     assert select is not None
     return select(
-        *jax.tree.map(lax.stop_gradient, (jnp.asarray(q), jnp.asarray(w))),
-        visible,
-        jax.tree.map(lax.stop_gradient, cache),
-        block_tables,
-        cu_seqlens_q,
+        *prepare.constants(q, w, visible, cache, block_tables, cu_seqlens_q),
         method,
         tiles or prepare.default_tiles(),
         **options,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import dispatch, xla
+from hisa_jax import dispatch, varying, xla
 from hisa_jax.check_select import check_options
 from hisa_jax.keys import Keys
 from hisa_jax.methods import Method
@@ -47,6 +47,9 @@ def visible_tokens(positions: Array, lengths: Array) -> Array:
     return jnp.maximum(jnp.minimum(positions, lengths - 1) + 1, 0)
 
 
-def constants(q: Array, keys: Keys, w: Array) -> tuple[Array, Keys, Array]:
-    """The selection is piecewise constant: cut the gradient here, where loops need not be differentiated."""
-    return jax.tree.map(lax.stop_gradient, (jnp.asarray(q), keys, jnp.asarray(w)))
+def constants[*Trees](*trees: *Trees) -> tuple[*Trees]:
+    """The operands of an implementation: it is handed arrays, all of which vary over the same mesh axes.
+
+    The selection is piecewise constant: the gradient is cut here, where loops need not be differentiated.
+    """
+    return varying.alike(*jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), trees))

@@ -63,9 +63,7 @@ def select(
     if 0 in (B, T, S):
         return nothing((B, T), method, return_scores, return_blocks)
     return dispatch.IMPLEMENTATIONS[name].select(
-        *prepare.constants(q, keys, w),
-        visible,
-        lengths,
+        *prepare.constants(q, keys, w, visible, lengths),
         method,
         tiles or prepare.default_tiles(),
         **options,

@@ -63,10 +63,7 @@ def select_packed(
     lengths = jnp.diff(cu_seqlens_k)[r]
     positions = jnp.where(is_real, lengths - (cu_seqlens_q[r + 1] - rows), -1)
     return dispatch.IMPLEMENTATIONS[name].select_packed(
-        *prepare.constants(q, keys, w),
-        prepare.visible_tokens(positions, lengths),
-        cu_seqlens_q,
-        cu_seqlens_k,
+        *prepare.constants(q, keys, w, prepare.visible_tokens(positions, lengths), cu_seqlens_q, cu_seqlens_k),
         method,
         tiles or prepare.default_tiles(),
         **options,

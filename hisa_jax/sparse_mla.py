@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from hisa_jax import checks, dispatch
+from hisa_jax import checks, dispatch, varying
 from hisa_jax.query_tiles import QueryTiles
 
 
@@ -68,7 +68,7 @@ def sparse_mla(
     if 0 in (B, T, S, N, indices.shape[2]):
         out, lse = jnp.zeros((B, T, N, value_dim), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
     else:
-        out, lse = _attend(q, kv, indices, scale, value_dim, name)
+        out, lse = _attend(*varying.alike(q, kv, indices), scale, value_dim, name)
         out = with_sink(out, lse, sink)
     return (out, lse) if return_lse else out
 
@@ -196,7 +196,7 @@ def _attend_backward(
         tiles.cut(d_out),
         tiles.cut(delta),
     )
-    d_kv, d_q = lax.scan(tile, jnp.zeros(kv.shape, jnp.float32), parts)
+    d_kv, d_q = lax.scan(tile, varying.like(jnp.zeros(kv.shape, jnp.float32), saved), parts)
     return tiles.join(d_q, B, T).astype(q.dtype), d_kv.astype(kv.dtype), None
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import checks
+from hisa_jax import checks, varying
 from hisa_jax.query_tiles import QueryTiles
 
 
@@ -65,12 +65,12 @@ def indexer_kl(
         if 0 in (B, T):
             return jnp.zeros((B, T), jnp.float32)
         visible = jnp.broadcast_to(jnp.arange(S - T + 1, S + 1, dtype=jnp.int32), (B, T))[..., None]
-        return _kl(q, k, w, attention_q, attention_kv, visible, scale, True)
+        return _kl(*varying.alike(q, k, w, attention_q, attention_kv, visible), scale, True)
     checks.dtype(call, "indices", indices, ("int32",))
     checks.shape(call, "indices", indices, (B, T, "K"), f"one list a query (q is {list(q.shape)})")
     if 0 in (B, T, S, indices.shape[2]):
         return jnp.zeros((B, T), jnp.float32)
-    return _kl(q, k, w, attention_q, attention_kv, indices, scale, False)
+    return _kl(*varying.alike(q, k, w, attention_q, attention_kv, indices), scale, False)
 
 
 class _Tile(NamedTuple):
@@ -140,7 +140,7 @@ def _kl_backward(scale: float, is_dense: bool, saved: tuple[Array, ...], d_loss:
             )
         return d_k, (d_q, d_w)
 
-    d_k, (d_q, d_w) = lax.scan(one, jnp.zeros(k.shape, jnp.float32), (cut, tiles.cut(d_loss)))
+    d_k, (d_q, d_w) = lax.scan(one, varying.like(jnp.zeros(k.shape, jnp.float32), saved), (cut, tiles.cut(d_loss)))
     return (
         tiles.join(d_q, B, T).astype(q.dtype),
         d_k.astype(k.dtype),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import stages, topk
+from hisa_jax import stages, topk, varying
 from hisa_jax.cache import IndexCache
 from hisa_jax.keys import LANES, Contiguous, Keys, Paged, PagedMeans, Sequence
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, at_least
@@ -207,7 +207,7 @@ def over_tiles[Found](
         # What a tile writes behind its sequence, the next tile overwrites.
         return jax.tree.map(lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, first, axis=0), done, tile)
 
-    done = lax.fori_loop(0, tile_ends[-1], one_tile, nothing((T + t,)))
+    done = lax.fori_loop(0, tile_ends[-1], one_tile, varying.like(nothing((T + t,)), queries))
     return jax.tree.map(lambda leaf: leaf[:T], done)
 
 
