@@ -124,8 +124,8 @@ def judge_case(setup: Setup | MlaSetup, seed: int, i: int, counts: Counts, out: 
 
 
 def _is_known(counts: Counts, line: Line) -> bool:
-    """Whether a fault like it was made small already."""
-    return any(fault["line"] == dataclasses.asdict(line) for fault in counts.faults)
+    """Whether a fault like it was made small already, in whatever form."""
+    return any(fault["line"] | {"form": ""} == dataclasses.asdict(line) | {"form": ""} for fault in counts.faults)
 
 
 def _reproduce(

@@ -70,7 +70,7 @@ class Scene:
             forms.append("select_sharded")
         if self.positions is None:
             forms.append("select_packed")
-            if setup.has_pages:
+            if setup.page_size:
                 forms += ["select_paged"] + (["select_paged_sharded"] if setup.devices > 1 else [])
         return forms
 
@@ -160,36 +160,39 @@ def call_of(scene: Scene, form: str, filler: float | None = None, *, method: Any
     if form == "select_packed":
         k, scales = (None if x is None else _packed(x, scene.n_k, setup.R * setup.S, filler) for x in keys)
         return Call(form, (q, k, scales, w, offsets(scene.n_q), offsets(scene.n_k)), options)
-    tables, life = _life(scene, filler)
-    options |= dict(n_pages=setup.n_pages, page_size=setup.page_size)
+    n_pages, tables, life = _life(scene, filler)
+    options |= dict(n_pages=n_pages, page_size=setup.page_size)
     return Call(form, (q, w, tables, offsets(scene.n_q), scene.n_k, *life), options)
 
 
-def _life(scene: Scene, filler: float | None) -> tuple[Array, tuple[Any, ...]]:
-    """Tables before and after copies, and what `fuzz_forms.written` does; see there."""
+def _life(scene: Scene, filler: float | None) -> tuple[int, Array, tuple[Any, ...]]:
+    """Pages of the cache, tables before and after copies, and what `fuzz_forms.written` does; see there."""
     setup, rng = scene.setup, np.random.default_rng(scene.seed)
-    R, S, size, P = setup.R, setup.S, setup.page_size, setup.pages
+    assert setup.page_size
+    R, S, size = setup.R, setup.S, setup.page_size
+    P = -(-S // size) + 1  # one more than there can be
     first = rng.integers(0, scene.n_k + 1).astype(np.int32)
     junk = np.minimum(rng.integers(0, 2 * size + 2, R), S - first).astype(np.int32)
     second = scene.n_k - first
 
-    own = setup.n_pages // setup.devices
-    free = [(rng.permutation(own) + device * own).tolist() for device in range(setup.devices)]
+    # Each device has enough for all. A device has whole blocks of each request, in turn.
+    own = R * P + COPIES + 3
+    n_pages, free = setup.devices * own, [(rng.permutation(own) + d * own).tolist() for d in range(setup.devices)]
 
     def take(nth: int) -> int:
-        return free[nth // setup.stripe % setup.devices].pop()
+        return free[nth * size // setup.unit % setup.devices].pop()
 
-    tables = rng.choice([-1, setup.n_pages, 2**31 - 1, -(2**31)], (2, R, P)).astype(np.int32)
+    tables = rng.choice([-1, n_pages, 2**31 - 1, -(2**31)], (2, R, P)).astype(np.int32)
     for r in range(R):
         for nth in range(-(-max(scene.n_k[r], first[r] + junk[r]) // size)):
             tables[:, r, nth] = take(nth)
     held = [(r, nth) for r in range(R) for nth in range(-(-int(scene.n_k[r]) // size))]
-    source, target = np.zeros(COPIES, np.int32), np.full(COPIES, setup.n_pages, np.int32)
+    source, target = np.zeros(COPIES, np.int32), np.full(COPIES, n_pages, np.int32)
     for i, which in enumerate(rng.permutation(len(held))[: rng.integers(0, COPIES + 1)]):
         r, nth = held[which]
         source[i], target[i] = tables[0, r, nth], take(nth)
         tables[1, r, nth] = target[i]
-    is_stale = np.ones((setup.n_pages, size), bool)
+    is_stale = np.ones((n_pages, size), bool)
     for r, nth in held:
         is_stale[tables[1, r, nth], : scene.n_k[r] - nth * size] = False
 
@@ -208,7 +211,7 @@ def _life(scene: Scene, filler: float | None) -> tuple[Array, tuple[Any, ...]]:
     new = keys(lambda x, r: np.concatenate([x[: first[r]], x[order][: S - first[r]]]), first + junk)
     rest = keys(lambda x, r: np.roll(x, -first[r], axis=0), second)
     stale = np.float32(1 if filler is None else bounded(filler, scene.k.dtype))
-    return tables, (new, rest, first, junk, second, source, target, is_stale, stale)
+    return n_pages, tables, (new, rest, first, junk, second, source, target, is_stale, stale)
 
 
 def offsets(sizes: Array) -> Array:

@@ -9,7 +9,6 @@ import importlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import hisa_jax as hj
 from hisa_jax import dispatch
@@ -25,7 +24,7 @@ class Setup:
         scale: format of the keys' scales, "float32" or "ue8m0"; None: keys without scales.
         R, T, S: requests, most queries of one, most keys of one.
         H, D: index heads and their size.
-        page_size: of the paged forms.
+        page_size: of the paged forms; None: none of them.
         implementation: what runs it.
         devices: emulated ones, over which the sharded forms split keys and pages; 1: no sharded forms.
     """
@@ -39,7 +38,7 @@ class Setup:
     S: int = 192
     H: int = 4
     D: int = 16
-    page_size: int = 16
+    page_size: int | None = 16
     implementation: str = "xla"
     devices: int = 1
 
@@ -56,27 +55,7 @@ class Setup:
     @property
     def unit(self) -> int:
         """Tokens of a block, of a page where there are no blocks."""
-        return self.method.block_size if not isinstance(self.method, hj.Dsa) else self.page_size
-
-    @property
-    def has_pages(self) -> bool:
-        return self.unit % self.page_size == 0
-
-    @property
-    def stripe(self) -> int:
-        """Pages in a row that one device has."""
-        return self.unit // self.page_size
-
-    @property
-    def pages(self) -> int:
-        """Columns of a block table: one more than the tokens need."""
-        return -(-self.S // self.page_size) + 1
-
-    @property
-    def n_pages(self) -> int:
-        """Of the cache: two of each request's pages may be copied, and some are no one's; the same on each device."""
-        needed = self.R * (self.pages + 2) + 3
-        return -(-needed // self.devices) * self.devices if self.devices == 1 else needed * self.devices
+        return (self.page_size or 8) if isinstance(self.method, hj.Dsa) else self.method.block_size
 
     @property
     def is_split(self) -> bool:
@@ -213,7 +192,3 @@ def interpret(implementation: str) -> None:
     dispatch.attention_reasons = lambda device, problem: reasons(device, problem) | {implementation: None}
     # To compile the interpreter's programs takes longer than to run them.
     jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
-
-
-def zeros(shape: tuple[int, ...], dtype: str) -> Any:
-    return jnp.zeros(shape, jnp.dtype(dtype))

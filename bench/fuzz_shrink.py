@@ -6,7 +6,7 @@ last one, which cuts the arrays to what is left.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,155 +14,168 @@ import numpy as np
 from bench.fuzz_judges import Judge, Verdict
 from bench.fuzz_mla import MlaScene
 from bench.fuzz_scene import Array, Scene
-from bench.fuzz_setups import Setup
+
+
+class Shrinking:
+    """A failing scene on its way to a small one.
+
+    Attributes:
+        scene, verdict: the smallest that still fails, and what is wrong with it.
+        until: when to stop, by `time.monotonic`.
+    """
+
+    def __init__(self, scene: Any, form: str, judge: Judge, seconds: float) -> None:
+        self.scene, self.form, self.judge = scene, form, judge
+        self.until = time.monotonic() + seconds
+        self.verdict = judge.judge(scene, form)
+        self.n_taken = 0
+        assert self.verdict.wrong
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self.until
+
+    def takes(self, candidate: Any) -> bool:
+        """Whether a candidate still fails; it is the scene from then on."""
+        if self.is_over or self.form not in candidate.forms or not self.judge.applies(candidate, self.form):
+            return False
+        try:
+            verdict = self.judge.judge(candidate, self.form)
+        except ValueError:  # the call does not take such shapes
+            return False
+        if not verdict.wrong:
+            return False
+        self.scene, self.verdict = candidate, verdict
+        self.n_taken += 1
+        return True
 
 
 def shrink(scene: Any, form: str, judge: Judge, seconds: float) -> tuple[Any, Verdict]:
     """The smallest scene found within some seconds, and what is wrong with it."""
-    verdict, until = judge.judge(scene, form), time.monotonic() + seconds
-    assert verdict.wrong
-
-    def smaller(scene: Any, verdict: Verdict, steps: Callable[..., Iterator[Any]]) -> tuple[Any, Verdict, bool]:
-        """Takes every step that still fails; the next ones are taken from there."""
-        is_smaller, tried = False, 0
-        candidates = steps(scene, verdict.wrong[0])
-        while time.monotonic() < until and (candidate := next(candidates, None)) is not None:
-            tried += 1
-            found = _judged(candidate, form, judge)
-            if found and found.wrong:
-                scene, verdict, is_smaller = candidate, found, True
-                candidates = _after(steps(scene, verdict.wrong[0]), 0 if steps in _RESTART else tried - 1)
-                tried = 0 if steps in _RESTART else tried - 1
-        return scene, verdict, is_smaller
-
-    is_smaller = True
-    while is_smaller and time.monotonic() < until:
-        is_smaller = False
-        for steps in _SCENE if isinstance(scene, Scene) else _MLA:
-            scene, verdict, some = smaller(scene, verdict, steps)
-            is_smaller |= some
-    for tight in _tight(scene, *verdict.wrong[0][:2]):
-        found = _judged(tight, form, judge)
-        if found and found.wrong:
-            return tight, found
-    return scene, verdict
+    state, before = Shrinking(scene, form, judge, seconds), -1
+    while before != state.n_taken and not state.is_over:
+        before = state.n_taken
+        for step in _SCENE if isinstance(scene, Scene) else _MLA:
+            step(state)
+    state.until = time.monotonic() + seconds
+    any(state.takes(tight) for tight in _tight(state.scene, *state.verdict.wrong[0][:2]))
+    return state.scene, state.verdict
 
 
-def _judged(scene: Any, form: str, judge: Judge) -> Verdict | None:
-    """None where the call does not take such shapes, or the judge has nothing to say."""
-    if form not in scene.forms or not judge.applies(scene, form):
-        return None
-    try:
-        return judge.judge(scene, form)
-    except ValueError:
-        return None
-
-
-def _after(candidates: Iterator[Any], n: int) -> Iterator[Any]:
-    for _ in range(n):
-        next(candidates, None)
-    return candidates
-
-
-def _only_request(scene: Scene, wrong: Any) -> Iterator[Scene]:
-    others = np.arange(scene.setup.R) != wrong.r
-    if wrong.r >= 0 and (scene.n_k[others] > 0).any():
+def _only_request(state: Shrinking) -> None:
+    scene, r = state.scene, state.verdict.wrong[0].r
+    others = np.arange(scene.setup.R) != r
+    if r >= 0 and (scene.n_k[others] != 0).any():
         positions = None if scene.positions is None else np.where(others[:, None], np.int32(-1), scene.positions)
         n_q, n_k = (np.where(others, np.int32(0), x) for x in (scene.n_q, scene.n_k))
-        yield dataclasses.replace(scene, n_q=n_q, n_k=n_k, positions=positions)
+        state.takes(dataclasses.replace(scene, n_q=n_q, n_k=n_k, positions=positions))
 
 
-def _fewer_queries(scene: Scene, wrong: Any) -> Iterator[Scene]:
-    """The wrong query alone, or half of them."""
-    r, t, T = wrong.r, wrong.t, scene.setup.T
+def _fewer_queries(state: Shrinking) -> None:
+    """The wrong query alone, or some of them."""
+    r, t, _ = state.verdict.wrong[0]
     if r < 0:
         return
+    scene = state.scene
     if scene.positions is not None:
-        alone = np.where(np.arange(T) == t, scene.positions, np.int32(-1))
-        if (scene.positions[r] >= 0).sum() > 1:
-            yield dataclasses.replace(scene, positions=np.where((np.arange(len(alone)) == r)[:, None], alone, np.int32(-1)))
+        is_it = (np.arange(scene.setup.R) == r)[:, None] & (np.arange(scene.setup.T) == t)
+        if ((scene.positions != -1) & ~is_it).any():
+            state.takes(dataclasses.replace(scene, positions=np.where(is_it, scene.positions, np.int32(-1))))
         return
     n = int(scene.n_q[r])
     for start, end in ((t, t + 1), (n // 2, n), (0, n // 2), (1, n), (0, n - 1)):
         if 0 <= start < end and end - start < n:
             starts, ends = np.zeros(scene.setup.R, np.int32), scene.n_q.copy()
             starts[r], ends[r] = start, end
-            yield scene.chunk(starts, ends)
+            if state.takes(scene.chunk(starts, ends)):
+                return
 
 
-def _fewer_keys(scene: Scene, wrong: Any) -> Iterator[Scene]:
+def _fewer_keys(state: Shrinking) -> None:
     """Without some tokens; what stood behind them moves up."""
-    r, S = wrong.r, scene.setup.S
-    n = min(max(int(scene.n_k[r]), 0), S)
-    size = n if r >= 0 else 0
+    r, S = state.verdict.wrong[0].r, state.scene.setup.S
+    if r < 0:
+        return
+
+    def count() -> int:
+        return min(max(int(state.scene.n_k[r]), 0), S)
+
+    size = count()
     while size:
-        for start in range(0, n - size + 1, size):
-            order = np.concatenate([np.arange(start), np.arange(start + size, S), np.arange(start, start + size)])
-            k, scales, n_k = scene.k.copy(), scene.scales, scene.n_k.copy()
-            k[r], n_k[r] = k[r, order], n - size
-            if scales is not None:
-                scales = scales.copy()
-                scales[r] = scales[r, order]
-            positions = scene.positions
-            if positions is not None:
-                positions = positions.copy()
-                positions[r] -= np.where(positions[r] >= start + size, size, 0)
-            yield dataclasses.replace(scene, k=k, scales=scales, n_k=n_k, positions=positions)
+        start = 0
+        while start + size <= count() and not state.is_over:
+            if not state.takes(_without_keys(state.scene, r, start, size)):
+                start += size
         size //= 2
 
 
-def _fewer_heads(scene: Scene, wrong: Any) -> Iterator[Scene]:
-    for h in range(scene.setup.H):
-        if scene.w[:, :, h].any() or scene.q[:, :, h].any():
-            q, w = scene.q.copy(), scene.w.copy()
-            q[:, :, h], w[:, :, h] = 0, 0
-            yield dataclasses.replace(scene, q=q, w=w)
+def _without_keys(scene: Scene, r: int, start: int, size: int) -> Scene:
+    S = scene.setup.S
+    order = np.concatenate([np.arange(start), np.arange(start + size, S), np.arange(start, start + size)])
+    k, scales, n_k, positions = scene.k.copy(), scene.scales, scene.n_k.copy(), scene.positions
+    k[r], n_k[r] = k[r, order], min(max(int(n_k[r]), 0), S) - size
+    if scales is not None:
+        scales = scales.copy()
+        scales[r] = scales[r, order]
+    if positions is not None:
+        positions = positions.copy()
+        positions[r] -= np.where(positions[r] >= start + size, size, 0).astype(np.int32)
+    return dataclasses.replace(scene, k=k, scales=scales, n_k=n_k, positions=positions)
 
 
-def _fewer_features(scene: Scene, wrong: Any) -> Iterator[Scene]:
-    for d in range(scene.setup.D):
-        if scene.q[..., d].any() or scene.k[..., d].any():
-            q, k = scene.q.copy(), scene.k.copy()
-            q[..., d], k[..., d] = 0, 0
-            yield dataclasses.replace(scene, q=q, k=k)
+def _fewer_heads(state: Shrinking) -> None:
+    for h in range(state.scene.setup.H):
+        q, w = state.scene.q.copy(), state.scene.w.copy()
+        q[:, :, h], w[:, :, h] = 0, 0
+        _takes_other(state, q=q, w=w)
 
 
-def _plain_numbers(scene: Any, wrong: Any) -> Iterator[Any]:
-    """Ones and whole numbers instead of what they were."""
+def _fewer_features(state: Shrinking) -> None:
+    for d in range(state.scene.setup.D):
+        q, k = state.scene.q.copy(), state.scene.k.copy()
+        q[..., d], k[..., d] = 0, 0
+        _takes_other(state, q=q, k=k)
+
+
+def _takes_other(state: Shrinking, **arrays: Array) -> bool:
+    """Takes the scene with other arrays, if they are others."""
+    before = [getattr(state.scene, name) for name in arrays]
+    is_other = any((x.view(np.uint8) != y.view(np.uint8)).any() for x, y in zip(before, arrays.values(), strict=True))
+    return is_other and state.takes(dataclasses.replace(state.scene, **arrays))
+
+
+def _plain_numbers(state: Shrinking) -> None:
+    """Ones and whole numbers instead of what they were; a 0 stays, or steps would undo each other for ever."""
     for name in ("scales", "w", "q", "k", "kv", "sink"):
-        x = getattr(scene, name, None)
-        if x is None:
-            continue
-        for plain in (np.ones_like(x), np.sign(x.astype(np.float32)), np.rint(x.astype(np.float32))):
-            plain = np.where(np.isfinite(x.astype(np.float32)), plain.astype(x.dtype), x)
-            if (plain != x).any() and np.isfinite(x.astype(np.float32)).any():
-                yield dataclasses.replace(scene, **{name: plain})
+        x = getattr(state.scene, name, None)
+        if x is not None:
+            wide = x.astype(np.float32)
+            for plain in (np.abs(np.sign(wide)), np.sign(wide), np.rint(wide)):
+                if _takes_other(state, **{name: np.where(np.isfinite(wide), plain.astype(x.dtype), x)}):
+                    break
 
 
-def _only_list(scene: MlaScene, wrong: Any) -> Iterator[MlaScene]:
-    indices = np.full_like(scene.indices, -1)
-    indices[wrong.r, wrong.t] = scene.indices[wrong.r, wrong.t]
-    if (indices != scene.indices).any():
-        yield dataclasses.replace(scene, indices=indices)
+def _only_list(state: Shrinking) -> None:
+    r, t, _ = state.verdict.wrong[0]
+    indices = np.full_like(state.scene.indices, -1)
+    indices[r, t] = state.scene.indices[r, t]
+    _takes_other(state, indices=indices)
 
 
-def _shorter_list(scene: MlaScene, wrong: Any) -> Iterator[MlaScene]:
-    K = size = scene.setup.K
+def _shorter_list(state: Shrinking) -> None:
+    size = K = state.scene.setup.K
     while size:
         for start in range(0, K, size):
-            indices = scene.indices.copy()
+            indices = state.scene.indices.copy()
             indices[:, :, start : start + size] = -1
-            if (indices != scene.indices).any():
-                yield dataclasses.replace(scene, indices=indices)
+            _takes_other(state, indices=indices)
         size //= 2
 
 
-def _no_lost_pages(scene: MlaScene, wrong: Any) -> Iterator[MlaScene]:
-    if scene.is_lost.any():
-        yield dataclasses.replace(scene, is_lost=np.zeros_like(scene.is_lost))
+def _no_lost_pages(state: Shrinking) -> None:
+    _takes_other(state, is_lost=np.zeros_like(state.scene.is_lost))
 
 
-_RESTART = (_fewer_queries, _fewer_keys)  # what is left is numbered anew after each step
 _SCENE = (_only_request, _fewer_queries, _fewer_keys, _fewer_heads, _fewer_features, _plain_numbers)
 _MLA = (_no_lost_pages, _only_list, _shorter_list, _plain_numbers)
 
