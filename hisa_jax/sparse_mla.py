@@ -124,7 +124,7 @@ def with_sink(out: Array, lse: Array, sink: Array | None) -> Array:
     """[..., N, V], [..., N], [N] or None -> [..., N, V]: a logit without a value beside those of the tokens."""
     if sink is None:
         return out
-    # Of nothing the output is 0, whatever is kept of it; a sink of -inf would take -inf from -inf.
+    # Where nothing is selected `out` is 0, whatever is kept of it; beside a sink of -inf the difference would be NaN.
     lse = jnp.where(jnp.isneginf(lse), 0, lse)
     # What the sink takes from every value: 1 - exp(lse) / (exp(lse) + exp(sink)).
     kept = jax.nn.sigmoid(lse - sink.reshape((1,) * (lse.ndim - 1) + sink.shape))
