@@ -1,6 +1,7 @@
 """Selection from a paged cache, and the sparse attention over its latents."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def select_paged(
     """
     call = "select_paged"
     check_paged(call, q, w, cache, block_tables, cu_seqlens_q, lengths, method)
-    options = dict(return_scores=return_scores, return_blocks=return_blocks)
+    options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
     name = prepare.choose(call, problem_of(q, cache, block_tables, method), implementation, tiles, **options)
     T = q.shape[0]
     if 0 in (T, *block_tables.shape):

@@ -1,5 +1,7 @@
 """Selection for batches, and what can run it."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -53,7 +55,7 @@ def select(
     call = "select"
     keys = check_batch(call, q, k, w, query_positions, lengths)
     (B, T, _, _), S = q.shape, keys.values.shape[1]
-    options = dict(return_scores=return_scores, return_blocks=return_blocks)
+    options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
     name = prepare.choose(call, prepare.problem_of(q, keys, method), implementation, tiles, **options)
 
     lengths = jnp.full((B,), S, jnp.int32) if lengths is None else jnp.clip(lengths, 0, S)

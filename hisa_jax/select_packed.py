@@ -1,5 +1,7 @@
 """Selection for packed ragged batches."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -48,7 +50,7 @@ def select_packed(
     call = "select_packed"
     keys = check_packed(call, q, k, w, cu_seqlens_q, cu_seqlens_k)
     T, N = q.shape[0], keys.values.shape[0]
-    options = dict(return_scores=return_scores, return_blocks=return_blocks)
+    options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
     name = prepare.choose(call, prepare.problem_of(q, keys, method), implementation, tiles, **options)
     if cu_seqlens_q.shape[0] == 1 or 0 in (T, N):
         return nothing((T,), method, return_scores, return_blocks)

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
 from hisa_jax.pages import PagePool  # noqa: E402
-from tests import draw  # noqa: E402
+from tests import draw, isolation  # noqa: E402
 from tests.collectives import collectives, elements  # noqa: E402
 
 METHODS = {
@@ -202,6 +202,17 @@ def a_page_that_is_lacking_or_elsewhere_costs_its_request_alone():
     rng, latents = np.random.default_rng(1), jnp.zeros((ROWS, LATENT))
     with raises("select_paged_sharded: block_tables lacks pages of requests [ True False"):
         hj.checked(step)(eight)
+
+
+def what_others_hold_leaves_no_trace():
+    """NaN and infinity in other requests' pages, unused ones and behind a request's tokens, on all devices."""
+    select = functools.partial(hj.select_paged_sharded, **OVER)
+    for name, dtype in (("hisa", "bfloat16"), ("dsa", "float8_e4m3fn")):
+        run = jax.jit(select, static_argnames=("method", "return_scores", "return_blocks"))
+        call = isolation.paged(
+            run, METHODS[name], dtype, page_size=PAGE, n_devices=8, stripe=PAGE if name == "dsa" else STRIPE
+        )
+        isolation.assert_isolated(call, METHODS[name])
 
 
 def writing_exchanges_nothing():

@@ -15,7 +15,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
-from tests import draw  # noqa: E402
+from tests import draw, isolation  # noqa: E402
 from tests.collectives import collectives, elements  # noqa: E402
 
 METHODS = {
@@ -79,6 +79,14 @@ def same_bits_for_lengths_that_end_on_any_device():
             check(method, 1, 8, lengths=lengths, query_positions=positions)
 
 
+def what_other_devices_hold_leaves_no_trace():
+    """Some devices, and part of one, hold only NaN or infinity of a sequence, and all do of the other."""
+    select = functools.partial(hj.select_sharded, mesh=mesh(1, 8), context_axis="context", data_axis="data")
+    for name, dtype in (("hisa", "bfloat16"), ("dsa", "float8_e4m3fn")):
+        run = jax.jit(select, static_argnames=("method", "return_scores", "return_blocks"))
+        isolation.assert_isolated(isolation.batch(run, METHODS[name], dtype, S=S), METHODS[name])
+
+
 def only_candidates_are_exchanged():
     """Of a query: image and id of each device's best to whom merges them, and the merged to all."""
     method, n_queries = METHODS["hisa"], 24  # 22 in equal shares
@@ -96,6 +104,7 @@ if __name__ == "__main__":
         same_bits_for_every_method_and_mesh,
         same_bits_without_scores_and_for_every_dtype,
         same_bits_for_lengths_that_end_on_any_device,
+        what_other_devices_hold_leaves_no_trace,
         only_candidates_are_exchanged,
     ):
         start = time.perf_counter()

@@ -28,6 +28,7 @@ PROMISES = {
         "a_page_that_is_lacking_or_elsewhere_costs_its_request_alone",
     ),
     "layouts": (
+        "what_others_hold_leaves_no_trace",
         "same_bits_for_8_bits_and_for_stripes_of_two_blocks",
         "ranks_that_share_the_queries_select_the_same_and_exchange_the_chosen",
         "ranks_that_share_the_queries_may_each_be_devices_that_share_the_pages",
