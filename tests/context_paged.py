@@ -4,6 +4,7 @@ The number of devices is fixed when JAX starts, so it cannot be set for one test
 """
 
 import contextlib
+import dataclasses
 import functools
 import sys
 import time
@@ -19,6 +20,7 @@ from jax.experimental import checkify  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
+from hisa_jax import paged  # noqa: E402
 from hisa_jax.pages import PagePool  # noqa: E402
 from tests import draw, isolation  # noqa: E402
 from tests.collectives import collectives, elements  # noqa: E402
@@ -255,8 +257,15 @@ def sparse_mla_over_pages_is_that_of_one_device_and_exchanges_one_sum():
     run = jax.jit(functools.partial(hj.sparse_mla_paged_sharded, **OVER, **options))
     compiled = run.lower(q, eight, indices, tables, cu).compile()
     wanted = hj.sparse_mla_paged(q, one, indices, tables, cu, **options)
-    for x, y in zip(compiled(q, eight, indices, tables, cu), wanted, strict=True):
+    got = compiled(q, eight, indices, tables, cu)
+    for x, y in zip(got, wanted, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    rows = np.asarray(paged.latent_rows(one, indices, tables, cu))
+    others = np.setdiff1d(np.arange(one.n_pages * PAGE), rows)
+    latents = one.latents.reshape(-1, LATENT).at[others].set(jnp.nan).reshape(one.latents.shape)
+    poisoned = split(dataclasses.replace(one, latents=latents))
+    assert len(others) > 2000 and np.isfinite(got[0]).all()
+    same(compiled(q, poisoned, indices, tables, cu), got)
     found = collectives(compiled)
     assert {kind for kind, *_ in found} == {"all-reduce"}
     assert sum(n for *_, n in found) == N * (V + 2) * q.shape[0], found

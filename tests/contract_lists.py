@@ -35,7 +35,8 @@ class Case:
 
     @property
     def options(self) -> dict:
-        return dict(scale=self.Dk**-0.5, value_dim=self.value_dim, return_lse=True)
+        # A scale may be negative; those of other tests are positive.
+        return dict(scale=-(self.Dk**-0.5), value_dim=self.value_dim, return_lse=True)
 
     def arrays(self, T: int, rows: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Queries [T, N, Dk], and latents [rows, Dk], zeros where no list names a row."""

@@ -102,3 +102,21 @@ def test_odd_offsets_give_each_row_one_request_or_none(offsets):
         wanted = hj.sparse_mla(q[None, t : t + 1], own, lists[None, t : t + 1], **options)
         np.testing.assert_allclose(out[t], wanted[0][0, 0], rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(lse[t], wanted[1][0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("T", "R", "P", "K", "N"), [(0, 1, 2, 3, 2), (3, 0, 2, 3, 2), (3, 1, 0, 3, 2), (3, 1, 2, 0, 2), (3, 1, 2, 3, 0)]
+)
+def test_of_no_queries_requests_pages_entries_or_heads_there_is_nothing(T, R, P, K, N):
+    cache = hj.init_cache(4, 16, 0, "float32", latent_dim=24, latent_dtype="float32")
+    zeros = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731
+    arrays = jnp.ones((T, N, 24)), cache, zeros(T, K), zeros(R, P), jnp.full(R + 1, T)
+    mesh = dict(mesh=jax.make_mesh((1,), ("context",)), context_axis="context")
+    options = dict(scale=0.1, value_dim=16, return_lse=True)
+    q, lists, kv = arrays[0][None], jnp.full((1, T, K), -1), jnp.ones((1, 16 * P * R, 24))
+    for out, lse in (
+        hj.sparse_mla_paged(*arrays, **options),
+        hj.sparse_mla_paged_sharded(*arrays, **options, **mesh),
+        (x[0] for x in hj.sparse_mla_sharded(q, kv, lists, **options, **mesh)),
+    ):
+        assert out.shape == (T, N, 16) and not out.any() and lse.shape == (T, N) and jnp.isneginf(lse).all()

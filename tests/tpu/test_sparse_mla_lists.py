@@ -30,7 +30,8 @@ def test_a_list_may_have_any_order_holes_and_repeats(kernel, form):
     contract_lists.check_counts(CASE, form)
 
 
-@pytest.mark.parametrize("form", [PIECE, *PAGES, MESH], ids=str)
+# Over a mesh the kernel is compiled once more, and is the same.
+@pytest.mark.parametrize("form", [PIECE, *PAGES, pytest.param(MESH, marks=pytest.mark.exhaustive)], ids=str)
 def test_rows_that_are_not_selected_leave_no_trace(kernel, form):
     contract_lists.check_no_trace(CASE, form)
 
@@ -55,8 +56,7 @@ def test_runs_hold_every_entry_once_and_no_more_than_a_window():
     assert np.asarray(runs_of(jnp.asarray(ascending), 320)[0]).sum() == len(np.unique(ascending // 128))
 
 
-@pytest.mark.parametrize("poison", contract_lists.POISON)
-def test_tokens_that_are_not_masked_leave_no_trace(poison):
+def test_tokens_that_are_not_masked_leave_no_trace():
     """Also those behind the last token, though a mask names them; what is behind a block that is none is not read."""
     rng = np.random.default_rng(0)
     T, S, M = 2, 500, 3
@@ -75,5 +75,6 @@ def test_tokens_that_are_not_masked_leave_no_trace(poison):
     others = np.flatnonzero(~chosen[:S])
     wanted = attend(kv.at[:, others].set(0), mask)
     mask[0, 0, 1, 500 % 128 :] = True
-    got = attend(kv.at[:, others].set(poison), mask)
-    contract_lists.same_bits(map(np.asarray, got), map(np.asarray, wanted))
+    for poison in contract_lists.POISON:
+        got = attend(kv.at[:, others].set(poison), mask)
+        contract_lists.same_bits(map(np.asarray, got), map(np.asarray, wanted))
