@@ -8,7 +8,7 @@ from bench import __main__ as command
 from bench import files
 from bench.file_faults import CONFIG, INDEX, SHARD, TOKENIZER, Fault, edit_json, faults
 
-SECONDS, MIB = 20, 1024
+SECONDS, MIB = 60, 1024
 
 
 def assert_all_are_right(results):

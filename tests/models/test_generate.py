@@ -175,6 +175,11 @@ def test_the_command_runs_as_a_module(capsys, monkeypatch):
         ('{"0": {"indexer": "flat"}}', "0: indexer is 'flat', wanted one of dsa, hisa, block-sparse"),
         ('{"0": {"indexer": "dsa", "topk": 0}}', r"0: Dsa\(topk=0\)"),
         ('{"0": {"topk": 8}}', "0: indexer is None"),
+        ('{"0": {"indexer": ["dsa"]}}', r"layers\.json: 0: indexer is \['dsa'\]"),
+        ('{"0": {"indexer": "dsa", "config": 1}}', r"layers\.json: 0: .*unexpected keyword argument 'config'"),
+        ('{"0": {"indexer": "dsa", "topk": "8"}}', r"layers\.json: 0: Dsa\(topk='8'\)"),
+        ('{"0": {"indexer": "dsa"}, "0": {"indexer": "hisa"}}', r"layers\.json: key '0' is there twice"),
+        ('{"0": ' + "[" * 100_000, r"layers\.json: not JSON that can be read: nested too deeply"),
     ],
 )
 def test_a_per_layer_file_that_is_none_is_refused(tmp_path, text, message):
@@ -188,6 +193,18 @@ def test_methods_take_topk_from_the_checkpoint_unless_given():
     config = golden.model("glm5").config
     assert make_method("dsa", config) == hj.Dsa(topk=8)
     assert make_method("hisa", config, topk=4) == hj.Hisa(topk=4)
+
+
+def test_a_tokenizer_that_is_none_is_refused(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    for text in ("", "{}", '{"model": 1}', "[" * 1000):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer: "):
+            load_tokenizer(tmp_path, 300)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ValueError, match=r"tokenizer\.json: is no file"):
+        load_tokenizer(tmp_path, 300)
 
 
 def test_the_folders_tokenizer_is_used_if_there_is_one(tmp_path):

@@ -188,6 +188,25 @@ def test_a_row_of_nan_changes_no_bit_of_another(case, form):
         np.testing.assert_array_equal(later.logits[1], clean.logits[1], "a step later")
 
 
+@both
+def test_an_id_outside_the_vocabulary_is_nan_and_changes_no_bit_of_another_row(form):
+    """Under jit, where nothing can be raised; padding may have any id."""
+    case = "glm52-hisa"
+    net, ids, mask = model(case), tokens(case)[:, :WIDTH], np.ones((2, WIDTH), bool)
+    mask[1, :4] = False
+    cache = dataclasses.replace(prompts(case, form), lengths=jnp.zeros((2,), jnp.int32))
+    want = call(net, ids, cache, mask, form)
+    for bad in (-1, net.config.vocab_size, 2**31 - 1, -(2**31)):
+        given = ids.copy()
+        given[1, :4] = bad
+        np.testing.assert_array_equal(call(net, given, cache, mask, form).logits[:, 4:], want.logits[:, 4:])
+        given[0, 6] = bad
+        got = call(net, given, cache, mask, form)
+        assert np.isnan(np.asarray(got.logits[0, 6])).all()
+        np.testing.assert_array_equal(got.logits[0, :6], want.logits[0, :6])
+        np.testing.assert_array_equal(got.logits[1, 4:], want.logits[1, 4:])
+
+
 def test_generation_beside_a_row_of_nan_is_what_it_is_beside_another():
     net = model("glm52-hisa")
     prompt, options = [43, 42, 41, 40, 22, 21, 20, 8, 6, 5, 11, 9, 7], dict(max_new_tokens=5, chunk=8)
