@@ -8,7 +8,7 @@ from flax import nnx
 
 import hisa_jax as hj
 import models
-from models.engine import Engine
+from models.engine import Engine, lookup
 
 VOCABULARY, CHUNK, N_NEW = 61, 6, 8
 HISA = hj.Hisa(topk=8, block_size=4, block_topk=3)
@@ -54,8 +54,10 @@ def alone(prompts, method=HISA, stop_ids=None):
     return models.generate(model(method), prompts, N_NEW, chunk=CHUNK, stop_ids=stop_ids).tokens
 
 
-def engine(made=None, **options):
-    return Engine(model() if made is None else made, **dict(n_pages=60, rows=4, max_length=64, chunk=CHUNK) | options)
+def engine(made=None, draft=lookup, **options):
+    """Few pages, so that requests wait for each other's and get them; one size, so that programs compile once."""
+    sizes = dict(n_pages=24, rows=4, max_length=64, chunk=CHUNK, n_draft=2 if draft else 0)
+    return Engine(model() if made is None else made, **sizes | options, draft=draft)
 
 
 def finish(engine, tokens=None):
