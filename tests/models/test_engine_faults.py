@@ -28,7 +28,7 @@ POISON = serving.VOCABULARY - 1
 def traffic():
     """Prompts and their tokens by `generate`; token `POISON` is neither read nor made."""
     prompts = [tuple(token % POISON for token in prompt) for prompt in serving.requests(60, seed=1)]
-    pairs = zip(prompts, serving.alone(tuple(prompts)), strict=True)
+    pairs = zip(prompts, serving.alone(tuple(prompts), stop_ids=()), strict=True)
     chosen = [(list(prompt), tokens) for prompt, tokens in pairs if POISON not in tokens][:24]
     assert len(chosen) == 24 and len({tuple(tokens) for _, tokens in chosen}) > 18
     return chosen
@@ -186,5 +186,7 @@ def test_a_request_fails_where_its_logits_turn_nan_whether_drafted_or_not(traffi
         e.submit(prompt, serving.N_NEW, [tokens[at]])
         assert serving.finish(e) == ({id + 1: tokens[: at + 1]}, {})  # ends before the bad token is read
     assert reasons == {f"logits are not finite (NaN or infinity) after {at + 1} new tokens"}
-    with pytest.raises(FloatingPointError, match=rf"generate: .*: prompts\[1\] after {at + 1} new tokens$"):
-        models.generate(model, [[1, 2], prompt], serving.N_NEW, chunk=serving.CHUNK, stop_ids=())
+    prompts = [[token % POISON for token in prompt] for prompt in serving.requests(60, seed=1)]
+    failed = rf"generate: logits are not finite .*: .*prompts\[{prompts.index(prompt)}\] after {at + 1} new tokens"
+    with pytest.raises(FloatingPointError, match=failed):
+        models.generate(model, prompts, serving.N_NEW, chunk=serving.CHUNK, stop_ids=())
