@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hisa_jax as hj
+from models.generation_config import read_stop_ids
 
 LayerKind = Literal["dense", "sparse"]
 IndexerKind = Literal["full", "shared"]
@@ -75,6 +76,7 @@ class Config:
             they are quantised and changes nothing else.
         weight_block_size: rows and columns that share a scale in block-scaled F8_E4M3 weights.
         num_nextn_predict_layers: multi-token-prediction layers behind the last one, left out; None if unsaid.
+        eos_token_ids: what ends a generated row, unless its caller says otherwise.
 
     Raises: ValueError: sizes that do not fit together, and settings that are not built.
     """
@@ -142,6 +144,8 @@ class Config:
         )
         demand(self.index_key_scale in ("float32", "ue8m0"), "index_key_scale", "'float32' or 'ue8m0'")
         demand(not self.index_hadamard or dim & (dim - 1) == 0, "index_hadamard", "False unless index_head_dim is 2^n")
+        are_tokens = all(type(id) is int and 0 <= id < self.vocab_size for id in self.eos_token_ids)
+        demand(are_tokens, "eos_token_ids", f"tokens from 0 to {self.vocab_size - 1}")
 
     @property
     def qk_head_dim(self) -> int:
@@ -160,7 +164,7 @@ class Config:
 
 
 def read_config(folder: str | Path) -> Config:
-    """Reads a checkpoint's config.json, and the stop tokens of its generation_config.json if there is one.
+    """Reads a checkpoint's config.json, and the stop tokens of its generation_config.json if it has one.
 
     Args:
         folder: where the checkpoint lies.
@@ -171,30 +175,15 @@ def read_config(folder: str | Path) -> Config:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"read_config: folder is {folder}, wanted a folder with a config.json")
-    config = config_from_keys(_read_object(path), str(path))
-    generation = Path(folder) / "generation_config.json"
-    if not generation.is_file() or (eos := _read_object(generation).get("eos_token_id")) is None:
-        return config
-    return dataclasses.replace(config, eos_token_ids=_stop_ids(eos, config.vocab_size, str(generation)))
-
-
-def _read_object(path: Path) -> dict[str, Any]:
     try:
         keys = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(keys, dict):
         raise ValueError(f"{path}: holds a {type(keys).__name__}, wanted an object")
-    return keys
-
-
-def _stop_ids(eos: Any, vocab_size: int, source: str) -> tuple[int, ...]:
-    """What `eos_token_id` says, a token or several."""
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    for id in ids:
-        if type(id) is not int or not 0 <= id < vocab_size:
-            raise ValueError(f"{source}: eos_token_id holds {id!r}, wanted tokens of the vocabulary of {vocab_size}")
-    return tuple(ids)
+    config = config_from_keys(keys, str(path))
+    stop_ids = read_stop_ids(folder, config.vocab_size)
+    return config if stop_ids is None else dataclasses.replace(config, eos_token_ids=stop_ids)
 
 
 def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
@@ -225,6 +214,8 @@ def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
         given["weight_block_size"] = tuple(quantization["weight_block_size"])
     if quantization.get("scale_fmt") == "ue8m0":
         given["index_key_scale"] = "ue8m0"
+    eos = keys.get("eos_token_id")
+    given["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     given["rope_theta"], given["yarn"] = _rope(keys, source)
     if "num_hidden_layers" in given:
         given["layer_kinds"] = _layer_kinds(keys, given["num_hidden_layers"])
@@ -236,7 +227,6 @@ def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
     ]
     if missing:
         raise ValueError(f"{source}: lacks {', '.join(missing)}")
-    given["eos_token_ids"] = _stop_ids(keys.get("eos_token_id"), given["vocab_size"], source)
     try:
         return Config(**given)
     except ValueError as error:
