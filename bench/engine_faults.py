@@ -180,8 +180,8 @@ def _refused(traffic: Traffic) -> Result:
         except ValueError as error:
             errors.append(str(error))
     fault = f"{len(_NO_PROMPTS)} prompts that are none, among good ones"
-    error = errors[0] if len(errors) == len(_NO_PROMPTS) else ""
-    return traffic.result(fault, "refused by name", error, run.finish())
+    shown = errors[0] if len(errors) == len(_NO_PROMPTS) else ""
+    return traffic.result(fault, "refused by name", shown, run.finish())
 
 
 def _cancelled(traffic: Traffic) -> Result:

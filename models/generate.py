@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import get_args
 
 import jax
@@ -80,7 +80,7 @@ def generate(
     chunk: int = 512,
     temperature: float = 0.0,
     seed: int = 0,
-    stop_ids: Sequence[int] | None = None,
+    stop_ids: Collection[int] | None = None,
     report_recall: bool = False,
 ) -> Generation:
     """Continues prompts of any lengths.
