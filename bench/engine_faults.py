@@ -180,8 +180,8 @@ def _refused(traffic: Traffic) -> Result:
         except ValueError as error:
             errors.append(str(error))
     fault = f"{len(_NO_PROMPTS)} prompts that are none, among good ones"
-    error = errors[0] if len(errors) == len(_NO_PROMPTS) else ""
-    return traffic.result(fault, "refused by name", error, run.finish())
+    shown = errors[0] if len(errors) == len(_NO_PROMPTS) else ""
+    return traffic.result(fault, "refused by name", shown, run.finish())
 
 
 def _cancelled(traffic: Traffic) -> Result:
@@ -230,10 +230,8 @@ def _too_big_for_now(traffic: Traffic) -> Result:
     run.finish()
     is_passed &= len(run.tokens.pop(big)) == 1
     run.tokens = {ids[id]: tokens for id, tokens in run.tokens.items()}
-    outcome = "small ones pass it, kept prefixes stay, its turn comes"
-    return traffic.result(
-        "a prompt that waits for pages", outcome, f"waited for {engine.max_length} tokens" if is_passed else "", run
-    )
+    outcome, error = "small ones pass it, kept prefixes stay, its turn comes", f"waited for {engine.max_length} tokens"
+    return traffic.result("a prompt that waits for pages", outcome, error if is_passed else "", run)
 
 
 def _not_finite(traffic: Traffic) -> Result:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import hisa_jax as hj
 from models import settings
+from models.generation_config import read_stop_ids
 from models.json_object import read_object, shown
 
 LayerKind = Literal["dense", "sparse"]
@@ -71,6 +72,7 @@ class Config:
             they are quantised and changes nothing else.
         weight_block_size: rows and columns that share a scale in block-scaled F8_E4M3 weights.
         num_nextn_predict_layers: multi-token-prediction layers behind the last one, left out; None if unsaid.
+        eos_token_ids: what ends a generated row, unless its caller says otherwise.
 
     Raises: ValueError: values of another type or out of range (`settings.py` has the table), sizes that do not fit
         together, settings that are not built.
@@ -135,6 +137,8 @@ class Config:
         room = self.topk_group * self.n_routed_experts // self.n_group
         demand(self.num_experts_per_tok <= room, "num_experts_per_tok", f"at most the {room} experts in kept groups")
         demand(not self.index_hadamard or dim & (dim - 1) == 0, "index_hadamard", "False unless index_head_dim is 2^n")
+        are_tokens = all(type(id) is int and 0 <= id < self.vocab_size for id in self.eos_token_ids)
+        demand(are_tokens, "eos_token_ids", f"tokens from 0 to {self.vocab_size - 1}")
 
     @property
     def qk_head_dim(self) -> int:
@@ -153,7 +157,7 @@ class Config:
 
 
 def read_config(folder: str | Path) -> Config:
-    """Reads a checkpoint's config.json, and the stop tokens of its generation_config.json if there is one.
+    """Reads a checkpoint's config.json, and the stop tokens of its generation_config.json if it has one.
 
     Args:
         folder: where the checkpoint lies.
@@ -165,22 +169,8 @@ def read_config(folder: str | Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"read_config: folder is {folder}, wanted a folder with a config.json")
     config = config_from_keys(read_object(path, _LARGEST_FILE), str(path))
-    generation = Path(folder) / "generation_config.json"
-    if not generation.is_file():
-        return config
-    values = settings.present(read_object(generation, _LARGEST_FILE), settings.GENERATION, str(generation))
-    if "eos_token_id" not in values:
-        return config
-    return dataclasses.replace(config, eos_token_ids=_stop_ids(values, config.vocab_size, str(generation)))
-
-
-def _stop_ids(values: Mapping[str, Any], vocab_size: int, source: str) -> tuple[int, ...]:
-    """What `eos_token_id` says, a token or several; none where it is absent."""
-    eos = values.get("eos_token_id", ())
-    ids = (eos,) if isinstance(eos, int) else tuple(eos)
-    if outside := [id for id in ids if id >= vocab_size]:
-        raise ValueError(f"{source}: eos_token_id holds {outside[0]}, wanted tokens of the vocabulary of {vocab_size}")
-    return ids
+    stop_ids = read_stop_ids(folder, config.vocab_size)
+    return config if stop_ids is None else dataclasses.replace(config, eos_token_ids=stop_ids)
 
 
 def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
@@ -207,6 +197,8 @@ def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
         given["weight_block_size"] = tuple(quantization["weight_block_size"])
     if quantization.get("scale_fmt") == "ue8m0":
         given["index_key_scale"] = "ue8m0"
+    eos = values.get("eos_token_id", ())
+    given["eos_token_ids"] = (eos,) if isinstance(eos, int) else tuple(eos)
     given |= _rope(values, source)
     if "num_hidden_layers" in given:
         given["layer_kinds"] = _layer_kinds(values, given["num_hidden_layers"], source)
@@ -218,7 +210,6 @@ def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
     ]
     if missing:
         raise ValueError(f"{source}: lacks {', '.join(missing)}")
-    given["eos_token_ids"] = _stop_ids(values, given["vocab_size"], source)
     try:
         return Config(**given)
     except ValueError as error:

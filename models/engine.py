@@ -8,7 +8,7 @@ the model would not have chosen, so the tokens are the same as without. Whatever
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -156,7 +156,7 @@ class Engine:
     def is_idle(self) -> bool:
         return not self.scheduler.waiting and not self.scheduler.running
 
-    def submit(self, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int] | None = None) -> int:
+    def submit(self, prompt: Sequence[int], max_new_tokens: int, stop_ids: Collection[int] | None = None) -> int:
         """Queues a request.
 
         Args:
@@ -274,14 +274,8 @@ class Engine:
         return self._step(phase, requests, starts, news, [len(new) for new in news], traced)
 
     def _decode(self, requests: list[Request], report: Report) -> Step:
-        starts, news = [self.pool.lengths[request.id] for request in requests], []
-        for request in requests:
-            room, proposals = min(self._n_draft, request.end - len(request.tokens) - 1), []
-            if self._draft and room > 0:
-                proposals, error = propose(self._draft, request.tokens, room, self.model.config.vocab_size)
-                if error is not None:
-                    report.draft_errors[request.id] = error
-            news.append([request.tokens[-1], *proposals])
+        starts = [self.pool.lengths[request.id] for request in requests]
+        news = [[request.tokens[-1], *self._proposals(request, report)] for request in requests]
         arrays = self._batch(requests, news, self.rows, 1 + self._n_draft)
         out, n_right, pages, traced = _verify(
             self._state, self.pages, *arrays, graph=self._graphs["decode"], trace=self.trace
@@ -294,6 +288,15 @@ class Engine:
             first = rows.shape[1] - len(new)
             self._take(request, rows[row, first : first + kept].tolist(), report)
         return self._step("decode", requests, starts, news, n_kept, traced)
+
+    def _proposals(self, request: Request, report: Report) -> list[int]:
+        room = min(self._n_draft, request.end - len(request.tokens) - 1)
+        if self._draft is None or room < 1:
+            return []
+        proposals, error = propose(self._draft, request.tokens, room, self.model.config.vocab_size)
+        if error is not None:
+            report.draft_errors[request.id] = error
+        return proposals
 
     def _take(self, request: Request, tokens: list[int], report: Report) -> None:
         """Adds new tokens up to one that ends the request; -1, where the logits gave none, ends it as failed."""

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import get_args
 
 import jax
@@ -80,7 +80,7 @@ def generate(
     chunk: int = 512,
     temperature: float = 0.0,
     seed: int = 0,
-    stop_ids: Sequence[int] | None = None,
+    stop_ids: Collection[int] | None = None,
     report_recall: bool = False,
 ) -> Generation:
     """Continues prompts of any lengths.
@@ -259,7 +259,9 @@ def _checked(
     is_number = isinstance(temperature, int | float | np.number) and not isinstance(temperature, bool)
     if not is_number or not 0 <= temperature < math.inf:
         raise ValueError(f"generate: temperature={checks.shown(temperature)}, wanted a number of at least 0")
-    if not isinstance(prompts, Sequence | np.ndarray) or isinstance(prompts, str) or not len(prompts):
+    if hasattr(prompts, "__array__"):
+        prompts = np.asarray(prompts).tolist()
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str) or not prompts:
         raise ValueError(f"generate: prompts is {checks.shown(prompts)}, wanted a sequence of at least one prompt")
     rows = [checks.prompt(call, f"prompts[{i}]", prompt, vocabulary) for i, prompt in enumerate(prompts)]
     longest, room = max(map(len, rows)) + n_new, model.config.max_position_embeddings

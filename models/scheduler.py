@@ -99,7 +99,8 @@ class Scheduler:
 
         Returns: (request, its donor, tokens shared) of those that share.
         """
-        forks, too_big = [], []
+        forks: list[tuple[int, int, int]] = []
+        too_big: list[Request] = []
         held = {page for id in self.running for page in self.pool.pages(id)}
         to_come = sum(map(self._pages_to_come, self.running.values()))
         for request in list(self.waiting.values()):

@@ -149,9 +149,6 @@ QUANTIZATION = {
     "scale_fmt": one_of("float32", "ue8m0"),
 }
 
-# Keys of generation_config.json.
-GENERATION = {"eos_token_id": SETTINGS["eos_token_id"]}
-
 # Fields of `Config` that no key has the name of.
 FIELDS = SETTINGS | {
     "layer_kinds": SETTINGS["mlp_layer_types"],

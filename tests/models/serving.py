@@ -8,10 +8,47 @@ from flax import nnx
 
 import hisa_jax as hj
 import models
-from models.engine import Engine
+from models.engine import Engine, lookup
 
 VOCABULARY, CHUNK, N_NEW = 61, 6, 8
+STOPS = (36, 56)
 HISA = hj.Hisa(topk=8, block_size=4, block_topk=3)
+
+# (prompt, new tokens, stop ids) that `submit` refuses, and the beginning of what it says.
+BAD_REQUESTS = (
+    ([-1, 5], 4, r"prompt\[0\] is -1, wanted an int from 0 to 60"),
+    ([5, 61], 4, r"prompt\[1\] is 61, wanted"),
+    ([2**40], 4, r"prompt\[0\] is 1099511627776, wanted"),
+    ([10**5000], 4, r"prompt\[0\] is a int, wanted"),
+    ([1.5, 2.0], 4, r"prompt\[0\] is 1\.5, wanted"),
+    ([float("nan")], 4, r"prompt\[0\] is nan, wanted"),
+    ([True], 4, r"prompt\[0\] is True, wanted"),
+    ([np.True_], 4, r"prompt\[0\] is np\.True_, wanted"),
+    ([None], 4, r"prompt\[0\] is None, wanted"),
+    ([[1]], 4, r"prompt\[0\] is \[1\], wanted"),
+    ("text", 4, "prompt is 'text', wanted a sequence of ints"),
+    (None, 4, "prompt is None, wanted a sequence"),
+    (7, 4, "prompt is 7, wanted a sequence"),
+    ({1, 2}, 4, r"prompt is \{1, 2\}, wanted a sequence"),
+    (iter([1]), 4, "prompt is <list_iterato"),
+    ([], 4, "prompt is empty, wanted at least one token"),
+    (np.zeros(0, int), 4, "prompt is empty"),
+    (np.ones(2), 4, r"prompt is float64 \[2\], wanted \[n\] integers"),
+    (np.ones(2, bool), 4, r"prompt is bool \[2\], wanted"),
+    (np.ones((2, 2), int), 4, r"prompt is int64 \[2, 2\], wanted"),
+    (np.array([3, -1]), 4, r"prompt\[1\] is -1, wanted"),
+    ([1], 0, "max_new_tokens=0, wanted an int of at least 1"),
+    ([1], -3, "max_new_tokens=-3, wanted"),
+    ([1], True, "max_new_tokens=True, wanted"),
+    ([1], 2.0, r"max_new_tokens=2\.0, wanted"),
+    ([1], None, "max_new_tokens=None, wanted"),
+    ([1], "4", "max_new_tokens='4', wanted"),
+    ([1], 4, 5, "stop_ids is 5, wanted a sequence of ints"),
+    ([1], 4, "a", "stop_ids is 'a', wanted"),
+    ([1], 4, [61], r"stop_ids\[0\] is 61, wanted"),
+    ([1], 4, [2, -1], r"stop_ids\[1\] is -1, wanted"),
+    ([1], 4, [1.0], r"stop_ids\[0\] is 1\.0, wanted"),
+)
 
 
 def by_phase(layer, phase):
@@ -30,7 +67,7 @@ def model(method=HISA):
         qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, index_n_heads=2, index_head_dim=16, index_topk=8,
         n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1,
         routed_scaling_factor=1.0, rms_norm_eps=1e-6, rope_theta=100.0, max_position_embeddings=96,
-        layer_kinds=("dense", "sparse"), indexer_kinds=("full", "full"),
+        layer_kinds=("dense", "sparse"), indexer_kinds=("full", "full"), eos_token_ids=STOPS,
     )  # fmt: skip
     made = models.from_config(config, rngs=nnx.Rngs(3), method=method)
     graph, state = nnx.split(made)
@@ -54,8 +91,10 @@ def alone(prompts, method=HISA, stop_ids=None):
     return models.generate(model(method), prompts, N_NEW, chunk=CHUNK, stop_ids=stop_ids).tokens
 
 
-def engine(made=None, **options):
-    return Engine(model() if made is None else made, **dict(n_pages=60, rows=4, max_length=64, chunk=CHUNK) | options)
+def engine(made=None, draft=lookup, **options):
+    """Few pages, so that requests wait for each other's and get them; one size, so that programs compile once."""
+    sizes = dict(n_pages=24, rows=4, max_length=64, chunk=CHUNK, n_draft=2 if draft else 0)
+    return Engine(model() if made is None else made, **sizes | options, draft=draft)
 
 
 def finish(engine, tokens=None):

@@ -141,3 +141,25 @@ def test_a_folder_without_a_readable_config_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             models.read_config(tmp_path)
+
+
+def test_stop_tokens_are_those_of_the_generation_config_then_of_the_config(tmp_path):
+    keys, generation = keys_of("glm5", eos_token_id=[3, 100]), tmp_path / "generation_config.json"
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    assert models.read_config(tmp_path).eos_token_ids == (3, 100)
+    for said, ids in (({}, (3, 100)), ({"eos_token_id": None}, (3, 100)), ({"eos_token_id": 7}, (7,)),
+                      ({"eos_token_id": [7, 0], "top_p": 0.9}, (7, 0)), ({"eos_token_id": []}, ())):  # fmt: skip
+        generation.write_text(json.dumps(said))
+        assert models.read_config(tmp_path).eos_token_ids == ids
+    for text, message in (
+        ("{", "not JSON"), ("[" * 100_000, "not JSON"), ("[]", "holds a list, wanted an object"),
+        ('{"eos_token_id": 101}', "eos_token_id is 101, wanted a token from 0 to 100 or a list of them"),
+        ('{"eos_token_id": [1, -1]}', r"eos_token_id is \[1, -1\]"), ('{"eos_token_id": "1"}', "eos_token_id is '1'"),
+        ('{"eos_token_id": true}', "eos_token_id is True"), ('{"eos_token_id": [1.0]}', r"eos_token_id is \[1\.0\]"),
+        (" " * (2**20 + 1), "has 1048577 bytes, wanted at most 1048576"),
+    ):  # fmt: skip
+        generation.write_text(text)
+        with pytest.raises(ValueError, match=f"generation_config.json: {message}"):
+            models.read_config(tmp_path)
+    with pytest.raises(ValueError, match="eos_token_ids.*tokens from 0 to 100"):
+        models.config_from_keys(keys | {"eos_token_id": [101]})

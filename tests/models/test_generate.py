@@ -15,7 +15,7 @@ from models.generate import pad_left
 from models.indexers import make_method, read_methods
 from models.tokens import Bytes, load_tokenizer
 
-from . import golden
+from . import golden, serving
 
 FOLDER = golden.FOLDER / "glm5"
 PROMPTS = [[5, 17, 30, 41, 52, 63, 74, 85, 96, 7, 18, 29, 40], [90, 80, 70, 60, 50, 40, 30, 20, 10]]
@@ -83,12 +83,27 @@ def test_prompts_are_padded_on_the_left_to_whole_chunks():
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": 256}, "make 257 tokens, the model has 256 positions"),
         ({"chunk": 0}, "chunk=0"),
+        ({"chunk": True}, "chunk=True, wanted an int of at least 1"),
         ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("nan")}, "temperature=nan, wanted a number of at least 0"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"prompts": None}, "prompts is None, wanted a sequence of at least one prompt"),
+        ({"prompts": "text"}, "prompts is 'text'"),
+        ({"prompts": [1, 2]}, r"prompts\[0\] is 1, wanted a sequence of ints"),
+        ({"prompts": np.ones((1, 2))}, r"prompts\[0\]\[0\] is 1\.0, wanted an int"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         models.generate(golden.model("glm5"), **{"prompts": [[1]], "max_new_tokens": 1} | arguments)
+
+
+@pytest.mark.parametrize("request_", serving.BAD_REQUESTS, ids=lambda request: request[-1])
+def test_prompts_and_stop_tokens_are_checked_as_an_engine_checks_them(request_):
+    prompt, n_new, *stop_ids, message = request_
+    name = rf"prompts\[1\]{message[6:]}" if message.startswith("prompt") else message
+    with pytest.raises(ValueError, match=f"^generate: {name}"):
+        models.generate(serving.model(), [[1], prompt], n_new, **dict(zip(["stop_ids"], stop_ids, strict=False)))
 
 
 def command(*arguments, tokens=3):
