@@ -75,6 +75,13 @@ def test_kernels_decline_tables_beyond_32_bits():
     assert dispatch.choose("select_paged", "auto", reasons) == "xla"
 
 
+def test_hoppers_attention_is_first_where_its_64_heads_are_full():
+    hopper = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
+    for N, first in ((16, "triton"), (64, "mosaic_gpu"), (96, "triton"), (128, "mosaic_gpu")):
+        problem = dispatch.AttentionProblem(N=N, key_dim=576, value_dim=512, dtype="bfloat16")
+        assert next(iter(dispatch.attention_reasons(hopper, problem))) == first
+
+
 def test_tiles_are_for_xla_alone(monkeypatch):
     able = dispatch.Implementation(why_not=lambda device, problem: None, select=np.zeros, select_packed=np.zeros)
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "triton", able)

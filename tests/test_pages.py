@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 import hisa_jax as hj
 from tests import draw
@@ -55,3 +56,19 @@ def test_a_page_of_too_few_tokens_or_of_another_place_is_no_page(method):
         got = select(*wrong)
         assert got.count[0] == 0 and (got.indices[0] == -1).all()
         np.testing.assert_array_equal(got.indices[1], right.indices[1])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "new_lengths", "message"),
+    [
+        ([33, 0], [0, 0], r"truncate: lengths is \[33  0\], wanted 0 to 32, the tokens that 2 pages hold"),
+        ([-1, 0], [-1, 0], r"truncate: lengths is \[-1  0\], wanted 0 to 32"),
+        ([20, 9], [20, 10], r"new_lengths is \[20 10\] where lengths is \[20  9\], wanted 0 to 5 tokens less"),
+        ([20, 9], [14, 9], r"new_lengths is \[14  9\] where lengths is \[20  9\], wanted 0 to 5 tokens less"),
+    ],
+)
+def test_lengths_that_cannot_be_are_named_under_checked(lengths, new_lengths, message):
+    cache, table = hj.init_cache(4, PAGE, D), jnp.array([[0, 1], [2, 3]], jnp.int32)
+    arrays = cache, table, jnp.array(lengths, jnp.int32), jnp.array(new_lengths, jnp.int32)
+    with pytest.raises(checkify.JaxRuntimeError, match=message):
+        hj.checked(hj.truncate)(*arrays, max_tokens=5)

@@ -43,4 +43,21 @@ def test_a_mean_in_two_parts_of_e4m3_is_rounded_twice_to_nearest_even():
     of_kernel, kernel_scale = jax.jit(lambda x: split(x, 2, jnp.float8_e4m3fn))(jnp.asarray(means))
     np.testing.assert_array_equal(kernel_scale, scale)
     for part in range(2):
-        np.testing.assert_array_equal(np.asarray(of_kernel[part]).view(np.uint8), np.asarray(parts[:, part]).view(np.uint8))
+        np.testing.assert_array_equal(
+            np.asarray(of_kernel[part]).view(np.uint8), np.asarray(parts[:, part]).view(np.uint8)
+        )
+
+
+def test_a_cut_is_reached_by_as_many_as_are_wanted_but_for_ties():
+    """Every number of 60 different images, and of images with ties, forced ones among them."""
+    rng = np.random.default_rng(2)
+    different = rng.permutation(np.unique(rng.integers(-(2**31) + 1, 2**31 - 1, 60)))
+    ties = np.concatenate([rng.integers(-4, 4, 55), [image.FORCED] * 5])
+    for images in (different, ties):
+        x = jnp.asarray(images, jnp.int32)
+        count = lambda cut, x=x: jnp.sum(x >= cut, dtype=jnp.int32)  # noqa: E731
+        find = lambda k, count=count, x=x: image.find_cut(count, jnp.min(x), jnp.max(x), jnp.int32(x.size), k)  # noqa: E731
+        cuts = np.asarray(jax.jit(jax.vmap(find))(jnp.arange(1, 61)))
+        for k, cut in enumerate(cuts, 1):
+            assert (images > cut).sum() <= k <= (images >= cut).sum()
+            assert (images >= cut).sum() == k or cut in images

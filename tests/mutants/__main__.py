@@ -93,10 +93,8 @@ def fate(free: queue.Queue, mutant: Mutant) -> str:
     try:
         file.write_text(mutant.applied(right))
         code, said = run(tree, [mutant.test])
-        if code == 0:
-            verdict = "survives"
-        else:
-            verdict = "killed" if code == 1 and _ASSERTION.search(said) else "broken"
+        is_killed = code == 1 and _ASSERTION.search(said)
+        verdict = "survives" if code == 0 else "killed" if is_killed else "broken"
     except (LookupError, subprocess.TimeoutExpired) as error:
         verdict, said = "broken", str(error)
     finally:

@@ -1,7 +1,9 @@
-"""Truncation: what is left is what writing the rest alone would have left, and nobody else loses by it.
+"""Append and truncate at every length there is: a page says what it holds, and nobody loses what another one gives up.
 
-Every length there is, not some of them.
+6 s.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +18,52 @@ PAGE, N, D = 16, 40, 8  # three pages
 TABLES = jnp.array([[5, 0, 3], [1, 4, 2]], jnp.int32)
 
 
+def two_requests(n, cache, before):
+    """Tokens `before` to `before` + n of two requests, appended in one call; a traced n may be up to N."""
+    k = jnp.asarray(draw.cast(np.random.default_rng(0).normal(size=(2, 2 * N, D)), "bfloat16"))
+    rows = jnp.arange(2 * n if isinstance(n, int) else 2 * N, dtype=jnp.int32)
+    r = (rows >= n).astype(jnp.int32)
+    offsets = jnp.stack([jnp.asarray(x, jnp.int32) for x in (0, n, 2 * n)])
+    k = k[r, jnp.minimum(before + rows - r * n, 2 * N - 1)]
+    return hj.append(cache, k, TABLES, offsets, jnp.stack([jnp.asarray(before, jnp.int32)] * 2))
+
+
+@functools.cache
+def caches():
+    """Of two requests of 0, 1, ... N tokens that were written at once: what all others must be like."""
+    write = lambda n: two_requests(n, hj.init_cache(6, PAGE, D), 0)  # noqa: E731
+    return jax.jit(jax.vmap(write))(jnp.arange(N + 1, dtype=jnp.int32))
+
+
+def assert_says(got, lengths):
+    for name in ("counts", "sums", "means"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(caches(), name)[lengths], err_msg=name)
+
+
 @pytest.mark.parametrize("max_tokens", [2, PAGE + 2])  # the fewest that may lie in two pages, and in three
 def test_a_cache_says_after_truncation_what_it_says_of_the_tokens_left_alone(max_tokens):
     """Two requests of every length lose at once from nothing to as much as is allowed."""
-    k = jnp.asarray(draw.cast(np.random.default_rng(0).normal(size=(2 * N, D)), "bfloat16"))
-
-    def written(n):
-        rows = jnp.arange(2 * N, dtype=jnp.int32)
-        of_both = k[jnp.clip(jnp.where(rows < n, rows, N + rows - n), 0, 2 * N - 1)]
-        offsets = jnp.stack([jnp.zeros_like(n), n, 2 * n])
-        return hj.append(hj.init_cache(6, PAGE, D), of_both, TABLES, offsets, jnp.zeros(2, jnp.int32))
+    of_lengths = caches()
 
     def truncated(before, after):
-        cache = jax.tree.map(lambda leaf: leaf[before], caches)
+        cache = jax.tree.map(lambda leaf: leaf[before], of_lengths)
         return hj.truncate(cache, TABLES, jnp.stack([before] * 2), jnp.stack([after] * 2), max_tokens=max_tokens)
 
-    caches = jax.jit(jax.vmap(written))(jnp.arange(N + 1, dtype=jnp.int32))
     pairs = [(n, n - lost) for n in range(N + 1) for lost in range(min(n, max_tokens) + 1)]
     before, after = np.array(pairs, np.int32).T
-    got = jax.jit(jax.vmap(truncated))(before, after)
-    for name in ("counts", "sums", "means"):
-        np.testing.assert_array_equal(getattr(got, name), getattr(caches, name)[after], err_msg=name)
+    assert_says(jax.jit(jax.vmap(truncated))(before, after), after)
+
+
+@pytest.mark.parametrize("n", [1, 2, PAGE + 2])
+def test_a_cache_says_after_an_append_what_it_says_of_all_tokens_written_at_once(n):
+    """Two requests of every length get so many at once."""
+    of_lengths = caches()
+
+    def appended(before):
+        return two_requests(n, jax.tree.map(lambda leaf: leaf[before], of_lengths), before)
+
+    before = np.arange(N - n + 1, dtype=np.int32)
+    assert_says(jax.jit(jax.vmap(appended))(before), before + n)
 
 
 def test_a_truncated_request_holds_the_pages_of_its_tokens_and_the_others_are_free():
