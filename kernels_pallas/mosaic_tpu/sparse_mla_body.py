@@ -42,10 +42,10 @@ def listed_body(
     columns_vmem[n * LANES :] = jnp.full((WINDOW, LANES), -1, jnp.int32)
 
     def block(j: Array) -> Array:
-        return indices_smem[0, starts_smem[0, j]] // LANES
+        return lax.div(indices_smem[0, starts_smem[0, j]], LANES)
 
     def mask(j: Array, block_id: Array) -> Array:
-        first = pl.multiple_of(starts_smem[0, j] // ROWS * ROWS, ROWS)
+        first = pl.multiple_of(lax.div(starts_smem[0, j], ROWS) * ROWS, ROWS)
         token = block_id * LANES + lax.broadcasted_iota(jnp.int32, (WINDOW, LANES), 1)
         found = jnp.where(columns_vmem[pl.ds(first, WINDOW)] == token, 1.0, 0.0)
         return jnp.max(found, axis=0, keepdims=True)
