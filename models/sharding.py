@@ -60,7 +60,7 @@ def sharding_of(mesh: Mesh, shape: Sequence[int], axes: Axes) -> NamedSharding:
 
 def parameter_sharding(mesh: Mesh, parameter: nnx.Variable) -> NamedSharding:
     """Placement of a parameter, from the axis names it was made with."""
-    return sharding_of(mesh, parameter.get_value().shape, parameter.get_metadata("out_sharding"))
+    return sharding_of(mesh, parameter.get_value().shape, parameter.get_metadata("axes"))
 
 
 def constrain(x: Array, mesh: Mesh | None, axes: Axes) -> Array:

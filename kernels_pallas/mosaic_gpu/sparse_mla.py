@@ -19,6 +19,7 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from kernels_pallas.bits import in_32_bits
 from kernels_pallas.mosaic_gpu import sparse_mla_body
 from kernels_pallas.mosaic_gpu.gather import BARRIER_WORDS
 from kernels_pallas.mosaic_gpu.roles import tiled
@@ -56,6 +57,7 @@ def heuristic(n_queries: int, N: int, K: int, n_ctas: int = 132) -> Config:
     return Config(n_splits=n_splits)
 
 
+@in_32_bits
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "n_ctas", "interpret"))
 def sparse_mla(
     q: Array,

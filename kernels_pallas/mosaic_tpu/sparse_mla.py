@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
+from kernels_pallas.bits import in_32_bits
 from kernels_pallas.image import FORCED, INVISIBLE
 from kernels_pallas.mosaic_tpu import config as chips
 from kernels_pallas.mosaic_tpu.config import LANES
@@ -46,6 +47,7 @@ def why_not(device_kind: str, N: int, key_dim: int, value_dim: int, dtype: DType
     return None if N % 16 == 0 else f"needs a multiple of 16 heads, not {N}"
 
 
+@in_32_bits
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "interpret"))
 def sparse_mla(
     q: Array,
@@ -102,6 +104,7 @@ def runs_of(indices: Array, S: int) -> tuple[Array, Array]:
     return is_token & (start == place), jnp.where(is_token, start * LANES + indices % LANES, -1)
 
 
+@in_32_bits
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "interpret"))
 def sparse_mla_blocks(
     q: Array,

@@ -50,11 +50,11 @@ def listed_body(
     columns_vmem[n * LANES :] = jnp.full((WINDOW, LANES), -1, jnp.int32)
 
     def block(j: Array) -> Array:
-        return indices_smem[0, starts_smem[0, j]] // LANES
+        return lax.div(indices_smem[0, starts_smem[0, j]], LANES)
 
     def mask(j: Array, block_id: Array) -> Array:
         start = starts_smem[0, j]
-        first = pl.multiple_of(start // ROWS * ROWS, ROWS)
+        first = pl.multiple_of(lax.div(start, ROWS) * ROWS, ROWS)
         # The window holds entries of other runs, too, some perhaps of the same block: their codes are others.
         code = start * LANES + lax.broadcasted_iota(jnp.int32, (WINDOW, LANES), 1)
         found = jnp.where(columns_vmem[pl.ds(first, WINDOW)] == code, 1.0, 0.0)

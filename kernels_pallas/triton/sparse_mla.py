@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
+from kernels_pallas.bits import in_32_bits
 from kernels_pallas.triton import capability
 from kernels_pallas.triton.sparse_mla_body import sparse_mla_body
 from kernels_pallas.tuning import tuned
@@ -56,6 +57,7 @@ def heuristic(n_queries: int, N: int, K: int, tiles: Config | None = None, n_sms
     return dataclasses.replace(config, n_splits=n_splits)
 
 
+@in_32_bits
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "interpret"))
 def sparse_mla(
     q: Array,
