@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import hisa_jax as hj
-from bench.fuzz_scene import Array, Found, Scene, run, run_again
+from bench.fuzz_scene import Array, Found, Scene, by_request, call_of, made, run, run_again
 from tests import oracle
 
 # Relative to the scale of a query's scores. Kernels round block means to the keys' dtype.
@@ -217,6 +217,47 @@ def _out_of_order(groups: Array, chosen: Array) -> tuple[int, int] | None:
     return (int(order[broken[0]]), int(order[broken[0] + 1])) if len(broken) else None
 
 
+def lacking_pages(scene: Scene, form: str) -> Verdict:
+    """A request whose table names a wrong page selects nothing, the others what they did."""
+    rng, call = np.random.default_rng(scene.seed), call_of(scene, form)
+    tables, n_pages, size = call.args[2].copy(), call.options["n_pages"], scene.setup.page_size
+    able = np.flatnonzero((scene.n_k > 0) & (scene.n_q > 0))
+    if not len(able):
+        return Verdict(0, [])
+    r = int(rng.choice(able))
+    nth = int(rng.integers(-(-scene.n_k[r] // size)))
+    # No page, one that was copied elsewhere or is no one's, or another of its own.
+    own = tables[1, r, nth - 1 if nth else 1]
+    tables[1, r, nth] = rng.choice([-1, n_pages, 2**31 - 1, own if own != tables[1, r, nth] else -1])
+    args = (*call.args[:2], tables, *call.args[3:])
+    got, wanted = by_request(scene, form, made(call._replace(args=args))), run(scene, form)
+    others = scene.is_row & (np.arange(scene.setup.R) != r)[:, None]
+    verdict = _compare(scene, got, wanted, others, "the request where another's table is right")
+    wrong = [
+        Wrong(r, int(t), f"page {nth} is not in the table, and yet it selects {_short(got, r, t)}")
+        for t in np.flatnonzero(scene.is_row[r] & (got.count[r] > 0))
+    ]
+    return Verdict(int(scene.is_row.sum()), verdict.wrong + wrong)
+
+
+def bad_offsets(scene: Scene, form: str) -> Verdict:
+    """Offsets that fall or lie outside reach nothing outside, and every list is one: ascending, then -1."""
+    rng, call = np.random.default_rng(scene.seed), call_of(scene, form)
+    names = (4, 5) if form == "select_packed" else (3,)
+    args = list(call.args)
+    for at in names:
+        args[at] = rng.permutation(args[at])
+        args[at][rng.integers(len(args[at]))] += np.int32(rng.choice([-40, 0, 500, 2**30]))
+    got = made(call._replace(args=tuple(args)))
+    most = args[1].shape[0] if form == "select_packed" else scene.setup.S
+    rank = np.arange(got.indices.shape[-1])
+    indices, is_real = got.indices, rank < got.count[:, None]
+    is_list = np.where(is_real, (indices >= 0) & (indices < most), indices == -1).all(-1)
+    is_list &= ((np.diff(indices, axis=-1) > 0) | ~is_real[:, 1:]).all(-1)
+    wrong = [Wrong(-1, int(t), f"row {t}: {indices[t]}, count {got.count[t]}") for t in np.flatnonzero(~is_list)]
+    return Verdict(len(is_list), wrong)
+
+
 def _compare(scene: Scene, got: Found, wanted: Found, rows: Array, what: str) -> Verdict:
     """Bit equality of some rows [R, T]."""
     differs = np.zeros(rows.shape, bool)
@@ -249,6 +290,8 @@ JUDGES: dict[str, Judge] = {
     "future": Judge(future, share=0.3),
     "repeat": Judge(repeat, share=0.1),
     "pages": Judge(page_order, lambda scene, form: "paged" in form, 0.3),
+    "lacking pages": Judge(lacking_pages, lambda scene, form: "paged" in form, 0.3),
+    "bad offsets": Judge(bad_offsets, lambda scene, form: "pa" in form, 0.2),
     "flat": Judge(flat, lambda scene, form: scene.setup.kind == "Hisa" and form == "select", 0.4),
     "everything": Judge(everything),
     "ties": Judge(ties, lambda scene, form: "equal" in scene.data or "repeated" in scene.data),

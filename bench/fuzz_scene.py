@@ -124,13 +124,16 @@ def run(scene: Scene, form: str, filler: float | None = None, *, method: Any = N
 
 def run_again(scene: Scene, form: str, filler: float | None = None, *, method: Any = None) -> Found:
     """As `run`, but nothing is remembered."""
-    call = call_of(scene, form, filler, method=method)
-    got = made(call)
+    return by_request(scene, form, made(call_of(scene, form, filler, method=method)))
+
+
+def by_request(scene: Scene, form: str, got: Any) -> Found:
+    """A selection of what the form has as rows -> [R, T, ..]."""
     arrays = [got.indices, got.count, got.scores, got.blocks]
     if form in ("select", "select_sharded"):
         return Found(*arrays, leaked=0)
     n = int(scene.n_q.sum())
-    return Found(*(_by_request(scene, x) for x in arrays), leaked=int(np.sum(got.count[n:] != 0)))
+    return Found(*(_unpacked(scene, x) for x in arrays), leaked=int(np.sum(got.count[n:] != 0)))
 
 
 recorded: list[Call] | None = None  # calls since somebody put a list here
@@ -240,7 +243,7 @@ def _packed(x: Array, sizes: Array, total: int, filler: float | None) -> Array:
     return packed
 
 
-def _by_request(scene: Scene, packed: Array | None) -> Any:
+def _unpacked(scene: Scene, packed: Array | None) -> Any:
     """[total, ..] -> [R, T, ..], 0 in rows that are no queries."""
     if packed is None:
         return None
