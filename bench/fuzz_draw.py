@@ -197,7 +197,15 @@ def _sprinkle(array: Any, rng: Rng) -> None:
 def _length(setup: Setup, rng: Rng) -> int:
     """Keys of a request: nothing, one, edges of blocks, pages and budgets and their neighbours, or any number."""
     method, S = setup.method, setup.S
-    edges = [0, 1, S, S - 1, method.topk, (setup.page_size or 16) * int(rng.integers(1, 5)), setup.unit * int(rng.integers(1, 7))]
+    edges = [
+        0,
+        1,
+        S,
+        S - 1,
+        method.topk,
+        (setup.page_size or 16) * int(rng.integers(1, 5)),
+        setup.unit * int(rng.integers(1, 7)),
+    ]
     edges.append(getattr(method, "block_topk", 1) * setup.unit)
     length = int(rng.choice(edges)) + int(rng.integers(-1, 2)) if rng.random() < 0.6 else int(rng.integers(S + 1))
     return min(max(length, 0), S)

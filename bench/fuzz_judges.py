@@ -188,9 +188,13 @@ def ties(scene: Scene, form: str) -> Verdict:
             whole = np.arange(method.keep_first, max(visible // size, method.keep_first))
             whole = whole[whole < -(-visible // size) - method.keep_last]
             blocks = alike[r][: visible // size * size].reshape(-1, size)
-            broken = _out_of_order(np.unique(blocks, axis=0, return_inverse=True)[1].ravel()[whole], np.isin(whole, kept))
+            broken = _out_of_order(
+                np.unique(blocks, axis=0, return_inverse=True)[1].ravel()[whole], np.isin(whole, kept)
+            )
             if broken is not None:
-                wrong.append(Wrong(int(r), int(t), f"block {whole[broken[1]]} was kept, the equal {whole[broken[0]]} not"))
+                wrong.append(
+                    Wrong(int(r), int(t), f"block {whole[broken[1]]} was kept, the equal {whole[broken[0]]} not")
+                )
                 continue
         broken = _out_of_order(alike[r][tokens], np.isin(tokens, found.indices[r, t, : found.count[r, t]]))
         if broken is not None:

@@ -78,7 +78,11 @@ class Scene:
     def is_row(self) -> Array:
         """[R, T] bool: which rows are queries."""
         R, T = self.setup.R, self.setup.T
-        return np.broadcast_to(np.arange(T) < self.n_q[:, None], (R, T)) if self.positions is None else np.ones((R, T), bool)
+        return (
+            np.broadcast_to(np.arange(T) < self.n_q[:, None], (R, T))
+            if self.positions is None
+            else np.ones((R, T), bool)
+        )
 
     @property
     def query_positions(self) -> Array:
