@@ -22,7 +22,7 @@ POISON = (np.nan, np.inf, -np.inf)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """Sizes of an attention: K entries a list, `rows` of latents; `tolerance` of outputs of size 1."""
+    """Sizes of an attention: K entries a list, `rows` of latents; `tolerance` of outputs."""
 
     K: int
     N: int
@@ -176,7 +176,8 @@ def check_any_order(case: Case, form: Form, implementation: str = "auto") -> Non
         x[0] for x in oracle.sparse_mla(q[None], latents[None], rows[None], case.value_dim, case.options["scale"])
     )
     np.testing.assert_allclose(lse, wanted_lse, atol=case.tolerance / 10)
-    np.testing.assert_allclose(out.astype(np.float32), wanted, atol=case.tolerance)
+    # Of a token listed many times the rounded probabilities are all wrong in the same way.
+    np.testing.assert_allclose(out.astype(np.float32), wanted, rtol=case.tolerance, atol=case.tolerance)
     of_nothing = (rows < 0).all(axis=1)
     assert of_nothing.any() and not out[of_nothing].astype(np.float32).any() and np.isneginf(lse[of_nothing]).all()
 
