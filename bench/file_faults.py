@@ -17,7 +17,7 @@ SHARD = "model-00001-of-00002.safetensors"
 OUTSIDE = "outside.safetensors"
 _INFINITE = (float("nan"), float("inf"), float("-inf"))
 _HUGE = (10**9, 10**12, 10**30)
-_ANYWHERE = (None, "48", "", [], {}, [[]], {"a": 1})
+_ANYWHERE: tuple[Any, ...] = (None, "48", "", [], {}, [[]], {"a": 1})
 
 # Values that are wrong for a key of each kind; or, like null, no fault: then the model must be the same.
 _WRONG: dict[str, tuple[Any, ...]] = {
@@ -95,14 +95,18 @@ def _of_values() -> Iterator[Fault]:
 
 
 def _value(path: tuple[str, ...], value: Any) -> Fault:
+    return Fault(f"{'.'.join(path)} = {value!r:.40}", CONFIG, _set(CONFIG, path, value), path[-1])
+
+
+def _set(file: str, path: tuple[str, ...], value: Any) -> Callable[[Path], Any]:
+    """Gives a key of a JSON object, or of an object in it, another value."""
+
     def change(keys: dict[str, Any]) -> None:
         for name in path[:-1]:
             keys = keys.setdefault(name, {})
         keys[path[-1]] = value
 
-    return Fault(
-        f"{'.'.join(path)} = {value!r:.40}", CONFIG, lambda folder: edit_json(folder / CONFIG, change), path[-1]
-    )
+    return lambda folder: edit_json(folder / file, change)
 
 
 def _of_text(file: str, rng: random.Random) -> Iterator[Fault]:
@@ -140,36 +144,29 @@ def _of_header_and_index() -> Iterator[Fault]:
     tensor = "model.norm.weight"
     items: list[Any] = [None, [], "a", 3, True, {}, {"dtype": "BF16"}]
     for name, values in {
-        "dtype": (None, 5, "", "bf16", "F32", "I64", "BOOL", "U8", "F8_E8M0", "../x", ["BF16"], "x" * 10**5),
+        "dtype": (None, 5, "", "f32", "F16", "I32", "I64", "BOOL", "U8", "F8_E8M0", "../x", ["BF16"], "x" * 10**5),
         "shape": (
-            None, 40, "40", [], [-40], [39], [40.0], [True], ["40"], [[40]], [2**63], [10**30], [40] * 10**5, [1] * 65,
-            [0], [2**32, 2**32], {"0": 40},
+            None, 48, "48", [], [-48], [47], [48.0], [True], ["48"], [[48]], [2**63], [10**30], [48] * 10**5, [1] * 65,
+            [48] + [1] * 7, [6, 8], [0], [2**32, 2**32], {"0": 48},
         ),
-        "data_offsets": (None, [], [0], [0, 1, 2], [-1, 79], [80, 0], [0, 2**63], [0, 10**30], [0.0, 80.0], [True, 80],
-                         "0, 80", [0, 80], [1, 81], {"a": 0}),
+        "data_offsets": (None, [], [0], [0, 1, 2], [-1, 79], [80, 0], [0, 2**63], [0, 10**30], [0.0, 192.0],
+                         [True, 193], "0, 80", [0, 80], [1, 81], {"a": 0}),
     }.items():  # fmt: skip
         items += [{name: value} for value in values]
     for item in items:
         yield Fault(f"header: {tensor} = {item!r:.50}", SHARD, _entry(tensor, item), tensor)
-    for value in (None, [], "a", 3):
-        yield Fault(
-            f"index: weight_map = {value!r}", INDEX,
-            lambda folder, value=value: edit_json(folder / INDEX, lambda keys: keys.update(weight_map=value)),
-        )  # fmt: skip
-    places = (
+    others: tuple[Any, ...] = (None, [], "a", 3, {})
+    for value in others:
+        yield Fault(f"index: weight_map = {value!r}", INDEX, _set(INDEX, ("weight_map",), value))
+    places: tuple[Any, ...] = (
         None, 5, True, [], {}, "", ".", "..", "/", f"../{OUTSIDE}", f"./../{OUTSIDE}", f"x/../../{OUTSIDE}",
         "/etc/passwd", "a/b.safetensors", "C:\\x.safetensors", "..\\x.safetensors", "a\0.safetensors",
-        "\ud800.safetensors", "x" * 10**5 + ".safetensors", "gone.safetensors", "config.json", "~/x.safetensors", "file:///x.safetensors",
+        "\ud800.safetensors", "x" * 10**5 + ".safetensors", "gone.safetensors", "config.json", "~/x.safetensors",
+        "file:///x.safetensors",
     )  # fmt: skip
     for place in places:
-
-        def move(folder: Path, place: Any = place) -> None:
-            edit_json(folder / INDEX, lambda keys: keys["weight_map"].update({tensor: place}))
-
-        yield Fault(f"index: {tensor} is in {place!r:.40}", INDEX, move, "" if place == "gone.safetensors" else tensor)
-    yield Fault(
-        "index: empty", INDEX, lambda folder: edit_json(folder / INDEX, lambda keys: keys["weight_map"].clear())
-    )
+        key = "" if place == "gone.safetensors" else tensor
+        yield Fault(f"index: {tensor} is in {place!r:.40}", INDEX, _set(INDEX, ("weight_map", tensor), place), key)
     packed = "model.layers.1.mlp.experts.gate_up_proj"
     for shape in ([10**12, 2, 0], [2**16, 2, 0], [0, 0, 0], [0], [2, 0]):
         entry = {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]}
@@ -200,8 +197,11 @@ def _of_bytes(rng: random.Random) -> Iterator[Fault]:
 
         yield Fault(f"header of {size} bytes", SHARD, resize)
     for size in (0, 7, 8, 9, 100, -1):
-        yield Fault(f"shard cut to {size} bytes", SHARD, lambda folder, size=size: os.truncate(
-            folder / SHARD, size if size >= 0 else (folder / SHARD).stat().st_size - 1))  # fmt: skip
+
+        def cut(folder: Path, size: int = size) -> None:
+            os.truncate(folder / SHARD, size if size >= 0 else (folder / SHARD).stat().st_size + size)
+
+        yield Fault(f"shard cut to {size} bytes", SHARD, cut)
     yield Fault("shard of 3 GB", SHARD, lambda folder: os.truncate(folder / SHARD, 3 * 10**9))
     yield Fault("shard of zeros", SHARD, lambda folder: (folder / SHARD).write_bytes(bytes(1000)))
     # Nothing but one value over and over, as many times as a header may have bytes: what does that take to hold?
@@ -252,10 +252,7 @@ def _of_places() -> Iterator[Fault]:
         {"type": "BPE", "vocab": {}, "merges": ["a b"]}, {"type": "BPE", "vocab": None, "merges": None},
         {"type": "Unigram", "vocab": [], "unk_id": 7},
     ):  # fmt: skip
-        yield Fault(
-            f"tokenizer: model = {model}", TOKENIZER,
-            lambda folder, model=model: edit_json(folder / TOKENIZER, lambda keys: keys.update(model=model)),
-        )  # fmt: skip
+        yield Fault(f"tokenizer: model = {model}", TOKENIZER, _set(TOKENIZER, ("model",), model))
 
 
 def edit_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:

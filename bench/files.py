@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -124,7 +125,14 @@ def _write(folder: Path) -> Path:
     shutil.copytree(_CHECKPOINT, folder, ignore=shutil.ignore_patterns("*.npz", "blocks*", "meta*"))
     model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}
     parts = {"pre_tokenizer": {"type": "Whitespace"}, "normalizer": None, "post_processor": None, "decoder": None}
-    keys = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], **parts, "model": model}
+    keys: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        **parts,
+        "model": model,
+    }
     (folder / TOKENIZER).write_text(json.dumps(keys))
     return folder
 

@@ -2,6 +2,7 @@
 
 import json
 import reprlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,6 @@ def read_object(file: Path, limit: int) -> dict[str, Any]:
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"key {shown(twice)} is there twice")
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {shown(key)} is there twice")
     return found

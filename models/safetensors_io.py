@@ -275,10 +275,11 @@ class Reader:
         values, scales = self.raw(name).astype(np.float32), self.raw(scale_name).astype(np.float32)
         if not (np.isfinite(scales) & (scales >= 0)).all():
             raise CheckpointError(f"{self.where(scale_name)}: holds {scales.min()}, wanted positive numbers: corrupt")
+        has_zeros = not scales.all()
         for axis, block in enumerate(self.block_size):
             scales = scales.repeat(block, axis=axis)
         scales = scales[: values.shape[0], : values.shape[1]]
-        if ((scales == 0) & (values != 0)).any():
+        if has_zeros and ((scales == 0) & (values != 0)).any():
             raise CheckpointError(
                 f"{self.where(scale_name)}: holds 0 for a block of other values, wanted a positive number: corrupt"
             )
