@@ -127,17 +127,15 @@ class Engine:
             raise ValueError(f"Engine: max_length={max_length}, wanted at most {room}, the model's positions")
         self.model, self.trace = model, trace
         self._graphs, self._state = phase_graphs(model), nnx.state(model)
-        read_alike = self._graphs["prefill"] == self._graphs["last_prefill"]
-        sharing = Sharing(
-            prompt_only=not (read_alike and self._graphs["decode"] == self._graphs["prefill"]),
-            tail=0 if read_alike else self.chunk,
-        )
+        graphs = self._graphs
+        sharing = Sharing.of(graphs["prefill"], graphs["last_prefill"], graphs["decode"], self.chunk)
         self.scheduler = Scheduler(
             n_pages=n_pages, page_size=model.page_size, rows=self.rows, max_overtakes=max_overtakes, sharing=sharing
         )
         self.max_pages = -(-self.max_length // model.page_size)
         self._pages: Pages | None = None
         self._next_id, self._is_in_step = 0, False
+        jax.block_until_ready(self.pages)  # more than there is memory for show here
 
     @property
     def pool(self) -> PagePool:

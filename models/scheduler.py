@@ -6,7 +6,7 @@ those that fit, up to a limit. Finished requests keep their pages, as donors, un
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from hisa_jax.pages import PagePool
 
@@ -55,6 +55,12 @@ class Sharing:
 
     prompt_only: bool
     tail: int
+
+    @classmethod
+    def of(cls, prefill: object, last_prefill: object, decode: object, chunk: int) -> Self:
+        """What the programs of the phases allow, of which equal ones cache alike; the last chunk has `chunk` tokens."""
+        read_alike = prefill == last_prefill
+        return cls(prompt_only=not (read_alike and prefill == decode), tail=0 if read_alike else chunk)
 
     def limit(self, n_prompt: int, donor_n_prompt: int) -> int:
         """Tokens that a prompt may share; its last one is always computed, for the logits behind it."""

@@ -80,6 +80,32 @@ def requests_of(engine):
     return list(scheduler.waiting), list(scheduler.running), n_tokens, dict(pool.lengths), pool.n_free
 
 
+def test_a_donor_whose_pages_an_undone_step_has_written_to_serves_nobody(traffic):
+    """A prompt is read into its pages, then decoding fails; the prompt is cancelled before the step is done again."""
+    first, second = sorted(traffic, key=lambda one: -len(one[0]))[:2]
+
+    def serve(engine):
+        tokens = [*first[0], *first[1], 3]
+        return engine.submit(tokens, 4, ()), serving.finish(engine)[0]
+
+    e = serving.engine()
+    donor = e.submit(*first[:1], serving.N_NEW, ())
+    serving.finish(e)
+    e.submit([*range(len(second[0]))], serving.N_NEW, ())
+    while not any(len(request.tokens) > request.n_prompt for request in e.scheduler.running.values()):
+        e.step()
+    assert donor in e.scheduler.donors
+    prompt = e.submit([7] * 36, 8, ())
+    with failing("_verify", ERROR), pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        e.step()
+    assert donor not in e.scheduler.donors and e.scheduler.waiting.keys() == {prompt}
+    e.pool.check()
+    e.cancel(prompt)
+    id, tokens = serve(e)
+    alone, wanted = serve(serving.engine())
+    assert tokens[id] == wanted[alone]
+
+
 def test_an_error_of_the_device_that_shows_after_the_call_loses_pages_and_no_token(traffic, caplog):
     def refuse(_):
         raise ValueError("the device failed")

@@ -11,7 +11,7 @@ import pytest
 import hisa_jax as hj
 import models
 from models.__main__ import main
-from models.generate import pad_left
+from models.generate import likeliest, pad_left
 from models.indexers import make_method, read_methods
 from models.tokens import Bytes, load_tokenizer
 
@@ -44,6 +44,12 @@ def test_a_stop_token_ends_its_row_alone(greedy):
     stop, at = next((token, i) for i, token in enumerate(first) if i and token not in (*first[:i], *second))
     stopped = models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8, stop_ids=[stop])
     assert stopped.tokens == [first[: at + 1], second]
+
+
+def test_a_token_is_taken_from_logits_with_a_finite_maximum_alone():
+    inf, nan = np.inf, np.nan
+    logits = np.array([[0, 2, 1], [nan, 1, 2], [2, 1, nan], [inf, 0, 0], [-inf, -inf, -inf], [-inf, 0, 1]], np.float32)
+    assert likeliest(logits).tolist() == [1, -1, -1, -1, -1, 2]
 
 
 @pytest.mark.slow

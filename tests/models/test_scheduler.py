@@ -114,6 +114,20 @@ def test_what_may_be_shared_ends_where_phases_differ(sharing, n_prompt, donor, l
     assert sharing.limit(n_prompt, donor) == limit
 
 
+@pytest.mark.parametrize(
+    ("programs", "sharing"),
+    [
+        ("AAA", Sharing(prompt_only=False, tail=0)),
+        ("AAB", Sharing(prompt_only=True, tail=0)),
+        ("ABA", Sharing(prompt_only=True, tail=5)),
+        ("ABB", Sharing(prompt_only=True, tail=5)),
+        ("ABC", Sharing(prompt_only=True, tail=5)),
+    ],
+)
+def test_what_is_shared_was_cached_by_the_same_program(programs, sharing):
+    assert Sharing.of(*programs, chunk=5) == sharing
+
+
 def test_what_was_undone_is_as_it_was_but_for_donors_whose_pages_may_be_overwritten():
     """Random traffic; each step is done on a saved state, undone, compared, and done for good."""
     rng, s, next_id, n_undone, n_lost = np.random.default_rng(0), scheduler(n_pages=14, rows=3), 0, 0, 0
