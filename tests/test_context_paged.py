@@ -130,8 +130,11 @@ def test_a_pool_takes_the_pages_of_a_request_from_devices_in_turn():
     with pytest.raises(OutOfPages, match="request 'a' needs 1 pages on device 1 for 80 tokens, 0 are free"):
         pool.extend("a", 80)
     assert pool.n_free == 2
-    pool.free("a")
+    for request in "ab":
+        pool.free(request)
+    pool.add("c")
+    pool.extend("c", 16 * 12)  # every page there is, where it was
+    assert (pool.table(["c"], 12)[0] // 4).tolist() == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2]
     pool.check()
-    assert pool.n_free == 3
     with pytest.raises(ValueError, match="n_pages=12, n_devices=5, stripe=16, wanted equal parts"):
         PagePool(12, 16, n_devices=5)

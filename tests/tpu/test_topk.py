@@ -19,7 +19,7 @@ def rows_of(kind: str, T: int, W: int) -> np.ndarray:
     if kind == "any_bits":
         return draw.integers(INVISIBLE + 1, FORCED, (T, W)).astype(np.int32)
     if kind == "few_values":
-        return draw.integers(0, 5, (T, W)).astype(np.int32)
+        return draw.integers(0, 2, (T, W)).astype(np.int32)
     if kind == "all_equal":
         return np.full((T, W), 7, np.int32)
     if kind == "infinite":
