@@ -122,7 +122,8 @@ def test_programs_are_the_same_in_64_bit_mode(backend):
     cu_seqlens = ((4,), jnp.int32)
     mla = ((1, 70, 64, 576), BF16), ((1, 9000, 576), BF16), ((1, 70, 500), jnp.int32)
     shapes = (q, k, w, visible, cu_seqlens, cu_seqlens, *mla)
-    want = lower(every, *shapes)
-    with jax.enable_x64(True):
-        got = lower(every, *shapes)
-    assert without_locations(got) == without_locations(want)
+    texts = []
+    for is_on in (False, True):  # from one line: kernels say in their bytes where they were called
+        with jax.enable_x64(is_on):
+            texts.append(without_locations(lower(every, *shapes)))
+    assert texts[0] == texts[1]
