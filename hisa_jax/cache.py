@@ -133,6 +133,7 @@ def copy_pages(cache: IndexCache, source: Array, target: Array) -> IndexCache:
         source: [n] int32, pages to copy.
         target: [n] int32, where to; one outside of [0, n_pages) is no copy, so that n may be fixed.
     """
+    checks.unsplit("copy_pages", cache=cache, source=source, target=target)
     source = jnp.clip(source, 0, cache.n_pages - 1)
     target = jnp.where(target < 0, cache.n_pages, target)
     return jax.tree.map(lambda leaf: leaf.at[target].set(leaf[source], mode="drop"), cache)
@@ -140,6 +141,7 @@ def copy_pages(cache: IndexCache, source: Array, target: Array) -> IndexCache:
 
 def check_table(call: str, cache: IndexCache, block_tables: Array, lengths: Array) -> int:
     """Raises unless [R, P] and [R] int32 fit each other; returns R."""
+    checks.unsplit(call, cache=cache, block_tables=block_tables, lengths=lengths)
     checks.dtype(call, "block_tables", block_tables, ("int32",))
     checks.shape(call, "block_tables", block_tables, ("R", "P"))
     R, P = block_tables.shape

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import checkify
@@ -57,6 +58,18 @@ def dtype(call: str, name: str, array: Any, wanted: Sequence[str]) -> None:
         raise TypeError(f"{call}: {name} is {type(array).__name__}, wanted an array of {_either(wanted)}")
     if array.dtype.name not in wanted:
         raise TypeError(f"{call}: {name} is {array.dtype.name}, wanted {_either(wanted)}")
+
+
+def unsplit(call: str, **arguments: Any) -> None:
+    """Raises ValueError for arrays whose type says that a mesh axis splits them, as under a mesh with Explicit axes."""
+    for name, argument in arguments.items():
+        for leaf in jax.tree.leaves(argument):
+            axes = [axis for axis in jax.typeof(leaf).sharding.spec if axis is not None]
+            if axes:
+                raise ValueError(
+                    f"{call}: {name} is split over the Explicit mesh axes {axes}, wanted the call inside "
+                    "jax.shard_map, or a mesh whose axes are jax.sharding.AxisType.Auto"
+                )
 
 
 def value(condition: Array, message: str, **values: Array) -> None:

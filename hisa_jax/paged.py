@@ -154,6 +154,7 @@ def sparse_mla_paged(
     Raises: as `sparse_mla`; ValueError: a cache without latents.
     """
     call = "sparse_mla_paged"
+    checks.unsplit(call, q=q, cache=cache, indices=indices, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q)
     if cache.latents is None:
         raise ValueError(f"{call}: cache has no latents, wanted one of init_cache(..., latent_dim=Dk)")
     checks.shape(

@@ -22,6 +22,7 @@ def axes_of(array: Array) -> str:
 
 def check_dtypes(call: str, q: Array, keys: Keys, w: Array) -> None:
     checks.dtype(call, "q", q, checks.KEY_DTYPES)
+    checks.unsplit(call, q=q, k=keys, w=w)
     checks.dtype(call, "w", w, ("float32",))
     if keys.scales is None:
         checks.dtype(call, "k", keys.values, checks.KEY_DTYPES)

@@ -70,6 +70,7 @@ def compare(selection: Selection, reference: Selection) -> Comparison:
         if not isinstance(value, Selection):
             raise TypeError(f"compare: {name} is {type(value).__name__}, wanted a Selection")
     checks.shape("compare", "selection.count", selection.count, reference.count.shape, "that of the reference")
+    checks.unsplit("compare", selection=selection, reference=reference)
     return _compare(selection, reference)
 
 

@@ -69,6 +69,7 @@ def sparse_mla(
         checks.shape(call, "sink", sink, (N,), f"one logit a head (q is {list(q.shape)})")
     problem = dispatch.AttentionProblem(N=N, key_dim=Dk, value_dim=value_dim, dtype=q.dtype.name)
     name = dispatch.choose(call, implementation, dispatch.attention_reasons(dispatch.Device.default(), problem))
+    checks.unsplit(call, q=q, kv=kv, indices=indices, sink=sink)
     S = kv.shape[1]
     checks.value(
         (indices >= -1) & (indices < S),

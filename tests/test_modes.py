@@ -209,3 +209,21 @@ def test_kernels_are_refused_where_shard_map_checks_types():
             trace(implementation)
         trace(implementation, check_vma=False)
     trace("xla")
+
+
+@pytest.mark.parametrize("name", calls.ON_ONE_DEVICE)
+def test_arrays_that_explicit_axes_split_are_refused_by_name(name):
+    function, arrays = calls.every()[name]
+    mesh = one_device(EXPLICIT)
+    with jax.set_mesh(mesh):
+        arrays = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, P("data"))), arrays)
+        if name in ("init_cache", "quantize_keys", "quantize_queries"):  # JAX knows where these results lie
+            jax.eval_shape(function, *arrays)
+        else:
+            call = next(
+                call for call in ("select_packed", "select_paged", "select", *calls.ON_ONE_DEVICE) if call in name
+            )
+            with pytest.raises(
+                ValueError, match=rf"{call}: \w+ is split over the Explicit mesh axes \['data'\], wanted"
+            ):
+                jax.eval_shape(function, *arrays)
