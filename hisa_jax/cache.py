@@ -152,12 +152,14 @@ def check_copies(call: str, cache: IndexCache, source: Array, target: Array) -> 
     checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
     checks.int32(call, "source", source, ("n",))
     checks.int32(call, "target", target, source.shape, "a page for each of source's")
+    checks.unsplit(call, cache=cache, source=source, target=target)
 
 
 def check_table(call: str, cache: IndexCache, block_tables: Array, lengths: Array) -> int:
     """Raises unless a cache's tables [R, P] and [R] int32 fit each other; returns R."""
     checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
     checks.int32(call, "block_tables", block_tables, ("R", "P"))
+    checks.unsplit(call, cache=cache, block_tables=block_tables, lengths=lengths)
     R, P = block_tables.shape
     checks.int32(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")
     checks.value(

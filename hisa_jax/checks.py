@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -121,6 +122,18 @@ def one_dtype(call: str, name: str, given: Any, wanted: Sequence[str]) -> np.dty
     if named.name not in wanted:
         raise TypeError(f"{call}: {name} is {named.name}, wanted one of {', '.join(wanted)}")
     return named
+
+
+def unsplit(call: str, **arguments: Any) -> None:
+    """Raises ValueError for arrays whose type says that a mesh axis splits them, as under a mesh with Explicit axes."""
+    for name, argument in arguments.items():
+        for leaf in jax.tree.leaves(argument):
+            axes = [axis for axis in jax.typeof(leaf).sharding.spec if axis is not None]
+            if axes:
+                raise ValueError(
+                    f"{call}: {name} is split over the Explicit mesh axes {axes}, wanted the call inside "
+                    "jax.shard_map, or a mesh whose axes are jax.sharding.AxisType.Auto"
+                )
 
 
 def value(condition: Array, message: str, **values: Array) -> None:

@@ -171,6 +171,7 @@ def check_attention(
     checks.int32(call, "block_tables", block_tables, ("R", "P"))
     R, why = block_tables.shape[0], "a start for each request, and the end"
     checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), q.shape[0], why)
+    checks.unsplit(call, q=q, cache=cache, indices=indices, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q)
 
 
 def latent_rows(cache: IndexCache, indices: Array, block_tables: Array, cu_seqlens_q: Array) -> Array:

@@ -71,6 +71,7 @@ def compare(selection: Selection, reference: Selection) -> Comparison:
         checks.dtype("compare", f"{name}.count", value.count, ("int32",))
         checks.int32("compare", f"{name}.indices", value.indices, (*value.count.shape, "topk"), "a list a query")
     checks.shape("compare", "selection.count", selection.count, reference.count.shape, "that of the reference")
+    checks.unsplit("compare", selection=selection, reference=reference)
     return _compare(selection, reference)
 
 

@@ -54,6 +54,7 @@ def indexer_kl(
     checks.dtype(call, "w", w, ("float32",))
     checks.finite(call, "scale", scale)
     checks.shape(call, "q", q, ("B", "T", "H", "D"))
+    checks.unsplit(call, q=q, k=k, w=w, attention_q=attention_q, attention_kv=attention_kv, indices=indices)
     (B, T, H, D) = q.shape
     checks.shape(call, "k", k, (B, "S", D), f"its first and last axes must equal q's B and D (q is {list(q.shape)})")
     checks.shape(call, "w", w, (B, T, H), f"one weight a query and head (q is {list(q.shape)})")

@@ -30,5 +30,10 @@ def like[Tree](constants: Tree, *others: Any) -> Tree:
     return jax.tree.map(declared, constants) if axes else constants
 
 
+def is_checked() -> bool:
+    """Whether this is traced inside `jax.shard_map` with `check_vma=True`."""
+    return any(_axes(lax.axis_index(axis)) for axis in jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def _axes(tree: Any) -> frozenset[Any]:
     return frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(tree)))

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from hisa_jax import dispatch
 from tests import calls
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -188,3 +189,40 @@ def test_no_call_makes_a_nan_or_moves_an_array(name):
     with jax.debug_nans(True), jax.transfer_guard("disallow"):
         got = function(*arrays)
     assert_same(got, want)
+
+
+def test_kernels_are_refused_where_shard_map_checks_types():
+    def chosen(x, implementation):
+        dispatch.choose("select", implementation, {"triton": None, "xla": None})
+        return x
+
+    def trace(implementation, **options):
+        run = jax.shard_map(
+            lambda x: chosen(x, implementation), mesh=one_device(AUTO), in_specs=P(), out_specs=P(), **options
+        )
+        return jax.eval_shape(run, jnp.ones(2))
+
+    for implementation in ("auto", "triton"):
+        with pytest.raises(
+            ValueError, match='select: implementation="triton" inside jax.shard_map .* wanted check_vma=F'
+        ):
+            trace(implementation)
+        trace(implementation, check_vma=False)
+    trace("xla")
+
+
+@pytest.mark.parametrize("name", calls.ON_ONE_DEVICE)
+def test_arrays_that_explicit_axes_split_are_refused_by_name(name):
+    function, arrays = calls.every()[name]
+    mesh = one_device(EXPLICIT)
+    with jax.set_mesh(mesh):
+        arrays = jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, P("data"))), arrays)
+        if name in ("init_cache", "quantize_keys", "quantize_queries"):  # JAX knows where these results lie
+            jax.eval_shape(function, *arrays)
+        else:
+            families = ("select_packed", "select_paged", "select", "indexer_kl")
+            call = next((family for family in families if name.startswith(family)), name)
+            with pytest.raises(
+                ValueError, match=rf"{call}: \w+ is split over the Explicit mesh axes \['data'\], wanted"
+            ):
+                jax.eval_shape(function, *arrays)
