@@ -1,4 +1,4 @@
-"""Fuzzes every selection and the sparse attention: all methods, dtypes and forms, over values and edges that find faults.
+"""Fuzzes selection and sparse attention: all methods, dtypes and forms, over values and edges that find faults.
 
 Case i of a seed is always the same, on every machine: `--case` runs one again. Shapes are few and compiled once, all
 else of a case is traced, so a case of some 60 queries in four forms takes a tenth of a second once its programs are
@@ -134,7 +134,8 @@ def _reproduce(
     start = time.monotonic()
     small, verdict = fuzz_shrink.shrink(scene, line.form, judge, _SHRINK_SECONDS)
     name = f"{small.setup.implementation}_seed{seed}_case{i}_{line.form}_{line.judge}".replace(" ", "_")
-    title = f"{small.setup.implementation}, seed {seed}, case {i}: {line.form} of {line.method} {line.dtype} by {line.judge}"
+    what = f"{line.form} of {line.method} {line.dtype} by {line.judge}"
+    title = f"{small.setup.implementation}, seed {seed}, case {i}: {what}"
     program = fuzz_repro.write(small, line.form, name, judge, title, out)
     counts.faults.append(
         {"line": dataclasses.asdict(line), "case": i, "why": verdict.wrong[0].why, "file": str(out / f"{name}.py")}

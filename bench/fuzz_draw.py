@@ -1,4 +1,4 @@
-"""Values that have found faults: ties, cuts one bit apart, clustered blocks, extremes, NaN and infinity; edges of lengths."""
+"""Values that find faults: ties, cuts one bit apart, clustered blocks, extremes, NaN and infinity; edges of lengths."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -84,7 +84,8 @@ def _shapes(setup: Setup) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, 
 
 
 def normal(setup: Setup, rng: Rng) -> Values:
-    return Values(*(rng.normal(size=shape) for shape in _shapes(setup)))
+    q, k, w = (rng.normal(size=shape) for shape in _shapes(setup))
+    return Values(q, k, w)
 
 
 def few_values(setup: Setup, rng: Rng) -> Values:
@@ -197,7 +198,15 @@ def _sprinkle(array: Any, rng: Rng) -> None:
 def _length(setup: Setup, rng: Rng) -> int:
     """Keys of a request: nothing, one, edges of blocks, pages and budgets and their neighbours, or any number."""
     method, S = setup.method, setup.S
-    edges = [0, 1, S, S - 1, method.topk, (setup.page_size or 16) * int(rng.integers(1, 5)), setup.unit * int(rng.integers(1, 7))]
+    edges = [
+        0,
+        1,
+        S,
+        S - 1,
+        method.topk,
+        (setup.page_size or 16) * int(rng.integers(1, 5)),
+        setup.unit * int(rng.integers(1, 7)),
+    ]
     edges.append(getattr(method, "block_topk", 1) * setup.unit)
     length = int(rng.choice(edges)) + int(rng.integers(-1, 2)) if rng.random() < 0.6 else int(rng.integers(S + 1))
     return min(max(length, 0), S)

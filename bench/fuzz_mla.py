@@ -150,9 +150,7 @@ def contract(scene: MlaScene, form: str) -> Verdict:
     """The oracle's softmax, a token listed twice counting twice."""
     setup, got, listed = scene.setup, run(scene, form), scene.listed(form)
     with np.errstate(all="ignore"):
-        out, lse = oracle.sparse_mla(
-            scene.q, scene.kv, listed, setup.value_dim, setup.key_dim**-0.5, scene.sink
-        )
+        out, lse = oracle.sparse_mla(scene.q, scene.kv, listed, setup.value_dim, setup.key_dim**-0.5, scene.sink)
     tolerance = _TOLERANCE[setup.dtype]
     return _compare(scene.rows(form), got, Attended(out, lse), tolerance, "the oracle")
 

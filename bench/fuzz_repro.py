@@ -42,7 +42,12 @@ def write(scene: Any, form: str, name: str, judge: Judge, title: str, folder: Pa
     lines = [f"# {title}", *_comment(scene, verdict)]
     lines += ["", _HEAD.rstrip()]
     if scene.setup.implementation != "xla":
-        lines += ["", "from bench import fuzz_setups  # noqa: E402", "", f"fuzz_setups.interpret({scene.setup.implementation!r})"]
+        lines += [
+            "",
+            "from bench import fuzz_setups  # noqa: E402",
+            "",
+            f"fuzz_setups.interpret({scene.setup.implementation!r})",
+        ]
     if scene.setup.__dict__.get("devices", 1) > 1:
         lines += ["", f'jax.config.update("jax_num_cpu_devices", {scene.setup.devices})']
     for part in dict.fromkeys(part for call in calls for part in _PARTS[call.form]):

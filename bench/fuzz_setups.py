@@ -94,7 +94,7 @@ class MlaSetup:
 def _xla() -> list[Setup | MlaSetup]:
     f32, bf16, e4m3, int8 = "float32", "bfloat16", "float8_e4m3fn", "int8"
 
-    def setup(method: hj.Method, q: str, k: str = "", scale: str | None = None, **sizes: int) -> Setup:
+    def setup(method: hj.Method, q: str, k: str = "", scale: str | None = None, **sizes: Any) -> Setup:
         return Setup(method=method, q_dtype=q, k_dtype=k or q, scale=scale, **sizes)
 
     hisa = hj.Hisa(topk=24, block_size=16, block_topk=4)
@@ -145,7 +145,17 @@ def _kernels(implementation: str) -> list[Setup | MlaSetup]:
     sizes = dict(key_dim=576, value_dim=512) if implementation == "mosaic_gpu" else dict(key_dim=192, value_dim=128)
     for page_size, K in ((16, 128), (64, 37)):
         setups.append(
-            MlaSetup(dtype="bfloat16", R=2, T=4, S=200, N=16, K=K, page_size=page_size, implementation=implementation, **sizes)
+            MlaSetup(
+                dtype="bfloat16",
+                R=2,
+                T=4,
+                S=200,
+                N=16,
+                K=K,
+                page_size=page_size,
+                implementation=implementation,
+                **sizes,
+            )
         )
     return setups
 
@@ -185,7 +195,9 @@ def interpret(implementation: str) -> None:
     options = dict(n_ctas=2) if implementation == "mosaic_gpu" else {}
 
     def interpreted(name: str) -> Any:
-        return functools.partial(attention(name), interpret=how, **options) if name == implementation else attention(name)
+        return (
+            functools.partial(attention(name), interpret=how, **options) if name == implementation else attention(name)
+        )
 
     # Hisa_jax has no switch for this: its users run kernels on devices that have them.
     dispatch.attention = interpreted
