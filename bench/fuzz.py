@@ -87,12 +87,15 @@ def run(args: argparse.Namespace) -> int:
     setups = fuzz_setups.all_of(args.implementation, args.devices)
     with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
         bar = progress.add_task("", total=None)
-        for i in cases:
-            if time.monotonic() >= until:
-                break
-            setup = setups[i % len(setups)]
-            progress.update(bar, description=f"case {i}: {setup.kind} {setup.dtype}; {_state(counts)}")
-            judge_case(setup, args.seed, i, counts, args.out, console)
+        try:
+            for i in cases:
+                if time.monotonic() >= until:
+                    break
+                setup = setups[i % len(setups)]
+                progress.update(bar, description=f"case {i}: {setup.kind} {setup.dtype}; {_state(counts)}")
+                judge_case(setup, args.seed, i, counts, args.out, console)
+        except KeyboardInterrupt:
+            console.print("Stopped; what was done until then:")
     minutes = (time.monotonic() - start) / 60
     _show(console, counts)
     summary = f"{args.implementation}, seed {args.seed}: {counts.cases} cases, {_state(counts)}, {minutes:.1f} minutes"
