@@ -1,4 +1,4 @@
-"""Fuzzes every selection and the sparse attention: all methods, dtypes and forms, over values and edges that find faults.
+"""Fuzzes selection and sparse attention: all methods, dtypes and forms, over values and edges that find faults.
 
 Case i of a seed is always the same, on every machine: `--case` runs one again. Shapes are few and compiled once, all
 else of a case is traced, so a case of some 60 queries in four forms takes a tenth of a second once its programs are
@@ -87,12 +87,15 @@ def run(args: argparse.Namespace) -> int:
     setups = fuzz_setups.all_of(args.implementation, args.devices)
     with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
         bar = progress.add_task("", total=None)
-        for i in cases:
-            if time.monotonic() >= until:
-                break
-            setup = setups[i % len(setups)]
-            progress.update(bar, description=f"case {i}: {setup.kind} {setup.dtype}; {_state(counts)}")
-            judge_case(setup, args.seed, i, counts, args.out, console)
+        try:
+            for i in cases:
+                if time.monotonic() >= until:
+                    break
+                setup = setups[i % len(setups)]
+                progress.update(bar, description=f"case {i}: {setup.kind} {setup.dtype}; {_state(counts)}")
+                judge_case(setup, args.seed, i, counts, args.out, console)
+        except KeyboardInterrupt:
+            console.print("Stopped; what was done until then:")
     minutes = (time.monotonic() - start) / 60
     _show(console, counts)
     summary = f"{args.implementation}, seed {args.seed}: {counts.cases} cases, {_state(counts)}, {minutes:.1f} minutes"
@@ -134,7 +137,8 @@ def _reproduce(
     start = time.monotonic()
     small, verdict = fuzz_shrink.shrink(scene, line.form, judge, _SHRINK_SECONDS)
     name = f"{small.setup.implementation}_seed{seed}_case{i}_{line.form}_{line.judge}".replace(" ", "_")
-    title = f"{small.setup.implementation}, seed {seed}, case {i}: {line.form} of {line.method} {line.dtype} by {line.judge}"
+    what = f"{line.form} of {line.method} {line.dtype} by {line.judge}"
+    title = f"{small.setup.implementation}, seed {seed}, case {i}: {what}"
     program = fuzz_repro.write(small, line.form, name, judge, title, out)
     counts.faults.append(
         {"line": dataclasses.asdict(line), "case": i, "why": verdict.wrong[0].why, "file": str(out / f"{name}.py")}

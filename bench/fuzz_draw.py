@@ -1,4 +1,4 @@
-"""Values that have found faults: ties, cuts one bit apart, clustered blocks, extremes, NaN and infinity; edges of lengths."""
+"""Values that find faults: ties, cuts one bit apart, clustered blocks, extremes, NaN and infinity; edges of lengths."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -84,7 +84,8 @@ def _shapes(setup: Setup) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, 
 
 
 def normal(setup: Setup, rng: Rng) -> Values:
-    return Values(*(rng.normal(size=shape) for shape in _shapes(setup)))
+    q, k, w = (rng.normal(size=shape) for shape in _shapes(setup))
+    return Values(q, k, w)
 
 
 def few_values(setup: Setup, rng: Rng) -> Values:

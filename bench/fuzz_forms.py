@@ -50,9 +50,8 @@ def written(tables, new, rest, first, junk, second, source, target, is_stale, st
     first append writes to stay, that it writes to be rejected, that the second one writes. tables: [2, R, P], before
     and after the copies. is_stale: [n_pages, page_size] rows that are no one's and get the value `stale`.
     """
-    append, truncate, copy_pages, on = hj.append, hj.truncate, hj.copy_pages, over(devices)
-    if on:
-        append, truncate, copy_pages = hj.append_sharded, hj.truncate_sharded, hj.copy_pages_sharded
+    on, suffix = over(devices), "_sharded" if devices > 1 else ""
+    append, truncate, copy_pages = (getattr(hj, name + suffix) for name in ("append", "truncate", "copy_pages"))
 
     def offsets(sizes):
         return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)])
@@ -104,7 +103,8 @@ def sparse_mla(q, kv, indices, sink, *, scale, value_dim, implementation):
 def sparse_mla_paged(q, latents, indices, sink, tables, cu_seqlens_q, *, scale, value_dim, implementation):
     """[T, N, Dk], [n_pages, page_size, Dk], [T, K], [N], [R, P], [R + 1]."""
     options = dict(scale=scale, value_dim=value_dim, return_lse=True, implementation=implementation)
-    empty = hj.init_cache(*latents.shape[:2], 0, latent_dim=latents.shape[2], latent_dtype=latents.dtype)
+    n_pages, page_size, latent_dim = latents.shape
+    empty = hj.init_cache(n_pages, page_size, 0, latent_dim=latent_dim, latent_dtype=latents.dtype)
     cache = dataclasses.replace(empty, latents=latents)
     return hj.sparse_mla_paged(q, cache, indices, tables, cu_seqlens_q, sink=sink, **options)
 

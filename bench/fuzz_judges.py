@@ -82,8 +82,8 @@ def _why_not(found: Found, reference: oracle.OracleSelection, tolerance: float, 
     )
     # Rows that are no queries have position -1 in the reference.
     indices = np.where(part.visible[..., None] > 0, found.indices[at], -1)
-    count = np.where(part.visible > 0, found.count[at], 0).astype(np.int32)
-    if (found.count[at] != count).any():
+    count = np.where(part.visible > 0, found.counts[at], 0).astype(np.int32)
+    if (found.counts[at] != count).any():
         return "a query that sees nothing selects something"
     blocks = found.blocks if found.blocks is None else np.where(part.visible[..., None] > 0, found.blocks[at], -1)
     try:
@@ -106,7 +106,7 @@ def chunks(scene: Scene, form: str) -> Verdict:
     end = np.minimum(start + length, scene.n_q)
     chunk = scene.chunk(start, end)
     whole, part = run(scene, form), run(chunk, form)
-    of_whole = Found(*(None if x is None else _rows_from(x, start) for x in whole[:4]), leaked=0)
+    of_whole = Found._make([*(None if x is None else _rows_from(x, start) for x in whole[:4]), 0])
     verdict = _compare(chunk, part, of_whole, chunk.is_row, "the same query in one shot")
     return Verdict(verdict.rows, [w._replace(t=int(w.t + start[w.r])) for w in verdict.wrong])
 
@@ -157,7 +157,7 @@ def flat(scene: Scene, form: str) -> Verdict:
     wanted = run(scene, form, method=hj.Dsa(topk=method.topk))._replace(blocks=None)
     got = run(scene, form)._replace(blocks=None)
     if scene.setup.implementation != "xla":  # scores are given twice, each by other products
-        got, wanted = got._replace(scores=got.count), wanted._replace(scores=wanted.count)
+        got, wanted = got._replace(scores=got.counts), wanted._replace(scores=wanted.counts)
     return _compare(scene, got, wanted, rows, "the flat indexer")
 
 
@@ -168,7 +168,7 @@ def everything(scene: Scene, form: str) -> Verdict:
     every = np.arange(topk)
     wanted = np.where(every < visible[..., None], every, -1)
     wrong = [
-        Wrong(int(r), int(t), f"of {visible[r, t]} visible tokens chose {found.indices[r, t, : found.count[r, t]]}")
+        Wrong(int(r), int(t), f"of {visible[r, t]} visible tokens chose {found.indices[r, t, : found.counts[r, t]]}")
         for r, t in np.argwhere(rows & (found.indices != wanted).any(-1))
     ]
     return Verdict(int(rows.sum()), wrong)
@@ -176,7 +176,8 @@ def everything(scene: Scene, form: str) -> Verdict:
 
 def ties(scene: Scene, form: str) -> Verdict:
     """Of equal keys the first are chosen, of equal blocks the first are kept, whatever rounding does to scores."""
-    found, wrong, method, n_judged = run(scene, form), [], scene.setup.method, 0
+    method: Any = scene.setup.method
+    found, wrong, n_judged = run(scene, form), [], 0
     alike = [_alike(scene, r) for r in range(scene.setup.R)]
     for r, t in np.argwhere(scene.is_row):
         visible = int(scene.visible[r, t])
@@ -196,7 +197,7 @@ def ties(scene: Scene, form: str) -> Verdict:
                     Wrong(int(r), int(t), f"block {whole[broken[1]]} was kept, the equal {whole[broken[0]]} not")
                 )
                 continue
-        broken = _out_of_order(alike[r][tokens], np.isin(tokens, found.indices[r, t, : found.count[r, t]]))
+        broken = _out_of_order(alike[r][tokens], np.isin(tokens, found.indices[r, t, : found.counts[r, t]]))
         if broken is not None:
             wrong.append(
                 Wrong(int(r), int(t), f"token {tokens[broken[1]]} was chosen, the equal {tokens[broken[0]]} not")
@@ -238,8 +239,8 @@ def lacking_pages(scene: Scene, form: str) -> Verdict:
     others = scene.is_row & (np.arange(scene.setup.R) != r)[:, None]
     verdict = _compare(scene, got, wanted, others, "the request where another's table is right")
     wrong = [
-        Wrong(r, int(t), f"page {nth} is not in the table, and yet it selects {_short(got, r, t)}")
-        for t in np.flatnonzero(scene.is_row[r] & (got.count[r] > 0))
+        Wrong(r, int(t), f"page {nth} is not in the table, and yet it selects {_short(got, r, int(t))}")
+        for t in np.flatnonzero(scene.is_row[r] & (got.counts[r] > 0))
     ]
     return Verdict(int(scene.is_row.sum()), verdict.wrong + wrong)
 
@@ -278,7 +279,7 @@ def _compare(scene: Scene, got: Found, wanted: Found, rows: Array, what: str) ->
 
 
 def _short(found: Found, r: int, t: int) -> str:
-    tokens = np.array2string(found.indices[r, t, : found.count[r, t]], threshold=40)
+    tokens = np.array2string(found.indices[r, t, : found.counts[r, t]], threshold=40)
     return f"{tokens}, scores {np.array2string(found.scores[r, t], threshold=8, precision=9)}"
 
 

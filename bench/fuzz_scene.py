@@ -29,7 +29,7 @@ class Found(NamedTuple):
     """What a form selects for each query [R, T, ..]; `leaked`: rows of no one that select something."""
 
     indices: Array
-    count: Array
+    counts: Array
     scores: Array
     blocks: Array | None
     leaked: int
@@ -135,9 +135,9 @@ def by_request(scene: Scene, form: str, got: Any) -> Found:
     """A selection of what the form has as rows -> [R, T, ..]."""
     arrays = [got.indices, got.count, got.scores, got.blocks]
     if form in ("select", "select_sharded"):
-        return Found(*arrays, leaked=0)
+        return Found._make([*arrays, 0])
     n = int(scene.n_q.sum())
-    return Found(*(_unpacked(scene, x) for x in arrays), leaked=int(np.sum(got.count[n:] != 0)))
+    return Found._make([*(_unpacked(scene, x) for x in arrays), int(np.sum(got.count[n:] != 0))])
 
 
 recorded: list[Call] | None = None  # calls since somebody put a list here
@@ -152,12 +152,12 @@ def made(call: Call) -> Any:
 
 def call_of(scene: Scene, form: str, filler: float | None = None, *, method: Any = None) -> Call:
     """What a form is called with."""
-    setup, keys = scene.setup, (scene.k, scene.scales)
+    setup = scene.setup
     options = dict(method=method or setup.method, implementation=setup.implementation)
     if form.endswith("_sharded"):
         form, options = form.removesuffix("_sharded"), options | dict(devices=setup.devices)
     if form == "select":
-        q, w, (k, scales) = scene.q, scene.w, keys
+        q, w, k, scales = scene.q, scene.w, scene.k, scene.scales
         if filler is not None:
             is_key = np.arange(setup.S) < scene.n_k[:, None]
             q, w = filled(q, scene.visible > 0, filler), filled(w, scene.visible > 0, filler)
@@ -165,8 +165,10 @@ def call_of(scene: Scene, form: str, filler: float | None = None, *, method: Any
         return Call(form, (q, k, scales, w, scene.query_positions, scene.n_k), options)
     q, w = (_packed(x, scene.n_q, setup.R * setup.T + NOBODY, filler) for x in (scene.q, scene.w))
     if form == "select_packed":
-        k, scales = (None if x is None else _packed(x, scene.n_k, setup.R * setup.S, filler) for x in keys)
-        return Call(form, (q, k, scales, w, offsets(scene.n_q), offsets(scene.n_k)), options)
+        keys = (
+            None if x is None else _packed(x, scene.n_k, setup.R * setup.S, filler) for x in (scene.k, scene.scales)
+        )
+        return Call(form, (q, *keys, w, offsets(scene.n_q), offsets(scene.n_k)), options)
     n_pages, tables, life = _life(scene, filler)
     options |= dict(n_pages=n_pages, page_size=setup.page_size)
     return Call(form, (q, w, tables, offsets(scene.n_q), scene.n_k, *life), options)

@@ -94,7 +94,7 @@ class MlaSetup:
 def _xla() -> list[Setup | MlaSetup]:
     f32, bf16, e4m3, int8 = "float32", "bfloat16", "float8_e4m3fn", "int8"
 
-    def setup(method: hj.Method, q: str, k: str = "", scale: str | None = None, **sizes: int) -> Setup:
+    def setup(method: hj.Method, q: str, k: str = "", scale: str | None = None, **sizes: Any) -> Setup:
         return Setup(method=method, q_dtype=q, k_dtype=k or q, scale=scale, **sizes)
 
     hisa = hj.Hisa(topk=24, block_size=16, block_topk=4)
@@ -136,10 +136,12 @@ def _kernels(implementation: str) -> list[Setup | MlaSetup]:
         hj.BlockSparse(topk=3 * size, block_size=size),
         hj.Hisa(topk=40, block_size=size, block_topk=5, keep_first=2, keep_last=2),
     )
+    # Interpreted, these take minutes a call.
+    T = 4 if implementation == "triton" else 2
     setups: list[Setup | MlaSetup] = []
     for i, method in enumerate(methods):
         dtype, scale = dtypes[i % 3]
-        shapes: dict[str, Any] = dict(R=3, T=6, S=8 * size + 13, H=16, D=64, page_size=size)
+        shapes: dict[str, Any] = dict(R=3, T=T, S=6 * size + 13, H=16, D=64, page_size=size)
         options: dict[str, Any] = dict(method=method, q_dtype=dtype, k_dtype=dtype, scale=scale)
         setups.append(Setup(**options, **shapes, implementation=implementation))
     sizes = dict(key_dim=576, value_dim=512) if implementation == "mosaic_gpu" else dict(key_dim=192, value_dim=128)
@@ -148,7 +150,7 @@ def _kernels(implementation: str) -> list[Setup | MlaSetup]:
             MlaSetup(
                 dtype="bfloat16",
                 R=2,
-                T=4,
+                T=T,
                 S=200,
                 N=16,
                 K=K,

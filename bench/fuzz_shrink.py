@@ -206,9 +206,9 @@ def _tight(scene: Any, r: int, t: int) -> Iterator[Any]:
         sizes = dict(R=1, T=len(rows), S=S, H=len(h), D=len(d))
         positions = None if scene.positions is None else cut(scene.positions, rows)
         yield dataclasses.replace(
-            scene, setup=dataclasses.replace(setup, **sizes), q=cut(scene.q, rows, h, d), k=cut(scene.k, np.arange(S), d),
-            scales=cut(scene.scales, np.arange(S)), w=cut(scene.w, rows, h), n_q=scene.n_q[r : r + 1],
-            n_k=scene.n_k[r : r + 1], positions=positions,
+            scene, setup=dataclasses.replace(setup, **sizes),
+            q=cut(scene.q, rows, h, d), k=cut(scene.k, np.arange(S), d), scales=cut(scene.scales, np.arange(S)),
+            w=cut(scene.w, rows, h), n_q=scene.n_q[r : r + 1], n_k=scene.n_k[r : r + 1], positions=positions,
         )  # fmt: skip
 
 
