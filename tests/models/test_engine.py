@@ -105,7 +105,7 @@ def test_what_a_caller_hands_in_or_gets_may_be_changed_without_effect(traffic):
 def test_a_request_stops_at_the_tokens_of_the_config_unless_told(traffic):
     prompt, made = traffic[0]
     at = next(i for i, token in enumerate(made) if token in serving.STOPS)
-    engine = serving.engine()
+    engine = serving.engine(draft=lambda tokens, n: made[len(tokens) - len(prompt) :])  # right beyond the stop, too
     ids = [engine.submit(prompt, serving.N_NEW, *given) for given in ((), ((),), ({made[0]},))]
     tokens, _ = serving.finish(engine)
     assert [tokens[id] for id in ids] == [made[: at + 1], made, made[:1]] and at < serving.N_NEW - 1
