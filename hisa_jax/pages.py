@@ -171,7 +171,7 @@ class PagePool:
         return table
 
     def check(self) -> None:
-        """Asserts that every page is either free or counted as often as requests hold it."""
+        """Asserts that every page is either free, on its device, or counted as often as requests hold it."""
         holders = [0] * len(self._holders)
         for request, pages in self._pages.items():
             assert len(pages) == self._n_pages(self.lengths[request]), request
@@ -179,6 +179,8 @@ class PagePool:
                 holders[page] += 1
         assert holders == self._holders
         assert sorted(itertools.chain(*self._free)) == [page for page, n in enumerate(holders) if n == 0]
+        for device, free in enumerate(self._free):
+            assert {page // self._per_device for page in free} <= {device}, device
         for request, pages in self._pages.items():
             assert [page // self._per_device for page in pages] == list(map(self._device, range(len(pages)))), request
 

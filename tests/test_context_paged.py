@@ -132,6 +132,7 @@ def test_a_pool_takes_the_pages_of_a_request_from_devices_in_turn():
     assert pool.n_free == 2
     for request in "ab":
         pool.free(request)
+        pool.check()
     pool.add("c")
     pool.extend("c", 16 * 12)  # every page there is, where it was
     assert (pool.table(["c"], 12)[0] // 4).tolist() == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2]
