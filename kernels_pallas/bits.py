@@ -25,7 +25,7 @@ def in_32_bits[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def quotient[N: (int, Array)](a: N, b: int) -> N:
+def quotient(a: Array | int, b: int) -> Array | int:
     """`a // b` of a number that is not negative."""
     return a // b if isinstance(a, int) else lax.div(a, b)
 

@@ -99,6 +99,29 @@ def only_candidates_are_exchanged():
     print(f"{sent // n_queries} + {merged // n_queries} bytes a query")
 
 
+def what_is_on_all_devices_gets_the_gradient_of_all():
+    """In `jax.shard_map` over queries, its checks on, with latents that do not vary: outside and inside."""
+    rng = np.random.default_rng(0)
+    devices = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    q, kv = (jnp.asarray(rng.normal(size=(n, 9, *heads, 8)), jnp.float32) for n, heads in ((2, (2,)), (1, ())))
+    indices, split, whole = jnp.asarray(rng.integers(0, 9, (2, 9, 5)), jnp.int32), jax.P("data"), jax.P()
+
+    def loss(q, kv, indices):
+        return jnp.sum(hj.sparse_mla(q, kv, indices, scale=0.3, value_dim=6) ** 2)
+
+    def of_all(q, kv, indices):
+        return jax.lax.psum(loss(q, kv, indices), "data")
+
+    specs = dict(mesh=devices, in_specs=(split, whole, split))
+    outside = jax.grad(jax.shard_map(of_all, **specs, out_specs=whole), (0, 1))
+    inside = jax.shard_map(jax.grad(of_all, (0, 1)), **specs, out_specs=(split, whole))
+    want = jax.grad(loss, (0, 1))(q, jnp.broadcast_to(kv, (2, 9, 8)), indices)
+    for gradient in (outside, inside):
+        d_q, d_kv = jax.jit(gradient)(q, kv, indices)
+        np.testing.assert_allclose(d_q, want[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(d_kv[0], want[1].sum(0), rtol=1e-5, atol=1e-6)
+
+
 if __name__ == "__main__":
     for promise in (
         same_bits_for_every_method_and_mesh,
@@ -106,6 +129,7 @@ if __name__ == "__main__":
         same_bits_for_lengths_that_end_on_any_device,
         what_other_devices_hold_leaves_no_trace,
         only_candidates_are_exchanged,
+        what_is_on_all_devices_gets_the_gradient_of_all,
     ):
         start = time.perf_counter()
         promise()
