@@ -141,7 +141,8 @@ def _kernels(implementation: str) -> list[Setup | MlaSetup]:
     setups: list[Setup | MlaSetup] = []
     for i, method in enumerate(methods):
         dtype, scale = dtypes[i % 3]
-        shapes: dict[str, Any] = dict(R=3, T=T, S=6 * size + 13, H=16, D=64, page_size=size)
+        page_size = size if i % 2 == 0 or implementation == "mosaic_gpu" else size // 2
+        shapes: dict[str, Any] = dict(R=3, T=T, S=6 * size + 13, H=16, D=64, page_size=page_size)
         options: dict[str, Any] = dict(method=method, q_dtype=dtype, k_dtype=dtype, scale=scale)
         setups.append(Setup(**options, **shapes, implementation=implementation))
     sizes = dict(key_dim=576, value_dim=512) if implementation == "mosaic_gpu" else dict(key_dim=192, value_dim=128)
