@@ -35,7 +35,7 @@ test-exhaustive: .venv-test/test.stamp
 	$(MUTANTS)
 
 # Makes one-line mistakes in copies of the tree (tests/mutants), one at a time, and runs the test that must fail of each:
-# about 6 minutes on two cores. The gate only looks whether each can still be made and has its test.
+# about 5 minutes on two cores. The gate only looks whether each can still be made and has its test.
 #   ARGS     words: only mistakes that have one of them in their file, phrase or test
 MUTANTS = JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(<D)/jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
 	$(<D)/bin/python -m tests.mutants

@@ -101,9 +101,9 @@ def fate(free: queue.Queue, mutant: Mutant) -> str:
         file.write_text(right)
         free.put(tree)
     seconds = time.perf_counter() - start
-    print(f"{verdict:8} {seconds:4.0f} s  {mutant.file}: {mutant.breaks}  [{mutant.test}]", flush=True)
-    if verdict == "broken":
-        print("".join(line for line in said.splitlines(keepends=True) if not line.startswith("=")), flush=True)
+    why = "" if verdict != "broken" else "".join(line for line in said.splitlines(keepends=True) if line[0] not in "=!")
+    line = f"{verdict:8} {seconds:4.0f} s  {mutant.file}: {mutant.breaks}  [{mutant.test}]\n{why}"
+    print(line, end="", flush=True)  # one write: others print at the same time
     return verdict
 
 
