@@ -44,6 +44,9 @@ def append(
         [4, 0, 16, 0]
     """
     call = "append"
+    checks.unsplit(
+        call, cache=cache, k=k, block_tables=block_tables, cu_seqlens=cu_seqlens, lengths=lengths, latents=latents
+    )
     R = check_append(call, cache, k, block_tables, cu_seqlens, lengths, latents)
     values, scales = (k.values, k.scales) if isinstance(k, QuantizedKeys) else (k, None)
     T, (n_pages, size, D) = values.shape[0], cache.keys.shape

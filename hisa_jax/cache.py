@@ -116,6 +116,7 @@ def truncate(
     Raises: TypeError, ValueError: arrays that do not fit the cache or each other.
     """
     call = "truncate"
+    checks.unsplit(call, cache=cache, block_tables=block_tables, lengths=lengths, new_lengths=new_lengths)
     R = check_truncation(call, cache, block_tables, lengths, new_lengths, max_tokens)
     if 0 in block_tables.shape:
         return cache
@@ -136,6 +137,7 @@ def copy_pages(cache: IndexCache, source: Array, target: Array) -> IndexCache:
     Returns: the cache with those pages.
     Raises: TypeError, ValueError: arrays that are not these.
     """
+    checks.unsplit("copy_pages", cache=cache, source=source, target=target)
     check_copies("copy_pages", cache, source, target)
     return _copy(cache, source, target)
 
@@ -152,14 +154,12 @@ def check_copies(call: str, cache: IndexCache, source: Array, target: Array) -> 
     checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
     checks.int32(call, "source", source, ("n",))
     checks.int32(call, "target", target, source.shape, "a page for each of source's")
-    checks.unsplit(call, cache=cache, source=source, target=target)
 
 
 def check_table(call: str, cache: IndexCache, block_tables: Array, lengths: Array) -> int:
     """Raises unless a cache's tables [R, P] and [R] int32 fit each other; returns R."""
     checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
     checks.int32(call, "block_tables", block_tables, ("R", "P"))
-    checks.unsplit(call, cache=cache, block_tables=block_tables, lengths=lengths)
     R, P = block_tables.shape
     checks.int32(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")
     checks.value(

@@ -117,7 +117,6 @@ def _queries_and_keys(
     keys = keys_of(k)
     _queries(call, q, w, rows, "D")
     _keys(call, q, keys, n_keys)
-    checks.unsplit(call, k=keys)
     return keys
 
 
@@ -126,7 +125,6 @@ def _queries(call: str, q: Array, w: Array, rows: Sequence[str], D: int | str, w
     checks.dtype(call, "w", w, ("float32",))
     _axes_of_queries(call, q, rows, D, why)
     checks.shape(call, "w", w, q.shape[:-1], f"one weight a query and head (q is {checks.axes_of(q)})")
-    checks.unsplit(call, q=q, w=w)
 
 
 def _axes_of_queries(call: str, q: Array, rows: Sequence[str], D: int | str, why: str = "") -> None:

@@ -4,6 +4,7 @@ Checks of shapes and dtypes run at trace time and always. Checks of values (leng
 they run only under `checked`.
 """
 
+import contextvars
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -15,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import checkify
+from jax.experimental.xla_metadata import set_xla_metadata
 
 KEY_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "int8")
+_checks_values = contextvars.ContextVar("_checks_values", default=False)
 
 
 def checked[**P, R](function: Callable[P, R]) -> Callable[P, R]:
@@ -40,8 +43,14 @@ def checked[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        # Methods and other options are not arrays: close over everything, so that nothing has to be a pytree.
-        error, result = checkify.checkify(lambda: function(*args, **kwargs), errors=checkify.user_checks)()
+        token = _checks_values.set(True)
+        try:
+            # What has been traced before has no checks; under other metadata jax.jit traces it again.
+            with set_xla_metadata(hisa_jax="checked"):
+                # Methods and other options are not arrays: close over everything, so that nothing has to be a pytree.
+                error, result = checkify.checkify(lambda: function(*args, **kwargs), errors=checkify.user_checks)()
+        finally:
+            _checks_values.reset(token)
         error.throw()
         return result
 
@@ -127,7 +136,7 @@ def one_dtype(call: str, name: str, given: Any, wanted: Sequence[str]) -> np.dty
 def unsplit(call: str, **arguments: Any) -> None:
     """Raises ValueError for arrays whose type says that a mesh axis splits them, as under a mesh with Explicit axes."""
     for name, argument in arguments.items():
-        for leaf in jax.tree.leaves(argument):
+        for leaf in filter(lambda leaf: isinstance(leaf, jax.Array), jax.tree.leaves(argument)):
             axes = [axis for axis in jax.typeof(leaf).sharding.spec if axis is not None]
             if axes:
                 raise ValueError(
@@ -137,8 +146,12 @@ def unsplit(call: str, **arguments: Any) -> None:
 
 
 def value(condition: Array, message: str, **values: Array) -> None:
-    """Under `checked` raises with `message` where `condition` is False; elsewhere costs nothing."""
-    checkify.debug_check(jnp.all(condition), message, **values)
+    """Under `checked` raises with `message` where `condition` is False; elsewhere costs nothing.
+
+    Nor does it leave its effect behind elsewhere, with which `jax.export` could not write a program to bytes.
+    """
+    if _checks_values.get():
+        checkify.debug_check(jnp.all(condition), message, **values)
 
 
 def axes_of(array: Any) -> str:

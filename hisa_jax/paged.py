@@ -57,7 +57,9 @@ def select_paged(
         [[0, 1, 2, 3, 4, 5, 6, 7]]
     """
     call = "select_paged"
-    check_paged(call, q, w, cache, block_tables, cu_seqlens_q, lengths, method)
+    arrays = dict(block_tables=block_tables, cu_seqlens_q=cu_seqlens_q, lengths=lengths)
+    checks.unsplit(call, q=q, w=w, cache=cache, **arrays)
+    check_paged(call, q, w, cache, **arrays, method=method)
     options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
     name = prepare.choose(call, problem_of(q, cache, block_tables, method), implementation, tiles, **options)
     T = q.shape[0]
@@ -137,6 +139,7 @@ def sparse_mla_paged(
     Raises: as `sparse_mla`; ValueError: a cache without latents.
     """
     call = "sparse_mla_paged"
+    checks.unsplit(call, q=q, cache=cache, indices=indices, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q)
     check_attention(call, q, cache, indices, block_tables, cu_seqlens_q)
     scale, value_dim, name = check_options(call, q, scale, value_dim, sink, return_lse, implementation)
     rows = latent_rows(cache, indices, block_tables, cu_seqlens_q)
@@ -171,7 +174,6 @@ def check_attention(
     checks.int32(call, "block_tables", block_tables, ("R", "P"))
     R, why = block_tables.shape[0], "a start for each request, and the end"
     checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), q.shape[0], why)
-    checks.unsplit(call, q=q, cache=cache, indices=indices, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q)
 
 
 def latent_rows(cache: IndexCache, indices: Array, block_tables: Array, cu_seqlens_q: Array) -> Array:

@@ -67,10 +67,12 @@ class PagePool:
 
     def pages(self, request: Hashable) -> list[int]:
         """Those of a request, in the order of its tokens."""
+        self._check_there("PagePool.pages", request)
         return list(self._pages[request])
 
     def n_own(self, request: Hashable) -> int:
         """How many of its pages nobody else holds: what `free` would give back."""
+        self._check_there("PagePool.n_own", request)
         return sum(self._holders[page] == 1 for page in self._pages[request])
 
     def add(self, request: Hashable) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from hisa_jax import dispatch, prepare, xla
+from hisa_jax import checks, dispatch, prepare, xla
 from hisa_jax.check_select import check_batch, check_question
 from hisa_jax.methods import Method
 from hisa_jax.quantize import QuantizedKeys
@@ -53,6 +53,7 @@ def select(
         (1, 16, 128)
     """
     call = "select"
+    checks.unsplit(call, q=q, k=k, w=w, query_positions=query_positions, lengths=lengths)
     keys = check_batch(call, q, k, w, query_positions, lengths)
     (B, T, _, _), S = q.shape, keys.values.shape[1]
     options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)

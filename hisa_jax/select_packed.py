@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import dispatch, prepare, xla
+from hisa_jax import checks, dispatch, prepare, xla
 from hisa_jax.check_select import check_packed
 from hisa_jax.methods import Method
 from hisa_jax.quantize import QuantizedKeys
@@ -48,6 +48,7 @@ def select_packed(
         [93, 94]
     """
     call = "select_packed"
+    checks.unsplit(call, q=q, k=k, w=w, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     keys = check_packed(call, q, k, w, cu_seqlens_q, cu_seqlens_k)
     T, N = q.shape[0], keys.values.shape[0]
     options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)

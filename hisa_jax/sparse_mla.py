@@ -56,6 +56,7 @@ def sparse_mla(
         (1, 2, 4, 16)
     """
     call = "sparse_mla"
+    checks.unsplit(call, q=q, kv=kv, indices=indices, sink=sink)
     check_batch(call, q, kv, indices)
     scale, value_dim, name = check_options(call, q, scale, value_dim, sink, return_lse, implementation)
     (B, T, N, _), S = q.shape, kv.shape[1]
@@ -83,7 +84,6 @@ def check_batch(call: str, q: Array, kv: Array, indices: Array) -> None:
         call, "kv", kv, (B, "S", Dk), f"its first and last axes must equal q's B and Dk (q is {list(q.shape)})"
     )
     checks.int32(call, "indices", indices, (B, T, "K"), f"one list a query (q is {list(q.shape)})")
-    checks.unsplit(call, q=q, kv=kv, indices=indices)
 
 
 def check_options(
@@ -119,7 +119,6 @@ def check_sink(call: str, sink: Array | None, q: Array) -> None:
     if sink is not None:
         checks.dtype(call, "sink", sink, ("float32",))
         checks.shape(call, "sink", sink, (q.shape[-2],), f"one logit a head (q is {list(q.shape)})")
-        checks.unsplit(call, sink=sink)
 
 
 def with_sink(out: Array, lse: Array, sink: Array | None) -> Array:

@@ -221,7 +221,9 @@ def cases():
                dict(request=NAMES, length=Kind((*SIZE.bad, *constants(21)))))  # fmt: skip
     yield Case(made.table, dict(requests=["a"], max_pages=2),
                dict(requests=Kind(constants(["a", "nobody"])), max_pages=Kind((*SIZE.bad, *constants(1)))))  # fmt: skip
-    yield Case(made.free, dict(request="a"), dict(request=NAMES))
+    yield Case(made.copy, {}, {})
+    for method in (made.pages, made.n_own, made.free):
+        yield Case(method, dict(request="a"), dict(request=NAMES))
 
 
 CASES = {case.name: case for case in cases()}

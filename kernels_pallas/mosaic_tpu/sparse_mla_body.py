@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.bits import is_any
 from kernels_pallas.mosaic_tpu.config import LANES, ROWS
 from kernels_pallas.types import Ref
 
@@ -168,10 +169,10 @@ def attend(
         none = (jnp.full((N, 1), _LOWEST, jnp.float32), jnp.zeros((N, 1), jnp.float32))
         highest, total = lax.fori_loop(0, n_steps, functools.partial(one_step, is_again), none)
         o_ref[...] = (acc_vmem[...] / jnp.maximum(total, 1e-30)).astype(o_ref.dtype)
-        lse = jnp.where(total > 0, highest + jnp.log(jnp.maximum(total, 1e-30)), -jnp.inf)
+        lse = jnp.where(total == 0, -jnp.inf, highest + jnp.log(jnp.maximum(total, 1e-30)))  # NaN stays
         lse_ref[...] = jnp.broadcast_to(lse, lse_ref.shape)
         some_heads = acc_vmem[:ROWS]  # a row that is not chosen poisons all heads alike
-        is_poisoned = jnp.where(jnp.any(some_heads != some_heads), 1, 0)
+        is_poisoned = jnp.where(is_any(some_heads != some_heads), 1, 0)
         return jnp.int32(1), jnp.where(is_again > 0, 0, is_poisoned)
 
     lax.while_loop(lambda state: state[1] > 0, one_pass, (jnp.int32(0), jnp.int32(1)))

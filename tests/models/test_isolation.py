@@ -207,9 +207,8 @@ def test_an_id_outside_the_vocabulary_is_nan_and_changes_no_bit_of_another_row(f
         np.testing.assert_array_equal(got.logits[1, 4:], want.logits[1, 4:])
 
 
-def test_generation_beside_a_row_of_nan_is_what_it_is_beside_another():
-    net = model("glm52-hisa")
+def test_generation_names_the_prompts_whose_logits_are_nan_and_no_other():
+    net = with_poison(model("glm52-hisa"), 3, np.nan)
     prompt, options = [43, 42, 41, 40, 22, 21, 20, 8, 6, 5, 11, 9, 7], dict(max_new_tokens=5, chunk=8)
-    want = models.generate(net, [prompt[::-1], prompt], **options).tokens
-    got = models.generate(with_poison(net, 3, np.nan), [[4, 3, *range(4, 15)], prompt], **options).tokens
-    assert got[1] == want[1]
+    with pytest.raises(FloatingPointError, match=r"prompts\[0\](?!.*prompts\[1\])"):
+        models.generate(net, [[4, 3, *range(4, 15)], prompt], **options)
