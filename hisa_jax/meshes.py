@@ -48,14 +48,14 @@ def check_axis(call: str, name: str, mesh: Mesh, axis: str, size: int, what: str
 
 def _check_context(call: str, mesh: Mesh) -> None:
     """Raises inside `jax.shard_map`, and where `jax.set_mesh` has set a mesh that is not this one, with Auto axes."""
-    context, wanted = jax.sharding.get_abstract_mesh(), automatic(mesh)
+    context = jax.sharding.get_abstract_mesh()
     if context.manual_axes:
         raise ValueError(
             f"{call}: called inside jax.shard_map over {context.manual_axes}, wanted a call outside of it: it runs on "
             "all devices of its mesh by itself"
         )
     set_axes = list(zip(context.axis_names, context.axis_sizes, context.axis_types, strict=True))
-    own_axes = list(zip(wanted.axis_names, wanted.axis_sizes, wanted.axis_types, strict=True))
+    own_axes = [(name, mesh.shape[name], AxisType.Auto) for name in mesh.axis_names]
     if set_axes and set_axes != own_axes:
         raise ValueError(
             f"{call}: jax.set_mesh has set {_mesh(set_axes)}, wanted {_mesh(own_axes)} as in mesh=, or none"

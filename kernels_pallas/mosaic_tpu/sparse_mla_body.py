@@ -169,7 +169,7 @@ def attend(
         none = (jnp.full((N, 1), _LOWEST, jnp.float32), jnp.zeros((N, 1), jnp.float32))
         highest, total = lax.fori_loop(0, n_steps, functools.partial(one_step, is_again), none)
         o_ref[...] = (acc_vmem[...] / jnp.maximum(total, 1e-30)).astype(o_ref.dtype)
-        lse = jnp.where(total == 0, -jnp.inf, highest + jnp.log(jnp.maximum(total, 1e-30)))  # NaN stays
+        lse = jnp.where(total == 0.0, -jnp.inf, highest + jnp.log(jnp.maximum(total, 1e-30)))  # NaN stays
         lse_ref[...] = jnp.broadcast_to(lse, lse_ref.shape)
         some_heads = acc_vmem[:ROWS]  # a row that is not chosen poisons all heads alike
         is_poisoned = jnp.where(is_any(some_heads != some_heads), 1, 0)

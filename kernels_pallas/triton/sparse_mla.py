@@ -113,4 +113,4 @@ def combine(partial: Array, lse: Array) -> tuple[Array, Array]:
     weight = jnp.exp(lse - jnp.where(jnp.isneginf(highest), 0.0, highest))
     total = jnp.sum(weight, axis=0)
     o = jnp.sum(weight[..., None] * partial, axis=0) / jnp.maximum(total, 1e-30)[..., None]
-    return o, jnp.where(total == 0, -jnp.inf, jnp.log(jnp.maximum(total, 1e-30)) + highest)
+    return o, jnp.where(total == 0.0, -jnp.inf, jnp.log(jnp.maximum(total, 1e-30)) + highest)

@@ -41,7 +41,7 @@ def sparse_mla_body(
         rows = (first_row + jnp.where(there, position, 0))[:, None]
         # Zeros and not some row for an entry that is none: a probability of 0 would not hide a NaN there.
         value, rest = (
-            plt.load(kv_ref.at[rows, columns[None, :]], mask=there[:, None], other=jnp.zeros((), kv_ref.dtype))
+            plt.load(kv_ref.at[rows, columns[None, :]], mask=there[:, None], other=0)
             for columns in (value_columns, rest_columns)
         )
         logits = lax.dot_general(q_value, value, _CONTRACT_LAST, preferred_element_type=jnp.float32)
@@ -60,6 +60,6 @@ def sparse_mla_body(
         jnp.zeros((tile_n,), jnp.float32),
     )
     o, highest, total = lax.fori_loop(0, indices_ref.shape[0] // tile_s, one_tile, start)
-    some = jnp.where(total == 0, 1.0, total)  # NaN, of a chosen token, stays
+    some = jnp.where(total == 0.0, 1.0, total)  # NaN, of a chosen token, stays
     o_ref[...] = (o / some[:, None]).astype(o_ref.dtype)
-    lse_ref[...] = jnp.where(total == 0, -jnp.inf, (highest + jnp.log2(some)) / _LOG2_E)
+    lse_ref[...] = jnp.where(total == 0.0, -jnp.inf, (highest + jnp.log2(some)) / _LOG2_E)

@@ -127,6 +127,7 @@ def test_programs_lower_in_64_bit_mode(backend):
     shapes = (q, k, w, visible, cu_seqlens, cu_seqlens, *mla)
     texts = []
     for is_on in (False, True):  # from one line: kernels say in their bytes where they were called
+        jax.clear_caches()  # what other tests have traced was called elsewhere
         with jax.enable_x64(is_on):
             texts.append(without_locations(lower(every, *shapes)))
     calls = [[line for line in text if "custom_call" in line] for text in texts]
