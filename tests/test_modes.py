@@ -5,7 +5,6 @@ Run as a whole they take about a minute; in the gate each call runs in one of th
 
 import contextlib
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -71,9 +70,7 @@ def exported(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arrays):
         leaves, structure = jax.tree.flatten(arrays)
         flat = jax.jit(lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(structure, leaves))))
-        program = jax.export.export(flat)(*leaves)
-        if importlib.util.find_spec("flatbuffers"):  # what JAX writes it with
-            program = jax.export.deserialize(program.serialize())
+        program = jax.export.deserialize(jax.export.export(flat)(*leaves).serialize())
         return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(function, *arrays)), program.call(*leaves))
 
     return call
