@@ -8,14 +8,15 @@ ARGS ?=
 OLDEST := 0.11.2
 # Tests run on the CPU, whatever the machine has: `pytest -m gpu` and `pytest -m tpu` are for that. What XLA has compiled
 # is kept beside the installation, for both workers and the next run.
-TESTS = JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(<D)/jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-	$(<D)/bin/python -m pytest -n 2 --dist worksteal
+ON_CPU = JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(<D)/jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	$(<D)/bin/python -m
+TESTS = $(ON_CPU) pytest -n 2 --dist worksteal
 # Interpreted, each waiting warp-group of a GPU kernel blocks a thread of XLA: on two cores' worth of them the kernel
 # stands still. Programs that call back into Python are never kept.
 KERNEL_TESTS = JAX_PLATFORMS=cpu NPROC=32 $(<D)/bin/python -m pytest -n 2 --dist worksteal tests/gpu tests/tpu
 CORE := --ignore=tests/gpu --ignore=tests/tpu
 
-.PHONY: demo test test-oldest test-exhaustive lint format clean
+.PHONY: demo test test-oldest test-exhaustive mutants lint format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -24,12 +25,22 @@ demo: .venv/demo.stamp
 test: .venv-test/test.stamp
 	$(TESTS) -m "not exhaustive" $(CORE) --cov --cov-report= $(ARGS)
 	$(KERNEL_TESTS) -m "not exhaustive" --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=95
+	$(ON_CPU) bench fuzz --minutes 1
 
 # What `make test` leaves out: each compile for a TPU on the chips that another case has its turn on there, and
 # combinations whose parts other cases have.
 test-exhaustive: .venv-test/test.stamp
 	$(TESTS) -m exhaustive $(CORE)
 	$(KERNEL_TESTS) -m exhaustive
+	$(MUTANTS)
+
+# Makes one-line mistakes in copies of the tree (tests/mutants), one at a time, and runs the test that must fail of each:
+# about 5 minutes on two cores. The gate only looks whether each can still be made and has its test.
+#   ARGS     words: only mistakes that have one of them in their file, phrase or test
+MUTANTS = JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(<D)/jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	$(<D)/bin/python -m tests.mutants
+mutants: .venv-test/test.stamp
+	$(MUTANTS) $(ARGS)
 
 # On the oldest supported jax what could be different there: every public call, models and meshes, every kernel lowered,
 # compiled and interpreted once, each value of a test's parameters, but for what is marked slow. Programs run unoptimised:
@@ -68,4 +79,4 @@ format: .venv-test/test.stamp
 	$(PYTHON) -m venv $(@D:/bin=)
 
 clean:
-	rm -rf .venv .venv-test .venv-oldest demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-test .venv-oldest demo_out fuzz_out .pytest_cache .mypy_cache .ruff_cache .hypothesis

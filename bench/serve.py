@@ -10,6 +10,7 @@ import dataclasses
 import json
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,10 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import hisa_jax as hj
 import models
-from bench import options, serve_faults
+from bench import engine_faults, options, serve_faults
 from bench.demo_report import device
 from bench.serve_check import Recorder
-from models.engine import Engine, lookup
+from models.engine import Draft, Engine, lookup
 
 METHOD = hj.Hisa(topk=24, block_size=16, block_topk=4)
 CONFIG = models.Config(
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--seed", 0, 2**31 - 1, 0, "of the weights and the traffic")
     parser.add_argument("--keys", choices=("float32", "float8_e4m3fn", "int8"), default="float32", help="index keys")
     parser.add_argument("--verify", action="store_true", help="compare every selection with the oracle, count leaks")
-    parser.add_argument("--faults", action="store_true", help="afterwards inject faults into tables and lengths")
+    parser.add_argument("--faults", action="store_true", help="afterwards inject faults into small servers")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
 
 
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(mismatch, highlight=False, markup=False)
     is_right = not leaked and not row.get("mismatches")
     if args.faults:
-        results = serve_faults.inject(args.seed)
+        results = [*serve_faults.inject(args.seed), *engine_faults.inject(*small_server(args.seed))]
         serve_faults.show(console, results)
         row["faults"] = {result.fault: result.outcome for result in results}
         is_right &= all(result.is_right for result in results)
@@ -105,16 +106,20 @@ def make_engine(seed: int, keys: str, rows: int, n_pages: int, n_draft: int, *, 
     config = CONFIG if keys == "float32" else dataclasses.replace(CONFIG, index_key_dtype=cast(Any, keys))
     model = models.from_config(config, rngs=nnx.Rngs(seed), method=METHOD, dtype=jnp.float32)
     draft = lookup if n_draft else None
-    return Engine(
-        model,
-        n_pages=n_pages,
-        rows=rows,
-        max_length=_MAX_LENGTH,
-        chunk=_CHUNK,
-        draft=draft,
-        n_draft=n_draft,
-        trace=trace,
-    )
+    sizes = dict(n_pages=n_pages, rows=rows, max_length=_MAX_LENGTH, chunk=_CHUNK)
+    return Engine(model, **sizes, draft=draft, n_draft=n_draft, trace=trace)
+
+
+def small_server(seed: int) -> tuple[Callable[..., Engine], list[list[int]], int]:
+    """What to inject faults into: engines with few pages, prompts of even tokens, new tokens of each."""
+    model = models.from_config(CONFIG, rngs=nnx.Rngs(seed), method=METHOD, dtype=jnp.float32)
+    sizes: dict[str, Any] = dict(n_pages=14, rows=4, max_length=_MAX_LENGTH, chunk=16, n_draft=3)
+
+    def make(model: models.Model = model, draft: Draft = lookup) -> Engine:
+        return Engine(model, draft=draft, **sizes)
+
+    prompts = [prompt[:28] + prompt[-8:] for prompt, _ in traffic(8, seed)]
+    return make, [[token // 2 * 2 for token in prompt] for prompt in prompts], 8
 
 
 def traffic(n_requests: int, seed: int) -> deque[tuple[list[int], int]]:
@@ -164,8 +169,9 @@ def serve(engine: Engine, n_requests: int, seed: int, recorder: Recorder | None,
 
 
 def _state(engine: Engine, counts: Counts, used: int) -> str:
+    running, waiting = len(engine.scheduler.running), len(engine.scheduler.waiting)
     return (
-        f"{len(engine.running)} running, {len(engine.waiting)} waiting, {used}/{engine.pool.n_pages} pages, "
+        f"{running} running, {waiting} waiting, {used}/{engine.pool.n_pages} pages, "
         f"{counts.new_tokens / counts.seconds:.0f} tokens/s"
     )
 

@@ -43,13 +43,14 @@ def inject(seed: int) -> list[Result]:
     engine = make_engine(seed, "float32", 4, 60, 0, trace=False)
     for prompt, _ in list(traffic(4, seed)):
         engine.submit(prompt, 24)
-    while len(engine.running) < 4 or min(len(r.tokens) - r.n_prompt for r in engine.running.values()) < 4:
+    running = engine.scheduler.running
+    while len(running) < 4 or min(len(request.tokens) - request.n_prompt for request in running.values()) < 4:
         engine.step()
     return [*_in_selection(engine, METHOD), *_in_bookkeeping(engine)]
 
 
 def _in_selection(engine: "Engine", method: hj.Method) -> Iterator[Result]:
-    requests, size = list(engine.running), engine.pool.page_size
+    requests, size = list(engine.scheduler.running), engine.pool.page_size
     tables = engine.pool.table(requests, engine.max_pages)
     lengths = np.array([engine.pool.lengths[request] for request in requests], np.int32)
     rng, cache, R = np.random.default_rng(0), engine.pages[0], len(requests)
@@ -91,7 +92,7 @@ def _in_selection(engine: "Engine", method: hj.Method) -> Iterator[Result]:
 
 
 def _in_bookkeeping(engine: "Engine") -> Iterator[Result]:
-    request, pool = next(iter(engine.running)), engine.pool
+    request, pool = next(iter(engine.scheduler.running)), engine.pool
     for fault, call, kind in (
         ("more tokens than pages", lambda: pool.extend(request, pool.n_pages * pool.page_size), OutOfPages),
         ("fork of more than there is", lambda: pool.fork(request, "new", 10_000), ValueError),

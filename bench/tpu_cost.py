@@ -202,8 +202,9 @@ def sparse_mla_kernels(chip: Chip, model: shapes.Model, T: int, is_masked: bool 
     return [
         Kernel(
             name="sparse_mla",
-            loops=("steps",),
-            trips={"grid": queries, "steps": tokens / sparse_mla.Config().tile_s},
+            loops=("attempts", "steps", "clear"),
+            # A second pass, which clears, is for queries that a NaN beside their tokens poisons.
+            trips={"grid": queries, "attempts": 1, "steps": tokens / sparse_mla.Config().tile_s, "clear": 0},
             moved_bytes=queries * (tokens * (row_bytes + 4 * is_masked) + heads_bytes),
         )
     ]

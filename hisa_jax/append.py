@@ -1,7 +1,7 @@
 """Writing new tokens to the pages of a cache."""
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from hisa_jax import checks, dispatch
 from hisa_jax.cache import IndexCache, check_table, write
@@ -44,6 +44,34 @@ def append(
         [4, 0, 16, 0]
     """
     call = "append"
+    checks.unsplit(
+        call, cache=cache, k=k, block_tables=block_tables, cu_seqlens=cu_seqlens, lengths=lengths, latents=latents
+    )
+    R = check_append(call, cache, k, block_tables, cu_seqlens, lengths, latents)
+    values, scales = (k.values, k.scales) if isinstance(k, QuantizedKeys) else (k, None)
+    T, (n_pages, size, D) = values.shape[0], cache.keys.shape
+    problem = dispatch.AppendProblem(n_requests=R, n_pages=n_pages, page_size=size, D=D, dtype=cache.keys.dtype.name)
+    name = dispatch.choose(call, implementation, dispatch.append_reasons(dispatch.Device.default(), problem))
+    if 0 in (T, R, block_tables.shape[1]):
+        return cache
+    if name == "xla":
+        # Bad offsets can make a request's share empty, never reach outside.
+        cu_seqlens = lax.cummax(jnp.clip(cu_seqlens, 0, T))
+        return write(cache, values, scales, latents, block_tables, cu_seqlens, lengths)
+    return dispatch.appender(name)(cache, (values, scales, latents), block_tables, cu_seqlens, lengths)
+
+
+def check_append(
+    call: str,
+    cache: IndexCache,
+    k: Array | QuantizedKeys,
+    block_tables: Array,
+    cu_seqlens: Array,
+    lengths: Array,
+    latents: Array | None,
+) -> int:
+    """Raises unless the arguments of `append` fit each other; returns R."""
+    R = check_table(call, cache, block_tables, lengths)
     values, scales = (k.values, k.scales) if isinstance(k, QuantizedKeys) else (k, None)
     checks.dtype(call, "k", values, (cache.keys.dtype.name,))
     checks.shape(call, "k", values, ("T", cache.keys.shape[2]), "its last axis must equal the cache's D")
@@ -51,20 +79,14 @@ def append(
     if (scales is None) != (cache.scales is None):
         wanted = "QuantizedKeys" if scales is None else "an array"
         raise TypeError(f"{call}: k is {type(k).__name__}, wanted {wanted}, as the cache holds {cache.keys.dtype.name}")
+    if scales is not None:
+        checks.dtype(call, "k.scales", scales, ("float32",))
+        checks.shape(call, "k.scales", scales, (T,), "one scale a key")
     if (latents is None) != (cache.latents is None):
-        has = "keeps none" if cache.latents is None else "keeps them"
-        raise ValueError(f"{call}: latents is {'None' if latents is None else 'given'}, but the cache {has}")
+        has = "None: the cache keeps none" if cache.latents is None else "an array: the cache keeps them"
+        raise ValueError(f"{call}: latents is {'None' if latents is None else 'given'}, wanted {has}")
     if latents is not None and cache.latents is not None:
         checks.dtype(call, "latents", latents, (cache.latents.dtype.name,))
         checks.shape(call, "latents", latents, (T, cache.latents.shape[2]), "a row for each of k's")
-    R = check_table(call, cache, block_tables, lengths)
-    checks.dtype(call, "cu_seqlens", cu_seqlens, ("int32",))
-    checks.shape(call, "cu_seqlens", cu_seqlens, (R + 1,), "a start for each request, and the end")
-    n_pages, size, D = cache.keys.shape
-    problem = dispatch.AppendProblem(n_requests=R, n_pages=n_pages, page_size=size, D=D, dtype=cache.keys.dtype.name)
-    name = dispatch.choose(call, implementation, dispatch.append_reasons(dispatch.Device.default(), problem))
-    if 0 in (T, R, block_tables.shape[1]):
-        return cache
-    if name == "xla":
-        return write(cache, values, scales, latents, block_tables, jnp.clip(cu_seqlens, 0, T), lengths)
-    return dispatch.appender(name)(cache, (values, scales, latents), block_tables, cu_seqlens, lengths)
+    checks.offsets(call, "cu_seqlens", cu_seqlens, (R + 1,), T, "a start for each request, and the end")
+    return R

@@ -73,17 +73,20 @@ def init_cache(
         D: size of an index key; 0 for the latents of a layer that has no indexer of its own.
         dtype: of the keys: bfloat16, float32, or float8_e4m3fn or int8, which come with a scale a token.
         latent_dim: size of the attention's keys (576 in DeepSeek-V3.2), to keep them in the same pages; None: not here.
-        latent_dtype: of those.
+        latent_dtype: of those, bfloat16 or float32.
 
     Raises: TypeError: a dtype not listed above. ValueError: sizes that are not.
     """
-    if not 1 <= page_size <= _MAX_PAGE_SIZE or page_size & (page_size - 1):
-        raise ValueError(f"init_cache: page_size={page_size}, wanted a power of two up to {_MAX_PAGE_SIZE}")
-    if n_pages < 1 or D < 0:
-        raise ValueError(f"init_cache: n_pages={n_pages}, D={D}, wanted at least 1 page and no less than 0 features")
-    dtype = jnp.dtype(dtype)
-    if dtype.name not in checks.KEY_DTYPES:
-        raise TypeError(f"init_cache: dtype is {dtype.name}, wanted one of {', '.join(checks.KEY_DTYPES)}")
+    call = "init_cache"
+    checks.integer(call, "page_size", page_size, 1)
+    if page_size > _MAX_PAGE_SIZE or page_size & (page_size - 1):
+        raise ValueError(f"{call}: page_size={page_size}, wanted a power of two up to {_MAX_PAGE_SIZE}")
+    checks.integer(call, "n_pages", n_pages, 1)
+    checks.integer(call, "D", D, 0)
+    dtype = checks.one_dtype(call, "dtype", dtype, checks.KEY_DTYPES)
+    if latent_dim is not None:
+        checks.integer(call, "latent_dim", latent_dim, 1)
+        latent_dtype = checks.one_dtype(call, "latent_dtype", latent_dtype, ("bfloat16", "float32"))
     latents = None if latent_dim is None else jnp.zeros((n_pages, page_size, latent_dim), latent_dtype)
     sums = jnp.zeros((n_pages, D), jnp.float32)
     means, mean_scales = mean_parts(sums, dtype) or (None, None)
@@ -113,38 +116,52 @@ def truncate(
     Raises: TypeError, ValueError: arrays that do not fit the cache or each other.
     """
     call = "truncate"
+    checks.unsplit(call, cache=cache, block_tables=block_tables, lengths=lengths, new_lengths=new_lengths)
     R = check_truncation(call, cache, block_tables, lengths, new_lengths, max_tokens)
-    return _recount(
-        cache,
-        block_tables,
-        new_lengths,
-        jnp.maximum(lengths, new_lengths),
-        new_lengths,
-        R * (max_tokens // cache.page_size + 2),
-    )
+    if 0 in block_tables.shape:
+        return cache
+    most = max_tokens // cache.page_size + 2
+    ends = jnp.maximum(lengths, new_lengths)
+    return _recount(cache, block_tables, new_lengths, ends, new_lengths, R * most, most)
 
 
-@jax.jit
 def copy_pages(cache: IndexCache, source: Array, target: Array) -> IndexCache:
     """Copies whole pages, as before a write to a shared one.
 
     Args:
         cache: the pages of all requests.
         source: [n] int32, pages to copy.
-        target: [n] int32, where to; one outside of [0, n_pages) is no copy, so that n may be fixed.
+        target: [n] int32, where to. A pair of which either lies outside of [0, n_pages) is no copy, so that n may be
+            fixed.
+
+    Returns: the cache with those pages.
+    Raises: TypeError, ValueError: arrays that are not these.
     """
-    source = jnp.clip(source, 0, cache.n_pages - 1)
-    target = jnp.where(target < 0, cache.n_pages, target)
+    checks.unsplit("copy_pages", cache=cache, source=source, target=target)
+    check_copies("copy_pages", cache, source, target)
+    return _copy(cache, source, target)
+
+
+@jax.jit
+def _copy(cache: IndexCache, source: Array, target: Array) -> IndexCache:
+    is_copy = (source >= 0) & (source < cache.n_pages) & (target >= 0)
+    source, target = jnp.where(is_copy, source, 0), jnp.where(is_copy, target, cache.n_pages)
     return jax.tree.map(lambda leaf: leaf.at[target].set(leaf[source], mode="drop"), cache)
 
 
+def check_copies(call: str, cache: IndexCache, source: Array, target: Array) -> None:
+    """Raises unless the arguments of `copy_pages` fit each other."""
+    checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
+    checks.int32(call, "source", source, ("n",))
+    checks.int32(call, "target", target, source.shape, "a page for each of source's")
+
+
 def check_table(call: str, cache: IndexCache, block_tables: Array, lengths: Array) -> int:
-    """Raises unless [R, P] and [R] int32 fit each other; returns R."""
-    checks.dtype(call, "block_tables", block_tables, ("int32",))
-    checks.shape(call, "block_tables", block_tables, ("R", "P"))
+    """Raises unless a cache's tables [R, P] and [R] int32 fit each other; returns R."""
+    checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
+    checks.int32(call, "block_tables", block_tables, ("R", "P"))
     R, P = block_tables.shape
-    checks.dtype(call, "lengths", lengths, ("int32",))
-    checks.shape(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")
+    checks.int32(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")
     checks.value(
         (lengths >= 0) & (lengths <= P * cache.page_size),
         f"{call}: lengths is {{lengths}}, wanted 0 to {P * cache.page_size}, the tokens that {P} pages hold",
@@ -158,10 +175,8 @@ def check_truncation(
 ) -> int:
     """Raises unless the arguments of `truncate` fit each other; returns R."""
     R = check_table(call, cache, block_tables, lengths)
-    checks.dtype(call, "new_lengths", new_lengths, ("int32",))
-    checks.shape(call, "new_lengths", new_lengths, (R,), "one length a request")
-    if max_tokens < 1:
-        raise ValueError(f"{call}: max_tokens={max_tokens}, wanted at least 1")
+    checks.int32(call, "new_lengths", new_lengths, (R,), "one length a request")
+    checks.integer(call, "max_tokens", max_tokens, 1)
     checks.value(
         (new_lengths >= 0) & (new_lengths <= lengths) & (lengths - new_lengths <= max_tokens),
         f"{call}: new_lengths is {{new}} where lengths is {{old}}, wanted 0 to {max_tokens} tokens less",
@@ -202,16 +217,19 @@ def write(
     )
     ends = lengths + jnp.diff(cu_seqlens)
     # Full pages of new tokens, and at most two partial ones a request.
-    return _recount(cache, block_tables, lengths, ends, ends, min(T, T // size + 2 * R))
+    return _recount(cache, block_tables, lengths, ends, ends, min(T, T // size + 2 * R), T // size + 2)
 
 
-@functools.partial(jax.jit, static_argnums=5)
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def _recount(
-    cache: IndexCache, block_tables: Array, first: Array, end: Array, lengths: Array, max_pages: int
+    cache: IndexCache, block_tables: Array, first: Array, end: Array, lengths: Array, max_pages: int, most: int
 ) -> IndexCache:
-    """Works out what pages say of themselves that hold positions first .. end - 1 [R] of requests of `lengths` [R]."""
+    """Works out what pages say of themselves that hold positions first .. end - 1 [R] of requests of `lengths` [R].
+
+    There are at most `max_pages` of them and `most` of a request: one whose lengths are bad takes none of the others'.
+    """
     R, size = first.shape[0], cache.page_size
-    n_pages = jnp.where(end > first, (end - 1) // size - first // size + 1, 0)
+    n_pages = jnp.where(end > first, jnp.minimum((end - 1) // size - first // size + 1, most), 0)
     ends = jnp.cumsum(n_pages)
     i = jnp.arange(max_pages, dtype=jnp.int32)
     r = jnp.searchsorted(ends, i, side="right", method="compare_all").astype(jnp.int32)

@@ -4,15 +4,22 @@ Checks of shapes and dtypes run at trace time and always. Checks of values (leng
 they run only under `checked`.
 """
 
+import contextvars
 import functools
+import math
 from collections.abc import Callable, Sequence
+from types import UnionType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import checkify
+from jax.experimental.xla_metadata import set_xla_metadata
 
 KEY_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "int8")
+_checks_values = contextvars.ContextVar("_checks_values", default=False)
 
 
 def checked[**P, R](function: Callable[P, R]) -> Callable[P, R]:
@@ -26,14 +33,24 @@ def checked[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 
     Returns: a function of the same arguments that raises `jax.experimental.checkify.JaxRuntimeError`, which names the
         argument, and otherwise returns what `function` returns. It waits for the result; call it outside of jit.
+    Raises: TypeError: what cannot be called.
     Example:
         >>> hj.checked(hj.select)(q, k, w, method, lengths=lengths)  # doctest: +SKIP
     """
 
+    if not callable(function):
+        raise TypeError(f"checked: function is {type(function).__name__}, wanted what can be called")
+
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        # Methods and other options are not arrays: close over everything, so that nothing has to be a pytree.
-        error, result = checkify.checkify(lambda: function(*args, **kwargs), errors=checkify.user_checks)()
+        token = _checks_values.set(True)
+        try:
+            # What has been traced before has no checks; under other metadata jax.jit traces it again.
+            with set_xla_metadata(hisa_jax="checked"):
+                # Methods and other options are not arrays: close over everything, so that nothing has to be a pytree.
+                error, result = checkify.checkify(lambda: function(*args, **kwargs), errors=checkify.user_checks)()
+        finally:
+            _checks_values.reset(token)
         error.throw()
         return result
 
@@ -48,20 +65,97 @@ def shape(call: str, name: str, array: Any, wanted: Sequence[int | str], why: st
     )
     if not fits:
         reason = f": {why}" if why else ""
-        raise ValueError(f"{call}: {name} is {_axes(given)}, wanted {_axes(wanted)}{reason}")
+        raise ValueError(f"{call}: {name} is {axes_of(array)}, wanted {_axes(wanted)}{reason}")
 
 
 def dtype(call: str, name: str, array: Any, wanted: Sequence[str]) -> None:
     """Raises TypeError unless `array` is an array of one of the wanted dtypes."""
     if not hasattr(array, "dtype") or not hasattr(array, "shape"):
         raise TypeError(f"{call}: {name} is {type(array).__name__}, wanted an array of {_either(wanted)}")
-    if array.dtype.name not in wanted:
-        raise TypeError(f"{call}: {name} is {array.dtype.name}, wanted {_either(wanted)}")
+    given = getattr(array.dtype, "name", array.dtype)  # other libraries' dtypes have none
+    if given not in wanted:
+        raise TypeError(f"{call}: {name} is {given}, wanted {_either(wanted)}")
+
+
+def int32(call: str, name: str, array: Any, wanted: Sequence[int | str], why: str = "") -> None:
+    """Raises unless `array` is an int32 array of the wanted shape, as `shape` has it."""
+    dtype(call, name, array, ("int32",))
+    shape(call, name, array, wanted, why)
+
+
+def offsets(call: str, name: str, array: Any, wanted: Sequence[int | str], end: int, why: str = "") -> None:
+    """Raises unless `array` is int32 offsets of the wanted shape; under `checked` they must ascend from 0 to `end`."""
+    int32(call, name, array, wanted, why)
+    value(
+        (jnp.diff(array, prepend=0) >= 0) & (array <= end),
+        f"{call}: {name} is {{offsets}}, wanted ascending offsets from 0 to at most {end}",
+        offsets=array,
+    )
+
+
+def instance(call: str, name: str, given: Any, kind: type | UnionType, wanted: str) -> None:
+    """Raises TypeError unless `given` is of a class, which the message calls `wanted`."""
+    if not isinstance(given, kind):
+        raise TypeError(f"{call}: {name} is {type(given).__name__}, wanted {wanted}")
+
+
+def integer(call: str, name: str, given: Any, least: int | None = None) -> None:
+    """Raises TypeError unless `given` is an int that is known when tracing, ValueError if it is below `least`."""
+    if isinstance(given, bool) or not isinstance(given, int | np.integer):
+        raise TypeError(f"{call}: {name} is {type(given).__name__}, wanted an int")
+    if least is not None and given < least:
+        raise ValueError(f"{call}: {name}={given}, wanted at least {least}")
+
+
+def finite(call: str, name: str, given: Any) -> None:
+    """Raises TypeError unless `given` is a number that is known when tracing, ValueError if it is not finite."""
+    if isinstance(given, bool) or not isinstance(given, int | float | np.integer | np.floating):
+        raise TypeError(f"{call}: {name} is {type(given).__name__}, wanted a number")
+    if not math.isfinite(given):
+        raise ValueError(f"{call}: {name}={given}, wanted a finite number")
+
+
+def flags(call: str, **given: Any) -> None:
+    """Raises TypeError unless each is a bool that is known when tracing."""
+    for name, flag in given.items():
+        if not isinstance(flag, bool | np.bool_):
+            raise TypeError(f"{call}: {name} is {type(flag).__name__}, wanted a bool")
+
+
+def one_dtype(call: str, name: str, given: Any, wanted: Sequence[str]) -> np.dtype:
+    """The dtype that an argument names. Raises TypeError unless it is one of the wanted."""
+    try:
+        named = np.dtype(given)
+    except TypeError:
+        raise TypeError(f"{call}: {name} is {given!r}, wanted one of {', '.join(wanted)}") from None
+    if named.name not in wanted:
+        raise TypeError(f"{call}: {name} is {named.name}, wanted one of {', '.join(wanted)}")
+    return named
+
+
+def unsplit(call: str, **arguments: Any) -> None:
+    """Raises ValueError for arrays whose type says that a mesh axis splits them, as under a mesh with Explicit axes."""
+    for name, argument in arguments.items():
+        for leaf in filter(lambda leaf: isinstance(leaf, jax.Array), jax.tree.leaves(argument)):
+            axes = [axis for axis in jax.typeof(leaf).sharding.spec if axis is not None]
+            if axes:
+                raise ValueError(
+                    f"{call}: {name} is split over the Explicit mesh axes {axes}, wanted the call inside "
+                    "jax.shard_map, or a mesh whose axes are jax.sharding.AxisType.Auto"
+                )
 
 
 def value(condition: Array, message: str, **values: Array) -> None:
-    """Under `checked` raises with `message` where `condition` is False; elsewhere costs nothing."""
-    checkify.debug_check(jnp.all(condition), message, **values)
+    """Under `checked` raises with `message` where `condition` is False; elsewhere costs nothing.
+
+    Nor does it leave its effect behind elsewhere, with which `jax.export` could not write a program to bytes.
+    """
+    if _checks_values.get():
+        checkify.debug_check(jnp.all(condition), message, **values)
+
+
+def axes_of(array: Any) -> str:
+    return _axes(array.shape)
 
 
 def _axes(axes: Sequence[int | str]) -> str:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from hisa_jax import checks, dispatch, meshes, prepare, xla
+from hisa_jax import dispatch, meshes, prepare, xla
+from hisa_jax.check_select import check_batch
 from hisa_jax.methods import Dsa, Method
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.selection import Selection, nothing
@@ -52,19 +53,11 @@ def select_sharded(
         (1, 2, 4)
     """
     call = "select_sharded"
-    keys = prepare.keys_of(k)
-    prepare.check_dtypes(call, q, keys, w)
-    checks.shape(call, "q", q, ("B", "T", "H", "D"))
-    B, T, H, D = q.shape
-    checks.shape(
-        call, "k", keys.values, (B, "S", D), f"its first and last axes must equal q's (q is {prepare.axes_of(q)})"
-    )
-    S = keys.values.shape[1]
-    if keys.scales is not None:
-        checks.shape(call, "k.scales", keys.scales, (B, S), "one scale a key")
-    checks.shape(call, "w", w, (B, T, H), f"one weight a query and head (q is {prepare.axes_of(q)})")
+    keys = check_batch(call, q, k, w, query_positions, lengths)
+    (B, T, _, _), S = q.shape, keys.values.shape[1]
+    options = dict(return_scores=return_scores, return_blocks=return_blocks)
     problem = prepare.problem_of(q, keys, method)
-    chosen = prepare.choose(call, problem, implementation, return_blocks, tiles, needs="select_sharded")
+    chosen = prepare.choose(call, problem, implementation, tiles, needs="select_sharded", **options)
     unit = 1 if isinstance(method, Dsa) else method.block_size
     n_devices = meshes.check_axis(call, "context_axis", mesh, context_axis, S, "k's S", unit)
     if data_axis is not None:
@@ -85,8 +78,7 @@ def select_sharded(
         tiles=tiles or prepare.default_tiles(),
         axis=context_axis,
         n_devices=n_devices,
-        return_scores=return_scores,
-        return_blocks=return_blocks,
+        **options,
     )
     run = meshes.on_devices(local, mesh, (rows, split, rows, rows, rows), rows)
-    return run(*prepare.constants(q, keys, w), visible, lengths)
+    return run(*prepare.constants(q, keys, w, visible, lengths))

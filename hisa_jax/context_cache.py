@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from hisa_jax import cache as on_one_device
 from hisa_jax import checks, meshes
-from hisa_jax.append import append
+from hisa_jax.append import append, check_append
 from hisa_jax.cache import IndexCache
 from hisa_jax.quantize import QuantizedKeys
 
@@ -48,7 +48,7 @@ def append_sharded(
         [4, 0, 16, 0]
     """
     call = "append_sharded"
-    on_one_device.check_table(call, cache, block_tables, lengths)
+    check_append(call, cache, k, block_tables, cu_seqlens, lengths, latents)
 
     def one_device(
         cache: IndexCache, block_tables: Array, k: Any, cu_seqlens: Array, lengths: Array, latents: Array | None
@@ -96,9 +96,10 @@ def copy_pages_sharded(cache: IndexCache, source: Array, target: Array, *, mesh:
         mesh, context_axis: as for `append_sharded`.
 
     Returns: what `copy_pages` returns, its pages split likewise.
-    Raises: ValueError: as `append_sharded`.
+    Raises: as `copy_pages` and `append_sharded`.
     """
     call = "copy_pages_sharded"
+    on_one_device.check_copies(call, cache, source, target)
     n_devices = meshes.check_axis(call, "context_axis", mesh, context_axis, cache.n_pages, PAGES)
     n_own, is_copy = cache.n_pages // n_devices, (target >= 0) & (target < cache.n_pages)
     checks.value(

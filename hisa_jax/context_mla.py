@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from hisa_jax import checks, meshes
-from hisa_jax.sparse_mla import sparse_mla, with_sink
+from hisa_jax import meshes
+from hisa_jax.sparse_mla import check_batch, check_options, sparse_mla, with_sink
 
 
 def sparse_mla_sharded(
@@ -49,19 +49,12 @@ def sparse_mla_sharded(
         (1, 2, 4, 16)
     """
     call = "sparse_mla_sharded"
-    checks.shape(call, "q", q, ("B", "T", "N", "Dk"))
-    B, _, N, Dk = q.shape
-    checks.shape(
-        call, "kv", kv, (B, "S", Dk), f"its first and last axes must equal q's B and Dk (q is {list(q.shape)})"
-    )
-    if sink is not None:
-        checks.shape(call, "sink", sink, (N,), f"one logit a head (q is {list(q.shape)})")
+    check_batch(call, q, kv, indices)
+    scale, value_dim, name = check_options(call, q, scale, value_dim, sink, return_lse, implementation)
     meshes.check_axis(call, "context_axis", mesh, context_axis, kv.shape[1], "kv's S")
     if data_axis is not None:
-        meshes.check_axis(call, "data_axis", mesh, data_axis, B, "B")
-    attend = functools.partial(
-        sparse_mla, scale=scale, value_dim=value_dim, return_lse=True, implementation=implementation
-    )
+        meshes.check_axis(call, "data_axis", mesh, data_axis, q.shape[0], "B")
+    attend = functools.partial(sparse_mla, scale=scale, value_dim=value_dim, return_lse=True, implementation=name)
 
     def local(q: Array, kv: Array, indices: Array) -> tuple[Array, Array]:
         S = kv.shape[1]

@@ -14,11 +14,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from hisa_jax import checks, context_mla, dispatch, paged, prepare, xla
 from hisa_jax.cache import IndexCache
+from hisa_jax.check_select import check_paged
 from hisa_jax.context_cache import PAGES, own_ids
 from hisa_jax.meshes import check_axis, on_devices
 from hisa_jax.methods import Dsa, Method
 from hisa_jax.selection import Selection, nothing
-from hisa_jax.sparse_mla import with_sink
+from hisa_jax.sparse_mla import check_options, with_sink
 from hisa_jax.stripes import Stripes
 
 
@@ -69,9 +70,11 @@ def select_paged_sharded(
         [[0, 1, 2, 3]]
     """
     call = "select_paged_sharded"
-    problem = paged.check(call, q, w, cache, block_tables, cu_seqlens_q, lengths, method)
+    check_paged(call, q, w, cache, block_tables, cu_seqlens_q, lengths, method)
+    problem = paged.problem_of(q, cache, block_tables, method)
+    options = dict(return_scores=return_scores, return_blocks=return_blocks)
     needs = "select_paged" if context_axis is None else "select_paged_sharded"
-    name = prepare.choose(call, problem, implementation, return_blocks, tiles, needs=needs)
+    name = prepare.choose(call, problem, implementation, tiles, needs=needs, **options)
     if context_axis is None and query_axis is None:
         raise ValueError(f"{call}: context_axis=None and query_axis=None, wanted one of the mesh's axes for either")
     n_devices = n_shares = 1
@@ -81,7 +84,8 @@ def select_paged_sharded(
         n_shares = check_axis(call, "query_axis", mesh, query_axis, 0, "")  # any number of queries
     unit = cache.page_size if isinstance(method, Dsa) else max(method.block_size, cache.page_size)
     stripe = unit if stripe is None else stripe
-    if stripe < 1 or stripe % unit:
+    checks.integer(call, "stripe", stripe, 1)
+    if stripe % unit:
         raise ValueError(f"{call}: stripe={stripe}, wanted a multiple of {unit}, of whole blocks or pages of {method}")
     T = q.shape[0]
     if 0 in (T, *block_tables.shape):
@@ -110,9 +114,8 @@ def select_paged_sharded(
             cu_seqlens_q, lengths = _own_queries(cu_seqlens_q, lengths, q.shape[0], query_axis)
         cu_seqlens_q, visible = paged.visible_tokens(cu_seqlens_q, lengths, q.shape[0])
         selection = select(
-            q, w, visible, cache, pages, cu_seqlens_q, method, tiles or prepare.default_tiles(),
-            return_scores=return_scores, return_blocks=return_blocks,
-        )  # fmt: skip
+            q, w, visible, cache, pages, cu_seqlens_q, method, tiles or prepare.default_tiles(), **options
+        )
         if query_axis is not None:
             selection = jax.tree.map(lambda x: lax.all_gather(x, query_axis, axis=0, tiled=True), selection)
         return selection, has_pages
@@ -180,17 +183,15 @@ def sparse_mla_paged_sharded(
         (2, 4, 16)
     """
     call = "sparse_mla_paged_sharded"
+    paged.check_attention(call, q, cache, indices, block_tables, cu_seqlens_q)
+    scale, value_dim, name = check_options(call, q, scale, value_dim, sink, return_lse, implementation)
     check_axis(call, "context_axis", mesh, context_axis, cache.n_pages, PAGES)
-    if sink is not None:
-        checks.shape(call, "sink", sink, (q.shape[1],), f"one logit a head (q is {prepare.axes_of(q)})")
-    attend = functools.partial(
-        paged.sparse_mla_paged, scale=scale, value_dim=value_dim, return_lse=True, implementation=implementation
-    )
 
     def one_device(
         q: Array, cache: IndexCache, indices: Array, block_tables: Array, cu_seqlens_q: Array
     ) -> tuple[Array, Array]:
-        out, lse = attend(q, cache, indices, own_ids(cache, block_tables, context_axis), cu_seqlens_q)
+        rows = paged.latent_rows(cache, indices, own_ids(cache, block_tables, context_axis), cu_seqlens_q)
+        out, lse = paged.attend(q, cache, rows, scale, value_dim, None, True, name)
         return context_mla.merge(out, lse, context_axis)
 
     split, all_of_it = PartitionSpec(context_axis), PartitionSpec()

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from hisa_jax import context_kernels, context_xla, xla
+from hisa_jax import context_kernels, context_xla, varying, xla
 from hisa_jax.kernels import Backend, Kernels
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 
@@ -185,20 +185,24 @@ def reasons(device: Device, problem: Problem | None) -> dict[str, str | None]:
 def choose(call: str, implementation: str, why_not: dict[str, str | None]) -> str:
     """The name of the implementation that runs: the one asked for, or the first that can.
 
-    Raises: ValueError: one that does not exist, or one that cannot run here: says why and which can.
+    Raises: ValueError: one that does not exist, or one that cannot run here: says why and which can. Kernels inside
+        `jax.shard_map` with its checks on: taking XLA instead would be slow and nobody would know why.
     """
-    if implementation != "auto" and implementation not in why_not:
+    if not isinstance(implementation, str) or (implementation != "auto" and implementation not in why_not):
         names = ", ".join(["auto", *why_not])
         raise ValueError(f"{call}: implementation={implementation!r}, wanted one of {names}")
     usable = [name for name, reason in why_not.items() if reason is None]
-    if implementation == "auto":
-        return usable[0]
-    if why_not[implementation] is not None:
+    name = usable[0] if implementation == "auto" else implementation
+    if why_not[name] is not None:
         raise ValueError(
-            f'{call}: implementation="{implementation}" cannot run here: {why_not[implementation]}. '
-            f"Usable: {', '.join(usable)}"
+            f'{call}: implementation="{name}" cannot run here: {why_not[name]}. Usable: {", ".join(usable)}'
         )
-    return implementation
+    if name != "xla" and varying.is_checked():
+        raise ValueError(
+            f'{call}: implementation="{name}" inside jax.shard_map with check_vma=True, wanted check_vma=False, since '
+            'kernels do not say over which axes their results vary, or implementation="xla"'
+        )
+    return name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

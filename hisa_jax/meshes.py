@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from hisa_jax import checks
 
 
 def automatic(mesh: Mesh) -> Mesh:
@@ -30,10 +32,35 @@ def _cannot_be_batched(*_: Any) -> Any:
 
 
 def check_axis(call: str, name: str, mesh: Mesh, axis: str, size: int, what: str, unit: int = 1) -> int:
-    """Raises unless the mesh has the axis and it splits `size`, called `what`, in whole units; returns its devices."""
+    """Raises unless the mesh has the axis and it splits `size`, called `what`, in whole units; returns its devices.
+
+    Also where the call is made under another mesh, on which JAX cannot run this one.
+    """
+    checks.instance(call, "mesh", mesh, Mesh | AbstractMesh, "a Mesh")
+    _check_context(call, mesh)
     if axis not in mesh.axis_names:
         raise ValueError(f"{call}: {name}={axis!r}, wanted one of the mesh's axes {mesh.axis_names}")
     n_devices: int = mesh.shape[axis]
     if size % (n_devices * unit):
         raise ValueError(f"{call}: {what} = {size}, wanted a multiple of {n_devices * unit} for {name}={axis!r}")
     return n_devices
+
+
+def _check_context(call: str, mesh: Mesh) -> None:
+    """Raises inside `jax.shard_map`, and where `jax.set_mesh` has set a mesh that is not this one, with Auto axes."""
+    context = jax.sharding.get_abstract_mesh()
+    if context.manual_axes:
+        raise ValueError(
+            f"{call}: called inside jax.shard_map over {context.manual_axes}, wanted a call outside of it: it runs on "
+            "all devices of its mesh by itself"
+        )
+    set_axes = list(zip(context.axis_names, context.axis_sizes, context.axis_types, strict=True))
+    own_axes = [(name, mesh.shape[name], AxisType.Auto) for name in mesh.axis_names]
+    if set_axes and set_axes != own_axes:
+        raise ValueError(
+            f"{call}: jax.set_mesh has set {_mesh(set_axes)}, wanted {_mesh(own_axes)} as in mesh=, or none"
+        )
+
+
+def _mesh(axes: list[tuple[str, int, AxisType]]) -> str:
+    return f"a mesh of {', '.join(f'{name!r}: {size} ({kind.name})' for name, size, kind in axes)}"

@@ -7,7 +7,8 @@ import dataclasses
 from typing import ClassVar, Literal, get_args
 
 
-def _at_least(method: object, name: str, least: int, why: str = "") -> None:
+def at_least(method: object, name: str, least: int, why: str = "") -> None:
+    """Raises unless an attribute is an int and not below `least`."""
     value = getattr(method, name)
     call = f"{type(method).__name__}({name}={value!r})"
     if isinstance(value, bool) or not isinstance(value, int):
@@ -31,7 +32,7 @@ class Dsa:
     topk: int = 2048
 
     def __post_init__(self) -> None:
-        _at_least(self, "topk", 1)
+        at_least(self, "topk", 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +46,10 @@ class _Blocks:
     keep_last: int = 1
 
     def __post_init__(self) -> None:
-        _at_least(self, "topk", 1)
-        _at_least(self, "block_size", 1)
-        _at_least(self, "keep_first", 0)
-        _at_least(self, "keep_last", 1, ": the block of the query itself holds future tokens, its mean may not decide")
+        at_least(self, "topk", 1)
+        at_least(self, "block_size", 1)
+        at_least(self, "keep_first", 0)
+        at_least(self, "keep_last", 1, ": the block of the query itself holds future tokens, its mean may not decide")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class Hisa(_Blocks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, "block_topk", 1)
+        at_least(self, "block_topk", 1)
         forced = self.keep_first + self.keep_last
         if self.block_topk < forced:
             raise ValueError(
@@ -149,10 +150,10 @@ class Scan:
     keep_last: int = 1
 
     def __post_init__(self) -> None:
-        _at_least(self, "topk", 1)
-        _at_least(self, "unit", 1)
-        _at_least(self, "keep_first", 0)
-        _at_least(self, "keep_last", 1, ": a query's own unit may be partial, so that it must always count")
+        at_least(self, "topk", 1)
+        at_least(self, "unit", 1)
+        at_least(self, "keep_first", 0)
+        at_least(self, "keep_last", 1, ": a query's own unit may be partial, so that it must always count")
         if self.unit & (self.unit - 1) or self.unit > _MAX_UNIT:
             raise ValueError(f"Scan(unit={self.unit}): must be a power of two up to {_MAX_UNIT}")
         if self.slopes not in get_args(Slopes):
@@ -160,7 +161,7 @@ class Scan:
         if self.candidates is None:
             # The value that stands for None, so that methods which mean the same are equal.
             object.__setattr__(self, "candidates", -(-2 * self.topk // self.unit) * self.unit)
-        _at_least(self, "candidates", self.topk, ", its topk")
+        at_least(self, "candidates", self.topk, ", its topk")
         if self.candidates % self.unit:
             raise ValueError(f"Scan(candidates={self.candidates}): must be a multiple of unit = {self.unit}")
         forced = self.keep_first + self.keep_last

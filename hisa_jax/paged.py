@@ -1,17 +1,19 @@
 """Selection from a paged cache, and the sparse attention over its latents."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax import checks, dispatch, prepare, xla
-from hisa_jax.cache import IndexCache, check_table
+from hisa_jax.cache import IndexCache
+from hisa_jax.check_select import check_paged
 from hisa_jax.keys import Keys
-from hisa_jax.methods import BlockSparse, Hisa, Method
+from hisa_jax.methods import Method
 from hisa_jax.selection import Selection, nothing
-from hisa_jax.sparse_mla import sparse_mla
+from hisa_jax.sparse_mla import check_options, sparse_mla
 
 
 def select_paged(
@@ -55,8 +57,11 @@ def select_paged(
         [[0, 1, 2, 3, 4, 5, 6, 7]]
     """
     call = "select_paged"
-    problem = check(call, q, w, cache, block_tables, cu_seqlens_q, lengths, method)
-    name = prepare.choose(call, problem, implementation, return_blocks, tiles)
+    arrays = dict(block_tables=block_tables, cu_seqlens_q=cu_seqlens_q, lengths=lengths)
+    checks.unsplit(call, q=q, w=w, cache=cache, **arrays)
+    check_paged(call, q, w, cache, **arrays, method=method)
+    options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
+    name = prepare.choose(call, problem_of(q, cache, block_tables, method), implementation, tiles, **options)
     T = q.shape[0]
     if 0 in (T, *block_tables.shape):
         return nothing((T,), method, return_scores, return_blocks)
@@ -67,48 +72,16 @@ def select_paged(
     select = dispatch.IMPLEMENTATIONS[name].select_paged
     assert select is not None
     return select(
-        *jax.tree.map(lax.stop_gradient, (jnp.asarray(q), jnp.asarray(w))),
-        visible,
-        jax.tree.map(lax.stop_gradient, cache),
-        block_tables,
-        cu_seqlens_q,
+        *prepare.constants(q, w, visible, cache, block_tables, cu_seqlens_q),
         method,
         tiles or prepare.default_tiles(),
-        return_scores=return_scores,
-        return_blocks=return_blocks,
+        **options,
     )
 
 
-def check(
-    call: str,
-    q: Array,
-    w: Array,
-    cache: IndexCache,
-    block_tables: Array,
-    cu_seqlens_q: Array,
-    lengths: Array,
-    method: Method,
-) -> dispatch.Problem:
-    """Raises unless the arguments of `select_paged` fit each other; returns what the choice depends on."""
-    prepare.check_dtypes(call, q, Keys(cache.keys, None), w)
-    checks.shape(call, "q", q, ("T", "H", cache.keys.shape[-1]), "its last axis must equal the cache's D")
-    T, H, _ = q.shape
-    checks.shape(call, "w", w, (T, H), f"one weight a query and head (q is {prepare.axes_of(q)})")
-    R = check_table(call, cache, block_tables, lengths)
-    checks.dtype(call, "cu_seqlens_q", cu_seqlens_q, ("int32",))
-    checks.shape(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), "a start for each request, and the end")
-    checks.value(
-        (jnp.diff(cu_seqlens_q, prepend=0) >= 0) & (cu_seqlens_q <= T),
-        f"{call}: cu_seqlens_q is {{offsets}}, wanted ascending offsets from 0 to at most {T}",
-        offsets=cu_seqlens_q,
-    )
-    size = cache.page_size
-    if isinstance(method, Hisa | BlockSparse) and method.block_size % size:
-        raise ValueError(
-            f"{call}: {method} with pages of {size} tokens, wanted a block_size that is a multiple of them"
-        )
-    problem = prepare.problem_of(q, Keys(cache.keys, None), method)
-    return dataclasses.replace(problem, S=block_tables.shape[1] * size, page_size=size, n_requests=R)
+def problem_of(q: Array, cache: IndexCache, block_tables: Array, method: Method) -> dispatch.Problem:
+    problem, (R, P) = prepare.problem_of(q, Keys(cache.keys, None), method), block_tables.shape
+    return dataclasses.replace(problem, S=P * cache.page_size, page_size=cache.page_size, n_requests=R)
 
 
 def check_pages(call: str, has_pages: Array, cache: IndexCache) -> None:
@@ -122,14 +95,19 @@ def check_pages(call: str, has_pages: Array, cache: IndexCache) -> None:
 
 def visible_tokens(cu_seqlens_q: Array, lengths: Array, T: int) -> tuple[Array, Array]:
     """[R + 1], [R] -> offsets that ascend within T, and [T] int32, how many tokens each query sees."""
-    R = lengths.shape[0]
-    cu_seqlens_q = lax.cummax(jnp.clip(cu_seqlens_q, 0, T))
+    cu_seqlens_q, r, is_real = requests_of(cu_seqlens_q, T)
     row = jnp.arange(T, dtype=jnp.int32)
-    r = jnp.searchsorted(cu_seqlens_q, row, side="right", method="compare_all") - 1
-    is_real = (r >= 0) & (r < R)
-    r = jnp.clip(r, 0, R - 1)
     positions = jnp.where(is_real, lengths[r] - (cu_seqlens_q[r + 1] - row), -1)
     return cu_seqlens_q, prepare.visible_tokens(positions, lengths[r])
+
+
+def requests_of(cu_seqlens_q: Array, T: int) -> tuple[Array, Array, Array]:
+    """[R + 1] -> offsets that ascend within T, [T] int32, the request of each row, and [T] bool, whether it has one."""
+    R = cu_seqlens_q.shape[0] - 1
+    cu_seqlens_q = lax.cummax(jnp.clip(cu_seqlens_q, 0, T))
+    row = jnp.arange(T, dtype=jnp.int32)
+    r = jnp.searchsorted(cu_seqlens_q, row, side="right", method="compare_all").astype(jnp.int32) - 1
+    return cu_seqlens_q, jnp.clip(r, 0, R - 1), (r >= 0) & (r < R)
 
 
 def sparse_mla_paged(
@@ -148,33 +126,80 @@ def sparse_mla_paged(
     """Attends to the selected tokens, whose latents are in the pages of the cache.
 
     Args:
-        q: [T, N, Dk] absorbed queries of all requests, as `select_paged` has them.
+        q: [T, N, Dk] absorbed queries of all requests, as `select_paged` has them, in the dtype of the latents.
         cache: with `latents`.
-        indices: [T, K] int32, of `select_paged`.
-        block_tables, cu_seqlens_q: as for `select_paged`.
+        indices: [T, K] int32, of `select_paged`, or any others as for `sparse_mla`: positions in the request. One that
+            the request's table has no page for counts as -1.
+        block_tables, cu_seqlens_q: as for `select_paged`; of any page size, pages in any order. Rows of q that are no
+            request's select nothing.
         scale, value_dim, sink, return_lse, implementation: as for `sparse_mla`.
 
-    Returns: [T, N, value_dim] in q's dtype; with `return_lse` also [T, N] float32.
+    Returns: [T, N, value_dim] in q's dtype; with `return_lse` also [T, N] float32. What the pages hold beside the
+        selected tokens changes no bit of it.
     Raises: as `sparse_mla`; ValueError: a cache without latents.
     """
     call = "sparse_mla_paged"
+    checks.unsplit(call, q=q, cache=cache, indices=indices, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q)
+    check_attention(call, q, cache, indices, block_tables, cu_seqlens_q)
+    scale, value_dim, name = check_options(call, q, scale, value_dim, sink, return_lse, implementation)
+    rows = latent_rows(cache, indices, block_tables, cu_seqlens_q)
+    is_wrong = (indices != -1) & (rows < 0) & requests_of(cu_seqlens_q, q.shape[0])[2][:, None]
+    checks.value(
+        ~is_wrong,
+        f"{call}: rows {{bad}} of q select what has no page, wanted -1 or positions whose page block_tables names, one "
+        f"of 0 to {cache.n_pages - 1}",
+        bad=jnp.any(is_wrong, axis=1),
+    )
+    return attend(q, cache, rows, scale, value_dim, sink, return_lse, name)
+
+
+def check_attention(
+    call: str,
+    q: Array,
+    cache: IndexCache,
+    indices: Array,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+) -> None:
+    """Raises unless the arrays of `sparse_mla_paged` fit each other."""
+    checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
     if cache.latents is None:
         raise ValueError(f"{call}: cache has no latents, wanted one of init_cache(..., latent_dim=Dk)")
+    checks.dtype(call, "q", q, ("bfloat16", "float32"))
     checks.shape(
         call, "q", q, ("T", "N", cache.latents.shape[2]), "its last axis must equal that of the cache's latents"
     )
-    checks.dtype(call, "indices", indices, ("int32",))
-    checks.shape(call, "indices", indices, (q.shape[0], "K"), f"one list a query (q is {prepare.axes_of(q)})")
-    checks.shape(call, "block_tables", block_tables, ("R", "P"))
-    R, P = block_tables.shape
-    checks.shape(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), "a start for each request, and the end")
-    row = jnp.arange(q.shape[0], dtype=jnp.int32)
-    r = jnp.searchsorted(cu_seqlens_q, row, side="right", method="compare_all") - 1
-    r = jnp.clip(r, 0, max(R - 1, 0))
-    nth = indices // cache.page_size
+    checks.dtype(call, "cache.latents", cache.latents, (q.dtype.name,))
+    checks.int32(call, "indices", indices, (q.shape[0], "K"), f"one list a query (q is {checks.axes_of(q)})")
+    checks.int32(call, "block_tables", block_tables, ("R", "P"))
+    R, why = block_tables.shape[0], "a start for each request, and the end"
+    checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), q.shape[0], why)
+
+
+def latent_rows(cache: IndexCache, indices: Array, block_tables: Array, cu_seqlens_q: Array) -> Array:
+    """[T, K] positions in requests -> [T, K] int32 rows of the cache's latents in one piece, -1 where there is none."""
+    if 0 in block_tables.shape:
+        return jnp.full(indices.shape, -1, jnp.int32)
+    P, size = block_tables.shape[1], cache.page_size
+    _, r, is_real = requests_of(cu_seqlens_q, indices.shape[0])
+    nth = indices // size
     page = block_tables[r[:, None], jnp.clip(nth, 0, P - 1)]
-    is_there = (indices >= 0) & (nth < P) & (page >= 0) & (page < cache.n_pages)
-    rows = jnp.where(is_there, page * cache.page_size + indices % cache.page_size, -1)
+    is_there = is_real[:, None] & (indices >= 0) & (nth < P) & (page >= 0) & (page < cache.n_pages)
+    return jnp.where(is_there, page * size + indices % size, -1)
+
+
+def attend(
+    q: Array,
+    cache: IndexCache,
+    rows: Array,
+    scale: float,
+    value_dim: int,
+    sink: Array | None,
+    return_lse: bool,
+    implementation: str,
+) -> Array | tuple[Array, Array]:
+    """[T, N, Dk] to the given rows of the cache's latents: `sparse_mla` of one sequence."""
+    assert cache.latents is not None
     out = sparse_mla(
         q[None],
         cache.latents.reshape(1, -1, cache.latents.shape[2]),

@@ -5,10 +5,13 @@ pages must be copied before a write. It never touches keys.
 """
 
 import collections
+import copy
 import itertools
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+
+from hisa_jax import checks
 
 
 class OutOfPages(Exception):
@@ -24,12 +27,16 @@ class PagePool:
         n_devices: over how many devices they are split, equally and in order.
         stripe: tokens in a row that one device has, as in `select_paged_sharded`, whole pages; None: a page.
 
-    Raises: ValueError: pages that are not split equally, a stripe that is not whole pages.
+    Raises, as do its methods: TypeError: a number that is not an int. ValueError: pages that are not split equally, a
+        stripe that is not whole pages; a request that is not there, a number out of range.
     """
 
     def __init__(self, n_pages: int, page_size: int, *, n_devices: int = 1, stripe: int | None = None) -> None:
         stripe = page_size if stripe is None else stripe
-        if n_devices < 1 or n_pages % n_devices or stripe < 1 or stripe % page_size:
+        sizes = dict(n_pages=n_pages, page_size=page_size, n_devices=n_devices, stripe=stripe)
+        for name, size in sizes.items():
+            checks.integer("PagePool", name, size, 1)
+        if n_pages % n_devices or stripe % page_size:
             raise ValueError(
                 f"PagePool: n_pages={n_pages}, n_devices={n_devices}, stripe={stripe}, wanted equal parts of the pages "
                 f"and a stripe of whole pages of {page_size}"
@@ -50,17 +57,36 @@ class PagePool:
     def n_free(self) -> int:
         return sum(map(len, self._free))
 
+    def copy(self) -> "PagePool":
+        """The same requests and pages, from now on apart."""
+        other = copy.copy(self)
+        other.lengths, other._holders = dict(self.lengths), list(self._holders)
+        other._pages = {request: list(pages) for request, pages in self._pages.items()}
+        other._free = [list(pages) for pages in self._free]
+        return other
+
+    def pages(self, request: Hashable) -> list[int]:
+        """Those of a request, in the order of its tokens."""
+        self._check_there("PagePool.pages", request)
+        return list(self._pages[request])
+
+    def n_own(self, request: Hashable) -> int:
+        """How many of its pages nobody else holds: what `free` would give back."""
+        self._check_there("PagePool.n_own", request)
+        return sum(self._holders[page] == 1 for page in self._pages[request])
+
     def add(self, request: Hashable) -> None:
         """A request without tokens. Raises ValueError: there is one of that name."""
-        if request in self._pages:
-            raise ValueError(f"PagePool.add: request {request!r} is there already")
+        self._check_new("PagePool.add", request)
         self._pages[request], self.lengths[request] = [], 0
 
     def fork(self, request: Hashable, new: Hashable, length: int | None = None) -> None:
         """A new request that shares the first `length` tokens of another (all, if None), and the pages they are in."""
+        call = "PagePool.fork"
+        self._check_there(call, request)
         length = self.lengths[request] if length is None else length
-        if not 0 <= length <= self.lengths[request]:
-            raise ValueError(f"PagePool.fork: length={length}, wanted 0 to {self.lengths[request]}, what it has")
+        self._check_length(call, request, length)
+        self._check_new(call, new)
         self.add(new)
         self._pages[new] = self._pages[request][: self._n_pages(length)]
         self.lengths[new] = length
@@ -74,6 +100,8 @@ class PagePool:
             is replaced by one of its own.
         Raises: OutOfPages: nothing has changed then.
         """
+        self._check_there("PagePool.extend", request)
+        checks.integer("PagePool.extend", "n_tokens", n_tokens, 0)
         pages, length = self._pages[request], self.lengths[request]
         nth, within = divmod(length, self.page_size)
         shared = n_tokens > 0 and within > 0 and self._holders[pages[nth]] > 1
@@ -101,8 +129,8 @@ class PagePool:
             hold, is replaced by a copy.
         Raises: OutOfPages: nothing has changed then.
         """
-        if not 0 <= length <= self.lengths[request]:
-            raise ValueError(f"PagePool.truncate: length={length}, wanted 0 to {self.lengths[request]}, what it has")
+        self._check_there("PagePool.truncate", request)
+        self._check_length("PagePool.truncate", request, length)
         pages = self._pages[request]
         kept, lost = pages[: self._n_pages(length)], pages[self._n_pages(length) :]
         becomes_partial = length < self.lengths[request] and length % self.page_size > 0
@@ -124,22 +152,28 @@ class PagePool:
 
     def free(self, request: Hashable) -> None:
         """Gives back what a finished request holds."""
+        self._check_there("PagePool.free", request)
         for page in self._pages.pop(request):
             self._give_back(page)
         del self.lengths[request]
 
     def table(self, requests: Sequence[Hashable], max_pages: int) -> np.ndarray:
         """[R, max_pages] int32, the pages of each request, then -1. Raises ValueError: one has more."""
+        checks.integer("PagePool.table", "max_pages", max_pages, 0)
+        for request in requests:
+            self._check_there("PagePool.table", request)
         table = np.full((len(requests), max_pages), -1, np.int32)
         for row, request in zip(table, requests, strict=True):
             pages = self._pages[request]
             if len(pages) > max_pages:
-                raise ValueError(f"PagePool.table: request {request!r} has {len(pages)} pages, max_pages={max_pages}")
+                raise ValueError(
+                    f"PagePool.table: max_pages={max_pages}, wanted at least {len(pages)}, the pages of {request!r}"
+                )
             row[: len(pages)] = pages
         return table
 
     def check(self) -> None:
-        """Asserts that every page is either free or counted as often as requests hold it."""
+        """Asserts that every page is either free, on its device, or counted as often as requests hold it."""
         holders = [0] * len(self._holders)
         for request, pages in self._pages.items():
             assert len(pages) == self._n_pages(self.lengths[request]), request
@@ -147,8 +181,23 @@ class PagePool:
                 holders[page] += 1
         assert holders == self._holders
         assert sorted(itertools.chain(*self._free)) == [page for page, n in enumerate(holders) if n == 0]
+        for device, free in enumerate(self._free):
+            assert {page // self._per_device for page in free} <= {device}, device
         for request, pages in self._pages.items():
             assert [page // self._per_device for page in pages] == list(map(self._device, range(len(pages)))), request
+
+    def _check_there(self, call: str, request: Hashable) -> None:
+        if request not in self._pages:
+            raise ValueError(f"{call}: request {request!r} is not there, wanted one that was added")
+
+    def _check_new(self, call: str, request: Hashable) -> None:
+        if request in self._pages:
+            raise ValueError(f"{call}: request {request!r} is there already, wanted another name")
+
+    def _check_length(self, call: str, request: Hashable, length: int) -> None:
+        checks.integer(call, "length", length)
+        if not 0 <= length <= self.lengths[request]:
+            raise ValueError(f"{call}: length={length}, wanted 0 to {self.lengths[request]}, what it has")
 
     def _n_pages(self, n_tokens: int) -> int:
         return -(-n_tokens // self.page_size)

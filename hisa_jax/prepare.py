@@ -1,33 +1,13 @@
-"""What the public selections share: check, choose an implementation, prepare its arguments."""
-
-from typing import Any
+"""What the public selections share behind their checks: choose an implementation, prepare its arguments."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import checks, dispatch, xla
+from hisa_jax import dispatch, varying, xla
+from hisa_jax.check_select import check_options
 from hisa_jax.keys import Keys
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
-from hisa_jax.quantize import QuantizedKeys
-
-
-def keys_of(k: Array | QuantizedKeys) -> Keys:
-    return Keys(k.values, k.scales) if isinstance(k, QuantizedKeys) else Keys(k, None)
-
-
-def axes_of(array: Array) -> str:
-    return f"[{', '.join(map(str, array.shape))}]"
-
-
-def check_dtypes(call: str, q: Array, keys: Keys, w: Array) -> None:
-    checks.dtype(call, "q", q, checks.KEY_DTYPES)
-    checks.dtype(call, "w", w, ("float32",))
-    if keys.scales is None:
-        checks.dtype(call, "k", keys.values, checks.KEY_DTYPES)
-    else:
-        checks.dtype(call, "k.values", keys.values, ("float8_e4m3fn", "int8"))
-        checks.dtype(call, "k.scales", keys.scales, ("float32",))
+from hisa_jax.methods import Method
 
 
 def problem_of(q: Array, keys: Keys, method: Method) -> dispatch.Problem:
@@ -40,17 +20,14 @@ def choose(
     call: str,
     problem: dispatch.Problem,
     implementation: str,
-    return_blocks: bool,
     tiles: xla.Tiles | None,
     *,
+    return_scores: bool,
+    return_blocks: bool,
     needs: str = "select",
 ) -> str:
     """Checks what is no array and returns the name of the implementation to run, one that has the function `needs`."""
-    method: Any = problem.method
-    if not isinstance(method, Hisa | Dsa | BlockSparse | Scan):
-        raise TypeError(f"{call}: method is {method!r}, wanted a Hisa, Dsa, BlockSparse or Scan")
-    if return_blocks and isinstance(method, Dsa):
-        raise ValueError(f"{call}: return_blocks=True with {method}: the flat indexer keeps no blocks")
+    check_options(call, problem.method, return_scores, return_blocks, tiles)
     why_not = {
         name: f"it has no {needs}" if getattr(dispatch.IMPLEMENTATIONS[name], needs) is None else reason
         for name, reason in dispatch.reasons(dispatch.Device.default(), problem).items()
@@ -70,6 +47,9 @@ def visible_tokens(positions: Array, lengths: Array) -> Array:
     return jnp.maximum(jnp.minimum(positions, lengths - 1) + 1, 0)
 
 
-def constants(q: Array, keys: Keys, w: Array) -> tuple[Array, Keys, Array]:
-    """The selection is piecewise constant: cut the gradient here, where loops need not be differentiated."""
-    return jax.tree.map(lax.stop_gradient, (jnp.asarray(q), keys, jnp.asarray(w)))
+def constants[*Trees](*trees: *Trees) -> tuple[*Trees]:
+    """The operands of an implementation: it is handed arrays, all of which vary over the same mesh axes.
+
+    The selection is piecewise constant: the gradient is cut here, where loops need not be differentiated.
+    """
+    return varying.alike(*jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), trees))

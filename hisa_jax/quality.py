@@ -67,9 +67,11 @@ def compare(selection: Selection, reference: Selection) -> Comparison:
         1.0
     """
     for name, value in (("selection", selection), ("reference", reference)):
-        if not isinstance(value, Selection):
-            raise TypeError(f"compare: {name} is {type(value).__name__}, wanted a Selection")
+        checks.instance("compare", name, value, Selection, "a Selection")
+        checks.dtype("compare", f"{name}.count", value.count, ("int32",))
+        checks.int32("compare", f"{name}.indices", value.indices, (*value.count.shape, "topk"), "a list a query")
     checks.shape("compare", "selection.count", selection.count, reference.count.shape, "that of the reference")
+    checks.unsplit("compare", selection=selection, reference=reference)
     return _compare(selection, reference)
 
 

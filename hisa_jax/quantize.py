@@ -71,22 +71,23 @@ def quantize_queries(
     Raises: as `quantize_keys`; ValueError: a `w` that does not fit `q`.
     Source: DeepSeek-V3.2's indexer, which multiplies q's scale into the head weights.
     """
-    checks.dtype("quantize_queries", "w", w, ("float32",))
-    checks.shape("quantize_queries", "w", w, q.shape[:-1], "q without its last axis")
-    values, scales = _quantize("quantize_queries", "q", q, dtype, scale)
+    call = "quantize_queries"
+    checks.dtype(call, "w", w, ("float32",))
+    values, scales = _quantize(call, "q", q, dtype, scale)
+    checks.shape(call, "w", w, scales.shape, "q without its last axis")
     return values, w * scales
 
 
 def _quantize(call: str, name: str, x: Array, dtype: DTypeLike, scale: str) -> tuple[Array, Array]:
     checks.dtype(call, name, x, ("bfloat16", "float32"))
-    kind = np.dtype(dtype).name
-    if kind not in _LARGEST:
-        raise TypeError(f"{call}: dtype={kind}, wanted one of {', '.join(_LARGEST)}")
-    if scale not in ("float32", "ue8m0"):
+    if not x.ndim:
+        raise ValueError(f"{call}: {name} is [], wanted [..., D]")
+    kind = checks.one_dtype(call, "dtype", dtype, tuple(_LARGEST)).name
+    if not isinstance(scale, str) or scale not in ("float32", "ue8m0"):
         raise ValueError(f"{call}: scale={scale!r}, wanted 'float32' or 'ue8m0'")
     largest = _LARGEST[kind]
-    x = x.astype(jnp.float32)
-    amax = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), _AMAX_FLOOR)
+    x = jnp.asarray(x).astype(jnp.float32)
+    amax = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, initial=0.0), _AMAX_FLOOR)
     # The published kernel multiplies by the rounded reciprocal; dividing would differ in the last bit of the scale.
     scales = amax * np.float32(1.0 / largest)
     if scale == "ue8m0":

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import stages, topk
+from hisa_jax import stages, topk, varying
 from hisa_jax.keys import Keys, Sequence
 from hisa_jax.methods import Scan
 from hisa_jax.stages import Candidates, Queries
@@ -125,7 +125,8 @@ def best_units(
             return lax.dynamic_update_slice_in_dim(image, tile_image(start + j * tile_s), j * (tile_s // unit), axis=1)
 
         n_seen = jnp.clip(-(-(jnp.max(visible) - start) // tile_s), 0, n_tiles)
-        image = lax.fori_loop(0, n_seen, put, jnp.full((t, width // unit), topk.INVISIBLE, jnp.int32))
+        none = varying.like(jnp.full((t, width // unit), topk.INVISIBLE, jnp.int32), heads)
+        image = lax.fori_loop(0, n_seen, put, none)
         units = start // unit + jnp.broadcast_to(jnp.arange(width // unit, dtype=jnp.int32), image.shape)
         forced = is_forced(place(units)) & (image > topk.INVISIBLE)
         return Candidates(jnp.where(forced, topk.FORCED, image), units)

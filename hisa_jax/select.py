@@ -1,9 +1,12 @@
 """Selection for batches, and what can run it."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 
 from hisa_jax import checks, dispatch, prepare, xla
+from hisa_jax.check_select import check_batch, check_question
 from hisa_jax.methods import Method
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.selection import Selection, nothing
@@ -50,43 +53,11 @@ def select(
         (1, 16, 128)
     """
     call = "select"
-    keys = prepare.keys_of(k)
-    prepare.check_dtypes(call, q, keys, w)
-    checks.shape(call, "q", q, ("B", "T", "H", "D"))
-    B, T, H, D = q.shape
-    checks.shape(
-        call,
-        "k",
-        keys.values,
-        (B, "S", D),
-        f"its first and last axes must equal q's B and D (q is {prepare.axes_of(q)})",
-    )
-    S = keys.values.shape[1]
-    if keys.scales is not None:
-        checks.shape(call, "k.scales", keys.scales, (B, S), "one scale a key")
-    checks.shape(call, "w", w, (B, T, H), f"one weight a query and head (q is {prepare.axes_of(q)})")
-    if lengths is not None:
-        checks.dtype(call, "lengths", lengths, ("int32",))
-        checks.shape(call, "lengths", lengths, (B,), "one length a sequence")
-        checks.value(
-            (lengths >= 0) & (lengths <= S),
-            f"select: lengths is {{lengths}}, wanted 0 to {S}, the keys there are",
-            lengths=lengths,
-        )
-    if query_positions is not None:
-        checks.dtype(call, "query_positions", query_positions, ("int32",))
-        checks.shape(call, "query_positions", query_positions, (B, T), "one position a query")
-        checks.value(
-            query_positions >= -1,
-            "select: query_positions holds {least}, wanted -1 (padding) or more",
-            least=jnp.min(query_positions, initial=0),
-        )
-    elif T > S:
-        raise ValueError(
-            f"{call}: q has T = {T} queries but k has only S = {S} keys: by default the queries are the last T of the "
-            "S tokens; give query_positions"
-        )
-    name = prepare.choose(call, prepare.problem_of(q, keys, method), implementation, return_blocks, tiles)
+    checks.unsplit(call, q=q, k=k, w=w, query_positions=query_positions, lengths=lengths)
+    keys = check_batch(call, q, k, w, query_positions, lengths)
+    (B, T, _, _), S = q.shape, keys.values.shape[1]
+    options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
+    name = prepare.choose(call, prepare.problem_of(q, keys, method), implementation, tiles, **options)
 
     lengths = jnp.full((B,), S, jnp.int32) if lengths is None else jnp.clip(lengths, 0, S)
     if query_positions is None:
@@ -95,13 +66,10 @@ def select(
     if 0 in (B, T, S):
         return nothing((B, T), method, return_scores, return_blocks)
     return dispatch.IMPLEMENTATIONS[name].select(
-        *prepare.constants(q, keys, w),
-        visible,
-        lengths,
+        *prepare.constants(q, keys, w, visible, lengths),
         method,
         tiles or prepare.default_tiles(),
-        return_scores=return_scores,
-        return_blocks=return_blocks,
+        **options,
     )
 
 
@@ -115,7 +83,7 @@ def implementations(
             the device alone. Arrays may be `jax.ShapeDtypeStruct`.
 
     Returns: name -> None if it can run on JAX's default device, else the reason why it cannot.
-    Raises: ValueError: only some of `q`, `k` and `method` given.
+    Raises: ValueError: only some of `q`, `k` and `method` given; as `select`.
     Example:
         >>> hj.implementations()["xla"] is None
         True
@@ -124,6 +92,8 @@ def implementations(
     given = (q, k, method)
     if q is None or k is None or method is None:
         if any(argument is not None for argument in given):
-            raise ValueError("implementations: wanted all of q, k and method, or none of them")
+            missing = next(name for name, x in zip(("q", "k", "method"), given, strict=True) if x is None)
+            raise ValueError(f"implementations: {missing} is None, wanted all of q, k and method, or none of them")
         return dispatch.reasons(device, None)
-    return dispatch.reasons(device, prepare.problem_of(q, prepare.keys_of(k), method))
+    keys = check_question("implementations", q, k, method)
+    return dispatch.reasons(device, prepare.problem_of(q, keys, method))

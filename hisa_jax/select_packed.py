@@ -1,9 +1,12 @@
 """Selection for packed ragged batches."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax import checks, dispatch, prepare, xla
+from hisa_jax.check_select import check_packed
 from hisa_jax.methods import Method
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.selection import Selection, nothing
@@ -45,27 +48,11 @@ def select_packed(
         [93, 94]
     """
     call = "select_packed"
-    keys = prepare.keys_of(k)
-    prepare.check_dtypes(call, q, keys, w)
-    checks.shape(call, "q", q, ("T", "H", "D"))
-    T, H, D = q.shape
-    checks.shape(call, "k", keys.values, ("N", D), f"its last axis must equal q's D (q is {prepare.axes_of(q)})")
-    N = keys.values.shape[0]
-    if keys.scales is not None:
-        checks.shape(call, "k.scales", keys.scales, (N,), "one scale a key")
-    checks.shape(call, "w", w, (T, H), f"one weight a query and head (q is {prepare.axes_of(q)})")
-    for name, offsets, end in (("cu_seqlens_q", cu_seqlens_q, T), ("cu_seqlens_k", cu_seqlens_k, N)):
-        checks.dtype(call, name, offsets, ("int32",))
-        checks.shape(call, name, offsets, ("R + 1",))
-        checks.value(
-            (jnp.diff(offsets, prepend=0) >= 0) & (offsets <= end),
-            f"select_packed: {name} is {{offsets}}, wanted ascending offsets from 0 to at most {end}",
-            offsets=offsets,
-        )
-    checks.shape(call, "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "as many sequences as cu_seqlens_q has")
-    if cu_seqlens_q.shape[0] == 0:
-        raise ValueError(f"{call}: cu_seqlens_q is [0], wanted [R + 1]: it starts with a 0")
-    name = prepare.choose(call, prepare.problem_of(q, keys, method), implementation, return_blocks, tiles)
+    checks.unsplit(call, q=q, k=k, w=w, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    keys = check_packed(call, q, k, w, cu_seqlens_q, cu_seqlens_k)
+    T, N = q.shape[0], keys.values.shape[0]
+    options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
+    name = prepare.choose(call, prepare.problem_of(q, keys, method), implementation, tiles, **options)
     if cu_seqlens_q.shape[0] == 1 or 0 in (T, N):
         return nothing((T,), method, return_scores, return_blocks)
 
@@ -79,12 +66,8 @@ def select_packed(
     lengths = jnp.diff(cu_seqlens_k)[r]
     positions = jnp.where(is_real, lengths - (cu_seqlens_q[r + 1] - rows), -1)
     return dispatch.IMPLEMENTATIONS[name].select_packed(
-        *prepare.constants(q, keys, w),
-        prepare.visible_tokens(positions, lengths),
-        cu_seqlens_q,
-        cu_seqlens_k,
+        *prepare.constants(q, keys, w, prepare.visible_tokens(positions, lengths), cu_seqlens_q, cu_seqlens_k),
         method,
         tiles or prepare.default_tiles(),
-        return_scores=return_scores,
-        return_blocks=return_blocks,
+        **options,
     )

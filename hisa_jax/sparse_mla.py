@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from hisa_jax import checks, dispatch
+from hisa_jax import checks, dispatch, varying
 from hisa_jax.query_tiles import QueryTiles
 
 
@@ -33,9 +34,9 @@ def sparse_mla(
     Args:
         q: [B, T, N, Dk] absorbed queries (latent then rope part, 512 + 64 in DeepSeek-V3.2), bfloat16 or float32.
         kv: [B, S, Dk] latents and rope keys, same dtype.
-        indices: [B, T, K] int32 positions in the sequence, -1 where there is none. What lies outside of [0, S) counts
-            as -1.
-        scale: factor of the logits.
+        indices: [B, T, K] int32 positions in the sequence in any order, -1 wherever there is none. What lies outside of
+            [0, S) counts as -1. A token listed twice counts twice: it has two shares of the softmax.
+        scale: factor of the logits, a finite number.
         value_dim: the first `value_dim` of the Dk features are the values.
         sink: [N] float32, a logit per head that takes part in the softmax and has no value.
         return_lse: also return the logsumexp of the logits, without the sink, for merging partial results.
@@ -43,9 +44,11 @@ def sparse_mla(
             backward pass is XLA's.
 
     Returns: [B, T, N, value_dim] in q's dtype, zeros where nothing is selected; with `return_lse` also [B, T, N]
-        float32, -inf there. Differentiable in `q`, `kv` and `sink` by reverse mode; `return_lse` too.
-    Raises: TypeError: a dtype not listed above. ValueError: shapes that do not fit; an implementation that cannot run
-        here.
+        float32, -inf there. Differentiable in `q`, `kv` and `sink` by reverse mode; `return_lse` too. What a row holds
+        that a query does not select, NaN too, changes no bit of the query's output or of any gradient, and the row's
+        own gradient from it is 0.
+    Raises: TypeError: a dtype or a number not listed above. ValueError: shapes that do not fit; a scale that is not
+        finite; an implementation that cannot run here.
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (absorbed form); the sink as in FlashMLA.
     Example:
         >>> q, kv, indices = jnp.ones((1, 2, 4, 24)), jnp.ones((1, 8, 24)), jnp.array([[[0, 3], [5, -1]]])
@@ -53,23 +56,10 @@ def sparse_mla(
         (1, 2, 4, 16)
     """
     call = "sparse_mla"
-    checks.dtype(call, "q", q, ("bfloat16", "float32"))
-    checks.dtype(call, "kv", kv, (q.dtype.name,))
-    checks.dtype(call, "indices", indices, ("int32",))
-    checks.shape(call, "q", q, ("B", "T", "N", "Dk"))
-    B, T, N, Dk = q.shape
-    checks.shape(
-        call, "kv", kv, (B, "S", Dk), f"its first and last axes must equal q's B and Dk (q is {list(q.shape)})"
-    )
-    checks.shape(call, "indices", indices, (B, T, "K"), f"one list a query (q is {list(q.shape)})")
-    if not 1 <= value_dim <= Dk:
-        raise ValueError(f"{call}: value_dim={value_dim}, wanted 1 to Dk = {Dk}")
-    if sink is not None:
-        checks.dtype(call, "sink", sink, ("float32",))
-        checks.shape(call, "sink", sink, (N,), f"one logit a head (q is {list(q.shape)})")
-    problem = dispatch.AttentionProblem(N=N, key_dim=Dk, value_dim=value_dim, dtype=q.dtype.name)
-    name = dispatch.choose(call, implementation, dispatch.attention_reasons(dispatch.Device.default(), problem))
-    S = kv.shape[1]
+    checks.unsplit(call, q=q, kv=kv, indices=indices, sink=sink)
+    check_batch(call, q, kv, indices)
+    scale, value_dim, name = check_options(call, q, scale, value_dim, sink, return_lse, implementation)
+    (B, T, N, _), S = q.shape, kv.shape[1]
     checks.value(
         (indices >= -1) & (indices < S),
         f"sparse_mla: indices range from {{least}} to {{most}}, wanted -1 to {S - 1}",
@@ -79,15 +69,64 @@ def sparse_mla(
     if 0 in (B, T, S, N, indices.shape[2]):
         out, lse = jnp.zeros((B, T, N, value_dim), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
     else:
-        out, lse = _attend(q, kv, indices, scale, value_dim, name)
+        out, lse = _attend(*varying.alike(q, kv, indices), scale, value_dim, name)
         out = with_sink(out, lse, sink)
     return (out, lse) if return_lse else out
+
+
+def check_batch(call: str, q: Array, kv: Array, indices: Array) -> None:
+    """Raises unless the arrays of `sparse_mla` fit each other."""
+    checks.dtype(call, "q", q, ("bfloat16", "float32"))
+    checks.dtype(call, "kv", kv, (q.dtype.name,))
+    checks.shape(call, "q", q, ("B", "T", "N", "Dk"))
+    B, T, _, Dk = q.shape
+    checks.shape(
+        call, "kv", kv, (B, "S", Dk), f"its first and last axes must equal q's B and Dk (q is {list(q.shape)})"
+    )
+    checks.int32(call, "indices", indices, (B, T, "K"), f"one list a query (q is {list(q.shape)})")
+
+
+def check_options(
+    call: str, q: Array, scale: float, value_dim: int, sink: Array | None, return_lse: bool, implementation: str
+) -> tuple[float, int, str]:
+    """What all forms of the attention take beside queries [..., N, Dk] and latents: raises if it does not fit.
+
+    Returns: scale and value_dim as `check_numbers`; the name of the implementation to run.
+    """
+    scale, value_dim = check_numbers(call, scale, value_dim, q.shape[-1])
+    check_sink(call, sink, q)
+    checks.flags(call, return_lse=return_lse)
+    problem = dispatch.AttentionProblem(N=q.shape[-2], key_dim=q.shape[-1], value_dim=value_dim, dtype=q.dtype.name)
+    name = dispatch.choose(call, implementation, dispatch.attention_reasons(dispatch.Device.default(), problem))
+    return scale, value_dim, name
+
+
+def check_numbers(call: str, scale: float, value_dim: int, Dk: int) -> tuple[float, int]:
+    """The static numbers of a call as Python's own, which promote no dtype; raises if they are none or out of range."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float | np.number):
+        raise TypeError(f"{call}: scale is {type(scale).__name__}, wanted a number known at trace time")
+    if not abs(float(scale)) <= float(np.finfo(np.float32).max):
+        raise ValueError(f"{call}: scale={scale}, wanted a finite float32 number")
+    if isinstance(value_dim, bool) or not isinstance(value_dim, int | np.integer):
+        raise TypeError(f"{call}: value_dim is {type(value_dim).__name__}, wanted a whole number")
+    if not 1 <= value_dim <= Dk:
+        raise ValueError(f"{call}: value_dim={value_dim}, wanted 1 to Dk = {Dk}")
+    return float(scale), int(value_dim)
+
+
+def check_sink(call: str, sink: Array | None, q: Array) -> None:
+    """Raises unless a sink is None or has one logit for each head of q [..., N, Dk]."""
+    if sink is not None:
+        checks.dtype(call, "sink", sink, ("float32",))
+        checks.shape(call, "sink", sink, (q.shape[-2],), f"one logit a head (q is {list(q.shape)})")
 
 
 def with_sink(out: Array, lse: Array, sink: Array | None) -> Array:
     """[..., N, V], [..., N], [N] or None -> [..., N, V]: a logit without a value beside those of the tokens."""
     if sink is None:
         return out
+    # Where nothing is selected `out` is 0, whatever is kept of it; beside a sink of -inf the difference would be NaN.
+    lse = jnp.where(jnp.isneginf(lse), 0, lse)
     # What the sink takes from every value: 1 - exp(lse) / (exp(lse) + exp(sink)).
     kept = jax.nn.sigmoid(lse - sink.reshape((1,) * (lse.ndim - 1) + sink.shape))
     return (out * kept[..., None]).astype(out.dtype)
@@ -141,7 +180,8 @@ def _attend_backward(
         selected, is_real = _gather(kv, b, indices)
         p = _probabilities(_logits(q, selected, is_real, scale), lse)
         d_p = _dot("tnv,tkv->tnk", d_out, selected[..., :value_dim])
-        d_logits = p * (d_p - delta[..., None]) * scale
+        # Where nothing is selected the caller may pass on NaN: the gradient of a logsumexp of -inf, for instance.
+        d_logits = jnp.where(is_real[:, None, :], p * (d_p - delta[..., None]) * scale, 0)
         d_q = _dot("tnk,tkd->tnd", d_logits, selected)
         d_selected = _dot("tnk,tnd->tkd", d_logits, q)
         d_selected = d_selected.at[..., :value_dim].add(_dot("tnk,tnv->tkv", p, d_out))
@@ -157,7 +197,7 @@ def _attend_backward(
         tiles.cut(d_out),
         tiles.cut(delta),
     )
-    d_kv, d_q = lax.scan(tile, jnp.zeros(kv.shape, jnp.float32), parts)
+    d_kv, d_q = lax.scan(tile, varying.like(jnp.zeros(kv.shape, jnp.float32), saved), parts)
     return tiles.join(d_q, B, T).astype(q.dtype), d_kv.astype(kv.dtype), None
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import topk
+from hisa_jax import topk, varying
 from hisa_jax.keys import LANES, Keys, Sequence, mean, present_values, tree_sum
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
@@ -94,12 +94,13 @@ def tile_scores(queries: Queries, keys_of: Callable[[Array], Keys], width: int, 
 
     `keys_of` maps a row of the tile to its keys; `needed` is [t] bool. Returns [t, width] float32.
     """
+    none = varying.like(jnp.full((width,), -jnp.inf, jnp.float32), queries)
 
     def one(row: Array) -> Array:
         return scores(queries.q[row], keys_of(row), queries.w[row])
 
     def one_if_needed(row: Array) -> Array:
-        return lax.cond(needed[row], one, lambda _: jnp.full((width,), -jnp.inf, jnp.float32), row)
+        return lax.cond(needed[row], one, lambda _: none, row)
 
     return each_row(one, queries.q.shape[0], on_cpu=one_if_needed)
 
@@ -129,7 +130,7 @@ def stream_topk(
         return Candidates(*topk.topk_in_order(*both, k))
 
     nothing = Candidates(jnp.full((n_queries, k), topk.INVISIBLE, jnp.int32), jnp.full((n_queries, k), -1, jnp.int32))
-    return lax.fori_loop(0, n_tiles, merge, nothing)
+    return lax.fori_loop(0, n_tiles, merge, varying.like(nothing, n_tiles))
 
 
 def flat(

@@ -77,7 +77,9 @@ def compact(mask: Array, k: int) -> tuple[Array, Array]:
     n_words = -(-S // _WORD)
     bits = jnp.pad(mask, ((0, 0), (0, n_words * _WORD - S))).reshape(T, n_words, _WORD)
     words = jnp.sum(
-        bits.astype(jnp.uint32) << jnp.arange(_WORD, dtype=jnp.uint32)[None, None, :], axis=-1
+        bits.astype(jnp.uint32) << jnp.arange(_WORD, dtype=jnp.uint32)[None, None, :],
+        axis=-1,
+        dtype=jnp.uint32,
     )  # [T, n_words]
     ends = jnp.cumsum(lax.population_count(words).astype(jnp.int32), axis=1)
     slots = jnp.arange(k, dtype=jnp.int32)

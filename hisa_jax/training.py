@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import checks
+from hisa_jax import checks, varying
 from hisa_jax.query_tiles import QueryTiles
 
 
@@ -39,7 +39,8 @@ def indexer_kl(
             own, the queries being the last T of the S tokens.
 
     Returns: [B, T] float32, 0 where there is no candidate. Differentiable in `q`, `k` and `w` by reverse mode; the
-        attention is the target and gets no gradient.
+        attention is the target and gets no gradient. Keys and latents that are no candidates of a query change no bit
+        of its loss, nor of any gradient, whatever they hold; nor does a query whose loss is not used.
     Raises: TypeError, ValueError: dtypes and shapes other than these.
     Source: DeepSeek-V3.2, section 2.1.1, equations for the dense warm-up and the sparse stage.
     Example:
@@ -51,7 +52,9 @@ def indexer_kl(
     for name, x in (("q", q), ("k", k), ("attention_q", attention_q), ("attention_kv", attention_kv)):
         checks.dtype(call, name, x, ("bfloat16", "float32"))
     checks.dtype(call, "w", w, ("float32",))
+    checks.finite(call, "scale", scale)
     checks.shape(call, "q", q, ("B", "T", "H", "D"))
+    checks.unsplit(call, q=q, k=k, w=w, attention_q=attention_q, attention_kv=attention_kv, indices=indices)
     (B, T, H, D) = q.shape
     checks.shape(call, "k", k, (B, "S", D), f"its first and last axes must equal q's B and D (q is {list(q.shape)})")
     checks.shape(call, "w", w, (B, T, H), f"one weight a query and head (q is {list(q.shape)})")
@@ -61,13 +64,15 @@ def indexer_kl(
     if indices is None:
         if T > S:
             raise ValueError(f"{call}: q has T = {T} queries but k only S = {S} keys, of which they must be the last")
+        if 0 in (B, T):
+            return jnp.zeros((B, T), jnp.float32)
         visible = jnp.broadcast_to(jnp.arange(S - T + 1, S + 1, dtype=jnp.int32), (B, T))[..., None]
-        return _kl(q, k, w, attention_q, attention_kv, visible, scale, True)
+        return _kl(*varying.alike(q, k, w, attention_q, attention_kv, visible), scale, True)
     checks.dtype(call, "indices", indices, ("int32",))
     checks.shape(call, "indices", indices, (B, T, "K"), f"one list a query (q is {list(q.shape)})")
     if 0 in (B, T, S, indices.shape[2]):
         return jnp.zeros((B, T), jnp.float32)
-    return _kl(q, k, w, attention_q, attention_kv, indices, scale, False)
+    return _kl(*varying.alike(q, k, w, attention_q, attention_kv, indices), scale, False)
 
 
 class _Tile(NamedTuple):
@@ -82,12 +87,13 @@ class _Tile(NamedTuple):
 
 class _Scored(NamedTuple):
     """What a tile knows: `keys` [t, K, D] or of all queries [S, D], `products` [t, H, K] of heads with keys,
-    log-probabilities [t, K] of the indexer (-inf for no candidate) and the target [t, K] (0 there)."""
+    log-probabilities [t, K] of the indexer (-inf for no candidate), the target [t, K] (0 there), what is one [t, K]."""
 
     keys: Array
     products: Array
     log_p: Array
     target: Array
+    is_candidate: Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -121,23 +127,28 @@ def _kl_backward(scale: float, is_dense: bool, saved: tuple[Array, ...], d_loss:
 
     def one(d_k: Array, operands: tuple[_Tile, Array]) -> tuple[Array, tuple[Array, Array]]:
         tile, d_loss = operands
-        keys, products, log_p, p = _scored(tile, k, kv, scale, is_dense)
+        keys, products, log_p, p, is_candidate = _scored(tile, k, kv, scale, is_dense)
         has_any = jnp.sum(p, axis=1, keepdims=True)  # 1, or 0 without candidates
         d_scores = d_loss[:, None] * (jnp.exp(log_p) * has_any - p)
-        d_w = _dot_gradient("tk,thk->th", d_scores, jnp.maximum(products, 0))
-        d_products = jnp.where(products > 0, d_scores[:, None, :] * tile.w[:, :, None], 0)
+        # What a query does not see, and a query whose loss is not used, may hold NaN, which a factor of 0 would not
+        # hide. Where NaN counts, the query's `d_scores` are NaN and carry it, so numbers alone meet them in a product.
+        d_scores = jnp.where(is_candidate & (d_loss != 0)[:, None], d_scores, 0)
+        passes = (d_scores != 0)[:, None, :] & ~(products <= 0)
+        keys, q = (jnp.where(jnp.isfinite(x), x, 0) for x in (keys, tile.q))
+        d_w = _dot_gradient("tk,thk->th", d_scores, jnp.where(passes, products, 0))
+        d_products = jnp.where(passes, d_scores[:, None, :] * tile.w[:, :, None], 0)
         if is_dense:
             d_q = _dot_gradient("thk,kd->thd", d_products, keys)
-            d_k = d_k.at[tile.b].add(_dot_gradient("thk,thd->kd", d_products, tile.q))
+            d_k = d_k.at[tile.b].add(_dot_gradient("thk,thd->kd", d_products, q))
         else:
             d_q = _dot_gradient("thk,tkd->thd", d_products, keys)
             # No candidate is position -1, which must not wrap around to the last key.
             d_k = d_k.at[tile.b, tile.which].add(
-                _dot_gradient("thk,thd->tkd", d_products, tile.q), mode="drop", wrap_negative_indices=False
+                _dot_gradient("thk,thd->tkd", d_products, q), mode="drop", wrap_negative_indices=False
             )
         return d_k, (d_q, d_w)
 
-    d_k, (d_q, d_w) = lax.scan(one, jnp.zeros(k.shape, jnp.float32), (cut, tiles.cut(d_loss)))
+    d_k, (d_q, d_w) = lax.scan(one, varying.like(jnp.zeros(k.shape, jnp.float32), saved), (cut, tiles.cut(d_loss)))
     return (
         tiles.join(d_q, B, T).astype(q.dtype),
         d_k.astype(k.dtype),
@@ -178,7 +189,7 @@ def _scored(tile: _Tile, k: Array, kv: Array, scale: float, is_dense: bool) -> _
     scores = _dot("ths,th->ts", jnp.maximum(products, 0), tile.w)
     scores = jnp.where(is_candidate, scores, -jnp.inf)
     total = jax.nn.logsumexp(scores, axis=1, keepdims=True)
-    return _Scored(keys, products, scores - jnp.where(jnp.isneginf(total), 0, total), target)
+    return _Scored(keys, products, scores - jnp.where(jnp.isneginf(total), 0, total), target, is_candidate)
 
 
 def _exp(x: Array, total: Array) -> Array:

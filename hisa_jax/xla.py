@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import scan, stages, topk
+from hisa_jax import scan, stages, topk, varying
 from hisa_jax.cache import IndexCache
 from hisa_jax.keys import LANES, Contiguous, Keys, Paged, PagedMeans, Sequence
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan, at_least
 from hisa_jax.selection import Selection, nothing
 from hisa_jax.stages import Candidates, Queries
 
@@ -28,15 +28,15 @@ class Tiles:
         queries: queries a tile.
         keys: keys scored and merged at a time; also blocks scored at a time.
 
-    Raises: ValueError: a size below 1, or `keys` that is not a multiple of 128.
+    Raises: TypeError: a size that is not an int. ValueError: one below 1, or `keys` that is not a multiple of 128.
     """
 
     queries: int = 8
     keys: int = 4096
 
     def __post_init__(self) -> None:
-        if self.queries < 1:
-            raise ValueError(f"Tiles(queries={self.queries}): must be at least 1")
+        at_least(self, "queries", 1)
+        at_least(self, "keys", 0)
         if self.keys < 1 or self.keys % LANES:
             raise ValueError(f"Tiles(keys={self.keys}): must be a positive multiple of {LANES}")
 
@@ -212,7 +212,7 @@ def over_tiles[Found](
         # What a tile writes behind its sequence, the next tile overwrites.
         return jax.tree.map(lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, first, axis=0), done, tile)
 
-    done = lax.fori_loop(0, tile_ends[-1], one_tile, nothing((T + t,)))
+    done = lax.fori_loop(0, tile_ends[-1], one_tile, varying.like(nothing((T + t,)), queries))
     return jax.tree.map(lambda leaf: leaf[:T], done)
 
 

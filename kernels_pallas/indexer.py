@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from kernels_pallas.bits import in_32_bits
 from kernels_pallas.pages import PageMeans, Pages, PageSums, flatten_paged, means_of
 from kernels_pallas.sequences import FlatCall, Rows, Sequences, flatten_batch, flatten_packed
 from kernels_pallas.types import Interpret
@@ -113,6 +114,7 @@ class Indexer:
 
     stages: Stages
 
+    @in_32_bits
     def select_hisa(
         self,
         q: Array,
@@ -143,6 +145,7 @@ class Indexer:
         filtered = self._filter(call, block_size, block_topk, keep_first, keep_last, means, interpret)
         return self._hisa(call, filtered, None, topk, block_size, interpret)
 
+    @in_32_bits
     def select_hisa_paged(
         self,
         q: Array,
@@ -169,6 +172,7 @@ class Indexer:
         filtered = self._filter(call, block_size, block_topk, keep_first, keep_last, means, interpret)
         return self._hisa(call, filtered, pages, topk, block_size, interpret)
 
+    @in_32_bits
     def select_blocks(
         self,
         q: Array,
@@ -190,6 +194,7 @@ class Indexer:
         filtered = self._filter(call, block_size, block_topk, keep_first, keep_last, None, interpret)
         return call.unflatten(*call.map_queries(lambda call: (filtered(call),), _QUERIES))[0]
 
+    @in_32_bits
     def select_blocks_paged(
         self,
         q: Array,
@@ -215,6 +220,7 @@ class Indexer:
         filtered = self._filter(call, block_size, block_topk, keep_first, keep_last, means, interpret)
         return call.map_queries(lambda call: (filtered(call),), _QUERIES)[0]
 
+    @in_32_bits
     def select_flat(
         self,
         q: Array,
@@ -231,6 +237,7 @@ class Indexer:
         call = _flatten(q, k, k_scale, w, visible, None, cu_seqlens, _TILED_ROWS)
         return self._flat(call, None, topk, interpret)
 
+    @in_32_bits
     def select_flat_paged(
         self,
         q: Array,

@@ -26,12 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: default: those of the process.
 
-    Returns: the exit status, 1 if the checkpoint or an argument does not do.
+    Returns: the exit status, 1 if the checkpoint, an argument or the model's numbers do not do.
     """
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -50,7 +50,7 @@ def _generate(options: argparse.Namespace) -> None:
     for _ in range(2 if options.warm_up else 1):
         result = generate(
             model, prompts, options.max_new_tokens, chunk=options.chunk, temperature=options.temperature,
-            seed=options.seed, stop_ids=config.eos_token_ids, report_recall=options.report_recall,
+            seed=options.seed, report_recall=options.report_recall,
         )  # fmt: skip
     for tokens in result.tokens:
         print(",".join(map(str, tokens)) if options.prompt_ids else tokenizer.decode(tokens))

@@ -163,11 +163,23 @@ def write(
     return call(pages, keys, latents, block_tables, slots, lengths)
 
 
-def contiguous(pages: Array, block_tables: Array, mesh: Mesh | None = None) -> Array:
-    """What rows have in pages, in one piece: [n_pages, page_size, ...] and [B, P] -> [B, P * page_size, ...]."""
+def contiguous(pages: Array, block_tables: Array, lengths: Array, mesh: Mesh | None = None) -> Array:
+    """What rows have in pages, in one piece, and nothing else.
 
-    def call(pages: Array, tables: Array) -> Array:
-        found = pages[jnp.clip(tables, 0, pages.shape[0] - 1)]
-        return found.reshape(tables.shape[0], tables.shape[1] * pages.shape[1], *pages.shape[2:])
+    Args:
+        pages: [n_pages, page_size, ...].
+        block_tables: [B, P] int32; numbers outside of [0, n_pages) are no page.
+        lengths: [B] int32, tokens in each row.
+        mesh: what the batch is split over, or None.
 
-    return per_device(call, mesh, (("batch",),) * 2, ("batch",))(pages, block_tables)
+    Returns: [B, P * page_size, ...], zeros where a row has no token, whatever its pages, and other ones, hold there.
+    """
+
+    def call(pages: Array, tables: Array, lengths: Array) -> Array:
+        (n_pages, page_size, *rest), (B, P) = pages.shape, tables.shape
+        is_page = (tables >= 0) & (tables < n_pages)
+        found = pages[jnp.where(is_page, tables, 0)].reshape(B, P * page_size, *rest)
+        is_token = jnp.repeat(is_page, page_size, axis=1) & (jnp.arange(P * page_size)[None, :] < lengths[:, None])
+        return jnp.where(is_token.reshape(B, P * page_size, *(1,) * len(rest)), found, jnp.zeros((), found.dtype))
+
+    return per_device(call, mesh, (("batch",),) * 3, ("batch",))(pages, block_tables, lengths)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from models.config import Config, Yarn
+from models.json_object import read_object
 from models.modeling import Model
 from models.plan import MethodLike
 from models.sharding import parameter_sharding
@@ -49,12 +50,12 @@ def restore(
         dtype: of weights and activations; None for that of the saved model.
 
     Returns: the model.
-    Raises: FileNotFoundError: no saved model there.
+    Raises: FileNotFoundError: no saved model there. ValueError: a config that `save` did not write.
     """
     folder = Path(folder).absolute()
     if not (folder / _CONFIG).is_file():
         raise FileNotFoundError(f"restore: folder {folder} holds no {_CONFIG}, wanted one that models.save wrote")
-    config = _config_from_json(json.loads((folder / _CONFIG).read_text()))
+    config = _read_config(folder / _CONFIG)
     with ocp.StandardCheckpointer() as checkpointer:
         if dtype is None:
             dtype = checkpointer.metadata(folder / _WEIGHTS).item_metadata["embed"].dtype
@@ -84,9 +85,13 @@ def name_of(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
 
-def _config_from_json(keys: dict[str, Any]) -> Config:
+def _read_config(file: Path) -> Config:
     """Undoes what JSON does to a Config: tuples become lists, the nested Yarn a dict."""
+    keys = read_object(file, 2**22)
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in keys.items()}
-    if values["yarn"] is not None:
-        values["yarn"] = Yarn(**values["yarn"])
-    return Config(**values)
+    try:
+        if isinstance(values.get("yarn"), dict):
+            values["yarn"] = Yarn(**values["yarn"])
+        return Config(**values)
+    except (TypeError, ValueError) as error:  # a TypeError: keys that are none of a Config's, or too few
+        raise ValueError(f"{file}: {error}") from error

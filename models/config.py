@@ -1,13 +1,15 @@
 """What a checkpoint's config.json says, as one frozen value: the only thing in which the model families differ."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import hisa_jax as hj
+from models import settings
+from models.generation_config import read_stop_ids
+from models.json_object import read_object, shown
 
 LayerKind = Literal["dense", "sparse"]
 IndexerKind = Literal["full", "shared"]
@@ -15,15 +17,7 @@ IndexerKind = Literal["full", "shared"]
 # Which families rotate the indexer's dims in neighbouring pairs; the key `indexer_rope_interleave` overrides it.
 _FAMILIES = {"deepseek_v32": False, "glm_moe_dsa": True}
 
-# Settings of which only one value is built: anything else would load and compute something different in silence.
-_ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "moe_layer_freq": 1,
-}
+_LARGEST_FILE = 4 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +32,9 @@ class Yarn:
     mscale_all_dim: float = 0.0
     attention_factor: float | None = None
     truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _demand_rules(self, settings.ROPE)
 
     @property
     def rope_scale(self) -> float:
@@ -75,8 +72,10 @@ class Config:
             they are quantised and changes nothing else.
         weight_block_size: rows and columns that share a scale in block-scaled F8_E4M3 weights.
         num_nextn_predict_layers: multi-token-prediction layers behind the last one, left out; None if unsaid.
+        eos_token_ids: what ends a generated row, unless its caller says otherwise.
 
-    Raises: ValueError: sizes that do not fit together, and settings that are not built.
+    Raises: ValueError: values of another type or out of range (`settings.py` has the table), sizes that do not fit
+        together, settings that are not built.
     """
 
     model_type: str
@@ -122,26 +121,24 @@ class Config:
     def __post_init__(self) -> None:
         def demand(holds: bool, name: str, wanted: str) -> None:
             if not holds:
-                raise ValueError(f"Config({name}={getattr(self, name)!r}): must be {wanted}")
+                raise ValueError(f"Config({name}={shown(getattr(self, name))}): must be {wanted}")
+
+        _demand_rules(self, settings.FIELDS)
+        demand(self.yarn is None or isinstance(self.yarn, Yarn), "yarn", "a Yarn or None")
 
         layers, dim = self.num_hidden_layers, self.index_head_dim
-        demand(layers >= 1, "num_hidden_layers", "at least 1")
         demand(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "even, since RoPE turns pairs")
         demand(dim >= self.qk_rope_head_dim, "index_head_dim", f"at least qk_rope_head_dim = {self.qk_rope_head_dim}")
         demand(len(self.layer_kinds) == layers, "layer_kinds", f"num_hidden_layers = {layers} entries")
-        demand(set(self.layer_kinds) <= {"dense", "sparse"}, "layer_kinds", "made of 'dense' and 'sparse'")
         demand(len(self.indexer_kinds) == layers, "indexer_kinds", f"num_hidden_layers = {layers} entries")
-        demand(set(self.indexer_kinds) <= {"full", "shared"}, "indexer_kinds", "made of 'full' and 'shared'")
         demand(self.indexer_kinds[0] == "full", "indexer_kinds", "'full' at layer 0: there is nothing to share yet")
         demand(self.n_routed_experts % self.n_group == 0, "n_group", f"a divisor of {self.n_routed_experts} experts")
         demand(1 <= self.topk_group <= self.n_group, "topk_group", f"from 1 to n_group = {self.n_group}")
         room = self.topk_group * self.n_routed_experts // self.n_group
         demand(self.num_experts_per_tok <= room, "num_experts_per_tok", f"at most the {room} experts in kept groups")
-        demand(
-            self.index_key_dtype in (None, "float8_e4m3fn", "int8"), "index_key_dtype", "float8_e4m3fn, int8 or None"
-        )
-        demand(self.index_key_scale in ("float32", "ue8m0"), "index_key_scale", "'float32' or 'ue8m0'")
         demand(not self.index_hadamard or dim & (dim - 1) == 0, "index_hadamard", "False unless index_head_dim is 2^n")
+        are_tokens = all(type(id) is int and 0 <= id < self.vocab_size for id in self.eos_token_ids)
+        demand(are_tokens, "eos_token_ids", f"tokens from 0 to {self.vocab_size - 1}")
 
     @property
     def qk_head_dim(self) -> int:
@@ -160,64 +157,56 @@ class Config:
 
 
 def read_config(folder: str | Path) -> Config:
-    """Reads a checkpoint's config.json.
+    """Reads a checkpoint's config.json, and the stop tokens of its generation_config.json if it has one.
 
     Args:
         folder: where the checkpoint lies.
 
     Returns: its `Config`.
-    Raises: FileNotFoundError: no config.json. ValueError: not JSON, a key missing, a setting that is not built.
+    Raises: FileNotFoundError: no config.json. ValueError: not JSON, a key twice; as `config_from_keys`.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"read_config: folder is {folder}, wanted a folder with a config.json")
-    try:
-        keys = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(keys, dict):
-        raise ValueError(f"{path}: holds a {type(keys).__name__}, wanted an object")
-    return config_from_keys(keys, str(path))
+    config = config_from_keys(read_object(path, _LARGEST_FILE), str(path))
+    stop_ids = read_stop_ids(folder, config.vocab_size)
+    return config if stop_ids is None else dataclasses.replace(config, eos_token_ids=stop_ids)
 
 
 def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
     """Makes a `Config` of the keys of a config.json, in the style of published ones or of the transformers package.
 
     Args:
-        keys: the object in config.json. Keys that do not bear on the forward pass are ignored.
+        keys: the object in config.json. Keys that do not bear on the forward pass are ignored, null counts as absent.
         source: what error messages call it.
 
     Returns: the `Config`.
-    Raises: ValueError: a key missing, sizes that do not fit together, a setting that is not built.
+    Raises: ValueError: a key missing or of a value that `settings.py` does not have it take, sizes that do not fit
+        together, a setting that is not built.
     """
-    model_type = keys.get("model_type")
-    if model_type not in _FAMILIES:
-        raise ValueError(f"{source}: model_type is {model_type!r}, wanted one of {', '.join(_FAMILIES)}")
-    for name, only in _ONLY.items():
-        if keys.get(name, only) != only:
-            raise ValueError(f"{source}: {name} is {keys[name]!r}, only {only!r} is built")
-
-    given = {
-        field.name: keys[field.name]
-        for field in dataclasses.fields(Config)
-        if keys.get(field.name) is not None and field.name not in ("weight_block_size",)
-    }
-    given["indexer_rope_interleave"] = keys.get("indexer_rope_interleave", _FAMILIES[model_type])
-    quantization = keys.get("quantization_config") or {}
+    values = settings.present(keys, settings.SETTINGS, source)
+    if "model_type" not in values:
+        raise ValueError(f"{source}: lacks model_type")
+    names = {field.name for field in dataclasses.fields(Config)}
+    given = {name: value for name, value in values.items() if name in names}
+    given.setdefault("indexer_rope_interleave", _FAMILIES[given["model_type"]])
+    quantization = settings.present(
+        values.get("quantization_config", {}), settings.QUANTIZATION, f"{source}: quantization_config"
+    )
     if "weight_block_size" in quantization:
         given["weight_block_size"] = tuple(quantization["weight_block_size"])
     if quantization.get("scale_fmt") == "ue8m0":
         given["index_key_scale"] = "ue8m0"
-    eos = keys.get("eos_token_id")
-    given["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    given["rope_theta"], given["yarn"] = _rope(keys, source)
+    eos = values.get("eos_token_id", ())
+    given["eos_token_ids"] = (eos,) if isinstance(eos, int) else tuple(eos)
+    given |= _rope(values, source)
     if "num_hidden_layers" in given:
-        given["layer_kinds"] = _layer_kinds(keys, given["num_hidden_layers"])
-        given["indexer_kinds"] = _indexer_kinds(keys, given["num_hidden_layers"], source)
+        given["layer_kinds"] = _layer_kinds(values, given["num_hidden_layers"], source)
+        given["indexer_kinds"] = _indexer_kinds(values, given["num_hidden_layers"], source)
     missing = [
         field.name
         for field in dataclasses.fields(Config)
-        if field.default is dataclasses.MISSING and given.get(field.name) is None
+        if field.default is dataclasses.MISSING and field.name not in given
     ]
     if missing:
         raise ValueError(f"{source}: lacks {', '.join(missing)}")
@@ -227,41 +216,57 @@ def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
         raise ValueError(f"{source}: {error}") from error
 
 
-def _rope(keys: Mapping[str, Any], source: str) -> tuple[float | None, Yarn | None]:
+def _demand_rules(value: Any, rules: Mapping[str, settings.Rule]) -> None:
+    """Each field of a dataclass is what its rule wants, or None where that is its default."""
+    for field in dataclasses.fields(value):
+        rule, given = rules.get(field.name), getattr(value, field.name)
+        if rule is not None and not rule.holds(given) and (given is not None or field.default is not None):
+            raise ValueError(f"{type(value).__name__}({field.name}={shown(given)}): must be {rule.wanted}")
+
+
+def _rope(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Theta and YaRN from either `rope_parameters` or `rope_theta` with `rope_scaling`."""
-    rope = {**(keys.get("rope_scaling") or {}), **(keys.get("rope_parameters") or {})}
-    theta = rope.get("rope_theta", keys.get("rope_theta"))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "yarn":
-        raise ValueError(f"{source}: rope type is {kind!r}, wanted 'default' or 'yarn'")
-    named = {field.name: rope[field.name] for field in dataclasses.fields(Yarn) if rope.get(field.name) is not None}
-    named.setdefault("original_max_position_embeddings", keys.get("max_position_embeddings"))
-    if "factor" not in named:
-        raise ValueError(f"{source}: rope type is 'yarn', but it lacks factor")
-    return theta, Yarn(**named)
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope |= settings.present(values.get(name, {}), settings.ROPE, f"{source}: {name}")
+    theta = rope.get("rope_theta", values.get("rope_theta"))
+    given = {} if theta is None else {"rope_theta": theta}
+    if rope.get("rope_type", rope.get("type", "default")) == "default":
+        return given
+    named = {field.name: rope[field.name] for field in dataclasses.fields(Yarn) if field.name in rope}
+    if "max_position_embeddings" in values:
+        named.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+    for needed in ("factor", "original_max_position_embeddings"):
+        if needed not in named:
+            raise ValueError(f"{source}: rope type is 'yarn', but it lacks {needed}")
+    return given | {"yarn": Yarn(**named)}
 
 
-def _layer_kinds(keys: Mapping[str, Any], layers: int) -> tuple[LayerKind, ...]:
-    if keys.get("mlp_layer_types") is not None:
-        return tuple(keys["mlp_layer_types"])
-    dense = keys.get("first_k_dense_replace", 0)
+def _layer_kinds(values: Mapping[str, Any], layers: int, source: str) -> tuple[LayerKind, ...]:
+    """From a list, else the number of dense layers."""
+    if "mlp_layer_types" in values:
+        return _first(values, "mlp_layer_types", layers, source)
+    dense = values.get("first_k_dense_replace", 0)
     return tuple("dense" if i < dense else "sparse" for i in range(layers))
 
 
-def _indexer_kinds(keys: Mapping[str, Any], layers: int, source: str) -> tuple[IndexerKind, ...]:
-    """From a list, else a pattern such as "FFSSF", else the rule of frequency and offset."""
-    if keys.get("indexer_types") is not None:
-        return tuple(keys["indexer_types"])
-    pattern = keys.get("index_topk_pattern")
-    if pattern is not None:
-        if len(pattern) != layers or not set(pattern) <= {"F", "S"}:
-            raise ValueError(
-                f"{source}: index_topk_pattern is {pattern!r}, wanted {layers} letters F (full) or S (shared)"
-            )
-        return tuple("full" if letter == "F" else "shared" for letter in pattern)
-    return indexer_kinds(layers, keys.get("index_topk_freq") or 1, _or(keys.get("index_skip_topk_offset"), 2))
+def _indexer_kinds(values: Mapping[str, Any], layers: int, source: str) -> tuple[IndexerKind, ...]:
+    """From a list, else a pattern such as "FFSSF", else by frequency and offset."""
+    if "indexer_types" in values:
+        return _first(values, "indexer_types", layers, source)
+    if "index_topk_pattern" in values:
+        letters = _first(values, "index_topk_pattern", layers, source)
+        return tuple("full" if letter == "F" else "shared" for letter in letters)
+    return indexer_kinds(layers, values.get("index_topk_freq", 1), values.get("index_skip_topk_offset", 2))
+
+
+def _first(values: Mapping[str, Any], name: str, layers: int, source: str) -> tuple:
+    """Those of the layers there are: a model that `num_hidden_layers` cuts short keeps its longer lists."""
+    if len(values[name]) < layers:
+        raise ValueError(
+            f"{source}: {name} is {shown(values[name])}, wanted an entry for each of num_hidden_layers = {layers}"
+        )
+    return tuple(values[name][:layers])
 
 
 def indexer_kinds(layers: int, frequency: int, offset: int) -> tuple[IndexerKind, ...]:
@@ -275,7 +280,3 @@ def indexer_kinds(layers: int, frequency: int, offset: int) -> tuple[IndexerKind
     Returns: "full" or "shared" for each layer.
     """
     return tuple("full" if max(i - offset + 1, 0) % frequency == 0 else "shared" for i in range(layers))
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value

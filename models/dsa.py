@@ -137,7 +137,7 @@ class Attention(nnx.Module):
             out = absorbed(q_nope, q_rope, pages, block_tables, slots, selection.indices, k_b, v_b, scale, mesh)
         else:
             assert pages.latents is not None
-            latents = contiguous(pages.latents, block_tables, mesh)
+            latents = contiguous(pages.latents, block_tables, lengths, mesh)
             out = expanded(q_nope, q_rope, latents, selection.indices, k_b, v_b, scale)
         return self.merge_heads(out), pages, selection, inputs
 
@@ -219,14 +219,19 @@ def expanded(
         k_b, v_b: [L, N, P] and [L, N, V].
         scale: factor of the logits.
 
-    Returns: [B, T, N, V], zeros where nothing is selected.
+    Returns: [B, T, N, V], zeros where nothing is selected, NaN where a selected token's latent is not finite. Nothing
+        of a token that a query does not select reaches its output.
     """
     L = k_b.shape[0]
+    # What is not selected gets the weight 0, and 0 * NaN is NaN: such values stay out of the products.
+    is_finite = jnp.all(jnp.isfinite(kv), axis=-1)
+    kv = jnp.where(is_finite[..., None], kv, jnp.zeros((), kv.dtype))
     latent, k_rope = kv[..., :L], kv[..., L:]
     k_nope = jnp.einsum("bsl,lnd->bsnd", latent, k_b)
     v = jnp.einsum("bsl,lnd->bsnd", latent, v_b)
     sum32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits = sum32("btnd,bsnd->bnts", q_nope, k_nope) + sum32("btnd,bsd->bnts", q_rope, k_rope)
+    logits = jnp.where(is_finite[:, None, None, :], logits, jnp.nan)
     is_selected = selected_mask(indices, kv.shape[1])[:, None, :, :]
     # Softmax over where it is selected; rows that select nothing get zeros, not NaN.
     p = jax.nn.softmax(jnp.where(is_selected, logits * scale, jnp.finfo(jnp.float32).min), axis=-1)

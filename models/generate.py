@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import get_args
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 from jax import Array, lax
 
 import hisa_jax as hj
+from models import checks
 from models.cache import Cache
 from models.dsa import select
 from models.modeling import Model, Output
@@ -78,7 +80,7 @@ def generate(
     chunk: int = 512,
     temperature: float = 0.0,
     seed: int = 0,
-    stop_ids: Sequence[int] = (),
+    stop_ids: Collection[int] | None = None,
     report_recall: bool = False,
 ) -> Generation:
     """Continues prompts of any lengths.
@@ -90,18 +92,20 @@ def generate(
         chunk: prompt tokens a forward pass.
         temperature: 0 takes the likeliest token, others divide the logits before one is drawn.
         seed: of the draws.
-        stop_ids: tokens that end a row.
+        stop_ids: tokens that end a row; None: those of the model's config; () for none.
         report_recall: whether to compare each selection with the flat indexer's.
 
     Returns: `Generation`.
-    Raises: ValueError: no prompt, an empty one, a token outside the vocabulary, more tokens than the model has
-        positions, sizes below 1, a negative temperature.
+    Raises: ValueError: no prompt, an empty one, what is no token of the vocabulary, more tokens than the model has
+        positions, sizes below 1, a temperature that is none. FloatingPointError: logits without a likeliest token,
+        since they are NaN or infinite; it names the prompts.
     """
-    _check(model, prompts, max_new_tokens, chunk, temperature)
+    prompts = _checked(model, prompts, max_new_tokens, chunk, temperature)
+    stops = checks.stop_ids("generate", stop_ids, model.config)
     ids, mask = pad_left(prompts, chunk)
     # Whole chunks, so that prompts of about the same length run the same compiled programs.
     capacity = -(-(max(map(len, prompts)) + max_new_tokens) // chunk) * chunk
-    graphs, state = _graphs(model), nnx.state(model)
+    graphs, state = phase_graphs(model), nnx.state(model)
 
     start = time.perf_counter()
     cache, recall = model.empty_cache(len(prompts), capacity), {}
@@ -117,22 +121,34 @@ def generate(
     jax.block_until_ready(logits)
     middle = time.perf_counter()
     key = jax.random.key(seed)
-    tokens, decode_recall = _decode(
+    tokens, is_failed, decode_recall = _decode(
         state, cache, logits, key, jnp.float32(temperature), graph=graphs["decode"], steps=max_new_tokens,
-        is_greedy=temperature == 0, stop_ids=tuple(stop_ids), report_recall=report_recall,
+        is_greedy=temperature == 0, stop_ids=stops, report_recall=report_recall,
     )  # fmt: skip
-    rows = np.asarray(tokens).tolist()
+    rows = [[token for token in row if token >= 0] for row in np.asarray(tokens).tolist()]
     end = time.perf_counter()
+    if failed := np.flatnonzero(is_failed).tolist():
+        where = ", ".join(f"prompts[{row}] after {len(rows[row])} new tokens" for row in failed)
+        raise FloatingPointError(f"generate: logits are not finite (NaN or infinity): {where}")
     if report_recall:
         recall = {"prefill": prefill_recall.means(), "decode": decode_recall.means()}
     return Generation(
-        tokens=[[token for token in row if token >= 0] for row in rows],
-        prompt_tokens=sum(map(len, prompts)), prefill_seconds=middle - start, decode_seconds=end - middle,
-        recall=recall,
+        tokens=rows, prompt_tokens=sum(map(len, prompts)), prefill_seconds=middle - start,
+        decode_seconds=end - middle, recall=recall,
     )  # fmt: skip
 
 
-def _graphs(model: Model) -> dict[Phase, nnx.GraphDef]:
+def likeliest(logits: Array) -> Array:
+    """[..., V] -> [...] int32, the likeliest token; -1 where there is none: a NaN, or nothing that is finite."""
+    return jnp.where(has_likeliest(logits), jnp.argmax(logits, axis=-1).astype(jnp.int32), -1)
+
+
+def has_likeliest(logits: Array) -> Array:
+    """[..., V] -> [...] bool. A maximum is NaN if anything is."""
+    return jnp.isfinite(jnp.max(logits, axis=-1))
+
+
+def phase_graphs(model: Model) -> dict[Phase, nnx.GraphDef]:
     """The model with the methods of each phase, a rule asked once: phases of the same methods run the same program."""
     layers = range(model.config.num_hidden_layers)
     phases: tuple[Phase, ...] = get_args(Phase)
@@ -173,37 +189,40 @@ def _prefill(
 def _decode(
     state: nnx.State, cache: Cache, logits: Array, key: Array, temperature: Array, *, graph: nnx.GraphDef, steps: int,
     is_greedy: bool, stop_ids: tuple[int, ...], report_recall: bool,
-) -> tuple[Array, RecallSums]:  # fmt: skip
-    """From the prompt's last logits [B, V]: new tokens [B, steps], -1 behind a stop token."""
+) -> tuple[Array, Array, RecallSums]:  # fmt: skip
+    """From the prompt's last logits [B, V]: new tokens [B, steps], -1 behind a stop token or a failure; failed [B]."""
     model = nnx.merge(graph, state)
 
     def choose(logits: Array, i: Array) -> Array:
         if is_greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return jax.random.categorical(jax.random.fold_in(key, i), logits / temperature, axis=-1).astype(jnp.int32)
+            return likeliest(logits)
+        drawn = jax.random.categorical(jax.random.fold_in(key, i), logits / temperature, axis=-1).astype(jnp.int32)
+        return jnp.where(has_likeliest(logits), drawn, -1)
 
-    def put(tokens: Array, token: Array, is_done: Array, i: Array) -> tuple[Array, Array]:
-        tokens = tokens.at[:, i].set(jnp.where(is_done, -1, token))
-        is_stop = jnp.isin(token, jnp.asarray(stop_ids, jnp.int32)) if stop_ids else jnp.zeros_like(is_done)
-        return tokens, is_done | is_stop
+    def put(tokens: Array, token: Array, is_done: Array, is_failed: Array, i: Array) -> tuple[Array, Array, Array]:
+        token = jnp.where(is_done, -1, token)
+        is_failed |= ~is_done & (token < 0)
+        is_stop = jnp.isin(token, jnp.asarray((-1, *stop_ids), jnp.int32))
+        return tokens.at[:, i].set(token), is_done | is_stop, is_failed
 
     def unfinished(carry: tuple) -> Array:
-        i, _, _, is_done, *_ = carry
+        i, _, _, _, is_done, *_ = carry
         return (i < steps) & ~jnp.all(is_done)
 
     def step(carry: tuple) -> tuple:
-        i, cache, token, is_done, tokens, sums = carry
-        out = model.run(token[:, None], cache=cache, mask=~is_done[:, None], trace=report_recall)
+        i, cache, token, tokens, is_done, is_failed, sums = carry
+        ids = jnp.maximum(token, 0)  # what is done is masked
+        out = model.run(ids[:, None], cache=cache, mask=~is_done[:, None], trace=report_recall)
         token = choose(out.logits[:, 0], i)
-        tokens, is_done = put(tokens, token, is_done, i)
-        return i + 1, out.cache, token, is_done, tokens, sums + _recall(model, out)
+        tokens, is_done, is_failed = put(tokens, token, is_done, is_failed, i)
+        return i + 1, out.cache, token, tokens, is_done, is_failed, sums + _recall(model, out)
 
     B = logits.shape[0]
-    token = choose(logits, jnp.int32(0))
-    tokens, is_done = put(jnp.full((B, steps), -1, jnp.int32), token, jnp.zeros((B,), bool), jnp.int32(0))
-    carry = (jnp.int32(1), cache, token, is_done, tokens, _no_recall(model))
-    *_, tokens, sums = lax.while_loop(unfinished, step, carry)
-    return tokens, sums
+    token, nobody = choose(logits, jnp.int32(0)), jnp.zeros((B,), bool)
+    rows = put(jnp.full((B, steps), -1, jnp.int32), token, nobody, nobody, jnp.int32(0))
+    carry = (jnp.int32(1), cache, token, *rows, _no_recall(model))
+    *_, tokens, _, is_failed, sums = lax.while_loop(unfinished, step, carry)
+    return tokens, is_failed, sums
 
 
 def _no_recall(model: Model) -> RecallSums:
@@ -230,18 +249,22 @@ def _recall(model: Model, out: Output) -> RecallSums:
     return sums
 
 
-def _check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int, temperature: float) -> None:
-    if max_new_tokens < 1 or chunk < 1:
-        raise ValueError(f"generate: max_new_tokens={max_new_tokens}, chunk={chunk}, wanted at least 1 each")
-    if temperature < 0:
-        raise ValueError(f"generate: temperature={temperature}, wanted at least 0")
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError("generate: prompts must hold at least one prompt, and each at least one token")
-    vocabulary = model.config.vocab_size
-    for prompt in prompts:
-        for token in prompt:
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"generate: prompts hold token {token}, wanted 0 to {vocabulary - 1}")
-    longest, room = max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings
+def _checked(
+    model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int, temperature: float
+) -> list[list[int]]:
+    """The prompts as lists of ints."""
+    call, vocabulary = "generate", model.config.vocab_size
+    n_new = checks.whole(call, "max_new_tokens", max_new_tokens)
+    checks.whole(call, "chunk", chunk)
+    is_number = isinstance(temperature, int | float | np.number) and not isinstance(temperature, bool)
+    if not is_number or not 0 <= temperature < math.inf:
+        raise ValueError(f"generate: temperature={checks.shown(temperature)}, wanted a number of at least 0")
+    if hasattr(prompts, "__array__"):
+        prompts = np.asarray(prompts).tolist()
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str) or not prompts:
+        raise ValueError(f"generate: prompts is {checks.shown(prompts)}, wanted a sequence of at least one prompt")
+    rows = [checks.prompt(call, f"prompts[{i}]", prompt, vocabulary) for i, prompt in enumerate(prompts)]
+    longest, room = max(map(len, rows)) + n_new, model.config.max_position_embeddings
     if longest > room:
         raise ValueError(f"generate: prompt and max_new_tokens make {longest} tokens, the model has {room} positions")
+    return rows

@@ -5,18 +5,18 @@ The file is JSON: {"default": {"indexer": "hisa", "block_topk": 32}, "0": {"inde
 the others are fields of that method. `topk` is the checkpoint's unless given.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import hisa_jax as hj
 from models.config import Config
+from models.json_object import read_object
 
 NAMES = {"dsa": hj.Dsa, "hisa": hj.Hisa, "block-sparse": hj.BlockSparse}
 
 
-def make_method(name: str, config: Config, source: str = "indexer", **fields: Any) -> hj.Method:
+def make_method(name: str, config: Config, source: str = "indexer", /, **fields: Any) -> hj.Method:
     """Makes a method of its name.
 
     Args:
@@ -28,7 +28,7 @@ def make_method(name: str, config: Config, source: str = "indexer", **fields: An
     Returns: the method.
     Raises: ValueError: no such name, a field that the method does not have or take.
     """
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"{source}: indexer is {name!r}, wanted one of {', '.join(NAMES)}")
     try:
         return NAMES[name](**{"topk": config.index_topk, **fields})
@@ -49,11 +49,8 @@ def read_methods(path: str | Path, config: Config) -> tuple[hj.Method, ...]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"indexer is {path}, wanted one of {', '.join(NAMES)} or a file")
-    try:
-        given = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(given, Mapping) or not all(isinstance(item, Mapping) for item in given.values()):
+    given = read_object(path, 2**22)
+    if not all(isinstance(item, Mapping) for item in given.values()):
         raise ValueError(f"{path}: wanted an object of objects, as {{'default': {{'indexer': 'hisa'}}}}")
     layers = [str(i) for i in range(config.num_hidden_layers)]
     for key in given:

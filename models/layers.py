@@ -34,13 +34,18 @@ class Init:
         dtype = self.dtype if dtype is None else jnp.dtype(dtype)
         sharding = None if self.mesh is None else sharding_of(self.mesh, shape, axes)
         value = _normal(shape, dtype, sharding)(self.rngs.params())
-        return nnx.Param(value, out_sharding=tuple(axes), eager_sharding=False)
+        return _parameter(value, axes)
 
     def constant(self, shape: tuple[int, ...], value: float) -> nnx.Param:
         """A replicated float32 parameter: scale or bias of a norm or of the router."""
         axes = (None,) * len(shape)
         sharding = None if self.mesh is None else sharding_of(self.mesh, shape, axes)
-        return nnx.Param(jnp.full(shape, value, jnp.float32, device=sharding), out_sharding=axes, eager_sharding=False)
+        return _parameter(jnp.full(shape, value, jnp.float32, device=sharding), axes)
+
+
+def _parameter(value: Array, axes: Axes) -> nnx.Param:
+    """Under a name of its own: what Flax calls `out_sharding` it reads as axes of whatever mesh `jax.set_mesh` set."""
+    return nnx.Param(value, axes=tuple(axes))
 
 
 @functools.lru_cache(maxsize=256)

@@ -162,7 +162,8 @@ class Model(nnx.Module):
         """Runs tokens that come after those in the cache.
 
         Args:
-            input_ids: [B, T] int32.
+            input_ids: [B, T] int32. One outside the vocabulary is NaN to all that see it, and to no other row; those
+                of padding do not matter.
             cache: what came before. Default: nothing.
             positions, mask: as for a call of the model; tokens in the cache count.
             phase: for methods that are a rule: "prefill", "last_prefill" or "decode".
@@ -188,7 +189,7 @@ class Model(nnx.Module):
         slots = jnp.where(is_real, slots, -1)
         table = rope_table(self.config, slots if positions is None else positions)
 
-        x = constrain(self.embed[...][input_ids], self.mesh, _HIDDEN)
+        x = constrain(self._embedded(input_ids, is_real), self.mesh, _HIDDEN)
         selection, pages, traces = None, [], []
         for i, layer in enumerate(self.layers):
             layer_pages, layer_trace = layer(
@@ -206,6 +207,14 @@ class Model(nnx.Module):
             cache=Cache(layers=tuple(pages), block_tables=cache.block_tables, lengths=lengths), slots=slots,
             layers=tuple(traces),
         )  # fmt: skip
+
+    def _embedded(self, input_ids: Array, is_real: Array) -> Array:
+        """[B, T], [B, T] -> [B, T, E]."""
+        wide = input_ids.astype(jnp.int32) if input_ids.dtype.itemsize < 4 else input_ids
+        ids = jnp.where(is_real, wide, 0)
+        # Neither the last embedding for an id beyond it, nor one counted from the end.
+        ids = jnp.where(ids < 0, self.config.vocab_size, ids)
+        return self.embed[...].at[ids].get(mode="fill", fill_value=jnp.nan)
 
 
 def _check_tokens(

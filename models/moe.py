@@ -69,12 +69,14 @@ def routed_experts(
     rows = x.reshape(B * T, E)[tokens]
     hidden = jax.nn.silu(lax.ragged_dot(rows, gate, sizes)) * lax.ragged_dot(rows, up, sizes)
     out = lax.ragged_dot(hidden, down, sizes).astype(jnp.float32)
+    # Back to the tokens by a gather, whose sums have one order; those of a scatter have none on a GPU.
+    places = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype), unique_indices=True)
+    out = out[places].reshape(B, T, K, E) * weights[..., None]
     # Rows beyond the sizes are unspecified, so they are replaced, not scaled.
-    out = jnp.where(is_here[order][:, None], out * weights.reshape(-1)[order][:, None], 0)
-    total = jnp.zeros((B * T, E), jnp.float32).at[tokens].add(out)
+    total = jnp.sum(jnp.where(is_here.reshape(B, T, K, 1), out, 0), axis=2)
     if axis is not None:
         total = lax.psum(total, axis)
-    return total.reshape(B, T, E).astype(x.dtype)
+    return total.astype(x.dtype)
 
 
 class Moe(nnx.Module):

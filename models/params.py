@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from models.sharding import parameter_sharding
 
 ParameterPath = tuple[Any, ...]
 Layout = Callable[[np.ndarray], np.ndarray]
+
+_LAYER = re.compile(r"model\.layers\.(?P<layer>\d{1,9})\.(?P<indexer>self_attn\.indexer\.)?", re.ASCII)
+_MOST_NAMED = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,11 @@ def parameter_table(config: Config) -> dict[ParameterPath, Source]:
 
     Returns: a `Source` for each path in the model's state.
     """
+    return {path: source for part in _tables(config) for path, source in part.items()}
+
+
+def _tables(config: Config) -> Iterator[dict[ParameterPath, Source]]:
+    """The table in parts, a layer each, so that nobody needs to make all of it who finds something missing."""
     E, V = config.hidden_size, config.vocab_size
     table: dict[ParameterPath, Source] = {
         ("embed",): _one("model.embed_tokens.weight", (V, E), _as_stored),
@@ -55,6 +63,7 @@ def parameter_table(config: Config) -> dict[ParameterPath, Source]:
     }
     if not config.tie_word_embeddings:
         table["head",] = _one("lm_head.weight", (V, E), _transposed)
+    yield table
     for i in range(config.num_hidden_layers):
         prefix = f"model.layers.{i}."
         layer: dict[ParameterPath, Source] = {
@@ -64,8 +73,7 @@ def parameter_table(config: Config) -> dict[ParameterPath, Source]:
             **(_indexer(config, f"{prefix}self_attn.indexer.") if config.indexer_kinds[i] == "full" else {}),
             **(_experts if config.layer_kinds[i] == "sparse" else _dense)(config, f"{prefix}mlp."),
         }
-        table |= {("layers", i, *path): source for path, source in layer.items()}
-    return table
+        yield {("layers", i, *path): source for path, source in layer.items()}
 
 
 def _attention(config: Config, prefix: str) -> dict[ParameterPath, Source]:
@@ -193,9 +201,9 @@ def from_pretrained(
         tensor missing, left over, of another shape, cut short or corrupt, by name and file.
     """
     config = read_config(folder) if config is None else config
-    reader = Reader(folder, config.weight_block_size)
+    reader = Reader(folder, config.weight_block_size, lambda name: is_skipped(name, config))
+    _check_keys(reader, config)
     table = parameter_table(config)
-    _check_keys(reader, table, config)
     model = nnx.eval_shape(lambda: Model(config, method=method, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     loaded = [
@@ -205,10 +213,16 @@ def from_pretrained(
     return nnx.merge(graph, nnx.from_flat_state(loaded))
 
 
-def _check_keys(reader: Reader, table: Mapping[ParameterPath, Source], config: Config) -> None:
+def _check_keys(reader: Reader, config: Config) -> None:
     """Every tensor that is wanted is there in the right shape, and no other one is."""
-    wanted = {key: source.shape for source in table.values() for key in source.keys}
-    missing = [key for key in wanted if key not in reader]
+    wanted: dict[str, tuple[int, ...]] = {}
+    missing: list[str] = []
+    for table in _tables(config):
+        shapes = {key: source.shape for source in table.values() for key in source.keys}
+        missing += [key for key in shapes if key not in reader]
+        if len(missing) > _MOST_NAMED:  # a config of another model, maybe of very many layers
+            break
+        wanted |= shapes
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{missing[0]}{more} in {reader.folder}: missing")
@@ -218,17 +232,32 @@ def _check_keys(reader: Reader, table: Mapping[ParameterPath, Source], config: C
     for key in reader:
         base = key.removesuffix(SCALE_SUFFIX)
         is_scale = base != key and base in wanted and reader.entries[base].dtype == "F8_E4M3"
-        if key not in wanted and not is_scale and not _is_next_token_layer(key, config):
+        if key not in wanted and not is_scale:
             raise CheckpointError(f"{reader.where(key)}: unexpected, no parameter of {config.model_type} has this name")
 
 
-def _is_next_token_layer(key: str, config: Config) -> bool:
-    """Whether it belongs to a multi-token-prediction layer, which are numbered behind the model's own."""
-    match = re.match(r"model\.layers\.(\d+)\.", key)
+def is_skipped(key: str, config: Config) -> bool:
+    """Whether a tensor that checkpoints have is none of a model's.
+
+    Args:
+        key: its name.
+        config: of the model.
+
+    Returns: True for layers behind the last one (for multi-token prediction, or of a model that `num_hidden_layers`
+        cuts short), for the indexers of layers that share a selection, for the head of a model that has its embeddings
+        in its place, and for RoPE's frequencies, which old writers stored.
+    """
+    if key == "lm_head.weight":
+        return config.tie_word_embeddings
+    if key.endswith("rotary_emb.inv_freq"):
+        return True
+    match = _LAYER.match(key)
     if match is None:
         return False
-    behind = int(match[1]) - config.num_hidden_layers
-    return behind >= 0 and (config.num_nextn_predict_layers is None or behind < config.num_nextn_predict_layers)
+    layer = int(match["layer"])
+    if layer >= config.num_hidden_layers:
+        return True
+    return match["indexer"] is not None and config.indexer_kinds[layer] == "shared"
 
 
 def _load(reader: Reader, source: Source, parameter: nnx.Variable, mesh: Mesh | None) -> jax.Array:
@@ -255,7 +284,8 @@ def _part(reader: Reader, source: Source, index: tuple[slice, ...], dtype: np.dt
 
 def _values(reader: Reader, key: str, layout: Layout, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
     # A copy even where nothing is converted: an array must not change with the file it was read from.
-    values = np.array(layout(reader.tensor(key))[index], dtype, order="C")
+    with np.errstate(over="ignore"):  # refused below
+        values = np.array(layout(reader.tensor(key))[index], dtype, order="C")
     if not np.isfinite(values).all():
         raise CheckpointError(f"{reader.where(key)}: holds numbers that are not finite: corrupt")
     return values

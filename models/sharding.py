@@ -60,7 +60,7 @@ def sharding_of(mesh: Mesh, shape: Sequence[int], axes: Axes) -> NamedSharding:
 
 def parameter_sharding(mesh: Mesh, parameter: nnx.Variable) -> NamedSharding:
     """Placement of a parameter, from the axis names it was made with."""
-    return sharding_of(mesh, parameter.get_value().shape, parameter.get_metadata("out_sharding"))
+    return sharding_of(mesh, parameter.get_value().shape, parameter.get_metadata("axes"))
 
 
 def constrain(x: Array, mesh: Mesh | None, axes: Axes) -> Array:
@@ -80,7 +80,7 @@ def per_device(function: Callable[..., Any], mesh: Mesh | None, in_axes: Sequenc
     Returns: a function of the same arguments.
     """
     if mesh is None:
-        return function
+        return _by_one(function)
 
     def call(*arguments: Any) -> Any:
         placed: dict[str, str | None] = {}
@@ -102,5 +102,19 @@ def per_device(function: Callable[..., Any], mesh: Mesh | None, in_axes: Sequenc
             out_specs=spec(out_axes),
             check_vma=False,
         )(*arguments)
+
+    return call
+
+
+def _by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as it is, also under a mesh with Explicit axes that `jax.set_mesh` has set.
+
+    There JAX asks of operations without a rule, of `ragged_dot` for instance, where their results shall lie.
+    """
+
+    def call(*arguments: Any) -> Any:
+        if not jax.sharding.get_abstract_mesh().explicit_axes:
+            return function(*arguments)
+        return jax.sharding.auto_axes(function, out_sharding=PartitionSpec())(*arguments)
 
     return call

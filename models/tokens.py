@@ -4,6 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from models.json_object import short
+
+# The largest published ones have 20 MB.
+_LARGEST_FILE = 128 * 2**20
+
 
 class Tokenizer(Protocol):
     """What generation needs of a tokenizer."""
@@ -47,7 +52,7 @@ class FromFile:
     Args:
         file: the tokenizer.json.
 
-    Raises: ModuleNotFoundError: the package `tokenizers` is not installed.
+    Raises: ModuleNotFoundError: the package `tokenizers` is not installed. ValueError: not a file that it can read.
     """
 
     def __init__(self, file: Path):
@@ -55,7 +60,16 @@ class FromFile:
             import tokenizers
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"{file} needs the package tokenizers: pip install tokenizers") from error
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        if not file.is_file():
+            raise ValueError(f"{file}: is no file")
+        if file.stat().st_size > _LARGEST_FILE:
+            raise ValueError(f"{file}: has more than {_LARGEST_FILE} bytes, too many for a tokenizer")
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the package raises Exception, and its panics are not even that
+            raise ValueError(f"{file}: not a tokenizer: {short(str(error))}") from error
 
     def encode(self, text: str) -> list[int]:
         """Text -> tokens, special ones as the file's own template adds them."""
@@ -74,7 +88,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
         vocab_size: tokens the model knows.
 
     Returns: a tokenizer.
-    Raises: ModuleNotFoundError: there is a tokenizer.json but no package to read it.
+    Raises: as `FromFile`, if there is a tokenizer.json.
     """
     file = Path(folder) / "tokenizer.json"
-    return FromFile(file) if file.is_file() else Bytes(vocab_size)
+    return FromFile(file) if file.exists() else Bytes(vocab_size)

@@ -4,6 +4,7 @@ The number of devices is fixed when JAX starts, so it cannot be set for one test
 """
 
 import contextlib
+import dataclasses
 import functools
 import sys
 import time
@@ -19,8 +20,9 @@ from jax.experimental import checkify  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
+from hisa_jax import paged  # noqa: E402
 from hisa_jax.pages import PagePool  # noqa: E402
-from tests import draw  # noqa: E402
+from tests import draw, isolation  # noqa: E402
 from tests.collectives import collectives, elements  # noqa: E402
 
 METHODS = {
@@ -206,15 +208,43 @@ def a_page_that_is_lacking_or_elsewhere_costs_its_request_alone():
         hj.checked(step)(eight)
 
 
-def writing_exchanges_nothing_and_a_copy_stays_on_its_device():
+def what_others_hold_leaves_no_trace():
+    """NaN and infinity in other requests' pages, unused ones and behind a request's tokens, on all devices."""
+    select = functools.partial(hj.select_paged_sharded, **OVER)
+    for name, dtype in (("hisa", "bfloat16"), ("dsa", "float8_e4m3fn")):
+        run = jax.jit(select, static_argnames=("method", "return_scores", "return_blocks"))
+        call = isolation.paged(
+            run, METHODS[name], dtype, page_size=PAGE, n_devices=8, stripe=PAGE if name == "dsa" else STRIPE
+        )
+        isolation.assert_isolated(call, METHODS[name])
+
+
+def writing_exchanges_nothing():
     _, eight, tables, lengths = served()
     k, latents = keys(np.random.default_rng(1), ROWS, "bfloat16"), jnp.zeros((ROWS, LATENT))
     written = append_sharded.lower(eight, k, tables, jnp.arange(6), lengths, latents=latents)
     assert not collectives(written.compile())
-    pages = jnp.array([0]), jnp.array([PER_DEVICE])
-    same(hj.copy_pages_sharded(eight, *pages, **OVER), eight)
-    with raises(f"target is [{PER_DEVICE}] for source [0], wanted pages of one device, {PER_DEVICE} in a row"):
-        hj.checked(hj.copy_pages_sharded)(eight, *pages, **OVER)
+
+
+def a_copy_stays_on_its_device():
+    """From every page to every page, each with a number of its own in all that it holds."""
+    n, own = 16, 2  # pages of all devices and of one
+    empty, pages = hj.init_cache(n, 4, 8, "float8_e4m3fn", latent_dim=8), np.arange(n)
+    cache = jax.tree.map(
+        lambda x: jnp.broadcast_to(pages.reshape(-1, *[1] * (x.ndim - 1)), x.shape).astype(x.dtype), empty
+    )
+    cache, copy = split(cache), jax.jit(functools.partial(hj.copy_pages_sharded, **OVER))
+    for shift in range(n):
+        target = (pages + shift) % n
+        content = pages.copy()
+        stays = pages // own == target // own
+        content[target[stays]] = pages[stays]
+        for leaf in jax.tree.leaves(copy(cache, jnp.array(pages, jnp.int32), jnp.array(target, jnp.int32))):
+            of_page = np.asarray(leaf, np.float32).reshape(n, -1)
+            np.testing.assert_array_equal(of_page, np.broadcast_to(content[:, None], of_page.shape))
+    same(copy(cache, jnp.array([3, 5]), jnp.array([-1, n])), cache)
+    with raises("target is [2] for source [1], wanted pages of one device, 2 in a row"):
+        hj.checked(hj.copy_pages_sharded)(cache, jnp.array([1]), jnp.array([2]), **OVER)
 
 
 def sparse_mla_over_pages_is_that_of_one_device_and_exchanges_one_sum():
@@ -228,8 +258,15 @@ def sparse_mla_over_pages_is_that_of_one_device_and_exchanges_one_sum():
     run = jax.jit(functools.partial(hj.sparse_mla_paged_sharded, **OVER, **options))
     compiled = run.lower(q, eight, indices, tables, cu).compile()
     wanted = hj.sparse_mla_paged(q, one, indices, tables, cu, **options)
-    for x, y in zip(compiled(q, eight, indices, tables, cu), wanted, strict=True):
+    got = compiled(q, eight, indices, tables, cu)
+    for x, y in zip(got, wanted, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    rows = np.asarray(paged.latent_rows(one, indices, tables, cu))
+    others = np.setdiff1d(np.arange(one.n_pages * PAGE), rows)
+    latents = one.latents.reshape(-1, LATENT).at[others].set(jnp.nan).reshape(one.latents.shape)
+    poisoned = split(dataclasses.replace(one, latents=latents))
+    assert len(others) > 2000 and np.isfinite(got[0]).all()
+    same(compiled(q, poisoned, indices, tables, cu), got)
     found = collectives(compiled)
     assert {kind for kind, *_ in found} == {"all-reduce"}
     assert sum(n for *_, n in found) == N * (V + 2) * q.shape[0], found

@@ -15,7 +15,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
-from tests import draw  # noqa: E402
+from tests import draw, isolation  # noqa: E402
 from tests.collectives import collectives, elements  # noqa: E402
 
 METHODS = {
@@ -81,6 +81,14 @@ def same_bits_for_lengths_that_end_on_any_device():
             check(method, 1, 8, lengths=lengths, query_positions=positions)
 
 
+def what_other_devices_hold_leaves_no_trace():
+    """Some devices, and part of one, hold only NaN or infinity of a sequence, and all do of the other."""
+    select = functools.partial(hj.select_sharded, mesh=mesh(1, 8), context_axis="context", data_axis="data")
+    for name, dtype in (("hisa", "bfloat16"), ("dsa", "float8_e4m3fn")):
+        run = jax.jit(select, static_argnames=("method", "return_scores", "return_blocks"))
+        isolation.assert_isolated(isolation.batch(run, METHODS[name], dtype, S=S), METHODS[name])
+
+
 def only_candidates_are_exchanged():
     """Of a query: image and id of each device's best to whom merges them, and the merged to all."""
     method, n_queries = METHODS["hisa"], 24  # 22 in equal shares
@@ -93,12 +101,37 @@ def only_candidates_are_exchanged():
     print(f"{sent // n_queries} + {merged // n_queries} bytes a query")
 
 
+def what_is_on_all_devices_gets_the_gradient_of_all():
+    """In `jax.shard_map` over queries, its checks on, with latents that do not vary: outside and inside."""
+    rng = np.random.default_rng(0)
+    devices = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    q, kv = (jnp.asarray(rng.normal(size=(n, 9, *heads, 8)), jnp.float32) for n, heads in ((2, (2,)), (1, ())))
+    indices, split, whole = jnp.asarray(rng.integers(0, 9, (2, 9, 5)), jnp.int32), jax.P("data"), jax.P()
+
+    def loss(q, kv, indices):
+        return jnp.sum(hj.sparse_mla(q, kv, indices, scale=0.3, value_dim=6) ** 2)
+
+    def of_all(q, kv, indices):
+        return jax.lax.psum(loss(q, kv, indices), "data")
+
+    specs = dict(mesh=devices, in_specs=(split, whole, split))
+    outside = jax.grad(jax.shard_map(of_all, **specs, out_specs=whole), (0, 1))
+    inside = jax.shard_map(jax.grad(of_all, (0, 1)), **specs, out_specs=(split, whole))
+    want = jax.grad(loss, (0, 1))(q, jnp.broadcast_to(kv, (2, 9, 8)), indices)
+    for gradient in (outside, inside):
+        d_q, d_kv = jax.jit(gradient)(q, kv, indices)
+        np.testing.assert_allclose(d_q, want[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(d_kv[0], want[1].sum(0), rtol=1e-5, atol=1e-6)
+
+
 if __name__ == "__main__":
     for promise in (
         same_bits_for_every_method_and_mesh,
         same_bits_without_scores_and_for_every_dtype,
         same_bits_for_lengths_that_end_on_any_device,
+        what_other_devices_hold_leaves_no_trace,
         only_candidates_are_exchanged,
+        what_is_on_all_devices_gets_the_gradient_of_all,
     ):
         start = time.perf_counter()
         promise()

@@ -165,9 +165,12 @@ class SelectionContract(Contract, chex.TestCase):
         got = jax.tree.map(np.asarray, self.select(*standard(), method, query_positions=jnp.asarray(positions)))
         chex.assert_type([got.indices, got.count], np.int32)
         chex.assert_shape(got.indices, (2, 8, method.topk))
-        for indices, count in zip(got.indices.reshape(16, -1), got.count.reshape(16), strict=True):
+        for indices, count, scores in zip(
+            got.indices.reshape(16, -1), got.count.reshape(16), got.scores.reshape(16, -1), strict=True
+        ):
             self.assertTrue(np.all(np.diff(indices[:count]) > 0))
             self.assertTrue(np.all(indices[count:] == -1))
+            self.assertTrue(np.all(np.isneginf(scores[count:])))
 
     @parameterized.parameters(1, 23, 64, 200)  # one, some, just all, more than there are
     @pytest.mark.slow

@@ -74,6 +74,11 @@ def sparse_mla_is_that_of_one_device_and_exchanges_one_sum():
     got, wanted = compiled(*arrays), hj.sparse_mla(q, kv, indices, **options)
     for x, y in zip(got, wanted, strict=True):
         np.testing.assert_allclose(x.addressable_data(0), y, rtol=1e-5, atol=1e-6)
+    for b in range(B):
+        kv[b, np.setdiff1d(np.arange(S), indices[b])] = np.nan
+    poisoned = compiled(arrays[0], globally(kv, None, "context"), arrays[2])
+    for x, y in zip(poisoned, got, strict=True):
+        np.testing.assert_array_equal(x.addressable_data(0), y.addressable_data(0))
     text = compiled.as_text()
     assert not re.search(r"(all-gather|all-to-all|collective-permute)(-start)?\(", text)
     reduced = re.findall(r"= f32\[([0-9,]*)\][^=]*? all-reduce(?:-start)?\(", text)

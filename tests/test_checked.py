@@ -56,3 +56,31 @@ def test_bad_indices_raise_and_are_named():
     with pytest.raises(checkify.JaxRuntimeError, match="sparse_mla: indices range from -1 to 40, wanted -1 to 39"):
         hj.checked(hj.sparse_mla)(*MLA, indices, scale=0.1, value_dim=16)
     assert jnp.isfinite(hj.sparse_mla(*MLA, indices, scale=0.1, value_dim=16)).all()
+
+
+@pytest.mark.parametrize(
+    ("indices", "offsets", "message"),
+    [
+        (
+            [[0, 32], [3, -1], [9, 9]],
+            [0, 1, 2],
+            r"rows \[ True False False\] of q select what has no page, wanted -1 or",
+        ),
+        ([[0, 31], [17, -1], [9, 9]], [0, 1, 2], r"rows \[False  True False\] of q select what has no page"),
+        (
+            [[0, 31], [3, -1], [9, 9]],
+            [0, 2, 1],
+            r"cu_seqlens_q is \[0 2 1\], wanted ascending offsets from 0 to at most 3",
+        ),
+    ],
+)
+def test_what_has_no_page_is_named(indices, offsets, message):
+    """The last query is no request's: what its list holds is nobody's mistake."""
+    cache = hj.init_cache(4, 16, 0, latent_dim=24, latent_dtype=jnp.float32)
+    arrays = jnp.ones((3, 4, 24)), cache, jnp.array(indices), jnp.array([[3, 0], [2, -1]]), jnp.array(offsets)
+    options = dict(scale=0.1, value_dim=16)
+    with pytest.raises(checkify.JaxRuntimeError, match=f"sparse_mla_paged: {message}"):
+        hj.checked(hj.sparse_mla_paged)(*arrays, **options)
+    assert jnp.isfinite(hj.sparse_mla_paged(*arrays, **options)).all()
+    good = jnp.array([[0, 31], [15, -1], [999, -7]])
+    hj.checked(hj.sparse_mla_paged)(*arrays[:2], good, arrays[3], jnp.array([0, 1, 2]), **options)

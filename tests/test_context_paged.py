@@ -16,17 +16,19 @@ from hisa_jax.stripes import Stripes
 
 # What they promise; not imported from there, since that module configures JAX.
 PROMISES = {
+    "copies": ("a_copy_stays_on_its_device",),
     "selection": (
         "pages_on_eight_devices_hold_what_one_would",
         "same_bits_for_every_method",
     ),
     "bytes": (
         "only_candidates_are_exchanged",
-        "writing_exchanges_nothing_and_a_copy_stays_on_its_device",
+        "writing_exchanges_nothing",
         "sparse_mla_over_pages_is_that_of_one_device_and_exchanges_one_sum",
         "a_page_that_is_lacking_or_elsewhere_costs_its_request_alone",
     ),
     "layouts": (
+        "what_others_hold_leaves_no_trace",
         "same_bits_for_8_bits_and_for_stripes_of_two_blocks",
         "ranks_that_share_the_queries_select_the_same_and_exchange_the_chosen",
         "ranks_that_share_the_queries_may_each_be_devices_that_share_the_pages",
@@ -128,5 +130,12 @@ def test_a_pool_takes_the_pages_of_a_request_from_devices_in_turn():
     with pytest.raises(OutOfPages, match="request 'a' needs 1 pages on device 1 for 80 tokens, 0 are free"):
         pool.extend("a", 80)
     assert pool.n_free == 2
+    for request in "ab":
+        pool.free(request)
+        pool.check()
+    pool.add("c")
+    pool.extend("c", 16 * 12)  # every page there is, where it was
+    assert (pool.table(["c"], 12)[0] // 4).tolist() == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2]
+    pool.check()
     with pytest.raises(ValueError, match="n_pages=12, n_devices=5, stripe=16, wanted equal parts"):
         PagePool(12, 16, n_devices=5)

@@ -23,7 +23,7 @@ def test_every_implementation_is_listed_and_xla_always_runs():
 
 
 def test_asking_about_half_a_call_says_what_is_wanted():
-    with pytest.raises(ValueError, match="implementations: wanted all of q, k and method, or none of them"):
+    with pytest.raises(ValueError, match="implementations: k is None, wanted all of q, k and method, or none of them"):
         hj.implementations(q=ARRAYS[0])
 
 
@@ -73,6 +73,13 @@ def test_kernels_decline_tables_beyond_32_bits():
     for name in ("mosaic_gpu", "triton"):
         assert reasons[name] == "needs tables of at most 2147483647 tokens, not 2048 of 1048576"
     assert dispatch.choose("select_paged", "auto", reasons) == "xla"
+
+
+def test_hoppers_attention_is_first_where_its_64_heads_are_full():
+    hopper = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
+    for N, first in ((16, "triton"), (64, "mosaic_gpu"), (96, "triton"), (128, "mosaic_gpu")):
+        problem = dispatch.AttentionProblem(N=N, key_dim=576, value_dim=512, dtype="bfloat16")
+        assert next(iter(dispatch.attention_reasons(hopper, problem))) == first
 
 
 def test_tiles_are_for_xla_alone(monkeypatch):

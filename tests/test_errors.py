@@ -32,6 +32,23 @@ def mla(**changed):
     return {**call, "scale": 0.1, "value_dim": 16, **changed}
 
 
+def mla_sharded(**changed):
+    """A valid call of `sparse_mla_sharded` with some arguments replaced."""
+    return {**mla(mesh=jax.make_mesh((1,), ("context",)), context_axis="context"), **changed}
+
+
+def mla_paged(**changed):
+    """A valid call of `sparse_mla_paged` with some arguments replaced."""
+    cache = hj.init_cache(4, 16, 0, F32, latent_dim=24, latent_dtype=F32)
+    call = dict(q=jnp.ones((3, 4, 24)), cache=cache, indices=jnp.zeros((3, 5), I32), scale=0.1, value_dim=16)
+    return {**call, "block_tables": jnp.zeros((2, 1), I32), "cu_seqlens_q": jnp.array([0, 1, 3]), **changed}
+
+
+def mla_paged_sharded(**changed):
+    """A valid call of `sparse_mla_paged_sharded` with some arguments replaced."""
+    return {**mla_paged(mesh=jax.make_mesh((1,), ("context",)), context_axis="context"), **changed}
+
+
 KEYS = hj.quantize_keys(jnp.ones((2, 40, 16)))
 SELECT_SHAPES = [
     (dict(q=jnp.ones((2, 3, 16))), "q is [2, 3, 16], wanted [B, T, H, D]"),
@@ -77,7 +94,7 @@ SELECT_TYPES = [
     (dict(lengths=jnp.ones((2,))), "lengths is float32, wanted int32"),
     (dict(lengths=[40, 40]), "lengths is list, wanted an array of int32"),
     (dict(query_positions=jnp.ones((2, 3))), "query_positions is float32, wanted int32"),
-    (dict(method="hisa"), "method is 'hisa', wanted a Hisa, Dsa or BlockSparse"),
+    (dict(method="hisa"), "method is 'hisa', wanted a Hisa, Dsa, BlockSparse or Scan"),
 ]
 PACKED_SHAPES = [
     (dict(q=jnp.ones((1, 3, 4, 16))), "q is [1, 3, 4, 16], wanted [T, H, D]"),
@@ -110,12 +127,50 @@ MLA_SHAPES = [
     (dict(value_dim=25), "value_dim=25, wanted 1 to Dk = 24"),
     (dict(value_dim=0), "value_dim=0, wanted 1 to Dk = 24"),
     (dict(sink=jnp.ones((3,))), "sink is [3], wanted [4]: one logit a head (q is [2, 3, 4, 24])"),
+    (dict(scale=float("nan")), "scale=nan, wanted a finite float32 number"),
+    (dict(scale=-1e39), "scale=-1e+39, wanted a finite float32 number"),
 ]
 MLA_TYPES = [
     (dict(q=jnp.ones((2, 3, 4, 24), jnp.int8)), "q is int8, wanted bfloat16 or float32"),
     (dict(kv=jnp.ones((2, 40, 24), jnp.bfloat16)), "kv is bfloat16, wanted float32"),
     (dict(indices=jnp.zeros((2, 3, 5))), "indices is float32, wanted int32"),
     (dict(sink=jnp.ones((4,), jnp.bfloat16)), "sink is bfloat16, wanted float32"),
+    (dict(scale=True), "scale is bool, wanted a number known at trace time"),
+    (dict(scale="1"), "scale is str, wanted a number known at trace time"),
+    (dict(value_dim=16.0), "value_dim is float, wanted a whole number"),
+    (dict(value_dim=True), "value_dim is bool, wanted a whole number"),
+]
+OF_BATCHES = [  # what `sparse_mla` is refused over a mesh, too
+    (
+        ValueError,
+        dict(indices=jnp.zeros((2, 4, 5), I32)),
+        "indices is [2, 4, 5], wanted [2, 3, K]: one list a query (q",
+    ),
+    (TypeError, dict(indices=jnp.zeros((2, 3, 5))), "indices is float32, wanted int32"),
+    (TypeError, dict(sink=jnp.ones((4,), jnp.bfloat16)), "sink is bfloat16, wanted float32"),
+    (ValueError, dict(scale=float("inf")), "scale=inf, wanted a finite float32 number"),
+    (TypeError, dict(value_dim=16.0), "value_dim is float, wanted a whole number"),
+]
+OF_PAGES = [
+    (ValueError, dict(q=jnp.ones((3, 4, 16))), "q is [3, 4, 16], wanted [T, N, 24]: its last axis must equal that of"),
+    (TypeError, dict(q=jnp.ones((3, 4, 24), jnp.int8)), "q is int8, wanted bfloat16 or float32"),
+    (TypeError, dict(q=jnp.ones((3, 4, 24), jnp.bfloat16)), "cache.latents is float32, wanted bfloat16"),
+    (ValueError, dict(indices=jnp.zeros((4, 5), I32)), "indices is [4, 5], wanted [3, K]: one list a query (q is [3"),
+    (TypeError, dict(indices=jnp.zeros((3, 5))), "indices is float32, wanted int32"),
+    (TypeError, dict(block_tables=jnp.zeros((2, 1))), "block_tables is float32, wanted int32"),
+    (TypeError, dict(block_tables=[[0], [0]]), "block_tables is list, wanted an array of int32"),
+    (ValueError, dict(block_tables=jnp.zeros((2,), I32)), "block_tables is [2], wanted [R, P]"),
+    (TypeError, dict(cu_seqlens_q=jnp.ones((3,), bool)), "cu_seqlens_q is bool, wanted int32"),
+    (TypeError, dict(cu_seqlens_q=jnp.ones((3,))), "cu_seqlens_q is float32, wanted int32"),
+    (ValueError, dict(cu_seqlens_q=jnp.zeros((2,), I32)), "cu_seqlens_q is [2], wanted [3]: a start for each request"),
+    (ValueError, dict(sink=jnp.ones((3,))), "sink is [3], wanted [4]: one logit a head (q is [3, 4, 24])"),
+    (ValueError, dict(scale=float("nan")), "scale=nan, wanted a finite float32 number"),
+    (ValueError, dict(value_dim=25), "value_dim=25, wanted 1 to Dk = 24"),
+]
+MLA_FORMS = [
+    *[(hj.sparse_mla_sharded, mla_sharded, *case) for case in OF_BATCHES],
+    *[(hj.sparse_mla_paged, mla_paged, *case) for case in OF_PAGES],
+    *[(hj.sparse_mla_paged_sharded, mla_paged_sharded, *case) for case in OF_PAGES],
 ]
 CASES = [
     *[(hj.select, arrays, ValueError, *case) for case in SELECT_SHAPES],
@@ -145,7 +200,7 @@ def test_quantising_names_its_bad_arguments():
     for call, message in [
         (
             lambda: hj.quantize_keys(jnp.ones((3, 4)), jnp.float16),
-            "quantize_keys: dtype=float16, wanted one of float8_e4m3fn, int8",
+            "quantize_keys: dtype is float16, wanted one of float8_e4m3fn, int8",
         ),
         (lambda: hj.quantize_keys(jnp.ones((3, 4), jnp.int8)), "quantize_keys: k is int8, wanted bfloat16 or float32"),
         (
@@ -185,3 +240,13 @@ def test_tiles_that_cannot_be_say_what_is_wanted():
         hj.Tiles(queries=0)
     with pytest.raises(ValueError, match=re.escape("Tiles(keys=100): must be a positive multiple of 128")):
         hj.Tiles(keys=100)
+
+
+@pytest.mark.parametrize(
+    ("function", "valid", "error", "changed", "message"),
+    MLA_FORMS,
+    ids=[f"{c[0].__name__}: {c[4][:50]}" for c in MLA_FORMS],
+)
+def test_pages_and_meshes_check_as_one_piece_does(function, valid, error, changed, message):
+    with pytest.raises(error, match=f"^{re.escape(f'{function.__name__}: {message}')}"):
+        function(**valid(**changed))

@@ -79,6 +79,17 @@ class SparseMlaTest(chex.TestCase):
         np.testing.assert_allclose(out, wanted, rtol=2e-5, atol=2e-5)
         np.testing.assert_array_equal(lse, attend(return_lse=True)[1])  # without the sink, to merge partial results
 
+    def test_a_sink_of_minus_infinity_is_none(self):
+        q, kv, indices = map(jnp.asarray, inputs(2, 5, 37, 3, 7))  # one list is empty
+
+        def attend(q, sink):
+            return hj.sparse_mla(q, kv, indices, scale=0.1, value_dim=32, sink=sink)
+
+        none = jnp.full((3,), -jnp.inf)
+        np.testing.assert_array_equal(attend(q, none), attend(q, None))
+        gradients = jax.grad(lambda q, sink: jnp.sum(attend(q, sink)), (0, 1))(q, none)
+        self.assertTrue(all(np.isfinite(x).all() for x in gradients))
+
     def test_partial_results_merge_by_their_logsumexp(self):
         q, kv, indices = inputs(1, 4, 60, 3, 20)
         attend = functools.partial(hj.sparse_mla, jnp.asarray(q), jnp.asarray(kv), scale=0.1, value_dim=32)

@@ -127,6 +127,38 @@ def test_nothing_of_queries_times_keys_is_made(K):
     assert made <= 1.1 * max(T * (K or 0), T * H * D) < T * S / 4  # the arguments, padded to whole tiles
 
 
+@pytest.mark.parametrize("is_dense", [False, True], ids=["sparse", "dense"])
+def test_what_no_query_sees_leaves_no_trace_in_loss_or_gradient(is_dense):
+    """Tokens that are no candidates; and queries whose loss is not used, with the tokens that they alone see."""
+    B, T, S = 2, 6, 40
+    q, k, w, attention_q, kv = inputs(3, B, T, S, 4, 16, 3)
+    indices = None if is_dense else jnp.where(some(4, B, T, S, 9) < 30, some(4, B, T, S, 9), -1)
+    is_used = jnp.arange(T) < T - 2
+    seen = np.arange(S) < S - 2 if is_dense else np.zeros((B, S), bool)
+    if not is_dense:
+        for b in range(B):
+            seen[b, [i for i in np.asarray(indices[b, : T - 2]).reshape(-1) if i >= 0]] = True
+    seen = jnp.asarray(np.broadcast_to(seen, (B, S)))
+
+    @jax.jit
+    def run(filling):
+        fill = lambda x, mask: jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, filling)  # noqa: E731
+        used = jnp.broadcast_to(is_used, (B, T))
+        rows, tokens = [fill(x, used) for x in (q, w, attention_q)], [fill(x, seen) for x in (k, kv)]
+        loss, pull = jax.vjp(
+            lambda q, k, w: hj.indexer_kl(q, k, w, rows[2], tokens[1], scale=SCALE, indices=indices),
+            rows[0], tokens[0], rows[1],
+        )  # fmt: skip
+        return loss[:, : T - 2], pull(jnp.where(used, 1.0, 0.0))
+
+    wanted = run(0.0)
+    assert all(np.asarray(x).any() for x in jax.tree.leaves(wanted))
+    for poison in (np.nan, np.inf):
+        jax.tree.map(np.testing.assert_array_equal, run(poison), wanted)
+    spoilt = hj.indexer_kl(q, k.at[:, 0].set(jnp.nan), w, attention_q, kv, scale=SCALE)
+    assert jnp.isnan(spoilt).all()
+
+
 def test_wrong_arguments_are_named():
     q, k, w, attention_q, kv = inputs(0, 1, 4, 20, 2, 8, 3)
     with pytest.raises(ValueError, match=r"indexer_kl: attention_kv is \[1, 19, 24\], wanted \[1, 20, 24\]"):

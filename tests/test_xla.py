@@ -24,6 +24,14 @@ class XlaSelectionTest(contract.SelectionContract):
                 self.select(q, k, w, method, tiles=hj.Tiles(queries=queries, keys=keys), **options), wanted
             )
 
+    @contract.each_method
+    def test_one_token_more_than_topk_leaves_one_out(self, method):
+        # Without scores, where nothing would be scored that is chosen anyway.
+        q, k, w = contract.standard()
+        positions = contract.everywhere([method.topk] * 8)
+        got = self.select(q, k, w, method, query_positions=jnp.asarray(positions), return_scores=False)
+        self.assert_agrees(got, oracle.select(q, k, w, method, query_positions=positions))
+
     def test_more_means_than_a_tile(self):
         # 600 blocks, scored 128 at a time.
         q, k, w = draw.inputs(1, 3, 1200, 2, 16)

@@ -19,6 +19,7 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from kernels_pallas.bits import in_32_bits
 from kernels_pallas.mosaic_gpu import sparse_mla_body
 from kernels_pallas.mosaic_gpu.gather import BARRIER_WORDS
 from kernels_pallas.mosaic_gpu.roles import tiled
@@ -56,6 +57,7 @@ def heuristic(n_queries: int, N: int, K: int, n_ctas: int = 132) -> Config:
     return Config(n_splits=n_splits)
 
 
+@in_32_bits
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "n_ctas", "interpret"))
 def sparse_mla(
     q: Array,
@@ -71,8 +73,8 @@ def sparse_mla(
     """[B, T, N, E], [B, S, E], [B, T, K] int32 -> [B, T, N, value_dim] in the dtype of q, [B, T, N] float32 lse.
 
     Args:
-        indices: token positions; any that is not one of 0 .. S - 1 stands for none. A query with none gives zeros and
-            an lse of -inf.
+        indices: token positions in any order; any that is not one of 0 .. S - 1 stands for none. A token listed twice
+            counts twice. A query with none gives zeros and an lse of -inf.
         n_ctas: how many persistent CTAs; the SMs of the device.
     """
     (B, T, N, E), S, K = q.shape, kv.shape[1], indices.shape[2]

@@ -248,8 +248,9 @@ def score(
 
         highest, total = lax.fori_loop(0, n_tiles, one_tile, (row(_LEAST), row(0.0)))
         release(plan, q_free)
-        lse = (highest + jnp.log2(jnp.maximum(total, 1e-30))) / _LOG2_E
-        lse_gmem[split, t, pl.ds(head, HEADS)] = jnp.where(total > 0, lse, -jnp.inf)
+        # NaN, of a chosen token, stays: -inf would say that nothing was chosen.
+        lse = (highest + jnp.log2(jnp.where(total == 0.0, 1.0, total))) / _LOG2_E
+        lse_gmem[split, t, pl.ds(head, HEADS)] = jnp.where(total == 0.0, -jnp.inf, lse)
         return n_before + n_tiles
 
     lax.fori_loop(0, plan.items(cta), one_item, jnp.int32(0))

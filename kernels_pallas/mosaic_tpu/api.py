@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from kernels_pallas.bits import in_32_bits
 from kernels_pallas.mosaic_tpu import config, flat, select, select_ragged
 from kernels_pallas.mosaic_tpu.config import GROUP, LANES
 from kernels_pallas.mosaic_tpu.select_ragged import Queries
@@ -51,6 +52,7 @@ def why_not(
     return config.why_not(device_kind, H, D, q_dtype, k_dtype, block_size=block_size or LANES)
 
 
+@in_32_bits
 def select_hisa(
     q: Array,
     k: Array,
@@ -96,6 +98,7 @@ def select_hisa(
     return _first(q, select_ragged.hisa(Queries.padded(q, w, visible), ragged, None, **options))
 
 
+@in_32_bits
 def select_blocks(
     q: Array,
     k: Array,
@@ -122,6 +125,7 @@ def select_blocks(
     return _first(q, (select_ragged.kept_blocks(Queries.padded(q, w, visible), ragged, None, **options),))[0]
 
 
+@in_32_bits
 def select_flat(
     q: Array,
     k: Array,
@@ -141,6 +145,7 @@ def select_flat(
     return _first(q, select_ragged.select_flat(Queries.padded(q, w, visible), ragged, **options))
 
 
+@in_32_bits
 def select_hisa_paged(
     q: Array,
     k: Array,
@@ -183,6 +188,7 @@ def select_hisa_paged(
     return _first(q, select_ragged.hisa(Queries.padded(q, w, visible), ragged, page_sums, **options))
 
 
+@in_32_bits
 def select_blocks_paged(
     q: Array,
     k: Array,
@@ -209,6 +215,7 @@ def select_blocks_paged(
     return _first(q, (select_ragged.kept_blocks(Queries.padded(q, w, visible), ragged, page_sums, **options),))[0]
 
 
+@in_32_bits
 def select_flat_paged(
     q: Array,
     k: Array,

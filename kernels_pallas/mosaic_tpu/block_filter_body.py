@@ -156,7 +156,7 @@ def score_step(
             block = first + c + lane
             is_forced = (block < plan.keep_first) | (block >= eligible[tile] - plan.keep_last)
             image = jnp.where(is_forced, FORCED, image)
-            at = (first + c) // LANES * ROWS
+            at = lax.div(first + c, LANES) * ROWS
             images_vmem[tile, pl.ds(pl.multiple_of(at, ROWS), ROWS)] = jnp.where(
                 block < eligible[tile], image, INVISIBLE
             )

@@ -113,7 +113,7 @@ def select_scored(
     def fill(group: Array, _: None) -> None:
         images_vmem[:, pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)] = empty
 
-    lax.fori_loop(n_scored // LANES, groups, fill, None)
+    lax.fori_loop(lax.div(n_scored, LANES), groups, fill, None)
     n = jnp.broadcast_to(visible_ref[...].reshape(-1, ROWS, 1), cuts_vmem.shape)
     topk_body.select(images_vmem, n, plan.topk, cuts_vmem, table_vmem, o_ref, groups)
     for images_ref in images_refs:
@@ -171,6 +171,6 @@ def score_keys(
                 image = images_of_rows(partial_vmem, (c * tile_t + t) * ROWS)
                 first = s * tile_s + i * per_step * COLUMNS + c * LANES
                 image = jnp.where(first + lane < visible[t // ROWS], image, INVISIBLE)
-                images_vmem[t // ROWS, pl.ds(pl.multiple_of(first // LANES * ROWS, ROWS), ROWS)] = image
+                images_vmem[t // ROWS, pl.ds(pl.multiple_of(lax.div(first, LANES) * ROWS, ROWS), ROWS)] = image
 
     lax.fori_loop(0, tile_s // (per_step * COLUMNS), one_step, None)

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from kernels_pallas.bits import in_32_bits
 from kernels_pallas.image import INVISIBLE
 from kernels_pallas.mosaic_tpu import block_filter as block_filter_stage
 from kernels_pallas.mosaic_tpu import decode, flat
@@ -29,6 +30,7 @@ def in_blocks(k: Array, k_scale: Array | None, block_size: int) -> tuple[Array, 
     return blocks, None if k_scale is None else k_scale.reshape(B, -1, block_size)
 
 
+@in_32_bits
 def best_blocks(
     q: Array,
     w: Array,
@@ -52,6 +54,7 @@ def best_blocks(
     return _found(*out)
 
 
+@in_32_bits
 def best_in_blocks(
     q: Array,
     w: Array,
@@ -72,6 +75,7 @@ def best_in_blocks(
     return _found(*refine_stage.refine(q, w, k, k_scale, block_ids, n_visible, n_tokens, **options))
 
 
+@in_32_bits
 def best_tokens(
     q: Array, w: Array, k: Array, k_scale: Array | None, visible: Array, *, topk: int, interpret: Interpret = False
 ) -> Found:

@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.bits import in_32_bits
 from kernels_pallas.image import INVISIBLE
 from kernels_pallas.mosaic_tpu import launch, topk_body
 from kernels_pallas.mosaic_tpu.config import LANES, ROWS
@@ -29,6 +30,7 @@ def tiles_of(W: int, k: int) -> int:
     return max(tiles for tiles in (4, 2, 1) if tiles == 1 or tiles * ROWS * row_bytes <= _WINDOW_BYTES)
 
 
+@in_32_bits
 @functools.partial(jax.jit, static_argnames=("k", "interpret"))
 def merge(images: Array, positions: Array, k: int, *, interpret: Interpret = False) -> tuple[Array, Array]:
     """[T, W] int32 each, `INVISIBLE` where there is no candidate -> positions, images, [T, k] int32 each.

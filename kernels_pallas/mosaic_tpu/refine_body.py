@@ -204,7 +204,7 @@ def score_step(
             is_forced = (column + c < plan.keep_first) | (column + c >= n_visible - plan.keep_last)
             image = jnp.where(is_forced, FORCED, image)
         image = jnp.where(column + c < n_visible, image, INVISIBLE)
-        group = (step.i * plan.columns + c) // LANES
+        group = lax.div(step.i * plan.columns + c, LANES)
         if plan.is_split:
             tile, sublane = lax.div(step.eight, ROWS), lax.rem(step.eight, ROWS)
             images_vmem[tile, pl.ds(group * ROWS + sublane, ROWS, stride=groups_per_list * ROWS)] = image
@@ -218,13 +218,13 @@ def write_positions(plan: Plan, blocks_ref: Ref, chosen_vmem: Ref, o_ref: Ref) -
     def one_tile(tile: Array, _: None) -> None:
         for first in range(0, o_ref.shape[2], LANES):
             columns = chosen_vmem[tile, pl.ds(first // LANES * ROWS, ROWS)]
-            slot = jnp.maximum(columns, 0) // plan.block_size
+            slot = lax.div(jnp.maximum(columns, 0), plan.block_size)
             block = jnp.zeros_like(slot)
             for part in range(0, blocks_ref.shape[2], LANES):
                 found = jnp.take_along_axis(
                     blocks_ref[tile, :, part : part + LANES], slot % LANES, axis=1, mode="promise_in_bounds"
                 )
-                block = jnp.where(slot // LANES == part // LANES, found, block)
+                block = jnp.where(lax.div(slot, LANES) == part // LANES, found, block)
             positions = block * plan.block_size + columns % plan.block_size
             o_ref[tile, :, first : first + LANES] = jnp.where(columns < 0, -1, positions)
 

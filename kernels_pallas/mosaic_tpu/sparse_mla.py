@@ -13,11 +13,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
+from kernels_pallas.bits import in_32_bits
 from kernels_pallas.image import FORCED, INVISIBLE
 from kernels_pallas.mosaic_tpu import config as chips
 from kernels_pallas.mosaic_tpu.config import LANES
@@ -46,6 +47,7 @@ def why_not(device_kind: str, N: int, key_dim: int, value_dim: int, dtype: DType
     return None if N % 16 == 0 else f"needs a multiple of 16 heads, not {N}"
 
 
+@in_32_bits
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "interpret"))
 def sparse_mla(
     q: Array,
@@ -60,24 +62,24 @@ def sparse_mla(
     """[B, T, N, E], [B, S, E], [B, T, K] int32 -> [B, T, N, value_dim] in the dtype of q, [B, T, N] float32 lse.
 
     Args:
-        indices: token positions, ascending, then -1. A query with none gives zeros and an lse of -inf.
+        indices: token positions in any order; any that is not one of 0 .. S - 1 stands for none. A token listed twice
+            counts twice. A query with none gives zeros and an lse of -inf. A block of 128 tokens is read as often as
+            the list comes back to it: ascending lists are read fastest.
     """
     (B, T, _, _), S = q.shape, kv.shape[1]
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % LANES)), constant_values=-1)
     K = indices.shape[2]
-    blocks = indices // LANES
-    is_first = (indices >= 0) & (blocks != jnp.pad(blocks[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=-1))
-    most = min(K, -(-S // LANES))
-    n_blocks = jnp.sum(is_first, axis=2, dtype=jnp.int32)
-    flags = jnp.where(is_first, FORCED, INVISIBLE).reshape(B * T, K)
-    starts, _ = topk(flags, n_blocks.reshape(-1), most, interpret=interpret)
+    is_start, codes = runs_of(indices, S)
+    n_runs = jnp.sum(is_start, axis=2, dtype=jnp.int32)
+    flags = jnp.where(is_start, FORCED, INVISIBLE).reshape(B * T, K)
+    starts, _ = topk(flags, n_runs.reshape(-1), K, interpret=interpret)
     return _launch(
         listed_body,
         q,
         kv,
-        n_blocks,
-        smem=[jnp.maximum(starts, 0).reshape(B, T, most), indices],
-        vmem=[indices.reshape(B, T, K // LANES, LANES)],
+        n_runs,
+        smem=[jnp.maximum(starts, 0).reshape(B, T, K), indices],
+        vmem=[codes.reshape(B, T, K // LANES, LANES)],
         scratch=[pltpu.VMEM((K + WINDOW, LANES), jnp.int32)],
         block_size=LANES,
         value_dim=value_dim,
@@ -87,6 +89,22 @@ def sparse_mla(
     )
 
 
+def runs_of(indices: Array, S: int) -> tuple[Array, Array]:
+    """Cuts lists [..., K] into runs: at most 128 entries, one behind the other, that lie in one block of 128 tokens.
+
+    Returns: [..., K] bool, where a run begins; [..., K] int32, 128 * (place where the run begins) + token % 128, which
+        tells an entry from those of other runs of its block, and -1 for what is no token.
+    """
+    is_token = (indices >= 0) & (indices < S)
+    block = jnp.where(is_token, indices // LANES, -1)
+    before = jnp.concatenate([jnp.full_like(block[..., :1], -1), block[..., :-1]], axis=-1)
+    place = lax.broadcasted_iota(jnp.int32, indices.shape, indices.ndim - 1)
+    stretch = lax.cummax(jnp.where(block != before, place, 0), axis=indices.ndim - 1)
+    start = place - (place - stretch) % LANES
+    return is_token & (start == place), jnp.where(is_token, start * LANES + indices % LANES, -1)
+
+
+@in_32_bits
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "interpret"))
 def sparse_mla_blocks(
     q: Array,
@@ -103,18 +121,21 @@ def sparse_mla_blocks(
 
     Args:
         block_ids: [B, T, M] int32, then -1; mask: [B, T, M, block_size] bool, or float32 of 0 and 1 as
-            `select_hisa(..., is_masked=True)` gives it, block_size a multiple of 128.
+            `select_hisa(..., is_masked=True)` gives it, block_size a multiple of 128. An id that is not one of a block
+            with tokens ends the list; a mask of tokens that are not 0 .. S - 1 is not looked at.
     """
-    n_blocks = jnp.sum(block_ids >= 0, axis=2, dtype=jnp.int32)
+    block_size, M = mask.shape[3], block_ids.shape[2]
+    is_block = (block_ids >= 0) & (block_ids < -(-kv.shape[1] // block_size))
+    n_blocks = jnp.min(jnp.where(is_block, M, jnp.arange(M, dtype=jnp.int32)), axis=2, initial=M)
     return _launch(
         masked_body,
         q,
         kv,
         n_blocks,
-        smem=[jnp.maximum(block_ids, 0)],
+        smem=[jnp.where(is_block, block_ids, 0)],
         vmem=[mask.astype(jnp.float32)],
         scratch=[],
-        block_size=mask.shape[3],
+        block_size=block_size,
         value_dim=value_dim,
         scale=scale,
         config=config or Config(),
@@ -137,7 +158,7 @@ def _launch(
     config: Config,
     interpret: Interpret,
 ) -> tuple[Array, Array]:
-    B, T, N, E = q.shape
+    (B, T, N, E), S = q.shape, kv.shape[1]
     kv = jnp.pad(kv, ((0, 0), (0, -kv.shape[1] % block_size), (0, 0)))
     per_step = max(config.tile_s // block_size, 1)
     smem = [n_blocks[..., None], *smem]
@@ -145,7 +166,7 @@ def _launch(
         pl.BlockSpec((None, 1, x.shape[2]), lambda b, t: (b * T + t, 0, 0), memory_space=pltpu.SMEM) for x in smem
     ]
     whole = lambda *shape: pl.BlockSpec((None, None, *shape), lambda b, t: (b, t, 0, 0))  # noqa: E731
-    plan = Plan(value_dim=value_dim, scale=scale, per_step=per_step, block_size=block_size)
+    plan = Plan(value_dim=value_dim, scale=scale, per_step=per_step, block_size=block_size, tokens=S)
     tile = per_step * block_size
     vmem_bytes = 4 * tile * E + N * (8 * E + 12 * value_dim + 12 * tile) + (12 << 20)
     o, lse = pl.pallas_call(

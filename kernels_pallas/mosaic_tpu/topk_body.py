@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas.bits import is_any, quotient
 from kernels_pallas.image import FORCED, INVISIBLE, narrow_search
 from kernels_pallas.mosaic_tpu.config import LANES, ROWS
 from kernels_pallas.types import Ref
@@ -79,7 +80,7 @@ def find_cuts(images_ref: Ref, n: Array, k: int, groups: Array | int) -> tuple[A
         def some(i, carry):
             return step(carry, _load_groups(images_ref, i, unroll))
 
-        return lax.fori_loop(0, groups // unroll, some, start)
+        return lax.fori_loop(0, quotient(groups, unroll), some, start)
 
     def bounds(carry, x):
         least, greatest = carry
@@ -109,7 +110,7 @@ def find_cuts(images_ref: Ref, n: Array, k: int, groups: Array | int) -> tuple[A
 
     def unfinished(state):
         low, high, n_low, *_ = state
-        return jnp.any((low < high) & (n_low > k))
+        return is_any((low < high) & (n_low > k))
 
     step = functools.partial(narrow_search, count_at_least=count_at_least, k=k)
     low, _, n_low, *_ = lax.while_loop(unfinished, step, start)
@@ -119,7 +120,7 @@ def find_cuts(images_ref: Ref, n: Array, k: int, groups: Array | int) -> tuple[A
 def drop_late_ties(images_ref: Ref, cuts: Array, reached: Array, k: int, groups: Array | int) -> None:
     """Makes `INVISIBLE` what reaches the cut but comes after the k-th: the late ones of those equal to it."""
 
-    @pl.when(jnp.any(reached > k))
+    @pl.when(is_any(reached > k))
     def _some_row_has_ties():
         unroll = _unroll(images_ref, 32)
 
@@ -133,7 +134,9 @@ def drop_late_ties(images_ref: Ref, cuts: Array, reached: Array, k: int, groups:
                 chosen = (x > cut) | ((x == cut) & (columns(i) < limit[:, None]))
                 return total + jnp.sum(jnp.where(chosen, 1.0, 0.0), axis=1)
 
-            return _along_lanes(jnp.sum, lax.fori_loop(0, groups // unroll, some, jnp.zeros(cuts.shape, jnp.float32)))
+            return _along_lanes(
+                jnp.sum, lax.fori_loop(0, quotient(groups, unroll), some, jnp.zeros(cuts.shape, jnp.float32))
+            )
 
         def halve(_, bounds):
             low, high = bounds  # fewer than k, at least k
@@ -152,7 +155,7 @@ def drop_late_ties(images_ref: Ref, cuts: Array, reached: Array, k: int, groups:
             images_ref[:, pl.ds(i * unroll * ROWS, unroll * ROWS)] = kept
             return _
 
-        lax.fori_loop(0, groups // unroll, drop, None)
+        lax.fori_loop(0, quotient(groups, unroll), drop, None)
 
 
 def in_blocks(block_ids_ref: Ref, block_size: int) -> Callable[[int, Array], Array]:
@@ -229,7 +232,7 @@ def chosen_columns(
         one_span(0, none)
     else:
         out_ref[...] = jnp.full(out_ref.shape, -1, jnp.int32)
-        lax.fori_loop(0, (n_groups if groups is None else groups) // span, one_span, none)
+        lax.fori_loop(0, quotient(n_groups if groups is None else groups, span), one_span, none)
 
 
 def _write_tables(
@@ -308,7 +311,7 @@ def _packing() -> Array:
     entry = lax.broadcasted_iota(jnp.int32, (2 * ROWS, LANES), 0)
     lane = lax.broadcasted_iota(jnp.int32, (2 * ROWS, LANES), 1)
     is_high, entry = entry >= ROWS, entry % ROWS
-    word, bit = lane // 32, lane % 32
+    word, bit = lax.div(lane, 32), lane % 32
     half = jnp.where(is_high, bit - 16, bit)
     bits = jnp.where((word == entry) & (half >= 0) & (half < 16), 1 << (half & 15), 0)
     low = jnp.where(word < 1, 1, 0) + jnp.where(word < 2, 64, 0)
@@ -322,7 +325,7 @@ def _before(span: int) -> Array:
     """[128, 128] bfloat16: ones where a lane is of the same row and before."""
     i = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
     j = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1)
-    return jnp.where((i < j) & (i // span == j // span), 1.0, 0.0).astype(jnp.bfloat16)
+    return jnp.where((i < j) & (lax.div(i, span) == lax.div(j, span)), 1.0, 0.0).astype(jnp.bfloat16)
 
 
 def _unroll(images_ref: Ref, registers: int) -> int:

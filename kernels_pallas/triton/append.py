@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
+from kernels_pallas.bits import in_32_bits
 from kernels_pallas.triton import capability
 from kernels_pallas.triton.append_body import append_body
 from kernels_pallas.triton.pool import is_addressable
@@ -69,6 +70,7 @@ def why_not(
     return None if is_addressable(size, dtype) else f"needs at most {2**31} bytes of 8-bit keys, not {size}"
 
 
+@in_32_bits
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def append[Pages: PagedKeys](
     pages: Pages,

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
+from kernels_pallas.bits import in_32_bits
 from kernels_pallas.triton import capability
 from kernels_pallas.triton.sparse_mla_body import sparse_mla_body
 from kernels_pallas.tuning import tuned
@@ -56,6 +57,7 @@ def heuristic(n_queries: int, N: int, K: int, tiles: Config | None = None, n_sms
     return dataclasses.replace(config, n_splits=n_splits)
 
 
+@in_32_bits
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "interpret"))
 def sparse_mla(
     q: Array,
@@ -70,37 +72,39 @@ def sparse_mla(
     """[B, T, N, E], [B, S, E], [B, T, K] int32 -> [B, T, N, value_dim] in the dtype of q, [B, T, N] float32 lse.
 
     Args:
-        indices: token positions, -1 for none. A query with none gives zeros and an lse of -inf.
+        indices: token positions in any order; any that is not one of 0 .. S - 1 stands for none. A token listed twice
+            counts twice. A query with none gives zeros and an lse of -inf.
     """
     (B, T, N, E), S, K = q.shape, kv.shape[1], indices.shape[2]
     if config is None:
         tiles = tuned(Config, "triton.sparse_mla", N=N, key_dim=E, value_dim=value_dim)
         config = heuristic(B * T, N, K, tiles)
     tile_n, n_splits = config.tile_n, config.n_splits
-    q = q.reshape(B * T, N, E)
+    # Whole tiles of heads: before jax 0.12 nothing keeps a program from the rows behind the last head.
+    q = jnp.pad(q.reshape(B * T, N, E), ((0, 0), (0, -N % tile_n), (0, 0)))
+    heads = q.shape[1]
     per_split = -(-K // (n_splits * config.tile_s)) * config.tile_s
     indices = jnp.pad(indices.reshape(B * T, K), ((0, 0), (0, n_splits * per_split - K)), constant_values=-1)
-    heads = lambda width: pl.BlockSpec((None, tile_n, width), lambda t, n, i: (t, n, 0))  # noqa: E731
     out = lambda *shape: pl.BlockSpec((None, None, tile_n, *shape), lambda t, n, i: (i, t, n, *(0 for _ in shape)))  # noqa: E731
     partial, lse = pl.pallas_call(
         functools.partial(sparse_mla_body, queries=T, keys=S, scale=scale, tile_s=config.tile_s, value_dim=value_dim),
-        grid=(B * T, -(-N // tile_n), n_splits),
+        grid=(B * T, heads // tile_n, n_splits),
         in_specs=[
-            heads(E),
+            pl.BlockSpec((None, tile_n, E), lambda t, n, i: (t, n, 0)),
             pl.BlockSpec((B * S, E), lambda t, n, i: (0, 0)),
             pl.BlockSpec((None, per_split), lambda t, n, i: (t, i)),
         ],
         out_specs=[out(value_dim), out()],
         out_shape=[
-            jax.ShapeDtypeStruct((n_splits, B * T, N, value_dim), q.dtype if n_splits == 1 else jnp.float32),
-            jax.ShapeDtypeStruct((n_splits, B * T, N), jnp.float32),
+            jax.ShapeDtypeStruct((n_splits, B * T, heads, value_dim), q.dtype if n_splits == 1 else jnp.float32),
+            jax.ShapeDtypeStruct((n_splits, B * T, heads), jnp.float32),
         ],
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="sparse_mla",
         interpret=interpret,
     )(q, kv.reshape(B * S, E), indices)
     o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse)
-    return o.astype(q.dtype).reshape(B, T, N, value_dim), lse.reshape(B, T, N)
+    return o[:, :N].astype(q.dtype).reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
 
 
 def combine(partial: Array, lse: Array) -> tuple[Array, Array]:
@@ -109,4 +113,4 @@ def combine(partial: Array, lse: Array) -> tuple[Array, Array]:
     weight = jnp.exp(lse - jnp.where(jnp.isneginf(highest), 0.0, highest))
     total = jnp.sum(weight, axis=0)
     o = jnp.sum(weight[..., None] * partial, axis=0) / jnp.maximum(total, 1e-30)[..., None]
-    return o, jnp.where(total > 0, jnp.log(jnp.maximum(total, 1e-30)) + highest, -jnp.inf)
+    return o, jnp.where(total == 0.0, -jnp.inf, jnp.log(jnp.maximum(total, 1e-30)) + highest)

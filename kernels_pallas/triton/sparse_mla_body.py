@@ -39,8 +39,11 @@ def sparse_mla_body(
         position = indices_ref[pl.ds(i * tile_s, tile_s)]
         there = (position >= 0) & (position < keys)
         rows = (first_row + jnp.where(there, position, 0))[:, None]
-        value = plt.load(kv_ref.at[rows, value_columns[None, :]])
-        rest = plt.load(kv_ref.at[rows, rest_columns[None, :]])
+        # Zeros and not some row for an entry that is none: a probability of 0 would not hide a NaN there.
+        value, rest = (
+            plt.load(kv_ref.at[rows, columns[None, :]], mask=there[:, None], other=0)
+            for columns in (value_columns, rest_columns)
+        )
         logits = lax.dot_general(q_value, value, _CONTRACT_LAST, preferred_element_type=jnp.float32)
         logits += lax.dot_general(q_rest, rest, _CONTRACT_LAST, preferred_element_type=jnp.float32)
         logits = jnp.where(there[None, :], logits * (scale * _LOG2_E), _LEAST)
@@ -57,6 +60,6 @@ def sparse_mla_body(
         jnp.zeros((tile_n,), jnp.float32),
     )
     o, highest, total = lax.fori_loop(0, indices_ref.shape[0] // tile_s, one_tile, start)
-    some = jnp.where(total > 0, total, 1.0)
+    some = jnp.where(total == 0.0, 1.0, total)  # NaN, of a chosen token, stays
     o_ref[...] = (o / some[:, None]).astype(o_ref.dtype)
-    lse_ref[...] = jnp.where(total > 0, (highest + jnp.log2(some)) / _LOG2_E, -jnp.inf)
+    lse_ref[...] = jnp.where(total == 0.0, -jnp.inf, (highest + jnp.log2(some)) / _LOG2_E)

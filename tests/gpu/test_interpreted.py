@@ -42,8 +42,12 @@ def test_triton_hisa_keeps_the_contract(block_size, block_topk, topk, dtype, has
     visible = np.asarray(visible, np.int32)
     q, k, scale, w = draw.integers(1, *visible.shape, S, 16, 64, dtype, has_scale)
     options = {"topk": topk, "block_size": block_size, "block_topk": block_topk}
-    got = triton.select_hisa(q, k, scale, w, jnp.asarray(visible), **options, interpret=True)
-    promises.check_hisa(got, q, k, scale, w, visible, **options, **EXACT)
+    # The second time the blocks that are always kept score least of all.
+    is_forced = np.isin(np.arange(S) // block_size, [0, *((visible - 1) // block_size).ravel()])
+    least = jnp.ones_like(q), jnp.broadcast_to(is_forced[:, None], k.shape).astype(dtype), scale, -jnp.ones_like(w)
+    for inputs in ((q, k, scale, w), least):
+        got = triton.select_hisa(*inputs, jnp.asarray(visible), **options, interpret=True)
+        promises.check_hisa(got, *inputs, visible, **options, **EXACT)
 
 
 @pytest.mark.parametrize("S", [pytest.param(520, marks=pytest.mark.slow), 333, pytest.param(9, marks=pytest.mark.slow)])

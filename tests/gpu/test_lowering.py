@@ -1,5 +1,8 @@
 """Every kernel lowers for an H200 at the production shapes on a machine without one."""
 
+import importlib
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -93,3 +96,40 @@ def test_keys_beyond_32_bits_are_pooled_in_parts_and_refused_elsewhere():
         jax.eval_shape(
             lambda q, k, w, v: triton.select_flat(q[None], k[None], None, w[None], v, topk=64), q, k, w, visible
         )
+
+
+def without_locations(text):
+    return [re.sub(r" ?loc\(.*?\)", "", line) for line in text.splitlines() if not line.startswith("#loc")]
+
+
+@pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
+def test_programs_lower_in_64_bit_mode(backend):
+    """Batches, packed batches and the attention; what reads pages is of the same stages.
+
+    Triton's are those of 32-bit mode. Mosaic GPU lowers some index arithmetic otherwise.
+    """
+    module = BACKENDS[backend]
+    attend = importlib.import_module(f"kernels_pallas.{backend}.sparse_mla").sparse_mla
+
+    def every(q, k, w, visible, cu_q, cu_k, mla_q, kv, indices):
+        blocks = dict(topk=500, block_size=128, block_topk=16)
+        arrays, packed = (q, k, None, w, visible), (q[0], k[0], None, w[0], visible[0])
+        return (
+            module.select_hisa(*arrays, **blocks),
+            module.select_flat(*arrays, topk=500),
+            module.select_hisa(*packed, **blocks, cu_seqlens=(cu_q, cu_k)),
+            attend(mla_q, kv, indices, value_dim=512, scale=0.1),
+        )
+
+    q, k, _, w, visible = _shapes(1, 70, 9000, 64, 128, BF16)
+    cu_seqlens = ((4,), jnp.int32)
+    mla = ((1, 70, 64, 576), BF16), ((1, 9000, 576), BF16), ((1, 70, 500), jnp.int32)
+    shapes = (q, k, w, visible, cu_seqlens, cu_seqlens, *mla)
+    texts = []
+    for is_on in (False, True):  # from one line: kernels say in their bytes where they were called
+        jax.clear_caches()  # what other tests have traced was called elsewhere
+        with jax.enable_x64(is_on):
+            texts.append(without_locations(lower(every, *shapes)))
+    calls = [[line for line in text if "custom_call" in line] for text in texts]
+    assert len(calls[0]) == len(calls[1]) > 4 and not any("f64" in line for line in texts[1])
+    assert backend == "mosaic_gpu" or texts[0] == texts[1]

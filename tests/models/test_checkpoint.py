@@ -1,5 +1,8 @@
 """Saving and restoring by Orbax."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,4 +36,29 @@ def test_the_dtype_is_that_of_the_saved_model_unless_given(tmp_path):
 
 def test_a_folder_without_a_saved_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no hisa_config\.json"):
+        models.restore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda keys: keys.update(more=1), "unexpected keyword argument 'more'"),
+        (lambda keys: keys.pop("vocab_size"), "missing 1 required keyword-only argument: 'vocab_size'"),
+        (lambda keys: keys.update(vocab_size="97"), r"Config\(vocab_size='97'\): must be an integer from 1 to"),
+        (lambda keys: keys["yarn"].update(factor=0), r"Yarn\(factor=0\): must be a number from 1 to"),
+        (lambda keys: keys.update(yarn=3), r"Config\(yarn=3\): must be a Yarn or None"),
+        (
+            lambda keys: keys.update(layer_kinds=[[]] * 3),
+            r"Config\(layer_kinds=\(\[\], \[\], \[\]\)\): must be a list of",
+        ),
+    ],
+)
+def test_a_config_that_save_did_not_write_is_named(tmp_path, change, message):
+    keys = dataclasses.asdict(golden.model("dsv32").config)
+    change(keys)
+    (tmp_path / "hisa_config.json").write_text(json.dumps(keys))
+    with pytest.raises(ValueError, match=rf"hisa_config\.json: .*{message}"):
+        models.restore(tmp_path)
+    (tmp_path / "hisa_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"hisa_config\.json: not JSON"):
         models.restore(tmp_path)

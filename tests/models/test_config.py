@@ -100,18 +100,18 @@ def test_mscale_scales_rope_and_softmax_as_the_public_code_does():
         ({"num_hidden_layers": ...}, "lacks num_hidden_layers"),
         ({"rope_parameters": {"rope_type": "default"}}, "lacks rope_theta"),
         ({"q_lora_rank": None}, "lacks q_lora_rank"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is built"),
-        ({"attention_bias": True}, "attention_bias is True, only False is built"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', wanted 'silu': no other is built"),
+        ({"attention_bias": True}, "attention_bias is True, wanted False: no other is built"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}},
-            "rope type is 'linear', wanted 'default' or 'yarn'",
+            "rope_scaling: type is 'linear', wanted one of default, yarn",
         ),
         ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_theta": 1e4}}, "lacks factor"),
-        ({"index_topk_pattern": "FS"}, "index_topk_pattern is 'FS', wanted 3 letters F"),
+        ({"index_topk_pattern": "FS"}, "index_topk_pattern is 'FS', wanted an entry for each of num_hidden_layers = 3"),
         ({"index_topk_pattern": "SFF"}, "must be 'full' at layer 0"),
-        ({"index_topk_pattern": "FXF"}, "wanted 3 letters F"),
-        ({"mlp_layer_types": ["dense"]}, "must be num_hidden_layers = 3 entries"),
+        ({"index_topk_pattern": "FXF"}, r"index_topk_pattern is 'FXF', wanted letters F \(full\) or S"),
+        ({"mlp_layer_types": ["dense"]}, "wanted an entry for each of num_hidden_layers = 3"),
         ({"n_group": 3}, "n_group=3.*must be a divisor of 8 experts"),
         ({"topk_group": 2}, "topk_group=2.*must be from 1 to n_group = 1"),
         ({"num_experts_per_tok": 9}, "must be at most the 8 experts in kept groups"),
@@ -126,8 +126,8 @@ def test_a_config_that_cannot_be_built_is_refused(keys, message):
 def test_settings_of_the_index_keys_are_checked():
     config = models.read_config(golden.FOLDER / "glm5")
     for change, message in [
-        ({"index_key_dtype": "float16"}, "float8_e4m3fn, int8 or None"),
-        ({"index_key_scale": "bf16"}, "'float32' or 'ue8m0'"),
+        ({"index_key_dtype": "float16"}, "one of float8_e4m3fn, int8"),
+        ({"index_key_scale": "bf16"}, "one of float32, ue8m0"),
         ({"index_hadamard": True, "index_head_dim": 24}, "False unless index_head_dim is 2"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -141,3 +141,25 @@ def test_a_folder_without_a_readable_config_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             models.read_config(tmp_path)
+
+
+def test_stop_tokens_are_those_of_the_generation_config_then_of_the_config(tmp_path):
+    keys, generation = keys_of("glm5", eos_token_id=[3, 100]), tmp_path / "generation_config.json"
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    assert models.read_config(tmp_path).eos_token_ids == (3, 100)
+    for said, ids in (({}, (3, 100)), ({"eos_token_id": None}, (3, 100)), ({"eos_token_id": 7}, (7,)),
+                      ({"eos_token_id": [7, 0], "top_p": 0.9}, (7, 0)), ({"eos_token_id": []}, ())):  # fmt: skip
+        generation.write_text(json.dumps(said))
+        assert models.read_config(tmp_path).eos_token_ids == ids
+    for text, message in (
+        ("{", "not JSON"), ("[" * 100_000, "not JSON"), ("[]", "holds a list, wanted an object"),
+        ('{"eos_token_id": 101}', "eos_token_id is 101, wanted a token from 0 to 100 or a list of them"),
+        ('{"eos_token_id": [1, -1]}', r"eos_token_id is \[1, -1\]"), ('{"eos_token_id": "1"}', "eos_token_id is '1'"),
+        ('{"eos_token_id": true}', "eos_token_id is True"), ('{"eos_token_id": [1.0]}', r"eos_token_id is \[1\.0\]"),
+        (" " * (2**20 + 1), "has more than 1048576 bytes"),
+    ):  # fmt: skip
+        generation.write_text(text)
+        with pytest.raises(ValueError, match=f"generation_config.json: {message}"):
+            models.read_config(tmp_path)
+    with pytest.raises(ValueError, match="eos_token_ids.*tokens from 0 to 100"):
+        models.config_from_keys(keys | {"eos_token_id": [101]})

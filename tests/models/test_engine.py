@@ -3,65 +3,112 @@
 import numpy as np
 import pytest
 
-import hisa_jax as hj
-import models
 from models.engine import Engine, lookup
 
-from . import golden
-
-HISA = hj.Hisa(topk=8, block_size=4, block_topk=3)
-PREFIX = [5, 17, 30, 41, 52, 63, 74, 85, 96, 7]
-PROMPTS = [[*PREFIX, 18, 29, 40], [*PREFIX[:7], 90, 80], [70, 60, 50, 40, 30, 20, 10], [*PREFIX, 18, 29, 40, 3]]
-N_NEW = 7
-
-
-def model():
-    return golden.model("glm5").with_method(HISA)
+from . import serving
 
 
 @pytest.fixture(scope="module")
-def alone():
-    """By `generate`, which has no engine and pages that nobody shares."""
-    return models.generate(model(), PROMPTS, N_NEW, chunk=24).tokens
+def traffic():
+    """(prompt, its tokens by `generate`), which has no engine and pages that nobody shares."""
+    prompts = serving.requests(60, seed=1)
+    return list(zip(prompts, serving.alone(tuple(map(tuple, prompts)), stop_ids=()), strict=True))
 
 
-def run(engine, prompts=PROMPTS):
-    """Two requests at once, the others as these get on; tokens of each, forks, and (proposed, kept) a step and row."""
-    tokens, forks, verified, waiting = {}, [], [], list(prompts)
+def submit(engine, traffic):
+    return {engine.submit(prompt, serving.N_NEW, ()): tokens for prompt, tokens in traffic}
+
+
+def test_tokens_are_those_of_each_request_alone_with_shared_prefixes_few_pages_and_proposals_right_or_wrong(traffic):
+    """24 pages of 4 tokens hold two requests and little more: others wait, and finished ones are dropped for them."""
+    answers = {tuple(prompt): [*prompt, *made] for prompt, made in traffic}
+
+    def draft(tokens, n):
+        """What comes, but every third token wrong."""
+        whole = next(whole for whole in answers.values() if tokens == whole[: len(tokens)])
+        wrong = [token if at % 3 else (token + 1) % serving.VOCABULARY for at, token in enumerate(whole)]
+        return wrong[len(tokens) : len(tokens) + n]
+
+    engine, tokens, forks, verified, rng = serving.engine(draft=draft), {}, [], [], np.random.default_rng(0)
+    waiting, wanted = list(traffic), {}
     while waiting or not engine.is_idle:
-        for prompt in waiting[: 2 if engine.is_idle else 1]:
-            engine.submit(prompt, N_NEW)
-            waiting.remove(prompt)
+        for one in waiting[: rng.integers(3)]:
+            wanted |= submit(engine, [one])
+            waiting.remove(one)
         report = engine.step()
         engine.pool.check()
         tokens |= report.finished
         forks += report.forks
-        verified += [
-            (new - 1, kept - 1)
-            for step in report.steps
-            if step.phase == "decode"
-            for new, kept in zip(step.n_new, step.n_kept, strict=True)
-        ]
+        for step in report.steps:
+            if step.phase == "decode":
+                verified += [(new - 1, kept - 1) for new, kept in zip(step.n_new, step.n_kept, strict=True)]
     engine.release()
-    assert engine.pool.n_free == engine.pool.n_pages
-    return [tokens[i] for i in range(len(prompts))], forks, verified
+    assert tokens == wanted and engine.pool.n_free == engine.pool.n_pages
+    assert len(forks) > 10 and all(shared >= 4 for _, _, shared in forks)
+    assert {kept for _, kept in verified} == {0, 1, 2} and any(kept < new for new, kept in verified)
 
 
-@pytest.mark.slow
-def test_tokens_are_those_of_each_request_alone_with_shared_prefixes_few_pages_and_proposals_right_or_wrong(alone):
-    """15 pages of 4 tokens hold two requests and little more: others wait, and finished ones are dropped for them."""
-    answers = {tuple(prompt): [*prompt, *made] for prompt, made in zip(PROMPTS, alone, strict=True)}
+def test_cancelled_requests_give_pages_back_in_every_state_and_others_do_not_notice(traffic):
+    """At random, so also while they wait, are read, decode, hold pages that others share, or are finished."""
+    engine, rng, states = serving.engine(), np.random.default_rng(0), set()
+    wanted, tokens, cancelled, pool = submit(engine, traffic), {}, set(), engine.pool
+    while not engine.is_idle:
+        running = list(engine.scheduler.running) or [0]
+        for id in (int(rng.choice(running)), int(rng.integers(len(traffic))))[: rng.integers(0, 9) // 4]:
+            request, was_waiting = engine.scheduler.running.get(id), id in engine.scheduler.waiting
+            n_pages, n_own = (len(pool.pages(id)), pool.n_own(id)) if request else (0, 0)
+            n_free = pool.n_free
+            assert engine.cancel(id) == (was_waiting or request is not None)
+            if request:
+                is_read = len(request.tokens) > request.n_prompt
+                states.add(("decoding" if is_read else "reading", n_own < n_pages))
+            if request or was_waiting:
+                cancelled.add(id)
+                assert pool.n_free == n_free + n_own and id not in pool.lengths
+        tokens |= engine.step().finished
+        pool.check()
+        assert not cancelled & engine.scheduler.donors.keys()
+    assert tokens == {id: made for id, made in wanted.items() if id not in cancelled} and len(tokens) > 9
+    assert states == {(state, is_shared) for state in ("decoding", "reading") for is_shared in (False, True)}
+    engine.release()
+    assert pool.n_free == pool.n_pages
 
-    def draft(tokens, n):
-        """What comes, but every third token wrong."""
-        whole = next(whole for prompt, whole in answers.items() if tokens == whole[: len(tokens)])
-        return [token if at % 3 else (token + 1) % 101 for at, token in enumerate(whole)][len(tokens) : len(tokens) + n]
 
-    engine = Engine(model(), n_pages=15, rows=3, max_length=24, chunk=6, draft=draft, n_draft=3)
-    tokens, forks, verified = run(engine)
-    assert tokens == alone
-    assert forks and all(shared >= 4 for _, _, shared in forks)
-    assert {kept for _, kept in verified} >= {0, 1, 2} and any(kept < new for new, kept in verified)
+def test_a_number_that_was_never_given_cannot_be_cancelled(traffic):
+    engine = serving.engine()
+    (id,) = submit(engine, traffic[:1])
+    for wrong, message in ((1, "id=1, wanted one that submit gave: there were 1"), (-1, "id=-1"), ("0", "id='0'")):
+        with pytest.raises(ValueError, match=f"cancel: {message}"):
+            engine.cancel(wrong)
+    assert engine.cancel(id) and not engine.cancel(id) and engine.is_idle and engine.step().finished == {}
+
+
+def test_what_a_caller_hands_in_or_gets_may_be_changed_without_effect(traffic):
+    engine, wanted, tokens, proposals = serving.engine(draft=lambda *_: proposals), {}, {}, []
+    for i, (prompt, made) in enumerate(traffic[:6]):
+        mine, stops = np.array(prompt, (np.int64, np.uint8)[i % 2]) if i % 3 else list(prompt), [made[-1]]
+        wanted[engine.submit(mine, np.int32(serving.N_NEW), stops)] = made[: made.index(made[-1]) + 1]
+        mine[:] = mine[:1] * 0
+        stops[:] = range(60)
+    while not engine.is_idle:
+        proposals[:] = [1, 2, 3]
+        report = engine.step()
+        tokens |= {id: list(made) for id, made in report.finished.items()}
+        for step in report.steps:
+            for part in (step.requests, step.starts, step.n_new, step.n_kept):
+                part.clear()
+        for part in (*report.finished.values(), *vars(report).values()):
+            part.clear()
+    assert tokens == wanted
+
+
+def test_a_request_stops_at_the_tokens_of_the_config_unless_told(traffic):
+    prompt, made = traffic[0]
+    at = next(i for i, token in enumerate(made) if token in serving.STOPS)
+    engine = serving.engine(draft=lambda tokens, n: made[len(tokens) - len(prompt) :])  # right beyond the stop, too
+    ids = [engine.submit(prompt, serving.N_NEW, *given) for given in ((), ((),), ({made[0]},))]
+    tokens, _ = serving.finish(engine)
+    assert [tokens[id] for id in ids] == [made[: at + 1], made, made[:1]] and at < serving.N_NEW - 1
 
 
 def test_lookup_proposes_what_followed_last_time():
@@ -73,23 +120,34 @@ def test_lookup_proposes_what_followed_last_time():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": 0}, "Engine: rows=0, wanted at least 1"),
+        ({"rows": 0}, "Engine: rows=0, wanted an int of at least 1"),
+        ({"rows": True}, "Engine: rows=True, wanted an int of at least 1"),
+        ({"chunk": 2.0}, r"Engine: chunk=2\.0, wanted an int of at least 1"),
+        ({"n_pages": "8"}, "Engine: n_pages='8', wanted an int of at least 1"),
+        ({"max_overtakes": -1}, "Engine: max_overtakes=-1, wanted an int of at least 0"),
         ({"n_draft": 2}, "Engine: n_draft=2, wanted 0 without a draft"),
         ({"draft": lookup}, "Engine: n_draft=0, wanted 1 or more with a draft"),
-        ({"max_length": 257}, "Engine: max_length=257, wanted at most 256, the model's positions"),
+        ({"max_length": 97}, "Engine: max_length=97, wanted at most 96, the model's positions"),
     ],
 )
 def test_bad_sizes_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        Engine(model(), **{"n_pages": 8} | changes)
+        Engine(serving.model(), **{"n_pages": 8} | changes)
 
 
-def test_a_request_that_could_never_run_is_refused():
-    engine = Engine(model(), n_pages=4, max_length=100)
-    with pytest.raises(ValueError, match="submit: 13 tokens in 5 pages, wanted at most max_length=100 in 4"):
-        engine.submit([1] * 12, 1)
-    with pytest.raises(ValueError, match="submit: 0 prompt and 1 new tokens"):
-        engine.submit(np.zeros(0, int), 1)
-    with pytest.raises(ValueError, match="submit: prompt has tokens 3 to 101, wanted 0 to 100"):
-        engine.submit([3, 101], 1)
-    assert engine.is_idle
+def test_requests_that_cannot_be_served_are_refused_by_name_and_the_good_ones_among_them_are_served(traffic):
+    engine, wanted = serving.engine(), {}
+    good = iter(traffic)
+    for n, arguments in enumerate(serving.BAD_REQUESTS):
+        with pytest.raises(ValueError, match=f"^submit: {arguments[-1]}"):
+            engine.submit(*arguments[:-1])
+        if n % 3 == 0:
+            wanted |= submit(engine, [next(good)])
+    with pytest.raises(ValueError, match="submit: 65 tokens in 18 pages, wanted at most max_length=64 in 24"):
+        engine.submit([1] * 12, 53)
+    assert serving.finish(engine) == (wanted, {}) and list(wanted) == list(range(len(wanted)))
+
+
+def test_one_that_needs_more_pages_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="submit: 13 tokens in 5 pages, wanted at most max_length=64 in 4"):
+        serving.engine(n_pages=4).submit([1] * 12, 1)

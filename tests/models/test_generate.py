@@ -11,11 +11,11 @@ import pytest
 import hisa_jax as hj
 import models
 from models.__main__ import main
-from models.generate import pad_left
+from models.generate import likeliest, pad_left
 from models.indexers import make_method, read_methods
 from models.tokens import Bytes, load_tokenizer
 
-from . import golden
+from . import golden, serving
 
 FOLDER = golden.FOLDER / "glm5"
 PROMPTS = [[5, 17, 30, 41, 52, 63, 74, 85, 96, 7, 18, 29, 40], [90, 80, 70, 60, 50, 40, 30, 20, 10]]
@@ -44,6 +44,12 @@ def test_a_stop_token_ends_its_row_alone(greedy):
     stop, at = next((token, i) for i, token in enumerate(first) if i and token not in (*first[:i], *second))
     stopped = models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8, stop_ids=[stop])
     assert stopped.tokens == [first[: at + 1], second]
+
+
+def test_a_token_is_taken_from_logits_with_a_finite_maximum_alone():
+    inf, nan = np.inf, np.nan
+    logits = np.array([[0, 2, 1], [nan, 1, 2], [2, 1, nan], [inf, 0, 0], [-inf, -inf, -inf], [-inf, 0, 1]], np.float32)
+    assert likeliest(logits).tolist() == [1, -1, -1, -1, -1, 2]
 
 
 @pytest.mark.slow
@@ -78,17 +84,32 @@ def test_prompts_are_padded_on_the_left_to_whole_chunks():
     ("arguments", "message"),
     [
         ({"prompts": []}, "at least one prompt"),
-        ({"prompts": [[1], []]}, "each at least one token"),
-        ({"prompts": [[101]]}, "prompts hold token 101, wanted 0 to 100"),
+        ({"prompts": [[1], []]}, r"prompts\[1\] is empty"),
+        ({"prompts": [[101]]}, r"prompts\[0\]\[0\] is 101, wanted an int from 0 to 100"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": 256}, "make 257 tokens, the model has 256 positions"),
         ({"chunk": 0}, "chunk=0"),
+        ({"chunk": True}, "chunk=True, wanted an int of at least 1"),
         ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("nan")}, "temperature=nan, wanted a number of at least 0"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"prompts": None}, "prompts is None, wanted a sequence of at least one prompt"),
+        ({"prompts": "text"}, "prompts is 'text'"),
+        ({"prompts": [1, 2]}, r"prompts\[0\] is 1, wanted a sequence of ints"),
+        ({"prompts": np.ones((1, 2))}, r"prompts\[0\]\[0\] is 1\.0, wanted an int"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         models.generate(golden.model("glm5"), **{"prompts": [[1]], "max_new_tokens": 1} | arguments)
+
+
+@pytest.mark.parametrize("request_", serving.BAD_REQUESTS, ids=lambda request: request[-1])
+def test_prompts_and_stop_tokens_are_checked_as_an_engine_checks_them(request_):
+    prompt, n_new, *stop_ids, message = request_
+    name = rf"prompts\[1\]{message[6:]}" if message.startswith("prompt") else message
+    with pytest.raises(ValueError, match=f"^generate: {name}"):
+        models.generate(serving.model(), [[1], prompt], n_new, **dict(zip(["stop_ids"], stop_ids, strict=False)))
 
 
 def command(*arguments, tokens=3):
@@ -175,6 +196,11 @@ def test_the_command_runs_as_a_module(capsys, monkeypatch):
         ('{"0": {"indexer": "flat"}}', "0: indexer is 'flat', wanted one of dsa, hisa, block-sparse"),
         ('{"0": {"indexer": "dsa", "topk": 0}}', r"0: Dsa\(topk=0\)"),
         ('{"0": {"topk": 8}}', "0: indexer is None"),
+        ('{"0": {"indexer": ["dsa"]}}', r"layers\.json: 0: indexer is \['dsa'\]"),
+        ('{"0": {"indexer": "dsa", "config": 1}}', r"layers\.json: 0: .*unexpected keyword argument 'config'"),
+        ('{"0": {"indexer": "dsa", "topk": "8"}}', r"layers\.json: 0: Dsa\(topk='8'\)"),
+        ('{"0": {"indexer": "dsa"}, "0": {"indexer": "hisa"}}', r"layers\.json: key '0' is there twice"),
+        ('{"0": ' + "[" * 100_000, r"layers\.json: not JSON that can be read: nested too deeply"),
     ],
 )
 def test_a_per_layer_file_that_is_none_is_refused(tmp_path, text, message):
@@ -188,6 +214,18 @@ def test_methods_take_topk_from_the_checkpoint_unless_given():
     config = golden.model("glm5").config
     assert make_method("dsa", config) == hj.Dsa(topk=8)
     assert make_method("hisa", config, topk=4) == hj.Hisa(topk=4)
+
+
+def test_a_tokenizer_that_is_none_is_refused(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    for text in ("", "{}", '{"model": 1}', "[" * 1000):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer: "):
+            load_tokenizer(tmp_path, 300)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ValueError, match=r"tokenizer\.json: is no file"):
+        load_tokenizer(tmp_path, 300)
 
 
 def test_the_folders_tokenizer_is_used_if_there_is_one(tmp_path):

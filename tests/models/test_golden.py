@@ -102,7 +102,7 @@ def test_caches_and_decoding_give_the_numbers_of_the_public_code(case):
     config = model.config
     out = model.run(tokens[:, :length], cache=model.empty_cache(B, S))
     for i, layer in enumerate(out.cache.layers):
-        kv = contiguous(layer.latents, out.cache.block_tables)[:, :length]
+        kv = contiguous(layer.latents, out.cache.block_tables, out.cache.lengths)[:, :length]
         latent, rope_key = kv[..., : config.kv_lora_rank], kv[..., config.kv_lora_rank :]
         golden.assert_close(latent, numbers[f"prefill.L{i}.cache_latent"], golden.HIDDEN, f"latents of layer {i}")
         # The public code stores even dims before odd ones.
@@ -111,7 +111,9 @@ def test_caches_and_decoding_give_the_numbers_of_the_public_code(case):
         assert (layer.keys.shape[2] > 0) == golden.selects(case, i)
         if golden.selects(case, i):
             want = numbers[f"prefill.L{i}.cache_index_k"]
-            keys = golden.deinterleaved(contiguous(layer.keys, out.cache.block_tables)[:, :length], config)
+            keys = golden.deinterleaved(
+                contiguous(layer.keys, out.cache.block_tables, out.cache.lengths)[:, :length], config
+            )
             golden.assert_close(keys, want, golden.HIDDEN, f"index keys of layer {i}")
     for t in range(length, S):
         out = model.run(tokens[:, t : t + 1], cache=out.cache, phase="decode")

@@ -6,7 +6,6 @@ import tracemalloc
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -145,18 +144,6 @@ def test_a_tensor_that_does_not_fit_is_named_with_its_file(tmp_path, change, mes
         models.from_pretrained(golden.write_checkpoint(tmp_path, "glm5", change))
 
 
-def test_prediction_layers_are_skipped_as_far_as_the_config_has_them(tmp_path):
-    def add(layer):
-        return lambda t: t.update({f"model.layers.{layer}.eh_proj.weight": np.ones((2, 2), ml_dtypes.bfloat16)})
-
-    models.from_pretrained(golden.write_checkpoint(tmp_path, "glm5", add(3)))
-    models.from_pretrained(golden.write_checkpoint(tmp_path, "glm5", add(3), num_nextn_predict_layers=1))
-    for layer, count in ((3, 0), (4, 1)):
-        folder = golden.write_checkpoint(tmp_path, "glm5", add(layer), num_nextn_predict_layers=count)
-        with pytest.raises(models.CheckpointError, match=rf"model\.layers\.{layer}\.eh_proj\.weight in .*: unexpected"):
-            models.from_pretrained(folder)
-
-
 def edit_header(file, change):
     """Rewrites a file's header without touching what follows."""
     data = file.read_bytes()
@@ -183,7 +170,10 @@ def swap_offsets(header):
         (lambda f: edit_header(f, swap_offsets), r"lm_head\.weight in .*: starts at byte .*: corrupt header"),
         (lambda f: edit_header(f, lambda h: h[NORM].update(shape=[39])), f"{NORM} in .*: takes 80 bytes, but BF16"),
         (lambda f: edit_header(f, lambda h: h[NORM].update(shape=["a"])), f"{NORM} in .*corrupt header"),
-        (lambda f: edit_header(f, lambda h: h[NORM].pop("dtype")), r"model\.safetensors: corrupt header: KeyError"),
+        (
+            lambda f: edit_header(f, lambda h: h[NORM].pop("dtype")),
+            f"{NORM} in .*, wanted dtype, shape and data_offsets",
+        ),
     ],
 )
 def test_a_file_that_is_cut_short_or_corrupt_is_named(tmp_path, damage, message):

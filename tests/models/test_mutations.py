@@ -141,7 +141,7 @@ def test_an_rms_norm_of_the_index_keys_fails(monkeypatch):
 @pytest.mark.parametrize("case", ["dsv32", "glm5"])
 def test_no_relu_fails(case, monkeypatch):
     def select(q, w, cache, tables, cu_seqlens_q, lengths, method):
-        k = contiguous(cache.keys, tables)
+        k = contiguous(cache.keys, tables, lengths)
         (B, S, _), T = k.shape, len(q) // len(tables)
         scores = jnp.einsum("bthd,bsd,bth->bts", q.reshape(B, T, *q.shape[1:]), k, w.reshape(B, T, -1))
         scores = jnp.where(jnp.arange(S) <= jnp.arange(T)[:, None], scores, -jnp.inf)

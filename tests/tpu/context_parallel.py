@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
 from hisa_jax import context_kernels, dispatch  # noqa: E402
-from tests import draw, oracle  # noqa: E402
+from tests import draw, isolation, oracle  # noqa: E402
 
 METHODS = {
     "dsa": hj.Dsa(topk=40),
@@ -79,8 +79,18 @@ def decode_over_four_devices():
         check(name, 1, 4, 1, 1, lengths=np.array([500], np.int32))
 
 
+def what_other_devices_hold_leaves_no_trace():
+    mesh = jax.make_mesh((1, 2), ("data", "context"), devices=jax.devices()[:2])
+    over = dict(mesh=mesh, context_axis="context", data_axis="data", implementation="mosaic_tpu")
+    for name, dtype in (("hisa", "bfloat16"), ("dsa", "int8")):
+        run = jax.jit(
+            functools.partial(hj.select_sharded, **over), static_argnames=("method", "return_scores", "return_blocks")
+        )
+        isolation.assert_isolated(isolation.batch(run, METHODS[name], dtype, S=512), METHODS[name])
+
+
 QUICK = prefill_of_a_ragged_sequence_over_two_devices, decode_of_two_sequences_over_two_devices
-SLOW = prefill_over_data_and_context, decode_over_four_devices
+SLOW = prefill_over_data_and_context, decode_over_four_devices, what_other_devices_hold_leaves_no_trace
 
 if __name__ == "__main__":
     dispatch.IMPLEMENTATIONS["mosaic_tpu"] = interpreted()

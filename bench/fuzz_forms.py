@@ -1,0 +1,118 @@
+"""The public calls in the forms that are fuzzed, each a function of plain arrays.
+
+A reproduction prints the source of the form that it needs, so a form uses numpy, jax, hisa_jax and its arguments alone.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import hisa_jax as hj
+
+
+def keys_of(k, scales):
+    return k if scales is None else hj.QuantizedKeys(k, scales)
+
+
+def over(devices):
+    """Where the sharded functions run; nothing for one device."""
+    if devices == 1:
+        return {}
+    mesh = jax.make_mesh((devices,), ("context",), devices=jax.devices()[:devices])
+    return dict(mesh=mesh, context_axis="context")
+
+
+@functools.partial(jax.jit, static_argnames=("method", "implementation", "devices"))
+def select(q, k, scales, w, positions, lengths, *, method, implementation, devices=1):
+    """A batch: [R, T, H, D], [R, S, D], [R, S] or None, [R, T, H], [R, T], [R]."""
+    options = dict(query_positions=positions, lengths=lengths, implementation=implementation)
+    options |= dict(return_scores=True, return_blocks=method.has_blocks)
+    call = hj.select if devices == 1 else hj.select_sharded
+    return call(q, keys_of(k, scales), w, method, **options, **over(devices))
+
+
+@functools.partial(jax.jit, static_argnames=("method", "implementation"))
+def select_packed(q, k, scales, w, cu_seqlens_q, cu_seqlens_k, *, method, implementation):
+    """A packed batch: [T, H, D], [N, D], [N] or None, [T, H], [R + 1], [R + 1]."""
+    options = dict(implementation=implementation, return_scores=True, return_blocks=method.has_blocks)
+    return hj.select_packed(q, keys_of(k, scales), w, cu_seqlens_q, cu_seqlens_k, method, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("n_pages", "page_size", "devices"))
+def written(tables, new, rest, first, junk, second, source, target, is_stale, stale, *, n_pages, page_size, devices=1):
+    """A cache after a life: tokens appended, some of them rejected, more appended, pages copied, all else overwritten.
+
+    `new`, `rest`: keys [N, D] and scales or None, packed, of both appends. first, junk, second: [R] tokens that the
+    first append writes to stay, that it writes to be rejected, that the second one writes. tables: [2, R, P], before
+    and after the copies. is_stale: [n_pages, page_size] rows that are no one's and get the value `stale`.
+    """
+    on, suffix = over(devices), "_sharded" if devices > 1 else ""
+    append, truncate, copy_pages = (getattr(hj, name + suffix) for name in ("append", "truncate", "copy_pages"))
+
+    def offsets(sizes):
+        return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)])
+
+    cache = hj.init_cache(n_pages, page_size, new[0].shape[1], new[0].dtype)
+    cache = append(cache, keys_of(*new), tables[0], offsets(first + junk), jnp.zeros_like(first), **on)
+    cache = truncate(cache, tables[0], first + junk, first, max_tokens=new[0].shape[0], **on)
+    cache = append(cache, keys_of(*rest), tables[0], offsets(second), first, **on)
+    cache = copy_pages(cache, source, target, **on)
+    gone = jnp.all(is_stale, axis=1)
+
+    def overwritten(leaf, where):
+        where = where.reshape(where.shape + (1,) * (leaf.ndim - where.ndim))
+        return jnp.where(where, stale.astype(leaf.dtype), leaf)
+
+    return dataclasses.replace(
+        cache,
+        keys=overwritten(cache.keys, is_stale),
+        scales=None if cache.scales is None else overwritten(cache.scales, is_stale),
+        sums=overwritten(cache.sums, gone),
+        means=None if cache.means is None else overwritten(cache.means, gone),
+        mean_scales=None if cache.mean_scales is None else overwritten(cache.mean_scales, gone),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("method", "implementation", "devices"))
+def select_from(cache, q, w, table, cu_seqlens_q, lengths, *, method, implementation, devices=1):
+    """From the pages of `written`."""
+    options = dict(implementation=implementation, return_scores=True, return_blocks=method.has_blocks)
+    call = hj.select_paged if devices == 1 else hj.select_paged_sharded
+    return call(q, w, cache, table, cu_seqlens_q, lengths, method, **options, **over(devices))
+
+
+def select_paged(q, w, tables, cu_seqlens_q, lengths, *life, n_pages, page_size, method, implementation, devices=1):
+    """From pages: [T, H, D], [T, H], [2, R, P], [R + 1], [R], then what `written` needs."""
+    cache = written(tables, *life, n_pages=n_pages, page_size=page_size, devices=devices)
+    options = dict(method=method, implementation=implementation, devices=devices)
+    return select_from(cache, q, w, tables[1], cu_seqlens_q, lengths, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "value_dim", "implementation"))
+def sparse_mla(q, kv, indices, sink, *, scale, value_dim, implementation):
+    """[R, T, N, Dk], [R, S, Dk], [R, T, K], [N]."""
+    options = dict(scale=scale, value_dim=value_dim, return_lse=True, implementation=implementation)
+    return hj.sparse_mla(q, kv, indices, sink=sink, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "value_dim", "implementation"))
+def sparse_mla_paged(q, latents, indices, sink, tables, cu_seqlens_q, *, scale, value_dim, implementation):
+    """[T, N, Dk], [n_pages, page_size, Dk], [T, K], [N], [R, P], [R + 1]."""
+    options = dict(scale=scale, value_dim=value_dim, return_lse=True, implementation=implementation)
+    n_pages, page_size, latent_dim = latents.shape
+    empty = hj.init_cache(n_pages, page_size, 0, latent_dim=latent_dim, latent_dtype=latents.dtype)
+    cache = dataclasses.replace(empty, latents=latents)
+    return hj.sparse_mla_paged(q, cache, indices, tables, cu_seqlens_q, sink=sink, **options)
+
+
+FORMS: dict[str, Callable[..., Any]] = {
+    "select": select,
+    "select_packed": select_packed,
+    "select_paged": select_paged,
+    "sparse_mla": sparse_mla,
+    "sparse_mla_paged": sparse_mla_paged,
+}

@@ -1,0 +1,148 @@
+"""What every selection checks of its arguments, once for all its forms: batches, packed, in pages, on a mesh.
+
+Each function raises TypeError or ValueError that name the call, the argument, what was given and what is wanted. None
+looks at a value, but under `checked`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from hisa_jax import checks, xla
+from hisa_jax.cache import IndexCache, check_table
+from hisa_jax.keys import Keys
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
+from hisa_jax.quantize import QuantizedKeys
+
+
+def check_batch(
+    call: str, q: Array, k: Array | QuantizedKeys, w: Array, query_positions: Array | None, lengths: Array | None
+) -> Keys:
+    """The keys of `select` and of what splits them over devices."""
+    keys = _queries_and_keys(call, q, k, w, ("B", "T"), "S")
+    B, T, _, _ = q.shape
+    S = keys.values.shape[1]
+    if lengths is not None:
+        checks.int32(call, "lengths", lengths, (B,), "one length a sequence")
+        checks.value(
+            (lengths >= 0) & (lengths <= S),
+            f"{call}: lengths is {{lengths}}, wanted 0 to {S}, the keys there are",
+            lengths=lengths,
+        )
+    if query_positions is not None:
+        checks.int32(call, "query_positions", query_positions, (B, T), "one position a query")
+        checks.value(
+            query_positions >= -1,
+            f"{call}: query_positions holds {{least}}, wanted -1 (padding) or more",
+            least=jnp.min(query_positions, initial=0),
+        )
+    elif T > S:
+        raise ValueError(
+            f"{call}: q has T = {T} queries but k has only S = {S} keys: by default the queries are the last T of the "
+            "S tokens; give query_positions"
+        )
+    return keys
+
+
+def check_packed(
+    call: str, q: Array, k: Array | QuantizedKeys, w: Array, cu_seqlens_q: Array, cu_seqlens_k: Array
+) -> Keys:
+    """The keys of `select_packed`."""
+    keys = _queries_and_keys(call, q, k, w, ("T",), "N")
+    checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, ("R + 1",), q.shape[0])
+    checks.offsets(call, "cu_seqlens_k", cu_seqlens_k, ("R + 1",), keys.values.shape[0])
+    checks.shape(call, "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "as many sequences as cu_seqlens_q has")
+    if cu_seqlens_q.shape[0] == 0:
+        raise ValueError(f"{call}: cu_seqlens_q is [0], wanted [R + 1]: it starts with a 0")
+    return keys
+
+
+def check_paged(
+    call: str,
+    q: Array,
+    w: Array,
+    cache: IndexCache,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+    lengths: Array,
+    method: Method,
+) -> None:
+    """The arguments of `select_paged`, on one device and on several."""
+    checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
+    _queries(call, q, w, ("T",), cache.keys.shape[-1], "its last axis must equal the cache's D")
+    R = check_table(call, cache, block_tables, lengths)
+    checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), q.shape[0], "a start for each request, and the end")
+    check_method(call, method)
+    size = cache.page_size
+    if isinstance(method, Hisa | BlockSparse) and method.block_size % size:
+        raise ValueError(
+            f"{call}: {method} with pages of {size} tokens, wanted a block_size that is a multiple of them"
+        )
+
+
+def check_question(call: str, q: Any, k: Any, method: Method) -> Keys:
+    """The keys of a call that is only asked about: [B, T, H, D] and [B, S, D], or packed; shapes and dtypes do."""
+    keys = keys_of(k)
+    rows = ("T",) if len(getattr(q, "shape", ())) == 3 else ("B", "T")
+    _axes_of_queries(call, q, rows, "D")
+    _keys(call, q, keys, "N" if len(rows) == 1 else "S")
+    check_method(call, method)
+    return keys
+
+
+def check_options(call: str, method: Method, return_scores: bool, return_blocks: bool, tiles: xla.Tiles | None) -> None:
+    """What is no array, in every form."""
+    check_method(call, method)
+    checks.flags(call, return_scores=return_scores, return_blocks=return_blocks)
+    if return_blocks and isinstance(method, Dsa):
+        raise ValueError(f"{call}: return_blocks=True with {method}: the flat indexer keeps no blocks")
+    if tiles is not None:
+        checks.instance(call, "tiles", tiles, xla.Tiles, "Tiles")
+
+
+def check_method(call: str, method: Method) -> None:
+    if not isinstance(method, Hisa | Dsa | BlockSparse | Scan):
+        raise TypeError(f"{call}: method is {method!r}, wanted a Hisa, Dsa, BlockSparse or Scan")
+
+
+def keys_of(k: Array | QuantizedKeys) -> Keys:
+    return Keys(k.values, k.scales) if isinstance(k, QuantizedKeys) else Keys(k, None)
+
+
+def _queries_and_keys(
+    call: str, q: Array, k: Array | QuantizedKeys, w: Array, rows: Sequence[str], n_keys: str
+) -> Keys:
+    keys = keys_of(k)
+    _queries(call, q, w, rows, "D")
+    _keys(call, q, keys, n_keys)
+    return keys
+
+
+def _queries(call: str, q: Array, w: Array, rows: Sequence[str], D: int | str, why: str = "") -> None:
+    """q [*rows, H, D] and w [*rows, H]."""
+    checks.dtype(call, "w", w, ("float32",))
+    _axes_of_queries(call, q, rows, D, why)
+    checks.shape(call, "w", w, q.shape[:-1], f"one weight a query and head (q is {checks.axes_of(q)})")
+
+
+def _axes_of_queries(call: str, q: Array, rows: Sequence[str], D: int | str, why: str = "") -> None:
+    checks.dtype(call, "q", q, checks.KEY_DTYPES)
+    checks.shape(call, "q", q, (*rows, "H", D), why)
+    if 0 in q.shape[-2:]:
+        raise ValueError(f"{call}: q is {checks.axes_of(q)}, wanted at least one head and one feature")
+
+
+def _keys(call: str, q: Array, keys: Keys, n_keys: str) -> None:
+    """Keys [B, n_keys, D], or packed [n_keys, D], for queries of that B and D."""
+    *sizes, _, _, D = q.shape
+    if keys.scales is None:
+        checks.dtype(call, "k", keys.values, checks.KEY_DTYPES)
+    else:
+        checks.dtype(call, "k.values", keys.values, ("float8_e4m3fn", "int8"))
+        checks.dtype(call, "k.scales", keys.scales, ("float32",))
+    must = "its first and last axes must equal q's B and D" if sizes else "its last axis must equal q's D"
+    checks.shape(call, "k", keys.values, (*sizes, n_keys, D), f"{must} (q is {checks.axes_of(q)})")
+    if keys.scales is not None:
+        checks.shape(call, "k.scales", keys.scales, keys.values.shape[:-1], "one scale a key")

@@ -1,0 +1,235 @@
+"""Who runs, who waits, who shares whose tokens, and which pages that takes: the bookkeeping of `Engine`, on the host.
+
+It counts tokens and page numbers and never touches an array of the device. A request is let in when there are pages for
+it and all running ones to their ends. Requests are let in as they came, but one that waits for pages is overtaken by
+those that fit, up to a limit. Finished requests keep their pages, as donors, until others need them.
+"""
+
+import dataclasses
+from typing import NamedTuple, Self
+
+from hisa_jax.pages import PagePool
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Request:
+    """A request.
+
+    Attributes:
+        id: its number.
+        tokens: begins with the prompt.
+        n_prompt: how many of them that are.
+        end: how many tokens there may be.
+        stop_ids: tokens that end it.
+        must_copy: whether it shares a part of a page, which somebody will have to copy.
+        n_overtaken: how many were let in before it that came after it.
+    """
+
+    id: int
+    tokens: list[int]
+    n_prompt: int
+    end: int
+    stop_ids: frozenset[int]
+    must_copy: bool = False
+    n_overtaken: int = 0
+
+    @property
+    def n_known(self) -> int:
+        """Tokens to read before decoding: the prompt, and what it had made if its pages were lost."""
+        return max(self.n_prompt, len(self.tokens) - 1)
+
+    @property
+    def is_finished(self) -> bool:
+        has_stopped = len(self.tokens) > self.n_prompt and self.tokens[-1] in self.stop_ids
+        return has_stopped or len(self.tokens) >= self.end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """How much of one request's cache is what another one's would be, which methods by phase decide.
+
+    Attributes:
+        prompt_only: whether tokens that were made are cached otherwise than those of a prompt.
+        tail: last tokens of a prompt that are cached otherwise than those before.
+    """
+
+    prompt_only: bool
+    tail: int
+
+    @classmethod
+    def of(cls, prefill: object, last_prefill: object, decode: object, chunk: int) -> Self:
+        """What the programs of the phases allow, of which equal ones cache alike; the last chunk has `chunk` tokens."""
+        read_alike = prefill == last_prefill
+        return cls(prompt_only=not (read_alike and prefill == decode), tail=0 if read_alike else chunk)
+
+    def limit(self, n_prompt: int, donor_n_prompt: int) -> int:
+        """Tokens that a prompt may share; its last one is always computed, for the logits behind it."""
+        both = min(n_prompt, donor_n_prompt) if self.prompt_only else n_prompt
+        return min(both - self.tail, n_prompt - 1)
+
+
+class Saved(NamedTuple):
+    """What `Scheduler.restore` goes back to; `marks` are what changes in a request, by request."""
+
+    pool: PagePool
+    waiting: dict[int, Request]
+    running: dict[int, Request]
+    donors: dict[int, Request]
+    marks: list[tuple[Request, int, bool, int]]
+
+
+class Scheduler:
+    """Requests and their pages.
+
+    Args:
+        n_pages, page_size: of the cache.
+        rows: requests that run at a time.
+        max_overtakes: how often a request that waits for pages is overtaken. Then nobody is let in before it is.
+        sharing: what may be shared.
+
+    Attributes:
+        pool: who holds which page.
+        waiting, running: requests by number, waiting ones in the order of their turns.
+        donors: finished requests whose pages are kept, oldest use first.
+    """
+
+    def __init__(self, *, n_pages: int, page_size: int, rows: int, max_overtakes: int, sharing: Sharing) -> None:
+        self.pool = PagePool(n_pages, page_size)
+        self.rows, self.max_overtakes, self.sharing = rows, max_overtakes, sharing
+        self.waiting: dict[int, Request] = {}
+        self.running: dict[int, Request] = {}
+        self.donors: dict[int, Request] = {}
+
+    def admit(self) -> list[tuple[int, int, int]]:
+        """Lets in whom there are rows and pages for.
+
+        Returns: (request, its donor, tokens shared) of those that share.
+        """
+        forks: list[tuple[int, int, int]] = []
+        too_big: list[Request] = []
+        held = {page for id in self.running for page in self.pool.pages(id)}
+        to_come = sum(map(self._pages_to_come, self.running.values()))
+        for request in list(self.waiting.values()):
+            if len(self.running) == self.rows or len(too_big) > self.max_overtakes:
+                break
+            donor, shared = self._longest_prefix(request)
+            shared_pages = [] if donor is None else self.pool.pages(donor)[: self._n_pages(shared)]
+            must_copy = shared % self.pool.page_size > 0
+            own = self._n_pages(request.end) - len(shared_pages) + must_copy
+            # Looked at alone: nobody's pages are taken before it is known that they are enough.
+            if to_come + own > self.pool.n_pages - len(held.union(shared_pages)):
+                too_big.append(request)
+                if request.n_overtaken >= self.max_overtakes:
+                    break
+                continue
+            del self.waiting[request.id]
+            if donor is None:
+                self.pool.add(request.id)
+            else:
+                self.pool.fork(donor, request.id, shared)
+                forks.append((request.id, donor, shared))
+                if donor in self.donors:
+                    self.donors[donor] = self.donors.pop(donor)  # the youngest use
+            request.must_copy = must_copy
+            self.running[request.id] = request
+            held.update(shared_pages)
+            to_come += own
+            self._make_room(to_come)
+            for other in too_big:
+                other.n_overtaken += 1
+            if any(other.n_overtaken >= self.max_overtakes for other in too_big):
+                break
+        return forks
+
+    def extend(self, request: Request, n_tokens: int) -> list[tuple[int, int]]:
+        """Makes room for new tokens; copies of pages to make first."""
+        copies = self.pool.extend(request.id, n_tokens)
+        request.must_copy = False
+        return copies
+
+    def finish(self, request: Request) -> None:
+        """Ends it; its pages serve others."""
+        del self.running[request.id]
+        self.donors[request.id] = request
+
+    def drop(self, id: int) -> bool:
+        """Ends an unfinished request, whose pages nobody else will read; whether there was one."""
+        if self.waiting.pop(id, None) is not None:
+            return True
+        if self.running.pop(id, None) is None:
+            return False
+        self.pool.free(id)
+        return True
+
+    def release(self) -> None:
+        """Gives back the pages of all donors."""
+        while self.donors:
+            self._drop_donor(next(iter(self.donors)))
+
+    def save(self) -> Saved:
+        """What everything is now."""
+        requests = [*self.waiting.values(), *self.running.values()]
+        marks = [(request, len(request.tokens), request.must_copy, request.n_overtaken) for request in requests]
+        return Saved(self.pool.copy(), dict(self.waiting), dict(self.running), dict(self.donors), marks)
+
+    def restore(self, saved: Saved, *, are_pages_written: bool) -> None:
+        """Goes back.
+
+        Args:
+            saved: by `save`, not before the last step.
+            are_pages_written: whether tokens may have been written since. Then pages that were given back since may
+                hold others' tokens, so their donors are not restored.
+        """
+        lost = saved.donors.keys() - self.pool.lengths.keys() if are_pages_written else ()
+        self.pool, self.waiting, self.running, self.donors, marks = saved
+        for request, n_tokens, must_copy, n_overtaken in marks:
+            del request.tokens[n_tokens:]
+            request.must_copy, request.n_overtaken = must_copy, n_overtaken
+        for id in lost:
+            self._drop_donor(id)
+
+    def start_over(self) -> None:
+        """All pages are lost: running requests wait again, before all others, with the tokens that they have."""
+        for id in list(self.pool.lengths):
+            self.pool.free(id)
+        self.waiting, self.running, self.donors = self.running | self.waiting, {}, {}
+
+    def _n_pages(self, n_tokens: int) -> int:
+        return -(-n_tokens // self.pool.page_size)
+
+    def _pages_to_come(self, request: Request) -> int:
+        return self._n_pages(request.end) - self._n_pages(self.pool.lengths[request.id]) + request.must_copy
+
+    def _make_room(self, n_pages: int) -> None:
+        """Drops donors, oldest use first, as far as needed: such as hold pages that nobody else does, then any."""
+        for has_own in (True, False):
+            for id in list(self.donors):
+                if self.pool.n_free >= n_pages:
+                    return
+                if not has_own or self.pool.n_own(id):
+                    self._drop_donor(id)
+
+    def _drop_donor(self, id: int) -> None:
+        del self.donors[id]
+        self.pool.free(id)
+
+    def _longest_prefix(self, request: Request) -> tuple[int | None, int]:
+        """Who has the most of its first tokens in the cache, and how many; None for less than a page."""
+        size, prompt = self.pool.page_size, request.tokens[: request.n_prompt]
+        best, most = None, 0
+        for known in (*self.donors.values(), *self.running.values()):
+            n = min(self.pool.lengths[known.id], self.sharing.limit(request.n_prompt, known.n_prompt))
+            if n < size or n <= most or known.tokens[:size] != prompt[:size]:
+                continue
+            n = _n_equal(known.tokens[:n], prompt[:n])
+            best, most = (known.id, n) if n > most else (best, most)
+        return best, most
+
+
+def _n_equal(a: list[int], b: list[int]) -> int:
+    """How many first tokens of two lists of one length are the same; by halves, since slices are compared fast."""
+    low, high = 0, len(a)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low

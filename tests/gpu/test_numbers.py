@@ -1,0 +1,63 @@
+"""What kernels make of numbers, as functions of arrays: the same bits as XLA's, and those that the formats say."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from hisa_jax import topk
+from hisa_jax.keys import mean_parts
+from kernels_pallas import image
+from kernels_pallas.triton.pool_body import split
+
+SPECIAL = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-37, -1e-37, 3e38, -3e38, 1.0, -1.0]
+
+
+def test_images_are_those_of_xla_and_can_be_inverted():
+    scores = np.concatenate([SPECIAL, np.random.default_rng(0).normal(size=500)]).astype(np.float32)[None]
+    got = image.image_of(jnp.asarray(scores))
+    np.testing.assert_array_equal(got, topk.image_of(jnp.asarray(scores)))
+    wanted = np.where(np.isnan(scores), -np.inf, scores)
+    np.testing.assert_array_equal(image.score_of(got), wanted)
+    assert (np.diff(np.asarray(got)[0][np.argsort(wanted[0], kind="stable")].astype(np.int64)) >= 0).all()
+
+
+def test_a_mean_in_two_parts_of_e4m3_is_rounded_twice_to_nearest_even():
+    """Ties among them: whole numbers up to 448 of which e4m3 holds some."""
+    rng = np.random.default_rng(1)
+    rows = [np.arange(-448, 449, 7), np.arange(17, 146), rng.normal(size=129), 1e-20 * rng.normal(size=129)]
+    means = np.zeros((len(rows), 129), np.float32)
+    for mean, row in zip(means, rows, strict=True):
+        mean[: len(row)] = row
+    parts, scale = mean_parts(jnp.asarray(means), jnp.float8_e4m3fn)
+    power = np.asarray(scale)[:, None]
+    assert (np.log2(power) % 1 == 0).all()
+    assert (np.abs(means / power).max(1) <= 448).all() and (np.abs(means / power).max(1) > 224).all()
+    first = (means / power).astype(ml_dtypes.float8_e4m3fn)
+    second = (means / power - first.astype(np.float32)).astype(ml_dtypes.float8_e4m3fn)
+    big = np.abs(means / power) > 2**-5  # smaller ones are subnormal in a part, where the second one holds the rest
+    got = np.asarray(parts.astype(jnp.float32))
+    np.testing.assert_array_equal(got[:, 0][big], first.astype(np.float32)[big])
+    normal = big & (np.abs(second.astype(np.float32)) > 2**-5)
+    np.testing.assert_array_equal(got[:, 1][normal], second.astype(np.float32)[normal])
+    of_kernel, kernel_scale = jax.jit(lambda x: split(x, 2, jnp.float8_e4m3fn))(jnp.asarray(means))
+    np.testing.assert_array_equal(kernel_scale, scale)
+    for part in range(2):
+        np.testing.assert_array_equal(
+            np.asarray(of_kernel[part]).view(np.uint8), np.asarray(parts[:, part]).view(np.uint8)
+        )
+
+
+def test_a_cut_is_reached_by_as_many_as_are_wanted_but_for_ties():
+    """Every number of 60 different images, and of images with ties, forced ones among them."""
+    rng = np.random.default_rng(2)
+    different = rng.permutation(np.unique(rng.integers(-(2**31) + 1, 2**31 - 1, 60)))
+    ties = np.concatenate([rng.integers(-4, 4, 55), [image.FORCED] * 5])
+    for images in (different, ties):
+        x = jnp.asarray(images, jnp.int32)
+        count = lambda cut, x=x: jnp.sum(x >= cut, dtype=jnp.int32)  # noqa: E731
+        find = lambda k, count=count, x=x: image.find_cut(count, jnp.min(x), jnp.max(x), jnp.int32(x.size), k)  # noqa: E731
+        cuts = np.asarray(jax.jit(jax.vmap(find))(jnp.arange(1, 61)))
+        for k, cut in enumerate(cuts, 1):
+            assert (images > cut).sum() <= k <= (images >= cut).sum()
+            assert (images >= cut).sum() == k or cut in images

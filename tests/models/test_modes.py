@@ -1,0 +1,79 @@
+"""A model of one device under meshes that are not its own, in 64-bit mode, and with NaN forbidden: the same numbers."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+import hisa_jax as hj
+import models
+from tests.models import golden
+
+CASE, PROMPTS = "glm5", [[3, 5, 9, 2, 44], [7, 8]]  # unlike lengths, so that there is padding
+METHOD = hj.Hisa(topk=8, block_size=2, block_topk=5)
+MODES = {
+    "auto_mesh": lambda: jax.set_mesh(models.make_mesh(1, 1)),
+    # "vocab" is a name that the parameters' axes have.
+    "explicit_mesh": lambda: jax.set_mesh(
+        jax.make_mesh((1, 1), ("data", "vocab"), axis_types=(AxisType.Explicit,) * 2)
+    ),
+    "x64": lambda: jax.enable_x64(True),
+    "debug_nans": lambda: jax.debug_nans(True),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_fast():
+    """Compiling takes longer than running."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def logits(method=None):
+    """Of a model that is loaded in the mode."""
+    model = models.from_pretrained(golden.FOLDER / CASE, method)
+    return model, nnx.jit(lambda model, ids: model(ids))(model, golden.ids(CASE))
+
+
+def results():
+    """The gradient of the logits by the embedding, and the tokens of `generate` and of an engine."""
+    model, _ = logits(METHOD)
+
+    @nnx.jit
+    def gradient(model, ids):
+        return nnx.grad(lambda model: (model(ids) ** 2).mean())(model)["embed"][...]
+
+    engine = models.Engine(model, n_pages=16, rows=2, max_length=16, chunk=4)
+    requests = [engine.submit(prompt, 2) for prompt in PROMPTS]
+    finished = {}
+    while len(finished) < len(requests):
+        finished |= engine.step().finished
+    tokens = models.generate(model, PROMPTS, 2, chunk=4).tokens
+    return gradient(model, golden.ids(CASE)), tokens, [finished[request] for request in requests]
+
+
+@functools.cache
+def plain(function):
+    return function()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_of_one_device_has_the_same_logits(mode):
+    _, want = plain(logits)
+    with MODES[mode]():
+        _, got = logits()
+    np.testing.assert_array_equal(got, want)
+    assert got.dtype == want.dtype
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mode", MODES)
+def test_it_trains_and_serves_the_same(mode):
+    want = plain(results)
+    with MODES[mode]():
+        got = results()
+    jax.tree.map(np.testing.assert_array_equal, got, want)

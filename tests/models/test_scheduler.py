@@ -1,0 +1,168 @@
+"""Who is let in, who shares, who gives pages back: the bookkeeping alone, without a model. Milliseconds."""
+
+import numpy as np
+import pytest
+
+from models.scheduler import Request, Scheduler, Sharing
+
+SIZE = 4  # tokens of a page
+
+
+def scheduler(n_pages, rows=8, max_overtakes=2, sharing=None):
+    sharing = Sharing(prompt_only=False, tail=0) if sharing is None else sharing
+    return Scheduler(n_pages=n_pages, page_size=SIZE, rows=rows, max_overtakes=max_overtakes, sharing=sharing)
+
+
+def submit(scheduler, id, n_prompt, n_new=1, first=0):
+    tokens = [first or id, *range(n_prompt - 1)]
+    request = Request(id=id, tokens=tokens, n_prompt=n_prompt, end=n_prompt + n_new, stop_ids=frozenset())
+    scheduler.waiting[id] = request
+    return request
+
+
+def read(scheduler, request):
+    """As the engine does: its whole prompt, the pages for it taken."""
+    scheduler.extend(request, request.n_known - scheduler.pool.lengths[request.id])
+    scheduler.pool.check()
+
+
+def finished(scheduler, id, n_prompt, **options):
+    request = submit(scheduler, id, n_prompt, **options)
+    scheduler.admit()
+    read(scheduler, request)
+    scheduler.finish(request)
+    return request
+
+
+def state(scheduler):
+    pool = scheduler.pool
+    holders = [[pool.lengths[id], pool.pages(id)] for id in sorted(pool.lengths)]
+    requests = {**scheduler.waiting, **scheduler.running, **scheduler.donors}
+    contents = [(r.id, list(r.tokens), r.must_copy, r.n_overtaken) for r in requests.values()]
+    return list(scheduler.waiting), list(scheduler.running), list(scheduler.donors), contents, holders, pool.n_free
+
+
+def test_small_requests_pass_one_that_waits_for_pages_so_often_and_no_more():
+    s = scheduler(n_pages=10, max_overtakes=2)
+    runs = submit(s, 0, 11)
+    s.admit()
+    read(s, runs)
+    for id, n_prompt in ((1, 31), (2, 3), (3, 3), (4, 3), (5, 3)):
+        submit(s, id, n_prompt)
+    s.admit()
+    assert list(s.running) == [0, 2, 3] and list(s.waiting) == [1, 4, 5]
+    for id in (2, 3):  # there is room again, but it has been passed twice
+        s.drop(id)
+        s.admit()
+        assert list(s.waiting) == [1, 4, 5]
+    s.drop(0)
+    s.admit()
+    assert list(s.running) == [1, 4, 5] and s.waiting == {}
+
+
+def test_without_overtaking_requests_are_let_in_as_they_came():
+    s = scheduler(n_pages=10, max_overtakes=0)
+    for id, n_prompt in enumerate((23, 31, 3)):
+        submit(s, id, n_prompt)
+    s.admit()
+    assert list(s.running) == [0] and list(s.waiting) == [1, 2]
+
+
+def test_looking_at_one_that_does_not_fit_drops_no_donor_and_letting_one_in_drops_the_oldest_that_is_needed():
+    s = scheduler(n_pages=12)
+    for id in range(3):
+        finished(s, id, 7)
+    runs = submit(s, 3, 15)
+    s.admit()
+    read(s, runs)
+    before = state(s)
+    for id in (4, 5, 6):
+        submit(s, id, 39)
+    assert s.admit() == [] and list(s.waiting) == [4, 5, 6] and list(s.donors) == [0, 1, 2]
+    for id in (4, 5, 6):
+        s.drop(id)
+    assert state(s) == before
+    submit(s, 7, 15)  # 4 pages: 2 are free, donor 0 gives 2
+    s.admit()
+    assert list(s.donors) == [1, 2] and 7 in s.running
+
+
+def test_a_donor_whose_pages_others_hold_is_not_dropped_where_it_would_free_nothing():
+    s = scheduler(n_pages=8)
+    finished(s, 0, 8, first=9)
+    runs = submit(s, 1, 9, n_new=3, first=9)  # shares both pages of 0
+    assert s.admit() == [(1, 0, 8)]
+    read(s, runs)
+    finished(s, 2, 7)
+    submit(s, 3, 15)
+    s.admit()
+    assert 3 in s.running and list(s.donors) == [0]
+
+
+@pytest.mark.parametrize(
+    ("sharing", "n_prompt", "donor", "limit"),
+    [
+        (Sharing(prompt_only=False, tail=0), 20, 12, 19),
+        (Sharing(prompt_only=True, tail=0), 20, 12, 12),
+        (Sharing(prompt_only=True, tail=0), 12, 20, 11),
+        (Sharing(prompt_only=True, tail=5), 20, 12, 7),
+        (Sharing(prompt_only=True, tail=5), 12, 20, 7),
+        (Sharing(prompt_only=True, tail=5), 4, 20, -1),
+    ],
+)
+def test_what_may_be_shared_ends_where_phases_differ(sharing, n_prompt, donor, limit):
+    assert sharing.limit(n_prompt, donor) == limit
+
+
+@pytest.mark.parametrize(
+    ("programs", "sharing"),
+    [
+        ("AAA", Sharing(prompt_only=False, tail=0)),
+        ("AAB", Sharing(prompt_only=True, tail=0)),
+        ("ABA", Sharing(prompt_only=True, tail=5)),
+        ("ABB", Sharing(prompt_only=True, tail=5)),
+        ("ABC", Sharing(prompt_only=True, tail=5)),
+    ],
+)
+def test_what_is_shared_was_cached_by_the_same_program(programs, sharing):
+    assert Sharing.of(*programs, chunk=5) == sharing
+
+
+def test_what_was_undone_is_as_it_was_but_for_donors_whose_pages_may_be_overwritten():
+    """Random traffic; each step is done on a saved state, undone, compared, and done for good."""
+    rng, s, next_id, n_undone, n_lost = np.random.default_rng(0), scheduler(n_pages=14, rows=3), 0, 0, 0
+    for _ in range(300):
+        if rng.random() < 0.6:
+            submit(s, next_id, int(rng.integers(1, 30)), int(rng.integers(1, 8)), first=int(rng.integers(1, 4)))
+            next_id += 1
+
+        def step(rng):
+            s.admit()
+            for request in list(s.running.values()):
+                left = request.n_known - s.pool.lengths[request.id]
+                s.extend(request, max(1, min(6, left)) if left else 1)
+                if s.pool.lengths[request.id] >= request.n_prompt:
+                    request.tokens.append(1)
+                if request.is_finished:
+                    s.finish(request)
+                elif rng.random() < 0.05:
+                    s.drop(request.id)
+
+        before, saved, are_pages_written, seed = state(s), s.save(), rng.random() < 0.5, rng.integers(2**31)
+        step(np.random.default_rng(seed))
+        kept = set(s.pool.lengths)
+        s.restore(saved, are_pages_written=are_pages_written)
+        s.pool.check()
+        lost = [id for id in before[2] if id not in kept] if are_pages_written else []
+        assert list(s.donors) == [id for id in before[2] if id not in lost]
+        if not lost:
+            assert state(s) == before
+            n_undone += 1
+        else:
+            assert state(s)[:2] == before[:2]
+            n_lost += 1
+        step(np.random.default_rng(seed))
+        s.pool.check()
+    assert n_undone > 100 and n_lost > 20
+    s.start_over()
+    assert not s.running and not s.donors and s.pool.n_free == s.pool.n_pages

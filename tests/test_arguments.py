@@ -1,0 +1,352 @@
+"""Every argument of every public call: what it cannot be is refused by name, in all forms of a call alike.
+
+The table has a valid call of each and what kind of thing each argument is; a kind has its bad values.
+"""
+
+import functools
+import inspect
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+import hisa_jax as hj
+from hisa_jax.pages import PagePool
+
+F32, I32 = jnp.float32, jnp.int32
+
+
+class Kind(NamedTuple):
+    """Bad values of an argument: functions of a good one."""
+
+    bad: tuple
+
+
+def other_shapes(x):
+    """One axis more, and one entry less."""
+    return np.asarray(x)[None], np.asarray(x)[..., :-1]
+
+
+def cast(dtype):
+    return lambda x: np.asarray(x).astype(dtype)
+
+
+def constants(*values):
+    return tuple(lambda _, value=value: value for value in values)
+
+
+def first_of(change):
+    """Of what `other_shapes` gives."""
+    return lambda x: other_shapes(x)[change]
+
+
+NOT_ARRAYS = (lambda x: np.asarray(x).tolist(), *constants(None, 3.0, "x"))
+OPTIONAL = (NOT_ARRAYS[0], *constants(3.0, "x"))  # None means the default
+NOT_INT32 = tuple(map(cast, (np.float32, bool, np.uint32, np.int64, np.int16)))
+NOT_FLOAT = tuple(map(cast, (np.float64, np.float16, np.int32, bool)))
+SHAPES = first_of(0), first_of(1)
+AXIS_MORE = SHAPES[:1]  # where an axis may have any size
+
+INT32 = Kind((*NOT_ARRAYS, *NOT_INT32, *SHAPES))
+OPTIONAL_INT32 = Kind((*OPTIONAL, *NOT_INT32, *SHAPES))
+LIST_INT32 = Kind((*NOT_ARRAYS, *NOT_INT32, *AXIS_MORE))  # of any length
+FLOAT = Kind((*NOT_ARRAYS, *NOT_FLOAT, *SHAPES))
+QUERIES = Kind((*NOT_ARRAYS, *NOT_FLOAT, *AXIS_MORE))
+OPTIONAL_FLOAT = Kind((*OPTIONAL, *NOT_FLOAT, *SHAPES))
+WEIGHTS = Kind((*FLOAT.bad, cast(ml_dtypes.bfloat16)))
+TO_QUANTIZE = Kind((*NOT_ARRAYS, *NOT_FLOAT, cast(np.int8), lambda x: np.asarray(x).reshape(-1)[0].reshape(())))
+METHOD = Kind(constants(None, "hisa", hj.Hisa, 64))
+FLAG = Kind(constants(None, 1, "yes", np.ones(2)))
+IMPLEMENTATION = Kind(constants(None, "cuda", ["xla"], 1))
+TILES = Kind(constants(8, (8, 128), "xla"))
+MESH = Kind(constants(None, "mesh"))
+AXIS = Kind(constants("nowhere", 3, None))
+OPTIONAL_AXIS = Kind(constants("nowhere", 3))
+NOT_INTS = constants(1.5, "2", True, np.ones(1, np.int32))
+INT = Kind((*NOT_INTS, *constants(None, 0, -1)))
+OPTIONAL_INT = Kind((*NOT_INTS, *constants(-1)))
+SIZE = Kind((*NOT_INTS, *constants(None, -1)))  # or 0
+NUMBER = Kind(constants(None, "0.1", True, np.nan, np.inf, np.ones(1)))
+CACHE = Kind(constants(None, {}, np.ones((4, 16, 8))))
+DTYPE = Kind(constants("float16", np.int32, "no dtype", 3))
+SELECTION = Kind(constants(None, np.ones((2, 3))))
+ANYTHING = Kind(())
+
+DSA = hj.Dsa(topk=4)
+MESH_OF_ONE = functools.cache(lambda: jax.make_mesh((1,), ("context",)))
+OPTIONS = dict(return_scores=FLAG, return_blocks=FLAG, tiles=TILES, implementation=IMPLEMENTATION, method=METHOD)
+
+
+class Case(NamedTuple):
+    """A public function, arguments of a valid call, and the kind of each."""
+
+    function: Any
+    valid: dict
+    kinds: dict
+
+    @property
+    def name(self):
+        return self.function.__qualname__
+
+
+def ints(*values):
+    return np.array(values, np.int32)
+
+
+def batch():
+    return dict(q=np.ones((2, 3, 4, 16), np.float32), k=np.ones((2, 40, 16), np.float32),
+                w=np.ones((2, 3, 4), np.float32), method=DSA)  # fmt: skip
+
+
+def pages(latent_dim=None):
+    return hj.init_cache(4, 16, 8, F32, latent_dim=latent_dim, latent_dtype=F32)
+
+
+def paged():
+    return dict(q=np.ones((3, 4, 8), np.float32), w=np.ones((3, 4), np.float32), cache=pages(),
+                block_tables=ints([0, 1], [2, -1]), cu_seqlens_q=ints(0, 2, 3), lengths=ints(0, 0),
+                method=DSA)  # fmt: skip
+
+
+def mla():
+    return dict(q=np.ones((2, 3, 4, 24), np.float32), kv=np.ones((2, 40, 24), np.float32),
+                indices=np.zeros((2, 3, 5), np.int32), scale=0.1, value_dim=16)  # fmt: skip
+
+
+def mla_paged():
+    return dict(q=np.ones((3, 4, 24), np.float32), cache=pages(24), indices=np.zeros((3, 5), np.int32),
+                block_tables=ints([0, 1], [2, -1]), cu_seqlens_q=ints(0, 2, 3), scale=0.1, value_dim=16)  # fmt: skip
+
+
+def new_tokens():
+    return dict(cache=pages(), k=np.ones((5, 8), np.float32), block_tables=ints([0, 1], [2, -1]),
+                cu_seqlens=ints(0, 2, 5), lengths=ints(0, 0))  # fmt: skip
+
+
+def lost_tokens():
+    return dict(cache=pages(), block_tables=ints([0, 1], [2, -1]), lengths=ints(0, 0), new_lengths=ints(0, 0),
+                max_tokens=4)  # fmt: skip
+
+
+def copies():
+    return dict(cache=pages(), source=ints(0, 1), target=ints(2, 3))
+
+
+def over_context(**more):
+    return dict(mesh=MESH_OF_ONE(), context_axis="context", **more)
+
+
+OVER = dict(mesh=MESH, context_axis=AXIS)
+BATCH = dict(q=QUERIES, k=FLOAT, w=WEIGHTS, query_positions=OPTIONAL_INT32, lengths=OPTIONAL_INT32, **OPTIONS)
+TABLES = dict(cache=CACHE, block_tables=Kind((*NOT_ARRAYS, *NOT_INT32, *AXIS_MORE)), lengths=INT32)
+PAGED = dict(q=QUERIES, w=WEIGHTS, cu_seqlens_q=INT32, **TABLES, **OPTIONS)
+MLA_OPTIONS = dict(scale=NUMBER, value_dim=INT, sink=OPTIONAL_FLOAT, return_lse=FLAG, implementation=IMPLEMENTATION)
+MLA = dict(q=QUERIES, kv=FLOAT, indices=LIST_INT32, **MLA_OPTIONS)
+MLA_PAGED = dict(q=FLOAT, cache=CACHE, indices=LIST_INT32, block_tables=TABLES["block_tables"], cu_seqlens_q=INT32,
+                 **MLA_OPTIONS)  # fmt: skip
+APPEND = dict(k=FLOAT, cu_seqlens=INT32, latents=Kind(constants(np.ones((5, 8)), 3)), **TABLES)
+TRUNCATE = dict(new_lengths=INT32, max_tokens=INT, **TABLES)
+COPIES = dict(cache=CACHE, source=LIST_INT32, target=INT32)
+positions = dict(query_positions=np.zeros((2, 3), np.int32), lengths=ints(40, 7))
+sink = dict(sink=np.ones((4,), np.float32))
+
+
+def pool():
+    made = PagePool(4, 16)
+    made.add("a")
+    made.extend("a", 20)
+    return made
+
+
+NAMES = Kind(constants("nobody"))
+TAKEN = Kind(constants("a"))
+
+
+def cases():
+    q2, k2 = np.ones((1, 2, 4, 8), np.float32), np.ones((1, 5, 8), np.float32)
+    yield Case(hj.select, batch() | positions, BATCH)
+    yield Case(hj.select_sharded, batch() | positions | over_context(),
+               BATCH | OVER | dict(data_axis=OPTIONAL_AXIS))  # fmt: skip
+    yield Case(
+        hj.select_packed,
+        dict(q=np.ones((3, 4, 16), np.float32), k=np.ones((40, 16), np.float32), w=np.ones((3, 4), np.float32),
+             cu_seqlens_q=ints(0, 1, 3), cu_seqlens_k=ints(0, 20, 40), method=DSA),
+        dict(q=QUERIES, k=FLOAT, w=WEIGHTS, cu_seqlens_q=LIST_INT32, cu_seqlens_k=INT32, **OPTIONS),
+    )  # fmt: skip
+    yield Case(hj.select_paged, paged(), PAGED)
+    yield Case(hj.select_paged_sharded, paged() | over_context(),
+               PAGED | OVER | dict(query_axis=OPTIONAL_AXIS, stripe=OPTIONAL_INT))  # fmt: skip
+    yield Case(hj.sparse_mla, mla() | sink, MLA)
+    yield Case(hj.sparse_mla_sharded, mla() | sink | over_context(), MLA | OVER | dict(data_axis=OPTIONAL_AXIS))
+    yield Case(hj.sparse_mla_paged, mla_paged() | sink, MLA_PAGED)
+    yield Case(hj.sparse_mla_paged_sharded, mla_paged() | sink | over_context(), MLA_PAGED | OVER)
+    yield Case(hj.append, new_tokens(), APPEND | dict(implementation=IMPLEMENTATION))
+    yield Case(hj.append_sharded, new_tokens() | over_context(), APPEND | OVER)
+    yield Case(hj.truncate, lost_tokens(), TRUNCATE)
+    yield Case(hj.truncate_sharded, lost_tokens() | over_context(), TRUNCATE | OVER)
+    yield Case(hj.copy_pages, copies(), COPIES)
+    yield Case(hj.copy_pages_sharded, copies() | over_context(), COPIES | OVER)
+    yield Case(hj.init_cache, dict(n_pages=4, page_size=16, D=8, dtype=F32, latent_dim=8, latent_dtype=F32),
+               dict(n_pages=INT, page_size=Kind((*INT.bad, *constants(24, 512))), D=SIZE, dtype=DTYPE,
+                    latent_dim=Kind((*NOT_INTS, *constants(0, -1))), latent_dtype=DTYPE))  # fmt: skip
+    yield Case(hj.quantize_keys, dict(k=np.ones((3, 4), np.float32)),
+               dict(k=TO_QUANTIZE, dtype=DTYPE, scale=Kind(constants("e8m0", None, ["ue8m0"]))))  # fmt: skip
+    yield Case(hj.quantize_queries, dict(q=np.ones((3, 4), np.float32), w=np.ones((3,), np.float32)),
+               dict(q=TO_QUANTIZE, w=WEIGHTS, dtype=DTYPE, scale=Kind(constants("e8m0", None, ["ue8m0"]))))  # fmt: skip
+    yield Case(hj.indexer_kl, dict(q=q2, k=k2, w=np.ones((1, 2, 4), np.float32), attention_q=q2, attention_kv=k2,
+                                   scale=1.0, indices=np.zeros((1, 2, 3), np.int32)),
+               dict(q=QUERIES, k=FLOAT, w=WEIGHTS, attention_q=QUERIES, attention_kv=FLOAT, scale=NUMBER,
+                    indices=Kind((*OPTIONAL, *NOT_INT32, *AXIS_MORE))))  # fmt: skip
+    chosen = hj.select(**batch())
+    yield Case(hj.compare, dict(selection=chosen, reference=chosen), dict(selection=SELECTION, reference=SELECTION))
+    questions = Kind((*NOT_ARRAYS[1:], *map(cast, (np.float16, np.int32, bool)), *AXIS_MORE))
+    yield Case(hj.implementations, {name: x for name, x in batch().items() if name != "w"},
+               dict(q=questions, k=questions, method=METHOD))  # fmt: skip
+    yield Case(hj.checked, dict(function=hj.select), dict(function=Kind(constants(None, 3))))
+    yield Case(hj.check_processes, dict(call="step"), dict(call=ANYTHING, arrays=ANYTHING))
+    yield Case(PagePool, dict(n_pages=4, page_size=16),
+               dict(n_pages=INT, page_size=INT, n_devices=Kind((*INT.bad, *constants(3))),
+                    stripe=Kind((*OPTIONAL_INT.bad, *constants(24, 0)))))  # fmt: skip
+    made = pool()
+    yield Case(made.add, dict(request="b"), dict(request=TAKEN))
+    yield Case(made.fork, dict(request="a", new="c", length=3),
+               dict(request=NAMES, new=TAKEN, length=Kind((*OPTIONAL_INT.bad, *constants(21)))))  # fmt: skip
+    yield Case(made.extend, dict(request="a", n_tokens=1), dict(request=NAMES, n_tokens=SIZE))
+    yield Case(made.truncate, dict(request="a", length=1),
+               dict(request=NAMES, length=Kind((*SIZE.bad, *constants(21)))))  # fmt: skip
+    yield Case(made.table, dict(requests=["a"], max_pages=2),
+               dict(requests=Kind(constants(["a", "nobody"])), max_pages=Kind((*SIZE.bad, *constants(1)))))  # fmt: skip
+    yield Case(made.copy, {}, {})
+    for method in (made.pages, made.n_own, made.free):
+        yield Case(method, dict(request="a"), dict(request=NAMES))
+
+
+CASES = {case.name: case for case in cases()}
+# Arguments that messages call otherwise.
+CALLED = {"requests": "request", "new": "request"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_bad_argument_is_refused_by_name(name):
+    function, valid, kinds = CASES[name]
+    wrong = []
+    for argument, kind in kinds.items():
+        for change in kind.bad:
+            value = change(valid.get(argument))
+            given = f"{argument}={type(value).__name__} {str(value)[:40]}"
+            try:
+                function(**valid | {argument: value})
+            except (TypeError, ValueError) as error:
+                message = re.match(rf"{re.escape(name)}: .*\b{CALLED.get(argument, argument)}\b.*wanted", str(error))
+                if not message:
+                    wrong.append(f"{given}: {str(error)[:150]}")
+            except Exception as error:
+                wrong.append(f"{given}: {type(error).__name__}: {str(error)[:150]}")
+            else:
+                wrong.append(f"{given} was accepted")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_has_every_public_call_and_argument():
+    public = {name for name in hj.__all__ if inspect.isfunction(getattr(hj, name))}
+    public |= {f"PagePool.{name}" for name, method in vars(PagePool).items()
+               if inspect.isfunction(method) and not name.startswith("_") and name != "check"}  # fmt: skip
+    assert public - set(CASES) == set() and set(CASES) - public == {"PagePool"}
+    for case in CASES.values():
+        assert set(inspect.signature(case.function).parameters) == set(case.kinds), case.name
+
+
+def zero(x, axis):
+    """Nothing of an array along an axis."""
+    return np.take(np.asarray(x), [], axis)
+
+
+def forms(method, **options):
+    """The selection of a batch on one device and on a mesh: names, and functions of no argument."""
+    rng = np.random.default_rng(0)
+    q, k, w = (rng.normal(size=x.shape).astype(np.float32) for x in (batch()["q"], batch()["k"], batch()["w"]))
+    yield "select", functools.partial(hj.select, q, k, w, method, **options)
+    yield "select_sharded", functools.partial(hj.select_sharded, q, k, w, method, **over_context(), **options)
+
+
+@pytest.mark.parametrize("method", [DSA, hj.Hisa(topk=4, block_size=8, block_topk=2)], ids=["dsa", "hisa"])
+def test_axes_may_be_empty_in_every_form(method):
+    for empty in (dict(q=0, k=0, w=0), dict(q=1, w=1), dict(k=1)):  # B, T, S
+        given = batch() | {name: zero(batch()[name], axis) for name, axis in empty.items()} | dict(method=method)
+        given["query_positions"] = np.full(given["q"].shape[:2], 30, np.int32)
+        rows = given["q"].shape[:2]
+        for got in (hj.select(**given), hj.select_sharded(**given, **over_context())):
+            assert got.indices.shape == (*rows, 4) and got.count.shape == rows and not got.count.any()
+    blocks = hj.Hisa(topk=4, block_size=16, block_topk=2) if method.has_blocks else method
+    for R, P, T in ((0, 2, 3), (2, 0, 3), (2, 2, 0)):
+        table, offsets, lengths = np.zeros((R, P), np.int32), np.zeros(R + 1, np.int32), np.zeros(R, np.int32)
+        rows = np.ones((T, 4, 8), np.float32), np.ones((T, 4), np.float32)
+        for function, axes in ((hj.select_paged, {}), (hj.select_paged_sharded, over_context())):
+            got = function(*rows, pages(), table, offsets, lengths, blocks, **axes)
+            assert got.indices.shape == (T, 4) and not got.count.any()
+        for append, truncate, copy, axes in (
+            (hj.append, hj.truncate, hj.copy_pages, {}),
+            (hj.append_sharded, hj.truncate_sharded, hj.copy_pages_sharded, over_context()),
+        ):
+            one = append(pages(), rows[0][:, 0], table, offsets, lengths, **axes)
+            one = truncate(one, table, lengths, lengths, max_tokens=3, **axes)
+            one = copy(one, zero(lengths, 0), zero(lengths, 0), **axes)
+            jax.tree.map(np.testing.assert_array_equal, one, pages())
+
+
+def test_losses_of_nothing_are_empty():
+    for B, T, S in ((0, 2, 5), (1, 0, 5), (1, 0, 0)):
+        q, k, w = jnp.ones((B, T, 4, 8)), jnp.ones((B, S, 8)), jnp.ones((B, T, 4))
+        for indices in (None, jnp.zeros((B, T, 3), I32)):
+            loss = hj.indexer_kl(q, k, w, q, k, scale=1.0, indices=indices)
+            assert loss.shape == (B, T)
+
+
+def test_impossible_values_are_the_same_in_every_form_and_raise_if_checked():
+    least, most = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+    good = dict(query_positions=ints([-1, -1, -1], [0, 39, 39]), lengths=ints(40, 40))
+    bad = dict(query_positions=ints([least, -2, -1], [0, 39, most]), lengths=ints(-5, most))
+    wanted = dict(forms(DSA, **good))
+    for call, run in forms(DSA, **bad):
+        jax.tree.map(np.testing.assert_array_equal, run(), wanted[call]())
+    for argument in bad:
+        # Of `select`, test_checked.py has it.
+        run = dict(forms(DSA, **good | {argument: bad[argument]}))["select_sharded"]
+        with pytest.raises(checkify.JaxRuntimeError, match=f"select_sharded: {argument}"):
+            hj.checked(run)()
+
+
+def test_arrays_of_numpy_and_weak_types_are_as_good_as_others():
+    strong = dict(forms(DSA, lengths=jnp.array([40, 30], I32)))
+    weak = dict(forms(DSA, lengths=jnp.stack([jnp.asarray(40), jnp.asarray(30)])))
+    for call, run in dict(forms(DSA, lengths=ints(40, 30))).items():
+        for other in (strong[call], weak[call]):
+            jax.tree.map(np.testing.assert_array_equal, other(), run())
+
+
+def test_a_request_of_bad_lengths_takes_nothing_from_the_others():
+    """What pages say of themselves is worked out for so many pages a step: bad lengths must not use those up."""
+    table, k = jnp.array([[0, 1], [2, 3]], I32), jax.random.normal(jax.random.key(0), (64, 8))
+    full = hj.append(pages(), k, table, ints(0, 32, 64), ints(0, 0))
+    wanted = hj.truncate(full, table[1:], ints(32), ints(29), max_tokens=4)
+    for before, after in ((2**31 - 1, 0), (32, -(2**31)), (32, 0)):
+        got = hj.truncate(full, table, ints(before, 32), ints(after, 29), max_tokens=4)
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[2:], y[2:]), got, wanted)
+    three = jnp.array([[0, 1], [-1, -1], [2, 3]], I32), ints(0, 0, 0)
+    got, wanted = (hj.append(pages(), k, three[0], ints(0, 30, end, 62), three[1]) for end in (2, 30))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+@pytest.mark.parametrize("copy", [hj.copy_pages, hj.copy_pages_sharded])
+def test_a_copy_from_or_to_no_page_is_none(copy):
+    axes = {} if copy is hj.copy_pages else over_context()
+    full = hj.append(pages(), jnp.ones((64, 8)), jnp.array([[0, 1, 2, 3]], I32), ints(0, 64), ints(0))
+    full = hj.truncate(full, jnp.array([[0, 1, 2, 3]], I32), ints(64), ints(50), max_tokens=20)
+    for source, target in ((-1, 3), (4, 3), (2**31 - 1, 3), (0, -1), (0, 4), (0, -(2**31))):
+        jax.tree.map(np.testing.assert_array_equal, copy(full, ints(source), ints(target), **axes), full)
+    assert copy(full, ints(0), ints(3), **axes).counts.tolist() == [16, 16, 16, 16]

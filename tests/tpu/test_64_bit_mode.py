@@ -1,0 +1,84 @@
+"""With `jax_enable_x64` every kernel is the one that is compiled without it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bench import tpu_aot
+from kernels_pallas import mosaic_tpu
+from kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla, sparse_mla_blocks
+
+BF16, I32, F32 = jnp.bfloat16, jnp.int32, jnp.float32
+H, D, S, N, SIZE, R, P = 64, 128, 32768, 3000, 128, 8, 64
+BLOCKS = dict(block_size=128, block_topk=16)
+HISA = dict(topk=500, **BLOCKS)
+
+
+def shaped(*shape, dtype=I32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def batch(B, T):
+    """q, k, k_scale, w, visible."""
+    k = shaped(B, S, D, dtype=BF16)
+    return shaped(B, T, H, D, dtype=BF16), k, None, shaped(B, T, H, dtype=F32), shaped(B, T)
+
+
+def of_requests(*keys):
+    """Queries of R requests over keys."""
+    return shaped(70, H, D, dtype=BF16), shaped(*keys, D, dtype=BF16), None, shaped(70, H, dtype=F32), shaped(70)
+
+
+MLA = shaped(1, 64, 128, 576, dtype=BF16), shaped(1, S, 576, dtype=BF16)
+PAGES = (*of_requests(N, SIZE), shaped(R, P), shaped(R + 1))
+SUMS = shaped(N, D, dtype=F32), shaped(N)
+PACKED = (*of_requests(S), shaped(R + 1), shaped(R + 1))
+
+
+def tables(function, **options):
+    """A call over pages, of arrays alone."""
+
+    def call(q, k, scale, w, visible, block_tables, cu_seqlens_q, *sums):
+        pages = dict(zip(("page_sums", "page_counts"), sums, strict=False))
+        arrays = q, k, scale, w, visible
+        return function(*arrays, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q, **pages, **options)
+
+    return call
+
+
+def packed(function, **options):
+    return lambda *arrays: function(*arrays[:-2], cu_seqlens=arrays[-2:], **options)
+
+
+CASES = {
+    "hisa_prefill": (lambda *arrays: mosaic_tpu.select_hisa(*arrays, **HISA), batch(1, 64)),
+    "hisa_decode": (lambda *arrays: mosaic_tpu.select_hisa(*arrays, **HISA), batch(4, 1)),
+    "flat": (lambda *arrays: mosaic_tpu.select_flat(*arrays, topk=500), batch(1, 64)),
+    "blocks": (lambda *arrays: mosaic_tpu.select_blocks(*arrays, **BLOCKS), batch(1, 64)),
+    "hisa_packed": (packed(mosaic_tpu.select_hisa, **HISA), PACKED),
+    "flat_paged": (tables(mosaic_tpu.select_flat_paged, topk=500), PAGES),
+    "hisa_paged": (tables(mosaic_tpu.select_hisa_paged, **HISA), (*PAGES, *SUMS)),
+    "sparse_mla": (lambda *arrays: sparse_mla(*arrays, value_dim=512, scale=0.1), (*MLA, shaped(1, 64, 2048))),
+    "sparse_mla_blocks": (
+        lambda *arrays: sparse_mla_blocks(*arrays, value_dim=512, scale=0.1),
+        (*MLA, shaped(1, 64, 16), shaped(1, 64, 16, 128, dtype=jnp.bool_)),
+    ),
+}
+
+
+def kernels(f, arrays):
+    """What is handed to the compiler of kernels, and the dtypes of the result."""
+    with jax.sharding.use_abstract_mesh(tpu_aot.abstract_mesh("v5e")):
+        text = jax.jit(f).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+    found = [line.split("backend_config")[1] for line in text.splitlines() if "@tpu_custom_call" in line]
+    return found, [x.dtype.name for x in jax.tree.leaves(jax.eval_shape(f, *arrays))]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_are_the_same(case):
+    f, arrays = CASES[case]
+    found = []
+    for is_on in (False, True):  # from one line: kernels say in their bytes where they were called
+        with jax.enable_x64(is_on):
+            found.append(kernels(f, arrays))
+    assert found[0][0] and found[0] == found[1]
