@@ -27,8 +27,10 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | Non
     Raises: ValueError: fewer devices than the mesh needs.
     """
     devices = jax.devices() if devices is None else devices
-    if not 1 <= data * model <= len(devices):
-        raise ValueError(f"make_mesh(data={data}, model={model}): there are {len(devices)} devices")
+    if min(data, model) < 1 or data * model > len(devices):
+        raise ValueError(
+            f"make_mesh(data={data}, model={model}): wanted at least 1 of each, there are {len(devices)} devices"
+        )
     grid = np.asarray(devices[: data * model]).reshape(data, model)
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 

@@ -232,6 +232,7 @@ def rewrite_scale(folder, value):
     [
         (np.nan, f"{GATE}_scale_inv in .*00002.*: holds nan, wanted positive numbers"),
         (-1.0, f"{GATE}_scale_inv in .*00002.*: holds -1.0, wanted positive numbers"),
+        (np.inf, f"{GATE}_scale_inv in .*00002.*: holds inf, wanted positive numbers"),
         (None, f"{GATE}_other in .*00002.*: unexpected"),
     ],
 )
