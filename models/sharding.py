@@ -66,8 +66,18 @@ def parameter_sharding(mesh: Mesh, parameter: nnx.Variable) -> NamedSharding:
 
 
 def constrain(x: Array, mesh: Mesh | None, axes: Axes) -> Array:
-    """Tells the compiler where an activation lies; without a mesh does nothing."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding_of(mesh, x.shape, axes))
+    """Tells the compiler where an activation lies; without a mesh does nothing.
+
+    Raises: ValueError: `jax.set_mesh` has set Explicit axes, under which JAX takes no such advice.
+    """
+    if mesh is None:
+        return x
+    if explicit := jax.sharding.get_abstract_mesh().explicit_axes:
+        raise ValueError(
+            f"Model: jax.set_mesh has set a mesh with the Explicit axes {explicit}, wanted Auto ones or no mesh around "
+            "a model that has a mesh of its own"
+        )
+    return jax.lax.with_sharding_constraint(x, sharding_of(mesh, x.shape, axes))
 
 
 def per_device(function: Callable[..., Any], mesh: Mesh | None, in_axes: Sequence[Axes], out_axes: Axes) -> Callable:
