@@ -18,6 +18,14 @@ def whole(call: str, name: str, value: Any, least: int = 1) -> int:
     return number
 
 
+def random_seed(call: str, value: Any) -> int:
+    """An int that JAX takes as a seed. Raises ValueError: anything else, True among it."""
+    number = _int_or_none(value)
+    if number is None or not -(2**63) <= number < 2**63:
+        raise ValueError(f"{call}: seed={shown(value)}, wanted an int from -2^63 to 2^63 - 1")
+    return number
+
+
 def token_ids(call: str, name: str, value: Any, vocabulary: int) -> list[int]:
     """A copy of token ids as ints.
 

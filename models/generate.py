@@ -97,11 +97,12 @@ def generate(
 
     Returns: `Generation`.
     Raises: ValueError: no prompt, an empty one, what is no token of the vocabulary, more tokens than the model has
-        positions, sizes below 1, a temperature that is none. FloatingPointError: logits without a likeliest token,
-        since they are NaN or infinite; it names the prompts.
+        positions, sizes below 1, a temperature or seed that is none. FloatingPointError: logits without a likeliest
+        token, since they are NaN or infinite; it names the prompts.
     """
     prompts = _checked(model, prompts, max_new_tokens, chunk, temperature)
     stops = checks.stop_ids("generate", stop_ids, model.config)
+    seed = checks.random_seed("generate", seed)
     ids, mask = pad_left(prompts, chunk)
     # Whole chunks, so that prompts of about the same length run the same compiled programs.
     capacity = -(-(max(map(len, prompts)) + max_new_tokens) // chunk) * chunk

@@ -112,6 +112,12 @@ def test_prompts_and_stop_tokens_are_checked_as_an_engine_checks_them(request_):
         models.generate(serving.model(), [[1], prompt], n_new, **dict(zip(["stop_ids"], stop_ids, strict=False)))
 
 
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 1.5, True, None])
+def test_a_seed_that_is_none_is_refused(seed):
+    with pytest.raises(ValueError, match=r"^generate: seed=.*, wanted an int"):
+        models.generate(serving.model(), [[1]], 1, seed=seed)
+
+
 def command(*arguments, tokens=3):
     return main(
         [
@@ -243,3 +249,40 @@ def test_the_folders_tokenizer_is_used_if_there_is_one(tmp_path):
     words.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path, 300)
     assert tokenizer.encode("world hello") == [1, 0] and tokenizer.decode(np.array([0, 1]).tolist()) == "hello world"
+
+
+def test_a_prompt_is_encoded_whole_whatever_the_tokenizers_writer_padded_and_cut_to(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0, "world": 1}, unk_token="hello"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.enable_padding(length=8)
+    words.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path, 300).encode("world hello") == [1, 0]
+    words.no_padding()
+    words.enable_truncation(1)
+    words.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path, 300).encode("world hello") == [1, 0]
+
+
+def test_a_tokenizer_that_fails_at_a_text_says_so_by_name(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0}, unk_token="nowhere"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path, 300)
+    for text in ("world", "\udcff"):
+        with pytest.raises(ValueError, match=r"tokenizer\.json: cannot encode the prompt: "):
+            tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--prompt-ids", "1,x"], "--prompt-ids: '1,x', wanted token ids"),
+        (["--prompt-ids", "1", "--data-parallel", "0"], "make_mesh(data=0, model=1): wanted at least 1 of each"),
+        (["--prompt-ids", "1", "--data-parallel", "-1", "--model-parallel", "-1"], "wanted at least 1 of each"),
+        (["--prompt-ids", "1", "--seed", str(2**64)], "generate: seed="),
+    ],
+)
+def test_the_command_refuses_options_by_name(capsys, options, message):
+    assert command(*options) == 1
+    assert message in capsys.readouterr().err
