@@ -1,5 +1,8 @@
 """`checked` turns values that only run time can know into errors; without it they are harmless."""
 
+import contextvars
+import threading
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -43,6 +46,7 @@ def test_bad_values_raise_and_are_named(options, message):
     ("cu_seqlens_q", "cu_seqlens_k", "message"),
     [
         ([0, 2, 1], [0, 1, 2], r"cu_seqlens_q is \[0 2 1\], wanted ascending offsets from 0 to at most 3"),
+        ([1, 2, 3], [0, 1, 2], r"cu_seqlens_q is \[1 2 3\], wanted ascending offsets from 0 to at most 3"),
         ([0, 2, 3], [0, 1, 41], r"cu_seqlens_k is \[ 0  1 41\], wanted ascending offsets from 0 to at most 40"),
     ],
 )
@@ -84,3 +88,20 @@ def test_what_has_no_page_is_named(indices, offsets, message):
     assert jnp.isfinite(hj.sparse_mla_paged(*arrays, **options)).all()
     good = jnp.array([[0, 31], [15, -1], [999, -7]])
     hj.checked(hj.sparse_mla_paged)(*arrays[:2], good, arrays[3], jnp.array([0, 1, 2]), **options)
+
+
+def test_other_threads_are_not_checked_even_if_they_inherit_the_context():
+    """JAX would keep their programs, checks and all, as the unchecked ones, which could not be exported then."""
+    run = jax.jit(lambda lengths: hj.select(*ARRAYS, METHODS[0], lengths=lengths).count)
+    bad = jnp.array([40, 41])
+
+    def elsewhere():
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(run, bad))
+        thread.start()
+        thread.join()
+        return bad
+
+    hj.checked(elsewhere)()
+    jax.export.export(run)(bad).serialize()
+    with pytest.raises(checkify.JaxRuntimeError, match="select: lengths"):
+        hj.checked(run)(bad)
