@@ -60,12 +60,6 @@ def sparse_mla(
     check_batch(call, q, kv, indices)
     scale, value_dim, name = check_options(call, q, scale, value_dim, sink, return_lse, implementation)
     (B, T, N, _), S = q.shape, kv.shape[1]
-    checks.value(
-        (indices >= -1) & (indices < S),
-        f"sparse_mla: indices range from {{least}} to {{most}}, wanted -1 to {S - 1}",
-        least=jnp.min(indices, initial=-1),
-        most=jnp.max(indices, initial=-1),
-    )
     if 0 in (B, T, S, N, indices.shape[2]):
         out, lse = jnp.zeros((B, T, N, value_dim), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
     else:
@@ -84,6 +78,12 @@ def check_batch(call: str, q: Array, kv: Array, indices: Array) -> None:
         call, "kv", kv, (B, "S", Dk), f"its first and last axes must equal q's B and Dk (q is {list(q.shape)})"
     )
     checks.int32(call, "indices", indices, (B, T, "K"), f"one list a query (q is {list(q.shape)})")
+    checks.value(
+        (indices >= -1) & (indices < kv.shape[1]),
+        f"{call}: indices range from {{least}} to {{most}}, wanted -1 to {kv.shape[1] - 1}",
+        least=jnp.min(indices, initial=-1),
+        most=jnp.max(indices, initial=-1),
+    )
 
 
 def check_options(
