@@ -5,7 +5,6 @@ they run only under `checked`.
 """
 
 import functools
-import math
 import threading
 from collections.abc import Callable, Sequence
 from types import UnionType
@@ -122,11 +121,12 @@ def integer(call: str, name: str, given: Any, least: int | None = None) -> None:
 
 
 def finite(call: str, name: str, given: Any) -> None:
-    """Raises TypeError unless `given` is a number that is known when tracing, ValueError if it is not finite."""
+    """Raises TypeError unless `given` is a number that is known when tracing, ValueError if float32 has no such."""
     if isinstance(given, bool) or not isinstance(given, int | float | np.integer | np.floating):
         raise TypeError(f"{call}: {name} is {type(given).__name__}, wanted a number")
-    if not math.isfinite(given):
-        raise ValueError(f"{call}: {name}={given}, wanted a finite number")
+    if not abs(given) <= float(np.finfo(np.float32).max):
+        shown = str(given) if isinstance(given, float | np.floating) else "an int"  # of any length
+        raise ValueError(f"{call}: {name}={shown}, wanted a finite float32 number")
 
 
 def flags(call: str, **given: Any) -> None:

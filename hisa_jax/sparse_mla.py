@@ -105,7 +105,7 @@ def check_numbers(call: str, scale: float, value_dim: int, Dk: int) -> tuple[flo
     """The static numbers of a call as Python's own, which promote no dtype; raises if they are none or out of range."""
     if isinstance(scale, bool) or not isinstance(scale, int | float | np.number):
         raise TypeError(f"{call}: scale is {type(scale).__name__}, wanted a number known at trace time")
-    if not abs(float(scale)) <= float(np.finfo(np.float32).max):
+    if not abs(scale) <= float(np.finfo(np.float32).max):
         raise ValueError(f"{call}: scale={scale}, wanted a finite float32 number")
     if isinstance(value_dim, bool) or not isinstance(value_dim, int | np.integer):
         raise TypeError(f"{call}: value_dim is {type(value_dim).__name__}, wanted a whole number")
