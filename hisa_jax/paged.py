@@ -143,13 +143,7 @@ def sparse_mla_paged(
     check_attention(call, q, cache, indices, block_tables, cu_seqlens_q)
     scale, value_dim, name = check_options(call, q, scale, value_dim, sink, return_lse, implementation)
     rows = latent_rows(cache, indices, block_tables, cu_seqlens_q)
-    is_wrong = (indices != -1) & (rows < 0) & requests_of(cu_seqlens_q, q.shape[0])[2][:, None]
-    checks.value(
-        ~is_wrong,
-        f"{call}: rows {{bad}} of q select what has no page, wanted -1 or positions whose page block_tables names, one "
-        f"of 0 to {cache.n_pages - 1}",
-        bad=jnp.any(is_wrong, axis=1),
-    )
+    check_rows(call, cache, indices, rows, cu_seqlens_q)
     return attend(q, cache, rows, scale, value_dim, sink, return_lse, name)
 
 
@@ -174,6 +168,17 @@ def check_attention(
     checks.int32(call, "block_tables", block_tables, ("R", "P"))
     R, why = block_tables.shape[0], "a start for each request, and the end"
     checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), q.shape[0], why)
+
+
+def check_rows(call: str, cache: IndexCache, indices: Array, rows: Array, cu_seqlens_q: Array) -> None:
+    """Under `checked` raises unless every chosen position of a request has a row, as `latent_rows` has found them."""
+    is_wrong = (indices != -1) & (rows < 0) & requests_of(cu_seqlens_q, indices.shape[0])[2][:, None]
+    checks.value(
+        ~is_wrong,
+        f"{call}: rows {{bad}} of q select what has no page, wanted -1 or positions whose page block_tables names, one "
+        f"of 0 to {cache.n_pages - 1}",
+        bad=jnp.any(is_wrong, axis=1),
+    )
 
 
 def latent_rows(cache: IndexCache, indices: Array, block_tables: Array, cu_seqlens_q: Array) -> Array:
