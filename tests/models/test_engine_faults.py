@@ -113,7 +113,7 @@ def test_one_who_shares_a_page_with_a_shorter_one_gets_its_tokens_after_a_step_w
     long, short = rng.integers(0, POISON, 19).tolist(), rng.integers(0, POISON, 6).tolist()
     tokens = []
     for fault in (contextlib.nullcontext(), failing("_verify", ERROR)):
-        e = serving.engine(n_pages=40)
+        e = serving.engine()
         e.submit(decodes, 16, ())
         while not any(len(request.tokens) > request.n_prompt for request in e.scheduler.running.values()):
             e.step()
