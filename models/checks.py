@@ -37,7 +37,10 @@ def token_ids(call: str, name: str, value: Any, vocabulary: int) -> list[int]:
     Raises: ValueError: anything else, an id outside of 0 to vocabulary - 1.
     """
     if hasattr(value, "__array__"):
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except Exception as error:  # deleted, traced, keys of random numbers
+            raise ValueError(f"{call}: {name} is {shown(value)}, wanted an array that NumPy can read") from error
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise ValueError(f"{call}: {name} is {array.dtype} {list(array.shape)}, wanted [n] integers")
         value = array.tolist()
@@ -81,5 +84,5 @@ def _int_or_none(value: Any) -> int | None:
         return None
     try:
         return operator.index(value)
-    except TypeError:
+    except Exception:  # what is no int, or cannot say
         return None

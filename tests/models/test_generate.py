@@ -80,6 +80,17 @@ def test_prompts_are_padded_on_the_left_to_whole_chunks():
     assert pad_left([[1, 2, 3]], 512)[0].shape == (1, 3)
 
 
+@pytest.mark.parametrize("temperature", [1e-46, 1e-39, 1e-38])
+def test_a_tiny_temperature_draws_the_likeliest_tokens(temperature):
+    """Divided by such numbers, logits would be infinite, those that are alike too."""
+    drawn = models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8, temperature=temperature).tokens
+    assert drawn == models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8).tokens
+
+
+def test_a_chunk_larger_than_the_model_takes_no_more_memory_than_its_positions():
+    assert models.generate(golden.model("glm5"), [[1, 2]], 1, chunk=10**12).prompt_tokens == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -93,6 +104,12 @@ def test_prompts_are_padded_on_the_left_to_whole_chunks():
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": float("nan")}, "temperature=nan, wanted a number of at least 0"),
         ({"temperature": "hot"}, "temperature='hot'"),
+        ({"temperature": 10**400}, "temperature=1000"),
+        ({"seed": 1.5}, r"seed=1\.5, wanted an int"),
+        ({"seed": None}, "seed=None, wanted an int"),
+        ({"seed": True}, "seed=True, wanted an int"),
+        ({"seed": 2**63}, "seed=9223372036854775808, wanted an int"),
+        ({"max_new_tokens": 10**5000}, "prompt and max_new_tokens make a int tokens"),
         ({"prompts": None}, "prompts is None, wanted a sequence of at least one prompt"),
         ({"prompts": "text"}, "prompts is 'text'"),
         ({"prompts": [1, 2]}, r"prompts\[0\] is 1, wanted a sequence of ints"),
