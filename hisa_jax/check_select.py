@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from hisa_jax import checks, xla
-from hisa_jax.cache import IndexCache, check_table
+from hisa_jax.cache import IndexCache, check_cache, check_table
 from hisa_jax.keys import Keys
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
 from hisa_jax.quantize import QuantizedKeys
@@ -70,7 +70,7 @@ def check_paged(
     method: Method,
 ) -> None:
     """The arguments of `select_paged`, on one device and on several."""
-    checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
+    check_cache(call, cache)
     _queries(call, q, w, ("T",), cache.keys.shape[-1], "its last axis must equal the cache's D")
     R = check_table(call, cache, block_tables, lengths)
     checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), q.shape[0], "a start for each request, and the end")

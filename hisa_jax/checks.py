@@ -124,7 +124,8 @@ def finite(call: str, name: str, given: Any) -> None:
     """Raises TypeError unless `given` is a number that is known when tracing, ValueError if float32 has no such."""
     if isinstance(given, bool) or not isinstance(given, int | float | np.integer | np.floating):
         raise TypeError(f"{call}: {name} is {type(given).__name__}, wanted a number")
-    if not abs(given) <= float(np.finfo(np.float32).max):
+    magnitude: Any = abs(given)
+    if not magnitude <= float(np.finfo(np.float32).max):
         shown = str(given) if isinstance(given, float | np.floating) else "an int"  # of any length
         raise ValueError(f"{call}: {name}={shown}, wanted a finite float32 number")
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax import checks, dispatch, prepare, xla
-from hisa_jax.cache import IndexCache
+from hisa_jax.cache import IndexCache, check_cache
 from hisa_jax.check_select import check_paged
 from hisa_jax.keys import Keys
 from hisa_jax.methods import Method
@@ -156,7 +156,7 @@ def check_attention(
     cu_seqlens_q: Array,
 ) -> None:
     """Raises unless the arrays of `sparse_mla_paged` fit each other."""
-    checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
+    check_cache(call, cache)
     if cache.latents is None:
         raise ValueError(f"{call}: cache has no latents, wanted one of init_cache(..., latent_dim=Dk)")
     checks.dtype(call, "q", q, ("bfloat16", "float32"))

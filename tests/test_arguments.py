@@ -3,6 +3,7 @@
 The table has a valid call of each and what kind of thing each argument is; a kind has its bad values.
 """
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -81,7 +82,13 @@ INT = Kind((*NOT_INTS, *constants(None, 0, -1)))
 OPTIONAL_INT = Kind((*NOT_INTS, *constants(-1)))
 SIZE = Kind((*NOT_INTS, *constants(None, -1)))  # or 0
 NUMBER = Kind(constants(None, "0.1", True, np.nan, np.inf, 1e39, -(10**400), np.ones(1)))
-CACHE = Kind(constants(None, {}, np.ones((4, 16, 8))))
+CACHE = Kind((
+    *constants(None, {}, np.ones((4, 16, 8))),
+    lambda cache: dataclasses.replace(cache, keys=None),
+    lambda cache: dataclasses.replace(cache, counts=cache.counts[:1]),
+    lambda cache: dataclasses.replace(cache, sums=np.float64(cache.sums)),
+    lambda cache: dataclasses.replace(cache, latents=np.ones((4, 15, 8), np.float32)),
+))  # fmt: skip
 DTYPE = Kind(constants("float16", np.int32, "no dtype", 3))
 SELECTION = Kind(constants(None, np.ones((2, 3))))
 ANYTHING = Kind(())
