@@ -192,7 +192,10 @@ def test_the_command_continues_ids_with_any_indexer(capsys, tmp_path):
         (["--prompt", "lower case"], "prompt holds byte 108, but the vocabulary has only 101 tokens"),
         (["--prompt", "A", "--indexer", "flat"], "indexer is flat, wanted one of dsa, hisa, block-sparse or a file"),
         (["--prompt", "A", "--indexer", "dsa", "--block-size", "4"], "--indexer: .*block_size"),
-        (["--prompt", "A", "--model-parallel", "99"], r"make_mesh\(data=1, model=99\): there are 1 devices"),
+        (
+            ["--prompt", "A", "--model-parallel", "99"],
+            r"make_mesh\(data=1, model=99\): wanted at least 1 of each, there are 1 devices",
+        ),
         (["--prompt", "A", "--checkpoint", "nowhere"], r"wanted a folder with a config\.json"),
     ],
 )
