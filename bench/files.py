@@ -65,9 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="places bytes, and draws (default: %(default)s)")
     parser.add_argument("--faults", type=options.whole(1, 10**6), metavar="N", help="how many to try; default: all")
     parser.add_argument(
-        "--seconds", type=float, default=60.0, help="after which a load is stopped (default: %(default)s)"
+        "--seconds", type=options.positive, default=60.0, help="after which a load is stopped (default: %(default)s)"
     )
-    parser.add_argument("--mib", type=float, default=1024.0, help="of one load at most (default: %(default)s)")
+    parser.add_argument(
+        "--mib", type=options.positive, default=1024.0, help="of one load at most (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         shown = "" if default is None else " (default: %(default)s)"
         parser.add_argument(name, type=options.whole(least, most), default=default, metavar="N", help=meaning + shown)
 
-    parser.add_argument("--minutes", type=float, default=1.0, metavar="N", help="how long (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=options.positive, default=1.0, metavar="N", help="how long (default: %(default)s)"
+    )
     number("--cases", 1, 10**9, None, "stop after so many cases, however long they take")
     number("--seed", 0, 2**31 - 1, 0, "of all cases")
     number("--case", 0, 10**9, None, "run this case alone")
@@ -69,11 +71,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--implementation", choices=("xla", "triton", "mosaic_gpu", "mosaic_tpu"), default="xla",
         help="kernels without their device are interpreted, some rows a second (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("fuzz_out"), metavar="DIR", help="for reproductions")
+    parser.add_argument(
+        "--out", type=Path, default=Path("fuzz_out"), metavar="DIR", help="for reproductions (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all counts")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.json and not args.json.parent.is_dir():  # said before the run, not after it
+        raise UserError(f"--json {args.json}: {args.json.parent} is no folder")
     if args.devices > 1:
         try:
             jax.config.update("jax_num_cpu_devices", args.devices)

@@ -1,6 +1,7 @@
 """Types of command-line options that several commands have."""
 
 import argparse
+import math
 from collections.abc import Callable
 
 from bench import shapes
@@ -19,6 +20,17 @@ def whole(least: int, most: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def positive(text: str) -> float:
+    """A number above 0, neither infinite nor NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}, wanted a number above 0")
+    return value
 
 
 context = whole(1, shapes.MAX_CONTEXT)

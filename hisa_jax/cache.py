@@ -149,16 +149,40 @@ def _copy(cache: IndexCache, source: Array, target: Array) -> IndexCache:
     return jax.tree.map(lambda leaf: leaf.at[target].set(leaf[source], mode="drop"), cache)
 
 
+def check_cache(call: str, cache: IndexCache) -> None:
+    """Raises unless `cache` is one whose parts fit each other, as `init_cache` makes it."""
+    checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
+    checks.dtype(call, "cache.keys", cache.keys, checks.KEY_DTYPES)
+    checks.shape(call, "cache.keys", cache.keys, ("n_pages", "page_size", "D"))
+    (n, size, D), dtype = cache.keys.shape, cache.keys.dtype.name
+    parts: dict[str, tuple[str, tuple[int | str, ...]]] = {
+        "sums": ("float32", (n, D)),
+        "counts": ("int32", (n,)),
+        "places": ("int32", (n,)),
+        "scales": ("float32", (n, size)),
+        "means": (dtype, (n, "parts", D)),
+        "mean_scales": ("float32", (n,)),
+    }
+    for name, (wanted, shape) in parts.items():
+        part = getattr(cache, name)
+        if part is not None or name in ("sums", "counts", "places"):
+            checks.dtype(call, f"cache.{name}", part, (wanted,))
+            checks.shape(call, f"cache.{name}", part, shape, f"of {n} pages of {size} tokens, as cache.keys has them")
+    if cache.latents is not None:
+        checks.dtype(call, "cache.latents", cache.latents, ("bfloat16", "float32"))
+        checks.shape(call, "cache.latents", cache.latents, (n, size, "Dk"), "pages as cache.keys has them")
+
+
 def check_copies(call: str, cache: IndexCache, source: Array, target: Array) -> None:
     """Raises unless the arguments of `copy_pages` fit each other."""
-    checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
+    check_cache(call, cache)
     checks.int32(call, "source", source, ("n",))
     checks.int32(call, "target", target, source.shape, "a page for each of source's")
 
 
 def check_table(call: str, cache: IndexCache, block_tables: Array, lengths: Array) -> int:
     """Raises unless a cache's tables [R, P] and [R] int32 fit each other; returns R."""
-    checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
+    check_cache(call, cache)
     checks.int32(call, "block_tables", block_tables, ("R", "P"))
     R, P = block_tables.shape
     checks.int32(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")

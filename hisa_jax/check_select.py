@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from hisa_jax import checks, xla
-from hisa_jax.cache import IndexCache, check_table
+from hisa_jax.cache import IndexCache, check_cache, check_table
 from hisa_jax.keys import Keys
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.quantize import QuantizedKeys
@@ -70,7 +70,7 @@ def check_paged(
     method: Method,
 ) -> None:
     """The arguments of `select_paged`, on one device and on several."""
-    checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
+    check_cache(call, cache)
     _queries(call, q, w, ("T",), cache.keys.shape[-1], "its last axis must equal the cache's D")
     R = check_table(call, cache, block_tables, lengths)
     checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), q.shape[0], "a start for each request, and the end")
@@ -86,8 +86,8 @@ def check_question(call: str, q: Any, k: Any, method: Method) -> Keys:
     """The keys of a call that is only asked about: [B, T, H, D] and [B, S, D], or packed; shapes and dtypes do."""
     keys = keys_of(k)
     rows = ("T",) if len(getattr(q, "shape", ())) == 3 else ("B", "T")
-    _axes_of_queries(call, q, rows, "D")
-    _keys(call, q, keys, "N" if len(rows) == 1 else "S")
+    _axes_of_queries(call, q, rows, "D", or_abstract=True)
+    _keys(call, q, keys, "N" if len(rows) == 1 else "S", or_abstract=True)
     check_method(call, method)
     return keys
 
@@ -127,21 +127,23 @@ def _queries(call: str, q: Array, w: Array, rows: Sequence[str], D: int | str, w
     checks.shape(call, "w", w, q.shape[:-1], f"one weight a query and head (q is {checks.axes_of(q)})")
 
 
-def _axes_of_queries(call: str, q: Array, rows: Sequence[str], D: int | str, why: str = "") -> None:
-    checks.dtype(call, "q", q, checks.KEY_DTYPES)
+def _axes_of_queries(
+    call: str, q: Array, rows: Sequence[str], D: int | str, why: str = "", or_abstract: bool = False
+) -> None:
+    checks.dtype(call, "q", q, checks.KEY_DTYPES, or_abstract=or_abstract)
     checks.shape(call, "q", q, (*rows, "H", D), why)
     if 0 in q.shape[-2:]:
         raise ValueError(f"{call}: q is {checks.axes_of(q)}, wanted at least one head and one feature")
 
 
-def _keys(call: str, q: Array, keys: Keys, n_keys: str) -> None:
+def _keys(call: str, q: Array, keys: Keys, n_keys: str, or_abstract: bool = False) -> None:
     """Keys [B, n_keys, D], or packed [n_keys, D], for queries of that B and D."""
     *sizes, _, _, D = q.shape
     if keys.scales is None:
-        checks.dtype(call, "k", keys.values, checks.KEY_DTYPES)
+        checks.dtype(call, "k", keys.values, checks.KEY_DTYPES, or_abstract=or_abstract)
     else:
-        checks.dtype(call, "k.values", keys.values, ("float8_e4m3fn", "int8"))
-        checks.dtype(call, "k.scales", keys.scales, ("float32",))
+        checks.dtype(call, "k.values", keys.values, ("float8_e4m3fn", "int8"), or_abstract=or_abstract)
+        checks.dtype(call, "k.scales", keys.scales, ("float32",), or_abstract=or_abstract)
     must = "its first and last axes must equal q's B and D" if sizes else "its last axis must equal q's D"
     checks.shape(call, "k", keys.values, (*sizes, n_keys, D), f"{must} (q is {checks.axes_of(q)})")
     if keys.scales is not None:

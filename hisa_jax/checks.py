@@ -4,9 +4,8 @@ Checks of shapes and dtypes run at trace time and always. Checks of values (leng
 they run only under `checked`.
 """
 
-import contextvars
 import functools
-import math
+import threading
 from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Any
@@ -19,7 +18,15 @@ from jax.experimental import checkify
 from jax.experimental.xla_metadata import set_xla_metadata
 
 KEY_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "int8")
-_checks_values = contextvars.ContextVar("_checks_values", default=False)
+
+
+class _State(threading.local):
+    """Whether this thread is inside of `checked`: JAX's metadata, which tell its caches so, are each thread's, too."""
+
+    checks_values = False
+
+
+_state = _State()
 
 
 def checked[**P, R](function: Callable[P, R]) -> Callable[P, R]:
@@ -32,7 +39,8 @@ def checked[**P, R](function: Callable[P, R]) -> Callable[P, R]:
         function: anything traceable that calls `select`, `select_packed` or `sparse_mla`, jitted or not.
 
     Returns: a function of the same arguments that raises `jax.experimental.checkify.JaxRuntimeError`, which names the
-        argument, and otherwise returns what `function` returns. It waits for the result; call it outside of jit.
+        argument, and otherwise returns what `function` returns. It waits for the result; call it outside of jit. What
+        `function` does in other threads is not checked.
     Raises: TypeError: what cannot be called.
     Example:
         >>> hj.checked(hj.select)(q, k, w, method, lengths=lengths)  # doctest: +SKIP
@@ -43,14 +51,14 @@ def checked[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        token = _checks_values.set(True)
+        before, _state.checks_values = _state.checks_values, True
         try:
             # What has been traced before has no checks; under other metadata jax.jit traces it again.
             with set_xla_metadata(hisa_jax="checked"):
                 # Methods and other options are not arrays: close over everything, so that nothing has to be a pytree.
                 error, result = checkify.checkify(lambda: function(*args, **kwargs), errors=checkify.user_checks)()
         finally:
-            _checks_values.reset(token)
+            _state.checks_values = before
         error.throw()
         return result
 
@@ -68,11 +76,16 @@ def shape(call: str, name: str, array: Any, wanted: Sequence[int | str], why: st
         raise ValueError(f"{call}: {name} is {axes_of(array)}, wanted {_axes(wanted)}{reason}")
 
 
-def dtype(call: str, name: str, array: Any, wanted: Sequence[str]) -> None:
-    """Raises TypeError unless `array` is an array of one of the wanted dtypes."""
-    if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+def dtype(call: str, name: str, array: Any, wanted: Sequence[str], *, or_abstract: bool = False) -> None:
+    """Raises TypeError unless `array` is an array of one of the wanted dtypes, or, if so asked, only describes one."""
+    # What wraps an array, such as a parameter of Flax, is one; of NumPy's masked arrays JAX may forget the mask.
+    is_array = isinstance(array, Array | np.ndarray | np.generic) or hasattr(array, "__jax_array__")
+    is_array = is_array and hasattr(array, "dtype") and not isinstance(array, np.ma.MaskedArray)
+    if not is_array and not (or_abstract and isinstance(array, jax.ShapeDtypeStruct)):
         raise TypeError(f"{call}: {name} is {type(array).__name__}, wanted an array of {_either(wanted)}")
-    given = getattr(array.dtype, "name", array.dtype)  # other libraries' dtypes have none
+    given = array.dtype.name
+    if not getattr(array.dtype, "isnative", True):
+        given = f"{given} in another byte order than this machine's"
     if given not in wanted:
         raise TypeError(f"{call}: {name} is {given}, wanted {_either(wanted)}")
 
@@ -87,7 +100,7 @@ def offsets(call: str, name: str, array: Any, wanted: Sequence[int | str], end: 
     """Raises unless `array` is int32 offsets of the wanted shape; under `checked` they must ascend from 0 to `end`."""
     int32(call, name, array, wanted, why)
     value(
-        (jnp.diff(array, prepend=0) >= 0) & (array <= end),
+        (jnp.diff(array, prepend=0) >= 0) & (array <= end) & (array[:1] == 0),
         f"{call}: {name} is {{offsets}}, wanted ascending offsets from 0 to at most {end}",
         offsets=array,
     )
@@ -108,11 +121,13 @@ def integer(call: str, name: str, given: Any, least: int | None = None) -> None:
 
 
 def finite(call: str, name: str, given: Any) -> None:
-    """Raises TypeError unless `given` is a number that is known when tracing, ValueError if it is not finite."""
+    """Raises TypeError unless `given` is a number that is known when tracing, ValueError if float32 has no such."""
     if isinstance(given, bool) or not isinstance(given, int | float | np.integer | np.floating):
         raise TypeError(f"{call}: {name} is {type(given).__name__}, wanted a number")
-    if not math.isfinite(given):
-        raise ValueError(f"{call}: {name}={given}, wanted a finite number")
+    magnitude: Any = abs(given)
+    if not magnitude <= float(np.finfo(np.float32).max):
+        shown = str(given) if isinstance(given, float | np.floating) else "an int"  # of any length
+        raise ValueError(f"{call}: {name}={shown}, wanted a finite float32 number")
 
 
 def flags(call: str, **given: Any) -> None:
@@ -150,7 +165,7 @@ def value(condition: Array, message: str, **values: Array) -> None:
 
     Nor does it leave its effect behind elsewhere, with which `jax.export` could not write a program to bytes.
     """
-    if _checks_values.get():
+    if _state.checks_values:
         checkify.debug_check(jnp.all(condition), message, **values)
 
 

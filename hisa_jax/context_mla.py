@@ -74,7 +74,8 @@ def sparse_mla_sharded(
 
 def merge(out: Array, lse: Array, axis: str) -> tuple[Array, Array]:
     """Attention to all tokens from that to each device's own, [B, T, N, V] and [B, T, N] float32; inside shard_map."""
-    highest = lax.pmax(lse, axis)
+    # What is taken off every logsumexp changes no result, so no gradient goes through it.
+    highest = lax.pmax(lax.stop_gradient(lse), axis)
     # Where nobody has a token every logsumexp is -inf: 0 stands for it, so that the weights are 0 and not NaN.
     weight = jnp.exp(lse - jnp.where(jnp.isneginf(highest), 0, highest))
     # One reduction: the weights ride behind the values.

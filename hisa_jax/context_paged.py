@@ -186,6 +186,8 @@ def sparse_mla_paged_sharded(
     paged.check_attention(call, q, cache, indices, block_tables, cu_seqlens_q)
     scale, value_dim, name = check_options(call, q, scale, value_dim, sink, return_lse, implementation)
     check_axis(call, "context_axis", mesh, context_axis, cache.n_pages, PAGES)
+    rows = paged.latent_rows(cache, indices, block_tables, cu_seqlens_q)  # for the check alone
+    paged.check_rows(call, cache, indices, rows, cu_seqlens_q)
 
     def one_device(
         q: Array, cache: IndexCache, indices: Array, block_tables: Array, cu_seqlens_q: Array

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax import checks, dispatch, prepare, xla
-from hisa_jax.cache import IndexCache
+from hisa_jax.cache import IndexCache, check_cache
 from hisa_jax.check_select import check_paged
 from hisa_jax.keys import Keys
 from hisa_jax.methods import Method
@@ -143,13 +143,7 @@ def sparse_mla_paged(
     check_attention(call, q, cache, indices, block_tables, cu_seqlens_q)
     scale, value_dim, name = check_options(call, q, scale, value_dim, sink, return_lse, implementation)
     rows = latent_rows(cache, indices, block_tables, cu_seqlens_q)
-    is_wrong = (indices != -1) & (rows < 0) & requests_of(cu_seqlens_q, q.shape[0])[2][:, None]
-    checks.value(
-        ~is_wrong,
-        f"{call}: rows {{bad}} of q select what has no page, wanted -1 or positions whose page block_tables names, one "
-        f"of 0 to {cache.n_pages - 1}",
-        bad=jnp.any(is_wrong, axis=1),
-    )
+    check_rows(call, cache, indices, rows, cu_seqlens_q)
     return attend(q, cache, rows, scale, value_dim, sink, return_lse, name)
 
 
@@ -162,7 +156,7 @@ def check_attention(
     cu_seqlens_q: Array,
 ) -> None:
     """Raises unless the arrays of `sparse_mla_paged` fit each other."""
-    checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
+    check_cache(call, cache)
     if cache.latents is None:
         raise ValueError(f"{call}: cache has no latents, wanted one of init_cache(..., latent_dim=Dk)")
     checks.dtype(call, "q", q, ("bfloat16", "float32"))
@@ -174,6 +168,17 @@ def check_attention(
     checks.int32(call, "block_tables", block_tables, ("R", "P"))
     R, why = block_tables.shape[0], "a start for each request, and the end"
     checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), q.shape[0], why)
+
+
+def check_rows(call: str, cache: IndexCache, indices: Array, rows: Array, cu_seqlens_q: Array) -> None:
+    """Under `checked` raises unless every chosen position of a request has a row, as `latent_rows` has found them."""
+    is_wrong = (indices != -1) & (rows < 0) & requests_of(cu_seqlens_q, indices.shape[0])[2][:, None]
+    checks.value(
+        ~is_wrong,
+        f"{call}: rows {{bad}} of q select what has no page, wanted -1 or positions whose page block_tables names, one "
+        f"of 0 to {cache.n_pages - 1}",
+        bad=jnp.any(is_wrong, axis=1),
+    )
 
 
 def latent_rows(cache: IndexCache, indices: Array, block_tables: Array, cu_seqlens_q: Array) -> Array:

@@ -105,6 +105,9 @@ class PagePool:
         pages, length = self._pages[request], self.lengths[request]
         nth, within = divmod(length, self.page_size)
         shared = n_tokens > 0 and within > 0 and self._holders[pages[nth]] > 1
+        if (wanted := self._n_pages(length + n_tokens) - len(pages) + shared) > self.n_pages:
+            # Before they are listed, which of a number that is too large by far takes all memory.
+            raise OutOfPages(f"request {request!r} needs {wanted} pages for {n_tokens} tokens, {self.n_free} are free")
         new = [*([nth] if shared else []), *range(len(pages), self._n_pages(length + n_tokens))]
         for device, n_new in collections.Counter(map(self._device, new)).items():
             if n_new > len(self._free[device]):

@@ -60,12 +60,6 @@ def sparse_mla(
     check_batch(call, q, kv, indices)
     scale, value_dim, name = check_options(call, q, scale, value_dim, sink, return_lse, implementation)
     (B, T, N, _), S = q.shape, kv.shape[1]
-    checks.value(
-        (indices >= -1) & (indices < S),
-        f"sparse_mla: indices range from {{least}} to {{most}}, wanted -1 to {S - 1}",
-        least=jnp.min(indices, initial=-1),
-        most=jnp.max(indices, initial=-1),
-    )
     if 0 in (B, T, S, N, indices.shape[2]):
         out, lse = jnp.zeros((B, T, N, value_dim), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
     else:
@@ -84,6 +78,12 @@ def check_batch(call: str, q: Array, kv: Array, indices: Array) -> None:
         call, "kv", kv, (B, "S", Dk), f"its first and last axes must equal q's B and Dk (q is {list(q.shape)})"
     )
     checks.int32(call, "indices", indices, (B, T, "K"), f"one list a query (q is {list(q.shape)})")
+    checks.value(
+        (indices >= -1) & (indices < kv.shape[1]),
+        f"{call}: indices range from {{least}} to {{most}}, wanted -1 to {kv.shape[1] - 1}",
+        least=jnp.min(indices, initial=-1),
+        most=jnp.max(indices, initial=-1),
+    )
 
 
 def check_options(
@@ -105,7 +105,7 @@ def check_numbers(call: str, scale: float, value_dim: int, Dk: int) -> tuple[flo
     """The static numbers of a call as Python's own, which promote no dtype; raises if they are none or out of range."""
     if isinstance(scale, bool) or not isinstance(scale, int | float | np.number):
         raise TypeError(f"{call}: scale is {type(scale).__name__}, wanted a number known at trace time")
-    if not abs(float(scale)) <= float(np.finfo(np.float32).max):
+    if not abs(scale) <= float(np.finfo(np.float32).max):
         raise ValueError(f"{call}: scale={scale}, wanted a finite float32 number")
     if isinstance(value_dim, bool) or not isinstance(value_dim, int | np.integer):
         raise TypeError(f"{call}: value_dim is {type(value_dim).__name__}, wanted a whole number")

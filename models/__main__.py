@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from models.config import Config, read_config
 from models.generate import Generation, generate
 from models.indexers import NAMES, make_method, read_methods
+from models.json_object import shown
 from models.params import from_pretrained
 from models.plan import MethodLike
 from models.sharding import make_mesh
@@ -41,11 +42,11 @@ def _generate(options: argparse.Namespace) -> None:
     config = read_config(options.checkpoint)
     tokenizer = load_tokenizer(options.checkpoint, config.vocab_size)
     if options.prompt_ids:
-        prompts = [[int(token) for token in text.split(",")] for text in options.prompt_ids]
+        prompts = [_ids(text) for text in options.prompt_ids]
     else:
         prompts = [tokenizer.encode(text) for text in options.prompt]
-    devices = options.data_parallel * options.model_parallel
-    mesh = make_mesh(options.data_parallel, options.model_parallel) if devices > 1 else None
+    devices = options.data_parallel, options.model_parallel
+    mesh = None if devices == (1, 1) else make_mesh(*devices)
     model = from_pretrained(options.checkpoint, _method(options, config), _DTYPES[options.dtype], mesh)
     for _ in range(2 if options.warm_up else 1):
         result = generate(
@@ -55,6 +56,13 @@ def _generate(options: argparse.Namespace) -> None:
     for tokens in result.tokens:
         print(",".join(map(str, tokens)) if options.prompt_ids else tokenizer.decode(tokens))
     _report(result, options.warm_up)
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(token) for token in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--prompt-ids: {shown(text)}, wanted token ids with commas between, as 1,2,3") from None
 
 
 def _method(options: argparse.Namespace, config: Config) -> MethodLike:

@@ -57,8 +57,11 @@ def restore(
         raise FileNotFoundError(f"restore: folder {folder} holds no {_CONFIG}, wanted one that models.save wrote")
     config = _read_config(folder / _CONFIG)
     with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(folder / _WEIGHTS).item_metadata if (folder / _WEIGHTS).is_dir() else None
+        if stored is None or "embed" not in stored:
+            raise ValueError(f"restore: {folder / _WEIGHTS} holds no weights that can be read: missing or corrupt")
         if dtype is None:
-            dtype = checkpointer.metadata(folder / _WEIGHTS).item_metadata["embed"].dtype
+            dtype = stored["embed"].dtype
         model = nnx.eval_shape(lambda: Model(config, method=method, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0)))
         graph, state = nnx.split(model)
         one_device = SingleDeviceSharding(jnp.zeros(()).device)

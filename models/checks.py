@@ -18,6 +18,14 @@ def whole(call: str, name: str, value: Any, least: int = 1) -> int:
     return number
 
 
+def random_seed(call: str, value: Any) -> int:
+    """An int that JAX takes as a seed. Raises ValueError: anything else, True among it."""
+    number = _int_or_none(value)
+    if number is None or not -(2**63) <= number < 2**63:
+        raise ValueError(f"{call}: seed={shown(value)}, wanted an int from -2^63 to 2^63 - 1")
+    return number
+
+
 def token_ids(call: str, name: str, value: Any, vocabulary: int) -> list[int]:
     """A copy of token ids as ints.
 
@@ -29,7 +37,10 @@ def token_ids(call: str, name: str, value: Any, vocabulary: int) -> list[int]:
     Raises: ValueError: anything else, an id outside of 0 to vocabulary - 1.
     """
     if hasattr(value, "__array__"):
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except Exception as error:  # deleted, traced, keys of random numbers
+            raise ValueError(f"{call}: {name} is {shown(value)}, wanted an array that NumPy can read") from error
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise ValueError(f"{call}: {name} is {array.dtype} {list(array.shape)}, wanted [n] integers")
         value = array.tolist()
@@ -73,5 +84,5 @@ def _int_or_none(value: Any) -> int | None:
         return None
     try:
         return operator.index(value)
-    except TypeError:
+    except Exception:  # what is no int, or cannot say
         return None

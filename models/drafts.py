@@ -30,8 +30,15 @@ def propose(draft: Draft, tokens: list[int], n: int, vocabulary: int) -> tuple[l
                 return proposals, f"proposed {checks.shown(token)}, wanted an int from 0 to {vocabulary - 1}"
             proposals.append(id)
     except Exception as error:
-        return proposals, f"{type(error).__name__}: {error}"
+        return proposals, _told(error)
     return proposals, None
+
+
+def _told(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # an error that cannot show itself
+        return type(error).__name__
 
 
 def lookup(tokens: Sequence[int], n: int) -> list[int]:

@@ -121,10 +121,14 @@ class Engine:
             raise ValueError(
                 f"Engine: n_draft={n_draft}, wanted {'0 without' if draft is None else '1 or more with'} a draft"
             )
+        if draft is not None and not callable(draft):
+            raise ValueError(f"Engine: draft={checks.shown(draft)}, wanted what can be called, or None")
         if model.mesh is not None:
             raise ValueError("Engine: model is on a mesh, wanted one on one device")
         if max_length > (room := model.config.max_position_embeddings):
-            raise ValueError(f"Engine: max_length={max_length}, wanted at most {room}, the model's positions")
+            raise ValueError(
+                f"Engine: max_length={checks.shown(max_length)}, wanted at most {room}, the model's positions"
+            )
         self.model, self.trace = model, trace
         self._graphs, self._state = phase_graphs(model), nnx.state(model)
         graphs = self._graphs
@@ -174,8 +178,10 @@ class Engine:
         # One page more than its tokens fill: that of a copy.
         needed, n_pages = -(-end // self.pool.page_size) + 1, self.pool.n_pages
         if end > self.max_length or needed > n_pages:
+            sizes = f"{checks.shown(end)} tokens in {checks.shown(needed)} pages"
             raise ValueError(
-                f"submit: {end} tokens in {needed} pages, wanted at most max_length={self.max_length} in {n_pages}"
+                f"submit: prompt and max_new_tokens make {sizes}, wanted at most max_length={self.max_length} in "
+                f"{n_pages}"
             )
         id, self._next_id = self._next_id, self._next_id + 1
         self.scheduler.waiting[id] = Request(id=id, tokens=tokens, n_prompt=len(tokens), end=end, stop_ids=stops)
@@ -190,7 +196,9 @@ class Engine:
         self._demand_no_step("cancel")
         number = checks.whole("cancel", "id", id, 0)
         if number >= self._next_id:
-            raise ValueError(f"cancel: id={number}, wanted one that submit gave: there were {self._next_id}")
+            raise ValueError(
+                f"cancel: id={checks.shown(number)}, wanted one that submit gave: there were {self._next_id}"
+            )
         return self.scheduler.drop(number)
 
     def release(self) -> None:

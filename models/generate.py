@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import math
+import sys
 import time
 from collections.abc import Collection, Sequence
 from typing import get_args
@@ -91,20 +91,22 @@ def generate(
         max_new_tokens: how many to make.
         chunk: prompt tokens a forward pass.
         temperature: 0 takes the likeliest token, others divide the logits before one is drawn.
-        seed: of the draws.
+        seed: of the draws, an int of 64 bits.
         stop_ids: tokens that end a row; None: those of the model's config; () for none.
         report_recall: whether to compare each selection with the flat indexer's.
 
     Returns: `Generation`.
     Raises: ValueError: no prompt, an empty one, what is no token of the vocabulary, more tokens than the model has
-        positions, sizes below 1, a temperature that is none. FloatingPointError: logits without a likeliest token,
-        since they are NaN or infinite; it names the prompts.
+        positions, sizes below 1, a temperature or seed that is none. FloatingPointError: logits without a likeliest
+        token, since they are NaN or infinite; it names the prompts.
     """
     prompts = _checked(model, prompts, max_new_tokens, chunk, temperature)
     stops = checks.stop_ids("generate", stop_ids, model.config)
+    seed = checks.random_seed("generate", seed)
     ids, mask = pad_left(prompts, chunk)
-    # Whole chunks, so that prompts of about the same length run the same compiled programs.
+    # Whole chunks, so that prompts of about the same length run the same compiled programs; no more than there can be.
     capacity = -(-(max(map(len, prompts)) + max_new_tokens) // chunk) * chunk
+    capacity = min(capacity, model.config.max_position_embeddings)
     graphs, state = phase_graphs(model), nnx.state(model)
 
     start = time.perf_counter()
@@ -196,7 +198,11 @@ def _decode(
     def choose(logits: Array, i: Array) -> Array:
         if is_greedy:
             return likeliest(logits)
-        drawn = jax.random.categorical(jax.random.fold_in(key, i), logits / temperature, axis=-1).astype(jnp.int32)
+        # Differences from the largest, by a number that is neither 0 nor infinite: no quotient is NaN or +inf.
+        below = logits - jnp.max(logits, axis=-1, keepdims=True)
+        limits = jnp.finfo(jnp.float32)
+        scaled = below / jnp.clip(temperature, limits.tiny, limits.max)
+        drawn = jax.random.categorical(jax.random.fold_in(key, i), scaled, axis=-1).astype(jnp.int32)
         return jnp.where(has_likeliest(logits), drawn, -1)
 
     def put(tokens: Array, token: Array, is_done: Array, is_failed: Array, i: Array) -> tuple[Array, Array, Array]:
@@ -257,7 +263,7 @@ def _checked(
     n_new = checks.whole(call, "max_new_tokens", max_new_tokens)
     checks.whole(call, "chunk", chunk)
     is_number = isinstance(temperature, int | float | np.number) and not isinstance(temperature, bool)
-    if not is_number or not 0 <= temperature < math.inf:
+    if not is_number or not 0 <= temperature <= sys.float_info.max:
         raise ValueError(f"generate: temperature={checks.shown(temperature)}, wanted a number of at least 0")
     if hasattr(prompts, "__array__"):
         prompts = np.asarray(prompts).tolist()
@@ -266,5 +272,6 @@ def _checked(
     rows = [checks.prompt(call, f"prompts[{i}]", prompt, vocabulary) for i, prompt in enumerate(prompts)]
     longest, room = max(map(len, rows)) + n_new, model.config.max_position_embeddings
     if longest > room:
-        raise ValueError(f"generate: prompt and max_new_tokens make {longest} tokens, the model has {room} positions")
+        made = checks.shown(longest)
+        raise ValueError(f"generate: prompt and max_new_tokens make {made} tokens, the model has {room} positions")
     return rows

@@ -18,8 +18,9 @@ def shown(value: Any) -> str:
 
 
 def short(name: str) -> str:
-    """A name as error messages show it: whole if it is no longer than names are."""
-    return name if len(name) <= 200 else f"{name[:120]}...{name[-60:]}"
+    """A name as error messages show it: on one line, whole if it is no longer than names are."""
+    name = name if len(name) <= 200 else f"{name[:120]}...{name[-60:]}"
+    return name if name.isprintable() else repr(name)[1:-1]  # neither a terminal's controls nor lone surrogates
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

@@ -114,6 +114,8 @@ class Model(nnx.Module):
         self, config: Config, *, method: MethodLike = None, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None,
         rngs: nnx.Rngs,
     ):  # fmt: skip
+        if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f"Model: dtype is {jnp.dtype(dtype)}, wanted float32 or bfloat16")
         self.config = config
         self.plan = make_plan(method, config)
         self.mesh = automatic(mesh)

@@ -179,14 +179,14 @@ class Reader:
         for shard, names in sorted(wanted.items()):
             file = self.folder / shard
             if not file.exists():
-                raise FileNotFoundError(f"{min(names)} in {file}: the index names this file, but it is missing")
+                raise FileNotFoundError(f"{short(min(names))} in {file}: the index names this file, but it is missing")
             for name, entry in read_header(file, self.is_skipped).items():
                 if weight_map.get(name) != shard:
                     raise CheckpointError(f"{entry}: {index.name} has it in {weight_map.get(name)}")
                 entries[name] = entry
             for name in names:
                 if name not in entries:
-                    raise CheckpointError(f"{name} in {file}: the index has it there, but the file does not")
+                    raise CheckpointError(f"{short(name)} in {file}: the index has it there, but the file does not")
         return entries
 
     def _unpacked(self, entries: dict[str, Entry]) -> dict[str, Entry]:
@@ -273,8 +273,8 @@ class Reader:
                 f"each {' x '.join(map(str, self.block_size))} block of {list(shape)}"
             )
         values, scales = self.raw(name).astype(np.float32), self.raw(scale_name).astype(np.float32)
-        if not (np.isfinite(scales) & (scales >= 0)).all():
-            raise CheckpointError(f"{self.where(scale_name)}: holds {scales.min()}, wanted positive numbers: corrupt")
+        if (bad := scales[~(np.isfinite(scales) & (scales >= 0))]).size:
+            raise CheckpointError(f"{self.where(scale_name)}: holds {bad[0]}, wanted positive numbers: corrupt")
         has_zeros = not scales.all()
         for axis, block in enumerate(self.block_size):
             scales = scales.repeat(block, axis=axis)

@@ -177,22 +177,31 @@ class Scheduler:
 
         Args:
             saved: by `save`, not before the last step.
-            are_pages_written: whether tokens may have been written since. Then pages that were given back since may
-                hold others' tokens, so their donors are not restored.
+            are_pages_written: whether tokens may have been written since. Then a page that somebody gave back since,
+                or replaced by a copy, may hold others' tokens. Donors that had such a page are not restored; those
+                who ran with one wait again before all others and read their tokens anew.
         """
-        lost = saved.donors.keys() - self.pool.lengths.keys() if are_pages_written else ()
+        known = [*saved.donors, *saved.running]
+        lost = [id for id in known if not self._holds_pages_of(id, saved.pool)] if are_pages_written else []
         self.pool, self.waiting, self.running, self.donors, marks = saved
         for request, n_tokens, must_copy, n_overtaken in marks:
             del request.tokens[n_tokens:]
             request.must_copy, request.n_overtaken = must_copy, n_overtaken
         for id in lost:
-            self._drop_donor(id)
+            self.pool.free(id)
+        self.waiting = {id: self.running.pop(id) for id in lost if id in self.running} | self.waiting
+        self.donors = {id: donor for id, donor in self.donors.items() if id not in lost}
 
     def start_over(self) -> None:
         """All pages are lost: running requests wait again, before all others, with the tokens that they have."""
         for id in list(self.pool.lengths):
             self.pool.free(id)
         self.waiting, self.running, self.donors = self.running | self.waiting, {}, {}
+
+    def _holds_pages_of(self, id: int, earlier: PagePool) -> bool:
+        """Whether a request still has every page that it had, so that nobody else has written to one."""
+        had = earlier.pages(id)
+        return id in self.pool.lengths and self.pool.pages(id)[: len(had)] == had
 
     def _n_pages(self, n_tokens: int) -> int:
         return -(-n_tokens // self.pool.page_size)

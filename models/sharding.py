@@ -27,8 +27,10 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | Non
     Raises: ValueError: fewer devices than the mesh needs.
     """
     devices = jax.devices() if devices is None else devices
-    if not 1 <= data * model <= len(devices):
-        raise ValueError(f"make_mesh(data={data}, model={model}): there are {len(devices)} devices")
+    if min(data, model) < 1 or data * model > len(devices):
+        raise ValueError(
+            f"make_mesh(data={data}, model={model}): wanted at least 1 of each, there are {len(devices)} devices"
+        )
     grid = np.asarray(devices[: data * model]).reshape(data, model)
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
@@ -64,8 +66,18 @@ def parameter_sharding(mesh: Mesh, parameter: nnx.Variable) -> NamedSharding:
 
 
 def constrain(x: Array, mesh: Mesh | None, axes: Axes) -> Array:
-    """Tells the compiler where an activation lies; without a mesh does nothing."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding_of(mesh, x.shape, axes))
+    """Tells the compiler where an activation lies; without a mesh does nothing.
+
+    Raises: ValueError: `jax.set_mesh` has set Explicit axes, under which JAX takes no such advice.
+    """
+    if mesh is None:
+        return x
+    if explicit := jax.sharding.get_abstract_mesh().explicit_axes:
+        raise ValueError(
+            f"Model: jax.set_mesh has set a mesh with the Explicit axes {explicit}, wanted Auto ones or no mesh around "
+            "a model that has a mesh of its own"
+        )
+    return jax.lax.with_sharding_constraint(x, sharding_of(mesh, x.shape, axes))
 
 
 def per_device(function: Callable[..., Any], mesh: Mesh | None, in_axes: Sequence[Axes], out_axes: Axes) -> Callable:

@@ -1,13 +1,15 @@
 """Text to tokens and back: by the checkpoint's tokenizer if it has one, else bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from models.json_object import short
 
 # The largest published ones have 20 MB.
 _LARGEST_FILE = 128 * 2**20
+
+Result = TypeVar("Result")
 
 
 class Tokenizer(Protocol):
@@ -64,20 +66,33 @@ class FromFile:
             raise ValueError(f"{file}: is no file")
         if file.stat().st_size > _LARGEST_FILE:
             raise ValueError(f"{file}: has more than {_LARGEST_FILE} bytes, too many for a tokenizer")
+        self.file = file
+        self.tokenizer = self._call("not a tokenizer", lambda: tokenizers.Tokenizer.from_file(str(file)))
+        # A prompt is encoded whole and as it is, whatever batches the file's writer had.
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> tokens, special ones as the file's own template adds them.
+
+        Raises: ValueError: a text that the tokenizer cannot encode.
+        """
+        return self._call("cannot encode the prompt", lambda: self.tokenizer.encode(text).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens -> text, without special ones.
+
+        Raises: ValueError: tokens that the tokenizer cannot decode.
+        """
+        return self._call("cannot decode the tokens", lambda: self.tokenizer.decode(list(tokens)))
+
+    def _call(self, what: str, call: Callable[[], Result]) -> Result:
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            return call()
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the package raises Exception, and its panics are not even that
-            raise ValueError(f"{file}: not a tokenizer: {short(str(error))}") from error
-
-    def encode(self, text: str) -> list[int]:
-        """Text -> tokens, special ones as the file's own template adds them."""
-        return self.tokenizer.encode(text).ids
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Tokens -> text, without special ones."""
-        return self.tokenizer.decode(list(tokens))
+            raise ValueError(f"{self.file}: {what}: {short(str(error))}") from error
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:

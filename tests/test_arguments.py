@@ -3,6 +3,7 @@
 The table has a valid call of each and what kind of thing each argument is; a kind has its bad values.
 """
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -45,10 +46,19 @@ def first_of(change):
     return lambda x: other_shapes(x)[change]
 
 
-NOT_ARRAYS = (lambda x: np.asarray(x).tolist(), *constants(None, 3.0, "x"))
+def other_order(x):
+    """Bytes as no machine that runs JAX has them."""
+    return np.asarray(x).astype(np.asarray(x).dtype.newbyteorder(">"))
+
+
+def described(x):
+    return jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype)
+
+
+NOT_ARRAYS = (lambda x: np.asarray(x).tolist(), *constants(None, 3.0, "x"), np.ma.masked_array, described)
 OPTIONAL = (NOT_ARRAYS[0], *constants(3.0, "x"))  # None means the default
-NOT_INT32 = tuple(map(cast, (np.float32, bool, np.uint32, np.int64, np.int16)))
-NOT_FLOAT = tuple(map(cast, (np.float64, np.float16, np.int32, bool)))
+NOT_INT32 = (*map(cast, (np.float32, bool, np.uint32, np.int64, np.int16)), other_order)
+NOT_FLOAT = (*map(cast, (np.float64, np.float16, np.int32, bool)), other_order)
 SHAPES = first_of(0), first_of(1)
 AXIS_MORE = SHAPES[:1]  # where an axis may have any size
 
@@ -71,8 +81,14 @@ NOT_INTS = constants(1.5, "2", True, np.ones(1, np.int32))
 INT = Kind((*NOT_INTS, *constants(None, 0, -1)))
 OPTIONAL_INT = Kind((*NOT_INTS, *constants(-1)))
 SIZE = Kind((*NOT_INTS, *constants(None, -1)))  # or 0
-NUMBER = Kind(constants(None, "0.1", True, np.nan, np.inf, np.ones(1)))
-CACHE = Kind(constants(None, {}, np.ones((4, 16, 8))))
+NUMBER = Kind(constants(None, "0.1", True, np.nan, np.inf, 1e39, -(10**400), np.ones(1)))
+CACHE = Kind((
+    *constants(None, {}, np.ones((4, 16, 8))),
+    lambda cache: dataclasses.replace(cache, keys=None),
+    lambda cache: dataclasses.replace(cache, counts=cache.counts[:1]),
+    lambda cache: dataclasses.replace(cache, sums=np.float64(cache.sums)),
+    lambda cache: dataclasses.replace(cache, latents=np.ones((4, 15, 8), np.float32)),
+))  # fmt: skip
 DTYPE = Kind(constants("float16", np.int32, "no dtype", 3))
 SELECTION = Kind(constants(None, np.ones((2, 3))))
 ANYTHING = Kind(())
@@ -204,7 +220,7 @@ def cases():
                     indices=Kind((*OPTIONAL, *NOT_INT32, *AXIS_MORE))))  # fmt: skip
     chosen = hj.select(**batch())
     yield Case(hj.compare, dict(selection=chosen, reference=chosen), dict(selection=SELECTION, reference=SELECTION))
-    questions = Kind((*NOT_ARRAYS[1:], *map(cast, (np.float16, np.int32, bool)), *AXIS_MORE))
+    questions = Kind((*NOT_ARRAYS[1:-1], *map(cast, (np.float16, np.int32, bool)), *AXIS_MORE))
     yield Case(hj.implementations, {name: x for name, x in batch().items() if name != "w"},
                dict(q=questions, k=questions, method=METHOD))  # fmt: skip
     yield Case(hj.checked, dict(function=hj.select), dict(function=Kind(constants(None, 3))))

@@ -334,6 +334,8 @@ def test_a_full_pool_says_so_and_changes_nothing():
     pool.add("a")
     pool.extend("a", 33)
     pool.add("b")
+    with pytest.raises(OutOfPages, match="request 'b' needs [0-9]+ pages for 1152921504606846976 tokens"):
+        pool.extend("b", 2**60)  # no list of so many pages is made
     with pytest.raises(OutOfPages, match="request 'b' needs 1 pages for 1 tokens, 0 are free"):
         pool.extend("b", 1)
     pool.check()

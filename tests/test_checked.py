@@ -1,5 +1,8 @@
 """`checked` turns values that only run time can know into errors; without it they are harmless."""
 
+import contextvars
+import threading
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -43,6 +46,7 @@ def test_bad_values_raise_and_are_named(options, message):
     ("cu_seqlens_q", "cu_seqlens_k", "message"),
     [
         ([0, 2, 1], [0, 1, 2], r"cu_seqlens_q is \[0 2 1\], wanted ascending offsets from 0 to at most 3"),
+        ([1, 2, 3], [0, 1, 2], r"cu_seqlens_q is \[1 2 3\], wanted ascending offsets from 0 to at most 3"),
         ([0, 2, 3], [0, 1, 41], r"cu_seqlens_k is \[ 0  1 41\], wanted ascending offsets from 0 to at most 40"),
     ],
 )
@@ -84,3 +88,36 @@ def test_what_has_no_page_is_named(indices, offsets, message):
     assert jnp.isfinite(hj.sparse_mla_paged(*arrays, **options)).all()
     good = jnp.array([[0, 31], [15, -1], [999, -7]])
     hj.checked(hj.sparse_mla_paged)(*arrays[:2], good, arrays[3], jnp.array([0, 1, 2]), **options)
+
+
+def test_other_threads_are_not_checked_even_if_they_inherit_the_context():
+    """JAX would keep their programs, checks and all, as the unchecked ones, which could not be exported then."""
+    run = jax.jit(lambda lengths: hj.select(*ARRAYS, METHODS[0], lengths=lengths).count)
+    bad = jnp.array([40, 41])
+
+    def elsewhere():
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(run, bad))
+        thread.start()
+        thread.join()
+        return bad
+
+    hj.checked(elsewhere)()
+    jax.export.export(run)(bad).serialize()
+    with pytest.raises(checkify.JaxRuntimeError, match="select: lengths"):
+        hj.checked(run)(bad)
+
+
+def test_attention_over_a_mesh_is_checked_and_has_a_gradient_as_on_one_device():
+    over = dict(mesh=jax.make_mesh((1,), ("context",)), context_axis="context", scale=0.1, value_dim=16)
+    indices, good = jnp.array([[[0, 40], [3, -1]]]), jnp.array([[[0, 39], [3, -1]]])
+    with pytest.raises(checkify.JaxRuntimeError, match="sparse_mla_sharded: indices range from -1 to 40"):
+        hj.checked(hj.sparse_mla_sharded)(*MLA, indices, **over)
+    cache = hj.init_cache(4, 16, 0, latent_dim=24, latent_dtype=jnp.float32)
+    arrays = cache, indices[0], jnp.array([[3, 0]]), jnp.array([0, 2])
+    with pytest.raises(checkify.JaxRuntimeError, match=r"sparse_mla_paged_sharded: rows \[ True False\] of q"):
+        hj.checked(hj.sparse_mla_paged_sharded)(MLA[0][0], *arrays, **over)
+    q, kv = (jax.random.normal(jax.random.key(0), x.shape) for x in MLA)
+    got = jax.grad(lambda q, kv: (hj.sparse_mla_sharded(q, kv, good, **over) ** 2).sum(), (0, 1))(q, kv)
+    wanted = jax.grad(lambda q, kv: (hj.sparse_mla(q, kv, good, scale=0.1, value_dim=16) ** 2).sum(), (0, 1))(q, kv)
+    for x, y in zip(got, wanted, strict=True):
+        assert jnp.allclose(x, y, atol=1e-5) and jnp.abs(y).max() > 0.01

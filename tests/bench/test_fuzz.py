@@ -145,3 +145,15 @@ def test_of_equal_candidates_the_first_must_be_chosen():
     groups = np.array([0, 1, 0, 2, 1, 0])
     for chosen, broken in (([1, 1, 1, 0, 0, 0], None), ([0, 0, 1, 1, 0, 0], (0, 2)), ([1, 0, 1, 1, 1, 0], (1, 4))):
         assert fuzz_judges._out_of_order(groups, np.array(chosen, bool)) == broken
+
+
+@pytest.mark.parametrize("options", [["--minutes", "0"], ["--minutes", "-1"], ["--minutes", "nan"]])
+def test_a_fuzz_of_no_time_is_refused(options, capsys):
+    with pytest.raises(SystemExit):
+        main(["fuzz", *options])
+    assert "wanted a number above 0" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_run(tmp_path, capsys):
+    assert main(["fuzz", "--json", str(tmp_path / "missing" / "fuzz.json")]) == 2
+    assert "is no folder" in capsys.readouterr().err

@@ -14,6 +14,14 @@ VOCABULARY, CHUNK, N_NEW = 61, 6, 8
 STOPS = (36, 56)
 HISA = hj.Hisa(topk=8, block_size=4, block_topk=3)
 
+
+def deleted():
+    """An array of the device whose buffer was given away."""
+    array = jax.numpy.arange(3)
+    array.delete()
+    return array
+
+
 # (prompt, new tokens, stop ids) that `submit` refuses, and the beginning of what it says.
 BAD_REQUESTS = (
     ([-1, 5], 4, r"prompt\[0\] is -1, wanted an int from 0 to 60"),
@@ -37,6 +45,8 @@ BAD_REQUESTS = (
     (np.ones(2, bool), 4, r"prompt is bool \[2\], wanted"),
     (np.ones((2, 2), int), 4, r"prompt is int64 \[2, 2\], wanted"),
     (np.array([3, -1]), 4, r"prompt\[1\] is -1, wanted"),
+    (deleted(), 4, "prompt is <ArrayImpl instance"),
+    (jax.random.split(jax.random.key(0)), 4, "prompt is Array"),
     ([1], 0, "max_new_tokens=0, wanted an int of at least 1"),
     ([1], -3, "max_new_tokens=-3, wanted"),
     ([1], True, "max_new_tokens=True, wanted"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -61,4 +62,11 @@ def test_a_config_that_save_did_not_write_is_named(tmp_path, change, message):
         models.restore(tmp_path)
     (tmp_path / "hisa_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"hisa_config\.json: not JSON"):
+        models.restore(tmp_path)
+
+
+def test_a_saved_model_without_its_weights_is_refused_by_name(tmp_path):
+    models.save(golden.model("glm5"), tmp_path)
+    shutil.rmtree(tmp_path / "weights")
+    with pytest.raises(ValueError, match=r"weights holds no weights that can be read"):
         models.restore(tmp_path)

@@ -127,6 +127,8 @@ def test_lookup_proposes_what_followed_last_time():
         ({"max_overtakes": -1}, "Engine: max_overtakes=-1, wanted an int of at least 0"),
         ({"n_draft": 2}, "Engine: n_draft=2, wanted 0 without a draft"),
         ({"draft": lookup}, "Engine: n_draft=0, wanted 1 or more with a draft"),
+        ({"draft": "lookup", "n_draft": 2}, "Engine: draft='lookup', wanted what can be called"),
+        ({"max_length": 10**5000}, "Engine: max_length=a int, wanted at most 96"),
         ({"max_length": 97}, "Engine: max_length=97, wanted at most 96, the model's positions"),
     ],
 )
@@ -143,11 +145,13 @@ def test_requests_that_cannot_be_served_are_refused_by_name_and_the_good_ones_am
             engine.submit(*arguments[:-1])
         if n % 3 == 0:
             wanted |= submit(engine, [next(good)])
-    with pytest.raises(ValueError, match="submit: 65 tokens in 18 pages, wanted at most max_length=64 in 24"):
-        engine.submit([1] * 12, 53)
+    for n_new, sizes in ((53, "65 tokens in 18 pages"), (10**5000, "a int tokens in a int pages")):
+        made = f"submit: prompt and max_new_tokens make {sizes}, wanted at most max_length=64 in 24"
+        with pytest.raises(ValueError, match=made):
+            engine.submit([1] * 12, n_new)
     assert serving.finish(engine) == (wanted, {}) and list(wanted) == list(range(len(wanted)))
 
 
 def test_one_that_needs_more_pages_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="submit: 13 tokens in 5 pages, wanted at most max_length=64 in 4"):
+    with pytest.raises(ValueError, match="make 13 tokens in 5 pages, wanted at most max_length=64 in 4"):
         serving.engine(n_pages=4).submit([1] * 12, 1)

@@ -80,6 +80,17 @@ def test_prompts_are_padded_on_the_left_to_whole_chunks():
     assert pad_left([[1, 2, 3]], 512)[0].shape == (1, 3)
 
 
+@pytest.mark.parametrize("temperature", [1e-46, 1e-39, 1e-38])
+def test_a_tiny_temperature_draws_the_likeliest_tokens(temperature):
+    """Divided by such numbers, logits would be infinite, those that are alike too."""
+    drawn = models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8, temperature=temperature).tokens
+    assert drawn == models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8).tokens
+
+
+def test_a_chunk_larger_than_the_model_takes_no_more_memory_than_its_positions():
+    assert models.generate(golden.model("glm5"), [[1, 2]], 1, chunk=10**12).prompt_tokens == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -93,6 +104,12 @@ def test_prompts_are_padded_on_the_left_to_whole_chunks():
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": float("nan")}, "temperature=nan, wanted a number of at least 0"),
         ({"temperature": "hot"}, "temperature='hot'"),
+        ({"temperature": 10**400}, "temperature=1000"),
+        ({"seed": 1.5}, r"seed=1\.5, wanted an int"),
+        ({"seed": None}, "seed=None, wanted an int"),
+        ({"seed": True}, "seed=True, wanted an int"),
+        ({"seed": 2**63}, "seed=9223372036854775808, wanted an int"),
+        ({"max_new_tokens": 10**5000}, "prompt and max_new_tokens make a int tokens"),
         ({"prompts": None}, "prompts is None, wanted a sequence of at least one prompt"),
         ({"prompts": "text"}, "prompts is 'text'"),
         ({"prompts": [1, 2]}, r"prompts\[0\] is 1, wanted a sequence of ints"),
@@ -110,6 +127,12 @@ def test_prompts_and_stop_tokens_are_checked_as_an_engine_checks_them(request_):
     name = rf"prompts\[1\]{message[6:]}" if message.startswith("prompt") else message
     with pytest.raises(ValueError, match=f"^generate: {name}"):
         models.generate(serving.model(), [[1], prompt], n_new, **dict(zip(["stop_ids"], stop_ids, strict=False)))
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 1.5, True, None])
+def test_a_seed_that_is_none_is_refused(seed):
+    with pytest.raises(ValueError, match=r"^generate: seed=.*, wanted an int"):
+        models.generate(serving.model(), [[1]], 1, seed=seed)
 
 
 def command(*arguments, tokens=3):
@@ -169,7 +192,10 @@ def test_the_command_continues_ids_with_any_indexer(capsys, tmp_path):
         (["--prompt", "lower case"], "prompt holds byte 108, but the vocabulary has only 101 tokens"),
         (["--prompt", "A", "--indexer", "flat"], "indexer is flat, wanted one of dsa, hisa, block-sparse or a file"),
         (["--prompt", "A", "--indexer", "dsa", "--block-size", "4"], "--indexer: .*block_size"),
-        (["--prompt", "A", "--model-parallel", "99"], r"make_mesh\(data=1, model=99\): there are 1 devices"),
+        (
+            ["--prompt", "A", "--model-parallel", "99"],
+            r"make_mesh\(data=1, model=99\): wanted at least 1 of each, there are 1 devices",
+        ),
         (["--prompt", "A", "--checkpoint", "nowhere"], r"wanted a folder with a config\.json"),
     ],
 )
@@ -243,3 +269,40 @@ def test_the_folders_tokenizer_is_used_if_there_is_one(tmp_path):
     words.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path, 300)
     assert tokenizer.encode("world hello") == [1, 0] and tokenizer.decode(np.array([0, 1]).tolist()) == "hello world"
+
+
+def test_a_prompt_is_encoded_whole_whatever_the_tokenizers_writer_padded_and_cut_to(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0, "world": 1}, unk_token="hello"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.enable_padding(length=8)
+    words.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path, 300).encode("world hello") == [1, 0]
+    words.no_padding()
+    words.enable_truncation(1)
+    words.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path, 300).encode("world hello") == [1, 0]
+
+
+def test_a_tokenizer_that_fails_at_a_text_says_so_by_name(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0}, unk_token="nowhere"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path, 300)
+    for text in ("world", "\udcff"):
+        with pytest.raises(ValueError, match=r"tokenizer\.json: cannot encode the prompt: "):
+            tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--prompt-ids", "1,x"], "--prompt-ids: '1,x', wanted token ids"),
+        (["--prompt-ids", "1", "--data-parallel", "0"], "make_mesh(data=0, model=1): wanted at least 1 of each"),
+        (["--prompt-ids", "1", "--data-parallel", "-1", "--model-parallel", "-1"], "wanted at least 1 of each"),
+        (["--prompt-ids", "1", "--seed", str(2**64)], "generate: seed="),
+    ],
+)
+def test_the_command_refuses_options_by_name(capsys, options, message):
+    assert command(*options) == 1
+    assert message in capsys.readouterr().err

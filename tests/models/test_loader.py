@@ -232,6 +232,7 @@ def rewrite_scale(folder, value):
     [
         (np.nan, f"{GATE}_scale_inv in .*00002.*: holds nan, wanted positive numbers"),
         (-1.0, f"{GATE}_scale_inv in .*00002.*: holds -1.0, wanted positive numbers"),
+        (np.inf, f"{GATE}_scale_inv in .*00002.*: holds inf, wanted positive numbers"),
         (None, f"{GATE}_other in .*00002.*: unexpected"),
     ],
 )
@@ -256,3 +257,9 @@ def test_a_folder_without_one_file_or_an_index_is_refused(tmp_path):
     shutil.copy(folder / "model.safetensors", folder / "model-2.safetensors")
     with pytest.raises(FileNotFoundError, match=r"holds 2 \.safetensors files and no model\.safetensors\.index\.json"):
         models.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float16])
+def test_a_dtype_that_no_model_has_is_refused(dtype):
+    with pytest.raises(ValueError, match=r"dtype is .*, wanted float32 or bfloat16"):
+        models.from_pretrained(golden.FOLDER / "glm5", dtype=dtype)

@@ -77,3 +77,9 @@ def test_it_trains_and_serves_the_same(mode):
     with MODES[mode]():
         got = results()
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_model_with_a_mesh_of_its_own_declines_explicit_axes():
+    model = models.from_pretrained(golden.FOLDER / CASE, mesh=models.make_mesh(1, 1))
+    with MODES["explicit_mesh"](), pytest.raises(ValueError, match="Explicit axes .*, wanted Auto ones or no mesh"):
+        models.generate(model, PROMPTS, 1)

@@ -40,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for mutant in table.read()
         if not options.words or any(word in f"{mutant.file} {mutant.breaks} {mutant.test}" for word in options.words)
     ]
+    if not mutants:
+        parser.error(f"no mistake has any of {options.words} in its file, phrase or test")
+    if options.workers < 1:
+        parser.error(f"--workers is {options.workers}, wanted at least 1")
     start = time.perf_counter()
     with trees(options.workers) as free, concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
         for said in pool.map(lambda tests: unharmed(free, tests), by_kind({m.test for m in mutants})):
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"without a mistake all tests pass ({time.perf_counter() - start:.0f} s)", flush=True)
         verdicts = collections.Counter(pool.map(lambda mutant: fate(free, mutant), mutants))
     print(f"{len(mutants)} mutants: {dict(verdicts)}, {time.perf_counter() - start:.0f} s")
-    return 0 if mutants and set(verdicts) == {"killed"} else 1
+    return 0 if set(verdicts) == {"killed"} else 1
 
 
 @contextlib.contextmanager
