@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -26,6 +27,30 @@ class Answers:
 
     nats: np.ndarray
     right: np.ndarray
+
+
+class Programs:
+    """Forwards of the model, compiled several at a time beside whatever else runs."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        # On a CPU a second compiler takes the place of what it compiles for.
+        self.pool = ThreadPoolExecutor(8 if jax.default_backend() == "gpu" else 1)
+        self.made: dict[Any, Future[Forward]] = {}
+
+    def __call__(
+        self, method: Method | None, weights: Weights, indexers: Indexers, T: int, n_positions: int
+    ) -> Future[Forward]:
+        """The program for a method, being compiled for such arguments; None: dense attention."""
+        key = (method, indexers.H, T, n_positions)
+        if key not in self.made:
+            L, D = self.config.n_layers, indexers.k.shape[-1]
+            shapes = ((L, D, D), jnp.float32), ((T,), jnp.int32), ((n_positions,), jnp.int32)
+            rest = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (weights, indexers))
+            lowered = make_forward(self.config, method).lower(*like, *rest)
+            self.made[key] = self.pool.submit(lowered.compile)
+        return self.made[key]
 
 
 def make_forward(config: Config, method: Method | None) -> Any:

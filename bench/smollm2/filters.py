@@ -302,7 +302,7 @@ def _above_threshold(method: Threshold, view: View) -> Ranking:
     sample = jnp.take_along_axis(scores, jnp.minimum(positions, S - 1), axis=1)
     ordered = -jnp.sort(-jnp.where(there, sample, -jnp.inf), axis=1)
     n = jnp.sum(there, axis=1).astype(jnp.float32)
-    rank_of = jnp.round(n * method.candidates / view.visible).astype(jnp.int32)
+    rank_of = jnp.round(n * method.candidates / view.visible.astype(jnp.float32)).astype(jnp.int32)
     cut = jnp.take_along_axis(ordered, jnp.clip(rank_of, 1, method.n_samples)[:, None] - 1, axis=1)
     token = jnp.arange(S)[None, :]
     own, few = token == view.visible[:, None] - 1, view.visible[:, None] <= method.candidates

@@ -1,6 +1,6 @@
 """Indexers of DeepSeek's shape, one a layer: many small heads that read the layer's normed input."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,11 @@ def _turned(x: Array, table: tuple[Array, Array]) -> Array:
     return jnp.concatenate([rotate(x[..., :n], table), x[..., n:]], axis=-1)
 
 
-def index_scores(q: Array, k: Array, w: Array) -> Array:
-    """[t, H, D], [S, D], [t, H] -> [t, S] float32: sum_h w[t, h] * relu(q[t, h] . k[s])."""
-    products = jnp.einsum("thd,sd->ths", q, k)
-    return jnp.sum(jax.nn.relu(products).astype(jnp.float32) * w[:, :, None], axis=1)
+def index_scores(q: Array, k: Array, w: Array, products: Any = jnp.float32) -> Array:
+    """[t, H, D], [S, D], [t, H] -> [t, S] float32: sum_h w[t, h] * relu(q[t, h] . k[s]).
+
+    Args:
+        products: dtype of the products; bfloat16 halves what a gradient keeps.
+    """
+    found = jnp.einsum("thd,sd->ths", q, k, preferred_element_type=products)
+    return jnp.sum(jax.nn.relu(found).astype(jnp.float32) * w[:, :, None], axis=1)

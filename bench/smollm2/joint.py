@@ -69,7 +69,7 @@ def loss(
     table = rope_table(config, jnp.arange(T))
 
     def attend(h: Array, q: Array, k: Array, v: Array, one: Indexers) -> tuple[Array, Array]:
-        h, one = lax.stop_gradient(h), one
+        h = lax.stop_gradient(h)
         ik = index_keys(one, h, table)
 
         def selected(some: Array) -> Array:
@@ -79,10 +79,10 @@ def loss(
         # Kept for the gradient: choosing again would cost more than all else.
         mask = checkpoint_name(lax.stop_gradient(chunked(selected, T)), "mask")
         out = chunked(lambda some: masked(q[some], k, v, mask[some]), T)
-        target = jnp.where(mask[rows], attention_mass(*map(lax.stop_gradient, (q[rows], k)), rows + 1), 0)
+        target = jnp.where(mask[rows], attention_mass(lax.stop_gradient(q[rows]), lax.stop_gradient(k), rows + 1), 0)
         target = target / jnp.sum(target, axis=1, keepdims=True)
         iq, iw = index_queries(one, h[rows], (table[0][rows], table[1][rows]))
-        return out, training.divergence(target, index_scores(iq, ik, iw), mask[rows])
+        return out, training.divergence(target, index_scores(iq, ik, iw, h.dtype), mask[rows])
 
     x, divergences = run(weights, config, tokens, attend, own=indexers, remat=True)
     logs = jax.nn.log_softmax(logits(weights, x[:-1]), axis=-1)

@@ -65,7 +65,8 @@ def sketch_names(methods: Sequence[Method]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(method.sketch for method in methods if isinstance(method, Sketched)))
 
 
-def make_measure(config: Config, methods: Sequence[Method], topk: int) -> Callable[..., tuple[Measures, Heads]]:
+@functools.cache
+def make_measure(config: Config, methods: tuple[Method, ...], topk: int) -> Callable[..., tuple[Measures, Heads]]:
     """(weights, indexers, directions [L, D, D], tokens [T]) -> measures of the last quarter's queries, [L, M] and [L].
 
     The model runs with the flat indexer's best `topk` tokens in every layer.
@@ -131,7 +132,7 @@ def heads(view: View, mass: Array, topk: int) -> Heads:
     at_cut = open_heads(view, near[:, n // 4 :])
     size = jnp.abs(view.w)
     share = size / jnp.sum(size, axis=1, keepdims=True)
-    products = jnp.einsum("thd,sd->ths", view.q, view.k)
+    products = jnp.einsum("thd,sd->ths", view.q, view.k, preferred_element_type=jnp.float32)
     is_open = jnp.sum((products > 0) & view.seen[:, None, :], axis=(1, 2))
     q = view.q.astype(jnp.float32) * jnp.sqrt(size)[:, :, None]
     gram = jnp.einsum("thd,tgd->thg", q, q, precision=lax.Precision.HIGHEST)

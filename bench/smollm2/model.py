@@ -1,6 +1,6 @@
 """The language model in JAX, of one sequence: layers stacked along a first axis and run by one `lax.scan`.
 
-SmolLM2 (arXiv 2502.02737) is of Llama's shape: RMSNorm, RoPE on interleaved pairs (as GGUF files hold it), grouped-query
+SmolLM2 (arXiv 2502.02737) is of Llama's shape: RMSNorm, RoPE on interleaved pairs (as in GGUF files), grouped-query
 attention, SwiGLU, the embedding read back as the head. What an attention does is the caller's: `run` hands it the
 layer's normed input, queries, keys and values.
 """

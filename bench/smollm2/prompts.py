@@ -11,17 +11,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-WORDS = tuple(
-    "orchard window silver copper garden bridge castle forest harbor island jacket kitchen ladder mirror needle ocean "
-    "pencil rabbit saddle temple tunnel valley violin wagon winter yellow anchor basket candle desert engine feather "
-    "guitar hammer iron jungle kettle lemon magnet novel orange pepper quilt river shadow ticket uncle velvet whistle "
-    "blanket cotton dragon eagle fabric giant honey insect jewel knife lantern marble napkin olive parrot rocket spider "
-    "tiger umbrella village walnut zebra apple butter camel diamond elbow falcon grape hotel".split()
-)
-NAMES = tuple(
-    "Amber Basil Cedar Delta Ember Fable Gamma Harbor Indigo Jasper Kestrel Lotus Maple Nectar Onyx Pepper Quartz Raven "
-    "Sage Tundra Umbra Velvet Willow Xenon Yarrow Zephyr Anchor Beacon Copper Dragon Eagle Falcon".split()
-)
+_WORDS = """
+    orchard window silver copper garden bridge castle forest harbor island jacket kitchen ladder mirror needle ocean
+    pencil rabbit saddle temple tunnel valley violin wagon winter yellow anchor basket candle desert engine feather
+    guitar hammer iron jungle kettle lemon magnet novel orange pepper quilt river shadow ticket uncle velvet whistle
+    blanket cotton dragon eagle fabric giant honey insect jewel knife lantern marble napkin olive parrot rocket
+    spider tiger umbrella village walnut zebra apple butter camel diamond elbow falcon grape hotel
+"""
+_NAMES = """
+    Amber Basil Cedar Delta Ember Fable Gamma Harbor Indigo Jasper Kestrel Lotus Maple Nectar Onyx Pepper Quartz
+    Raven Sage Tundra Umbra Velvet Willow Xenon Yarrow Zephyr Anchor Beacon Copper Dragon Eagle Falcon
+"""
+WORDS, NAMES = tuple(_WORDS.split()), tuple(_NAMES.split())
 _EDGE = 64  # tokens at the start and before the questions without a line
 
 

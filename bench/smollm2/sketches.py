@@ -1,10 +1,11 @@
 """Index keys in fewer bytes, given back as float32: what the scan would read in place of the keys."""
 
+import itertools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 GROUP = 32  # dims with a scale of their own
 # Levels that code a normal variable of variance 1 with the least square error (Lloyd 1957, Max 1960).
@@ -51,18 +52,23 @@ def make(names: tuple[str, ...], k: Array, directions: Array) -> dict[str, Array
             made[name] = jnp.repeat(jnp.mean(k.reshape(-1, 4, k.shape[1]), axis=1), 4, axis=0)
         elif name.startswith("64 directions"):
             some = directions[:, :_RANK]
-            made[name] = _whole(k @ some, 8 if "8 bits" in name else 4) @ some.T
+            made[name] = _times(_whole(_times(k, some), 8 if "8 bits" in name else 4), some.T)
         elif name == "signs":
-            turned = k @ turn
+            turned = _times(k, turn)
             size = jnp.mean(jnp.abs(turned), axis=-1, keepdims=True)
-            made[name] = jnp.where(turned > 0, size, -size) @ turn.T
+            made[name] = _times(jnp.where(turned > 0, size, -size), turn.T)
         elif name.endswith("Lloyd-Max"):
-            made[name] = _levels(k @ turn, _LEVELS[int(name[0])]) @ turn.T
+            made[name] = _times(_levels(_times(k, turn), _LEVELS[int(name[0])]), turn.T)
         elif name.endswith("rotated"):
-            made[name] = _whole(k @ turn, int(name[0])) @ turn.T
+            made[name] = _times(_whole(_times(k, turn), int(name[0])), turn.T)
         else:
             made[name] = _whole(k, int(name[0]))
     return made
+
+
+def _times(x: Array, matrix: Array) -> Array:
+    """[S, m], [m, n] -> [S, n] in full float32, which a GPU's product is not by itself."""
+    return jnp.matmul(x, matrix, precision=lax.Precision.HIGHEST)
 
 
 def _grouped(x: Array) -> Array:
@@ -83,6 +89,6 @@ def _levels(x: Array, levels: tuple[float, ...]) -> Array:
     scale = jnp.maximum(jnp.sqrt(jnp.mean(groups**2, axis=-1, keepdims=True)), 1e-30)
     size = jnp.abs(groups) / scale
     coded = jnp.full_like(size, levels[0])
-    for low, high in zip(levels, levels[1:], strict=False):
+    for low, high in itertools.pairwise(levels):
         coded = jnp.where(size > (low + high) / 2, high, coded)
     return (jnp.sign(groups) * coded * scale).reshape(x.shape)

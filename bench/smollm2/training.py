@@ -84,13 +84,14 @@ def gradients(
 
         def loss(one: Indexers) -> Array:
             iq, iw = index_queries(one, h[rows], of_rows)
-            return divergence(target, index_scores(iq, index_keys(one, h, table), iw), seen)
+            return divergence(target, index_scores(iq, index_keys(one, h, table), iw, h.dtype), seen)
 
         return dense(h, q, k, v, None)[0], jax.value_and_grad(loss)(one)
 
     return run(weights, config, tokens, attend, own=indexers)[1]
 
 
+@functools.cache
 def make_steps(config: Config, recipe: Recipe) -> Callable[..., tuple[State, Array]]:
     """(state, weights, tokens of the whole text, offsets [n], rows [n, n_queries]) -> the state after n steps, losses.
 
@@ -131,14 +132,14 @@ def train(
     text: np.ndarray,
     until: float,
     report: Callable[[dict[str, Any]], None],
-    steps: Callable[..., tuple[State, Array]] | None = None,
+    stop: int | None = None,
 ) -> State:
-    """Trains to the end of the schedule, or until `time.monotonic()` passes `until`; reports every call."""
-    steps = steps or make_steps(config, recipe)
-    on_device = jnp.asarray(text, jnp.int32)
+    """Trains to the end of the schedule, to step `stop`, or until `time.monotonic()` passes `until`."""
+    steps = make_steps(config, dataclasses.replace(recipe, seed=0))
+    on_device, stop = jnp.asarray(text, jnp.int32), min(recipe.steps, stop or recipe.steps)
     start, first = time.monotonic(), int(state.step)
-    while (step := int(state.step)) < recipe.steps and time.monotonic() < until:
-        n = min(recipe.per_call, recipe.steps - step)
+    while (step := int(state.step)) < stop and time.monotonic() < until:
+        n = min(recipe.per_call, stop - step)
         offsets, rows = draw(recipe, text.size, step, n)
         state, losses = steps(state, weights, on_device, jnp.asarray(offsets), jnp.asarray(rows))
         kl = float(jnp.mean(losses))
@@ -149,9 +150,9 @@ def train(
 
 def save(path: Path, state: Any) -> None:
     """Writes a pytree's arrays to an .npz, in the order of its leaves."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    leaves: dict[str, Any] = {f"{i:04}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **{f"{i:04}": leaf for i, leaf in enumerate(leaves)})
+    np.savez(partial, **leaves)
     partial.replace(path)
 
 
