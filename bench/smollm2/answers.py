@@ -1,9 +1,9 @@
 """Bits a token and answers of the model when a method selects in all of its layers."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,48 +17,43 @@ from bench.smollm2.measure import sketch_names, view_of
 from bench.smollm2.model import Config, Weights, chunked, dense, logits, masked, rope_table, run
 from bench.smollm2.prompts import Prompts
 
-# (weights, indexers, directions, tokens [T], positions [R]) -> nats of the last quarter, the likeliest tokens [R]
-Forward = Callable[[Weights, Indexers, Array, Array, Array], tuple[Array, Array]]
+_CHUNK = 1024  # queries: fewer leave a GPU waiting
+
+
+class Read(NamedTuple):
+    """What a model says of one sequence.
+
+    `nats` [T / 4] of its last quarter; at R positions `likeliest` [R], `best` [R], the likeliest of some choices, and
+    `nats_there` [R].
+    """
+
+    nats: Array
+    likeliest: Array
+    best: Array
+    nats_there: Array
+
+
+# (weights, indexers, directions, tokens [T], positions [R], choices [c])
+Forward = Callable[[Weights, Indexers, Array, Array, Array, Array], Read]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answers:
-    """What a model did: `nats` [windows, T / 4]; `right` [prompts, tokens of all answers] bool, True past the last."""
+    """What a model did: `nats` [windows, T / 4], and of each token of all answers, [prompts, R], and past the last:
+    whether it is the likeliest (`right`), the likeliest of the choices (`best`), its `nats_there`."""
 
     nats: np.ndarray
     right: np.ndarray
-
-
-class Programs:
-    """Forwards of the model, compiled several at a time beside whatever else runs."""
-
-    def __init__(self, config: Config):
-        self.config = config
-        # On a CPU a second compiler takes the place of what it compiles for.
-        self.pool = ThreadPoolExecutor(8 if jax.default_backend() == "gpu" else 1)
-        self.made: dict[Any, Future[Forward]] = {}
-
-    def __call__(
-        self, method: Method | None, weights: Weights, indexers: Indexers, T: int, n_positions: int
-    ) -> Future[Forward]:
-        """The program for a method, being compiled for such arguments; None: dense attention."""
-        key = (method, indexers.H, T, n_positions)
-        if key not in self.made:
-            L, D = self.config.n_layers, indexers.k.shape[-1]
-            shapes = ((L, D, D), jnp.float32), ((T,), jnp.int32), ((n_positions,), jnp.int32)
-            rest = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
-            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (weights, indexers))
-            lowered = make_forward(self.config, method).lower(*like, *rest)
-            self.made[key] = self.pool.submit(lowered.compile)
-        return self.made[key]
+    best: np.ndarray
+    nats_there: np.ndarray
 
 
 def make_forward(config: Config, method: Method | None) -> Any:
     """A jitted `Forward` of the model with a method; None: with dense attention."""
 
     def forward(
-        weights: Weights, indexers: Indexers, directions: Array, tokens: Array, positions: Array
-    ) -> tuple[Array, Array]:
+        weights: Weights, indexers: Indexers, directions: Array, tokens: Array, positions: Array, choices: Array
+    ) -> Read:
         T = tokens.shape[0]
 
         def sparse(h: Array, q: Array, k: Array, v: Array, own: tuple[Indexers, Array]) -> tuple[Array, None]:
@@ -73,17 +68,20 @@ def make_forward(config: Config, method: Method | None) -> Any:
 
                 def attended(rows: Array, end: int = end, some: dict[str, Array] = some) -> Array:
                     assert method is not None
-                    mask = chosen(method, view_of(one, h, rows, config, ik[:end], some))
+                    mask = chosen(method, view_of(one, h, rows, config, ik[:end], some, h.dtype))
                     return masked(q[rows], k[:end], v[:end], mask)
 
-                parts.append(chunked(attended, end, first=first))
+                parts.append(chunked(attended, end, first=first, chunk=_CHUNK))
             return jnp.concatenate(parts), None
 
         x, _ = run(weights, config, tokens, dense if method is None else sparse, own=(indexers, directions))
         last = T // 4
         logs = jax.nn.log_softmax(logits(weights, x[-last - 1 : -1]), axis=-1)
         nats = -jnp.take_along_axis(logs, tokens[-last:, None], axis=-1)[:, 0]
-        return nats, jnp.argmax(logits(weights, x[positions - 1]), axis=-1)
+        there = jax.nn.log_softmax(logits(weights, x[positions - 1]), axis=-1)
+        nats_there = -jnp.take_along_axis(there, tokens[positions, None], axis=-1)[:, 0]
+        best = choices[jnp.argmax(there[:, choices], axis=-1)]
+        return Read(nats, jnp.argmax(there, axis=-1), best, nats_there)
 
     return jax.jit(forward)
 
@@ -102,34 +100,36 @@ def measure(
 ) -> Answers:
     """Runs windows [n, T] for their text and prompts for their answers."""
     positions = answer_positions(prompts)
-    # Everything is sent before anything is waited for.
-    read = [
-        forward(weights, indexers, directions, jnp.asarray(tokens, jnp.int32), jnp.asarray(where))
-        for tokens, where in (
-            *((window, np.ones_like(positions[0])) for window in windows),
-            *zip(prompts.tokens, positions, strict=True),
-        )
-    ]
-    n = len(windows)
-    nats = np.stack([np.asarray(of_window) for of_window, _ in read[:n]])
+    n, arrays = len(windows), []
+    for tokens, where, choices in (
+        *((window, positions[0], prompts.choices[0]) for window in windows),
+        *zip(prompts.tokens, positions, prompts.choices, strict=True),
+    ):
+        # Everything is sent before anything is waited for.
+        args = jnp.asarray(tokens, jnp.int32), jnp.asarray(where), jnp.asarray(choices, jnp.int32)
+        arrays.append(forward(weights, indexers, directions, *args))
+    nats = np.stack([np.asarray(read.nats) for read in arrays[:n]])
+    likeliest, best, nats_there = (np.stack([np.asarray(read[i]) for read in arrays[n:]]) for i in (1, 2, 3))
     wanted = np.take_along_axis(prompts.tokens, positions, axis=1)
-    found = np.stack([np.asarray(likeliest) for _, likeliest in read[n:]])
-    return Answers(nats, (found == wanted) | (positions == 1))
+    return Answers(nats, likeliest == wanted, best == wanted, nats_there)
 
 
-def by_kind(prompts: Prompts, right: np.ndarray, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Questions right and asked, and the share of right tokens, of each kind."""
-    counts = {kind: [0, 0, 0, 0] for kind in kinds}
-    for questions, of_prompt in zip(prompts.questions, right, strict=True):
+def by_kind(prompts: Prompts, answers: Answers, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Of each kind: questions asked, `right` if all tokens are the likeliest, `best` if the first is the likeliest of
+    the choices; the share of tokens that are the likeliest; bits a token."""
+    counts = {kind: np.zeros(6) for kind in kinds}
+    for row, questions in enumerate(prompts.questions):
         at = 0
         for kind, first, end in questions:
-            tokens = of_prompt[at : at + end - first]
-            at += end - first
-            count = counts[kinds[kind]]
-            for i, more in enumerate((tokens.all(), 1, tokens.sum(), len(tokens))):
-                count[i] += int(more)
+            some = slice(at, at := at + end - first)
+            right, nats = answers.right[row, some], answers.nats_there[row, some]
+            found = (1, right.all(), answers.best[row, some][0], right.sum(), nats.sum() / math.log(2), len(right))
+            counts[kinds[kind]] += np.array(found, np.float64)
     return {
-        kind: {"right": right, "asked": asked, "tokens": tokens / of}
-        for kind, (right, asked, tokens, of) in counts.items()
+        kind: {
+            "asked": int(asked), "right": int(right), "best": int(best), "tokens": float(tokens / of),
+            "bits": float(bits / of),
+        }
+        for kind, (asked, right, best, tokens, bits, of) in counts.items()
         if asked
-    }
+    }  # fmt: skip

@@ -17,6 +17,7 @@ from bench.smollm2.indexers import random_indexers
 from bench.smollm2.lab import SIZES, Data, Lab, Rows, Size, load_data, save_data
 from bench.smollm2.methods import answering
 from bench.smollm2.model import Config
+from bench.smollm2.programs import Programs
 from bench.smollm2.prompts import make_prompts
 from bench.smollm2.text import read_text
 
@@ -31,6 +32,9 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--heads", type=options.whole(1, 256), nargs="+", metavar="N", help="index heads, in turn")
     parser.add_argument("--seeds", type=options.whole(0, 1 << 30), nargs="+", default=[0], metavar="N", help="in turn")
     parser.add_argument("--steps", type=options.whole(1, 1 << 20), metavar="N", help="of the indexers' training")
+    parser.add_argument(
+        "--queries", type=options.whole(1, 8192), metavar="N", help="of a window that train the indexers"
+    )
     parser.add_argument("--compare-at", type=options.whole(1, 1 << 20), nargs="*", default=[], metavar="STEP")
     parser.add_argument("--joint-steps", type=options.whole(1, 1 << 20), default=1000, metavar="N")
     parser.add_argument("--methods", type=options.whole(0, 100), default=100, metavar="N", help="of the part answer")
@@ -64,17 +68,16 @@ def _measure(args: argparse.Namespace, size: Size, data: Data, gguf: Path, start
     dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
     weights = read_weights(gguf, config, dtype)
     rows = Rows(args.out / "smollm2.jsonl")
+    programs = Programs()
     until = start + (args.until or float("inf"))
     about: dict[str, Any] = {"size": args.size, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
     for H in args.heads or [size.H]:
         methods = dict(list(answering(size.topk).items())[: args.methods])
-        programs = None
         for seed in args.seeds:
             indexers = random_indexers(jax.random.key(seed), config, H)
-            lab = Lab(config, weights, data, size, rows, until, indexers, {**about, "heads": H, "seed": seed})
-            lab.programs = programs = programs or lab.programs
-            if "answer" in args.part:
-                lab.prepare(methods)
+            about |= {"heads": H, "seed": seed}
+            lab = Lab(config, weights, data, size, rows, until, indexers, programs, dict(about))
+            lab.prepare(args.part, methods)
             _one(args, lab, methods)
 
 
@@ -83,7 +86,8 @@ def _one(args: argparse.Namespace, lab: Lab, methods: dict[str, Any]) -> None:
     parts, size = args.part, lab.size
     H, seed = lab.about["heads"], lab.about["seed"]
     name = f"heads{H}-seed{seed}.npz"
-    recipe = training.Recipe(T=size.T, n_queries=min(256, size.T // 4), steps=args.steps or size.steps, seed=seed)
+    n_queries = args.queries or min(256, size.T // 4)
+    recipe = training.Recipe(T=size.T, n_queries=n_queries, steps=args.steps or size.steps, seed=seed)
     load, save = (folder and folder / name for folder in (args.load, args.save))
     if save is not None:
         save.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ for masks of [queries, keys]; a test holds those that `hisa_jax.select` has agai
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax import Array, lax
 
 import hisa_jax as hj
 from bench.smollm2.indexers import index_scores
-from hisa_jax.topk import FORCED, INVISIBLE, image_of, kth_largest
+from hisa_jax.topk import FORCED, INVISIBLE, image_of
 
 N_SAMPLES, N_BEST = 256, 16  # of the scan's slopes
 
@@ -29,6 +29,7 @@ class View:
         q, w, k: [t, H, D], [t, H] float32, [S, D].
         visible: [t] int32.
         sketches: by name, [S, D] float32.
+        products: dtype of the exact scores' products.
     """
 
     q: Array
@@ -36,11 +37,12 @@ class View:
     k: Array
     visible: Array
     sketches: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    products: Any = jnp.float32
 
     @functools.cached_property
     def exact(self) -> Array:
         """[t, S] int32: the indexer's scores as `topk.image_of` orders them, INVISIBLE where a query does not see."""
-        return jnp.where(self.seen, image_of(index_scores(self.q, self.k, self.w)), INVISIBLE)
+        return jnp.where(self.seen, image_of(index_scores(self.q, self.k, self.w, self.products)), INVISIBLE)
 
     @functools.cached_property
     def seen(self) -> Array:
@@ -141,12 +143,23 @@ Method = hj.Method | Sketched | Threshold | Misa | SubBlocks | Apart | TwoHeads
 
 def kept(image: Array, budget: Array) -> Array:
     """[t, S] int32, [t] int32 -> [t, S] bool: the best `budget` of each row, of equal ones those in front."""
-    S = image.shape[1]
-    budget = jnp.clip(budget, 1, S)
-    cut = kth_largest(image, budget)[:, None]
+    budget = jnp.clip(budget, 1, image.shape[1])
+    cut = _cut(image, budget)[:, None]
     above, at_cut = image > cut, image == cut
     room = budget[:, None] - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
     return (above | (at_cut & (jnp.cumsum(at_cut, axis=1, dtype=jnp.int32) <= room))) & (image > INVISIBLE)
+
+
+def _cut(image: Array, k: Array) -> Array:
+    """`topk.kth_largest` in as many steps as the worst row needs: a GPU waits for no condition between them."""
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
+        enough = jnp.sum(image >= middle[:, None], axis=1, dtype=jnp.int32) >= k
+        return jnp.where(enough, middle, low), jnp.where(enough, high, jnp.maximum(middle - 1, low))
+
+    return lax.fori_loop(0, 32, halve, (jnp.min(image, axis=1), jnp.max(image, axis=1)))[0]
 
 
 def chosen(method: Method, view: View) -> Array:

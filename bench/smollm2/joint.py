@@ -21,7 +21,7 @@ from bench.smollm2 import training
 from bench.smollm2.filters import kept
 from bench.smollm2.indexers import Indexers, index_keys, index_queries, index_scores
 from bench.smollm2.measure import view_of
-from bench.smollm2.model import Config, Weights, attention_mass, chunked, logits, masked, rope_table, run
+from bench.smollm2.model import KEPT, Config, Weights, attention_mass, chunked, logits, masked, rope_table, run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,11 +73,11 @@ def loss(
         ik = index_keys(one, h, table)
 
         def selected(some: Array) -> Array:
-            view = view_of(one, h, some, config, ik)
+            view = view_of(one, h, some, config, ik, products=h.dtype)
             return kept(view.exact, jnp.full_like(some, topk))
 
         # Kept for the gradient: choosing again would cost more than all else.
-        mask = checkpoint_name(lax.stop_gradient(chunked(selected, T)), "mask")
+        mask = checkpoint_name(lax.stop_gradient(chunked(selected, T)), KEPT)
         out = chunked(lambda some: masked(q[some], k, v, mask[some]), T)
         target = jnp.where(mask[rows], attention_mass(lax.stop_gradient(q[rows]), lax.stop_gradient(k), rows + 1), 0)
         target = target / jnp.sum(target, axis=1, keepdims=True)

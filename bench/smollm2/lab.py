@@ -19,6 +19,7 @@ from bench.smollm2.filters import Method
 from bench.smollm2.indexers import Indexers
 from bench.smollm2.methods import FLAT, core, fitting, repaired, sketched
 from bench.smollm2.model import Config, Weights
+from bench.smollm2.programs import Programs
 from bench.smollm2.prompts import KINDS, Prompts
 
 _LONG = ("by_layer", "over_dense_by_window", "over_flat_by_window", "device", "size", "jax")  # not printed
@@ -56,7 +57,7 @@ class Size:
 
 SIZES = {
     "small": Size(T=1024, topk=16, topks=(), windows=1, prompts=2, compared=1, steps=20, H=16),
-    "full": Size(T=8192, topk=128, topks=(64, 256, 512), windows=12, prompts=16, compared=2, steps=870, H=64),
+    "full": Size(T=8192, topk=128, topks=(64, 256, 512), windows=8, prompts=12, compared=1, steps=870, H=64),
 }
 
 
@@ -104,22 +105,47 @@ class Lab:
     rows: Rows
     until: float
     indexers: Indexers
+    programs: Programs = dataclasses.field(default_factory=Programs)
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.programs = answers.Programs(self.config)
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.add({**self.about, **row})
 
-    def prepare(self, methods: dict[str, Method]) -> None:
-        """Begins to compile what `answer` will run."""
-        for method in (None, *methods.values()):
-            self._program(method)
+    def prepare(self, parts: Sequence[str], methods: dict[str, Method]) -> None:
+        """Begins to compile what will run."""
+        if "compare" in parts:
+            self._comparing()
+        if "answer" in parts:
+            for method in (None, *methods.values()):
+                self._answering(method)
 
-    def _program(self, method: Method | None) -> Future[answers.Forward]:
-        n = answers.answer_positions(self.data.prompts).shape[1]
-        return self.programs(method, self.weights, self.indexers, self.size.T, n)
+    def _comparing(self) -> Future[Any]:
+        methods = tuple(method for _, method in self.compared())
+        program = measure.make_measure(self.config, methods, self.size.topk)
+        return self.programs.start(("compare", methods), program, *self._model(), self._tokens(0))
+
+    def _answering(self, method: Method | None) -> Future[answers.Forward]:
+        prompts = self.data.prompts
+        shapes = answers.answer_positions(prompts)[0].shape, prompts.choices[0].shape
+        rest = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
+        program = answers.make_forward(self.config, method)
+        return self.programs.start(("answer", method), program, *self._model(), self._tokens(0), *rest)
+
+    def _model(self) -> tuple[Weights, Indexers, jax.ShapeDtypeStruct]:
+        """What every program begins with; of the directions the shape alone."""
+        L, D = self.indexers.k.shape[0], self.indexers.k.shape[-1]
+        return self.weights, self.indexers, jax.ShapeDtypeStruct((L, D, D), jnp.float32)
+
+    def _tokens(self, window: int) -> jax.Array:
+        return jnp.asarray(self.data.windows[window], jnp.int32)
+
+    def compared(self) -> list[tuple[str, Method]]:
+        """The methods whose selections are compared, by name, some at several numbers of chosen tokens."""
+        size, H = self.size, self.indexers.H
+        named = list(fitting({**core(size.topk), **sketched(size.topk), **repaired(size.topk)}, H, size.T).items())
+        for topk in size.topks:
+            named += fitting(core(topk), H, size.T).items()
+        return named
 
     def train(self, recipe: training.Recipe, load: Path | None, save: Path | None, stops: Sequence[int]) -> None:
         """Trains new indexers, on from `load`; compares the methods at some steps on the way."""
@@ -148,15 +174,10 @@ class Lab:
 
     def compare(self) -> None:
         """Recall and mass of all methods at the flat model's hidden states, and how linear the heads are."""
-        size, H = self.size, self.indexers.H
-        named = list(fitting({**core(size.topk), **sketched(size.topk), **repaired(size.topk)}, H, size.T).items())
-        for topk in size.topks:
-            named += fitting(core(topk), H, size.T).items()
-        run = measure.make_measure(self.config, tuple(method for _, method in named), size.topk)
-        directions = self._directions()
+        run, named, directions = self._comparing().result(), self.compared(), self._directions()
         each = [
-            run(self.weights, self.indexers, directions, jnp.asarray(self.data.windows[i], jnp.int32))
-            for i in _spread(len(self.data.windows), size.compared)
+            run(self.weights, self.indexers, directions, self._tokens(i))
+            for i in _spread(len(self.data.windows), self.size.compared)
         ]
         measures, heads = jax.tree.map(lambda *x: np.mean(np.stack(x), axis=0), *each)
         for i, (name, method) in enumerate(named):
@@ -180,7 +201,7 @@ class Lab:
         for name, method in chosen.items():
             if time.monotonic() > self.until:
                 break
-            forward = self._program(method).result()
+            forward = self._answering(method).result()
             found = answers.measure(
                 forward, self.weights, self.indexers, directions, self.data.windows, self.data.prompts
             )
@@ -190,8 +211,7 @@ class Lab:
             for other in ("dense", FLAT):
                 if other in base:
                     row |= _excess(other, found.nats, base[other])
-            kinds = answers.by_kind(self.data.prompts, found.right, KINDS)
-            self.add({**row, "right": sum(kind["right"] for kind in kinds.values()), "answers": kinds})
+            self.add({**row, "answers": answers.by_kind(self.data.prompts, found, KINDS)})
 
     def oppose(self) -> None:
         """Recall where heads have nothing in common."""
@@ -223,11 +243,14 @@ def load_data(file: Path) -> Data:
     """
     try:
         with np.load(file) as arrays:
-            return Data(arrays["train"], arrays["windows"], Prompts(arrays["prompts"], arrays["questions"]))
+            return Data(
+                arrays["train"], arrays["windows"], Prompts(arrays["prompts"], arrays["questions"], arrays["choices"])
+            )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--tokens {file}: cannot be read: {error}") from error
 
 
 def save_data(file: Path, data: Data) -> None:
-    tokens, questions = data.prompts
-    np.savez_compressed(file, train=data.train, windows=data.windows, prompts=tokens, questions=questions)
+    tokens, questions, choices = data.prompts
+    arrays = {"train": data.train, "windows": data.windows, "prompts": tokens}
+    np.savez_compressed(file, allow_pickle=False, **arrays, questions=questions, choices=choices)

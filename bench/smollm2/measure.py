@@ -54,11 +54,17 @@ class Heads(NamedTuple):
 
 
 def view_of(
-    one: Indexers, h: Array, rows: Array, config: Config, k: Array, sketched: Mapping[str, Array] | None = None
+    one: Indexers,
+    h: Array,
+    rows: Array,
+    config: Config,
+    k: Array,
+    sketched: Mapping[str, Array] | None = None,
+    products: Any = jnp.float32,
 ) -> View:
     """What the queries at some rows [t] int32 of an input [T, E] choose by."""
     q, w = index_queries(one, h[rows], rope_table(config, rows))
-    return View(q, w, k, rows + 1, sketched or {})
+    return View(q, w, k, rows + 1, sketched or {}, products)
 
 
 def sketch_names(methods: Sequence[Method]) -> tuple[str, ...]:
@@ -77,26 +83,22 @@ def make_measure(config: Config, methods: tuple[Method, ...], topk: int) -> Call
     names = sketch_names(methods)
 
     def compare(view: View, mass: Array) -> Measures:
-        counts = [jnp.full_like(view.visible, topk) for topk in topks]
-        flat = jnp.stack([kept(view.exact, count) for count in counts])
+        t, S = view.exact.shape
+        flat = jnp.stack([kept(view.exact, jnp.full_like(view.visible, topk)) for topk in topks])
         rankings = [rank(method, view) for method in methods]
-        images = jnp.stack([ranking.image for ranking in rankings])
-        budgets = jnp.stack([ranking.budget for ranking in rankings])
-
-        def one(of_method: tuple[Array, Array, Array, Array]) -> Measures:
-            image, budget, which, takes_all = of_method
-            candidates = kept(image, budget)
-            best = kept(jnp.where(candidates, view.exact, INVISIBLE), jnp.array(topks)[which] + 0 * budget)
-            got = jnp.where(takes_all, candidates, best)
-            wanted = flat[which]
-            return Measures(
-                recall=jnp.sum(got & wanted, axis=1) / jnp.sum(wanted, axis=1),
-                mass=jnp.sum(jnp.where(got, mass, 0), axis=1),
-                candidates=jnp.sum(candidates, axis=1).astype(jnp.float32),
-                chosen=jnp.sum(got, axis=1).astype(jnp.float32),
-            )
-
-        return jax.tree.map(lambda x: x.T, lax.map(one, (images, budgets, topk_of, whole)))  # [t, M]
+        # All methods at once: one method's rows are too few for a GPU.
+        images, budgets = (jnp.concatenate([ranking[i] for ranking in rankings]) for i in (0, 1))
+        candidates = kept(images, budgets).reshape(len(methods), t, S)
+        exact = jnp.where(candidates, view.exact[None], INVISIBLE).reshape(-1, S)
+        best = kept(exact, jnp.repeat(jnp.array(topks)[topk_of], t)).reshape(candidates.shape)
+        got, wanted = jnp.where(whole[:, None, None], candidates, best), flat[topk_of]
+        found = Measures(
+            recall=jnp.sum(got & wanted, axis=2) / jnp.sum(wanted, axis=2),
+            mass=jnp.sum(jnp.where(got, mass[None], 0), axis=2),
+            candidates=jnp.sum(candidates, axis=2).astype(jnp.float32),
+            chosen=jnp.sum(got, axis=2).astype(jnp.float32),
+        )
+        return jax.tree.map(lambda x: x.T, found)  # [t, M]
 
     @jax.jit
     def measure(weights: Weights, indexers: Indexers, directions: Array, tokens: Array) -> tuple[Measures, Heads]:

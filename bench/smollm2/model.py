@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+KEPT = "kept"  # what a gradient does not make again
 _CHUNK = 512  # queries at a time where scores of all keys are made
 
 
@@ -107,7 +108,7 @@ def run(
         tokens: [T] int32.
         attend: the attention.
         own: a pytree with a first axis of layers, of which `attend` gets the layer's part.
-        remat: whether a gradient runs each layer again and keeps its input alone.
+        remat: whether a gradient runs each layer again and keeps its input alone, and what is named KEPT.
 
     Returns: [T, E] after the last norm, and what `attend` returned, stacked.
     """
@@ -125,7 +126,8 @@ def run(
         h = rms_norm(x, layer.ffn_norm, c.eps)
         return x + (jax.nn.silu(h @ layer.gate) * (h @ layer.up)) @ layer.down, out
 
-    body = jax.checkpoint(one) if remat else one
+    kept = jax.checkpoint_policies.save_only_these_names(KEPT)
+    body = jax.checkpoint(one, policy=kept) if remat else one
     x, out = lax.scan(body, weights.embed[tokens], (weights.layers, own))
     return rms_norm(x, weights.norm, c.eps), out
 

@@ -19,8 +19,10 @@ _WORDS = """
     spider tiger umbrella village walnut zebra apple butter camel diamond elbow falcon grape hotel
 """
 _NAMES = """
-    Amber Basil Cedar Delta Ember Fable Gamma Harbor Indigo Jasper Kestrel Lotus Maple Nectar Onyx Pepper Quartz
-    Raven Sage Tundra Umbra Velvet Willow Xenon Yarrow Zephyr Anchor Beacon Copper Dragon Eagle Falcon
+    Amber Basil Cedar Delta Ember Fable Gamma Harbor Indigo Jasper Kestrel Lotus Maple Nectar Onyx Pepper Quartz Raven
+    Sage Tundra Umbra Velvet Willow Xenon Yarrow Zephyr Anchor Beacon Copper Dragon Eagle Falcon Garnet Hazel Iris
+    Juniper Karma Laurel Meadow Nimbus Orchid Prairie Quill Ripple Saffron Thistle Ultra Violet Walnut Yonder Zenith
+    Aspen Birch Comet Dune Echo Fern Glacier Heron Ivory
 """
 WORDS, NAMES = tuple(_WORDS.split()), tuple(_NAMES.split())
 _EDGE = 64  # tokens at the start and before the questions without a line
@@ -43,107 +45,77 @@ class Question(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """`tokens` uint16 [n, T]; `questions` int32 [n, m, 3], as `Question`."""
+    """`tokens` uint16 [n, T]; `questions` int32 [n, m, 3], as `Question`; `choices` uint16 [n, c].
+
+    The choices are the words that a prompt's lines end with, one token each.
+    """
 
     tokens: np.ndarray
     questions: np.ndarray
+    choices: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A kind of question: `lines` draws the statements of a prompt, of which `asked` are asked for."""
+    """A kind of question.
+
+    Attributes:
+        asked: how many of its lines are asked for.
+        names, words: how many of either its lines take.
+        lines: from names and words that no other line has.
+        times: how often each line is stated.
+        reach: the lines stand in the last so many tokens of the text.
+    """
 
     name: str
     asked: int
-    lines: Callable[[random.Random], list[Line]]
+    names: int
+    words: int
+    lines: Callable[[random.Random, list[str], list[str]], list[Line]]
+    times: int = 1
+    reach: int = 8192
 
 
 def _line(start: str, answer: str) -> Line:
     return Line(f"\n{start} {answer}\n", f"\n{start}", f" {answer}")
 
 
-def _draw(rng: random.Random, names: int, words: int) -> tuple[list[str], list[str]]:
-    return rng.sample(NAMES, names), rng.sample(WORDS, words)
+def _single(rng: random.Random, names: list[str], words: list[str]) -> list[Line]:
+    """Four lines, each unlike all others."""
+    starts = (
+        f"The magic word that opens the cave of {names[0]} is", f"{names[1]} keeps the treasure under the",
+        f"The secret password of agent {names[2]} is", f"Every morning {names[3]} sings about the",
+    )  # fmt: skip
+    return [_line(start, word) for start, word in zip(starts, words, strict=False)]
 
 
-def _code(rng: random.Random) -> str:
-    return "".join(rng.choice("0123456789") for _ in range(3))
+def _multi_key(rng: random.Random, names: list[str], words: list[str]) -> list[Line]:
+    """Eight lines with a key each, name and number."""
+    return [_line(f"{names[i]}-{rng.randrange(100, 1000)}:", words[i]) for i in range(8)]
 
 
-def _single(rng: random.Random) -> list[Line]:
-    (name,), words = _draw(rng, 1, 3)
-    return [_line(f"The secret words of {name} are", ", ".join(words) + ".")]
-
-
-def _list(n: int, of: int) -> Callable[[random.Random], list[Line]]:
-    def lines(rng: random.Random) -> list[Line]:
-        names, words = _draw(rng, 2 * n, n * of)
-        return [
-            _line(f"The words of {names[2 * i]} {names[2 * i + 1]} are", ", ".join(words[of * i : of * i + of]) + ".")
-            for i in range(n)
-        ]
-
-    return lines
-
-
-def _coded(n: int, of: int) -> Callable[[random.Random], list[Line]]:
-    def lines(rng: random.Random) -> list[Line]:
-        names, words = _draw(rng, n, n * of)
-        return [_line(f"{name}-{_code(rng)}:", ", ".join(words[of * i : of * i + of])) for i, name in enumerate(names)]
-
-    return lines
-
-
-def _keyed(n: int, of: int) -> Callable[[random.Random], list[Line]]:
-    def lines(rng: random.Random) -> list[Line]:
-        words = rng.sample(WORDS, n * (of + 1))
-        return [
-            _line(" ".join(words[(of + 1) * i : (of + 1) * i + of]) + " =", words[(of + 1) * i + of]) for i in range(n)
-        ]
-
-    return lines
-
-
-def _ordinal(n: int, of: int) -> Callable[[random.Random], list[Line]]:
-    def lines(rng: random.Random) -> list[Line]:
-        names, words = _draw(rng, 2 * n, 4 * n * of)
-        return [
-            _line(
-                f"The {ordinal} list of {names[2 * i]} {names[2 * i + 1]} is",
-                ", ".join(words[of * (4 * i + j) : of * (4 * i + j + 1)]) + ".",
-            )
-            for i in range(n)
-            for j, ordinal in enumerate(("first", "second", "third", "fourth"))
-        ]
-
-    return lines
-
-
-def _numbered(n: int, of: int) -> Callable[[random.Random], list[Line]]:
-    def lines(rng: random.Random) -> list[Line]:
-        names, words = _draw(rng, n, 4 * n * of)
-        codes = [_code(rng) for _ in names]
-        return [
-            _line(f"{name}-{code}-{j + 1}:", ", ".join(words[of * (4 * i + j) : of * (4 * i + j + 1)]))
-            for i, (name, code) in enumerate(zip(names, codes, strict=True))
-            for j in range(4)
-        ]
-
-    return lines
+def _multi_value(rng: random.Random, names: list[str], words: list[str]) -> list[Line]:
+    """Two names with four numbered words each."""
+    return [
+        _line(f"{names[2 * i]} {names[2 * i + 1]}, word {j + 1}:", words[4 * i + j]) for i in range(2) for j in range(4)
+    ]
 
 
 FORMS = (
-    Form("single", 1, _single),
-    Form("multi-key", 4, _list(8, 4)),
-    Form("multi-key, codes", 4, _coded(8, 3)),
-    Form("multi-value", 4, _numbered(2, 3)),
-)
+    Form("single", 4, 4, 4, _single), Form("multi-key", 4, 8, 8, _multi_key), Form("multi-value", 4, 4, 8, _multi_value)
+)  # fmt: skip
 COPY = "copy"
 KINDS = (*(form.name for form in FORMS), COPY)
 
 
 def make_prompts(
-    tokenizer: Any, filler: np.ndarray, T: int, n: int, forms: Sequence[Form] = FORMS, copied: int = 64, hint: int = 16
+    tokenizer: Any,
+    filler: np.ndarray,
+    T: int,
+    n: int,
+    forms: Sequence[Form] = FORMS,
+    copied: int = 64,
+    hint: int = 16,
 ) -> Prompts:
     """Prompts of T tokens: lines of all forms in a text of `filler`, and a passage; at the end their questions.
 
@@ -152,26 +124,34 @@ def make_prompts(
         hint: how many of them stand again at the end, before the rest is asked for.
     """
     made = [_prompt(tokenizer, filler, T, random.Random(100 + i), forms, copied, hint) for i in range(n)]
-    return Prompts(
-        np.array([tokens for tokens, _ in made], np.uint16), np.array([questions for _, questions in made], np.int32)
-    )
+    tokens, questions, choices = zip(*made, strict=True)
+    return Prompts(np.array(tokens, np.uint16), np.array(questions, np.int32), np.array(choices, np.uint16))
 
 
 def _prompt(
-    tokenizer: Any, filler: np.ndarray, T: int, rng: random.Random, forms: Sequence[Form], copied: int, hint: int
-) -> tuple[list[int], list[Question]]:
+    tokenizer: Any,
+    filler: np.ndarray,
+    T: int,
+    rng: random.Random,
+    forms: Sequence[Form],
+    copied: int,
+    hint: int,
+) -> tuple[list[int], list[Question], list[int]]:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    pieces, asked = [], []
+    pieces, asked, choices = [], [], []  # of a piece: how far from the end it stands at most, and its tokens
+    names, words = rng.sample(NAMES, len(NAMES)), rng.sample(WORDS, len(WORDS))
     for kind, form in enumerate(forms):
-        lines = form.lines(rng)
-        pieces += [encode(line.statement) for line in lines]
+        lines = form.lines(rng, names, words)
+        names, words = names[form.names :], words[form.words :]
+        pieces += [(form.reach, encode(line.statement)) for line in lines for _ in range(form.times)]
+        choices += [encode(line.answer)[0] for line in lines]
         asked += [(kind, encode(line.question), encode(line.answer)) for line in rng.sample(lines, form.asked)]
     if copied:
         start = rng.randrange(len(filler) - copied)
         passage = filler[start : start + copied].tolist()
-        pieces.append([*encode("\n\n"), *passage, *encode("\n\n")])
+        pieces.append((T, [*encode("\n\n"), *passage, *encode("\n\n")]))
         asked.append((len(forms), [*encode("\n\n"), *passage[:hint]], passage[hint:]))
     rng.shuffle(asked)
     end: list[int] = []
@@ -180,17 +160,17 @@ def _prompt(
         first = len(end) + len(question)
         spans.append((kind, first, first + len(answer)))
         end += [*question, *answer, *encode("\n")]
-    rng.shuffle(pieces)
-    room = T - len(end) - sum(map(len, pieces))
+    room = T - len(end) - sum(len(piece) for _, piece in pieces)
     if room < 2 * _EDGE + len(pieces):
         raise ValueError(f"make_prompts: {T} tokens leave {room} for text, wanted at least {2 * _EDGE + len(pieces)}")
     start = rng.randrange(len(filler) - room)
     text = filler[start : start + room].tolist()
+    cuts = [(rng.randrange(max(_EDGE, room - reach), room - _EDGE), piece) for reach, piece in pieces]
     tokens: list[int] = []
     last = 0
-    for cut, piece in zip(sorted(rng.sample(range(_EDGE, room - _EDGE), len(pieces))), pieces, strict=True):
+    for cut, piece in sorted(cuts):
         tokens += [*text[last:cut], *piece]
         last = cut
     tokens += text[last:]
     questions = [Question(kind, len(tokens) + first, len(tokens) + last) for kind, first, last in spans]
-    return [*tokens, *end], questions
+    return [*tokens, *end], questions, choices
