@@ -176,6 +176,7 @@ def _select(
         return stages.flat(tile, means_of(r), m, tiles.keys, lambda block_ids: is_forced(dealt.place(block_ids)))
 
     def scan_units(tile: Queries, r: Array, heads: Array) -> Candidates:
+        assert isinstance(method, Scan)
         eligible = -(-tile.visible // block_size)
         seen = tokens.before(tile.visible)
         return scan.best_units(heads, seen, eligible, sequence_of(r), method, m, tiles.keys, dealt.place)

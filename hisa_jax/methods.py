@@ -124,7 +124,8 @@ class Scan:
     """The scan: one virtual head scores every token, then the exact indexer chooses among the best by it.
 
     The virtual head of query t is v[t] = sum_h w[t, h] * a[t, h] * q[t, h], and its score of token s is
-    k_scale[s] * v[t] . k[s]: the indexer's own score with relu replaced by the slopes a, at 1 / H of its products.
+    k_scale[s] * v[t] . k[s]: the indexer's own score with relu replaced by the slopes a, at 1 / H of its products. v is
+    rounded to bfloat16, unless the keys are float32.
 
     Attributes:
         topk: tokens chosen for each query.
@@ -162,7 +163,7 @@ class Scan:
             # The value that stands for None, so that methods which mean the same are equal.
             object.__setattr__(self, "candidates", -(-2 * self.topk // self.unit) * self.unit)
         at_least(self, "candidates", self.topk, ", its topk")
-        if self.candidates % self.unit:
+        if self.block_topk * self.unit != self.candidates:
             raise ValueError(f"Scan(candidates={self.candidates}): must be a multiple of unit = {self.unit}")
         forced = self.keep_first + self.keep_last
         if self.block_topk < forced:
