@@ -16,16 +16,25 @@ from hypothesis import strategies as st
 import hisa_jax as hj
 from tests import draw, oracle
 from tests.draw import Inputs, named
+from tests.oracle.methods import block_budget
 
 TOLERANCE = 1e-5  # float32 sums in another order, relative to the scale of a query's scores
 
 DSA = hj.Dsa(topk=24)
 HISA = hj.Hisa(topk=24, block_size=16, block_topk=4)
 BLOCK_SPARSE = hj.BlockSparse(topk=64, block_size=16)
+RATIO = hj.Hisa(topk=24, block_size=16, block_topk=7, block_ratio=2)
 SCAN = hj.Scan(topk=24, candidates=48)
 SCAN_UNITS = hj.Scan(topk=24, candidates=64, unit=8)
-METHODS = {"dsa": DSA, "hisa": HISA, "block_sparse": BLOCK_SPARSE, "scan": SCAN, "scan_units": SCAN_UNITS}
-HIERARCHICAL = {"hisa": HISA, "block_sparse": BLOCK_SPARSE}
+METHODS = {
+    "dsa": DSA,
+    "hisa": HISA,
+    "hisa_ratio": RATIO,
+    "block_sparse": BLOCK_SPARSE,
+    "scan": SCAN,
+    "scan_units": SCAN_UNITS,
+}
+HIERARCHICAL = {"hisa": HISA, "hisa_ratio": RATIO, "block_sparse": BLOCK_SPARSE}
 each_method = parameterized.named_parameters(METHODS.items())
 each_hierarchical = parameterized.named_parameters(HIERARCHICAL.items())
 
@@ -277,7 +286,7 @@ class SelectionContract(Contract, chex.TestCase):
         for position, blocks in zip(positions.reshape(-1), np.asarray(got.blocks).reshape(16, -1), strict=True):
             kept = blocks[blocks >= 0]
             self.assertEqual((kept[0], kept[-1]), (0, position // 16))
-            self.assertLen(kept, min(method.block_topk, position // 16 + 1))
+            self.assertLen(kept, block_budget(method, position // 16 + 1))
 
     @parameterized.parameters((0, 1), (1, 2), (2, 5), (3, 1))
     @pytest.mark.slow
