@@ -105,6 +105,7 @@ def _nvidia(name: str) -> Implementation:
         if problem.q_dtype != problem.k_dtype:
             return f"needs queries and keys of one dtype, not {problem.q_dtype} and {problem.k_dtype}"
         method = problem.method
+        assert not isinstance(method, Scan)
         if problem.page_size is not None:
             unit = problem.page_size if isinstance(method, Dsa) else method.block_size
             pages: Any = importlib.import_module("kernels_pallas.pages")

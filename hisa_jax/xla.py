@@ -137,7 +137,7 @@ def select_paged(
 
 
 def has_filter(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse | Scan]:
-    """False where no query can see more blocks than all are kept of: there the method is the flat indexer by contract."""
+    """False where no query can see blocks that it does not keep: there the method is the flat indexer by contract."""
     return not isinstance(method, Dsa) and max_keys > least_blocks(method) * method.block_size
 
 

@@ -353,6 +353,16 @@ class SelectionContract(Contract, chex.TestCase):
             method = hj.Hisa(topk=24, block_size=16, block_topk=block_topk)
             assert_same_bits(self.select(q, k, w, method, return_blocks=False), self.select(q, k, w, DSA))
 
+    def test_a_ratio_keeps_one_block_in_so_many(self):
+        # Up to 3 blocks, which hold topk = 24 tokens even if the last holds one, all; then a half; then 7.
+        positions = everywhere([15, 33, 47, 95, 96, 127, 128, 149])
+        got = self.assert_keeps_the_contract(*standard(), RATIO, query_positions=positions)
+        self.assertEqual(np.sum(got.blocks[0] >= 0, axis=1).tolist(), [1, 3, 3, 3, 4, 4, 5, 5])
+        self.assertEqual(np.asarray(got.count[0]).tolist(), [16, *[24] * 7])
+        positions = everywhere([0, 15, 16, 31, 32, 33, 46, 47])
+        options = dict(query_positions=positions, return_blocks=False)
+        assert_same_bits(*(self.select(*standard(), m, **options) for m in (RATIO, DSA)))
+
     @parameterized.parameters(
         ("hisa", "float32"), ("hisa", "bfloat16"), ("hisa", "int8"),
         ("dsa", "float8_e4m3fn"), ("block_sparse", "bfloat16"),

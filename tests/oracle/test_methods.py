@@ -58,7 +58,7 @@ def test_a_ratio_keeps_one_block_in_so_many_at_least_what_holds_topk_tokens_at_m
     # Of the 2 kept at least, one may hold 1 token and the other holds 2: topk = 3 of them can be had.
     assert block_budget(Hisa(3, 2, 5, block_ratio=3), eligible) == kept
     assert block_budget(Hisa(4, 2, 5, block_ratio=3), eligible) == max(kept, min(eligible, 3))
-    assert block_budget(Hisa(3, 2, 5, keep_first=2, keep_last=2, block_ratio=3), eligible) == max(kept, min(eligible, 4))
+    assert block_budget(Hisa(3, 2, 5, 2, 2, block_ratio=3), eligible) == max(kept, min(eligible, 4))
     assert block_budget(Hisa(3, 2, 5), eligible) == min(eligible, 5)
 
 
