@@ -73,13 +73,16 @@ def scores(q: Array, keys: Keys, w: Array) -> Array:
 def head_products(q: Array, keys: Keys) -> Array:
     """[H, D], s keys -> [H, s] float32, without the keys' scales."""
     wide = jnp.float32 if jnp.float32 in (q.dtype, keys.values.dtype) else jnp.bfloat16
-    return jnp.einsum(
+    # A product of one row is another loop on a CPU, whose bits depend on what surrounds it.
+    rows = jnp.pad(q, ((0, max(2 - q.shape[0], 0)), (0, 0)))
+    products = jnp.einsum(
         "hd,sd->hs",
-        q.astype(wide),
+        rows.astype(wide),
         keys.values.astype(wide),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
+    return products[: q.shape[0]]
 
 
 def head_sum(products: Array, keys: Keys, w: Array) -> Array:
