@@ -363,6 +363,11 @@ class SelectionContract(Contract, chex.TestCase):
         options = dict(query_positions=positions, return_blocks=False)
         assert_same_bits(*(self.select(*standard(), m, **options) for m in (RATIO, DSA)))
 
+    def test_a_bound_beyond_all_blocks_leaves_a_ratio_its_say(self):
+        got = self.assert_keeps_the_contract(*standard(), dataclasses.replace(RATIO, block_topk=40))
+        self.assertEqual(got.blocks.shape, (2, 8, 40))
+        self.assertEqual(np.sum(got.blocks[0, -1] >= 0), 5)
+
     @parameterized.parameters(
         ("hisa", "float32"), ("hisa", "bfloat16"), ("hisa", "int8"),
         ("dsa", "float8_e4m3fn"), ("block_sparse", "bfloat16"),
