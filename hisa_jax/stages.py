@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from hisa_jax import topk, varying
 from hisa_jax.keys import LANES, Keys, Sequence, mean, present_values, tree_sum
@@ -72,7 +73,7 @@ def scores(q: Array, keys: Keys, w: Array) -> Array:
 
 def head_products(q: Array, keys: Keys) -> Array:
     """[H, D], s keys -> [H, s] float32, without the keys' scales."""
-    wide = jnp.float32 if jnp.float32 in (q.dtype, keys.values.dtype) else jnp.bfloat16
+    wide = product_dtype(q.dtype, keys.values.dtype)
     # A product of one row is another loop on a CPU, whose bits depend on what surrounds it.
     rows = jnp.pad(q, ((0, max(2 - q.shape[0], 0)), (0, 0)))
     products = jnp.einsum(
@@ -83,6 +84,11 @@ def head_products(q: Array, keys: Keys) -> Array:
         preferred_element_type=jnp.float32,
     )
     return products[: q.shape[0]]
+
+
+def product_dtype(q: DTypeLike, k: DTypeLike) -> DTypeLike:
+    """In which dtype queries and keys of these are multiplied: 8-bit operands are exact in bfloat16."""
+    return jnp.float32 if jnp.float32 in (q, k) else jnp.bfloat16
 
 
 def head_sum(products: Array, keys: Keys, w: Array) -> Array:
@@ -187,7 +193,7 @@ def kept_of(best: Candidates, eligible: Array, method: Hisa | BlockSparse | Scan
     block_ids, m = best.positions, best.positions.shape[1]
     if isinstance(method, Hisa) and method.block_ratio > 1:
         n = jnp.maximum(_cdiv(eligible, method.block_ratio), least_blocks(method))
-        columns, filled = topk.compact(topk.chosen_mask(best.image, jnp.minimum(n, m)), m)
+        columns, filled = topk.columns_of(topk.words_of(topk.chosen_mask(best.image, jnp.minimum(n, m))), m)
         block_ids = jnp.where(filled, jnp.take_along_axis(block_ids, columns, axis=1), -1)
     return jnp.pad(block_ids, ((0, 0), (0, method.block_topk - m)), constant_values=-1)
 
