@@ -186,7 +186,7 @@ def _select(
         found = search(scan_units, m, heads)
     else:
         found = search(filter_blocks, m)
-    blocks = merged(found, dealt, method.block_topk).positions
+    blocks = stages.kept_of(merged(found, dealt, method.block_topk), -(-visible // block_size), method)
     if isinstance(method, BlockSparse) and not return_scores:
         positions, seen = stages.tokens_of(blocks, visible, block_size)
         best = xla.unscored(jnp.where(seen, positions, -1))

@@ -50,17 +50,18 @@ def kth_largest(image: Array, k: int | Array) -> Array:
     return lax.while_loop(unfinished, halve, (jnp.min(image, axis=1), jnp.max(image, axis=1)))[0]
 
 
-def chosen_mask(image: Array, k: int, positions: Array | None = None) -> Array:
+def chosen_mask(image: Array, k: int | Array, positions: Array | None = None) -> Array:
     """[T, S] int32 -> [T, S] bool: the k largest visible values of each row, all of them if there are fewer.
 
+    k is one for all rows, or [T] int32 and at most S.
     Of equal values those in front, or those with the lowest `positions`, [T, S] int32, all different.
     """
     S = image.shape[1]
-    if k >= S:
+    if isinstance(k, int) and k >= S:
         return image > INVISIBLE
     cut = kth_largest(image, k)[:, None]
     above, at_cut = image > cut, image == cut
-    room = k - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
+    room = (k - jnp.sum(above, axis=1, dtype=jnp.int32))[:, None]
 
     def first_at_cut() -> Array:
         if positions is None:

@@ -15,7 +15,7 @@ from jax import Array, lax
 from hisa_jax import scan, stages, topk, varying
 from hisa_jax.cache import IndexCache
 from hisa_jax.keys import LANES, Contiguous, Keys, Paged, PagedMeans, Sequence
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan, at_least
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan, at_least, least_blocks
 from hisa_jax.selection import Selection, nothing
 from hisa_jax.stages import Candidates, Queries
 
@@ -137,8 +137,8 @@ def select_paged(
 
 
 def has_filter(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse | Scan]:
-    """False where no query can see more blocks than it keeps: there the method is the flat indexer by contract."""
-    return not isinstance(method, Dsa) and max_keys > method.block_topk * method.block_size
+    """False where no query can see blocks that it does not keep: there the method is the flat indexer by contract."""
+    return not isinstance(method, Dsa) and max_keys > least_blocks(method) * method.block_size
 
 
 def has_means(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse]:
