@@ -28,7 +28,8 @@ def int4(values: Array) -> Array:
     """[..., D] -> [..., D]: each number as one of -7 to 7 times the scale of its 32 neighbours, in float32 or bfloat16.
 
     A scale is a seventh of the group's largest magnitude, rounded up to 5 significant bits: a whole number of 3 bits
-    times it is a bfloat16 exactly. A tie goes to the smaller magnitude. 72 bytes a token of 128: 4 bits a number, a bfloat16 a group.
+    times it is a bfloat16 exactly. A tie goes to the smaller magnitude. A token of 128 numbers takes 72 bytes: 4 bits a
+    number, a bfloat16 a group.
     """
     D = values.shape[-1]
     wide = jnp.pad(values.astype(jnp.float32), ((0, 0),) * (values.ndim - 1) + ((0, -D % GROUP),))
