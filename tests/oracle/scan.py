@@ -12,7 +12,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from .scores import float64
+from .scores import dots, float64
 
 N_SAMPLES, N_BEST = 256, 16
 
@@ -51,14 +51,14 @@ def scan_query(q, k, k_scale, w, visible: int, token_scores, method) -> Scanned:
     seen = int4(k) if method.sketch == "int4" else k
     with np.errstate(invalid="ignore", over="ignore"):
         sampled = np.arange(0, visible, step_of(visible))
-        products, sizes = q @ k[sampled].T, np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(k, axis=1)[None]
+        products, sizes = dots(q, k[sampled]), np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(k, axis=1)[None]
         scores = token_scores[sampled]
         a = np.ones(len(q)) if slopes == "plain" else slopes_of(products, scores)
         v = (w * a) @ q
         each = w[:, None] * (q @ seen.T) * k_scale
         empty = slopes == "plain" or not visible
         return Scanned(
-            token_scan=(seen @ (rounded(v) if is_rounded else v)) * k_scale,
+            token_scan=dots((rounded(v) if is_rounded else v)[None], seen)[0] * k_scale,  # equal keys tie
             bounds=(np.abs(w * a)[:, None] * sizes).sum(axis=0) * np.abs(k_scale),
             products=products[:, :0] if empty else products,
             product_bounds=sizes[:, sampled],
