@@ -8,6 +8,7 @@ import numpy as np
 
 from bench.fuzz_scene import Array, Scene
 from bench.fuzz_setups import Setup
+from hisa_jax.methods import Dsa, least_blocks
 from tests import oracle
 
 DTYPES = {
@@ -209,7 +210,7 @@ def _length(setup: Setup, rng: Rng) -> int:
         (setup.page_size or 16) * int(rng.integers(1, 5)),
         setup.unit * int(rng.integers(1, 7)),
     ]
-    edges.append(getattr(method, "block_topk", 1) * setup.unit)
+    edges.append((1 if isinstance(method, Dsa) else least_blocks(method)) * setup.unit)
     length = int(rng.choice(edges)) + int(rng.integers(-1, 2)) if rng.random() < 0.6 else int(rng.integers(S + 1))
     return min(max(length, 0), S)
 

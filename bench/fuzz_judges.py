@@ -12,6 +12,7 @@ import numpy as np
 
 import hisa_jax as hj
 from bench.fuzz_scene import Array, Found, Scene, by_request, call_of, made, run, run_again
+from hisa_jax.methods import least_blocks
 from tests import oracle
 
 # Relative to the scale of a query's scores. Kernels round block means to the keys' dtype.
@@ -151,9 +152,9 @@ def page_order(scene: Scene, form: str) -> Verdict:
 
 
 def flat(scene: Scene, form: str) -> Verdict:
-    """Hisa is the flat indexer where no more tokens are visible than the kept blocks hold."""
+    """Hisa and Scan are the flat indexer where every visible block, or unit, is kept."""
     method: Any = scene.setup.method
-    rows = scene.is_row & (scene.visible <= method.block_topk * method.block_size)
+    rows = scene.is_row & (scene.visible <= least_blocks(method) * method.block_size)
     wanted = run(scene, form, method=hj.Dsa(topk=method.topk))._replace(blocks=None)
     got = run(scene, form)._replace(blocks=None)
     if scene.setup.implementation != "xla":  # scores are given twice, each by other products
@@ -297,7 +298,7 @@ JUDGES: dict[str, Judge] = {
     "pages": Judge(page_order, lambda scene, form: "paged" in form, 0.3),
     "lacking pages": Judge(lacking_pages, lambda scene, form: "paged" in form, 0.3),
     "bad offsets": Judge(bad_offsets, lambda scene, form: "pa" in form, 0.2),
-    "flat": Judge(flat, lambda scene, form: scene.setup.kind == "Hisa" and form == "select", 0.4),
+    "flat": Judge(flat, lambda scene, form: scene.setup.kind in ("Hisa", "Scan") and form == "select", 0.4),
     "everything": Judge(everything),
     "ties": Judge(ties, lambda scene, form: "equal" in scene.data or "repeated" in scene.data),
 }

@@ -68,7 +68,7 @@ def _ids(text: str) -> list[int]:
 def _method(options: argparse.Namespace, config: Config) -> MethodLike:
     if options.indexer not in NAMES:
         return read_methods(options.indexer, config)
-    fields = {"topk": options.topk, "block_size": options.block_size, "block_topk": options.block_topk}
+    fields = {name: getattr(options, name) for name in ("topk", "block_size", "block_topk", "block_ratio")}
     # What the flat and block-sparse indexers do not have is refused there, by name, if it was given.
     given = {name: value for name, value in fields.items() if value is not None}
     return make_method(options.indexer, config, "--indexer", **given)
@@ -130,6 +130,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--topk", type=int, help="tokens each query attends to; default: the checkpoint's")
     command.add_argument("--block-size", type=int, help="tokens a block")
     command.add_argument("--block-topk", type=int, help="blocks kept, for hisa")
+    command.add_argument("--block-ratio", type=int, help="for hisa: one block in so many is kept, up to --block-topk")
     command.add_argument("--max-new-tokens", type=int, default=32)
     command.add_argument("--chunk", type=int, default=512, help="prompt tokens a forward pass")
     command.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")

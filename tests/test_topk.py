@@ -44,6 +44,17 @@ def test_the_k_best_are_chosen_in_order_with_ties_to_the_left(k, image):
 
 
 @given(
+    st.lists(st.sampled_from([0, 1, 2, 20, 39, 40]), min_size=3, max_size=3),
+    hnp.arrays(np.int32, (3, 40), elements=st.integers(-3, 3) | st.sampled_from([INT_MIN, INT_MAX])),
+)
+def test_every_row_may_choose_as_many_as_it_wants(k, image):
+    got = np.asarray(jax.jit(topk.chosen_mask)(image, np.array(k, np.int32)))
+    for row in range(3):
+        best = np.argsort(-image[row].astype(np.int64), kind="stable")[: k[row]]
+        assert np.flatnonzero(got[row]).tolist() == sorted(best[image[row, best] > INT_MIN])
+
+
+@given(
     st.sampled_from([1, 2, 20, 39, 40]),
     hnp.arrays(np.int32, (3, 40), elements=st.integers(-3, 3) | st.sampled_from([INT_MIN, INT_MAX])),
     st.permutations(range(40)),
@@ -61,7 +72,7 @@ def test_compaction_finds_every_set_bit(S):
     rng = np.random.default_rng(S)
     for share in (0.0, 0.1, 0.5, 1.0):
         mask = rng.random((4, S)) < share
-        columns, filled = topk.compact(jnp.asarray(mask), 20)
+        columns, filled = topk.columns_of(topk.words_of(jnp.asarray(mask)), 20)
         for row in range(4):
             wanted = np.flatnonzero(mask[row])[:20]
             np.testing.assert_array_equal(columns[row], [*wanted, *[0] * (20 - len(wanted))])

@@ -51,6 +51,25 @@ def test_several_blocks_can_be_kept_at_both_ends():
     assert got.blocks[0, 0].tolist() == [0, 1, 6, 8, 9]
 
 
+@pytest.mark.parametrize(
+    ("eligible", "kept"), [(0, 0), (1, 1), (2, 2), (3, 2), (6, 2), (7, 3), (9, 3), (10, 4), (13, 5), (16, 5), (99, 5)]
+)
+def test_a_ratio_keeps_one_block_in_so_many_at_least_what_holds_topk_tokens_at_most_the_bound(eligible, kept):
+    # Of the 2 kept at least, one may hold 1 token and the other holds 2: topk = 3 of them can be had.
+    assert block_budget(Hisa(3, 2, 5, block_ratio=3), eligible) == kept
+    assert block_budget(Hisa(4, 2, 5, block_ratio=3), eligible) == max(kept, min(eligible, 3))
+    assert block_budget(Hisa(3, 2, 5, 2, 2, block_ratio=3), eligible) == max(kept, min(eligible, 4))
+    assert block_budget(Hisa(3, 2, 5), eligible) == min(eligible, 5)
+
+
+def test_a_ratio_drops_the_worst_of_the_best_blocks():
+    # Means 1 9 8 7 6 5 4 3: of 8 blocks a half is kept, the first and the last and the best two.
+    q, k, w = one_query([1, 9, 8, 7, 6, 5, 4, 3])
+    got = oracle.select(q, k, w, Hisa(2, 1, 6, block_ratio=2))
+    assert got.blocks[0, 0].tolist() == [0, 1, 2, 7]
+    assert chosen(got, 0, 0) == [1, 2]
+
+
 def test_nan_counts_as_minus_infinity_and_is_chosen_only_when_nothing_better_is_left():
     q, k, w = one_query([np.nan, 1, np.nan, 0, np.nan])
     assert chosen(oracle.select(q, k, w, Dsa(2)), 0, 0) == [1, 3]
@@ -89,6 +108,14 @@ def test_absent_tokens_and_garbage_behind_the_length_change_nothing():
         np.testing.assert_array_equal(got.indices, oracle.select(q, k[:, :19], w, method).indices)
 
 
+def in_4_bits(key):
+    """A key of one group: the scale is found by trying those of 5 bits from below."""
+    scale = 2.0**-20
+    while 7 * scale < max(abs(float(x)) for x in key):
+        scale += 2.0 ** (math.floor(math.log2(scale)) - 4)
+    return [round(float(x) / scale) * scale for x in key]
+
+
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_brute_force_search_in_plain_python_agrees(method):
     B, T, S, H, D = 2, 9, 21, 3, 4
@@ -116,7 +143,7 @@ def test_a_brute_force_search_in_plain_python_agrees(method):
             for h in range(H):
                 is_open = [dot(h, k[b, s]) > 0 for s in best]
                 slope = 1.0 if method.slopes == "plain" else sum(is_open) / len(best)
-                total += float(w[b, t, h]) * slope * dot(h, key)
+                total += float(w[b, t, h]) * slope * dot(h, in_4_bits(key) if method.sketch else key)
             return total
 
         tokens = list(range(visible))
@@ -131,7 +158,7 @@ def test_a_brute_force_search_in_plain_python_agrees(method):
                     block_score = score(sum(k[b, s].astype(float) for s in members) / len(members))
                 is_forced = j < method.keep_first or j >= math.ceil(visible / size) - method.keep_last
                 rank[j] = (not is_forced, -block_score, j)
-            budget = block_budget(method)
+            budget = block_budget(method, len(rank))
             kept = sorted(rank, key=rank.get)[:budget]
             tokens = [s for s in tokens if s // size in kept]
             assert got.blocks[b, t].tolist() == sorted(kept)
