@@ -8,7 +8,7 @@ for masks of [queries, keys]; a test holds those that `hisa_jax.select` has agai
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,10 @@ from jax import Array, lax
 
 import hisa_jax as hj
 from bench.smollm2.indexers import index_scores
+from hisa_jax.sketch import int4
 from hisa_jax.topk import FORCED, INVISIBLE, image_of
 
-N_SAMPLES, N_BEST = 256, 16  # of the scan's slopes
+N_SAMPLES, N_BEST, _MOST = 256, 16, 64  # tokens of the scan's slopes: sampled, the best of them, the best at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,24 +51,27 @@ class View:
         return jnp.arange(self.k.shape[0])[None, :] < self.visible[:, None]
 
     @functools.cached_property
-    def best(self) -> tuple[Array, Array]:
-        """[t, 16] positions of the best of some strided tokens, best first; [t, 16] bool, whether there is one."""
+    def samples(self) -> tuple[Array, Array]:
+        """[t, 64] positions of the best of some strided tokens, best first; [t, 64] bool, whether there is one."""
         positions = strided(self.visible, N_SAMPLES)
         inside = jnp.minimum(positions, self.k.shape[0] - 1)
         image = jnp.take_along_axis(self.exact, inside, axis=1)
-        values, order = lax.top_k(jnp.where(positions < self.visible[:, None], image, INVISIBLE), N_BEST)
+        values, order = lax.top_k(jnp.where(positions < self.visible[:, None], image, INVISIBLE), _MOST)
         return jnp.take_along_axis(inside, order, axis=1), values > INVISIBLE
 
     @functools.cached_property
-    def slopes(self) -> Array:
+    def open_samples(self) -> Array:
+        """[t, H, 64] bool: which heads are open at the samples."""
+        return open_heads(self, self.samples[0])
+
+    def slopes(self, n_best: int = N_BEST) -> Array:
         """[t, H] float32: at what share of the best samples each head is open."""
-        positions, there = self.best
-        return _share(open_heads(self, positions), there)
+        return _share(self.open_samples[:, :, :n_best], self.samples[1][:, :n_best])
 
     @functools.cached_property
     def scan(self) -> Array:
         """[t, S] float32: the scores of the virtual head, -inf where a query does not see."""
-        return scan_scores(self, self.slopes, self.k)
+        return scan_scores(self, self.slopes(), self.k)
 
 
 class Ranking(NamedTuple):
@@ -123,11 +127,20 @@ class SubBlocks:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Apart:
-    """The scan with the heads that bend most, between open and closed, kept apart and exact."""
+    """The scan with some heads kept apart and exact: those that weigh most, |w| times the length of the query.
+
+    Attributes:
+        n_heads: so many heads; 0: none.
+        n_best: samples that the slopes of the others are taken at.
+        by: "size": as above; "bend": those that the slopes miss most at the samples.
+    """
 
     topk: int
     candidates: int
     n_heads: int
+    n_best: int = 32
+    unit: int = 1
+    by: Literal["size", "bend"] = "size"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,11 +206,12 @@ def rank(method: Method, view: View) -> Ranking:
             scores = jnp.where(whole, scores, -jnp.inf)
             return of_units(best_of(scores, n), method.block_size, method.block_topk, view)
         case hj.Scan():
-            scores = scan_scores(view, jnp.ones_like(view.w), view.k) if method.slopes == "plain" else view.scan
-            units = best_of(scores, method.unit)
+            slopes = jnp.ones_like(view.w) if method.slopes == "plain" else view.slopes()
+            keys = view.k if method.sketch is None else int4(view.k)
+            units = best_of(scan_scores(view, slopes, keys), method.unit)
             return of_units(units, method.unit, method.block_topk, view, method.keep_first, method.keep_last)
         case Sketched():
-            units = best_of(scan_scores(view, view.slopes, view.sketches[method.sketch]), method.unit)
+            units = best_of(scan_scores(view, view.slopes(), view.sketches[method.sketch]), method.unit)
             found = of_units(units, method.unit, (method.first or method.candidates) // method.unit, view)
             if not method.first:
                 return found
@@ -209,7 +223,8 @@ def rank(method: Method, view: View) -> Ranking:
         case Misa():
             scores = jnp.where(view.seen, index_scores(view.q, view.k, _routed(method, view)), -jnp.inf)
         case Apart():
-            scores = _apart(method, view)
+            units = best_of(_apart(method, view), method.unit)
+            return of_units(units, method.unit, method.candidates // method.unit, view)
         case TwoHeads():
             first, second = (scan_scores(view, slopes, view.k) for slopes in _two_slopes(view))
             scores = jnp.maximum(first, second)
@@ -272,8 +287,7 @@ def _share(is_open: Array, of: Array) -> Array:
 
 def _two_slopes(view: View) -> tuple[Array, Array]:
     """Slopes of the best samples in two groups: like the best one, and like the one least like it."""
-    positions, there = view.best
-    is_open = open_heads(view, positions)
+    is_open, there = view.open_samples[:, :, :N_BEST], view.samples[1][:, :N_BEST]
     size = jnp.abs(view.w)[:, :, None]
 
     def distance(to: Array) -> Array:
@@ -286,11 +300,15 @@ def _two_slopes(view: View) -> tuple[Array, Array]:
 
 
 def _apart(method: Apart, view: View) -> Array:
-    slopes = view.slopes
-    positions = jnp.minimum(strided(view.visible, N_SAMPLES), view.k.shape[0] - 1)
-    products = jnp.einsum("thd,tnd->thn", view.q, view.k[positions]).astype(jnp.float32)
-    bend = jnp.sum(jnp.abs(jax.nn.relu(products) - slopes[:, :, None] * products), axis=2) * jnp.abs(view.w)
-    _, heads = lax.top_k(bend, method.n_heads)
+    slopes = view.slopes(method.n_best)
+    if method.by == "size":
+        weight = jnp.abs(view.w) * jnp.linalg.norm(view.q.astype(jnp.float32), axis=2)
+    else:
+        positions = jnp.minimum(strided(view.visible, N_SAMPLES), view.k.shape[0] - 1)
+        products = jnp.einsum("thd,tnd->thn", view.q, view.k[positions]).astype(jnp.float32)
+        missed = jnp.abs(jax.nn.relu(products) - slopes[:, :, None] * products)
+        weight = jnp.abs(view.w) * jnp.sum(missed, axis=2)
+    _, heads = lax.top_k(weight, method.n_heads)
     rest = jnp.ones_like(slopes).at[jnp.arange(len(heads))[:, None], heads].set(0)
     q = jnp.take_along_axis(view.q, heads[:, :, None], axis=1)
     exact = index_scores(q, view.k, jnp.take_along_axis(view.w, heads, axis=1))

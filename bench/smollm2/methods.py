@@ -49,13 +49,22 @@ def sketched(topk: int) -> dict[str, Method]:
 
 
 def repaired(topk: int) -> dict[str, Method]:
-    """What could help where one virtual head does not follow the indexer."""
+    """What helps where one virtual head does not follow the indexer, and what does not."""
     k = topk
     found: dict[str, Method] = {"HISA, blocks of 8, 8 k": hj.Hisa(topk=k, block_size=8, block_topk=k)}
-    for times in (1.25, 1.5, 2):
-        for n in (2, 4, 8):
-            found[f"scan, {n} heads apart, {times:g} k"] = Apart(topk=k, candidates=int(times * k), n_heads=n)
+    for times in (1.5, 2, 3):
+        for n in (0, 1, 2, 4, 8, 12, 16):
+            name = f"scan, {n} heads apart, {times:g} k" if n else f"scan, slopes of the best 32, {times:g} k"
+            found[name] = Apart(topk=k, candidates=int(times * k), n_heads=n)
+        found[f"scan, 4 heads apart by bend, {times:g} k"] = Apart(
+            topk=k, candidates=int(times * k), n_heads=4, n_best=16, by="bend"
+        )
         found[f"scan, two virtual heads, {times:g} k"] = TwoHeads(topk=k, candidates=int(times * k))
+    for unit in (2, 4):
+        found[f"scan, 8 heads apart, units of {unit}, 3 k"] = Apart(topk=k, candidates=3 * k, n_heads=8, unit=unit)
+    for best in (8, 48, 64):
+        name = f"scan, slopes of the best {best}, 2 k"
+        found[name] = Apart(topk=k, candidates=2 * k, n_heads=0, n_best=best)
     found["scan, 4 k"], found["scan, 8 k"] = scan(k, 4), scan(k, 8)
     return found
 
@@ -78,8 +87,8 @@ def answering(topk: int) -> dict[str, Method]:
     """The methods whose text and answers are measured, a run of the model each; by how much each is wanted."""
     everything = {**core(topk), **sketched(topk), **repaired(topk)}
     names = (
-        FLAT, "scan, 2 k", "HISA, blocks of 128, 4 k", "scan, 1.5 k", "HISA, blocks of 8, 4 k",
-        "HISA, blocks of 32, 4 k",
+        FLAT, "scan, 2 k", "HISA, blocks of 128, 4 k", "scan, 8 heads apart, 2 k", "scan, slopes of the best 32, 2 k",
+        "scan, 1.5 k", "HISA, blocks of 8, 4 k", "scan, 4 heads apart, 2 k", "scan, 4 k", "HISA, blocks of 32, 4 k",
         "scan, units of 4, 3 k", "scan, units of 8, 4 k", "scan, plain slopes, 2 k", "scan above a threshold, 2 k",
         "MISA, two stages, 4 k", "blocks of 32 by the best mean of 8, 4 k", "signs to 8 k, scan to 2 k",
         "scan of 4 bits, 2 k", "scan, 1.25 k", "scan of 64 directions, 4 bits, 2 k", "block-sparse, blocks of 32",

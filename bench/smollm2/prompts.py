@@ -90,20 +90,21 @@ def _single(rng: random.Random, names: list[str], words: list[str]) -> list[Line
 
 
 def _multi_key(rng: random.Random, names: list[str], words: list[str]) -> list[Line]:
-    """Eight lines with a key each, name and number."""
-    return [_line(f"{names[i]}-{rng.randrange(100, 1000)}:", words[i]) for i in range(8)]
+    """Eight lines with a key of four names each."""
+    return [_line(" ".join(names[4 * i : 4 * i + 4]) + ":", words[i]) for i in range(8)]
 
 
 def _multi_value(rng: random.Random, names: list[str], words: list[str]) -> list[Line]:
-    """Two names with four numbered words each."""
-    return [
-        _line(f"{names[2 * i]} {names[2 * i + 1]}, word {j + 1}:", words[4 * i + j]) for i in range(2) for j in range(4)
-    ]
+    """Two pairs of names with four words each, told apart by a second pair."""
+    pairs = [" ".join(names[2 * i : 2 * i + 2]) for i in range(10)]
+    return [_line(f"{pairs[5 * i]} {pairs[5 * i + 1 + j]}:", words[4 * i + j]) for i in range(2) for j in range(4)]
 
 
 FORMS = (
-    Form("single", 4, 4, 4, _single), Form("multi-key", 4, 8, 8, _multi_key), Form("multi-value", 4, 4, 8, _multi_value)
-)  # fmt: skip
+    Form("single", 4, 4, 4, _single, times=2, reach=1024),
+    Form("multi-key", 4, 32, 8, _multi_key, times=4, reach=1024),
+    Form("multi-value", 4, 20, 8, _multi_value, times=4, reach=1024),
+)
 COPY = "copy"
 KINDS = (*(form.name for form in FORMS), COPY)
 
