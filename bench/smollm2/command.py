@@ -88,6 +88,7 @@ def _one(args: argparse.Namespace, lab: Lab, methods: dict[str, Any]) -> None:
     name = f"heads{H}-seed{seed}.npz"
     n_queries = args.queries or min(256, size.T // 4)
     recipe = training.Recipe(T=size.T, n_queries=n_queries, steps=args.steps or size.steps, seed=seed)
+    lab.about |= {"queries": recipe.n_queries, "schedule": recipe.steps}
     load, save = (folder and folder / name for folder in (args.load, args.save))
     if save is not None:
         save.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def index_keys(one: Indexers, h: Array, table: tuple[Array, Array]) -> Array:
     """[S, E] -> [S, D] in the dtype of `h`: LayerNorm, then RoPE on the first dims."""
     k = (h @ one.k.astype(h.dtype)).astype(jnp.float32)
     k = (k - jnp.mean(k, axis=-1, keepdims=True)) * jax.lax.rsqrt(jnp.var(k, axis=-1, keepdims=True) + 1e-5)
-    return _turned((k * one.scale + one.bias).astype(h.dtype), table)
+    return _turned((k * one.scale[None, :] + one.bias[None, :]).astype(h.dtype), table)
 
 
 def index_queries(one: Indexers, h: Array, table: tuple[Array, Array]) -> tuple[Array, Array]:

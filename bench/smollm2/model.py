@@ -81,14 +81,16 @@ def layer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """[t, E], [E] -> [t, E]."""
     x32 = x.astype(jnp.float32)
-    return (x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)).astype(x.dtype) * weight
+    return (x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)).astype(x.dtype) * weight[None, :]
 
 
 def rope_table(config: Config, positions: Array) -> tuple[Array, Array]:
     """[t] int32 -> cosines and sines [t, head_dim / 2]."""
     d = config.head_dim
-    angles = positions.astype(jnp.float32)[:, None] * config.theta ** (-jnp.arange(0, d, 2, dtype=jnp.float32) / d)
+    frequencies = config.theta ** (-jnp.arange(0, d, 2, dtype=jnp.float32) / d)
+    angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 

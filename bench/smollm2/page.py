@@ -1,4 +1,4 @@
-"""Rows of the lab as tables: a line a method, a table for each kind of indexers."""
+"""Rows of the lab as tables, for each kind of indexers: text and answers, selections, heads."""
 
 import json
 from collections.abc import Sequence
@@ -7,10 +7,11 @@ from typing import Any
 
 from bench import UserError
 from bench.smollm2.methods import FLAT
-from bench.smollm2.prompts import KINDS
+from bench.smollm2.prompts import COPY, KINDS
 
 Row = dict[str, Any]
-NONE = ""
+_NONE = ""
+_ABOUT = ("heads", "seed", "step", "schedule", "queries", "joint_step")
 
 
 def read(file: Path) -> list[Row]:
@@ -27,34 +28,31 @@ def read(file: Path) -> list[Row]:
 def markdown(rows: Sequence[Row]) -> str:
     """All tables."""
     parts = []
-    for about in dict.fromkeys(map(_about, (row for row in rows if row["kind"] in ("compare", "answer")))):
-        own = [row for row in rows if _about(row) == about]
-        for topk in sorted({row["topk"] for row in own if row.get("topk")}, key=lambda k: (k != _main_topk(own), k)):
-            table = _methods(own, topk)
-            if table:
-                parts.append(f"**{_title(about)}, {topk} tokens chosen**\n\n{table}")
-        heads = [row for row in own if row["kind"] == "heads"]
-        if heads:
-            parts.append(f"**{_title(about)}: the heads**\n\n{_heads(heads)}")
-    adversaries = [row for row in rows if row["kind"] == "adversary"]
-    if adversaries:
-        parts.append(f"**The adversary: recall**\n\n{_adversaries(adversaries)}")
+    measured = [row for row in rows if row["kind"] in ("compare", "answer", "heads")]
+    for about in dict.fromkeys(map(_about, measured)):
+        own = [row for row in measured if _about(row) == about]
+        for title, made in (
+            ("text and answers", _answers(own)),
+            ("recall of the flat selection: mean / worst layer", _selections(own)),
+            ("recall at other numbers of chosen tokens", _other_topks(own)),
+            ("the heads", _heads(own)),
+        ):
+            if made:
+                parts.append(f"**{_title(about)}: {title}**\n\n{made}")
+    opposed = [row for row in rows if row["kind"] == "adversary"]
+    if opposed:
+        parts.append(f"**Heads that have nothing in common: recall of the flat selection**\n\n{_adversary(opposed)}")
     return "\n\n".join(parts) + "\n"
 
 
 def _about(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in ("heads", "seed", "step", "joint_step"))
+    return tuple(row.get(name) for name in _ABOUT)
 
 
 def _title(about: tuple[Any, ...]) -> str:
-    heads, seed, step, joint = about
+    heads, seed, step, schedule, queries, joint = about
     together = f", then {joint} with the model" if joint else ""
-    return f"{heads} heads, seed {seed}, {step} steps{together}"
-
-
-def _main_topk(rows: Sequence[Row]) -> int | None:
-    """The one that the model runs with."""
-    return next((row["topk"] for row in rows if row["kind"] == "answer" and row["topk"]), None)
+    return f"{heads} heads, seed {seed}, {step} of {schedule} steps of {queries} queries{together}"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -62,59 +60,89 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _methods(rows: Sequence[Row], topk: int) -> str:
-    compared = {row["method"]: row for row in rows if row["kind"] == "compare" and row["topk"] == topk}
-    answered = {row["method"]: row for row in rows if row["kind"] == "answer" and row["topk"] in (topk, None)}
-    if set(answered) == {"dense"}:
-        answered = {}
+def _answers(rows: Sequence[Row]) -> str:
+    """A line a method: what its candidates are, what they hold, what the model does with them."""
+    answered = [row for row in rows if row["kind"] == "answer"]
+    compared = {row["method"]: row for row in rows if row["kind"] == "compare" and row["topk"] == _topk(rows)}
     found = []
-    for name in dict.fromkeys(["dense", *compared, *answered] if answered else compared):
-        one, other = compared.get(name, {}), answered.get(name, {})
-        cells = [name, _number(one, "candidates", ".0f"), _number(one, "recall", ".4f")]
-        cells += [_number(one, "worst_layer", ".3f"), _number(one, "mass", ".3f")]
-        if answered:
-            base = FLAT if name != "dense" else "dense"
-            cells.append(_number(other, f"over_{base}", "+.4f") + _interval(other, f"over_{base}_se"))
-            kinds = other.get("answers", {})
-            cells += [_answers(kinds.get(kind)) for kind in KINDS]
-        found.append(cells)
-    columns = ["candidates by", "tokens", "recall", "worst layer", "attention mass"]
-    return table([*columns, *(["bits over flat", *KINDS] if answered else [])], found) if found else ""
+    for row in answered:
+        one = compared.get(row["method"], {})
+        base = FLAT if f"over_{FLAT}" in row else "dense"
+        found.append([
+            row["method"], _number(one, "candidates", ".0f"), _number(one, "recall", ".4f"),
+            _number(one, "worst_layer", ".3f"), _number(one, "mass", ".3f"),
+            f"{row[f'over_{base}']:+.4f} ± {1.96 * row[f'over_{base}_se']:.4f}" if row["method"] != base else "0",
+            *(_of_kind(row["answers"].get(kind), kind) for kind in KINDS),
+        ])  # fmt: skip
+    columns = ["candidates by", "tokens", "recall", "worst layer", "attention mass", f"bits over {FLAT}", *KINDS]
+    return table(columns, found) if found else ""
 
 
-def _answers(kind: Row | None) -> str:
-    """Words: how many are the likeliest of the choices. Passages: the share of tokens that are the likeliest."""
+def _of_kind(kind: Row | None, name: str) -> str:
     if kind is None:
-        return NONE
-    several = kind["asked"] and kind["best"] == 0 and kind["tokens"] > 0
-    return f"{100 * kind['tokens']:.0f} % of tokens" if several else f"{kind['best']} of {kind['asked']}"
+        return _NONE
+    return f"{100 * kind['tokens']:.0f} % of tokens" if name == COPY else f"{kind['right']} of {kind['asked']}"
+
+
+def _topk(rows: Sequence[Row]) -> int:
+    """The number of chosen tokens that the model runs with: most methods are compared at it."""
+    topks = [row["topk"] for row in rows if row["kind"] == "compare"]
+    return max(set(topks), key=topks.count, default=0)
+
+
+def _parts(method: str) -> tuple[str, str]:
+    """ "scan, 2 k" -> "scan", "2 k"."""
+    name, _, times = method.rpartition(", ")
+    return (name, times) if times.endswith(" k") else (method, "")
+
+
+def _selections(rows: Sequence[Row]) -> str:
+    """A line a way to find candidates, a column how many, in times k."""
+    topk = _topk(rows)
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row["kind"] == "compare" and row["topk"] == topk and row["method"] != FLAT:
+            name, times = _parts(row["method"])
+            cells.setdefault(name, {})[times] = f"{row['recall']:.4f} / {row['worst_layer']:.2f}"
+    columns = sorted({times for of in cells.values() for times in of}, key=lambda times: (len(times) == 0, times))
+    named = ["k" if times == "" else times for times in columns]
+    lines = [[name, *(of.get(times, _NONE) for times in columns)] for name, of in cells.items()]
+    return table(["candidates by", *named], lines) if lines else ""
+
+
+def _other_topks(rows: Sequence[Row]) -> str:
+    compared = [row for row in rows if row["kind"] == "compare" and row["method"] != FLAT]
+    topks = sorted({row["topk"] for row in compared})
+    others = {row["method"] for row in compared if row["topk"] != _topk(rows)}
+    if not others:
+        return ""
+    of = {(row["method"], row["topk"]): f"{row['recall']:.4f}" for row in compared}
+    names = [name for name in dict.fromkeys(row["method"] for row in compared) if name in others]
+    return table(
+        ["candidates by", *(f"k = {k}" for k in topks)], [[n, *(of.get((n, k), _NONE) for k in topks)] for n in names]
+    )
 
 
 def _heads(rows: Sequence[Row]) -> str:
     found = [
-        [
-            row["measure"].replace("_", " "),
-            f"{row['mean']:.3f}",
-            f"{min(row['by_layer']):.3f}",
-            f"{max(row['by_layer']):.3f}",
-        ]
+        [row["measure"].replace("_", " "), *(f"{x:.3f}" for x in (row["mean"], min(layers), max(layers)))]
+        for row in rows
+        if row["kind"] == "heads" and (layers := row["by_layer"])
+    ]
+    return table(["measure", "mean", "least layer", "greatest layer"], found) if found else ""
+
+
+def _adversary(rows: Sequence[Row]) -> str:
+    """A line a case, a column a method."""
+    names = ["HISA, blocks of 128, 4 k", "HISA, blocks of 8, 4 k", "MISA, two stages, 4 k"]
+    names += [name for name in rows[0]["recall"] if name.startswith("scan, ") and name.endswith((" 2 k", " 4 k"))]
+    lines = [
+        [f"{row['open']:.0%} open, {row['shared']:.0%} shared, {row['negative']:.0%} below 0"]
+        + [f"{row['recall'][name]:.3f}" if name in row["recall"] else _NONE for name in names]
         for row in rows
     ]
-    return table(["measure", "mean", "least layer", "greatest layer"], found)
-
-
-def _adversaries(rows: Sequence[Row]) -> str:
-    names = list(rows[0]["recall"])
-    columns = [
-        "method",
-        *(f"{row['open']:g} open, {row['shared']:g} shared, {row['negative']:g} below 0" for row in rows),
-    ]
-    return table(columns, [[name, *(f"{row['recall'][name]:.3f}" for row in rows)] for name in names])
+    return table(["heads", *names], lines)
 
 
 def _number(row: Row, name: str, form: str) -> str:
-    return NONE if row.get(name) is None else f"{row[name]:{form}}"
-
-
-def _interval(row: Row, name: str) -> str:
-    return f" ± {1.96 * row[name]:.4f}" if row.get(name) else NONE
+    return _NONE if row.get(name) is None else f"{row[name]:{form}}"
