@@ -100,9 +100,9 @@ def slack(scanned: Scanned, tolerance: float, score_scale: float) -> float:
     if tolerance == 0:
         return 0.0
     unsure = _unsure_samples(scanned, tolerance, score_scale)
-    moved = (unsure[:, None] * scanned.weights).sum(axis=0)
-    if scanned.is_rounded:
-        with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
+        moved = (unsure[:, None] * scanned.weights).sum(axis=0)
+        if scanned.is_rounded:
             # With other slopes every component may round the other way: by an 128th of it at most.
             less = tolerance * scanned.head_bounds + (np.abs(scanned.head) / 128 if unsure.any() else 0)
             moved = moved + scanned.sizes @ (rounded(scanned.head + less) - rounded(scanned.head - less))
