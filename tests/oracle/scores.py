@@ -47,14 +47,14 @@ def block_means(k, k_scale, block_size: int, length: int) -> np.ndarray:
 def _scores(q, k, w) -> np.ndarray:
     T, H, D = q.shape
     with np.errstate(invalid="ignore", over="ignore"):
-        relu = np.maximum(_dots(q.reshape(T * H, D), k), 0).reshape(T, H, -1)  # NaN goes through
+        relu = np.maximum(dots(q.reshape(T * H, D), k), 0).reshape(T, H, -1)  # NaN goes through
         total = np.zeros((T, k.shape[0]))
         for h in range(H):
             total += w[:, h, None] * relu[:, h]
     return total
 
 
-def _dots(rows, k) -> np.ndarray:
+def dots(rows, k) -> np.ndarray:
     """[R, D], [S, D] -> [R, S]. Multiply, then add, from d = 0 on: two roundings a term, no FMA, no pairwise sum."""
     (R, D), S = rows.shape, k.shape[0]
     dots, columns = np.zeros((R, S)), np.ascontiguousarray(k.T)
