@@ -125,9 +125,11 @@ def _xla() -> list[Setup | MlaSetup]:
         setup(hj.Scan(topk=24, candidates=48), bf16),
         setup(hj.Scan(topk=20, candidates=64, unit=8, keep_last=2), e4m3, e4m3, "ue8m0"),
         setup(hj.Hisa(topk=7, block_size=16, block_topk=40, block_ratio=2, keep_first=0), bf16, e4m3, "float32"),
-        setup(hj.Scan(topk=24, candidates=64, unit=32, slopes="plain"), int8, int8, "float32", page_size=4),
+        setup(hj.Scan(topk=9, candidates=64, unit=32, slopes="plain", sketch="int4"), int8, int8, "ue8m0", page_size=4),
         setup(hj.Scan(topk=24), f32, S=640, page_size=32),
         setup(hj.Scan(topk=7, candidates=40, unit=4, keep_first=0), f32, page_size=1, H=1, D=65),
+        setup(hj.Scan(topk=24, candidates=48, sketch="int4"), bf16, D=40),
+        setup(hj.Scan(topk=5, candidates=32, unit=2, keep_last=3, sketch="int4"), f32, e4m3, "float32", page_size=8),
     ]  # fmt: skip
 
 
