@@ -68,9 +68,9 @@ def _ids(text: str) -> list[int]:
 def _method(options: argparse.Namespace, config: Config) -> MethodLike:
     if options.indexer not in NAMES:
         return read_methods(options.indexer, config)
-    fields = {"topk": options.topk, "block_size": options.block_size, "block_topk": options.block_topk}
-    # What the flat and block-sparse indexers do not have is refused there, by name, if it was given.
-    given = {name: value for name, value in fields.items() if value is not None}
+    fields = ("topk", "block_size", "block_topk", "candidates", "unit", "slopes")
+    # What a method does not have is refused there, by name, if it was given.
+    given = {name: value for name in fields if (value := getattr(options, name)) is not None}
     return make_method(options.indexer, config, "--indexer", **given)
 
 
@@ -126,10 +126,13 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     prompts = command.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="repeat for a batch")
     prompts.add_argument("--prompt-ids", action="append", metavar="1,2,3", help="token ids; prints ids, too")
-    command.add_argument("--indexer", default="dsa", metavar="dsa|hisa|block-sparse|FILE", help="FILE: per-layer JSON")
+    command.add_argument("--indexer", default="dsa", metavar="|".join([*NAMES, "FILE"]), help="FILE: per-layer JSON")
     command.add_argument("--topk", type=int, help="tokens each query attends to; default: the checkpoint's")
     command.add_argument("--block-size", type=int, help="tokens a block")
     command.add_argument("--block-topk", type=int, help="blocks kept, for hisa")
+    command.add_argument("--candidates", type=int, help="tokens scored exactly, for scan; default: twice topk")
+    command.add_argument("--unit", type=int, help="adjacent tokens that become candidates together, for scan")
+    command.add_argument("--slopes", metavar="sampled|plain", help="of the virtual head, for scan")
     command.add_argument("--max-new-tokens", type=int, default=32)
     command.add_argument("--chunk", type=int, default=512, help="prompt tokens a forward pass")
     command.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
