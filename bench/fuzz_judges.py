@@ -72,7 +72,7 @@ def _with_tolerances(scene: Scene, reference: oracle.OracleSelection) -> tuple[o
         reference,
         token_scale=np.zeros_like(tokens) if scene.exact_tokens else tokens,
         block_scale=np.zeros_like(blocks) if scene.exact_blocks and is_xla else blocks,
-    ), tolerance
+    ), 0.0 if scene.exact_tokens and scene.exact_blocks and is_xla else tolerance
 
 
 def _why_not(found: Found, reference: oracle.OracleSelection, tolerance: float, at: Any) -> str:
@@ -151,7 +151,7 @@ def page_order(scene: Scene, form: str) -> Verdict:
 
 
 def flat(scene: Scene, form: str) -> Verdict:
-    """Hisa is the flat indexer where no more tokens are visible than the kept blocks hold."""
+    """Hisa and Scan are the flat indexer where no more tokens are visible than the kept blocks hold."""
     method: Any = scene.setup.method
     rows = scene.is_row & (scene.visible <= method.block_topk * method.block_size)
     wanted = run(scene, form, method=hj.Dsa(topk=method.topk))._replace(blocks=None)
@@ -297,7 +297,7 @@ JUDGES: dict[str, Judge] = {
     "pages": Judge(page_order, lambda scene, form: "paged" in form, 0.3),
     "lacking pages": Judge(lacking_pages, lambda scene, form: "paged" in form, 0.3),
     "bad offsets": Judge(bad_offsets, lambda scene, form: "pa" in form, 0.2),
-    "flat": Judge(flat, lambda scene, form: scene.setup.kind == "Hisa" and form == "select", 0.4),
+    "flat": Judge(flat, lambda scene, form: scene.setup.kind in ("Hisa", "Scan") and form == "select", 0.4),
     "everything": Judge(everything),
     "ties": Judge(ties, lambda scene, form: "equal" in scene.data or "repeated" in scene.data),
 }
