@@ -1,8 +1,8 @@
 """A server in small: requests with shared prefixes arrive, are read in chunks, decode, finish, and give pages back.
 
-The model is a random one of three layers, two of which select by HISA or the scan; the traffic is drawn from a seed. What is
-measured is the loop (models/engine.py) on this machine, not a model. `--verify` compares every selection of every layer
-with the NumPy oracle on keys recorded beside the cache, and counts pages that nobody gave back.
+The model is a random one of three layers, two of which select by HISA or the scan; the traffic is drawn from a seed.
+What is measured is the loop (models/engine.py) on this machine, not a model. `--verify` compares every selection of
+every layer with the NumPy oracle on keys recorded beside the cache, and counts pages that nobody gave back.
 """
 
 import argparse
@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     row = {
         "row": "serve", **device(), "requests": args.requests, "rows": args.rows, "pages": args.pages,
         "page_size": engine.pool.page_size, "draft": args.draft, "indexer": args.indexer, "keys": args.keys,
-        "seed": args.seed,        **dataclasses.asdict(counts), "tokens_per_s": counts.new_tokens / counts.seconds, "leaked_pages": leaked,
+        "seed": args.seed, **dataclasses.asdict(counts), "tokens_per_s": counts.new_tokens / counts.seconds,
+        "leaked_pages": leaked,
     }  # fmt: skip
     if recorder:
         row |= {"selections_checked": recorder.n_checked, "mismatches": len(recorder.mismatches)}

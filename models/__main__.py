@@ -1,4 +1,4 @@
-"""The commands: python -m models generate --checkpoint DIR --prompt TEXT, data --out FILE, train --out DIR."""
+"""The commands: python -m models generate, check, data and train; each says what it takes with --help."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from models.check import command as check
 from models.config import Config, read_config
 from models.generate import Generation, generate
 from models.indexers import NAMES, make_method, read_methods
@@ -108,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands.add_parser("data", help="collect text to train a byte-level model on"))
     training.add_arguments(commands.add_parser("train", help="train a byte-level model with DSA's stages"))
     _add_generate(commands.add_parser("generate", help="continue prompts by a local checkpoint"))
+    check.add_arguments(
+        commands.add_parser("check", help="what each indexer keeps of a checkpoint's own, on your text")
+    )
     return parser
 
 

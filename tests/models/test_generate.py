@@ -192,7 +192,10 @@ def test_the_command_continues_ids_with_any_indexer(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["--prompt", "lower case"], "prompt holds byte 108, but the vocabulary has only 101 tokens"),
-        (["--prompt", "A", "--indexer", "flat"], "indexer is flat, wanted one of dsa, hisa, scan, block-sparse or a file"),
+        (
+            ["--prompt", "A", "--indexer", "flat"],
+            "indexer is flat, wanted one of dsa, hisa, scan, block-sparse or a file",
+        ),
         (["--prompt", "A", "--indexer", "dsa", "--block-size", "4"], "--indexer: .*block_size"),
         (["--prompt", "A", "--indexer", "scan", "--block-topk", "4"], "--indexer: .*block_topk"),
         (["--prompt", "A", "--indexer", "scan", "--candidates", "4"], r"--indexer: Scan\(candidates=4\): must be at"),
