@@ -51,8 +51,7 @@ def about(data: dict[str, Any]) -> str:
         f"bytes that it has not read (sha256 {data['corpus'][:12]}); size {data['size']}; {data['device']} "
         f"({data['platform']}, {data['cpu_cores']} CPU cores), JAX {data['jax']}; {data['seconds'] / 60:.0f} minutes "
         f"of measuring. Every query selects at most {data['topk']} tokens; HISA keeps {data['block_topk']} blocks of "
-        f"{data['block_size']} (m B = {data['candidates']:,}), the scan {2 * data['topk']:,} tokens, block-sparse "
-        f"{data['topk'] // data['block_size']} blocks.{left}"
+        f"{data['block_size']} (m B = {data['candidates']:,}), block-sparse {data['topk'] // data['block_size']}.{left}"
     )
 
 
