@@ -22,7 +22,6 @@ from hisa_jax.stages import Candidates, Queries
 
 N_SAMPLES = 256
 N_BEST = 16
-_ROWS = 8  # of a product: always so many, since a CPU's product of other heights may have other bits
 _TILES = 32  # of keys between two top-ks: each bisects over all of its units, whatever it throws away
 
 
@@ -113,10 +112,16 @@ def best_units(
         keys, positions = sequence.tile(start, tile_s)
         seen = (positions >= start)[None, :] & (positions[None, :] < visible[:, None])
         image = jnp.where(seen, topk.image_of(scores(heads, keys)), topk.INVISIBLE)
-        # A tile may begin before `start`, so that it ends with the keys.
-        image = jnp.pad(image, ((0, 0), (0, tile_s)), constant_values=topk.INVISIBLE)
-        image = lax.dynamic_slice_in_dim(image, start - positions[0], tile_s, axis=1)
-        return jnp.max(image.reshape(t, -1, unit), axis=2)
+
+        def moved(image: Array) -> Array:
+            image = jnp.pad(image, ((0, 0), (0, tile_s)), constant_values=topk.INVISIBLE)
+            return lax.dynamic_slice_in_dim(image, start - positions[0], tile_s, axis=1)
+
+        # The last tile may begin before `start`, so that it ends with the keys.
+        image = lax.cond(positions[0] < start, moved, lambda image: image, image)
+        image = jnp.max(image.reshape(t, -1, unit), axis=2)
+        units = start // unit + jnp.broadcast_to(jnp.arange(tile_s // unit, dtype=jnp.int32), image.shape)
+        return jnp.where(is_forced(place(units)) & (image > topk.INVISIBLE), topk.FORCED, image)
 
     def candidates(i: Array) -> Candidates:
         start = i * width
@@ -127,24 +132,19 @@ def best_units(
         n_seen = jnp.clip(-(-(jnp.max(visible) - start) // tile_s), 0, n_tiles)
         none = varying.like(jnp.full((t, width // unit), topk.INVISIBLE, jnp.int32), heads)
         image = lax.fori_loop(0, n_seen, put, none)
-        units = start // unit + jnp.broadcast_to(jnp.arange(width // unit, dtype=jnp.int32), image.shape)
-        forced = is_forced(place(units)) & (image > topk.INVISIBLE)
-        return Candidates(jnp.where(forced, topk.FORCED, image), units)
+        found, columns = topk.topk_in_order(image, None, min(m, width // unit))
+        return Candidates(found, jnp.where(columns >= 0, start // unit + columns, -1))
 
     max_spans = -(-sequence.max_keys // width)
+    if max_spans == 1:
+        return candidates(jnp.int32(0))
     return stages.stream_topk(candidates, -(-jnp.max(visible) // width), max_spans, m, t)
 
 
 def scores(heads: Array, keys: Keys) -> Array:
-    """[t, D] float32, s keys -> [t, s] float32: k_scale[s] * v[t] . k[s]."""
-    t, D = heads.shape
-    values = keys.values.astype(jnp.float32)
-
-    def one(rows: Array) -> Array:
-        return jnp.einsum("td,sd->ts", rows, values, precision=lax.Precision.HIGHEST)
-
-    groups = jnp.pad(heads, ((0, -t % _ROWS), (0, 0))).reshape(-1, _ROWS, D)
-    products = lax.map(one, groups).reshape(-1, values.shape[0])[:t]
+    """[t, D] float32, s keys -> [t, s] float32: k_scale[s] * v[t] . k[s], v in bfloat16 unless the keys are float32."""
+    heads = heads.astype(stages.product_dtype(jnp.bfloat16, keys.values.dtype))
+    products = stages.head_products(heads, keys)
     return products if keys.scales is None else products * keys.scales[None, :]
 
 

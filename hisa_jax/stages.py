@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from hisa_jax import topk, varying
 from hisa_jax.keys import LANES, Keys, Sequence, mean, present_values, tree_sum
@@ -72,14 +73,22 @@ def scores(q: Array, keys: Keys, w: Array) -> Array:
 
 def head_products(q: Array, keys: Keys) -> Array:
     """[H, D], s keys -> [H, s] float32, without the keys' scales."""
-    wide = jnp.float32 if jnp.float32 in (q.dtype, keys.values.dtype) else jnp.bfloat16
-    return jnp.einsum(
+    wide = product_dtype(q.dtype, keys.values.dtype)
+    # A product of one row is another loop on a CPU, whose bits depend on what surrounds it.
+    rows = jnp.pad(q, ((0, max(2 - q.shape[0], 0)), (0, 0)))
+    products = jnp.einsum(
         "hd,sd->hs",
-        q.astype(wide),
+        rows.astype(wide),
         keys.values.astype(wide),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
+    return products[: q.shape[0]]
+
+
+def product_dtype(q: DTypeLike, k: DTypeLike) -> DTypeLike:
+    """In which dtype queries and keys of these are multiplied: 8-bit operands are exact in bfloat16."""
+    return jnp.float32 if jnp.float32 in (q, k) else jnp.bfloat16
 
 
 def head_sum(products: Array, keys: Keys, w: Array) -> Array:

@@ -5,6 +5,8 @@ a second array: `INVISIBLE` is below every score and is never chosen, `FORCED` i
 to the image of -inf. Candidates lie in ascending position, so a tie at the cut is broken by counting from the left.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -12,6 +14,9 @@ from jax import Array, lax
 INVISIBLE = jnp.iinfo(jnp.int32).min
 FORCED = jnp.iinfo(jnp.int32).max
 _WORD = 32
+_ROWS = 8  # that a CPU's cache holds if they are long
+_LONG = 16384
+_STRIDE = 16  # of the candidates that show where about the cut is
 
 
 def image_of(scores: Array) -> Array:
@@ -57,38 +62,47 @@ def chosen_mask(image: Array, k: int, positions: Array | None = None) -> Array:
     cut = kth_largest(image, k)[:, None]
     above, at_cut = image > cut, image == cut
     room = k - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
-    if positions is None:
-        has_room = jnp.cumsum(at_cut, axis=1, dtype=jnp.int32) <= room
-    else:
+
+    def first_at_cut() -> Array:
+        if positions is None:
+            return at_cut & (jnp.cumsum(at_cut, axis=1, dtype=jnp.int32) <= room)
         order = jnp.where(at_cut, -positions, INVISIBLE)
-        has_room = order >= kth_largest(order, room[:, 0])[:, None]
-    return (above | (at_cut & has_room)) & (image > INVISIBLE)
+        return at_cut & (order >= kth_largest(order, room[:, 0])[:, None])
+
+    # Ties at the cut are rare and finding the first of them costs as much as the cut itself.
+    is_tied = jnp.any(jnp.sum(at_cut, axis=1, keepdims=True, dtype=jnp.int32) > room)
+    return (above | lax.cond(is_tied, first_at_cut, lambda: at_cut)) & (image > INVISIBLE)
 
 
-def compact(mask: Array, k: int) -> tuple[Array, Array]:
-    """Finds the columns of the first k set bits of each row.
-
-    [T, S] bool -> [T, k] int32 columns, ascending, 0 where there is none; [T, k] bool, which slots are filled.
-
-    Each slot looks up its 32-column word in the running count of words, then its bit in the word: k log S steps,
-    where a scatter of S elements is a serial loop on CPUs.
-    """
+def words_of(mask: Array) -> Array:
+    """[T, S] bool -> [T, ceil(S / 32)] uint32: column 0 is the lowest bit of word 0."""
     T, S = mask.shape
-    n_words = -(-S // _WORD)
-    bits = jnp.pad(mask, ((0, 0), (0, n_words * _WORD - S))).reshape(T, n_words, _WORD)
-    words = jnp.sum(
-        bits.astype(jnp.uint32) << jnp.arange(_WORD, dtype=jnp.uint32)[None, None, :],
-        axis=-1,
-        dtype=jnp.uint32,
-    )  # [T, n_words]
-    ends = jnp.cumsum(lax.population_count(words).astype(jnp.int32), axis=1)
-    slots = jnp.arange(k, dtype=jnp.int32)
-    filled = slots[None, :] < ends[:, -1:]
-    word_ids = jax.vmap(lambda row: jnp.searchsorted(row, slots, side="right", method="scan"))(ends).astype(jnp.int32)
-    word_ids = jnp.minimum(word_ids, n_words - 1)
-    word = jnp.take_along_axis(words, word_ids, axis=1)
-    before = jnp.take_along_axis(ends, word_ids, axis=1) - lax.population_count(word).astype(jnp.int32)
-    columns = word_ids * _WORD + _nth_set_bit(word, slots[None, :] - before)
+    bits = jnp.pad(mask, ((0, 0), (0, -S % _WORD))).reshape(T, -1, _WORD).astype(jnp.uint32)
+    return jnp.sum(bits << jnp.arange(_WORD, dtype=jnp.uint32)[None, None, :], axis=-1, dtype=jnp.uint32)
+
+
+def columns_of(words: Array, k: int) -> tuple[Array, Array]:
+    """The columns of the first k set bits of each row.
+
+    [T, n] uint32, see `words_of` -> [T, k] int32 columns, ascending, 0 where there is none; [T, k] bool, which slots are filled.
+
+    Each word writes its number into the first slot that it fills, the others, at most 31, take it from there; each slot
+    then looks up its bit in the word. A scatter of S elements would be a serial loop on CPUs.
+    """
+    T, n_words = words.shape
+    counts = lax.population_count(words).astype(jnp.int32)
+    ends = jnp.cumsum(counts, axis=1)
+    starts = ends - counts
+    first_slots = jnp.where(counts > 0, starts, k)  # k: nowhere
+    ids = jnp.broadcast_to(jnp.arange(n_words, dtype=jnp.int32), words.shape)
+    rows = jnp.arange(T, dtype=jnp.int32)[:, None]
+    word_ids = jnp.zeros((T, k), jnp.int32).at[rows, first_slots].max(ids, mode="drop")
+    for shift in (1, 2, 4, 8, 16):
+        word_ids = jnp.maximum(word_ids, jnp.pad(word_ids, ((0, 0), (shift, 0)))[:, :k])
+    slots = jnp.arange(k, dtype=jnp.int32)[None, :]
+    nth = slots - jnp.take_along_axis(starts, word_ids, axis=1)
+    columns = word_ids * _WORD + _nth_set_bit(jnp.take_along_axis(words, word_ids, axis=1), nth)
+    filled = slots < ends[:, -1:]
     return jnp.where(filled, columns, 0), filled
 
 
@@ -105,25 +119,75 @@ def _nth_set_bit(word: Array, nth: Array) -> Array:
     return position
 
 
-def topk_in_order(image: Array, positions: Array, k: int) -> tuple[Array, Array]:
+def topk_in_order(image: Array, positions: Array | None, k: int) -> tuple[Array, Array]:
     """The k best candidates of each row, in the order in which they stand.
 
     Args:
         image: [T, S] int32, `INVISIBLE` where there is no candidate.
-        positions: [T, S] int32, ascending among the visible.
+        positions: [T, S] int32, ascending among the visible; None: 0, 1, 2, ...
         k: how many to choose.
+
+    Where k is a small part of S, a cut among every 16th candidate throws most away before the exact cut is looked for;
+    should it have thrown away too many or too few, the whole row is searched.
 
     Returns: image and position of the chosen, [T, k] each; empty slots hold `INVISIBLE` and -1.
     """
-    columns, filled = compact(chosen_mask(image, k), k)
-    image = jnp.take_along_axis(image, columns, axis=1)
-    positions = jnp.take_along_axis(positions, columns, axis=1)
-    return jnp.where(filled, image, INVISIBLE), jnp.where(filled, positions, -1)
+    T, S = image.shape
+    if T <= _ROWS or S < _LONG:
+        found, columns = _best_in_order(image, k)
+    else:
+        found, columns = _best_of_long_rows(image, k)
+    if positions is None:
+        return found, columns
+    return found, jnp.where(columns >= 0, jnp.take_along_axis(positions, jnp.maximum(columns, 0), axis=1), -1)
+
+
+def _best_of_long_rows(image: Array, k: int) -> tuple[Array, Array]:
+    T, S = image.shape
+
+    def by_groups(image: Array) -> tuple[Array, Array]:
+        groups = jnp.pad(image, ((0, -T % _ROWS), (0, 0)), constant_values=INVISIBLE).reshape(-1, _ROWS, S)
+        found, columns = lax.map(lambda rows: _best_in_order(rows, k), groups)
+        return found.reshape(-1, k)[:T], columns.reshape(-1, k)[:T]
+
+    # A CPU's cache holds a few long rows, and they are read again and again.
+    return lax.platform_dependent(image, cpu=by_groups, default=lambda image: _best_in_order(image, k))
+
+
+def _best_in_order(image: Array, k: int) -> tuple[Array, Array]:
+    """[T, S] int32 -> image and column of the k best of each row, [T, k] each, ascending."""
+    S = image.shape[1]
+    rank = -(-k * (S // _STRIDE) // S)  # of the cut among the sampled
+    slack = 4 * math.isqrt(rank) + 4  # four standard deviations
+    room = _STRIDE * (rank + 2 * slack)
+
+    def best() -> tuple[Array, Array]:
+        return _take(image, words_of(chosen_mask(image, k)), k)
+
+    if 4 * room > S:
+        return best()
+    cut = jnp.maximum(kth_largest(image[:, ::_STRIDE], rank + slack), INVISIBLE + 1)
+    above = words_of(image >= cut[:, None])
+    count = jnp.sum(lax.population_count(above).astype(jnp.int32), axis=1)
+    holds_best = ((count >= k) | (cut == INVISIBLE + 1)) & (count <= room)
+
+    def best_above() -> tuple[Array, Array]:
+        few, columns = _take(image, above, room)
+        found, places = _take(few, words_of(chosen_mask(few, k)), k)
+        return found, jnp.where(places >= 0, jnp.take_along_axis(columns, jnp.maximum(places, 0), axis=1), -1)
+
+    return lax.cond(jnp.all(holds_best), best_above, best)
+
+
+def _take(image: Array, words: Array, k: int) -> tuple[Array, Array]:
+    """The candidates in a mask, at most k a row: image and column, [T, k] each, `INVISIBLE` and -1 behind them."""
+    columns, filled = columns_of(words, k)
+    return jnp.where(filled, jnp.take_along_axis(image, columns, axis=1), INVISIBLE), jnp.where(filled, columns, -1)
 
 
 def topk_of_any_order(image: Array, positions: Array, k: int) -> tuple[Array, Array]:
     """As `topk_in_order`, where the candidates of a row stand in any order; the chosen come out ascending."""
-    columns, filled = compact(chosen_mask(image, k, positions), k)
+    columns, filled = columns_of(words_of(chosen_mask(image, k, positions)), k)
     image = jnp.take_along_axis(image, columns, axis=1)
     positions = jnp.where(filled, jnp.take_along_axis(positions, columns, axis=1), jnp.iinfo(jnp.int32).max)
     positions, image = lax.sort((positions, image), dimension=1, num_keys=1)  # the empty slots stay behind

@@ -61,7 +61,7 @@ def test_compaction_finds_every_set_bit(S):
     rng = np.random.default_rng(S)
     for share in (0.0, 0.1, 0.5, 1.0):
         mask = rng.random((4, S)) < share
-        columns, filled = topk.compact(jnp.asarray(mask), 20)
+        columns, filled = topk.columns_of(topk.words_of(jnp.asarray(mask)), 20)
         for row in range(4):
             wanted = np.flatnonzero(mask[row])[:20]
             np.testing.assert_array_equal(columns[row], [*wanted, *[0] * (20 - len(wanted))])
