@@ -116,7 +116,9 @@ def verdict(rows: Sequence[Row], candidates: int) -> Table:
         "bits a byte more than flat H / S / B", "recall, text H / S / B", "recall, retrieval H / S / B",
         "mass, retrieval H / S / B",
     )  # fmt: skip
-    return Table("What is kept, what is lost: flat (F), HISA (H), scan of 2 k (S), block-sparse (B)", columns, tuple(found))
+    return Table(
+        "What is kept, what is lost: flat (F), HISA (H), scan of 2 k (S), block-sparse (B)", columns, tuple(found)
+    )
 
 
 def needles(rows: Sequence[Row]) -> Table:
