@@ -98,8 +98,8 @@ def notes(results: "list[Result]") -> Iterator[str]:
         where = [f"{shapes.label(r.context)} ({r.n_identical[name]})" for r in results if r.n_identical[name]]
         identical.append(f"{NAMES[name]} {', '.join(where) or 'there were none'}")
     yield (
-        "Checked: HISA and the scan selected exactly what the flat indexer did for all queries that see at most as many "
-        f"tokens as the method has candidates: {'; '.join(identical)}."
+        "Checked: HISA and the scan selected exactly what the flat indexer did for all queries that see at most as "
+        f"many tokens as the method has candidates: {'; '.join(identical)}."
     )
 
 

@@ -15,6 +15,7 @@ from models.check.reading import read, sampled_positions
 from models.config import Config, read_config
 from models.modeling import Model
 from models.params import from_pretrained
+from models.sharding import make_mesh
 from models.tokens import Tokenizer, load_tokenizer
 
 _TIMES_TOPK = 64  # context by default: as 128K tokens are to 2048
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chunk", type=int, default=512, metavar="N", help="tokens a forward pass (default: %(default)s)"
     )
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--model-parallel", type=int, default=1, metavar="N", help="devices the weights are split over")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every layer's figures")
 
 
@@ -66,7 +68,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--block-size {options.block_size}: wanted at most {2 * topk}, twice topk")
     methods = methods_to_check(topk, options.block_size)
     tokens = _tokens(options, config, topk)
-    model = from_pretrained(options.checkpoint, methods["flat"], _DTYPES[options.dtype])
+    mesh = None if options.model_parallel == 1 else make_mesh(1, options.model_parallel)
+    model = from_pretrained(options.checkpoint, methods["flat"], _DTYPES[options.dtype], mesh)
     console = Console()
     if not console.is_terminal:
         console.width = 120

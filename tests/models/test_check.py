@@ -125,6 +125,7 @@ def test_the_command_shows_a_table_and_writes_every_layer(tmp_path, capsys):
         (["--topk", 77], "/text: 153 tokens, wanted at least 154"),
         (["--topk", 0], "--topk 0: wanted at least 1"),
         (["--queries", 0], "--queries 0: wanted at least 1"),
+        (["--model-parallel", 99], r"make_mesh\(data=1, model=99\): wanted at least 1 of each"),
         (["--block-size", 17], "--block-size 17: wanted at most 16, twice topk"),
         (["--json", "/nowhere/check.json"], "--json /nowhere/check.json: /nowhere is no folder"),
         (["--checkpoint", "nowhere"], r"wanted a folder with a config\.json"),
