@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-import hisa_jax as hj
 from bench.fuzz_scene import Array, Scene
 from bench.fuzz_setups import Setup
+from hisa_jax.methods import Dsa, least_blocks
 from tests import oracle
 
 DTYPES = {
@@ -210,7 +210,7 @@ def _length(setup: Setup, rng: Rng) -> int:
         (setup.page_size or 16) * int(rng.integers(1, 5)),
         setup.unit * int(rng.integers(1, 7)),
     ]
-    edges.append(setup.unit if isinstance(method, hj.Dsa) else method.block_topk * method.block_size)
+    edges.append(setup.unit if isinstance(method, Dsa) else least_blocks(method) * method.block_size)
     length = int(rng.choice(edges)) + int(rng.integers(-1, 2)) if rng.random() < 0.6 else int(rng.integers(S + 1))
     return min(max(length, 0), S)
 

@@ -132,6 +132,9 @@ def _xla() -> list[Setup | MlaSetup]:
         setup(hj.Dsa(topk=24), f32, int8, "float32"),
         setup(hj.Scan(topk=24, candidates=36, unit=4), f32, H=64, D=128, T=8),
         setup(hisa, f32, H=64, D=128, T=8),
+        setup(hj.Hisa(topk=24, block_size=16, block_topk=9, block_ratio=3), f32),
+        setup(hj.Hisa(topk=7, block_size=16, block_topk=40, block_ratio=2, keep_first=0), bf16, e4m3, "float32"),
+        setup(hj.Scan(topk=7, candidates=40, unit=4, keep_first=0), f32, page_size=1, H=1, D=65),
     ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from jax import Array, lax
 from hisa_jax import exchange, stages, topk, xla
 from hisa_jax.kernels import tokens_of_blocks
 from hisa_jax.keys import Keys
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.selection import Selection
 
 Found = tuple[Array, Array]  # [B, T, j] int32 each: images, `INVISIBLE` where there is none; ids or positions, then -1
@@ -62,6 +62,7 @@ def select(
             blocks = _first(eligible, method.block_topk)
         found = local.best_tokens(q, w, keys.values, keys.scales, own_visible, topk=min(k, S), interpret=interpret)
     else:
+        assert not isinstance(method, Scan)  # declined
         own_keys = local.in_blocks(keys.values, keys.scales, method.block_size)
         n_blocks, first_block = S // method.block_size, first_key // method.block_size
         eligible = -(-visible // method.block_size)

@@ -176,6 +176,7 @@ def _select(
         return stages.flat(tile, means_of(r), m, tiles.keys, lambda block_ids: is_forced(dealt.place(block_ids)))
 
     def scan_units(tile: Queries, r: Array, heads: Array) -> Candidates:
+        assert isinstance(method, Scan)
         eligible = -(-tile.visible // block_size)
         seen = tokens.before(tile.visible)
         return scan.best_units(heads, seen, eligible, sequence_of(r), method, m, tiles.keys, dealt.place)
@@ -185,7 +186,7 @@ def _select(
         found = search(scan_units, m, heads)
     else:
         found = search(filter_blocks, m)
-    blocks = merged(found, dealt, method.block_topk).positions
+    blocks = stages.kept_of(merged(found, dealt, method.block_topk), -(-visible // block_size), method)
     if isinstance(method, BlockSparse) and not return_scores:
         positions, seen = stages.tokens_of(blocks, visible, block_size)
         best = xla.unscored(jnp.where(seen, positions, -1))

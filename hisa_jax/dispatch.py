@@ -100,11 +100,12 @@ def _nvidia(name: str) -> Implementation:
         module: Any = backend(name)
         if problem is None:
             return module.why_not(device.compute_capability, H=64, D=128, dtype="bfloat16", topk=1)
-        if isinstance(problem.method, Scan):
-            return _NO_SCAN
+        if reason := _no_kernels(problem.method):
+            return reason
         if problem.q_dtype != problem.k_dtype:
             return f"needs queries and keys of one dtype, not {problem.q_dtype} and {problem.k_dtype}"
         method = problem.method
+        assert not isinstance(method, Scan)
         if problem.page_size is not None:
             unit = problem.page_size if isinstance(method, Dsa) else method.block_size
             pages: Any = importlib.import_module("kernels_pallas.pages")
@@ -132,8 +133,9 @@ def _tpu(name: str) -> Implementation:
         if problem is None:
             return module.why_not(device.kind, H=64, D=128, q_dtype="bfloat16", k_dtype="bfloat16", topk=1)
         method = problem.method
-        if isinstance(method, Scan):
-            return _NO_SCAN
+        if reason := _no_kernels(method):
+            return reason
+        assert not isinstance(method, Scan)
         blocks = {} if isinstance(method, Dsa) else {"block_size": method.block_size, "block_topk": method.block_topk}
         return module.why_not(
             device.kind,
@@ -153,12 +155,19 @@ def _tpu(name: str) -> Implementation:
     return dataclasses.replace(_kernels(name, why_not, flat_if_all_kept=True), select_sharded=sharded)
 
 
+def _no_kernels(method: Method) -> str | None:
+    if isinstance(method, Scan):
+        return "has no kernels for a Scan"
+    if isinstance(method, Hisa) and method.block_ratio > 1:
+        return f"has no kernels for a Hisa of block_ratio={method.block_ratio}"
+    return None
+
+
 def _blocks(method: Hisa | BlockSparse, S: int) -> dict[str, int]:
     return {"block_size": method.block_size, "block_topk": method.block_topk, "n_blocks": -(-S // method.block_size)}
 
 
 _NO_NVIDIA = "needs an NVIDIA GPU, this device is {!r}"
-_NO_SCAN = "has no kernels for a Scan"
 _NO_TPU = "needs a TPU, this device is {!r}"
 
 # In the order in which "auto" tries them.

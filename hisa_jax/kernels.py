@@ -12,7 +12,7 @@ from jax import Array, lax
 from hisa_jax import stages, topk
 from hisa_jax.cache import IndexCache
 from hisa_jax.keys import Contiguous, Keys, Paged, Sequence
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.selection import Selection
 from hisa_jax.xla import Tiles
 
@@ -176,6 +176,7 @@ class Kernels:
             **rows,
             **blocks_rows,
         )
+        assert not isinstance(method, Scan)  # declined
         if isinstance(method, Hisa):
             hisa = backend.select_hisa_paged if is_paged else backend.select_hisa
             indices, count, blocks = hisa(*operands, topk=method.topk, **options)

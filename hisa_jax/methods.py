@@ -59,7 +59,10 @@ class Hisa(_Blocks):
     Attributes:
         topk: tokens chosen for each query, k in the paper.
         block_size: tokens a block, B in the paper.
-        block_topk: blocks kept for each query, m in the paper.
+        block_topk: most blocks kept for each query, m in the paper; all of them of a query that sees no more.
+        block_ratio: a query that sees n blocks keeps n / block_ratio of them, rounded up, up to `block_topk`: M : m in
+            the paper, whose ratio mode is 4. But not fewer than are always kept, nor than hold `topk` tokens if the
+            last one holds a single token. 1: `block_topk` of any number.
         keep_first: eligible blocks at the start that are always kept; they count towards `block_topk`.
         keep_last: eligible blocks at the end that are always kept, the query's own one among them.
 
@@ -69,10 +72,12 @@ class Hisa(_Blocks):
     """
 
     block_topk: int = 64
+    block_ratio: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, "block_topk", 1)
+        at_least(self, "block_ratio", 1)
         forced = self.keep_first + self.keep_last
         if self.block_topk < forced:
             raise ValueError(
@@ -124,7 +129,8 @@ class Scan:
     """The scan: one virtual head scores every token, then the exact indexer chooses among the best by it.
 
     The virtual head of query t is v[t] = sum_h w[t, h] * a[t, h] * q[t, h], and its score of token s is
-    k_scale[s] * v[t] . k[s]: the indexer's own score with relu replaced by the slopes a, at 1 / H of its products.
+    k_scale[s] * v[t] . k[s]: the indexer's own score with relu replaced by the slopes a, at 1 / H of its products. v is
+    rounded to bfloat16, unless the keys are float32.
 
     Attributes:
         topk: tokens chosen for each query.
@@ -162,7 +168,7 @@ class Scan:
             # The value that stands for None, so that methods which mean the same are equal.
             object.__setattr__(self, "candidates", -(-2 * self.topk // self.unit) * self.unit)
         at_least(self, "candidates", self.topk, ", its topk")
-        if self.candidates % self.unit:
+        if self.block_topk * self.unit != self.candidates:
             raise ValueError(f"Scan(candidates={self.candidates}): must be a multiple of unit = {self.unit}")
         forced = self.keep_first + self.keep_last
         if self.block_topk < forced:
@@ -184,3 +190,12 @@ class Scan:
 
 
 Method = Hisa | Dsa | BlockSparse | Scan
+
+
+def least_blocks(method: Hisa | BlockSparse | Scan) -> int:
+    """Up to how many blocks a query keeps all that it sees; beyond it keeps at least so many."""
+    if not isinstance(method, Hisa) or method.block_ratio == 1:
+        return method.block_topk
+    # The last block may hold a single token; the others are full.
+    holding_topk = -(-(method.topk - 1) // method.block_size) + 1
+    return min(max(method.keep_first + method.keep_last, holding_topk), method.block_topk)

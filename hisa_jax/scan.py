@@ -22,7 +22,8 @@ from hisa_jax.stages import Candidates, Queries
 
 N_SAMPLES = 256
 N_BEST = 16
-_TILES = 32  # of keys between two top-ks: each bisects over all of its units, whatever it throws away
+_TILES = 8  # of keys between two top-ks: each looks at all of its units, whatever it throws away
+_KEYS = 4  # tiles of the other stages make one of these: a product with one head is cheaper than what surrounds it
 
 
 class Samples(NamedTuple):
@@ -102,7 +103,7 @@ def best_units(
         place: maps units of `sequence` to their places among all, where it is a part.
     """
     t, unit = visible.shape[0], method.unit
-    tile_s = min(tile_s, -(-sequence.max_keys // stages.LANES) * stages.LANES)
+    tile_s = min(_KEYS * tile_s, -(-sequence.max_keys // stages.LANES) * stages.LANES)
     n_tiles = min(-(-sequence.max_keys // tile_s), _TILES)
     width = n_tiles * tile_s
     is_forced = stages.forced_blocks(eligible, method)

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from hisa_jax import topk, varying
 from hisa_jax.keys import LANES, Keys, Sequence, mean, present_values, tree_sum
-from hisa_jax.methods import BlockSparse, Hisa, Scan
+from hisa_jax.methods import BlockSparse, Hisa, Scan, least_blocks
 
 
 class Queries(NamedTuple):
@@ -168,7 +168,7 @@ def flat(
 
 
 def block_filter(queries: Queries, means: Sequence, method: Hisa | BlockSparse, tile_n: int) -> Array:
-    """The blocks each query keeps: the best `block_topk` eligible ones, the first and the last always among them.
+    """The blocks each query keeps: the best of the eligible ones, the first and the last always among them.
 
     `means` are the sequence's block means, scored `tile_n` at a time. Returns [t, block_topk] int32 block ids,
     ascending, then -1.
@@ -179,10 +179,23 @@ def block_filter(queries: Queries, means: Sequence, method: Hisa | BlockSparse, 
     forced = forced_blocks(eligible, method)
 
     def filtered() -> Array:
-        return flat(queries._replace(visible=eligible), means, m, tile_n, forced).positions
+        return kept_of(flat(queries._replace(visible=eligible), means, m, tile_n, forced), eligible, method)
 
-    kept = lax.cond(jnp.all(eligible <= m), lambda: first_positions(eligible, m), filtered)
-    return jnp.pad(kept, ((0, 0), (0, method.block_topk - m)), constant_values=-1)
+    keeps_all = jnp.all(eligible <= least_blocks(method))
+    return lax.cond(keeps_all, lambda: first_positions(eligible, method.block_topk), filtered)
+
+
+def kept_of(best: Candidates, eligible: Array, method: Hisa | BlockSparse | Scan) -> Array:
+    """Of the best blocks of each query, [t, m] ascending, those that it keeps: fewer where `block_ratio` says so.
+
+    `eligible` [t] int32 are the blocks that it sees. Returns [t, block_topk] int32 block ids, ascending, then -1.
+    """
+    block_ids, m = best.positions, best.positions.shape[1]
+    if isinstance(method, Hisa) and method.block_ratio > 1:
+        n = jnp.maximum(_cdiv(eligible, method.block_ratio), least_blocks(method))
+        columns, filled = topk.columns_of(topk.words_of(topk.chosen_mask(best.image, jnp.minimum(n, m))), m)
+        block_ids = jnp.where(filled, jnp.take_along_axis(block_ids, columns, axis=1), -1)
+    return jnp.pad(block_ids, ((0, 0), (0, method.block_topk - m)), constant_values=-1)
 
 
 def forced_blocks(eligible: Array, method: Hisa | BlockSparse | Scan) -> Callable[[Array], Array]:

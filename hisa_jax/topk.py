@@ -7,7 +7,6 @@ to the image of -inf. Candidates lie in ascending position, so a tie at the cut 
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -51,17 +50,18 @@ def kth_largest(image: Array, k: int | Array) -> Array:
     return lax.while_loop(unfinished, halve, (jnp.min(image, axis=1), jnp.max(image, axis=1)))[0]
 
 
-def chosen_mask(image: Array, k: int, positions: Array | None = None) -> Array:
+def chosen_mask(image: Array, k: int | Array, positions: Array | None = None) -> Array:
     """[T, S] int32 -> [T, S] bool: the k largest visible values of each row, all of them if there are fewer.
 
+    k is one for all rows, or [T] int32 and at most S.
     Of equal values those in front, or those with the lowest `positions`, [T, S] int32, all different.
     """
     S = image.shape[1]
-    if k >= S:
+    if isinstance(k, int) and k >= S:
         return image > INVISIBLE
     cut = kth_largest(image, k)[:, None]
     above, at_cut = image > cut, image == cut
-    room = k - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
+    room = (k - jnp.sum(above, axis=1, dtype=jnp.int32))[:, None]
 
     def first_at_cut() -> Array:
         if positions is None:
@@ -84,7 +84,7 @@ def words_of(mask: Array) -> Array:
 def columns_of(words: Array, k: int) -> tuple[Array, Array]:
     """The columns of the first k set bits of each row.
 
-    [T, n] uint32, see `words_of` -> [T, k] int32 columns, ascending, 0 where there is none; [T, k] bool, which slots are filled.
+    [T, n] uint32, see `words_of` -> [T, k] int32 columns, ascending, 0 where there is none; [T, k] bool, which are there.
 
     Each word writes its number into the first slot that it fills, the others, at most 31, take it from there; each slot
     then looks up its bit in the word. A scatter of S elements would be a serial loop on CPUs.

@@ -15,7 +15,7 @@ from jax import Array, lax
 from hisa_jax import scan, stages, topk, varying
 from hisa_jax.cache import IndexCache
 from hisa_jax.keys import LANES, Contiguous, Keys, Paged, PagedMeans, Sequence
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan, at_least
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan, at_least, least_blocks
 from hisa_jax.selection import Selection, nothing
 from hisa_jax.stages import Candidates, Queries
 
@@ -31,7 +31,7 @@ class Tiles:
     Raises: TypeError: a size that is not an int. ValueError: one below 1, or `keys` that is not a multiple of 128.
     """
 
-    queries: int = 8
+    queries: int = 32
     keys: int = 4096
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ def select(
         sequences * T,
         *_contiguous(flat_keys, sequences[:-1] * S, lengths, S, method, tiles),
         method,
-        dataclasses.replace(tiles, queries=min(tiles.queries, T)),
+        tiles,
         return_scores,
         return_blocks,
     )
@@ -137,8 +137,8 @@ def select_paged(
 
 
 def has_filter(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse | Scan]:
-    """False where no query can see more blocks than it keeps: there the method is the flat indexer by contract."""
-    return not isinstance(method, Dsa) and max_keys > method.block_topk * method.block_size
+    """False where no query can see blocks that it does not keep: there the method is the flat indexer by contract."""
+    return not isinstance(method, Dsa) and max_keys > least_blocks(method) * method.block_size
 
 
 def has_means(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse]:
@@ -181,7 +181,9 @@ def _select_ragged(
         return _select_tile(own, sequence_of(r), means, method, tiles.keys, return_scores, return_blocks)
 
     empty = functools.partial(nothing, method=method, return_scores=return_scores, return_blocks=return_blocks)
-    return over_tiles(select_tile, queries, query_starts, tiles.queries, empty)
+    # No more rows than the sequences have on average: in decoding each has one.
+    n_rows = -(-queries.q.shape[0] // (query_starts.shape[0] - 1))
+    return over_tiles(select_tile, queries, query_starts, min(tiles.queries, n_rows), empty)
 
 
 def over_tiles[Found](

@@ -69,7 +69,7 @@ def _ids(text: str) -> list[int]:
 def _method(options: argparse.Namespace, config: Config) -> MethodLike:
     if options.indexer not in NAMES:
         return read_methods(options.indexer, config)
-    fields = ("topk", "block_size", "block_topk", "candidates", "unit", "slopes")
+    fields = ("topk", "block_size", "block_topk", "block_ratio", "candidates", "unit", "slopes")
     # What a method does not have is refused there, by name, if it was given.
     given = {name: value for name in fields if (value := getattr(options, name)) is not None}
     return make_method(options.indexer, config, "--indexer", **given)
@@ -134,6 +134,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--topk", type=int, help="tokens each query attends to; default: the checkpoint's")
     command.add_argument("--block-size", type=int, help="tokens a block")
     command.add_argument("--block-topk", type=int, help="blocks kept, for hisa")
+    command.add_argument("--block-ratio", type=int, help="for hisa: one block in so many is kept, up to --block-topk")
     command.add_argument("--candidates", type=int, help="tokens scored exactly, for scan; default: twice topk")
     command.add_argument("--unit", type=int, help="adjacent tokens that become candidates together, for scan")
     command.add_argument("--slopes", metavar="sampled|plain", help="of the virtual head, for scan")

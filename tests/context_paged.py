@@ -30,7 +30,7 @@ METHODS = {
     "hisa": hj.Hisa(topk=24, block_size=32, block_topk=5),
     "scan": hj.Scan(topk=24, candidates=64),
     "scan_units": hj.Scan(topk=24, candidates=64, unit=8, keep_first=2, keep_last=3),
-    "hisa_more_forced": hj.Hisa(topk=24, block_size=32, block_topk=6, keep_first=2, keep_last=3),
+    "hisa_ratio": hj.Hisa(topk=24, block_size=32, block_topk=36, block_ratio=2, keep_first=2, keep_last=3),
     "all_blocks_kept": hj.Hisa(topk=24, block_size=32, block_topk=32),
     "block_sparse": hj.BlockSparse(topk=160, block_size=32),
 }
@@ -145,7 +145,7 @@ def pages_on_eight_devices_hold_what_one_would():
 
 
 def same_bits_for_every_method():
-    for name in ("dsa", "hisa_more_forced", "all_blocks_kept", "block_sparse", "scan", "scan_units"):
+    for name in ("dsa", "hisa_ratio", "all_blocks_kept", "block_sparse", "scan", "scan_units"):
         check(METHODS[name], *served(), stripe=STRIPE, **OVER)
 
 

@@ -23,7 +23,7 @@ METHODS = {
     "hisa": hj.Hisa(topk=24, block_size=16, block_topk=5),
     "scan": hj.Scan(topk=24, candidates=64),
     "scan_units": hj.Scan(topk=24, candidates=64, unit=8, keep_first=2, keep_last=3),
-    "hisa_more_forced": hj.Hisa(topk=24, block_size=16, block_topk=6, keep_first=2, keep_last=3),
+    "hisa_ratio": hj.Hisa(topk=24, block_size=16, block_topk=48, block_ratio=4, keep_first=2, keep_last=3),
     "all_blocks_kept": hj.Hisa(topk=24, block_size=16, block_topk=32),
     "block_sparse": hj.BlockSparse(topk=64, block_size=16),
 }
@@ -65,7 +65,7 @@ def check(method, data, context, dtype="float32", lengths=(S, S), query_position
 def same_bits_for_every_method_and_mesh():
     for method in METHODS.values():
         check(method, 1, 8)
-    check(METHODS["hisa_more_forced"], 2, 4)
+    check(METHODS["hisa_ratio"], 2, 4)
 
 
 def same_bits_without_scores_and_for_every_dtype():

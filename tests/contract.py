@@ -16,16 +16,25 @@ from hypothesis import strategies as st
 import hisa_jax as hj
 from tests import draw, oracle
 from tests.draw import Inputs, named
+from tests.oracle.methods import block_budget
 
 TOLERANCE = 1e-5  # float32 sums in another order, relative to the scale of a query's scores
 
 DSA = hj.Dsa(topk=24)
 HISA = hj.Hisa(topk=24, block_size=16, block_topk=4)
 BLOCK_SPARSE = hj.BlockSparse(topk=64, block_size=16)
+RATIO = hj.Hisa(topk=24, block_size=16, block_topk=7, block_ratio=2)
 SCAN = hj.Scan(topk=24, candidates=48)
 SCAN_UNITS = hj.Scan(topk=24, candidates=64, unit=8)
-METHODS = {"dsa": DSA, "hisa": HISA, "block_sparse": BLOCK_SPARSE, "scan": SCAN, "scan_units": SCAN_UNITS}
-HIERARCHICAL = {"hisa": HISA, "block_sparse": BLOCK_SPARSE}
+METHODS = {
+    "dsa": DSA,
+    "hisa": HISA,
+    "hisa_ratio": RATIO,
+    "block_sparse": BLOCK_SPARSE,
+    "scan": SCAN,
+    "scan_units": SCAN_UNITS,
+}
+HIERARCHICAL = {"hisa": HISA, "hisa_ratio": RATIO, "block_sparse": BLOCK_SPARSE}
 each_method = parameterized.named_parameters(METHODS.items())
 each_hierarchical = parameterized.named_parameters(HIERARCHICAL.items())
 
@@ -277,7 +286,7 @@ class SelectionContract(Contract, chex.TestCase):
         for position, blocks in zip(positions.reshape(-1), np.asarray(got.blocks).reshape(16, -1), strict=True):
             kept = blocks[blocks >= 0]
             self.assertEqual((kept[0], kept[-1]), (0, position // 16))
-            self.assertLen(kept, min(method.block_topk, position // 16 + 1))
+            self.assertLen(kept, block_budget(method, position // 16 + 1))
 
     @parameterized.parameters((0, 1), (1, 2), (2, 5), (3, 1))
     @pytest.mark.slow
@@ -343,6 +352,21 @@ class SelectionContract(Contract, chex.TestCase):
         for block_topk in (32, 100):  # just all of them, more than there are
             method = hj.Hisa(topk=24, block_size=16, block_topk=block_topk)
             assert_same_bits(self.select(q, k, w, method, return_blocks=False), self.select(q, k, w, DSA))
+
+    def test_a_ratio_keeps_one_block_in_so_many(self):
+        # Up to 3 blocks, which hold topk = 24 tokens even if the last holds one, all; then a half; then 7.
+        positions = everywhere([15, 33, 47, 95, 96, 127, 128, 149])
+        got = self.assert_keeps_the_contract(*standard(), RATIO, query_positions=positions)
+        self.assertEqual(np.sum(got.blocks[0] >= 0, axis=1).tolist(), [1, 3, 3, 3, 4, 4, 5, 5])
+        self.assertEqual(np.asarray(got.count[0]).tolist(), [16, *[24] * 7])
+        positions = everywhere([0, 15, 16, 31, 32, 33, 46, 47])
+        options = dict(query_positions=positions, return_blocks=False)
+        assert_same_bits(*(self.select(*standard(), m, **options) for m in (RATIO, DSA)))
+
+    def test_a_bound_beyond_all_blocks_leaves_a_ratio_its_say(self):
+        got = self.assert_keeps_the_contract(*standard(), dataclasses.replace(RATIO, block_topk=40))
+        self.assertEqual(got.blocks.shape, (2, 8, 40))
+        self.assertEqual(np.sum(got.blocks[0, -1] >= 0), 5)
 
     @parameterized.parameters(
         ("hisa", "float32"), ("hisa", "bfloat16"), ("hisa", "int8"),

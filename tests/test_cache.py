@@ -23,7 +23,7 @@ METHODS = {
     "hisa": hj.Hisa(topk=20, block_size=16, block_topk=3),
     "scan": hj.Scan(topk=20, candidates=32),
     "scan_units": hj.Scan(topk=20, candidates=32, unit=4, slopes="plain"),
-    "hisa_two_pages_a_block": hj.Hisa(topk=20, block_size=32, block_topk=2),
+    "hisa_two_pages_a_block": hj.Hisa(topk=20, block_size=32, block_topk=3, block_ratio=2),
     "block_sparse": hj.BlockSparse(topk=48, block_size=16),
 }
 append = jax.jit(hj.append, donate_argnums=0)

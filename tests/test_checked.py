@@ -13,7 +13,12 @@ import hisa_jax as hj
 ARRAYS = jnp.ones((2, 3, 4, 16)), jnp.ones((2, 40, 16)), jnp.ones((2, 3, 4))
 PACKED = jnp.ones((3, 4, 16)), jnp.ones((40, 16)), jnp.ones((3, 4))
 MLA = jnp.ones((1, 2, 4, 24)), jnp.ones((1, 40, 24))
-METHODS = [hj.Dsa(topk=4), hj.Hisa(topk=4, block_size=4, block_topk=2), hj.BlockSparse(topk=8, block_size=4)]
+METHODS = [
+    hj.Dsa(topk=4),
+    hj.Hisa(topk=4, block_size=4, block_topk=2),
+    hj.BlockSparse(topk=8, block_size=4),
+    hj.Scan(topk=4),
+]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)

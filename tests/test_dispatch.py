@@ -75,6 +75,23 @@ def test_kernels_decline_tables_beyond_32_bits():
     assert dispatch.choose("select_paged", "auto", reasons) == "xla"
 
 
+def test_kernels_decline_what_is_xlas_alone():
+    devices = {
+        "mosaic_gpu": dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0"),
+        "triton": dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0"),
+        "mosaic_tpu": dispatch.Device(platform="tpu", kind="TPU v6e"),
+    }
+    sentences = {
+        hj.Hisa(): None,
+        hj.Hisa(block_ratio=4): "has no kernels for a Hisa of block_ratio=4",
+        hj.Scan(): "has no kernels for a Scan",
+    }
+    for method, sentence in sentences.items():
+        problem = dispatch.Problem(H=64, D=128, S=1 << 16, q_dtype="bfloat16", k_dtype="bfloat16", method=method)
+        for name, device in devices.items():
+            assert dispatch.reasons(device, problem)[name] == sentence
+
+
 def test_hoppers_attention_is_first_where_its_64_heads_are_full():
     hopper = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
     for N, first in ((16, "triton"), (64, "mosaic_gpu"), (96, "triton"), (128, "mosaic_gpu")):

@@ -17,6 +17,7 @@ import hisa_jax as hj
         (lambda: hj.Hisa(topk=0), "Hisa(topk=0): must be at least 1"),
         (lambda: hj.Hisa(block_size=0), "Hisa(block_size=0): must be at least 1"),
         (lambda: hj.Hisa(block_topk=0), "Hisa(block_topk=0): must be at least 1"),
+        (lambda: hj.Hisa(block_ratio=0), "Hisa(block_ratio=0): must be at least 1"),
         (lambda: hj.Hisa(keep_first=-1), "Hisa(keep_first=-1): must be at least 0"),
         (
             lambda: hj.Hisa(keep_last=0),
@@ -59,8 +60,13 @@ def test_methods_are_frozen_and_hashable():
         hj.Hisa().topk = 3
 
 
+def test_a_ratio_is_a_whole_number():
+    with pytest.raises(TypeError, match=re.escape("Hisa(block_ratio='1/4'): must be an int, not str")):
+        hj.Hisa(block_ratio="1/4")
+
+
 def test_the_defaults_are_the_papers():
-    assert (hj.Hisa().topk, hj.Hisa().block_size, hj.Hisa().block_topk) == (2048, 128, 64)
+    assert (hj.Hisa().topk, hj.Hisa().block_size, hj.Hisa().block_topk, hj.Hisa().block_ratio) == (2048, 128, 64, 1)
     assert hj.BlockSparse().block_topk == 16
 
 

@@ -44,6 +44,17 @@ def test_the_k_best_are_chosen_in_order_with_ties_to_the_left(k, image):
 
 
 @given(
+    st.lists(st.sampled_from([0, 1, 2, 20, 39, 40]), min_size=3, max_size=3),
+    hnp.arrays(np.int32, (3, 40), elements=st.integers(-3, 3) | st.sampled_from([INT_MIN, INT_MAX])),
+)
+def test_every_row_may_choose_as_many_as_it_wants(k, image):
+    got = np.asarray(jax.jit(topk.chosen_mask)(image, np.array(k, np.int32)))
+    for row in range(3):
+        best = np.argsort(-image[row].astype(np.int64), kind="stable")[: k[row]]
+        assert np.flatnonzero(got[row]).tolist() == sorted(best[image[row, best] > INT_MIN])
+
+
+@given(
     st.sampled_from([1, 2, 20, 39, 40]),
     hnp.arrays(np.int32, (3, 40), elements=st.integers(-3, 3) | st.sampled_from([INT_MIN, INT_MAX])),
     st.permutations(range(40)),

@@ -172,7 +172,7 @@ def test_the_command_continues_ids_with_any_indexer(capsys, tmp_path):
     printed = {}
     for name, options in {
         "dsa": [],
-        "hisa": [*blocks, "--block-topk", "2"],
+        "hisa": [*blocks, "--block-topk", "9", "--block-ratio", "3"],
         "scan": ["--candidates", "10", "--unit", "2", "--slopes", "plain"],
         "block-sparse": blocks,
         layers: [],

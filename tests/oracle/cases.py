@@ -18,6 +18,7 @@ class Hisa:
     block_topk: int = 64
     keep_first: int = 1
     keep_last: int = 1
+    block_ratio: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Scan:
 
 
 SCANS = [Scan(6, 12), Scan(4, 8, 2), Scan(5, 8, 4, "plain", 0, 2)]
-METHODS = [*SCANS, Dsa(6), Hisa(6, 4, 3), Hisa(5, 2, 4, 0, 2), BlockSparse(12, 4), BlockSparse(8, 2, 2, 1)]
+RATIOS = [Hisa(3, 2, 5, block_ratio=3), Hisa(2, 1, 9, 2, 1, block_ratio=2)]
+METHODS = [*SCANS, *RATIOS, Dsa(6), Hisa(6, 4, 3), Hisa(5, 2, 4, 0, 2), BlockSparse(12, 4), BlockSparse(8, 2, 2, 1)]
 
 
 def draw(seed, B, T, S, H, D, dtype=np.float32):

@@ -199,7 +199,7 @@ def _why_not_kept(query: Query, kept) -> str | None:
         )
     for j in sorted(sure - kept):
         return f"block {j} was left out with score {scores[j]:.9g}, block cut {cut:.9g}"
-    wanted = min(block_budget(query.method), len(scores))
+    wanted = block_budget(query.method, len(scores))
     if len(kept) != wanted:
         return f"{len(kept)} blocks were kept, wanted {wanted}: {_short(np.array(sorted(kept)))}"
     return None

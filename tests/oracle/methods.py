@@ -128,8 +128,8 @@ def has_blocks(method) -> bool:
         raise ValueError(f"oracle: method is a {name}, wanted Hisa, Dsa, BlockSparse or Scan")
     if name != "Dsa" and method.keep_last < 1:
         raise ValueError(f"oracle: {name}(keep_last={method.keep_last}): the query's own mean would decide")
-    if name != "Dsa" and method.keep_first + method.keep_last > block_budget(method):
-        raise ValueError(f"oracle: {name} always keeps more blocks than its budget of {block_budget(method)}")
+    if name != "Dsa" and method.keep_first + method.keep_last > most_blocks(method):
+        raise ValueError(f"oracle: {name} always keeps more blocks than its budget of {most_blocks(method)}")
     return name != "Dsa"
 
 
@@ -142,8 +142,23 @@ def block_size_of(method) -> int:
     return method.unit if is_scan(method) else method.block_size
 
 
-def block_budget(method) -> int:
-    """How many blocks a query keeps: m in the paper."""
+def block_budget(method, eligible: int) -> int:
+    """How many of the `eligible` blocks a query keeps.
+
+    With a ratio r it is one in r, rounded up, but so many that topk tokens can be had even if the last block holds one,
+    and all that are forced.
+    """
+    most, ratio = min(most_blocks(method), eligible), getattr(method, "block_ratio", 1)
+    if ratio == 1:
+        return most
+    for_topk = 1
+    while (for_topk - 1) * method.block_size + 1 < method.topk:
+        for_topk += 1
+    return min(most, max(-(-eligible // ratio), for_topk, method.keep_first + method.keep_last))
+
+
+def most_blocks(method) -> int:
+    """How many blocks a query keeps at most: m in the paper."""
     if is_scan(method):
         return method.candidates // method.unit
     return method.topk // method.block_size if type(method).__name__ == "BlockSparse" else method.block_topk
@@ -166,7 +181,7 @@ def kept_blocks(block_scores, method) -> np.ndarray:
         return np.zeros(0, np.int32)
     forced = forced_blocks(len(block_scores), method)
     others = np.array([j for j in range(len(block_scores)) if j not in forced], np.int32)
-    best = best_of(others, block_scores, block_budget(method) - len(forced))
+    best = best_of(others, block_scores, block_budget(method, len(block_scores)) - len(forced))
     return np.array(sorted(forced | set(best.tolist())), np.int32)
 
 

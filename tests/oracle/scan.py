@@ -2,12 +2,14 @@
 
     v[t] = sum_h w[t, h] * a[t, h] * q[t, h];   scan score of token s = k_scale[s] * v[t] . k[s]
 
-`a`, the slopes, are counts of open heads at a few sampled tokens. An implementation that sums in float32 may see a head
-open, or a token among the best, where the oracle does not; `slack` is by how much that may move a scan score.
+`a`, the slopes, are counts of open heads at a few sampled tokens, and v is rounded to bfloat16 unless the keys are
+float32. An implementation that sums in float32 may see a head open, or a token among the best, where the oracle does
+not, and round v the other way; `slack` is by how much that may move a scan score.
 """
 
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from .scores import float64
@@ -24,6 +26,9 @@ class Scanned(NamedTuple):
         products, product_bounds: [H, samples] of heads and sampled tokens, and sizes that they cannot exceed.
         scores: [samples], their exact scores.
         weights: [H, visible], how far one more open sample moves each token's scan score.
+        head, head_bounds: [D], v before it is rounded, and sizes that it cannot exceed.
+        sizes: [visible, D], of the dequantised keys.
+        is_rounded: whether v is.
     """
 
     token_scan: np.ndarray
@@ -32,10 +37,15 @@ class Scanned(NamedTuple):
     product_bounds: np.ndarray
     scores: np.ndarray
     weights: np.ndarray
+    head: np.ndarray
+    head_bounds: np.ndarray
+    sizes: np.ndarray
+    is_rounded: bool
 
 
 def scan_query(q, k, k_scale, w, visible: int, token_scores, slopes: str) -> Scanned:
     """[H, D], [S, D], [S], [H] and the exact scores [visible] of its visible tokens -> one query's scan."""
+    is_rounded = np.asarray(k).dtype.itemsize < 4
     q, k, w = float64(q), float64(k)[:visible], float64(w)
     k_scale = float64(k_scale)[:visible]
     with np.errstate(invalid="ignore", over="ignore"):
@@ -47,13 +57,22 @@ def scan_query(q, k, k_scale, w, visible: int, token_scores, slopes: str) -> Sca
         each = w[:, None] * (q @ k.T) * k_scale
         empty = slopes == "plain" or not visible
         return Scanned(
-            token_scan=(k @ v) * k_scale,
+            token_scan=(k @ (rounded(v) if is_rounded else v)) * k_scale,
             bounds=(np.abs(w * a)[:, None] * sizes).sum(axis=0) * np.abs(k_scale),
             products=products[:, :0] if empty else products,
             product_bounds=sizes[:, sampled],
             scores=scores,
             weights=np.abs(each) / max(min(N_BEST, len(sampled)), 1),
+            head=v,
+            head_bounds=np.abs(w * a) @ np.abs(q),
+            sizes=np.abs(k * k_scale[:, None]),
+            is_rounded=is_rounded,
         )
+
+
+def rounded(x) -> np.ndarray:
+    """The nearest bfloat16."""
+    return float64(np.asarray(x).astype(np.float32).astype(ml_dtypes.bfloat16))
 
 
 def step_of(visible: int) -> int:
@@ -77,10 +96,24 @@ def unit_scores(scanned: Scanned, unit: int) -> np.ndarray:
 
 
 def slack(scanned: Scanned, tolerance: float, score_scale: float) -> float:
-    """How far unsure slopes may move any token's scan score: 0 unless a sample is within the tolerance of a change."""
-    if tolerance == 0 or not scanned.products.size:
+    """How far unsure slopes and roundings may move two tokens' scan scores: 0 unless one is within the tolerance."""
+    if tolerance == 0:
         return 0.0
+    unsure = _unsure_samples(scanned, tolerance, score_scale)
+    moved = (unsure[:, None] * scanned.weights).sum(axis=0)
+    if scanned.is_rounded:
+        with np.errstate(invalid="ignore", over="ignore"):
+            # With other slopes every component may round the other way: by an 128th of it at most.
+            less = tolerance * scanned.head_bounds + (np.abs(scanned.head) / 128 if unsure.any() else 0)
+            moved = moved + scanned.sizes @ (rounded(scanned.head + less) - rounded(scanned.head - less))
+    return float(moved[np.isfinite(moved)].max(initial=0.0)) * 2
+
+
+def _unsure_samples(scanned: Scanned, tolerance: float, score_scale: float) -> np.ndarray:
+    """[H]: at how many of the best samples each head may be open or not."""
     products, scores = scanned.products, scanned.scores
+    if not products.size:
+        return np.zeros(len(products))
     order = np.argsort(-scores, kind="stable")
     best = np.zeros(len(scores), bool)
     best[order[:N_BEST]] = True
@@ -92,5 +125,4 @@ def slack(scanned: Scanned, tolerance: float, score_scale: float) -> float:
             near = np.abs(scores - cut) <= tolerance * score_scale
             n = min((near & best).sum(), (near & ~best).sum())
             unsure += n  # so many may be others, with any heads open
-        moved = (unsure[:, None] * scanned.weights).sum(axis=0)
-    return float(moved[np.isfinite(moved)].max(initial=0.0)) * 2
+    return unsure

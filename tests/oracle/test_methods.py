@@ -51,6 +51,25 @@ def test_several_blocks_can_be_kept_at_both_ends():
     assert got.blocks[0, 0].tolist() == [0, 1, 6, 8, 9]
 
 
+@pytest.mark.parametrize(
+    ("eligible", "kept"), [(0, 0), (1, 1), (2, 2), (3, 2), (6, 2), (7, 3), (9, 3), (10, 4), (13, 5), (16, 5), (99, 5)]
+)
+def test_a_ratio_keeps_one_block_in_so_many_at_least_what_holds_topk_tokens_at_most_the_bound(eligible, kept):
+    # Of the 2 kept at least, one may hold 1 token and the other holds 2: topk = 3 of them can be had.
+    assert block_budget(Hisa(3, 2, 5, block_ratio=3), eligible) == kept
+    assert block_budget(Hisa(4, 2, 5, block_ratio=3), eligible) == max(kept, min(eligible, 3))
+    assert block_budget(Hisa(3, 2, 5, 2, 2, block_ratio=3), eligible) == max(kept, min(eligible, 4))
+    assert block_budget(Hisa(3, 2, 5), eligible) == min(eligible, 5)
+
+
+def test_a_ratio_drops_the_worst_of_the_best_blocks():
+    # Means 1 9 8 7 6 5 4 3: of 8 blocks a half is kept, the first and the last and the best two.
+    q, k, w = one_query([1, 9, 8, 7, 6, 5, 4, 3])
+    got = oracle.select(q, k, w, Hisa(2, 1, 6, block_ratio=2))
+    assert got.blocks[0, 0].tolist() == [0, 1, 2, 7]
+    assert chosen(got, 0, 0) == [1, 2]
+
+
 def test_nan_counts_as_minus_infinity_and_is_chosen_only_when_nothing_better_is_left():
     q, k, w = one_query([np.nan, 1, np.nan, 0, np.nan])
     assert chosen(oracle.select(q, k, w, Dsa(2)), 0, 0) == [1, 3]
@@ -131,7 +150,7 @@ def test_a_brute_force_search_in_plain_python_agrees(method):
                     block_score = score(sum(k[b, s].astype(float) for s in members) / len(members))
                 is_forced = j < method.keep_first or j >= math.ceil(visible / size) - method.keep_last
                 rank[j] = (not is_forced, -block_score, j)
-            budget = block_budget(method)
+            budget = block_budget(method, len(rank))
             kept = sorted(rank, key=rank.get)[:budget]
             tokens = [s for s in tokens if s // size in kept]
             assert got.blocks[b, t].tolist() == sorted(kept)

@@ -1,5 +1,6 @@
 """The scan of the oracle, by hand."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -41,6 +42,15 @@ def test_a_head_that_is_open_nowhere_near_the_best_counts_for_nothing():
     w = np.array([[[1.0, 3.0]]])
     got = oracle.select(q, k, w, Scan(topk=8, candidates=16, keep_first=0))
     assert got.blocks[0, 0].tolist() == [*range(30, 45), 59]  # v = 3 * -1: the second half scores 3
+
+
+def test_the_virtual_head_is_rounded_unless_keys_are_float32():
+    # v = (1 + 2**-9, 1) is rounded to (1, 1): the second token then ties with the first.
+    q, w = np.array([[[[1 + 2**-9, 1.0]]]]), np.ones((1, 1, 1))
+    k = np.array([[[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]])
+    method = Scan(topk=2, candidates=2, keep_first=0)
+    for dtype, best in ((np.float32, 1), (ml_dtypes.bfloat16, 0), (ml_dtypes.float8_e4m3fn, 0)):
+        assert oracle.select(q, k.astype(dtype), w, method).blocks[0, 0].tolist() == [best, 2]
 
 
 def test_where_all_are_candidates_it_is_the_flat_indexer():

@@ -1,0 +1,106 @@
+"""The stages of the scan, one by one, where a mistake would hardly show in what is selected."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hisa_jax as hj
+from hisa_jax import scan, topk
+from hisa_jax.keys import Contiguous, Keys
+from hisa_jax.stages import Queries
+from tests.oracle import scan as oracle
+
+LIMIT = np.iinfo(np.int32).max
+
+
+def queries_of(q, w, visible):
+    """Of one tile: q [t, H, D], w [t, H], visible [t]."""
+    return Queries(jnp.asarray(q, jnp.float32), jnp.asarray(w, jnp.float32), jnp.asarray(visible, jnp.int32))
+
+
+def keys_of(k, scales=None):
+    return Keys(jnp.asarray(k, jnp.float32), None if scales is None else jnp.asarray(scales, jnp.float32))
+
+
+def sequence_of(k, scales=None):
+    return Contiguous(keys_of(k, scales), jnp.int32(0), len(k))
+
+
+def test_samples_are_strided_over_all_that_is_visible():
+    visible = [0, 1, 255, 256, 257, 512, 513, 131072, 131073, LIMIT]
+    got = np.asarray(scan.sample_positions(jnp.array(visible, jnp.int32)))
+    assert got.dtype == np.int32
+    for n, positions in zip(visible, got.tolist(), strict=True):
+        wanted = list(range(0, n, oracle.step_of(n)))
+        assert positions == wanted + [-1] * (256 - len(wanted)), n
+
+
+def test_a_sample_that_is_not_there_has_no_score():
+    queries, k = queries_of([[[1], [-1]]], [[2, 3]], [3]), [[4], [5], [-6]]
+    got = scan.sample(queries, sequence_of(k), jnp.array([[0, 2, -1]]))
+    assert got.products[0, :, :2].tolist() == [[4, -6], [-4, 6]]
+    assert topk.score_of(got.image)[0, :2].tolist() == [8, 18] and got.image[0, 2] == topk.INVISIBLE
+
+
+def test_a_head_is_open_where_its_product_is_above_0_at_one_of_the_best():
+    products = jnp.array([[[1.0, 0.0, -1.0, 2.0, np.nan, np.inf]]])
+    is_best = jnp.array([[True, True, True, False, True, True]])
+    assert scan.open_heads(products, is_best).tolist() == [[2]]
+
+
+def test_the_best_samples_are_16_or_all_and_a_tie_goes_to_the_lower_position():
+    image = jnp.asarray(np.full((3, 256), topk.INVISIBLE, np.int32)).at[0, :20].set(7).at[0, 18].set(9).at[1, :5].set(7)
+    is_best, n_best = scan.best_samples(image)
+    assert n_best.tolist() == [16, 5, 0]
+    assert np.flatnonzero(is_best[0]).tolist() == [*range(15), 18]
+    assert np.flatnonzero(is_best[1]).tolist() == [*range(5)]
+
+
+def test_the_virtual_head_is_the_weighted_sum_of_heads_of_either_sign():
+    queries = queries_of([[[1, 2], [3, 5]]], [[2, -3]], [4])
+    assert scan.virtual_head(queries, jnp.array([[0.5, 1.0]])).tolist() == [[1 - 9, 2 - 15]]
+
+
+@pytest.mark.parametrize("scales", [None, [1, 1, -2, 0.5, 1]])
+def test_a_scan_score_is_the_keys_scale_times_its_product_with_the_virtual_head(scales):
+    k, heads = np.arange(10).reshape(5, 2), np.array([[1.0, 2], [-1, 3], [0, 1]])
+    wanted = heads @ k.T * (1 if scales is None else np.array(scales))
+    np.testing.assert_array_equal(scan.scores(jnp.asarray(heads, jnp.float32), keys_of(k, scales)), wanted)
+
+
+def kept(scores, visible, method, tile_s=128):
+    """The units that a query keeps of a sequence whose scan scores are `scores`."""
+    k = np.array(scores, np.float32).reshape(-1, 1)
+    eligible = jnp.array([-(-visible // method.unit)])
+    m = min(method.block_topk, -(-len(k) // method.unit))
+    seen = jnp.array([visible], jnp.int32)
+    best = scan.best_units(jnp.ones((1, 1)), seen, eligible, sequence_of(k), method, m, tile_s)
+    return [unit for unit in best.positions[0].tolist() if unit >= 0]
+
+
+def test_a_unit_scores_what_its_best_visible_token_does():
+    method = hj.Scan(topk=4, candidates=6, unit=2)
+    scores = [0, 0, 5, -9, 4, 4, -1, 6, 0, 99]  # token 9 is not visible, its unit is the last
+    assert kept(scores, 9, method) == [0, 3, 4]
+    assert kept([0, 0, 5, -9, 4, 4, -1, 5, 0, 0], 9, method) == [0, 1, 4]  # a tie goes to the lower unit
+    assert kept(scores, 6, method) == [0, 1, 2]
+
+
+def test_the_first_and_last_units_are_kept_whatever_they_score():
+    scores = [-5.0] * 20
+    scores[7] = scores[9] = 1
+    assert kept(scores, 20, hj.Scan(topk=2, candidates=5, keep_first=2)) == [0, 1, 7, 9, 19]
+    assert kept(scores, 20, hj.Scan(topk=2, candidates=5, keep_last=3)) == [0, 7, 17, 18, 19]
+    assert kept([np.nan, *scores[1:19], -np.inf], 20, hj.Scan(topk=2, candidates=3)) == [0, 7, 19]
+
+
+@pytest.mark.parametrize("S", [129, 128 * 33 + 5])
+def test_every_tile_is_scanned_to_the_last_token(S):
+    # The best lie at tile edges and at the end, which a tile of 128 only reaches by beginning before its own start.
+    best = sorted({0, 1, *(at for at in (126, 127, 128, 255, 256) if at < S - 2), S - 2, S - 1})
+    scores = np.zeros(S)
+    scores[best] = 1
+    for unit in (1, 32):
+        units = sorted({at // unit for at in best})
+        method = hj.Scan(topk=1, candidates=len(units) * unit, unit=unit)
+        assert kept(scores, S, method) == units
