@@ -112,10 +112,11 @@ def table(result: Result) -> Table:
 
 
 def found(result: Result) -> Panel:
-    """The question whose line is farthest away among those that the scan answers, else the farthest of all."""
-    right, scan = result.right_answers(), result.readings["scan"].answers
-    at = max(range(len(right)), key=lambda i: (scan[i] == right[i], result.sample.questions[i].distance))
-    question: Question = result.sample.questions[at]
+    """Of the questions that the scan answers, one that HISA does not, if there is one; the one farthest away."""
+    right, questions = result.right_answers(), result.sample.questions
+    scan, hisa = (result.readings[name].answers for name in ("scan", "hisa"))
+    at = max(range(len(right)), key=lambda i: (scan[i] == right[i], hisa[i] != right[i], questions[i].distance))
+    question: Question = questions[at]
     tokens, (start, stop) = result.sample.tokens, question.needs[0]
     before, line = _text(tokens[max(start - 60, 0) : start]).lstrip("\n"), _text(tokens[start:stop]).strip()
     asked = _text(tokens[question.start : question.answer]).strip()
