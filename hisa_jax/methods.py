@@ -121,6 +121,7 @@ class BlockSparse(_Blocks):
 
 
 Slopes = Literal["sampled", "plain"]
+Sketch = Literal["int4"]
 _MAX_UNIT = 128  # tiles of keys are whole units
 
 
@@ -140,6 +141,8 @@ class Scan:
         slopes: "sampled": of up to 256 visible tokens, at positions 0, step, 2 step, ... with the least power of two
             that leaves so few, the 16 of highest exact score are taken; a[t, h] is the share of them at which head h
             is open, q[t, h] . k > 0. "plain": 1, which costs nothing and finds less.
+        sketch: what is scanned in place of the keys, of which the exact scores stay. "int4": 4 bits a number, with a
+            scale for each 32 (sketch.py); None: the keys.
         keep_first: units at the start that are always kept; they count towards `candidates`.
         keep_last: units at the end of what a query sees that are always kept, its own one among them.
 
@@ -152,6 +155,7 @@ class Scan:
     candidates: int | None = None
     unit: int = 1
     slopes: Slopes = "sampled"
+    sketch: Sketch | None = None
     keep_first: int = 1
     keep_last: int = 1
 
@@ -164,6 +168,8 @@ class Scan:
             raise ValueError(f"Scan(unit={self.unit}): must be a power of two up to {_MAX_UNIT}")
         if self.slopes not in get_args(Slopes):
             raise ValueError(f"Scan(slopes={self.slopes!r}): must be one of {', '.join(get_args(Slopes))}")
+        if self.sketch is not None and self.sketch not in get_args(Sketch):
+            raise ValueError(f"Scan(sketch={self.sketch!r}): must be None or one of {', '.join(get_args(Sketch))}")
         if self.candidates is None:
             # The value that stands for None, so that methods which mean the same are equal.
             object.__setattr__(self, "candidates", -(-2 * self.topk // self.unit) * self.unit)

@@ -18,6 +18,7 @@ from jax import Array, lax
 from hisa_jax import stages, topk, varying
 from hisa_jax.keys import Keys, Sequence
 from hisa_jax.methods import Scan
+from hisa_jax.sketch import sketched
 from hisa_jax.stages import Candidates, Queries
 
 N_SAMPLES = 256
@@ -112,7 +113,7 @@ def best_units(
         """[t, tile_s / unit] int32: the scores of the units from token `start` on."""
         keys, positions = sequence.tile(start, tile_s)
         seen = (positions >= start)[None, :] & (positions[None, :] < visible[:, None])
-        image = jnp.where(seen, topk.image_of(scores(heads, keys)), topk.INVISIBLE)
+        image = jnp.where(seen, topk.image_of(scores(heads, sketched(keys, method.sketch))), topk.INVISIBLE)
 
         def moved(image: Array) -> Array:
             image = jnp.pad(image, ((0, 0), (0, tile_s)), constant_values=topk.INVISIBLE)

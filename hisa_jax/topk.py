@@ -84,7 +84,7 @@ def words_of(mask: Array) -> Array:
 def columns_of(words: Array, k: int) -> tuple[Array, Array]:
     """The columns of the first k set bits of each row.
 
-    [T, n] uint32, see `words_of` -> [T, k] int32 columns, ascending, 0 where there is none; [T, k] bool, which are there.
+    [T, n] uint32, see `words_of` -> [T, k] int32 columns, ascending, then 0; [T, k] bool, which slots are filled.
 
     Each word writes its number into the first slot that it fills, the others, at most 31, take it from there; each slot
     then looks up its bit in the word. A scatter of S elements would be a serial loop on CPUs.

@@ -107,7 +107,7 @@ def choose_rows(q, k, k_scale, w, positions, length: int, method) -> list[Row]:
         seen, eligible, bounds = tokens[t, :v], blocks[t, : eligible_blocks(v, method)], block_bounds[t]
         scanned = None
         if is_scan(method):
-            scanned = scan_query(q[t], k, k_scale, w[t], int(v), seen, method.slopes)
+            scanned = scan_query(q[t], k, k_scale, w[t], int(v), seen, method)
             eligible, bounds = unit_scores(scanned, method.unit), scanned.bounds
         kept = kept_blocks(eligible, method)
         chosen = best_of(candidates(kept, v, method), seen, method.topk)

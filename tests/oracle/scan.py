@@ -43,21 +43,22 @@ class Scanned(NamedTuple):
     is_rounded: bool
 
 
-def scan_query(q, k, k_scale, w, visible: int, token_scores, slopes: str) -> Scanned:
+def scan_query(q, k, k_scale, w, visible: int, token_scores, method) -> Scanned:
     """[H, D], [S, D], [S], [H] and the exact scores [visible] of its visible tokens -> one query's scan."""
-    is_rounded = np.asarray(k).dtype.itemsize < 4
+    is_rounded, slopes = np.asarray(k).dtype.itemsize < 4, method.slopes
     q, k, w = float64(q), float64(k)[:visible], float64(w)
     k_scale = float64(k_scale)[:visible]
+    seen = int4(k) if method.sketch == "int4" else k
     with np.errstate(invalid="ignore", over="ignore"):
         sampled = np.arange(0, visible, step_of(visible))
         products, sizes = q @ k[sampled].T, np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(k, axis=1)[None]
         scores = token_scores[sampled]
         a = np.ones(len(q)) if slopes == "plain" else slopes_of(products, scores)
         v = (w * a) @ q
-        each = w[:, None] * (q @ k.T) * k_scale
+        each = w[:, None] * (q @ seen.T) * k_scale
         empty = slopes == "plain" or not visible
         return Scanned(
-            token_scan=(k @ (rounded(v) if is_rounded else v)) * k_scale,
+            token_scan=(seen @ (rounded(v) if is_rounded else v)) * k_scale,
             bounds=(np.abs(w * a)[:, None] * sizes).sum(axis=0) * np.abs(k_scale),
             products=products[:, :0] if empty else products,
             product_bounds=sizes[:, sampled],
@@ -65,7 +66,7 @@ def scan_query(q, k, k_scale, w, visible: int, token_scores, slopes: str) -> Sca
             weights=np.abs(each) / max(min(N_BEST, len(sampled)), 1),
             head=v,
             head_bounds=np.abs(w * a) @ np.abs(q),
-            sizes=np.abs(k * k_scale[:, None]),
+            sizes=np.abs(seen * k_scale[:, None]),
             is_rounded=is_rounded,
         )
 
@@ -73,6 +74,24 @@ def scan_query(q, k, k_scale, w, visible: int, token_scores, slopes: str) -> Sca
 def rounded(x) -> np.ndarray:
     """The nearest bfloat16."""
     return float64(np.asarray(x).astype(np.float32).astype(ml_dtypes.bfloat16))
+
+
+def int4(k) -> np.ndarray:
+    """[S, D] -> [S, D]: each number as the nearest of -7 to 7 times a scale, a tie to the smaller.
+
+    The scale of 32 neighbours is the least number of 5 significant bits that is at least a 7th of their largest. What
+    lies within a millionth of a tie, or of such a number, counts as it.
+    """
+    approximate = np.full_like(k, np.nan)
+    for first in range(0, k.shape[1], 32):
+        group = k[:, first : first + 32]
+        seventh = np.abs(group).max(axis=1) / 7
+        fraction, exponent = np.frexp(seventh)
+        scale = np.ldexp(np.ceil(fraction * 32 - 2**-15) / 32, exponent)[:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            codes = np.where(scale > 0, np.round(group / scale * (1 - 2**-20)), 0)
+            approximate[:, first : first + 32] = np.where(np.isfinite(scale), codes * scale, np.nan)
+    return approximate
 
 
 def step_of(visible: int) -> int:
