@@ -70,6 +70,7 @@ def scans(topk: int) -> tuple[Variant, ...]:
         Variant(name=SCAN, method=hj.Scan(topk=topk)),
         *more,
         Variant(name="plain slopes", method=hj.Scan(topk=topk, slopes="plain")),
+        Variant(name="4 bits of each key", method=hj.Scan(topk=topk, sketch="int4")),
         *(
             Variant(
                 name=f"units of {unit}, 4 k candidates",

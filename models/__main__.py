@@ -69,7 +69,7 @@ def _ids(text: str) -> list[int]:
 def _method(options: argparse.Namespace, config: Config) -> MethodLike:
     if options.indexer not in NAMES:
         return read_methods(options.indexer, config)
-    fields = ("topk", "block_size", "block_topk", "block_ratio", "candidates", "unit", "slopes")
+    fields = ("topk", "block_size", "block_topk", "block_ratio", "candidates", "unit", "slopes", "sketch")
     # What a method does not have is refused there, by name, if it was given.
     given = {name: value for name in fields if (value := getattr(options, name)) is not None}
     return make_method(options.indexer, config, "--indexer", **given)
@@ -138,6 +138,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--candidates", type=int, help="tokens scored exactly, for scan; default: twice topk")
     command.add_argument("--unit", type=int, help="adjacent tokens that become candidates together, for scan")
     command.add_argument("--slopes", metavar="sampled|plain", help="of the virtual head, for scan")
+    command.add_argument("--sketch", metavar="int4", help="what is scanned in place of the keys, for scan")
     command.add_argument("--max-new-tokens", type=int, default=32)
     command.add_argument("--chunk", type=int, default=512, help="prompt tokens a forward pass")
     command.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")

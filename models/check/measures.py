@@ -47,6 +47,7 @@ def methods_to_check(topk: int, block_size: int | None = None) -> dict[str, hj.M
     }
     for times in _SCANS:
         found[f"scan, {times:g} k"] = hj.Scan(topk=topk, candidates=math.ceil(times * topk))
+    found["scan of 4 bits, 2 k"] = hj.Scan(topk=topk, sketch="int4")
     if topk % size == 0 and topk // size >= 2:  # the first and the last block are always kept
         found["block-sparse"] = hj.BlockSparse(topk=topk, block_size=size)
     return found
