@@ -1,6 +1,8 @@
 """The command `python -m models check`: arguments, what it refuses, a progress bar, the report."""
 
 import argparse
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 
 import hisa_jax as hj
 from models.check import report
-from models.check.measures import fewest_candidates, measure, methods_to_check, scan_ranks
+from models.check.measures import Measured, fewest_candidates, measure, methods_to_check, scan_ranks
 from models.check.reading import read, sampled_positions
 from models.config import Config, read_config
 from models.modeling import Model
@@ -18,8 +20,10 @@ from models.params import from_pretrained
 from models.sharding import make_mesh
 from models.tokens import Tokenizer, load_tokenizer
 
+Show = Callable[[str, int, int], None]
 _TIMES_TOPK = 64  # context by default: as 128K tokens are to 2048
 _BYTES = 512  # a larger vocabulary is not one of bytes
+_CHARACTERS = 64  # of a token, at most: no more of a long file is read
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -76,7 +80,11 @@ def run(options: argparse.Namespace) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("reading", total=len(tokens))
-        data = check(model, tokens, methods, options, lambda n: progress.update(bar, completed=n))
+
+        def show(what: str, done: int, total: int) -> None:
+            progress.update(bar, description=what, completed=done, total=total)
+
+        data = check(model, tokens, methods, options, show)
     for part in (report.table(data["methods"]), *report.sentences(data)):
         console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
     if options.json:
@@ -85,15 +93,20 @@ def run(options: argparse.Namespace) -> None:
 
 
 def check(
-    model: Model, tokens: list[int], methods: dict[str, hj.Method], options: argparse.Namespace, progress: Any
+    model: Model, tokens: list[int], methods: dict[str, hj.Method], options: argparse.Namespace, progress: Show
 ) -> dict[str, Any]:
-    """All that is shown and written."""
+    """All that is shown and written; `progress` is told what is done, how much of it, and of how much."""
     flat = methods["flat"]
     assert isinstance(flat, hj.Dsa)
     positions = sampled_positions(len(tokens), options.queries)
-    layers, ranks = {}, {}
-    for seen in read(model, tokens, positions, options.chunk, progress):
+    layers: dict[int, dict[str, Measured]] = {}
+    ranks: dict[int, np.ndarray] = {}
+    n_layers = model.config.indexer_kinds.count("full")
+    for seen in read(model, tokens, positions, options.chunk, lambda n: progress("reading", n, len(tokens))):
+        progress("comparing, layer by layer", len(layers), n_layers)
         layers[seen.layer] = measure(seen, methods, model.config.softmax_scale)
+        if not math.isfinite(layers[seen.layer]["flat"].mass):
+            raise FloatingPointError(f"check: the attention of layer {seen.layer} is not finite (NaN or infinity)")
         ranks[seen.layer] = scan_ranks(seen, flat)
     by_layer = {layer: fewest_candidates(of, report.SHARE, flat.topk) for layer, of in ranks.items()}
     return {
@@ -110,22 +123,22 @@ def check(
 def _tokens(options: argparse.Namespace, config: Config, topk: int) -> list[int]:
     """Ids of as much of the text as is to be read."""
     tokenizer = _tokenizer(options.checkpoint, config)
-    try:
-        text = options.text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text {options.text}: not UTF-8 at byte {error.start}") from None
-    tokens = tokenizer.encode(text)
     longest, wanted = config.max_position_embeddings, options.context
     if wanted is not None and wanted > longest:
         raise ValueError(f"--context {wanted}: wanted at most {longest}, the positions of the model")
     if wanted is not None and wanted < 2 * topk:
         raise ValueError(f"--context {wanted}: wanted at least {2 * topk}, twice topk, else there is little to choose")
     context = min(longest, _TIMES_TOPK * topk) if wanted is None else wanted
-    least = 2 * topk if wanted is None else wanted
-    if len(tokens) < least:
-        raise ValueError(f"--text {options.text}: {len(tokens):,} tokens, wanted at least {least:,}: give more text")
     if context < 2 * topk:
         raise ValueError(f"--topk {topk}: wanted at most {longest // 2}, half of the model's positions")
+    least = 2 * topk if wanted is None else wanted
+    try:
+        with options.text.open(encoding="utf-8") as file:
+            tokens = tokenizer.encode(file.read(_CHARACTERS * context))
+    except UnicodeDecodeError:
+        raise ValueError(f"--text {options.text}: wanted a text in UTF-8") from None
+    if len(tokens) < least:
+        raise ValueError(f"--text {options.text}: {len(tokens):,} tokens, wanted at least {least:,}: give more text")
     return tokens[:context]
 
 

@@ -124,6 +124,7 @@ def test_the_command_shows_a_table_and_writes_every_layer(tmp_path, capsys):
         (["--context", 200], "/text: 153 tokens, wanted at least 200: give more text"),
         (["--topk", 77], "/text: 153 tokens, wanted at least 154"),
         (["--topk", 0], "--topk 0: wanted at least 1"),
+        (["--topk", 129], "--topk 129: wanted at most 128, half of the model's positions"),
         (["--queries", 0], "--queries 0: wanted at least 1"),
         (["--model-parallel", 99], r"make_mesh\(data=1, model=99\): wanted at least 1 of each"),
         (["--block-size", 17], "--block-size 17: wanted at most 16, twice topk"),
@@ -138,6 +139,18 @@ def test_what_it_refuses_is_named(arguments, message, tmp_path, capsys):
     assert captured.err.startswith("error: ") and re.search(message, captured.err)
 
 
+@pytest.mark.slow
+def test_a_model_that_overflows_is_an_error_that_names_the_layer(tmp_path, capsys):
+    (tmp_path / "text").write_text(TEXT)
+
+    def overflowing(tensors):
+        tensors["model.layers.1.self_attn.kv_a_layernorm.weight"][:] = 3e38
+
+    folder = golden.write_checkpoint(tmp_path / "large", "glm5", overflowing)
+    assert check("--text", tmp_path / "text", checkpoint=folder) == 1
+    assert "check: the attention of layer 1 is not finite" in capsys.readouterr().err
+
+
 def test_texts_and_checkpoints_that_do_not_do_are_named(tmp_path, capsys):
     def error_of(checkpoint):
         assert check("--text", tmp_path / "text", checkpoint=checkpoint) == 1
@@ -145,7 +158,7 @@ def test_texts_and_checkpoints_that_do_not_do_are_named(tmp_path, capsys):
 
     assert "No such file" in error_of(golden.FOLDER / "glm5")
     (tmp_path / "text").write_bytes(b"\xff")
-    assert "not UTF-8 at byte 0" in error_of(golden.FOLDER / "glm5")
+    assert "/text: wanted a text in UTF-8" in error_of(golden.FOLDER / "glm5")
     (tmp_path / "text").write_text(TEXT)
     large = golden.write_checkpoint(tmp_path / "large", "glm5", vocab_size=1000)
     assert "has no tokenizer.json" in error_of(large)
