@@ -61,14 +61,16 @@ def main_variants(topk: int, block_size: int, block_topk: int) -> tuple[Variant,
 
 
 def scans(topk: int) -> tuple[Variant, ...]:
-    """The scan with one thing changed at a time, as it is in `main_variants` first: 2 topk candidates, one by one."""
+    """The scan with one thing changed at a time, as it is in `main_variants` first: `hj.Scan()` at this topk."""
     more = (
         Variant(name=f"{times:g} k candidates", method=hj.Scan(topk=topk, candidates=math.ceil(times * topk)))
-        for times in (1.25, 1.5, 3.0)
+        for times in (1.5, 2.0, 3.0)
     )
     return (
         Variant(name=SCAN, method=hj.Scan(topk=topk)),
         *more,
+        Variant(name="one virtual head", method=hj.Scan(topk=topk, exact_heads=0)),
+        Variant(name="one virtual head, 2 k candidates", method=hj.Scan(topk=topk, candidates=2 * topk, exact_heads=0)),
         Variant(name="plain slopes", method=hj.Scan(topk=topk, slopes="plain")),
         Variant(name="4 bits of each key", method=hj.Scan(topk=topk, sketch="int4")),
         *(

@@ -28,7 +28,10 @@ from bench.serve_check import Recorder
 from models.engine import Draft, Engine, lookup
 
 METHOD = hj.Hisa(topk=24, block_size=16, block_topk=4)
-METHODS: dict[str, hj.Method] = {"hisa": METHOD, "scan": hj.Scan(topk=METHOD.topk, candidates=48, unit=2)}
+METHODS: dict[str, hj.Method] = {
+    "hisa": METHOD,
+    "scan": hj.Scan(topk=METHOD.topk, candidates=48, exact_heads=1, unit=2),
+}
 CONFIG = models.Config(
     model_type="glm_moe_dsa", vocab_size=128, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
     num_hidden_layers=3, num_attention_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16,

@@ -17,7 +17,7 @@ from hisa_jax.stages import Queries
 from models.check.reading import Seen
 
 FLAT = "flat"
-_SCANS = (1.25, 1.5, 2.0, 3.0)  # candidates, in multiples of topk
+_SCANS = (1.5, 2.0, 3.0, 4.0)  # candidates, in multiples of topk
 _LARGEST_BLOCK = 128
 _RANKED = 32  # queries whose tokens are put in order at a time
 
@@ -47,7 +47,9 @@ def methods_to_check(topk: int, block_size: int | None = None) -> dict[str, hj.M
     }
     for times in _SCANS:
         found[f"scan, {times:g} k"] = hj.Scan(topk=topk, candidates=math.ceil(times * topk))
-    found["scan of 4 bits, 2 k"] = hj.Scan(topk=topk, sketch="int4")
+    found["scan of 4 bits, 4 k"] = hj.Scan(topk=topk, sketch="int4")
+    for times in (2, 4):
+        found[f"one virtual head, {times} k"] = hj.Scan(topk=topk, candidates=times * topk, exact_heads=0)
     if topk % size == 0 and topk // size >= 2:  # the first and the last block are always kept
         found["block-sparse"] = hj.BlockSparse(topk=topk, block_size=size)
     return found
@@ -117,7 +119,7 @@ def scan_ranks(seen: Seen, flat: hj.Dsa) -> np.ndarray:
 def _ranks(queries: Queries, keys: Keys, indices: Array, method: hj.Scan) -> Array:
     """[t, K] int32, -1 where there is no token."""
     S = keys.values.shape[0]
-    heads = scan.virtual_heads(queries, Contiguous(keys, jnp.int32(0), S), method)
+    heads = scan.heads_of(queries, Contiguous(keys, jnp.int32(0), S), method)
     scores = scan.scores(heads, keys)
     positions, last = jnp.arange(S, dtype=jnp.int32), queries.visible[:, None] - 1
     is_forced = (positions < method.keep_first) | (positions > last - method.keep_last)

@@ -247,7 +247,7 @@ def test_methods_take_topk_from_the_checkpoint_unless_given():
     config = golden.model("glm5").config
     assert make_method("dsa", config) == hj.Dsa(topk=8)
     assert make_method("hisa", config, topk=4) == hj.Hisa(topk=4)
-    assert make_method("scan", config) == hj.Scan(topk=8, candidates=16)
+    assert make_method("scan", config) == hj.Scan(topk=8)
 
 
 def test_a_tokenizer_that_is_none_is_refused(tmp_path):

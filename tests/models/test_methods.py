@@ -13,7 +13,7 @@ from tests import oracle
 from . import golden
 
 HISA = hj.Hisa(topk=8, block_size=4, block_topk=3)
-SCAN = hj.Scan(topk=8, candidates=12, unit=2)
+SCAN = hj.Scan(topk=8, candidates=12, exact_heads=1, unit=2)
 cases = pytest.mark.parametrize("case", golden.CASES)
 
 

@@ -29,7 +29,7 @@ def model():
 
 @pytest.mark.parametrize(
     "method",
-    [FLAT, tiny.HISA, hj.Scan(topk=16, candidates=24), hj.BlockSparse(topk=16, block_size=8)],
+    [FLAT, tiny.HISA, hj.Scan(topk=16, candidates=24, exact_heads=1), hj.BlockSparse(topk=16, block_size=8)],
     ids=["flat", "hisa", "scan", "bs"],
 )
 def test_sparse_is_the_model_with_that_method(model, method):
