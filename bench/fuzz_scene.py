@@ -189,7 +189,7 @@ def _life(scene: Scene, filler: float | None) -> tuple[int, Array, tuple[Any, ..
     n_pages, free = setup.devices * own, [(rng.permutation(own) + d * own).tolist() for d in range(setup.devices)]
 
     def take(nth: int) -> int:
-        return free[nth * size // setup.unit % setup.devices].pop()
+        return free[nth * size // max(setup.unit, size) % setup.devices].pop()
 
     tables = rng.choice([-1, n_pages, 2**31 - 1, -(2**31)], (2, R, P)).astype(np.int32)
     for r in range(R):

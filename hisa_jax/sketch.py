@@ -37,7 +37,8 @@ def int4(values: Array) -> Array:
     seventh = jnp.max(jnp.abs(groups), axis=-1, keepdims=True) / _LARGEST
     bits = lax.bitcast_convert_type(seventh, jnp.int32)
     scale = lax.bitcast_convert_type((bits + (_DROPPED - _MARGIN_ULPS)) & ~_DROPPED, jnp.float32)
-    scale = jnp.where(jnp.isfinite(seventh), scale, jnp.nan)
+    # A compiled maximum may lose a NaN.
+    scale = jnp.where(jnp.all(jnp.isfinite(groups), axis=-1, keepdims=True), scale, jnp.nan)
     codes = jnp.where(scale > 0, jnp.round(groups / scale * (1 - _MARGIN)), 0.0)
     approximate = (codes * scale).reshape(wide.shape)[..., :D]
     return approximate.astype(values.dtype if values.dtype == jnp.float32 else jnp.bfloat16)

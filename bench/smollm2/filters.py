@@ -19,7 +19,7 @@ from bench.smollm2.indexers import index_scores
 from hisa_jax.sketch import int4
 from hisa_jax.topk import FORCED, INVISIBLE, image_of
 
-N_SAMPLES, N_BEST, _MOST = 256, 16, 64  # tokens of the scan's slopes: sampled, the best of them, the best at most
+N_SAMPLES, N_BEST, _MOST = 256, 32, 64  # tokens of the scan's slopes: sampled, the best of them, the best at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,11 +68,6 @@ class View:
         """[t, H] float32: at what share of the best samples each head is open."""
         return _share(self.open_samples[:, :, :n_best], self.samples[1][:, :n_best])
 
-    @functools.cached_property
-    def scan(self) -> Array:
-        """[t, S] float32: the scores of the virtual head, -inf where a query does not see."""
-        return scan_scores(self, self.slopes(), self.k)
-
 
 class Ranking(NamedTuple):
     """`image` [t, S] int32 as `View.exact`, FORCED what is always kept; `budget` [t] int32, tokens that are kept."""
@@ -82,17 +77,24 @@ class Ranking(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sketched:
-    """The scan, of something smaller than the keys.
+class Varied:
+    """The scan with something else than `hisa_jax.Scan` has.
 
     Attributes:
-        first: tokens that pass by the sketch before the keys themselves choose among them; 0: the sketch alone chooses.
+        exact_heads: so many heads that keep their relu.
+        by: which: "size", of greatest |w| * |q|, as in the library; "bend", those that slopes miss most at the samples.
+        n_best: samples that the slopes of the others are taken at, at most 64.
+        sketch: what is scanned, by its name in `sketches`; None: the keys.
+        first: tokens that pass by the sketch before the keys choose among them; 0: the sketch alone chooses.
     """
 
     topk: int
     candidates: int
-    sketch: str
+    exact_heads: int = 0
+    by: Literal["size", "bend"] = "size"
+    n_best: int = 32
     unit: int = 1
+    sketch: str | None = None
     first: int = 0
 
 
@@ -102,6 +104,8 @@ class Threshold:
 
     topk: int
     candidates: int
+    exact_heads: int = 4
+    n_best: int = 32
     n_samples: int = 1024
 
 
@@ -126,24 +130,6 @@ class SubBlocks:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Apart:
-    """The scan with some heads kept apart and exact: those that weigh most, |w| times the length of the query.
-
-    Attributes:
-        n_heads: so many heads; 0: none.
-        n_best: samples that the slopes of the others are taken at.
-        by: "size": as above; "bend": those that the slopes miss most at the samples.
-    """
-
-    topk: int
-    candidates: int
-    n_heads: int
-    n_best: int = 32
-    unit: int = 1
-    by: Literal["size", "bend"] = "size"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoHeads:
     """The higher of two virtual heads: with weights above 0 each is a lower bound of the indexer's score."""
 
@@ -151,7 +137,7 @@ class TwoHeads:
     candidates: int
 
 
-Method = hj.Method | Sketched | Threshold | Misa | SubBlocks | Apart | TwoHeads
+Method = hj.Method | Varied | Threshold | Misa | SubBlocks | TwoHeads
 
 
 def kept(image: Array, budget: Array) -> Array:
@@ -208,25 +194,29 @@ def rank(method: Method, view: View) -> Ranking:
         case hj.Scan():
             slopes = jnp.ones_like(view.w) if method.slopes == "plain" else view.slopes()
             keys = view.k if method.sketch is None else int4(view.k)
-            units = best_of(scan_scores(view, slopes, keys), method.unit)
+            units = best_of(scan_scores(view, slopes, keys, largest(view, method.exact_heads)), method.unit)
             return of_units(units, method.unit, method.block_topk, view, method.keep_first, method.keep_last)
-        case Sketched():
-            units = best_of(scan_scores(view, view.slopes(), view.sketches[method.sketch]), method.unit)
+        case Varied():
+            slopes = view.slopes(method.n_best)
+            heads = (
+                largest(view, method.exact_heads) if method.by == "size" else _bent(view, slopes, method.exact_heads)
+            )
+            keys = view.k if method.sketch is None else view.sketches[method.sketch]
+            units = best_of(scan_scores(view, slopes, keys, heads), method.unit)
             found = of_units(units, method.unit, (method.first or method.candidates) // method.unit, view)
             if not method.first:
                 return found
-            passed = jnp.where(kept(found.image, found.budget), image_of(view.scan), INVISIBLE)
+            again = image_of(scan_scores(view, slopes, view.k, heads))
+            passed = jnp.where(kept(found.image, found.budget), again, INVISIBLE)
             image = jnp.where(found.image == FORCED, FORCED, passed)
             return Ranking(image, jnp.full((t,), method.candidates, jnp.int32))
         case Threshold():
             return _above_threshold(method, view)
         case Misa():
             scores = jnp.where(view.seen, index_scores(view.q, view.k, _routed(method, view)), -jnp.inf)
-        case Apart():
-            units = best_of(_apart(method, view), method.unit)
-            return of_units(units, method.unit, method.candidates // method.unit, view)
         case TwoHeads():
-            first, second = (scan_scores(view, slopes, view.k) for slopes in _two_slopes(view))
+            none = largest(view, 0)
+            first, second = (scan_scores(view, slopes, view.k, none) for slopes in _two_slopes(view))
             scores = jnp.maximum(first, second)
     return of_units(scores, 1, method.candidates, view)
 
@@ -260,12 +250,34 @@ def best_of(scores: Array, n: int) -> Array:
     return jnp.max(padded.reshape(t, -1, n), axis=2)
 
 
-def scan_scores(view: View, slopes: Array, keys: Array) -> Array:
-    """[t, H], [S, D] -> [t, S] float32: the scores of a virtual head, -inf where a query does not see."""
+def scan_scores(view: View, slopes: Array, keys: Array, heads: Array) -> Array:
+    """[t, H], [S, D], [t, n] -> [t, S] float32: scan scores with some heads exact, -inf where a query does not see."""
     q = view.q.astype(jnp.float32)
-    head = jnp.einsum("th,thd->td", view.w * slopes, q, precision=lax.Precision.HIGHEST)
-    scores = jnp.einsum("td,sd->ts", head, keys.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    is_exact = jnp.any(heads[:, :, None] == jnp.arange(view.w.shape[1])[None, None, :], axis=1)
+    rest = jnp.where(is_exact, 0, view.w * slopes)
+    virtual = jnp.einsum("th,thd->td", rest, q, precision=lax.Precision.HIGHEST)
+    if view.k.dtype != jnp.float32:
+        virtual = virtual.astype(jnp.bfloat16).astype(jnp.float32)
+    keys = keys.astype(jnp.float32)
+    scores = jnp.einsum("td,sd->ts", virtual, keys, precision=lax.Precision.HIGHEST)
+    if heads.shape[1]:
+        q, w = jnp.take_along_axis(q, heads[:, :, None], axis=1), jnp.take_along_axis(view.w, heads, axis=1)
+        products = jnp.einsum("tnd,sd->tns", q, keys, precision=lax.Precision.HIGHEST)
+        scores = scores + jnp.sum(jax.nn.relu(products) * w[:, :, None], axis=1)
     return jnp.where(view.seen, scores, -jnp.inf)
+
+
+def largest(view: View, n: int) -> Array:
+    """[t, n] int32: the heads of greatest |w| * |q|, of equal ones the lower."""
+    return lax.top_k(jnp.abs(view.w) * jnp.linalg.norm(view.q.astype(jnp.float32), axis=2), n)[1]
+
+
+def _bent(view: View, slopes: Array, n: int) -> Array:
+    """[t, H] -> [t, n] int32: the heads that their slopes miss most at the sampled tokens."""
+    positions = jnp.minimum(strided(view.visible, N_SAMPLES), view.k.shape[0] - 1)
+    products = jnp.einsum("thd,tnd->thn", view.q, view.k[positions]).astype(jnp.float32)
+    missed = jnp.sum(jnp.abs(jax.nn.relu(products) - slopes[:, :, None] * products), axis=2)
+    return lax.top_k(jnp.abs(view.w) * missed, n)[1]
 
 
 def strided(visible: Array, n: int) -> Array:
@@ -287,7 +299,7 @@ def _share(is_open: Array, of: Array) -> Array:
 
 def _two_slopes(view: View) -> tuple[Array, Array]:
     """Slopes of the best samples in two groups: like the best one, and like the one least like it."""
-    is_open, there = view.open_samples[:, :, :N_BEST], view.samples[1][:, :N_BEST]
+    is_open, there = view.open_samples[:, :, :16], view.samples[1][:, :16]
     size = jnp.abs(view.w)[:, :, None]
 
     def distance(to: Array) -> Array:
@@ -297,22 +309,6 @@ def _two_slopes(view: View) -> tuple[Array, Array]:
     farthest = jnp.argmax(jnp.where(there, from_best, -1), axis=1)[:, None, None]
     near = from_best <= distance(jnp.take_along_axis(is_open, farthest, axis=2))
     return _share(is_open, there & near), _share(is_open, there & ~near)
-
-
-def _apart(method: Apart, view: View) -> Array:
-    slopes = view.slopes(method.n_best)
-    if method.by == "size":
-        weight = jnp.abs(view.w) * jnp.linalg.norm(view.q.astype(jnp.float32), axis=2)
-    else:
-        positions = jnp.minimum(strided(view.visible, N_SAMPLES), view.k.shape[0] - 1)
-        products = jnp.einsum("thd,tnd->thn", view.q, view.k[positions]).astype(jnp.float32)
-        missed = jnp.abs(jax.nn.relu(products) - slopes[:, :, None] * products)
-        weight = jnp.abs(view.w) * jnp.sum(missed, axis=2)
-    _, heads = lax.top_k(weight, method.n_heads)
-    rest = jnp.ones_like(slopes).at[jnp.arange(len(heads))[:, None], heads].set(0)
-    q = jnp.take_along_axis(view.q, heads[:, :, None], axis=1)
-    exact = index_scores(q, view.k, jnp.take_along_axis(view.w, heads, axis=1))
-    return scan_scores(view, slopes * rest, view.k) + exact
 
 
 def _routed(method: Misa, view: View) -> Array:
@@ -327,7 +323,7 @@ def _routed(method: Misa, view: View) -> Array:
 
 def _above_threshold(method: Threshold, view: View) -> Ranking:
     t, S = view.exact.shape
-    scores = view.scan
+    scores = scan_scores(view, view.slopes(method.n_best), view.k, largest(view, method.exact_heads))
     positions = strided(view.visible, method.n_samples)
     there = positions < view.visible[:, None]
     sample = jnp.take_along_axis(scores, jnp.minimum(positions, S - 1), axis=1)

@@ -17,7 +17,7 @@ from bench import UserError
 from bench.smollm2 import adversary, answers, joint, measure, training
 from bench.smollm2.filters import Method
 from bench.smollm2.indexers import Indexers
-from bench.smollm2.methods import FLAT, core, fitting, repaired, sketched
+from bench.smollm2.methods import FLAT, core, fitting, sketched, varied
 from bench.smollm2.model import Config, Weights
 from bench.smollm2.programs import Programs
 from bench.smollm2.prompts import KINDS, Prompts
@@ -43,6 +43,7 @@ class Size:
         topks: others at which selections are compared.
         windows, prompts: for bits and answers.
         compared: windows for the comparison of selections.
+        variations: whether the scan's are compared, too.
     """
 
     T: int
@@ -51,13 +52,16 @@ class Size:
     windows: int
     prompts: int
     compared: int
+    variations: bool
     steps: int
     H: int
 
 
 SIZES = {
-    "small": Size(T=1024, topk=16, topks=(), windows=1, prompts=2, compared=1, steps=20, H=16),
-    "full": Size(T=8192, topk=128, topks=(64, 256, 512), windows=8, prompts=12, compared=1, steps=870, H=64),
+    "small": Size(T=1024, topk=16, topks=(), windows=1, prompts=2, compared=1, variations=False, steps=20, H=16),
+    "full": Size(
+        T=8192, topk=128, topks=(64, 256, 512), windows=8, prompts=12, compared=1, variations=True, steps=870, H=64
+    ),
 }
 
 
@@ -142,7 +146,8 @@ class Lab:
     def compared(self) -> list[tuple[str, Method]]:
         """The methods whose selections are compared, by name, some at several numbers of chosen tokens."""
         size, H = self.size, self.indexers.H
-        named = list(fitting({**core(size.topk), **sketched(size.topk), **repaired(size.topk)}, H, size.T).items())
+        found = core(size.topk) | (sketched(size.topk) | varied(size.topk) if size.variations else {})
+        named = list(fitting(found, H, size.T).items())
         for topk in size.topks:
             named += fitting(core(topk), H, size.T).items()
         return named
@@ -216,7 +221,7 @@ class Lab:
     def oppose(self) -> None:
         """Recall where heads have nothing in common."""
         size, H = self.size, self.indexers.H
-        found = fitting({**core(size.topk), **repaired(size.topk)}, H, size.T)
+        found = fitting({**core(size.topk), **varied(size.topk)}, H, size.T)
         for row in adversary.recalls(found, size.T, H):
             self.add({"kind": "adversary", "topk": size.topk, **row})
 

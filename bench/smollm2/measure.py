@@ -13,7 +13,7 @@ from bench.smollm2 import sketches
 from bench.smollm2.filters import (
     INVISIBLE,
     Method,
-    Sketched,
+    Varied,
     View,
     kept,
     open_heads,
@@ -68,7 +68,7 @@ def view_of(
 
 
 def sketch_names(methods: Sequence[Method]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(method.sketch for method in methods if isinstance(method, Sketched)))
+    return tuple(dict.fromkeys(method.sketch for method in methods if isinstance(method, Varied) and method.sketch))
 
 
 @functools.cache

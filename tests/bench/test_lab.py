@@ -15,9 +15,9 @@ import hisa_jax as hj
 from bench import UserError
 from bench.__main__ import main
 from bench.smollm2 import adversary, answers, fetch, joint, lab, measure, model, page, prompts, sketches, training
-from bench.smollm2.filters import Apart, Sketched, View, chosen
+from bench.smollm2.filters import Varied, View, chosen
 from bench.smollm2.indexers import random_indexers
-from bench.smollm2.methods import core, fitting, repaired
+from bench.smollm2.methods import core, fitting, varied
 
 T, H, D = 384, 4, 128
 CONFIG = model.Config(n_layers=2, width=32, n_heads=4, n_kv_heads=2, head_dim=16, ffn_width=48, vocab=300)
@@ -36,10 +36,11 @@ class Filters(chex.TestCase):
         ("hisa", hj.Hisa(topk=16, block_size=32, block_topk=3)),
         ("hisa_ragged", hj.Hisa(topk=16, block_size=40, block_topk=3)),
         ("block_sparse", hj.BlockSparse(topk=64, block_size=16)),
-        ("scan", hj.Scan(topk=16, candidates=24)),
-        ("scan_units", hj.Scan(topk=16, candidates=48, unit=8)),
-        ("scan_plain", hj.Scan(topk=16, candidates=32, unit=4, slopes="plain")),
-        ("scan_sketch", hj.Scan(topk=16, candidates=24, sketch="int4")),
+        ("scan", hj.Scan(topk=16, candidates=24, exact_heads=2)),
+        ("scan_one_head", hj.Scan(topk=16, candidates=24, exact_heads=0)),
+        ("scan_units", hj.Scan(topk=16, candidates=48, unit=8, exact_heads=1)),
+        ("scan_plain", hj.Scan(topk=16, candidates=32, unit=4, slopes="plain", exact_heads=0)),
+        ("scan_sketch", hj.Scan(topk=16, candidates=24, sketch="int4", exact_heads=1)),
     )
     def test_masks_are_the_selections_of_the_library(self, method):
         one = view()
@@ -52,8 +53,12 @@ class Filters(chex.TestCase):
 
     def test_every_method_is_the_flat_indexer_where_all_tokens_are_candidates(self):
         one = view(1)
-        everything = fitting({**core(256), **repaired(256)}, H, 3 * T)
-        names = [name for name in everything if name.endswith((" 2 k", " 3 k", " 4 k")) and "MISA" not in name]
+        everything = fitting({**core(256), **varied(256)}, H, 3 * T)
+        names = [
+            name
+            for name in everything
+            if name.endswith((" 2 k", " 3 k", " 4 k")) and "MISA" not in name and "scan of" not in name
+        ]
         flat, *masks = jax.jit(lambda: [chosen(everything[name], one) for name in ("flat", *names)])()
         for name, mask in zip(names, masks, strict=True):
             np.testing.assert_array_equal(np.asarray(mask), np.asarray(flat), err_msg=name)
@@ -61,7 +66,7 @@ class Filters(chex.TestCase):
 
 def test_with_all_heads_apart_the_candidates_are_the_selection():
     one = view(3)
-    mask = chosen(Apart(topk=16, candidates=18, n_heads=H), one)  # and the first token and the query's own
+    mask = chosen(Varied(topk=16, candidates=18, exact_heads=H), one)  # and the first token and the query's own
     np.testing.assert_array_equal(np.asarray(mask), np.asarray(chosen(hj.Dsa(topk=16), one)))
 
 
@@ -78,12 +83,14 @@ def test_rotation_is_orthogonal_and_sketches_come_near_to_the_keys():
 def test_a_second_look_at_the_keys_chooses_among_those_that_passed():
     one = view(2)
     one = View(one.q, one.w, one.k, one.visible, {"signs": one.k})
-    both = chosen(Sketched(topk=16, candidates=32, sketch="signs", first=64), one)
-    np.testing.assert_array_equal(np.asarray(both), np.asarray(chosen(hj.Scan(topk=16, candidates=32), one)))
+    both = chosen(Varied(topk=16, candidates=32, sketch="signs", first=64), one)
+    np.testing.assert_array_equal(
+        np.asarray(both), np.asarray(chosen(hj.Scan(topk=16, candidates=32, exact_heads=0), one))
+    )
 
 
 def test_heads_that_have_nothing_in_common_are_harder():
-    methods = {"flat": hj.Dsa(topk=16), "scan": hj.Scan(topk=16, candidates=32)}
+    methods = {"flat": hj.Dsa(topk=16), "scan": hj.Scan(topk=16, candidates=32, exact_heads=0)}
     rows = adversary.recalls(methods, 512, 16, t=16)
     of = {(row["open"], row["shared"], row["negative"]): row["recall"] for row in rows}
     assert all(recall["flat"] == 1 for recall in of.values())
@@ -186,11 +193,9 @@ def test_a_model_that_attends_to_all_it_sees_is_the_dense_one_and_answers_are_co
 
 def test_the_lab_measures_and_writes_tables(tmp_path, monkeypatch):
     weights, indexers, text = tiny()
-    some = {"flat": hj.Dsa(topk=16), "scan, 2 k": hj.Scan(topk=16, candidates=32)}
-    size = lab.Size(T=128, topk=16, topks=(8,), windows=2, prompts=1, compared=1, steps=1, H=H)
+    some = {"flat": hj.Dsa(topk=16), "scan, 2 k": hj.Scan(topk=16, candidates=32, exact_heads=0)}
+    size = lab.Size(T=128, topk=16, topks=(8,), windows=2, prompts=1, compared=1, variations=False, steps=1, H=H)
     monkeypatch.setattr(lab, "core", lambda topk: {name: dataclasses.replace(m, topk=topk) for name, m in some.items()})
-    monkeypatch.setattr(lab, "sketched", lambda topk: {})
-    monkeypatch.setattr(lab, "repaired", lambda topk: {})
     asked = prompts.Prompts(text[None, :128], np.array([[[0, 100, 102]]], np.int32), np.array([[5, 7]], np.uint16))
     data = lab.Data(text, text[:256].reshape(2, 128), asked)
     about = {"heads": H, "seed": 0, "step": 0, "schedule": 0, "queries": 16}
@@ -203,7 +208,7 @@ def test_the_lab_measures_and_writes_tables(tmp_path, monkeypatch):
     assert recall["flat", 16] == 1 and recall["flat", 8] == 1 and 0.5 < recall["scan, 2 k", 16] < 1
     assert {row["measure"] for row in found if row["kind"] == "heads"} == set(measure.Heads._fields)
     written = page.markdown(found)
-    assert "16 tokens chosen" in written and "| scan, 2 k | 32 |" in written and "bits over flat" in written
+    assert "text and answers" in written and "| scan, 2 k | 32 |" in written and "bits over flat" in written
 
 
 def test_a_file_of_another_hash_is_refused(tmp_path):
