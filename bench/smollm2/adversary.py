@@ -33,7 +33,7 @@ def draw(key: Array, t: int, S: int, H: int, is_open: Array, shared: Array, nega
     return View(q, w, k, jnp.full((t,), S, jnp.int32))
 
 
-def recalls(methods: Mapping[str, Method], S: int, H: int, seed: int = 0, t: int = 64) -> list[dict[str, Any]]:
+def recalls(methods: Mapping[str, Method], S: int, H: int, seed: int = 0, t: int = 32) -> list[dict[str, Any]]:
     """Share of the flat selection that each method finds, a row a case."""
 
     @jax.jit

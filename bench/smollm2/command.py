@@ -1,6 +1,7 @@
 """`python -m bench quality --model smollm2`: trains indexers for a real language model, measures the methods on it."""
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from bench.smollm2.lab import SIZES, Data, Lab, Rows, Size, load_data, save_data
 from bench.smollm2.methods import answering
 from bench.smollm2.model import Config
 from bench.smollm2.programs import Programs
-from bench.smollm2.prompts import make_prompts
+from bench.smollm2.prompts import FORMS, make_prompts
 from bench.smollm2.text import read_text
 
 PARTS = ("data", "train", "compare", "answer", "joint", "adversary", "page")
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     )
     parser.add_argument("--compare-at", type=options.whole(1, 1 << 20), nargs="*", default=[], metavar="STEP")
     parser.add_argument("--joint-steps", type=options.whole(1, 1 << 20), default=1000, metavar="N")
-    parser.add_argument("--methods", type=options.whole(0, 100), default=100, metavar="N", help="of the part answer")
+    parser.add_argument(
+        "--methods", type=options.whole(0, 100), metavar="N", help="of the part answer (default: those of the size)"
+    )
     parser.add_argument("--load", type=Path, metavar="DIR", help="trained indexers to go on from")
     parser.add_argument("--save", type=Path, metavar="DIR", help="where trained indexers go")
     parser.add_argument("--until", type=options.positive, metavar="SECONDS", help="begin nothing later than this")
@@ -72,7 +75,7 @@ def _measure(args: argparse.Namespace, size: Size, data: Data, gguf: Path, start
     until = start + (args.until or float("inf"))
     about: dict[str, Any] = {"size": args.size, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
     for H in args.heads or [size.H]:
-        methods = dict(list(answering(size.topk).items())[: args.methods])
+        methods = dict(list(answering(size.topk).items())[: args.methods or size.methods])
         for seed in args.seeds:
             indexers = random_indexers(jax.random.key(seed), config, H)
             about |= {"heads": H, "seed": seed}
@@ -121,4 +124,6 @@ def _data(cache: Path, gguf: Path, size: Size) -> Data:
     T, n_code = size.T, size.windows // 3
     windows = [text.prose[i * T : (i + 1) * T] for i in range(size.windows - n_code)]
     windows += [text.code[i * T : (i + 1) * T] for i in range(n_code)]
-    return Data(text.train, np.stack(windows), make_prompts(tokenizer, text.filler, T, size.prompts))
+    # Short prompts have no room for lines stated several times.
+    forms = FORMS if T >= 4096 else [dataclasses.replace(form, asked=2, times=1) for form in FORMS]
+    return Data(text.train, np.stack(windows), make_prompts(tokenizer, text.filler, T, size.prompts, forms))

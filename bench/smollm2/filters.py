@@ -317,8 +317,9 @@ def _routed(method: Misa, view: View) -> Array:
     products = jax.nn.relu(jnp.einsum("thd,nd->thn", view.q, pooled)).astype(jnp.float32)
     seen = jnp.arange(pooled.shape[0])[None, :] * method.block_size < view.visible[:, None]
     weight = jnp.abs(view.w) * jnp.sum(jnp.where(seen[:, None, :], products, 0), axis=2)
-    least = lax.top_k(weight, min(method.n_heads, weight.shape[1]))[0][:, -1:]
-    return jnp.where(weight >= least, view.w, 0)
+    heads = lax.top_k(weight, min(method.n_heads, weight.shape[1]))[1]
+    is_routed = jnp.any(heads[:, :, None] == jnp.arange(weight.shape[1])[None, None, :], axis=1)
+    return jnp.where(is_routed, view.w, 0)
 
 
 def _above_threshold(method: Threshold, view: View) -> Ranking:

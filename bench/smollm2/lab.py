@@ -17,7 +17,7 @@ from bench import UserError
 from bench.smollm2 import adversary, answers, joint, measure, training
 from bench.smollm2.filters import Method
 from bench.smollm2.indexers import Indexers
-from bench.smollm2.methods import FLAT, core, fitting, sketched, varied
+from bench.smollm2.methods import FLAT, core, fitting, opposed, sketched, varied
 from bench.smollm2.model import Config, Weights
 from bench.smollm2.programs import Programs
 from bench.smollm2.prompts import KINDS, Prompts
@@ -44,6 +44,7 @@ class Size:
         windows, prompts: for bits and answers.
         compared: windows for the comparison of selections.
         variations: whether the scan's are compared, too.
+        methods: how many have the model run with them.
     """
 
     T: int
@@ -53,14 +54,26 @@ class Size:
     prompts: int
     compared: int
     variations: bool
+    methods: int
     steps: int
     H: int
 
 
 SIZES = {
-    "small": Size(T=1024, topk=16, topks=(), windows=1, prompts=2, compared=1, variations=False, steps=20, H=16),
+    "small": Size(
+        T=1024, topk=16, topks=(), windows=1, prompts=2, compared=1, variations=False, methods=5, steps=20, H=16
+    ),
     "full": Size(
-        T=8192, topk=128, topks=(64, 256, 512), windows=8, prompts=12, compared=1, variations=True, steps=870, H=64
+        T=8192,
+        topk=128,
+        topks=(64, 256, 512),
+        windows=8,
+        prompts=12,
+        compared=1,
+        variations=True,
+        methods=12,
+        steps=870,
+        H=64,
     ),
 }
 
@@ -221,7 +234,7 @@ class Lab:
     def oppose(self) -> None:
         """Recall where heads have nothing in common."""
         size, H = self.size, self.indexers.H
-        found = fitting({**core(size.topk), **varied(size.topk)}, H, size.T)
+        found = fitting(opposed(size.topk), H, size.T)
         for row in adversary.recalls(found, size.T, H):
             self.add({"kind": "adversary", "topk": size.topk, **row})
 

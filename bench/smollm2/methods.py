@@ -114,6 +114,14 @@ def fitting(found: dict[str, Method], H: int, T: int) -> dict[str, Method]:
     return {name: method for name, method in found.items() if fits(method)}
 
 
+def opposed(topk: int) -> dict[str, Method]:
+    """The methods that meet heads with nothing in common, the flat indexer first."""
+    everything = core(topk)
+    scans = [scan_name(times, heads) for times in (2, 4) for heads in (0, 4, 8, 16)]
+    names = (FLAT, "HISA, blocks of 128, 4 k", "HISA, blocks of 8, 4 k", "MISA, two stages, 4 k", *scans)
+    return {name: everything[name] for name in names}
+
+
 def answering(topk: int) -> dict[str, Method]:
     """The methods whose text and answers are measured, a run of the model each; those wanted most come first."""
     everything = {**core(topk), **sketched(topk), **varied(topk)}

@@ -62,7 +62,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _answers(rows: Sequence[Row]) -> str:
     """A line a method: what its candidates are, what they hold, what the model does with them."""
-    answered = [row for row in rows if row["kind"] == "answer"]
+    # A part run twice counts once.
+    answered = list({row["method"]: row for row in rows if row["kind"] == "answer"}.values())
     compared = {row["method"]: row for row in rows if row["kind"] == "compare" and row["topk"] == _topk(rows)}
     found = []
     for row in answered:
@@ -134,8 +135,7 @@ def _heads(rows: Sequence[Row]) -> str:
 
 def _adversary(rows: Sequence[Row]) -> str:
     """A line a case, a column a method."""
-    names = ["HISA, blocks of 128, 4 k", "HISA, blocks of 8, 4 k", "MISA, two stages, 4 k"]
-    names += [name for name in rows[0]["recall"] if name.startswith("scan, ") and name.endswith((" 2 k", " 4 k"))]
+    names = [name for name in rows[0]["recall"] if name != FLAT]
     lines = [
         [f"{row['open']:.0%} open, {row['shared']:.0%} shared, {row['negative']:.0%} below 0"]
         + [f"{row['recall'][name]:.3f}" if name in row["recall"] else _NONE for name in names]

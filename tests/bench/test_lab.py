@@ -1,6 +1,7 @@
 """The lab on a language model, its parts with a tiny random one: what it compares is what the library selects."""
 
 import dataclasses
+import pathlib
 import random
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from bench.smollm2.filters import Varied, View, chosen
 from bench.smollm2.indexers import random_indexers
 from bench.smollm2.methods import core, fitting, varied
 
+ROOT = pathlib.Path(__file__).parents[2]
 T, H, D = 384, 4, 128
 CONFIG = model.Config(n_layers=2, width=32, n_heads=4, n_kv_heads=2, head_dim=16, ffn_width=48, vocab=300)
 RECIPE = training.Recipe(T=128, n_queries=16, steps=12, per_call=3, rate=0.03)
@@ -194,7 +196,9 @@ def test_a_model_that_attends_to_all_it_sees_is_the_dense_one_and_answers_are_co
 def test_the_lab_measures_and_writes_tables(tmp_path, monkeypatch):
     weights, indexers, text = tiny()
     some = {"flat": hj.Dsa(topk=16), "scan, 2 k": hj.Scan(topk=16, candidates=32, exact_heads=0)}
-    size = lab.Size(T=128, topk=16, topks=(8,), windows=2, prompts=1, compared=1, variations=False, steps=1, H=H)
+    size = lab.Size(
+        T=128, topk=16, topks=(8,), windows=2, prompts=1, compared=1, variations=False, methods=1, steps=1, H=H
+    )
     monkeypatch.setattr(lab, "core", lambda topk: {name: dataclasses.replace(m, topk=topk) for name, m in some.items()})
     asked = prompts.Prompts(text[None, :128], np.array([[[0, 100, 102]]], np.int32), np.array([[5, 7]], np.uint16))
     data = lab.Data(text, text[:256].reshape(2, 128), asked)
@@ -241,3 +245,9 @@ def test_weights_come_out_of_a_gguf_file_as_they_were(tmp_path):
 def test_a_part_of_another_model_is_refused(of, part, capsys):
     assert main(["quality", "--model", of, "--part", part]) == 2
     assert f"--part {part}: --model {of} has" in capsys.readouterr().err
+
+
+def test_the_tables_of_the_page_are_those_of_the_committed_rows():
+    made = page.markdown(page.read(ROOT / "bench/results/smollm2.jsonl"))
+    _, *tables = (ROOT / "docs/smollm2.md").read_text().split("\n\n**")
+    assert len(tables) == 5 and all(table.strip() in made for table in tables)
