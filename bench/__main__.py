@@ -15,7 +15,7 @@ COMMANDS = {
     "gpu-report": ("bench.gpu_report", "the table and the plot of the README from rows that gpu measured"),
     "tpu": ("bench.tpu", "the TPU kernels by the compiler's schedule, without a TPU; with one, measured: --run"),
     "memory": ("bench.memory", "peak memory of each method at a long context"),
-    "quality": ("bench.quality", "what HISA keeps and loses in a trained model, against its flat indexer"),
+    "quality": ("bench.quality", "what HISA and the scan keep and lose in a trained model, against its flat indexer"),
     "serve": ("bench.serve", "a small continuous-batching server on the paged cache; --verify checks every selection"),
     "tune": ("bench.tune", "find the fastest launch configurations on this GPU, for kernels_pallas/tuned.json"),
 }

@@ -1,4 +1,4 @@
-"""The main job: index real text with the flat indexer, HISA and block-sparse selection, side by side.
+"""The main job: index real text with the flat indexer, HISA, the scan and block-sparse selection, side by side.
 
 First at the shape of DeepSeek-V3.2's indexer and with the methods' published defaults, for speed: queries and keys come
 from the text itself (`ngrams.py` says how), all methods run in turns, their exact top-k included. Then by the small
@@ -38,16 +38,16 @@ class Result:
     Attributes:
         recent: tokens before a query in which a place does not count as found.
         rows: a method each, as they are written to JSON.
-        n_identical: queries for which HISA was found identical to the flat indexer, as the contract has it.
-        hisa: HISA's selection with its scores.
+        n_identical: queries for which a method was found identical to the flat indexer, as the contract has it.
+        scan: the scan's selection with its scores.
     """
 
     context: int
     recent: int
     task: Task
     rows: list[dict[str, Any]]
-    n_identical: int
-    hisa: hj.Selection
+    n_identical: dict[str, int]
+    scan: hj.Selection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         model = demo_model.run(content, args.model_context, args.seed)
     for part in (
         demo_report.table(results), *demo_report.notes(results), *demo_report.passages(tokens, results[-1]),
-        demo_model.table(model), demo_model.found(model),
+        demo_model.table(model), demo_model.found(model), demo_report.summary(results[-1].rows, model.rows()),
     ):  # fmt: skip
         console.print(part, highlight=False, markup=False)
     rows = [row for result in results for row in result.rows]
@@ -116,8 +116,11 @@ def measure(ngrams: Ngrams, context: int, n_queries: int, repeats: int, progress
     selections, first_ms = {}, {}
     for name, call in calls.items():
         selections[name], first_ms[name] = timing.once(call)
-    flat, hisa = (calls[name](return_scores=True) for name in ("dsa", "hisa"))
-    n_identical = _check_identical(hisa, flat, questions.positions)
+    flat, scan = (calls[name](return_scores=True) for name in ("dsa", "scan"))
+    n_identical = {
+        name: _check_identical(name, METHODS[name], selections[name], flat, questions.positions)
+        for name in ("hisa", "scan")
+    }
     timings = timing.interleaved(
         calls, repeats, least_s=_LEAST_S, after_round=lambda i: progress(min((i + 1) / (repeats + 1), 1))
     )
@@ -128,9 +131,9 @@ def measure(ngrams: Ngrams, context: int, n_queries: int, repeats: int, progress
             "row": "select", "method": name, "implementation": implementation, "shape": MODEL.name, "context": context,
             "dtype": k.dtype.name, "queries": len(questions.positions), "first_call_ms": first_ms[name],
             **_speed(timings[name], timings["dsa"], len(questions.positions)),
-            **_quality(selections[name], flat, questions), "identical_queries": n_identical if name == "hisa" else None,
+            **_quality(selections[name], flat, questions), "identical_queries": n_identical.get(name),
         })  # fmt: skip
-    return Result(context=context, recent=recent, task=questions, rows=rows, n_identical=n_identical, hisa=hisa)
+    return Result(context=context, recent=recent, task=questions, rows=rows, n_identical=n_identical, scan=scan)
 
 
 def _speed(own: timing.Timing, flat: timing.Timing, n_queries: int) -> dict[str, float]:
@@ -152,11 +155,13 @@ def _quality(selection: hj.Selection, flat: hj.Selection, questions: Task) -> di
     }
 
 
-def _check_identical(hisa: hj.Selection, flat: hj.Selection, positions: np.ndarray) -> int:
-    """How many queries see no more tokens than HISA's blocks hold, where it must and does select what flat does."""
-    rows = positions < MODEL.block_topk * MODEL.block_size
-    if not np.array_equal(np.asarray(hisa.indices[0])[rows], np.asarray(flat.indices[0])[rows]):
-        raise RuntimeError("demo: HISA differs from the flat indexer where it keeps all blocks, against the contract")
+def _check_identical(name: str, method: Any, selection: hj.Selection, flat: hj.Selection, positions: np.ndarray) -> int:
+    """How many queries see no more tokens than a method's candidates, where it must and does select what flat does."""
+    rows = positions < method.block_topk * method.block_size
+    if not np.array_equal(np.asarray(selection.indices[0])[rows], np.asarray(flat.indices[0])[rows]):
+        raise RuntimeError(
+            f"demo: {name} differs from the flat indexer where all tokens are its candidates, against the contract"
+        )
     return int(rows.sum())
 
 

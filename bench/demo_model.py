@@ -106,16 +106,17 @@ def table(result: Result) -> Table:
     for row in result.rows():
         made.add_row(
             NAMES[row["method"]], f"{row['right']} of {row['questions']}", f"{row['bits_per_byte']:.3f}",
-            f"{row['seconds']:.1f}", style="bold" if row["method"] == "hisa" else "",
+            f"{row['seconds']:.1f}", style="bold" if row["method"] == "scan" else "",
         )  # fmt: skip
     return made
 
 
 def found(result: Result) -> Panel:
-    """The question whose line is farthest away among those that HISA answers, else the farthest of all."""
-    right, hisa = result.right_answers(), result.readings["hisa"].answers
-    at = max(range(len(right)), key=lambda i: (hisa[i] == right[i], result.sample.questions[i].distance))
-    question: Question = result.sample.questions[at]
+    """Of the questions that the scan answers, one that HISA does not, if there is one; the one farthest away."""
+    right, questions = result.right_answers(), result.sample.questions
+    scan, hisa = (result.readings[name].answers for name in ("scan", "hisa"))
+    at = max(range(len(right)), key=lambda i: (scan[i] == right[i], hisa[i] != right[i], questions[i].distance))
+    question: Question = questions[at]
     tokens, (start, stop) = result.sample.tokens, question.needs[0]
     before, line = _text(tokens[max(start - 60, 0) : start]).lstrip("\n"), _text(tokens[start:stop]).strip()
     asked = _text(tokens[question.start : question.answer]).strip()

@@ -21,8 +21,8 @@ from bench.ngrams import spread
 if TYPE_CHECKING:
     from bench.demo import Result
 
-NAMES = {"dsa": "flat", "hisa": "HISA", "block-sparse": "block-sparse"}
-_COLORS = {"dsa": "#444444", "hisa": "#0b6fb8", "block-sparse": "#d9781c"}
+NAMES = {"dsa": "flat", "hisa": "HISA", "scan": "scan", "block-sparse": "block-sparse"}
+_COLORS = {"dsa": "#444444", "hisa": "#0b6fb8", "scan": "#2e8b57", "block-sparse": "#d9781c"}
 _MEASURES = {"recall": "-", "places_kept": "--"}
 _N_PASSAGES = 3
 _AROUND = 12  # tokens shown on each side of a place
@@ -51,7 +51,7 @@ def table(results: "list[Result]") -> Table:
         result.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for at_context in results:
         for row in at_context.rows:
-            result.add_row(*_cells(row), style="bold" if row["method"] == "hisa" else "")
+            result.add_row(*_cells(row), style="bold" if row["method"] == "scan" else "")
         result.add_section()
     return result
 
@@ -65,12 +65,27 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def summary(rows: list[dict[str, Any]], model_rows: list[dict[str, Any]]) -> Table:
+    """Time and answers side by side: the longest context's rows, and the trained model's."""
+    result = Table(title="Time and answers", title_justify="left", box=box.SIMPLE, pad_edge=False, show_edge=False)
+    context, at = shapes.label(rows[0]["context"]), f"{model_rows[0]['context']:,} bytes"
+    for column in ("method", f"speedup at {context}", f"kept at {context}", f"questions answered at {at}"):
+        result.add_column(column, justify="left" if column == "method" else "right")
+    for row, of_model in zip(rows, model_rows, strict=True):
+        *_, kept = cells = _cells(row)
+        result.add_row(
+            NAMES[row["method"]], cells[3], kept, f"{of_model['right']} of {of_model['questions']}",
+            style="bold" if row["method"] == "scan" else "",
+        )  # fmt: skip
+    return result
+
+
 def notes(results: "list[Result]") -> Iterator[str]:
-    where = device()
+    here = device()
     ways = sorted({row["implementation"] for result in results for row in result.rows})
     yield (
-        f"Ran: implementation {', '.join(ways)}, the first that can, on {where['device']} with {where['cpu_cores']} "
-        f"CPU cores, jax {where['jax']}. Times: medians of calls in turns, exact top-k included, compiling not."
+        f"Ran: implementation {', '.join(ways)}, the first that can, on {here['device']} with {here['cpu_cores']} "
+        f"CPU cores, jax {here['jax']}. Times: medians of calls in turns, exact top-k included, compiling not."
     )
     yield "Recall, IoU, mass: of the flat indexer's tokens, and of their score, what was selected, too."
     n_of = [f"{shapes.label(r.context)}: {r.rows[0]['median_n']:.0f}" for r in results if r.rows[0]["median_n"]]
@@ -78,15 +93,18 @@ def notes(results: "list[Result]") -> Iterator[str]:
         "Kept: share of the right answers that were selected, the earlier places with the same last n tokens beyond "
         f"the recent ones. The longer n, the easier; its median is {', '.join(n_of) or 'unknown, as there were none'}."
     )
-    identical = [f"{shapes.label(result.context)} ({result.n_identical})" for result in results if result.n_identical]
+    identical = []
+    for name in ("hisa", "scan"):
+        where = [f"{shapes.label(r.context)} ({r.n_identical[name]})" for r in results if r.n_identical[name]]
+        identical.append(f"{NAMES[name]} {', '.join(where) or 'there were none'}")
     yield (
-        "Checked: HISA selected exactly what the flat indexer did for all queries that see at most block_topk * "
-        f"block_size tokens: {', '.join(identical) or 'there were none'}."
+        "Checked: HISA and the scan selected exactly what the flat indexer did for all queries that see at most as "
+        f"many tokens as the method has candidates: {'; '.join(identical)}."
     )
 
 
 def passages(tokens: list[str], result: "Result") -> Iterator[Panel]:
-    """Some queries with the best place HISA found beyond the recent tokens, where that place is a right answer."""
+    """Some queries with the best place the scan found beyond the recent tokens, where that place is a right answer."""
     found = [(i, best) for i in range(len(result.task.positions)) if (best := _best_place(result, i)) is not None]
     for i, place in (found[j] for j in spread(list(range(len(found))), _N_PASSAGES)):
         t, n = int(result.task.positions[i]), result.task.orders[i]
@@ -95,7 +113,7 @@ def passages(tokens: list[str], result: "Result") -> Iterator[Panel]:
             *_around(tokens, place, n), _joined(tokens, place + 1, place + 1 + 2 * _AROUND),
         )  # fmt: skip
         shown.rstrip()
-        title = f"HISA at {shapes.label(result.context)}: the same {n} tokens, {t - place:,} tokens before"
+        title = f"The scan at {shapes.label(result.context)}: the same {n} tokens, {t - place:,} tokens before"
         yield Panel(shown, title=title, title_align="left")
 
 
@@ -113,7 +131,7 @@ def _joined(tokens: list[str], first: int, end: int) -> str:
 
 def _best_place(result: "Result", i: int) -> int | None:
     """Where query i's best found place beyond the recent tokens is, if it is a right answer."""
-    indices, scores = np.asarray(result.hisa.indices)[0, i], np.asarray(result.hisa.scores)[0, i]
+    indices, scores = np.asarray(result.scan.indices)[0, i], np.asarray(result.scan.scores)[0, i]
     far = (indices >= 0) & (indices <= result.task.positions[i] - result.recent)
     if not far.any():
         return None

@@ -210,7 +210,7 @@ def _length(setup: Setup, rng: Rng) -> int:
         (setup.page_size or 16) * int(rng.integers(1, 5)),
         setup.unit * int(rng.integers(1, 7)),
     ]
-    edges.append((1 if isinstance(method, Dsa) else least_blocks(method)) * setup.unit)
+    edges.append(setup.unit if isinstance(method, Dsa) else least_blocks(method) * method.block_size)
     length = int(rng.choice(edges)) + int(rng.integers(-1, 2)) if rng.random() < 0.6 else int(rng.integers(S + 1))
     return min(max(length, 0), S)
 

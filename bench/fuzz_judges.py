@@ -73,7 +73,22 @@ def _with_tolerances(scene: Scene, reference: oracle.OracleSelection) -> tuple[o
         reference,
         token_scale=np.zeros_like(tokens) if scene.exact_tokens else tokens,
         block_scale=np.zeros_like(blocks) if scene.exact_blocks and is_xla else blocks,
-    ), tolerance
+        scanned=_each(reference.scanned, lambda one: _with_digits(one, tolerance)),
+    ), 0.0 if scene.exact_tokens and scene.exact_blocks and is_xla else tolerance
+
+
+def _with_digits(scanned: Any, tolerance: float) -> Any:
+    """A scan of which a product that float32 may take for 0 leaves open whether its head is."""
+    if scanned is None:
+        return None
+    return scanned._replace(product_bounds=np.maximum(scanned.product_bounds, _LEAST_SCALE / tolerance))
+
+
+def _each(objects: Array, change: Callable[[Any], Any]) -> Array:
+    made = np.empty_like(objects)
+    for at in np.ndindex(objects.shape):
+        made[at] = change(objects[at])
+    return made
 
 
 def _why_not(found: Found, reference: oracle.OracleSelection, tolerance: float, at: Any) -> str:

@@ -29,7 +29,7 @@ import ml_dtypes
 import numpy as np
 
 import hisa_jax as hj
-from hisa_jax import BlockSparse, Dsa, Hisa
+from hisa_jax import BlockSparse, Dsa, Hisa, Scan
 
 inf, nan = np.inf, np.nan
 """

@@ -54,8 +54,11 @@ class Setup:
 
     @property
     def unit(self) -> int:
-        """Tokens of a block, of a page where there are no blocks."""
-        return (self.page_size or 8) if isinstance(self.method, hj.Dsa) else self.method.block_size
+        """Tokens of a block, of a page where there are no blocks or smaller ones."""
+        if isinstance(self.method, hj.Hisa | hj.BlockSparse):
+            return self.method.block_size
+        unit = self.method.unit if isinstance(self.method, hj.Scan) else 1
+        return max(unit, self.page_size or 8)
 
     @property
     def is_split(self) -> bool:
@@ -100,36 +103,60 @@ def _xla() -> list[Setup | MlaSetup]:
     hisa = hj.Hisa(topk=24, block_size=16, block_topk=4)
     return [
         setup(hisa, f32),
+        setup(hj.Scan(topk=24, candidates=48, exact_heads=0), f32, page_size=8),
         setup(hj.Dsa(topk=24), e4m3, e4m3, "ue8m0", page_size=8),
         setup(hj.BlockSparse(topk=64, block_size=16), bf16, page_size=4),
         MlaSetup(),
         setup(hj.Hisa(topk=20, block_size=32, block_topk=3), e4m3, e4m3, "float32"),
+        setup(
+            hj.Scan(topk=20, candidates=64, unit=8, exact_heads=2, keep_first=2, keep_last=3),
+            e4m3, e4m3, "ue8m0", page_size=4,
+        ),
         setup(hj.Dsa(topk=24), f32, page_size=64),
         setup(hj.Hisa(topk=24, block_size=16, block_topk=6, keep_first=2, keep_last=3), bf16),
         MlaSetup(dtype=bf16, page_size=4),
+        # More keys than are sampled, so that they are taken at steps.
+        setup(hj.Scan(topk=17, candidates=17, exact_heads=0), bf16, S=600, R=2, T=16, page_size=32),
         setup(hj.BlockSparse(topk=48, block_size=8, keep_first=0, keep_last=2), int8, int8, "float32", page_size=8),
         setup(hj.Hisa(topk=7, block_size=8, block_topk=5, keep_first=0), int8, page_size=1),
         setup(hj.Dsa(topk=1), bf16, page_size=32),
+        setup(
+            hj.Scan(topk=24, candidates=40, unit=2, exact_heads=1, slopes="plain", sketch="int4"),
+            bf16, e4m3, "float32", D=40,
+        ),
         setup(hj.Hisa(topk=20, block_size=12, block_topk=5), f32, page_size=4, H=3, D=24),
         setup(hj.BlockSparse(topk=64, block_size=32, keep_first=1, keep_last=1), f32, page_size=32, H=1),
         setup(hisa, bf16, e4m3, "float32", page_size=8),
+        setup(
+            hj.Scan(topk=16, candidates=64, unit=32, exact_heads=3, keep_first=0),
+            int8, int8, "ue8m0", page_size=1, H=3, D=24,
+        ),
         setup(hj.Hisa(topk=24, block_size=16, block_topk=32), e4m3),
         MlaSetup(N=3, K=130, page_size=32),
         setup(hj.Dsa(topk=256), int8, int8, "ue8m0"),
+        setup(
+            hj.Scan(topk=64, candidates=128, unit=128, exact_heads=1, keep_first=0, slopes="plain"),
+            f32, S=300, page_size=64, H=1,
+        ),
         setup(hisa, int8, int8, "ue8m0"),
         setup(hj.BlockSparse(topk=36, block_size=12), e4m3, e4m3, "float32", page_size=2, H=3, D=24),
         setup(hj.Hisa(topk=64, block_size=64, block_topk=2), bf16, page_size=64, H=8, D=64),
         setup(hj.Dsa(topk=24), f32, int8, "float32"),
+        setup(hj.Scan(topk=24, candidates=36, unit=4, exact_heads=0, sketch="int4"), f32, H=64, D=128, T=8),
         setup(hisa, f32, H=64, D=128, T=8),
         setup(hj.Hisa(topk=24, block_size=16, block_topk=9, block_ratio=3), f32),
-        setup(hj.Scan(topk=24, candidates=48), bf16),
-        setup(hj.Scan(topk=20, candidates=64, unit=8, keep_last=2), e4m3, e4m3, "ue8m0"),
         setup(hj.Hisa(topk=7, block_size=16, block_topk=40, block_ratio=2, keep_first=0), bf16, e4m3, "float32"),
-        setup(hj.Scan(topk=9, candidates=64, unit=32, slopes="plain", sketch="int4"), int8, int8, "ue8m0", page_size=4),
-        setup(hj.Scan(topk=24), f32, S=640, page_size=32),
-        setup(hj.Scan(topk=7, candidates=40, unit=4, keep_first=0), f32, page_size=1, H=1, D=65),
-        setup(hj.Scan(topk=24, candidates=48, sketch="int4"), bf16, D=40),
-        setup(hj.Scan(topk=5, candidates=32, unit=2, keep_last=3, sketch="int4"), f32, e4m3, "float32", page_size=8),
+        setup(
+            hj.Scan(topk=9, candidates=64, unit=32, exact_heads=2, slopes="plain", sketch="int4"),
+            int8, int8, "ue8m0", page_size=4,
+        ),
+        setup(hj.Scan(topk=24, exact_heads=2), f32, S=640, page_size=32),
+        setup(hj.Scan(topk=7, candidates=40, unit=4, exact_heads=0, keep_first=0), f32, page_size=1, H=1, D=65),
+        setup(hj.Scan(topk=24, candidates=48, exact_heads=1, sketch="int4"), bf16, D=40),
+        setup(
+            hj.Scan(topk=5, candidates=32, unit=2, exact_heads=3, keep_last=3, sketch="int4"),
+            f32, e4m3, "float32", page_size=8,
+        ),
     ]  # fmt: skip
 
 

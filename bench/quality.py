@@ -1,8 +1,9 @@
-"""What does HISA keep, and what does it lose? A trained model with its flat indexer replaced, against itself.
+"""What do HISA and the scan keep, and what do they lose? A trained model with its flat indexer replaced.
 
-The checkpoint was trained with the flat indexer; HISA and block-sparse take its place without training, at the same
-number of selected tokens. The report is in parts: bits a byte of held-out text by position, single needles by depth,
-many similar needles, other long-range tasks, selections layer by layer at the flat model's hidden states, ablations.
+The checkpoint was trained with the flat indexer; HISA, the scan and block-sparse take its place without training, at
+the same number of selected tokens. The report is in parts: bits a byte of held-out text by position, single needles by
+depth, many similar needles, other long-range tasks, selections layer by layer at the flat model's hidden states,
+variants of the scan and of HISA.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from bench.quality_figures import all_figures
 from bench.quality_model import BYTES, load, load_hisa_aware
 from bench.quality_page import about, markdown, page, png, verdict
 from bench.quality_size import CONTEXTS, SIZES, Size
-from bench.quality_variants import ablations, main_variants
+from bench.quality_variants import ablations, main_variants, scans
 from models.training.text import Corpus, load_corpus, read_corpus
 
 _MINUTES = {"small": 30.0, "full": math.inf}
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(f"--block-size {block_size} --block-topk {block_topk}: {error}") from error
     aware = load_hisa_aware(args.checkpoint)
-    plan = Plan(stacked, aware, corpus, size, *variants)
+    plan = Plan(stacked, aware, corpus, size, *variants, scans(topk))
     identity = {
         "weights": fingerprint(stacked), "corpus": corpus.sha256, "topk": topk, "block_size": block_size,
         "block_topk": block_topk, "measured": json.loads(json.dumps(dataclasses.asdict(size))),

@@ -21,7 +21,7 @@ from models.training.text import Corpus
 from models.training.weights import Stacked
 
 Row = dict[str, Any]
-PARTS = ("bits", "needle", "multikey", "tasks", "layers", "ablations")
+PARTS = ("bits", "needle", "multikey", "tasks", "layers", "scans", "ablations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Plan:
     """What is to be measured.
 
     Attributes:
-        main: flat, HISA and block-sparse, the flat one first.
-        ablations: of HISA.
+        main: flat, HISA, scan and block-sparse, the flat one first.
+        ablations: variants of HISA; `scans`: of the scan.
         aware: the model with indexers trained under HISA, None if there is none.
     """
 
@@ -56,6 +56,7 @@ class Plan:
     size: Size
     main: Sequence[Variant]
     ablations: Sequence[Variant]
+    scans: Sequence[Variant]
 
     def cells(self, parts: Sequence[str], contexts: Sequence[int]) -> list[Cell]:
         """Short contexts first, so that what is cut short is the long ones."""
@@ -89,26 +90,31 @@ class Plan:
         n = self.size.layers.get(context, 0)
         return [Cell("layers", context, "all", lambda: self._agreement(context, n, self.main))] if n else []
 
+    def _scans(self, context: int) -> list[Cell]:
+        return self._changed("scans", context, self.size.scans.get(context, 0), self.scans)
+
     def _ablations(self, context: int) -> list[Cell]:
         n = self.size.ablations.get(context, 0)
+        cells = self._changed("ablations", context, n, self.ablations)
+        if n and self.aware is not None:
+            hisa = dataclasses.replace(self.ablations[0], name=HISA_AWARE)
+            make = functools.partial(self._answers, self.aware, hisa, context, n)
+            cells.append(Cell("ablations", context, HISA_AWARE, make))
+        return cells
+
+    def _changed(self, part: str, context: int, n: int, variants: Sequence[Variant]) -> list[Cell]:
+        """Selections, answers and bits of variants of a method, and the flat indexer's answers and bits."""
         if not n:
             return []
-
-        def agreement() -> list[Row]:
-            return self._agreement(context, n, self.ablations)
-
-        def answers(stacked: Stacked, variant: Variant) -> list[Row]:
-            keys = multikey_rows(stacked, self.corpus, variant, context, n, [most_keys(context, self.size.keys)])
-            return [*keys, *bits_rows(stacked, self.corpus, variant, context, n)[-1:]]
-
-        cells = [Cell("ablations", context, "all", agreement)]
-        for variant in (self.main[0], *self.ablations):
-            make = functools.partial(answers, self.stacked, variant)
-            cells.append(Cell("ablations", context, variant.name, make))
-        if self.aware is not None:
-            hisa = dataclasses.replace(self.ablations[0], name=HISA_AWARE)
-            cells.append(Cell("ablations", context, HISA_AWARE, functools.partial(answers, self.aware, hisa)))
+        cells = [Cell(part, context, "all", lambda: self._agreement(context, n, variants))]
+        for variant in (self.main[0], *variants):
+            make = functools.partial(self._answers, self.stacked, variant, context, n)
+            cells.append(Cell(part, context, variant.name, make))
         return cells
+
+    def _answers(self, stacked: Stacked, variant: Variant, context: int, n: int) -> list[Row]:
+        keys = multikey_rows(stacked, self.corpus, variant, context, n, [most_keys(context, self.size.keys)])
+        return [*keys, *bits_rows(stacked, self.corpus, variant, context, n)[-1:]]
 
     def _agreement(self, context: int, n: int, variants: Sequence[Variant]) -> list[Row]:
         samples = multikey_samples(self.corpus, context, n, most_keys(context, self.size.keys))

@@ -10,10 +10,10 @@ from matplotlib.ticker import MaxNLocator
 
 from bench import shapes
 from bench.quality_tables import METHODS, OTHERS, averaged, contexts, excess, find, pooled, variants_in
-from bench.quality_variants import BLOCK_SPARSE, FLAT, HISA
+from bench.quality_variants import BLOCK_SPARSE, FLAT, HISA, SCAN
 
 Row = dict[str, Any]
-_COLORS = {FLAT: "#444444", HISA: "#0b6fb8", BLOCK_SPARSE: "#d9781c"}
+_COLORS = {FLAT: "#444444", HISA: "#0b6fb8", SCAN: "#2e8b57", BLOCK_SPARSE: "#d9781c"}
 
 
 def all_figures(rows: Sequence[Row]) -> dict[str, Figure]:
@@ -28,8 +28,9 @@ def all_figures(rows: Sequence[Row]) -> dict[str, Figure]:
             made[f"needle_{method.lower()}"] = needle(rows, method)
     if contexts(rows, "layers"):
         made["layers"] = layers(rows)
-    if contexts(rows, "ablations"):
-        made["ablations"] = ablations(rows)
+    for part in ("scans", "ablations"):
+        if contexts(rows, part):
+            made[part] = variants(rows, part)
     return made
 
 
@@ -120,10 +121,10 @@ def layers(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def ablations(rows: Sequence[Row]) -> Figure:
-    """Accuracy, extra bits and recall of each variant, at the longest context."""
-    context = contexts(rows, "ablations")[-1]
-    own = find(rows, part="ablations", context=context)
+def variants(rows: Sequence[Row], part: str) -> Figure:
+    """Accuracy, extra bits and recall of each variant of a method, at the longest context."""
+    context = contexts(rows, part)[-1]
+    own = find(rows, part=part, context=context)
     names = [name for name in variants_in(own) if find(own, method=name, task="multikey")]
     shares = [pooled(find(own, method=name, task="multikey")) for name in names]
     extra = [excess(own, name) for name in names]

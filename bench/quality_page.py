@@ -31,8 +31,8 @@ def page(data: dict[str, Any], sentences: Sequence[str], figures: dict[str, byte
     """The whole page; `figures` are PNGs by name."""
     tables = all_tables(data)
     parts = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>What HISA keeps and what it loses</title>",
-        f"<style>{_STYLE}</style><h1>What does HISA keep, and what does it lose?</h1>",
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>What HISA and the scan keep, and what not</title>",
+        f"<style>{_STYLE}</style><h1>What do HISA and the scan keep, and what do they lose?</h1>",
         *(f"<p>{html.escape(sentence)}</p>" for sentence in sentences),
         *map(_table, tables[:_LEAD]),
         *(_image(name, content) for name, content in figures.items()),

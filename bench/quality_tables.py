@@ -6,11 +6,11 @@ from typing import Any
 
 from bench import quality_statistics as statistics
 from bench import shapes
-from bench.quality_variants import BLOCK_SPARSE, FLAT, HISA, HISA_AWARE
+from bench.quality_variants import BLOCK_SPARSE, FLAT, HISA, HISA_AWARE, SCAN
 
 Row = dict[str, Any]
-METHODS = (FLAT, HISA, BLOCK_SPARSE)
-OTHERS = (HISA, BLOCK_SPARSE)
+METHODS = (FLAT, HISA, SCAN, BLOCK_SPARSE)
+OTHERS = METHODS[1:]
 NONE = "-"
 NEEDLE_WANTED, MULTIKEY_WANTED = 0.95, 0.85
 
@@ -71,6 +71,7 @@ def all_tables(data: dict[str, Any]) -> list[Table]:
     made = [
         thresholds(rows), verdict(rows, candidates), needles(rows), multikey(rows), tasks(rows), bits(rows),
         *(layers(rows, queries) for queries in ("text", "retrieval")), overlaps(rows),
+        variants(rows, "scans", "Variants of the scan: 4 k candidates and 4 exact heads unless said"),
         ablations(rows, data["hisa_aware"]),
     ]  # fmt: skip
     return [table for table in made if table.rows]
@@ -111,10 +112,11 @@ def verdict(rows: Sequence[Row], candidates: int) -> Table:
             cells.append(" / ".join(NONE if x is None else percent(x) for x in of))
         found.append(tuple(cells))
     columns = (
-        "context, context/(m B)", "needle F / H / B", "multi-key F / H / B", "other tasks F / H / B",
-        "bits a byte more than flat H / B", "recall, text H / B", "recall, retrieval H / B", "mass, retrieval H / B",
+        "context, context/(m B)", "needle F / H / S / B", "multi-key F / H / S / B", "other tasks F / H / S / B",
+        "bits a byte more than flat H / S / B", "recall, text H / S / B", "recall, retrieval H / S / B",
+        "mass, retrieval H / S / B",
     )  # fmt: skip
-    return Table("What is kept, what is lost: flat (F), HISA (H), block-sparse (B)", columns, tuple(found))
+    return Table("What is kept, what is lost: flat (F), HISA (H), scan (S), block-sparse (B)", columns, tuple(found))
 
 
 def needles(rows: Sequence[Row]) -> Table:
@@ -161,7 +163,7 @@ def bits(rows: Sequence[Row]) -> Table:
             where = dict(part="bits", context=context, first=flat["first"], end=flat["end"])
             others = (_interval(excess(rows, method, **where), "+.4f") for method in OTHERS)
             found.append((shapes.label(context), name, f"{flat['bits']:.4f}", *others, str(flat["n"])))
-    columns = ("context", "positions", "flat, bits a byte", "HISA more", "block-sparse more", "windows")
+    columns = ("context", "positions", "flat, bits a byte", *(f"{method} more" for method in OTHERS), "windows")
     return Table("Held-out text", columns, tuple(found))
 
 
@@ -208,9 +210,20 @@ def overlaps(rows: Sequence[Row]) -> Table:
 
 def ablations(rows: Sequence[Row], hisa_aware: str) -> Table:
     """A line a variant; `hisa_aware` says why the indexer trained under HISA has none, if it has none."""
+    made = variants(rows, "ablations", "Ablations of HISA")
+    missing = tuple(
+        (shapes.label(context), HISA_AWARE, hisa_aware, *[NONE] * 4)
+        for context in contexts(rows, "ablations")
+        if not find(rows, part="ablations", context=context, method=HISA_AWARE)
+    )
+    return dataclasses.replace(made, rows=made.rows + missing)
+
+
+def variants(rows: Sequence[Row], part: str, title: str) -> Table:
+    """A line a variant of a method."""
     found = []
-    for context in contexts(rows, "ablations"):
-        own = find(rows, part="ablations", context=context)
+    for context in contexts(rows, part):
+        own = find(rows, part=part, context=context)
         for method in variants_in(own):
             share = pooled(find(own, method=method, task="multikey"))
             means = [
@@ -222,13 +235,11 @@ def ablations(rows: Sequence[Row], hisa_aware: str) -> Table:
                 NONE if method == FLAT else _interval(excess(own, method), "+.4f"),
                 *(NONE if mean is None else f"{mean:.3f}" for mean in means),
             ))  # fmt: skip
-        if not find(own, method=HISA_AWARE):
-            found.append((shapes.label(context), HISA_AWARE, hisa_aware, *[NONE] * 4))
     columns = (
         "context", "variant", "multi-key", "bits a byte more than flat", "recall, text", "recall, retrieval",
         "score mass, retrieval",
     )  # fmt: skip
-    return Table("Ablations of HISA", columns, tuple(found))
+    return Table(title, columns, tuple(found))
 
 
 def variants_in(rows: Sequence[Row]) -> list[str]:

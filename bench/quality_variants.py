@@ -1,6 +1,7 @@
 """What the quality report compares: selections that replace the flat indexer's in a trained model, as values."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import hisa_jax as hj
 
 KeyDtype = Literal["float8_e4m3fn", "int8"]
 _LAST = 512  # queries: a chunk of prefill
-FLAT, HISA, BLOCK_SPARSE = "flat", "HISA", "block-sparse"
+FLAT, HISA, SCAN, BLOCK_SPARSE = "flat", "HISA", "scan", "block-sparse"
 HISA_AWARE = "HISA-aware indexer"
 
 
@@ -50,11 +51,35 @@ class Variant:
 
 
 def main_variants(topk: int, block_size: int, block_topk: int) -> tuple[Variant, ...]:
-    """Flat, HISA and block-sparse at the same number of selected tokens, the flat one first."""
+    """Flat, HISA, scan and block-sparse at the same number of selected tokens, the flat one first."""
     return (
         Variant(name=FLAT, method=hj.Dsa(topk=topk)),
         Variant(name=HISA, method=hj.Hisa(topk=topk, block_size=block_size, block_topk=block_topk)),
+        Variant(name=SCAN, method=hj.Scan(topk=topk)),
         Variant(name=BLOCK_SPARSE, method=hj.BlockSparse(topk=topk, block_size=block_size)),
+    )
+
+
+def scans(topk: int) -> tuple[Variant, ...]:
+    """The scan with one thing changed at a time, as it is in `main_variants` first: `hj.Scan()` at this topk."""
+    more = (
+        Variant(name=f"{times:g} k candidates", method=hj.Scan(topk=topk, candidates=math.ceil(times * topk)))
+        for times in (1.5, 2.0, 3.0)
+    )
+    return (
+        Variant(name=SCAN, method=hj.Scan(topk=topk)),
+        *more,
+        Variant(name="one virtual head", method=hj.Scan(topk=topk, exact_heads=0)),
+        Variant(name="one virtual head, 2 k candidates", method=hj.Scan(topk=topk, candidates=2 * topk, exact_heads=0)),
+        Variant(name="plain slopes", method=hj.Scan(topk=topk, slopes="plain")),
+        Variant(name="4 bits of each key", method=hj.Scan(topk=topk, sketch="int4")),
+        *(
+            Variant(
+                name=f"units of {unit}, 4 k candidates",
+                method=hj.Scan(topk=topk, candidates=-(-4 * topk // unit) * unit, unit=unit),
+            )
+            for unit in (8, 32)
+        ),
     )
 
 

@@ -1,8 +1,8 @@
 """A server in small: requests with shared prefixes arrive, are read in chunks, decode, finish, and give pages back.
 
-The model is a random one of three layers, two of which select by HISA; the traffic is drawn from a seed. What is
-measured is the loop (models/engine.py) on this machine, not a model. `--verify` compares every selection of every layer
-with the NumPy oracle on keys recorded beside the cache, and counts pages that nobody gave back.
+The model is a random one of three layers, two of which select by HISA or the scan; the traffic is drawn from a seed.
+What is measured is the loop (models/engine.py) on this machine, not a model. `--verify` compares every selection of
+every layer with the NumPy oracle on keys recorded beside the cache, and counts pages that nobody gave back.
 """
 
 import argparse
@@ -28,6 +28,10 @@ from bench.serve_check import Recorder
 from models.engine import Draft, Engine, lookup
 
 METHOD = hj.Hisa(topk=24, block_size=16, block_topk=4)
+METHODS: dict[str, hj.Method] = {
+    "hisa": METHOD,
+    "scan": hj.Scan(topk=METHOD.topk, candidates=48, exact_heads=1, unit=2),
+}
 CONFIG = models.Config(
     model_type="glm_moe_dsa", vocab_size=128, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
     num_hidden_layers=3, num_attention_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16,
@@ -63,9 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     number("--requests", 1, 1_000_000, 100, "how many arrive")
     number("--rows", 1, 1024, 8, "requests that decode at a time")
-    number("--pages", 12, 1_000_000, 80, "pages of 16 tokens for all of them")
+    number("--pages", 12, 1_000_000, 80, "pages for all of them, of 16 tokens, of 64 for the scan")
     number("--draft", 0, 7, 3, "tokens proposed and verified a step, by looking up what followed before; 0: none")
     number("--seed", 0, 2**31 - 1, 0, "of the weights and the traffic")
+    parser.add_argument("--indexer", choices=METHODS, default="hisa", help="what selects (default: %(default)s)")
     parser.add_argument("--keys", choices=("float32", "float8_e4m3fn", "int8"), default="float32", help="index keys")
     parser.add_argument("--verify", action="store_true", help="compare every selection with the oracle, count leaks")
     parser.add_argument("--faults", action="store_true", help="afterwards inject faults into small servers")
@@ -74,16 +79,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     console = Console()
-    engine = make_engine(args.seed, args.keys, args.rows, args.pages, args.draft, trace=args.verify)
-    recorder = Recorder(METHOD) if args.verify else None
+    method = METHODS[args.indexer]
+    engine = make_engine(args.seed, args.keys, args.rows, args.pages, args.draft, trace=args.verify, method=method)
+    recorder = Recorder(method) if args.verify else None
     counts = serve(engine, args.requests, args.seed, recorder, console)
     engine.release()
     engine.pool.check()
     leaked = engine.pool.n_pages - engine.pool.n_free
     row = {
         "row": "serve", **device(), "requests": args.requests, "rows": args.rows, "pages": args.pages,
-        "page_size": engine.pool.page_size, "draft": args.draft, "keys": args.keys, "seed": args.seed,
-        **dataclasses.asdict(counts), "tokens_per_s": counts.new_tokens / counts.seconds, "leaked_pages": leaked,
+        "page_size": engine.pool.page_size, "draft": args.draft, "indexer": args.indexer, "keys": args.keys,
+        "seed": args.seed, **dataclasses.asdict(counts), "tokens_per_s": counts.new_tokens / counts.seconds,
+        "leaked_pages": leaked,
     }  # fmt: skip
     if recorder:
         row |= {"selections_checked": recorder.n_checked, "mismatches": len(recorder.mismatches)}
@@ -92,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(mismatch, highlight=False, markup=False)
     is_right = not leaked and not row.get("mismatches")
     if args.faults:
-        results = [*serve_faults.inject(args.seed), *engine_faults.inject(*small_server(args.seed))]
+        results = [*serve_faults.inject(args.seed, method), *engine_faults.inject(*small_server(args.seed))]
         serve_faults.show(console, results)
         row["faults"] = {result.fault: result.outcome for result in results}
         is_right &= all(result.is_right for result in results)
@@ -102,9 +109,11 @@ def run(args: argparse.Namespace) -> int:
     return 0 if is_right else 1
 
 
-def make_engine(seed: int, keys: str, rows: int, n_pages: int, n_draft: int, *, trace: bool) -> Engine:
+def make_engine(
+    seed: int, keys: str, rows: int, n_pages: int, n_draft: int, *, trace: bool, method: hj.Method = METHOD
+) -> Engine:  # fmt: skip
     config = CONFIG if keys == "float32" else dataclasses.replace(CONFIG, index_key_dtype=cast(Any, keys))
-    model = models.from_config(config, rngs=nnx.Rngs(seed), method=METHOD, dtype=jnp.float32)
+    model = models.from_config(config, rngs=nnx.Rngs(seed), method=method, dtype=jnp.float32)
     draft = lookup if n_draft else None
     sizes = dict(n_pages=n_pages, rows=rows, max_length=_MAX_LENGTH, chunk=_CHUNK)
     return Engine(model, **sizes, draft=draft, n_draft=n_draft, trace=trace)

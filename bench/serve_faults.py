@@ -36,9 +36,9 @@ class Result:
     is_right: bool
 
 
-def inject(seed: int) -> list[Result]:
-    """Runs a few requests, stops in the middle, and injects every fault."""
-    from bench.serve import METHOD, make_engine, traffic
+def inject(seed: int, method: hj.Method) -> list[Result]:
+    """Runs a few requests, stops in the middle, and injects every fault; `method` selects from the faulty tables."""
+    from bench.serve import make_engine, traffic
 
     engine = make_engine(seed, "float32", 4, 60, 0, trace=False)
     for prompt, _ in list(traffic(4, seed)):
@@ -46,7 +46,7 @@ def inject(seed: int) -> list[Result]:
     running = engine.scheduler.running
     while len(running) < 4 or min(len(request.tokens) - request.n_prompt for request in running.values()) < 4:
         engine.step()
-    return [*_in_selection(engine, METHOD), *_in_bookkeeping(engine)]
+    return [*_in_selection(engine, method), *_in_bookkeeping(engine)]
 
 
 def _in_selection(engine: "Engine", method: hj.Method) -> Iterator[Result]:

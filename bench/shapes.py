@@ -38,6 +38,7 @@ class Model:
         return {
             "dsa": hj.Dsa(topk=self.topk),
             "hisa": hj.Hisa(topk=self.topk, block_size=self.block_size, block_topk=self.block_topk),
+            "scan": hj.Scan(topk=self.topk),
             "block-sparse": hj.BlockSparse(topk=self.topk, block_size=self.block_size),
         }
 

@@ -127,19 +127,26 @@ _MAX_UNIT = 128  # tiles of keys are whole units
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scan:
-    """The scan: one virtual head scores every token, then the exact indexer chooses among the best by it.
+    """The scan: a few heads score every token, then the exact indexer chooses among the best by them.
 
-    The virtual head of query t is v[t] = sum_h w[t, h] * a[t, h] * q[t, h], and its score of token s is
-    k_scale[s] * v[t] . k[s]: the indexer's own score with relu replaced by the slopes a, at 1 / H of its products. v is
-    rounded to bfloat16, unless the keys are float32.
+    The scan score of token s for query t is the indexer's with a few of its heads, those in E, as they are, and the
+    others as one virtual head v:
+
+        k_scale[s] * (v[t] . k[s] + sum_{h in E[t]} w[t, h] * relu(q[t, h] . k[s]))
+        v[t] = sum_{h not in E[t]} w[t, h] * a[t, h] * q[t, h]
+
+    so relu is replaced by the slopes a where it matters least. v is rounded to bfloat16, unless the keys are float32.
+    The recommended numbers, those of `Scan()`, are from docs/quality.md.
 
     Attributes:
         topk: tokens chosen for each query.
-        candidates: tokens that are scored exactly for each query; None: twice `topk`.
+        candidates: tokens that are scored exactly for each query; None: four times `topk`.
+        exact_heads: how many heads are in E: those of greatest |w[t, h]| * |q[t, h]|, a tie to the lower head. 0: the
+            virtual head alone.
         unit: adjacent tokens that become candidates together, from a multiple of `unit` on: a power of two up to 128. A
             unit scores what the best of its visible tokens does.
         slopes: "sampled": of up to 256 visible tokens, at positions 0, step, 2 step, ... with the least power of two
-            that leaves so few, the 16 of highest exact score are taken; a[t, h] is the share of them at which head h
+            that leaves so few, the 32 of highest exact score are taken; a[t, h] is the share of them at which head h
             is open, q[t, h] . k > 0. "plain": 1, which costs nothing and finds less.
         sketch: what is scanned in place of the keys, of which the exact scores stay. "int4": 4 bits a number, with a
             scale for each 32 (sketch.py); None: the keys.
@@ -153,6 +160,7 @@ class Scan:
     has_blocks: ClassVar[bool] = True
     topk: int = 2048
     candidates: int | None = None
+    exact_heads: int = 4
     unit: int = 1
     slopes: Slopes = "sampled"
     sketch: Sketch | None = None
@@ -161,6 +169,7 @@ class Scan:
 
     def __post_init__(self) -> None:
         at_least(self, "topk", 1)
+        at_least(self, "exact_heads", 0)
         at_least(self, "unit", 1)
         at_least(self, "keep_first", 0)
         at_least(self, "keep_last", 1, ": a query's own unit may be partial, so that it must always count")
@@ -172,7 +181,7 @@ class Scan:
             raise ValueError(f"Scan(sketch={self.sketch!r}): must be None or one of {', '.join(get_args(Sketch))}")
         if self.candidates is None:
             # The value that stands for None, so that methods which mean the same are equal.
-            object.__setattr__(self, "candidates", -(-2 * self.topk // self.unit) * self.unit)
+            object.__setattr__(self, "candidates", -(-4 * self.topk // self.unit) * self.unit)
         at_least(self, "candidates", self.topk, ", its topk")
         if self.block_topk * self.unit != self.candidates:
             raise ValueError(f"Scan(candidates={self.candidates}): must be a multiple of unit = {self.unit}")

@@ -1,9 +1,10 @@
-"""The scan, in plain JAX: which units of tokens each query keeps by the score of one virtual head.
+"""The scan, in plain JAX: which units of tokens each query keeps by the score of a few heads in place of all.
 
+    exact_heads   the heads of greatest |weight| * |query|: they are scanned as they are
     sample        exact scores of up to 256 tokens, evenly strided over what a query sees
-    open_heads    which heads are open at the 16 best of them: the slopes
-    virtual_head  v = sum over heads of weight * slope * query
-    best_units    the units whose best visible token has the highest k_scale * (v . k)
+    open_heads    which heads are open at the 32 best of them: the slopes
+    virtual_head  v = sum over the other heads of weight * slope * query
+    best_units    the units whose best visible token has the highest score by v and the exact heads
 
 What is left, the exact top-k inside the kept units, is `stages.refine`. The stages are apart where several devices that
 share a sequence's keys exchange what they have found (context_xla.py).
@@ -22,7 +23,7 @@ from hisa_jax.sketch import sketched
 from hisa_jax.stages import Candidates, Queries
 
 N_SAMPLES = 256
-N_BEST = 16
+N_BEST = 32
 _TILES = 8  # of keys between two top-ks: each looks at all of its units, whatever it throws away
 _KEYS = 4  # tiles of the other stages make one of these: a product with one head is cheaper than what surrounds it
 
@@ -32,6 +33,17 @@ class Samples(NamedTuple):
 
     products: Array
     image: Array
+
+
+class ScanHeads(NamedTuple):
+    """What a tile of queries scans with.
+
+    Attributes: `virtual` [t, D] float32; `exact` [t, n, D] and their weights `w` [t, n] float32, 0 behind the last.
+    """
+
+    virtual: Array
+    exact: Array
+    w: Array
 
 
 def sample_positions(visible: Array) -> Array:
@@ -60,15 +72,37 @@ def open_heads(products: Array, is_best: Array) -> Array:
 
 
 def best_samples(image: Array) -> tuple[Array, Array]:
-    """[t, 256] int32 -> [t, 256] bool, the 16 of highest score; [t] int32, how many they are."""
+    """[t, 256] int32 -> [t, 256] bool, the 32 of highest score; [t] int32, how many they are."""
     is_best = topk.chosen_mask(image, N_BEST)
     return is_best, jnp.sum(is_best, axis=1, dtype=jnp.int32)
 
 
-def virtual_head(queries: Queries, slopes: Array) -> Array:
-    """[t, H] float32 slopes -> [t, D] float32."""
+def exact_heads(queries: Queries, method: Scan) -> Array:
+    """[t, n] int32: the `method.exact_heads` heads of greatest |w| * |q|, ascending, -1 behind the last of fewer."""
+    if method.exact_heads == 0:
+        return jnp.zeros((queries.w.shape[0], 0), jnp.int32)
     q = queries.q.astype(jnp.float32)
-    return jnp.einsum("th,thd->td", queries.w * slopes, q, precision=lax.Precision.HIGHEST)
+    sizes = jnp.abs(queries.w) * jnp.sqrt(jnp.sum(q * q, axis=2))
+    return topk.topk_in_order(topk.image_of(sizes), None, method.exact_heads)[1]
+
+
+def virtual_head(queries: Queries, slopes: Array, method: Scan) -> Array:
+    """[t, H] float32 slopes -> [t, D] float32: the heads that are not exact in one."""
+    heads = jnp.arange(slopes.shape[1], dtype=jnp.int32)
+    is_exact = jnp.any(exact_heads(queries, method)[:, :, None] == heads[None, None, :], axis=1)
+    q = queries.q.astype(jnp.float32)
+    return jnp.einsum("th,thd->td", jnp.where(is_exact, 0.0, queries.w * slopes), q, precision=lax.Precision.HIGHEST)
+
+
+def scan_heads(queries: Queries, virtual: Array, method: Scan) -> ScanHeads:
+    """`virtual` [t, D], as `virtual_head` gives it, and the exact heads beside it."""
+    heads = exact_heads(queries, method)
+    at = jnp.maximum(heads, 0)
+    return ScanHeads(
+        virtual,
+        jnp.take_along_axis(queries.q, at[:, :, None], axis=1),
+        jnp.where(heads >= 0, jnp.take_along_axis(queries.w, at, axis=1), 0.0),
+    )
 
 
 def slopes_of(n_open: Array, n_best: Array) -> Array:
@@ -76,17 +110,19 @@ def slopes_of(n_open: Array, n_best: Array) -> Array:
     return n_open.astype(jnp.float32) / jnp.maximum(n_best, 1).astype(jnp.float32)[:, None]
 
 
-def virtual_heads(queries: Queries, sequence: Sequence, method: Scan) -> Array:
-    """[t, D] float32: the virtual head of each query of a sequence in one place."""
+def heads_of(queries: Queries, sequence: Sequence, method: Scan) -> ScanHeads:
+    """What each query of a sequence in one place scans with."""
     if method.slopes == "plain":
-        return virtual_head(queries, jnp.ones_like(queries.w))
-    samples = sample(queries, sequence, sample_positions(queries.visible))
-    is_best, n_best = best_samples(samples.image)
-    return virtual_head(queries, slopes_of(open_heads(samples.products, is_best), n_best))
+        slopes = jnp.ones_like(queries.w)
+    else:
+        samples = sample(queries, sequence, sample_positions(queries.visible))
+        is_best, n_best = best_samples(samples.image)
+        slopes = slopes_of(open_heads(samples.products, is_best), n_best)
+    return scan_heads(queries, virtual_head(queries, slopes, method), method)
 
 
 def best_units(
-    heads: Array,
+    heads: ScanHeads,
     visible: Array,
     eligible: Array,
     sequence: Sequence,
@@ -98,7 +134,7 @@ def best_units(
     """The `m` best units of each query, ascending.
 
     Args:
-        heads: [t, D] float32, virtual heads.
+        heads: what each query scans with.
         visible: [t] int32, tokens of `sequence` that each query sees.
         eligible: [t] int32, units that each query sees, also elsewhere than in `sequence`.
         place: maps units of `sequence` to their places among all, where it is a part.
@@ -143,11 +179,19 @@ def best_units(
     return stages.stream_topk(candidates, -(-jnp.max(visible) // width), max_spans, m, t)
 
 
-def scores(heads: Array, keys: Keys) -> Array:
-    """[t, D] float32, s keys -> [t, s] float32: k_scale[s] * v[t] . k[s], v in bfloat16 unless the keys are float32."""
-    heads = heads.astype(stages.product_dtype(jnp.bfloat16, keys.values.dtype))
-    products = stages.head_products(heads, keys)
-    return products if keys.scales is None else products * keys.scales[None, :]
+def scores(heads: ScanHeads, keys: Keys) -> Array:
+    """t queries, s keys -> [t, s] float32: k_scale[s] * (v[t] . k[s] + sum over exact heads of w * relu(q . k[s])).
+
+    v is rounded to bfloat16, unless the keys are float32.
+    """
+    virtual = heads.virtual.astype(stages.product_dtype(jnp.bfloat16, keys.values.dtype))
+    total = stages.head_products(virtual, keys)
+    t, n, D = heads.exact.shape
+    if n:
+        products = stages.head_products(heads.exact.reshape(t * n, D), keys).reshape(t, n, -1)
+        for i in range(n):  # one after the other: a reduction's order would depend on its size
+            total = total + heads.w[:, i, None] * jnp.maximum(products[:, i], 0)
+    return total if keys.scales is None else total * keys.scales[None, :]
 
 
 def scan(queries: Queries, sequence: Sequence, method: Scan, tile_s: int) -> Array:
@@ -156,7 +200,7 @@ def scan(queries: Queries, sequence: Sequence, method: Scan, tile_s: int) -> Arr
     m = min(method.block_topk, -(-sequence.max_keys // method.unit))
 
     def scanned() -> Array:
-        heads = virtual_heads(queries, sequence, method)
+        heads = heads_of(queries, sequence, method)
         return best_units(heads, queries.visible, eligible, sequence, method, m, tile_s).positions
 
     kept = lax.cond(jnp.all(eligible <= m), lambda: stages.first_positions(eligible, m), scanned)

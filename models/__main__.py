@@ -1,4 +1,4 @@
-"""The commands: python -m models generate --checkpoint DIR --prompt TEXT, data --out FILE, train --out DIR."""
+"""The commands: python -m models generate, check, data and train; each says what it takes with --help."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from models.check import command as check
 from models.config import Config, read_config
 from models.generate import Generation, generate
 from models.indexers import NAMES, make_method, read_methods
@@ -68,9 +69,9 @@ def _ids(text: str) -> list[int]:
 def _method(options: argparse.Namespace, config: Config) -> MethodLike:
     if options.indexer not in NAMES:
         return read_methods(options.indexer, config)
-    fields = {name: getattr(options, name) for name in ("topk", "block_size", "block_topk", "block_ratio")}
-    # What the flat and block-sparse indexers do not have is refused there, by name, if it was given.
-    given = {name: value for name, value in fields.items() if value is not None}
+    fields = ("topk", "block_size", "block_topk", "block_ratio", "candidates", "unit", "slopes", "sketch")
+    # What a method does not have is refused there, by name, if it was given.
+    given = {name: value for name in fields if (value := getattr(options, name)) is not None}
     return make_method(options.indexer, config, "--indexer", **given)
 
 
@@ -108,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands.add_parser("data", help="collect text to train a byte-level model on"))
     training.add_arguments(commands.add_parser("train", help="train a byte-level model with DSA's stages"))
     _add_generate(commands.add_parser("generate", help="continue prompts by a local checkpoint"))
+    check.add_arguments(
+        commands.add_parser("check", help="what each indexer keeps of a checkpoint's own, on your text")
+    )
     return parser
 
 
@@ -126,11 +130,15 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     prompts = command.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="repeat for a batch")
     prompts.add_argument("--prompt-ids", action="append", metavar="1,2,3", help="token ids; prints ids, too")
-    command.add_argument("--indexer", default="dsa", metavar="dsa|hisa|block-sparse|FILE", help="FILE: per-layer JSON")
+    command.add_argument("--indexer", default="dsa", metavar="|".join([*NAMES, "FILE"]), help="FILE: per-layer JSON")
     command.add_argument("--topk", type=int, help="tokens each query attends to; default: the checkpoint's")
     command.add_argument("--block-size", type=int, help="tokens a block")
     command.add_argument("--block-topk", type=int, help="blocks kept, for hisa")
     command.add_argument("--block-ratio", type=int, help="for hisa: one block in so many is kept, up to --block-topk")
+    command.add_argument("--candidates", type=int, help="tokens scored exactly, for scan; default: twice topk")
+    command.add_argument("--unit", type=int, help="adjacent tokens that become candidates together, for scan")
+    command.add_argument("--slopes", metavar="sampled|plain", help="of the virtual head, for scan")
+    command.add_argument("--sketch", metavar="int4", help="what is scanned in place of the keys, for scan")
     command.add_argument("--max-new-tokens", type=int, default=32)
     command.add_argument("--chunk", type=int, default=512, help="prompt tokens a forward pass")
     command.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")

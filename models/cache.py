@@ -48,8 +48,9 @@ class Cache:
 
 
 def page_size_of(methods: Iterable[hj.Method]) -> int:
-    """The largest page that the blocks of all these methods are made of."""
-    return math.gcd(_LARGEST_PAGE, *(method.block_size for method in methods if not isinstance(method, hj.Dsa)))
+    """The largest page that the blocks of all these methods are made of; units of a scan may cross pages."""
+    sizes = (method.block_size for method in methods if isinstance(method, hj.Hisa | hj.BlockSparse))
+    return math.gcd(_LARGEST_PAGE, *sizes)
 
 
 def empty_pages(config: Config, n_pages: int, page_size: int, dtype: DTypeLike) -> tuple[hj.IndexCache, ...]:

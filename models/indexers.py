@@ -1,8 +1,8 @@
 """Methods by name, for the command line: one for all layers, or a file that says which layer has which.
 
 The file is JSON: {"default": {"indexer": "hisa", "block_topk": 32}, "0": {"indexer": "dsa"}}. Keys are layers, or
-"default" for those left out (else they keep the checkpoint's own flat indexer). `indexer` is dsa, hisa or block-sparse;
-the others are fields of that method. `topk` is the checkpoint's unless given.
+"default" for those left out (else they keep the checkpoint's own flat indexer). `indexer` is dsa, hisa, scan
+or block-sparse; the others are fields of that method. `topk` is the checkpoint's unless given.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ import hisa_jax as hj
 from models.config import Config
 from models.json_object import read_object
 
-NAMES = {"dsa": hj.Dsa, "hisa": hj.Hisa, "block-sparse": hj.BlockSparse}
+NAMES = {"dsa": hj.Dsa, "hisa": hj.Hisa, "scan": hj.Scan, "block-sparse": hj.BlockSparse}
 
 
 def make_method(name: str, config: Config, source: str = "indexer", /, **fields: Any) -> hj.Method:
     """Makes a method of its name.
 
     Args:
-        name: "dsa", "hisa" or "block-sparse".
+        name: "dsa", "hisa", "scan" or "block-sparse".
         config: gives `topk` unless `fields` do.
         source: what error messages call it.
         fields: of the method.

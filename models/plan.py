@@ -60,12 +60,12 @@ def make_plan(method: MethodLike, config: Config) -> Plan:
     if callable(method):
         return Plan(layers=(own,) * layers, rule=method)
     raise TypeError(
-        f"method is {type(method).__name__}, wanted hj.Hisa, hj.Dsa, hj.BlockSparse, a sequence or mapping of them, "
-        "a rule (layer, phase) -> method, or None"
+        f"method is {type(method).__name__}, wanted hj.Hisa, hj.Dsa, hj.Scan, hj.BlockSparse, a sequence or mapping of "
+        "them, a rule (layer, phase) -> method, or None"
     )
 
 
 def _checked(method: object, name: str) -> hj.Method:
     if not isinstance(method, get_args(hj.Method)):
-        raise TypeError(f"{name} is {type(method).__name__}, wanted hj.Hisa, hj.Dsa or hj.BlockSparse")
+        raise TypeError(f"{name} is {type(method).__name__}, wanted hj.Hisa, hj.Dsa, hj.Scan or hj.BlockSparse")
     return method

@@ -14,7 +14,7 @@ from tests import draw
 METHODS = {
     "dsa": hj.Dsa(topk=6),
     "hisa": hj.Hisa(topk=6, block_size=4, block_topk=5, block_ratio=2),
-    "scan": hj.Scan(topk=6, candidates=12),
+    "scan": hj.Scan(topk=6, candidates=12, exact_heads=1),
     "block_sparse": hj.BlockSparse(topk=12, block_size=4),
 }
 B, T, S, H, D = 2, 3, 21, 2, 8

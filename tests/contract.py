@@ -24,8 +24,8 @@ DSA = hj.Dsa(topk=24)
 HISA = hj.Hisa(topk=24, block_size=16, block_topk=4)
 BLOCK_SPARSE = hj.BlockSparse(topk=64, block_size=16)
 RATIO = hj.Hisa(topk=24, block_size=16, block_topk=7, block_ratio=2)
-SCAN = hj.Scan(topk=24, candidates=48)
-SCAN_UNITS = hj.Scan(topk=24, candidates=64, unit=8)
+SCAN = hj.Scan(topk=24, candidates=48, exact_heads=1)
+SCAN_UNITS = hj.Scan(topk=24, candidates=64, exact_heads=0, unit=8)
 METHODS = {
     "dsa": DSA,
     "hisa": HISA,

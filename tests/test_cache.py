@@ -21,8 +21,8 @@ DTYPES = ["float32", "bfloat16", "float8_e4m3fn", "int8"]
 METHODS = {
     "dsa": hj.Dsa(topk=20),
     "hisa": hj.Hisa(topk=20, block_size=16, block_topk=3),
-    "scan": hj.Scan(topk=20, candidates=32),
-    "scan_units": hj.Scan(topk=20, candidates=32, unit=4, slopes="plain"),
+    "scan": hj.Scan(topk=20, candidates=32, exact_heads=1),
+    "scan_units": hj.Scan(topk=20, candidates=32, exact_heads=0, unit=4, slopes="plain"),
     "hisa_two_pages_a_block": hj.Hisa(topk=20, block_size=32, block_topk=3, block_ratio=2),
     "block_sparse": hj.BlockSparse(topk=48, block_size=16),
 }

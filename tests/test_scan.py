@@ -48,24 +48,39 @@ def test_a_head_is_open_where_its_product_is_above_0_at_one_of_the_best():
     assert scan.open_heads(products, is_best).tolist() == [[2]]
 
 
-def test_the_best_samples_are_16_or_all_and_a_tie_goes_to_the_lower_position():
-    image = jnp.asarray(np.full((3, 256), topk.INVISIBLE, np.int32)).at[0, :20].set(7).at[0, 18].set(9).at[1, :5].set(7)
+def test_the_best_samples_are_32_or_all_and_a_tie_goes_to_the_lower_position():
+    image = jnp.asarray(np.full((3, 256), topk.INVISIBLE, np.int32)).at[0, :40].set(7).at[0, 38].set(9).at[1, :5].set(7)
     is_best, n_best = scan.best_samples(image)
-    assert n_best.tolist() == [16, 5, 0]
-    assert np.flatnonzero(is_best[0]).tolist() == [*range(15), 18]
+    assert n_best.tolist() == [32, 5, 0]
+    assert np.flatnonzero(is_best[0]).tolist() == [*range(31), 38]
     assert np.flatnonzero(is_best[1]).tolist() == [*range(5)]
 
 
 def test_the_virtual_head_is_the_weighted_sum_of_heads_of_either_sign():
-    queries = queries_of([[[1, 2], [3, 5]]], [[2, -3]], [4])
-    assert scan.virtual_head(queries, jnp.array([[0.5, 1.0]])).tolist() == [[1 - 9, 2 - 15]]
+    queries, slopes = queries_of([[[1, 2], [3, 5]]], [[2, -3]], [4]), jnp.array([[0.5, 1.0]])
+    assert scan.virtual_head(queries, slopes, hj.Scan(exact_heads=0)).tolist() == [[1 - 9, 2 - 15]]
+    assert scan.virtual_head(queries, slopes, hj.Scan(exact_heads=1)).tolist() == [[1, 2]]
+    assert scan.virtual_head(queries, slopes, hj.Scan(exact_heads=4)).tolist() == [[0, 0]]
+
+
+def test_exact_heads_are_those_of_greatest_weight_times_query_and_a_tie_goes_to_the_lower():
+    q = [[[3, 4], [1, 0], [0, -5], [5, 0]]]  # sizes 5, 4, 10, 10
+    queries = queries_of(q, [[-1, 4, 2, -2]], [4])
+    assert scan.exact_heads(queries, hj.Scan(exact_heads=3)).tolist() == [[0, 2, 3]]
+    assert scan.exact_heads(queries, hj.Scan(exact_heads=1)).tolist() == [[2]]
+    assert scan.exact_heads(queries, hj.Scan(exact_heads=6)).tolist() == [[0, 1, 2, 3, -1, -1]]
+    heads = scan.scan_heads(queries, jnp.zeros((1, 2)), hj.Scan(exact_heads=6))
+    assert heads.w.tolist() == [[-1, 4, 2, -2, 0, 0]]
 
 
 @pytest.mark.parametrize("scales", [None, [1, 1, -2, 0.5, 1]])
-def test_a_scan_score_is_the_keys_scale_times_its_product_with_the_virtual_head(scales):
-    k, heads = np.arange(10).reshape(5, 2), np.array([[1.0, 2], [-1, 3], [0, 1]])
-    wanted = heads @ k.T * (1 if scales is None else np.array(scales))
-    np.testing.assert_array_equal(scan.scores(jnp.asarray(heads, jnp.float32), keys_of(k, scales)), wanted)
+def test_a_scan_score_is_the_keys_scale_times_the_products_with_the_heads(scales):
+    k, virtual = np.arange(-5, 5).reshape(5, 2), np.array([[1.0, 2], [-1, 3], [0, 1]])
+    exact, w = np.array([[[1, 1], [-1, 0]], [[2, -1], [0, -3]], [[1, 0], [0, 0]]]), np.array([[2, -1], [1, 3], [-5, 0]])
+    wanted = virtual @ k.T + np.einsum("tn,tns->ts", w, np.maximum(exact @ k.T, 0))
+    heads = scan.ScanHeads(*(jnp.asarray(x, jnp.float32) for x in (virtual, exact, w)))
+    got = scan.scores(heads, keys_of(k, scales))
+    np.testing.assert_array_equal(got, wanted * (1 if scales is None else np.array(scales)))
 
 
 def kept(scores, visible, method, tile_s=128):
@@ -74,7 +89,8 @@ def kept(scores, visible, method, tile_s=128):
     eligible = jnp.array([-(-visible // method.unit)])
     m = min(method.block_topk, -(-len(k) // method.unit))
     seen = jnp.array([visible], jnp.int32)
-    best = scan.best_units(jnp.ones((1, 1)), seen, eligible, sequence_of(k), method, m, tile_s)
+    heads = scan.ScanHeads(jnp.ones((1, 1)), jnp.zeros((1, 0, 1)), jnp.zeros((1, 0)))
+    best = scan.best_units(heads, seen, eligible, sequence_of(k), method, m, tile_s)
     return [unit for unit in best.positions[0].tolist() if unit >= 0]
 
 

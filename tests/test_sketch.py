@@ -33,7 +33,7 @@ def test_a_group_with_a_number_that_is_not_finite_is_lost():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8"])
 def test_a_scan_of_a_sketch_is_the_oracles(dtype):
     q, k, w = draw.inputs(2, 6, 150, 4, 40, dtype=dtype)
-    method = hj.Scan(topk=16, candidates=32, unit=2, sketch="int4")
+    method = hj.Scan(topk=16, candidates=32, exact_heads=1, unit=2, sketch="int4")
     got = hj.select(q, k, w, method, return_scores=True, return_blocks=True)
     oracle.assert_same_selection(
         got.indices, got.count, oracle.select(q, k, w, method), contract.TOLERANCE, scores=got.scores, blocks=got.blocks
@@ -47,7 +47,7 @@ def test_nan_is_not_lost_where_all_is_compiled_together():
     k[0, 2] = np.nan
     scales = np.where(np.arange(33) % 5 == 3, 2.0, 1.0).astype(np.float32)[None]
     keys = hj.QuantizedKeys(jnp.asarray(k.astype(ml_dtypes.float8_e4m3fn)), jnp.asarray(scales))
-    method = hj.Scan(topk=5, candidates=30, unit=2, sketch="int4")
+    method = hj.Scan(topk=5, candidates=30, exact_heads=1, unit=2, sketch="int4")
     got = hj.select(q, keys, w, method, return_blocks=True)
     reference = oracle.select(q, keys, w, method)
     assert 1 not in reference.blocks[0, 0]  # tokens 2 and 3: NaN, and the lowest of all scores

@@ -27,8 +27,8 @@ class Stage:
         steps: how many.
         learning_rate: the highest, reached after `rise` steps and lowered to `end_rate` by half a cosine.
         synthetic_share: of sequences that are long-range tasks in text, the others being text alone.
-        method: what selects where attention is sparse; None for the config's own flat indexer. `hj.Hisa` trains the
-            indexer under the block filter that it will run with.
+        method: what selects where attention is sparse; None for the config's own flat indexer. `hj.Hisa` or
+            `hj.Scan` trains the indexer under the filter that it will run with.
     """
 
     name: str

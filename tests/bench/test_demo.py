@@ -35,6 +35,7 @@ def test_the_demo_shows_a_table_and_passages_and_writes_rows_and_a_figure(text_f
         "512 (4), 1K (4)",
         "found at",
         ">> p",
+        "Time and answers",
         "8 of 8",
     ):
         assert wanted in shown
@@ -43,7 +44,7 @@ def test_the_demo_shows_a_table_and_passages_and_writes_rows_and_a_figure(text_f
     assert written.keys() == {"text", "seed", "device", "platform", "cpu_cores", "jax", "rows"}
     rows = [row for row in written["rows"] if row["row"] == "select"]
     assert [(row["context"], row["method"]) for row in rows] == [
-        (context, method) for context in (512, 1024) for method in ("dsa", "hisa", "block-sparse")
+        (context, method) for context in (512, 1024) for method in ("dsa", "hisa", "scan", "block-sparse")
     ]
     for row in rows:
         assert row.keys() == {
@@ -55,9 +56,9 @@ def test_the_demo_shows_a_table_and_passages_and_writes_rows_and_a_figure(text_f
         assert (row["recall"], row["iou"], row["mass"], row["places_kept"]) == (1, 1, 1, 1)
         assert row["ms_per_query"] > 0
     of_model = [row for row in written["rows"] if row["row"] == "model"]
-    assert [row["method"] for row in of_model] == ["dsa", "hisa", "block-sparse"]
-    # At 1,024 bytes HISA keeps all blocks: it is the flat indexer, and the trained model answers.
-    assert [row["right"] for row in of_model][:2] == [8, 8] and of_model[0]["questions"] == 8
+    assert [row["method"] for row in of_model] == ["dsa", "hisa", "scan", "block-sparse"]
+    # At 1,024 bytes HISA keeps all blocks: it is the flat indexer, and the trained model answers; so does the scan.
+    assert [row["right"] for row in of_model][:3] == [8, 8, 8] and of_model[0]["questions"] == 8
     assert abs(of_model[0]["bits_per_byte"] - of_model[1]["bits_per_byte"]) < 1e-6
 
 
@@ -92,10 +93,12 @@ def test_a_text_shorter_than_the_default_contexts_is_used_as_far_as_it_goes(text
 
 def test_a_selection_that_breaks_the_contract_stops_the_demo():
     same, other = (demo.hj.Selection(indices=np.array([[[0, i]]]), count=np.array([[2]])) for i in (1, 2))
-    assert demo._check_identical(same, same, np.array([8191])) == 1
-    assert demo._check_identical(same, other, np.array([8192])) == 0
-    with pytest.raises(RuntimeError, match="against the contract"):
-        demo._check_identical(same, other, np.array([8191]))
+    for name, n in (("hisa", 8192), ("scan", 4096)):
+        method = demo.METHODS[name]
+        assert demo._check_identical(name, method, same, same, np.array([n - 1])) == 1
+        assert demo._check_identical(name, method, same, other, np.array([n])) == 0
+        with pytest.raises(RuntimeError, match=f"{name} differs .* against the contract"):
+            demo._check_identical(name, method, same, other, np.array([n - 1]))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ SMALL = ["--context", "4096", "--queries", "2", "--heads", "4", "--dim", "32"]
 def test_a_table_shows_each_method(capsys):
     assert main(["memory", *SMALL]) == 0
     shown = capsys.readouterr().out
-    for wanted in ("4,096 keys x 2 queries", "dsa", "hisa", "block-sparse", "Within the limit of 2 GiB"):
+    for wanted in ("4,096 keys x 2 queries", "dsa", "hisa", "scan", "block-sparse", "Within the limit of 2 GiB"):
         assert wanted in shown
 
 

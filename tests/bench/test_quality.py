@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from bench import quality, quality_model
 from bench.__main__ import main
 from bench.quality_page import about, markdown, verdict
-from bench.quality_variants import ablations
+from bench.quality_variants import ablations, scans
 from models.export import save_pretrained
 from models.training.text import save_corpus
 from models.training.weights import Skeleton
@@ -21,7 +21,7 @@ from tests.models.training import tiny
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
-PARTS = ["bits", "needle", "multikey", "layers", "ablations"]
+PARTS = ["bits", "needle", "multikey", "layers", "scans", "ablations"]
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,11 @@ def error_of(folder, capsys, *more):
 
 def test_the_report_is_measured_in_pieces_and_written(folder, capsys, monkeypatch):
     monkeypatch.setattr(quality, "ablations", lambda *sizes: ablations(*sizes)[:2])  # each is compiled
+    monkeypatch.setattr(quality, "scans", lambda topk: scans(topk)[:2])
     # First a part alone, then the rest: what was measured is not measured again.
     assert main(command(folder, "--part", "bits")) == 0
     before = {file: file.stat().st_mtime_ns for file in (folder / "out" / "parts").glob("bits-*")}
-    assert len(before) == 3
+    assert len(before) == 4
     capsys.readouterr()
     assert main(command(folder, "--part", *PARTS)) == 0
     assert before == {file: file.stat().st_mtime_ns for file in before}
@@ -70,7 +71,7 @@ def test_the_report_is_measured_in_pieces_and_written(folder, capsys, monkeypatc
     figures = sorted(file.name for file in (folder / "out").glob("*.png"))
     assert figures == [
         "ablations.png", "accuracy.png", "bits.png", "layers.png", "needle_block-sparse.png", "needle_flat.png",
-        "needle_hisa.png",
+        "needle_hisa.png", "needle_scan.png", "scans.png",
     ]  # fmt: skip
     page = (folder / "out" / "quality.html").read_text()
     assert page.count("data:image/png;base64,") == len(figures)

@@ -11,7 +11,7 @@ import hisa_jax as hj
 from bench import quality_agreement, quality_answers, quality_model
 from bench import quality_statistics as statistics
 from bench.quality_tables import averaged, excess, worst
-from bench.quality_variants import FLAT, HISA, Variant, ablations, main_variants
+from bench.quality_variants import FLAT, HISA, Variant, ablations, main_variants, scans
 from models.training import forward as training
 from models.training.batches import held_out_samples
 from models.training.weights import Skeleton
@@ -183,7 +183,10 @@ def test_the_threshold_is_held_against_the_worst_context():
 
 
 def test_the_variants_select_the_same_number_of_tokens_and_ablations_change_one_thing():
-    assert {variant.method.topk for variant in main_variants(256, 32, 32)} == {256}
+    assert {variant.method.topk for variant in (*main_variants(256, 32, 32), *scans(256))} == {256}
+    assert {(variant.method.candidates, variant.method.unit) for variant in scans(256)} == {
+        (320, 1), (384, 1), (512, 1), (768, 1), (1024, 8), (1024, 32),
+    }  # fmt: skip
     shapes = {
         (variant.method.block_size, variant.method.block_topk)
         for variant in ablations(256, 32, 32)

@@ -23,6 +23,15 @@ def test_a_small_run_is_right_and_leaks_nothing_whatever_faults_are_injected(tmp
     assert "selections against the oracle: 0 mismatches" in shown and "one page twice" in shown
 
 
+@pytest.mark.slow
+def test_a_small_run_by_the_scan_is_right_and_leaks_nothing(tmp_path):
+    out = tmp_path / "serve.json"
+    assert main(["serve", "--requests", "5", "--indexer", "scan", "--verify", "--out", str(out)]) == 0
+    row = json.loads(out.read_text())
+    assert (row["indexer"], row["page_size"], row["finished"]) == ("scan", 64, 5)
+    assert row["mismatches"] == row["leaked_pages"] == 0 < row["selections_checked"]
+
+
 def step(request, start, n_kept, rng, wrong=False):
     """One forward pass of two tokens of one request, one layer."""
     q, k, w = (rng.normal(size=s).astype(np.float32) for s in ((1, 2, 2, 8), (1, 2, 8), (1, 2, 2)))

@@ -23,5 +23,5 @@ def test_contexts_have_short_names():
 
 def test_every_model_has_all_methods_the_flat_one_first():
     for model in shapes.MODELS.values():
-        assert list(model.methods()) == ["dsa", "hisa", "block-sparse"]
+        assert list(model.methods()) == ["dsa", "hisa", "scan", "block-sparse"]
         assert {method.topk for method in model.methods().values()} == {2048}

@@ -19,6 +19,7 @@ from flax import nnx  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
 import models  # noqa: E402
+from models.check import measures, reading  # noqa: E402
 from tests.models import golden  # noqa: E402
 
 run = jax.jit(lambda model, tokens, mask=None: model(tokens, mask=mask))
@@ -82,6 +83,18 @@ def generation():
     np.testing.assert_array_equal(cache.block_tables, [[0], [0]])
 
 
+def the_self_check():
+    """The same figures where heads and experts are split."""
+    found = []
+    for mesh in (None, models.make_mesh(data=1, model=4)):
+        model = models.from_pretrained(golden.FOLDER / "dsv32", mesh=mesh)
+        positions = reading.sampled_positions(40, 12)
+        (seen, *_) = reading.read(model, golden.ids("dsv32")[0].tolist(), positions, 24, lambda n: None)
+        methods = measures.methods_to_check(8, 4)
+        found.append((measures.measure(seen, methods, 1.0), measures.scan_ranks(seen, methods["flat"])))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), *found)
+
+
 def save_here_restore_there():
     """A model saved on one mesh comes back on another one, and random weights are made where they lie."""
     config = models.read_config(golden.FOLDER / "dsv32")
@@ -99,7 +112,7 @@ def save_here_restore_there():
 CHECKS = {
     check.__name__: check
     for check in (
-        tensor_and_data_parallel, explicit_mesh_of_one_axis, quantised_keys_and_hisa, generation,
+        tensor_and_data_parallel, explicit_mesh_of_one_axis, quantised_keys_and_hisa, generation, the_self_check,
         save_here_restore_there,
     )
 }  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 import hisa_jax as hj
 import models
-from models.cache import packing
+from models.cache import packing, page_size_of
 from models.dsa import choose_form
 
 from . import golden
@@ -20,6 +20,12 @@ def test_real_tokens_are_packed_in_front_and_come_back_to_their_places():
     x = jnp.arange(9).reshape(3, 3)
     assert rows.pack(x).tolist() == [1, 2, 6, 8, 0, 3, 4, 5, 7] and rows.cu_seqlens.tolist() == [0, 2, 2, 4]
     np.testing.assert_array_equal(rows.unpack(rows.pack(x)), x)
+
+
+def test_pages_are_parts_of_every_block_and_whatever_size_for_the_others():
+    flat, scan = hj.Dsa(), hj.Scan(unit=2)
+    assert page_size_of([flat, scan]) == 64
+    assert page_size_of([flat, scan, hj.Hisa(), hj.Hisa(block_size=48)]) == 16
 
 
 @pytest.mark.slow

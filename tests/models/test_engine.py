@@ -48,6 +48,15 @@ def test_tokens_are_those_of_each_request_alone_with_shared_prefixes_few_pages_a
     assert {kept for _, kept in verified} == {0, 1, 2} and any(kept < new for new, kept in verified)
 
 
+def test_tokens_by_a_scan_are_those_of_each_request_alone():
+    """Its pages need not be made of units: prompts of 40 tokens fill no page of 64."""
+    prompts = serving.requests(8, seed=4)
+    alone = serving.alone(tuple(map(tuple, prompts)), serving.SCAN, ())
+    engine = serving.engine(serving.model(serving.SCAN), n_pages=6)
+    wanted = {engine.submit(prompt, serving.N_NEW, ()): tokens for prompt, tokens in zip(prompts, alone, strict=True)}
+    assert serving.finish(engine) == (wanted, {}) and engine.pool.page_size == 64
+
+
 def test_cancelled_requests_give_pages_back_in_every_state_and_others_do_not_notice(traffic):
     """At random, so also while they wait, are read, decode, hold pages that others share, or are finished."""
     engine, rng, states = serving.engine(), np.random.default_rng(0), set()

@@ -173,25 +173,32 @@ def test_the_command_continues_ids_with_any_indexer(capsys, tmp_path):
     for name, options in {
         "dsa": [],
         "hisa": [*blocks, "--block-topk", "9", "--block-ratio", "3"],
+        "scan": ["--candidates", "10", "--unit", "2", "--slopes", "plain", "--sketch", "int4"],
         "block-sparse": blocks,
         layers: [],
     }.items():
-        report = ["--report-recall"] if name == "hisa" else []
+        report = ["--report-recall"] if name in ("hisa", "scan") else []
         assert command("--prompt-ids", ids, "--indexer", str(name), *options, *report) == 0
         printed[name] = capsys.readouterr()
     assert len({out for out, _ in printed.values()}) > 1
     # All blocks kept: the flat indexer by another way.
     assert printed[layers].out == printed["dsa"].out
-    rows = [line.split() for line in printed["hisa"].err.splitlines()[-3:]]
-    assert [row[0] for row in rows] == ["0", "1", "2"] and all(0 < float(row[1]) < 1 for row in rows)
+    for name in ("hisa", "scan"):
+        rows = [line.split() for line in printed[name].err.splitlines()[-3:]]
+        assert [row[0] for row in rows] == ["0", "1", "2"] and all(0 < float(row[1]) < 1 for row in rows)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--prompt", "lower case"], "prompt holds byte 108, but the vocabulary has only 101 tokens"),
-        (["--prompt", "A", "--indexer", "flat"], "indexer is flat, wanted one of dsa, hisa, block-sparse or a file"),
+        (
+            ["--prompt", "A", "--indexer", "flat"],
+            "indexer is flat, wanted one of dsa, hisa, scan, block-sparse or a file",
+        ),
         (["--prompt", "A", "--indexer", "dsa", "--block-size", "4"], "--indexer: .*block_size"),
+        (["--prompt", "A", "--indexer", "scan", "--block-topk", "4"], "--indexer: .*block_topk"),
+        (["--prompt", "A", "--indexer", "scan", "--candidates", "4"], r"--indexer: Scan\(candidates=4\): must be at"),
         (
             ["--prompt", "A", "--model-parallel", "99"],
             r"make_mesh\(data=1, model=99\): wanted at least 1 of each, there are 1 devices",
@@ -219,7 +226,7 @@ def test_the_command_runs_as_a_module(capsys, monkeypatch):
         ("[", "not JSON"),
         ('{"0": 1}', "wanted an object of objects"),
         ('{"3": {"indexer": "dsa"}}', "names layer '3', wanted 'default' or one from '0' to '2'"),
-        ('{"0": {"indexer": "flat"}}', "0: indexer is 'flat', wanted one of dsa, hisa, block-sparse"),
+        ('{"0": {"indexer": "flat"}}', "0: indexer is 'flat', wanted one of dsa, hisa, scan, block-sparse"),
         ('{"0": {"indexer": "dsa", "topk": 0}}', r"0: Dsa\(topk=0\)"),
         ('{"0": {"topk": 8}}', "0: indexer is None"),
         ('{"0": {"indexer": ["dsa"]}}', r"layers\.json: 0: indexer is \['dsa'\]"),
@@ -240,6 +247,7 @@ def test_methods_take_topk_from_the_checkpoint_unless_given():
     config = golden.model("glm5").config
     assert make_method("dsa", config) == hj.Dsa(topk=8)
     assert make_method("hisa", config, topk=4) == hj.Hisa(topk=4)
+    assert make_method("scan", config) == hj.Scan(topk=8)
 
 
 def test_a_tokenizer_that_is_none_is_refused(tmp_path):

@@ -28,6 +28,7 @@ WIDTH = 20
 CASES = {
     "glm52-hisa": ("glm52", [0, 5, 6], hj.Hisa(topk=8, block_size=4, block_topk=2), None),
     "dsv32-flat-e4m3": ("dsv32", [0, 1], hj.Dsa(topk=8), "float8_e4m3fn"),
+    "glm5-scan": ("glm5", [0], hj.Scan(topk=8, candidates=10, exact_heads=1, unit=2), None),
 }
 both = pytest.mark.parametrize("form", ["expanded", "absorbed"])
 each_case = pytest.mark.parametrize("case", CASES)

@@ -13,6 +13,7 @@ from tests import oracle
 from . import golden
 
 HISA = hj.Hisa(topk=8, block_size=4, block_topk=3)
+SCAN = hj.Scan(topk=8, candidates=12, exact_heads=1, unit=2)
 cases = pytest.mark.parametrize("case", golden.CASES)
 
 
@@ -26,6 +27,13 @@ def test_hisa_that_keeps_all_blocks_gives_the_golden_logits(case):
         if golden.selects(case, i):
             want = golden.numbers(case)[f"L{i}.index_selected"]
             np.testing.assert_array_equal(golden.as_mask(layer.selection, want.shape[-1]), want)
+
+
+@pytest.mark.slow
+def test_a_scan_that_keeps_all_tokens_gives_the_golden_logits():
+    method = hj.Scan(topk=8, candidates=40)
+    logits = golden.model("dsv32").with_method(method)(golden.ids("dsv32"))
+    golden.assert_close(logits, golden.numbers("dsv32")["logits"], golden.LOGITS)
 
 
 @pytest.mark.slow
@@ -60,16 +68,18 @@ def assert_top_k_in_kept_blocks(selection, inputs, scores, method):
             assert got[got >= 0].tolist() == want, f"query {t} of row {b}: {got.tolist()}, wanted {want}"
 
 
-@cases
-def test_hisa_in_every_layer_selects_as_the_oracle_does(case):
-    layers = golden.model(case).with_method(HISA).run(golden.ids(case), trace=True).layers
+@pytest.mark.parametrize(
+    ("case", "method"), [*((case, HISA) for case in golden.CASES), ("glm52", SCAN)], ids=[*golden.CASES, "glm52-scan"]
+)
+def test_every_layer_selects_as_the_oracle_does(case, method):
+    layers = golden.model(case).with_method(method).run(golden.ids(case), trace=True).layers
     for i, layer in enumerate(layers):
         if layer.index_inputs is None:
             assert layer.selection is layers[i - 1].selection
             continue
         inputs = [np.asarray(x) for x in layer.index_inputs]
         oracle.assert_same_selection(
-            layer.selection.indices, layer.selection.count, oracle.select(*inputs, HISA), tolerance=1e-5
+            layer.selection.indices, layer.selection.count, oracle.select(*inputs, method), tolerance=1e-5
         )
 
 

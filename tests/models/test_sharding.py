@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[2]
     "checks",
     [
         ["tensor_and_data_parallel", "explicit_mesh_of_one_axis"],
-        pytest.param(["quantised_keys_and_hisa", "generation", "save_here_restore_there"], marks=pytest.mark.slow),
+        pytest.param(
+            ["quantised_keys_and_hisa", "generation", "the_self_check", "save_here_restore_there"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids="+".join,
 )

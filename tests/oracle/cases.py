@@ -33,6 +33,7 @@ class BlockSparse:
 class Scan:
     topk: int
     candidates: int
+    exact_heads: int = 0
     unit: int = 1
     slopes: str = "sampled"
     sketch: str | None = None
@@ -40,7 +41,13 @@ class Scan:
     keep_last: int = 1
 
 
-SCANS = [Scan(6, 12), Scan(4, 8, 2), Scan(5, 8, 4, "plain", keep_first=0, keep_last=2), Scan(6, 12, sketch="int4")]
+SCANS = [
+    Scan(6, 12),
+    Scan(6, 12, exact_heads=1),
+    Scan(4, 8, unit=2),
+    Scan(5, 8, unit=4, slopes="plain", keep_first=0, keep_last=2),
+    Scan(6, 12, exact_heads=2, sketch="int4"),
+]
 RATIOS = [Hisa(3, 2, 5, block_ratio=3), Hisa(2, 1, 9, 2, 1, block_ratio=2)]
 METHODS = [*SCANS, *RATIOS, Dsa(6), Hisa(6, 4, 3), Hisa(5, 2, 4, 0, 2), BlockSparse(12, 4), BlockSparse(8, 2, 2, 1)]
 

@@ -1,10 +1,11 @@
-"""The scan: which units of tokens a query keeps by the score of one virtual head, and how sure that is.
+"""The scan: which units of tokens a query keeps by the score of a few heads in place of all, and how sure that is.
 
-    v[t] = sum_h w[t, h] * a[t, h] * q[t, h];   scan score of token s = k_scale[s] * v[t] . k[s]
+    scan score of token s = k_scale[s] * (v[t] . k[s] + sum_{h in E} w[t, h] * relu(q[t, h] . k[s]))
+    v[t] = sum_{h not in E} w[t, h] * a[t, h] * q[t, h];   E: the heads of greatest |w[t, h]| * |q[t, h]|
 
 `a`, the slopes, are counts of open heads at a few sampled tokens, and v is rounded to bfloat16 unless the keys are
-float32. An implementation that sums in float32 may see a head open, or a token among the best, where the oracle does
-not, and round v the other way; `slack` is by how much that may move a scan score.
+float32. An implementation that sums in float32 may see a head open, a token among the best or a head in E where the
+oracle does not, and round v the other way; `slack` is by how much that may move a scan score.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 
 from .scores import dots, float64
 
-N_SAMPLES, N_BEST = 256, 16
+N_SAMPLES, N_BEST = 256, 32
 
 
 class Scanned(NamedTuple):
@@ -25,10 +26,12 @@ class Scanned(NamedTuple):
         bounds: [visible], sizes that these cannot exceed.
         products, product_bounds: [H, samples] of heads and sampled tokens, and sizes that they cannot exceed.
         scores: [samples], their exact scores.
-        weights: [H, visible], how far one more open sample moves each token's scan score.
+        weights: [H, visible], |w * q . k| of each head, which is all that it can contribute to a token's scan score.
+        n_best: of how many samples slopes are shares.
         head, head_bounds: [D], v before it is rounded, and sizes that it cannot exceed.
         sizes: [visible, D], of the dequantised keys.
         is_rounded: whether v is.
+        head_sizes: [H], |w| * |q|; is_exact: [H], whether in E.
     """
 
     token_scan: np.ndarray
@@ -37,10 +40,13 @@ class Scanned(NamedTuple):
     product_bounds: np.ndarray
     scores: np.ndarray
     weights: np.ndarray
+    n_best: int
     head: np.ndarray
     head_bounds: np.ndarray
     sizes: np.ndarray
     is_rounded: bool
+    head_sizes: np.ndarray
+    is_exact: np.ndarray
 
 
 def scan_query(q, k, k_scale, w, visible: int, token_scores, method) -> Scanned:
@@ -54,20 +60,31 @@ def scan_query(q, k, k_scale, w, visible: int, token_scores, method) -> Scanned:
         products, sizes = dots(q, k[sampled]), np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(k, axis=1)[None]
         scores = token_scores[sampled]
         a = np.ones(len(q)) if slopes == "plain" else slopes_of(products, scores)
-        v = (w * a) @ q
+        head_sizes = np.abs(w) * np.linalg.norm(q, axis=1)
+        is_exact = np.zeros(len(q), bool)
+        by_size = np.argsort(np.where(np.isnan(head_sizes), np.inf, -head_sizes), kind="stable")
+        is_exact[by_size[: method.exact_heads]] = True
+        linear, exact = np.where(is_exact, 0, w * a), np.where(is_exact, w, 0)
+        v = np.where(is_exact[:, None], 0, linear[:, None] * q).sum(axis=0)
+        total = dots((rounded(v) if is_rounded else v)[None], seen)[0]  # equal keys tie
+        for h in np.flatnonzero(is_exact):
+            total = total + exact[h] * np.maximum(dots(q[h : h + 1], seen)[0], 0)
         each = w[:, None] * (q @ seen.T) * k_scale
         empty = slopes == "plain" or not visible
         return Scanned(
-            token_scan=dots((rounded(v) if is_rounded else v)[None], seen)[0] * k_scale,  # equal keys tie
-            bounds=(np.abs(w * a)[:, None] * sizes).sum(axis=0) * np.abs(k_scale),
+            token_scan=total * k_scale,
+            bounds=(np.abs(linear + exact)[:, None] * sizes).sum(axis=0) * np.abs(k_scale),
             products=products[:, :0] if empty else products,
             product_bounds=sizes[:, sampled],
             scores=scores,
-            weights=np.abs(each) / max(min(N_BEST, len(sampled)), 1),
+            weights=np.abs(each),
+            n_best=max(min(N_BEST, len(sampled)), 1),
             head=v,
-            head_bounds=np.abs(w * a) @ np.abs(q),
+            head_bounds=np.abs(linear) @ np.abs(q),
             sizes=np.abs(seen * k_scale[:, None]),
             is_rounded=is_rounded,
+            head_sizes=head_sizes,
+            is_exact=is_exact,
         )
 
 
@@ -103,7 +120,7 @@ def step_of(visible: int) -> int:
 
 
 def slopes_of(products, scores) -> np.ndarray:
-    """[H, n], [n] -> [H]: each head's share of open products among the 16 best, a tie to the lower position."""
+    """[H, n], [n] -> [H]: each head's share of open products among the 32 best, a tie to the lower position."""
     best = np.argsort(-scores, kind="stable")[:N_BEST]
     return (products[:, best] > 0).sum(axis=1) / max(len(best), 1)
 
@@ -118,7 +135,9 @@ def slack(scanned: Scanned, tolerance: float, score_scale: float) -> float:
     """How far unsure slopes and roundings may move two tokens' scan scores: 0 unless one is within the tolerance."""
     if tolerance == 0:
         return 0.0
-    unsure = _unsure_samples(scanned, tolerance, score_scale)
+    # A head that may be exact or not, else by how much its slope may be another.
+    unsure = np.where(scanned.is_exact, 0, _unsure_samples(scanned, tolerance, score_scale) / scanned.n_best)
+    unsure = np.where(_unsure_heads(scanned, tolerance), 1, unsure)
     with np.errstate(invalid="ignore", over="ignore"):
         moved = (unsure[:, None] * scanned.weights).sum(axis=0)
         if scanned.is_rounded:
@@ -126,6 +145,17 @@ def slack(scanned: Scanned, tolerance: float, score_scale: float) -> float:
             less = tolerance * scanned.head_bounds + (np.abs(scanned.head) / 128 if unsure.any() else 0)
             moved = moved + scanned.sizes @ (rounded(scanned.head + less) - rounded(scanned.head - less))
     return float(moved[np.isfinite(moved)].max(initial=0.0)) * 2
+
+
+def _unsure_heads(scanned: Scanned, tolerance: float) -> np.ndarray:
+    """[H] bool: which heads lie so near to the last exact one in size that they may change places."""
+    sizes, is_exact = scanned.head_sizes, scanned.is_exact
+    if is_exact.all() or not is_exact.any():
+        return np.zeros(len(sizes), bool)
+    with np.errstate(invalid="ignore"):
+        cut = np.nanmin(sizes[is_exact], initial=np.inf)
+        near = (np.abs(sizes - cut) <= tolerance * cut) & (sizes != 0)
+        return near & (near & is_exact).any() & (near & ~is_exact).any()
 
 
 def _unsure_samples(scanned: Scanned, tolerance: float, score_scale: float) -> np.ndarray:

@@ -138,12 +138,15 @@ def test_a_brute_force_search_in_plain_python_agrees(method):
 
         def linear(key, b=b, t=t, visible=visible):
             # So few tokens that all are samples.
-            best = sorted(range(visible), key=lambda s: (-score(k[b, s]), s))[:16]
+            best = sorted(range(visible), key=lambda s: (-score(k[b, s]), s))[:32]
+            sizes = [abs(float(w[b, t, h])) * math.hypot(*map(float, q[b, t, h])) for h in range(H)]
+            exact = sorted(range(H), key=lambda h: -sizes[h])[: method.exact_heads]
             total = 0.0
             for h in range(H):
                 is_open = [dot(h, k[b, s]) > 0 for s in best]
                 slope = 1.0 if method.slopes == "plain" else sum(is_open) / len(best)
-                total += float(w[b, t, h]) * slope * dot(h, in_4_bits(key) if method.sketch else key)
+                product = dot(h, in_4_bits(key) if method.sketch else key)
+                total += float(w[b, t, h]) * (max(product, 0.0) if h in exact else slope * product)
             return total
 
         tokens = list(range(visible))

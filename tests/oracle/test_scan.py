@@ -17,12 +17,12 @@ def test_the_step_is_the_least_power_of_two_that_leaves_at_most_256(visible, ste
     assert step == 2 ** np.ceil(np.log2(max(visible, 256) / 256))
 
 
-def test_slopes_are_shares_of_open_heads_among_the_16_best_samples():
-    # 20 samples of falling score: the last four count for nothing. Head 0 is open at every second, head 1 nowhere else.
-    products = np.array([[1.0, -1.0] * 10, [-1.0] * 16 + [1.0] * 4])
-    assert slopes_of(products, -np.arange(20.0)).tolist() == [0.5, 0.0]
-    assert slopes_of(products, np.zeros(20)).tolist() == [0.5, 0.0]  # a tie goes to the lower position
-    assert slopes_of(products[:, :3], np.zeros(3)).tolist() == [2 / 3, 0.0]  # fewer samples than 16
+def test_slopes_are_shares_of_open_heads_among_the_32_best_samples():
+    # 36 samples of falling score: the last four count for nothing. Head 0 is open at every second, head 1 nowhere else.
+    products = np.array([[1.0, -1.0] * 18, [-1.0] * 32 + [1.0] * 4])
+    assert slopes_of(products, -np.arange(36.0)).tolist() == [0.5, 0.0]
+    assert slopes_of(products, np.zeros(36)).tolist() == [0.5, 0.0]  # a tie goes to the lower position
+    assert slopes_of(products[:, :3], np.zeros(3)).tolist() == [2 / 3, 0.0]  # fewer samples than 32
 
 
 def test_candidates_are_the_best_by_the_virtual_head():
@@ -38,10 +38,18 @@ def test_candidates_are_the_best_by_the_virtual_head():
 def test_a_head_that_is_open_nowhere_near_the_best_counts_for_nothing():
     # Head 1 points the other way, with weight 3: at the best tokens by exact score, those of k = -1, it alone is open.
     q = np.array([[[[1.0], [-1.0]]]])
-    k = np.array([1.0] * 30 + [-1.0] * 30).reshape(1, 60, 1)
+    k = np.array([1.0] * 40 + [-1.0] * 40).reshape(1, 80, 1)
     w = np.array([[[1.0, 3.0]]])
     got = oracle.select(q, k, w, Scan(topk=8, candidates=16, keep_first=0))
-    assert got.blocks[0, 0].tolist() == [*range(30, 45), 59]  # v = 3 * -1: the second half scores 3
+    assert got.blocks[0, 0].tolist() == [*range(40, 55), 79]  # v = 3 * -1: the second half scores 3
+
+
+def test_the_heads_of_greatest_weight_times_query_are_exact():
+    # Head 1 is 2 * 3 = 6 in size, head 0 is 5: it keeps its relu, and the first half, where it is closed, scores 0.
+    q, w = np.array([[[[5.0], [3.0]]]]), np.array([[[-1.0, 2.0]]])
+    k = np.array([-2.0] * 20 + [1.0] * 20).reshape(1, 40, 1)
+    got = oracle.select(q, k, w, Scan(topk=4, candidates=8, exact_heads=1, slopes="plain", keep_first=0))
+    assert got.blocks[0, 0].tolist() == [*range(7), 39]  # head 0 in the virtual head: -5 * -2 = 10 in the first half
 
 
 def test_the_virtual_head_is_rounded_unless_keys_are_float32():

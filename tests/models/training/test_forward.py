@@ -27,7 +27,11 @@ def model():
     return skeleton.model(skeleton.initial(0))
 
 
-@pytest.mark.parametrize("method", [FLAT, tiny.HISA, hj.BlockSparse(topk=16, block_size=8)], ids=["flat", "hisa", "bs"])
+@pytest.mark.parametrize(
+    "method",
+    [FLAT, tiny.HISA, hj.Scan(topk=16, candidates=24, exact_heads=1), hj.BlockSparse(topk=16, block_size=8)],
+    ids=["flat", "hisa", "scan", "bs"],
+)
 def test_sparse_is_the_model_with_that_method(model, method):
     tokens = jax.random.randint(jax.random.key(1), (2, 72), 0, 256)
     stacked = Skeleton(tiny.CONFIG, "float32").stacked(weights_of(model))
