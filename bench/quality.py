@@ -26,6 +26,7 @@ from bench.quality_model import BYTES, load, load_hisa_aware
 from bench.quality_page import about, markdown, page, png, verdict
 from bench.quality_size import CONTEXTS, SIZES, Size
 from bench.quality_variants import ablations, main_variants, scans
+from bench.smollm2 import command
 from models.training.text import Corpus, load_corpus, read_corpus
 
 _MINUTES = {"small": 30.0, "full": math.inf}
@@ -33,12 +34,20 @@ _MINUTES = {"small": 30.0, "full": math.inf}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--model", choices=("bytes", "smollm2"), default="bytes",
+        help="the byte model of --checkpoint, or SmolLM2-135M with indexers trained for it (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--checkpoint", type=Path, default=BYTES, metavar="DIR", help="default: the trained model that comes along"
     )
     parser.add_argument("--corpus", type=Path, metavar="FILE.npz", help="default: this machine's text, read now")
     parser.add_argument("--out", type=Path, default=Path("quality_out"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--size", choices=SIZES, default="small", help="full is for a GPU (default: %(default)s)")
-    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS), help="default: all")
+    parser.add_argument(
+        "--part", choices=[*PARTS, *command.PARTS], nargs="+", metavar="PART",
+        help=f"of bytes: {', '.join(PARTS)} (default: all); of smollm2: {', '.join(command.PARTS)} "
+        f"(default: {', '.join(command.DEFAULT)})",
+    )  # fmt: skip
     parser.add_argument(
         "--contexts", type=options.whole(2, CONTEXTS[-1]), nargs="+", metavar="N",
         help=f"of {', '.join(map(str, CONTEXTS))} (default: those of the size)",
@@ -54,9 +63,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, default in (("block-size", 32), ("block-topk", 32)):
         kind = options.whole(1, 4096)
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help="of HISA (default: %(default)s)")
+    command.add_arguments(parser.add_argument_group("--model smollm2"))
 
 
 def run(args: argparse.Namespace) -> int:
+    parts_of_model = command.PARTS if args.model == "smollm2" else PARTS
+    for part in args.part or ():
+        if part not in parts_of_model:
+            raise UserError(f"--part {part}: --model {args.model} has {', '.join(parts_of_model)}")
+    if args.model == "smollm2":
+        return command.run(args)
     console = Console()
     if not args.checkpoint.is_dir():
         raise UserError(f"--checkpoint {args.checkpoint}: no such folder")
@@ -78,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     folder = Folder(args.out, identity)
     minutes = _MINUTES[args.size] if args.minutes is None else args.minutes
-    rows, seconds, left = _measure(console, folder, plan.cells(args.part, contexts), minutes)
+    rows, seconds, left = _measure(console, folder, plan.cells(args.part or PARTS, contexts), minutes)
     del identity["measured"]
     data = {
         "checkpoint": args.checkpoint.name, **identity, "candidates": block_size * block_topk, "size": args.size,
