@@ -76,7 +76,7 @@ def verdict(data: dict[str, Any]) -> list[str]:
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """What docs/quality.md shows: the verdict, the tables (of layers at the longest context), what was run."""
+    """For docs/notes/quality_bytes.md: the verdict, the tables (of layers at the longest context), what was run."""
     parts = [f"- {sentence}" for sentence in verdict(data)]
     tables = (f"**{table.title}**\n\n{table.markdown()}" for table in map(_longest, all_tables(data)))
     return "\n".join(parts) + "\n\n" + "\n\n".join([*tables, about(data)]) + "\n"

@@ -2,7 +2,7 @@
 
     pool          mean key of each block
     block_filter  the best block_topk blocks of each query, by the score of their means
-    scan          in place of both: the best units of tokens by one virtual head (scan.py)
+    scan          in place of both: the best units of tokens by a few heads in place of all (scan.py)
     refine        the best topk tokens inside them, by the token scores
     flat          the best topk of all tokens: the indexer that the others replace
 

@@ -1,6 +1,7 @@
 """The commands: python -m models generate, check, data and train; each says what it takes with --help."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,9 +70,9 @@ def _ids(text: str) -> list[int]:
 def _method(options: argparse.Namespace, config: Config) -> MethodLike:
     if options.indexer not in NAMES:
         return read_methods(options.indexer, config)
-    fields = ("topk", "block_size", "block_topk", "block_ratio", "candidates", "unit", "slopes", "sketch")
+    fields = {field.name for method in NAMES.values() for field in dataclasses.fields(method)}
     # What a method does not have is refused there, by name, if it was given.
-    given = {name: value for name in fields if (value := getattr(options, name)) is not None}
+    given = {name: value for name in sorted(fields) if (value := getattr(options, name, None)) is not None}
     return make_method(options.indexer, config, "--indexer", **given)
 
 
@@ -135,7 +136,8 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--block-size", type=int, help="tokens a block")
     command.add_argument("--block-topk", type=int, help="blocks kept, for hisa")
     command.add_argument("--block-ratio", type=int, help="for hisa: one block in so many is kept, up to --block-topk")
-    command.add_argument("--candidates", type=int, help="tokens scored exactly, for scan; default: twice topk")
+    command.add_argument("--candidates", type=int, help="tokens scored exactly, for scan; default: 4 times topk")
+    command.add_argument("--exact-heads", type=int, help="heads scanned as they are, for scan; default: 4")
     command.add_argument("--unit", type=int, help="adjacent tokens that become candidates together, for scan")
     command.add_argument("--slopes", metavar="sampled|plain", help="of the virtual head, for scan")
     command.add_argument("--sketch", metavar="int4", help="what is scanned in place of the keys, for scan")

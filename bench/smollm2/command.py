@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import UserError, options
+from bench import options
 from bench.smollm2 import joint, page, training
 from bench.smollm2.fetch import TEXT, default_cache, fetch, gguf_file
 from bench.smollm2.gguf_file import read_tokenizer, read_weights
 from bench.smollm2.indexers import random_indexers
 from bench.smollm2.lab import SIZES, Data, Lab, Rows, Size, load_data, save_data
-from bench.smollm2.methods import answering
+from bench.smollm2.methods import answering, fitting
 from bench.smollm2.model import Config
 from bench.smollm2.programs import Programs
 from bench.smollm2.prompts import FORMS, make_prompts
@@ -28,7 +28,9 @@ DEFAULT = ("train", "compare", "answer", "adversary", "page")
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--cache", type=Path, metavar="DIR", help="of downloads (default: in the user's cache folder)")
-    parser.add_argument("--tokens", type=Path, metavar="FILE.npz", help="prepared by the part data (default: made now)")
+    parser.add_argument(
+        "--tokens", type=Path, metavar="FILE.npz", help="made where there is none yet (default: in --out, by size)"
+    )
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the model (default: fetched)")
     parser.add_argument("--heads", type=options.whole(1, 256), nargs="+", metavar="N", help="index heads, in turn")
     parser.add_argument("--seeds", type=options.whole(0, 1 << 30), nargs="+", default=[0], metavar="N", help="in turn")
@@ -53,16 +55,13 @@ def run(args: argparse.Namespace) -> int:
     if set(parts) - {"page"}:
         cache = args.cache or default_cache()
         gguf = args.gguf or gguf_file(cache)
-        data = load_data(args.tokens) if args.tokens and "data" not in parts else _data(cache, gguf, size)
-        if "data" in parts:
-            if args.tokens is None:
-                raise UserError("--part data: needs --tokens, the file to write")
-            save_data(args.tokens, data)
+        data = _data(args.tokens or args.out / f"tokens-{args.size}.npz", cache, gguf, size)
         if set(parts) - {"page", "data"}:
             _measure(args, size, data, gguf, start)
     if "page" in parts:
         rows = page.read(args.out / "smollm2.jsonl")
         (args.out / "smollm2.md").write_text(page.markdown(rows))
+        print(f"Written: {args.out / 'smollm2.md'}")
     return 0
 
 
@@ -75,7 +74,7 @@ def _measure(args: argparse.Namespace, size: Size, data: Data, gguf: Path, start
     until = start + (args.until or float("inf"))
     about: dict[str, Any] = {"size": args.size, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
     for H in args.heads or [size.H]:
-        methods = dict(list(answering(size.topk).items())[: args.methods or size.methods])
+        methods = dict(list(fitting(answering(size.topk), H, size.T).items())[: args.methods or size.methods])
         for seed in args.seeds:
             indexers = random_indexers(jax.random.key(seed), config, H)
             about |= {"heads": H, "seed": seed}
@@ -103,11 +102,11 @@ def _one(args: argparse.Namespace, lab: Lab, methods: dict[str, Any]) -> None:
         lab.about["step"] = int(state.step)
     if "joint" in parts:
         lab.train_jointly(_joint_recipe(recipe, args.joint_steps, size))
-    if "compare" in parts:
+    if "compare" in parts and lab.has_time():
         lab.compare()
     if "answer" in parts:
         lab.answer(methods)
-    if "adversary" in parts and seed == args.seeds[0]:
+    if "adversary" in parts and seed == args.seeds[0] and lab.has_time():
         lab.oppose()
 
 
@@ -118,7 +117,10 @@ def _joint_recipe(recipe: training.Recipe, steps: int, size: Size) -> joint.Reci
     )  # fmt: skip
 
 
-def _data(cache: Path, gguf: Path, size: Size) -> Data:
+def _data(file: Path, cache: Path, gguf: Path, size: Size) -> Data:
+    """What lies in `file`, made and kept there if it does not."""
+    if file.is_file():
+        return load_data(file, size)
     tokenizer = read_tokenizer(gguf)
     text = read_text(fetch(TEXT, cache), tokenizer)
     T, n_code = size.T, size.windows // 3
@@ -126,4 +128,6 @@ def _data(cache: Path, gguf: Path, size: Size) -> Data:
     windows += [text.code[i * T : (i + 1) * T] for i in range(n_code)]
     # Short prompts have no room for lines stated several times.
     forms = FORMS if T >= 4096 else [dataclasses.replace(form, asked=2, times=1) for form in FORMS]
-    return Data(text.train, np.stack(windows), make_prompts(tokenizer, text.filler, T, size.prompts, forms))
+    data = Data(text.train, np.stack(windows), make_prompts(tokenizer, text.filler, T, size.prompts, forms))
+    save_data(file, data)
+    return data

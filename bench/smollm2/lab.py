@@ -128,6 +128,9 @@ class Lab:
     def add(self, row: dict[str, Any]) -> None:
         self.rows.add({**self.about, **row})
 
+    def has_time(self) -> bool:
+        return time.monotonic() < self.until
+
     def prepare(self, parts: Sequence[str], methods: dict[str, Method]) -> None:
         """Begins to compile what will run."""
         if "compare" in parts:
@@ -217,7 +220,7 @@ class Lab:
         chosen: dict[str, Method | None] = {"dense": None, **methods}
         directions, base = self._directions(), dict[str, np.ndarray]()
         for name, method in chosen.items():
-            if time.monotonic() > self.until:
+            if not self.has_time():
                 break
             forward = self._answering(method).result()
             found = answers.measure(
@@ -254,21 +257,26 @@ def _excess(other: str, nats: np.ndarray, base: np.ndarray) -> dict[str, Any]:
     }
 
 
-def load_data(file: Path) -> Data:
+def load_data(file: Path, size: Size) -> Data:
     """Reads what `save_data` wrote.
 
-    Raises: UserError: no such file, or another kind of file.
+    Raises: UserError: another kind of file, or windows of another size.
     """
     try:
         with np.load(file) as arrays:
-            return Data(
-                arrays["train"], arrays["windows"], Prompts(arrays["prompts"], arrays["questions"], arrays["choices"])
-            )
+            prompts = Prompts(arrays["prompts"], arrays["questions"], arrays["choices"])
+            data = Data(arrays["train"], arrays["windows"], prompts)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--tokens {file}: cannot be read: {error}") from error
+        raise UserError(f"{file}: cannot be read: {error}") from error
+    if data.windows.shape[1] != size.T:
+        raise UserError(f"{file}: holds windows of {data.windows.shape[1]} tokens, wanted {size.T}, those of --size")
+    return data
 
 
 def save_data(file: Path, data: Data) -> None:
     tokens, questions, choices = data.prompts
     arrays = {"train": data.train, "windows": data.windows, "prompts": tokens}
-    np.savez_compressed(file, allow_pickle=False, **arrays, questions=questions, choices=choices)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial.npz")
+    np.savez_compressed(partial, allow_pickle=False, **arrays, questions=questions, choices=choices)
+    partial.replace(file)

@@ -119,7 +119,7 @@ def opposed(topk: int) -> dict[str, Method]:
     everything = core(topk)
     scans = [scan_name(times, heads) for times in (2, 4) for heads in (0, 4, 8, 16)]
     names = (FLAT, "HISA, blocks of 128, 4 k", "HISA, blocks of 8, 4 k", "MISA, two stages, 4 k", *scans)
-    return {name: everything[name] for name in names}
+    return {name: everything[name] for name in names if name in everything}
 
 
 def answering(topk: int) -> dict[str, Method]:

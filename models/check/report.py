@@ -64,8 +64,8 @@ def sentences(data: Mapping[str, Any]) -> list[str]:
     """What the table means, and what was read."""
     fewest, topk = data["fewest_candidates"], data["topk"]
     return [
-        f"{100 * SHARE:g} % of the flat indexer's tokens over all layers takes a scan with {fewest['all']:,} "
-        f"candidates ({fewest['all'] / topk:.2f} k), in the worst layer, {fewest['worst_layer']}, "
+        f"{100 * SHARE:g} % of the flat indexer's tokens over all layers takes hj.Scan(topk={topk}, "
+        f"candidates={fewest['all']}) ({fewest['all'] / topk:.2f} k), in the worst layer, {fewest['worst_layer']}, "
         f"{fewest['worst']:,} ({fewest['worst'] / topk:.2f} k).",
         f"Read: {data['tokens']:,} tokens of {data['text']}; {data['queries']} queries of the last half, which select "
         f"{topk:,} tokens each. Attention: the share of the model's own attention over all visible tokens that "

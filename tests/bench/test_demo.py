@@ -93,7 +93,7 @@ def test_a_text_shorter_than_the_default_contexts_is_used_as_far_as_it_goes(text
 
 def test_a_selection_that_breaks_the_contract_stops_the_demo():
     same, other = (demo.hj.Selection(indices=np.array([[[0, i]]]), count=np.array([[2]])) for i in (1, 2))
-    for name, n in (("hisa", 8192), ("scan", 4096)):
+    for name, n in (("hisa", 8192), ("scan", 8192)):
         method = demo.METHODS[name]
         assert demo._check_identical(name, method, same, same, np.array([n - 1])) == 1
         assert demo._check_identical(name, method, same, other, np.array([n])) == 0

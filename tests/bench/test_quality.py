@@ -138,4 +138,4 @@ def _layers(stacked):
 
 def test_the_figures_of_the_page_are_those_of_the_committed_rows():
     data = json.loads((ROOT / "bench" / "results" / "quality.json").read_text())
-    assert markdown(data) in (ROOT / "docs" / "quality.md").read_text()
+    assert markdown(data) in (ROOT / "docs" / "notes" / "quality_bytes.md").read_text()

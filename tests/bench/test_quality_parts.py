@@ -184,8 +184,9 @@ def test_the_threshold_is_held_against_the_worst_context():
 
 def test_the_variants_select_the_same_number_of_tokens_and_ablations_change_one_thing():
     assert {variant.method.topk for variant in (*main_variants(256, 32, 32), *scans(256))} == {256}
-    assert {(variant.method.candidates, variant.method.unit) for variant in scans(256)} == {
-        (320, 1), (384, 1), (512, 1), (768, 1), (1024, 8), (1024, 32),
+    of_scans = [(variant.method.candidates, variant.method.exact_heads, variant.method.unit) for variant in scans(256)]
+    assert of_scans[0] == (1024, 4, 1) and set(of_scans) == {
+        (384, 4, 1), (512, 4, 1), (768, 4, 1), (1024, 4, 1), (1024, 0, 1), (512, 0, 1), (1024, 4, 8), (1024, 4, 32),
     }  # fmt: skip
     shapes = {
         (variant.method.block_size, variant.method.block_topk)

@@ -113,7 +113,7 @@ def test_the_command_shows_a_table_and_writes_every_layer(tmp_path, capsys):
     fewest = data["fewest_candidates"]
     assert 8 <= fewest["all"] <= fewest["worst"] == max(fewest["by_layer"].values()) <= 100
     assert (data["tokens"], data["queries"], data["topk"], data["text"]) == (100, 20, 8, "text")
-    assert f"with {fewest['all']} candidates" in shown and "Read: 100 tokens of text; 20 queries" in shown
+    assert f"hj.Scan(topk=8, candidates={fewest['all']})" in shown and "Read: 100 tokens of text; 20 queries" in shown
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_the_command_continues_ids_with_any_indexer(capsys, tmp_path):
     for name, options in {
         "dsa": [],
         "hisa": [*blocks, "--block-topk", "9", "--block-ratio", "3"],
-        "scan": ["--candidates", "10", "--unit", "2", "--slopes", "plain", "--sketch", "int4"],
+        "scan": ["--candidates", "10", "--unit", "2", "--exact-heads", "1", "--slopes", "plain", "--sketch", "int4"],
         "block-sparse": blocks,
         layers: [],
     }.items():
