@@ -17,7 +17,7 @@ from jax import Array, lax
 import hisa_jax as hj
 from bench.smollm2.indexers import index_scores
 from hisa_jax.sketch import int4
-from hisa_jax.topk import FORCED, INVISIBLE, image_of
+from hisa_jax.topk import FORCED, INVISIBLE, chosen_mask, image_of
 
 N_SAMPLES, N_BEST, _MOST = 256, 32, 64  # tokens of the scan's slopes: sampled, the best of them, the best at most
 
@@ -142,23 +142,7 @@ Method = hj.Method | Varied | Threshold | Misa | SubBlocks | TwoHeads
 
 def kept(image: Array, budget: Array) -> Array:
     """[t, S] int32, [t] int32 -> [t, S] bool: the best `budget` of each row, of equal ones those in front."""
-    budget = jnp.clip(budget, 1, image.shape[1])
-    cut = _cut(image, budget)[:, None]
-    above, at_cut = image > cut, image == cut
-    room = budget[:, None] - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
-    return (above | (at_cut & (jnp.cumsum(at_cut, axis=1, dtype=jnp.int32) <= room))) & (image > INVISIBLE)
-
-
-def _cut(image: Array, k: Array) -> Array:
-    """`topk.kth_largest` in as many steps as the worst row needs: a GPU waits for no condition between them."""
-
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
-        enough = jnp.sum(image >= middle[:, None], axis=1, dtype=jnp.int32) >= k
-        return jnp.where(enough, middle, low), jnp.where(enough, high, jnp.maximum(middle - 1, low))
-
-    return lax.fori_loop(0, 32, halve, (jnp.min(image, axis=1), jnp.max(image, axis=1)))[0]
+    return chosen_mask(image, jnp.clip(budget, 1, image.shape[1]))
 
 
 def chosen(method: Method, view: View) -> Array:
