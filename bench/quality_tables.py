@@ -1,4 +1,4 @@
-"""The tables of the quality report, made of its rows alone: for the page, for notes/quality_bytes.md, for the screen."""
+"""The tables of the quality report, made of its rows alone: for the page, for notes/quality_bytes.md, the screen."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
