@@ -90,7 +90,8 @@ def virtual_head(queries: Queries, slopes: Array, method: Scan) -> Array:
     """[t, H] float32 slopes -> [t, D] float32: the heads that are not exact in one."""
     heads = jnp.arange(slopes.shape[1], dtype=jnp.int32)
     is_exact = jnp.any(exact_heads(queries, method)[:, :, None] == heads[None, None, :], axis=1)
-    q = queries.q.astype(jnp.float32)
+    # Neither weight nor query of an exact head: 0 times infinity is NaN.
+    q = jnp.where(is_exact[:, :, None], 0.0, queries.q.astype(jnp.float32))
     return jnp.einsum("th,thd->td", jnp.where(is_exact, 0.0, queries.w * slopes), q, precision=lax.Precision.HIGHEST)
 
 
