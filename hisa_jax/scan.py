@@ -98,10 +98,11 @@ def virtual_head(queries: Queries, slopes: Array, method: Scan) -> Array:
 def scan_heads(queries: Queries, virtual: Array, method: Scan) -> ScanHeads:
     """`virtual` [t, D], as `virtual_head` gives it, and the exact heads beside it."""
     heads = exact_heads(queries, method)
-    at = jnp.maximum(heads, 0)
+    at, none = jnp.maximum(heads, 0), jnp.zeros((), queries.q.dtype)
     return ScanHeads(
         virtual,
-        jnp.take_along_axis(queries.q, at[:, :, None], axis=1),
+        # Of no head neither weight nor query.
+        jnp.where(heads[:, :, None] >= 0, jnp.take_along_axis(queries.q, at[:, :, None], axis=1), none),
         jnp.where(heads >= 0, jnp.take_along_axis(queries.w, at, axis=1), 0.0),
     )
 
