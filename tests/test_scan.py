@@ -73,6 +73,14 @@ def test_exact_heads_are_those_of_greatest_weight_times_query_and_a_tie_goes_to_
     assert heads.w.tolist() == [[-1, 4, 2, -2, 0, 0]]
 
 
+def test_an_infinite_query_of_an_exact_head_spoils_no_other():
+    queries, slopes = queries_of([[[np.inf, 0], [3, 5]]], [[2, -3]], [4]), jnp.ones((1, 2))
+    virtual = scan.virtual_head(queries, slopes, hj.Scan(exact_heads=1))
+    assert virtual.tolist() == [[-9, -15]]
+    heads = scan.scan_heads(queries, virtual, hj.Scan(exact_heads=3))
+    assert heads.exact[0, 1:].tolist() == [[3, 5], [0, 0]] and heads.w.tolist() == [[2, -3, 0]]
+
+
 @pytest.mark.parametrize("scales", [None, [1, 1, -2, 0.5, 1]])
 def test_a_scan_score_is_the_keys_scale_times_the_products_with_the_heads(scales):
     k, virtual = np.arange(-5, 5).reshape(5, 2), np.array([[1.0, 2], [-1, 3], [0, 1]])
