@@ -73,10 +73,12 @@ def test_exact_heads_are_those_of_greatest_weight_times_query_and_a_tie_goes_to_
     assert heads.w.tolist() == [[-1, 4, 2, -2, 0, 0]]
 
 
-def test_an_infinite_query_of_an_exact_head_spoils_no_other():
+def test_what_is_infinite_in_an_exact_head_spoils_no_other():
     queries, slopes = queries_of([[[np.inf, 0], [3, 5]]], [[2, -3]], [4]), jnp.ones((1, 2))
     virtual = scan.virtual_head(queries, slopes, hj.Scan(exact_heads=1))
     assert virtual.tolist() == [[-9, -15]]
+    heavy = queries_of([[[1, 2], [3, 5]]], [[-np.inf, -3]], [4])
+    assert scan.virtual_head(heavy, slopes, hj.Scan(exact_heads=1)).tolist() == [[-9, -15]]
     heads = scan.scan_heads(queries, virtual, hj.Scan(exact_heads=3))
     assert heads.exact[0, 1:].tolist() == [[3, 5], [0, 0]] and heads.w.tolist() == [[2, -3, 0]]
 
