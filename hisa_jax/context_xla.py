@@ -177,7 +177,7 @@ def _select(
 
     def scan_units(tile: Queries, r: Array, virtual: Array) -> Candidates:
         assert isinstance(method, Scan)
-        heads = scan.scan_heads(tile, virtual, method)
+        heads = scan.scan_heads(tile, virtual, scan.exact_heads(tile, method))
         eligible = -(-tile.visible // block_size)
         seen = tokens.before(tile.visible)
         return scan.best_units(heads, seen, eligible, sequence_of(r), method, m, tiles.keys, dealt.place)
@@ -217,8 +217,9 @@ def _virtual_heads(
 
     Devices exchange a score a sample, then a count a head: 1 KB and 4 * H bytes a query.
     """
+    exact = scan.exact_heads(queries, method)
     if method.slopes == "plain":
-        return scan.virtual_head(queries, jnp.ones_like(queries.w), method)
+        return scan.virtual_head(queries, jnp.ones_like(queries.w), exact)
     positions = scan.sample_positions(queries.visible)
     positions = jnp.where((positions >= 0) & tokens.owns(positions), tokens.own(positions), -1)
 
@@ -236,4 +237,4 @@ def _virtual_heads(
     image = lax.pmax(each_tile(sampled, scan.N_SAMPLES, positions), axis)
     is_best, n_best = scan.best_samples(image)
     n_open = lax.psum(each_tile(counted, queries.w.shape[1], positions, is_best), axis)
-    return scan.virtual_head(queries, scan.slopes_of(n_open, n_best), method)
+    return scan.virtual_head(queries, scan.slopes_of(n_open, n_best), exact)

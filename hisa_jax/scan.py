@@ -86,24 +86,23 @@ def exact_heads(queries: Queries, method: Scan) -> Array:
     return topk.topk_in_order(topk.image_of(sizes), None, method.exact_heads)[1]
 
 
-def virtual_head(queries: Queries, slopes: Array, method: Scan) -> Array:
-    """[t, H] float32 slopes -> [t, D] float32: the heads that are not exact in one."""
+def virtual_head(queries: Queries, slopes: Array, exact: Array) -> Array:
+    """[t, H] float32 slopes -> [t, D] float32: the heads that are not `exact`, [t, n] int32, in one."""
     heads = jnp.arange(slopes.shape[1], dtype=jnp.int32)
-    is_exact = jnp.any(exact_heads(queries, method)[:, :, None] == heads[None, None, :], axis=1)
+    is_exact = jnp.any(exact[:, :, None] == heads[None, None, :], axis=1)
     # Neither weight nor query of an exact head: 0 times infinity is NaN.
     q = jnp.where(is_exact[:, :, None], 0.0, queries.q.astype(jnp.float32))
     return jnp.einsum("th,thd->td", jnp.where(is_exact, 0.0, queries.w * slopes), q, precision=lax.Precision.HIGHEST)
 
 
-def scan_heads(queries: Queries, virtual: Array, method: Scan) -> ScanHeads:
-    """`virtual` [t, D], as `virtual_head` gives it, and the exact heads beside it."""
-    heads = exact_heads(queries, method)
-    at, none = jnp.maximum(heads, 0), jnp.zeros((), queries.q.dtype)
+def scan_heads(queries: Queries, virtual: Array, exact: Array) -> ScanHeads:
+    """`virtual` [t, D], as `virtual_head` gives it, and beside it the `exact` heads, [t, n] int32, -1: none."""
+    at, none = jnp.maximum(exact, 0), jnp.zeros((), queries.q.dtype)
     return ScanHeads(
         virtual,
         # Of no head neither weight nor query.
-        jnp.where(heads[:, :, None] >= 0, jnp.take_along_axis(queries.q, at[:, :, None], axis=1), none),
-        jnp.where(heads >= 0, jnp.take_along_axis(queries.w, at, axis=1), 0.0),
+        jnp.where(exact[:, :, None] >= 0, jnp.take_along_axis(queries.q, at[:, :, None], axis=1), none),
+        jnp.where(exact >= 0, jnp.take_along_axis(queries.w, at, axis=1), 0.0),
     )
 
 
@@ -120,7 +119,8 @@ def heads_of(queries: Queries, sequence: Sequence, method: Scan) -> ScanHeads:
         samples = sample(queries, sequence, sample_positions(queries.visible))
         is_best, n_best = best_samples(samples.image)
         slopes = slopes_of(open_heads(samples.products, is_best), n_best)
-    return scan_heads(queries, virtual_head(queries, slopes, method), method)
+    exact = exact_heads(queries, method)
+    return scan_heads(queries, virtual_head(queries, slopes, exact), exact)
 
 
 def best_units(

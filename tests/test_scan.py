@@ -58,9 +58,8 @@ def test_the_best_samples_are_32_or_all_and_a_tie_goes_to_the_lower_position():
 
 def test_the_virtual_head_is_the_weighted_sum_of_heads_of_either_sign():
     queries, slopes = queries_of([[[1, 2], [3, 5]]], [[2, -3]], [4]), jnp.array([[0.5, 1.0]])
-    assert scan.virtual_head(queries, slopes, hj.Scan(exact_heads=0)).tolist() == [[1 - 9, 2 - 15]]
-    assert scan.virtual_head(queries, slopes, hj.Scan(exact_heads=1)).tolist() == [[1, 2]]
-    assert scan.virtual_head(queries, slopes, hj.Scan(exact_heads=4)).tolist() == [[0, 0]]
+    for exact, wanted in (([], [1 - 9, 2 - 15]), ([1], [1, 2]), ([0, 1, -1], [0, 0])):
+        assert scan.virtual_head(queries, slopes, jnp.array([exact], jnp.int32)).tolist() == [wanted]
 
 
 def test_exact_heads_are_those_of_greatest_weight_times_query_and_a_tie_goes_to_the_lower():
@@ -69,17 +68,17 @@ def test_exact_heads_are_those_of_greatest_weight_times_query_and_a_tie_goes_to_
     assert scan.exact_heads(queries, hj.Scan(exact_heads=3)).tolist() == [[0, 2, 3]]
     assert scan.exact_heads(queries, hj.Scan(exact_heads=1)).tolist() == [[2]]
     assert scan.exact_heads(queries, hj.Scan(exact_heads=6)).tolist() == [[0, 1, 2, 3, -1, -1]]
-    heads = scan.scan_heads(queries, jnp.zeros((1, 2)), hj.Scan(exact_heads=6))
+    heads = scan.scan_heads(queries, jnp.zeros((1, 2)), scan.exact_heads(queries, hj.Scan(exact_heads=6)))
     assert heads.w.tolist() == [[-1, 4, 2, -2, 0, 0]]
 
 
 def test_what_is_infinite_in_an_exact_head_spoils_no_other():
     queries, slopes = queries_of([[[np.inf, 0], [3, 5]]], [[2, -3]], [4]), jnp.ones((1, 2))
-    virtual = scan.virtual_head(queries, slopes, hj.Scan(exact_heads=1))
+    virtual = scan.virtual_head(queries, slopes, jnp.array([[0]]))
     assert virtual.tolist() == [[-9, -15]]
     heavy = queries_of([[[1, 2], [3, 5]]], [[-np.inf, -3]], [4])
-    assert scan.virtual_head(heavy, slopes, hj.Scan(exact_heads=1)).tolist() == [[-9, -15]]
-    heads = scan.scan_heads(queries, virtual, hj.Scan(exact_heads=3))
+    assert scan.virtual_head(heavy, slopes, jnp.array([[0]])).tolist() == [[-9, -15]]
+    heads = scan.scan_heads(queries, virtual, jnp.array([[0, 1, -1]]))
     assert heads.exact[0, 1:].tolist() == [[3, 5], [0, 0]] and heads.w.tolist() == [[2, -3, 0]]
 
 
