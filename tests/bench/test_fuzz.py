@@ -69,7 +69,7 @@ def pages_in_the_order_of_their_ids(monkeypatch):
 
 
 def latents_of_no_token(monkeypatch):
-    sparse_mla = sys.modules["hisa_jax.sparse_mla"]  # the package has the function of this name
+    sparse_mla = sys.modules["hisa_jax.attention"]  # the package has the function of this name
     right = sparse_mla._gather
 
     def gather(kv, b, indices):

@@ -74,7 +74,7 @@ out: mov.u32 id, %tid.x; shr.u32 id, id, 7; add.u32 id, id, 1; bar.sync id, 128;
 
 
 def _scope(body: str, operands: tuple[str, ...]) -> str:
-    return "{\n" + re.sub(r"\$([A-Z]+)", lambda name: f"${operands.index(name[1])}", body) + "}"
+    return "{\n" + re.sub(r"\$([A-Z_]+)", lambda name: f"${operands.index(name[1])}", body) + "}"
 
 
 def gather(

@@ -227,7 +227,7 @@ out:
 
 def _scope(body: str, *operands: str) -> str:
     """A PTX scope whose $NAMEs are the operands, in this order."""
-    return "{\n" + re.sub(r"\$([A-Z]+)", lambda name: f"${operands.index(name[1])}", body) + "}"
+    return "{\n" + re.sub(r"\$([A-Z_]+)", lambda name: f"${operands.index(name[1])}", body) + "}"
 
 
 def block_positions(block_size: int) -> Callable[[int], str]:
