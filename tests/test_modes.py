@@ -140,7 +140,7 @@ def plain(name: str) -> tuple[Callable[..., Any], Any]:
 def is_refused(mode: str, name: str) -> bool:
     # A batch of what has no rule of its own is what JAX makes of it.
     return (
-        MODES[mode].refused is not None and name in calls.ON_A_MESH and (mode, name) != ("vmap", "sparse_mla_sharded")
+        MODES[mode].refused is not None and name in calls.ON_A_MESH and (mode, name) != ("vmap", "sparse_mla_on_a_mesh")
     )
 
 

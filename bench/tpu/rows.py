@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+import hisa_jax as hj
 from bench import shapes
 from bench.gpu.checks import CHECKED, check_attention, check_flat, check_hisa
 from bench.tpu import cost
@@ -19,6 +20,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu import config, pool, select
 from hisa_jax.kernels_pallas.mosaic_tpu.flat import select_flat
 from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla, sparse_mla_blocks
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import topk
+from hisa_jax.layout import Call, Keys
 
 DTYPES: dict[str, Any] = {"bf16": jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 K = 1024
@@ -66,7 +68,6 @@ def rows() -> Iterator[Row]:
         yield _flat(shapes.PREFILL, context, dtype)
         yield _hisa(context, dtype)
     yield _masked_mla(128 * K)
-    yield _masked_hisa(128 * K)
     for phase in shapes.DECODES:
         yield _flat(phase, 128 * K, "bf16")
         yield _decode(phase.B, 128 * K, "bf16")
@@ -113,42 +114,22 @@ def _flat(phase: shapes.Phase, context: int, dtype: str) -> Row:
 
 def _hisa(context: int, dtype: str) -> Row:
     T = shapes.PREFILL.T
-    blocks: Any = dict(topk=MODEL.topk, block_size=MODEL.block_size, block_topk=MODEL.block_topk)
+    method = hj.Hisa(topk=MODEL.topk, block_size=MODEL.block_size, block_topk=MODEL.block_topk)
+
+    def f(*operands: Array) -> Any:
+        call = call_of(*operands)
+        return call.unflatten(mosaic_tpu.select_hisa(call, method))
+
     return Row(
         row="hisa",
         context=context,
         dtype=dtype,
-        f=lambda *operands: mosaic_tpu.select_hisa(*operands, **blocks),
+        f=f,
         operands=indexer_operands(MODEL, 1, T, context, dtype),
         draw=functools.partial(draw_indexer, 1, T, context, dtype),
         check=lambda out, operands: check_hisa(out, operands, MODEL),
         kernels=lambda chip: cost.hisa_kernels(chip, MODEL, T, context, dtype),
         flop=_hisa_flop(T, context),
-    )
-
-
-def _masked_hisa(context: int) -> Row:
-    """The kept blocks and a mask of their tokens, in place of a list."""
-    row = _hisa(context, "bf16")
-    T, m, block_size = row.queries, MODEL.block_topk, MODEL.block_size
-    blocks: Any = dict(topk=MODEL.topk, block_size=block_size, block_topk=m)
-
-    def check(out: Any, operands: tuple) -> None:
-        mask, count, kept = out
-        tokens = (np.maximum(kept, 0)[..., None] * block_size + np.arange(block_size)).reshape(T, -1)
-        indices = np.full((1, T, MODEL.topk), -1, np.int32)
-        for t, chosen in enumerate(mask.reshape(T, -1) > 0):
-            listed = tokens[t][chosen]
-            assert len(listed) == count[0, t]
-            indices[0, t, : len(listed)] = listed
-        check_hisa((indices, count, kept), operands, MODEL)
-
-    return dataclasses.replace(
-        row,
-        row="hisa_mask",
-        f=lambda *operands: mosaic_tpu.select_hisa(*operands, **blocks, is_masked=True),
-        check=check,
-        kernels=lambda chip: cost.hisa_kernels(chip, MODEL, T, context, "bf16", is_masked=True),
     )
 
 
@@ -250,6 +231,11 @@ def _masked_mla(context: int) -> Row:
         check=check,
         kernels=lambda chip: cost.sparse_mla_kernels(chip, MODEL, T, is_masked=True),
     )
+
+
+def call_of(q: Array, k: Array, k_scale: Array | None, w: Array, visible: Array) -> Call:
+    """A batch, as kernels take it."""
+    return Call(q=q, w=w, visible=visible, k=Keys(k, k_scale))
 
 
 def indexer_operands(model: shapes.Model, B: int, T: int, S: int, dtype: str) -> tuple:

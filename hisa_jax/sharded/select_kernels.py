@@ -1,4 +1,4 @@
-"""One device's part of `select_sharded` by kernels: its own candidates with their sort keys, exchanged and merged.
+"""One device's part of a selection over several by kernels: its candidates and their sort keys, exchanged and merged.
 
 Each device merges an equal share of the queries (`exchange.py`).
 """
@@ -9,43 +9,42 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax.layout import Keys
+from hisa_jax.layout import Call
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.pallas import tokens_of_blocks
 from hisa_jax.selection import Selection
 from hisa_jax.sharded import exchange
+from hisa_jax.sharded.stripes import Shard
 from hisa_jax.xla import select as xla
 from hisa_jax.xla import stages, topk
 
-Found = tuple[
-    Array, Array
-]  # [B, T, j] int32 each: sort keys, `INVISIBLE` where there is none; ids or positions, then -1
+# [B, T, j] int32 each: sort keys, `INVISIBLE` where there is none; ids or positions, then -1.
+Found = tuple[Array, Array]
 
 
-def select(
+def select_shard(
     backend: Callable[[], Any],
-    q: Array,
-    keys: Keys,
-    w: Array,
-    visible: Array,
-    lengths: Array,
+    call: Call,
     method: Method,
     tiles: xla.Tiles,
+    shard: Shard,
     *,
-    axis: str,
-    n_devices: int,
     return_scores: bool,
     return_blocks: bool,
     interpret: Any = False,
 ) -> Selection:
-    """One device: [B, T, H, D], its Keys of [B, S / n_devices, D], [B, T, H], [B, T], [B] -> Selection of [B, T].
+    """The selection of all queries of a batch, the same on all devices; inside `jax.shard_map`.
 
     Args:
-        backend: as in `Kernels`, with the module `local`; interpret: the same.
+        backend: imports one that has `select_shard`; interpret: handed to its kernels.
+        call: a batch with the keys that this device has of each sequence; shard: which those are.
     """
-    local, S = backend().local, keys.values.shape[1]
+    assert call.k is not None and call.lengths is not None
+    local, keys, S = backend().select_shard, call.k, call.max_keys
+    q, w, visible, lengths = call.q, call.w, call.visible, call.lengths
+    axis, n_devices = shard.axis, shard.n_devices
     first_key = lax.axis_index(axis) * S
-    k = min(method.topk, n_devices * S)
+    k = min(method.topk, shard.max_keys)
 
     def merged(found: Found, first: Array, k: int) -> Found:
         """The k best of what all devices have found: positions from each device's `first` on, and sort keys."""
@@ -60,7 +59,7 @@ def select(
 
     n_tokens, own_visible = jnp.clip(lengths - first_key, 0, S), jnp.clip(visible - first_key, 0, S)
     blocks = None
-    if not xla.has_filter(method, n_devices * S):
+    if not xla.has_filter(method, shard.max_keys):
         if not isinstance(method, Dsa):
             eligible = -(-visible // method.block_size)
             blocks = _first(eligible, method.block_topk)
@@ -76,9 +75,11 @@ def select(
         )  # fmt: skip
         blocks = _kept_blocks(lambda found, k: merged(found, first_block, k), found, first_block, eligible, method)
         if isinstance(method, BlockSparse) and not return_scores:
-            indices, count = tokens_of_blocks(blocks, visible, method)
+            flat_blocks = blocks.reshape(-1, blocks.shape[-1])
+            indices, count = tokens_of_blocks(flat_blocks, visible.reshape(-1), method)
+            indices, count = indices.reshape(*visible.shape, -1), count.reshape(visible.shape)
             return Selection(indices=indices, count=count, blocks=blocks if return_blocks else None)
-        # Those of this device in front, ascending.
+        # Those of this device first, ascending.
         is_own = (blocks >= first_block) & (blocks < first_block + n_blocks)
         own = jnp.sort(jnp.where(is_own, blocks - first_block, n_blocks), axis=-1)
         own = jnp.where(own < n_blocks, own, -1)[..., : min(method.block_topk, n_blocks)]

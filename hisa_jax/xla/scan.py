@@ -16,12 +16,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax.layout import Keys, Sequence
+from hisa_jax.layout import Keys, Queries, Sequence
 from hisa_jax.methods import Scan
 from hisa_jax.sharded import varying
 from hisa_jax.xla import stages, topk
 from hisa_jax.xla.sketch import sketched
-from hisa_jax.xla.stages import Candidates, Queries
+from hisa_jax.xla.stages import Candidates
 
 N_SAMPLES = 256
 N_BEST = 32

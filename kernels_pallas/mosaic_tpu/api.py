@@ -2,20 +2,22 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from hisa_jax.kernels_pallas.bits import in_32_bits
 from hisa_jax.kernels_pallas.mosaic_tpu import config, flat, select, select_ragged
 from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
 from hisa_jax.kernels_pallas.mosaic_tpu.select_ragged import Queries
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import MAX_K
 from hisa_jax.kernels_pallas.sequences import whole_blocks
 from hisa_jax.kernels_pallas.types import Interpret
+from hisa_jax.layout import Call
+from hisa_jax.methods import BlockSparse, Hisa
 
 MAX_PAGES = 65536
-CuSeqlens = tuple[Array, Array]  # [R + 1] int32 each: offsets of each sequence's queries, and of its keys
 
 
 def why_not(
@@ -52,186 +54,67 @@ def why_not(
     return config.why_not(device_kind, H, D, q_dtype, k_dtype, block_size=block_size or LANES)
 
 
-@in_32_bits
-def select_hisa(
-    q: Array,
-    k: Array,
-    k_scale: Array | None,
-    w: Array,
-    visible: Array,
-    *,
-    topk: int,
-    block_size: int,
-    block_topk: int,
-    keep_first: int = 1,
-    keep_last: int = 1,
-    lengths: Array | None = None,
-    cu_seqlens: CuSeqlens | None = None,
-    is_masked: bool = False,
-    interpret: Interpret = False,
-) -> tuple[Array, Array, Array]:
-    """The hierarchical indexer.
+def select_hisa(call: Call, method: Hisa, interpret: Interpret = False) -> tuple[Array, Array, Array]:
+    """The hierarchical indexer: [T, topk] int32 positions, ascending, then -1; [T] count; [T, block_topk] block ids."""
+    with jax.enable_x64(False):
+        options: dict[str, Any] = dict(topk=method.topk, **_filter_options(method, interpret))
+        if call.query_offsets is None:
+            (q, k, k_scale, w, visible), n_tokens = _batch(call, method.block_size)
+            return _in_rows(call, select.hisa(q, k, k_scale, w, visible, n_tokens, **options))
+        ragged, sums = _ragged(call, method.block_size)
+        return _first(call, select_ragged.hisa(Queries.padded(*call.queries), ragged, sums, **options))
 
-    Args:
-        q: [B, T, H, D]; k: [B, S, D], both bfloat16, int8 or float8_e4m3fn; k_scale: [B, S] float32 or None.
-        w: [B, T, H] float32; visible: [B, T] int32, tokens each query sees, 0 for padding.
-        lengths: [B] int32, tokens present in each sequence; S if None.
-        cu_seqlens: of a packed batch, whose arrays have no B.
-        is_masked: of a batch, whether to return a mask, not positions: [B, T, m, block_size] float32, 1 where
-            a token of the kept blocks is chosen, m at most block_topk. `sparse_mla_blocks` takes it as it is.
 
-    Returns: [B, T, topk] int32 positions, ascending, then -1; [B, T] int32 count; [B, T, block_topk] block ids.
-    """
-    options: dict[str, Any] = dict(
-        topk=topk,
-        block_topk=block_topk,
-        keep_first=keep_first,
-        keep_last=keep_last,
+def select_blocks(call: Call, method: Hisa | BlockSparse, interpret: Interpret = False) -> Array:
+    """The block filter alone: [T, block_topk] int32 block ids, ascending, then -1."""
+    with jax.enable_x64(False):
+        options = _filter_options(method, interpret)
+        if call.query_offsets is None:
+            (q, k, k_scale, w, visible), n_tokens = _batch(call, method.block_size)
+            eligible = -(-visible // method.block_size)
+            return _in_rows(call, (select.kept_blocks(q, k, k_scale, w, eligible, n_tokens, None, **options),))[0]
+        ragged, sums = _ragged(call, method.block_size)
+        return _first(call, (select_ragged.kept_blocks(Queries.padded(*call.queries), ragged, sums, **options),))[0]
+
+
+def select_flat(call: Call, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
+    """The flat indexer: [T, topk] and [T], as `select_hisa`."""
+    with jax.enable_x64(False):
+        if call.query_offsets is None:
+            assert call.k is not None
+            found = flat.select_flat(call.q, *call.k, call.w, call.visible, topk=topk, interpret=interpret)
+            return _in_rows(call, found)
+        ragged, _ = _ragged(call, LANES if call.cache is None else max(LANES, call.cache.page_size))
+        options: dict[str, Any] = dict(topk=topk, chip=config.chip(), interpret=interpret)
+        return _first(call, select_ragged.select_flat(Queries.padded(*call.queries), ragged, **options))
+
+
+def _filter_options(method: Hisa | BlockSparse, interpret: Interpret) -> dict[str, Any]:
+    return dict(
+        block_topk=method.block_topk,
+        keep_first=method.keep_first,
+        keep_last=method.keep_last,
         chip=config.chip(),
         interpret=interpret,
     )
-    if cu_seqlens is None:
-        k, k_scale, visible, n_tokens = _blocks(k, k_scale, visible, lengths, block_size)
-        return select.hisa(q, k, k_scale, w, visible, n_tokens, is_masked=is_masked, **options)
-    assert not is_masked
-    ragged = select_ragged.packed(k, k_scale, *cu_seqlens, block_size)
-    return _first(q, select_ragged.hisa(Queries.padded(q, w, visible), ragged, None, **options))
 
 
-@in_32_bits
-def select_blocks(
-    q: Array,
-    k: Array,
-    k_scale: Array | None,
-    w: Array,
-    visible: Array,
-    *,
-    block_size: int,
-    block_topk: int,
-    keep_first: int = 1,
-    keep_last: int = 1,
-    lengths: Array | None = None,
-    cu_seqlens: CuSeqlens | None = None,
-    interpret: Interpret = False,
-) -> Array:
-    """The block filter alone: [B, T, block_topk] int32 block ids, ascending, then -1; arguments as `select_hisa`."""
-    options: dict[str, Any] = dict(
-        block_topk=block_topk, keep_first=keep_first, keep_last=keep_last, chip=config.chip(), interpret=interpret
-    )
-    if cu_seqlens is None:
-        k, k_scale, visible, n_tokens = _blocks(k, k_scale, visible, lengths, block_size)
-        return select.kept_blocks(q, k, k_scale, w, -(-visible // block_size), n_tokens, None, **options)
-    ragged = select_ragged.packed(k, k_scale, *cu_seqlens, block_size)
-    return _first(q, (select_ragged.kept_blocks(Queries.padded(q, w, visible), ragged, None, **options),))[0]
+def _ragged(call: Call, block_size: int) -> tuple[Ragged, Array | None]:
+    """A packed call, or one in pages, and then the sums of its pages."""
+    if call.cache is None:
+        assert call.query_offsets is not None and call.key_offsets is not None
+        return select_ragged.packed(*call.keys, call.query_offsets, call.key_offsets, block_size), None
+    cache = call.cache
+    assert call.table is not None and call.query_offsets is not None
+    where = call.visible, call.table, call.query_offsets
+    return select_ragged.paged(cache.keys, cache.scales, *where, block_size), cache.sums
 
 
-@in_32_bits
-def select_flat(
-    q: Array,
-    k: Array,
-    k_scale: Array | None,
-    w: Array,
-    visible: Array,
-    *,
-    topk: int,
-    cu_seqlens: CuSeqlens | None = None,
-    interpret: Interpret = False,
-) -> tuple[Array, Array]:
-    """The flat indexer: indices [B, T, topk] and count [B, T]; arguments as `select_hisa`."""
-    if cu_seqlens is None:
-        return flat.select_flat(q, k, k_scale, w, visible, topk=topk, interpret=interpret)
-    ragged = select_ragged.packed(k, k_scale, *cu_seqlens, LANES)
-    options: dict[str, Any] = dict(topk=topk, chip=config.chip(), interpret=interpret)
-    return _first(q, select_ragged.select_flat(Queries.padded(q, w, visible), ragged, **options))
-
-
-@in_32_bits
-def select_hisa_paged(
-    q: Array,
-    k: Array,
-    k_scale: Array | None,
-    w: Array,
-    visible: Array,
-    *,
-    topk: int,
-    block_size: int,
-    block_topk: int,
-    keep_first: int = 1,
-    keep_last: int = 1,
-    block_tables: Array,
-    cu_seqlens_q: Array,
-    page_sums: Array,
-    page_counts: Array,
-    interpret: Interpret = False,
-) -> tuple[Array, Array, Array]:
-    """The hierarchical indexer over pages.
-
-    Args:
-        q: [T, H, D], w: [T, H], visible: [T]: one request's queries behind the other's, the last of its tokens.
-        k: [N, page_size, D]; k_scale: [N, page_size] float32 or None.
-        block_tables: [R, P] int32, pages of each request; cu_seqlens_q: [R + 1] int32, where its queries begin.
-        page_sums: [N, D] float32, the dequantised keys of each page added up; page_counts: not looked at, since only
-            blocks of full pages are chosen by their mean.
-
-    Returns: [T, topk] int32 positions, ascending, then -1; [T] int32 count; [T, block_topk] block ids.
-    """
-    del page_counts
-    ragged = select_ragged.paged(k, k_scale, visible, block_tables, cu_seqlens_q, block_size)
-    options: dict[str, Any] = dict(
-        topk=topk,
-        block_topk=block_topk,
-        keep_first=keep_first,
-        keep_last=keep_last,
-        chip=config.chip(),
-        interpret=interpret,
-    )
-    return _first(q, select_ragged.hisa(Queries.padded(q, w, visible), ragged, page_sums, **options))
-
-
-@in_32_bits
-def select_blocks_paged(
-    q: Array,
-    k: Array,
-    k_scale: Array | None,
-    w: Array,
-    visible: Array,
-    *,
-    block_size: int,
-    block_topk: int,
-    keep_first: int = 1,
-    keep_last: int = 1,
-    block_tables: Array,
-    cu_seqlens_q: Array,
-    page_sums: Array,
-    page_counts: Array,
-    interpret: Interpret = False,
-) -> Array:
-    """The block filter alone over pages: [T, block_topk] int32; arguments as `select_hisa_paged`."""
-    del page_counts
-    ragged = select_ragged.paged(k, k_scale, visible, block_tables, cu_seqlens_q, block_size)
-    options: dict[str, Any] = dict(
-        block_topk=block_topk, keep_first=keep_first, keep_last=keep_last, chip=config.chip(), interpret=interpret
-    )
-    return _first(q, (select_ragged.kept_blocks(Queries.padded(q, w, visible), ragged, page_sums, **options),))[0]
-
-
-@in_32_bits
-def select_flat_paged(
-    q: Array,
-    k: Array,
-    k_scale: Array | None,
-    w: Array,
-    visible: Array,
-    *,
-    topk: int,
-    block_tables: Array,
-    cu_seqlens_q: Array,
-    interpret: Interpret = False,
-) -> tuple[Array, Array]:
-    """The flat indexer over pages: [T, topk] and [T]; arguments as `select_hisa_paged`."""
-    ragged = select_ragged.paged(k, k_scale, visible, block_tables, cu_seqlens_q, max(LANES, k.shape[1]))
-    options: dict[str, Any] = dict(topk=topk, chip=config.chip(), interpret=interpret)
-    return _first(q, select_ragged.select_flat(Queries.padded(q, w, visible), ragged, **options))
+def _batch(call: Call, block_size: int) -> tuple[tuple[Array, Array, Array | None, Array, Array], Array]:
+    """q, keys in blocks, their scales, w and visible of a batch; and [B] tokens present."""
+    assert call.k is not None
+    k, k_scale, visible, n_tokens = _blocks(*call.k, call.visible, call.lengths, block_size)
+    return (call.q, k, k_scale, call.w, visible), n_tokens
 
 
 def _blocks(
@@ -249,6 +132,12 @@ def _blocks(
     )
 
 
-def _first(q: Array, results: tuple[Array, ...]) -> tuple[Any, ...]:
-    """Of results with rows for queries that were padded, those of q."""
-    return tuple(x[: q.shape[0]] for x in results)
+def _first(call: Call, results: tuple[Array, ...]) -> tuple[Any, ...]:
+    """Of results with rows for queries that were padded, those of the call."""
+    return tuple(x[: call.shape[0]] for x in results)
+
+
+def _in_rows(call: Call, results: tuple[Array, ...]) -> tuple[Any, ...]:
+    """[B, T, ...] -> [B * T, ...]."""
+    B, T = call.shape
+    return tuple(x.reshape(B * T, *x.shape[2:]) for x in results)

@@ -9,6 +9,7 @@ from bench.tpu import aot
 from hisa_jax.kernels_pallas import mosaic_tpu
 from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, pool
 from hisa_jax.kernels_pallas.mosaic_tpu.config import CHIPS, GROUP
+from tests import kernel_calls
 
 DTYPES = {"bf16": jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 K = 1024
@@ -43,7 +44,7 @@ def test_indexer_compiles(chip, model, phase, context, dtype):
     options = {"topk": model.topk, "block_size": model.block_size, "block_topk": model.block_topk}
 
     def hisa(q, k, k_scale, w, visible):
-        return mosaic_tpu.select_hisa(q, k, k_scale, w, visible, lengths=visible[:, -1], **options)
+        return kernel_calls.select_hisa(mosaic_tpu, q, k, k_scale, w, visible, lengths=visible[:, -1], **options)
 
     program = aot.compile_for(chip, hisa, *inputs(model, phase, context, dtype), schedules=False)
     # Scores of all tokens, the means of a prefill and copies of keys would show here.
@@ -55,7 +56,9 @@ def test_indexer_compiles(chip, model, phase, context, dtype):
 @pytest.mark.parametrize(("H", "D", "block_size"), [(16, 64, 64), (128, 128, 64), (128, 64, 256)])
 def test_every_head_and_block_size_compiles(chip, H, D, block_size):
     def hisa(q, k, w, visible):
-        return mosaic_tpu.select_hisa(q, k, None, w, visible, topk=500, block_size=block_size, block_topk=16)
+        return kernel_calls.select_hisa(
+            mosaic_tpu, q, k, None, w, visible, topk=500, block_size=block_size, block_topk=16
+        )
 
     q, k = jax.ShapeDtypeStruct((1, 100, H, D), jnp.bfloat16), jax.ShapeDtypeStruct((1, 40_000, D), jnp.bfloat16)
     w, visible = jax.ShapeDtypeStruct((1, 100, H), jnp.float32), jax.ShapeDtypeStruct((1, 100), jnp.int32)

@@ -7,6 +7,7 @@ import pytest
 from hisa_jax.kernels_pallas import mosaic_tpu
 from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, decode, pool, refine
 from hisa_jax.kernels_pallas.mosaic_tpu.config import CHIPS
+from tests import kernel_calls
 from tests.gpu import draw, promises, reference
 
 pytestmark = pytest.mark.slow
@@ -26,7 +27,9 @@ def run(inputs, visible, interpret, *, lengths=None, **options):
     else:
         k = jnp.where(absent[..., None], jnp.asarray(jnp.nan, k.dtype), k)
     lengths, visible = jnp.asarray(lengths), jnp.asarray(visible)
-    return mosaic_tpu.select_hisa(q, k, k_scale, w, visible, lengths=lengths, interpret=interpret, **options)
+    return kernel_calls.select_hisa(
+        mosaic_tpu, q, k, k_scale, w, visible, lengths=lengths, interpret=interpret, **options
+    )
 
 
 PREFILL = [  # dtype, has_scale, block_size, H, D, topk, block_topk, S, visible [B, T], lengths

@@ -10,6 +10,7 @@ from bench.tpu import aot
 from hisa_jax.kernels_pallas import mosaic_tpu
 from hisa_jax.kernels_pallas.mosaic_tpu import sparse_mla as module
 from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import Config, sparse_mla, sparse_mla_blocks
+from tests import kernel_calls
 from tests.gpu import draw, promises
 
 
@@ -79,8 +80,8 @@ def test_from_the_indexer_to_the_attention_without_a_list(interpret):
     B, T, S, lengths, options = 1, 9, 1024, [1000], dict(topk=200, block_size=128, block_topk=3)
     visible = np.maximum(np.asarray(lengths, np.int32)[:, None] - np.arange(T - 1, -1, -1, dtype=np.int32), 0)
     inputs = draw.integers(0, B, T, S, 16, 64, jnp.bfloat16, False)
-    mask, count, blocks = mosaic_tpu.select_hisa(
-        *inputs, visible, **options, lengths=jnp.asarray(lengths), is_masked=True, interpret=interpret
+    mask, count, blocks = kernel_calls.select_hisa(
+        mosaic_tpu, *inputs, visible, **options, lengths=jnp.asarray(lengths), is_masked=True, interpret=interpret
     )
     tokens = np.maximum(blocks, 0)[..., None] * 128 + np.arange(128)
     indices = np.full((B, T, 200), -1, np.int32)
