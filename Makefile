@@ -60,7 +60,7 @@ lint: .venv-test/test.stamp
 
 # The documentation as a site in build/site; seconds. Docstrings are read, nothing of the library is imported.
 docs: .venv-test/docs.stamp
-	NO_MKDOCS_2_WARNING=1 .venv-test/bin/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 .venv-test/bin/python -m mkdocs build --strict
 
 format: .venv-test/test.stamp
 	.venv-test/bin/ruff check --fix .
