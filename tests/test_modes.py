@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from hisa_jax import dispatch
 from tests import calls
 
+pytestmark = pytest.mark.unoptimised  # compiling takes longer than running
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 ONLY_A_BATCH = (NotImplementedError, "jax.vmap of a function over a mesh")
 OUTSIDE = (ValueError, "called inside jax.shard_map over .*data.*, wanted a call outside")
@@ -120,14 +121,6 @@ def _both(*contexts):
         for context in contexts:
             stack.enter_context(context)
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_fast():
-    """Compiling takes longer than running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from bench import fuzz, fuzz_draw, fuzz_judges, fuzz_mla, fuzz_setups
 from bench.__main__ import main
 from hisa_jax import keys, prepare, stages, topk
 
+pytestmark = pytest.mark.unoptimised
 SIZES = dict(R=2, T=4, S=40, H=2, D=8)
 DSA = fuzz_setups.Setup(method=hj.Dsa(topk=5), page_size=None, **SIZES)  # of few programs
 
@@ -24,10 +25,7 @@ DSA = fuzz_setups.Setup(method=hj.Dsa(topk=5), page_size=None, **SIZES)  # of fe
 def compiled_anew():
     """What was compiled before a fault does not have it, and what was compiled with one must not stay."""
     jax.clear_caches()
-    was = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", was)
     jax.clear_caches()
 
 
