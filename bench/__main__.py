@@ -8,16 +8,34 @@ from bench import UserError
 
 # Command -> module, help. A module has `add_arguments(parser)` and `run(args) -> int`, the exit status.
 COMMANDS = {
-    "demo": ("bench.demo", "the main job: index real text with all methods, show speed, quality and found passages"),
-    "files": ("bench.files", "checkpoints with a fault in one file: each ends in a named error or in the same model"),
-    "fuzz": ("bench.fuzz", "random rows of every form against the oracle and each other; what is wrong, made small"),
-    "gpu": ("bench.gpu", "the kernels on an NVIDIA GPU, each checked before it is timed"),
-    "gpu-report": ("bench.gpu_report", "the table and the plot of the README from rows that gpu measured"),
-    "tpu": ("bench.tpu", "the TPU kernels by the compiler's schedule, without a TPU; with one, measured: --run"),
+    "demo": (
+        "bench.demo.command",
+        "the main job: index real text with all methods, show speed, quality and found passages",
+    ),
+    "files": (
+        "bench.files.command",
+        "checkpoints with a fault in one file: each ends in a named error or in the same model",
+    ),
+    "fuzz": (
+        "bench.fuzz.command",
+        "random rows of every form against the oracle and each other; what is wrong, made small",
+    ),
+    "gpu": ("bench.gpu.command", "the kernels on an NVIDIA GPU, each checked before it is timed"),
+    "gpu-report": ("bench.gpu.report", "the table and the plot of the README from rows that gpu measured"),
+    "tpu": (
+        "bench.tpu.command",
+        "the TPU kernels by the compiler's schedule, without a TPU; with one, measured: --run",
+    ),
     "memory": ("bench.memory", "peak memory of each method at a long context"),
-    "quality": ("bench.quality", "what HISA and the scan keep and lose in a trained model, against its flat indexer"),
-    "serve": ("bench.serve", "a small continuous-batching server on the paged cache; --verify checks every selection"),
-    "tune": ("bench.tune", "find the fastest launch configurations on this GPU, for kernels_pallas/tuned.json"),
+    "quality": (
+        "bench.quality.command",
+        "what HISA and the scan keep and lose in a trained model, against its flat indexer",
+    ),
+    "serve": (
+        "bench.serve.command",
+        "a small continuous-batching server on the paged cache; --verify checks every selection",
+    ),
+    "tune": ("bench.gpu.tune", "find the fastest launch configurations on this GPU, for kernels_pallas/tuned.json"),
 }
 
 

@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from hisa_jax import checks
-from hisa_jax.keys import Keys, mean, mean_parts, present_values, tree_sum
+from hisa_jax.layout import Keys, mean, mean_parts, present_values, tree_sum
 
 _MAX_PAGE_SIZE = 256
 

@@ -10,11 +10,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from hisa_jax import checks, xla
+from hisa_jax import checks
 from hisa_jax.cache import IndexCache, check_cache, check_table
-from hisa_jax.keys import Keys
+from hisa_jax.layout import Keys
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.quantize import QuantizedKeys
+from hisa_jax.xla import select
 
 
 def check_batch(
@@ -92,14 +93,16 @@ def check_question(call: str, q: Any, k: Any, method: Method) -> Keys:
     return keys
 
 
-def check_options(call: str, method: Method, return_scores: bool, return_blocks: bool, tiles: xla.Tiles | None) -> None:
+def check_options(
+    call: str, method: Method, return_scores: bool, return_blocks: bool, tiles: select.Tiles | None
+) -> None:
     """What is no array, in every form."""
     check_method(call, method)
     checks.flags(call, return_scores=return_scores, return_blocks=return_blocks)
     if return_blocks and isinstance(method, Dsa):
         raise ValueError(f"{call}: return_blocks=True with {method}: the flat indexer keeps no blocks")
     if tiles is not None:
-        checks.instance(call, "tiles", tiles, xla.Tiles, "Tiles")
+        checks.instance(call, "tiles", tiles, select.Tiles, "Tiles")
 
 
 def check_method(call: str, method: Method) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 from jax import Array
 
-from hisa_jax import context_kernels, context_xla, varying, xla
-from hisa_jax.kernels import Backend, Kernels
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
+from hisa_jax.pallas import Backend, Kernels
+from hisa_jax.sharded import select_kernels, select_xla, varying
+from hisa_jax.xla import select as xla
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class Implementation:
 
 def backend(name: str) -> Backend:
     """A backend of kernels_pallas, by name."""
-    module: Any = importlib.import_module(f"kernels_pallas.{name}")
+    module: Any = importlib.import_module(f"hisa_jax.kernels_pallas.{name}")
     return module
 
 
@@ -108,7 +109,7 @@ def _nvidia(name: str) -> Implementation:
         assert not isinstance(method, Scan)
         if problem.page_size is not None:
             unit = problem.page_size if isinstance(method, Dsa) else method.block_size
-            pages: Any = importlib.import_module("kernels_pallas.pages")
+            pages: Any = importlib.import_module("hisa_jax.kernels_pallas.pages")
             if reason := pages.why_not(problem.n_requests, problem.S, unit):
                 return reason
         return module.why_not(
@@ -151,7 +152,7 @@ def _tpu(name: str) -> Implementation:
         )
 
     # By the compiler's schedule HISA takes 1.15 to 1.3 times as long as the flat indexer at 8K. On Hopper it is 0.96.
-    sharded = functools.partial(context_kernels.select, lambda: backend(name))
+    sharded = functools.partial(select_kernels.select, lambda: backend(name))
     return dataclasses.replace(_kernels(name, why_not, flat_if_all_kept=True), select_sharded=sharded)
 
 
@@ -180,8 +181,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         select=xla.select,
         select_packed=xla.select_packed,
         select_paged=xla.select_paged,
-        select_sharded=context_xla.select,
-        select_paged_sharded=context_xla.select_paged,
+        select_sharded=select_xla.select,
+        select_paged_sharded=select_xla.select_paged,
     ),
 }
 
@@ -226,7 +227,7 @@ class AttentionProblem:
 
 def attention(name: str) -> Callable[..., tuple[Array, Array]]:
     """The forward pass of a backend: (q, kv, indices, *, value_dim, scale) -> (out, lse)."""
-    return importlib.import_module(f"kernels_pallas.{name}.sparse_mla").sparse_mla
+    return importlib.import_module(f"hisa_jax.kernels_pallas.{name}.sparse_mla").sparse_mla
 
 
 def attention_reasons(device: Device, problem: AttentionProblem) -> dict[str, str | None]:
@@ -238,7 +239,7 @@ def attention_reasons(device: Device, problem: AttentionProblem) -> dict[str, st
             return _NO_TPU.format(device.kind)
         if not where:
             return _NO_NVIDIA.format(device.kind)
-        module = importlib.import_module(f"kernels_pallas.{name}.sparse_mla")
+        module = importlib.import_module(f"hisa_jax.kernels_pallas.{name}.sparse_mla")
         return module.why_not(where, **dataclasses.asdict(problem))
 
     nvidia = ["mosaic_gpu", "triton"]
@@ -261,12 +262,12 @@ class AppendProblem:
 
 def appender(name: str) -> Callable[..., Any]:
     """`append` of a backend: (cache, (keys, scales, latents), block_tables, cu_seqlens, lengths) -> cache."""
-    return importlib.import_module(f"kernels_pallas.{name}.append").append
+    return importlib.import_module(f"hisa_jax.kernels_pallas.{name}.append").append
 
 
 def append_reasons(device: Device, problem: AppendProblem) -> dict[str, str | None]:
     """As `reasons`, for `append`."""
     if not device.compute_capability:
         return {"triton": _NO_NVIDIA.format(device.kind), "xla": None}
-    module = importlib.import_module("kernels_pallas.triton.append")
+    module = importlib.import_module("hisa_jax.kernels_pallas.triton.append")
     return {"triton": module.why_not(device.compute_capability, **dataclasses.asdict(problem)), "xla": None}

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import dispatch, varying, xla
+from hisa_jax import dispatch
 from hisa_jax.check_select import check_options
-from hisa_jax.keys import Keys
+from hisa_jax.layout import Keys
 from hisa_jax.methods import Method
+from hisa_jax.sharded import varying
+from hisa_jax.xla import select
 
 
 def problem_of(q: Array, keys: Keys, method: Method) -> dispatch.Problem:
@@ -20,7 +22,7 @@ def choose(
     call: str,
     problem: dispatch.Problem,
     implementation: str,
-    tiles: xla.Tiles | None,
+    tiles: select.Tiles | None,
     *,
     return_scores: bool,
     return_blocks: bool,
@@ -38,8 +40,8 @@ def choose(
     return name
 
 
-def default_tiles() -> xla.Tiles:
-    return xla.Tiles.heuristic(dispatch.Device.default().platform)
+def default_tiles() -> select.Tiles:
+    return select.Tiles.heuristic(dispatch.Device.default().platform)
 
 
 def visible_tokens(positions: Array, lengths: Array) -> Array:

@@ -5,11 +5,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from hisa_jax import checks, dispatch, prepare, xla
+from hisa_jax import checks, dispatch, prepare
 from hisa_jax.check_select import check_batch, check_question
 from hisa_jax.methods import Method
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.selection import Selection, nothing
+from hisa_jax.xla import select as xla
 
 
 def select(

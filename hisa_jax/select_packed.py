@@ -5,11 +5,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax import checks, dispatch, prepare, xla
+from hisa_jax import checks, dispatch, prepare
 from hisa_jax.check_select import check_packed
 from hisa_jax.methods import Method
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.selection import Selection, nothing
+from hisa_jax.xla import select
 
 
 def select_packed(
@@ -23,7 +24,7 @@ def select_packed(
     implementation: str = "auto",
     return_scores: bool = False,
     return_blocks: bool = False,
-    tiles: xla.Tiles | None = None,
+    tiles: select.Tiles | None = None,
 ) -> Selection:
     """Chooses tokens for a packed batch of R sequences of any lengths.
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kernels_pallas.bits import in_32_bits
-from kernels_pallas.pages import PageMeans, Pages, PageSums, flatten_paged, means_of
-from kernels_pallas.sequences import FlatCall, Rows, Sequences, flatten_batch, flatten_packed
-from kernels_pallas.types import Interpret
+from hisa_jax.kernels_pallas.bits import in_32_bits
+from hisa_jax.kernels_pallas.pages import PageMeans, Pages, PageSums, flatten_paged, means_of
+from hisa_jax.kernels_pallas.sequences import FlatCall, Rows, Sequences, flatten_batch, flatten_packed
+from hisa_jax.kernels_pallas.types import Interpret
 
 Means = tuple[Array, Array | None]  # [n, parts, D] in the keys' dtype and [n] float32 scale: what `pool` returns
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kernels_pallas.sequences import FlatCall, Sequences
+from hisa_jax.kernels_pallas.sequences import FlatCall, Sequences
 
 _MAX_ROWS = 2**31 - 1
 # A request's blocks begin at a multiple of this: tiled copies of their means need 8, tiles of them 16.

@@ -122,7 +122,7 @@ class FlatCall:
             return f(self)
         n = -(-T // size)
 
-        def cut(x: Array) -> Array:
+        def threshold(x: Array) -> Array:
             return jnp.pad(x, ((0, n * size - T),) + ((0, 0),) * (x.ndim - 1)).reshape(n, size, *x.shape[1:])
 
         def one(rows: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -136,7 +136,7 @@ class FlatCall:
             return f(dataclasses.replace(self, q=q, w=w, visible=visible, sequences=sequences))
 
         firsts = jnp.arange(n, dtype=jnp.int32) * size
-        out = lax.map(one, (firsts, cut(self.q), cut(self.w), cut(self.visible)))
+        out = lax.map(one, (firsts, threshold(self.q), threshold(self.w), threshold(self.visible)))
         return jax.tree.map(lambda x: x.reshape(n * size, *x.shape[2:])[:T], out)
 
     def unflatten(self, *results: Array) -> tuple[Array, ...]:

@@ -1,4 +1,4 @@
-"""The commands: python -m models generate, check, data and train; each says what it takes with --help."""
+"""The commands: python -m hisa_jax.models generate, check, data and train; each says what it takes with --help."""
 
 import argparse
 import dataclasses
@@ -8,17 +8,17 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from models.check import command as check
-from models.config import Config, read_config
-from models.generate import Generation, generate
-from models.indexers import NAMES, make_method, read_methods
-from models.json_object import shown
-from models.params import from_pretrained
-from models.plan import MethodLike
-from models.sharding import make_mesh
-from models.tokens import load_tokenizer
-from models.training import command as training
-from models.training.text import read_corpus, save_corpus
+from hisa_jax.models.check import command as check
+from hisa_jax.models.config import Config, read_config
+from hisa_jax.models.generate import Generation, generate
+from hisa_jax.models.indexers import NAMES, make_method, read_methods
+from hisa_jax.models.json_object import shown
+from hisa_jax.models.params import from_pretrained
+from hisa_jax.models.plan import MethodLike
+from hisa_jax.models.sharding import make_mesh
+from hisa_jax.models.tokens import load_tokenizer
+from hisa_jax.models.training import command as training
+from hisa_jax.models.training.text import read_corpus, save_corpus
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -105,7 +105,9 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m models", description="DSA models with a pluggable indexer.")
+    parser = argparse.ArgumentParser(
+        prog="python -m hisa_jax.models", description="DSA models with a pluggable indexer."
+    )
     commands = parser.add_subparsers(required=True)
     _add_data(commands.add_parser("data", help="collect text to train a byte-level model on"))
     training.add_arguments(commands.add_parser("train", help="train a byte-level model with DSA's stages"))

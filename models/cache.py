@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
-from models.config import Config
-from models.sharding import constrain, mesh_axis, per_device
+from hisa_jax.models.config import Config
+from hisa_jax.models.sharding import constrain, mesh_axis, per_device
 
 _LARGEST_PAGE = 64
 

@@ -12,11 +12,11 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from models.config import Config, Yarn
-from models.json_object import read_object
-from models.modeling import Model
-from models.plan import MethodLike
-from models.sharding import parameter_sharding
+from hisa_jax.models.config import Config, Yarn
+from hisa_jax.models.json_object import read_object
+from hisa_jax.models.modeling import Model
+from hisa_jax.models.plan import MethodLike
+from hisa_jax.models.sharding import parameter_sharding
 
 _CONFIG, _WEIGHTS = "hisa_config.json", "weights"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from models.config import Config
+from hisa_jax.models.config import Config
 
 
 def whole(call: str, name: str, value: Any, least: int = 1) -> int:

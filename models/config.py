@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hisa_jax as hj
-from models import settings
-from models.generation_config import read_stop_ids
-from models.json_object import read_object, shown
+from hisa_jax.models import settings
+from hisa_jax.models.generation_config import read_stop_ids
+from hisa_jax.models.json_object import read_object, shown
 
 LayerKind = Literal["dense", "sparse"]
 IndexerKind = Literal["full", "shared"]

@@ -4,7 +4,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 
-from models import checks
+from hisa_jax.models import checks
 
 # What a request may continue with: of its tokens so far and how many are wanted, proposals, or fewer, or none.
 Draft = Callable[[Sequence[int], int], Iterable[int] | None]

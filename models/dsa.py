@@ -16,11 +16,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 import hisa_jax as hj
-from models.cache import contiguous, packing, write
-from models.config import Config
-from models.layers import Init, layer_norm, rms_norm
-from models.rope import rotate
-from models.sharding import per_device
+from hisa_jax.models.cache import contiguous, packing, write
+from hisa_jax.models.config import Config
+from hisa_jax.models.layers import Init, layer_norm, rms_norm
+from hisa_jax.models.rope import rotate
+from hisa_jax.models.sharding import per_device
 
 Form = Literal["auto", "expanded", "absorbed"]
 Table = tuple[Array, Array]

@@ -18,14 +18,14 @@ from flax import nnx
 from jax import Array
 
 import hisa_jax as hj
-from hisa_jax.pages import PagePool
-from models import checks
-from models.cache import Cache, empty_pages
-from models.drafts import Draft, lookup, propose
-from models.generate import likeliest, phase_graphs
-from models.modeling import Model, Output
-from models.plan import Phase
-from models.scheduler import Request, Saved, Scheduler, Sharing
+from hisa_jax.models import checks
+from hisa_jax.models.cache import Cache, empty_pages
+from hisa_jax.models.drafts import Draft, lookup, propose
+from hisa_jax.models.generate import likeliest, phase_graphs
+from hisa_jax.models.modeling import Model, Output
+from hisa_jax.models.plan import Phase
+from hisa_jax.models.scheduler import Request, Saved, Scheduler, Sharing
+from hisa_jax.page_pool import PagePool
 
 __all__ = ["Draft", "Engine", "Report", "Step", "Traced", "lookup"]
 

@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from models.config import Config
-from models.modeling import Model
-from models.params import parameter_table
+from hisa_jax.models.config import Config
+from hisa_jax.models.modeling import Model
+from hisa_jax.models.params import parameter_table
 
 
 def save_pretrained(model: Model, folder: str | Path, *, overwrite: bool = False) -> None:

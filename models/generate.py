@@ -14,11 +14,11 @@ from flax import nnx
 from jax import Array, lax
 
 import hisa_jax as hj
-from models import checks
-from models.cache import Cache
-from models.dsa import select
-from models.modeling import Model, Output
-from models.plan import Phase
+from hisa_jax.models import checks
+from hisa_jax.models.cache import Cache
+from hisa_jax.models.dsa import select
+from hisa_jax.models.modeling import Model, Output
+from hisa_jax.models.plan import Phase
 
 
 @jax.tree_util.register_dataclass

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from models.json_object import read_object, shown
+from hisa_jax.models.json_object import read_object, shown
 
 _LARGEST_FILE = 2**20
 

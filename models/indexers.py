@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import hisa_jax as hj
-from models.config import Config
-from models.json_object import read_object
+from hisa_jax.models.config import Config
+from hisa_jax.models.json_object import read_object
 
 NAMES = {"dsa": hj.Dsa, "hisa": hj.Hisa, "scan": hj.Scan, "block-sparse": hj.BlockSparse}
 

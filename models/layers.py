@@ -10,8 +10,8 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from models.config import Config
-from models.sharding import Axes, sharding_of
+from hisa_jax.models.config import Config
+from hisa_jax.models.sharding import Axes, sharding_of
 
 # Standard deviation of random weights; published configs call it initializer_range.
 _STD = 0.02

@@ -11,14 +11,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
-from models.cache import Cache, empty_cache, page_size_of
-from models.config import Config
-from models.dsa import Attention, Form, IndexInputs, Table
-from models.layers import Init, Mlp, rms_norm
-from models.moe import Moe
-from models.plan import MethodLike, Phase, make_plan
-from models.rope import rope_table
-from models.sharding import automatic, constrain
+from hisa_jax.models.cache import Cache, empty_cache, page_size_of
+from hisa_jax.models.config import Config
+from hisa_jax.models.dsa import Attention, Form, IndexInputs, Table
+from hisa_jax.models.layers import Init, Mlp, rms_norm
+from hisa_jax.models.moe import Moe
+from hisa_jax.models.plan import MethodLike, Phase, make_plan
+from hisa_jax.models.rope import rope_table
+from hisa_jax.models.sharding import automatic, constrain
 
 _HIDDEN = ("batch", None, None)
 

@@ -8,9 +8,9 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from models.config import Config
-from models.layers import Init, Mlp
-from models.sharding import mesh_axis, per_device
+from hisa_jax.models.config import Config
+from hisa_jax.models.layers import Init, Mlp
+from hisa_jax.models.sharding import mesh_axis, per_device
 
 # Keeps the division by the chosen experts' scores finite; the value of the published code.
 _SUM_FLOOR = 1e-20

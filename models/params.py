@@ -13,11 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from models.config import Config, read_config
-from models.modeling import Model
-from models.plan import MethodLike
-from models.safetensors_io import SCALE_SUFFIX, CheckpointError, Reader
-from models.sharding import parameter_sharding
+from hisa_jax.models.config import Config, read_config
+from hisa_jax.models.modeling import Model
+from hisa_jax.models.plan import MethodLike
+from hisa_jax.models.safetensors_io import SCALE_SUFFIX, CheckpointError, Reader
+from hisa_jax.models.sharding import parameter_sharding
 
 ParameterPath = tuple[Any, ...]
 Layout = Callable[[np.ndarray], np.ndarray]

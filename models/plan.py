@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import hisa_jax as hj
-from models.config import Config
+from hisa_jax.models.config import Config
 
 Phase = Literal["prefill", "last_prefill", "decode"]
 Rule = Callable[[int, Phase], hj.Method]

@@ -6,7 +6,7 @@ repositories; the parameter counts they give without multi-token prediction are 
 
 import dataclasses
 
-from models.config import Config, IndexerKind, LayerKind, Yarn, indexer_kinds
+from hisa_jax.models.config import Config, IndexerKind, LayerKind, Yarn, indexer_kinds
 
 
 def dsv32() -> Config:

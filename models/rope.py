@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from models.config import Config
+from hisa_jax.models.config import Config
 
 
 def inverse_frequencies(config: Config) -> np.ndarray:

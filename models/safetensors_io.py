@@ -15,8 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from models.json_object import parse_object, read_object, short, shown
-from models.packed_experts import unpacked
+from hisa_jax.models.json_object import parse_object, read_object, short, shown
+from hisa_jax.models.packed_experts import unpacked
 
 # Those that a parameter may have, then those of block scales and of tensors that nobody asks for.
 _VALUES = {

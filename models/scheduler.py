@@ -8,7 +8,7 @@ those that fit, up to a limit. Finished requests keep their pages, as donors, un
 import dataclasses
 from typing import NamedTuple, Self
 
-from hisa_jax.pages import PagePool
+from hisa_jax.page_pool import PagePool
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from models.json_object import shown
+from hisa_jax.models.json_object import shown
 
 
 @dataclasses.dataclass(frozen=True)

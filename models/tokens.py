@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from models.json_object import short
+from hisa_jax.models.json_object import short
 
 # The largest published ones have 20 MB.
 _LARGEST_FILE = 128 * 2**20

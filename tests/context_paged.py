@@ -20,8 +20,8 @@ from jax.experimental import checkify  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
-from hisa_jax import paged  # noqa: E402
-from hisa_jax.pages import PagePool  # noqa: E402
+from hisa_jax.page_pool import PagePool  # noqa: E402
+from hisa_jax.select_paged import latent_rows  # noqa: E402
 from tests import draw, isolation  # noqa: E402
 from tests.collectives import collectives, elements  # noqa: E402
 
@@ -156,7 +156,7 @@ def same_bits_for_8_bits_and_for_stripes_of_two_blocks():
 
 
 def only_candidates_are_exchanged():
-    """Of a query: image and id of each device's best to whom merges them, the merged to all; 4 bytes a request."""
+    """Of a query: sort key and id of each device's best to whom merges them, the merged to all; 4 bytes a request."""
     T = -(-sum(NEW.values()) // 8) * 8
     for name in ("hisa", "block_sparse"):
         method = METHODS[name]
@@ -261,7 +261,7 @@ def sparse_mla_over_pages_is_that_of_one_device_and_exchanges_one_sum():
     got = compiled(q, eight, indices, tables, cu)
     for x, y in zip(got, wanted, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
-    rows = np.asarray(paged.latent_rows(one, indices, tables, cu))
+    rows = np.asarray(latent_rows(one, indices, tables, cu))
     others = np.setdiff1d(np.arange(one.n_pages * PAGE), rows)
     latents = one.latents.reshape(-1, LATENT).at[others].set(jnp.nan).reshape(one.latents.shape)
     poisoned = split(dataclasses.replace(one, latents=latents))

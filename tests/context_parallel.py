@@ -90,7 +90,7 @@ def what_other_devices_hold_leaves_no_trace():
 
 
 def only_candidates_are_exchanged():
-    """Of a query: image and id of each device's best to whom merges them, and the merged to all."""
+    """Of a query: sort key and id of each device's best to whom merges them, and the merged to all."""
     method, n_queries = METHODS["hisa"], 24  # 22 in equal shares
     found = collectives(check(method, 1, 8, "bfloat16", return_scores=False)().compile())
     assert {dtype for _, dtype, _ in found} == {"s32"}, found

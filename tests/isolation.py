@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import hisa_jax as hj
-from hisa_jax.pages import PagePool
+from hisa_jax.page_pool import PagePool
 from tests import draw
 
 

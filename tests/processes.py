@@ -14,7 +14,7 @@ import numpy as np  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
-from hisa_jax.pages import PagePool  # noqa: E402
+from hisa_jax.page_pool import PagePool  # noqa: E402
 from tests import draw  # noqa: E402
 
 HEARTBEAT_TIMEOUT_S = 10

@@ -17,7 +17,7 @@ import pytest
 from jax.experimental import checkify
 
 import hisa_jax as hj
-from hisa_jax.pages import PagePool
+from hisa_jax.page_pool import PagePool
 
 F32, I32 = jnp.float32, jnp.int32
 

@@ -12,8 +12,8 @@ from hypothesis import stateful
 from hypothesis import strategies as st
 
 import hisa_jax as hj
-from hisa_jax.keys import mean_parts
-from hisa_jax.pages import OutOfPages, PagePool
+from hisa_jax.layout import mean_parts
+from hisa_jax.page_pool import OutOfPages, PagePool
 from tests import draw
 
 D, PAGE, P, N_PAGES, NEW, R = 16, 16, 6, 14, 40, 4

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from hisa_jax.pages import OutOfPages, PagePool
-from hisa_jax.stripes import Stripes
+from hisa_jax.page_pool import OutOfPages, PagePool
+from hisa_jax.sharded.stripes import Stripes
 
 # What they promise; not imported from there, since that module configures JAX.
 PROMISES = {

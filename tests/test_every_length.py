@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from hisa_jax.pages import PagePool
+from hisa_jax.page_pool import PagePool
 from tests import draw
 
 PAGE, N, D = 16, 40, 8  # three pages

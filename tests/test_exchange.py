@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hisa_jax import exchange
-from hisa_jax.context_mla import merge
+from hisa_jax.sharded import exchange
+from hisa_jax.sharded.attention import merge
 
 
 def test_attention_to_parts_merges_to_attention_to_all():

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from hisa_jax import scan, topk
-from hisa_jax.keys import Contiguous, Keys
-from hisa_jax.stages import Queries
+from hisa_jax.layout import Contiguous, Keys
+from hisa_jax.xla import scan, topk
+from hisa_jax.xla.stages import Queries
 from tests.oracle import scan as oracle
 
 LIMIT = np.iinfo(np.int32).max
@@ -39,7 +39,7 @@ def test_a_sample_that_is_not_there_has_no_score():
     queries, k = queries_of([[[1], [-1]]], [[2, 3]], [3]), [[4], [5], [-6]]
     got = scan.sample(queries, sequence_of(k), jnp.array([[0, 2, -1]]))
     assert got.products[0, :, :2].tolist() == [[4, -6], [-4, 6]]
-    assert topk.score_of(got.image)[0, :2].tolist() == [8, 18] and got.image[0, 2] == topk.INVISIBLE
+    assert topk.score_of(got.sort_key)[0, :2].tolist() == [8, 18] and got.sort_key[0, 2] == topk.INVISIBLE
 
 
 def test_a_head_is_open_where_its_product_is_above_0_at_one_of_the_best():
@@ -49,8 +49,10 @@ def test_a_head_is_open_where_its_product_is_above_0_at_one_of_the_best():
 
 
 def test_the_best_samples_are_32_or_all_and_a_tie_goes_to_the_lower_position():
-    image = jnp.asarray(np.full((3, 256), topk.INVISIBLE, np.int32)).at[0, :40].set(7).at[0, 38].set(9).at[1, :5].set(7)
-    is_best, n_best = scan.best_samples(image)
+    sort_key = (
+        jnp.asarray(np.full((3, 256), topk.INVISIBLE, np.int32)).at[0, :40].set(7).at[0, 38].set(9).at[1, :5].set(7)
+    )
+    is_best, n_best = scan.best_samples(sort_key)
     assert n_best.tolist() == [32, 5, 0]
     assert np.flatnonzero(is_best[0]).tolist() == [*range(31), 38]
     assert np.flatnonzero(is_best[1]).tolist() == [*range(5)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from hisa_jax import sketch
+from hisa_jax.xla import sketch
 from tests import contract, draw, oracle
 from tests.oracle import scan as oracle_scan
 

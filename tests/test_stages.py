@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hisa_jax import stages
-from hisa_jax.keys import Keys
+from hisa_jax.layout import Keys
+from hisa_jax.xla import stages
 
 
 @pytest.mark.parametrize("has_scale", [False, True], ids=["float32", "scaled"])

@@ -7,7 +7,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr
 
 import hisa_jax as hj
-from hisa_jax import query_tiles
+from hisa_jax.xla import query_tiles
 from tests import draw
 
 SCALE = 0.3

@@ -16,8 +16,8 @@ from jax import Array, lax
 
 import hisa_jax as hj
 from bench.smollm2.indexers import index_scores
-from hisa_jax.sketch import int4
-from hisa_jax.topk import FORCED, INVISIBLE, chosen_mask, image_of
+from hisa_jax.xla.sketch import int4
+from hisa_jax.xla.topk import FORCED, INVISIBLE, chosen_mask, sort_key_of
 
 N_SAMPLES, N_BEST, _MOST = 256, 32, 64  # tokens of the scan's slopes: sampled, the best of them, the best at most
 
@@ -42,8 +42,8 @@ class View:
 
     @functools.cached_property
     def exact(self) -> Array:
-        """[t, S] int32: the indexer's scores as `topk.image_of` orders them, INVISIBLE where a query does not see."""
-        return jnp.where(self.seen, image_of(index_scores(self.q, self.k, self.w, self.products)), INVISIBLE)
+        """[t, S] int32: the indexer's scores as `topk.sort_key_of` orders them, INVISIBLE where not seen."""
+        return jnp.where(self.seen, sort_key_of(index_scores(self.q, self.k, self.w, self.products)), INVISIBLE)
 
     @functools.cached_property
     def seen(self) -> Array:
@@ -55,8 +55,8 @@ class View:
         """[t, 64] positions of the best of some strided tokens, best first; [t, 64] bool, whether there is one."""
         positions = strided(self.visible, N_SAMPLES)
         inside = jnp.minimum(positions, self.k.shape[0] - 1)
-        image = jnp.take_along_axis(self.exact, inside, axis=1)
-        values, order = lax.top_k(jnp.where(positions < self.visible[:, None], image, INVISIBLE), _MOST)
+        sort_key = jnp.take_along_axis(self.exact, inside, axis=1)
+        values, order = lax.top_k(jnp.where(positions < self.visible[:, None], sort_key, INVISIBLE), _MOST)
         return jnp.take_along_axis(inside, order, axis=1), values > INVISIBLE
 
     @functools.cached_property
@@ -70,9 +70,9 @@ class View:
 
 
 class Ranking(NamedTuple):
-    """`image` [t, S] int32 as `View.exact`, FORCED what is always kept; `budget` [t] int32, tokens that are kept."""
+    """`sort_key` [t, S] int32 as `View.exact`, FORCED what is always kept; `budget` [t] int32, tokens that are kept."""
 
-    image: Array
+    sort_key: Array
     budget: Array
 
 
@@ -140,15 +140,15 @@ class TwoHeads:
 Method = hj.Method | Varied | Threshold | Misa | SubBlocks | TwoHeads
 
 
-def kept(image: Array, budget: Array) -> Array:
+def kept(sort_key: Array, budget: Array) -> Array:
     """[t, S] int32, [t] int32 -> [t, S] bool: the best `budget` of each row, of equal ones those in front."""
-    return chosen_mask(image, jnp.clip(budget, 1, image.shape[1]))
+    return chosen_mask(sort_key, jnp.clip(budget, 1, sort_key.shape[1]))
 
 
 def chosen(method: Method, view: View) -> Array:
     """[t, S] bool: the tokens that a method selects."""
     ranking = rank(method, view)
-    candidates = kept(ranking.image, ranking.budget)
+    candidates = kept(ranking.sort_key, ranking.budget)
     if takes_all(method):
         return candidates
     return kept(jnp.where(candidates, view.exact, INVISIBLE), jnp.full_like(view.visible, method.topk))
@@ -190,10 +190,10 @@ def rank(method: Method, view: View) -> Ranking:
             found = of_units(units, method.unit, (method.first or method.candidates) // method.unit, view)
             if not method.first:
                 return found
-            again = image_of(scan_scores(view, slopes, view.k, heads))
-            passed = jnp.where(kept(found.image, found.budget), again, INVISIBLE)
-            image = jnp.where(found.image == FORCED, FORCED, passed)
-            return Ranking(image, jnp.full((t,), method.candidates, jnp.int32))
+            again = sort_key_of(scan_scores(view, slopes, view.k, heads))
+            passed = jnp.where(kept(found.sort_key, found.budget), again, INVISIBLE)
+            sort_key = jnp.where(found.sort_key == FORCED, FORCED, passed)
+            return Ranking(sort_key, jnp.full((t,), method.candidates, jnp.int32))
         case Threshold():
             return _above_threshold(method, view)
         case Misa():
@@ -211,11 +211,11 @@ def of_units(scores: Array, unit: int, m: int, view: View, keep_first: int = 1, 
     units = jnp.arange(scores.shape[1])[None, :]
     eligible = -(-view.visible // unit)[:, None]
     forced = (units < keep_first) | (units >= eligible - keep_last)
-    image = jnp.where(units < eligible, jnp.where(forced, FORCED, image_of(scores)), INVISIBLE)
-    image = jnp.repeat(image, unit, axis=1)[:, :S]
+    sort_key = jnp.where(units < eligible, jnp.where(forced, FORCED, sort_key_of(scores)), INVISIBLE)
+    sort_key = jnp.repeat(sort_key, unit, axis=1)[:, :S]
     # The query's own unit counts whole, whatever it lacks.
     lacking = eligible[:, 0] * unit - view.visible
-    return Ranking(jnp.where(view.seen, image, INVISIBLE), m * unit - lacking)
+    return Ranking(jnp.where(view.seen, sort_key, INVISIBLE), m * unit - lacking)
 
 
 def means(k: Array, size: int) -> Array:

@@ -10,19 +10,10 @@ import numpy as np
 from jax import Array, lax
 
 from bench.smollm2 import sketches
-from bench.smollm2.filters import (
-    INVISIBLE,
-    Method,
-    Varied,
-    View,
-    kept,
-    open_heads,
-    rank,
-    takes_all,
-)
+from bench.smollm2.filters import INVISIBLE, Method, Varied, View, kept, open_heads, rank, takes_all
 from bench.smollm2.indexers import Indexers, index_keys, index_queries
 from bench.smollm2.model import Config, Weights, attention_mass, chunked, dense, masked, rope_table, run
-from hisa_jax.topk import score_of
+from hisa_jax.xla.topk import score_of
 
 _CHUNK = 128  # queries at a time where all methods' rankings are in memory
 
@@ -87,8 +78,8 @@ def make_measure(config: Config, methods: tuple[Method, ...], topk: int) -> Call
         flat = jnp.stack([kept(view.exact, jnp.full_like(view.visible, topk)) for topk in topks])
         rankings = [rank(method, view) for method in methods]
         # All methods at once: one method's rows are too few for a GPU.
-        images, budgets = (jnp.concatenate([ranking[i] for ranking in rankings]) for i in (0, 1))
-        candidates = kept(images, budgets).reshape(len(methods), t, S)
+        sort_keys, budgets = (jnp.concatenate([ranking[i] for ranking in rankings]) for i in (0, 1))
+        candidates = kept(sort_keys, budgets).reshape(len(methods), t, S)
         exact = jnp.where(candidates, view.exact[None], INVISIBLE).reshape(-1, S)
         best = kept(exact, jnp.repeat(jnp.array(topks)[topk_of], t)).reshape(candidates.shape)
         got, wanted = jnp.where(whole[:, None, None], candidates, best), flat[topk_of]

@@ -2,8 +2,8 @@
 
 from jax.typing import DTypeLike
 
-from kernels_pallas.indexer import Indexer
-from kernels_pallas.mosaic_gpu import refine, stages
+from hisa_jax.kernels_pallas.indexer import Indexer
+from hisa_jax.kernels_pallas.mosaic_gpu import refine, stages
 
 __all__ = [
     "select_blocks",

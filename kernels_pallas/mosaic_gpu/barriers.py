@@ -16,7 +16,7 @@ from jax.extend import core as jax_core
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.types import Ref
 
 _barrier_address = jax_core.Primitive("barrier_address")
 

@@ -10,16 +10,16 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.mosaic_gpu import merge as merge_stage
-from kernels_pallas.mosaic_gpu import scores as scores_stage
-from kernels_pallas.mosaic_gpu import topk as topk_stage
-from kernels_pallas.mosaic_gpu.rows import COLUMNS
-from kernels_pallas.pages import Pages
-from kernels_pallas.sequences import Sequences
-from kernels_pallas.types import Interpret
+from hisa_jax.kernels_pallas.mosaic_gpu import merge as merge_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
+from hisa_jax.kernels_pallas.pages import Pages
+from hisa_jax.kernels_pallas.sequences import Sequences
+from hisa_jax.kernels_pallas.types import Interpret
 
 ONE_TILE = 16384  # up to this many tokens are selected from in one piece
-STEP = 13824  # tokens of a tile: bounds the memory to T * STEP images
+STEP = 13824  # tokens of a tile: bounds the memory to T * STEP sort keys
 
 
 def flat(
@@ -40,7 +40,7 @@ def flat(
     config = scores_stage.heuristic(T, H, D, min(STEP, sequences.max_keys), 1, k.dtype.itemsize, n_ctas, n_score=3)
     tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
 
-    def images(start: Array, n_columns: int, cut: Array | None = None) -> Any:
+    def sort_keys(start: Array, n_columns: int, threshold: Array | None = None) -> Any:
         return scores_stage.scores(
             q,
             w,
@@ -49,7 +49,7 @@ def flat(
             visible,
             tiles,
             start,
-            cut,
+            threshold,
             pages,
             n_columns=n_columns,
             config=config,
@@ -59,20 +59,20 @@ def flat(
 
     if sequences.max_keys <= max(ONE_TILE, 2 * topk) <= topk_stage.MAX_WIDTH:
         # Whole steps of a selection, also where a span is less.
-        x = images(jnp.zeros((1,), jnp.int32), -(-sequences.max_keys // COLUMNS) * COLUMNS)
+        x = sort_keys(jnp.zeros((1,), jnp.int32), -(-sequences.max_keys // COLUMNS) * COLUMNS)
         return topk_stage.topk(x, visible, topk, n_ctas=n_ctas, interpret=interpret)
 
     n_best = -(-topk // COLUMNS) * COLUMNS
     # Whole spans, and whole steps of a selection: a tile's result must not reach into the next tile.
     unit = math.lcm(config.span, COLUMNS)
     step = -(-STEP // unit) * unit
-    x = images(jnp.zeros((1,), jnp.int32), step)
-    positions, _, best = topk_stage.topk_with_images(x, visible, n_best, n_ctas=n_ctas, interpret=interpret)
+    x = sort_keys(jnp.zeros((1,), jnp.int32), step)
+    positions, _, best = topk_stage.topk_with_sort_keys(x, visible, n_best, n_ctas=n_ctas, interpret=interpret)
 
     def one_tile(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         best, positions = found
         start = jnp.full((1,), i * step, jnp.int32)
-        x, masks = images(start, step, jnp.min(best, axis=1))
+        x, masks = sort_keys(start, step, jnp.min(best, axis=1))
         return merge_stage.merge(best, positions, x, masks, start, visible, n_ctas=n_ctas, interpret=interpret)
 
     best, positions = lax.fori_loop(1, (jnp.max(visible) + step - 1) // step, one_tile, (best, positions))

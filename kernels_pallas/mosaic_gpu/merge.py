@@ -1,10 +1,10 @@
 """One step of a streaming top-k over a tile of which only what beats the best so far was written.
     best, positions = the k best of `best` and of the x[t, c] whose bit in `masks` is set, in order of position
 
-The scores kernel has compared every image with the k-th best of its query (see its `cut`): of a tile of s columns
-behind n others about k * s / n pass, whatever the data if it comes in no order. They are gathered into a list behind
-the old ones, and 9 passes of the search go over some 4000 images instead of 16,384. Nothing rests on how many pass:
-a full list is cut down to k and filled again.
+The scores kernel has compared every sort key with the k-th best of its query (see its `threshold`): of a tile of s
+columns after n others about k * s / n pass, whatever the data if it comes in no order. They are gathered into a list
+after the old ones, and 9 passes of the search go over some 4000 sort keys instead of 16,384. Nothing rests on how
+many pass: a full list is cut down to k and filled again.
 
 Floor, 4096 rows of 13,824 with 2048 kept on an H200: best in and out 67 MB, masks 7 MB / 4.3 TB/s = 0.017 ms.
 """
@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.mosaic_gpu.merge_body import Plan, merge_body
-from kernels_pallas.mosaic_gpu.passed import ROUND
-from kernels_pallas.mosaic_gpu.rows import COLUMNS, SCRATCH_WORDS
-from kernels_pallas.mosaic_gpu.topk_body import LINE
-from kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.mosaic_gpu.merge_body import Plan, merge_body
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_survivors import ROUND
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS, SCRATCH_WORDS
+from hisa_jax.kernels_pallas.mosaic_gpu.topk_body import LINE
+from hisa_jax.kernels_pallas.types import Interpret, Ref
 
 SMEM_BYTES = 227 * 1024
 
@@ -40,9 +40,9 @@ def merge(
     """[T, k], [T, k], [T, W], [T, W // 32], [1], [T] int32 -> the new [T, k] best and positions.
 
     Args:
-        best: images of the best so far, `INVISIBLE` in empty slots; `positions`: theirs, ascending, -1 in empty ones.
-            k is a multiple of 512.
-        x, masks: of the tile, from `scores.scores` with `cut`; what no bit stands for is never read.
+        best: sort keys of the best so far, `INVISIBLE` in empty slots; k is a multiple of 512.
+        positions: theirs, ascending, -1 in empty slots.
+        x, masks: of the tile, from `scores.scores` with `threshold`; what no bit stands for is never read.
         start: the position of the tile's first column, beyond all `positions`.
         limit: candidates of the whole row: columns at or beyond limit - start are none.
     """
@@ -54,7 +54,7 @@ def merge(
     plan = Plan(T=T, W=W, k=k, capacity=capacity, n_select=n_select, n_ctas=min(n_ctas, T), interpret=interpret)
     lists = plgpu.SMEM((n_select, capacity // LINE, LINE), jnp.int32)
     scratch: dict[str, Ref] = {
-        "images_smem": lists,
+        "sort_keys_smem": lists,
         "positions_smem": lists,
         "scratch_smem": plgpu.SMEM((n_select, SCRATCH_WORDS), jnp.int32),
         "row_full": plgpu.Barrier(num_arrivals=2, num_barriers=n_select),

@@ -7,12 +7,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.image import INVISIBLE
-from kernels_pallas.mosaic_gpu import rows as select_rows
-from kernels_pallas.mosaic_gpu.passed import gather, reload
-from kernels_pallas.mosaic_gpu.roles import wait_all
-from kernels_pallas.mosaic_gpu.topk_body import LINE
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_row as select_rows
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_survivors import gather, reload
+from hisa_jax.kernels_pallas.mosaic_gpu.topk_body import LINE
+from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import wait_all
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE
+from hisa_jax.kernels_pallas.types import Ref
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,14 +45,14 @@ def merge_body(
     best_gmem: Ref,
     positions_gmem: Ref,
     *out_gmem: Ref,
-    images_smem: Ref,
+    sort_keys_smem: Ref,
     positions_smem: Ref,
     scratch_smem: Ref,
     row_full: Ref,
     row_free: Ref,
 ) -> None:
     role, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-    lists = (images_smem, positions_smem)
+    lists = (sort_keys_smem, positions_smem)
 
     def load() -> None:
         def one_row(i, _):
@@ -117,13 +117,13 @@ def _choose(
             *lists, scratch_smem, group, capacity, masks_gmem, x_gmem, t, word, n_words, jnp.int32(k), start
         )
         n_columns = (count + step - 1) // step * step
-        cut = select_rows.cut_of(lists[0], group, capacity, n_columns, k, scratch_smem, group)
+        threshold = select_rows.threshold_of(lists[0], group, capacity, n_columns, k, scratch_smem, group)
         select_rows.compact(
             lists[0],
             group,
             capacity,
             n_columns,
-            cut,
+            threshold,
             k,
             scratch_smem,
             group,
@@ -161,6 +161,6 @@ def _choose_reference(
     passed = (masks_gmem[t][columns // 32] >> (columns % 32)) & 1
     new = jnp.where((passed > 0) & (columns < limit - start), x_gmem[t], INVISIBLE)
     old, old_positions = (x[group].reshape(-1)[: plan.k] for x in lists)
-    images, positions = jnp.concatenate([old, new]), jnp.concatenate([old_positions, start + columns])
-    cut = select_rows.cut_reference(images, plan.k)
-    select_rows.compact_reference(images, positions, cut, plan.k, t, o_positions_gmem, count_gmem, o_best_gmem)
+    sort_keys, positions = jnp.concatenate([old, new]), jnp.concatenate([old_positions, start + columns])
+    threshold = select_rows.threshold_reference(sort_keys, plan.k)
+    select_rows.compact_reference(sort_keys, positions, threshold, plan.k, t, o_positions_gmem, count_gmem, o_best_gmem)

@@ -3,7 +3,7 @@
 
 Floor, 4096 queries of dsv32, m = 64, H200: tensor cores 550 GFLOP / 1979 TFLOP/s = 0.28 ms; shared memory 0.42 ms (a
 tile of 128 keys is written once and read once, the query's heads twice: 48 KB at 128 B a cycle); L2 to the SMs 4.3 GB
-= 0.5 to 0.6 ms at the 7 to 8 TB/s it gives. A query's 8192 images (32 KB) stay in shared memory, where a warp-group
+= 0.5 to 0.6 ms at the 7 to 8 TB/s it gives. A query's 8192 sort keys (32 KB) stay in shared memory, where a warp-group
 of its own selects while the others score the next query, so selection costs no time as long as it takes less than
 scoring.
 
@@ -20,11 +20,11 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from kernels_pallas.mosaic_gpu import refine_body
-from kernels_pallas.mosaic_gpu.refine_body import META, PAGES_A_COPY, Plan
-from kernels_pallas.mosaic_gpu.rows import COLUMNS, SCRATCH_WORDS
-from kernels_pallas.pages import Pages
-from kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.mosaic_gpu import refine_body
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS, SCRATCH_WORDS
+from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import META, PAGES_A_COPY, Plan
+from hisa_jax.kernels_pallas.pages import Pages
+from hisa_jax.kernels_pallas.types import Interpret, Ref
 
 SMEM_BYTES = 227 * 1024
 
@@ -36,7 +36,7 @@ class Config:
     rows: int = 128  # keys a tile
     n_score: int = 4  # warp-groups that score
     ring: int = 8  # tiles in flight, a multiple of n_score: a warp-group must meet every phase of its slots
-    n_images: int = 2  # queries whose images are in shared memory at a time
+    n_sort_keys: int = 2  # queries whose sort keys are in shared memory at a time
 
     def __post_init__(self):
         if self.ring % self.n_score:
@@ -52,7 +52,7 @@ class Config:
         width = -(-m * block_size // self.columns) * self.columns
         tiles = self.ring * self.rows * (D * itemsize + 4)
         words = m + META + 32 + (0 if page_size is None else _n_listed(m * block_size // page_size))
-        return tiles + 2 * H * (D * itemsize + 4) + 2 * 4 * words + self.n_images * 4 * width + 4096
+        return tiles + 2 * H * (D * itemsize + 4) + 2 * 4 * words + self.n_sort_keys * 4 * width + 4096
 
 
 def why_not(H: int, D: int, m: int, block_size: int, dtype: DTypeLike, page_size: int | None = None) -> str | None:
@@ -69,11 +69,11 @@ def why_not(H: int, D: int, m: int, block_size: int, dtype: DTypeLike, page_size
 
 
 def heuristic(H: int, D: int, m: int, block_size: int, itemsize: int, page_size: int | None = None) -> Config | None:
-    """Images of two queries if they fit, else of one, else None. Eight tiles in flight take 0.74 ms, four 0.69."""
+    """Sort keys of two queries if they fit, else of one, else None. Eight tiles in flight take 0.74 ms, four 0.69."""
     # 64 accumulators a thread, and with 128 heads also 32 weights, which leaves room for two warp-groups alone.
     rows, n_score = (128, 4) if H <= 64 else (64, 2)
-    for n_images in (2, 1):
-        config = Config(rows=rows, n_score=n_score, ring=4, n_images=n_images)
+    for n_sort_keys in (2, 1):
+        config = Config(rows=rows, n_score=n_score, ring=4, n_sort_keys=n_sort_keys)
         if config.smem_bytes(H, D, m, block_size, itemsize, page_size) <= SMEM_BYTES:
             return config
     return None
@@ -139,7 +139,7 @@ def refine_scores(
     n_ctas: int = 132,
     interpret: Interpret = False,
 ) -> Array:
-    """The images alone, [T, m * block_size, padded] int32: for few queries, and lists too long for shared memory.
+    """The sort keys alone, [T, m * block_size, padded] int32: for few queries, and lists too long for shared memory.
 
     Args:
         n_parts: CTAs that share a query, each with that part of its blocks (see `split`). If 1, columns beyond the kept
@@ -204,10 +204,10 @@ def _launch(body: Ref, plan: Plan, out_type: list, operands: list) -> list[Array
     if plan.page_size is not None:
         scratch["pages_smem"] = plgpu.SMEM((2, plan.n_listed), jnp.int32)
     if plan.selects:
-        scratch["images_smem"] = plgpu.SMEM((plan.n_images, plan.width), jnp.int32)
+        scratch["sort_keys_smem"] = plgpu.SMEM((plan.n_sort_keys, plan.width), jnp.int32)
         scratch["counts_smem"] = plgpu.SMEM((1, SCRATCH_WORDS), jnp.int32)
-        scratch["images_full"] = barrier(num_arrivals=plan.n_score, num_barriers=plan.n_images)
-        scratch["images_free"] = barrier(num_arrivals=1, num_barriers=plan.n_images)
+        scratch["sort_keys_full"] = barrier(num_arrivals=plan.n_score, num_barriers=plan.n_sort_keys)
+        scratch["sort_keys_free"] = barrier(num_arrivals=1, num_barriers=plan.n_sort_keys)
     return plgpu.kernel(
         functools.partial(body, plan),
         out_type=out_type,

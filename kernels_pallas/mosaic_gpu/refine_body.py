@@ -1,6 +1,6 @@
 """Device code of `refine`: the roles of the warp-groups.
 
-q_full -> n tiles of k_full -> images_full -> result, and each buffer goes back by its `_free` barrier.
+q_full -> n tiles of k_full -> sort_keys_full -> result, and each buffer goes back by its `_free` barrier.
 """
 
 import dataclasses
@@ -11,10 +11,15 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.image import INVISIBLE, image_of
-from kernels_pallas.mosaic_gpu import rows as select_rows
-from kernels_pallas.mosaic_gpu.lanes import keys_of_lanes, load_lanes, load_word, multiply_and_sum, store_lanes
-from kernels_pallas.mosaic_gpu.roles import (
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_row as select_rows
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import (
+    keys_of_lanes,
+    load_lanes,
+    load_word,
+    multiply_and_sum,
+    store_lanes,
+)
+from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import (
     HEAD_COLUMN,
     LOADER_REGISTERS,
     SELECT_REGISTERS,
@@ -24,7 +29,8 @@ from kernels_pallas.mosaic_gpu.roles import (
     tiled,
     wait_all,
 )
-from kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
+from hisa_jax.kernels_pallas.types import Interpret, Ref
 
 META = 4  # behind the block ids of a query: number of tiles, visible, first block of the sequence, 0
 PAGES_A_COPY = 256  # the most elements an axis that a copy takes
@@ -42,13 +48,13 @@ class Plan:
     m: int  # block ids a query, padded so that a query's row of `meta` is a multiple of 128 bytes, as copies need it
     dtype: jnp.dtype
     has_scale: bool
-    k_top: int | None  # None: images out, no selection
+    k_top: int | None  # None: sort keys out, no selection
     block_size: int
     rows: int
     n_score: int
     columns: int
     ring: int
-    n_images: int
+    n_sort_keys: int
     width: int
     n_ctas: int
     interpret: object
@@ -86,7 +92,7 @@ class Plan:
             n_score=config.n_score,
             columns=config.columns,
             ring=config.ring,
-            n_images=config.n_images,
+            n_sort_keys=config.n_sort_keys,
             width=-(-m * block_size // config.columns) * config.columns,
             n_ctas=n_ctas,
             interpret=interpret,
@@ -134,9 +140,9 @@ def refine_body(plan: Plan, *refs: Ref, **scratch: Ref) -> None:
 
 
 def refine_scores_body(plan: Plan, *refs: Ref, **scratch: Ref) -> None:
-    *operands, images_gmem = refs
+    *operands, sort_keys_gmem = refs
     role = lax.axis_index("warpgroup")
-    pl.when(role < plan.n_score)(lambda: score(plan, role, images_gmem, **scratch))
+    pl.when(role < plan.n_score)(lambda: score(plan, role, sort_keys_gmem, **scratch))
     pl.when(role == plan.n_score)(lambda: load_keys(plan, *operands, **scratch))
 
 
@@ -204,7 +210,7 @@ def load_keys(
 def score(
     plan: Plan,
     group: Array,
-    images_gmem: Ref,
+    sort_keys_gmem: Ref,
     *,
     meta_smem: Ref,
     q_smem: Ref,
@@ -215,9 +221,9 @@ def score(
     k_full: Ref,
     k_free: Ref,
     scale_smem: Ref = None,
-    images_smem: Ref = None,
-    images_full: Ref = None,
-    images_free: Ref = None,
+    sort_keys_smem: Ref = None,
+    sort_keys_full: Ref = None,
+    sort_keys_free: Ref = None,
     **_: Ref,
 ) -> None:
     plgpu.set_max_registers(plan.score_registers, action="increase")
@@ -229,12 +235,12 @@ def score(
     key = keys_of_lanes(plan.rows, plan.interpret)
 
     def one_query(i, _):
-        t, at, image_slot = cta + i * plan.n_ctas, i % 2, i % plan.n_images
+        t, at, sort_key_slot = cta + i * plan.n_ctas, i % 2, i % plan.n_sort_keys
         plgpu.barrier_wait(q_full.at[at])
         n_tiles, visible = meta_smem[at, plan.m], meta_smem[at, plan.m + 1]
         w = plgpu.load(w_smem.at[at, pl.ds(0, plan.H)], layout=HEAD_COLUMN)
         if plan.selects:
-            plgpu.barrier_wait(images_free.at[image_slot])
+            plgpu.barrier_wait(sort_keys_free.at[sort_key_slot])
 
         def one_tile(turn, _):
             j = turn * plan.n_score + group
@@ -248,22 +254,22 @@ def score(
             # One scale a key, after the sum: 2 instructions a product (maximum, multiply-add) instead of 3.
             if plan.has_scale:
                 scores = scores * scale
-            image = jnp.where(_positions(plan, meta_smem, at, j, key) < visible, image_of(scores), INVISIBLE)
+            sort_key = jnp.where(_positions(plan, meta_smem, at, j, key) < visible, sort_key_of(scores), INVISIBLE)
             if plan.selects:
-                store_lanes(images_smem, image_slot, j * plan.rows, plan.rows, image, plan.interpret)
+                store_lanes(sort_keys_smem, sort_key_slot, j * plan.rows, plan.rows, sort_key, plan.interpret)
             else:
-                store_lanes(images_gmem, t, j * plan.rows, plan.rows, image, plan.interpret)
+                store_lanes(sort_keys_gmem, t, j * plan.rows, plan.rows, sort_key, plan.interpret)
             return _
 
         lax.fori_loop(0, n_tiles // plan.n_score, one_tile, None)
         release(plan, q_free.at[at])
         if plan.selects:
-            plgpu.barrier_arrive(images_full.at[image_slot])
+            plgpu.barrier_arrive(sort_keys_full.at[sort_key_slot])
         return _
 
     lax.fori_loop(0, plan.queries(cta), one_query, None)
     if plan.selects:
-        wait_all(images_free, plan.n_images)
+        wait_all(sort_keys_free, plan.n_sort_keys)
 
 
 def select(
@@ -272,25 +278,25 @@ def select(
     count_gmem: Ref,
     *,
     meta_smem: Ref,
-    images_smem: Ref,
+    sort_keys_smem: Ref,
     counts_smem: Ref,
     q_full: Ref,
     q_free: Ref,
-    images_full: Ref,
-    images_free: Ref,
+    sort_keys_full: Ref,
+    sort_keys_free: Ref,
     **_: Ref,
 ) -> None:
     plgpu.set_max_registers(SELECT_REGISTERS, action="decrease")
     cta = lax.axis_index("cta")
     for at in range(2):
         plgpu.barrier_arrive(q_free.at[at])
-    for image_slot in range(plan.n_images):
-        plgpu.barrier_arrive(images_free.at[image_slot])
+    for sort_key_slot in range(plan.n_sort_keys):
+        plgpu.barrier_arrive(sort_keys_free.at[sort_key_slot])
 
     def one_query(i, _):
-        t, at, image_slot = cta + i * plan.n_ctas, i % 2, i % plan.n_images
+        t, at, sort_key_slot = cta + i * plan.n_ctas, i % 2, i % plan.n_sort_keys
         plgpu.barrier_wait(q_full.at[at])
-        plgpu.barrier_wait(images_full.at[image_slot])
+        plgpu.barrier_wait(sort_keys_full.at[sort_key_slot])
         n_tiles, visible = meta_smem[at, plan.m], meta_smem[at, plan.m + 1]
 
         @pl.when(n_tiles == 0)
@@ -303,20 +309,22 @@ def select(
             n_columns = n_tiles * plan.rows
             if plan.interpret:
                 columns = jnp.arange(plan.width, dtype=jnp.int32)
-                images = jnp.where(columns < n_columns, images_smem[image_slot], INVISIBLE)
+                sort_keys = jnp.where(columns < n_columns, sort_keys_smem[sort_key_slot], INVISIBLE)
                 block_ids = meta_smem[at][jnp.minimum(columns // plan.block_size, plan.m - 1)]
                 positions = block_ids * plan.block_size + columns % plan.block_size
-                cut = select_rows.cut_reference(images, plan.k_top)
-                select_rows.compact_reference(images, positions, cut, plan.k_top, t, o_gmem, count_gmem)
+                threshold = select_rows.threshold_reference(sort_keys, plan.k_top)
+                select_rows.compact_reference(sort_keys, positions, threshold, plan.k_top, t, o_gmem, count_gmem)
                 return
             first = jnp.int32(0)
-            cut = select_rows.cut_of(images_smem, image_slot, plan.width, n_columns, plan.k_top, counts_smem, first)
+            threshold = select_rows.threshold_of(
+                sort_keys_smem, sort_key_slot, plan.width, n_columns, plan.k_top, counts_smem, first
+            )
             select_rows.compact(
-                images_smem,
-                image_slot,
+                sort_keys_smem,
+                sort_key_slot,
                 plan.width,
                 n_columns,
-                cut,
+                threshold,
                 plan.k_top,
                 counts_smem,
                 first,
@@ -330,7 +338,7 @@ def select(
             )
 
         release(plan, q_free.at[at])
-        plgpu.barrier_arrive(images_free.at[image_slot])
+        plgpu.barrier_arrive(sort_keys_free.at[sort_key_slot])
         return _
 
     lax.fori_loop(0, plan.queries(cta), one_query, None)

@@ -1,5 +1,5 @@
-"""Images of the scores of a run of keys for every query: the flat indexer's scores and, over block means, the filter's.
-    x[t, c] = image(k_scale[c] * sum_h w[t, h] * relu(q[t, h] . sum_p k[c, p]))       float32 sums
+"""Sort keys of the scores of a run of keys for every query: of tokens (flat indexer) or of block means (filter).
+    x[t, c] = sort key(k_scale[c] * sum_h w[t, h] * relu(q[t, h] . sum_p k[c, p]))       float32 sums
 
 Floor, 4096 queries of dsv32 on an H200: block means of 64K (n = 512, two e4m3 parts each) 69 GFLOP / 1979 TFLOP/s =
 0.035 ms; tokens of 64K 4.4 TFLOP = 2.2 ms. A warp-group keeps 128 keys in registers and streams the queries of a tile
@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.mosaic_gpu.page_rows import PAD
-from kernels_pallas.mosaic_gpu.rows import COLUMNS
-from kernels_pallas.mosaic_gpu.scores_body import Plan, scores_body
-from kernels_pallas.mosaic_gpu.stationary import ROWS, Shape
-from kernels_pallas.pages import Pages
-from kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_keys import PAD
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop import ROWS, Shape
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
+from hisa_jax.kernels_pallas.mosaic_gpu.scores_body import Plan, scores_body
+from hisa_jax.kernels_pallas.pages import Pages
+from hisa_jax.kernels_pallas.types import Interpret, Ref
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def scores(
     limit: Array,
     tiles: Array,
     first_column: Array,
-    cut: Array | None = None,
+    threshold: Array | None = None,
     pages: Pages | None = None,
     *,
     n_columns: int,
@@ -109,13 +109,13 @@ def scores(
     n_ctas: int = 132,
     interpret: Interpret = False,
 ) -> Array | tuple[Array, Array]:
-    """[T, H, D], [T, H], [S, parts, D], [S], [T] -> [T, n_columns padded, see `Config.columns`] int32 images.
+    """[T, H, D], [T, H], [S, parts, D], [S], [T] -> [T, n_columns padded, see `Config.columns`] int32 sort keys.
 
     Args:
         limit: candidates of each query. Columns at or beyond are `INVISIBLE` or, beyond its whole tile, not written.
         tiles: which queries and keys go together, see `Sequences.query_tiles`.
         first_column: [1] int32, a multiple of the span: column c of the result is candidate first_column + c.
-        cut: [T] int32. Only images above it are written, and a second result [T, columns // 32] tells which: bit
+        cut: [T] int32. Only sort keys above it are written, and a second result [T, columns // 32] tells which: bit
             c % 32 of word c // 32 stands for column c.
         pages: where the rows of all sequences are in k, if not one behind the other; of a row each or of 32 and more.
         keep_first, keep_last: that many first and last candidates of each query are `FORCED`.
@@ -148,7 +148,7 @@ def scores(
             keep_first=keep_first,
             keep_last=keep_last,
             out_columns=width,
-            filters=cut is not None,
+            filters=threshold is not None,
             pitch=pitch,
         ),
         n_score=config.n_score,
@@ -170,8 +170,8 @@ def scores(
     if plan.has_scale:
         scratch["scale_smem"] = plgpu.SMEM((plan.n_keys * plan.n_score, ROWS), jnp.float32)
     table = None if pages is None else pages.table
-    operands = [tiles, limit, first_column, q, w, *(x for x in (table, k, k_scale, cut) if x is not None)]
-    widths = [width] + [width // 32] * (cut is not None)
+    operands = [tiles, limit, first_column, q, w, *(x for x in (table, k, k_scale, threshold) if x is not None)]
+    widths = [width] + [width // 32] * (threshold is not None)
     out = plgpu.kernel(
         functools.partial(scores_body, plan),
         out_type=[jax.ShapeDtypeStruct((T, width), jnp.int32) for width in widths],
@@ -183,4 +183,4 @@ def scores(
         kernel_name="hisa_scores",
         interpret=interpret,
     )(*operands)
-    return out[0] if cut is None else tuple(out)
+    return out[0] if threshold is None else tuple(out)

@@ -8,9 +8,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.mosaic_gpu.page_rows import copy_rows
-from kernels_pallas.mosaic_gpu.roles import LOADER_REGISTERS, one_warp, release, share_registers, tiled, wait_all
-from kernels_pallas.mosaic_gpu.stationary import (
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_keys import copy_rows
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop import (
     ROWS,
     Buffers,
     Item,
@@ -18,7 +17,15 @@ from kernels_pallas.mosaic_gpu.stationary import (
     score_queries,
     score_queries_reference,
 )
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import (
+    LOADER_REGISTERS,
+    one_warp,
+    release,
+    share_registers,
+    tiled,
+    wait_all,
+)
+from hisa_jax.kernels_pallas.types import Ref
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,13 +82,17 @@ def scores_body(
 ) -> None:
     table_gmem, refs = (None, refs) if plan.pages is None else (refs[0], refs[1:])
     n_keys = 1 + plan.has_scale
-    keys_gmem, cut_gmem, out = refs[:n_keys], refs[n_keys : -1 - plan.loop.filters], refs[-1 - plan.loop.filters :]
+    keys_gmem, threshold_gmem, out = (
+        refs[:n_keys],
+        refs[n_keys : -1 - plan.loop.filters],
+        refs[-1 - plan.loop.filters :],
+    )
     role = lax.axis_index("warpgroup")
     items = _Items(plan, tiles_gmem, first_column_gmem)
     # Two branches of one condition: only so does ptxas give each role the registers that it asks for.
     lax.cond(
         role < plan.n_score,
-        lambda: score(plan, items, role, limit_gmem, cut_gmem, out, **scratch),
+        lambda: score(plan, items, role, limit_gmem, threshold_gmem, out, **scratch),
         lambda: load(plan, items, q_gmem, w_gmem, keys_gmem, table_gmem, **scratch),
     )
 
@@ -195,7 +206,7 @@ def score(
     items: _Items,
     group: Array,
     limit_gmem: Ref,
-    cut_gmem: Sequence[Ref],
+    threshold_gmem: Sequence[Ref],
     out: Sequence[Ref],
     *,
     k_full: Ref,
@@ -203,7 +214,7 @@ def score(
     **refs: Ref,
 ) -> None:
     plgpu.set_max_registers(share_registers(plan.n_score, LOADER_REGISTERS), action="increase")
-    cut = cut_gmem[0] if cut_gmem else None
+    threshold = threshold_gmem[0] if threshold_gmem else None
     buffers = Buffers(scale_smem=scale_smem, **refs)
     for at in range(plan.n_keys):
         plgpu.barrier_arrive(buffers.k_free.at[at])
@@ -228,9 +239,9 @@ def score(
         @pl.when(n > 0)
         def _queries():
             if plan.interpret:
-                score_queries_reference(plan.loop, item, buffers, limit_gmem, out, cut, plan.interpret)
+                score_queries_reference(plan.loop, item, buffers, limit_gmem, out, threshold, plan.interpret)
             else:
-                score_queries(plan.loop, item, buffers, limit_gmem, out, cut, plan.tile_transforms)
+                score_queries(plan.loop, item, buffers, limit_gmem, out, threshold, plan.tile_transforms)
 
         pl.when(n == 0)(lambda: release(plan, buffers.k_free.at[at]))
         return n_before + n

@@ -19,13 +19,13 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from kernels_pallas.bits import in_32_bits
-from kernels_pallas.mosaic_gpu import sparse_mla_body
-from kernels_pallas.mosaic_gpu.gather import BARRIER_WORDS
-from kernels_pallas.mosaic_gpu.roles import tiled
-from kernels_pallas.mosaic_gpu.sparse_mla_body import HEADS, KEY_DIM, PARTS, SLOTS, TOKENS, VALUE_DIM, Plan
-from kernels_pallas.triton.sparse_mla import combine
-from kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.bits import in_32_bits
+from hisa_jax.kernels_pallas.mosaic_gpu import sparse_mla_body
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS
+from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import HEADS, KEY_DIM, PARTS, SLOTS, TOKENS, VALUE_DIM, Plan
+from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import tiled
+from hisa_jax.kernels_pallas.triton.sparse_mla import combine
+from hisa_jax.kernels_pallas.types import Interpret, Ref
 
 _PAIR = SLOTS * TOKENS  # what a list is a multiple of: every query starts at the first slot
 

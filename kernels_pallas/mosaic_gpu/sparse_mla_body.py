@@ -15,11 +15,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.mosaic_gpu import gather, sparse_mla_ptx
-from kernels_pallas.mosaic_gpu.gather import gather_rows, load_lane_word, load_word, store_bias
-from kernels_pallas.mosaic_gpu.roles import release, wait_all
-from kernels_pallas.mosaic_gpu.sparse_mla_ptx import PER_HEAD
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_rows as gather
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import sparse_mla
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import gather_rows, load_lane_word, load_word, store_bias
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.sparse_mla import PER_HEAD
+from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import release, wait_all
+from hisa_jax.kernels_pallas.types import Ref
 
 HEADS = 64  # of one query a CTA takes: the rows of a product
 SLOTS, TOKENS = 2, 64  # of a tile
@@ -201,7 +202,7 @@ def score(
     if not plan.interpret:
         # Every lane of two warps; the bias arrives with the first part.
         gather.init_landed(landed_smem, (4 * gather.ROWS, 2 * gather.ROWS) * SLOTS)
-        sparse_mla_ptx.unclaim(turn_smem)
+        sparse_mla.unclaim(turn_smem)
         plgpu.barrier_arrive(ready)
     plgpu.barrier_arrive(q_free)
     row = lambda value: plgpu.layout_cast(jnp.full((HEADS,), value, jnp.float32), PER_HEAD)  # noqa: E731
@@ -220,10 +221,10 @@ def score(
                 elif part == 0:
                     plgpu.barrier_wait(k_full.at[slot])
 
-            zero = jnp.int32(0) if plan.interpret else sparse_mla_ptx.opaque_zero()
+            zero = jnp.int32(0) if plan.interpret else sparse_mla.opaque_zero()
             products = products_of(q_smem.at[zero], k_smem.at[slot], wait)
             if not plan.interpret:
-                sparse_mla_ptx.unclaim(turn_smem)
+                sparse_mla.unclaim(turn_smem)
             bias = plgpu.load(bias_smem.at[slot], layout=PER_TOKEN)
             logits = products * (plan.scale * _LOG2_E) + lax.broadcast_in_dim(bias, products.shape, [1])
             here = jnp.max(logits, axis=1)
@@ -237,12 +238,12 @@ def score(
                 decay_smem[slot], total_smem[slot] = decay, total
                 plgpu.commit_smem()
             else:
-                sparse_mla_ptx.store_p(k_smem, slot, VALUE_DIM, p)
-                sparse_mla_ptx.store_rows(decay_smem, slot, decay)
-                sparse_mla_ptx.store_rows(total_smem, slot, total)
-                sparse_mla_ptx.show_stores()
+                sparse_mla.store_p(k_smem, slot, VALUE_DIM, p)
+                sparse_mla.store_rows(decay_smem, slot, decay)
+                sparse_mla.store_rows(total_smem, slot, total)
+                sparse_mla.show_stores()
                 barrier = (j + 1) % SLOTS * len(PARTS)
-                sparse_mla_ptx.claim(turn_smem, landed_smem, barrier, (n_before + j + 1) // SLOTS)
+                sparse_mla.claim(turn_smem, landed_smem, barrier, (n_before + j + 1) // SLOTS)
             plgpu.barrier_arrive(p_full.at[slot])
             return new_highest, total
 
@@ -289,8 +290,8 @@ def add_values(
             if plan.interpret:
                 o = scaled(o)
             else:  # rarely does any maximum of a warp's rows move
-                o = lax.cond(sparse_mla_ptx.any_decay(decay) > 0, scaled, lambda o: o, o)
-                sparse_mla_ptx.let_first(turn_smem)
+                o = lax.cond(sparse_mla.any_decay(decay) > 0, scaled, lambda o: o, o)
+                sparse_mla.let_first(turn_smem)
             p = k_smem.at[slot, :, pl.ds(VALUE_DIM, TOKENS)]
             values = [k_smem.at[slot, :, columns(part)] for part in range(2)]
             o = add_products(o, p, values, lambda part: release(plan, k_free.at[slot * len(PARTS) + part]), plan)
@@ -306,7 +307,7 @@ def add_values(
             if plan.interpret:
                 place[...] = x
             else:
-                sparse_mla_ptx.store_output(place, x)
+                sparse_mla.store_output(place, x)
         return _
 
     lax.fori_loop(0, plan.items(cta), one_item, None)

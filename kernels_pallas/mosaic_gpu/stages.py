@@ -7,22 +7,22 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kernels_pallas.indexer import Means
-from kernels_pallas.mosaic_gpu import flat as flat_stage
-from kernels_pallas.mosaic_gpu import refine as refine_stage
-from kernels_pallas.mosaic_gpu import scores as scores_stage
-from kernels_pallas.mosaic_gpu import topk as topk_stage
-from kernels_pallas.mosaic_gpu.rows import COLUMNS
-from kernels_pallas.pages import PageMeans, Pages, PageSums
-from kernels_pallas.sequences import Rows, Sequences
-from kernels_pallas.triton import page_means
-from kernels_pallas.triton import pool as pool_stage
-from kernels_pallas.triton import scores as narrow_scores_stage
-from kernels_pallas.triton import topk as narrow_topk_stage
-from kernels_pallas.tuning import tuned
-from kernels_pallas.types import Interpret
+from hisa_jax.kernels_pallas.indexer import Means
+from hisa_jax.kernels_pallas.mosaic_gpu import flat as flat_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import refine as refine_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
+from hisa_jax.kernels_pallas.pages import PageMeans, Pages, PageSums
+from hisa_jax.kernels_pallas.sequences import Rows, Sequences
+from hisa_jax.kernels_pallas.triton import page_means
+from hisa_jax.kernels_pallas.triton import pool as pool_stage
+from hisa_jax.kernels_pallas.triton import scores as narrow_scores_stage
+from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
+from hisa_jax.kernels_pallas.tuning import tuned
+from hisa_jax.kernels_pallas.types import Interpret
 
-_NARROW = 2048  # up to this many images a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
+_NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
 _FEW = 2  # queries a request
 _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
 _DEFAULT_SMS = 132  # of every Hopper GPU sold as H100 SXM, H200 or GH200, where no GPU can be asked
@@ -65,9 +65,9 @@ def block_filter(
     options: Any = dict(n_columns=sequences.max_keys, keep_first=keep_first, keep_last=keep_last)
     if isinstance(means, PageSums):
         first_block = sequences.key_start_of_queries(T)
-        images = page_means.page_scores(q, w, means, eligible, first_block, interpret=bool(interpret), **options)
+        sort_keys = page_means.page_scores(q, w, means, eligible, first_block, interpret=bool(interpret), **options)
     elif isinstance(means, PageMeans) and _FEW * len(sequences.lengths) >= T:
-        images = _few_on_pages(q, w, means, eligible, sequences, interpret=bool(interpret), **options)
+        sort_keys = _few_on_pages(q, w, means, eligible, sequences, interpret=bool(interpret), **options)
     else:
         pages = means.rows if isinstance(means, PageMeans) else None
         parts, scale = (means.means, means.scales) if isinstance(means, PageMeans) else means
@@ -76,7 +76,7 @@ def block_filter(
             parts, scale = parts[rows], None if scale is None else scale[rows]
         sizes = T, H, D, sequences.max_keys, parts.shape[1], parts.dtype.itemsize, n_ctas
         config = scores_stage.heuristic(*sizes, n_keys=2 if pages else 1)
-        images = scores_stage.scores(
+        sort_keys = scores_stage.scores(
             q,
             w,
             parts,
@@ -90,17 +90,17 @@ def block_filter(
             interpret=interpret,
             **options,
         )
-    if images.shape[1] <= _NARROW:
+    if sort_keys.shape[1] <= _NARROW:
         # A row alone on its multiprocessor takes 9.5 us with one warp, 5.4 with four (1024 to 64).
         alone = narrow_topk_stage.Config(num_warps=4) if n_ctas > T else None
-        return narrow_topk_stage.topk(images, eligible, block_topk, config=alone, interpret=bool(interpret))[0]
-    return topk_stage.topk(images, eligible, block_topk, n_ctas=n_ctas, interpret=interpret)[0]
+        return narrow_topk_stage.topk(sort_keys, eligible, block_topk, config=alone, interpret=bool(interpret))[0]
+    return topk_stage.topk(sort_keys, eligible, block_topk, n_ctas=n_ctas, interpret=interpret)[0]
 
 
 def _few_on_pages(
     q: Array, w: Array, means: PageMeans, eligible: Array, sequences: Sequences, *, n_columns: int, **options: Any
 ) -> Array:
-    """Images of the scores of page means that so few queries share that fetching them is what takes time.
+    """Sort keys of the scores of page means that so few queries share that fetching them is what takes time.
 
     Threads fetch scattered rows faster than the copy engine, which wants one command a row: 0.028 ms for 128 requests
     of 128K where `scores` takes 0.045, 0.018 for 32 by either.
@@ -143,12 +143,12 @@ def refine(
         config = tuned(refine_stage.Config, "mosaic_gpu.refine", **shape) if pages is None else None
         config = config or fused
         return refine_stage.refine(*operands, k_top=topk, config=config, **options)
-    images = refine_stage.refine_scores(*operands, config=apart, n_parts=n_parts, **options)
+    sort_keys = refine_stage.refine_scores(*operands, config=apart, n_parts=n_parts, **options)
     if n_parts > 1:
         limit = jnp.full_like(visible, m * block_size)  # parts write every column
     else:
         limit = jnp.sum(block_ids >= 0, axis=1, dtype=jnp.int32) * block_size
-    return narrow_topk_stage.topk(images, limit, topk, block_ids, block_size, interpret=bool(interpret))
+    return narrow_topk_stage.topk(sort_keys, limit, topk, block_ids, block_size, interpret=bool(interpret))
 
 
 def flat(

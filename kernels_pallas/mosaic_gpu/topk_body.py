@@ -7,10 +7,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.image import INVISIBLE
-from kernels_pallas.mosaic_gpu import rows as select_rows
-from kernels_pallas.mosaic_gpu.roles import release, wait_all
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_row as select_rows
+from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import release, wait_all
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE
+from hisa_jax.kernels_pallas.types import Ref
 
 LINE = 128
 
@@ -41,7 +41,7 @@ def topk_body(plan: Plan, limit_gmem: Ref, x_gmem: Ref, *out_gmem: Ref, **scratc
     pl.when(role == plan.n_select)(lambda: load(plan, x_gmem, **scratch))
 
 
-def load(plan: Plan, x_gmem: Ref, *, images_smem: Ref, row_full: Ref, row_free: Ref, **_: Ref) -> None:
+def load(plan: Plan, x_gmem: Ref, *, sort_keys_smem: Ref, row_full: Ref, row_free: Ref, **_: Ref) -> None:
     cta = lax.axis_index("cta")
 
     def one_round(turn, _):
@@ -51,7 +51,7 @@ def load(plan: Plan, x_gmem: Ref, *, images_smem: Ref, row_full: Ref, row_free: 
             @pl.when(t < plan.T)
             def _copy():
                 plgpu.barrier_wait(row_free.at[group])
-                plgpu.copy_gmem_to_smem(x_gmem.at[t], images_smem.at[group], row_full.at[group])
+                plgpu.copy_gmem_to_smem(x_gmem.at[t], sort_keys_smem.at[group], row_full.at[group])
 
             return _
 
@@ -67,9 +67,9 @@ def select(
     limit_gmem: Ref,
     o_gmem: Ref,
     count_gmem: Ref,
-    o_images_gmem: Ref = None,
+    o_sort_keys_gmem: Ref = None,
     *,
-    images_smem: Ref,
+    sort_keys_smem: Ref,
     scratch_smem: Ref,
     row_full: Ref,
     row_free: Ref,
@@ -84,22 +84,26 @@ def select(
             n_columns = (jnp.minimum(limit, plan.W) + step - 1) // step * step
             if plan.interpret:
                 columns = jnp.arange(plan.W, dtype=jnp.int32)
-                images = jnp.where(columns < n_columns, images_smem[group].reshape(-1), INVISIBLE)
-                cut = select_rows.cut_reference(images, plan.k)
-                select_rows.compact_reference(images, columns, cut, plan.k, t, o_gmem, count_gmem, o_images_gmem)
+                sort_keys = jnp.where(columns < n_columns, sort_keys_smem[group].reshape(-1), INVISIBLE)
+                threshold = select_rows.threshold_reference(sort_keys, plan.k)
+                select_rows.compact_reference(
+                    sort_keys, columns, threshold, plan.k, t, o_gmem, count_gmem, o_sort_keys_gmem
+                )
                 return
-            row = (images_smem, group, plan.W, n_columns)
-            cut = select_rows.cut_of(*row, plan.k, scratch_smem, group)
+            row = (sort_keys_smem, group, plan.W, n_columns)
+            threshold = select_rows.threshold_of(*row, plan.k, scratch_smem, group)
             # The columns themselves are written: no ids are looked up.
             ids = (scratch_smem, group, select_rows.SCRATCH_WORDS, select_rows.own_positions())
-            select_rows.compact(*row, cut, plan.k, scratch_smem, group, *ids, t, o_gmem, count_gmem, o_images_gmem)
+            select_rows.compact(
+                *row, threshold, plan.k, scratch_smem, group, *ids, t, o_gmem, count_gmem, o_sort_keys_gmem
+            )
 
         @pl.when(t < plan.T)
         def _one_row():
             limit = limit_gmem[t]
             plgpu.barrier_wait(row_full.at[group])
-            # Where all are chosen there is nothing to search for, unless their images are wanted, too.
-            keeps_all = (limit <= plan.k) & (o_images_gmem is None)
+            # Where all are chosen there is nothing to search for, unless their sort keys are wanted, too.
+            keeps_all = (limit <= plan.k) & (o_sort_keys_gmem is None)
             pl.when(keeps_all)(lambda: select_rows.write_prefix(o_gmem, count_gmem, t, limit, plan.interpret))
             pl.when(~keeps_all)(lambda: _choose(limit))
             release(plan, row_free.at[group])

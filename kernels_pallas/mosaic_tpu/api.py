@@ -6,13 +6,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kernels_pallas.bits import in_32_bits
-from kernels_pallas.mosaic_tpu import config, flat, select, select_ragged
-from kernels_pallas.mosaic_tpu.config import GROUP, LANES
-from kernels_pallas.mosaic_tpu.select_ragged import Queries
-from kernels_pallas.mosaic_tpu.topk import MAX_K
-from kernels_pallas.sequences import whole_blocks
-from kernels_pallas.types import Interpret
+from hisa_jax.kernels_pallas.bits import in_32_bits
+from hisa_jax.kernels_pallas.mosaic_tpu import config, flat, select, select_ragged
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES
+from hisa_jax.kernels_pallas.mosaic_tpu.select_ragged import Queries
+from hisa_jax.kernels_pallas.mosaic_tpu.topk import MAX_K
+from hisa_jax.kernels_pallas.sequences import whole_blocks
+from hisa_jax.kernels_pallas.types import Interpret
 
 MAX_PAGES = 65536
 CuSeqlens = tuple[Array, Array]  # [R + 1] int32 each: offsets of each sequence's queries, and of its keys

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.mosaic_tpu import block_filter_body, launch, pool
-from kernels_pallas.mosaic_tpu.block_filter_body import COLUMNS, Plan
-from kernels_pallas.mosaic_tpu.config import LANES, ROWS, Chip
-from kernels_pallas.mosaic_tpu.ragged import Ragged, RaggedTiles
-from kernels_pallas.mosaic_tpu.topk import padded_groups
-from kernels_pallas.mosaic_tpu.topk_body import SLOTS
-from kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.mosaic_tpu import block_filter_body, launch, pool
+from hisa_jax.kernels_pallas.mosaic_tpu.block_filter_body import COLUMNS, Plan
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, ROWS, Chip
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged, RaggedTiles
+from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
+from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
+from hisa_jax.kernels_pallas.types import Interpret, Ref
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def block_filter(
     n_tokens: Array,
     **options: Any,
 ) -> tuple[Array, ...]:
-    """[B, T, H, D], [B, T, H], ... -> [B, T, block_topk] int32, ascending, then -1; maybe their images.
+    """[B, T, H, D], [B, T, H], ... -> [B, T, block_topk] int32, ascending, then -1; maybe their sort keys.
 
     Args:
         source: keys [B, n, block_size, D], n a multiple of GROUP, pooled here; or kept means [B, n, D] float32, as
@@ -101,7 +101,16 @@ def block_filter_ragged(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("n", "block_size", "block_topk", "keep_first", "keep_last", "has_images", "config", "interpret"),
+    static_argnames=(
+        "n",
+        "block_size",
+        "block_topk",
+        "keep_first",
+        "keep_last",
+        "has_sort_keys",
+        "config",
+        "interpret",
+    ),
 )
 def _launch(
     q: Array,
@@ -118,10 +127,10 @@ def _launch(
     keep_first: int,
     keep_last: int,
     config: Config,
-    has_images: bool = False,
+    has_sort_keys: bool = False,
     interpret: Interpret = False,
 ) -> tuple[Array, ...]:
-    """[B, T, block_topk] int32, T padded to whole tiles; maybe their images.
+    """[B, T, block_topk] int32, T padded to whole tiles; maybe their sort keys.
 
     Args:
         q: [B, T, H, D]; of ragged sequences [rows, H, D], while what else has a row a query lies in `tiles`, B = 1.
@@ -161,7 +170,7 @@ def _launch(
         block_topk=block_topk,
         keep_first=keep_first,
         keep_last=keep_last,
-        has_images=has_images,
+        has_sort_keys=has_sort_keys,
     )
     rows = functools.partial(launch.rows, tile_t, per_core)
     by_eight = functools.partial(launch.rows, registers, per_core)
@@ -178,8 +187,8 @@ def _launch(
             rows(H),
             *launch.in_hbm(operands),
         ],
-        out_specs=[by_eight(ROWS, slots)] * (1 + has_images),
-        out_shape=[jax.ShapeDtypeStruct((B, T // ROWS, ROWS, slots), jnp.int32)] * (1 + has_images),
+        out_specs=[by_eight(ROWS, slots)] * (1 + has_sort_keys),
+        out_shape=[jax.ShapeDtypeStruct((B, T // ROWS, ROWS, slots), jnp.int32)] * (1 + has_sort_keys),
         scratch=scratch,
         vmem_bytes=vmem_bytes,
         interpret=interpret,

@@ -8,14 +8,21 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.image import FORCED, INVISIBLE
-from kernels_pallas.mosaic_tpu import topk_body
-from kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
-from kernels_pallas.mosaic_tpu.launch import Tile
-from kernels_pallas.mosaic_tpu.look_up_body import split_outputs, write_images
-from kernels_pallas.mosaic_tpu.pool_body import add_pages, parts_of, pool_sequence
-from kernels_pallas.mosaic_tpu.tiles import fill, images_of_rows, products, splat, spread_weights, sum_to_sublanes
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.mosaic_tpu import topk_body
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
+from hisa_jax.kernels_pallas.mosaic_tpu.launch import Tile
+from hisa_jax.kernels_pallas.mosaic_tpu.look_up_body import split_outputs, write_sort_keys
+from hisa_jax.kernels_pallas.mosaic_tpu.pool_body import add_pages, parts_of, pool_sequence
+from hisa_jax.kernels_pallas.mosaic_tpu.tiles import (
+    fill,
+    products,
+    sort_keys_of_rows,
+    splat,
+    spread_weights,
+    sum_to_sublanes,
+)
+from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
+from hisa_jax.kernels_pallas.types import Ref
 
 COLUMNS = 256  # means a product: a side of the larger matrix unit
 
@@ -30,14 +37,14 @@ class Plan:
     block_topk: int
     keep_first: int
     keep_last: int
-    has_images: bool  # whether those of the kept are a second output
+    has_sort_keys: bool  # whether those of the kept are a second output
 
 
 def pooled_body(
     plan: Plan, tile: Tile, n_tokens_smem: Ref, n_columns_smem: Ref, eligible_ref: Ref, q_ref: Ref, w_ref: Ref,
     k_hbm: Ref, *refs: Ref, means_vmem: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None, **scratch: Ref
 ) -> None:  # fmt: skip
-    scale_hbm, outs = split_outputs(refs, plan.has_images)
+    scale_hbm, outs = split_outputs(refs, plan.has_sort_keys)
 
     @pl.when(tile.is_first)
     def _pool():
@@ -95,8 +102,8 @@ def filter_tile(
     *,
     w_vmem: Ref,
     partial_vmem: Ref,
-    images_vmem: Ref,
-    cuts_vmem: Ref,
+    sort_keys_vmem: Ref,
+    thresholds_vmem: Ref,
     table_vmem: Ref,
     chosen_vmem: Ref,
 ) -> None:
@@ -105,25 +112,25 @@ def filter_tile(
     Args:
         n_columns_smem: [all tiles] int32, the most that a query of the tile may keep.
         eligible_ref: [tile_t // 8, 8, 1] int32; q_ref: [tile_t, H, D]; w_ref: [tile_t, H]; means_vmem: [n, parts * D].
-        outs: [tile_t // 8, 8, slots] int32, block ids, ascending, then -1; maybe their images.
+        outs: [tile_t // 8, 8, slots] int32, block ids, ascending, then -1; maybe their sort keys.
         partial_vmem: [COLUMNS / LANES * tile_t * 8, LANES]; the others as in `topk_body.select`.
     """
     core, b, t = (pl.program_id(axis) for axis in range(3))
     n_columns = n_columns_smem[(b * pl.num_programs(0) + core) * plan.tiles + t]
     spread_weights(w_ref, w_vmem)
     eligible = splat(eligible_ref)
-    fill(images_vmem, eligible)
+    fill(sort_keys_vmem, eligible)
 
     def one_step(i: Array, _: None) -> None:
-        score_step(plan, i, eligible, q_ref, means_vmem, w_vmem, partial_vmem, images_vmem)
+        score_step(plan, i, eligible, q_ref, means_vmem, w_vmem, partial_vmem, sort_keys_vmem)
 
     lax.fori_loop(0, pl.cdiv(n_columns, COLUMNS), one_step, None)
-    topk_body.select(images_vmem, eligible, plan.block_topk, cuts_vmem, table_vmem, chosen_vmem)
+    topk_body.select(sort_keys_vmem, eligible, plan.block_topk, thresholds_vmem, table_vmem, chosen_vmem)
     for register in range(outs[0].shape[2] // LANES):
         some = pl.ds(register * ROWS, ROWS)
         outs[0][:, :, register * LANES : (register + 1) * LANES] = chosen_vmem[:, some]
-    for images_ref in outs[1:]:
-        write_images(images_vmem, chosen_vmem, images_ref)
+    for sort_keys_ref in outs[1:]:
+        write_sort_keys(sort_keys_vmem, chosen_vmem, sort_keys_ref)
 
 
 def score_step(
@@ -134,9 +141,9 @@ def score_step(
     means_vmem: Ref,
     w_vmem: Ref,
     partial_vmem: Ref,
-    images_vmem: Ref,
+    sort_keys_vmem: Ref,
 ) -> None:
-    """Images of `COLUMNS` blocks for a tile of queries."""
+    """Sort keys of `COLUMNS` blocks for a tile of queries."""
     tile_t, H, D = q_ref.shape
     first = i * COLUMNS
     means = means_vmem[pl.ds(pl.multiple_of(first, COLUMNS), COLUMNS)]
@@ -152,11 +159,11 @@ def score_step(
     lane = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
     for tile in range(tile_t // ROWS):
         for c in range(0, COLUMNS, LANES):
-            image = images_of_rows(partial_vmem, (c // LANES * tile_t + tile * ROWS) * ROWS)
+            sort_key = sort_keys_of_rows(partial_vmem, (c // LANES * tile_t + tile * ROWS) * ROWS)
             block = first + c + lane
             is_forced = (block < plan.keep_first) | (block >= eligible[tile] - plan.keep_last)
-            image = jnp.where(is_forced, FORCED, image)
+            sort_key = jnp.where(is_forced, FORCED, sort_key)
             at = lax.div(first + c, LANES) * ROWS
-            images_vmem[tile, pl.ds(pl.multiple_of(at, ROWS), ROWS)] = jnp.where(
-                block < eligible[tile], image, INVISIBLE
+            sort_keys_vmem[tile, pl.ds(pl.multiple_of(at, ROWS), ROWS)] = jnp.where(
+                block < eligible[tile], sort_key, INVISIBLE
             )

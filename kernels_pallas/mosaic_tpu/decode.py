@@ -10,10 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas.mosaic_tpu import launch, refine
-from kernels_pallas.mosaic_tpu.config import LANES, Chip
-from kernels_pallas.mosaic_tpu.pool_body import parts_of
-from kernels_pallas.types import Interpret
+from hisa_jax.kernels_pallas.mosaic_tpu import launch, refine
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, Chip
+from hisa_jax.kernels_pallas.mosaic_tpu.pool_body import parts_of
+from hisa_jax.kernels_pallas.types import Interpret
 
 
 def block_filter_listed(
@@ -27,10 +27,10 @@ def block_filter_listed(
     keep_first: int,
     keep_last: int,
     chip: Chip,
-    has_images: bool = False,
+    has_sort_keys: bool = False,
     interpret: Interpret = False,
 ) -> tuple[Array, ...]:
-    """[T, H, D], [T, H], ..., [T] -> [T, block_topk] int32, ascending, then -1; maybe their images.
+    """[T, H, D], [T, H], ..., [T] -> [T, block_topk] int32, ascending, then -1; maybe their sort keys.
 
     Args:
         means: [R, n, parts * D] bfloat16, n a multiple of 128, of `pool_body.parts_of`; anything behind the last block.
@@ -51,7 +51,7 @@ def block_filter_listed(
         topk=block_topk,
         keep_first=keep_first,
         keep_last=keep_last,
-        has_images=has_images,
+        has_sort_keys=has_sort_keys,
         name="hisa_block_filter",
         config=refine.gathered(chip, T, H, lists, LANES),
         interpret=interpret,

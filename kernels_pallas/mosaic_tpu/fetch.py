@@ -7,8 +7,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.mosaic_tpu.config import GROUP, LANES
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES
+from hisa_jax.kernels_pallas.types import Ref
 
 # (group, operand in HBM, its place in VMEM, semaphore, what to do with each copy: start it, or wait for it)
 CopyGroup = Callable[[Array, Ref, Ref, Ref, Callable[[Ref], None]], None]

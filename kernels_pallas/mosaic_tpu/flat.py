@@ -2,7 +2,7 @@
     o[t] = the topk tokens s < visible[t] of largest scale[s] * sum_h w[t, h] relu(q[t, h] . k[s]), ascending, then -1
 
 Floor, 4096 queries of dsv32 at 128K on v5e: MXU 8.8 PFLOP / 197 TFLOP/s = 45 ms; HBM 128 passes over 32 MiB of keys =
-5 ms. Bound by the MXU. The images of a tile of queries wait in VMEM (4 bytes a query and token) for the exact
+5 ms. Bound by the MXU. The sort keys of a tile of queries wait in VMEM (4 bytes a query and token) for the exact
 selection, so that nothing but keys and the chosen positions crosses HBM.
 """
 
@@ -16,23 +16,23 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.mosaic_tpu import launch, topk_body
-from kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
-from kernels_pallas.mosaic_tpu.flat_body import Plan, flat_body, products_a_step, ragged_body
-from kernels_pallas.mosaic_tpu.ragged import Ragged, RaggedTiles
-from kernels_pallas.mosaic_tpu.topk import from_tiles, padded_groups
-from kernels_pallas.mosaic_tpu.topk_body import SLOTS
-from kernels_pallas.sequences import whole_blocks
-from kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.mosaic_tpu import launch, topk_body
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
+from hisa_jax.kernels_pallas.mosaic_tpu.flat_body import Plan, flat_body, products_a_step, ragged_body
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged, RaggedTiles
+from hisa_jax.kernels_pallas.mosaic_tpu.topk import from_tiles, padded_groups
+from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
+from hisa_jax.kernels_pallas.sequences import whole_blocks
+from hisa_jax.kernels_pallas.types import Interpret, Ref
 
-_IMAGES_BYTES = 36 << 20
+_SORT_KEYS_BYTES = 36 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Tile sizes: they change the speed, never the result."""
 
-    tile_t: int = 32  # queries whose images are in VMEM together
+    tile_t: int = 32  # queries whose sort keys are in VMEM together
     tile_s: int = 2048  # keys a grid step
 
     def __post_init__(self) -> None:
@@ -40,28 +40,28 @@ class Config:
             raise ValueError(f"{self}: tile_t must be a multiple of {ROWS} and tile_s of 256")
 
     def vmem_bytes(self, H: int, D: int, S: int, k: int, itemsize: int) -> int:
-        images = 4 * self.tile_t * padded_groups(S) * LANES
+        sort_keys = 4 * self.tile_t * padded_groups(S) * LANES
         keys = 2 * self.tile_s * (D * itemsize + 4 * ROWS)
         queries = 2 * self.tile_t * (H * D * itemsize + 4 * LANES) + 4 * self.tile_t * H * LANES
         slots = 2 * 4 * self.tile_t * -(-k // SLOTS) * SLOTS
-        return images + keys + queries + slots + 4 * LANES * max(self.tile_t, 32) * 24
+        return sort_keys + keys + queries + slots + 4 * LANES * max(self.tile_t, 32) * 24
 
 
 def heuristic(T: int, S: int) -> Config:
-    """As many queries as their images fit: each more halves what the keys' copies and a grid step cost a query."""
+    """As many queries as their sort keys fit: each more halves what the keys' copies and a grid step cost a query."""
     tile_t = 32
-    while tile_t > ROWS and (4 * tile_t * S > _IMAGES_BYTES or tile_t >= 2 * T):
+    while tile_t > ROWS and (4 * tile_t * S > _SORT_KEYS_BYTES or tile_t >= 2 * T):
         tile_t //= 2
     return Config(tile_t=tile_t, tile_s=2048 if tile_t == 32 else 4096)
 
 
 def why_not(S: int) -> str | None:
     """None, or why so many keys cannot be selected from."""
-    most = _IMAGES_BYTES // (4 * ROWS)
+    most = _SORT_KEYS_BYTES // (4 * ROWS)
     return None if most >= S else f"the flat indexer needs at most {most} keys, not {S}"
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "config", "has_images", "interpret"))
+@functools.partial(jax.jit, static_argnames=("topk", "config", "has_sort_keys", "interpret"))
 def select_flat(
     q: Array,
     k: Array,
@@ -71,12 +71,12 @@ def select_flat(
     *,
     topk: int,
     config: Config | None = None,
-    has_images: bool = False,
+    has_sort_keys: bool = False,
     interpret: Interpret = False,
 ) -> tuple[Array, ...]:
     """[B, T, H, D], [B, S, D], [B, S] or None, [B, T, H], [B, T] -> indices [B, T, topk], count [B, T], both int32.
 
-    With `has_images` also the images of the chosen, [B, T, topk] int32, anything where there is none.
+    With `has_sort_keys` also the sort keys of the chosen, [B, T, topk] int32, anything where there is none.
     """
     (B, T, H, D), S = q.shape, k.shape[1]
     config = config or heuristic(T, S)
@@ -99,7 +99,7 @@ def select_flat(
     tiled = (tile_t // ROWS, slots // LANES * ROWS, LANES)
     scale_rows = [] if k_scale is None else [k_scale[:, None]]
     in_rows = (tile_t // ROWS, ROWS, slots)
-    out_shapes = [tiled, in_rows][: 1 + has_images]
+    out_shapes = [tiled, in_rows][: 1 + has_sort_keys]
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(B, tiles, k.shape[1] // tile_s),
@@ -113,24 +113,25 @@ def select_flat(
             pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
         ],
     )
-    out, *images = pl.pallas_call(
+    out, *sort_keys = pl.pallas_call(
         functools.partial(
-            flat_body, Plan(topk=topk, tiles=tiles, rows=min(T, ROWS), span=min(groups, LANES), has_images=has_images)
+            flat_body,
+            Plan(topk=topk, tiles=tiles, rows=min(T, ROWS), span=min(groups, LANES), has_sort_keys=has_sort_keys),
         ),
         grid_spec=grid_spec,
         out_shape=[jax.ShapeDtypeStruct((B, tiles * shape[0], *shape[1:]), jnp.int32) for shape in out_shapes],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=config.vmem_bytes(H, D, k.shape[1], topk, q.dtype.itemsize)
-            + 8 * has_images * tile_t * slots
+            + 8 * has_sort_keys * tile_t * slots
             + (6 << 20),
         ),
         name="dsa_select_flat",
         interpret=interpret,
     )(furthest, q, w, visible[..., None], k, *scale_rows)
     indices = from_tiles(out.reshape(-1, *tiled[1:])).reshape(B, -1, slots)[:, :T, :topk]
-    images = (x.reshape(B, -1, slots)[:, :T, :topk] for x in images)
-    return indices, jnp.minimum(visible[:, :T], topk), *images
+    sort_keys = (x.reshape(B, -1, slots)[:, :T, :topk] for x in sort_keys)
+    return indices, jnp.minimum(visible[:, :T], topk), *sort_keys
 
 
 def select_ragged(q: Array, w: Array, visible: Array, ragged: Ragged, tiles: RaggedTiles, **options: Any) -> Array:
@@ -170,17 +171,17 @@ def _launch_ragged(
     scratch: dict[str, Ref] = {
         "keys_vmem": pltpu.VMEM((2, GROUP, unit, D), k.dtype),
         "sems": pltpu.SemaphoreType.DMA((2, 2)),
-        "images_vmem": pltpu.VMEM((tile_t // ROWS, groups * ROWS, LANES), jnp.int32),
+        "sort_keys_vmem": pltpu.VMEM((tile_t // ROWS, groups * ROWS, LANES), jnp.int32),
         "w_vmem": pltpu.VMEM((tile_t, H, LANES), jnp.float32),
         "partial_vmem": pltpu.VMEM((products_a_step(tile_t, config.tile_s) * tile_t * 2 * ROWS, LANES), jnp.float32),
-        "cuts_vmem": pltpu.VMEM((tile_t // ROWS, ROWS, LANES), jnp.int32),
+        "thresholds_vmem": pltpu.VMEM((tile_t // ROWS, ROWS, LANES), jnp.int32),
         "table_vmem": pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
     }
     if k_scale is not None:
         scratch["scale_vmem"] = pltpu.VMEM((2, GROUP * tiles.per_block, page_size), jnp.float32)
     out = launch.call_by_sequence(
         functools.partial(
-            ragged_body, Plan(topk=topk, tiles=per_core, rows=ROWS, span=min(groups, LANES), has_images=False)
+            ragged_body, Plan(topk=topk, tiles=per_core, rows=ROWS, span=min(groups, LANES), has_sort_keys=False)
         ),
         tiles,
         name="dsa_select_flat",

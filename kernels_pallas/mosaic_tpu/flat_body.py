@@ -1,4 +1,4 @@
-"""Device code of `flat`: keys stream past a tile of queries, whose images stay in VMEM until all are there."""
+"""Device code of `flat`: keys stream past a tile of queries, whose sort keys stay in VMEM until all are there."""
 
 import dataclasses
 import math
@@ -8,13 +8,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.image import INVISIBLE
-from kernels_pallas.mosaic_tpu import fetch, topk_body
-from kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
-from kernels_pallas.mosaic_tpu.launch import Tile
-from kernels_pallas.mosaic_tpu.look_up_body import split_outputs, write_images
-from kernels_pallas.mosaic_tpu.tiles import images_of_rows, products, row_of, spread_weights, sum_to_sublanes
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.mosaic_tpu import fetch, topk_body
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
+from hisa_jax.kernels_pallas.mosaic_tpu.launch import Tile
+from hisa_jax.kernels_pallas.mosaic_tpu.look_up_body import split_outputs, write_sort_keys
+from hisa_jax.kernels_pallas.mosaic_tpu.tiles import (
+    products,
+    row_of,
+    sort_keys_of_rows,
+    spread_weights,
+    sum_to_sublanes,
+)
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE
+from hisa_jax.kernels_pallas.types import Ref
 
 COLUMNS = 256  # keys a product: a side of the larger matrix unit
 
@@ -26,14 +32,14 @@ class Plan:
     topk: int
     tiles: int  # of queries in a sequence
     rows: int  # of eight queries side by side, those that there are: fewer than 8 in decoding
-    span: int  # groups of images that the selection looks at in one go
-    has_images: bool  # whether those of the chosen are a second output
+    span: int  # groups of sort keys that the selection looks at in one go
+    has_sort_keys: bool  # whether those of the chosen are a second output
 
 
 def flat_body(plan: Plan, furthest_smem: Ref, q_ref: Ref, w_ref: Ref, visible_ref: Ref, k_ref: Ref, *refs: Ref) -> None:
     """On a grid of (sequences, tiles of queries, tiles of keys); the shapes are those of the launch."""
-    *rest, images_vmem, w_vmem, partial_vmem, cuts_vmem, table_vmem = refs
-    scale_ref, (o_ref, *images_refs) = split_outputs(tuple(rest), plan.has_images)
+    *rest, sort_keys_vmem, w_vmem, partial_vmem, thresholds_vmem, table_vmem = refs
+    scale_ref, (o_ref, *sort_keys_refs) = split_outputs(tuple(rest), plan.has_sort_keys)
     b, t, s = (pl.program_id(axis) for axis in range(3))
     tile_s = k_ref.shape[0]
     furthest = furthest_smem[b * plan.tiles + t]  # of the tile's queries
@@ -53,18 +59,18 @@ def flat_body(plan: Plan, furthest_smem: Ref, q_ref: Ref, w_ref: Ref, visible_re
     @pl.when(s < n_steps)
     def _score():
         keys = tile_s, keys_of, scale_of if scale_ref else None
-        score_keys(plan.rows, s, *keys, q_ref, visible_ref, images_vmem, w_vmem, partial_vmem)
+        score_keys(plan.rows, s, *keys, q_ref, visible_ref, sort_keys_vmem, w_vmem, partial_vmem)
 
     @pl.when(s == jnp.maximum(n_steps - 1, 0))
     def _select():
-        scratch = images_vmem, cuts_vmem, table_vmem
-        select_scored(plan, n_steps * tile_s, visible_ref, *scratch, o_ref, *images_refs)
+        scratch = sort_keys_vmem, thresholds_vmem, table_vmem
+        select_scored(plan, n_steps * tile_s, visible_ref, *scratch, o_ref, *sort_keys_refs)
 
 
 def ragged_body(
     plan: Plan, tile: Tile, furthest_smem: Ref, q_ref: Ref, w_ref: Ref, visible_ref: Ref, k_hbm: Ref, *refs: Ref,
-    keys_vmem: Ref, sems: Ref, images_vmem: Ref, w_vmem: Ref, partial_vmem: Ref, cuts_vmem: Ref, table_vmem: Ref,
-    scale_vmem: Ref = None
+    keys_vmem: Ref, sems: Ref, sort_keys_vmem: Ref, w_vmem: Ref, partial_vmem: Ref, thresholds_vmem: Ref,
+    table_vmem: Ref, scale_vmem: Ref = None
 ) -> None:  # fmt: skip
     """On a grid of (cores, 1, tiles): the keys of a tile's sequence come in groups of blocks of `unit` keys.
 
@@ -88,36 +94,36 @@ def ragged_body(
             return row_of(scale_vmem.at[slot], lax.div(first, unit) * per_block, units * per_block)
 
         keys = tile_s, keys_of, scale_of if scale_hbm else None
-        score_keys(plan.rows, i, *keys, q_ref, visible_ref, images_vmem, w_vmem, partial_vmem)
+        score_keys(plan.rows, i, *keys, q_ref, visible_ref, sort_keys_vmem, w_vmem, partial_vmem)
 
     pairs = [(k_hbm, keys_vmem), *((scale, scale_vmem) for scale in scale_hbm)]
     fetch.in_turn(tile.copy_group, n_steps, pairs, sems, score)
-    select_scored(plan, n_steps * tile_s, visible_ref, images_vmem, cuts_vmem, table_vmem, o_ref)
+    select_scored(plan, n_steps * tile_s, visible_ref, sort_keys_vmem, thresholds_vmem, table_vmem, o_ref)
 
 
 def select_scored(
     plan: Plan,
     n_scored: Array,
     visible_ref: Ref,
-    images_vmem: Ref,
-    cuts_vmem: Ref,
+    sort_keys_vmem: Ref,
+    thresholds_vmem: Ref,
     table_vmem: Ref,
     o_ref: Ref,
-    *images_refs: Ref,
+    *sort_keys_refs: Ref,
 ) -> None:
-    """The selection of a tile, whose first `n_scored` keys have images."""
+    """The selection of a tile, whose first `n_scored` keys have sort keys."""
     # A tile that sees nothing, too: the selection always looks at the first span.
     groups = jnp.maximum(pl.cdiv(n_scored, plan.span * LANES), 1) * plan.span
-    empty = jnp.full((images_vmem.shape[0], ROWS, LANES), INVISIBLE, jnp.int32)
+    empty = jnp.full((sort_keys_vmem.shape[0], ROWS, LANES), INVISIBLE, jnp.int32)
 
     def fill(group: Array, _: None) -> None:
-        images_vmem[:, pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)] = empty
+        sort_keys_vmem[:, pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)] = empty
 
     lax.fori_loop(lax.div(n_scored, LANES), groups, fill, None)
-    n = jnp.broadcast_to(visible_ref[...].reshape(-1, ROWS, 1), cuts_vmem.shape)
-    topk_body.select(images_vmem, n, plan.topk, cuts_vmem, table_vmem, o_ref, groups)
-    for images_ref in images_refs:
-        write_images(images_vmem, o_ref, images_ref, groups)
+    n = jnp.broadcast_to(visible_ref[...].reshape(-1, ROWS, 1), thresholds_vmem.shape)
+    topk_body.select(sort_keys_vmem, n, plan.topk, thresholds_vmem, table_vmem, o_ref, groups)
+    for sort_keys_ref in sort_keys_refs:
+        write_sort_keys(sort_keys_vmem, o_ref, sort_keys_ref, groups)
 
 
 def products_a_step(tile_t: int, tile_s: int) -> int:
@@ -133,16 +139,16 @@ def score_keys(
     scale_of: Callable[[Array], Array] | None,
     q_ref: Ref,
     visible_ref: Ref,
-    images_vmem: Ref,
+    sort_keys_vmem: Ref,
     w_vmem: Ref,
     partial_vmem: Ref,
 ) -> None:
-    """Images of all queries of the tile for the keys of step s.
+    """Sort keys of all queries of the tile for the keys of step s.
 
     Args:
         keys_of: first of `COLUMNS` keys of the step's `tile_s` -> [COLUMNS, D]; scale_of: the same -> [1, COLUMNS].
         q_ref: [tile_t, H, D]; visible_ref: [tile_t, 1].
-        images_vmem: [tile_t // 8, G * 8, 128]; w_vmem: [tile_t, H, 128]; partial_vmem: see `products_a_step`.
+        sort_keys_vmem: [tile_t // 8, G * 8, 128]; w_vmem: [tile_t, H, 128]; partial_vmem: see `products_a_step`.
     """
     tile_t, H, D = q_ref.shape
     per_step = products_a_step(tile_t, tile_s)
@@ -168,9 +174,9 @@ def score_keys(
                         partial_vmem[pl.ds(((at + c) * tile_t + t + r) * ROWS, ROWS)] = rows
         for t in range(0, tile_t, ROWS):
             for c in range(per_step * COLUMNS // LANES):
-                image = images_of_rows(partial_vmem, (c * tile_t + t) * ROWS)
+                sort_key = sort_keys_of_rows(partial_vmem, (c * tile_t + t) * ROWS)
                 first = s * tile_s + i * per_step * COLUMNS + c * LANES
-                image = jnp.where(first + lane < visible[t // ROWS], image, INVISIBLE)
-                images_vmem[t // ROWS, pl.ds(pl.multiple_of(lax.div(first, LANES) * ROWS, ROWS), ROWS)] = image
+                sort_key = jnp.where(first + lane < visible[t // ROWS], sort_key, INVISIBLE)
+                sort_keys_vmem[t // ROWS, pl.ds(pl.multiple_of(lax.div(first, LANES) * ROWS, ROWS), ROWS)] = sort_key
 
     lax.fori_loop(0, tile_s // (per_step * COLUMNS), one_step, None)

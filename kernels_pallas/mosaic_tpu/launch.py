@@ -9,12 +9,12 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.mosaic_tpu import fetch, topk_body
-from kernels_pallas.mosaic_tpu.config import LANES, ROWS
-from kernels_pallas.mosaic_tpu.fetch import CopyGroup
-from kernels_pallas.mosaic_tpu.ragged import RaggedTiles
-from kernels_pallas.mosaic_tpu.topk_body import SLOTS
-from kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.mosaic_tpu import fetch, topk_body
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from hisa_jax.kernels_pallas.mosaic_tpu.fetch import CopyGroup
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import RaggedTiles
+from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
+from hisa_jax.kernels_pallas.types import Interpret, Ref
 
 _MARGIN_BYTES = 6 << 20  # what the compiler keeps in VMEM for itself, spills and semaphores among it
 
@@ -162,8 +162,8 @@ def rows(tile: int, tiles: int, *trailing: int, memory_space: Ref = None) -> pl.
 def selection_scratch(tiles: int, groups: int, k: int) -> dict[str, Ref]:
     """What `topk_body.select` needs, for `tiles` of eight rows."""
     return {
-        "images_vmem": pltpu.VMEM((tiles, groups * ROWS, LANES), jnp.int32),
-        "cuts_vmem": pltpu.VMEM((tiles, ROWS, LANES), jnp.int32),
+        "sort_keys_vmem": pltpu.VMEM((tiles, groups * ROWS, LANES), jnp.int32),
+        "thresholds_vmem": pltpu.VMEM((tiles, ROWS, LANES), jnp.int32),
         "table_vmem": pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
         "chosen_vmem": pltpu.VMEM((tiles, -(-k // SLOTS) * ROWS * ROWS, LANES), jnp.int32),
     }

@@ -1,4 +1,4 @@
-"""Device code that turns chosen columns into what stands there: images, positions."""
+"""Device code that turns chosen columns into what stands there: sort keys, positions."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.mosaic_tpu.config import LANES, ROWS
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from hisa_jax.kernels_pallas.types import Ref
 
 _AT_A_TIME = 16  # registers of slots: with their columns they fill three quarters of the registers there are
 
@@ -24,7 +24,7 @@ def look_up(
     A TPU gathers along lanes, 128 values at a time: every group of values is offered to all slots.
 
     Args:
-        values_ref: [G * 8, 128] int32, as the images of a tile lie; columns_ref: its [K // 16, 128] chosen columns.
+        values_ref: [G * 8, 128] int32, as the sort keys of a tile lie; columns_ref: its [K // 16, 128] chosen columns.
         slots: how many of the K are looked up; groups: how many of the G may be chosen, the first; all if None.
     """
     groups = values_ref.shape[0] // ROWS if groups is None else groups
@@ -48,19 +48,19 @@ def look_up(
             store(i, x)
 
 
-def write_images(images_vmem: Ref, chosen_vmem: Ref, o_ref: Ref, groups: Array | int | None = None) -> None:
-    """The images [tiles, G * 8, 128] of the chosen columns of each tile, in rows: [tiles, 8, slots]; see `look_up`."""
+def write_sort_keys(sort_keys_vmem: Ref, chosen_vmem: Ref, o_ref: Ref, groups: Array | int | None = None) -> None:
+    """Sort keys [tiles, G * 8, 128] of the chosen columns of each tile, in rows: [tiles, 8, slots]; see `look_up`."""
 
     def one_tile(tile: Array, _: None) -> None:
-        def store(i: int, images: Array) -> None:
-            o_ref[tile, :, i * LANES : (i + 1) * LANES] = images
+        def store(i: int, sort_keys: Array) -> None:
+            o_ref[tile, :, i * LANES : (i + 1) * LANES] = sort_keys
 
-        look_up(images_vmem.at[tile], chosen_vmem.at[tile], o_ref.shape[2], store, groups)
+        look_up(sort_keys_vmem.at[tile], chosen_vmem.at[tile], o_ref.shape[2], store, groups)
 
     lax.fori_loop(0, o_ref.shape[0], one_tile, None)
 
 
-def split_outputs(refs: tuple[Ref, ...], has_images: bool) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
-    """What comes before the outputs, and those: the chosen, and maybe their images."""
-    n = len(refs) - 1 - has_images
+def split_outputs(refs: tuple[Ref, ...], has_sort_keys: bool) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
+    """What comes before the outputs, and those: the chosen, and maybe their sort keys."""
+    n = len(refs) - 1 - has_sort_keys
     return refs[:n], refs[n:]

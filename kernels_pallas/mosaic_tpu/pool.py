@@ -13,11 +13,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.mosaic_tpu import launch
-from kernels_pallas.mosaic_tpu.config import GROUP, LANES
-from kernels_pallas.mosaic_tpu.pool_body import pool_body, pool_pages_body
-from kernels_pallas.mosaic_tpu.ragged import RaggedTiles
-from kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.mosaic_tpu import launch
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES
+from hisa_jax.kernels_pallas.mosaic_tpu.pool_body import pool_body, pool_pages_body
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import RaggedTiles
+from hisa_jax.kernels_pallas.types import Interpret, Ref
 
 
 def scratch(k: Array, has_scale: bool) -> dict[str, Ref]:

@@ -7,12 +7,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.mosaic_tpu import fetch
-from kernels_pallas.mosaic_tpu.config import GROUP
-from kernels_pallas.mosaic_tpu.fetch import CopyGroup
-from kernels_pallas.mosaic_tpu.launch import Tile
-from kernels_pallas.mosaic_tpu.tiles import column
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.mosaic_tpu import fetch
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP
+from hisa_jax.kernels_pallas.mosaic_tpu.fetch import CopyGroup
+from hisa_jax.kernels_pallas.mosaic_tpu.launch import Tile
+from hisa_jax.kernels_pallas.mosaic_tpu.tiles import column
+from hisa_jax.kernels_pallas.types import Ref
 
 
 def pool_body(n_tokens_smem: Ref, k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None) -> None:

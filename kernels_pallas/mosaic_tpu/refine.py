@@ -19,13 +19,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.mosaic_tpu import launch, refine_body
-from kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS, Chip
-from kernels_pallas.mosaic_tpu.ragged import Ragged, RaggedTiles
-from kernels_pallas.mosaic_tpu.refine_body import Plan
-from kernels_pallas.mosaic_tpu.topk import padded_groups
-from kernels_pallas.mosaic_tpu.topk_body import SLOTS
-from kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.mosaic_tpu import launch, refine_body
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS, Chip
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged, RaggedTiles
+from hisa_jax.kernels_pallas.mosaic_tpu.refine_body import Plan
+from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
+from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
+from hisa_jax.kernels_pallas.types import Interpret, Ref
 
 _RESIDENT_BYTES = 34 << 20  # 131,072 bfloat16 keys, 262,144 of 8 bits with scales: fits beside the rest on every chip
 
@@ -35,7 +35,7 @@ class Config:
     """Tile sizes: they change the speed, never the result.
 
     Attributes:
-        tile_t: queries a grid step: eights whose searches for the cut share the latency of a sum over lanes.
+        tile_t: queries a grid step: eights whose searches for the threshold share the latency of a sum over lanes.
         columns: candidates of a list a step; 2048 are 128 products with 128 keys, which take 1300 to 2300 cycles.
         is_resident: whether the keys of a sequence are in VMEM whole.
         is_transposed: whether those are transposed on the way, so that the matrix unit loads them as they lie.
@@ -72,11 +72,11 @@ class Config:
         width = self.padded_blocks(m, block_size) * block_size
         queries = 2 * self.tile_t * (H * max(D, LANES) * itemsize + 4 * max(H, LANES) + 4 * width // block_size)
         scratch = 4 * (self.tile_t * H * LANES + ROWS * ROWS * self.columns)
-        images = self.tile_t * 4 * (padded_groups(width) * LANES + 3 * (topk + SLOTS))
+        sort_keys = self.tile_t * 4 * (padded_groups(width) * LANES + 3 * (topk + SLOTS))
         ring = 2 * ROWS * self.columns * (max(D, LANES) * itemsize + 4 * ROWS * (itemsize == 1))
         staged = 2 * GROUP * block_size * max(D, LANES) * itemsize
         keys = resident_bytes(n, block_size, page_size, D, itemsize) + staged if self.is_resident else ring
-        return queries + scratch + images + keys
+        return queries + scratch + sort_keys + keys
 
 
 def resident_bytes(n: int, block_size: int, page_size: int, D: int, itemsize: int) -> int:
@@ -139,7 +139,7 @@ def refine(
     config: Config,
     keep_first: int = 0,
     keep_last: int = 0,
-    has_images: bool = False,
+    has_sort_keys: bool = False,
     is_masked: bool = False,
     name: str = "hisa_refine",
     interpret: Interpret = False,
@@ -152,7 +152,7 @@ def refine(
         n_visible: [B, T] int32, candidates of each query: the first ones of its list.
         n_tokens: [B] int32, tokens present.
         keep_first, keep_last: candidates chosen whatever they score, the first and the last visible ones.
-        has_images: whether to return the images of the chosen, too, [B, T, topk] int32, anything where there is none.
+        has_sort_keys: whether to return the sort keys of the chosen, too: [B, T, topk] int32, anything in empty slots.
         is_masked: whether to return instead which candidates were chosen, [B, T, m, block_size] float32, 1 or 0.
         name: of the kernel.
     """
@@ -165,7 +165,7 @@ def refine(
         config=config,
         keep_first=keep_first,
         keep_last=keep_last,
-        has_images=has_images,
+        has_sort_keys=has_sort_keys,
         is_masked=is_masked,
         name=name,
         interpret=interpret,
@@ -244,7 +244,7 @@ def refine_ragged(
         "topk",
         "keep_first",
         "keep_last",
-        "has_images",
+        "has_sort_keys",
         "is_masked",
         "name",
         "config",
@@ -268,12 +268,12 @@ def _launch(
     config: Config,
     keep_first: int = 0,
     keep_last: int = 0,
-    has_images: bool = False,
+    has_sort_keys: bool = False,
     is_masked: bool = False,
     name: str = "hisa_refine",
     interpret: Interpret = False,
 ) -> tuple[Array, ...]:
-    """[B, T, topk] int32, T padded to whole tiles; maybe their images; or a mask, [B, T, m, block_size] float32.
+    """[B, T, topk] int32, T padded to whole tiles; maybe their sort keys; or a mask, [B, T, m, block_size] float32.
 
     Args:
         q: [B, T, H, D]; of ragged sequences [rows, H, D], while what else has a row a query lies in `tiles`, B = 1.
@@ -302,7 +302,7 @@ def _launch(
         columns=config.columns,
         keep_first=keep_first,
         keep_last=keep_last,
-        has_images=has_images,
+        has_sort_keys=has_sort_keys,
         is_masked=is_masked,
     )
     # Of resident keys lists name blocks, else pages.
@@ -344,10 +344,10 @@ def _launch(
             rows(H),
             *launch.in_hbm(operands),
         ],
-        out_specs=[rows(groups, LANES)] if is_masked else [by_eight(ROWS, slots)] * (1 + has_images),
+        out_specs=[rows(groups, LANES)] if is_masked else [by_eight(ROWS, slots)] * (1 + has_sort_keys),
         out_shape=[jax.ShapeDtypeStruct((B, T, groups, LANES), jnp.float32)]
         if is_masked
-        else [jax.ShapeDtypeStruct((*in_eights, slots), jnp.int32)] * (1 + has_images),
+        else [jax.ShapeDtypeStruct((*in_eights, slots), jnp.int32)] * (1 + has_sort_keys),
         scratch={
             "w_vmem": pltpu.VMEM((config.tile_t, H, LANES), jnp.float32),
             "partial_vmem": pltpu.VMEM((config.columns // LANES * ROWS * ROWS, LANES), jnp.float32),
@@ -355,7 +355,7 @@ def _launch(
             **keys_scratch(k, k_scale, n, plan, config),
         },
         vmem_bytes=config.vmem_bytes(H, D, n, m, block_size, page_size, topk, k.dtype.itemsize)
-        + 8 * config.tile_t * (has_images * slots + is_masked * groups * LANES),
+        + 8 * config.tile_t * (has_sort_keys * slots + is_masked * groups * LANES),
         interpret=interpret,
     )
     whole = [out.reshape(B, T, -1) for out in outs]
@@ -369,7 +369,7 @@ def steps_of(n_visible: Array, plan: Plan, config: Config) -> Array:
     most = jnp.max(n_visible.reshape(-1, config.queries_per_eight), axis=1)
     longest = jnp.minimum(most, plan.blocks_per_list * plan.block_size)
     steps = -(-longest // plan.columns)
-    return steps if plan.has_images else jnp.where(most <= plan.topk, 0, steps)
+    return steps if plan.has_sort_keys else jnp.where(most <= plan.topk, 0, steps)
 
 
 def keys_scratch(k: Array, k_scale: Array | None, n: int, plan: Plan, config: Config) -> dict[str, Ref]:

@@ -1,7 +1,7 @@
 """Device code of `refine`: eight lists of blocks side by side, each scored by its own query.
 
 A step scores `columns` candidates of each list: one product a list and 256 candidates, all unrolled, so that the
-matrix units load the keys of one product while the rows of another pass. The images of a tile of queries stay in
+matrix units load the keys of one product while the rows of another pass. The sort keys of a tile of queries stay in
 VMEM, where their top-k is found at the end.
 
 The eight lists are those of eight queries; or, where queries are few, eighths of one query's list (`is_split`).
@@ -13,14 +13,21 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.image import FORCED, INVISIBLE
-from kernels_pallas.mosaic_tpu import fetch, refine_source, topk_body
-from kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
-from kernels_pallas.mosaic_tpu.launch import Tile
-from kernels_pallas.mosaic_tpu.look_up_body import split_outputs, write_images
-from kernels_pallas.mosaic_tpu.refine_source import Source, Step
-from kernels_pallas.mosaic_tpu.tiles import fill, images_of_rows, products, splat, spread_weights, sum_to_sublanes
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.mosaic_tpu import fetch, refine_source, topk_body
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
+from hisa_jax.kernels_pallas.mosaic_tpu.launch import Tile
+from hisa_jax.kernels_pallas.mosaic_tpu.look_up_body import split_outputs, write_sort_keys
+from hisa_jax.kernels_pallas.mosaic_tpu.refine_source import Source, Step
+from hisa_jax.kernels_pallas.mosaic_tpu.tiles import (
+    fill,
+    products,
+    sort_keys_of_rows,
+    splat,
+    spread_weights,
+    sum_to_sublanes,
+)
+from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
+from hisa_jax.kernels_pallas.types import Ref
 
 _PRODUCT = 256  # candidates a product: a side of the larger matrix unit
 
@@ -40,7 +47,7 @@ class Plan:
     columns: int  # candidates of a list a step
     keep_first: int  # candidates that are chosen whatever they score, of the first and of the last that are visible
     keep_last: int
-    has_images: bool  # whether those of the chosen are a second output
+    has_sort_keys: bool  # whether those of the chosen are a second output
     is_masked: bool  # whether a mask of the chosen candidates takes the place of their positions
 
     @property
@@ -74,7 +81,7 @@ def resident_body(
     n_visible_ref: Ref, q_ref: Ref, w_ref: Ref, k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref,
     staged_vmem: Ref = None, scale_vmem: Ref = None, **scratch: Ref
 ) -> None:  # fmt: skip
-    scale_hbm, outs = split_outputs(refs, plan.has_images)
+    scale_hbm, outs = split_outputs(refs, plan.has_sort_keys)
 
     @pl.when(tile.is_first)
     def _load():
@@ -94,7 +101,7 @@ def gathered_body(
     plan: Plan, n_steps_smem: Ref, places_smem: Ref, n_kept_smem: Ref, blocks_ref: Ref, n_visible_ref: Ref, q_ref: Ref,
     w_ref: Ref, k_hbm: Ref, *refs: Ref, keys_vmem: Ref, sems: Ref, scale_vmem: Ref = None, **scratch: Ref
 ) -> None:  # fmt: skip
-    scale_hbm, outs = split_outputs(refs, plan.has_images)
+    scale_hbm, outs = split_outputs(refs, plan.has_sort_keys)
     pairs = [(k_hbm, keys_vmem), *((scale, scale_vmem) for scale in scale_hbm)]
     source = refine_source.ring(plan.place, plan.slots, plan.per_block, places_smem, n_kept_smem, pairs, sems)
     refine_tile(plan, source, n_steps_smem, blocks_ref, n_visible_ref, q_ref, w_ref, outs, **scratch)
@@ -112,8 +119,8 @@ def refine_tile(
     *,
     w_vmem: Ref,
     partial_vmem: Ref,
-    images_vmem: Ref,
-    cuts_vmem: Ref,
+    sort_keys_vmem: Ref,
+    thresholds_vmem: Ref,
     table_vmem: Ref,
     chosen_vmem: Ref,
 ) -> None:
@@ -123,7 +130,7 @@ def refine_tile(
         n_steps_smem: [all tiles * eights] int32, steps that each eight needs.
         blocks_ref: [tile_t // 8, 8, m] int32; n_visible_ref: [tile_t // 8, 8, 1] int32, candidates of each query.
         q_ref: [tile_t, H, D]; w_ref: [tile_t, H].
-        outs: [tile_t // 8, 8, topk padded] int32, positions, ascending, then -1; maybe their images. Or one mask,
+        outs: [tile_t // 8, 8, topk padded] int32, positions, ascending, then -1; maybe their sort keys. Or one mask,
             [tile_t, groups, LANES] float32, of the candidates as they lie in the list.
         w_vmem: [tile_t, H, LANES]; partial_vmem: [columns / LANES * 64, LANES]; the others as in `topk_body.select`.
     """
@@ -131,7 +138,7 @@ def refine_tile(
     first = ((b * pl.num_programs(0) + core) * plan.tiles + t) * plan.eights
     n_steps = [n_steps_smem[first + e] for e in range(plan.eights)]
     spread_weights(w_ref, w_vmem)
-    fill(images_vmem, splat(n_visible_ref))
+    fill(sort_keys_vmem, splat(n_visible_ref))
 
     def following(step: Step) -> Step:
         """The next step of the eight, or the first of the next eight that has one."""
@@ -151,18 +158,18 @@ def refine_tile(
         after = following(step)
         pl.when(turn + 1 < total)(lambda: source.start(after))
         source.wait(step)
-        score_step(plan, source, step, n_visible_ref, q_ref, w_vmem, partial_vmem, images_vmem)
+        score_step(plan, source, step, n_visible_ref, q_ref, w_vmem, partial_vmem, sort_keys_vmem)
         return after.eight, after.i
 
     lax.fori_loop(0, total, one_step, (step.eight, step.i))
     if plan.is_masked:
-        cuts_vmem[...] = topk_body.find_exact_cuts(images_vmem, splat(n_visible_ref), plan.topk)
-        write_mask(images_vmem, cuts_vmem, outs[0])
+        thresholds_vmem[...] = topk_body.find_exact_thresholds(sort_keys_vmem, splat(n_visible_ref), plan.topk)
+        write_mask(sort_keys_vmem, thresholds_vmem, outs[0])
         return
-    topk_body.select(images_vmem, splat(n_visible_ref), plan.topk, cuts_vmem, table_vmem, chosen_vmem)
+    topk_body.select(sort_keys_vmem, splat(n_visible_ref), plan.topk, thresholds_vmem, table_vmem, chosen_vmem)
     write_positions(plan, blocks_ref, chosen_vmem, outs[0])
-    for images_ref in outs[1:]:
-        write_images(images_vmem, chosen_vmem, images_ref)
+    for sort_keys_ref in outs[1:]:
+        write_sort_keys(sort_keys_vmem, chosen_vmem, sort_keys_ref)
 
 
 def score_step(
@@ -173,9 +180,9 @@ def score_step(
     q_ref: Ref,
     w_vmem: Ref,
     partial_vmem: Ref,
-    images_vmem: Ref,
+    sort_keys_vmem: Ref,
 ) -> None:
-    """Images of `columns` candidates of eight lists."""
+    """Sort keys of `columns` candidates of eight lists."""
     W, lanes, transposed = plan.blocks_per_product, plan.blocks_per_product * plan.block_size, plan.is_transposed
     for s in range(0, plan.slots, W):
         for r in range(ROWS):
@@ -199,17 +206,17 @@ def score_step(
         n_visible = n_visible_ref[step.eight]
     n_visible = jnp.broadcast_to(n_visible, (ROWS, LANES))
     for c in range(0, plan.columns, LANES):
-        image = images_of_rows(partial_vmem, c // LANES * ROWS * ROWS)
+        sort_key = sort_keys_of_rows(partial_vmem, c // LANES * ROWS * ROWS)
         if plan.keep_first or plan.keep_last:
             is_forced = (column + c < plan.keep_first) | (column + c >= n_visible - plan.keep_last)
-            image = jnp.where(is_forced, FORCED, image)
-        image = jnp.where(column + c < n_visible, image, INVISIBLE)
+            sort_key = jnp.where(is_forced, FORCED, sort_key)
+        sort_key = jnp.where(column + c < n_visible, sort_key, INVISIBLE)
         group = lax.div(step.i * plan.columns + c, LANES)
         if plan.is_split:
             tile, sublane = lax.div(step.eight, ROWS), lax.rem(step.eight, ROWS)
-            images_vmem[tile, pl.ds(group * ROWS + sublane, ROWS, stride=groups_per_list * ROWS)] = image
+            sort_keys_vmem[tile, pl.ds(group * ROWS + sublane, ROWS, stride=groups_per_list * ROWS)] = sort_key
         else:
-            images_vmem[step.eight, pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)] = image
+            sort_keys_vmem[step.eight, pl.ds(pl.multiple_of(group * ROWS, ROWS), ROWS)] = sort_key
 
 
 def write_positions(plan: Plan, blocks_ref: Ref, chosen_vmem: Ref, o_ref: Ref) -> None:
@@ -231,17 +238,17 @@ def write_positions(plan: Plan, blocks_ref: Ref, chosen_vmem: Ref, o_ref: Ref) -
     lax.fori_loop(0, o_ref.shape[0], one_tile, None)
 
 
-def write_mask(images_vmem: Ref, cuts_vmem: Ref, o_ref: Ref) -> None:
-    """1.0 where an image reaches the cut of its row: [tile_t, groups, LANES]."""
+def write_mask(sort_keys_vmem: Ref, thresholds_vmem: Ref, o_ref: Ref) -> None:
+    """1.0 where an sort key reaches the threshold of its row: [tile_t, groups, LANES]."""
     groups = o_ref.shape[1]
 
     def one_tile(tile: Array, _: None) -> None:
         for row in range(ROWS):
-            cut = jnp.broadcast_to(cuts_vmem[tile, row : row + 1], (ROWS, LANES))
+            threshold = jnp.broadcast_to(thresholds_vmem[tile, row : row + 1], (ROWS, LANES))
             for first in range(0, groups, ROWS):
                 # Eight groups of one row are one strided load.
-                image = images_vmem[tile, pl.ds(first * ROWS + row, ROWS, stride=ROWS)]
+                sort_key = sort_keys_vmem[tile, pl.ds(first * ROWS + row, ROWS, stride=ROWS)]
                 some = min(ROWS, groups - first)
-                o_ref[tile * ROWS + row, first : first + some] = jnp.where(image >= cut, 1.0, 0.0)[:some]
+                o_ref[tile * ROWS + row, first : first + some] = jnp.where(sort_key >= threshold, 1.0, 0.0)[:some]
 
-    lax.fori_loop(0, images_vmem.shape[0], one_tile, None)
+    lax.fori_loop(0, sort_keys_vmem.shape[0], one_tile, None)

@@ -7,11 +7,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.mosaic_tpu import fetch
-from kernels_pallas.mosaic_tpu.config import GROUP, ROWS
-from kernels_pallas.mosaic_tpu.fetch import CopyGroup
-from kernels_pallas.mosaic_tpu.tiles import row_of
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.mosaic_tpu import fetch
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, ROWS
+from hisa_jax.kernels_pallas.mosaic_tpu.fetch import CopyGroup
+from hisa_jax.kernels_pallas.mosaic_tpu.tiles import row_of
+from hisa_jax.kernels_pallas.types import Ref
 
 
 @dataclasses.dataclass(frozen=True)

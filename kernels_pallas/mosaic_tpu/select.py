@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas.mosaic_tpu import block_filter as block_filter_stage
-from kernels_pallas.mosaic_tpu import decode
-from kernels_pallas.mosaic_tpu import pool as pool_stage
-from kernels_pallas.mosaic_tpu import refine as refine_stage
-from kernels_pallas.mosaic_tpu.config import ROWS, Chip
-from kernels_pallas.types import Interpret
+from hisa_jax.kernels_pallas.mosaic_tpu import block_filter as block_filter_stage
+from hisa_jax.kernels_pallas.mosaic_tpu import decode
+from hisa_jax.kernels_pallas.mosaic_tpu import pool as pool_stage
+from hisa_jax.kernels_pallas.mosaic_tpu import refine as refine_stage
+from hisa_jax.kernels_pallas.mosaic_tpu.config import ROWS, Chip
+from hisa_jax.kernels_pallas.types import Interpret
 
 
 def hisa(

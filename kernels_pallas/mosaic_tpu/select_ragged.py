@@ -10,12 +10,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.mosaic_tpu import block_filter as block_filter_stage
-from kernels_pallas.mosaic_tpu import decode, flat, pool, refine
-from kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS, Chip
-from kernels_pallas.mosaic_tpu.ragged import Ragged, either, few_rows
-from kernels_pallas.mosaic_tpu.select import candidates
-from kernels_pallas.types import Interpret
+from hisa_jax.kernels_pallas.mosaic_tpu import block_filter as block_filter_stage
+from hisa_jax.kernels_pallas.mosaic_tpu import decode, flat, pool, refine
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS, Chip
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged, either, few_rows
+from hisa_jax.kernels_pallas.mosaic_tpu.select import candidates
+from hisa_jax.kernels_pallas.types import Interpret
 
 _WIDE = 16  # queries of a sequence from which tiles of 32 are worth their padding
 _CHUNK = 2048  # keys that are moved at a time

@@ -18,13 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from kernels_pallas.bits import in_32_bits
-from kernels_pallas.image import FORCED, INVISIBLE
-from kernels_pallas.mosaic_tpu import config as chips
-from kernels_pallas.mosaic_tpu.config import LANES
-from kernels_pallas.mosaic_tpu.sparse_mla_body import WINDOW, Plan, listed_body, masked_body
-from kernels_pallas.mosaic_tpu.topk import topk
-from kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.bits import in_32_bits
+from hisa_jax.kernels_pallas.mosaic_tpu import config as chips
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES
+from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla_body import WINDOW, Plan, listed_body, masked_body
+from hisa_jax.kernels_pallas.mosaic_tpu.topk import topk
+from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
+from hisa_jax.kernels_pallas.types import Interpret, Ref
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

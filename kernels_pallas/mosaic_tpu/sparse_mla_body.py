@@ -14,9 +14,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.bits import is_any
-from kernels_pallas.mosaic_tpu.config import LANES, ROWS
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.bits import is_any
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from hisa_jax.kernels_pallas.types import Ref
 
 _LOWEST = -1e30  # instead of -inf, so that differences stay numbers
 WINDOW = LANES + ROWS  # list entries that hold a run, from a multiple of eight on

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.image import INVISIBLE, image_of
-from kernels_pallas.mosaic_tpu.config import LANES, ROWS
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
+from hisa_jax.kernels_pallas.types import Ref
 
 
 def spread_weights(w_ref: Ref, w_vmem: Ref) -> None:
@@ -45,12 +45,12 @@ def sum_to_sublanes(x: Array, w: Array) -> Array:
     return jnp.sum((x * w).reshape(-1, ROWS, LANES), axis=0)
 
 
-def images_of_rows(partial_vmem: Ref, first: int) -> Array:
-    """The images [8, LANES] of eight queries, whose partial sums are `partial_vmem`'s rows from `first` on."""
+def sort_keys_of_rows(partial_vmem: Ref, first: int) -> Array:
+    """The sort keys [8, LANES] of eight queries, whose partial sums are `partial_vmem`'s rows from `first` on."""
     total = partial_vmem[pl.ds(first, ROWS, stride=ROWS)]
     for i in range(1, ROWS):
         total = total + partial_vmem[pl.ds(first + i, ROWS, stride=ROWS)]
-    return image_of(total)
+    return sort_key_of(total)
 
 
 def splat(column_ref: Ref) -> Array:
@@ -58,13 +58,13 @@ def splat(column_ref: Ref) -> Array:
     return jnp.broadcast_to(column_ref[...], (*column_ref.shape[:2], LANES))
 
 
-def fill(images_vmem: Ref, visible: Array) -> None:
-    """Images before any is scored: what is visible and never scored is chosen whatever it is."""
-    tiles, sublanes, _ = images_vmem.shape
+def fill(sort_keys_vmem: Ref, visible: Array) -> None:
+    """Sort keys before any is scored: what is visible and never scored is chosen whatever it is."""
+    tiles, sublanes, _ = sort_keys_vmem.shape
     lane = lax.broadcasted_iota(jnp.int32, (tiles, ROWS, LANES), 2)
 
     def one_group(i: Array, _: None) -> None:
-        image = jnp.where(i * LANES + lane < visible, 0, INVISIBLE)
-        images_vmem[:, pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS)] = image
+        sort_key = jnp.where(i * LANES + lane < visible, 0, INVISIBLE)
+        sort_keys_vmem[:, pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS)] = sort_key
 
     lax.fori_loop(0, sublanes // ROWS, one_group, None)

@@ -1,8 +1,8 @@
-"""Exact top-k of rows of score images, ascending: the kernel by itself.
+"""Exact top-k of rows of score sort keys, ascending: the kernel by itself.
     o[t] = the columns of the k largest x[t], in column order, then -1; the lowest columns win ties
 
 Floor, 4096 rows of 8192 on v5e: HBM 168 MB / 819 GB/s = 0.2 ms. Bound by the vector slots: about nine passes over a row
-to find its cut (compare, select, add: 6 cycles a pass and row), then the ordered output (`topk_body.py`).
+to find its threshold (compare, select, add: 6 cycles a pass and row), then the ordered output (`topk_body.py`).
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.image import INVISIBLE
-from kernels_pallas.mosaic_tpu import topk_body
-from kernels_pallas.mosaic_tpu.config import LANES, ROWS
-from kernels_pallas.mosaic_tpu.topk_body import SLOTS
-from kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.mosaic_tpu import topk_body
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE
+from hisa_jax.kernels_pallas.types import Interpret, Ref
 
 MAX_K = 16384
 
@@ -66,10 +66,10 @@ def from_tiles(x: Array) -> Array:
 def topk(
     x: Array, n: Array, k: int, *, config: Config | None = None, interpret: Interpret = False
 ) -> tuple[Array, Array]:
-    """[T, W] int32 images, [T] int32 -> [T, k] int32, [T] int32 count.
+    """[T, W] int32 sort keys, [T] int32 -> [T, k] int32, [T] int32 count.
 
     Args:
-        n: how many images of each row are not `INVISIBLE`.
+        n: how many sort keys of each row are not `INVISIBLE`.
     """
     T, W = x.shape
     groups, slots = padded_groups(W), -(-k // SLOTS) * SLOTS
@@ -99,6 +99,6 @@ def topk(
     return from_tiles(out)[:T, :k], jnp.minimum(n.reshape(-1)[:T], k)
 
 
-def _kernel(x_ref: Ref, n_ref: Ref, o_ref: Ref, cuts_ref: Ref, table_ref: Ref, *, k: int) -> None:
-    n = jnp.broadcast_to(n_ref[...], cuts_ref.shape)
-    topk_body.select(x_ref, n, k, cuts_ref, table_ref, o_ref)
+def _kernel(x_ref: Ref, n_ref: Ref, o_ref: Ref, thresholds_ref: Ref, table_ref: Ref, *, k: int) -> None:
+    n = jnp.broadcast_to(n_ref[...], thresholds_ref.shape)
+    topk_body.select(x_ref, n, k, thresholds_ref, table_ref, o_ref)

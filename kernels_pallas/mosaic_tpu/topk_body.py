@@ -1,13 +1,13 @@
-"""Exact top-k of rows of images that lie in VMEM: functions for the inside of any kernel.
+"""Exact top-k of rows of sort keys that lie in VMEM: functions for the inside of any kernel.
 
-Images lie as [tiles, G * 8, 128]: a tile is 8 rows, a group 128 candidates, and sublane 8 g + r holds group g of row r,
-so that one vector register holds a group of a tile. That is the memory order of a [rows, candidates] array. The three
-steps of a selection:
+Sort keys lie as [tiles, G * 8, 128]: a tile is 8 rows, a group 128 candidates, and sublane 8 g + r holds group g of
+row r, so that one vector register holds a group of a tile. That is the memory order of a [rows, candidates] array.
+The three steps of a selection:
 
-1. `find_cuts`: the cut of each row, all rows side by side, by counting how many images reach a guess.
-2. `drop_late_ties`: where more than k reach the cut, the late ones of those at the cut are made `INVISIBLE`.
-3. `chosen_columns`: the columns whose image reaches the cut, ascending. A TPU has no scatter, so every output slot
-   finds its own column. One matrix product turns 128 comparisons into four words of 32 bits, their partial counts
+1. `find_thresholds`: the threshold of each row, all rows side by side, by counting how many sort keys reach a guess.
+2. `drop_late_ties`: where more than k reach the threshold, the late ones at the threshold are made `INVISIBLE`.
+3. `chosen_columns`: the columns whose sort key reaches the threshold, ascending. A TPU has no scatter, so every output
+   slot finds its own column. One matrix product turns 128 comparisons into four words of 32 bits, their partial counts
    and the group's total, with a row's groups along the lanes; a second one adds up the totals. A slot then searches
    the totals for its group (lane gathers), the partial counts for its word, and the word for its bit.
 """
@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.bits import is_any, quotient
-from kernels_pallas.image import FORCED, INVISIBLE, narrow_search
-from kernels_pallas.mosaic_tpu.config import LANES, ROWS
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.bits import is_any, quotient
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, narrow_search
+from hisa_jax.kernels_pallas.types import Ref
 
 SLOTS = ROWS * LANES  # output slots that one vector register holds
 _WORDS, _COUNTS, _TOTALS, _STARTS = 0, 4, 5, 6  # rows of the tables; four rows of words
@@ -30,55 +30,55 @@ _GATHER = lax.GatherDimensionNumbers((), (1,), (1,), operand_batching_dims=(0,),
 
 
 def select(
-    images_ref: Ref,
+    sort_keys_ref: Ref,
     n: Array,
     k: int,
-    cuts_ref: Ref,
+    thresholds_ref: Ref,
     table_ref: Ref,
     out_ref: Ref,
     groups: Array | int | None = None,
 ) -> None:
-    """The columns of the k largest images of every row, ascending, then -1; the lowest columns win ties.
+    """The columns of the k largest sort keys of every row, ascending, then -1; the lowest columns win ties.
 
     Args:
-        images_ref: [tiles, G * 8, 128] int32; changed where there are ties.
-        n: [tiles, 8, 128] int32, images of each row that are not `INVISIBLE`, the same along the lanes.
-        cuts_ref: scratch, [tiles, 8, 128] int32; `table_ref`: scratch, int32, of `table_shape(G)`.
-        out_ref: [tiles, K // 16, 128] int32, K a multiple of 1024, as the images lie.
+        sort_keys_ref: [tiles, G * 8, 128] int32; changed where there are ties.
+        n: [tiles, 8, 128] int32, sort keys of each row that are not `INVISIBLE`, the same along the lanes.
+        thresholds_ref: scratch, [tiles, 8, 128] int32; `table_ref`: scratch, int32, of `table_shape(G)`.
+        out_ref: [tiles, K // 16, 128] int32, K a multiple of 1024, as the sort keys lie.
         groups: only so many groups are looked at, the first; a multiple of min(G, 128). All if None.
     """
-    cuts_ref[...] = find_exact_cuts(images_ref, n, k, groups)
+    thresholds_ref[...] = find_exact_thresholds(sort_keys_ref, n, k, groups)
 
     def one_tile(tile, _):
-        chosen_columns(images_ref, tile, cuts_ref, table_ref, out_ref.at[tile], groups=groups)
+        chosen_columns(sort_keys_ref, tile, thresholds_ref, table_ref, out_ref.at[tile], groups=groups)
         return _
 
-    lax.fori_loop(0, images_ref.shape[0], one_tile, None)
+    lax.fori_loop(0, sort_keys_ref.shape[0], one_tile, None)
 
 
-def find_exact_cuts(images_ref: Ref, n: Array, k: int, groups: Array | int | None = None) -> Array:
-    """`find_cuts` and `drop_late_ties`: afterwards min(n, k) images of each row reach its cut."""
-    groups = _n_groups(images_ref) if groups is None else groups
-    cuts, reached = find_cuts(images_ref, n, k, groups)
-    drop_late_ties(images_ref, cuts, reached, k, groups)
-    return cuts
+def find_exact_thresholds(sort_keys_ref: Ref, n: Array, k: int, groups: Array | int | None = None) -> Array:
+    """`find_thresholds` and `drop_late_ties`: afterwards min(n, k) sort keys of each row reach its threshold."""
+    groups = _n_groups(sort_keys_ref) if groups is None else groups
+    thresholds, reached = find_thresholds(sort_keys_ref, n, k, groups)
+    drop_late_ties(sort_keys_ref, thresholds, reached, k, groups)
+    return thresholds
 
 
-def find_cuts(images_ref: Ref, n: Array, k: int, groups: Array | int) -> tuple[Array, Array]:
-    """The cut of each row: the k largest images reach it, or more if there are ties.
+def find_thresholds(sort_keys_ref: Ref, n: Array, k: int, groups: Array | int) -> tuple[Array, Array]:
+    """The threshold of each row: the k largest sort keys reach it, or more if there are ties.
 
     Args:
-        images_ref: [tiles, G * 8, 128] int32.
-        n: [tiles, 8, 128] int32, images of each row that are not `INVISIBLE`, the same along the lanes.
+        sort_keys_ref: [tiles, G * 8, 128] int32.
+        n: [tiles, 8, 128] int32, sort keys of each row that are not `INVISIBLE`, the same along the lanes.
 
-    Returns: the cuts and how many images reach them, [tiles, 8, 128] int32, the same along the lanes.
+    Returns: the thresholds and how many sort keys reach them, [tiles, 8, 128] int32, the same along the lanes.
     """
 
     def over_groups(step: Callable, start: tuple, registers: int) -> tuple:
-        unroll = _unroll(images_ref, registers)
+        unroll = _unroll(sort_keys_ref, registers)
 
         def some(i, carry):
-            return step(carry, _load_groups(images_ref, i, unroll))
+            return step(carry, _load_groups(sort_keys_ref, i, unroll))
 
         return lax.fori_loop(0, quotient(groups, unroll), some, start)
 
@@ -87,9 +87,9 @@ def find_cuts(images_ref: Ref, n: Array, k: int, groups: Array | int) -> tuple[A
         seen = jnp.where(x == INVISIBLE, FORCED, x)
         return jnp.minimum(least, jnp.min(seen, axis=1)), jnp.maximum(greatest, jnp.max(x, axis=1))
 
-    def count_at_least(cut):
+    def count_at_least(threshold):
         def some(carry, x):
-            return (carry[0] + jnp.sum(jnp.where(x >= cut[:, None], 1.0, 0.0), axis=1),)
+            return (carry[0] + jnp.sum(jnp.where(x >= threshold[:, None], 1.0, 0.0), axis=1),)
 
         total = over_groups(some, (jnp.zeros(n.shape, jnp.float32),), registers=128)[0]
         return _along_lanes(jnp.sum, total).astype(jnp.int32)
@@ -117,25 +117,25 @@ def find_cuts(images_ref: Ref, n: Array, k: int, groups: Array | int) -> tuple[A
     return low, n_low
 
 
-def drop_late_ties(images_ref: Ref, cuts: Array, reached: Array, k: int, groups: Array | int) -> None:
-    """Makes `INVISIBLE` what reaches the cut but comes after the k-th: the late ones of those equal to it."""
+def drop_late_ties(sort_keys_ref: Ref, thresholds: Array, reached: Array, k: int, groups: Array | int) -> None:
+    """Makes `INVISIBLE` what reaches the threshold but comes after the k-th: the late ones of those equal to it."""
 
     @pl.when(is_any(reached > k))
     def _some_row_has_ties():
-        unroll = _unroll(images_ref, 32)
+        unroll = _unroll(sort_keys_ref, 32)
 
         def columns(i):
-            return _columns(images_ref.shape[0], unroll, i * unroll)
+            return _columns(sort_keys_ref.shape[0], unroll, i * unroll)
 
         def chosen_before(limit):
             def some(i, total):
-                x = _load_groups(images_ref, i, unroll)
-                cut = cuts[:, None]
-                chosen = (x > cut) | ((x == cut) & (columns(i) < limit[:, None]))
+                x = _load_groups(sort_keys_ref, i, unroll)
+                threshold = thresholds[:, None]
+                chosen = (x > threshold) | ((x == threshold) & (columns(i) < limit[:, None]))
                 return total + jnp.sum(jnp.where(chosen, 1.0, 0.0), axis=1)
 
             return _along_lanes(
-                jnp.sum, lax.fori_loop(0, quotient(groups, unroll), some, jnp.zeros(cuts.shape, jnp.float32))
+                jnp.sum, lax.fori_loop(0, quotient(groups, unroll), some, jnp.zeros(thresholds.shape, jnp.float32))
             )
 
         def halve(_, bounds):
@@ -144,15 +144,15 @@ def drop_late_ties(images_ref: Ref, cuts: Array, reached: Array, k: int, groups:
             enough = chosen_before(middle) >= k
             return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-        n = _n_groups(images_ref) * LANES
-        whole = (jnp.zeros_like(cuts), jnp.full(cuts.shape, n, jnp.int32))
+        n = _n_groups(sort_keys_ref) * LANES
+        whole = (jnp.zeros_like(thresholds), jnp.full(thresholds.shape, n, jnp.int32))
         limit = lax.fori_loop(0, n.bit_length(), halve, whole)[1]
 
         def drop(i, _):
-            x = _load_groups(images_ref, i, unroll)
-            late = (x == cuts[:, None]) & (columns(i) >= limit[:, None]) & (reached[:, None] > k)
+            x = _load_groups(sort_keys_ref, i, unroll)
+            late = (x == thresholds[:, None]) & (columns(i) >= limit[:, None]) & (reached[:, None] > k)
             kept = jnp.where(late, INVISIBLE, x).reshape(x.shape[0], -1, LANES)
-            images_ref[:, pl.ds(i * unroll * ROWS, unroll * ROWS)] = kept
+            sort_keys_ref[:, pl.ds(i * unroll * ROWS, unroll * ROWS)] = kept
             return _
 
         lax.fori_loop(0, quotient(groups, unroll), drop, None)
@@ -179,25 +179,25 @@ def table_shape(n_groups: int) -> tuple[int, int, int]:
 
 
 def chosen_columns(
-    images_ref: Ref,
+    sort_keys_ref: Ref,
     tile: Array | int,
-    cuts_ref: Ref,
+    thresholds_ref: Ref,
     table_ref: Ref,
     out_ref: Ref,
     position_of: Callable[[int, Array], Array] | None = None,
     groups: Array | int | None = None,
 ) -> None:
-    """Writes the columns of a tile's images that reach the cut, ascending, then -1.
+    """Writes the columns of a tile's sort keys that reach the threshold, ascending, then -1.
 
     Args:
-        images_ref: [tiles, G * 8, 128] int32; G = 8, 16, 32, 64 or a multiple of 128.
-        cuts_ref: [tiles, 8, 128] int32, the same along the lanes, above `INVISIBLE`.
+        sort_keys_ref: [tiles, G * 8, 128] int32; G = 8, 16, 32, 64 or a multiple of 128.
+        thresholds_ref: [tiles, 8, 128] int32, the same along the lanes, above `INVISIBLE`.
         table_ref: scratch, int32, of `table_shape(G)`.
-        out_ref: [K // 16, 128] int32, as the images lie; K a multiple of 1024, and no row has more than K images that
-            reach its cut.
+        out_ref: [K // 16, 128] int32, as the sort keys lie; K a multiple of 1024, and no row has more than K sort keys
+            that reach its threshold.
         position_of: (row, columns [8, 128]) -> what to write for them; the columns themselves if None.
     """
-    n_groups = _n_groups(images_ref)
+    n_groups = _n_groups(sort_keys_ref)
     span = _span(n_groups)
     registers = out_ref.shape[0] * LANES // (ROWS * SLOTS)
 
@@ -214,7 +214,7 @@ def chosen_columns(
                 out_ref[place, :] = jnp.where((slot >= 0) & inside, column, out_ref[place, :])
 
     def one_span(i, before):
-        totals = _write_tables(images_ref, tile, i * span, span, cuts_ref, table_ref)
+        totals = _write_tables(sort_keys_ref, tile, i * span, span, thresholds_ref, table_ref)
         after = tuple(a + b for a, b in zip(before, totals, strict=True))
         if span == n_groups:
             for register in range(registers):
@@ -236,17 +236,17 @@ def chosen_columns(
 
 
 def _write_tables(
-    images_ref: Ref, tile: Array | int, first: Array | int, span: int, cuts_ref: Ref, table_ref: Ref
+    sort_keys_ref: Ref, tile: Array | int, first: Array | int, span: int, thresholds_ref: Ref, table_ref: Ref
 ) -> list[Array]:
     """Tables of `span` groups from the `first` on; returns how many are chosen in each row, [8, 128] splats."""
     chosen, totals = [], []
     for row in range(ROWS):
-        cut = jnp.broadcast_to(cuts_ref[tile, row : row + 1], (ROWS, LANES))
+        threshold = jnp.broadcast_to(thresholds_ref[tile, row : row + 1], (ROWS, LANES))
         total = jnp.zeros((ROWS, LANES), jnp.float32)
         for group in range(0, span, ROWS):
             # Eight groups of one row are one strided load.
-            x = images_ref[tile, pl.ds((first + group) * ROWS + row, ROWS, stride=ROWS)]
-            x = jnp.where(x >= cut, 1.0, 0.0)
+            x = sort_keys_ref[tile, pl.ds((first + group) * ROWS + row, ROWS, stride=ROWS)]
+            x = jnp.where(x >= threshold, 1.0, 0.0)
             chosen.append(x)
             total += x
         totals.append(_splat_sum(total))
@@ -269,7 +269,7 @@ def _write_tables(
 
 
 def _column_of_slot(slot: Array, row: int, span: int, table_ref: Ref) -> Array:
-    """[8, 128] -> [8, 128]: the column, within the span, of a row's chosen image number `slot`."""
+    """[8, 128] -> [8, 128]: the column, within the span, of a row's chosen sort key number `slot`."""
     lane = row * span % LANES
     table = table_ref.at[row * span // LANES]
 
@@ -328,20 +328,20 @@ def _before(span: int) -> Array:
     return jnp.where((i < j) & (lax.div(i, span) == lax.div(j, span)), 1.0, 0.0).astype(jnp.bfloat16)
 
 
-def _unroll(images_ref: Ref, registers: int) -> int:
+def _unroll(sort_keys_ref: Ref, registers: int) -> int:
     """Groups a step of a loop, a power of two, so that it works on about so many registers."""
-    groups = 1 << ((registers // images_ref.shape[0]).bit_length() - 1)
-    return min(max(groups, 8), _span(_n_groups(images_ref)))
+    groups = 1 << ((registers // sort_keys_ref.shape[0]).bit_length() - 1)
+    return min(max(groups, 8), _span(_n_groups(sort_keys_ref)))
 
 
-def _n_groups(images_ref: Ref) -> int:
-    return images_ref.shape[1] // ROWS
+def _n_groups(sort_keys_ref: Ref) -> int:
+    return sort_keys_ref.shape[1] // ROWS
 
 
-def _load_groups(images_ref: Ref, i: Array, n: int) -> Array:
+def _load_groups(sort_keys_ref: Ref, i: Array, n: int) -> Array:
     """[tiles, n, 8, 128]: groups i * n and on."""
-    tiles = images_ref.shape[0]
-    return images_ref[:, pl.ds(i * n * ROWS, n * ROWS)].reshape(tiles, n, ROWS, LANES)
+    tiles = sort_keys_ref.shape[0]
+    return sort_keys_ref[:, pl.ds(i * n * ROWS, n * ROWS)].reshape(tiles, n, ROWS, LANES)
 
 
 def _span(n_groups: int) -> int:

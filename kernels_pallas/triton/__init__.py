@@ -5,10 +5,10 @@ JAX has deprecated this lowering (it warns when such a kernel is compiled), so i
 
 from jax.typing import DTypeLike
 
-from kernels_pallas.indexer import Indexer
-from kernels_pallas.triton import capability, refine, stages
-from kernels_pallas.triton.topk import MAX_WIDTH
-from kernels_pallas.triton.topk import why_not as why_not_width
+from hisa_jax.kernels_pallas.indexer import Indexer
+from hisa_jax.kernels_pallas.triton import capability, refine, stages
+from hisa_jax.kernels_pallas.triton.topk import MAX_WIDTH
+from hisa_jax.kernels_pallas.triton.topk import why_not as why_not_width
 
 __all__ = [
     "select_blocks",

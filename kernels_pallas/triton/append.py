@@ -15,11 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-from kernels_pallas.bits import in_32_bits
-from kernels_pallas.triton import capability
-from kernels_pallas.triton.append_body import append_body
-from kernels_pallas.triton.pool import is_addressable
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.bits import in_32_bits
+from hisa_jax.kernels_pallas.triton import capability
+from hisa_jax.kernels_pallas.triton.append_body import append_body
+from hisa_jax.kernels_pallas.triton.pool import is_addressable
+from hisa_jax.kernels_pallas.types import Ref
 
 _MAX_REQUESTS = 4096
 _MIN_PAGE, _MAX_D = 16, 512

@@ -16,12 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-from kernels_pallas.pages import TILED_BLOCKS, PageSums
-from kernels_pallas.triton.page_means_body import page_scores_body, pool_pages_body
-from kernels_pallas.triton.pool import parts_of
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.pages import TILED_BLOCKS, PageSums
+from hisa_jax.kernels_pallas.triton.page_means_body import page_scores_body, pool_pages_body
+from hisa_jax.kernels_pallas.triton.pool import parts_of
+from hisa_jax.kernels_pallas.types import Ref
 
-_COLUMNS = 512  # wide rows of images are read in whole steps of so many
+_COLUMNS = 512  # wide rows of sort keys are read in whole steps of so many
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def page_scores(
     config: Config | None = None,
     interpret: bool = False,
 ) -> Array:
-    """[T, H, D], [T, H], [T], [T] -> [T, n_columns padded] int32 images of the scores of block means, as `scores`.
+    """[T, H, D], [T, H], [T], [T] -> [T, n_columns padded] int32 sort keys of the scores of block means, as `scores`.
 
     Args:
         limit: blocks of each query. Columns at or beyond are `INVISIBLE` or, beyond its whole 512, not written.

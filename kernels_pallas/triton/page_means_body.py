@@ -5,10 +5,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.image import FORCED, INVISIBLE, image_of
-from kernels_pallas.triton.pool_body import mean, split
-from kernels_pallas.triton.scores_body import score
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
+from hisa_jax.kernels_pallas.triton.pool_body import mean, split
+from hisa_jax.kernels_pallas.triton.scores_body import score
+from hisa_jax.kernels_pallas.types import Ref
 
 
 def pool_pages_body(
@@ -57,10 +57,10 @@ def page_scores_body(
     def _score():
         means = _means(table_ref, sums_ref, counts_ref, first_block_ref[0] + candidate, per_block, n_pages)
         parts, scale = split(means, n_parts, q_ref.dtype)
-        image = image_of(score(parts, q_ref[...], w_ref[...], scale))
-        image = jnp.where(candidate < keep_first, FORCED, image)
-        image = jnp.where(candidate >= limit - keep_last, FORCED, image)
-        o_ref[pl.ds(column, tile_s)] = jnp.where(candidate < limit, image, INVISIBLE)
+        sort_key = sort_key_of(score(parts, q_ref[...], w_ref[...], scale))
+        sort_key = jnp.where(candidate < keep_first, FORCED, sort_key)
+        sort_key = jnp.where(candidate >= limit - keep_last, FORCED, sort_key)
+        o_ref[pl.ds(column, tile_s)] = jnp.where(candidate < limit, sort_key, INVISIBLE)
 
     @pl.when((column >= limit) & (column < lax.div(limit + (step - 1), jnp.int32(step)) * step))
     def _fill():

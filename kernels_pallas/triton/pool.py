@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-from kernels_pallas.triton.pool_body import pool_body
+from hisa_jax.kernels_pallas.triton.pool_body import pool_body
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

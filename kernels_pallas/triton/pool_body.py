@@ -5,8 +5,8 @@ from jax import Array, lax
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-from kernels_pallas.triton.tree import sum_rows
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.triton.tree import sum_rows
+from hisa_jax.kernels_pallas.types import Ref
 
 _E4M3_MAX = 448.0
 

@@ -1,7 +1,7 @@
-"""Images of the token scores in the kept blocks of each query; `topk` follows.
-    x[t, j * block_size + i] = image(k_scale[s] * sum_h w[t, h] * relu(q[t, h] . k[s])), s that token of block_ids[t, j]
+"""Sort keys of the token scores in the kept blocks of each query; `topk` follows.
+    x[t, j * block_size + i] = sort_key(k_scale[s] * sum_h w[t, h] * relu(q[t, h] . k[s])), s token i of block_ids[t, j]
 
-Floor, 4096 queries of dsv32, m = 64, in bfloat16 on an H200: 550 GFLOP / 990 TFLOP/s = 0.56 ms, and 134 MB of images
+Floor, 4096 queries of dsv32, m = 64, in bfloat16 on an H200: 550 GFLOP / 990 TFLOP/s = 0.56 ms, and 134 MB of sort keys
 written. A program takes `tile_m` blocks of one query, so its heads are loaded once for them.
 """
 
@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-from kernels_pallas.pages import Pages
-from kernels_pallas.triton.pool import check_addressable
-from kernels_pallas.triton.refine_body import refine_body
+from hisa_jax.kernels_pallas.pages import Pages
+from hisa_jax.kernels_pallas.triton.pool import check_addressable
+from hisa_jax.kernels_pallas.triton.refine_body import refine_body
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def refine_scores(
     config: Config,
     interpret: bool = False,
 ) -> Array:
-    """[T, H, D], [T, H], [S, D], [S], [T, m], [T], [T] -> [T, m * block_size] int32 images, as in mosaic_gpu.
+    """[T, H, D], [T, H], [S, D], [S], [T, m], [T], [T] -> [T, m * block_size] int32 sort keys, as in mosaic_gpu.
 
     Args:
         pages: where the rows of all sequences are in k; tiles are at most a page.

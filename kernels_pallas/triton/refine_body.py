@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.image import INVISIBLE, image_of
-from kernels_pallas.triton.scores_body import score
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
+from hisa_jax.kernels_pallas.triton.scores_body import score
+from hisa_jax.kernels_pallas.types import Ref
 
 
 def refine_body(
@@ -43,7 +43,7 @@ def refine_body(
         rows = pl.ds(start, tile_s)
         x = score([k_ref[rows, :]], q, w, scale_ref[0][rows] if scale_ref else None)
         position = jnp.where(block_id < 0, visible, block_id * block_size) + offset + inside
-        o_ref[pl.ds(j * block_size + offset, tile_s)] = jnp.where(position < visible, image_of(x), INVISIBLE)
+        o_ref[pl.ds(j * block_size + offset, tile_s)] = jnp.where(position < visible, sort_key_of(x), INVISIBLE)
         return _
 
     lax.fori_loop(0, jnp.minimum(tile_m, m - first) * per_block, one_tile, None)

@@ -1,5 +1,5 @@
-"""Images of the scores of a run of keys for every query: the flat indexer's scores and, over block means, the filter's.
-    x[t, c] = image(k_scale[c] * sum_h w[t, h] * relu(q[t, h] . sum_p k[c, p]))       float32 sums
+"""Sort keys of the scores of a run of keys for every query: of tokens (flat indexer) or of block means (filter).
+    x[t, c] = sort key(k_scale[c] * sum_h w[t, h] * relu(q[t, h] . sum_p k[c, p]))       float32 sums
 
 Floor, 4096 queries of dsv32 in bfloat16 on an H200: block means of 64K (n = 512) 34 GFLOP / 990 TFLOP/s = 0.035 ms,
 tokens of 64K 4.4 ms. A program keeps a tile of keys and streams `tile_t` queries past it.
@@ -14,9 +14,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.pages import Pages
-from kernels_pallas.triton.pool import check_addressable
-from kernels_pallas.triton.scores_body import scores_body
+from hisa_jax.kernels_pallas.pages import Pages
+from hisa_jax.kernels_pallas.triton.pool import check_addressable
+from hisa_jax.kernels_pallas.triton.scores_body import scores_body
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def scores(
     keep_last: int = 0,
     interpret: bool = False,
 ) -> Array:
-    """[T, H, D], [T, H], [S, parts, D], [S], [T] -> [T, n_columns padded to whole tiles] int32 images.
+    """[T, H, D], [T, H], [S, parts, D], [S], [T] -> [T, n_columns padded to whole tiles] int32 sort keys.
 
     Args:
         limit: candidates of each query. Columns at or beyond are `INVISIBLE` or, beyond its whole tile, not written.

@@ -5,8 +5,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.image import FORCED, INVISIBLE, image_of
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
+from hisa_jax.kernels_pallas.types import Ref
 
 
 def scores_body(
@@ -47,11 +47,11 @@ def scores_body(
 
         @pl.when(first < limit)
         def _score():
-            image = image_of(score(parts, q_ref[t], w_ref[t], scale))
+            sort_key = sort_key_of(score(parts, q_ref[t], w_ref[t], scale))
             if keep_first or keep_last:
-                image = jnp.where(candidate < keep_first, FORCED, image)
-                image = jnp.where(candidate >= limit - keep_last, FORCED, image)
-            o_ref[t, pl.ds(column, tile_s)] = jnp.where(candidate < limit, image, INVISIBLE)
+                sort_key = jnp.where(candidate < keep_first, FORCED, sort_key)
+                sort_key = jnp.where(candidate >= limit - keep_last, FORCED, sort_key)
+            o_ref[t, pl.ds(column, tile_s)] = jnp.where(candidate < limit, sort_key, INVISIBLE)
 
         return _
 

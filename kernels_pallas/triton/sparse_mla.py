@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-from kernels_pallas.bits import in_32_bits
-from kernels_pallas.triton import capability
-from kernels_pallas.triton.sparse_mla_body import sparse_mla_body
-from kernels_pallas.tuning import tuned
+from hisa_jax.kernels_pallas.bits import in_32_bits
+from hisa_jax.kernels_pallas.triton import capability
+from hisa_jax.kernels_pallas.triton.sparse_mla_body import sparse_mla_body
+from hisa_jax.kernels_pallas.tuning import tuned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.types import Ref
 
 _LOG2_E = math.log2(math.e)
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))

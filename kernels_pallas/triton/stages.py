@@ -6,21 +6,21 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from kernels_pallas.image import INVISIBLE
-from kernels_pallas.indexer import Means
-from kernels_pallas.pages import PageMeans, Pages, PageSums
-from kernels_pallas.sequences import Sequences
-from kernels_pallas.triton import refine as refine_stage
-from kernels_pallas.triton import scores as scores_stage
-from kernels_pallas.triton import topk as topk_stage
-from kernels_pallas.triton.page_means import page_scores, pool_pages
-from kernels_pallas.triton.pool import pool
-from kernels_pallas.tuning import tuned
-from kernels_pallas.types import Interpret
+from hisa_jax.kernels_pallas.indexer import Means
+from hisa_jax.kernels_pallas.pages import PageMeans, Pages, PageSums
+from hisa_jax.kernels_pallas.sequences import Sequences
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE
+from hisa_jax.kernels_pallas.triton import refine as refine_stage
+from hisa_jax.kernels_pallas.triton import scores as scores_stage
+from hisa_jax.kernels_pallas.triton import topk as topk_stage
+from hisa_jax.kernels_pallas.triton.page_means import page_scores, pool_pages
+from hisa_jax.kernels_pallas.triton.pool import pool
+from hisa_jax.kernels_pallas.tuning import tuned
+from hisa_jax.kernels_pallas.types import Interpret
 
 __all__ = ["block_filter", "flat", "pool", "pool_pages", "refine"]
 
-_FLAT_WIDTH = 8192  # images that a step of the streaming top-k adds to the best so far, less those
+_FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the best so far, less those
 
 
 def block_filter(
@@ -37,15 +37,15 @@ def block_filter(
 ) -> Array:
     options: Any = dict(n_columns=sequences.max_keys, keep_first=keep_first, keep_last=keep_last, interpret=interpret)
     if isinstance(means, PageSums):
-        images = page_scores(q, w, means, eligible, sequences.key_start_of_queries(q.shape[0]), **options)
+        sort_keys = page_scores(q, w, means, eligible, sequences.key_start_of_queries(q.shape[0]), **options)
     else:
         config = scores_stage.heuristic(q.shape[1])
         tiles = sequences.query_tiles(q.shape[0], config.tile_t, eligible)
         first = jnp.zeros((1,), jnp.int32)
         operands = (means.means, means.scales) if isinstance(means, PageMeans) else means
         rows = means.rows if isinstance(means, PageMeans) else None
-        images = scores_stage.scores(q, w, *operands, eligible, tiles, first, rows, config=config, **options)
-    return topk_stage.topk(images, eligible, block_topk, interpret=interpret)[0]
+        sort_keys = scores_stage.scores(q, w, *operands, eligible, tiles, first, rows, config=config, **options)
+    return topk_stage.topk(sort_keys, eligible, block_topk, interpret=interpret)[0]
 
 
 def refine(
@@ -68,7 +68,7 @@ def refine(
     ) or refine_stage.heuristic(H, block_size)
     if pages is not None:
         config = dataclasses.replace(config, tile_s=min(config.tile_s, pages.size))
-    images = refine_stage.refine_scores(
+    sort_keys = refine_stage.refine_scores(
         q,
         w,
         k,
@@ -82,7 +82,7 @@ def refine(
         interpret=interpret,
     )
     limit = jnp.sum(block_ids >= 0, axis=1, dtype=jnp.int32) * block_size
-    return topk_stage.topk(images, limit, topk, block_ids, block_size, interpret=interpret)
+    return topk_stage.topk(sort_keys, limit, topk, block_ids, block_size, interpret=interpret)
 
 
 def flat(
@@ -103,7 +103,7 @@ def flat(
     tiles = sequences.query_tiles(T, config.tile_t, visible)
     width = next(width for width in (_FLAT_WIDTH, topk_stage.MAX_WIDTH) if width >= 2 * topk)
 
-    def images(first_column: Array, n_columns: int) -> Array:
+    def sort_keys(first_column: Array, n_columns: int) -> Array:
         return scores_stage.scores(
             q,
             w,
@@ -119,13 +119,13 @@ def flat(
         )
 
     if sequences.max_keys <= width:
-        x = images(jnp.zeros((1,), jnp.int32), sequences.max_keys)
+        x = sort_keys(jnp.zeros((1,), jnp.int32), sequences.max_keys)
         return topk_stage.topk(x, visible, topk, interpret=interpret)
     step = (width - topk) // config.tile_s * config.tile_s
 
     def one_tile(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         start = jnp.full((1,), i * step, jnp.int32)
-        return tuple(topk_stage.merge_topk(*best, images(start, step), start, visible, interpret=interpret))
+        return tuple(topk_stage.merge_topk(*best, sort_keys(start, step), start, visible, interpret=interpret))
 
     nothing = jnp.full((T, topk), INVISIBLE, jnp.int32), jnp.full((T, topk), -1, jnp.int32)
     _, positions = lax.fori_loop(0, (jnp.max(visible) + step - 1) // step, one_tile, nothing)

@@ -1,10 +1,10 @@
-"""Exact top-k of rows of score images, ascending: the second half of the refinement and of the block filter.
+"""Exact top-k of rows of score sort keys, ascending: the second half of the refinement and of the block filter.
     o[t] = the columns (or the tokens they stand for) of the k largest x[t, :limit[t]], in column order, then -1
 
 Floor, 4096 rows of 8192 on an H200: HBM 134 MB / 4.3 TB/s = 0.03 ms. A row lives in the registers of one program, so
 memory is read once; what takes the time is counting: each pass over a row is 8192 compares and a sum over the program.
-`find_cut` needs 6 to 9 passes, and one scan of both counts (above the cut, at the cut) packed in an int32 gives
-tie-breaking and slots together.
+`find_threshold` needs 6 to 9 passes, and one scan of both counts (above and at the threshold), packed in an int32,
+gives tie-breaking and slots.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.image import INVISIBLE
-from kernels_pallas.triton.topk_body import merge_topk_body, topk_body
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE
+from hisa_jax.kernels_pallas.triton.topk_body import merge_topk_body, topk_body
 
 __all__ = ["INVISIBLE", "MAX_WIDTH", "Config", "heuristic", "merge_topk", "topk", "why_not"]
 
@@ -39,7 +39,7 @@ def why_not(width: int) -> str | None:
 
 
 def heuristic(width: int) -> Config:
-    """32 images a thread: fewer leave the scan's shuffles exposed, more spill."""
+    """32 sort keys a thread: fewer leave the scan's shuffles exposed, more spill."""
     return Config(num_warps=min(max(pl.next_power_of_2(width) // 1024, 1), 32))
 
 
@@ -53,7 +53,7 @@ def topk(
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
-    """[T, W] int32 images, [T] int32 -> [T, k] int32, [T] int32 count.
+    """[T, W] int32 sort keys, [T] int32 -> [T, k] int32, [T] int32 count.
 
     Args:
         limit: columns from here on are no candidates, whatever they hold.
@@ -92,8 +92,8 @@ def merge_topk(
     """One step of a streaming top-k: the k best of `best` and of a new tile of candidates.
 
     Args:
-        best: [T, k] int32 images of the best so far, `INVISIBLE` in empty slots; `positions`: [T, k], ascending.
-        x: [T, W] int32 images of the tile.
+        best: [T, k] int32 sort keys of the best so far, `INVISIBLE` in empty slots; `positions`: [T, k], ascending.
+        x: [T, W] int32 sort keys of the tile.
         start: [1] int32, the position of the tile's first column, beyond all `positions`.
         limit: [T] int32, candidates of the whole row: columns at or beyond limit - start are none.
 

@@ -5,8 +5,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas.image import FORCED, INVISIBLE, find_cut
-from kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, find_threshold
+from hisa_jax.kernels_pallas.types import Ref
 
 
 def topk_body(x_ref: Ref, limit_ref: Ref, *refs: Ref, k: int, block_size: int) -> None:
@@ -59,22 +59,22 @@ def _load(x_ref: Ref, limit: Array) -> tuple[Array, Array]:
 
 
 def _choose(x: Array, k: int) -> tuple[Array, Array, Array]:
-    """[W] images -> [W] bool, chosen; [W] int32, the slot of each chosen; how many are chosen."""
-    count_at_least = lambda image: jnp.sum((x >= image).astype(jnp.int32))  # noqa: E731
+    """[W] sort keys -> [W] bool, chosen; [W] int32, the slot of each chosen; how many are chosen."""
+    count_at_least = lambda sort_key: jnp.sum((x >= sort_key).astype(jnp.int32))  # noqa: E731
     n = count_at_least(jnp.int32(INVISIBLE + 1))
     lowest = jnp.min(jnp.where(x > INVISIBLE, x, FORCED))
     # An unbounded end would reduce the search to halving.
     highest = jnp.maximum(jnp.max(jnp.where(x == FORCED, INVISIBLE, x)), lowest)
-    cut = find_cut(count_at_least, lowest, highest, n, k)
+    threshold = find_threshold(count_at_least, lowest, highest, n, k)
     visible = x > INVISIBLE
-    above, at_cut = visible & (x > cut), visible & (x == cut)
+    above, at_threshold = visible & (x > threshold), visible & (x == threshold)
     room = k - jnp.sum(above.astype(jnp.int32))
-    # Both running counts in one scan: those above in the high half, those at the cut in the low half.
-    counts = jnp.cumsum(above.astype(jnp.int32) * 65536 + at_cut.astype(jnp.int32))
-    n_above, n_at_cut = counts >> 16, counts & 0xFFFF
-    chosen = above | (at_cut & (n_at_cut <= room))
+    # Both running counts in one scan: those above in the high half, those at the threshold in the low half.
+    counts = jnp.cumsum(above.astype(jnp.int32) * 65536 + at_threshold.astype(jnp.int32))
+    n_above, n_at_threshold = counts >> 16, counts & 0xFFFF
+    chosen = above | (at_threshold & (n_at_threshold <= room))
     # The slot of a column that is not chosen is the next free one: interpret mode writes there, before its owner does.
-    slots = n_above + jnp.minimum(n_at_cut, room) - chosen.astype(jnp.int32)
+    slots = n_above + jnp.minimum(n_at_threshold, room) - chosen.astype(jnp.int32)
     return chosen, slots, jnp.minimum(n, k)
 
 

@@ -1,4 +1,4 @@
-"""The command `python -m models check`: arguments, what it refuses, a progress bar, the report."""
+"""The command `python -m hisa_jax.models check`: arguments, what it refuses, a progress bar, the report."""
 
 import argparse
 import math
@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import hisa_jax as hj
-from models.check import report
-from models.check.measures import Measured, fewest_candidates, measure, methods_to_check, scan_ranks
-from models.check.reading import read, sampled_positions
-from models.config import Config, read_config
-from models.modeling import Model
-from models.params import from_pretrained
-from models.sharding import make_mesh
-from models.tokens import Tokenizer, load_tokenizer
+from hisa_jax.models.check import report
+from hisa_jax.models.check.measures import Measured, fewest_candidates, measure, methods_to_check, scan_ranks
+from hisa_jax.models.check.reading import read, sampled_positions
+from hisa_jax.models.config import Config, read_config
+from hisa_jax.models.modeling import Model
+from hisa_jax.models.params import from_pretrained
+from hisa_jax.models.sharding import make_mesh
+from hisa_jax.models.tokens import Tokenizer, load_tokenizer
 
 Show = Callable[[str, int, int], None]
 _TIMES_TOPK = 64  # context by default: as 128K tokens are to 2048

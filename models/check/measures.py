@@ -11,10 +11,10 @@ import numpy as np
 from jax import Array, lax
 
 import hisa_jax as hj
-from hisa_jax import scan
-from hisa_jax.keys import Contiguous, Keys
-from hisa_jax.stages import Queries
-from models.check.reading import Seen
+from hisa_jax.layout import Contiguous, Keys
+from hisa_jax.models.check.reading import Seen
+from hisa_jax.xla import scan
+from hisa_jax.xla.stages import Queries
 
 FLAT = "flat"
 _SCANS = (1.5, 2.0, 3.0, 4.0)  # candidates, in multiples of topk

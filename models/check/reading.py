@@ -11,11 +11,11 @@ from flax import nnx
 from jax import Array
 
 import hisa_jax as hj
-from models.cache import Cache, contiguous
-from models.dsa import absorb
-from models.layers import rms_norm
-from models.modeling import Model
-from models.rope import rope_table
+from hisa_jax.models.cache import Cache, contiguous
+from hisa_jax.models.dsa import absorb
+from hisa_jax.models.layers import rms_norm
+from hisa_jax.models.modeling import Model
+from hisa_jax.models.rope import rope_table
 
 
 class Seen(NamedTuple):

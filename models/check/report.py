@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import hisa_jax as hj
-from models.check.measures import FLAT, Measured
+from hisa_jax.models.check.measures import FLAT, Measured
 
 SHARE = 0.995  # of the flat indexer's tokens
 _COLUMNS = {"recall": ("recall", 4), "mass": ("attention", 3), "iou": ("IoU", 3)}  # heading, digits of the mean

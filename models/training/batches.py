@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from models.training.mix import SHORTEST, dense_mix
-from models.training.samples import Sample
-from models.training.tasks import KINDS
-from models.training.text import Corpus
+from hisa_jax.models.training.mix import SHORTEST, dense_mix
+from hisa_jax.models.training.samples import Sample
+from hisa_jax.models.training.tasks import KINDS
+from hisa_jax.models.training.text import Corpus
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,13 +1,13 @@
-"""The command `python -m models train`: arguments, a progress bar, and what it says at the end."""
+"""The command `python -m hisa_jax.models train`: arguments, a progress bar, and what it says at the end."""
 
 import argparse
 from pathlib import Path
 
-from models.params import from_pretrained
-from models.training.loop import CURVES, MODEL, Row, Settings, train
-from models.training.recipe import RECIPES
-from models.training.text import load_corpus, read_corpus
-from models.training.weights import weights_of
+from hisa_jax.models.params import from_pretrained
+from hisa_jax.models.training.loop import CURVES, MODEL, Row, Settings, train
+from hisa_jax.models.training.recipe import RECIPES
+from hisa_jax.models.training.text import load_corpus, read_corpus
+from hisa_jax.models.training.weights import weights_of
 
 _PRINTED = 50  # steps between lines where the bar is not seen
 
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from models.training.curves import draw
+    from hisa_jax.models.training.curves import draw
 
     console = Console()
     recipe = RECIPES[options.recipe](options.seed)

@@ -11,13 +11,13 @@ from flax import nnx
 from jax import Array, lax
 
 import hisa_jax as hj
-from models.dsa import Attention, Projections, Table, absorb
-from models.layers import rms_norm
-from models.modeling import Layer
-from models.moe import Moe
-from models.rope import rope_table
-from models.training.attention import causal_attention
-from models.training.weights import Stacked
+from hisa_jax.models.dsa import Attention, Projections, Table, absorb
+from hisa_jax.models.layers import rms_norm
+from hisa_jax.models.modeling import Layer
+from hisa_jax.models.moe import Moe
+from hisa_jax.models.rope import rope_table
+from hisa_jax.models.training.attention import causal_attention
+from hisa_jax.models.training.weights import Stacked
 
 
 class Attend(Protocol):

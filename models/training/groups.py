@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from models.training import lines
-from models.training.lines import Line
+from hisa_jax.models.training import lines
+from hisa_jax.models.training.lines import Line
 
 _ROW = 4  # pairs in a line of a table
 

@@ -18,13 +18,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models.export import save_indexers, save_pretrained
-from models.training.batches import Batch, Batches, prefetched
-from models.training.optimizer import make_optimizer, rate, trained
-from models.training.recipe import Recipe, Stage
-from models.training.step import AXIS, make_step, placement
-from models.training.text import Corpus
-from models.training.weights import Skeleton, Weights
+from hisa_jax.models.export import save_indexers, save_pretrained
+from hisa_jax.models.training.batches import Batch, Batches, prefetched
+from hisa_jax.models.training.optimizer import make_optimizer, rate, trained
+from hisa_jax.models.training.recipe import Recipe, Stage
+from hisa_jax.models.training.step import AXIS, make_step, placement
+from hisa_jax.models.training.text import Corpus
+from hisa_jax.models.training.weights import Skeleton, Weights
 
 RECIPE, CURVES, STATES, MODEL, INDEXERS = "recipe.json", "curves.csv", "states", "model", "indexers.safetensors"
 COLUMNS = (

@@ -4,9 +4,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from models.training.groups import Names, chain_lines, key_lines, passage_lines, pick, spread, table_lines, value_lines
-from models.training.lines import Line
-from models.training.samples import Sample, place
+from hisa_jax.models.training.groups import (
+    Names,
+    chain_lines,
+    key_lines,
+    passage_lines,
+    pick,
+    spread,
+    table_lines,
+    value_lines,
+)
+from hisa_jax.models.training.lines import Line
+from hisa_jax.models.training.samples import Sample, place
 
 SHORTEST = 128  # bytes that hold a statement, its question and some text
 _MOST_LINES = 0.6  # of the bytes; the rest is text

@@ -3,8 +3,8 @@
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from models.training.recipe import Recipe, Stage
-from models.training.weights import Weights
+from hisa_jax.models.training.recipe import Recipe, Stage
+from hisa_jax.models.training.weights import Weights
 
 # Axes that a product sums over, then those it makes, of the weights that are matrices or fold into one. Axis 0 is that
 # of layers, each a matrix of its own.

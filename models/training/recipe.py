@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import hisa_jax as hj
-from models.config import Config, IndexerKind, LayerKind
+from hisa_jax.models.config import Config, IndexerKind, LayerKind
 
 Attention = Literal["dense", "sparse"]
 Trained = Literal["model", "indexer", "all"]

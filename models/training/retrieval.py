@@ -5,7 +5,7 @@ That is what greedy decoding from the question would find, for the cost of one p
 
 import numpy as np
 
-from models.training.samples import Question, Sample
+from hisa_jax.models.training.samples import Question, Sample
 
 
 def answer(likeliest: np.ndarray, question: Question) -> bytes:

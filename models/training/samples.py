@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from models.training.lines import Line
+from hisa_jax.models.training.lines import Line
 
 _LINE_END = ord("\n")
 _SNAP = 200  # bytes a line moves at most to stand between two lines of the text

@@ -11,10 +11,10 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models.training import forward
-from models.training.optimizer import make_optimizer, trained
-from models.training.recipe import Recipe, Stage
-from models.training.weights import Skeleton, Weights
+from hisa_jax.models.training import forward
+from hisa_jax.models.training.optimizer import make_optimizer, trained
+from hisa_jax.models.training.recipe import Recipe, Stage
+from hisa_jax.models.training.weights import Skeleton, Weights
 
 AXIS = "data"
 

@@ -8,9 +8,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from models.training.groups import Names, chain_lines, key_lines, passage_lines, pick, spread, table_lines, value_lines
-from models.training.mix import dense_mix
-from models.training.samples import Question, Sample, place
+from hisa_jax.models.training.groups import (
+    Names,
+    chain_lines,
+    key_lines,
+    passage_lines,
+    pick,
+    spread,
+    table_lines,
+    value_lines,
+)
+from hisa_jax.models.training.mix import dense_mix
+from hisa_jax.models.training.samples import Question, Sample, place
 
 __all__ = [
     "KINDS",

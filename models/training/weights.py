@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models.checkpoint import by_name, name_of
-from models.config import Config
-from models.modeling import Layer, Model
+from hisa_jax.models.checkpoint import by_name, name_of
+from hisa_jax.models.config import Config
+from hisa_jax.models.modeling import Layer, Model
 
 Weights = dict[str, Array]
 """Arrays by names such as "embed" and "layers.attention.q_a"; those of layers begin with an axis of layers."""

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from bench import demo
 from bench.__main__ import main
+from bench.demo import command
 
 
 @pytest.fixture(scope="module")
@@ -86,19 +86,19 @@ def test_a_text_without_repeats_has_no_right_answers_and_still_runs(tmp_path, ca
 
 
 def test_a_text_shorter_than_the_default_contexts_is_used_as_far_as_it_goes(text_file, monkeypatch):
-    monkeypatch.setattr(demo, "DEFAULT_CONTEXTS", (256, 1024, 2048))
-    tokens, contexts = demo._read(text_file, None)
+    monkeypatch.setattr(command, "DEFAULT_CONTEXTS", (256, 1024, 2048))
+    tokens, contexts = command._read(text_file, None)
     assert (len(tokens), contexts) == (1024, [256, 1024])
 
 
 def test_a_selection_that_breaks_the_contract_stops_the_demo():
-    same, other = (demo.hj.Selection(indices=np.array([[[0, i]]]), count=np.array([[2]])) for i in (1, 2))
+    same, other = (command.hj.Selection(indices=np.array([[[0, i]]]), count=np.array([[2]])) for i in (1, 2))
     for name, n in (("hisa", 8192), ("scan", 8192)):
-        method = demo.METHODS[name]
-        assert demo._check_identical(name, method, same, same, np.array([n - 1])) == 1
-        assert demo._check_identical(name, method, same, other, np.array([n])) == 0
+        method = command.METHODS[name]
+        assert command._check_identical(name, method, same, same, np.array([n - 1])) == 1
+        assert command._check_identical(name, method, same, other, np.array([n])) == 0
         with pytest.raises(RuntimeError, match=f"{name} differs .* against the contract"):
-            demo._check_identical(name, method, same, other, np.array([n - 1]))
+            command._check_identical(name, method, same, other, np.array([n - 1]))
 
 
 @pytest.mark.parametrize(

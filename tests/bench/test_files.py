@@ -5,8 +5,8 @@ import random
 import pytest
 
 from bench import __main__ as command
-from bench import files
-from bench.file_faults import CONFIG, INDEX, SHARD, TOKENIZER, Fault, edit_json, faults
+from bench.files import command as files
+from bench.files.faults import CONFIG, INDEX, SHARD, TOKENIZER, Fault, edit_json, faults
 
 SECONDS, MIB = 60, 1024
 

@@ -12,13 +12,14 @@ import pytest
 from rich.console import Console
 
 import hisa_jax as hj
-from bench import fuzz, fuzz_draw, fuzz_judges, fuzz_mla, fuzz_setups
 from bench.__main__ import main
-from hisa_jax import keys, prepare, stages, topk
+from bench.fuzz import command, draw, judges, mla, setups
+from hisa_jax import layout, prepare
+from hisa_jax.xla import stages, topk
 
 pytestmark = pytest.mark.unoptimised
 SIZES = dict(R=2, T=4, S=40, H=2, D=8)
-DSA = fuzz_setups.Setup(method=hj.Dsa(topk=5), page_size=None, **SIZES)  # of few programs
+DSA = setups.Setup(method=hj.Dsa(topk=5), page_size=None, **SIZES)  # of few programs
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +32,9 @@ def compiled_anew():
 
 def fuzzed(setup, tmp_path, cases=12):
     """Counts after some cases, no more than the first with something wrong."""
-    counts = fuzz.Counts()
+    counts = command.Counts()
     for i in range(cases):
-        fuzz.judge_case(setup, 0, i, counts, tmp_path, Console(file=io.StringIO()))
+        command.judge_case(setup, 0, i, counts, tmp_path, Console(file=io.StringIO()))
         if counts.faults:
             break
     return counts
@@ -58,22 +59,22 @@ def a_forgotten_scale(monkeypatch):
 
 
 def pages_in_the_order_of_their_ids(monkeypatch):
-    right = keys.Paged.rows
+    right = layout.Paged.rows
     monkeypatch.setattr(
-        keys.Paged, "rows", lambda self, positions: right(self._replace(pages=jnp.sort(self.pages)), positions)
+        layout.Paged, "rows", lambda self, positions: right(self._replace(pages=jnp.sort(self.pages)), positions)
     )
     return dataclasses.replace(DSA, page_size=16)
 
 
 def latents_of_no_token(monkeypatch):
-    sparse_mla = sys.modules["hisa_jax.sparse_mla"]  # the package has the function of this name
+    sparse_mla = sys.modules["hisa_jax.attention"]  # the package has the function of this name
     right = sparse_mla._gather
 
     def gather(kv, b, indices):
         return kv[b, jnp.clip(indices, 0, kv.shape[1] - 1)], right(kv, b, indices)[1]
 
     monkeypatch.setattr(sparse_mla, "_gather", gather)
-    return fuzz_setups.MlaSetup(R=2, T=3, S=16, N=2, K=5, key_dim=6, value_dim=4, page_size=8)
+    return setups.MlaSetup(R=2, T=3, S=16, N=2, K=5, key_dim=6, value_dim=4, page_size=8)
 
 
 FAULTS = [  # and a judge that must see it
@@ -87,7 +88,7 @@ FAULTS = [  # and a judge that must see it
 
 @pytest.mark.parametrize(("fault", "judge"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
 def test_a_fault_is_found_and_made_small(fault, judge, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(fuzz, "_MOST_SHOWN", 1)
+    monkeypatch.setattr(command, "_MOST_SHOWN", 1)
     setup = fault(monkeypatch)
     found = fuzzed(setup, tmp_path).faults
     assert found and judge in [f["line"]["judge"] for f in found] + [""]
@@ -98,7 +99,7 @@ def test_a_fault_is_found_and_made_small(fault, judge, monkeypatch, tmp_path, ca
     if fault is a_forgotten_scale:  # one of them is enough to compile once more
         exec(compile(source, file, "exec"), {})
         assert "Selection(" in capsys.readouterr().out
-    if isinstance(setup, fuzz_setups.Setup) and found[0]["line"]["form"] == "select":
+    if isinstance(setup, setups.Setup) and found[0]["line"]["form"] == "select":
         (shape,) = {line for line in source.splitlines() if line.startswith("k0 = ")}
         assert len(shape) < 700  # a few numbers
 
@@ -109,14 +110,14 @@ def test_without_a_fault_nothing_is_found_and_a_case_is_the_same_again(tmp_path)
     assert counts.cases == 8 and counts.n_rows > 60 and not counts.wrong and not list(tmp_path.iterdir())
     again = fuzzed(setup, tmp_path, cases=8)
     assert again.rows == counts.rows
-    one, other = (vars(fuzz_draw.scene(setup, 5)) for _ in range(2))
+    one, other = (vars(draw.scene(setup, 5)) for _ in range(2))
     for name, value in one.items():
         np.testing.assert_array_equal(value, other[name], err_msg=name)
 
 
 def test_the_command_counts_and_fails_where_something_is_wrong(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(fuzz, "_MOST_SHOWN", 1)
-    monkeypatch.setattr(fuzz_setups, "all_of", lambda implementation, devices: [DSA])
+    monkeypatch.setattr(command, "_MOST_SHOWN", 1)
+    monkeypatch.setattr(setups, "all_of", lambda implementation, devices: [DSA])
     options = ["--out", str(tmp_path / "out"), "--json", str(tmp_path / "fuzz.json")]
     assert main(["fuzz", "--cases", "3", *options]) == 0
     row = json.loads((tmp_path / "fuzz.json").read_text())
@@ -130,19 +131,19 @@ def test_the_command_counts_and_fails_where_something_is_wrong(monkeypatch, tmp_
 
 
 def test_every_kind_of_value_is_drawn_for_every_setup():
-    for setup in fuzz_setups.all_of("xla"):
-        if isinstance(setup, fuzz_setups.Setup):
-            drawn = [fuzz_draw.scene(setup, seed) for seed in range(40)]
+    for setup in setups.all_of("xla"):
+        if isinstance(setup, setups.Setup):
+            drawn = [draw.scene(setup, seed) for seed in range(40)]
             assert len({scene.data.split(",")[0] for scene in drawn}) > 8
             assert any(scene.positions is not None for scene in drawn) and any((s.n_k == 0).any() for s in drawn)
         else:
-            assert len({fuzz_mla.scene(setup, seed).data for seed in range(30)}) > 5
+            assert len({mla.scene(setup, seed).data for seed in range(30)}) > 5
 
 
 def test_of_equal_candidates_the_first_must_be_chosen():
     groups = np.array([0, 1, 0, 2, 1, 0])
     for chosen, broken in (([1, 1, 1, 0, 0, 0], None), ([0, 0, 1, 1, 0, 0], (0, 2)), ([1, 0, 1, 1, 1, 0], (1, 4))):
-        assert fuzz_judges._out_of_order(groups, np.array(chosen, bool)) == broken
+        assert judges._out_of_order(groups, np.array(chosen, bool)) == broken
 
 
 @pytest.mark.parametrize("options", [["--minutes", "0"], ["--minutes", "-1"], ["--minutes", "nan"]])

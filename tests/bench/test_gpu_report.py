@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
-from bench import gpu_report
 from bench.__main__ import main
+from bench.gpu import report
 
 ROOT = pathlib.Path(__file__).parents[2]
 FIELDS = {
@@ -17,7 +17,7 @@ FIELDS = {
 
 @pytest.fixture(scope="module")
 def rows():
-    return json.loads(gpu_report.RESULTS.read_text())
+    return json.loads(report.RESULTS.read_text())
 
 
 def test_the_committed_rows_are_complete_and_checked(rows):
@@ -28,7 +28,7 @@ def test_the_committed_rows_are_complete_and_checked(rows):
 
 
 def test_the_table_of_the_readme_is_that_of_the_committed_rows(rows):
-    assert gpu_report.table(rows) in (ROOT / "README.md").read_text()
+    assert report.table(rows) in (ROOT / "README.md").read_text()
 
 
 def test_the_report_writes_a_plot(tmp_path, capsys):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from bench import ngrams
+from bench.quality import ngrams
 
 PASSAGE = [f" p{i}" for i in range(20)]
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from bench import quality, quality_model
 from bench.__main__ import main
-from bench.quality_page import about, markdown, verdict
-from bench.quality_variants import ablations, scans
-from models.export import save_pretrained
-from models.training.text import save_corpus
-from models.training.weights import Skeleton
+from bench.quality import command as quality
+from bench.quality import model as quality_model
+from bench.quality.page import about, markdown, verdict
+from bench.quality.variants import ablations, scans
+from hisa_jax.models.export import save_pretrained
+from hisa_jax.models.training.text import save_corpus
+from hisa_jax.models.training.weights import Skeleton
 from tests.models.training import tiny
 
 pytestmark = pytest.mark.slow

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from bench import quality_agreement, quality_answers, quality_model
-from bench import quality_statistics as statistics
-from bench.quality_tables import averaged, excess, worst
-from bench.quality_variants import FLAT, HISA, Variant, ablations, main_variants, scans
-from models.training import forward as training
-from models.training.batches import held_out_samples
-from models.training.weights import Skeleton
+from bench.quality import agreement, answers, model, statistics
+from bench.quality.tables import averaged, excess, worst
+from bench.quality.variants import FLAT, HISA, Variant, ablations, main_variants, scans
+from hisa_jax.models.training import forward as training
+from hisa_jax.models.training.batches import held_out_samples
+from hisa_jax.models.training.weights import Skeleton
 from tests.models.training import tiny
 
 pytestmark = pytest.mark.slow
@@ -60,20 +59,20 @@ def test_logits_are_those_of_the_forward_pass_that_trains(stacked, variant):
 
     tokens = sequences(128)
     wanted, _ = training.forward(stacked, jnp.asarray(tokens, jnp.int32), attend)
-    np.testing.assert_allclose(quality_model.logits_of(stacked, tokens, variant), wanted, atol=1e-4)
+    np.testing.assert_allclose(model.logits_of(stacked, tokens, variant), wanted, atol=1e-4)
 
 
 def test_queries_in_chunks_select_and_attend_as_in_one(stacked, monkeypatch):
     variant = dataclasses.replace(HISA_VARIANT, flat_last=40)
     tokens = sequences(112)
-    whole = np.asarray(quality_model.logits_of(stacked, tokens, variant))
-    selected = [np.asarray(seen.indices) for seen in quality_model.layers_of(stacked, tokens, variant)]
-    monkeypatch.setattr(quality_model, "_LONG", 1)
-    monkeypatch.setattr(quality_model, "_CHUNKS", 2)
-    monkeypatch.setattr(quality_model, "_TILE", 20)
+    whole = np.asarray(model.logits_of(stacked, tokens, variant))
+    selected = [np.asarray(seen.indices) for seen in model.layers_of(stacked, tokens, variant)]
+    monkeypatch.setattr(model, "_LONG", 1)
+    monkeypatch.setattr(model, "_CHUNKS", 2)
+    monkeypatch.setattr(model, "_TILE", 20)
     jax.clear_caches()
-    np.testing.assert_allclose(quality_model.logits_of(stacked, tokens, variant), whole, atol=1e-4)
-    for seen, wanted in zip(quality_model.layers_of(stacked, tokens, variant), selected, strict=True):
+    np.testing.assert_allclose(model.logits_of(stacked, tokens, variant), whole, atol=1e-4)
+    for seen, wanted in zip(model.layers_of(stacked, tokens, variant), selected, strict=True):
         np.testing.assert_array_equal(seen.indices, wanted)
     jax.clear_caches()
 
@@ -81,12 +80,12 @@ def test_queries_in_chunks_select_and_attend_as_in_one(stacked, monkeypatch):
 def test_layers_and_queries_that_stay_flat_select_what_the_flat_indexer_does(stacked):
     tokens = sequences(128)
     first_flat, hisa = (
-        next(iter(quality_model.layers_of(stacked, tokens, variant))).indices
+        next(iter(model.layers_of(stacked, tokens, variant))).indices
         for variant in (dataclasses.replace(HISA_VARIANT, flat_layers=(0,)), HISA_VARIANT)
     )
-    flat = next(iter(quality_model.layers_of(stacked, tokens, FLAT_VARIANT))).indices
+    flat = next(iter(model.layers_of(stacked, tokens, FLAT_VARIANT))).indices
     last_flat = dataclasses.replace(HISA_VARIANT, flat_last=16)
-    tail = next(iter(quality_model.layers_of(stacked, tokens, last_flat))).indices
+    tail = next(iter(model.layers_of(stacked, tokens, last_flat))).indices
     assert (np.asarray(hisa) != np.asarray(flat)).any()
     np.testing.assert_array_equal(first_flat, flat)
     np.testing.assert_array_equal(tail[:, -16:], flat[:, -16:])
@@ -97,7 +96,7 @@ def test_a_method_that_selects_everything_has_recall_1_and_keeps_every_needle(st
     samples = held_out_samples(tiny.corpus(), "multikey", 256, 2, seed=0, n_keys=2, n_questions=2)
     everything = Variant(name="everything", method=hj.Dsa(topk=256))
     whole = Variant(name="all blocks", method=hj.Hisa(topk=TOPK, block_size=8, block_topk=32))
-    rows = quality_agreement.agreement_rows(
+    rows = agreement.agreement_rows(
         stacked, samples, FLAT_VARIANT, [FLAT_VARIANT, everything, whole, HISA_VARIANT], 16, TOPK
     )
 
@@ -142,25 +141,25 @@ def test_needles_are_counted_at_their_depth(monkeypatch):
                 row[text.rindex(b">>") - 1] = ord("x")
         return following
 
-    monkeypatch.setattr(quality_answers, "logits_of", knowing(wrong))
-    rows = quality_answers.needle_rows(None, tiny.corpus(), FLAT_VARIANT, length, (0.0, 0.2, 0.8), 3)
+    monkeypatch.setattr(answers, "logits_of", knowing(wrong))
+    rows = answers.needle_rows(None, tiny.corpus(), FLAT_VARIANT, length, (0.0, 0.2, 0.8), 3)
     assert [(row["depth"], row["right"], row["n"]) for row in rows] == [(0.0, 3, 3), (0.2, 3, 3), (0.8, 0, 3)]
     assert rows[0]["accuracy"] == 1 and rows[2]["accuracy"] == 0
     np.testing.assert_allclose((rows[0]["low"], rows[0]["high"]), statistics.wilson(3, 3))
 
 
 def test_every_question_counts_and_numbers_of_keys_that_do_not_fit_are_left_out(monkeypatch):
-    monkeypatch.setattr(quality_answers, "logits_of", knowing(lambda following: following))
-    rows = quality_answers.multikey_rows(None, tiny.corpus(), FLAT_VARIANT, 1024, 3, (4, 8, 16))
+    monkeypatch.setattr(answers, "logits_of", knowing(lambda following: following))
+    rows = answers.multikey_rows(None, tiny.corpus(), FLAT_VARIANT, 1024, 3, (4, 8, 16))
     assert [(row["n_keys"], row["right"], row["n"]) for row in rows] == [(4, 12, 12), (8, 24, 24)]
-    rows = quality_answers.task_rows(None, tiny.corpus(), FLAT_VARIANT, 1024, 2)
+    rows = answers.task_rows(None, tiny.corpus(), FLAT_VARIANT, 1024, 2)
     found = {row["task"]: (row["right"], row["n"]) for row in rows}
     assert found == {"recall": (16, 16), "multivalue": (2, 2), "copy": (2, 2), "variables": (2, 2)}
 
 
 def test_a_model_that_knows_nothing_needs_8_bits_a_byte_at_all_positions(monkeypatch):
-    monkeypatch.setattr(quality_answers, "logits_of", lambda _, tokens, __: jnp.zeros((*tokens.shape, 256)))
-    rows = quality_answers.bits_rows(None, tiny.corpus(), FLAT_VARIANT, 600, 2)
+    monkeypatch.setattr(answers, "logits_of", lambda _, tokens, __: jnp.zeros((*tokens.shape, 256)))
+    rows = answers.bits_rows(None, tiny.corpus(), FLAT_VARIANT, 600, 2)
     assert [(row["first"], row["end"]) for row in rows] == [(0, 256), (256, 512), (512, 600), (0, 600)]
     for row in rows:
         np.testing.assert_allclose([row["bits"], *row["by_window"]], 8, atol=1e-5)

@@ -7,9 +7,9 @@ import pytest
 
 import hisa_jax as hj
 from bench.__main__ import main
-from bench.serve import METHOD, traffic
-from bench.serve_check import Recorder
-from models.engine import Report, Step, Traced
+from bench.serve.check import Recorder
+from bench.serve.command import METHOD, traffic
+from hisa_jax.models.engine import Report, Step, Traced
 
 
 @pytest.mark.slow

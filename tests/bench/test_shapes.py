@@ -3,7 +3,7 @@
 import pytest
 
 from bench import shapes
-from models import published
+from hisa_jax.models import published
 
 
 @pytest.mark.parametrize("name", shapes.MODELS)

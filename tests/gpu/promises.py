@@ -33,7 +33,7 @@ def check_flat(got, q, k, k_scale, w, visible, *, topk, token_tolerance):
 
 
 def check_blocks(kept, scores, visible, block_size, block_topk, tolerance, what):
-    """The forced blocks and the best of the rest, but for those within `tolerance` of the cut."""
+    """The forced blocks and the best of the rest, but for those within `tolerance` of the threshold."""
     wanted = reference.kept_blocks(scores, visible, block_size, block_topk, 1, 1)
     assert len(kept) == len(wanted) and (np.diff(kept) > 0).all(), f"{what}: blocks {kept}, wanted {wanted}"
     if len(wanted):
@@ -41,7 +41,7 @@ def check_blocks(kept, scores, visible, block_size, block_topk, tolerance, what)
     ranked = scores[wanted[1:-1]]
     for block in np.setxor1d(kept, wanted):
         off = abs(scores[block] - ranked.min()) / spread(scores)
-        assert off <= tolerance, f"{what}: block {block} scores {scores[block]}, cut {ranked.min()}"
+        assert off <= tolerance, f"{what}: block {block} scores {scores[block]}, threshold {ranked.min()}"
 
 
 def spread(scores):

@@ -41,7 +41,7 @@ def tokens_of(blocks, visible, block_size):
 
 
 def assert_selection(got, count, scores, candidates, k, tolerance, what=""):
-    """`got` [k] and `count` are the k best candidates, but for those within `tolerance` of the cut."""
+    """`got` [k] and `count` are the k best candidates, but for those within `tolerance` of the threshold."""
     want = best(scores, candidates, k)
     assert count == len(want), f"{what}: count {count}, wanted {len(want)}"
     chosen, rest = got[:count], got[count:]
@@ -49,6 +49,8 @@ def assert_selection(got, count, scores, candidates, k, tolerance, what=""):
     assert (np.diff(chosen) > 0).all(), f"{what}: not ascending"
     assert np.isin(chosen, candidates).all(), f"{what}: chose what is no candidate"
     if len(want):
-        cut = scores[want].min()
+        threshold = scores[want].min()
         for token in np.setxor1d(chosen, want):
-            assert abs(scores[token] - cut) <= tolerance, f"{what}: {token} scores {scores[token]}, cut {cut}"
+            assert abs(scores[token] - threshold) <= tolerance, (
+                f"{what}: {token} scores {scores[token]}, threshold {threshold}"
+            )

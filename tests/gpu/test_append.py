@@ -9,8 +9,8 @@ import pytest
 
 import hisa_jax as hj
 from hisa_jax import dispatch
-from kernels_pallas.triton import append as append_stage
-from kernels_pallas.triton.pool import pool
+from hisa_jax.kernels_pallas.triton import append as append_stage
+from hisa_jax.kernels_pallas.triton.pool import pool
 from tests.gpu.test_lowering import BF16, E4M3, lower
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

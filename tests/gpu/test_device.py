@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import mosaic_gpu, triton
-from kernels_pallas.triton.sparse_mla import sparse_mla
+from hisa_jax.kernels_pallas import mosaic_gpu, triton
+from hisa_jax.kernels_pallas.triton.sparse_mla import sparse_mla
 from tests.gpu import draw, promises
 
 pytestmark = [
@@ -125,7 +125,7 @@ def test_soak(backend, shape):
 
 
 def test_memory_holds_no_score_matrix(backend):
-    """The documented images: none for Mosaic GPU, [T, m * block_size] of at most 4096 queries for Triton."""
+    """The documented sort keys: none for Mosaic GPU, [T, m * block_size] of at most 4096 queries for Triton."""
     B, T, S, H, D = 1, 4096, 65536, 64, 128
     shapes = [
         ((B, T, H, D), E4M3),

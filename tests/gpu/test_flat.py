@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import mosaic_gpu
-from kernels_pallas.mosaic_gpu import flat, merge, passed
-from kernels_pallas.sequences import flatten_batch
+from hisa_jax.kernels_pallas import mosaic_gpu
+from hisa_jax.kernels_pallas.mosaic_gpu import flat, merge
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_survivors
+from hisa_jax.kernels_pallas.sequences import flatten_batch
 from tests.gpu import draw, promises, reference
 from tests.gpu.test_scores import unwritten
 
@@ -33,7 +34,7 @@ def test_streaming_in_filtered_tiles_equals_one_piece(interpret, monkeypatch):
 
 
 def merge_case(seed, k, W, n_start, limit):
-    """Old lists of k, a tile behind them with ties at the cut, its masks; and what the merge must give."""
+    """Old lists of k, a tile behind them with ties at the threshold, its masks; and what the merge must give."""
     rng = np.random.default_rng(seed)
     T = len(limit)
     x = rng.integers(-30, 30, (T, n_start + W)).astype(np.int64)
@@ -78,7 +79,7 @@ def hopper():
 @pytest.mark.gpu
 @pytest.mark.parametrize(("n_start", "W", "k"), [(0, 13824, 2048), (8192, 13824, 2048), (2048, 1024, 512)])
 def test_merge_on_the_device(hopper, n_start, W, k):
-    """From nothing every image passes: the list is filled, cut down and filled again."""
+    """From nothing every sort key passes: the list is filled, cut down and filled again."""
     limit = [n_start + W, n_start + W // 2 + 3, n_start + 5, max(n_start - 9, 0), n_start + W]
     operands, x, want = merge_case(1, k, W, n_start, limit)
     check_merge(merge.merge(*operands, jnp.full((1,), n_start, jnp.int32), jnp.asarray(limit, jnp.int32)), x, want)
@@ -98,4 +99,6 @@ def test_flat_on_the_device(hopper, rising):
 
 
 def test_no_register_of_the_gathering_is_read_before_it_is_written():
-    assert not list(unwritten(passed.gather_ptx(6144))) and not list(unwritten(passed.reload_ptx(2048)))
+    assert not list(unwritten(gather_survivors.gather_ptx(6144))) and not list(
+        unwritten(gather_survivors.reload_ptx(2048))
+    )

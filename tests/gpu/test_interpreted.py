@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import indexer, mosaic_gpu, triton
-from kernels_pallas.mosaic_gpu import refine as mosaic_refine
-from kernels_pallas.mosaic_gpu import topk as mosaic_topk
-from kernels_pallas.triton import topk as triton_topk
-from kernels_pallas.triton.sparse_mla import Config, sparse_mla
+from hisa_jax.kernels_pallas import indexer, mosaic_gpu, triton
+from hisa_jax.kernels_pallas.mosaic_gpu import refine as mosaic_refine
+from hisa_jax.kernels_pallas.mosaic_gpu import topk as mosaic_topk
+from hisa_jax.kernels_pallas.triton import topk as triton_topk
+from hisa_jax.kernels_pallas.triton.sparse_mla import Config, sparse_mla
 from tests.gpu import draw, promises, reference
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
@@ -144,8 +144,8 @@ def test_refine_takes_several_blocks_a_tile_and_several_tiles_a_block(interpret,
         reference.assert_selection(np.asarray(indices[t]), int(count[t]), scores[t], tokens, 40, 1e-9, f"query {t}")
 
 
-def _images(seed):
-    """Rows of images with ties, forced and invisible ones."""
+def _sort_keys(seed):
+    """Rows of sort keys with ties, forced and invisible ones."""
     rng = np.random.default_rng(seed)
     x = rng.integers(-40, 40, (5, 1024)).astype(np.int32)
     x[0, rng.integers(0, 1024, 9)] = 2**31 - 1
@@ -166,12 +166,12 @@ def _check_topk(x, limit, got):
 
 
 def test_mosaic_topk_breaks_ties_from_the_left(interpret):
-    x, limit = _images(7)
+    x, limit = _sort_keys(7)
     _check_topk(x, limit, mosaic_topk.topk(jnp.asarray(x), jnp.asarray(limit), 100, n_ctas=2, interpret=interpret))
 
 
 def test_triton_topk_breaks_ties_from_the_left():
-    x, limit = _images(7)
+    x, limit = _sort_keys(7)
     _check_topk(x, limit, triton_topk.topk(jnp.asarray(x), jnp.asarray(limit), 100, interpret=True))
 
 

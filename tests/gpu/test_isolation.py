@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import hisa_jax as hj
-from kernels_pallas.triton import append as append_stage
+from hisa_jax.kernels_pallas.triton import append as append_stage
 from tests import isolation
 from tests.gpu.test_select import implementation  # noqa: F401
 
@@ -52,8 +52,8 @@ def each(*cases, gate):
 )
 def test_in_a_batch(implementation, method, dtype):  # noqa: F811
     select = functools.partial(hj.select, implementation=implementation)
-    for cut in (261, 101):
-        isolation.assert_isolated(isolation.batch(select, METHODS[method], dtype, cut=cut), METHODS[method])
+    for threshold in (261, 101):
+        isolation.assert_isolated(isolation.batch(select, METHODS[method], dtype, threshold=threshold), METHODS[method])
 
 
 @each(

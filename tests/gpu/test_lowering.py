@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 from jax._src.mesh import AbstractDevice
 
-from kernels_pallas import mosaic_gpu, triton
-from kernels_pallas.mosaic_gpu import refine
-from kernels_pallas.triton.pool import pool
-from kernels_pallas.triton.sparse_mla import sparse_mla
+from hisa_jax.kernels_pallas import mosaic_gpu, triton
+from hisa_jax.kernels_pallas.mosaic_gpu import refine
+from hisa_jax.kernels_pallas.triton.pool import pool
+from hisa_jax.kernels_pallas.triton.sparse_mla import sparse_mla
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 BACKENDS = {"mosaic_gpu": mosaic_gpu, "triton": triton}
@@ -109,7 +109,7 @@ def test_programs_lower_in_64_bit_mode(backend):
     Triton's are those of 32-bit mode. Mosaic GPU lowers some index arithmetic otherwise.
     """
     module = BACKENDS[backend]
-    attend = importlib.import_module(f"kernels_pallas.{backend}.sparse_mla").sparse_mla
+    attend = importlib.import_module(f"hisa_jax.kernels_pallas.{backend}.sparse_mla").sparse_mla
 
     def every(q, k, w, visible, cu_q, cu_k, mla_q, kv, indices):
         blocks = dict(topk=500, block_size=128, block_topk=16)

@@ -5,20 +5,20 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from hisa_jax import topk
-from hisa_jax.keys import mean_parts
-from kernels_pallas import image
-from kernels_pallas.triton.pool_body import split
+from hisa_jax.kernels_pallas import sort_key
+from hisa_jax.kernels_pallas.triton.pool_body import split
+from hisa_jax.layout import mean_parts
+from hisa_jax.xla import topk
 
 SPECIAL = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-37, -1e-37, 3e38, -3e38, 1.0, -1.0]
 
 
-def test_images_are_those_of_xla_and_can_be_inverted():
+def test_sort_keys_are_those_of_xla_and_can_be_inverted():
     scores = np.concatenate([SPECIAL, np.random.default_rng(0).normal(size=500)]).astype(np.float32)[None]
-    got = image.image_of(jnp.asarray(scores))
-    np.testing.assert_array_equal(got, topk.image_of(jnp.asarray(scores)))
+    got = sort_key.sort_key_of(jnp.asarray(scores))
+    np.testing.assert_array_equal(got, topk.sort_key_of(jnp.asarray(scores)))
     wanted = np.where(np.isnan(scores), -np.inf, scores)
-    np.testing.assert_array_equal(image.score_of(got), wanted)
+    np.testing.assert_array_equal(sort_key.score_of(got), wanted)
     assert (np.diff(np.asarray(got)[0][np.argsort(wanted[0], kind="stable")].astype(np.int64)) >= 0).all()
 
 
@@ -48,16 +48,16 @@ def test_a_mean_in_two_parts_of_e4m3_is_rounded_twice_to_nearest_even():
         )
 
 
-def test_a_cut_is_reached_by_as_many_as_are_wanted_but_for_ties():
-    """Every number of 60 different images, and of images with ties, forced ones among them."""
+def test_a_threshold_is_reached_by_as_many_as_are_wanted_but_for_ties():
+    """Every number of 60 different sort keys, and of sort keys with ties, forced ones among them."""
     rng = np.random.default_rng(2)
     different = rng.permutation(np.unique(rng.integers(-(2**31) + 1, 2**31 - 1, 60)))
-    ties = np.concatenate([rng.integers(-4, 4, 55), [image.FORCED] * 5])
-    for images in (different, ties):
-        x = jnp.asarray(images, jnp.int32)
-        count = lambda cut, x=x: jnp.sum(x >= cut, dtype=jnp.int32)  # noqa: E731
-        find = lambda k, count=count, x=x: image.find_cut(count, jnp.min(x), jnp.max(x), jnp.int32(x.size), k)  # noqa: E731
-        cuts = np.asarray(jax.jit(jax.vmap(find))(jnp.arange(1, 61)))
-        for k, cut in enumerate(cuts, 1):
-            assert (images > cut).sum() <= k <= (images >= cut).sum()
-            assert (images >= cut).sum() == k or cut in images
+    ties = np.concatenate([rng.integers(-4, 4, 55), [sort_key.FORCED] * 5])
+    for sort_keys in (different, ties):
+        x = jnp.asarray(sort_keys, jnp.int32)
+        count = lambda threshold, x=x: jnp.sum(x >= threshold, dtype=jnp.int32)  # noqa: E731
+        find = lambda k, count=count, x=x: sort_key.find_threshold(count, jnp.min(x), jnp.max(x), jnp.int32(x.size), k)  # noqa: E731
+        thresholds = np.asarray(jax.jit(jax.vmap(find))(jnp.arange(1, 61)))
+        for k, threshold in enumerate(thresholds, 1):
+            assert (sort_keys > threshold).sum() <= k <= (sort_keys >= threshold).sum()
+            assert (sort_keys >= threshold).sum() == k or threshold in sort_keys

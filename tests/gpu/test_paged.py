@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from kernels_pallas import indexer, mosaic_gpu, triton
-from kernels_pallas.pages import PageSums, flatten_paged
-from kernels_pallas.triton.page_means import pool_pages
-from kernels_pallas.triton.pool import pool
+from hisa_jax.kernels_pallas import indexer, mosaic_gpu, triton
+from hisa_jax.kernels_pallas.pages import PageSums, flatten_paged
+from hisa_jax.kernels_pallas.triton.page_means import pool_pages
+from hisa_jax.kernels_pallas.triton.pool import pool
 from tests.gpu import promises
 from tests.gpu.test_lowering import BACKENDS, BF16, E4M3, lower
 from tests.gpu.test_select import implementation  # noqa: F401

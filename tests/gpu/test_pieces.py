@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.image import INVISIBLE
-from kernels_pallas.pages import Pages
-from kernels_pallas.triton.pool import pool
-from kernels_pallas.triton.refine import Config, refine_scores
+from hisa_jax.kernels_pallas.pages import Pages
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE
+from hisa_jax.kernels_pallas.triton.pool import pool
+from hisa_jax.kernels_pallas.triton.refine import Config, refine_scores
 from tests.gpu import draw, reference
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
@@ -42,5 +42,5 @@ def test_refinement_scores_every_key_of_a_block_whatever_the_tile(page_size):
         positions = (blocks[t][:, None] * block_size + np.arange(block_size)).reshape(-1)
         seen = (positions >= 0) & (positions < visible[t])
         assert (got[t][~seen] == INVISIBLE).all()
-        images = np.where(got[t] < 0, got[t] ^ (2**31 - 1), got[t]).view(np.float32)
-        np.testing.assert_array_equal(images[seen], scores[t][positions[seen]])
+        sort_keys = np.where(got[t] < 0, got[t] ^ (2**31 - 1), got[t]).view(np.float32)
+        np.testing.assert_array_equal(sort_keys[seen], scores[t][positions[seen]])

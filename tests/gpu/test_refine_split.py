@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.mosaic_gpu import refine
-from kernels_pallas.triton import topk
+from hisa_jax.kernels_pallas.mosaic_gpu import refine
+from hisa_jax.kernels_pallas.triton import topk
 from tests.gpu import draw, reference
 from tests.gpu.test_lowering import lower
 
@@ -22,12 +22,12 @@ def test_parts_of_a_query_make_the_same_selection(interpret, n_parts):
     blocks[1, :3] = [0, 2, 31]  # the second part has nothing
     visible, first_block = np.asarray([S - 7, S - 7], np.int32), np.asarray([0, S // block_size], np.int32)
     options = {"block_size": block_size, "config": refine.Config(ring=4), "n_parts": n_parts, "n_ctas": 3}
-    images = refine.refine_scores(
+    sort_keys = refine.refine_scores(
         q[0], w[0], k[0], scale[0], *map(jnp.asarray, (blocks, visible, first_block)), **options, interpret=interpret
     )
     limit = np.full(2, 640) if n_parts > 1 else (blocks >= 0).sum(1) * block_size
     limit = jnp.asarray(limit, jnp.int32)
-    indices, count = topk.topk(images, limit, 50, jnp.asarray(blocks), block_size, interpret=True)
+    indices, count = topk.topk(sort_keys, limit, 50, jnp.asarray(blocks), block_size, interpret=True)
     for t in range(2):
         own = slice(t * S, (t + 1) * S)
         scores = reference.token_scores(q[0, t : t + 1], k[0, own], scale[0, own], w[0, t : t + 1])[0]

@@ -1,4 +1,4 @@
-"""The scores kernel: images, forced candidates, filter and masks; and the loop of PTX that no interpreter runs."""
+"""The scores kernel: sort keys, forced candidates, filter and masks; and the loop of PTX that no interpreter runs."""
 
 import re
 
@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import mosaic_gpu
-from kernels_pallas.image import FORCED, INVISIBLE
-from kernels_pallas.mosaic_gpu import scores as scores_stage
-from kernels_pallas.mosaic_gpu.page_rows import copy_ptx
-from kernels_pallas.mosaic_gpu.stationary import Shape, loop_ptx
-from kernels_pallas.pages import Pages
+from hisa_jax.kernels_pallas import mosaic_gpu
+from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_keys import copy_ptx
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop import Shape, loop_ptx
+from hisa_jax.kernels_pallas.pages import Pages
+from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 from tests.gpu import draw, reference
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
@@ -23,7 +23,7 @@ def skip_unless_hopper(H, D, dtype):
         pytest.skip("needs a Hopper GPU")
 
 
-def check(H, D, dtype, n_parts, n_score, cut, interpret, keep=1, n_ctas=132):
+def check(H, D, dtype, n_parts, n_score, threshold, interpret, keep=1, n_ctas=132):
     """Three queries of 600 keys, tiles of two queries, limits inside a tile of keys; sums are exact."""
     T, S = 3, 600
     q, k, scale, w = draw.integers(H + D, 1, T, S, H, D, dtype, dtype == E4M3)
@@ -32,7 +32,7 @@ def check(H, D, dtype, n_parts, n_score, cut, interpret, keep=1, n_ctas=132):
     tiles = np.asarray([[0, 2, 0, 1024], [2, 1, 0, 0]], np.int32)
     config = scores_stage.Config(n_score=n_score, ring=2)
     options = {"n_columns": S, "config": config, "keep_first": keep, "keep_last": keep, "n_ctas": n_ctas}
-    cuts = None if cut is None else jnp.full((T,), cut, jnp.int32)
+    thresholds = None if threshold is None else jnp.full((T,), threshold, jnp.int32)
     operands = (
         q[0],
         w[0],
@@ -41,28 +41,28 @@ def check(H, D, dtype, n_parts, n_score, cut, interpret, keep=1, n_ctas=132):
         jnp.asarray(limit),
         jnp.asarray(tiles),
     )
-    out = scores_stage.scores(*operands, jnp.zeros((1,), jnp.int32), cuts, **options, interpret=interpret)
-    images, masks = (out, None) if cut is None else out
+    out = scores_stage.scores(*operands, jnp.zeros((1,), jnp.int32), thresholds, **options, interpret=interpret)
+    sort_keys, masks = (out, None) if threshold is None else out
     want = n_parts * reference.token_scores(q[0], k[0], None if scale is None else scale[0], w[0])
     for t in range(2):  # the third sees nothing: nothing is written
         bits = want[t].astype(np.float32).view(np.int32)
-        image = np.where(bits < 0, bits ^ FORCED, bits)
-        image[bits == INVISIBLE] = 0  # -0.0
-        image[: min(keep, limit[t])] = FORCED
-        image[max(limit[t] - keep, 0) : limit[t]] = FORCED
-        image[limit[t] :] = INVISIBLE
-        passes = np.ones(S, bool) if cut is None else image > cut
-        np.testing.assert_array_equal(np.asarray(images[t])[:S][passes], image[passes])
+        sort_key = np.where(bits < 0, bits ^ FORCED, bits)
+        sort_key[bits == INVISIBLE] = 0  # -0.0
+        sort_key[: min(keep, limit[t])] = FORCED
+        sort_key[max(limit[t] - keep, 0) : limit[t]] = FORCED
+        sort_key[limit[t] :] = INVISIBLE
+        passes = np.ones(S, bool) if threshold is None else sort_key > threshold
+        np.testing.assert_array_equal(np.asarray(sort_keys[t])[:S][passes], sort_key[passes])
         if masks is not None:
             bits = np.asarray(masks[t]).view(np.uint32)[:, None] >> np.arange(32, dtype=np.uint32) & 1
             np.testing.assert_array_equal(bits.reshape(-1)[:S], passes)
 
 
-CASES = [(16, 64, E4M3, 2, 2, None), (16, 64, BF16, 1, 2, None), (16, 64, E4M3, 1, 3, 1086324736)]  # image of 6.0
+CASES = [(16, 64, E4M3, 2, 2, None), (16, 64, BF16, 1, 2, None), (16, 64, E4M3, 1, 3, 1086324736)]  # sort key of 6.0
 
 
 @pytest.mark.parametrize("case", CASES, ids=["means", "bf16", "filtered"])
-def test_images_limits_forced_and_masks(interpret, case):
+def test_sort_keys_limits_forced_and_masks(interpret, case):
     check(*case, interpret, n_ctas=2)
 
 
@@ -71,10 +71,10 @@ def test_images_limits_forced_and_masks(interpret, case):
 @pytest.mark.parametrize(
     ("D", "dtype", "n_parts"), [(64, E4M3, 2), (128, E4M3, 1), (128, E4M3, 2), (64, BF16, 1), (128, BF16, 1)]
 )
-@pytest.mark.parametrize("cut", [None, 1086324736])
-def test_on_the_device(H, D, dtype, n_parts, cut):
+@pytest.mark.parametrize("threshold", [None, 1086324736])
+def test_on_the_device(H, D, dtype, n_parts, threshold):
     skip_unless_hopper(H, D, dtype)
-    check(H, D, dtype, n_parts, 2, cut, False)
+    check(H, D, dtype, n_parts, 2, threshold, False)
 
 
 @pytest.mark.gpu
@@ -91,15 +91,15 @@ def test_a_tile_is_not_overwritten_while_it_is_read():
     tiles = np.stack([first, np.ones_like(first), first * S, np.full_like(first, 1024)], axis=1)
     config, limit = scores_stage.Config(n_score=2), jnp.full((T,), S, jnp.int32)
     operands = (q, w, k[:, None], scale, limit, jnp.asarray(tiles), jnp.zeros((1,), jnp.int32))
-    images = np.asarray(scores_stage.scores(*operands, n_columns=S, config=config, n_ctas=n_ctas))[:, :S]
-    got = np.where(images < 0, images ^ FORCED, images).view(np.float32)
+    sort_keys = np.asarray(scores_stage.scores(*operands, n_columns=S, config=config, n_ctas=n_ctas))[:, :S]
+    got = np.where(sort_keys < 0, sort_keys ^ FORCED, sort_keys).view(np.float32)
     for t in range(T):
         own = slice(t * S, (t + 1) * S)
         np.testing.assert_array_equal(got[t], reference.token_scores(q[t : t + 1], k[own], scale[own], w[t : t + 1])[0])
 
 
 def check_scattered(H, D, dtype, n_parts, n_keys, T, interpret, n_ctas):
-    """A query a sequence of 300 keys, whose rows a table scatters: the images of the same rows in order."""
+    """A query a sequence of 300 keys, whose rows a table scatters: the sort keys of the same rows in order."""
     S, n_rows = 300, 320
     q, k, scale, w = (x if x is None else x[0] for x in draw.integers(4, 1, T, T * n_rows, H, D, dtype, dtype == E4M3))
     k = jnp.stack([k, k[::-1]][:n_parts], axis=1)

@@ -10,8 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import hisa_jax as hj
 from hisa_jax import dispatch
-from hisa_jax.kernels import Kernels
-from kernels_pallas import mosaic_gpu
+from hisa_jax.kernels_pallas import mosaic_gpu
+from hisa_jax.pallas import Kernels
 from tests import draw, oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

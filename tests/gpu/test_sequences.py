@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.sequences import Sequences, flatten_batch, flatten_packed
+from hisa_jax.kernels_pallas.sequences import Sequences, flatten_batch, flatten_packed
 
 RAGGED = Sequences(
     query_starts=np.array([0, 3, 3, 10], np.int32),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.triton import sparse_mla as triton
+from hisa_jax.kernels_pallas.triton import sparse_mla as triton
 from tests import contract_lists
 from tests.contract_lists import Case
 

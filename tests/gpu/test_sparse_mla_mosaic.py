@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.mosaic_gpu.sparse_mla import Config, heuristic, sparse_mla, why_not
+from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla import Config, heuristic, sparse_mla, why_not
 from tests.gpu.test_lowering import lower
 
 BF16, SCALE = jnp.bfloat16, 576**-0.5

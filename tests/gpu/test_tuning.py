@@ -5,9 +5,9 @@ import json
 import jax
 import pytest
 
-from bench import tune
-from kernels_pallas import tuning
-from kernels_pallas.triton.refine import Config
+from bench.gpu import tune
+from hisa_jax.kernels_pallas import tuning
+from hisa_jax.kernels_pallas.triton.refine import Config
 
 SHAPE = {"H": 64, "D": 128, "block_size": 128, "itemsize": 2}
 

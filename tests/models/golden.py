@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-import models
+from hisa_jax import models
 
 FOLDER = Path(__file__).parent.parent / "golden"
 CASES = ("dsv32", "glm5", "glm52")

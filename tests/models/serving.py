@@ -7,8 +7,8 @@ import numpy as np
 from flax import nnx
 
 import hisa_jax as hj
-import models
-from models.engine import Engine, lookup
+from hisa_jax import models
+from hisa_jax.models.engine import Engine, lookup
 
 VOCABULARY, CHUNK, N_NEW = 61, 6, 8
 STOPS = (36, 56)

@@ -18,8 +18,8 @@ import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
-import models  # noqa: E402
-from models.check import measures, reading  # noqa: E402
+from hisa_jax import models  # noqa: E402
+from hisa_jax.models.check import measures, reading  # noqa: E402
 from tests.models import golden  # noqa: E402
 
 run = jax.jit(lambda model, tokens, mask=None: model(tokens, mask=mask))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-import models
-from models.cache import packing, page_size_of
-from models.dsa import choose_form
+from hisa_jax import models
+from hisa_jax.models.cache import packing, page_size_of
+from hisa_jax.models.dsa import choose_form
 
 from . import golden
 

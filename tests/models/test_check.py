@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from models.__main__ import main
-from models.check import measures, reading
-from models.check.report import SHARE
+from hisa_jax.models.__main__ import main
+from hisa_jax.models.check import measures, reading
+from hisa_jax.models.check.report import SHARE
 from tests import oracle
 
 from . import golden

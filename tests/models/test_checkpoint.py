@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import hisa_jax as hj
-import models
+from hisa_jax import models
 
 from . import golden
 

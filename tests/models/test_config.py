@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-import models
-from models.config import indexer_kinds
+from hisa_jax import models
+from hisa_jax.models.config import indexer_kinds
 
 from . import golden
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from models.engine import Engine, lookup
+from hisa_jax.models.engine import Engine, lookup
 
 from . import serving
 

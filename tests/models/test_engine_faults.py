@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import models
-from bench.engine_faults import failing, with_poison
-from hisa_jax.pages import PagePool
-from models.drafts import lookup, propose
-from models.scheduler import Scheduler
+from bench.serve.engine_faults import failing, with_poison
+from hisa_jax import models
+from hisa_jax.models.drafts import lookup, propose
+from hisa_jax.models.scheduler import Scheduler
+from hisa_jax.page_pool import PagePool
 
 from . import serving
 
@@ -141,7 +141,10 @@ def test_an_error_of_the_device_that_shows_after_the_call_loses_pages_and_no_tok
     e = serving.engine()
     wanted = submit(e, traffic[:4])
     tokens = e.step().finished
-    with mock.patch("models.engine._read", broken), pytest.raises(jax.errors.JaxRuntimeError, match="device failed"):
+    with (
+        mock.patch("hisa_jax.models.engine._read", broken),
+        pytest.raises(jax.errors.JaxRuntimeError, match="device failed"),
+    ):
         while True:
             tokens |= e.step().finished
     assert serving.finish(e, tokens) == (wanted, {})

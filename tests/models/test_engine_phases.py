@@ -6,7 +6,7 @@ Seven compiled programs, some 15 s of CPU the first time.
 import numpy as np
 import pytest
 
-from bench.engine_faults import failing
+from bench.serve.engine_faults import failing
 
 from . import serving
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import models
-from models.checkpoint import by_name
-from models.config import Yarn, config_from_keys
-from models.export import config_to_keys, save_pretrained
+from hisa_jax import models
+from hisa_jax.models.checkpoint import by_name
+from hisa_jax.models.config import Yarn, config_from_keys
+from hisa_jax.models.export import config_to_keys, save_pretrained
 from tests.models.golden import FOLDER
 
 

@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-import models
-from models.settings import QUANTIZATION, ROPE, SETTINGS
+from hisa_jax import models
+from hisa_jax.models.settings import QUANTIZATION, ROPE, SETTINGS
 
 from . import golden
 

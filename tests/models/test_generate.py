@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-import models
-from models.__main__ import main
-from models.generate import likeliest, pad_left
-from models.indexers import make_method, read_methods
-from models.tokens import Bytes, load_tokenizer
+from hisa_jax import models
+from hisa_jax.models.__main__ import main
+from hisa_jax.models.generate import likeliest, pad_left
+from hisa_jax.models.indexers import make_method, read_methods
+from hisa_jax.models.tokens import Bytes, load_tokenizer
 
 from . import golden, serving
 
@@ -214,9 +214,9 @@ def test_the_command_says_what_is_wrong(capsys, arguments, message):
 
 def test_the_command_runs_as_a_module(capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "models.__main__")
-    monkeypatch.setattr(sys, "argv", ["models", "generate", "--help"])
+    monkeypatch.setattr(sys, "argv", ["hisa_jax.models", "generate", "--help"])
     with pytest.raises(SystemExit) as status:
-        runpy.run_module("models", run_name="__main__", alter_sys=True)
+        runpy.run_module("hisa_jax.models", run_name="__main__", alter_sys=True)
     assert status.value.code == 0 and "--report-recall" in capsys.readouterr().out
 
 

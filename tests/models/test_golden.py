@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import models
-from models.cache import contiguous
-from models.rope import inverse_frequencies
+from hisa_jax import models
+from hisa_jax.models.cache import contiguous
+from hisa_jax.models.rope import inverse_frequencies
 
 from . import golden
 

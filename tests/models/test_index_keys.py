@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from models.cache import empty_pages
+from hisa_jax.models.cache import empty_pages
 
 from . import golden
 

@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 
 import hisa_jax as hj
-import models
-from models.cache import Cache, contiguous, empty_pages
-from models.dsa import expanded
+from hisa_jax import models
+from hisa_jax.models.cache import Cache, contiguous, empty_pages
+from hisa_jax.models.dsa import expanded
 
 from . import golden
 

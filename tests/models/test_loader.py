@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import models
-from models.safetensors_io import Reader
+from hisa_jax import models
+from hisa_jax.models.safetensors_io import Reader
 
 from . import golden
 

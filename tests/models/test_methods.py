@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 import hisa_jax as hj
-import models
-from models.plan import make_plan
+from hisa_jax import models
+from hisa_jax.models.plan import make_plan
 from tests import oracle
 
 from . import golden

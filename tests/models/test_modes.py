@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import hisa_jax as hj
-import models
+from hisa_jax import models
 from tests.models import golden
 
 CASE, PROMPTS = "glm5", [[3, 5, 9, 2, 44], [7, 8]]  # unlike lengths, so that there is padding

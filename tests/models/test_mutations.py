@@ -10,9 +10,9 @@ from flax import nnx
 from jax import lax
 
 import hisa_jax as hj
-import models
-from models import dsa, modeling, moe, rope
-from models.cache import contiguous
+from hisa_jax import models
+from hisa_jax.models import dsa, modeling, moe, rope
+from hisa_jax.models.cache import contiguous
 
 from . import golden
 

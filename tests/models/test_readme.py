@@ -5,8 +5,8 @@ import io
 import re
 from pathlib import Path
 
-import models
-from models.dsa import choose_form
+from hisa_jax import models
+from hisa_jax.models.dsa import choose_form
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "models/README.md").read_text()

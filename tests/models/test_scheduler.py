@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from models.scheduler import Request, Scheduler, Sharing
+from hisa_jax.models.scheduler import Request, Scheduler, Sharing
 
 SIZE = 4  # tokens of a page
 

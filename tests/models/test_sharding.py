@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-import models
+from hisa_jax import models
 
 ROOT = Path(__file__).parents[2]
 

@@ -66,7 +66,8 @@ def trees(n: int) -> Iterator[queue.Queue]:
             tree.mkdir()
             for name in COPIED:
                 if (ROOT / name).is_dir():
-                    shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("bytes", "__pycache__"))
+                    ignored = shutil.ignore_patterns("bytes", "__pycache__")
+                    shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
                 else:
                     shutil.copy2(ROOT / name, tree / name)
             free.put(tree)

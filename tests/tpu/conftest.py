@@ -7,11 +7,11 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # what was found has no public name
 from jax.experimental.pallas import tpu as pltpu
 
-from bench import tpu_aot
-from bench.chips import CHIPS
+from bench.tpu import aot
+from bench.tpu.chips import CHIPS
 
-if tpu_aot.why_not() is None:
-    tpu_aot.prepare()  # before anything asks JAX for its devices, which loads libtpu
+if aot.why_not() is None:
+    aot.prepare()  # before anything asks JAX for its devices, which loads libtpu
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def interpret():
 @pytest.fixture(params=CHIPS)
 def chip(request):
     """Each chip that kernels are compiled for."""
-    reason = tpu_aot.why_not()
+    reason = aot.why_not()
     if reason:
         pytest.skip(reason)
     return request.param

@@ -18,7 +18,8 @@ import numpy as np  # noqa: E402
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
-from hisa_jax import context_kernels, dispatch  # noqa: E402
+from hisa_jax import dispatch  # noqa: E402
+from hisa_jax.sharded import select_kernels  # noqa: E402
 from tests import draw, isolation, oracle  # noqa: E402
 
 METHODS = {
@@ -34,7 +35,7 @@ H, D = 16, 64
 def interpreted():
     """The kernels where no device is asked for."""
     run = functools.partial(
-        context_kernels.select,
+        select_kernels.select,
         lambda: dispatch.backend("mosaic_tpu"),
         interpret=pltpu.InterpretParams(uninitialized_memory="nan"),
     )

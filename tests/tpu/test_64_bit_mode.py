@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench import tpu_aot
-from kernels_pallas import mosaic_tpu
-from kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla, sparse_mla_blocks
+from bench.tpu import aot
+from hisa_jax.kernels_pallas import mosaic_tpu
+from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla, sparse_mla_blocks
 
 BF16, I32, F32 = jnp.bfloat16, jnp.int32, jnp.float32
 H, D, S, N, SIZE, R, P = 64, 128, 32768, 3000, 128, 8, 64
@@ -68,7 +68,7 @@ CASES = {
 
 def kernels(f, arrays):
     """What is handed to the compiler of kernels, and the dtypes of the result."""
-    with jax.sharding.use_abstract_mesh(tpu_aot.abstract_mesh("v5e")):
+    with jax.sharding.use_abstract_mesh(aot.abstract_mesh("v5e")):
         text = jax.jit(f).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
     found = [line.split("backend_config")[1] for line in text.splitlines() if "@tpu_custom_call" in line]
     return found, [x.dtype.name for x in jax.tree.leaves(jax.eval_shape(f, *arrays))]

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import shapes, tpu_aot
-from kernels_pallas.mosaic_tpu import flat
-from kernels_pallas.mosaic_tpu.flat import Config, select_flat
+from bench import shapes
+from bench.tpu import aot
+from hisa_jax.kernels_pallas.mosaic_tpu import flat
+from hisa_jax.kernels_pallas.mosaic_tpu.flat import Config, select_flat
 from tests.gpu import draw
 from tests.gpu.promises import check_flat
 
@@ -73,4 +74,4 @@ def test_compiles(chip, phase, context, dtype):
     scale = None if dtype == "bf16" else jax.ShapeDtypeStruct((B, context), jnp.float32)
     w, visible = jax.ShapeDtypeStruct((B, T, model.H), jnp.float32), jax.ShapeDtypeStruct((B, T), jnp.int32)
     f = lambda q, k, scale, w, visible: select_flat(q, k, scale, w, visible, topk=model.topk)  # noqa: E731
-    tpu_aot.compile_for(chip, f, q, k, scale, w, visible, schedules=False)
+    aot.compile_for(chip, f, q, k, scale, w, visible, schedules=False)

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench import shapes, tpu_aot
-from kernels_pallas import mosaic_tpu
-from kernels_pallas.mosaic_tpu import block_filter, pool
-from kernels_pallas.mosaic_tpu.config import CHIPS, GROUP
+from bench import shapes
+from bench.tpu import aot
+from hisa_jax.kernels_pallas import mosaic_tpu
+from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, pool
+from hisa_jax.kernels_pallas.mosaic_tpu.config import CHIPS, GROUP
 
 DTYPES = {"bf16": jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 K = 1024
@@ -44,7 +45,7 @@ def test_indexer_compiles(chip, model, phase, context, dtype):
     def hisa(q, k, k_scale, w, visible):
         return mosaic_tpu.select_hisa(q, k, k_scale, w, visible, lengths=visible[:, -1], **options)
 
-    program = tpu_aot.compile_for(chip, hisa, *inputs(model, phase, context, dtype), schedules=False)
+    program = aot.compile_for(chip, hisa, *inputs(model, phase, context, dtype), schedules=False)
     # Scores of all tokens, the means of a prefill and copies of keys would show here.
     if phase.T > 1:
         assert program.temp_bytes < 64 << 20
@@ -58,13 +59,13 @@ def test_every_head_and_block_size_compiles(chip, H, D, block_size):
 
     q, k = jax.ShapeDtypeStruct((1, 100, H, D), jnp.bfloat16), jax.ShapeDtypeStruct((1, 40_000, D), jnp.bfloat16)
     w, visible = jax.ShapeDtypeStruct((1, 100, H), jnp.float32), jax.ShapeDtypeStruct((1, 100), jnp.int32)
-    tpu_aot.compile_for(chip, hisa, q, k, w, visible, schedules=False)
+    aot.compile_for(chip, hisa, q, k, w, visible, schedules=False)
 
 
 def test_kept_means_compile(chip):
     """What serving does: pool once, filter from the means."""
     model, n = shapes.DSV32, 128 * K // 128
-    config = block_filter.heuristic(CHIPS[tpu_aot.CHIPS[chip].kind], 64)
+    config = block_filter.heuristic(CHIPS[aot.CHIPS[chip].kind], 64)
 
     def f(k, q, w, eligible, n_tokens):
         means = pool.pool(k, None, n_tokens)
@@ -72,7 +73,7 @@ def test_kept_means_compile(chip):
         return block_filter.block_filter(q, w, means, None, eligible, n_tokens, **options)
 
     assert n % GROUP == 0
-    tpu_aot.compile_for(
+    aot.compile_for(
         chip,
         f,
         jax.ShapeDtypeStruct((1, n, 128, model.D), jnp.bfloat16),

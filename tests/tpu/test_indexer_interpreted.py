@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import mosaic_tpu
-from kernels_pallas.mosaic_tpu import block_filter, decode, pool, refine
-from kernels_pallas.mosaic_tpu.config import CHIPS
+from hisa_jax.kernels_pallas import mosaic_tpu
+from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, decode, pool, refine
+from hisa_jax.kernels_pallas.mosaic_tpu.config import CHIPS
 from tests.gpu import draw, promises, reference
 
 pytestmark = pytest.mark.slow
@@ -44,8 +44,8 @@ PREFILL = [  # dtype, has_scale, block_size, H, D, topk, block_topk, S, visible 
 def test_prefill_keeps_the_contract(
     interpret, dtype, has_scale, block_size, H, D, topk, block_topk, S, visible, lengths
 ):
-    """Exactly where sums are exact, a key of NaN among them; but near the cut on normal data. To compile takes longer
-    than to run, so one program runs all three."""
+    """Exactly where sums are exact, a key of NaN among them; but near the threshold on normal data. To compile takes
+    longer than to run, so one program runs all three."""
     visible = np.asarray(visible, np.int32)
     shape = *visible.shape, S, H, D, dtype, has_scale
     options = {"topk": topk, "block_size": block_size, "block_topk": block_topk}
@@ -108,7 +108,7 @@ def test_means_are_over_the_tokens_present(interpret, dtype, has_scale):
 
 
 @pytest.mark.parametrize(("mean_parts", "tolerance"), [pytest.param(1, 5e-3, marks=pytest.mark.exhaustive), (2, 2e-5)])
-def test_blocks_agree_with_float64_but_near_the_cut(interpret, mean_parts, tolerance):
+def test_blocks_agree_with_float64_but_near_the_threshold(interpret, mean_parts, tolerance):
     """Pooled in the kernel, from kept means, and as `decode` does it: the same blocks each time."""
     B, T, n, block_size, H, D = 1, 8, 64, 64, 16, 128
     q, k, _, w = draw.normal(6, B, T, n * block_size, H, D, BF16, False)

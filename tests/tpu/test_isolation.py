@@ -26,8 +26,8 @@ def each(*cases):
 @each(("dsa", "int8"), ("hisa", "bfloat16"), ("block_sparse", "float8_e4m3fn"), ("hisa", "int8"))
 def test_in_a_batch(implementation, method, dtype):  # noqa: F811
     select = functools.partial(hj.select, implementation=implementation)
-    for cut in (261, 101):
-        isolation.assert_isolated(isolation.batch(select, METHODS[method], dtype, cut=cut), METHODS[method])
+    for threshold in (261, 101):
+        isolation.assert_isolated(isolation.batch(select, METHODS[method], dtype, threshold=threshold), METHODS[method])
 
 
 @each(("dsa", "bfloat16"), ("hisa", "int8"), ("block_sparse", "bfloat16"))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.mosaic_tpu import pool_body, tiles, topk_body
+from hisa_jax.kernels_pallas.mosaic_tpu import pool_body, tiles, topk_body
 
 
 def test_a_mean_is_over_the_tokens_present_and_scaled_one_by_one():

@@ -15,10 +15,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hisa_jax as hj
-from bench import shapes, tpu_aot
-from bench.chips import CHIPS
+from bench import shapes
+from bench.tpu import aot
+from bench.tpu.chips import CHIPS
 from hisa_jax import dispatch
-from kernels_pallas import mosaic_tpu
+from hisa_jax.kernels_pallas import mosaic_tpu
 
 pytestmark = pytest.mark.slow
 MODEL = shapes.DSV32
@@ -50,7 +51,7 @@ def compiled(chip, mesh, B, T, queries):
         out_specs=(P(*queries, None), P(*queries), P(*queries, None)),
         check_vma=False,
     )
-    return tpu_aot.compile_sharded(chip, f, mesh, *operands)
+    return aot.compile_sharded(chip, f, mesh, *operands)
 
 
 def devices(chip):
@@ -60,7 +61,7 @@ def devices(chip):
 def test_prefill_shares_sequences_and_queries(chip):
     context = CHIPS[chip].pod_chips // 16  # an axis of the mesh is whole axes of the torus
     data = devices(chip) // context
-    mesh = tpu_aot.pod_mesh(chip, data=data, context=context)
+    mesh = aot.pod_mesh(chip, data=data, context=context)
     program = compiled(chip, mesh, data, context * 512, ("data", "context"))
     assert not COLLECTIVES.findall(program.compiled.as_text()), "queries and keys are where they are needed"
     memory = program.compiled.memory_analysis()
@@ -71,7 +72,7 @@ def test_prefill_shares_sequences_and_queries(chip):
 
 def test_decode_shares_sequences(chip):
     n = devices(chip)
-    mesh = tpu_aot.pod_mesh(chip, data=n, context=1)
+    mesh = aot.pod_mesh(chip, data=n, context=1)
     program = compiled(chip, mesh, 4 * n, 1, ("data", "context"))
     assert not COLLECTIVES.findall(program.compiled.as_text())
     memory = program.compiled.memory_analysis()
@@ -85,7 +86,7 @@ def compiled_sharded(chip, T, implementation, monkeypatch):
     monkeypatch.setattr(dispatch.Device, "default", lambda: dispatch.Device(platform="tpu", kind=CHIPS[chip].kind))
     context = CHIPS[chip].pod_chips // 16
     data = devices(chip) // context
-    mesh = tpu_aot.pod_mesh(chip, data=data, context=context)
+    mesh = aot.pod_mesh(chip, data=data, context=context)
 
     def sharded(spec, *shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -96,7 +97,7 @@ def compiled_sharded(chip, T, implementation, monkeypatch):
 
     q, k = sharded(P("data"), data, T, MODEL.H, MODEL.D), sharded(P("data", "context"), data, CONTEXT, MODEL.D)
     w = sharded(P("data"), data, T, MODEL.H, dtype=jnp.float32)
-    return tpu_aot.compile_sharded(chip, select, mesh, q, k, w), context
+    return aot.compile_sharded(chip, select, mesh, q, k, w), context
 
 
 def exchanged(program):
@@ -111,7 +112,7 @@ def exchanged(program):
 
 
 def test_kernels_exchange_candidates_alone(chip, monkeypatch):
-    """Keys split over `context`: what crosses the network is an image and a position of every candidate.
+    """Keys split over `context`: what crosses the network is an sort key and a position of every candidate.
 
     Prefill on two generations, decode on the others; all eight compile (docs/tpu.md).
     """
@@ -129,7 +130,7 @@ def test_kernels_exchange_candidates_alone(chip, monkeypatch):
 def test_xla_exchanges_candidates_alone(monkeypatch):
     """The same without kernels."""
     chip, T = "v6e", 1
-    if reason := tpu_aot.why_not():
+    if reason := aot.why_not():
         pytest.skip(reason)
     program, context = compiled_sharded(chip, T, "xla", monkeypatch)
     for _, dtype, n in exchanged(program):
@@ -169,14 +170,14 @@ def paged_step(mesh, chip, monkeypatch, dtype, n, cache_spec, rows_spec, queries
 )
 def test_decode_from_pages_shares_requests(chip, dtype, monkeypatch):
     """Each device has a server's cache of its own: 32 requests of 128K tokens, one query each."""
-    if reason := tpu_aot.why_not():
+    if reason := aot.why_not():
         pytest.skip(reason)
     n = devices(chip)
-    mesh = tpu_aot.pod_mesh(chip, data=n)
+    mesh = aot.pod_mesh(chip, data=n)
     operands = paged_step(mesh, chip, monkeypatch, dtype, n, P("data"), P("data"))
     select = functools.partial(hj.select_paged, method=MODEL.methods()["hisa"], implementation="mosaic_tpu")
     f = jax.shard_map(select, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
-    program = tpu_aot.compile_sharded(chip, f, mesh, *operands)
+    program = aot.compile_sharded(chip, f, mesh, *operands)
     text = program.compiled.as_text()
     assert not COLLECTIVES.findall(text)
     assert all(f"hisa_{stage}" in text for stage in ("pool", "block_filter", "refine"))
@@ -191,13 +192,13 @@ def test_decode_from_pages_shares_requests(chip, dtype, monkeypatch):
 def test_pages_shared_by_devices_exchange_candidates_alone(monkeypatch):
     """32 requests of 128K tokens whose pages lie on 16 devices; the rest of the pod has copies. By XLA."""
     chip, n_context = "v5e", 16
-    if reason := tpu_aot.why_not():
+    if reason := aot.why_not():
         pytest.skip(reason)
-    mesh = tpu_aot.pod_mesh(chip, data=devices(chip) // n_context, context=n_context)
+    mesh = aot.pod_mesh(chip, data=devices(chip) // n_context, context=n_context)
     operands = paged_step(mesh, chip, monkeypatch, "bfloat16", 1, P("context"), P())
     over = dict(mesh=mesh, context_axis="context")
     select = functools.partial(hj.select_paged_sharded, method=MODEL.methods()["hisa"], **over)
-    program = tpu_aot.compile_sharded(chip, select, mesh, *operands)
+    program = aot.compile_sharded(chip, select, mesh, *operands)
     for _, dtype, n in exchanged(program):
         assert dtype in ("s32", "u32") and n <= R * MODEL.topk
     keys = R * CONTEXT // n_context * MODEL.D * 2
@@ -207,13 +208,13 @@ def test_pages_shared_by_devices_exchange_candidates_alone(monkeypatch):
 def test_ranks_share_the_queries_of_chunks_and_exchange_the_chosen(monkeypatch):
     """128 new tokens of each of 32 requests, by the kernels on 16 ranks that have the same pages."""
     chip, n_ranks = "v6e", 16
-    if reason := tpu_aot.why_not():
+    if reason := aot.why_not():
         pytest.skip(reason)
-    mesh = tpu_aot.pod_mesh(chip, data=devices(chip) // n_ranks, model=n_ranks)
+    mesh = aot.pod_mesh(chip, data=devices(chip) // n_ranks, model=n_ranks)
     operands = paged_step(mesh, chip, monkeypatch, "bfloat16", 1, P(), P(), queries=128)
     over = dict(mesh=mesh, query_axis="model", implementation="mosaic_tpu")
     select = functools.partial(hj.select_paged_sharded, method=MODEL.methods()["hisa"], **over)
-    program = tpu_aot.compile_sharded(chip, select, mesh, *operands)
+    program = aot.compile_sharded(chip, select, mesh, *operands)
     found = exchanged(program)
     assert {dtype for _, dtype, _ in found} == {"s32"} and {kind for kind, *_ in found} == {"all-gather"}
     assert sum(n for *_, n in found) == R * 128 * (MODEL.topk + 1)
@@ -221,4 +222,4 @@ def test_ranks_share_the_queries_of_chunks_and_exchange_the_chosen(monkeypatch):
 
 @pytest.mark.parametrize("chip", CHIPS, indirect=True)
 def test_pods_are_as_large_as_they_say(chip):
-    assert tpu_aot.pod_mesh(chip, data=devices(chip)).size == devices(chip)
+    assert aot.pod_mesh(chip, data=devices(chip)).size == devices(chip)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from bench import shapes, tpu_aot
+from bench import shapes
+from bench.tpu import aot
 from hisa_jax import dispatch
-from hisa_jax.kernels import Kernels
-from kernels_pallas import mosaic_tpu
-from kernels_pallas.mosaic_tpu.ragged import Ragged
+from hisa_jax.kernels_pallas import mosaic_tpu
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
+from hisa_jax.pallas import Kernels
 from tests import draw, oracle
 
 METHODS = {
@@ -146,7 +147,7 @@ def test_tiles_hold_every_wanted_query_once(n_cores, least, n_tiles):
 def compiled(chip, f, T, k, k_scale, *rest):
     model = shapes.DSV32
     q, w = jax.ShapeDtypeStruct((T, model.H, model.D), k.dtype), jax.ShapeDtypeStruct((T, model.H), jnp.float32)
-    return tpu_aot.compile_for(chip, f, q, k, k_scale, w, tpu_aot.shaped(T, dtype=jnp.int32), *rest, schedules=False)
+    return aot.compile_for(chip, f, q, k, k_scale, w, aot.shaped(T, dtype=jnp.int32), *rest, schedules=False)
 
 
 OPTIONS = {"flat": {"topk": 2048}, "hisa": {"topk": 2048, "block_size": 128, "block_topk": 64}}
@@ -161,8 +162,8 @@ def test_packed_compiles(chip, stage):
         select = getattr(mosaic_tpu, f"select_{stage}")
         return select(q, k, k_scale, w, visible, cu_seqlens=cu_seqlens, **OPTIONS[stage])
 
-    offsets = [tpu_aot.shaped(R + 1, dtype=jnp.int32)] * 2
-    program = compiled(chip, f, T, tpu_aot.shaped(N, shapes.DSV32.D), None, *offsets)
+    offsets = [aot.shaped(R + 1, dtype=jnp.int32)] * 2
+    program = compiled(chip, f, T, aot.shaped(N, shapes.DSV32.D), None, *offsets)
     # The keys moved, once, and a share of the queries; no scores.
     assert program.temp_bytes < 256 << 20
 
@@ -186,7 +187,7 @@ def test_pages_compile(chip, stage, T, R, page_size, dtype):
         rows = {"block_tables": block_tables, "cu_seqlens_q": cu_seqlens_q}
         return select(q, k, k_scale, w, visible, **rows, **sums, **OPTIONS[stage])
 
-    shaped = tpu_aot.shaped
+    shaped = aot.shaped
     k_scale = None if dtype == "bfloat16" else shaped(n_pages, page_size, dtype=jnp.float32)
     sums = shaped(n_pages, D, dtype=jnp.float32), shaped(n_pages, dtype=jnp.int32)
     tables = shaped(R, P, dtype=jnp.int32), shaped(R + 1, dtype=jnp.int32)

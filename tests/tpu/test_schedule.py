@@ -16,11 +16,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import hisa_jax as hj
-from bench import shapes, tpu, tpu_aot, tpu_rows, tpu_schedule
-from bench.chips import CHIPS
-from bench.gpu_checks import check_hisa
+from bench import shapes
+from bench.gpu.checks import check_hisa
+from bench.tpu import aot
+from bench.tpu import command as tpu
+from bench.tpu import rows as tpu_rows
+from bench.tpu import schedule as tpu_schedule
+from bench.tpu.chips import CHIPS
 
-COMMITTED = pathlib.Path(tpu.__file__).parent / "results" / "tpu_schedule.json"
+COMMITTED = pathlib.Path(tpu.__file__).parents[1] / "results" / "tpu_schedule.json"
 GROWTH = 1.10
 
 
@@ -50,7 +54,7 @@ def schedule_of_loops(chip):
         name="loops",
     )
     operands = (jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((48, 128), jnp.float32))
-    return tpu_aot.compile_for(chip, call, *operands).schedule("loops")
+    return aot.compile_for(chip, call, *operands).schedule("loops")
 
 
 def test_finds_the_loops_and_how_often_they_run(chip):
@@ -104,7 +108,7 @@ def test_rows_a_cycle_of_the_matrix_units(chip):
 
     call = pl.pallas_call(body, out_shape=jax.ShapeDtypeStruct((rows, size), jnp.float32), name="product")
     operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((rows, size), (size, size))]
-    schedule = tpu_aot.compile_for(chip, call, *operands).schedule("product")
+    schedule = aot.compile_for(chip, call, *operands).schedule("product")
     peak = CHIPS[chip].bf16_flops / CHIPS[chip].clock_hz
     share = 2 * rows * size * size / peak / schedule.cost().cycles
     assert 0.6 < share < 1.35

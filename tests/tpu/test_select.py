@@ -7,7 +7,7 @@ import pytest
 
 import hisa_jax as hj
 from hisa_jax import dispatch
-from hisa_jax.kernels import Kernels
+from hisa_jax.pallas import Kernels
 from tests import draw, oracle
 
 METHODS = {

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import shapes, tpu_aot
-from kernels_pallas import mosaic_tpu
-from kernels_pallas.mosaic_tpu import sparse_mla as module
-from kernels_pallas.mosaic_tpu.sparse_mla import Config, sparse_mla, sparse_mla_blocks
+from bench import shapes
+from bench.tpu import aot
+from hisa_jax.kernels_pallas import mosaic_tpu
+from hisa_jax.kernels_pallas.mosaic_tpu import sparse_mla as module
+from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import Config, sparse_mla, sparse_mla_blocks
 from tests.gpu import draw, promises
 
 
@@ -111,8 +112,8 @@ def test_compiles(chip, B, T, context):
     q, kv = jax.ShapeDtypeStruct((B, T, N, E), jnp.bfloat16), jax.ShapeDtypeStruct((B, context, E), jnp.bfloat16)
     indices = jax.ShapeDtypeStruct((B, T, model.topk), jnp.int32)
     options = dict(value_dim=model.mla_value_dim, scale=E**-0.5)
-    tpu_aot.compile_for(chip, lambda *operands: sparse_mla(*operands, **options), q, kv, indices, schedules=False)
+    aot.compile_for(chip, lambda *operands: sparse_mla(*operands, **options), q, kv, indices, schedules=False)
     ids = jax.ShapeDtypeStruct((B, T, model.block_topk), jnp.int32)
     mask = jax.ShapeDtypeStruct((B, T, model.block_topk, model.block_size), jnp.bool_)
     f = lambda *operands: sparse_mla_blocks(*operands, **options)  # noqa: E731
-    tpu_aot.compile_for(chip, f, q, kv, ids, mask, schedules=False)
+    aot.compile_for(chip, f, q, kv, ids, mask, schedules=False)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.mosaic_tpu.sparse_mla import Config, runs_of, sparse_mla_blocks
+from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import Config, runs_of, sparse_mla_blocks
 from tests import contract_lists
 from tests.contract_lists import Case
 

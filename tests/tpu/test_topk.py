@@ -5,27 +5,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import tpu_aot
-from kernels_pallas.image import FORCED, INVISIBLE, image_of
-from kernels_pallas.mosaic_tpu import topk_body
-from kernels_pallas.mosaic_tpu.topk import Config, from_tiles, padded_groups, to_tiles, topk
+from bench.tpu import aot
+from hisa_jax.kernels_pallas.mosaic_tpu import topk_body
+from hisa_jax.kernels_pallas.mosaic_tpu.topk import Config, from_tiles, padded_groups, to_tiles, topk
+from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
 
 
 def rows_of(kind: str, T: int, W: int) -> np.ndarray:
     draw = np.random.default_rng(0)
-    normal = np.asarray(image_of(jnp.asarray(draw.normal(size=(T, W)), jnp.float32))).copy()
+    normal = np.asarray(sort_key_of(jnp.asarray(draw.normal(size=(T, W)), jnp.float32))).copy()
     if kind == "normal":
         return normal
     if kind == "any_bits":
         return draw.integers(INVISIBLE + 1, FORCED, (T, W)).astype(np.int32)
     if kind == "few_values":
-        # Most ties are at the cut, and better ones stand behind them.
+        # Most ties are at the threshold, and better ones stand behind them.
         return draw.choice(3, (T, W), p=[0.4, 0.5, 0.1]).astype(np.int32)
     if kind == "all_equal":
         return np.full((T, W), 7, np.int32)
     if kind == "infinite":
         scores = draw.choice([-np.inf, np.inf, 0.0, -0.0, np.nan, 1e-38, 3.0], (T, W))
-        return np.asarray(image_of(jnp.asarray(scores, jnp.float32))).copy()
+        return np.asarray(sort_key_of(jnp.asarray(scores, jnp.float32))).copy()
     if kind == "ragged":
         for row in range(T):
             normal[row, draw.integers(0, W + 1) :] = INVISIBLE
@@ -41,8 +41,10 @@ KINDS = ("normal", "any_bits", "few_values", "all_equal", "infinite", "ragged", 
 
 def wanted(x: np.ndarray, k: int) -> np.ndarray:
     out = np.full((x.shape[0], k), -1)
-    for row, images in zip(out, x, strict=True):
-        best = np.lexsort((np.arange(len(images)), -images.astype(np.int64)))[: min(k, (images != INVISIBLE).sum())]
+    for row, sort_keys in zip(out, x, strict=True):
+        best = np.lexsort((np.arange(len(sort_keys)), -sort_keys.astype(np.int64)))[
+            : min(k, (sort_keys != INVISIBLE).sum())
+        ]
         row[: len(best)] = np.sort(best)
     return out
 
@@ -92,4 +94,4 @@ def test_columns_of_kept_blocks_become_positions():
 @pytest.mark.parametrize(("W", "k"), [(8192, 2048), (1024, 64), (131072, 2048)])
 def test_compiles(chip, W, k):
     operands = (jax.ShapeDtypeStruct((64, W), jnp.int32), jax.ShapeDtypeStruct((64,), jnp.int32))
-    tpu_aot.compile_for(chip, lambda x, n: topk(x, n, k), *operands, schedules=False)
+    aot.compile_for(chip, lambda x, n: topk(x, n, k), *operands, schedules=False)

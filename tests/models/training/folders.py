@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.training.lines import draw_passage
+from hisa_jax.models.training.lines import draw_passage
 
 
 def prose(seed: int, n_lines: int = 40) -> str:

@@ -6,10 +6,10 @@ import threading
 import numpy as np
 import pytest
 
-from models.training import batches as module
-from models.training.batches import Batches, held_out_samples, held_out_windows, prefetched
-from models.training.tasks import KINDS
-from models.training.text import read_corpus
+from hisa_jax.models.training import batches as module
+from hisa_jax.models.training.batches import Batches, held_out_samples, held_out_windows, prefetched
+from hisa_jax.models.training.tasks import KINDS
+from hisa_jax.models.training.text import read_corpus
 from tests.models.training.folders import many_files, write_files
 from tests.models.training.reader import Reader
 

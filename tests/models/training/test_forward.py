@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from models.training import forward
-from models.training.attention import causal_attention
-from models.training.batches import held_out_samples
-from models.training.retrieval import answered
-from models.training.weights import Skeleton, weights_of
+from hisa_jax.models.training import forward
+from hisa_jax.models.training.attention import causal_attention
+from hisa_jax.models.training.batches import held_out_samples
+from hisa_jax.models.training.retrieval import answered
+from hisa_jax.models.training.weights import Skeleton, weights_of
 from tests.models.training import tiny
 
 pytestmark = pytest.mark.slow
@@ -91,7 +91,7 @@ def test_an_answer_is_right_if_each_of_its_bytes_is_the_likeliest():
 
 
 def test_layers_of_several_kinds_are_refused():
-    import models
+    from hisa_jax import models
 
     with pytest.raises(ValueError, match="training wants layers that are alike"):
         Skeleton(models.glm52())

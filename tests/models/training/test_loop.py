@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import models
-from models.training.curves import draw
-from models.training.loop import CURVES, INDEXERS, MODEL, Settings, train
-from models.training.weights import weights_of
+from hisa_jax import models
+from hisa_jax.models.training.curves import draw
+from hisa_jax.models.training.loop import CURVES, INDEXERS, MODEL, Settings, train
+from hisa_jax.models.training.weights import weights_of
 from tests.models.training import tiny
 
 pytestmark = pytest.mark.slow

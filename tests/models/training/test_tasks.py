@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.training import lines, tasks
+from hisa_jax.models.training import lines, tasks
 from tests.models.training.reader import Reader
 
 _FILLER = np.frombuffer((Path(sysconfig.get_path("stdlib")) / "argparse.py").read_bytes(), np.uint8)

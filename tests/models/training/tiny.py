@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 
 import hisa_jax as hj
-from models.training.recipe import Recipe, Stage, byte_config
-from models.training.text import Corpus, Source
+from hisa_jax.models.training.recipe import Recipe, Stage, byte_config
+from hisa_jax.models.training.text import Corpus, Source
 
 LAYERS = 2
 CONFIG = dataclasses.replace(

@@ -1,0 +1,85 @@
+"""`python -m bench gpu-report`: the README's table and plot from rows that `python -m bench gpu --json` wrote."""
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from bench import UserError, shapes
+
+RESULTS = pathlib.Path(__file__).parents[1] / "results" / "h200.json"
+Row = dict[str, Any]
+# Name in the table, what selects its rows.
+_LINES = {
+    "HISA, e4m3": dict(row="hisa", shape="dsv32", dtype="e4m3", implementation="mosaic_gpu"),
+    "flat indexer, e4m3": dict(row="flat", shape="dsv32", dtype="e4m3", implementation="mosaic_gpu"),
+    "HISA, bfloat16": dict(row="hisa", shape="dsv32", dtype="bf16", implementation="mosaic_gpu"),
+    "HISA, bfloat16, Triton": dict(row="hisa", shape="dsv32", dtype="bf16", implementation="triton"),
+    "HISA, GLM-5 (32 heads), e4m3": dict(row="hisa", shape="glm5", dtype="e4m3", implementation="mosaic_gpu"),
+}
+_PLOTTED = {"HISA, e4m3": "#0b6fb8", "flat indexer, e4m3": "#444444"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=pathlib.Path, default=RESULTS, help="measured rows; default: %(default)s")
+    parser.add_argument("--plot", type=pathlib.Path, help="write the plot to this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.json.exists():
+        raise UserError(f"--json {args.json}: no such file")
+    rows = json.loads(args.json.read_text())
+    print(table(rows))
+    if args.plot:
+        figure(rows).savefig(args.plot, dpi=150)
+    return 0
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: milliseconds by context of every whole indexer, and what HISA is faster by."""
+    lines = {name: by_context(rows, wanted) for name, wanted in _LINES.items()}
+    contexts = sorted({context for line in lines.values() for context in line})
+    cells = [["", *map(shapes.label, contexts)], ["---"] * (len(contexts) + 1)]
+    for name, line in lines.items():
+        cells.append([name, *(f"{line[c]['ms']:.2f}" if c in line else "" for c in contexts)])
+    hisa, flat = lines["HISA, e4m3"], lines["flat indexer, e4m3"]
+    ratios = [f"**{flat[c]['ms'] / hisa[c]['ms']:.1f}x**" if c in hisa and c in flat else "" for c in contexts]
+    cells.append(["HISA faster by", *ratios])
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def by_context(rows: list[Row], wanted: Row) -> dict[int, Row]:
+    """Context -> the row that has all that is wanted."""
+    return {row["context"]: row for row in rows if all(row[name] == value for name, value in wanted.items())}
+
+
+def figure(rows: list[Row]) -> Figure:
+    """Time against context, HISA and flat, with the range of the samples and the floors."""
+    result = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(result)
+    axes = result.subplots()
+    ticks: set[int] = set()
+    for name, color in _PLOTTED.items():
+        line = by_context(rows, _LINES[name])
+        contexts = sorted(line)
+        ticks |= set(contexts)
+        ms, low, high, floor = ([line[c][key] for c in contexts] for key in ("ms", "ms_p10", "ms_p90", "floor_ms"))
+        axes.plot(contexts, ms, "o-", color=color, label=name)
+        axes.fill_between(contexts, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.plot(contexts, floor, ":", color=color, label=f"{name}: floor")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(sorted(ticks), map(shapes.label, sorted(ticks)))
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(
+        title=f"Indexing 4096 queries on one {rows[0]['device']}",
+        xlabel="context, tokens",
+        ylabel="ms, exact top-2048 included",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    return result

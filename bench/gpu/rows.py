@@ -1,0 +1,407 @@
+"""The rows of `python -m bench gpu`: what runs, on which inputs, and how its result is checked."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+import hisa_jax as hj
+from bench import shapes
+from bench.gpu.checks import (
+    CHECKED,
+    block_means,
+    check_attention,
+    check_blocks,
+    check_flat,
+    check_hisa,
+    checked_rows,
+    scores_of,
+)
+from hisa_jax.kernels_pallas import mosaic_gpu
+from hisa_jax.kernels_pallas.mosaic_gpu import refine as mosaic_refine
+from hisa_jax.kernels_pallas.mosaic_gpu import stages
+from hisa_jax.kernels_pallas.mosaic_gpu import topk as mosaic_topk
+from hisa_jax.layout import mean_parts
+
+K = 1024
+E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
+DTYPES: dict[str, DTypeLike] = {"e4m3": E4M3, "bf16": BF16}
+TENSOR_FLOPS = {"e4m3": 1979e12, "bf16": 990e12}  # vendor's dense figures, H100 SXM and H200
+MEMORY_BYTES = 4.3e12  # a second, measured by a copy on an H200
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        make: () -> (f, its operands, check of its result that raises; the last operand is int32 and may be delayed).
+        carries: f returns its first operand anew, for the next repetition.
+        flop: arithmetic of the visible work; `moved_bytes`: what must cross device memory.
+    """
+
+    row: str
+    make: Callable[[], tuple[Callable, tuple, Callable[[Any], None]]]
+    shape: str
+    context: int
+    queries: int
+    dtype: str = "e4m3"
+    implementation: str = "mosaic_gpu"
+    carries: bool = False
+    flop: float = 0.0
+    moved_bytes: float = 0.0
+
+    @property
+    def floor_ms(self) -> float:
+        return 1e3 * max(self.flop / TENSOR_FLOPS[self.dtype], self.moved_bytes / MEMORY_BYTES)
+
+
+class Inputs(NamedTuple):
+    """[B, T, H, D], [B, S, D], [B, S] (None for bfloat16), [B, T, H], [B, T]: the last T queries of S tokens."""
+
+    q: Array
+    k: Array
+    k_scale: Any
+    w: Array
+    visible: Array
+
+
+def rows() -> Iterator[Row]:
+    """All rows, the ones that matter most first."""
+    dsv32, glm5 = shapes.DSV32, shapes.GLM5
+    yield _hisa(dsv32, 64 * K)
+    for context in (8 * K, 16 * K, 32 * K, 128 * K, 256 * K, 1024 * K):
+        yield _hisa(dsv32, context)
+    yield _hisa(glm5, 64 * K)
+    yield _hisa(dsv32, 64 * K, dtype="bf16")
+    yield _hisa(dsv32, 64 * K, clustered=True)
+    yield _refine_scores(dsv32, 64 * K)
+    yield _topk(8192, dsv32.topk)
+    yield _pool_and_filter(dsv32, 64 * K)
+    for context in (8 * K, 16 * K, 32 * K, 64 * K, 128 * K):
+        yield _flat(dsv32, context)
+    for batch in (1, 32, 128):
+        yield _decode(dsv32, batch, 128 * K)
+        for page_size in (64, 128):
+            yield _decode_paged(dsv32, batch, 128 * K, page_size)
+    for page_size in (64, 128):
+        yield _append(dsv32, 128, 8 * K, page_size)
+    yield _hisa(dsv32, 64 * K, dtype="bf16", implementation="triton")
+    yield _hisa(dsv32, 64 * K, implementation="triton")
+    for implementation in ("mosaic_gpu", "triton"):
+        yield _sparse_mla(dsv32, 1, 4096, 64 * K, implementation)
+        for batch in (1, 32, 128):
+            yield _sparse_mla(dsv32, batch, 1, 8 * K, implementation)
+
+
+def _hisa(
+    model: shapes.Model,
+    context: int,
+    *,
+    dtype: str = "e4m3",
+    implementation: str = "mosaic_gpu",
+    clustered: bool = False,
+) -> Row:
+    """The whole indexer as users call it, blocks and all."""
+    T = min(4096, context)
+
+    def make():
+        inputs = draw(model, 1, T, context, DTYPES[dtype], clustered)
+
+        def f(q, k, k_scale, w, positions):
+            selection = hj.select(
+                q,
+                k if k_scale is None else hj.QuantizedKeys(k, k_scale),
+                w,
+                model.methods()["hisa"],
+                query_positions=positions,
+                implementation=implementation,
+                return_blocks=True,
+            )
+            return selection.indices, selection.count, selection.blocks
+
+        return f, (*inputs[:4], inputs.visible - 1), lambda out: check_hisa(out, inputs, model)
+
+    kept = min(model.block_topk * model.block_size, context)
+    pairs = T * (kept + (context / model.block_size if kept < context else 0))
+    return Row(
+        row="hisa_clustered" if clustered else "hisa",
+        make=make,
+        implementation=implementation,
+        shape=model.name,
+        context=context,
+        queries=T,
+        dtype=dtype,
+        flop=2.0 * pairs * model.H * model.D,
+    )
+
+
+def _flat(model: shapes.Model, context: int) -> Row:
+    """The whole flat indexer as users call it."""
+    T = min(4096, context)
+
+    def make():
+        inputs = draw(model, 1, T, context)
+
+        def f(q, k, k_scale, w, positions):
+            method = model.methods()["dsa"]
+            keys = hj.QuantizedKeys(k, k_scale)
+            selection = hj.select(q, keys, w, method, query_positions=positions, implementation="mosaic_gpu")
+            return selection.indices, selection.count
+
+        return f, (*inputs[:4], inputs.visible - 1), lambda out: check_flat(out, inputs, model.topk)
+
+    flop = 2.0 * T * context * model.H * model.D
+    return Row(row="flat", make=make, shape=model.name, context=context, queries=T, flop=flop)
+
+
+def _refine_scores(model: shapes.Model, context: int) -> Row:
+    """The token scores of the refinement alone, without its selection."""
+    T, m, B = 4096, model.block_topk, model.block_size
+
+    def make():
+        q, k, k_scale, w, visible = (x[0] for x in draw(model, 1, T, context))
+        blocks = jnp.sort(lax.top_k(jax.random.uniform(jax.random.key(1), (T, context // B)), m)[1], axis=1)
+        options = dict(block_size=B, config=mosaic_refine.Config(), n_ctas=stages.n_sms())
+
+        def f(q, k, k_scale, w, blocks, visible):
+            return mosaic_refine.refine_scores(q, w, k, k_scale, blocks, visible, jnp.zeros_like(visible), **options)
+
+        def check(sort_keys: Any) -> None:
+            for t in range(CHECKED):
+                tokens = (np.asarray(blocks[t])[:, None] * B + np.arange(B)).ravel()
+                wanted = scores_of(q[t], k[tokens], k_scale[tokens], w[t])
+                bits = np.asarray(sort_keys[t])
+                got = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(np.float32)
+                assert np.abs(got - wanted)[tokens < int(visible[t])].max() < 2e-3 * wanted.std()
+
+        return f, (q, k, k_scale, w, blocks.astype(jnp.int32), visible), check
+
+    flop = 2.0 * T * m * B * model.H * model.D
+    return Row(row="refine_scores", make=make, shape=model.name, context=context, queries=T, flop=flop)
+
+
+def _topk(width: int, k: int) -> Row:
+    """The exact selection alone."""
+    T = 4096
+
+    def make():
+        x = jax.lax.bitcast_convert_type(jax.random.normal(jax.random.key(2), (T, width)), jnp.int32)
+        x = jnp.where(x < 0, x ^ 0x7FFFFFFF, x)
+        limit = jnp.full((T,), width, jnp.int32)
+
+        def check(out: Any) -> None:
+            for t in range(CHECKED):
+                wanted = np.sort(np.argsort(-np.asarray(x[t]).astype(np.int64), kind="stable")[:k])
+                np.testing.assert_array_equal(out[0][t], wanted)
+
+        return lambda x, limit: mosaic_topk.topk(x, limit, k, n_ctas=stages.n_sms()), (x, limit), check
+
+    moved_bytes = 4.0 * T * (width + k)
+    return Row(row="topk", make=make, shape=f"{width}_to_{k}", context=width, queries=T, moved_bytes=moved_bytes)
+
+
+def _pool_and_filter(model: shapes.Model, context: int) -> Row:
+    """Stage 1 from the keys to the kept blocks."""
+    T = 4096
+
+    def make():
+        inputs = draw(model, 1, T, context)
+
+        def f(*operands):
+            return mosaic_gpu.select_blocks(*operands, block_size=model.block_size, block_topk=model.block_topk)
+
+        def check(blocks: Any) -> None:
+            q, k, k_scale, w, visible = inputs
+            means = block_means(k[0], k_scale[0], model.block_size)
+            for b, t in checked_rows(1, T):
+                scores = scores_of(q[b, t], means, None, w[b, t])
+                check_blocks(np.asarray(blocks[b, t]), scores, int(visible[b, t]), model)
+
+        return f, inputs, check
+
+    return Row(
+        row="pool_and_block_filter",
+        make=make,
+        shape=model.name,
+        context=context,
+        queries=T,
+        flop=2.0 * T * (context / model.block_size) * model.H * model.D,
+        moved_bytes=context * (model.D + 4.0) + T * model.H * (model.D + 4.0),
+    )
+
+
+def _decode(model: shapes.Model, batch: int, context: int) -> Row:
+    """One query a sequence; block means are kept, as a server keeps them."""
+
+    def make():
+        inputs = draw(model, batch, 1, context)
+        counts = np.full((batch * context // model.block_size,), model.block_size, np.int32)
+        flat = inputs.k.reshape(-1, model.D), inputs.k_scale.reshape(-1)
+        means = stages.pool(*flat, counts, block_size=model.block_size)
+
+        def f(q, k, k_scale, w, means, visible):
+            options: Any = dict(topk=model.topk, block_size=model.block_size, block_topk=model.block_topk)
+            return mosaic_gpu.select_hisa(q, k, k_scale, w, visible, **options, means=means)
+
+        return f, (*inputs[:4], means, inputs.visible), lambda out: check_hisa(out, inputs, model)
+
+    pairs = batch * (model.block_topk * model.block_size + context / model.block_size)
+    return Row(
+        row=f"decode{batch}",
+        make=make,
+        shape=model.name,
+        context=context,
+        queries=batch,
+        flop=2.0 * pairs * model.H * model.D,
+        moved_bytes=pairs * (model.D + 4.0),
+    )
+
+
+def _decode_paged(model: shapes.Model, batch: int, context: int, page_size: int) -> Row:
+    """`_decode` from pages in random order; block means are those that pages keep, or come from their sums."""
+    P = context // page_size
+
+    def make():
+        inputs = draw(model, batch, 1, context)
+        cache, tables = paged(inputs, page_size)
+        kept = cache.sums, cache.counts, (cache.means, cache.mean_scales)
+        offsets = jnp.arange(batch + 1, dtype=jnp.int32)
+
+        def f(q, k, scales, w, kept, tables, offsets, visible):
+            sums, counts, means = kept
+            options: Any = dict(topk=model.topk, block_size=model.block_size, block_topk=model.block_topk)
+            options |= dict(page_sums=sums, page_counts=counts, page_means=means)
+            where = dict(block_tables=tables, cu_seqlens_q=offsets)
+            return mosaic_gpu.select_hisa_paged(q, k, scales, w, visible, **options, **where)
+
+        def check(out: Any) -> None:
+            check_hisa([x[:, None] for x in out], inputs, model)
+
+        return (
+            f,
+            (inputs.q[:, 0], cache.keys, cache.scales, inputs.w[:, 0], kept, tables, offsets, inputs.visible[:, 0]),
+            check,
+        )
+
+    tokens = batch * model.block_topk * model.block_size
+    mean_bytes = 2.0 * model.D + 4.0 if page_size == model.block_size else 4.0 * model.D + 8.0
+    return Row(
+        row=f"decode{batch}_paged" if page_size < model.block_size else f"decode{batch}_paged{page_size}",
+        make=make,
+        shape=model.name,
+        context=context,
+        queries=batch,
+        flop=2.0 * (tokens + batch * context / model.block_size) * model.H * model.D,
+        moved_bytes=tokens * (model.D + 4.0) + batch * P * mean_bytes,
+    )
+
+
+def _append(model: shapes.Model, batch: int, context: int, page_size: int) -> Row:
+    """A new token each, written in the middle of a page, whose sum is taken anew."""
+
+    def make():
+        inputs = draw(model, batch, 1, context)
+        cache, tables = paged(inputs, page_size)
+        lengths = jnp.full((batch,), context - page_size // 2, jnp.int32)
+        new = hj.QuantizedKeys(inputs.k[:, 0], inputs.k_scale[:, 0])
+        offsets = jnp.arange(batch + 1, dtype=jnp.int32)
+
+        def check(got: Any) -> None:
+            page, place = np.asarray(tables)[:, -1], page_size // 2
+            np.testing.assert_array_equal(got.keys[page, place], new.values)
+            np.testing.assert_array_equal(got.scales[page, place], new.scales)
+            np.testing.assert_array_equal(got.counts[page], place + 1)
+            values = np.asarray(got.keys[page], np.float32) * got.scales[page][:, :, None]
+            np.testing.assert_allclose(got.sums[page], values[:, : place + 1].sum(1), atol=1e-3)
+            means = np.asarray(got.means[page], np.float32).sum(1) * np.asarray(got.mean_scales[page])[:, None]
+            np.testing.assert_allclose(means, got.sums[page] / (place + 1), atol=5e-3)
+
+        return hj.append, (cache, new, tables, offsets, lengths), check
+
+    return Row(
+        row=f"append{batch}" if page_size == 64 else f"append{batch}_pages{page_size}",
+        make=make,
+        implementation="triton",
+        carries=True,
+        shape=model.name,
+        context=context,
+        queries=batch,
+        moved_bytes=batch * (page_size * (model.D + 4.0) + 6.0 * model.D),
+    )
+
+
+def paged(inputs: Inputs, page_size: int) -> tuple[hj.cache.IndexCache, Array]:
+    """The keys in pages of random order, and their table [B, P]."""
+    B, S, D = inputs.k.shape
+    n_pages = B * S // page_size
+    table = jax.random.permutation(jax.random.key(7), n_pages).astype(jnp.int32)
+    order = jnp.argsort(table)  # which piece of the sequences is in each page
+    k = inputs.k.reshape(n_pages, page_size, D)[order]
+    scales = inputs.k_scale.reshape(n_pages, page_size)[order]
+    sums = jax.jit(lambda k, scales: jnp.sum(k.astype(jnp.float32) * scales[:, :, None], axis=1))(k, scales)
+    counts = jnp.full((n_pages,), page_size, jnp.int32)
+    places = (order % (S // page_size)).astype(jnp.int32)
+    parts = mean_parts(sums / page_size, k.dtype)
+    assert parts is not None
+    cache = hj.cache.IndexCache(
+        keys=k,
+        scales=scales,
+        sums=sums,
+        counts=counts,
+        places=places,
+        means=parts[0],
+        mean_scales=parts[1],
+        latents=None,
+    )
+    return cache, table.reshape(B, -1)
+
+
+def _sparse_mla(model: shapes.Model, batch: int, T: int, context: int, implementation: str) -> Row:
+    """The sparse attention over 2048 tokens spread over the context."""
+    N, E, V, topk = model.mla_heads, model.mla_dim, model.mla_value_dim, model.topk
+    options = dict(value_dim=V, scale=E**-0.5)
+
+    def make():
+        keys = jax.random.split(jax.random.key(3), 3)
+        q = jax.random.normal(keys[0], (batch, T, N, E), BF16)
+        kv = jax.random.normal(keys[1], (batch, context, E), BF16)
+        starts = jax.random.randint(keys[2], (batch, T, 1), 0, context // topk)
+        indices = (starts + jnp.arange(topk) * (context // topk)).astype(jnp.int32)
+        f = lambda *x: hj.sparse_mla(*x, **options, implementation=implementation)  # noqa: E731
+        return f, (q, kv, indices), lambda out: check_attention(out, q, kv, indices, **options)
+
+    n = batch * T
+    return Row(
+        row="sparse_mla" if T > 1 else f"sparse_mla_decode{batch}",
+        make=make,
+        implementation=implementation,
+        shape=model.name,
+        context=context,
+        queries=n,
+        dtype="bf16",
+        flop=2.0 * n * N * topk * (E + V),
+        moved_bytes=2.0 * (n * N * (E + V) + (n * topk * E if T == 1 else context * E)),
+    )
+
+
+def draw(model: shapes.Model, B: int, T: int, S: int, dtype: DTypeLike = E4M3, clustered: bool = False) -> Inputs:
+    """Normal data, or data around topics."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    q = jax.random.normal(keys[0], (B, T, model.H, model.D))
+    k = jax.random.normal(keys[1], (B, S, model.D))
+    if clustered:
+        # Passages of 512 tokens share a topic, queries of a passage ask for a few topics: neighbours keep like blocks.
+        topics = 2 * jax.random.normal(keys[4], (S // 512, model.D))
+        k = k + jnp.repeat(topics, 512, axis=0)
+        asked = jax.random.randint(keys[5], (T // 512 + 1, model.H), 0, S // 512)
+        q = q + 0.5 * topics[jnp.repeat(asked, 512, axis=0)[:T]]
+    w = 0.01 * jax.random.normal(keys[2], (B, T, model.H))
+    k_scale = jnp.exp(0.1 * jax.random.normal(keys[3], (B, S))) if dtype == E4M3 else None
+    visible = jnp.broadcast_to(jnp.arange(S - T + 1, S + 1, dtype=jnp.int32), (B, T))
+    return Inputs(q.astype(dtype), k.astype(dtype), k_scale, w, visible)

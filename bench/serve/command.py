@@ -1,0 +1,201 @@
+"""A server in small: requests with shared prefixes arrive, are read in chunks, decode, finish, and give pages back.
+
+The model is a random one of three layers, two of which select by HISA or the scan; the traffic is drawn from a seed.
+What is measured is the loop (models/engine.py) on this machine, not a model. `--verify` compares every selection of
+every layer with the NumPy oracle on keys recorded beside the cache, and counts pages that nobody gave back.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import hisa_jax as hj
+from bench import options
+from bench.demo.report import device
+from bench.serve import engine_faults
+from bench.serve import faults as serve_faults
+from bench.serve.check import Recorder
+from hisa_jax import models
+from hisa_jax.models.engine import Draft, Engine, lookup
+
+METHOD = hj.Hisa(topk=24, block_size=16, block_topk=4)
+METHODS: dict[str, hj.Method] = {
+    "hisa": METHOD,
+    "scan": hj.Scan(topk=METHOD.topk, candidates=48, exact_heads=1, unit=2),
+}
+CONFIG = models.Config(
+    model_type="glm_moe_dsa", vocab_size=128, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
+    num_hidden_layers=3, num_attention_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16,
+    qk_rope_head_dim=8, v_head_dim=16, index_n_heads=4, index_head_dim=32, index_topk=METHOD.topk, n_routed_experts=4,
+    n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1, routed_scaling_factor=1.0, rms_norm_eps=1e-6,
+    rope_theta=10000.0, max_position_embeddings=4096, layer_kinds=("dense", "sparse", "dense"),
+    indexer_kinds=("full", "shared", "full"), index_hadamard=True,
+)  # fmt: skip
+_PREFIXES, _PREFIX_TOKENS, _OWN_TOKENS, _NEW_TOKENS = 6, (24, 120), (4, 24), (6, 24)
+_ARRIVALS = 1.5  # requests a step
+_MAX_LENGTH, _CHUNK = 176, 32
+
+
+@dataclasses.dataclass(kw_only=True)
+class Counts:
+    """What happened so far."""
+
+    steps: int = 0
+    finished: int = 0
+    prompt_tokens: int = 0
+    shared_tokens: int = 0
+    new_tokens: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    peak_pages: int = 0
+    seconds: float = 0.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def number(name: str, least: int, most: int, default: int, meaning: str) -> None:
+        help = f"{meaning} (default: %(default)s)"
+        parser.add_argument(name, type=options.whole(least, most), default=default, metavar="N", help=help)
+
+    number("--requests", 1, 1_000_000, 100, "how many arrive")
+    number("--rows", 1, 1024, 8, "requests that decode at a time")
+    number("--pages", 12, 1_000_000, 80, "pages for all of them, of 16 tokens, of 64 for the scan")
+    number("--draft", 0, 7, 3, "tokens proposed and verified a step, by looking up what followed before; 0: none")
+    number("--seed", 0, 2**31 - 1, 0, "of the weights and the traffic")
+    parser.add_argument("--indexer", choices=METHODS, default="hisa", help="what selects (default: %(default)s)")
+    parser.add_argument("--keys", choices=("float32", "float8_e4m3fn", "int8"), default="float32", help="index keys")
+    parser.add_argument("--verify", action="store_true", help="compare every selection with the oracle, count leaks")
+    parser.add_argument("--faults", action="store_true", help="afterwards inject faults into small servers")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    console = Console()
+    method = METHODS[args.indexer]
+    engine = make_engine(args.seed, args.keys, args.rows, args.pages, args.draft, trace=args.verify, method=method)
+    recorder = Recorder(method) if args.verify else None
+    counts = serve(engine, args.requests, args.seed, recorder, console)
+    engine.release()
+    engine.pool.check()
+    leaked = engine.pool.n_pages - engine.pool.n_free
+    row = {
+        "row": "serve", **device(), "requests": args.requests, "rows": args.rows, "pages": args.pages,
+        "page_size": engine.pool.page_size, "draft": args.draft, "indexer": args.indexer, "keys": args.keys,
+        "seed": args.seed, **dataclasses.asdict(counts), "tokens_per_s": counts.new_tokens / counts.seconds,
+        "leaked_pages": leaked,
+    }  # fmt: skip
+    if recorder:
+        row |= {"selections_checked": recorder.n_checked, "mismatches": len(recorder.mismatches)}
+    _print(console, row)
+    for mismatch in recorder.mismatches[:3] if recorder else ():
+        console.print(mismatch, highlight=False, markup=False)
+    is_right = not leaked and not row.get("mismatches")
+    if args.faults:
+        results = [*serve_faults.inject(args.seed, method), *engine_faults.inject(*small_server(args.seed))]
+        serve_faults.show(console, results)
+        row["faults"] = {result.fault: result.outcome for result in results}
+        is_right &= all(result.is_right for result in results)
+    if args.out:
+        args.out.write_text(json.dumps(row, indent=2) + "\n")
+        console.print(f"Written: {args.out}", highlight=False, markup=False, soft_wrap=True)
+    return 0 if is_right else 1
+
+
+def make_engine(
+    seed: int, keys: str, rows: int, n_pages: int, n_draft: int, *, trace: bool, method: hj.Method = METHOD
+) -> Engine:  # fmt: skip
+    config = CONFIG if keys == "float32" else dataclasses.replace(CONFIG, index_key_dtype=cast(Any, keys))
+    model = models.from_config(config, rngs=nnx.Rngs(seed), method=method, dtype=jnp.float32)
+    draft = lookup if n_draft else None
+    sizes = dict(n_pages=n_pages, rows=rows, max_length=_MAX_LENGTH, chunk=_CHUNK)
+    return Engine(model, **sizes, draft=draft, n_draft=n_draft, trace=trace)
+
+
+def small_server(seed: int) -> tuple[Callable[..., Engine], list[list[int]], int]:
+    """What to inject faults into: engines with few pages, prompts of even tokens, new tokens of each."""
+    model = models.from_config(CONFIG, rngs=nnx.Rngs(seed), method=METHOD, dtype=jnp.float32)
+    sizes: dict[str, Any] = dict(n_pages=14, rows=4, max_length=_MAX_LENGTH, chunk=16, n_draft=3)
+
+    def make(model: models.Model = model, draft: Draft = lookup) -> Engine:
+        return Engine(model, draft=draft, **sizes)
+
+    prompts = [prompt[:28] + prompt[-8:] for prompt, _ in traffic(8, seed)]
+    return make, [[token // 2 * 2 for token in prompt] for prompt in prompts], 8
+
+
+def traffic(n_requests: int, seed: int) -> deque[tuple[list[int], int]]:
+    """(prompt, new tokens) of each request; prompts begin with one of a few prefixes, cut anywhere."""
+    rng = np.random.default_rng(seed)
+
+    def tokens(bounds: tuple[int, int]) -> list[int]:
+        return rng.integers(0, CONFIG.vocab_size, rng.integers(*bounds, endpoint=True)).tolist()
+
+    prefixes = [tokens(_PREFIX_TOKENS) for _ in range(_PREFIXES)]
+    requests: deque[tuple[list[int], int]] = deque()
+    for _ in range(n_requests):
+        prefix = prefixes[rng.integers(_PREFIXES)]
+        shared = prefix[: rng.integers(len(prefix) // 2, len(prefix), endpoint=True)]
+        requests.append((shared + tokens(_OWN_TOKENS), int(rng.integers(*_NEW_TOKENS, endpoint=True))))
+    return requests
+
+
+def serve(engine: Engine, n_requests: int, seed: int, recorder: Recorder | None, console: Console) -> Counts:
+    """Serves all requests to their ends; the time is that of the engine, the oracle's left out."""
+    requests, rng, counts = traffic(n_requests, seed), np.random.default_rng(seed + 1), Counts()
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=n_requests)
+        while requests or not engine.is_idle:
+            for _ in range(min(rng.poisson(_ARRIVALS), len(requests))):
+                prompt, n_new = requests.popleft()
+                engine.submit(prompt, n_new)
+                counts.prompt_tokens += len(prompt)
+            start = time.perf_counter()
+            report = engine.step()
+            counts.seconds += time.perf_counter() - start
+            if recorder:
+                recorder.check(report, engine.pool.lengths)
+            counts.steps += 1
+            counts.finished += len(report.finished)
+            counts.new_tokens += sum(map(len, report.finished.values()))
+            counts.shared_tokens += sum(shared for _, _, shared in report.forks)
+            for step in report.steps:
+                if step.phase == "decode":
+                    counts.proposed += sum(step.n_new) - len(step.n_new)
+                    counts.accepted += sum(step.n_kept) - len(step.n_kept)
+            used = engine.pool.n_pages - engine.pool.n_free
+            counts.peak_pages = max(counts.peak_pages, used)
+            progress.update(bar, completed=counts.finished, description=_state(engine, counts, used))
+    return counts
+
+
+def _state(engine: Engine, counts: Counts, used: int) -> str:
+    running, waiting = len(engine.scheduler.running), len(engine.scheduler.waiting)
+    return (
+        f"{running} running, {waiting} waiting, {used}/{engine.pool.n_pages} pages, "
+        f"{counts.new_tokens / counts.seconds:.0f} tokens/s"
+    )
+
+
+def _print(console: Console, row: dict[str, Any]) -> None:
+    lines = [
+        f"{row['finished']} requests in {row['steps']} steps; {row['new_tokens']} new tokens, "
+        f"{row['tokens_per_s']:.1f} tokens/s on {row['device']} ({row['cpu_cores']} CPU cores), compiling included",
+        f"{row['prompt_tokens']} prompt tokens, {row['shared_tokens']} of them shared; at most {row['peak_pages']} of "
+        f"{row['pages']} pages held; {row['accepted']} of {row['proposed']} proposed tokens accepted",
+    ]
+    if "mismatches" in row:
+        lines.append(f"{row['selections_checked']} selections against the oracle: {row['mismatches']} mismatches")
+    lines.append(f"{row['leaked_pages']} leaked pages")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

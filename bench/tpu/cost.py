@@ -1,0 +1,264 @@
+"""What runs in the TPU kernels, how often, and what they move: the numbers by which schedules are multiplied.
+
+Loops are named in program order. How many passes a search for a threshold takes is found by running the same search on
+normal scores (the most that a row of those that search side by side takes); everything else follows from shapes.
+All figures are for one TensorCore.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from bench import shapes
+from bench.tpu.chips import Chip
+from bench.tpu.schedule import Schedule
+from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, flat, refine, sparse_mla
+from hisa_jax.kernels_pallas.mosaic_tpu.config import CHIPS as KERNEL_CHIPS
+from hisa_jax.kernels_pallas.mosaic_tpu.config import ROWS
+from hisa_jax.kernels_pallas.mosaic_tpu.flat_body import COLUMNS, products_a_step
+from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
+from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
+from hisa_jax.kernels_pallas.sort_key import narrow_search, sort_key_of
+
+TOPK = ("bounds", "passes", "count", "tie_steps", "tie_count", "tie_drop", "tiles")
+_NO_TIES = {"tie_steps": 0.0, "tie_count": 0.0, "tie_drop": 0.0}
+_ITEMSIZE = {"bf16": 2, "int8": 1, "e4m3": 1}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """How often the loops of one kernel run (see `Schedule.named_trips`) and what it moves.
+
+    Attributes:
+        moved_bytes: over HBM, under the arithmetic; `exposed_bytes`: while nothing else runs.
+        pairs: (query, 128 keys) products of a turn of the loop "score", where that is of interest.
+    """
+
+    name: str
+    loops: tuple[str, ...]
+    trips: Mapping[str, float]
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rest: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    moved_bytes: float = 0.0
+    exposed_bytes: float = 0.0
+    pairs: float = 0.0
+
+    def cycles(self, schedule: Schedule) -> tuple[float, float, Mapping[str, float]]:
+        """Cycles of all, of the exact top-k, and slots used."""
+        trips = schedule.named_trips(self.loops, self.trips, self.shares, self.rest)
+        nothing = {name: 0.0 for name in self.loops if name in TOPK}
+        without = schedule.named_trips(self.loops, {**self.trips, **nothing}, self.shares, self.rest)
+        cost = schedule.cost(trips)
+        return cost.cycles, cost.cycles - schedule.cost(without).cycles, cost.slots
+
+    def cycles_a_pair(self, schedule: Schedule) -> float:
+        path = next(path for path, name in schedule.names(self.loops).items() if name == "score")
+        return schedule.cost(path=path).cycles / self.pairs
+
+
+def flat_kernels(chip: Chip, model: shapes.Model, B: int, T: int, S: int, dtype: str) -> list[Kernel]:
+    config = flat.heuristic(T, S)
+    per_sequence = -(-T // config.tile_t)
+    tiles = -(-B * per_sequence // chip.cores_per_device)
+    # Visible to the last query of each tile.
+    last = np.minimum(S - T + config.tile_t * (np.arange(per_sequence) + 1), S)
+    tile_s = min(config.tile_s, S)
+    steps = float(np.mean(-(-last // tile_s)))
+    groups = padded_groups(S)
+    span = min(groups, 128)
+    scanned = float(np.mean(-(-last // (span * 128)) * span))
+    trips = {
+        "grid": tiles * S / tile_s,
+        "score": tile_s / COLUMNS / products_a_step(config.tile_t, tile_s),
+        "fill": 0.0,
+        **_topk_trips(scanned, S, model.topk, config.tile_t),
+        "spans": scanned / span,
+    }
+    share = tile_s / S  # of the steps of a tile
+    names = ["score", "fill", *_topk_loops(groups, config.tile_t), *(["spans"] if groups > 128 else [])]
+    keys = tiles * steps * tile_s * (model.D * _ITEMSIZE[dtype] + (0 if dtype == "bf16" else 4))
+    return [
+        Kernel(
+            name="dsa_select_flat",
+            loops=tuple(names),
+            trips=trips,
+            shares={"score": steps * share, "fill": share},
+            rest={"grid": share, "spans": min(1.0, SLOTS / model.topk + 0.6 * span / scanned)},
+            moved_bytes=keys + tiles * config.tile_t * _query_bytes(model, dtype),
+        )
+    ]
+
+
+def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str, is_masked: bool = False) -> list[Kernel]:
+    kind = KERNEL_CHIPS[chip.kind]
+    n, queries = S // model.block_size, T // chip.cores_per_device
+    key_bytes = S * (model.D * _ITEMSIZE[dtype] + (0 if dtype == "bf16" else 4))
+    moved = queries * _query_bytes(model, dtype)
+    out = []
+    if n > model.block_topk:
+        config = block_filter.heuristic(kind, T)
+        tiles = queries / config.tile_t
+        groups = padded_groups(n)
+        trips = {
+            "grid": tiles,
+            "pool": n / 16,
+            "load": 0.0,
+            "score": math.ceil(n / 256),
+            **_topk_trips(groups, n, model.block_topk, config.tile_t),
+        }
+        out.append(
+            Kernel(
+                name="hisa_block_filter",
+                loops=("fill", "score", *_topk_loops(groups, config.tile_t)),
+                trips=trips,
+                shares={"pool": 1 / tiles},
+                moved_bytes=moved + key_bytes,
+            )
+        )
+    refine_config = refine.heuristic(
+        kind, 1, T, model.H, model.D, n, min(model.block_topk, n), model.block_size, _ITEMSIZE[dtype]
+    )
+    tiles = queries / refine_config.tile_t
+    width = min(model.block_topk * model.block_size, S)
+    pairs = queries * width / model.block_size
+    trips = {
+        "grid": tiles,
+        "pool": n / 16,  # what a sequence's keys are brought in by, turned for the product
+        "load": 0.0,
+        "score": refine_config.tile_t / 8 * width / refine_config.columns,
+        **_topk_trips(padded_groups(width), width, model.topk, refine_config.tile_t),
+    }
+    after_topk = () if is_masked else ("positions",)
+    gathered = 0.0 if refine_config.is_resident else pairs * key_bytes / n
+    out.append(
+        Kernel(
+            name="hisa_refine",
+            loops=("fill", "score", *_topk_loops(padded_groups(width), refine_config.tile_t), *after_topk),
+            trips=trips,
+            shares={"pool": 1 / tiles},
+            moved_bytes=moved + gathered + 4 * queries * (width if is_masked else model.topk),
+            exposed_bytes=key_bytes if refine_config.is_resident else 0.0,
+            pairs=8 * refine_config.columns / 128,
+        )
+    )
+    return out
+
+
+def decode_kernels(chip: Chip, model: shapes.Model, B: int, S: int, dtype: str) -> list[Kernel]:
+    """One query a sequence, from kept means: the block filter and refine are one kernel on means and on keys."""
+    kind = KERNEL_CHIPS[chip.kind]
+    parts = block_filter.heuristic(kind, 1).mean_parts
+    n, m, itemsize = S // model.block_size, model.block_topk, _ITEMSIZE[dtype]
+    row_bytes = model.D * itemsize + (0 if dtype == "bf16" else 4)
+    return [
+        # XLA cuts the means into parts first.
+        _gathered(chip, "hisa_block_filter", model, B, parts * model.D, n // 128, 128, model.block_topk, 2,
+                  row_bytes=2 * parts * model.D, exposed_bytes=B * n * model.D * (4 + 2 * parts)),
+        _gathered(chip, "hisa_refine", model, B, model.D, m, model.block_size, model.topk, itemsize,
+                  row_bytes=row_bytes, exposed_bytes=0.0),
+    ]  # fmt: skip
+
+
+def _gathered(
+    chip: Chip, name: str, model: shapes.Model, B: int, D: int, m: int, block_size: int, k: int, itemsize: int, *,
+    row_bytes: int, exposed_bytes: float,
+) -> Kernel:  # fmt: skip
+    """`refine` of one query a sequence, which keeps m blocks, all of them full."""
+    config = refine.heuristic(KERNEL_CHIPS[chip.kind], B, 1, model.H, D, m, m, block_size, itemsize)
+    queries = min(B, -(-B // (config.tile_t * config.n_cores)) * config.tile_t)
+    width = config.padded_blocks(m, block_size) * block_size
+    steps = -(-m * block_size // (config.columns * (ROWS // config.queries_per_eight)))
+    trips = {
+        "grid": -(-queries // config.tile_t),
+        "score": min(queries, config.tile_t) / config.queries_per_eight * steps,
+        **_topk_trips(padded_groups(width), m * block_size, k, config.tile_t),
+    }
+    positions = ["positions"] if config.tile_t > ROWS else []
+    return Kernel(
+        name=name,
+        loops=("fill", "score", *_topk_loops(padded_groups(width), config.tile_t), *positions),
+        trips=trips,
+        moved_bytes=queries * (m * block_size * row_bytes + _query_bytes(model, "bf16") + 4 * k),
+        exposed_bytes=exposed_bytes,
+    )
+
+
+def topk_kernels(chip: Chip, T: int, W: int, k: int) -> list[Kernel]:
+    tiles = T / 32 / chip.cores_per_device
+    trips = {"grid": tiles, **_topk_trips(padded_groups(W), W, k, 32)}
+    return [Kernel(name="hisa_topk", loops=TOPK, trips=trips, moved_bytes=32 * tiles * 4 * (W + k))]
+
+
+def sparse_mla_kernels(chip: Chip, model: shapes.Model, T: int, is_masked: bool = False) -> list[Kernel]:
+    """For the tokens of `block_topk` blocks a query; the keys of a block take whole tiles of 128 lanes."""
+    queries = T / chip.cores_per_device
+    tokens = model.block_topk * model.block_size
+    row_bytes = 2 * (-(-model.mla_dim // 128) * 128)
+    heads_bytes = 2 * model.mla_heads * (model.mla_dim + model.mla_value_dim)
+    return [
+        Kernel(
+            name="sparse_mla",
+            loops=("attempts", "steps", "clear"),
+            # A second pass, which clears, is for queries that a NaN beside their tokens poisons.
+            trips={"grid": queries, "attempts": 1, "steps": tokens / sparse_mla.Config().tile_s, "clear": 0},
+            moved_bytes=queries * (tokens * (row_bytes + 4 * is_masked) + heads_bytes),
+        )
+    ]
+
+
+def _query_bytes(model: shapes.Model, dtype: str) -> int:
+    return model.H * (model.D * _ITEMSIZE[dtype] + 4)
+
+
+def _topk_trips(groups: float, n: int, k: int, rows: int) -> dict[str, float]:
+    return {
+        "bounds": groups / _unroll(32, n, rows),
+        "passes": passes(n, k, rows),
+        "count": groups / _unroll(128, n, rows),
+        **_NO_TIES,
+        "tiles": rows // ROWS,
+    }
+
+
+def _topk_loops(groups: int, rows: int) -> tuple[str, ...]:
+    """Those of `TOPK` that are loops: what runs once is none."""
+    few, many = (groups > _unroll(registers, groups * 128, rows) for registers in (32, 128))
+    is_loop = {"bounds": few, "count": many, "tie_count": few, "tie_drop": few, "tiles": rows > ROWS}
+    return tuple(name for name in TOPK if is_loop.get(name, True))
+
+
+def _unroll(registers: int, n: int, rows: int) -> int:
+    return min(max(registers * ROWS // rows, ROWS), padded_groups(n), 128)
+
+
+@functools.cache
+def passes(n: int, k: int, rows: int) -> float:
+    """Passes over n normal scores until the thresholds of all rows are found, a mean over draws."""
+    if n <= k:
+        return 0.0
+    draw = np.random.default_rng(0)
+    draws = 8 if n < 1 << 18 else 1
+    return float(np.mean([_passes(draw.standard_normal((rows, n), np.float32), k) for _ in range(draws)]))
+
+
+def _passes(scores: np.ndarray, k: int) -> int:
+    x = np.sort(np.asarray(sort_key_of(jnp.asarray(scores))), axis=1)
+    T, n = x.shape
+
+    def count_at_least(threshold):
+        found = [n - np.searchsorted(row, c) for row, c in zip(x, np.asarray(threshold), strict=True)]
+        return jnp.asarray(found, jnp.int32)
+
+    state = (
+        jnp.asarray(x[:, 0]), jnp.asarray(x[:, -1]), jnp.full(T, n, jnp.int32), jnp.full(T, n - k + 0.5, jnp.float32),
+        jnp.full(T, k, jnp.float32), jnp.zeros(T, jnp.int32), jnp.int32(0),
+    )  # fmt: skip
+    done = 0
+    while bool(jnp.any((state[0] < state[1]) & (state[2] > k))):
+        state = narrow_search(state, count_at_least, k)
+        done += 1
+    return done

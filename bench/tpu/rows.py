@@ -1,0 +1,282 @@
+"""The rows of `python -m bench tpu`: what runs, on which inputs, what it costs by the schedule, how it is checked."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from bench import shapes
+from bench.gpu.checks import CHECKED, check_attention, check_flat, check_hisa
+from bench.tpu import cost
+from bench.tpu.chips import Chip
+from hisa_jax.kernels_pallas import mosaic_tpu
+from hisa_jax.kernels_pallas.mosaic_tpu import config, pool, select
+from hisa_jax.kernels_pallas.mosaic_tpu.flat import select_flat
+from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla, sparse_mla_blocks
+from hisa_jax.kernels_pallas.mosaic_tpu.topk import topk
+
+DTYPES: dict[str, Any] = {"bf16": jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
+K = 1024
+MODEL = shapes.DSV32
+PREFILLS = (
+    (8 * K, "bf16"),
+    (32 * K, "bf16"),
+    (128 * K, "bf16"),
+    (1024 * K, "bf16"),
+    (128 * K, "int8"),
+    (128 * K, "e4m3"),
+)
+Shaped = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        queries: of all sequences; `context`: tokens of each.
+        f: what is compiled, or timed, on operands like `operands`, of which the last is int32.
+        draw: () -> operands to run it on; `check`: (result, operands) -> raises if the result is wrong.
+        kernels: what is multiplied with the schedules, for one TensorCore of a chip.
+        flop: arithmetic of the visible work.
+    """
+
+    row: str
+    context: int
+    dtype: str
+    queries: int = shapes.PREFILL.T
+    f: Callable
+    operands: tuple
+    draw: Callable[[], tuple]
+    check: Callable[[Any, tuple], None]
+    kernels: Callable[[Chip], list[cost.Kernel]]
+    flop: float = 0.0
+
+
+def rows() -> Iterator[Row]:
+    """All rows; a flat one before the hierarchical one that is compared with it."""
+    yield _topk(MODEL.block_topk * MODEL.block_size)
+    yield _sparse_mla(128 * K)
+    for context, dtype in PREFILLS:
+        yield _flat(shapes.PREFILL, context, dtype)
+        yield _hisa(context, dtype)
+    yield _masked_mla(128 * K)
+    yield _masked_hisa(128 * K)
+    for phase in shapes.DECODES:
+        yield _flat(phase, 128 * K, "bf16")
+        yield _decode(phase.B, 128 * K, "bf16")
+
+
+def _topk(width: int) -> Row:
+    T, k = shapes.PREFILL.T, MODEL.topk
+
+    def draw() -> tuple:
+        return jax.random.randint(jax.random.key(0), (T, width), -(1 << 30), 1 << 30), jnp.full((T,), width, jnp.int32)
+
+    def check(out: Any, operands: tuple) -> None:
+        for t in range(CHECKED):
+            wanted = np.sort(np.argsort(-np.asarray(operands[0][t]).astype(np.int64), kind="stable")[:k])
+            np.testing.assert_array_equal(out[0][t], wanted)
+
+    return Row(
+        row="topk",
+        context=width,
+        dtype="int32",
+        f=lambda x, n: topk(x, n, k),
+        operands=(Shaped((T, width), jnp.int32), Shaped((T,), jnp.int32)),
+        draw=draw,
+        check=check,
+        kernels=lambda chip: cost.topk_kernels(chip, T, width, k),
+    )
+
+
+def _flat(phase: shapes.Phase, context: int, dtype: str) -> Row:
+    B, T = phase.B, phase.T
+    return Row(
+        row="flat" if phase is shapes.PREFILL else f"flat_{phase.name}",
+        context=context,
+        dtype=dtype,
+        queries=B * T,
+        f=lambda *operands: select_flat(*operands, topk=MODEL.topk),
+        operands=indexer_operands(MODEL, B, T, context, dtype),
+        draw=functools.partial(draw_indexer, B, T, context, dtype),
+        check=lambda out, operands: check_flat(out, operands, MODEL.topk),
+        kernels=lambda chip: cost.flat_kernels(chip, MODEL, B, T, context, dtype),
+        flop=2.0 * B * T * (context - (T - 1) / 2) * MODEL.H * MODEL.D,
+    )
+
+
+def _hisa(context: int, dtype: str) -> Row:
+    T = shapes.PREFILL.T
+    blocks: Any = dict(topk=MODEL.topk, block_size=MODEL.block_size, block_topk=MODEL.block_topk)
+    return Row(
+        row="hisa",
+        context=context,
+        dtype=dtype,
+        f=lambda *operands: mosaic_tpu.select_hisa(*operands, **blocks),
+        operands=indexer_operands(MODEL, 1, T, context, dtype),
+        draw=functools.partial(draw_indexer, 1, T, context, dtype),
+        check=lambda out, operands: check_hisa(out, operands, MODEL),
+        kernels=lambda chip: cost.hisa_kernels(chip, MODEL, T, context, dtype),
+        flop=_hisa_flop(T, context),
+    )
+
+
+def _masked_hisa(context: int) -> Row:
+    """The kept blocks and a mask of their tokens, in place of a list."""
+    row = _hisa(context, "bf16")
+    T, m, block_size = row.queries, MODEL.block_topk, MODEL.block_size
+    blocks: Any = dict(topk=MODEL.topk, block_size=block_size, block_topk=m)
+
+    def check(out: Any, operands: tuple) -> None:
+        mask, count, kept = out
+        tokens = (np.maximum(kept, 0)[..., None] * block_size + np.arange(block_size)).reshape(T, -1)
+        indices = np.full((1, T, MODEL.topk), -1, np.int32)
+        for t, chosen in enumerate(mask.reshape(T, -1) > 0):
+            listed = tokens[t][chosen]
+            assert len(listed) == count[0, t]
+            indices[0, t, : len(listed)] = listed
+        check_hisa((indices, count, kept), operands, MODEL)
+
+    return dataclasses.replace(
+        row,
+        row="hisa_mask",
+        f=lambda *operands: mosaic_tpu.select_hisa(*operands, **blocks, is_masked=True),
+        check=check,
+        kernels=lambda chip: cost.hisa_kernels(chip, MODEL, T, context, "bf16", is_masked=True),
+    )
+
+
+def _decode(B: int, context: int, dtype: str) -> Row:
+    """One query a sequence; block means are kept, as a server keeps them."""
+    n, block_size = context // MODEL.block_size, MODEL.block_size
+
+    def blocks_of(k: Array, k_scale: Array | None) -> tuple[Array, Array | None]:
+        return k.reshape(B, n, block_size, MODEL.D), None if k_scale is None else k_scale.reshape(B, n, block_size)
+
+    def f(q: Array, k: Array, k_scale: Array | None, w: Array, means: Array, visible: Array) -> tuple:
+        return select.hisa(
+            q,
+            *blocks_of(k, k_scale),
+            w,
+            visible,
+            visible[:, 0],
+            topk=MODEL.topk,
+            block_topk=MODEL.block_topk,
+            keep_first=1,
+            keep_last=1,
+            chip=config.chip(),
+            means=means,
+        )
+
+    def draw() -> tuple:
+        *inputs, visible = draw_indexer(B, 1, context, dtype)
+        return *inputs, pool.pool(*blocks_of(inputs[1], inputs[2]), visible[:, 0]), visible
+
+    *inputs, visible = indexer_operands(MODEL, B, 1, context, dtype)
+    return Row(
+        row=f"hisa_decode{B}",
+        context=context,
+        dtype=dtype,
+        queries=B,
+        f=f,
+        operands=(*inputs, Shaped((B, n, MODEL.D), jnp.float32), visible),
+        draw=draw,
+        check=lambda out, operands: check_hisa(out, (*operands[:4], operands[-1]), MODEL),
+        kernels=lambda chip: cost.decode_kernels(chip, MODEL, B, context, dtype),
+        flop=B * _hisa_flop(1, context),
+    )
+
+
+def _sparse_mla(context: int) -> Row:
+    """Over the tokens of every second block of the last 128, every fourth of them."""
+    T, N, E, V = shapes.PREFILL.T, MODEL.mla_heads, MODEL.mla_dim, MODEL.mla_value_dim
+    options: Any = dict(value_dim=V, scale=E**-0.5)
+    operands = (
+        Shaped((1, T, N, E), jnp.bfloat16),
+        Shaped((1, context, E), jnp.bfloat16),
+        Shaped((1, T, MODEL.topk), jnp.int32),
+    )
+
+    def draw() -> tuple:
+        q, kv = (jax.random.normal(jax.random.key(i), x.shape).astype(x.dtype) for i, x in enumerate(operands[:2]))
+        token = jnp.arange(MODEL.topk, dtype=jnp.int32)
+        listed = context - 16384 + token // 32 * 256 + token % 32 * 4
+        return q, kv, jnp.broadcast_to(listed, operands[2].shape)
+
+    return Row(
+        row="mla",
+        context=context,
+        dtype="bf16",
+        f=lambda *operands: sparse_mla(*operands, **options),
+        operands=operands,
+        draw=draw,
+        check=lambda out, operands: check_attention(out[0], *operands, **options),
+        kernels=lambda chip: cost.sparse_mla_kernels(chip, MODEL, T),
+        flop=2.0 * T * MODEL.topk * N * (E + V),
+    )
+
+
+def _masked_mla(context: int) -> Row:
+    """The same tokens as blocks and masks, as `hisa_mask` gives them."""
+    row = _sparse_mla(context)
+    q, kv, _ = row.operands
+    T, m, block_size = row.queries, MODEL.block_topk, MODEL.block_size
+    scale = MODEL.mla_dim**-0.5
+    options: Any = dict(value_dim=MODEL.mla_value_dim, scale=scale)
+
+    def draw() -> tuple:
+        q, kv, indices = row.draw()
+        mask = jnp.broadcast_to((jnp.arange(block_size) % 4 == 0).astype(jnp.float32), (1, T, m, block_size))
+        return q, kv, mask, indices[..., :: MODEL.topk // m] // block_size
+
+    def check(out: Any, operands: tuple) -> None:
+        q, kv, mask, block_ids = operands
+        of_block = jnp.flatnonzero(mask[0, 0, 0])
+        indices = (block_ids[..., None] * block_size + of_block).reshape(1, T, -1)
+        check_attention(out[0], q, kv, indices, **options)
+
+    return dataclasses.replace(
+        row,
+        row="mla_mask",
+        f=lambda q, kv, mask, block_ids: sparse_mla_blocks(q, kv, block_ids, mask, **options),
+        operands=(q, kv, Shaped((1, T, m, block_size), jnp.float32), Shaped((1, T, m), jnp.int32)),
+        draw=draw,
+        check=check,
+        kernels=lambda chip: cost.sparse_mla_kernels(chip, MODEL, T, is_masked=True),
+    )
+
+
+def indexer_operands(model: shapes.Model, B: int, T: int, S: int, dtype: str) -> tuple:
+    """q, k, k_scale, w, visible."""
+    q, k = Shaped((B, T, model.H, model.D), DTYPES[dtype]), Shaped((B, S, model.D), DTYPES[dtype])
+    scale = None if dtype == "bf16" else Shaped((B, S), jnp.float32)
+    return q, k, scale, Shaped((B, T, model.H), jnp.float32), Shaped((B, T), jnp.int32)
+
+
+def draw_indexer(B: int, T: int, S: int, dtype: str) -> tuple:
+    """Normal queries, keys and weights; the last T queries of the context; positive scales."""
+    keys = jax.random.split(jax.random.key(0), (4, B))
+    factor = 30.0 if dtype == "int8" else 1.0
+
+    def draw(keys: Array, *shape: int) -> Array:
+        # One sequence at a time: float32 keys of 128 at 128K are more than a v5e has.
+        return lax.map(lambda key: (factor * jax.random.normal(key, shape)).astype(DTYPES[dtype]), keys)
+
+    q, k = draw(keys[0], T, MODEL.H, MODEL.D), draw(keys[1], S, MODEL.D)
+    scales = None if dtype == "bf16" else jnp.exp(0.1 * jax.random.normal(keys[2, 0], (B, S)))
+    w = 0.01 * jax.random.normal(keys[3, 0], (B, T, MODEL.H))
+    return q, k, scales, w, jnp.broadcast_to(jnp.arange(S - T + 1, S + 1, dtype=jnp.int32), (B, T))
+
+
+def _hisa_flop(T: int, context: int) -> float:
+    """Of the means and the kept blocks of one sequence."""
+    visible = context - (T - 1) / 2
+    kept = min(MODEL.block_topk * MODEL.block_size, visible)
+    has_filter = context > MODEL.block_topk * MODEL.block_size
+    return 2.0 * T * (kept + has_filter * visible / MODEL.block_size) * MODEL.H * MODEL.D

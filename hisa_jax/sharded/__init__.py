@@ -1,0 +1,1 @@
+"""What one device does where keys, pages or queries are split over a mesh."""

@@ -1,0 +1,1 @@
+"""Implementation "xla": the stages in plain JAX."""

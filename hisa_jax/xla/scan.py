@@ -1,0 +1,212 @@
+"""The scan, in plain JAX: which units of tokens each query keeps by the score of a few heads in place of all.
+
+    exact_heads   the heads of greatest |weight| * |query|: they are scanned as they are
+    sample        exact scores of up to 256 tokens, evenly strided over what a query sees
+    open_heads    which heads are open at the 32 best of them: the slopes
+    virtual_head  v = sum over the other heads of weight * slope * query
+    best_units    the units whose best visible token has the highest score by v and the exact heads
+
+What is left, the exact top-k inside the kept units, is `stages.refine`. The stages are apart where several devices that
+share a sequence's keys exchange what they have found (context_xla.py).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from hisa_jax.layout import Keys, Sequence
+from hisa_jax.methods import Scan
+from hisa_jax.sharded import varying
+from hisa_jax.xla import stages, topk
+from hisa_jax.xla.sketch import sketched
+from hisa_jax.xla.stages import Candidates, Queries
+
+N_SAMPLES = 256
+N_BEST = 32
+_TILES = 8  # of keys between two top-ks: each looks at all of its units, whatever it throws away
+_KEYS = 4  # tiles of the other stages make one of these: a product with one head is cheaper than what surrounds it
+
+
+class Samples(NamedTuple):
+    """Some tokens of each query: `products` [t, H, n] float32 of heads and keys, `sort_key` [t, n] int32 of scores."""
+
+    products: Array
+    sort_key: Array
+
+
+class ScanHeads(NamedTuple):
+    """What a tile of queries scans with.
+
+    Attributes: `virtual` [t, D] float32; `exact` [t, n, D] and their weights `w` [t, n] float32, 0 behind the last.
+    """
+
+    virtual: Array
+    exact: Array
+    w: Array
+
+
+def sample_positions(visible: Array) -> Array:
+    """[t] int32 -> [t, 256] int32: 0, step, 2 step, ... as far as visible, then -1."""
+    # The least power of two that leaves at most 256: the bit length of (visible - 1) / 256.
+    step = 1 << (32 - lax.clz(jnp.maximum(visible - 1, 0) // N_SAMPLES))
+    positions = jnp.arange(N_SAMPLES, dtype=jnp.int32)[None, :] * step[:, None]
+    return jnp.where(positions < visible[:, None], positions, -1)
+
+
+def sample(queries: Queries, sequence: Sequence, positions: Array) -> Samples:
+    """The products and exact scores of tokens at positions [t, n] int32, -1: none."""
+
+    def one(row: Array) -> tuple[Array, Array]:
+        keys = sequence.rows(positions[row])
+        products = stages.head_products(queries.q[row], keys)
+        return products, stages.head_sum(products, keys, queries.w[row])
+
+    products, scores = stages.each_row(one, queries.q.shape[0])
+    return Samples(products, jnp.where(positions >= 0, topk.sort_key_of(scores), topk.INVISIBLE))
+
+
+def open_heads(products: Array, is_best: Array) -> Array:
+    """[t, H, n] float32, [t, n] bool -> [t, H] int32: at how many of the best tokens each head is open."""
+    return jnp.sum((products > 0) & is_best[:, None, :], axis=2, dtype=jnp.int32)
+
+
+def best_samples(sort_key: Array) -> tuple[Array, Array]:
+    """[t, 256] int32 -> [t, 256] bool, the 32 of highest score; [t] int32, how many they are."""
+    is_best = topk.chosen_mask(sort_key, N_BEST)
+    return is_best, jnp.sum(is_best, axis=1, dtype=jnp.int32)
+
+
+def exact_heads(queries: Queries, method: Scan) -> Array:
+    """[t, n] int32: the `method.exact_heads` heads of greatest |w| * |q|, ascending, -1 behind the last of fewer."""
+    if method.exact_heads == 0:
+        return jnp.zeros((queries.w.shape[0], 0), jnp.int32)
+    q = queries.q.astype(jnp.float32)
+    sizes = jnp.abs(queries.w) * jnp.sqrt(jnp.sum(q * q, axis=2))
+    return topk.topk_in_order(topk.sort_key_of(sizes), None, method.exact_heads)[1]
+
+
+def virtual_head(queries: Queries, slopes: Array, exact: Array) -> Array:
+    """[t, H] float32 slopes -> [t, D] float32: the heads that are not `exact`, [t, n] int32, in one."""
+    heads = jnp.arange(slopes.shape[1], dtype=jnp.int32)
+    is_exact = jnp.any(exact[:, :, None] == heads[None, None, :], axis=1)
+    # Neither weight nor query of an exact head: 0 times infinity is NaN.
+    q = jnp.where(is_exact[:, :, None], 0.0, queries.q.astype(jnp.float32))
+    return jnp.einsum("th,thd->td", jnp.where(is_exact, 0.0, queries.w * slopes), q, precision=lax.Precision.HIGHEST)
+
+
+def scan_heads(queries: Queries, virtual: Array, exact: Array) -> ScanHeads:
+    """`virtual` [t, D], as `virtual_head` gives it, and beside it the `exact` heads, [t, n] int32, -1: none."""
+    at, none = jnp.maximum(exact, 0), jnp.zeros((), queries.q.dtype)
+    return ScanHeads(
+        virtual,
+        # Of no head neither weight nor query.
+        jnp.where(exact[:, :, None] >= 0, jnp.take_along_axis(queries.q, at[:, :, None], axis=1), none),
+        jnp.where(exact >= 0, jnp.take_along_axis(queries.w, at, axis=1), 0.0),
+    )
+
+
+def slopes_of(n_open: Array, n_best: Array) -> Array:
+    """[t, H], [t] int32 -> [t, H] float32."""
+    return n_open.astype(jnp.float32) / jnp.maximum(n_best, 1).astype(jnp.float32)[:, None]
+
+
+def heads_of(queries: Queries, sequence: Sequence, method: Scan) -> ScanHeads:
+    """What each query of a sequence in one place scans with."""
+    if method.slopes == "plain":
+        slopes = jnp.ones_like(queries.w)
+    else:
+        samples = sample(queries, sequence, sample_positions(queries.visible))
+        is_best, n_best = best_samples(samples.sort_key)
+        slopes = slopes_of(open_heads(samples.products, is_best), n_best)
+    exact = exact_heads(queries, method)
+    return scan_heads(queries, virtual_head(queries, slopes, exact), exact)
+
+
+def best_units(
+    heads: ScanHeads,
+    visible: Array,
+    eligible: Array,
+    sequence: Sequence,
+    method: Scan,
+    m: int,
+    tile_s: int,
+    place: Callable[[Array], Array] = lambda units: units,
+) -> Candidates:
+    """The `m` best units of each query, ascending.
+
+    Args:
+        heads: what each query scans with.
+        visible: [t] int32, tokens of `sequence` that each query sees.
+        eligible: [t] int32, units that each query sees, also elsewhere than in `sequence`.
+        place: maps units of `sequence` to their places among all, where it is a part.
+    """
+    t, unit = visible.shape[0], method.unit
+    tile_s = min(_KEYS * tile_s, -(-sequence.max_keys // stages.LANES) * stages.LANES)
+    n_tiles = min(-(-sequence.max_keys // tile_s), _TILES)
+    width = n_tiles * tile_s
+    is_forced = stages.forced_blocks(eligible, method)
+
+    def tile_sort_key(start: Array) -> Array:
+        """[t, tile_s / unit] int32: the scores of the units from token `start` on."""
+        keys, positions = sequence.tile(start, tile_s)
+        seen = (positions >= start)[None, :] & (positions[None, :] < visible[:, None])
+        sort_key = jnp.where(seen, topk.sort_key_of(scores(heads, sketched(keys, method.sketch))), topk.INVISIBLE)
+
+        def moved(sort_key: Array) -> Array:
+            sort_key = jnp.pad(sort_key, ((0, 0), (0, tile_s)), constant_values=topk.INVISIBLE)
+            return lax.dynamic_slice_in_dim(sort_key, start - positions[0], tile_s, axis=1)
+
+        # The last tile may begin before `start`, so that it ends with the keys.
+        sort_key = lax.cond(positions[0] < start, moved, lambda sort_key: sort_key, sort_key)
+        sort_key = jnp.max(sort_key.reshape(t, -1, unit), axis=2)
+        units = start // unit + jnp.broadcast_to(jnp.arange(tile_s // unit, dtype=jnp.int32), sort_key.shape)
+        return jnp.where(is_forced(place(units)) & (sort_key > topk.INVISIBLE), topk.FORCED, sort_key)
+
+    def candidates(i: Array) -> Candidates:
+        start = i * width
+
+        def put(j: Array, sort_key: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(
+                sort_key, tile_sort_key(start + j * tile_s), j * (tile_s // unit), axis=1
+            )
+
+        n_seen = jnp.clip(-(-(jnp.max(visible) - start) // tile_s), 0, n_tiles)
+        none = varying.like(jnp.full((t, width // unit), topk.INVISIBLE, jnp.int32), heads)
+        sort_key = lax.fori_loop(0, n_seen, put, none)
+        found, columns = topk.topk_in_order(sort_key, None, min(m, width // unit))
+        return Candidates(found, jnp.where(columns >= 0, start // unit + columns, -1))
+
+    max_spans = -(-sequence.max_keys // width)
+    if max_spans == 1:
+        return candidates(jnp.int32(0))
+    return stages.stream_topk(candidates, -(-jnp.max(visible) // width), max_spans, m, t)
+
+
+def scores(heads: ScanHeads, keys: Keys) -> Array:
+    """t queries, s keys -> [t, s] float32: k_scale[s] * (v[t] . k[s] + sum over exact heads of w * relu(q . k[s])).
+
+    v is rounded to bfloat16, unless the keys are float32.
+    """
+    virtual = heads.virtual.astype(stages.product_dtype(jnp.bfloat16, keys.values.dtype))
+    total = stages.head_products(virtual, keys)
+    t, n, D = heads.exact.shape
+    if n:
+        products = stages.head_products(heads.exact.reshape(t * n, D), keys).reshape(t, n, -1)
+        for i in range(n):  # one after the other: a reduction's order would depend on its size
+            total = total + heads.w[:, i, None] * jnp.maximum(products[:, i], 0)
+    return total if keys.scales is None else total * keys.scales[None, :]
+
+
+def scan(queries: Queries, sequence: Sequence, method: Scan, tile_s: int) -> Array:
+    """The units each query keeps, of a sequence in one place: [t, candidates / unit] int32, ascending, then -1."""
+    eligible = -(-queries.visible // method.unit)
+    m = min(method.block_topk, -(-sequence.max_keys // method.unit))
+
+    def scanned() -> Array:
+        heads = heads_of(queries, sequence, method)
+        return best_units(heads, queries.visible, eligible, sequence, method, m, tile_s).positions
+
+    kept = lax.cond(jnp.all(eligible <= m), lambda: stages.first_positions(eligible, m), scanned)
+    return jnp.pad(kept, ((0, 0), (0, method.block_topk - m)), constant_values=-1)

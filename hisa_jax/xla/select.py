@@ -1,0 +1,292 @@
+"""Implementation "xla": the stages over tiles of queries, in pure JAX, for every platform that XLA has.
+
+Batches and packed batches are one thing here: R sequences, each with its rows of queries and its rows of keys.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TypeGuard
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from hisa_jax.cache import IndexCache
+from hisa_jax.layout import LANES, Contiguous, Keys, Paged, PagedMeans, Sequence
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan, at_least, least_blocks
+from hisa_jax.selection import Selection, nothing
+from hisa_jax.sharded import varying
+from hisa_jax.xla import scan, stages, topk
+from hisa_jax.xla.stages import Candidates, Queries
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How much the XLA implementation works on at a time: it changes speed and memory, never the selection.
+
+    Attributes:
+        queries: queries a tile.
+        keys: keys scored and merged at a time; also blocks scored at a time.
+
+    Raises: TypeError: a size that is not an int. ValueError: one below 1, or `keys` that is not a multiple of 128.
+    """
+
+    queries: int = 32
+    keys: int = 4096
+
+    def __post_init__(self) -> None:
+        at_least(self, "queries", 1)
+        at_least(self, "keys", 0)
+        if self.keys < 1 or self.keys % LANES:
+            raise ValueError(f"Tiles(keys={self.keys}): must be a positive multiple of {LANES}")
+
+    @classmethod
+    def heuristic(cls, platform: str) -> "Tiles":
+        """A CPU's tile of products stays in its cache; an accelerator needs enough queries to fill itself."""
+        return cls() if platform == "cpu" else cls(queries=64)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "tiles", "return_scores", "return_blocks"))
+def select(
+    q: Array,
+    keys: Keys,
+    w: Array,
+    visible: Array,
+    lengths: Array,
+    method: Method,
+    tiles: Tiles,
+    *,
+    return_scores: bool,
+    return_blocks: bool,
+) -> Selection:
+    """[B, T, H, D], Keys of [B, S, D], [B, T, H], [B, T], [B] -> Selection of [B, T]."""
+    (B, T, H, D), S = q.shape, keys.values.shape[1]
+    flat_keys = Keys(keys.values.reshape(B * S, D), None if keys.scales is None else keys.scales.reshape(B * S))
+    sequences = jnp.arange(B + 1, dtype=jnp.int32)
+    selection = _select_ragged(
+        Queries(q.reshape(B * T, H, D), w.reshape(B * T, H), visible.reshape(B * T)),
+        sequences * T,
+        *_contiguous(flat_keys, sequences[:-1] * S, lengths, S, method, tiles),
+        method,
+        tiles,
+        return_scores,
+        return_blocks,
+    )
+    return jax.tree.map(lambda leaf: leaf.reshape(B, T, *leaf.shape[1:]), selection)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "tiles", "return_scores", "return_blocks"))
+def select_packed(
+    q: Array,
+    keys: Keys,
+    w: Array,
+    visible: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    method: Method,
+    tiles: Tiles,
+    *,
+    return_scores: bool,
+    return_blocks: bool,
+) -> Selection:
+    """[T, H, D], Keys of [N, D], [T, H], [T], [R + 1], [R + 1] -> Selection of [T]."""
+    N, lengths = keys.values.shape[0], jnp.diff(cu_seqlens_k)
+    sequence_of, means_of = _contiguous(keys, cu_seqlens_k[:-1], lengths, N, method, tiles)
+    return _select_ragged(
+        Queries(q, w, visible), cu_seqlens_q, sequence_of, means_of, method, tiles, return_scores, return_blocks
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("method", "tiles", "return_scores", "return_blocks"))
+def select_paged(
+    q: Array,
+    w: Array,
+    visible: Array,
+    cache: IndexCache,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+    method: Method,
+    tiles: Tiles,
+    *,
+    return_scores: bool,
+    return_blocks: bool,
+) -> Selection:
+    """[T, H, D], [T, H], [T], pages, [R, P], [R + 1] -> Selection of [T]."""
+    page_size = cache.page_size
+    rows = Keys(
+        cache.keys.reshape(-1, cache.keys.shape[-1]), None if cache.scales is None else cache.scales.reshape(-1)
+    )
+
+    def sequence_of(r: Array) -> Sequence:
+        return Paged(rows, block_tables[r], page_size)
+
+    def means_of(r: Array) -> Sequence:
+        assert not isinstance(method, Dsa)
+        return PagedMeans(cache.sums, cache.counts, block_tables[r], method.block_size // page_size)
+
+    return _select_ragged(
+        Queries(q, w, visible),
+        cu_seqlens_q,
+        sequence_of,
+        means_of if has_means(method, block_tables.shape[1] * page_size) else None,
+        method,
+        tiles,
+        return_scores,
+        return_blocks,
+    )
+
+
+def has_filter(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse | Scan]:
+    """False where no query can see blocks that it does not keep: there the method is the flat indexer by contract."""
+    return not isinstance(method, Dsa) and max_keys > least_blocks(method) * method.block_size
+
+
+def has_means(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse]:
+    """Whether block means choose the blocks."""
+    return has_filter(method, max_keys) and not isinstance(method, Scan)
+
+
+SequenceOf = Callable[[Array], Sequence]
+
+
+def _contiguous(
+    keys: Keys, key_starts: Array, lengths: Array, max_keys: int, method: Method, tiles: Tiles
+) -> tuple[SequenceOf, SequenceOf | None]:
+    """What gives sequence r its keys, and its block means, pooled here; None for the means where none are needed."""
+
+    def sequence_of(r: Array) -> Sequence:
+        return Contiguous(keys, key_starts[r], max_keys)
+
+    if not has_means(method, max_keys):
+        return sequence_of, None
+    max_blocks = -(-max_keys // method.block_size)
+    means, first_blocks = pool_all(keys, key_starts, lengths, method.block_size, tiles)
+    return sequence_of, lambda r: Contiguous(means, first_blocks[r], max_blocks)
+
+
+def _select_ragged(
+    queries: Queries,
+    query_starts: Array,
+    sequence_of: SequenceOf,
+    means_of: SequenceOf | None,
+    method: Method,
+    tiles: Tiles,
+    return_scores: bool,
+    return_blocks: bool,
+) -> Selection:
+    """[T, H, D] queries of R sequences, `query_starts` [R + 1] -> Selection of [T]."""
+
+    def select_tile(own: Queries, r: Array) -> Selection:
+        means = means_of(r) if means_of else None
+        return _select_tile(own, sequence_of(r), means, method, tiles.keys, return_scores, return_blocks)
+
+    empty = functools.partial(nothing, method=method, return_scores=return_scores, return_blocks=return_blocks)
+    # No more rows than the sequences have on average: in decoding each has one.
+    n_rows = -(-queries.q.shape[0] // (query_starts.shape[0] - 1))
+    return over_tiles(select_tile, queries, query_starts, min(tiles.queries, n_rows), empty)
+
+
+def over_tiles[Found](
+    select_tile: Callable[..., Found],
+    queries: Queries,
+    query_starts: Array,
+    t: int,
+    nothing: Callable[[tuple[int]], Found],
+    *rows_of_tile: Array,
+) -> Found:
+    """[T, H, D] queries of R sequences, `query_starts` [R + 1] -> what they find; a loop over tiles of t queries.
+
+    `select_tile` gets a tile, the number of its sequence and its rows of the last arguments, [T, ...] each. `nothing`
+    gives what so many queries find nowhere. The rows behind the last sequence are nobody's.
+    """
+    (T, *_), last_r = queries.q.shape, query_starts.shape[0] - 2
+    n_tiles = -(-jnp.diff(query_starts) // t)  # [R]
+    tile_ends = jnp.cumsum(n_tiles)
+
+    def one_tile(i: Array, done: Found) -> Found:
+        r = jnp.minimum(jnp.searchsorted(tile_ends, i, side="right"), last_r).astype(jnp.int32)
+        first = query_starts[r] + (i - (tile_ends[r] - n_tiles[r])) * t
+        rows = first + jnp.arange(t, dtype=jnp.int32)
+        is_real = rows < query_starts[r + 1]
+        rows = jnp.minimum(rows, T - 1)
+        own = Queries(queries.q[rows], queries.w[rows], jnp.where(is_real, queries.visible[rows], 0))
+        tile = select_tile(own, r, *(x[rows] for x in rows_of_tile))
+        # What a tile writes behind its sequence, the next tile overwrites.
+        return jax.tree.map(lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, first, axis=0), done, tile)
+
+    done = lax.fori_loop(0, tile_ends[-1], one_tile, varying.like(nothing((T + t,)), queries))
+    return jax.tree.map(lambda leaf: leaf[:T], done)
+
+
+def pool_all(keys: Keys, key_starts: Array, lengths: Array, block_size: int, tiles: Tiles) -> tuple[Keys, Array]:
+    """The block means of every sequence, one sequence's behind the other's, and [R] int32, where each one's begin."""
+    R = lengths.shape[0]
+    n_blocks = -(-lengths // block_size)  # [R]
+    ends = jnp.cumsum(n_blocks)
+    # Each sequence ends in at most one partial block, so this many rows hold the blocks of all.
+    block_ids = jnp.arange(keys.values.shape[0] // block_size + R, dtype=jnp.int32)
+    r = jnp.minimum(jnp.searchsorted(ends, block_ids, side="right"), R - 1)
+    starts = (block_ids - (ends - n_blocks)[r]) * block_size
+    counts = jnp.clip(lengths[r] - starts, 0, block_size)
+    means = stages.pool(keys, key_starts[r] + starts, counts, block_size, max(tiles.keys // block_size, 1))
+    return Keys(means, None), ends - n_blocks
+
+
+def _select_tile(
+    queries: Queries,
+    sequence: Sequence,
+    means: Sequence | None,
+    method: Method,
+    tile_s: int,
+    return_scores: bool,
+    return_blocks: bool,
+) -> Selection:
+    """One tile of queries of one sequence: [t, H, D], [t, H], [t] -> Selection of [t].
+
+    `means` are the sequence's block means, or None where none are needed.
+    """
+    k = min(method.topk, sequence.max_keys)
+    blocks = None
+    if not isinstance(method, Dsa):
+        if not has_filter(method, sequence.max_keys):
+            blocks = stages.first_positions(-(-queries.visible // method.block_size), method.block_topk)
+        elif isinstance(method, Scan):
+            blocks = scan.scan(queries, sequence, method, tile_s)
+        else:
+            assert means is not None
+            blocks = stages.block_filter(queries, means, method, tile_s)
+
+    def all_visible() -> Candidates:
+        return unscored(stages.first_positions(queries.visible, k))
+
+    def best() -> Candidates:
+        if blocks is None or not has_filter(method, sequence.max_keys):
+            return stages.flat(queries, sequence, k, tile_s)
+        if isinstance(method, BlockSparse) and not return_scores:
+            # Only the last kept block, the query's own, has invisible tokens: they leave no hole.
+            positions, seen = stages.tokens_of(blocks, queries.visible, method.block_size)
+            return unscored(jnp.where(seen, positions, -1))
+        return stages.refine(queries, sequence, blocks, method.block_size, k, tile_s)
+
+    chosen = best() if return_scores else lax.cond(jnp.all(queries.visible <= k), all_visible, best)
+    return selection_of(chosen, method, blocks, return_scores, return_blocks)
+
+
+def selection_of(
+    chosen: Candidates, method: Method, blocks: Array | None, return_scores: bool, return_blocks: bool
+) -> Selection:
+    """The chosen of a tile, [t, k] with k at most topk, as a selection."""
+    is_real = chosen.positions >= 0
+    missing = ((0, 0), (0, method.topk - chosen.positions.shape[1]))
+    scores = jnp.where(is_real, topk.score_of(chosen.sort_key), -jnp.inf)
+    return Selection(
+        indices=jnp.pad(chosen.positions, missing, constant_values=-1),
+        count=jnp.sum(is_real, axis=1, dtype=jnp.int32),
+        scores=jnp.pad(scores, missing, constant_values=-jnp.inf) if return_scores else None,
+        blocks=blocks if return_blocks else None,
+    )
+
+
+def unscored(positions: Array) -> Candidates:
+    return Candidates(jnp.zeros_like(positions), positions)

@@ -1,0 +1,1 @@
+"""Device code below Pallas: loops and copies in PTX."""

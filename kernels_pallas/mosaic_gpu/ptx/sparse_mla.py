@@ -1,0 +1,136 @@
+"""What the warp-groups of `sparse_mla` do below Pallas: stores without barriers, a vote, turns at the tensor core."""
+
+import functools
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import FragmentedArray, utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import vector
+
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import address_of
+from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import tiled
+from hisa_jax.kernels_pallas.types import Ref
+
+PER_HEAD = plgpu.Layout.WGMMA.reduce(1)
+_SPLAT, _REF = plgpu.Layout.WG_SPLAT, plgpu.RefType()
+_SCALAR = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=_SPLAT)
+_FIRST_THREAD = "{ .reg .pred p, q; .reg .b32 x; mov.u32 x, %tid.x; and.b32 x, x, 127; setp.eq.u32 q, x, 0;"
+_ptx = functools.partial(utils.inline_ptx, has_side_effects=True)
+
+
+def store_p(k_smem: Ref, slot: Array, first: int, p: Array) -> None:
+    """k_smem[slot, :, first :] = p, with one barrier of the warp-group where Pallas has two around a store."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiled(k_smem.shape[2], k_smem.dtype)), plgpu.Layout.WGMMA))
+    def store(_ctx, place, p):
+        utils.warpgroup_barrier()  # the slowest warp may still be multiplying by what lies there
+        p.store_tiled(place, swizzle=128)
+
+    store(k_smem.at[slot, :, pl.ds(first, p.shape[1])], p)
+
+
+def store_rows(ref: Ref, slot: Array, values: Array) -> None:
+    """ref[slot] = values, one a head, without any barrier."""
+    ptx = """{ .reg .pred p; .reg .b32 at, x; mov.u32 at, %tid.x; and.b32 x, at, 3; setp.eq.u32 p, x, 0;
+shr.u32 x, at, 5; and.b32 x, x, 3; shl.b32 x, x, 6; and.b32 at, at, 28; add.u32 at, at, x; add.u32 at, at, $0;
+@p st.shared.f32 [at], $1; @p st.shared.f32 [at+32], $2; }"""
+    width = ref.shape[1]
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _SPLAT, PER_HEAD))
+    def store(_ctx, ref, slot, values):
+        _ptx(ptx, address_of(ref, slot.registers.item(), width), *_two_rows(values))
+
+    store(ref, slot, values)
+
+
+def store_output(place_gmem: Ref, values: Array) -> None:
+    """Writes an accumulator as it lies in registers, 16 bytes of a row at a time: Pallas refuses that from 0.12 on."""
+
+    @plgpu.inline_mgpu(arg_types=(_REF, plgpu.Layout.WGMMA))
+    def store(_ctx, place, values):
+        values.store_untiled(place, optimized=False)
+
+    store(place_gmem, values)
+
+
+def show_stores() -> None:
+    """Lets the tensor core see this thread's stores: `commit_smem` without its barrier of the warp-group."""
+
+    @plgpu.inline_mgpu()
+    def fence(_ctx):
+        _ptx("fence.proxy.async.shared::cta;")
+
+    fence()
+
+
+def any_decay(decay: Array) -> Array:
+    """1 if one of the rows of this warp decays, else 0: an int32 that may differ between warps."""
+    ptx = """{ .reg .pred p, q; setp.neu.f32 p, $1, 0f3f800000; setp.neu.f32 q, $2, 0f3f800000; or.pred p, p, q;
+vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }"""
+
+    @plgpu.inline_mgpu(arg_types=(PER_HEAD,), return_type=_SCALAR)
+    def vote(_ctx, decay):
+        return _scalar(_ptx(ptx, *_two_rows(decay), result_types=_i32(), convergent=True))
+
+    return vote(decay)
+
+
+def opaque_zero() -> Array:
+    """0, but the compiler does not know: else it keeps the address of every step of a product in registers."""
+
+    @plgpu.inline_mgpu(return_type=_SCALAR)
+    def zero(_ctx):
+        return _scalar(_ptx("mov.b32 $0, 0;", result_types=_i32()))
+
+    return zero()
+
+
+def claim(turn_smem: Ref, landed_smem: Ref, barrier: Array, phase: Array) -> None:
+    """Asks the other warp-groups to let this one multiply first, if the phase of the barrier is complete."""
+    ptx = """mbarrier.test_wait.parity.shared::cta.b64 p, [$1], $2; selp.b32 x, 1, 0, p;
+@q st.volatile.shared.b32 [$0], x; }"""
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _REF, _SPLAT, _SPLAT))
+    def set_turn(_ctx, turn, landed, barrier, parity):
+        there = address_of(landed, barrier.registers.item(), BARRIER_WORDS)
+        _ptx(_FIRST_THREAD + ptx, utils.memref_ptr(turn), there, parity.registers.item())
+
+    set_turn(turn_smem, landed_smem, barrier, phase % 2)
+
+
+def unclaim(turn_smem: Ref) -> None:
+    """Takes back what `claim` asked for."""
+
+    @plgpu.inline_mgpu(arg_types=(_REF,))
+    def clear_turn(_ctx, turn):
+        _ptx(_FIRST_THREAD + "@q st.volatile.shared.b32 [$0], 0; }", utils.memref_ptr(turn))
+
+    clear_turn(turn_smem)
+
+
+def let_first(turn_smem: Ref) -> None:
+    """Waits while another warp-group claims the tensor core: a hint about speed, on which no result depends."""
+    ptx = """{ .reg .pred p; .reg .b32 x; again: ld.volatile.shared.b32 x, [$0]; setp.ne.b32 p, x, 0; @p bra again; }"""
+
+    @plgpu.inline_mgpu(arg_types=(_REF,))
+    def wait(_ctx, turn):
+        _ptx(ptx, utils.memref_ptr(turn))
+
+    wait(turn_smem)
+
+
+def _two_rows(values: FragmentedArray) -> list[ir.Value]:
+    """Of an array with a value a head: a thread's two, of rows 8 apart, the same in four lanes."""
+    return [vector.extract(register, dynamic_position=[], static_position=[0]) for register in values.registers.flat]
+
+
+def _scalar(word: ir.Value) -> FragmentedArray:
+    return FragmentedArray.splat(word, (), is_signed=True)
+
+
+def _i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)

@@ -1,0 +1,92 @@
+"""Scores as integers that order the same way, and the search for the k-th largest of them.
+
+A float32 score has an *sort key*: an int32 that orders like it. Selection compares sort keys alone, so that candidates
+which must not be chosen (`INVISIBLE`) and those which must (`FORCED`) need no second array, and NaN is simply the
+sort key of -inf.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+INVISIBLE = -(2**31)
+FORCED = 2**31 - 1
+_MAGNITUDE = 2**31 - 1
+# Bounds of the threshold, how many reach the lower one, two weights, which bound moved last, steps so far.
+Search = tuple[Array, Array, Array, Array, Array, Array, Array]
+_GUESSES = 24  # then halving alone, so that no input takes more than 24 + 32 counts
+
+
+def sort_key_of(scores: Array, bitcast: Callable = lax.bitcast_convert_type) -> Array:
+    """Maps float32 to int32 so that order is kept; NaN maps to the sort key of -inf, -0.0 to that of 0.0."""
+    scores = jnp.where(scores != scores, -jnp.inf, scores)
+    # A negative weight on a closed relu gives -0.0, which must tie with 0.0.
+    scores = jnp.where(scores == 0.0, 0.0, scores)
+    bits = bitcast(scores, jnp.int32)
+    return jnp.where(bits < 0, bits ^ _MAGNITUDE, bits)
+
+
+def score_of(sort_key: Array, bitcast: Callable = lax.bitcast_convert_type) -> Array:
+    """Inverts `sort_key_of`."""
+    return bitcast(jnp.where(sort_key < 0, sort_key ^ _MAGNITUDE, sort_key), jnp.float32)
+
+
+def narrow_search(
+    state: Search, count_at_least: Callable[[Array], Array], k: int, bitcast: Callable = lax.bitcast_convert_type
+) -> Search:
+    """One pass of `find_threshold`; a search that is over stays as it is, so that many may go on side by side."""
+    low, high, n_low, above, below, side, step = state
+    halfway = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up, without overflow
+    a, b = score_of(low, bitcast), score_of(high, bitcast)
+    guess = sort_key_of(a + (b - a) * (above / (above + below)), bitcast)
+    # The sort key of a NaN is that of -inf: an infinite or forced bound falls back to halving.
+    guess = jnp.where((guess <= low) | (guess > high) | (step >= _GUESSES), halfway, guess)
+    passed = count_at_least(guess)
+    enough = passed >= k
+    moved = jnp.where(enough, jnp.int32(1), jnp.int32(-1))
+    again = jnp.where(moved == side, jnp.float32(0.5), jnp.float32(1))
+    excess = (passed - k).astype(jnp.float32)
+    above_next = jnp.where(enough, excess + 0.5, above * again)
+    below_next = jnp.where(enough, below * again, 0.5 - excess)
+    return (
+        jnp.where(enough, guess, low),
+        jnp.where(enough, high, guess - 1),
+        jnp.where(enough, passed, n_low),
+        above_next,
+        below_next,
+        moved,
+        step + 1,
+    )
+
+
+def find_threshold(
+    count_at_least: Callable[[Array], Array],
+    lowest: Array,
+    highest: Array,
+    n: Array,
+    k: int,
+    bitcast: Callable = lax.bitcast_convert_type,
+) -> Array:
+    """The threshold of a top-k: the largest sort key that at least k candidates reach, or any that exactly k reach.
+
+    Args:
+        count_at_least: sort key -> how many candidates are not below it. One call is a pass over all candidates.
+        lowest: int32, the least sort key there is; `highest`: the greatest.
+        n: int32, how many candidates there are.
+        k: how many are wanted. With n <= k the answer is `lowest`.
+        bitcast: of scalars; Mosaic GPU's own takes vectors alone.
+
+    Regula falsi on the count as a function of the score (the Illinois variant: a bound that survives twice loses half
+    its weight), which takes 6 to 9 passes where halving takes about 22; it stops as soon as exactly k pass.
+    """
+
+    def unfinished(state: Search) -> Array:
+        low, high, n_low, *_ = state
+        return (low < high) & (n_low > k)
+
+    excess = (n - k).astype(jnp.float32) + 0.5
+    start = (lowest, highest, n, excess, jnp.float32(k), jnp.int32(0), jnp.int32(0))
+    step = functools.partial(narrow_search, count_at_least=count_at_least, k=k, bitcast=bitcast)
+    return lax.while_loop(unfinished, step, start)[0]
