@@ -35,9 +35,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if (gate := item.get_closest_marker("gate")) and not any(_is_case(item.name, case) for case in gate.args):
             item.add_marker(pytest.mark.exhaustive)
-    # Few changes from one way to compile to the other.
-    items.sort(key=lambda item: item.get_closest_marker("optimised") is not None)
     result = yield
+    items.sort(key=_is_compiled_fast, reverse=True)  # each change forgets what is compiled
     for item in items:
         if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU, this machine has {jax.default_backend()}"))
@@ -60,12 +59,16 @@ def compiled_as_marked(request):
 
     What was compiled the other way is forgotten: JAX does not compile a traced function anew.
     """
-    marked = request.node.get_closest_marker
-    is_fast = marked("unoptimised") is not None and jax.default_backend() == "cpu"
-    is_fast = is_fast or (_COMPILE_FAST and marked("optimised") is None)
+    is_fast = _is_compiled_fast(request.node)
     if is_fast != jax.config.read("jax_disable_most_optimizations"):
         jax.config.update("jax_disable_most_optimizations", is_fast)
         jax.clear_caches()
+
+
+def _is_compiled_fast(item) -> bool:
+    if item.get_closest_marker("optimised"):
+        return False
+    return _COMPILE_FAST or (item.get_closest_marker("unoptimised") is not None and jax.default_backend() == "cpu")
 
 
 _COMPILE_FAST = jax.config.read("jax_disable_most_optimizations")

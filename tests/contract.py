@@ -214,7 +214,10 @@ class SelectionContract(Contract, chex.TestCase):
 
     # Ties, NaN, infinity.
 
-    @parameterized.named_parameters(*named("one_token", "one_query", "block_edge", "ragged_tail"))
+    @parameterized.named_parameters(
+        ("standard", *STANDARD), *named("one_token", "one_query", "block_edge", "ragged_tail")
+    )
+    @pytest.mark.gate("standard", "one_token")
     def test_ties_go_to_the_lower_position(self, B, T, S, H, D):
         q, k, w = draw.equal_scores(B, T, S, H, D)
         for method in METHODS.values():

@@ -85,7 +85,8 @@ class PackedContract(Contract, chex.TestCase):
         at_q, at_k = cu_q[:3, None] + queries, cu_k[:3, None] + keys  # [3, T], [3, S]: others' rows after its own
         positions = np.where(queries < n_q[:, None], (n_k - n_q)[:, None] + queries, -1)
         options = dict(query_positions=jnp.asarray(positions), lengths=jnp.asarray(n_k))
-        padded = self.select(q[at_q], k[at_k], w[at_q], method, **options)
+        q, k, w = (x.take(at, axis=0, mode="clip") for x, at in ((q, at_q), (k, at_k), (w, at_q)))
+        padded = self.select(q, k, w, method, **options)
         for r in range(3):
             assert_same_bits(rows(packed, slice(cu_q[r], cu_q[r + 1])), rows(padded, r, slice(n_q[r])))
 
