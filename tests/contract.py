@@ -143,12 +143,14 @@ class SelectionContract(Contract, chex.TestCase):
     # Visible.
 
     @each_method
+    @pytest.mark.check
     def test_visible_are_the_tokens_up_to_the_query_and_the_length(self, method):
         # Block edges and their neighbours, the first token, the last, one behind the length, one behind all keys.
         positions, lengths = everywhere([0, 15, 16, 17, 63, 64, 89, 1000]), np.array([90, 150], np.int32)
         self.assert_keeps_the_contract(*standard(), method, query_positions=positions, lengths=lengths)
 
     @each_method
+    @pytest.mark.check
     def test_a_query_at_position_minus_one_selects_nothing(self, method):
         positions = everywhere([-1, 40, -1, 99, 149, -1, -1, 3])
         got = self.assert_keeps_the_contract(*standard(), method, query_positions=positions)
@@ -164,6 +166,7 @@ class SelectionContract(Contract, chex.TestCase):
         assert_same_bits(self.select(q, k, w, method, lengths=jnp.asarray(lengths)), explicit)
 
     @parameterized.product(method=list(METHODS), length=[0, 1, 15, 16, 17, 63, 64, 65, 149])
+    @pytest.mark.check
     def test_lengths_at_block_edges(self, method, length):
         self.assert_keeps_the_contract(*standard(), METHODS[method], lengths=np.array([length, 150], np.int32))
 
@@ -176,6 +179,7 @@ class SelectionContract(Contract, chex.TestCase):
     # The result.
 
     @each_method
+    @pytest.mark.check
     def test_indices_are_ascending_then_minus_one_and_count_says_how_many(self, method):
         positions = everywhere([0, 1, 15, 22, 23, 24, 63, 149])
         got = jax.tree.map(np.asarray, self.select(*standard(), method, query_positions=jnp.asarray(positions)))
@@ -226,6 +230,7 @@ class SelectionContract(Contract, chex.TestCase):
             self.assert_agrees(got, oracle.select(q, k, w, method), tolerance=0.0)
 
     @parameterized.product(seed=[0, 1, 2], method=list(METHODS))
+    @pytest.mark.check
     def test_partial_ties_go_to_the_lower_position_and_block(self, seed, method):
         # Whole numbers and blocks of 16: sums and means are exact, so the oracle's choice is the only right one.
         q, k, w = draw.few_scores(*STANDARD, seed=seed)
@@ -244,6 +249,7 @@ class SelectionContract(Contract, chex.TestCase):
         self.assert_keeps_the_contract(mixed, k, np.array([[[1.0, -1.0]]], np.float32), hj.Dsa(topk=8), tolerance=0.0)
 
     @each_method
+    @pytest.mark.check
     def test_nan_scores_count_as_minus_infinity(self, method):
         q, k, w = standard()
         k[:, [3, 40, 100, 149]] = np.nan
@@ -290,6 +296,7 @@ class SelectionContract(Contract, chex.TestCase):
         self.assert_keeps_the_contract(*standard(), method, query_positions=positions, lengths=lengths)
 
     @each_hierarchical
+    @pytest.mark.check
     def test_the_first_and_last_eligible_blocks_are_always_kept_and_count(self, method):
         q, k, w = standard()
         k[:, :16] = -10 * np.abs(k[:, :16])  # the first block would lose on its score
@@ -317,6 +324,7 @@ class SelectionContract(Contract, chex.TestCase):
         self.assertEqual(got.blocks[0, -1].tolist(), [0, 7, 8, 9])
 
     @each_method
+    @pytest.mark.check
     def test_nothing_behind_a_query_decides_anything(self, method):
         q, k, w = standard()
         positions = jnp.asarray(everywhere(range(61, 69)))
@@ -327,6 +335,7 @@ class SelectionContract(Contract, chex.TestCase):
             assert_same_bits(self.select(q, changed, w, method, query_positions=positions), before)
 
     @each_method
+    @pytest.mark.check
     def test_missing_tokens_decide_nothing(self, method):
         q, k, w = standard()
         lengths = jnp.array([135, 135])  # 7 tokens in the last block

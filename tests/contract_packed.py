@@ -48,6 +48,7 @@ class PackedContract(Contract, chex.TestCase):
         ],
         method=list(METHODS),
     )
+    @pytest.mark.check
     def test_a_packed_batch_gives_what_the_oracle_gives(self, lengths, method):
         inputs, cu_q, cu_k = self.packed(*lengths)
         method = METHODS[method]
