@@ -19,7 +19,7 @@ TESTS = $(ON_CPU) pytest -n 2 --dist worksteal
 KERNEL_TESTS = JAX_PLATFORMS=cpu NPROC=32 $(<D)/bin/python -m pytest -n 2 --dist worksteal tests/gpu tests/tpu
 CORE := --ignore=tests/gpu --ignore=tests/tpu
 
-.PHONY: demo check test test-oldest test-exhaustive mutants lint format clean
+.PHONY: demo check test test-oldest test-oldest-exhaustive test-exhaustive mutants lint format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -44,6 +44,7 @@ test-exhaustive: .venv-test/test.stamp
 	$(FAST) $(TESTS) -m exhaustive tests/models tests/bench
 	$(KERNEL_TESTS) -m exhaustive
 	$(MUTANTS)
+	$(MAKE) test-oldest-exhaustive
 
 # Makes one-line mistakes in copies of the tree (tests/mutants), one at a time, and runs the test that must fail of each:
 # about 5 minutes on two cores. The gate only looks whether each can still be made and has its test.
@@ -52,16 +53,19 @@ MUTANTS = $(FAST) $(CACHED) $(<D)/bin/python -m tests.mutants
 mutants: .venv-test/test.stamp
 	$(MUTANTS) $(ARGS)
 
-# On the oldest supported jax what could be different there: every public call, models and meshes, every kernel lowered,
-# compiled and interpreted once, each value of a test's parameters, but for what is marked slow. Programs run unoptimised:
-# compiling takes longer than running them.
+# On the oldest supported jax what could be different there: every public call, the examples of the documentation, a model,
+# one of the models on a mesh, a kernel a backend interpreted, every kernel lowered.
+test-oldest: .venv-oldest/test.stamp
+	$(FAST) $(TESTS) -m "(check or oldest) and not exhaustive" $(CORE) $(ARGS)
+	$(FAST) $(KERNEL_TESTS) -m "(check or oldest) and not exhaustive"
+
+# Each value of a test's parameters there.
 OLDEST_CORE := $(addprefix tests/,test_docs.py test_golden.py test_cache.py test_checked.py test_context.py test_context_paged.py \
 	test_processes.py test_sparse_mla.py test_training.py models/test_golden.py models/test_readme.py \
 	models/test_sharding.py models/test_checkpoint.py models/test_loader.py)
-test-oldest: export JAX_DISABLE_MOST_OPTIMIZATIONS = 1
-test-oldest: .venv-oldest/test.stamp
-	$(TESTS) -m "not slow and not exhaustive" --each-value $(OLDEST_CORE) $(ARGS)
-	$(KERNEL_TESTS) -m "not slow and not exhaustive" --each-value
+test-oldest-exhaustive: .venv-oldest/test.stamp
+	$(FAST) $(TESTS) -m "not slow" --each-value $(OLDEST_CORE)
+	$(FAST) $(KERNEL_TESTS) -m "not slow and not exhaustive" --each-value
 
 lint: .venv-test/test.stamp
 	.venv-test/bin/ruff check .

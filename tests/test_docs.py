@@ -11,6 +11,7 @@ import pytest
 
 import hisa_jax as hj
 
+pytestmark = pytest.mark.oldest
 ROOT = pathlib.Path(__file__).parent.parent
 FUNCTIONS = [name for name in hj.__all__ if inspect.isfunction(getattr(hj, name))]
 
