@@ -12,6 +12,7 @@ import pytest
 import hisa_jax as hj
 from hisa_jax import models
 
+pytestmark = pytest.mark.oldest
 ROOT = pathlib.Path(__file__).parent.parent
 # Every page that people write or that a command writes for them.
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("[mt]*/*/README.md")]

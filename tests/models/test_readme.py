@@ -5,6 +5,8 @@ import io
 import re
 from pathlib import Path
 
+import pytest
+
 from hisa_jax import models
 from hisa_jax.models.dsa import choose_form
 
@@ -13,6 +15,7 @@ README = (ROOT / "models/README.md").read_text()
 GUIDE = (ROOT / "docs/models.md").read_text()
 
 
+@pytest.mark.oldest
 def test_the_ten_lines_run_and_print_what_they_promise(monkeypatch):
     monkeypatch.chdir(ROOT)
     (code,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
