@@ -91,7 +91,7 @@ def test_a_mesh_may_be_one_device(axes):
             r"select_paged: context_axis='x', wanted one of the mesh's axes \('context',\)",
         ),
         (dict(query_axis="x"), "select_paged: query_axis='x', wanted one of"),
-        (dict(context_axis=None), "context_axis=None and query_axis=None, wanted one of the mesh's axes for either"),
+        (dict(context_axis=None), "mesh= without context_axis or query_axis, wanted one of its axes"),
         (dict(stripe=48), "select_paged: stripe=48, wanted a multiple of 32, of whole blocks"),
         (dict(method=hj.Dsa(topk=4), stripe=24), "stripe=24, wanted a multiple of 16"),
         (dict(method=hj.Hisa(topk=4, block_size=24, block_topk=2)), "with pages of 16 tokens, wanted a block_size"),
