@@ -19,7 +19,7 @@ TESTS = $(ON_CPU) pytest -n 2 --dist worksteal
 KERNEL_TESTS = JAX_PLATFORMS=cpu NPROC=32 $(<D)/bin/python -m pytest -n 2 --dist worksteal tests/gpu tests/tpu
 CORE := --ignore=tests/gpu --ignore=tests/tpu
 
-.PHONY: demo check test test-oldest test-oldest-exhaustive test-exhaustive mutants lint format clean
+.PHONY: demo check test test-oldest test-oldest-exhaustive test-exhaustive mutants lint docs format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -72,6 +72,10 @@ lint: .venv-test/test.stamp
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
 
+# The documentation as a site in build/site; seconds. Docstrings are read, nothing of the library is imported.
+docs: .venv-test/docs.stamp
+	NO_MKDOCS_2_WARNING=1 .venv-test/bin/python -m mkdocs build --strict
+
 format: .venv-test/test.stamp
 	.venv-test/bin/ruff check --fix .
 	.venv-test/bin/ruff format .
@@ -82,6 +86,10 @@ format: .venv-test/test.stamp
 
 .venv-test/test.stamp: pyproject.toml | .venv-test/bin/python
 	.venv-test/bin/python -m pip install --quiet '$(JAX)' -e '.[test]'
+	@touch $@
+
+.venv-test/docs.stamp: pyproject.toml .venv-test/test.stamp
+	.venv-test/bin/python -m pip install --quiet -e '.[docs]'
 	@touch $@
 
 .venv-oldest/test.stamp: pyproject.toml | .venv-oldest/bin/python
