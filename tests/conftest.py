@@ -1,4 +1,4 @@
-"""Strict JAX for the tests of the library, GPU tests skipped where there is no GPU, and `--each-value`."""
+"""Strict JAX for the tests of the library, what the marks of pyproject.toml do, and `--each-value`."""
 
 import collections
 import itertools
