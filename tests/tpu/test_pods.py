@@ -207,6 +207,7 @@ def test_pages_shared_by_devices_exchange_candidates_alone(monkeypatch):
     assert program.temp_bytes < keys, "the candidates, and a tile's scores"
 
 
+@pytest.mark.exhaustive
 def test_ranks_share_the_queries_of_chunks_and_exchange_the_chosen(monkeypatch):
     """128 new tokens of each of 32 requests, by the kernels on 16 ranks that have the same pages."""
     chip, n_ranks = "v6e", 16
