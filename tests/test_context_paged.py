@@ -30,6 +30,8 @@ PROMISES = {
     "layouts": (
         "what_others_hold_leaves_no_trace",
         "same_bits_for_8_bits_and_for_stripes_of_two_blocks",
+    ),
+    "ranks": (
         "ranks_that_share_the_queries_select_the_same_and_exchange_the_chosen",
         "ranks_that_share_the_queries_may_each_be_devices_that_share_the_pages",
     ),
@@ -37,6 +39,7 @@ PROMISES = {
 
 
 @pytest.mark.slow
+@pytest.mark.gate("copies", "selection", "bytes", "ranks")
 @pytest.mark.parametrize("promises", PROMISES)
 def test_pages_on_eight_devices_serve_as_on_one(promises):
     command = [sys.executable, "-W", "error", "-m", "tests.context_paged", *PROMISES[promises]]
