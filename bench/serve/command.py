@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import hisa_jax as hj
 from bench import options
-from bench.demo.report import device
+from bench.records import device
 from bench.serve import engine_faults
 from bench.serve import faults as serve_faults
 from bench.serve.check import Recorder

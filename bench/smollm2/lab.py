@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import UserError
+from bench.records import plain
 from bench.smollm2 import adversary, answers, joint, measure, training
 from bench.smollm2.filters import Method
 from bench.smollm2.indexers import Indexers
@@ -87,7 +88,7 @@ class Rows:
 
     def add(self, row: dict[str, Any]) -> None:
         row = {**row, "t": time.monotonic() - self.start}
-        line = json.dumps(_plain(row))
+        line = json.dumps(plain(row, digits=5))
         with self.file.open("a") as file:
             file.write(line + "\n")
         print(" ".join(f"{name}={_short(value)}" for name, value in row.items() if name not in _LONG), flush=True)
@@ -95,15 +96,6 @@ class Rows:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _plain(value: Any) -> Any:
-    """The same in five digits, with null for what is not a number."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @dataclasses.dataclass(eq=False)
