@@ -11,6 +11,8 @@ import pytest
 import hisa_jax as hj
 from hisa_jax import dispatch
 
+pytestmark = pytest.mark.check
+
 ARRAYS = jnp.ones((1, 3, 4, 16)), jnp.ones((1, 40, 16)), jnp.ones((1, 3, 4))
 METHOD = hj.Dsa(topk=4)
 

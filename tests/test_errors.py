@@ -9,6 +9,8 @@ import pytest
 
 import hisa_jax as hj
 
+pytestmark = pytest.mark.check
+
 F32, I32 = jnp.float32, jnp.int32
 DSA = hj.Dsa(topk=4)
 

@@ -38,7 +38,7 @@ def run(n, *promises):
     return [(status, output) for output, status in ended]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_processes_select_and_attend_to_what_one_device_does():
     for status, output in run(4, *SHARDED):
         assert status == 0 and output.count("kept:") == 3 and "merged: 216 bytes" in output, output

@@ -13,7 +13,10 @@ from hisa_jax.kernels_pallas.mosaic_gpu import refine
 from hisa_jax.kernels_pallas.triton.pool import pool
 from hisa_jax.kernels_pallas.triton.sparse_mla import sparse_mla
 
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.oldest,
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+]
 BACKENDS = {"mosaic_gpu": mosaic_gpu, "triton": triton}
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 _CUSTOM_CALLS = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton")

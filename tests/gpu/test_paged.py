@@ -160,6 +160,7 @@ def test_small_pages_are_declined_with_the_reason():
     assert triton.why_not("9.0", **shape, page_size=16) is None
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("backend", "T", "R", "context", "page_size", "dtype"),
     [

@@ -8,6 +8,7 @@ from bench.tpu import aot
 from hisa_jax.kernels_pallas import mosaic_tpu
 from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla, sparse_mla_blocks
 
+pytestmark = pytest.mark.oldest
 BF16, I32, F32 = jnp.bfloat16, jnp.int32, jnp.float32
 H, D, S, N, SIZE, R, P = 64, 128, 32768, 3000, 128, 8, 64
 BLOCKS = dict(block_size=128, block_topk=16)

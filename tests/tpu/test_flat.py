@@ -19,7 +19,7 @@ DTYPES = {"bf16": jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 @pytest.mark.parametrize(
     ("B", "T", "S", "H", "D", "topk", "dtype", "config"),
     [
-        (2, 5, 700, 16, 64, 100, "bf16", Config(tile_t=8, tile_s=256)),
+        pytest.param(2, 5, 700, 16, 64, 100, "bf16", Config(tile_t=8, tile_s=256), marks=pytest.mark.exhaustive),
         (1, 17, 300, 16, 128, 64, "int8", Config(tile_t=16, tile_s=256)),
         (1, 3, 513, 32, 64, 2048, "e4m3", Config(tile_t=8, tile_s=512)),  # wants more than there are
     ],
@@ -60,8 +60,8 @@ def test_tells_how_many_keys_fit():
 @pytest.mark.parametrize(
     ("phase", "context", "dtype"),
     [
-        ("prefill", 8192, "bf16"),
-        ("prefill", 131072, "bf16"),
+        pytest.param("prefill", 8192, "bf16", marks=pytest.mark.exhaustive),
+        pytest.param("prefill", 131072, "bf16", marks=pytest.mark.exhaustive),  # as test_schedule.py compiles it
         ("decode32", 131072, "int8"),
         ("prefill", 1 << 20, "e4m3"),
     ],

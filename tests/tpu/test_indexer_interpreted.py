@@ -32,7 +32,8 @@ def run(inputs, visible, interpret, *, lengths=None, **options):
 PREFILL = [  # dtype, has_scale, block_size, H, D, topk, block_topk, S, visible [B, T], lengths
     pytest.param(BF16, False, 64, 16, 64, 100, 6, 1100, [[*range(1091, 1100), 20, 0], [*range(290, 300), 64]],
                  [1099, 300], id="bf16_ragged_few_visible_and_none"),
-    pytest.param(INT8, True, 128, 16, 128, 300, 4, 1500, [[*range(1490, 1500)]], [1500], id="int8_scales"),
+    pytest.param(INT8, True, 128, 16, 128, 300, 4, 1500, [[*range(1490, 1500)]], [1500], id="int8_scales",
+                 marks=pytest.mark.exhaustive),
     pytest.param(E4M3, True, 256, 32, 64, 1100, 3, 1280, [[*range(1270, 1280)]], [1280], id="e4m3_topk_above_kept",
                  marks=pytest.mark.exhaustive),
 ]  # fmt: skip
@@ -75,7 +76,13 @@ def test_keys_beyond_vmem_are_copied_block_by_block(interpret, monkeypatch):
     promises.check_hisa(got, *inputs, visible, **options, **EXACT)
 
 
-@pytest.mark.parametrize("lengths", [[1000, 70], [1024, 0, 65, 1, 700, 333, 128, 129, 1000]], ids=["split", "batch"])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([1000, 70], id="split", marks=pytest.mark.exhaustive),
+        pytest.param([1024, 0, 65, 1, 700, 333, 128, 129, 1000], id="batch"),
+    ],
+)
 def test_decode_keeps_the_contract(interpret, lengths):
     visible = np.asarray(lengths, np.int32)[:, None]
     inputs = draw.integers(2, len(lengths), 1, 1024, 16, 64, INT8, True)
@@ -94,7 +101,10 @@ def test_every_kind_of_tile(interpret, H, block_size):
     promises.check_hisa(run(inputs, visible, interpret, **options), *inputs, visible, **options, **EXACT)
 
 
-@pytest.mark.parametrize(("dtype", "has_scale"), [(BF16, False), (E4M3, True)], ids=["bf16", "e4m3"])
+@pytest.mark.parametrize(
+    ("dtype", "has_scale"),
+    [pytest.param(BF16, False, id="bf16", marks=pytest.mark.exhaustive), pytest.param(E4M3, True, id="e4m3")],
+)
 def test_means_are_over_the_tokens_present(interpret, dtype, has_scale):
     B, n, block_size, D = 2, 16, 64, 64
     _, k, k_scale, _ = draw.normal(5, B, 1, n * block_size, 16, D, dtype, has_scale)

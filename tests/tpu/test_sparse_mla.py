@@ -49,7 +49,8 @@ def assert_close(got, want):
 
 
 @pytest.mark.parametrize(
-    ("B", "T", "S", "N", "E", "value_dim", "K"), [(2, 3, 700, 16, 160, 128, 700), (1, 2, 1300, 32, 192, 128, 1400)]
+    ("B", "T", "S", "N", "E", "value_dim", "K"),
+    [(2, 3, 700, 16, 160, 128, 700), pytest.param(1, 2, 1300, 32, 192, 128, 1400, marks=pytest.mark.exhaustive)],
 )
 def test_attends_to_the_listed_tokens(B, T, S, N, E, value_dim, K, interpret):
     q, kv, chosen = case(B, T, S, N, E)
@@ -59,7 +60,7 @@ def test_attends_to_the_listed_tokens(B, T, S, N, E, value_dim, K, interpret):
     assert np.isneginf(got[1][0, 0]).all() and not np.asarray(got[0][0, 0]).any()
 
 
-@pytest.mark.parametrize("block_size", [128, 256])
+@pytest.mark.parametrize("block_size", [128, pytest.param(256, marks=pytest.mark.exhaustive)])
 def test_attends_to_the_masked_tokens_of_blocks(block_size, interpret):
     B, T, S, N, E = 1, 3, 1024, 16, 160
     q, kv, chosen = case(B, T, S, N, E)
@@ -105,7 +106,9 @@ def test_says_what_it_declines():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("B", "T", "context"), [(1, 64, 131072), (32, 1, 32768)])
+@pytest.mark.parametrize(
+    ("B", "T", "context"), [pytest.param(1, 64, 131072, marks=pytest.mark.exhaustive), (32, 1, 32768)]
+)
 def test_compiles(chip, B, T, context):
     model = shapes.DSV32
     N, E = model.mla_heads, model.mla_dim
