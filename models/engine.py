@@ -214,6 +214,7 @@ class Engine:
         report = Report(forks=self.scheduler.admit())
         if batch := self.scheduler.next_chunks():
             report.steps.append(self._read(batch, report))
+        # Those whose last chunk was just read decode in the same step.
         if requests := self.scheduler.decoding():
             report.steps.append(self._decode(requests, report))
         for request in [request for request in self.scheduler.running.values() if request.is_finished]:

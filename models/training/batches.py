@@ -91,7 +91,7 @@ def prefetched(batches: Callable[[int], Batch], first_step: int, n_steps: int, w
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    finally:  # who stops early does not wait for batches that nobody reads
+    finally:  # a caller that stops early does not wait for batches that it will not read
         pool.shutdown(wait=False, cancel_futures=True)
 
 

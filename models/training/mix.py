@@ -92,7 +92,7 @@ def _again(question: Line) -> Line:
 
 
 def _asked(rng: np.random.Generator, start: float, end: float, question: Line, most: int) -> _Placed:
-    """A question at `end`, some more times anywhere behind `start`."""
+    """A question at `end`, some more times anywhere after `start`."""
     more = _later(rng, start, _times(rng, most) - 1)
     return [(end, question), *((position, _again(question)) for position in more)]
 
