@@ -172,7 +172,7 @@ def contiguous(pages: Array, block_tables: Array, lengths: Array, mesh: Mesh | N
 
     Args:
         pages: [n_pages, page_size, ...].
-        block_tables: [B, P] int32; numbers outside of [0, n_pages) are no page.
+        block_tables: [B, P] int32; numbers outside of [0, n_pages) mean no page.
         lengths: [B] int32, tokens in each row.
         mesh: what the batch is split over, or None.
 

@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.json and not args.json.parent.is_dir():  # said before the run, not after it
+    if args.json and not args.json.parent.is_dir():  # before the run, not after it
         raise UserError(f"--json {args.json}: {args.json.parent} is no folder")
     if args.devices > 1:
         try:

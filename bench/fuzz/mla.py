@@ -8,7 +8,7 @@ import numpy as np
 
 from bench.fuzz.draw import DTYPES
 from bench.fuzz.judges import Judge, Verdict, Wrong
-from bench.fuzz.scene import NOBODY, Array, Call, made, offsets
+from bench.fuzz.scene import PADDING, Array, Call, made, offsets
 from bench.fuzz.setups import MlaSetup
 from tests import oracle
 
@@ -81,7 +81,7 @@ def scene(setup: MlaSetup, seed: int) -> MlaScene:
         indices = rng.permuted(indices, axis=-1)
     indices[rng.random(indices.shape) < rng.choice([0.0, 0.3, 0.95])] = -1
     indices[rng.random((R, T)) < 0.1] = -1
-    # An index beyond the sequence and within its pages would be somebody's token.
+    # An index beyond the sequence and within its pages would be a real token, of its page's last holder.
     beyond = (indices >= S) & (indices < setup.pages * setup.page_size)
     indices = np.where(beyond, 2**31 - 1, indices).astype(np.int32)
     q = rng.normal(size=(R, T, setup.N, setup.key_dim)) * rng.choice([0.0, 1.0, 4.0])
@@ -139,8 +139,8 @@ def call_of(scene: MlaScene, form: str) -> Call:
         latents[table[r]] = padded.reshape(pages, size, setup.key_dim)
     table = np.where(scene.is_lost, rng.choice([-1, setup.n_pages, 2**31 - 1], table.shape), table).astype(np.int32)
     q, indices = (
-        np.concatenate([x[r, :n] for r, n in enumerate(scene.n_q)] + [x[0, :1]] * (setup.R * setup.T + NOBODY))
-        [: setup.R * setup.T + NOBODY]
+        np.concatenate([x[r, :n] for r, n in enumerate(scene.n_q)] + [x[0, :1]] * (setup.R * setup.T + PADDING))
+        [: setup.R * setup.T + PADDING]
         for x in (scene.q, scene.indices)
     )  # fmt: skip
     return Call(form, (q, latents, indices, scene.sink, table, offsets(scene.n_q)), options)

@@ -92,7 +92,7 @@ def _fewer_queries(state: Shrinking) -> None:
 
 
 def _fewer_keys(state: Shrinking) -> None:
-    """Without some tokens; what stood behind them moves up."""
+    """Without some tokens; those after them move up."""
     r, S = state.verdict.wrong[0].r, state.scene.setup.S
     if r < 0:
         return

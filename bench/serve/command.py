@@ -2,7 +2,7 @@
 
 The model is a random one of three layers, two of which select by HISA or the scan; the traffic is drawn from a seed.
 What is measured is the loop (models/engine.py) on this machine, not a model. `--verify` compares every selection of
-every layer with the NumPy oracle on keys recorded beside the cache, and counts pages that nobody gave back.
+every layer with the NumPy oracle on keys recorded beside the cache, and counts pages that were not given back.
 """
 
 import argparse

@@ -101,7 +101,7 @@ class Traffic:
 
     Attributes:
         make: an engine, given a draft or a model of the same sizes.
-        prompts: of which some begin alike, all let in by and by.
+        prompts: of which some begin alike; they are admitted as pages become free.
         n_new: tokens of each.
         right: its tokens without a fault.
     """

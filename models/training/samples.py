@@ -1,4 +1,4 @@
-"""Lines put into a text: the sample that comes of it and where its questions stand."""
+"""Lines put into a text: the sample that this makes, and where its questions stand."""
 
 import dataclasses
 from collections.abc import Sequence
