@@ -81,7 +81,7 @@ def scene(setup: MlaSetup, seed: int) -> MlaScene:
         indices = rng.permuted(indices, axis=-1)
     indices[rng.random(indices.shape) < rng.choice([0.0, 0.3, 0.95])] = -1
     indices[rng.random((R, T)) < 0.1] = -1
-    # An index beyond the sequence and within its pages would be a real token, of its page's last holder.
+    # The paged form has no lengths: it would read an index beyond the sequence and within its pages.
     beyond = (indices >= S) & (indices < setup.pages * setup.page_size)
     indices = np.where(beyond, 2**31 - 1, indices).astype(np.int32)
     q = rng.normal(size=(R, T, setup.N, setup.key_dim)) * rng.choice([0.0, 1.0, 4.0])
@@ -132,6 +132,7 @@ def call_of(scene: MlaScene, form: str) -> Call:
         return Call(form, (scene.q, scene.kv, scene.indices, scene.sink), options)
     size, pages = setup.page_size, setup.pages
     table = rng.permutation(setup.n_pages)[: setup.R * pages].reshape(setup.R, pages).astype(np.int32)
+    # Whatever no query lists is NaN, so that reading it shows.
     latents = np.full((setup.n_pages, size, setup.key_dim), np.nan).astype(scene.kv.dtype)
     for r in range(setup.R):
         padded = np.full((pages * size, setup.key_dim), np.nan).astype(scene.kv.dtype)

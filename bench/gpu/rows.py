@@ -119,6 +119,7 @@ def _hisa(
 
         return f, (*inputs[:4], inputs.visible - 1), lambda out: check_hisa(out, inputs, model)
 
+    # Where all blocks are kept, their means are not scored.
     kept = min(model.block_topk * model.block_size, context)
     pairs = T * (kept + (context / model.block_size if kept < context else 0))
     return Row(
@@ -168,6 +169,7 @@ def _refine_scores(model: shapes.Model, context: int) -> Row:
             for t in range(CHECKED):
                 tokens = (np.asarray(blocks[t])[:, None] * B + np.arange(B)).ravel()
                 wanted = scores_of(q[t], k[tokens], k_scale[tokens], w[t])
+                # Sort keys order as the scores do; below 0 all bits but the sign are turned.
                 bits = np.asarray(sort_keys[t])
                 got = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(np.float32)
                 assert np.abs(got - wanted)[tokens < int(visible[t])].max() < 2e-3 * wanted.std()
@@ -282,6 +284,7 @@ def _decode_paged(model: shapes.Model, batch: int, context: int, page_size: int)
         )
 
     tokens = batch * model.block_topk * model.block_size
+    # Of pages that are blocks their means are read, in two e4m3 parts; of smaller ones their float32 sums.
     mean_bytes = 2.0 * model.D + 4.0 if page_size == model.block_size else 4.0 * model.D + 8.0
     return Row(
         row=f"decode{batch}_paged" if page_size < model.block_size else f"decode{batch}_paged{page_size}",
@@ -300,6 +303,7 @@ def _append(model: shapes.Model, batch: int, context: int, page_size: int) -> Ro
     def make():
         inputs = draw(model, batch, 1, context)
         cache, tables = paged(inputs, page_size)
+        # Half of the last page is filled.
         lengths = jnp.full((batch,), context - page_size // 2, jnp.int32)
         new = hj.QuantizedKeys(inputs.k[:, 0], inputs.k_scale[:, 0])
         offsets = jnp.arange(batch + 1, dtype=jnp.int32)
@@ -342,6 +346,7 @@ def _sparse_mla(model: shapes.Model, batch: int, T: int, context: int, implement
         f = lambda *x: hj.sparse_mla(*x, **options, implementation=implementation)  # noqa: E731
         return f, (q, kv, indices), lambda out: check_attention(out, q, kv, indices, **options)
 
+    # Decoding reads the listed tokens; many queries of a prefill read the whole context between them.
     n = batch * T
     return Row(
         row="sparse_mla" if T > 1 else f"sparse_mla_decode{batch}",

@@ -67,6 +67,7 @@ def best_of(target: Target, samples: int) -> dict[str, Any]:
     f, operands = target.make()
     print(f"{target.kernel} {target.shape}", flush=True)
     times: dict[Any, float] = {}
+    # The heuristic, too: its time is kept beside the best one's.
     for config in dict.fromkeys([target.heuristic, *target.candidates]):
         try:
             times[config] = float(np.median(device_times(lambda *x, c=config: f(c, *x), operands, samples)))
