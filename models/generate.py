@@ -96,8 +96,8 @@ def generate(
         report_recall: whether to compare each selection with the flat indexer's.
 
     Returns: `Generation`.
-    Raises: ValueError: no prompt, an empty one, what is no token of the vocabulary, more tokens than the model has
-        positions, sizes below 1, a temperature or seed that is none. FloatingPointError: logits without a likeliest
+    Raises: ValueError: no prompt, an empty one, tokens outside of the vocabulary, more tokens than the model has
+        positions, sizes below 1, an invalid temperature or seed. FloatingPointError: logits without a likeliest
         token, since they are NaN or infinite; it names the prompts.
     """
     prompts = _checked(model, prompts, max_new_tokens, chunk, temperature)

@@ -174,8 +174,8 @@ class Model(nnx.Module):
             trace: whether to return what happened in each layer.
 
         Returns: `Output`.
-        Raises: TypeError: ids or positions that are not integers. ValueError: shapes that do not fit, a `form` or
-            `phase` that is none.
+        Raises: TypeError: ids or positions that are not integers. ValueError: shapes that do not fit, an
+            unknown `form` or `phase`.
         """
         input_ids = jnp.asarray(input_ids)
         positions, mask = (x if x is None else jnp.asarray(x) for x in (positions, mask))

@@ -1,7 +1,7 @@
 """Faults in the files of a checkpoint, one at a time: made by a generator, the same for the same seed.
 
 Each is a fault by what the formats say, not by what the loader checks: a value of another type or beyond every model's,
-text that is no JSON, a header that does not describe its file, a name that leads out of the folder.
+text that is not JSON, a header that does not describe its file, a name that leads out of the folder.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ def _set(file: str, path: tuple[str, ...], value: Any) -> Callable[[Path], Any]:
 
 
 def _of_text(file: str, rng: random.Random) -> Iterator[Fault]:
-    """Text that is no JSON, or JSON of another shape."""
+    """Text that is not JSON, or JSON of another shape."""
 
     def put(data: bytes) -> Callable[[Path], Any]:
         return lambda folder: (folder / file).write_bytes(data)
@@ -221,7 +221,7 @@ def _of_bytes(rng: random.Random) -> Iterator[Fault]:
 
             def mutate(folder: Path, file: str = file, share: float = share, byte: int = byte, how: str = how) -> None:
                 data = (folder / file).read_bytes()
-                # In a shard only the header: other numbers in a tensor are no fault that can be seen.
+                # In a shard only the header: a tensor of other numbers is as good as any.
                 end = 8 + int.from_bytes(data[:8], "little") if file == SHARD else len(data)
                 at = int(share * end)
                 middle = b"" if how == "left out" else bytes([byte])

@@ -23,7 +23,7 @@ class MlaScene:
 
     Attributes:
         q, kv, sink: [R, T, N, Dk], [R, S, Dk], [N].
-        indices: [R, T, K] int32, anything; what is no token's counts as -1.
+        indices: [R, T, K] int32, anything; numbers outside of the sequence count as -1.
         is_lost: [R, P] bool: pages that the table does not have.
     """
 
@@ -47,7 +47,7 @@ class MlaScene:
         return np.arange(T) < (self.n_q[:, None] if form == "sparse_mla_paged" else np.full((self.setup.R, 1), T))
 
     def listed(self, form: str) -> Array:
-        """[R, T, K] int32: the lists, -1 for all that is no token."""
+        """[R, T, K] int32: the lists, -1 where there is no such token."""
         setup, indices = self.setup, self.indices
         is_there = (indices >= 0) & (indices < setup.S)
         if form == "sparse_mla_paged":

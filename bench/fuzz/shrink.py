@@ -149,7 +149,7 @@ def _takes_other(state: Shrinking, **arrays: Array) -> bool:
 
 
 def _plain_numbers(state: Shrinking) -> None:
-    """Ones and whole numbers instead of what they were; a 0 stays, or steps would undo each other for ever."""
+    """Ones and whole numbers instead of what they were; a 0 stays, or steps would undo each other without end."""
     for name in ("scales", "w", "q", "k", "kv", "sink"):
         x = getattr(state.scene, name, None)
         if x is not None:
