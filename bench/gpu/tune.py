@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import UserError, shapes
-from bench.gpu.rows import BF16, E4M3, K, draw
+from bench.gpu.inputs import BF16, E4M3, draw
+from bench.gpu.rows import K
 from bench.timing import device_times
 from hisa_jax.kernels_pallas import tuning
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as mosaic_refine
@@ -66,6 +67,7 @@ def best_of(target: Target, samples: int) -> dict[str, Any]:
     f, operands = target.make()
     print(f"{target.kernel} {target.shape}", flush=True)
     times: dict[Any, float] = {}
+    # The heuristic, too: its time is kept beside the best one's.
     for config in dict.fromkeys([target.heuristic, *target.candidates]):
         try:
             times[config] = float(np.median(device_times(lambda *x, c=config: f(c, *x), operands, samples)))
