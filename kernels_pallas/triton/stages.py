@@ -1,12 +1,12 @@
 """The stages of `indexer.Stages`, by Triton kernels."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax.kernels_pallas.indexer import Means
+from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands
 from hisa_jax.kernels_pallas.pages import PageMeans, Pages, PageSums
 from hisa_jax.kernels_pallas.sequences import Sequences
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
@@ -35,16 +35,14 @@ def block_filter(
     keep_last: int,
     interpret: Interpret = False,
 ) -> Array:
-    options: Any = dict(n_columns=sequences.max_keys, keep_first=keep_first, keep_last=keep_last, interpret=interpret)
+    config, T = scores_stage.heuristic(q.shape[1]), q.shape[0]
+    columns = Columns(limit=eligible, n=sequences.max_keys, keep_first=keep_first, keep_last=keep_last)
     if isinstance(means, PageSums):
-        sort_keys = page_scores(q, w, means, eligible, sequences.key_start_of_queries(q.shape[0]), **options)
+        sort_keys = page_scores(q, w, means, sequences.key_start_of_queries(T), columns, interpret=interpret)
     else:
-        config = scores_stage.heuristic(q.shape[1])
-        tiles = sequences.query_tiles(q.shape[0], config.tile_t, eligible)
-        first = jnp.zeros((1,), jnp.int32)
-        operands = (means.means, means.scales) if isinstance(means, PageMeans) else means
-        rows = means.rows if isinstance(means, PageMeans) else None
-        sort_keys = scores_stage.scores(q, w, *operands, eligible, tiles, first, rows, config=config, **options)
+        parts = (means.means, means.scales, means.rows) if isinstance(means, PageMeans) else means
+        columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, config.tile_t, eligible))
+        sort_keys = scores_stage.scores(Operands(q, w, *parts), columns, config=config, interpret=interpret)
     return topk_stage.topk(sort_keys, eligible, block_topk, interpret=interpret)[0]
 
 
@@ -68,21 +66,10 @@ def refine(
     ) or refine_stage.heuristic(H, block_size)
     if pages is not None:
         config = dataclasses.replace(config, tile_s=min(config.tile_s, pages.size))
-    sort_keys = refine_stage.refine_scores(
-        q,
-        w,
-        k,
-        k_scale,
-        block_ids,
-        visible,
-        first_block,
-        pages,
-        block_size=block_size,
-        config=config,
-        interpret=interpret,
-    )
+    kept = KeptBlocks(ids=block_ids, visible=visible, first=first_block, size=block_size)
+    sort_keys = refine_stage.refine_scores(Operands(q, w, k, k_scale, pages), kept, config=config, interpret=interpret)
     limit = jnp.sum(block_ids >= 0, axis=1, dtype=jnp.int32) * block_size
-    return topk_stage.topk(sort_keys, limit, topk, block_ids, block_size, interpret=interpret)
+    return topk_stage.topk(sort_keys, limit, topk, kept, interpret=interpret)
 
 
 def flat(
@@ -103,20 +90,11 @@ def flat(
     tiles = sequences.query_tiles(T, config.tile_t, visible)
     width = next(width for width in (_FLAT_WIDTH, topk_stage.MAX_WIDTH) if width >= 2 * topk)
 
-    def sort_keys(first_column: Array, n_columns: int) -> Array:
-        return scores_stage.scores(
-            q,
-            w,
-            k[:, None],
-            k_scale,
-            visible,
-            tiles,
-            first_column,
-            pages,
-            n_columns=n_columns,
-            config=config,
-            interpret=interpret,
-        )
+    operands = Operands(q, w, k[:, None], k_scale, pages)
+
+    def sort_keys(first: Array, n: int) -> Array:
+        columns = Columns(limit=visible, tiles=tiles, first=first, n=n)
+        return scores_stage.scores(operands, columns, config=config, interpret=interpret)
 
     if sequences.max_keys <= width:
         x = sort_keys(jnp.zeros((1,), jnp.int32), sequences.max_keys)
