@@ -1,10 +1,10 @@
 """One step of a streaming top-k over a tile of which only what beats the best so far was written.
     best, positions = the k best of `best` and of the x[t, c] whose bit in `masks` is set, in order of position
 
-The scores kernel has compared every sort key with the k-th best of its query (see its `threshold`): of a tile of s
-columns after n others about k * s / n pass, whatever the data if it comes in no order. They are gathered into a list
-after the old ones, and 9 passes of the search go over some 4000 sort keys instead of 16,384. Nothing rests on how
-many pass: a full list is cut down to k and filled again.
+The scores kernel has compared every sort key with the k-th best of its query (`Columns.threshold`). Where tokens come
+in no particular order, about k * s / n of a tile's s columns pass after n others. They are gathered into a list after
+the old ones, so the search makes its 9 passes over some 4000 sort keys instead of 16,384. The result does not depend
+on how many pass: a full list is reduced to k and filled again.
 
 Floor, 4096 rows of 13,824 with 2048 kept on an H200: best in and out 67 MB, masks 7 MB / 4.3 TB/s = 0.017 ms.
 """
@@ -20,9 +20,8 @@ from hisa_jax.kernels_pallas.mosaic_gpu.merge_body import Inputs, Outputs, Plan,
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_survivors import ROUND
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS, SCRATCH_WORDS
 from hisa_jax.kernels_pallas.mosaic_gpu.topk_body import LINE
+from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import RESERVED_BYTES, SMEM_BYTES
 from hisa_jax.kernels_pallas.types import Interpret
-
-SMEM_BYTES = 227 * 1024
 
 Pair = tuple[Array, Array]
 
@@ -46,7 +45,7 @@ def merge(
     if k % COLUMNS:
         raise ValueError(f"merge: best is [{T}, {k}], wanted a multiple of {COLUMNS} columns")
     capacity = k + ROUND
-    n_select = max(min((SMEM_BYTES - 4096) // (8 * capacity + 4 * SCRATCH_WORDS), 6), 1)
+    n_select = max(min((SMEM_BYTES - RESERVED_BYTES) // (8 * capacity + 4 * SCRATCH_WORDS), 6), 1)
     plan = Plan(T=T, W=W, k=k, capacity=capacity, n_select=n_select, n_ctas=min(n_ctas, T), interpret=interpret)
     lists = plgpu.SMEM((n_select, capacity // LINE, LINE), jnp.int32)
     smem = Smem(

@@ -23,11 +23,11 @@ from jax.typing import DTypeLike
 from hisa_jax.kernels_pallas.mosaic_gpu import refine_body
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS, SCRATCH_WORDS
 from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import META, PAGES_A_COPY, Inputs, Plan, Smem
+from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import RESERVED_BYTES, SMEM_BYTES
 from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
 from hisa_jax.kernels_pallas.pages import Pages
+from hisa_jax.kernels_pallas.triton import refine as triton_refine
 from hisa_jax.kernels_pallas.types import Interpret, Ref
-
-SMEM_BYTES = 227 * 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,17 +53,13 @@ class Config:
         width = -(-m * block_size // self.columns) * self.columns
         tiles = self.ring * self.tile_s * (D * itemsize + 4)
         words = m + META + 32 + (0 if page_size is None else _n_listed(m * block_size // page_size))
-        return tiles + 2 * H * (D * itemsize + 4) + 2 * 4 * words + self.n_sort_keys * 4 * width + 4096
+        return tiles + 2 * H * (D * itemsize + 4) + 2 * 4 * words + self.n_sort_keys * 4 * width + RESERVED_BYTES
 
 
-def why_not(H: int, D: int, m: int, block_size: int, dtype: DTypeLike, page_size: int | None = None) -> str | None:
+def why_not(H: int, D: int, block_size: int, dtype: DTypeLike, page_size: int | None = None) -> str | None:
     """None, or why this kernel cannot run a shape."""
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.bfloat16)):
-        return f"needs float8_e4m3fn or bfloat16 keys and queries, not {jnp.dtype(dtype).name}"
-    if H not in (16, 32, 64, 128) or D not in (64, 128):
-        return f"needs 16, 32, 64 or 128 heads of size 64 or 128, not {H} of {D}"
-    if block_size not in (32, 64, 128, 256):
-        return f"needs blocks of 32, 64, 128 or 256 tokens, not {block_size}"
+    if reason := triton_refine.why_not(H, D, block_size, dtype):
+        return reason
     if page_size is not None and page_size < 32:  # whose scales would be copied to less than 128 bytes
         return f"needs pages of 32 tokens or more, not {page_size}"
     return None

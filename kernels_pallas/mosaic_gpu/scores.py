@@ -21,6 +21,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_keys import PAD
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop import KEYS_PER_WARPGROUP, Shape, Smem
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
 from hisa_jax.kernels_pallas.mosaic_gpu.scores_body import Inputs, Outputs, Plan, scores_body
+from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import RESERVED_BYTES, SMEM_BYTES
 from hisa_jax.kernels_pallas.operands import Columns, Operands
 from hisa_jax.kernels_pallas.types import Interpret
 
@@ -49,10 +50,10 @@ class Config:
     def smem_bytes(self, H: int, D: int, n_parts: int, itemsize: int) -> int:
         """Shared memory of a CTA, barriers and alignment included."""
         keys = self.n_keys * self.span * (n_parts * D * itemsize + PAD + 4)
-        return keys + self.ring * H * (D * itemsize + 4) + 4096
+        return keys + self.ring * H * (D * itemsize + 4) + RESERVED_BYTES
 
     def fits(self, H: int, D: int, n_parts: int, itemsize: int) -> bool:
-        return self.smem_bytes(H, D, n_parts, itemsize) <= 227 * 1024
+        return self.smem_bytes(H, D, n_parts, itemsize) <= SMEM_BYTES
 
 
 def heuristic(operands: Operands, n_columns: int, n_ctas: int = 132, *, n_score: int = 2, n_keys: int = 1) -> Config:
@@ -116,12 +117,8 @@ def scores(
         pitch=n_parts * D * itemsize + PAD if gathers else None,
     )
     plan = Plan(
-        T=T,
-        H=H,
         D=D,
         dtype=k.dtype,
-        has_scale=k_scale is not None,
-        n_parts=n_parts,
         pages=None if pages is None else (pages.size, pages.n_pages),
         n_spans=n_spans,
         n_items=n_items,
@@ -130,7 +127,6 @@ def scores(
         loop=shape,
         n_score=config.n_score,
         n_keys=config.n_keys,
-        ring=config.ring,
     )
     table = None if pages is None else pages.table
     inputs = Inputs(columns.tiles, columns.limit, columns.first, q, w, table, k, k_scale, columns.threshold)
@@ -150,16 +146,16 @@ def scores(
 
 
 def _smem(plan: Plan) -> Smem:
-    barrier, n_tiles, pitch = plgpu.Barrier, plan.n_keys * plan.n_score, plan.loop.pitch
+    barrier, n_tiles, loop = plgpu.Barrier, plan.n_keys * plan.n_score, plan.loop
     return Smem(
         k_free=barrier(num_arrivals=plan.n_score, num_barriers=plan.n_keys),
         k_full=barrier(num_arrivals=plan.n_copies, num_barriers=plan.n_keys),
-        k=plgpu.SMEM((n_tiles, plan.n_parts, KEYS_PER_WARPGROUP, plan.D), plan.dtype, transforms=plan.tile_transforms)
-        if pitch is None
-        else plgpu.SMEM((n_tiles, KEYS_PER_WARPGROUP, pitch // plan.dtype.itemsize), plan.dtype),
-        q_free=barrier(num_arrivals=plan.n_score, num_barriers=plan.ring),
-        q_full=barrier(num_arrivals=2, num_barriers=plan.ring),
-        q=plgpu.SMEM((plan.ring, plan.H, plan.D), plan.dtype, transforms=plan.tile_transforms),
-        scale=plgpu.SMEM((n_tiles, KEYS_PER_WARPGROUP), jnp.float32) if plan.has_scale else None,
-        w=plgpu.SMEM((plan.ring, max(plan.H, 32)), jnp.float32),  # copies go to multiples of 128 bytes
+        k=plgpu.SMEM((n_tiles, loop.n_parts, KEYS_PER_WARPGROUP, plan.D), plan.dtype, transforms=plan.tile_transforms)
+        if loop.pitch is None
+        else plgpu.SMEM((n_tiles, KEYS_PER_WARPGROUP, loop.pitch // plan.dtype.itemsize), plan.dtype),
+        q_free=barrier(num_arrivals=plan.n_score, num_barriers=loop.ring),
+        q_full=barrier(num_arrivals=2, num_barriers=loop.ring),
+        q=plgpu.SMEM((loop.ring, loop.H, plan.D), plan.dtype, transforms=plan.tile_transforms),
+        scale=plgpu.SMEM((n_tiles, KEYS_PER_WARPGROUP), jnp.float32) if loop.has_scale else None,
+        w=plgpu.SMEM((loop.ring, max(loop.H, 32)), jnp.float32),  # copies go to multiples of 128 bytes
     )

@@ -12,7 +12,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_keys import Source, Target, c
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop import (
     KEYS_PER_WARPGROUP,
     Item,
-    Rows,
+    PerQuery,
     Shape,
     Smem,
     score_queries,
@@ -33,12 +33,8 @@ from hisa_jax.kernels_pallas.types import Ref
 class Plan:
     """The static numbers of a launch."""
 
-    T: int
-    H: int
     D: int
     dtype: jnp.dtype
-    has_scale: bool
-    n_parts: int
     pages: tuple[int, int] | None  # size, and how many; None: rows of a sequence follow each other
     n_spans: int
     n_items: int
@@ -46,7 +42,6 @@ class Plan:
     loop: Shape
     n_score: int
     n_keys: int
-    ring: int
     interpret: object
 
     @property
@@ -68,7 +63,7 @@ class Plan:
         """What arrives at a barrier for an item: its copies."""
         if self.gathers:
             return 1
-        return self.n_score * (self.n_parts + self.has_scale) * (KEYS_PER_WARPGROUP // self.part)
+        return self.n_score * (self.loop.n_parts + self.loop.has_scale) * (KEYS_PER_WARPGROUP // self.part)
 
 
 class Inputs(NamedTuple):
@@ -99,14 +94,14 @@ def scores_body(plan: Plan, gmem: Inputs, out: Outputs, smem: Smem) -> None:
     #           <----  as soon as loaded       as soon as read <----
     #
     # CTAs are persistent: each has a list of items, a span of keys for a tile of queries. The loader runs ahead of the
-    # others by `ring` queries and `n_keys` spans, across items, so that no item starts with an empty pipeline. It uses
-    # one warp: copies need one thread, and its other warps' registers go to those that score.
+    # others by `ring` queries and `n_keys` spans, across items, so that no item starts with an empty pipeline. Keys go
+    # back as soon as they are in registers: the next span is on its way while queries stream past this one.
     role = lax.axis_index("warpgroup")
     items = _Items(plan, gmem)
     # Two branches of one condition: only so does ptxas give each role the registers that it asks for.
     lax.cond(
         role < plan.n_score,
-        lambda: score(plan, items, role, Rows(gmem.limit, gmem.threshold, *out), smem),
+        lambda: score(plan, items, role, PerQuery(gmem.limit, gmem.threshold, *out), smem),
         lambda: load(plan, items, gmem, smem),
     )
 
@@ -147,10 +142,10 @@ def load(plan: Plan, items: _Items, gmem: Inputs, smem: Smem) -> None:
             copy_rows(source, target, slot, key_row, n)
 
         def one_query(j, _):
-            slot, t = (n_before + j) % plan.ring, first + j
+            slot, t = (n_before + j) % plan.loop.ring, first + j
             plgpu.barrier_wait(smem.q_free.at[slot])
             plgpu.copy_gmem_to_smem(gmem.q.at[t], smem.q.at[slot], smem.q_full.at[slot])
-            plgpu.copy_gmem_to_smem(gmem.w.at[t], smem.w.at[slot, pl.ds(0, plan.H)], smem.q_full.at[slot])
+            plgpu.copy_gmem_to_smem(gmem.w.at[t], smem.w.at[slot, pl.ds(0, plan.loop.H)], smem.q_full.at[slot])
             return _
 
         lax.fori_loop(0, n, one_query, None)
@@ -159,7 +154,7 @@ def load(plan: Plan, items: _Items, gmem: Inputs, smem: Smem) -> None:
     def all_items() -> None:
         lax.fori_loop(0, items.n, one_item, jnp.int32(0))
         wait_all(smem.k_free, plan.n_keys)
-        wait_all(smem.q_free, plan.ring)
+        wait_all(smem.q_free, plan.loop.ring)
 
     # A store by the whole warp-group stands for what only PTX can do.
     all_items() if plan.gathers and plan.interpret else one_warp(all_items)
@@ -170,9 +165,9 @@ def _copy_keys(plan: Plan, gmem: Inputs, smem: Smem, slot: Array, key_row: Array
     for group in range(plan.n_score):
         tile = slot * plan.n_score + group
         for first_of_copy in range(0, KEYS_PER_WARPGROUP, plan.part):
-            rows = _rows(plan, gmem.table, key_row, group * KEYS_PER_WARPGROUP + first_of_copy)
+            rows = _key_rows(plan, gmem.table, key_row, group * KEYS_PER_WARPGROUP + first_of_copy)
             there = pl.ds(first_of_copy, plan.part)
-            for part in range(plan.n_parts):
+            for part in range(plan.loop.n_parts):
                 plgpu.copy_gmem_to_smem(gmem.k.at[rows, part], smem.k.at[tile, part, there], smem.k_full.at[slot])
             if gmem.k_scale is not None and smem.scale is not None:
                 plgpu.copy_gmem_to_smem(gmem.k_scale.at[rows], smem.scale.at[tile, there], smem.k_full.at[slot])
@@ -185,7 +180,7 @@ def _gather_keys_interpreted(plan: Plan, gmem: Inputs, smem: Smem, slot: Array, 
     for group in range(plan.n_score):
         row = key_row + group * KEYS_PER_WARPGROUP + jnp.arange(KEYS_PER_WARPGROUP, dtype=jnp.int32)
         rows = jnp.clip(table[jnp.minimum(row, table.shape[0] - 1)], 0, keys.shape[0] - 1)
-        for part in range(plan.n_parts):
+        for part in range(plan.loop.n_parts):
             smem.k[slot * plan.n_score + group, part] = keys[rows, part]
         if gmem.k_scale is not None and smem.scale is not None:
             smem.scale[slot * plan.n_score + group] = gmem.k_scale[...][rows]
@@ -193,7 +188,7 @@ def _gather_keys_interpreted(plan: Plan, gmem: Inputs, smem: Smem, slot: Array, 
     plgpu.barrier_arrive(smem.k_full.at[slot])
 
 
-def _rows(plan: Plan, table_gmem: Ref, key_row: Array, offset: int) -> Ref:
+def _key_rows(plan: Plan, table_gmem: Ref, key_row: Array, offset: int) -> Ref:
     """Where a copy's rows are in k: those from key_row + offset on. A visible multiple of 8: tiled copies must know."""
     if plan.pages is None:
         return pl.ds((key_row // 8 + offset // 8) * 8, KEYS_PER_WARPGROUP)
@@ -205,12 +200,12 @@ def _rows(plan: Plan, table_gmem: Ref, key_row: Array, offset: int) -> Ref:
     return pl.ds((page * (size // plan.part) + row % size // plan.part) * plan.part, plan.part)
 
 
-def score(plan: Plan, items: _Items, group: Array, rows: Rows, smem: Smem) -> None:
+def score(plan: Plan, items: _Items, group: Array, per_query: PerQuery, smem: Smem) -> None:
     plgpu.set_max_registers(share_registers(plan.n_score, LOADER_REGISTERS), action="increase")
     # Nothing is in use yet: every buffer is handed to the loader once.
     for slot in range(plan.n_keys):
         plgpu.barrier_arrive(smem.k_free.at[slot])
-    for slot in range(plan.ring):
+    for slot in range(plan.loop.ring):
         plgpu.barrier_arrive(smem.q_free.at[slot])
 
     def one_item(i, n_before):
@@ -231,11 +226,11 @@ def score(plan: Plan, items: _Items, group: Array, rows: Rows, smem: Smem) -> No
         @pl.when(n > 0)
         def _queries():
             if plan.interpret:
-                score_queries_reference(plan.loop, item, smem, rows, plan.interpret)
+                score_queries_reference(plan.loop, item, smem, per_query, plan.interpret)
             else:
-                score_queries(plan.loop, item, smem, rows, plan.tile_transforms)
+                score_queries(plan.loop, item, smem, per_query, plan.tile_transforms)
 
-        # A span that no query of the tile sees is loaded all the same, so that every role counts the same phases.
+        # A span that no query of the tile sees is handed on all the same, so that every role counts the same phases.
         pl.when(n == 0)(lambda: release(plan, smem.k_free.at[slot]))
         return n_before + n
 

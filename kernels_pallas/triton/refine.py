@@ -31,10 +31,10 @@ class Config:
 
 
 def why_not(H: int, D: int, block_size: int, dtype: DTypeLike) -> str | None:
-    """None, or why this kernel cannot run a shape."""
+    """None, or why this kernel cannot run a shape; neither can that of mosaic_gpu."""
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)):
-        return f"needs bfloat16 or float8_e4m3fn keys and queries, not {dtype.name}"
+        return f"needs float8_e4m3fn or bfloat16 keys and queries, not {dtype.name}"
     if H not in (16, 32, 64, 128) or D not in (64, 128):
         return f"needs 16, 32, 64 or 128 heads of size 64 or 128, not {H} of {D}"
     if block_size not in (32, 64, 128, 256):

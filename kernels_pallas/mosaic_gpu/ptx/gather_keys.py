@@ -1,7 +1,7 @@
 """Rows that a page table scatters over device memory, a span of them to shared memory: in PTX, by one warp.
 
-Each lane looks its rows up in the table and has the copy engine bring them, a bulk copy a row: the engine takes no
-index list, but a row in one piece. Rows then lie side by side without swizzle, `PAD` bytes apart, and their scales
+Each lane looks its rows up in the table and has the copy engine bring them, a bulk copy a row: the engine takes no list
+of rows. Rows then lie side by side without swizzle, `PAD` bytes apart, and their scales
 beside them. Copies and lanes arrive at a barrier of Pallas, together as one of its arrivals.
 """
 

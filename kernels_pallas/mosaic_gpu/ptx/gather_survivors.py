@@ -11,7 +11,17 @@ from jax import Array
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SCALAR, SPLAT, Row, address_of, i32, scalar, scope
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import (
+    REF,
+    SCALAR,
+    SPLAT,
+    WARPGROUP_BARRIER,
+    Row,
+    address_of,
+    i32,
+    scalar,
+    scope,
+)
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS, Output
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Ref
@@ -68,8 +78,7 @@ mul.wide.u32 a, tid, 4; shl.b32 at, tid, 2;
 add.u64 b, a, $BEST; ld.global.b32 v, [b]; add.u32 id, at, $SORT_KEYS; st.shared.b32 [id], v;
 add.u64 b, a, $CHOSEN; ld.global.b32 v, [b]; add.u32 id, at, $POSITIONS; st.shared.b32 [id], v;
 add.s32 tid, tid, 128; bra again;
-out: mov.u32 id, %tid.x; shr.u32 id, id, 7; add.u32 id, id, 1; bar.sync id, 128;
-""",
+out: {WARPGROUP_BARRIER}""",
         ("SORT_KEYS", "POSITIONS", "BEST", "CHOSEN"),
     )
 

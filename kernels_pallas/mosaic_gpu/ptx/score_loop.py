@@ -64,7 +64,7 @@ class Smem(NamedTuple):
     w: Ref  # [ring, H, at least 32] float32
 
 
-class Rows(NamedTuple):
+class PerQuery(NamedTuple):
     """Device memory with a row a query.
 
     Attributes:
@@ -78,15 +78,15 @@ class Rows(NamedTuple):
     masks: Ref | None
 
 
-def score_queries(shape: Shape, item: Item, smem: Smem, rows: Rows, transforms: tuple) -> None:
+def score_queries(shape: Shape, item: Item, smem: Smem, per_query: PerQuery, transforms: tuple) -> None:
     """Sort keys of the item's tile for its queries; the tile and the ring's slots are handed back."""
-    refs = [smem.k, smem.q, smem.w, rows.limit, rows.sort_keys]
+    refs = [smem.k, smem.q, smem.w, per_query.limit, per_query.sort_keys]
     types = [REF if shape.pitch else plgpu.RefType(transforms), plgpu.RefType(transforms), *[REF] * 3]
     if shape.has_scale:
         refs.append(smem.scale)
         types += [REF]
     if shape.filters:
-        refs += [rows.threshold, rows.masks]
+        refs += [per_query.threshold, per_query.masks]
         types += [REF] * 2
     barriers = [barrier_address(x) for x in (smem.k_free, smem.q_full, smem.q_free)]
     scalars = [*barriers, *vars(item).values()]
@@ -123,13 +123,13 @@ def score_queries(shape: Shape, item: Item, smem: Smem, rows: Rows, transforms: 
     run(*refs, *scalars)
 
 
-def score_queries_reference(shape: Shape, item: Item, smem: Smem, rows: Rows, interpret: Interpret) -> None:
+def score_queries_reference(shape: Shape, item: Item, smem: Smem, per_query: PerQuery, interpret: Interpret) -> None:
     """`score_queries` in Pallas, for interpret mode, which cannot run PTX."""
     candidate = item.candidate + jnp.arange(KEYS_PER_WARPGROUP, dtype=jnp.int32)
 
     def one_query(j, _):
         slot, t = (item.n_before + j) % shape.ring, item.first + j
-        limit = rows.limit[t]
+        limit = per_query.limit[t]
         plgpu.barrier_wait(smem.q_full.at[slot])
         w = smem.w[slot, pl.ds(0, shape.H)]
         parts = [smem.k.at[item.tile, part] for part in range(shape.n_parts)]
@@ -144,11 +144,11 @@ def score_queries_reference(shape: Shape, item: Item, smem: Smem, rows: Rows, in
             sort_key = jnp.where(candidate < shape.keep_first, FORCED, sort_key)
             sort_key = jnp.where(candidate >= limit - shape.keep_last, FORCED, sort_key)
         sort_key = jnp.where(candidate < limit, sort_key, INVISIBLE)
-        rows.sort_keys[t, pl.ds(item.column, KEYS_PER_WARPGROUP)] = sort_key
-        if rows.threshold is not None and rows.masks is not None:
-            passes = (sort_key > rows.threshold[t]).astype(jnp.int32).reshape(-1, 32)
+        per_query.sort_keys[t, pl.ds(item.column, KEYS_PER_WARPGROUP)] = sort_key
+        if per_query.threshold is not None and per_query.masks is not None:
+            passes = (sort_key > per_query.threshold[t]).astype(jnp.int32).reshape(-1, 32)
             words = jnp.sum(passes << jnp.arange(32, dtype=jnp.int32), axis=1)
-            rows.masks[t, pl.ds(item.column // 32, KEYS_PER_WARPGROUP // 32)] = words
+            per_query.masks[t, pl.ds(item.column // 32, KEYS_PER_WARPGROUP // 32)] = words
         return _
 
     lax.fori_loop(0, item.n, one_query, None)

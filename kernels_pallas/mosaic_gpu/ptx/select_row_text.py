@@ -5,14 +5,12 @@ Names in capitals after a $ are operands (see `scope`). Every text is a scope of
 
 from collections.abc import Callable
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import scope
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import WARPGROUP_BARRIER, scope
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 
 _UNROLL = 4  # a thread's loads in flight
 _STEP = 2048  # bytes that a warp-group loads at a time, 16 a thread
 _WARP = "mov.u32 warp, %tid.x; shr.u32 warp, warp, 5; and.b32 warp, warp, 3;"
-# Named barriers 1, 2, ... of the CTA, one a warp-group: other warp-groups run on.
-_BARRIER = "mov.u32 id, %tid.x; shr.u32 id, id, 7; add.u32 id, id, 1; bar.sync id, 128;\n"
 
 
 def _over_row(registers: str, start: str, step: str) -> str:
@@ -56,9 +54,9 @@ def _count_ptx() -> str:
         _over_row("n<4>, warp, id", start, step)
         + gather
         + _across_warps("add", "n0", 0)
-        + _BARRIER
+        + WARPGROUP_BARRIER
         + _total("add", 0, "$PASSED")
-        + _BARRIER,
+        + WARPGROUP_BARRIER,
         ("PASSED", "ROW", "N", "THRESHOLD", "SCRATCH"),
     )
 
@@ -76,11 +74,11 @@ def _range_ptx() -> str:
         + _across_warps("min", "low", 0)
         + _across_warps("max", "high", 4)
         + _across_warps("add", "n", 8)
-        + _BARRIER
+        + WARPGROUP_BARRIER
         + _total("min", 0, "$LOW")
         + _total("max", 4, "$HIGH")
         + _total("add", 8, "$SEEN")
-        + _BARRIER,
+        + WARPGROUP_BARRIER,
         ("LOW", "HIGH", "SEEN", "ROW", "N", "UNUSED", "SCRATCH"),
     )
 
@@ -161,7 +159,7 @@ setp.gt.u32 p, total, {k}; @p bra general;
 {_quarter(quick).format(again="quick", done="quick_done")}
 bra fill;
 general: {_count_quarter("gt", 4, "above")}
-{_BARRIER}
+{WARPGROUP_BARRIER}
 ld.shared.v4.u32 {{s4, s5, s6, s7}}, [$SCRATCH+16];
 add.u32 total, s4, s5; add.u32 total, total, s6; add.u32 total, total, s7; sub.s32 room, {k}, total; mov.u32 total, {k};
 {_WARP} {_before("n", "s4", "s5", "s6")}
