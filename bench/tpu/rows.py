@@ -15,9 +15,10 @@ from bench.gpu.checks import CHECKED, check_attention, check_flat, check_hisa
 from bench.tpu import cost
 from bench.tpu.chips import Chip
 from hisa_jax.kernels_pallas import mosaic_tpu
-from hisa_jax.kernels_pallas.mosaic_tpu import config, pool, select
-from hisa_jax.kernels_pallas.mosaic_tpu.flat import select_flat
-from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla, sparse_mla_blocks
+from hisa_jax.kernels_pallas.mosaic_tpu import pool, ragged, select
+from hisa_jax.kernels_pallas.mosaic_tpu.config import Choice
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Keys, Queries
+from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import topk
 
 DTYPES: dict[str, Any] = {"bf16": jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
@@ -65,8 +66,6 @@ def rows() -> Iterator[Row]:
     for context, dtype in PREFILLS:
         yield _flat(shapes.PREFILL, context, dtype)
         yield _hisa(context, dtype)
-    yield _masked_mla(128 * K)
-    yield _masked_hisa(128 * K)
     for phase in shapes.DECODES:
         yield _flat(phase, 128 * K, "bf16")
         yield _decode(phase.B, 128 * K, "bf16")
@@ -102,7 +101,7 @@ def _flat(phase: shapes.Phase, context: int, dtype: str) -> Row:
         context=context,
         dtype=dtype,
         queries=B * T,
-        f=lambda *operands: select_flat(*operands, topk=MODEL.topk),
+        f=lambda *operands: mosaic_tpu.select_flat(*operands, topk=MODEL.topk),
         operands=indexer_operands(MODEL, B, T, context, dtype),
         draw=functools.partial(draw_indexer, B, T, context, dtype),
         check=lambda out, operands: check_flat(out, operands, MODEL.topk),
@@ -127,56 +126,21 @@ def _hisa(context: int, dtype: str) -> Row:
     )
 
 
-def _masked_hisa(context: int) -> Row:
-    """The kept blocks and a mask of their tokens, in place of a list."""
-    row = _hisa(context, "bf16")
-    T, m, block_size = row.queries, MODEL.block_topk, MODEL.block_size
-    blocks: Any = dict(topk=MODEL.topk, block_size=block_size, block_topk=m)
-
-    def check(out: Any, operands: tuple) -> None:
-        mask, count, kept = out
-        tokens = (np.maximum(kept, 0)[..., None] * block_size + np.arange(block_size)).reshape(T, -1)
-        indices = np.full((1, T, MODEL.topk), -1, np.int32)
-        for t, chosen in enumerate(mask.reshape(T, -1) > 0):
-            listed = tokens[t][chosen]
-            assert len(listed) == count[0, t]
-            indices[0, t, : len(listed)] = listed
-        check_hisa((indices, count, kept), operands, MODEL)
-
-    return dataclasses.replace(
-        row,
-        row="hisa_mask",
-        f=lambda *operands: mosaic_tpu.select_hisa(*operands, **blocks, is_masked=True),
-        check=check,
-        kernels=lambda chip: cost.hisa_kernels(chip, MODEL, T, context, "bf16", is_masked=True),
-    )
-
-
 def _decode(B: int, context: int, dtype: str) -> Row:
     """One query a sequence; block means are kept, as a server keeps them."""
     n, block_size = context // MODEL.block_size, MODEL.block_size
+    of_blocks = Choice(k=MODEL.block_topk, keep_first=1, keep_last=1)
 
-    def blocks_of(k: Array, k_scale: Array | None) -> tuple[Array, Array | None]:
-        return k.reshape(B, n, block_size, MODEL.D), None if k_scale is None else k_scale.reshape(B, n, block_size)
+    def blocks_of(k: Array, k_scale: Array | None) -> Keys:
+        return ragged.in_blocks(k, k_scale, block_size)
 
     def f(q: Array, k: Array, k_scale: Array | None, w: Array, means: Array, visible: Array) -> tuple:
-        return select.hisa(
-            q,
-            *blocks_of(k, k_scale),
-            w,
-            visible,
-            visible[:, 0],
-            topk=MODEL.topk,
-            block_topk=MODEL.block_topk,
-            keep_first=1,
-            keep_last=1,
-            chip=config.chip(),
-            means=means,
-        )
+        batch = ragged.of_batch(Queries(q, w, visible), blocks_of(k, k_scale), visible[:, 0], means)
+        return tuple(x[:, None] for x in select.hisa(*batch, of_blocks, Choice(k=MODEL.topk)))
 
     def draw() -> tuple:
         *inputs, visible = draw_indexer(B, 1, context, dtype)
-        return *inputs, pool.pool(*blocks_of(inputs[1], inputs[2]), visible[:, 0]), visible
+        return *inputs, pool.pool(blocks_of(inputs[1], inputs[2]), visible[:, 0]), visible
 
     *inputs, visible = indexer_operands(MODEL, B, 1, context, dtype)
     return Row(
@@ -219,36 +183,6 @@ def _sparse_mla(context: int) -> Row:
         check=lambda out, operands: check_attention(out[0], *operands, **options),
         kernels=lambda chip: cost.sparse_mla_kernels(chip, MODEL, T),
         flop=2.0 * T * MODEL.topk * N * (E + V),
-    )
-
-
-def _masked_mla(context: int) -> Row:
-    """The same tokens as blocks and masks, as `hisa_mask` gives them."""
-    row = _sparse_mla(context)
-    q, kv, _ = row.operands
-    T, m, block_size = row.queries, MODEL.block_topk, MODEL.block_size
-    scale = MODEL.mla_dim**-0.5
-    options: Any = dict(value_dim=MODEL.mla_value_dim, scale=scale)
-
-    def draw() -> tuple:
-        q, kv, indices = row.draw()
-        mask = jnp.broadcast_to((jnp.arange(block_size) % 4 == 0).astype(jnp.float32), (1, T, m, block_size))
-        return q, kv, mask, indices[..., :: MODEL.topk // m] // block_size
-
-    def check(out: Any, operands: tuple) -> None:
-        q, kv, mask, block_ids = operands
-        of_block = jnp.flatnonzero(mask[0, 0, 0])
-        indices = (block_ids[..., None] * block_size + of_block).reshape(1, T, -1)
-        check_attention(out[0], q, kv, indices, **options)
-
-    return dataclasses.replace(
-        row,
-        row="mla_mask",
-        f=lambda q, kv, mask, block_ids: sparse_mla_blocks(q, kv, block_ids, mask, **options),
-        operands=(q, kv, Shaped((1, T, m, block_size), jnp.float32), Shaped((1, T, m), jnp.int32)),
-        draw=draw,
-        check=check,
-        kernels=lambda chip: cost.sparse_mla_kernels(chip, MODEL, T, is_masked=True),
     )
 
 

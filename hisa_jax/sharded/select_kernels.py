@@ -59,21 +59,20 @@ def select(
         return sort_keys, ids
 
     n_tokens, own_visible = jnp.clip(lengths - first_key, 0, S), jnp.clip(visible - first_key, 0, S)
-    blocks = None
+    queries, blocks = local.Queries(q, w, own_visible), None
     if not xla.has_filter(method, n_devices * S):
         if not isinstance(method, Dsa):
             eligible = -(-visible // method.block_size)
             blocks = _first(eligible, method.block_topk)
-        found = local.best_tokens(q, w, keys.values, keys.scales, own_visible, topk=min(k, S), interpret=interpret)
+        found = local.best_tokens(queries, keys, topk=min(k, S), interpret=interpret)
     else:
         assert not isinstance(method, Scan)  # declined
-        own_keys = local.in_blocks(keys.values, keys.scales, method.block_size)
+        own_keys = local.in_blocks(*keys, method.block_size)
         n_blocks, first_block = S // method.block_size, first_key // method.block_size
         eligible = -(-visible // method.block_size)
-        found = local.best_blocks(
-            q, w, *own_keys, jnp.clip(eligible - first_block, 0, n_blocks), n_tokens,
-            block_topk=min(method.block_topk, n_blocks), interpret=interpret,
-        )  # fmt: skip
+        own_eligible = jnp.clip(eligible - first_block, 0, n_blocks)
+        m = min(method.block_topk, n_blocks)
+        found = local.best_blocks(queries, own_keys, own_eligible, n_tokens, block_topk=m, interpret=interpret)
         blocks = _kept_blocks(lambda found, k: merged(found, first_block, k), found, first_block, eligible, method)
         if isinstance(method, BlockSparse) and not return_scores:
             indices, count = tokens_of_blocks(blocks, visible, method)
@@ -81,11 +80,9 @@ def select(
         # Those of this device in front, ascending.
         is_own = (blocks >= first_block) & (blocks < first_block + n_blocks)
         own = jnp.sort(jnp.where(is_own, blocks - first_block, n_blocks), axis=-1)
-        own = jnp.where(own < n_blocks, own, -1)[..., : min(method.block_topk, n_blocks)]
-        most = own.shape[-1] * method.block_size
-        found = local.best_in_blocks(
-            q, w, *own_keys, own, own_visible, n_tokens, topk=min(k, most), interpret=interpret
-        )
+        own = jnp.where(own < n_blocks, own, -1)[..., :m]
+        most = min(k, m * method.block_size)
+        found = local.best_in_blocks(queries, own_keys, own, n_tokens, topk=most, interpret=interpret)
     sort_keys, positions = merged(found, first_key, k)
     is_real = positions >= 0
     missing = ((0, 0), (0, 0), (0, method.topk - k))

@@ -1,5 +1,6 @@
 """What dispatch calls: arrays as callers have them to what the stages take, for batches, packed batches and pages."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -7,11 +8,10 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.bits import in_32_bits
-from hisa_jax.kernels_pallas.mosaic_tpu import config, flat, select, select_ragged
-from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES
-from hisa_jax.kernels_pallas.mosaic_tpu.select_ragged import Queries
+from hisa_jax.kernels_pallas.mosaic_tpu import config, flat, ragged, select
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, Choice
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Keys, Queries, Ragged
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import MAX_K
-from hisa_jax.kernels_pallas.sequences import whole_blocks
 from hisa_jax.kernels_pallas.types import Interpret
 
 MAX_PAGES = 65536
@@ -67,7 +67,6 @@ def select_hisa(
     keep_last: int = 1,
     lengths: Array | None = None,
     cu_seqlens: CuSeqlens | None = None,
-    is_masked: bool = False,
     interpret: Interpret = False,
 ) -> tuple[Array, Array, Array]:
     """The hierarchical indexer.
@@ -77,25 +76,12 @@ def select_hisa(
         w: [B, T, H] float32; visible: [B, T] int32, tokens each query sees, 0 for padding.
         lengths: [B] int32, tokens present in each sequence; S if None.
         cu_seqlens: of a packed batch, whose arrays have no B.
-        is_masked: of a batch, whether to return a mask, not positions: [B, T, m, block_size] float32, 1 where
-            a token of the kept blocks is chosen, m at most block_topk. `sparse_mla_blocks` takes it as it is.
 
     Returns: [B, T, topk] int32 positions, ascending, then -1; [B, T] int32 count; [B, T, block_topk] block ids.
     """
-    options: dict[str, Any] = dict(
-        topk=topk,
-        block_topk=block_topk,
-        keep_first=keep_first,
-        keep_last=keep_last,
-        chip=config.chip(),
-        interpret=interpret,
-    )
-    if cu_seqlens is None:
-        k, k_scale, visible, n_tokens = _blocks(k, k_scale, visible, lengths, block_size)
-        return select.hisa(q, k, k_scale, w, visible, n_tokens, is_masked=is_masked, **options)
-    assert not is_masked
-    ragged = select_ragged.packed(k, k_scale, *cu_seqlens, block_size)
-    return _first(q, select_ragged.hisa(Queries.padded(q, w, visible), ragged, None, **options))
+    call = _ragged(Queries(q, w, visible), Keys(k, k_scale), block_size, lengths, cu_seqlens)
+    of_blocks = Choice(k=block_topk, keep_first=keep_first, keep_last=keep_last, interpret=interpret)
+    return _as(visible.shape, *select.hisa(*call, of_blocks, Choice(k=topk, interpret=interpret)))
 
 
 @in_32_bits
@@ -115,14 +101,9 @@ def select_blocks(
     interpret: Interpret = False,
 ) -> Array:
     """The block filter alone: [B, T, block_topk] int32 block ids, ascending, then -1; arguments as `select_hisa`."""
-    options: dict[str, Any] = dict(
-        block_topk=block_topk, keep_first=keep_first, keep_last=keep_last, chip=config.chip(), interpret=interpret
-    )
-    if cu_seqlens is None:
-        k, k_scale, visible, n_tokens = _blocks(k, k_scale, visible, lengths, block_size)
-        return select.kept_blocks(q, k, k_scale, w, -(-visible // block_size), n_tokens, None, **options)
-    ragged = select_ragged.packed(k, k_scale, *cu_seqlens, block_size)
-    return _first(q, (select_ragged.kept_blocks(Queries.padded(q, w, visible), ragged, None, **options),))[0]
+    call = _ragged(Queries(q, w, visible), Keys(k, k_scale), block_size, lengths, cu_seqlens)
+    choice = Choice(k=block_topk, keep_first=keep_first, keep_last=keep_last, interpret=interpret)
+    return _as(visible.shape, select.kept_blocks(*call, choice))[0]
 
 
 @in_32_bits
@@ -138,11 +119,10 @@ def select_flat(
     interpret: Interpret = False,
 ) -> tuple[Array, Array]:
     """The flat indexer: indices [B, T, topk] and count [B, T]; arguments as `select_hisa`."""
+    queries, keys, choice = Queries(q, w, visible), Keys(k, k_scale), Choice(k=topk, interpret=interpret)
     if cu_seqlens is None:
-        return flat.select_flat(q, k, k_scale, w, visible, topk=topk, interpret=interpret)
-    ragged = select_ragged.packed(k, k_scale, *cu_seqlens, LANES)
-    options: dict[str, Any] = dict(topk=topk, chip=config.chip(), interpret=interpret)
-    return _first(q, select_ragged.select_flat(Queries.padded(q, w, visible), ragged, **options))
+        return flat.flat(queries, keys, choice=choice)[0], jnp.clip(visible, 0, min(topk, k.shape[1]))
+    return _as(visible.shape, *select.select_flat(*ragged.of_packed(queries, keys, cu_seqlens, LANES), choice))
 
 
 @in_32_bits
@@ -167,7 +147,7 @@ def select_hisa_paged(
     """The hierarchical indexer over pages.
 
     Args:
-        q: [T, H, D], w: [T, H], visible: [T]: one request's queries behind the other's, the last of its tokens.
+        q: [T, H, D], w: [T, H], visible: [T]: the queries of each request after the other's, the last of its tokens.
         k: [N, page_size, D]; k_scale: [N, page_size] float32 or None.
         block_tables: [R, P] int32, pages of each request; cu_seqlens_q: [R + 1] int32, where its queries begin.
         page_sums: [N, D] float32, the dequantised keys of each page added up; page_counts: not looked at, since only
@@ -176,16 +156,10 @@ def select_hisa_paged(
     Returns: [T, topk] int32 positions, ascending, then -1; [T] int32 count; [T, block_topk] block ids.
     """
     del page_counts
-    ragged = select_ragged.paged(k, k_scale, visible, block_tables, cu_seqlens_q, block_size)
-    options: dict[str, Any] = dict(
-        topk=topk,
-        block_topk=block_topk,
-        keep_first=keep_first,
-        keep_last=keep_last,
-        chip=config.chip(),
-        interpret=interpret,
-    )
-    return _first(q, select_ragged.hisa(Queries.padded(q, w, visible), ragged, page_sums, **options))
+    queries, keys = Queries(q, w, visible), Keys(k, k_scale)
+    call = ragged.of_pages(queries, keys, block_tables, cu_seqlens_q, block_size, page_sums)
+    of_blocks = Choice(k=block_topk, keep_first=keep_first, keep_last=keep_last, interpret=interpret)
+    return _as(visible.shape, *select.hisa(*call, of_blocks, Choice(k=topk, interpret=interpret)))
 
 
 @in_32_bits
@@ -208,11 +182,10 @@ def select_blocks_paged(
 ) -> Array:
     """The block filter alone over pages: [T, block_topk] int32; arguments as `select_hisa_paged`."""
     del page_counts
-    ragged = select_ragged.paged(k, k_scale, visible, block_tables, cu_seqlens_q, block_size)
-    options: dict[str, Any] = dict(
-        block_topk=block_topk, keep_first=keep_first, keep_last=keep_last, chip=config.chip(), interpret=interpret
-    )
-    return _first(q, (select_ragged.kept_blocks(Queries.padded(q, w, visible), ragged, page_sums, **options),))[0]
+    queries, keys = Queries(q, w, visible), Keys(k, k_scale)
+    call = ragged.of_pages(queries, keys, block_tables, cu_seqlens_q, block_size, page_sums)
+    choice = Choice(k=block_topk, keep_first=keep_first, keep_last=keep_last, interpret=interpret)
+    return _as(visible.shape, select.kept_blocks(*call, choice))[0]
 
 
 @in_32_bits
@@ -229,26 +202,23 @@ def select_flat_paged(
     interpret: Interpret = False,
 ) -> tuple[Array, Array]:
     """The flat indexer over pages: [T, topk] and [T]; arguments as `select_hisa_paged`."""
-    ragged = select_ragged.paged(k, k_scale, visible, block_tables, cu_seqlens_q, max(LANES, k.shape[1]))
-    options: dict[str, Any] = dict(topk=topk, chip=config.chip(), interpret=interpret)
-    return _first(q, select_ragged.select_flat(Queries.padded(q, w, visible), ragged, **options))
+    unit = max(LANES, k.shape[1])
+    call = ragged.of_pages(Queries(q, w, visible), Keys(k, k_scale), block_tables, cu_seqlens_q, unit, None)
+    return _as(visible.shape, *select.select_flat(*call, Choice(k=topk, interpret=interpret)))
 
 
-def _blocks(
-    k: Array, k_scale: Array | None, visible: Array, lengths: Array | None, block_size: int
-) -> tuple[Array, Array | None, Array, Array]:
-    """A batch's keys in blocks, whole groups of them; what queries see of them; and [B] tokens present."""
-    B, S, D = k.shape
+def _ragged(
+    queries: Queries, keys: Keys, block_size: int, lengths: Array | None, cu_seqlens: CuSeqlens | None
+) -> tuple[Queries, Ragged]:
+    """A batch or a packed batch, its keys in blocks."""
+    if cu_seqlens is not None:
+        return ragged.of_packed(queries, keys, cu_seqlens, block_size)
+    B, S, _ = keys.values.shape
     n_tokens = jnp.full((B,), S, jnp.int32) if lengths is None else jnp.clip(lengths, 0, S)
-    k, k_scale = whole_blocks(k, k_scale, GROUP * block_size)
-    return (
-        k.reshape(B, -1, block_size, D),
-        None if k_scale is None else k_scale.reshape(B, -1, block_size),
-        jnp.minimum(visible, n_tokens[:, None]),
-        n_tokens,
-    )
+    return ragged.of_batch(queries, ragged.in_blocks(*keys, block_size), n_tokens)
 
 
-def _first(q: Array, results: tuple[Array, ...]) -> tuple[Any, ...]:
-    """Of results with rows for queries that were padded, those of q."""
-    return tuple(x[: q.shape[0]] for x in results)
+def _as(shape: tuple[int, ...], *results: Array) -> tuple[Any, ...]:
+    """Of results [rows, ...], those of real queries in place of padding: [*shape, ...]."""
+    T = math.prod(shape)
+    return tuple(x[:T].reshape(*shape, *x.shape[1:]) for x in results)

@@ -1,117 +1,91 @@
-"""The stages put together: the whole hierarchical indexer."""
+"""The stages put together, for batches, packed batches and requests in pages alike.
+
+Sequences with several queries get tiles of their own, which share what is brought to VMEM; the queries of the others
+stand side by side and copy what they keep. Both can be in one call, and neither costs anything where it has no query.
+"""
+
+import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from hisa_jax.kernels_pallas.mosaic_tpu import block_filter as block_filter_stage
-from hisa_jax.kernels_pallas.mosaic_tpu import decode
-from hisa_jax.kernels_pallas.mosaic_tpu import pool as pool_stage
-from hisa_jax.kernels_pallas.mosaic_tpu import refine as refine_stage
-from hisa_jax.kernels_pallas.mosaic_tpu.config import ROWS, Chip
-from hisa_jax.kernels_pallas.types import Interpret
+from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, decode, flat, launch, pool, query_tiles, refine
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES, Choice, chip
+from hisa_jax.kernels_pallas.mosaic_tpu.pool_body import parts_of
+from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import Found, either, few_rows
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Queries, Ragged
+from hisa_jax.kernels_pallas.sequences import Rows
+
+_WIDE = 16  # queries of a packed sequence from which tiles of 32 are worth their padding
 
 
-def hisa(
-    q: Array,
-    k: Array,
-    k_scale: Array | None,
-    w: Array,
-    visible: Array,
-    n_tokens: Array,
-    *,
-    topk: int,
-    block_topk: int,
-    keep_first: int,
-    keep_last: int,
-    chip: Chip,
-    means: Array | None = None,
-    is_masked: bool = False,
-    interpret: Interpret = False,
-) -> tuple[Array, Array, Array]:
-    """[B, T, H, D], [B, n, block_size, D], [B, n, block_size], [B, T, H], [B, T], [B] -> indices, count, block ids.
+def hisa(queries: Queries, ragged: Ragged, of_blocks: Choice, of_tokens: Choice) -> tuple[Array, Array, Array]:
+    """The hierarchical indexer: [T, k] int32 positions, ascending, then -1; [T] int32 count; [T, m] int32 blocks."""
+    blocks = kept_blocks(queries, ragged, of_blocks)
+    n_visible = candidates(blocks, queries.visible, ragged.block_size)
+    kept = blocks[:, : min(of_blocks.k, ragged.max_blocks)]
+    (chosen,) = best_tokens(queries._replace(visible=n_visible), ragged, kept, of_tokens)
+    chosen = jnp.where(n_visible[:, None] > 0, chosen, -1)
+    return chosen, jnp.minimum(n_visible, of_tokens.k), blocks
 
-    Args:
-        k: n a multiple of GROUP; visible: tokens of its sequence that each query sees, at most n_tokens.
-        means: [B, n, D] float32, kept means (see `pool`); pooled here if None.
-        is_masked: whether a mask of the chosen tokens of the kept blocks takes the place of the indices (see `refine`).
+
+def kept_blocks(queries: Queries, ragged: Ragged, choice: Choice) -> Array:
+    """The block filter: [T, k] int32, ascending, then -1."""
+    every = jnp.arange(choice.k, dtype=jnp.int32)
+    eligible = -(-queries.visible // ragged.block_size)
+    all_eligible = jnp.where(every < eligible[:, None], every, -1)
+    if ragged.max_blocks <= choice.k:
+        return all_eligible
+    # A query that keeps all its blocks needs no scores of them, nor a sequence of such queries its means.
+    keeps_all = eligible <= choice.k
+    is_long = ragged.lengths > choice.k * ragged.block_size
+    ragged = dataclasses.replace(ragged, lengths=jnp.where(is_long, ragged.lengths, 0))
+    (best,) = best_blocks(queries, ragged, jnp.where(keeps_all, 0, eligible), choice)
+    return jnp.where(keeps_all[:, None], all_eligible, best)
+
+
+def best_blocks(queries: Queries, ragged: Ragged, eligible: Array, choice: Choice) -> Found:
+    """The best of the first `eligible` [T] blocks: [T, k] int32; maybe their sort keys.
+
+    A query with none gets anything, and a sequence whose length is 0 has no such query.
     """
-    n, block_size = k.shape[1:3]
-    eligible = -(-visible // block_size)
-    blocks = kept_blocks(
-        q,
-        k,
-        k_scale,
-        w,
-        eligible,
-        n_tokens,
-        means,
-        block_topk=block_topk,
-        keep_first=keep_first,
-        keep_last=keep_last,
-        chip=chip,
-        interpret=interpret,
-    )
-    n_visible = candidates(blocks, visible, block_size)
-    kept = blocks[..., : min(block_topk, n)]
-    (B, T, H, D), m = q.shape, kept.shape[2]
-    config = refine_stage.heuristic(chip, B, T, H, D, n, m, block_size, k.dtype.itemsize)
-    (chosen,) = refine_stage.refine(
-        q, w, k, k_scale, kept, n_visible, n_tokens, topk=topk, config=config, is_masked=is_masked, interpret=interpret
-    )
-    return chosen, jnp.minimum(n_visible, topk), blocks
+    T = queries.q.shape[0]
+    is_packed = ragged.table is None and not ragged.is_batch
+    is_wide = ragged.n_queries >= (_WIDE if is_packed else SUBLANES)
+    row_is_wide = is_wide[ragged.sequence_of(_every(ragged, T))]
+    some = ragged.shared_by(T)
+
+    def tiled(wanted: Rows, least: int, tile_t: int) -> Found:
+        config = block_filter.heuristic(chip(), some, tile_t)
+        tiles = query_tiles.cut(ragged, T, (ragged.lengths > 0) & wanted, least, tile_t, config.n_cores)
+        return block_filter.block_filter(queries, ragged, tiles, eligible, choice=choice, config=config)
+
+    def side_by_side() -> Found:
+        mean_parts = block_filter.heuristic(chip(), some).mean_parts
+        means = kept_means(ragged, jnp.where(is_wide, 0, ragged.lengths), mean_parts, choice)
+        rows, slot_of_row = _few(ragged, (eligible > 0) & ~row_is_wide, ragged.R * (SUBLANES - 1))
+        sequence = ragged.sequence_of(rows.clip(0, T - 1))
+        own, own_eligible = queries.map(lambda x: _take(x, rows)), _take(eligible, rows)
+        few = decode.block_filter(own, means, sequence, own_eligible, choice=choice, chip=chip())
+        return _put(few, slot_of_row)
+
+    def packed() -> Found:
+        return tiled(~is_wide, 1, SUBLANES)
+
+    wide = lambda: tiled(is_wide, SUBLANES, ragged.tile_t(T))  # noqa: E731
+    return either(eligible > 0, row_is_wide, wide, packed if is_packed else side_by_side)
 
 
-def kept_blocks(
-    q: Array,
-    k: Array,
-    k_scale: Array | None,
-    w: Array,
-    eligible: Array,
-    n_tokens: Array,
-    means: Array | None,
-    *,
-    block_topk: int,
-    keep_first: int,
-    keep_last: int,
-    chip: Chip,
-    interpret: Interpret,
-) -> Array:
-    """[B, T, block_topk] int32, ascending, then -1; arguments as in `hisa`."""
-    T, n = q.shape[1], k.shape[1]
-    if n <= block_topk:
-        every = jnp.arange(block_topk, dtype=jnp.int32)
-        return jnp.where(every < eligible[..., None], every, -1)
-    config = block_filter_stage.heuristic(chip, T)
-    if T < ROWS:
-        if means is None:
-            means = pool_stage.pool(k, k_scale, n_tokens, interpret=interpret)
-        (blocks,) = decode.block_filter(
-            q,
-            w,
-            means,
-            eligible,
-            mean_parts=config.mean_parts,
-            block_topk=block_topk,
-            keep_first=keep_first,
-            keep_last=keep_last,
-            chip=chip,
-            interpret=interpret,
-        )
-        return blocks
-    (blocks,) = block_filter_stage.block_filter(
-        q,
-        w,
-        k if means is None else means,
-        k_scale if means is None else None,
-        eligible,
-        n_tokens,
-        block_topk=block_topk,
-        keep_first=keep_first,
-        keep_last=keep_last,
-        config=config,
-        interpret=interpret,
-    )
-    return blocks
+def kept_means(ragged: Ragged, n_tokens: Array, mean_parts: int, choice: Choice) -> Array:
+    """Means of the blocks of sequences with `n_tokens` [R]: [R, n, mean_parts * D] bfloat16, n a multiple of 128."""
+    if ragged.page_sums is not None:
+        n = -(-ragged.max_blocks // LANES) * LANES
+        return pool.pool_pages(ragged, n_tokens, n, mean_parts, choice.interpret)
+    means = ragged.means
+    if means is None:
+        means = pool.pool(ragged.keys, n_tokens, interpret=choice.interpret)
+    return launch.pad_axis(parts_of(means, mean_parts), 1, LANES)
 
 
 def candidates(blocks: Array, visible: Array, block_size: int) -> Array:
@@ -122,3 +96,88 @@ def candidates(blocks: Array, visible: Array, block_size: int) -> Array:
     n_kept = jnp.sum(blocks >= 0, axis=-1, dtype=jnp.int32)
     last = jnp.max(blocks, axis=-1)
     return jnp.where(n_kept > 0, (n_kept - 1) * block_size + jnp.minimum(block_size, visible - last * block_size), 0)
+
+
+def best_tokens(queries: Queries, ragged: Ragged, blocks: Array, choice: Choice) -> Found:
+    """The best tokens of some blocks: [T, k] int32 positions; maybe their sort keys.
+
+    Args:
+        queries: see `candidates`; one with none gets anything.
+        blocks: [T, m] int32, ascending, then -1.
+    """
+    (T, H, D), m, block_size = queries.q.shape, blocks.shape[1], ragged.block_size
+    page_size, itemsize = ragged.keys.values.shape[1], ragged.keys.values.dtype.itemsize
+    most = refine.most_resident(block_size, page_size, D, itemsize)
+    n = ragged.most_blocks if ragged.is_batch else min(-(-ragged.max_blocks // GROUP) * GROUP, most)
+    is_shared = refine.is_shared(ragged.n_queries, ragged.n_blocks, m, min(n, most))
+    row_is_shared = is_shared[ragged.sequence_of(_every(ragged, T))]
+
+    def shared() -> Found:
+        config = refine.resident(chip(), ragged.shared_by(T), ragged.tile_t(T), H, block_size, itemsize)
+        tiles = query_tiles.cut(ragged, T, is_shared, SUBLANES, config.tile_t, config.n_cores)
+        # Queries that keep all they see need no scores, nor a sequence of such queries its keys.
+        lengths = ragged.lengths if choice.has_sort_keys else jnp.where(ragged.lengths > choice.k, ragged.lengths, 0)
+        loaded = dataclasses.replace(ragged, lengths=lengths)
+        task = refine.Task(choice=choice, config=config, block_size=block_size, n=n)
+        return refine.refine_shared(queries, loaded, tiles, blocks, task)
+
+    def side_by_side() -> Found:
+        # Of sequences that fit VMEM, those have few queries.
+        few = ragged.R * max(SUBLANES - 1, -(-ragged.max_blocks // m) - 1) if ragged.max_blocks <= most else T
+        rows, slot_of_row = _few(ragged, (queries.visible > 0) & ~row_is_shared, few)
+        own_blocks = _take(blocks, rows)
+        page_index = ragged.page_index(jnp.maximum(own_blocks, 0), rows.clip(0, T - 1))
+        config = refine.gathered(chip(), len(rows), H, m, block_size)
+        task = refine.Task(choice=choice, config=config, block_size=block_size)
+        own = queries.map(lambda x: _take(x, rows))
+        found = refine.refine_listed(own, ragged.keys, refine.Lists(own_blocks, page_index), task)
+        return _put(found, slot_of_row)
+
+    return either(queries.visible > 0, row_is_shared, shared, side_by_side)
+
+
+def select_flat(queries: Queries, ragged: Ragged, choice: Choice) -> tuple[Array, Array]:
+    """The flat indexer over ragged sequences: [T, k] int32, [T] int32 count.
+
+    The blocks of `ragged` are what is copied at a time, 128 or 256 keys.
+    """
+    T = queries.q.shape[0]
+    visible = jnp.clip(queries.visible, 0, ragged.max_keys)
+    is_wide = ragged.n_queries >= _WIDE
+    row_is_wide = is_wide[ragged.sequence_of(_every(ragged, T))]
+    tile_t = min(ragged.tile_t(T), flat.heuristic(T, ragged.max_keys).tile_t)
+
+    def tiled(wanted: Rows, least: int, tile_t: int) -> Found:
+        n_cores = chip().n_cores if tile_t < T else 1
+        tiles = query_tiles.cut(ragged, T, wanted, least, tile_t, n_cores)
+        seen = queries._replace(visible=visible)
+        return (flat.flat_ragged(seen, ragged, tiles, choice=choice, tile_t=tile_t, n_cores=n_cores),)
+
+    wide, narrow = (lambda: tiled(is_wide, _WIDE, tile_t)), (lambda: tiled(~is_wide, 1, SUBLANES))
+    (indices,) = either(visible > 0, row_is_wide, wide, narrow)
+    return jnp.where(visible[:, None] > 0, indices, -1), jnp.minimum(visible, choice.k)
+
+
+def _every(ragged: Ragged, T: int) -> Rows:
+    """[T] int32: all rows, of a batch in NumPy."""
+    return np.arange(T, dtype=np.int32) if ragged.is_batch else jnp.arange(T, dtype=jnp.int32)
+
+
+def _few(ragged: Ragged, is_few: Array, most: int) -> tuple[Rows, Rows]:
+    """`few_rows`; of a batch all rows, where they are."""
+    every = _every(ragged, len(is_few))
+    return (every, every) if ragged.is_batch else few_rows(is_few, most)
+
+
+def _take(x: Array, rows: Rows) -> Array:
+    """Rows [n] of [T, ...], zeros where a row is T; x itself if those are all, its [T] numbers cleared."""
+    if isinstance(rows, np.ndarray):
+        return x
+    if len(rows) != len(x):
+        return x.at[rows].get(mode="fill", fill_value=0)
+    return jnp.where(rows < len(x), x, 0) if x.ndim == 1 else x
+
+
+def _put(found: Found, slot_of_row: Rows) -> Found:
+    """What the rows that were taken have found, in the places of all rows."""
+    return found if isinstance(slot_of_row, np.ndarray) else tuple(x[slot_of_row] for x in found)

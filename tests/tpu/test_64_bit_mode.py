@@ -6,7 +6,7 @@ import pytest
 
 from bench.tpu import aot
 from hisa_jax.kernels_pallas import mosaic_tpu
-from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla, sparse_mla_blocks
+from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla
 
 BF16, I32, F32 = jnp.bfloat16, jnp.int32, jnp.float32
 H, D, S, N, SIZE, R, P = 64, 128, 32768, 3000, 128, 8, 64
@@ -59,10 +59,6 @@ CASES = {
     "flat_paged": (tables(mosaic_tpu.select_flat_paged, topk=500), PAGES),
     "hisa_paged": (tables(mosaic_tpu.select_hisa_paged, **HISA), (*PAGES, *SUMS)),
     "sparse_mla": (lambda *arrays: sparse_mla(*arrays, value_dim=512, scale=0.1), (*MLA, shaped(1, 64, 2048))),
-    "sparse_mla_blocks": (
-        lambda *arrays: sparse_mla_blocks(*arrays, value_dim=512, scale=0.1),
-        (*MLA, shaped(1, 64, 16), shaped(1, 64, 16, 128, dtype=jnp.bool_)),
-    ),
 }
 
 

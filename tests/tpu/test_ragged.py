@@ -10,7 +10,8 @@ from bench import shapes
 from bench.tpu import aot
 from hisa_jax import dispatch
 from hisa_jax.kernels_pallas import mosaic_tpu
-from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
+from hisa_jax.kernels_pallas.mosaic_tpu import query_tiles
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Keys, Ragged
 from hisa_jax.pallas import Kernels
 from tests import draw, oracle
 
@@ -38,7 +39,7 @@ def implementation(request, monkeypatch):
 
 
 def inputs(n_queries, lengths, dtype, *, padding=0):
-    """Packed queries, keys, weights and offsets; `padding` rows of queries that are nobody's."""
+    """Packed queries, keys, weights and offsets; `padding` rows of padding after them."""
     T, N = sum(n_queries) + padding, sum(lengths)
     q, k, w = draw.few_scores(1, max(T, N), N, 16, 64)
     cu_seqlens = [np.cumsum([0, *n]).astype(np.int32) for n in (n_queries, lengths)]
@@ -62,7 +63,7 @@ def check(got, q, k, w, cu_seqlens_q, cu_seqlens_k, name):
     ],
 )
 def test_packed_batches(implementation, name, n_queries, lengths):
-    """Sequences with tiles of their own and without, short ones, and rows behind the last."""
+    """Sequences with tiles of their own and without, short ones, and rows after the last."""
     operands = inputs(n_queries, lengths, "bfloat16", padding=2)
     got = hj.select_packed(
         *map(jnp.asarray, operands),
@@ -86,7 +87,7 @@ def test_packed_batches(implementation, name, n_queries, lengths):
     ],
 )
 def test_pages(implementation, name, n_queries, lengths, page_size, dtype):
-    """Prefill and decode in one batch, pages in any order, tables with nothing behind a request's pages."""
+    """Prefill and decode in one batch, pages in any order, tables with entries past a request's pages."""
     q, k, w, cu_q, cu_k = inputs(n_queries, lengths, dtype)
     rng, R = np.random.default_rng(0), len(lengths)
     n_pages = [-(-length // page_size) for length in lengths]
@@ -121,17 +122,16 @@ def test_tiles_hold_every_wanted_query_once(n_cores, least, n_tiles):
     wanted = (n_queries >= least) & (np.arange(5) < 4)
     starts, T, tile_t = np.cumsum([0, *n_queries]), 57, 8
     ragged = Ragged(
-        k=jnp.zeros((1, 99, 64, 8)),
-        k_scale=None,
+        keys=Keys(jnp.zeros((99, 64, 8)), None),
         query_starts=jnp.asarray(starts, jnp.int32),
         lengths=jnp.full(5, 70, jnp.int32),
-        keys=jnp.arange(5, dtype=jnp.int32),
+        first_blocks=jnp.arange(5, dtype=jnp.int32),
         table=None,
         block_size=64,
         max_keys=350,
     )
-    tiles = ragged.tiles(T, jnp.asarray(wanted), least, tile_t, n_cores)
-    rows, sequence = np.asarray(tiles.rows), np.asarray(tiles.sequence)
+    tiles = query_tiles.cut(ragged, T, jnp.asarray(wanted), least, tile_t, n_cores)
+    rows, sequence = np.asarray(tiles.row_of_slot), np.asarray(tiles.sequence)
     held = np.flatnonzero(np.append(np.repeat(wanted, n_queries), False)[:T])
     assert sorted(rows[rows < T]) == held.tolist()
     assert sum(sequence >= 0) == n_tiles
@@ -141,7 +141,7 @@ def test_tiles_hold_every_wanted_query_once(n_cores, least, n_tiles):
         # A tile's queries are consecutive rows of q, none outside.
         assert 0 <= tiles.first[tile] <= T - tile_t
         assert np.all((own == T) | (own == tiles.first[tile] + np.arange(tile_t)))
-    assert np.array_equal(rows[tiles.places[held]], held)
+    assert np.array_equal(rows[tiles.slot_of_row[held]], held)
 
 
 def compiled(chip, f, T, k, k_scale, *rest):
