@@ -75,7 +75,7 @@ class RaggedTiles:
 Tiles = BatchTiles | RaggedTiles
 
 
-def cut(ragged: Ragged, T: int, wanted: Rows, least: int, tile_t: int, n_cores: int) -> Tiles:
+def split(ragged: Ragged, T: int, wanted: Rows, least: int, tile_t: int, n_cores: int) -> Tiles:
     """Tiles of the queries of the sequences that are `wanted` [R]; of a batch of all.
 
     Args:

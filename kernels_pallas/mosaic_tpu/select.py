@@ -26,7 +26,8 @@ def hisa(queries: Queries, ragged: Ragged, of_blocks: Choice, of_tokens: Choice)
     n_visible = candidates(blocks, queries.visible, ragged.block_size)
     kept = blocks[:, : min(of_blocks.k, ragged.max_blocks)]
     (chosen,) = best_tokens(queries._replace(visible=n_visible), ragged, kept, of_tokens)
-    chosen = jnp.where(n_visible[:, None] > 0, chosen, -1)
+    if not ragged.is_batch:  # whose rows are all in tiles
+        chosen = jnp.where(n_visible[:, None] > 0, chosen, -1)
     return chosen, jnp.minimum(n_visible, of_tokens.k), blocks
 
 
@@ -58,7 +59,7 @@ def best_blocks(queries: Queries, ragged: Ragged, eligible: Array, choice: Choic
 
     def tiled(wanted: Rows, least: int, tile_t: int) -> Found:
         config = block_filter.heuristic(chip(), some, tile_t)
-        tiles = query_tiles.cut(ragged, T, (ragged.lengths > 0) & wanted, least, tile_t, config.n_cores)
+        tiles = query_tiles.split(ragged, T, (ragged.lengths > 0) & wanted, least, tile_t, config.n_cores)
         return block_filter.block_filter(queries, ragged, tiles, eligible, choice=choice, config=config)
 
     def side_by_side() -> Found:
@@ -114,7 +115,7 @@ def best_tokens(queries: Queries, ragged: Ragged, blocks: Array, choice: Choice)
 
     def shared() -> Found:
         config = refine.resident(chip(), ragged.shared_by(T), ragged.tile_t(T), H, block_size, itemsize)
-        tiles = query_tiles.cut(ragged, T, is_shared, SUBLANES, config.tile_t, config.n_cores)
+        tiles = query_tiles.split(ragged, T, is_shared, SUBLANES, config.tile_t, config.n_cores)
         # Queries that keep all they see need no scores, nor a sequence of such queries its keys.
         lengths = ragged.lengths if choice.has_sort_keys else jnp.where(ragged.lengths > choice.k, ragged.lengths, 0)
         loaded = dataclasses.replace(ragged, lengths=lengths)
@@ -149,7 +150,7 @@ def select_flat(queries: Queries, ragged: Ragged, choice: Choice) -> tuple[Array
 
     def tiled(wanted: Rows, least: int, tile_t: int) -> Found:
         n_cores = chip().n_cores if tile_t < T else 1
-        tiles = query_tiles.cut(ragged, T, wanted, least, tile_t, n_cores)
+        tiles = query_tiles.split(ragged, T, wanted, least, tile_t, n_cores)
         seen = queries._replace(visible=visible)
         return (flat.flat_ragged(seen, ragged, tiles, choice=choice, tile_t=tile_t, n_cores=n_cores),)
 

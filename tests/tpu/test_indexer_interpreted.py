@@ -118,7 +118,7 @@ def test_blocks_agree_with_float64_but_near_the_threshold(interpret, mean_parts,
     queries, batch = ragged.of_batch(queries, keys, lengths)
     choice = Choice(k=16, keep_first=1, keep_last=1, interpret=interpret)
     config = block_filter.Config(tile_t=8, mean_parts=mean_parts)
-    tiles = query_tiles.cut(batch, T, None, T, 8, 1)
+    tiles = query_tiles.split(batch, T, None, T, 8, 1)
     (pooled,) = block_filter.block_filter(queries, batch, tiles, eligible, choice=choice, config=config)
     means = pool_body.parts_of(pool.pool(keys, lengths, interpret=interpret), mean_parts)
     means = jnp.pad(means, ((0, 0), (0, 128 - n), (0, 0)))

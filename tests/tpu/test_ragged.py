@@ -130,7 +130,7 @@ def test_tiles_hold_every_wanted_query_once(n_cores, least, n_tiles):
         block_size=64,
         max_keys=350,
     )
-    tiles = query_tiles.cut(ragged, T, jnp.asarray(wanted), least, tile_t, n_cores)
+    tiles = query_tiles.split(ragged, T, jnp.asarray(wanted), least, tile_t, n_cores)
     rows, sequence = np.asarray(tiles.row_of_slot), np.asarray(tiles.sequence)
     held = np.flatnonzero(np.append(np.repeat(wanted, n_queries), False)[:T])
     assert sorted(rows[rows < T]) == held.tolist()
