@@ -198,7 +198,7 @@ def _of_bytes(rng: random.Random) -> Iterator[Fault]:
         yield Fault(f"header of {size} bytes", SHARD, resize)
     for size in (0, 7, 8, 9, 100, -1):
 
-        def split(folder: Path, size: int = size) -> None:
+        def cut(folder: Path, size: int = size) -> None:
             os.truncate(folder / SHARD, size if size >= 0 else (folder / SHARD).stat().st_size + size)
 
         yield Fault(f"shard cut to {size} bytes", SHARD, cut)

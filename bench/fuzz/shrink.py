@@ -200,7 +200,7 @@ def _tight(scene: Any, r: int, t: int) -> Iterator[Any]:
     for h, d in ((heads, features), (np.arange(setup.H), np.arange(setup.D))):
         h, d = (x if len(x) else np.arange(1) for x in (h, d))
 
-        def split(x: Array | None, *axes: Array) -> Any:
+        def cut(x: Array | None, *axes: Array) -> Any:
             return None if x is None else x[r][np.ix_(*axes)][None]
 
         sizes = dict(R=1, T=len(rows), S=S, H=len(h), D=len(d))

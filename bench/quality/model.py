@@ -150,7 +150,7 @@ def _masked(q: Array, k: Array, v: Array, indices: Array, scale: float) -> Array
     tile = min(_TILE, T)
     n = -(-T // tile)
 
-    def split(x: Array, fill: int) -> Array:
+    def cut(x: Array, fill: int) -> Array:
         pads = ((0, 0), (0, n * tile - T), *((0, 0),) * (x.ndim - 2))
         return jnp.pad(x, pads, constant_values=fill).reshape(B, n, tile, *x.shape[2:]).swapaxes(0, 1)
 

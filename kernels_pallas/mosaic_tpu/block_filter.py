@@ -14,7 +14,6 @@ and 67 MB of queries / 819 GB/s = 0.12 ms. Bound by the MXU; the schedule takes 
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
@@ -23,8 +22,8 @@ from hisa_jax.kernels_pallas.mosaic_tpu import block_filter_body, launch, pool
 from hisa_jax.kernels_pallas.mosaic_tpu.block_filter_body import COLUMNS, Plan
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES, Chip, Choice
 from hisa_jax.kernels_pallas.mosaic_tpu.launch import HBM, Launch
-from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import Found, RaggedTiles, Tiles
-from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Keys, Queries, Ragged
+from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import Found, Tiles
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Queries, Ragged
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from hisa_jax.kernels_pallas.types import Ref
@@ -69,25 +68,9 @@ def block_filter(
     Args:
         eligible: [T] int32, blocks that each query may keep.
     """
-    queries = queries._replace(visible=eligible)
-    source = ragged.keys if ragged.page_sums is None else Keys(ragged.page_sums, None)
-    sizes = {"n": ragged.most_blocks, "block_size": ragged.block_size}
-    return _launch(queries, source, ragged.lengths, tiles, choice=choice, config=config, **sizes)
-
-
-@functools.partial(jax.jit, static_argnames=("n", "block_size", "choice", "config"))
-def _launch(
-    queries: Queries, source: Keys, n_tokens: Array, tiles: Tiles, *,
-    n: int, block_size: int, choice: Choice, config: Config
-) -> Found:  # fmt: skip
-    """As `block_filter`.
-
-    Args:
-        queries: eligible blocks for what they see; source: keys to pool, or the sums of pages, [N, D].
-        n_tokens: [R] int32; n: most blocks of a sequence.
-    """
     tile_t, (H, D) = config.tile_t, queries.q.shape[-2:]
-    w, eligible = tiles.gather(queries.w), tiles.gather(queries.visible)
+    w, eligible = tiles.gather(queries.w), tiles.gather(eligible)
+    keys, n, per_block = ragged.keys, ragged.most_blocks, ragged.per_block
     B, T = eligible.shape
     groups, per_core, registers = padded_groups(n), T // tile_t // config.n_cores, tile_t // SUBLANES
     slots = -(-choice.k // LANES) * LANES
@@ -98,36 +81,33 @@ def _launch(
         **launch.selection_scratch(registers, groups, choice.k),
     }
     vmem_bytes = config.vmem_bytes(H, D, groups * LANES, queries.q.dtype.itemsize)
-    if source.values.ndim == 3:
-        operands = {"k_hbm": (source.values, HBM), "scale_hbm": (source.scales, HBM)}
-        scratch |= pool.scratch(source)
-        vmem_bytes += pool.vmem_bytes(block_size, D, source.values.dtype.itemsize)
+    if ragged.page_sums is None:
+        source = {"k_hbm": (keys.values, HBM), "scale_hbm": (keys.scales, HBM)}
+        scratch |= pool.scratch(keys)
+        vmem_bytes += pool.vmem_bytes(ragged.block_size, D, keys.values.dtype.itemsize)
     else:
-        assert isinstance(tiles, RaggedTiles)
-        operands = {"sums_hbm": (source.values, HBM)}
-        scratch |= pool.sums_scratch(tiles.per_block, D)
-        vmem_bytes += pool.sums_vmem_bytes(tiles.per_block, D)
-    plan = Plan(tiles=per_core, mean_parts=config.mean_parts, block_size=block_size, choice=choice)
+        source = {"sums_hbm": (ragged.page_sums, HBM)}
+        scratch |= pool.sums_scratch(per_block, D)
+        vmem_bytes += pool.sums_vmem_bytes(per_block, D)
+    plan = Plan(tiles=per_core, mean_parts=config.mean_parts, block_size=ragged.block_size, choice=choice)
     by_eight = functools.partial(launch.rows, registers, per_core)
     chosen = launch.out(by_eight(SUBLANES, slots), B, T // SUBLANES, SUBLANES, slots)
-    outs = launch.by_sequence(
-        Launch(
-            body=functools.partial(block_filter_body.block_filter_body, plan),
-            refs=block_filter_body.Refs,
-            name="hisa_block_filter",
-            grid=(config.n_cores, B, per_core),
-            scalars={"n_tokens_smem": n_tokens, "n_columns_smem": jnp.max(eligible.reshape(-1, tile_t), axis=1)},
-            operands={
-                "eligible": (eligible.reshape(B, -1, SUBLANES, 1), by_eight(SUBLANES, 1)),
-                "q": launch.queries(tiles, queries.q, tile_t, per_core),
-                "w": (w, launch.rows(tile_t, per_core, H)),
-                **operands,
-            },
-            outs={"chosen": chosen, **({"sort_keys": chosen} if choice.has_sort_keys else {})},
-            scratch=scratch,
-            vmem_bytes=vmem_bytes,
-            interpret=choice.interpret,
-        ),
-        tiles,
+    filtering = Launch(
+        body=functools.partial(block_filter_body.block_filter_body, plan),
+        refs=block_filter_body.Refs,
+        name="hisa_block_filter",
+        grid=(config.n_cores, B, per_core),
+        scalars={"n_tokens_smem": ragged.lengths, "n_columns_smem": jnp.max(eligible.reshape(-1, tile_t), axis=1)},
+        operands={
+            "eligible": (eligible.reshape(B, -1, SUBLANES, 1), by_eight(SUBLANES, 1)),
+            "q": launch.queries(tiles, queries.q, tile_t, per_core),
+            "w": (w, launch.rows(tile_t, per_core, H)),
+            **source,
+        },
+        outs={"chosen": chosen, **({"sort_keys": chosen} if choice.has_sort_keys else {})},
+        scratch=scratch,
+        vmem_bytes=vmem_bytes,
+        interpret=choice.interpret,
     )
+    outs = launch.by_sequence(filtering, tiles)()
     return tuple(tiles.scatter(out.reshape(B, T, slots)[..., : choice.k]) for out in outs)

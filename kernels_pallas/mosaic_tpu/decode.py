@@ -33,4 +33,4 @@ def block_filter(
     queries = Queries(jnp.concatenate([queries.q.astype(jnp.bfloat16)] * (width // D), axis=-1), queries.w, eligible)
     config = refine.gathered(chip, T, H, n_lists, LANES)
     task = refine.Task(choice=choice, config=config, block_size=LANES, name="hisa_block_filter")
-    return refine.refine_listed(queries, Keys(means.reshape(-1, LANES, width), None), lists, task)
+    return refine.refine(queries, Keys(means.reshape(-1, LANES, width), None), lists, task)

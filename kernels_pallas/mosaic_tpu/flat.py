@@ -9,9 +9,7 @@ selection, so that nothing but keys and the chosen positions crosses HBM.
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -62,7 +60,6 @@ def why_not(S: int) -> str | None:
     return None if most >= S else f"the flat indexer needs at most {most} keys, not {S}"
 
 
-@functools.partial(jax.jit, static_argnames=("choice", "config"))
 def flat(queries: Queries, keys: Keys, *, choice: Choice, config: Config | None = None) -> Found:
     """The best visible tokens of a batch, on a grid of (sequences, tiles of queries, tiles of keys).
 
@@ -120,26 +117,20 @@ def flat(queries: Queries, keys: Keys, *, choice: Choice, config: Config | None 
     return tuple(x.reshape(B, -1, slots)[:, :T, : choice.k] for x in (chosen, *sort_keys))
 
 
-def flat_ragged(queries: Queries, ragged: Ragged, tiles: Tiles, *, choice: Choice, tile_t: int, n_cores: int) -> Array:
-    """The best visible tokens of the queries in `tiles`: [T, k] int32, ascending, then -1."""
-    sizes = {"S": ragged.max_keys, "unit": ragged.block_size, "tile_t": tile_t, "n_cores": n_cores}
-    return _launch(queries, ragged.keys, tiles, choice=choice, **sizes)
-
-
-@functools.partial(jax.jit, static_argnames=("choice", "S", "unit", "tile_t", "n_cores"))
-def _launch(
-    queries: Queries, keys: Keys, tiles: Tiles, *, choice: Choice, S: int, unit: int, tile_t: int, n_cores: int
-) -> Array:
-    """As `flat_ragged`, on a grid of (cores, 1, tiles of queries).
+def flat_ragged(queries: Queries, ragged: Ragged, tiles: Tiles, *, choice: Choice, tile_t: int, n_cores: int) -> Found:
+    """The best visible tokens of the queries in `tiles`, on a grid of (cores, 1, tiles of queries).
 
     Args:
-        unit: keys of a block, as far as copies go, 128 or 256; S: most keys of a sequence.
+        ragged: its blocks are what is copied at a time, 128 or 256 keys.
+
+    Returns: [T, k] int32, ascending, then -1.
     """
+    keys, unit = ragged.keys, ragged.block_size
     (H, D), page_size = queries.q.shape[1:], keys.values.shape[1]
     w, visible = tiles.gather(queries.w), tiles.gather(queries.visible)
-    T, per_block = visible.shape[1], unit // page_size
+    T, per_block = visible.shape[1], ragged.per_block
     config = Config(tile_t=tile_t, tile_s=GROUP * unit)
-    S = -(-S // config.tile_s) * config.tile_s
+    S = -(-ragged.max_keys // config.tile_s) * config.tile_s
     groups, slots, per_core = padded_groups(S), -(-choice.k // SLOTS) * SLOTS, T // tile_t // n_cores
     in_tiles = (tile_t // SUBLANES, slots // LANES * SUBLANES, LANES)
     buffers: dict[str, Ref] = {
@@ -151,28 +142,26 @@ def _launch(
         buffers["scale_vmem"] = pltpu.VMEM((2, GROUP * per_block, page_size), jnp.float32)
     plan = Plan(k=choice.k, tiles=per_core, rows=SUBLANES, span=min(groups, LANES))
     chosen = launch.rows(in_tiles[0], per_core, *in_tiles[1:])
-    (out,) = launch.by_sequence(
-        Launch(
-            body=functools.partial(ragged_body, plan),
-            refs=Refs,
-            name="dsa_select_flat",
-            grid=(n_cores, 1, per_core),
-            scalars={"furthest_smem": jnp.max(visible.reshape(-1, tile_t), axis=1)},
-            operands={
-                "q": launch.queries(tiles, queries.q, tile_t, per_core),
-                "w": (w, launch.rows(tile_t, per_core, H)),
-                "visible": (visible[..., None], launch.rows(tile_t, per_core, 1)),
-                "k": (keys.values, HBM),
-                "scale": (keys.scales, HBM),
-            },
-            outs={"chosen": launch.out(chosen, 1, T // SUBLANES, *in_tiles[1:])},
-            scratch=buffers,
-            vmem_bytes=config.vmem_bytes(H, D, S, choice.k, queries.q.dtype.itemsize) + 8 * GROUP * per_block * LANES,
-            interpret=choice.interpret,
-        ),
-        tiles,
+    flat = Launch(
+        body=functools.partial(ragged_body, plan),
+        refs=Refs,
+        name="dsa_select_flat",
+        grid=(n_cores, 1, per_core),
+        scalars={"furthest_smem": jnp.max(visible.reshape(-1, tile_t), axis=1)},
+        operands={
+            "q": launch.queries(tiles, queries.q, tile_t, per_core),
+            "w": (w, launch.rows(tile_t, per_core, H)),
+            "visible": (visible[..., None], launch.rows(tile_t, per_core, 1)),
+            "k": (keys.values, HBM),
+            "scale": (keys.scales, HBM),
+        },
+        outs={"chosen": launch.out(chosen, 1, T // SUBLANES, *in_tiles[1:])},
+        scratch=buffers,
+        vmem_bytes=config.vmem_bytes(H, D, S, choice.k, queries.q.dtype.itemsize) + 8 * GROUP * per_block * LANES,
+        interpret=choice.interpret,
     )
-    return tiles.scatter(from_tiles(out[0])[None, :, : choice.k])
+    (out,) = launch.by_sequence(flat, tiles)()
+    return (tiles.scatter(from_tiles(out[0])[None, :, : choice.k]),)
 
 
 def scratch(H: int, tile_t: int, tile_s: int, groups: int) -> dict[str, Ref]:

@@ -93,8 +93,8 @@ class Tile:
     copy_group: CopyGroup
 
 
-def by_sequence(launch: Launch, tiles: Tiles) -> list[Array]:
-    """Runs a launch whose body takes (tile, refs), the `Tile` that a grid step is at first."""
+def by_sequence(launch: Launch, tiles: Tiles) -> Launch:
+    """A launch whose body takes (tile, refs), as one whose body takes refs alone: `Tile` is what a grid step is at."""
     if isinstance(tiles, BatchTiles):
 
         def of_batch(refs: Any) -> None:
@@ -102,7 +102,7 @@ def by_sequence(launch: Launch, tiles: Tiles) -> list[Array]:
             first_block = pl.multiple_of(b * tiles.n_blocks, GROUP)
             launch.body(Tile(b, pl.program_id(2) == 0, fetch.in_a_row(first_block, GROUP)), refs)
 
-        return dataclasses.replace(launch, body=of_batch)()
+        return dataclasses.replace(launch, body=of_batch)
     per_core = launch.grid[2]
 
     def split(*, _first: Ref, _sequence: Ref, _where: Ref, _table: Ref = None, **own: Ref) -> tuple:
@@ -131,7 +131,7 @@ def by_sequence(launch: Launch, tiles: Tiles) -> list[Array]:
         of_tile = pl.BlockSpec((None, 1, tiles.table.shape[1]), table_of, memory_space=pltpu.SMEM)
         operands = {"_table": (tiles.table[:, None], of_tile), **operands}
     scalars = {"_first": tiles.first, "_sequence": tiles.sequence, "_where": where, **launch.scalars}
-    return dataclasses.replace(launch, body=of_ragged, refs=split, scalars=scalars, operands=operands)()
+    return dataclasses.replace(launch, body=of_ragged, refs=split, scalars=scalars, operands=operands)
 
 
 def queries(tiles: Tiles, q: Array, tile_t: int, per_core: int) -> tuple[Array, pl.BlockSpec]:

@@ -51,7 +51,6 @@ def sums_vmem_bytes(per_block: int, D: int) -> int:
     return 2 * GROUP * per_block * max(D, LANES) * 4
 
 
-@functools.partial(jax.jit, static_argnames=("interpret",))
 def pool(keys: Keys, n_tokens: Array, *, interpret: Interpret = False) -> Array:
     """Keys of [B * n, block_size, D], [B] int32 tokens present -> [B, n, D] float32; n a multiple of GROUP.
 
@@ -87,25 +86,15 @@ def pool_pages(ragged: Ragged, n_tokens: Array, n: int, mean_parts: int, interpr
         n: blocks, a multiple of 128 that P pages fill at most; those without a token are not written.
     """
     assert ragged.page_sums is not None
-    tiles = query_tiles.of_sequences(ragged, n_tokens)
-    sizes = {"n": n, "block_size": ragged.block_size, "mean_parts": mean_parts}
-    return _launch_pages(ragged.page_sums, n_tokens, tiles, **sizes, interpret=interpret)
-
-
-@functools.partial(jax.jit, static_argnames=("n", "block_size", "mean_parts", "interpret"))
-def _launch_pages(
-    page_sums: Array, n_tokens: Array, tiles: query_tiles.RaggedTiles, *,
-    n: int, block_size: int, mean_parts: int, interpret: Interpret
-) -> Array:  # fmt: skip
-    R, D = n_tokens.shape[0], page_sums.shape[1]
+    tiles, D = query_tiles.of_sequences(ragged, n_tokens), ragged.page_sums.shape[1]
     pages = Launch(
-        body=functools.partial(pool_pages_body, block_size, mean_parts),
+        body=functools.partial(pool_pages_body, ragged.block_size, mean_parts),
         refs=PagesRefs,
         name="hisa_pool",
-        grid=(1, 1, R),
+        grid=(1, 1, ragged.R),
         scalars={"n_tokens_smem": n_tokens},
-        operands={"sums_hbm": (page_sums, HBM)},
-        outs={"means_hbm": (jax.ShapeDtypeStruct((R, n, mean_parts * D), jnp.bfloat16), HBM)},
+        operands={"sums_hbm": (ragged.page_sums, HBM)},
+        outs={"means_hbm": (jax.ShapeDtypeStruct((ragged.R, n, mean_parts * D), jnp.bfloat16), HBM)},
         scratch={
             **sums_scratch(tiles.per_block, D),
             "means_vmem": pltpu.VMEM((2, GROUP, mean_parts * D), jnp.bfloat16),
@@ -114,5 +103,5 @@ def _launch_pages(
         vmem_bytes=sums_vmem_bytes(tiles.per_block, D) + 4 * GROUP * mean_parts * max(D, LANES) * 2,
         interpret=interpret,
     )
-    (means,) = launch.by_sequence(pages, tiles)
+    (means,) = launch.by_sequence(pages, tiles)()
     return means

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
@@ -22,7 +21,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu import launch, refine_body
 from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES, Chip, Choice
 from hisa_jax.kernels_pallas.mosaic_tpu.launch import HBM, Launch
 from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import BatchTiles, Found, Tiles
-from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Keys, Queries, Ragged
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Keys, Queries
 from hisa_jax.kernels_pallas.mosaic_tpu.refine_body import Plan
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
@@ -148,32 +147,24 @@ def is_shared(n_queries: Rows, n_blocks: Rows, m: int, most: int) -> Rows:
     return (n_queries >= SUBLANES) & (n_queries * m >= n_blocks) & (n_blocks <= most)
 
 
-def refine_shared(queries: Queries, ragged: Ragged, tiles: Tiles, block_ids: Array, task: Task) -> Found:
-    """The best candidates of the queries in `tiles`, whose sequences' keys are brought to VMEM.
+def refine(
+    queries: Queries, keys: Keys, lists: Lists, task: Task, tiles: Tiles | None = None, n_tokens: Array | None = None
+) -> Found:
+    """The best candidates of each query.
 
     Args:
         queries: see candidates, of the first blocks of their lists.
-        block_ids: [T, m] int32 blocks of its sequence that each query keeps, ascending, then -1.
+        tiles: of queries whose sequences' keys are brought to VMEM; None: all queries copy the pages of their blocks.
+        n_tokens: [R] int32, tokens of each sequence that are brought.
 
     Returns: [T, k] int32 positions, ascending, then -1; maybe their sort keys, anything in empty slots.
     """
-    lists = Lists(jnp.minimum(block_ids, task.n - 1), jnp.clip(block_ids, 0, task.n - 1))
-    return _launch(queries, ragged.keys, lists, ragged.lengths, tiles, task=task)
-
-
-def refine_listed(queries: Queries, keys: Keys, lists: Lists, task: Task) -> Found:
-    """As `refine_shared` for queries that copy the pages of their blocks."""
-    T = queries.q.shape[0]
-    tiles = BatchTiles(B=1, T=T, multiple=task.config.tile_t * task.config.n_cores, n_blocks=0)
-    return _launch(queries, keys, lists, None, tiles, task=task)
-
-
-@functools.partial(jax.jit, static_argnames=("task",))
-def _launch(queries: Queries, keys: Keys, lists: Lists, n_tokens: Array | None, tiles: Tiles, *, task: Task) -> Found:
-    """As `refine_shared`; `n_tokens`: [R] int32 of each sequence, None where queries copy their own."""
     config, choice, block_size = task.config, task.choice, task.block_size
     H, m, page_size = queries.q.shape[1], lists.block_ids.shape[1], keys.values.shape[1]
     per_block = block_size // page_size
+    if tiles is None:
+        multiple = config.tile_t * config.n_cores
+        tiles = BatchTiles(B=1, T=queries.q.shape[0], multiple=multiple, n_blocks=0)
     n_kept = jnp.where(queries.visible > 0, jnp.sum(lists.block_ids >= 0, axis=1, dtype=jnp.int32), 0)
     w, n_visible, n_kept, block_ids, page_index = map(
         tiles.gather, (queries.w, queries.visible, n_kept, lists.block_ids, lists.page_index)
@@ -230,7 +221,7 @@ def _launch(queries: Queries, keys: Keys, lists: Lists, n_tokens: Array | None, 
         vmem_bytes=config.vmem_bytes(queries.q, keys, m, task) + 8 * config.tile_t * choice.has_sort_keys * slots,
         interpret=choice.interpret,
     )
-    outs = launch.by_sequence(refinement, tiles) if config.is_resident else refinement()
+    outs = (launch.by_sequence(refinement, tiles) if config.is_resident else refinement)()
     return tuple(tiles.scatter(out.reshape(B, T, -1)[..., : choice.k]) for out in outs)
 
 

@@ -118,9 +118,9 @@ def best_tokens(queries: Queries, ragged: Ragged, blocks: Array, choice: Choice)
         tiles = query_tiles.split(ragged, T, is_shared, SUBLANES, config.tile_t, config.n_cores)
         # Queries that keep all they see need no scores, nor a sequence of such queries its keys.
         lengths = ragged.lengths if choice.has_sort_keys else jnp.where(ragged.lengths > choice.k, ragged.lengths, 0)
-        loaded = dataclasses.replace(ragged, lengths=lengths)
+        lists = refine.Lists(jnp.minimum(blocks, n - 1), jnp.clip(blocks, 0, n - 1))
         task = refine.Task(choice=choice, config=config, block_size=block_size, n=n)
-        return refine.refine_shared(queries, loaded, tiles, blocks, task)
+        return refine.refine(queries, ragged.keys, lists, task, tiles, lengths)
 
     def side_by_side() -> Found:
         # Of sequences that fit VMEM, those have few queries.
@@ -131,7 +131,7 @@ def best_tokens(queries: Queries, ragged: Ragged, blocks: Array, choice: Choice)
         config = refine.gathered(chip(), len(rows), H, m, block_size)
         task = refine.Task(choice=choice, config=config, block_size=block_size)
         own = queries.map(lambda x: _take(x, rows))
-        found = refine.refine_listed(own, ragged.keys, refine.Lists(own_blocks, page_index), task)
+        found = refine.refine(own, ragged.keys, refine.Lists(own_blocks, page_index), task)
         return _put(found, slot_of_row)
 
     return either(queries.visible > 0, row_is_shared, shared, side_by_side)
@@ -152,7 +152,7 @@ def select_flat(queries: Queries, ragged: Ragged, choice: Choice) -> tuple[Array
         n_cores = chip().n_cores if tile_t < T else 1
         tiles = query_tiles.split(ragged, T, wanted, least, tile_t, n_cores)
         seen = queries._replace(visible=visible)
-        return (flat.flat_ragged(seen, ragged, tiles, choice=choice, tile_t=tile_t, n_cores=n_cores),)
+        return flat.flat_ragged(seen, ragged, tiles, choice=choice, tile_t=tile_t, n_cores=n_cores)
 
     wide, narrow = (lambda: tiled(is_wide, _WIDE, tile_t)), (lambda: tiled(~is_wide, 1, SUBLANES))
     (indices,) = either(visible > 0, row_is_wide, wide, narrow)
