@@ -6,57 +6,75 @@ PYTHON ?= python3
 JAX ?= jax
 ARGS ?=
 OLDEST := 0.11.2
-# Tests run on the CPU, whatever the machine has: `pytest -m gpu` and `pytest -m tpu` are for that. What XLA has compiled
-# is kept beside the installation, for both workers and the next run.
-ON_CPU = JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(<D)/jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-	$(<D)/bin/python -m
+# What XLA has compiled is kept for both workers, the next run and other checkouts, a folder a version.
+CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/hisa_jax/jaxlib-$$($(<D)/bin/python -c 'import jaxlib; print(jaxlib.__version__)')
+CACHED = JAX_COMPILATION_CACHE_DIR=$(CACHE) JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+# Tests run on the CPU, whatever the machine has: `pytest -m gpu` and `pytest -m tpu` are for that.
+ON_CPU = JAX_PLATFORMS=cpu $(CACHED) $(<D)/bin/python -m
+# To compile takes longer than to run: unoptimised, it takes half the time. Tests marked `optimised` are compiled as for users.
+FAST := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 TESTS = $(ON_CPU) pytest -n 2 --dist worksteal
 # Interpreted, each waiting warp-group of a GPU kernel blocks a thread of XLA: on two cores' worth of them the kernel
 # stands still. Programs that call back into Python are never kept.
 KERNEL_TESTS = JAX_PLATFORMS=cpu NPROC=32 $(<D)/bin/python -m pytest -n 2 --dist worksteal tests/gpu tests/tpu
 CORE := --ignore=tests/gpu --ignore=tests/tpu
 
-.PHONY: demo test test-oldest test-exhaustive mutants lint format clean
+.PHONY: demo check test test-oldest test-oldest-exhaustive test-exhaustive mutants lint docs format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
 	.venv/bin/python -m bench demo $(ARGS)
 
+# For every edit: style, types, and of each kind of tests a few.
+check: lint
+check: .venv-test/test.stamp
+	$(FAST) $(TESTS) -m check $(CORE) $(ARGS)
+	$(KERNEL_TESTS) -m check
+
 test: .venv-test/test.stamp
-	$(TESTS) -m "not exhaustive" $(CORE) --cov --cov-report= $(ARGS)
+	$(FAST) $(TESTS) -m "not exhaustive" $(CORE) --cov --cov-report= $(ARGS)
 	$(KERNEL_TESTS) -m "not exhaustive" --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=95
 	$(ON_CPU) bench fuzz --minutes 1
 
-# What `make test` leaves out: each compile for a TPU on the chips that another case has its turn on there, and
-# combinations whose parts other cases have.
+# What `make test` leaves out: combinations whose parts other cases have, each compile for a TPU on the chips that
+# another case has its turn on there, the library compiled as for users, and the mistakes.
+OF_THE_LIBRARY := $(wildcard tests/test_*.py) tests/oracle
 test-exhaustive: .venv-test/test.stamp
-	$(TESTS) -m exhaustive $(CORE)
+	$(TESTS) $(OF_THE_LIBRARY)
+	$(FAST) $(TESTS) -m exhaustive tests/models tests/bench
 	$(KERNEL_TESTS) -m exhaustive
 	$(MUTANTS)
+	$(MAKE) test-oldest-exhaustive
 
 # Makes one-line mistakes in copies of the tree (tests/mutants), one at a time, and runs the test that must fail of each:
 # about 5 minutes on two cores. The gate only looks whether each can still be made and has its test.
 #   ARGS     words: only mistakes that have one of them in their file, phrase or test
-MUTANTS = JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(<D)/jax_cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
-	$(<D)/bin/python -m tests.mutants
+MUTANTS = $(FAST) $(CACHED) $(<D)/bin/python -m tests.mutants
 mutants: .venv-test/test.stamp
 	$(MUTANTS) $(ARGS)
 
-# On the oldest supported jax what could be different there: every public call, models and meshes, every kernel lowered,
-# compiled and interpreted once, each value of a test's parameters, but for what is marked slow. Programs run unoptimised:
-# compiling takes longer than running them.
+# On the oldest supported jax what could be different there: every public call, the examples of the documentation, a model,
+# one of the models on a mesh, a kernel a backend interpreted, every kernel lowered.
+test-oldest: .venv-oldest/test.stamp
+	$(FAST) $(TESTS) -m "(check or oldest) and not exhaustive" $(CORE) $(ARGS)
+	$(FAST) $(KERNEL_TESTS) -m "(check or oldest) and not exhaustive"
+
+# Each value of a test's parameters there.
 OLDEST_CORE := $(addprefix tests/,test_docs.py test_golden.py test_cache.py test_checked.py test_context.py test_context_paged.py \
 	test_processes.py test_sparse_mla.py test_training.py models/test_golden.py models/test_readme.py \
 	models/test_sharding.py models/test_checkpoint.py models/test_loader.py)
-test-oldest: export JAX_DISABLE_MOST_OPTIMIZATIONS = 1
-test-oldest: .venv-oldest/test.stamp
-	$(TESTS) -m "not slow and not exhaustive" --each-value $(OLDEST_CORE) $(ARGS)
-	$(KERNEL_TESTS) -m "not slow and not exhaustive" --each-value
+test-oldest-exhaustive: .venv-oldest/test.stamp
+	$(FAST) $(TESTS) -m "not slow" --each-value $(OLDEST_CORE)
+	$(FAST) $(KERNEL_TESTS) -m "not slow and not exhaustive" --each-value
 
 lint: .venv-test/test.stamp
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
+
+# The documentation as a site in build/site; seconds. Docstrings are read, nothing of the library is imported.
+docs: .venv-test/docs.stamp
+	NO_MKDOCS_2_WARNING=1 .venv-test/bin/python -m mkdocs build --strict
 
 format: .venv-test/test.stamp
 	.venv-test/bin/ruff check --fix .
@@ -68,6 +86,10 @@ format: .venv-test/test.stamp
 
 .venv-test/test.stamp: pyproject.toml | .venv-test/bin/python
 	.venv-test/bin/python -m pip install --quiet '$(JAX)' -e '.[test]'
+	@touch $@
+
+.venv-test/docs.stamp: pyproject.toml .venv-test/test.stamp
+	.venv-test/bin/python -m pip install --quiet -e '.[docs]'
 	@touch $@
 
 .venv-oldest/test.stamp: pyproject.toml | .venv-oldest/bin/python

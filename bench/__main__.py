@@ -5,6 +5,7 @@ import importlib
 import sys
 
 from bench import UserError
+from hisa_jax.checks import MissingExtra, optional_packages
 
 # Command -> module, help. A module has `add_arguments(parser)` and `run(args) -> int`, the exit status.
 COMMANDS = {
@@ -42,17 +43,18 @@ COMMANDS = {
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benches of hisa_jax.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module_name, description) in COMMANDS.items():
-        command = commands.add_parser(name, help=description, description=description)
-        if argv[:1] == [name]:  # the others need not be imported
-            module = importlib.import_module(module_name)
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
     try:
-        return args.run(args)
-    except UserError as error:
-        print(f"python -m bench {args.command}: error: {error}", file=sys.stderr)
+        with optional_packages():
+            for name, (module_name, description) in COMMANDS.items():
+                command = commands.add_parser(name, help=description, description=description)
+                if argv[:1] == [name]:  # the others need not be imported
+                    module = importlib.import_module(module_name)
+                    module.add_arguments(command)
+                    command.set_defaults(run=module.run)
+            args = parser.parse_args(argv)
+            return args.run(args)
+    except (UserError, MissingExtra) as error:
+        print(f"python -m bench {argv[0]}: error: {error}", file=sys.stderr)
         return 2
 
 

@@ -1,8 +1,4 @@
-"""Sparse multi-head latent attention over the selected tokens, in absorbed form, in pure JAX.
-
-A tile of queries at a time gathers its tokens' latents and attends to them, so memory is that of one tile. The
-backward pass gathers and recomputes tile by tile, too, from the saved logsumexp.
-"""
+"""Sparse multi-head latent attention over the selected tokens, on one device or a mesh."""
 
 import functools
 from typing import Any
@@ -10,11 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
+from jax.sharding import Mesh
 
 from hisa_jax import checks, dispatch
-from hisa_jax.sharded import varying
-from hisa_jax.xla.query_tiles import QueryTiles
+from hisa_jax.layout import IndexCache, ascending, check_cache, sequence_of_rows
+from hisa_jax.sharded import attention as on_mesh
+from hisa_jax.sharded import meshes, varying
+from hisa_jax.xla import attention as xla
 
 
 def sparse_mla(
@@ -26,6 +25,9 @@ def sparse_mla(
     value_dim: int = 512,
     sink: Array | None = None,
     return_lse: bool = False,
+    mesh: Mesh | None = None,
+    context_axis: str | None = None,
+    data_axis: str | None = None,
     implementation: str = "auto",
 ) -> Array | tuple[Array, Array]:
     """Attends to the selected tokens of a latent cache that all heads share.
@@ -41,32 +43,127 @@ def sparse_mla(
         value_dim: the first `value_dim` of the Dk features are the values.
         sink: [N] float32, a logit per head that takes part in the softmax and has no value.
         return_lse: also return the logsumexp of the logits, without the sink, for merging partial results.
+        mesh: run it on these devices, with the latents of each sequence split over them, after `select` on the same
+            mesh; None: on one.
+        context_axis: the mesh axis that splits S, in order, which must be a multiple of its devices.
+        data_axis: the mesh axis that splits B; None: the whole batch on every device.
         implementation: of the forward pass: "mosaic_gpu", "triton", "mosaic_tpu", "xla", or "auto" as for `select`. The
             backward pass is XLA's.
 
     Returns: [B, T, N, value_dim] in q's dtype, zeros where nothing is selected; with `return_lse` also [B, T, N]
         float32, -inf there. Differentiable in `q`, `kv` and `sink` by reverse mode; `return_lse` too. What a row holds
         that a query does not select, NaN too, changes no bit of the query's output or of any gradient, and the row's
-        own gradient from it is 0.
+        own gradient from it is 0. With a mesh the same up to rounding, on all devices of `context_axis`: each device's
+        part is rounded to q's dtype, and 4 * N * (value_dim + 2) bytes a query are reduced over them.
     Raises: TypeError: a dtype or a number not listed above. ValueError: shapes that do not fit; a scale that is not
-        finite; an implementation that cannot run here.
+        finite; an implementation that cannot run here; a mesh without the axes, or whose axes do not split the shapes.
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (absorbed form); the sink as in FlashMLA.
     Example:
         >>> q, kv, indices = jnp.ones((1, 2, 4, 24)), jnp.ones((1, 8, 24)), jnp.array([[[0, 3], [5, -1]]])
         >>> hj.sparse_mla(q, kv, indices, value_dim=16, scale=24**-0.5).shape
         (1, 2, 4, 16)
+        >>> mesh = jax.make_mesh((1,), ("context",))
+        >>> hj.sparse_mla(q, kv, indices, value_dim=16, scale=24**-0.5, mesh=mesh, context_axis="context").shape
+        (1, 2, 4, 16)
     """
     call = "sparse_mla"
-    checks.unsplit(call, q=q, kv=kv, indices=indices, sink=sink)
+    meshes.check_is_wanted(call, mesh, context_axis=context_axis, data_axis=data_axis)
+    if mesh is None:
+        checks.unsplit(call, q=q, kv=kv, indices=indices, sink=sink)
     check_batch(call, q, kv, indices)
-    scale, value_dim, name = check_options(call, q, scale, value_dim, sink, return_lse, implementation)
-    (B, T, N, _), S = q.shape, kv.shape[1]
-    if 0 in (B, T, S, N, indices.shape[2]):
-        out, lse = jnp.zeros((B, T, N, value_dim), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
-    else:
-        out, lse = _attend(*varying.alike(q, kv, indices), scale, value_dim, name)
-        out = with_sink(out, lse, sink)
+    attend = _checked_attention(call, q, scale, value_dim, sink, return_lse, implementation)
+    if mesh is not None:
+        axes = meshes.check_batch(call, mesh, context_axis, data_axis, "kv's S", kv.shape[1], q.shape[0])
+        attend = functools.partial(on_mesh.attend_batch, attend, axes)
+    out, lse = attend(q, kv, indices)
+    return _result(out, lse, sink, return_lse)
+
+
+def sparse_mla_paged(
+    q: Array,
+    cache: IndexCache,
+    indices: Array,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+    *,
+    scale: float,
+    value_dim: int = 512,
+    sink: Array | None = None,
+    return_lse: bool = False,
+    mesh: Mesh | None = None,
+    context_axis: str | None = None,
+    implementation: str = "auto",
+) -> Array | tuple[Array, Array]:
+    """Attends to the selected tokens, whose latents are in the pages of the cache.
+
+    Args:
+        q: [T, N, Dk] absorbed queries of all requests, as `select_paged` has them, in the dtype of the latents.
+        cache: with `latents`.
+        indices: [T, K] int32, of `select_paged`, or any others as for `sparse_mla`: positions in the request. One that
+            the request's table has no page for counts as -1.
+        block_tables, cu_seqlens_q: as for `select_paged`; of any page size, pages in any order. Rows of q that are no
+            request's select nothing.
+        mesh, context_axis: run it on a mesh whose axis splits the cache's pages, in order; any page may lie anywhere.
+        scale, value_dim, sink, return_lse, implementation: as for `sparse_mla`.
+
+    Returns: [T, N, value_dim] in q's dtype; with `return_lse` also [T, N] float32. What the pages hold beside the
+        selected tokens changes no bit of it. With a mesh as `sparse_mla`.
+    Raises: as `sparse_mla`; ValueError: a cache without latents.
+    Example:
+        >>> cache = hj.init_cache(2, 16, D=0, dtype=jnp.float32, latent_dim=24, latent_dtype=jnp.float32)
+        >>> q, indices = jnp.ones((2, 4, 24)), jnp.array([[0, 3], [5, -1]])
+        >>> table, offsets = jnp.array([[1]], jnp.int32), jnp.array([0, 2])
+        >>> hj.sparse_mla_paged(q, cache, indices, table, offsets, value_dim=16, scale=24**-0.5).shape
+        (2, 4, 16)
+    """
+    call = "sparse_mla_paged"
+    meshes.check_is_wanted(call, mesh, context_axis=context_axis)
+    if mesh is None:
+        checks.unsplit(call, q=q, cache=cache, indices=indices, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q)
+    check_paged(call, q, cache, indices, block_tables, cu_seqlens_q)
+    attend = _checked_attention(call, q, scale, value_dim, sink, return_lse, implementation)
+    rows = latent_rows(cache, indices, block_tables, cu_seqlens_q)  # on a mesh for the check alone
+    check_rows(call, cache, indices, rows, cu_seqlens_q)
+
+    def attend_rows(q: Array, cache: IndexCache, rows: Array) -> tuple[Array, Array]:
+        assert cache.latents is not None
+        latents = cache.latents.reshape(1, -1, cache.latents.shape[2])
+        out, lse = attend(q[None], latents, rows[None])
+        return out[0], lse[0]
+
+    if mesh is None:
+        return _result(*attend_rows(q, cache, rows), sink, return_lse)
+    axes = meshes.check_pages(call, mesh, context_axis, cache)
+
+    def attend_own(q: Array, cache: IndexCache, table: Array, indices: Array, offsets: Array) -> tuple[Array, Array]:
+        return attend_rows(q, cache, latent_rows(cache, indices, table, offsets))
+
+    found = on_mesh.attend_pages(attend_own, axes, q, cache, block_tables, indices, cu_seqlens_q)
+    return _result(*found, sink, return_lse)
+
+
+def _result(out: Array, lse: Array, sink: Array | None, return_lse: bool) -> Array | tuple[Array, Array]:
+    out = with_sink(out, lse, sink)
     return (out, lse) if return_lse else out
+
+
+def _checked_attention(
+    call: str, q: Array, scale: float, value_dim: int, sink: Array | None, return_lse: bool, implementation: str
+) -> Any:
+    """What all forms take beside arrays: raises if it does not fit. Returns (q, kv, indices) -> (out, lse)."""
+    scale, value_dim = check_numbers(call, scale, value_dim, q.shape[-1])
+    check_sink(call, sink, q)
+    checks.flags(call, return_lse=return_lse)
+    problem = dispatch.AttentionProblem(N=q.shape[-2], key_dim=q.shape[-1], value_dim=value_dim, dtype=q.dtype.name)
+    name = dispatch.choose(call, implementation, dispatch.attention_reasons(dispatch.Device.default(), problem))
+
+    def attend(q: Array, kv: Array, indices: Array) -> tuple[Array, Array]:
+        (B, T, N, _), S = q.shape, kv.shape[1]
+        if 0 in (B, T, S, N, indices.shape[2]):
+            return jnp.zeros((B, T, N, value_dim), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
+        return _attend(*varying.alike(q, kv, indices), scale, value_dim, name)
+
+    return attend
 
 
 def check_batch(call: str, q: Array, kv: Array, indices: Array) -> None:
@@ -87,19 +184,53 @@ def check_batch(call: str, q: Array, kv: Array, indices: Array) -> None:
     )
 
 
-def check_options(
-    call: str, q: Array, scale: float, value_dim: int, sink: Array | None, return_lse: bool, implementation: str
-) -> tuple[float, int, str]:
-    """What all forms of the attention take beside queries [..., N, Dk] and latents: raises if it does not fit.
+def check_paged(
+    call: str,
+    q: Array,
+    cache: IndexCache,
+    indices: Array,
+    block_tables: Array,
+    cu_seqlens_q: Array,
+) -> None:
+    """Raises unless the arrays of `sparse_mla_paged` fit each other."""
+    check_cache(call, cache)
+    if cache.latents is None:
+        raise ValueError(f"{call}: cache has no latents, wanted one of init_cache(..., latent_dim=Dk)")
+    checks.dtype(call, "q", q, ("bfloat16", "float32"))
+    checks.shape(
+        call, "q", q, ("T", "N", cache.latents.shape[2]), "its last axis must equal that of the cache's latents"
+    )
+    checks.dtype(call, "cache.latents", cache.latents, (q.dtype.name,))
+    checks.int32(call, "indices", indices, (q.shape[0], "K"), f"one list a query (q is {checks.axes_of(q)})")
+    checks.int32(call, "block_tables", block_tables, ("R", "P"))
+    R, why = block_tables.shape[0], "a start for each request, and the end"
+    checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), q.shape[0], why)
 
-    Returns: scale and value_dim as `check_numbers`; the name of the implementation to run.
-    """
-    scale, value_dim = check_numbers(call, scale, value_dim, q.shape[-1])
-    check_sink(call, sink, q)
-    checks.flags(call, return_lse=return_lse)
-    problem = dispatch.AttentionProblem(N=q.shape[-2], key_dim=q.shape[-1], value_dim=value_dim, dtype=q.dtype.name)
-    name = dispatch.choose(call, implementation, dispatch.attention_reasons(dispatch.Device.default(), problem))
-    return scale, value_dim, name
+
+def check_rows(call: str, cache: IndexCache, indices: Array, rows: Array, cu_seqlens_q: Array) -> None:
+    """Under `checked` raises unless every chosen position of a request has a row, as `latent_rows` has found them."""
+    T = indices.shape[0]
+    _, is_real = sequence_of_rows(ascending(cu_seqlens_q, T), T)
+    is_wrong = (indices != -1) & (rows < 0) & is_real[:, None]
+    checks.value(
+        ~is_wrong,
+        f"{call}: rows {{bad}} of q select what has no page, wanted -1 or positions whose page block_tables names, one "
+        f"of 0 to {cache.n_pages - 1}",
+        bad=jnp.any(is_wrong, axis=1),
+    )
+
+
+def latent_rows(cache: IndexCache, indices: Array, block_tables: Array, cu_seqlens_q: Array) -> Array:
+    """[T, K] positions in requests -> [T, K] int32 rows of the cache's latents in one piece, -1 where there is none."""
+    if 0 in block_tables.shape:
+        return jnp.full(indices.shape, -1, jnp.int32)
+    P, size = block_tables.shape[1], cache.page_size
+    T = indices.shape[0]
+    r, is_real = sequence_of_rows(ascending(cu_seqlens_q, T), T)
+    page_index = indices // size
+    page = block_tables[r[:, None], jnp.clip(page_index, 0, P - 1)]
+    is_there = is_real[:, None] & (indices >= 0) & (page_index < P) & (page >= 0) & (page < cache.n_pages)
+    return jnp.where(is_there, page * size + indices % size, -1)
 
 
 def check_numbers(call: str, scale: float, value_dim: int, Dk: int) -> tuple[float, int]:
@@ -138,25 +269,8 @@ def _attend(
     q: Array, kv: Array, indices: Array, scale: float, value_dim: int, implementation: str
 ) -> tuple[Array, Array]:
     """[B, T, N, Dk], [B, S, Dk], [B, T, K] -> [B, T, N, value_dim], [B, T, N] float32."""
-    attend = _xla if implementation == "xla" else dispatch.attention(implementation)
-    return attend(q, kv, indices, scale=scale, value_dim=value_dim)
-
-
-@functools.partial(jax.jit, static_argnames=("scale", "value_dim"))
-def _xla(q: Array, kv: Array, indices: Array, *, scale: float, value_dim: int) -> tuple[Array, Array]:
-    (B, T, N, _), K = q.shape, indices.shape[2]
-    tiles = QueryTiles.of(T, N * K)  # the logits: few queries when heads and tokens are many
-
-    def tile(operands: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        b, q, indices = operands
-        selected, is_real = _gather(kv, b, indices)
-        logits = _logits(q, selected, is_real, scale)
-        lse = jax.nn.logsumexp(logits, axis=-1)  # [t, N]
-        p = _probabilities(logits, lse)
-        return _dot("tnk,tkv->tnv", p, selected[..., :value_dim]).astype(q.dtype), lse
-
-    out, lse = lax.map(tile, (tiles.sequences(B), tiles.cut(q), tiles.cut(indices, -1)))
-    return tiles.join(out, B, T), tiles.join(lse, B, T)
+    forward = xla.forward if implementation == "xla" else dispatch.attention(implementation)
+    return forward(q, kv, indices, scale=scale, value_dim=value_dim)
 
 
 def _attend_forward(q: Array, kv: Array, indices: Array, scale: float, value_dim: int, implementation: str) -> Any:
@@ -164,68 +278,10 @@ def _attend_forward(q: Array, kv: Array, indices: Array, scale: float, value_dim
     return (out, lse), (q, kv, indices, out, lse)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _attend_backward(
     scale: float, value_dim: int, implementation: str, saved: tuple[Array, ...], gradients: tuple[Array, Array]
 ) -> tuple[Array, Array, None]:
-    """The gradient of a softmax by its saved logsumexp, as in FlashAttention-2 (arXiv 2307.08691), section 3.1."""
-    q, kv, indices, out, lse = saved
-    d_out, d_lse = gradients
-    (B, T, N, _), K = q.shape, indices.shape[2]
-    tiles = QueryTiles.of(T, N * K)
-    # d logits = p * (d p - delta): delta gathers what the normalisation and the logsumexp pass on.
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse  # [B, T, N]
-
-    def tile(d_kv: Array, operands: tuple[Array, ...]) -> tuple[Array, Array]:
-        b, q, indices, lse, d_out, delta = operands
-        selected, is_real = _gather(kv, b, indices)
-        p = _probabilities(_logits(q, selected, is_real, scale), lse)
-        d_p = _dot("tnv,tkv->tnk", d_out, selected[..., :value_dim])
-        # Where nothing is selected the caller may pass on NaN: the gradient of a logsumexp of -inf, for instance.
-        d_logits = jnp.where(is_real[:, None, :], p * (d_p - delta[..., None]) * scale, 0)
-        d_q = _dot("tnk,tkd->tnd", d_logits, selected)
-        d_selected = _dot("tnk,tnd->tkd", d_logits, q)
-        d_selected = d_selected.at[..., :value_dim].add(_dot("tnk,tnv->tkv", p, d_out))
-        return d_kv.at[b, jnp.where(is_real, indices, -1)].add(
-            d_selected, mode="drop", wrap_negative_indices=False
-        ), d_q
-
-    parts = (
-        tiles.sequences(B),
-        tiles.cut(q),
-        tiles.cut(indices, -1),
-        tiles.cut(lse),
-        tiles.cut(d_out),
-        tiles.cut(delta),
-    )
-    d_kv, d_q = lax.scan(tile, varying.like(jnp.zeros(kv.shape, jnp.float32), saved), parts)
-    return tiles.join(d_q, B, T).astype(q.dtype), d_kv.astype(kv.dtype), None
+    return *xla.backward(scale, value_dim, saved, gradients), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _gather(kv: Array, b: Array, indices: Array) -> tuple[Array, Array]:
-    """[B, S, Dk], [], [t, K] -> the selected tokens [t, K, Dk] and which of them are real [t, K]."""
-    S = kv.shape[1]
-    is_real = (indices >= 0) & (indices < S)
-    selected = kv[b, jnp.clip(indices, 0, S - 1)]
-    # A token that nobody selected may hold NaN, which a probability of 0 would not hide.
-    return jnp.where(is_real[..., None], selected, 0), is_real
-
-
-def _logits(q: Array, selected: Array, is_real: Array, scale: float) -> Array:
-    logits = _dot("tnd,tkd->tnk", q, selected) * scale
-    return jnp.where(is_real[:, None, :], logits, -jnp.inf)
-
-
-def _probabilities(logits: Array, lse: Array) -> Array:
-    """exp(logits - lse), and 0 in rows where nothing is selected."""
-    return jnp.exp(logits - jnp.where(jnp.isneginf(lse), 0, lse)[..., None])
-
-
-def _dot(formula: str, a: Array, b: Array) -> Array:
-    """A float32 sum of products; beside bfloat16 values, probabilities and gradients enter as bfloat16."""
-    if jnp.bfloat16 in (a.dtype, b.dtype):
-        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jnp.einsum(formula, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

@@ -1,59 +1,30 @@
 """A paged cache of index keys, and the latents of the sparse attention beside them, as a functional pytree.
 
 Beside its keys a page keeps their dequantised sum and their count, from which block means follow, and their mean in the
-form that the kernels' block filter reads. All belong to the
-physical page, so whoever shares, copies, evicts or reuses a page has nothing else to keep in step. Every write works
-them out anew from what the page then holds: writing the same tokens twice changes nothing, and no rounding adds up.
-A page also knows its place in its sequence, so that a table which names it elsewhere is found out.
+form that the kernels' block filter reads. All belong to the physical page, so sharing, copying, evicting or reusing a
+page needs no other update. Every write works them out anew from what the page then holds: writing the same tokens twice
+changes nothing, and rounding errors do not add up. A page also knows which page of its sequence it is, so that a table
+that names it elsewhere is noticed.
 """
 
-import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from hisa_jax import checks
-from hisa_jax.layout import Keys, mean, mean_parts, present_values, tree_sum
+from hisa_jax import checks, dispatch
+from hisa_jax.layout import IndexCache, ascending, check_cache, check_table
+from hisa_jax.quantize import QuantizedKeys
+from hisa_jax.sharded import cache as on_mesh
+from hisa_jax.sharded import meshes
+from hisa_jax.xla import append as xla
+from hisa_jax.xla.means import mean_parts
 
 _MAX_PAGE_SIZE = 256
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class IndexCache:
-    """Pages of index keys.
-
-    Attributes:
-        keys: [n_pages, page_size, D], bfloat16, float32, float8_e4m3fn or int8.
-        scales: [n_pages, page_size] float32, one a token; None where every scale is 1.
-        sums: [n_pages, D] float32, sum of the dequantised keys of the tokens in each page.
-        counts: [n_pages] int32, of how many tokens.
-        places: [n_pages] int32, which page of its sequence each is, from 0; the same for all that share it. -1: none.
-        means: [n_pages, parts, D], the mean of each page in numbers of the keys' dtype that add up to it, for kernels
-            whose blocks are pages: one bfloat16, or two e4m3; None for other dtypes, which they do not take.
-        mean_scales: [n_pages] float32, of the two e4m3; else None.
-        latents: [n_pages, page_size, Dk], the keys of `sparse_mla` of the same tokens; None if kept elsewhere.
-    """
-
-    keys: Array
-    scales: Array | None
-    sums: Array
-    counts: Array
-    places: Array
-    means: Array | None
-    mean_scales: Array | None
-    latents: Array | None
-
-    @property
-    def n_pages(self) -> int:
-        return self.keys.shape[0]
-
-    @property
-    def page_size(self) -> int:
-        return self.keys.shape[1]
 
 
 def init_cache(
@@ -102,8 +73,71 @@ def init_cache(
     )
 
 
+def append(
+    cache: IndexCache,
+    k: Array | QuantizedKeys,
+    block_tables: Array,
+    cu_seqlens: Array,
+    lengths: Array,
+    *,
+    latents: Array | None = None,
+    mesh: Mesh | None = None,
+    context_axis: str | None = None,
+    implementation: str = "auto",
+) -> IndexCache:
+    """Appends new tokens to each request.
+
+    What stood at their positions before is replaced, so tokens that were rejected need not be removed first. Tokens
+    that have no page (their entry of the table lies outside of [0, n_pages)) are dropped. Under `jax.jit` give the
+    cache's buffers to the result: `jax.jit(hj.append, donate_argnums=0)`.
+
+    Args:
+        cache: the pages of all requests.
+        k: [T, D] new index keys of all requests, one request's after the other's, in the cache's dtype;
+            `QuantizedKeys` for 8 bits.
+        block_tables: [R, P] int32, the pages of each request in order. Pages written to must belong to one request.
+        cu_seqlens: [R + 1] int32, where each request's new tokens begin in `k`, from 0, ascending.
+        lengths: [R] int32, tokens of each request before.
+        latents: [T, Dk], the new tokens' keys for `sparse_mla`, if the cache keeps them.
+        mesh, context_axis: run it on a mesh whose axis splits the cache's pages, in order: each device writes the pages
+            that it has, and nothing is exchanged. Any page may lie anywhere. None: on one device.
+        implementation: "auto", "triton" (one kernel, on NVIDIA GPUs) or "xla"; the same bits, but for the last of a
+            partial page's mean.
+
+    Returns: the cache with lengths + diff(cu_seqlens) tokens a request, its pages split as they were.
+    Raises: TypeError, ValueError: arrays that do not fit the cache or each other; an implementation that cannot run; a
+        mesh without the axis, pages that it does not split.
+    Example:
+        >>> cache, table = hj.init_cache(4, 16, D=8, dtype=jnp.float32), jnp.array([[2, 0]], jnp.int32)
+        >>> cache = hj.append(cache, jnp.ones((20, 8)), table, jnp.array([0, 20]), jnp.array([0]))
+        >>> cache.counts.tolist()
+        [4, 0, 16, 0]
+    """
+    call = "append"
+    arrays: Any = dict(
+        cache=cache, block_tables=block_tables, k=k, cu_seqlens=cu_seqlens, lengths=lengths, latents=latents
+    )
+    R = check_append(call, **arrays)
+    n_devices = _n_devices(call, mesh, context_axis, **arrays)
+    (n_pages, size, D), T = cache.keys.shape, (k.values if isinstance(k, QuantizedKeys) else k).shape[0]
+    problem = dispatch.AppendProblem(
+        n_requests=R, n_pages=n_pages // n_devices, page_size=size, D=D, dtype=cache.keys.dtype.name
+    )
+    name = dispatch.choose(call, implementation, dispatch.append_reasons(dispatch.Device.default(), problem))
+    if 0 in (T, R, block_tables.shape[1]):
+        return cache
+    return _on(mesh, context_axis, functools.partial(_append, name), **arrays)
+
+
 def truncate(
-    cache: IndexCache, block_tables: Array, lengths: Array, new_lengths: Array, *, max_tokens: int
+    cache: IndexCache,
+    block_tables: Array,
+    lengths: Array,
+    new_lengths: Array,
+    *,
+    max_tokens: int,
+    mesh: Mesh | None = None,
+    context_axis: str | None = None,
 ) -> IndexCache:
     """Removes the last tokens of requests, rejected speculative ones for instance.
 
@@ -111,21 +145,23 @@ def truncate(
         cache, block_tables: as in `append`.
         lengths: [R] int32, tokens of each request before; `new_lengths`: [R] int32, after; not more.
         max_tokens: how many tokens a request loses at most; static.
+        mesh, context_axis: as for `append`.
 
     Returns: the cache, in whose pages sums, counts and means are of the remaining tokens.
     Raises: TypeError, ValueError: arrays that do not fit the cache or each other.
     """
     call = "truncate"
-    checks.unsplit(call, cache=cache, block_tables=block_tables, lengths=lengths, new_lengths=new_lengths)
-    R = check_truncation(call, cache, block_tables, lengths, new_lengths, max_tokens)
+    check_truncation(call, cache, block_tables, lengths, new_lengths, max_tokens)
+    arrays: Any = dict(cache=cache, block_tables=block_tables, lengths=lengths, new_lengths=new_lengths)
+    _n_devices(call, mesh, context_axis, **arrays)
     if 0 in block_tables.shape:
         return cache
-    most = max_tokens // cache.page_size + 2
-    ends = jnp.maximum(lengths, new_lengths)
-    return _recount(cache, block_tables, new_lengths, ends, new_lengths, R * most, most)
+    return _on(mesh, context_axis, functools.partial(_truncate, max_tokens), **arrays)
 
 
-def copy_pages(cache: IndexCache, source: Array, target: Array) -> IndexCache:
+def copy_pages(
+    cache: IndexCache, source: Array, target: Array, *, mesh: Mesh | None = None, context_axis: str | None = None
+) -> IndexCache:
     """Copies whole pages, as before a write to a shared one.
 
     Args:
@@ -133,44 +169,102 @@ def copy_pages(cache: IndexCache, source: Array, target: Array) -> IndexCache:
         source: [n] int32, pages to copy.
         target: [n] int32, where to. A pair of which either lies outside of [0, n_pages) is no copy, so that n may be
             fixed.
+        mesh, context_axis: as for `append`; a page and its copy must then lie on one device.
 
     Returns: the cache with those pages.
     Raises: TypeError, ValueError: arrays that are not these.
     """
-    checks.unsplit("copy_pages", cache=cache, source=source, target=target)
-    check_copies("copy_pages", cache, source, target)
-    return _copy(cache, source, target)
+    call = "copy_pages"
+    check_copies(call, cache, source, target)
+    n_own = cache.n_pages // _n_devices(call, mesh, context_axis, cache=cache, source=source, target=target)
+    if mesh is None or context_axis is None:
+        return xla.copy(cache, source, target)
+    is_copy = (target >= 0) & (target < cache.n_pages)
+    checks.value(
+        ~is_copy | (source // n_own == target // n_own),
+        f"{call}: target is {{target}} for source {{source}}, wanted pages of one device, {n_own} in a row",
+        target=target,
+        source=source,
+    )
+    return on_mesh.copy_own(meshes.Axes(mesh, context_axis), cache, source, target)
 
 
-@jax.jit
-def _copy(cache: IndexCache, source: Array, target: Array) -> IndexCache:
-    is_copy = (source >= 0) & (source < cache.n_pages) & (target >= 0)
-    source, target = jnp.where(is_copy, source, 0), jnp.where(is_copy, target, cache.n_pages)
-    return jax.tree.map(lambda leaf: leaf.at[target].set(leaf[source], mode="drop"), cache)
+def _append(
+    name: str,
+    cache: IndexCache,
+    block_tables: Array,
+    k: Array | QuantizedKeys,
+    cu_seqlens: Array,
+    lengths: Array,
+    latents: Array | None,
+) -> IndexCache:
+    values, scales = (k.values, k.scales) if isinstance(k, QuantizedKeys) else (k, None)
+    if name == "xla":
+        offsets = ascending(cu_seqlens, values.shape[0])
+        return xla.write(cache, values, scales, latents, block_tables, offsets, lengths)
+    return dispatch.appender(name)(cache, (values, scales, latents), block_tables, cu_seqlens, lengths)
 
 
-def check_cache(call: str, cache: IndexCache) -> None:
-    """Raises unless `cache` is one whose parts fit each other, as `init_cache` makes it."""
-    checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
-    checks.dtype(call, "cache.keys", cache.keys, checks.KEY_DTYPES)
-    checks.shape(call, "cache.keys", cache.keys, ("n_pages", "page_size", "D"))
-    (n, size, D), dtype = cache.keys.shape, cache.keys.dtype.name
-    parts: dict[str, tuple[str, tuple[int | str, ...]]] = {
-        "sums": ("float32", (n, D)),
-        "counts": ("int32", (n,)),
-        "places": ("int32", (n,)),
-        "scales": ("float32", (n, size)),
-        "means": (dtype, (n, "parts", D)),
-        "mean_scales": ("float32", (n,)),
-    }
-    for name, (wanted, shape) in parts.items():
-        part = getattr(cache, name)
-        if part is not None or name in ("sums", "counts", "places"):
-            checks.dtype(call, f"cache.{name}", part, (wanted,))
-            checks.shape(call, f"cache.{name}", part, shape, f"of {n} pages of {size} tokens, as cache.keys has them")
-    if cache.latents is not None:
-        checks.dtype(call, "cache.latents", cache.latents, ("bfloat16", "float32"))
-        checks.shape(call, "cache.latents", cache.latents, (n, size, "Dk"), "pages as cache.keys has them")
+def _truncate(
+    max_tokens: int, cache: IndexCache, block_tables: Array, lengths: Array, new_lengths: Array
+) -> IndexCache:
+    most = max_tokens // cache.page_size + 2
+    ends = jnp.maximum(lengths, new_lengths)
+    return xla.recount(cache, block_tables, new_lengths, ends, new_lengths, len(lengths) * most, most)
+
+
+def _n_devices(call: str, mesh: Mesh | None, context_axis: str | None, **arrays: Any) -> int:
+    """How many devices split the cache's pages; raises unless the mesh does, or without one no mesh axis does."""
+    meshes.check_is_wanted(call, mesh, context_axis=context_axis)
+    if mesh is None:
+        checks.unsplit(call, **arrays)
+        return 1
+    return mesh.shape[meshes.check_pages(call, mesh, context_axis, arrays["cache"]).context]
+
+
+def _on(
+    mesh: Mesh | None,
+    context_axis: str | None,
+    write: Callable[..., IndexCache],
+    cache: IndexCache,
+    block_tables: Array,
+    **arrays: Any,
+) -> IndexCache:
+    """Runs a write on one device, or on each of a mesh with the pages that it has."""
+    if mesh is None:
+        return write(cache, block_tables, *arrays.values())
+    return on_mesh.write_own(write, meshes.Axes(mesh, context_axis), cache, block_tables, *arrays.values())
+
+
+def check_append(
+    call: str,
+    cache: IndexCache,
+    block_tables: Array,
+    k: Array | QuantizedKeys,
+    cu_seqlens: Array,
+    lengths: Array,
+    latents: Array | None,
+) -> int:
+    """Raises unless the arguments of `append` fit each other; returns R."""
+    R = check_table(call, cache, block_tables, lengths)
+    values, scales = (k.values, k.scales) if isinstance(k, QuantizedKeys) else (k, None)
+    checks.dtype(call, "k", values, (cache.keys.dtype.name,))
+    checks.shape(call, "k", values, ("T", cache.keys.shape[2]), "its last axis must equal the cache's D")
+    T = values.shape[0]
+    if (scales is None) != (cache.scales is None):
+        wanted = "QuantizedKeys" if scales is None else "an array"
+        raise TypeError(f"{call}: k is {type(k).__name__}, wanted {wanted}, as the cache holds {cache.keys.dtype.name}")
+    if scales is not None:
+        checks.dtype(call, "k.scales", scales, ("float32",))
+        checks.shape(call, "k.scales", scales, (T,), "one scale a key")
+    if (latents is None) != (cache.latents is None):
+        has = "None: the cache keeps none" if cache.latents is None else "an array: the cache keeps them"
+        raise ValueError(f"{call}: latents is {'None' if latents is None else 'given'}, wanted {has}")
+    if latents is not None and cache.latents is not None:
+        checks.dtype(call, "latents", latents, (cache.latents.dtype.name,))
+        checks.shape(call, "latents", latents, (T, cache.latents.shape[2]), "a row for each of k's")
+    checks.offsets(call, "cu_seqlens", cu_seqlens, (R + 1,), T, "a start for each request, and the end")
+    return R
 
 
 def check_copies(call: str, cache: IndexCache, source: Array, target: Array) -> None:
@@ -178,20 +272,6 @@ def check_copies(call: str, cache: IndexCache, source: Array, target: Array) -> 
     check_cache(call, cache)
     checks.int32(call, "source", source, ("n",))
     checks.int32(call, "target", target, source.shape, "a page for each of source's")
-
-
-def check_table(call: str, cache: IndexCache, block_tables: Array, lengths: Array) -> int:
-    """Raises unless a cache's tables [R, P] and [R] int32 fit each other; returns R."""
-    check_cache(call, cache)
-    checks.int32(call, "block_tables", block_tables, ("R", "P"))
-    R, P = block_tables.shape
-    checks.int32(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")
-    checks.value(
-        (lengths >= 0) & (lengths <= P * cache.page_size),
-        f"{call}: lengths is {{lengths}}, wanted 0 to {P * cache.page_size}, the tokens that {P} pages hold",
-        lengths=lengths,
-    )
-    return R
 
 
 def check_truncation(
@@ -208,79 +288,3 @@ def check_truncation(
         old=lengths,
     )
     return R
-
-
-@jax.jit
-def write(
-    cache: IndexCache,
-    values: Array,
-    scales: Array | None,
-    latents: Array | None,
-    block_tables: Array,
-    cu_seqlens: Array,
-    lengths: Array,
-) -> IndexCache:
-    """`append`, in XLA: [T, D], [T], [T, E], [R, P], [R + 1] within 0 .. T, [R]."""
-    (T, _), R, size = values.shape, lengths.shape[0], cache.page_size
-    rows = jnp.arange(T, dtype=jnp.int32)
-    # Not a search, which on a GPU is a loop of tiny kernels.
-    r = jnp.searchsorted(cu_seqlens, rows, side="right", method="compare_all").astype(jnp.int32) - 1
-    is_real = (r >= 0) & (r < R)
-    r = jnp.clip(r, 0, R - 1)
-    position = lengths[r] + rows - cu_seqlens[r]
-    page = jnp.where(is_real, _page_of(cache, block_tables, r, position // size), cache.n_pages)
-
-    def put(pages: Array, new: Array) -> Array:
-        return pages.at[page, position % size].set(new, mode="drop")
-
-    cache = dataclasses.replace(
-        cache,
-        keys=put(cache.keys, values),
-        scales=None if cache.scales is None or scales is None else put(cache.scales, scales),
-        latents=None if cache.latents is None or latents is None else put(cache.latents, latents),
-    )
-    ends = lengths + jnp.diff(cu_seqlens)
-    # Full pages of new tokens, and at most two partial ones a request.
-    return _recount(cache, block_tables, lengths, ends, ends, min(T, T // size + 2 * R), T // size + 2)
-
-
-@functools.partial(jax.jit, static_argnums=(5, 6))
-def _recount(
-    cache: IndexCache, block_tables: Array, first: Array, end: Array, lengths: Array, max_pages: int, most: int
-) -> IndexCache:
-    """Works out what pages say of themselves that hold positions first .. end - 1 [R] of requests of `lengths` [R].
-
-    There are at most `max_pages` of them and `most` of a request: one whose lengths are bad takes none of the others'.
-    """
-    R, size = first.shape[0], cache.page_size
-    n_pages = jnp.where(end > first, jnp.minimum((end - 1) // size - first // size + 1, most), 0)
-    ends = jnp.cumsum(n_pages)
-    i = jnp.arange(max_pages, dtype=jnp.int32)
-    r = jnp.searchsorted(ends, i, side="right", method="compare_all").astype(jnp.int32)
-    r = jnp.minimum(r, R - 1)
-    nth = first[r] // size + i - (ends - n_pages)[r]
-    page = jnp.where(i < ends[-1], _page_of(cache, block_tables, r, nth), cache.n_pages)
-    counts = jnp.clip(lengths[r] - nth * size, 0, size)
-    content = jnp.minimum(page, cache.n_pages - 1)
-    keys = Keys(cache.keys[content], None if cache.scales is None else cache.scales[content])
-    sums = tree_sum(present_values(keys, jnp.arange(size, dtype=jnp.int32)[None, :] < counts[:, None]))
-    means, mean_scales = mean_parts(mean(sums, counts), cache.keys.dtype) or (None, None)
-
-    def put(leaf: Array, new: Array) -> Array:
-        return leaf.at[page].set(new, mode="drop")
-
-    return dataclasses.replace(
-        cache,
-        sums=put(cache.sums, sums),
-        counts=put(cache.counts, counts),
-        places=put(cache.places, nth),
-        means=None if cache.means is None or means is None else put(cache.means, means),
-        mean_scales=None if cache.mean_scales is None or mean_scales is None else put(cache.mean_scales, mean_scales),
-    )
-
-
-def _page_of(cache: IndexCache, block_tables: Array, r: Array, nth: Array) -> Array:
-    """Physical page of the nth page of request r, n_pages where there is none."""
-    page = block_tables[r, jnp.clip(nth, 0, block_tables.shape[1] - 1)]
-    is_there = (nth >= 0) & (nth < block_tables.shape[1]) & (page >= 0) & (page < cache.n_pages)
-    return jnp.where(is_there, page, cache.n_pages)

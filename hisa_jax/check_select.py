@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from hisa_jax import checks
-from hisa_jax.cache import IndexCache, check_cache, check_table
-from hisa_jax.layout import Keys
+from hisa_jax.layout import IndexCache, Keys, check_cache, check_table
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.quantize import QuantizedKeys
-from hisa_jax.xla import select
+from hisa_jax.xla.select import Tiles
 
 
 def check_batch(
@@ -83,6 +82,19 @@ def check_paged(
         )
 
 
+def check_stripe(call: str, method: Method, cache: IndexCache, stripe: int | None, context_axis: str | None) -> int:
+    """Tokens in a row that one device has, by default a block or a page; raises unless they are whole ones."""
+    unit = cache.page_size if isinstance(method, Dsa) else max(method.block_size, cache.page_size)
+    if stripe is None:
+        return unit
+    if context_axis is None:
+        raise ValueError(f"{call}: stripe={stripe} with context_axis=None, wanted the mesh axis that splits the pages")
+    checks.integer(call, "stripe", stripe, 1)
+    if stripe % unit:
+        raise ValueError(f"{call}: stripe={stripe}, wanted a multiple of {unit}, of whole blocks or pages of {method}")
+    return stripe
+
+
 def check_question(call: str, q: Any, k: Any, method: Method) -> Keys:
     """The keys of a call that is only asked about: [B, T, H, D] and [B, S, D], or packed; shapes and dtypes do."""
     keys = keys_of(k)
@@ -93,16 +105,14 @@ def check_question(call: str, q: Any, k: Any, method: Method) -> Keys:
     return keys
 
 
-def check_options(
-    call: str, method: Method, return_scores: bool, return_blocks: bool, tiles: select.Tiles | None
-) -> None:
+def check_options(call: str, method: Method, return_scores: bool, return_blocks: bool, tiles: Tiles | None) -> None:
     """What is no array, in every form."""
     check_method(call, method)
     checks.flags(call, return_scores=return_scores, return_blocks=return_blocks)
     if return_blocks and isinstance(method, Dsa):
         raise ValueError(f"{call}: return_blocks=True with {method}: the flat indexer keeps no blocks")
     if tiles is not None:
-        checks.instance(call, "tiles", tiles, select.Tiles, "Tiles")
+        checks.instance(call, "tiles", tiles, Tiles, "Tiles")
 
 
 def check_method(call: str, method: Method) -> None:

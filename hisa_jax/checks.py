@@ -4,9 +4,10 @@ Checks of shapes and dtypes run at trace time and always. Checks of values (leng
 they run only under `checked`.
 """
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import UnionType
 from typing import Any
 
@@ -179,3 +180,30 @@ def _axes(axes: Sequence[int | str]) -> str:
 
 def _either(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+class MissingExtra(ModuleNotFoundError):
+    """A package is not installed that an extra of this one brings."""
+
+
+# Package -> the extra of pyproject.toml that brings it.
+_EXTRAS = {
+    "flax": "models", "gguf": "lab", "matplotlib": "bench", "optax": "models", "orbax": "models", "rich": "bench",
+    "safetensors": "models", "tokenizers": "models",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def optional_packages() -> Iterator[None]:
+    """Makes the imports inside say what to install.
+
+    Raises: MissingExtra: a package that an extra brings is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if isinstance(error, MissingExtra) or package not in _EXTRAS:
+            raise
+        command = f"pip install 'hisa_jax[{_EXTRAS[package]}]'"
+        raise MissingExtra(f"the package {package} is missing: {command}", name=error.name) from error

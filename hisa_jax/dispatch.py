@@ -9,8 +9,11 @@ from typing import Any
 import jax
 from jax import Array
 
+from hisa_jax.check_select import check_options
+from hisa_jax.layout import IndexCache, Keys
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.pallas import Backend, Kernels
+from hisa_jax.selection import Selection
 from hisa_jax.sharded import select_kernels, select_xla, varying
 from hisa_jax.xla import select as xla
 
@@ -43,7 +46,8 @@ class Device:
 class Problem:
     """What a choice depends on of the call: index heads, their size, most keys a sequence, dtypes, and the method.
 
-    `is_packed` tells sequences of any lengths from a batch, `page_size` pages from contiguous keys, of `n_requests`.
+    `is_packed` tells sequences of any lengths from a batch, `page_size` pages from contiguous keys, of `n_requests`;
+    `is_split`, whether keys are split over devices.
     """
 
     H: int
@@ -55,6 +59,20 @@ class Problem:
     is_packed: bool = False
     page_size: int | None = None
     n_requests: int = 0
+    is_split: bool = False
+
+    @classmethod
+    def of(cls, q: Any, keys: Keys, method: Method, *, is_split: bool = False) -> "Problem":
+        """Of queries [B, T, H, D] and keys [B, S, D], or packed without B; shapes and dtypes do."""
+        (H, D), (S, _) = q.shape[-2:], keys.values.shape[-2:]
+        dtypes = dict(q_dtype=q.dtype.name, k_dtype=keys.values.dtype.name)
+        return cls(H=H, D=D, S=S, method=method, is_packed=len(q.shape) == 3, is_split=is_split, **dtypes)
+
+    @classmethod
+    def of_pages(cls, q: Array, cache: IndexCache, table: Array, method: Method, *, is_split: bool) -> "Problem":
+        """Of queries [T, H, D] and a table [R, P]."""
+        (R, P), problem = table.shape, cls.of(q, Keys(cache.keys, None), method, is_split=is_split)
+        return dataclasses.replace(problem, S=P * cache.page_size, page_size=cache.page_size, n_requests=R)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,18 +82,14 @@ class Implementation:
     Attributes:
         why_not: None if it can run this problem on this device, else the sentence that the user reads. The problem
             is None where only the device is asked about.
-        select, select_packed, select_paged: the functions of `xla.py` with these names, or others of their signature;
+        select: as `xla.select.select`.
+        select_shard: what one device does of it where keys are split over devices, as that of sharded/select_xla.py;
             None: `why_not` declines every such call.
-        select_sharded: what one device does of it, as in `context_xla.py`; None: it takes no keys split over devices.
-        select_paged_sharded: the same over pages, as in `context_xla.py`.
     """
 
     why_not: Callable[[Device, Problem | None], str | None]
-    select: Callable[..., Any]
-    select_packed: Callable[..., Any]
-    select_paged: Callable[..., Any] | None = None
-    select_sharded: Callable[..., Any] | None = None
-    select_paged_sharded: Callable[..., Any] | None = None
+    select: Callable[..., Selection]
+    select_shard: Callable[..., Selection] | None = None
 
 
 def backend(name: str) -> Backend:
@@ -86,12 +100,7 @@ def backend(name: str) -> Backend:
 
 def _kernels(name: str, why_not: Callable[[Device, Problem | None], str | None], **options: bool) -> Implementation:
     kernels = Kernels(lambda: backend(name), **options)
-    return Implementation(
-        why_not=why_not,
-        select=kernels.select,
-        select_packed=kernels.select_packed,
-        select_paged=kernels.select_paged,
-    )
+    return Implementation(why_not=why_not, select=kernels.select)
 
 
 def _nvidia(name: str) -> Implementation:
@@ -101,6 +110,8 @@ def _nvidia(name: str) -> Implementation:
         module: Any = backend(name)
         if problem is None:
             return module.why_not(device.compute_capability, H=64, D=128, dtype="bfloat16", topk=1)
+        if problem.is_split:
+            return _NOT_SPLIT
         if reason := _no_kernels(problem.method):
             return reason
         if problem.q_dtype != problem.k_dtype:
@@ -123,7 +134,7 @@ def _nvidia(name: str) -> Implementation:
             **{} if isinstance(method, Dsa) else _blocks(method, problem.S),
         )
 
-    return _kernels(name, why_not, takes_means=True)
+    return _kernels(name, why_not)
 
 
 def _tpu(name: str) -> Implementation:
@@ -134,6 +145,8 @@ def _tpu(name: str) -> Implementation:
         if problem is None:
             return module.why_not(device.kind, H=64, D=128, q_dtype="bfloat16", k_dtype="bfloat16", topk=1)
         method = problem.method
+        if problem.is_split and problem.page_size is not None:
+            return _NOT_SPLIT
         if reason := _no_kernels(method):
             return reason
         assert not isinstance(method, Scan)
@@ -152,8 +165,8 @@ def _tpu(name: str) -> Implementation:
         )
 
     # By the compiler's schedule HISA takes 1.15 to 1.3 times as long as the flat indexer at 8K. On Hopper it is 0.96.
-    sharded = functools.partial(select_kernels.select, lambda: backend(name))
-    return dataclasses.replace(_kernels(name, why_not, flat_if_all_kept=True), select_sharded=sharded)
+    shard = functools.partial(select_kernels.select_shard, lambda: backend(name))
+    return dataclasses.replace(_kernels(name, why_not, flat_if_all_kept=True), select_shard=shard)
 
 
 def _no_kernels(method: Method) -> str | None:
@@ -168,6 +181,7 @@ def _blocks(method: Hisa | BlockSparse, S: int) -> dict[str, int]:
     return {"block_size": method.block_size, "block_topk": method.block_topk, "n_blocks": -(-S // method.block_size)}
 
 
+_NOT_SPLIT = "takes no such keys that are split over devices"
 _NO_NVIDIA = "needs an NVIDIA GPU, this device is {!r}"
 _NO_TPU = "needs a TPU, this device is {!r}"
 
@@ -179,10 +193,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(
         why_not=lambda device, problem: None,
         select=xla.select,
-        select_packed=xla.select_packed,
-        select_paged=xla.select_paged,
-        select_sharded=select_xla.select,
-        select_paged_sharded=select_xla.select_paged,
+        select_shard=select_xla.select_shard,
     ),
 }
 
@@ -213,6 +224,28 @@ def choose(call: str, implementation: str, why_not: dict[str, str | None]) -> st
             'kernels do not say over which axes their results vary, or implementation="xla"'
         )
     return name
+
+
+def choose_select(
+    call: str,
+    problem: Problem,
+    implementation: str,
+    tiles: xla.Tiles | None,
+    *,
+    return_scores: bool,
+    return_blocks: bool,
+) -> str:
+    """`choose` for a selection; checks what is no array before, and that `tiles` go with "xla"."""
+    check_options(call, problem.method, return_scores, return_blocks, tiles)
+    name = choose(call, implementation, reasons(Device.default(), problem))
+    if tiles is not None and name != "xla":
+        raise ValueError(f'{call}: tiles={tiles} with implementation="{name}", wanted implementation="xla"')
+    return name
+
+
+def default_tiles() -> xla.Tiles:
+    """Of the default device."""
+    return xla.Tiles.heuristic(Device.default().platform)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

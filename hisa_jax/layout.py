@@ -1,12 +1,21 @@
-"""Index keys, and how the stages read those of one sequence: from contiguous rows, or from pages."""
+"""Where queries and keys lie: the records that every implementation reads.
 
+Call        the queries and keys of R sequences: a batch, packed one after the other, or in the pages of a cache
+Keys        index keys and their scales, row by row
+Sequence    the keys of one sequence, for the stages: `Contiguous` rows, or `Paged`
+IndexCache  pages of keys, and what each page knows of itself
+"""
+
+import dataclasses
 from typing import NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
-from jax.typing import DTypeLike
 
-_E4M3_MAX = 448.0
+from hisa_jax import checks
+from hisa_jax.xla.means import mean, tree_sum
 
 # Widths of key tiles are multiples of this one. XLA's CPU matmul gives a product the same bits at every such width,
 # which is what makes chunked prefill, decode and the flat indexer agree bit for bit.
@@ -33,12 +42,20 @@ class Keys(NamedTuple):
         return Keys(lax.dynamic_slice_in_dim(self.values, first, size), scales)
 
     def padded(self, size: int) -> "Keys":
-        """At least `size` keys, zeros behind the real ones."""
+        """At least `size` keys, zeros after the real ones."""
         missing = max(size - self.values.shape[0], 0)
         if not missing:
             return self
         scales = None if self.scales is None else jnp.pad(self.scales, (0, missing))
         return Keys(jnp.pad(self.values, ((0, missing), (0, 0))), scales)
+
+    def dequantised(self, present: Array) -> Array:
+        """[..., s, D] float32, zeros where no key is present, as `present` [..., s] bool says."""
+        values = self.values.astype(jnp.float32)
+        if self.scales is not None:
+            values = values * self.scales[..., None]
+        # A select, not a product with 0: absent rows may hold NaN.
+        return jnp.where(present[..., None], values, 0)
 
 
 class Sequence(Protocol):
@@ -134,55 +151,215 @@ class PagedMeans(NamedTuple):
         return self.rows(positions), positions
 
 
-def present_values(keys: Keys, present: Array) -> Array:
-    """Keys of [..., s, D] and [..., s] bool -> [..., s, D] float32, dequantised, zeros where no key is present."""
-    values = keys.values.astype(jnp.float32)
-    if keys.scales is not None:
-        values = values * keys.scales[..., None]
-    # A select, not a product with 0: absent rows may hold NaN.
-    return jnp.where(present[..., None], values, 0)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexCache:
+    """Pages of index keys.
 
-
-def tree_sum(values: Array) -> Array:
-    """[..., n, D] -> [..., D]: sums by pairs of neighbours, of pairs, and so on.
-
-    Whoever sums aligned runs of 2**j neighbours first and then those sums gets the same bits: pages and blocks agree.
+    Attributes:
+        keys: [n_pages, page_size, D], bfloat16, float32, float8_e4m3fn or int8.
+        scales: [n_pages, page_size] float32, one a token; None where every scale is 1.
+        sums: [n_pages, D] float32, sum of the dequantised keys of the tokens in each page.
+        counts: [n_pages] int32, of how many tokens.
+        places: [n_pages] int32, which page of its sequence each is, from 0; the same for all that share it. -1: none.
+        means: [n_pages, parts, D], the mean of each page in numbers of the keys' dtype that add up to it, for kernels
+            whose blocks are pages: one bfloat16, or two e4m3; None for other dtypes, which they do not take.
+        mean_scales: [n_pages] float32, of the two e4m3; else None.
+        latents: [n_pages, page_size, Dk], the keys of `sparse_mla` of the same tokens; None if kept elsewhere.
     """
-    n = values.shape[-2]
-    size = 1 << max(n - 1, 0).bit_length()
-    values = jnp.pad(values, ((0, 0),) * (values.ndim - 2) + ((0, size - n), (0, 0)))
-    while values.shape[-2] > 1:
-        # Additions, not reductions: XLA makes one of reductions of reductions, in its own order.
-        values = values[..., 0::2, :] + values[..., 1::2, :]
-    return values[..., 0, :]
+
+    keys: Array
+    scales: Array | None
+    sums: Array
+    counts: Array
+    places: Array
+    means: Array | None
+    mean_scales: Array | None
+    latents: Array | None
+
+    @property
+    def n_pages(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.keys.shape[1]
 
 
-def mean(total: Array, counts: Array) -> Array:
-    """[..., D] float32, [...] int32 -> [..., D]; zeros for no token."""
-    return total / jnp.maximum(counts, 1).astype(jnp.float32)[..., None]
+class Queries(NamedTuple):
+    """Queries in rows, of one sequence or of several.
 
-
-def mean_parts(means: Array, dtype: DTypeLike) -> tuple[Array, Array | None] | None:
-    """[..., D] float32 means in the numbers that the kernels' block filter multiplies for keys of a dtype, or None.
-
-    Returns: [..., parts, D], each part holding what those before left, and of two e4m3 parts the scale [...] float32.
-        The same bits as the `pool` stage of the GPU kernels (triton/pool_body.py) makes: the scale is a power of two,
-        and the rounding to e4m3 is spelled out, so that nothing is left to a compiler.
+    Attributes: `q` [t, H, D]; `w` [t, H] float32; `visible` [t] int32, how many keys of its sequence each one sees.
     """
-    if jnp.dtype(dtype) == jnp.bfloat16:
-        return means[..., None, :].astype(dtype), None
-    if jnp.dtype(dtype) != jnp.float8_e4m3fn:
-        return None
-    magnitude = jnp.where(jnp.isnan(means), 0.0, jnp.abs(means))
-    largest = jnp.maximum(jnp.max(magnitude, axis=-1, initial=0.0), 1e-30)
-    # The least power of two that brings 1.75 * 2**e, of whose form 448 is, into range.
-    exponent = ((lax.bitcast_convert_type(largest, jnp.int32) + 0x1FFFFF) >> 23) - 8
-    scale, inverse = (lax.bitcast_convert_type(x << 23, jnp.float32) for x in (exponent, 254 - exponent))
-    rest = jnp.clip(means * inverse[..., None], -_E4M3_MAX, _E4M3_MAX)
-    parts = []
-    for _ in range(2):
-        bits = lax.bitcast_convert_type(rest, jnp.int32)
-        rounded = lax.bitcast_convert_type((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000, jnp.float32)
-        parts.append(jnp.where(jnp.isnan(rest), rest, rounded).astype(dtype))
-        rest = rest - parts[-1].astype(jnp.float32)
-    return jnp.stack(parts, axis=-2), scale
+
+    q: Array
+    w: Array
+    visible: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """The queries and keys of R sequences, as the caller has them: a batch, packed, or keys in pages.
+
+    `queries`, `keys`, `query_starts` and `key_starts` say the same of all three forms: rows of R sequences.
+
+    Attributes:
+        q: [B, T, H, D], or [T, H, D] for packed queries, one sequence's after the other's.
+        w: [B, T, H] or [T, H] float32 head weights.
+        visible: [B, T] or [T] int32, how many tokens of its sequence a query sees; 0 for padding.
+        k: Keys of [B, S, D], or packed [N, D]; None for keys in pages.
+        lengths: [R] int32, tokens present in each sequence; None for keys in pages: `visible` tells.
+        query_offsets: [R + 1] int32, ascending, first query of each sequence, and the end; None for a batch.
+        key_offsets: [R + 1] int32, the same of packed keys; else None.
+        table: [R, P] int32, pages of each sequence in order, for keys in pages; else None.
+        cache: those pages; else None.
+    """
+
+    q: Array
+    w: Array
+    visible: Array
+    k: Keys | None = None
+    lengths: Array | None = None
+    query_offsets: Array | None = None
+    key_offsets: Array | None = None
+    table: Array | None = None
+    cache: IndexCache | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The leading axes of results: (B, T), or (T,)."""
+        return self.visible.shape
+
+    @property
+    def n_sequences(self) -> int:
+        return self.shape[0] if self.query_offsets is None else self.query_offsets.shape[0] - 1
+
+    @property
+    def max_keys(self) -> int:
+        """Static bound on the keys of a sequence."""
+        if self.k is not None:
+            return self.k.values.shape[-2]
+        assert self.table is not None and self.cache is not None
+        return self.table.shape[1] * self.cache.page_size
+
+    @property
+    def queries(self) -> Queries:
+        """All queries in rows."""
+        H, D = self.q.shape[-2:]
+        return Queries(self.q.reshape(-1, H, D), self.w.reshape(-1, H), self.visible.reshape(-1))
+
+    @property
+    def keys(self) -> Keys:
+        """All keys in rows: of all sequences, or of all pages."""
+        if self.k is None:
+            assert self.cache is not None
+            values, scales = self.cache.keys, self.cache.scales
+        else:
+            values, scales = self.k
+        return Keys(values.reshape(-1, values.shape[-1]), None if scales is None else scales.reshape(-1))
+
+    @property
+    def query_starts(self) -> Array | np.ndarray:
+        """[R + 1] int32: `query_offsets`; of a batch in NumPy, so that it costs no operation to find its rows."""
+        if self.query_offsets is not None:
+            return self.query_offsets
+        B, T = self.shape
+        return np.arange(B + 1, dtype=np.int32) * np.int32(T)
+
+    @property
+    def key_starts(self) -> Array | np.ndarray:
+        """[R] int32: the row of each sequence's first key, where keys are not in pages; of a batch in NumPy."""
+        if self.key_offsets is not None:
+            return self.key_offsets[:-1]
+        return np.arange(self.n_sequences, dtype=np.int32) * np.int32(self.max_keys)
+
+    def sequence(self, r: Array) -> "Sequence":
+        """The keys of sequence r."""
+        if self.table is not None and self.cache is not None:
+            return Paged(self.keys, self.table[r], self.cache.page_size)
+        return Contiguous(self.keys, jnp.asarray(self.key_starts)[r], self.max_keys)
+
+    def unflatten[Tree](self, results: Tree) -> Tree:
+        """Leaves with a row a query -> leaves of [*shape, ...]."""
+        return jax.tree.map(lambda leaf: leaf.reshape(*self.shape, *leaf.shape[1:]), results)
+
+
+def sequence_of_rows(offsets: Array, T: int) -> tuple[Array, Array]:
+    """[R + 1] ascending offsets -> [T] int32, the sequence of each row, 0 to R - 1; [T] bool, whether it has one."""
+    R = offsets.shape[0] - 1
+    # By comparing, since a binary search is a loop of tiny kernels on a GPU.
+    r = jnp.searchsorted(offsets, jnp.arange(T, dtype=jnp.int32), side="right", method="compare_all")
+    r = r.astype(jnp.int32) - 1
+    return jnp.clip(r, 0, R - 1), (r >= 0) & (r < R)
+
+
+def ascending(offsets: Array, end: int) -> Array:
+    """[R + 1] int32 of any values -> ascending within 0 .. end: bad offsets make sequences empty, nothing more."""
+    return lax.cummax(jnp.clip(offsets, 0, end))
+
+
+def last_visible(offsets: Array, lengths: Array, T: int) -> Array:
+    """[T] int32: tokens that each query sees if sequences have `lengths` [R] and their queries are the last of them."""
+    r, is_real = sequence_of_rows(offsets, T)
+    positions = jnp.where(is_real, lengths[r] - (offsets[r + 1] - jnp.arange(T, dtype=jnp.int32)), -1)
+    return visible_tokens(positions, lengths[r])
+
+
+def visible_tokens(positions: Array, lengths: Array) -> Array:
+    """How many tokens each query sees: min(position + 1, length), 0 for padding, without overflow."""
+    return jnp.maximum(jnp.minimum(positions, lengths - 1) + 1, 0)
+
+
+def has_all_pages(cache: IndexCache, block_tables: Array, lengths: Array) -> Array:
+    """[R] bool: whether every token of a request has a page that was written for this place of a sequence."""
+    P = block_tables.shape[1]
+    holds = holds_tokens(cache, block_tables, jnp.arange(P, dtype=jnp.int32), lengths)
+    return holds & (lengths <= P * cache.page_size)
+
+
+def holds_tokens(cache: IndexCache, pages: Array, page_indices: Array, lengths: Array) -> Array:
+    """[R, P], [P], [R] -> [R] bool: whether pages hold the tokens that belong to these page indices of requests."""
+    n_needed = jnp.clip(lengths[:, None] - page_indices[None, :] * cache.page_size, 0, cache.page_size)
+    is_page = (pages >= 0) & (pages < cache.n_pages)
+    page = jnp.where(is_page, pages, 0)
+    holds = is_page & (cache.places[page] == page_indices[None, :]) & (cache.counts[page] >= n_needed)
+    return jnp.all(holds | (n_needed == 0), axis=1)
+
+
+def check_cache(call: str, cache: IndexCache) -> None:
+    """Raises unless `cache` is one whose parts fit each other, as `init_cache` makes it."""
+    checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
+    checks.dtype(call, "cache.keys", cache.keys, checks.KEY_DTYPES)
+    checks.shape(call, "cache.keys", cache.keys, ("n_pages", "page_size", "D"))
+    (n, size, D), dtype = cache.keys.shape, cache.keys.dtype.name
+    parts: dict[str, tuple[str, tuple[int | str, ...]]] = {
+        "sums": ("float32", (n, D)),
+        "counts": ("int32", (n,)),
+        "places": ("int32", (n,)),
+        "scales": ("float32", (n, size)),
+        "means": (dtype, (n, "parts", D)),
+        "mean_scales": ("float32", (n,)),
+    }
+    for name, (wanted, shape) in parts.items():
+        part = getattr(cache, name)
+        if part is not None or name in ("sums", "counts", "places"):
+            checks.dtype(call, f"cache.{name}", part, (wanted,))
+            checks.shape(call, f"cache.{name}", part, shape, f"of {n} pages of {size} tokens, as cache.keys has them")
+    if cache.latents is not None:
+        checks.dtype(call, "cache.latents", cache.latents, ("bfloat16", "float32"))
+        checks.shape(call, "cache.latents", cache.latents, (n, size, "Dk"), "pages as cache.keys has them")
+
+
+def check_table(call: str, cache: IndexCache, block_tables: Array, lengths: Array) -> int:
+    """Raises unless a cache's tables [R, P] and [R] int32 fit each other; returns R."""
+    check_cache(call, cache)
+    checks.int32(call, "block_tables", block_tables, ("R", "P"))
+    R, P = block_tables.shape
+    checks.int32(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")
+    checks.value(
+        (lengths >= 0) & (lengths <= P * cache.page_size),
+        f"{call}: lengths is {{lengths}}, wanted 0 to {P * cache.page_size}, the tokens that {P} pages hold",
+        lengths=lengths,
+    )
+    return R

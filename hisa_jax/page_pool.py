@@ -25,7 +25,7 @@ class PagePool:
         n_pages: pages of the cache.
         page_size: tokens of a page.
         n_devices: over how many devices they are split, equally and in order.
-        stripe: tokens in a row that one device has, as in `select_paged_sharded`, whole pages; None: a page.
+        stripe: tokens in a row that one device has, as in `select_paged`, whole pages; None: a page.
 
     Raises, as do its methods: TypeError: a number that is not an int. ValueError: pages that are not split equally, a
         stripe that is not whole pages; a request that is not there, a number out of range.

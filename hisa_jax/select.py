@@ -1,15 +1,20 @@
-"""Selection for batches, and what can run it."""
+"""Selection for batches, on one device or on a mesh, and for packed batches; what can run it."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
-from hisa_jax import checks, dispatch, prepare
-from hisa_jax.check_select import check_batch, check_question
-from hisa_jax.methods import Method
+from hisa_jax import checks, dispatch
+from hisa_jax.check_select import check_batch, check_packed, check_question
+from hisa_jax.layout import Call, ascending, last_visible, visible_tokens
+from hisa_jax.methods import Dsa, Method
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.selection import Selection, nothing
+from hisa_jax.sharded import meshes, varying
+from hisa_jax.sharded.select import select_batch
 from hisa_jax.xla import select as xla
 
 
@@ -21,6 +26,9 @@ def select(
     *,
     query_positions: Array | None = None,
     lengths: Array | None = None,
+    mesh: Mesh | None = None,
+    context_axis: str | None = None,
+    data_axis: str | None = None,
     implementation: str = "auto",
     return_scores: bool = False,
     return_blocks: bool = False,
@@ -32,46 +40,111 @@ def select(
         q: [B, T, H, D] index queries, bfloat16, float32, float8_e4m3fn or int8.
         k: [B, S, D] index keys, of the same dtypes, or `QuantizedKeys` of that shape.
         w: [B, T, H] float32 head weights of any sign, every scale factor already in them.
-        method: `Hisa`, `Dsa` or `BlockSparse`; static under jit.
+        method: `Dsa`, `Scan`, `Hisa` or `BlockSparse`; static under jit.
         query_positions: [B, T] int32, position of each query in its sequence; -1 marks padding, which selects nothing.
             Default: the queries are the last T of the `lengths` tokens.
-        lengths: [B] int32, tokens present in each sequence; the keys behind them are never read into a result.
+        lengths: [B] int32, tokens present in each sequence; the keys after them are never read into a result.
             Default: S.
+        mesh: run it on these devices, with the keys of each sequence split over them; None: on one. Then S is a
+            multiple of the devices of `context_axis` times the block size, and implementation "xla" or "mosaic_tpu".
+        context_axis: the mesh axis that splits S, in order.
+        data_axis: the mesh axis that splits B; None: the whole batch on every device.
         implementation: one that `implementations` lists, or "auto": the first of them that can run here.
         return_scores: also return each chosen token's score.
         return_blocks: also return the blocks that were kept, for analysis. Not for `Dsa`.
         tiles: sizes that trade memory for speed; for implementation "xla" only.
 
     Returns: `Selection`: `indices` [B, T, topk] int32, ascending, then -1; `count` [B, T] int32, how many are real.
-        It carries no gradient.
+        It carries no gradient. With a mesh it is that of one device, by "xla" bit for bit, the same on all devices of
+        `context_axis`.
     Raises:
         TypeError: a dtype not listed above; a method that is none.
-        ValueError: shapes that do not fit; an implementation that cannot run here.
+        ValueError: shapes that do not fit; an implementation that cannot run here; a mesh without the axes, or
+            whose axes do not split the shapes.
     Source: HISA, arXiv 2603.28458; the score is that of DeepSeek-V3.2's indexer.
     Example:
         >>> q, k, w = jnp.ones((1, 16, 4, 32)), jnp.ones((1, 1024, 32)), jnp.ones((1, 16, 4))
         >>> hj.select(q, k, w, hj.Hisa(topk=128, block_size=64, block_topk=4)).indices.shape
         (1, 16, 128)
+        >>> mesh = jax.make_mesh((1,), ("context",))
+        >>> hj.select(q, k, w, hj.Dsa(topk=128), mesh=mesh, context_axis="context").indices.shape
+        (1, 16, 128)
     """
     call = "select"
-    checks.unsplit(call, q=q, k=k, w=w, query_positions=query_positions, lengths=lengths)
+    meshes.check_is_wanted(call, mesh, context_axis=context_axis, data_axis=data_axis)
+    if mesh is None:
+        checks.unsplit(call, q=q, k=k, w=w, query_positions=query_positions, lengths=lengths)
     keys = check_batch(call, q, k, w, query_positions, lengths)
     (B, T, _, _), S = q.shape, keys.values.shape[1]
     options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
-    name = prepare.choose(call, prepare.problem_of(q, keys, method), implementation, tiles, **options)
+    problem = dispatch.Problem.of(q, keys, method, is_split=mesh is not None)
+    name = dispatch.choose_select(call, problem, implementation, tiles, **options)
+    run = dispatch.IMPLEMENTATIONS[name].select
+    if mesh is not None:
+        unit = 1 if isinstance(method, Dsa) else method.block_size
+        axes = meshes.check_batch(call, mesh, context_axis, data_axis, "k's S", S, B, unit)
+        run = functools.partial(select_batch, name, axes)
 
     lengths = jnp.full((B,), S, jnp.int32) if lengths is None else jnp.clip(lengths, 0, S)
     if query_positions is None:
         query_positions = lengths[:, None] - T + jnp.arange(T, dtype=jnp.int32)[None, :]
-    visible = prepare.visible_tokens(query_positions, lengths[:, None])
+    visible = visible_tokens(query_positions, lengths[:, None])
     if 0 in (B, T, S):
         return nothing((B, T), method, return_scores, return_blocks)
-    return dispatch.IMPLEMENTATIONS[name].select(
-        *prepare.constants(q, keys, w, visible, lengths),
-        method,
-        tiles or prepare.default_tiles(),
-        **options,
-    )
+    batch = varying.constants(Call(q=q, w=w, visible=visible, k=keys, lengths=lengths))
+    return run(batch, method, tiles or dispatch.default_tiles(), **options)
+
+
+def select_packed(
+    q: Array,
+    k: Array | QuantizedKeys,
+    w: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    method: Method,
+    *,
+    implementation: str = "auto",
+    return_scores: bool = False,
+    return_blocks: bool = False,
+    tiles: xla.Tiles | None = None,
+) -> Selection:
+    """Chooses tokens for a packed batch of R sequences of any lengths.
+
+    Sequence r has the queries cu_seqlens_q[r] .. cu_seqlens_q[r + 1] - 1 and the keys cu_seqlens_k[r] ..
+    cu_seqlens_k[r + 1] - 1; its queries are the last of its tokens. Blocks start with the sequence, and `indices` count
+    from its start. Rows of q after the last sequence are padding and select nothing.
+
+    Args:
+        q: [T, H, D] index queries of all sequences.
+        k: [N, D] index keys of all sequences, or `QuantizedKeys` of that shape.
+        w: [T, H] float32.
+        cu_seqlens_q: [R + 1] int32, from 0, ascending.
+        cu_seqlens_k: [R + 1] int32, from 0, ascending.
+        method, implementation, return_scores, return_blocks, tiles: as for `select`.
+
+    Returns: `Selection` of [T] queries.
+    Raises: as `select`.
+    Example:
+        >>> q, k, w = jnp.ones((24, 4, 32)), jnp.ones((1024, 32)), jnp.ones((24, 4))
+        >>> cu_q, cu_k = jnp.array([0, 8, 24]), jnp.array([0, 100, 1024])
+        >>> hj.select_packed(q, k, w, cu_q, cu_k, hj.Dsa(topk=128)).count[:2].tolist()
+        [93, 94]
+    """
+    call = "select_packed"
+    checks.unsplit(call, q=q, k=k, w=w, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    keys = check_packed(call, q, k, w, cu_seqlens_q, cu_seqlens_k)
+    T, N = q.shape[0], keys.values.shape[0]
+    options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
+    name = dispatch.choose_select(call, dispatch.Problem.of(q, keys, method), implementation, tiles, **options)
+    if cu_seqlens_q.shape[0] == 1 or 0 in (T, N):
+        return nothing((T,), method, return_scores, return_blocks)
+
+    query_offsets, key_offsets = ascending(cu_seqlens_q, T), ascending(cu_seqlens_k, N)
+    lengths = jnp.diff(key_offsets)
+    visible = last_visible(query_offsets, lengths, T)
+    offsets: Any = dict(query_offsets=query_offsets, key_offsets=key_offsets)
+    packed = varying.constants(Call(q=q, w=w, visible=visible, k=keys, lengths=lengths, **offsets))
+    return dispatch.IMPLEMENTATIONS[name].select(packed, method, tiles or dispatch.default_tiles(), **options)
 
 
 def implementations(
@@ -97,4 +170,4 @@ def implementations(
             raise ValueError(f"implementations: {missing} is None, wanted all of q, k and method, or none of them")
         return dispatch.reasons(device, None)
     keys = check_question("implementations", q, k, method)
-    return dispatch.reasons(device, prepare.problem_of(q, keys, method))
+    return dispatch.reasons(device, dispatch.Problem.of(q, keys, method))

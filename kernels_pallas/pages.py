@@ -4,10 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from hisa_jax.kernels_pallas.sequences import FlatCall, Sequences
+from hisa_jax.layout import IndexCache
 
 _MAX_ROWS = 2**31 - 1
 # A request's blocks begin at a multiple of this: tiled copies of their means need 8, tiles of them 16.
@@ -77,13 +76,11 @@ class PageMeans:
     rows: Pages
 
 
-def means_of(
-    pages: Pages, block_size: int, sums: Array, counts: Array, means: Array, scales: Array | None
-) -> PageSums | PageMeans:
+def means_of(pages: Pages, block_size: int, cache: IndexCache) -> PageSums | PageMeans:
     """Where block means come from, given what each page of a cache keeps."""
-    if block_size == pages.size:
-        return PageMeans(means=means, scales=scales, rows=dataclasses.replace(pages, size=1))
-    return PageSums(sums=sums, counts=counts, pages=pages, per_block=block_size // pages.size)
+    if block_size == pages.size and cache.means is not None:
+        return PageMeans(means=cache.means, scales=cache.mean_scales, rows=dataclasses.replace(pages, size=1))
+    return PageSums(sums=cache.sums, counts=cache.counts, pages=pages, per_block=block_size // pages.size)
 
 
 def why_not(R: int, S: int, block_size: int) -> str | None:
@@ -95,40 +92,3 @@ def why_not(R: int, S: int, block_size: int) -> str | None:
     unit = TILED_BLOCKS * block_size
     rows = -(-S // unit) * unit
     return None if R * rows <= _MAX_ROWS else f"needs tables of at most {_MAX_ROWS} tokens, not {R} of {rows}"
-
-
-def flatten_paged(
-    q: Array,
-    k: Array,
-    k_scale: Array | None,
-    w: Array,
-    visible: Array,
-    block_tables: Array,
-    cu_seqlens_q: Array,
-    block_size: int | None = None,
-) -> tuple[FlatCall, Pages]:
-    """[T, H, D], [n_pages, page_size, D], [n_pages, page_size], [T, H], [T], [R, P], [R + 1]: nothing is copied.
-
-    The call's keys are the rows of all pages; its sequences speak of rows of the requests, which the pages map to them.
-    """
-    (R, P), (n_pages, size, D) = block_tables.shape, k.shape
-    if reason := why_not(R, P * size, block_size or size):
-        raise ValueError(f"block_tables is [{R}, {P}] with pages of {size}: {reason}")
-    unit = TILED_BLOCKS * (block_size or size) // size
-    block_tables = jnp.pad(block_tables, ((0, 0), (0, -P % unit)))
-    rows = block_tables.shape[1] * size
-    call = FlatCall(
-        q=q,
-        k=k.reshape(n_pages * size, D),
-        k_scale=None if k_scale is None else k_scale.reshape(n_pages * size),
-        w=w,
-        visible=visible,
-        sequences=Sequences(
-            query_starts=cu_seqlens_q,
-            key_starts=np.arange(R, dtype=np.int32) * rows,
-            lengths=np.full((R,), P * size, np.int32),
-            max_keys=P * size,
-        ),
-        shape=q.shape[:1],
-    )
-    return call, Pages(table=block_tables.reshape(-1), size=size, n_pages=n_pages)

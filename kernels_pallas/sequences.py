@@ -1,17 +1,14 @@
-"""Where the rows of a batch lie in the flat arrays that kernels take: [T, H, D] queries, [S, D] keys.
+"""Where each sequence has its rows in the flat arrays that kernels take: [T, H, D] queries, [S, D] keys.
 
-Batches and packed batches are one thing to the kernels: R sequences, each with its rows of queries and its rows of
-keys. What is known when tracing stays in NumPy, so that a batch costs no kernel to find its rows.
+What is known when tracing stays in NumPy, so that a batch costs no kernel to find its rows.
 """
 
 import dataclasses
-from collections.abc import Callable
 from types import ModuleType
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 Rows = Array | np.ndarray
 
@@ -21,7 +18,7 @@ class Sequences:
     """R sequences in flat arrays.
 
     Attributes:
-        query_starts: [R + 1] int32, ascending, first row of each sequence's queries; rows behind the last are nobody's.
+        query_starts: [R + 1] int32, ascending, first row of each sequence's queries; rows after the last are padding.
         key_starts: [R] int32, ascending, row of each sequence's first key.
         lengths: [R] int32, tokens present in each sequence.
         max_keys: static bound on the rows of keys of one sequence.
@@ -102,48 +99,6 @@ class Sequences:
         return jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, n, xp.asarray(self.key_starts)[r], most)], axis=1)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FlatCall:
-    """The operands of one call in flat arrays: `q` [T, H, D], `k` [S, D], `k_scale` [S] or None, `w` [T, H],
-    `visible` [T] int32, and what to give the results' rows, `shape`, in place of [T]."""
-
-    q: Array
-    k: Array
-    k_scale: Array | None
-    w: Array
-    visible: Array
-    sequences: Sequences
-    shape: tuple[int, ...]
-
-    def map_queries(self, f: "Callable[[FlatCall], tuple[Array, ...]]", size: int) -> tuple[Array, ...]:
-        """f over `size` queries at a time, which bounds the memory of what f makes of a query."""
-        T = self.q.shape[0]
-        if size >= T:
-            return f(self)
-        n = -(-T // size)
-
-        def threshold(x: Array) -> Array:
-            return jnp.pad(x, ((0, n * size - T),) + ((0, 0),) * (x.ndim - 1)).reshape(n, size, *x.shape[1:])
-
-        def one(rows: tuple[Array, ...]) -> tuple[Array, ...]:
-            first, q, w, visible = rows
-            sequences = Sequences(
-                query_starts=jnp.clip(jnp.asarray(self.sequences.query_starts) - first, 0, size),
-                key_starts=jnp.asarray(self.sequences.key_starts),
-                lengths=jnp.asarray(self.sequences.lengths),
-                max_keys=self.sequences.max_keys,
-            )
-            return f(dataclasses.replace(self, q=q, w=w, visible=visible, sequences=sequences))
-
-        firsts = jnp.arange(n, dtype=jnp.int32) * size
-        out = lax.map(one, (firsts, threshold(self.q), threshold(self.w), threshold(self.visible)))
-        return jax.tree.map(lambda x: x.reshape(n * size, *x.shape[2:])[:T], out)
-
-    def unflatten(self, *results: Array) -> tuple[Array, ...]:
-        """[T, ...] each -> [B, T, ...] for a batch."""
-        return tuple(x.reshape(*self.shape, *x.shape[1:]) for x in results)
-
-
 def _count_up_to(ascending: Rows, x: Rows) -> Rows:
     """[R], [n] -> [n] int32: how many are not above x."""
     if isinstance(ascending, np.ndarray) and isinstance(x, np.ndarray):
@@ -158,56 +113,3 @@ def whole_blocks(k: Array, k_scale: Array | None, block_size: int) -> tuple[Arra
         k = jnp.pad(k, ((0, 0), (0, missing), (0, 0)))
         k_scale = None if k_scale is None else jnp.pad(k_scale, ((0, 0), (0, missing)))
     return k, k_scale
-
-
-def flatten_batch(
-    q: Array, k: Array, k_scale: Array | None, w: Array, visible: Array, lengths: Array | None, align: int
-) -> FlatCall:
-    """[B, T, H, D], [B, S, D], [B, S], [B, T, H], [B, T], [B] or None (all S): keys padded to `align` rows each."""
-    (B, T, H, D), S = q.shape, k.shape[1]
-    k, k_scale = whole_blocks(k, k_scale, align)
-    rows = k.shape[1]
-    return FlatCall(
-        q=q.reshape(B * T, H, D),
-        k=k.reshape(B * rows, D),
-        k_scale=None if k_scale is None else k_scale.reshape(B * rows),
-        w=w.reshape(B * T, H),
-        visible=visible.reshape(B * T),
-        sequences=Sequences(
-            query_starts=np.arange(B + 1, dtype=np.int32) * T,
-            key_starts=np.arange(B, dtype=np.int32) * rows,
-            lengths=np.full((B,), S, np.int32) if lengths is None else lengths,
-            max_keys=S,
-        ),
-        shape=(B, T),
-    )
-
-
-def flatten_packed(
-    q: Array,
-    k: Array,
-    k_scale: Array | None,
-    w: Array,
-    visible: Array,
-    cu_seqlens_q: Array,
-    cu_seqlens_k: Array,
-    align: int,
-) -> FlatCall:
-    """[T, H, D], [N, D], [N], [T, H], [T], [R + 1], [R + 1]: keys moved so that sequences begin at `align` rows.
-
-    One copy of the keys, N rows and up to `align` more a sequence; nothing is padded to the longest sequence.
-    """
-    N = k.shape[0]
-    packed = Sequences(
-        query_starts=cu_seqlens_q, key_starts=cu_seqlens_k[:-1], lengths=jnp.diff(cu_seqlens_k), max_keys=N
-    )
-    rows, sequences = packed.aligned(N, align)
-    return FlatCall(
-        q=q,
-        k=k[rows],
-        k_scale=None if k_scale is None else k_scale[rows],
-        w=w,
-        visible=visible,
-        sequences=sequences,
-        shape=q.shape[:1],
-    )

@@ -1,16 +1,19 @@
 """DeepSeek-V3.2, GLM-5 and GLM-5.2 in Flax NNX, with the indexer of their sparse attention as an argument."""
 
-from hisa_jax.models.cache import Cache
-from hisa_jax.models.checkpoint import restore, save
-from hisa_jax.models.config import Config, Yarn, config_from_keys, read_config
-from hisa_jax.models.engine import Engine
-from hisa_jax.models.generate import Generation, generate
-from hisa_jax.models.modeling import Model, Output
-from hisa_jax.models.params import from_config, from_pretrained
-from hisa_jax.models.plan import Plan
-from hisa_jax.models.published import dsv32, glm5, glm52
-from hisa_jax.models.safetensors_io import CheckpointError
-from hisa_jax.models.sharding import make_mesh
+from hisa_jax.checks import optional_packages
+
+with optional_packages():
+    from hisa_jax.models.cache import Cache
+    from hisa_jax.models.checkpoint import restore, save
+    from hisa_jax.models.config import Config, Yarn, config_from_keys, read_config
+    from hisa_jax.models.engine import Engine
+    from hisa_jax.models.generate import Generation, generate
+    from hisa_jax.models.modeling import Model, Output
+    from hisa_jax.models.params import from_config, from_pretrained
+    from hisa_jax.models.plan import Plan
+    from hisa_jax.models.published import dsv32, glm5, glm52
+    from hisa_jax.models.safetensors_io import CheckpointError
+    from hisa_jax.models.sharding import make_mesh
 
 __all__ = [
     "Cache",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from hisa_jax.checks import optional_packages
 from hisa_jax.models.check import command as check
 from hisa_jax.models.config import Config, read_config
 from hisa_jax.models.generate import Generation, generate
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        with optional_packages():
+            options.run(options)
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

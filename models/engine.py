@@ -1,9 +1,10 @@
 """Continuous batching: requests come and go, prompts in chunks, then a token or a few a step, in two compiled programs.
 
-All requests share the pages of one cache. One whose prompt begins as another's tokens did, of a running request or of a
-finished one whose pages are still there, forks it and computes only the rest: `models.scheduler` says who runs and on
-which pages. Decoding is greedy; with a draft a step verifies several proposed tokens at once and truncates those that
-the model would not have chosen, so the tokens are the same as without. Whatever fails, a step is done or it is not.
+All requests share the pages of one cache. A prompt that begins like the tokens of another request, which runs or whose
+pages are still there, forks that request and computes only the rest. `models.scheduler` says which requests run and on
+which pages; here are the compiled programs. Decoding is greedy; with a draft a step verifies several proposed tokens at
+once and truncates those that the model would not have chosen, so the tokens are the same as without. Whatever fails, a
+step is done or it is not.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from hisa_jax.models.drafts import Draft, lookup, propose
 from hisa_jax.models.generate import likeliest, phase_graphs
 from hisa_jax.models.modeling import Model, Output
 from hisa_jax.models.plan import Phase
-from hisa_jax.models.scheduler import Request, Saved, Scheduler, Sharing
+from hisa_jax.models.scheduler import Batch, Request, Saved, Scheduler
 from hisa_jax.page_pool import PagePool
 
 __all__ = ["Draft", "Engine", "Report", "Step", "Traced", "lookup"]
@@ -70,14 +71,15 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `Engine.step` did. It is the caller's: what becomes of it does not touch the engine.
+    """What `Engine.step` did. The caller may change it without effect on the engine.
 
     Attributes:
-        forks: (new request, its donor, tokens shared) of those let in that share a prefix.
+        forks: (new request, its donor, tokens shared) of those admitted that share a prefix.
         steps: forward passes, none to two.
         finished: new tokens by request.
         failed: requests that ended without, and why.
-        draft_errors: requests whose draft raised or proposed what is no token, and what. They go on without proposals.
+        draft_errors: requests whose draft raised or proposed something that is no token, and what that was. They go
+            on without proposals.
     """
 
     forks: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
@@ -99,7 +101,7 @@ class Engine:
         prefill_rows: prompts that are read at a time.
         draft: proposes tokens to verify; None decodes one by one.
         n_draft: proposals a request and step.
-        max_overtakes: how many requests may be let in before one that came earlier and waits for pages; 0: none.
+        max_overtakes: how many requests may be admitted before one that came earlier and waits for pages; 0: none.
         trace: whether steps say what was selected from what.
 
     Raises: ValueError: sizes that are none, a draft without `n_draft` or the reverse, a model on a mesh, more tokens
@@ -111,12 +113,13 @@ class Engine:
         prefill_rows: int = 2, draft: Draft | None = None, n_draft: int = 0, max_overtakes: int = 16,
         trace: bool = False,
     ) -> None:  # fmt: skip
-        call = "Engine"
-        n_pages, self.rows = checks.whole(call, "n_pages", n_pages), checks.whole(call, "rows", rows)
-        self.max_length, self.chunk = checks.whole(call, "max_length", max_length), checks.whole(call, "chunk", chunk)
-        self.prefill_rows = checks.whole(call, "prefill_rows", prefill_rows)
-        max_overtakes = checks.whole(call, "max_overtakes", max_overtakes, 0)
-        self._draft, self._n_draft = draft, checks.whole(call, "n_draft", n_draft, 0)
+        sizes = dict(
+            n_pages=n_pages, max_length=max_length, rows=rows, prefill_rows=prefill_rows, chunk=chunk,
+            max_overtakes=max_overtakes,
+        )  # fmt: skip
+        for name, size in sizes.items():
+            sizes[name] = checks.whole("Engine", name, size, 0 if name == "max_overtakes" else 1)
+        self._draft, self._n_draft = draft, checks.whole("Engine", "n_draft", n_draft, 0)
         if (draft is None) != (n_draft == 0):
             raise ValueError(
                 f"Engine: n_draft={n_draft}, wanted {'0 without' if draft is None else '1 or more with'} a draft"
@@ -131,14 +134,9 @@ class Engine:
             )
         self.model, self.trace = model, trace
         self._graphs, self._state = phase_graphs(model), nnx.state(model)
-        graphs = self._graphs
-        sharing = Sharing.of(graphs["prefill"], graphs["last_prefill"], graphs["decode"], self.chunk)
-        self.scheduler = Scheduler(
-            n_pages=n_pages, page_size=model.page_size, rows=self.rows, max_overtakes=max_overtakes, sharing=sharing
-        )
-        self.max_pages = -(-self.max_length // model.page_size)
+        self.scheduler = Scheduler(**sizes, page_size=model.page_size, programs=self._graphs)
         self._pages: Pages | None = None
-        self._next_id, self._is_in_step = 0, False
+        self._is_in_step = False
         jax.block_until_ready(self.pages)  # more than there is memory for show here
 
     @property
@@ -173,19 +171,9 @@ class Engine:
         self._demand_no_step("submit")
         config = self.model.config
         tokens = checks.prompt("submit", "prompt", prompt, config.vocab_size)
-        end = len(tokens) + checks.whole("submit", "max_new_tokens", max_new_tokens)
+        n_new = checks.whole("submit", "max_new_tokens", max_new_tokens)
         stops = frozenset(checks.stop_ids("submit", stop_ids, config))
-        # One page more than its tokens fill: that of a copy.
-        needed, n_pages = -(-end // self.pool.page_size) + 1, self.pool.n_pages
-        if end > self.max_length or needed > n_pages:
-            sizes = f"{checks.shown(end)} tokens in {checks.shown(needed)} pages"
-            raise ValueError(
-                f"submit: prompt and max_new_tokens make {sizes}, wanted at most max_length={self.max_length} in "
-                f"{n_pages}"
-            )
-        id, self._next_id = self._next_id, self._next_id + 1
-        self.scheduler.waiting[id] = Request(id=id, tokens=tokens, n_prompt=len(tokens), end=end, stop_ids=stops)
-        return id
+        return self.scheduler.submit(tokens, n_new, stops)
 
     def cancel(self, id: int) -> bool:
         """Ends a request, whether it waits, is read or decodes. Its pages are free again, but those that others share.
@@ -195,19 +183,17 @@ class Engine:
         """
         self._demand_no_step("cancel")
         number = checks.whole("cancel", "id", id, 0)
-        if number >= self._next_id:
-            raise ValueError(
-                f"cancel: id={checks.shown(number)}, wanted one that submit gave: there were {self._next_id}"
-            )
+        if number >= (n := self.scheduler.n_submitted):
+            raise ValueError(f"cancel: id={checks.shown(number)}, wanted one that submit gave: there were {n}")
         return self.scheduler.drop(number)
 
     def release(self) -> None:
-        """Gives back the pages of finished requests, kept for others that begin alike."""
+        """Frees the pages of finished requests, which were kept for others that begin alike."""
         self._demand_no_step("release")
         self.scheduler.release()
 
     def step(self) -> Report:
-        """Lets requests in, reads a chunk of some prompts, then decodes one step of all that have read theirs.
+        """Admits requests, reads a chunk of some prompts, then decodes one step of all that have read theirs.
 
         Raises: whatever went wrong, out of memory or an interrupt for instance. The step was not done then: requests
             are as before it, and the next call does it again. If the pages were lost on the way, every running request
@@ -226,14 +212,13 @@ class Engine:
 
     def _do_step(self) -> Report:
         report = Report(forks=self.scheduler.admit())
-        if requests := self._unread():
-            report.steps.append(self._read(requests, report))
-        if requests := self._decoding():
+        if batch := self.scheduler.next_chunks():
+            report.steps.append(self._read(batch, report))
+        if requests := self.scheduler.decoding():
             report.steps.append(self._decode(requests, report))
-        for request in list(self.scheduler.running.values()):
-            if request.is_finished:
-                report.finished[request.id] = request.tokens[request.n_prompt :]
-                self.scheduler.finish(request)
+        for request in [request for request in self.scheduler.running.values() if request.is_finished]:
+            report.finished[request.id] = request.tokens[request.n_prompt :]
+            self.scheduler.finish(request)
         return report
 
     def _undo_step(self, saved: Saved, pages: Pages | None) -> None:
@@ -246,54 +231,30 @@ class Engine:
         if self._is_in_step:
             raise RuntimeError(f"{call}: called within a step, wanted after it")
 
-    def _unread(self) -> list[Request]:
-        """Those that read, as many as a batch takes."""
-        unread = [r for r in self.scheduler.running.values() if self.pool.lengths[r.id] < r.n_known]
-        # A batch runs one program, so those whose phase has another one wait.
-        same = [r for r in unread if self._graphs[self._chunk(r)[0]] == self._graphs[self._chunk(unread[0])[0]]]
-        return same[: self.prefill_rows]
-
-    def _decoding(self) -> list[Request]:
-        running = self.scheduler.running.values()
-        return [r for r in running if self.pool.lengths[r.id] >= r.n_known and not r.is_finished]
-
-    def _chunk(self, request: Request) -> tuple[Phase, list[int]]:
-        """What a request reads next. Tokens that it had made before pages were lost are read as they were decoded."""
-        start = self.pool.lengths[request.id]
-        if start >= request.n_prompt:
-            return "decode", request.tokens[start : min(start + self.chunk, request.n_known)]
-        left = request.n_prompt - start
-        n_new = (left - 1) % self.chunk + 1  # so that whole chunks are left
-        return "last_prefill" if n_new == left else "prefill", request.tokens[start : start + n_new]
-
-    def _read(self, requests: list[Request], report: Report) -> Step:
-        phase = self._chunk(requests[0])[0]
-        starts = [self.pool.lengths[request.id] for request in requests]
-        news = [self._chunk(request)[1] for request in requests]
-        arrays = self._batch(requests, news, self.prefill_rows, self.chunk)
-        out, pages, traced = _read(self._state, self.pages, *arrays, graph=self._graphs[phase], trace=self.trace)
+    def _read(self, batch: Batch, report: Report) -> Step:
+        arrays = self._place(batch, self.scheduler.prefill_rows, self.scheduler.chunk)
+        graph = self._graphs[batch.phase]
+        out, pages, traced = _read(self._state, self.pages, *arrays, graph=graph, trace=self.trace)
         tokens = np.asarray(out).tolist()  # an error of the device shows here, so before the pages are taken over
         self._pages = pages
-        for request, token in zip(requests, tokens, strict=False):
+        for request, token in zip(batch.requests, tokens, strict=False):
             if self.pool.lengths[request.id] == request.n_prompt == len(request.tokens):
                 self._take(request, [token], report)
-        return self._step(phase, requests, starts, news, [len(new) for new in news], traced)
+        return self._step(batch, [len(new) for new in batch.news], traced)
 
     def _decode(self, requests: list[Request], report: Report) -> Step:
-        starts = [self.pool.lengths[request.id] for request in requests]
         news = [[request.tokens[-1], *self._proposals(request, report)] for request in requests]
-        arrays = self._batch(requests, news, self.rows, 1 + self._n_draft)
-        out, n_right, pages, traced = _verify(
-            self._state, self.pages, *arrays, graph=self._graphs["decode"], trace=self.trace
-        )
+        batch = self.scheduler.batch("decode", requests, news)
+        arrays = self._place(batch, self.scheduler.rows, 1 + self._n_draft)
+        graph = self._graphs["decode"]
+        out, n_right, pages, traced = _verify(self._state, self.pages, *arrays, graph=graph, trace=self.trace)
         rows, n_kept = np.asarray(out), (1 + np.asarray(n_right))[: len(requests)].tolist()
         self._pages = pages
-        for row, (request, start, new, kept) in enumerate(zip(requests, starts, news, n_kept, strict=True)):
-            copies = self.pool.truncate(request.id, start + kept)
-            assert not copies  # what was written in this step is nobody else's
-            first = rows.shape[1] - len(new)
-            self._take(request, rows[row, first : first + kept].tolist(), report)
-        return self._step("decode", requests, starts, news, n_kept, traced)
+        for request, start, new, row, kept in zip(*batch[1:], rows[: len(requests)], n_kept, strict=True):
+            self.scheduler.truncate(request, start + kept)
+            first = len(row) - len(new)
+            self._take(request, row[first : first + kept].tolist(), report)
+        return self._step(batch, n_kept, traced)
 
     def _proposals(self, request: Request, report: Report) -> list[int]:
         room = min(self._n_draft, request.end - len(request.tokens) - 1)
@@ -305,40 +266,24 @@ class Engine:
         return proposals
 
     def _take(self, request: Request, tokens: list[int], report: Report) -> None:
-        """Adds new tokens up to one that ends the request; -1, where the logits gave none, ends it as failed."""
-        for token in tokens:
-            if token < 0:
-                n_made = len(request.tokens) - request.n_prompt
-                report.failed[request.id] = f"logits are not finite (NaN or infinity) after {n_made} new tokens"
-                self.scheduler.drop(request.id)
-                return
-            request.tokens.append(token)
-            if request.is_finished:
-                return
+        if (error := self.scheduler.take(request, tokens)) is not None:
+            report.failed[request.id] = error
 
-    def _batch(self, requests: list[Request], news: list[list[int]], B: int, T: int) -> tuple[np.ndarray, ...]:
-        """Makes room for new tokens; tables [B, P], lengths [B] before, ids [B, T] in the last columns, n_new [B]."""
-        ids, lengths, n_new = np.zeros((B, T), np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32)
-        copies = []
-        for row, (request, new) in enumerate(zip(requests, news, strict=True)):
-            ids[row, T - len(new) :], lengths[row], n_new[row] = new, self.pool.lengths[request.id], len(new)
-            copies += self.scheduler.extend(request, len(new))
+    def _place(self, batch: Batch, B: int, T: int) -> tuple[np.ndarray, ...]:
+        """As `Scheduler.place`, and makes the copies."""
+        copies, arrays = self.scheduler.place(batch, B, T)
         if copies:
-            pairs = np.full((2, max(self.rows, self.prefill_rows)), -1, np.int32)
+            # Of one size, whatever their number, so that the program compiles once.
+            pairs = np.full((2, max(self.scheduler.rows, self.scheduler.prefill_rows)), -1, np.int32)
             pairs[:, : len(copies)] = np.transpose(copies)
             self._pages = _copy(self.pages, *pairs)
-        tables = np.full((B, self.max_pages), -1, np.int32)
-        tables[: len(requests)] = self.pool.table([request.id for request in requests], self.max_pages)
-        return tables, lengths, ids, n_new
+        return arrays
 
-    def _step(
-        self, phase: Phase, requests: list[Request], starts: list[int], news: list[list[int]], n_kept: list[int],
-        traced: Any,
-    ) -> Step:  # fmt: skip
+    def _step(self, batch: Batch, n_kept: list[int], traced: Any) -> Step:
         full = [i for i, kind in enumerate(self.model.config.indexer_kinds) if kind == "full"]
         layers = tuple(Traced(i, *layer) for i, layer in zip(full, traced, strict=False))
-        ids, n_new = [request.id for request in requests], [len(new) for new in news]
-        return Step(phase=phase, requests=ids, starts=starts, n_new=n_new, n_kept=n_kept, layers=layers)
+        ids, n_new = [request.id for request in batch.requests], [len(new) for new in batch.news]
+        return Step(phase=batch.phase, requests=ids, starts=batch.starts, n_new=n_new, n_kept=n_kept, layers=layers)
 
 
 def _are_there(pages: Pages | None) -> bool:

@@ -1,13 +1,19 @@
-"""Who runs, who waits, who shares whose tokens, and which pages that takes: the bookkeeping of `Engine`, on the host.
+"""Which requests run, what goes into the next pass, and on which pages: the bookkeeping of `Engine`, on the host.
 
-It counts tokens and page numbers and never touches an array of the device. A request is let in when there are pages for
-it and all running ones to their ends. Requests are let in as they came, but one that waits for pages is overtaken by
-those that fit, up to a limit. Finished requests keep their pages, as donors, until others need them.
+It counts tokens and page numbers and never touches an array of the device. A request is admitted when there are pages
+for it and all running ones to their ends. Requests are admitted in the order they came, but one that waits for pages is
+overtaken by those that fit, up to a limit. Finished requests keep their pages until others need them: a new request
+whose prompt begins alike shares them. Such a request, running or finished, is called its donor.
 """
 
 import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple, Self
 
+import numpy as np
+
+from hisa_jax.models.checks import shown
+from hisa_jax.models.plan import Phase
 from hisa_jax.page_pool import PagePool
 
 
@@ -21,8 +27,8 @@ class Request:
         n_prompt: how many of them that are.
         end: how many tokens there may be.
         stop_ids: tokens that end it.
-        must_copy: whether it shares a part of a page, which somebody will have to copy.
-        n_overtaken: how many were let in before it that came after it.
+        must_copy: whether it shares a part of a page, which one of the two will have to copy.
+        n_overtaken: how many requests that came after it were admitted before it.
     """
 
     id: int
@@ -63,9 +69,25 @@ class Sharing:
         return cls(prompt_only=not (read_alike and prefill == decode), tail=0 if read_alike else chunk)
 
     def limit(self, n_prompt: int, donor_n_prompt: int) -> int:
-        """Tokens that a prompt may share; its last one is always computed, for the logits behind it."""
+        """Tokens that a prompt may share; its last one is always computed, for the logits after it."""
         both = min(n_prompt, donor_n_prompt) if self.prompt_only else n_prompt
         return min(both - self.tail, n_prompt - 1)
+
+
+class Batch(NamedTuple):
+    """What goes into one forward pass.
+
+    Attributes:
+        phase: says which program runs.
+        requests: one a row.
+        starts: tokens of each that are in the cache.
+        news: tokens of each that go in.
+    """
+
+    phase: Phase
+    requests: list[Request]
+    starts: list[int]
+    news: list[list[int]]
 
 
 class Saved(NamedTuple):
@@ -83,25 +105,50 @@ class Scheduler:
 
     Args:
         n_pages, page_size: of the cache.
+        max_length: tokens that a request may have.
         rows: requests that run at a time.
-        max_overtakes: how often a request that waits for pages is overtaken. Then nobody is let in before it is.
-        sharing: what may be shared.
+        prefill_rows: prompts that are read in one pass.
+        chunk: prompt tokens a request and pass.
+        max_overtakes: how often a request that waits for pages is overtaken. Then it is admitted before all others.
+        programs: what each phase runs. Equal ones cache a token alike, and their requests share a pass.
 
     Attributes:
         pool: who holds which page.
+        max_pages: the most that a request may have.
+        n_submitted: how many requests there ever were; they are numbered from 0.
         waiting, running: requests by number, waiting ones in the order of their turns.
         donors: finished requests whose pages are kept, oldest use first.
     """
 
-    def __init__(self, *, n_pages: int, page_size: int, rows: int, max_overtakes: int, sharing: Sharing) -> None:
+    def __init__(
+        self, *, n_pages: int, page_size: int, max_length: int, rows: int, prefill_rows: int, chunk: int,
+        max_overtakes: int, programs: Mapping[Phase, Hashable],
+    ) -> None:  # fmt: skip
         self.pool = PagePool(n_pages, page_size)
-        self.rows, self.max_overtakes, self.sharing = rows, max_overtakes, sharing
+        self.max_length, self.max_pages = max_length, -(-max_length // page_size)
+        self.rows, self.prefill_rows, self.chunk = rows, prefill_rows, chunk
+        self.max_overtakes, self.programs = max_overtakes, programs
+        self.sharing = Sharing.of(programs["prefill"], programs["last_prefill"], programs["decode"], chunk)
+        self.n_submitted = 0
         self.waiting: dict[int, Request] = {}
         self.running: dict[int, Request] = {}
         self.donors: dict[int, Request] = {}
 
+    def submit(self, tokens: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> int:
+        """Queues a prompt; its number. Raises ValueError: more tokens or pages than there will ever be."""
+        end, n_pages = len(tokens) + max_new_tokens, self.pool.n_pages
+        needed = self._n_pages(end) + 1  # one more than its tokens fill: that of a copy
+        if end > self.max_length or needed > n_pages:
+            raise ValueError(
+                f"submit: prompt and max_new_tokens make {shown(end)} tokens in {shown(needed)} pages, wanted at most "
+                f"max_length={self.max_length} in {n_pages}"
+            )
+        id, self.n_submitted = self.n_submitted, self.n_submitted + 1
+        self.waiting[id] = Request(id=id, tokens=tokens, n_prompt=len(tokens), end=end, stop_ids=stop_ids)
+        return id
+
     def admit(self) -> list[tuple[int, int, int]]:
-        """Lets in whom there are rows and pages for.
+        """Admits the requests that there are rows and pages for.
 
         Returns: (request, its donor, tokens shared) of those that share.
         """
@@ -116,7 +163,7 @@ class Scheduler:
             shared_pages = [] if donor is None else self.pool.pages(donor)[: self._n_pages(shared)]
             must_copy = shared % self.pool.page_size > 0
             own = self._n_pages(request.end) - len(shared_pages) + must_copy
-            # Looked at alone: nobody's pages are taken before it is known that they are enough.
+            # Only counted: no donor loses its pages before it is known that they are enough.
             if to_come + own > self.pool.n_pages - len(held.union(shared_pages)):
                 too_big.append(request)
                 if request.n_overtaken >= self.max_overtakes:
@@ -129,7 +176,7 @@ class Scheduler:
                 self.pool.fork(donor, request.id, shared)
                 forks.append((request.id, donor, shared))
                 if donor in self.donors:
-                    self.donors[donor] = self.donors.pop(donor)  # the youngest use
+                    self.donors[donor] = self.donors.pop(donor)  # the last one used
             request.must_copy = must_copy
             self.running[request.id] = request
             held.update(shared_pages)
@@ -141,11 +188,69 @@ class Scheduler:
                 break
         return forks
 
+    def next_chunks(self) -> Batch | None:
+        """The next chunks of prompts, of as many as one pass takes; None if all are read."""
+        unread = [r for r in self.running.values() if self.pool.lengths[r.id] < r.n_known]
+        if not unread:
+            return None
+        phases, chunks = zip(*map(self._chunk, unread), strict=True)
+        # A pass runs one program, so requests wait whose phase has another one.
+        program = self.programs[phases[0]]
+        rows = [row for row, phase in enumerate(phases) if self.programs[phase] == program][: self.prefill_rows]
+        return self.batch(phases[0], [unread[row] for row in rows], [chunks[row] for row in rows])
+
+    def decoding(self) -> list[Request]:
+        """Requests whose next token is to be made."""
+        return [r for r in self.running.values() if self.pool.lengths[r.id] >= r.n_known and not r.is_finished]
+
+    def batch(self, phase: Phase, requests: list[Request], news: list[list[int]]) -> Batch:
+        """What goes into a pass: some requests' new tokens, after those that are in the cache."""
+        return Batch(phase, requests, [self.pool.lengths[request.id] for request in requests], news)
+
+    def place(self, batch: Batch, B: int, T: int) -> tuple[list[tuple[int, int]], tuple[np.ndarray, ...]]:
+        """Makes room for the new tokens of a batch.
+
+        Args:
+            batch: of at most B requests with at most T new tokens each.
+            B, T: sizes of the arrays.
+
+        Returns: copies of pages to make first; int32 arrays: block tables [B, max_pages], tokens in the cache [B], new
+            tokens [B, T], which fill the last columns, and how many each row has [B].
+        """
+        lengths, ids, n_new = np.zeros(B, np.int32), np.zeros((B, T), np.int32), np.zeros(B, np.int32)
+        tables = np.full((B, self.max_pages), -1, np.int32)
+        copies = []
+        for row, (request, start, new) in enumerate(zip(*batch[1:], strict=True)):
+            lengths[row], ids[row, T - len(new) :], n_new[row] = start, new, len(new)
+            copies += self.extend(request, len(new))
+        tables[: len(batch.requests)] = self.pool.table([request.id for request in batch.requests], self.max_pages)
+        return copies, (tables, lengths, ids, n_new)
+
     def extend(self, request: Request, n_tokens: int) -> list[tuple[int, int]]:
         """Makes room for new tokens; copies of pages to make first."""
         copies = self.pool.extend(request.id, n_tokens)
         request.must_copy = False
         return copies
+
+    def truncate(self, request: Request, n_tokens: int) -> None:
+        """Takes back the room of the last pass's tokens after the first `n_tokens`."""
+        copies = self.pool.truncate(request.id, n_tokens)
+        assert not copies  # no other request shares what was written in this pass
+
+    def take(self, request: Request, tokens: Sequence[int]) -> str | None:
+        """Adds new tokens up to one that ends the request.
+
+        Returns: None, or why it failed: at -1, where the logits gave no token, it ends without.
+        """
+        for token in tokens:
+            if token < 0:
+                self.drop(request.id)
+                n_made = len(request.tokens) - request.n_prompt
+                return f"logits are not finite (NaN or infinity) after {n_made} new tokens"
+            request.tokens.append(token)
+            if request.is_finished:
+                break
+        return None
 
     def finish(self, request: Request) -> None:
         """Ends it; its pages serve others."""
@@ -153,7 +258,7 @@ class Scheduler:
         self.donors[request.id] = request
 
     def drop(self, id: int) -> bool:
-        """Ends an unfinished request, whose pages nobody else will read; whether there was one."""
+        """Ends an unfinished request and frees its pages, but those that others share; whether there was one."""
         if self.waiting.pop(id, None) is not None:
             return True
         if self.running.pop(id, None) is None:
@@ -177,9 +282,9 @@ class Scheduler:
 
         Args:
             saved: by `save`, not before the last step.
-            are_pages_written: whether tokens may have been written since. Then a page that somebody gave back since,
-                or replaced by a copy, may hold others' tokens. Donors that had such a page are not restored; those
-                who ran with one wait again before all others and read their tokens anew.
+            are_pages_written: whether tokens may have been written since. Then a page that a request gave back since,
+                or replaced by a copy, may hold others' tokens. Donors that had such a page are not restored; running
+                requests that had one wait again before all others and read their tokens anew.
         """
         known = [*saved.donors, *saved.running]
         lost = [id for id in known if not self._holds_pages_of(id, saved.pool)] if are_pages_written else []
@@ -198,8 +303,17 @@ class Scheduler:
             self.pool.free(id)
         self.waiting, self.running, self.donors = self.running | self.waiting, {}, {}
 
+    def _chunk(self, request: Request) -> tuple[Phase, list[int]]:
+        """What a request reads next. Tokens that it had made before pages were lost are read as they were decoded."""
+        start = self.pool.lengths[request.id]
+        if start >= request.n_prompt:
+            return "decode", request.tokens[start : min(start + self.chunk, request.n_known)]
+        left = request.n_prompt - start
+        n_new = (left - 1) % self.chunk + 1  # so that whole chunks are left
+        return "last_prefill" if n_new == left else "prefill", request.tokens[start : start + n_new]
+
     def _holds_pages_of(self, id: int, earlier: PagePool) -> bool:
-        """Whether a request still has every page that it had, so that nobody else has written to one."""
+        """Whether a request still has every page that it had, so that no other has written to one."""
         had = earlier.pages(id)
         return id in self.pool.lengths and self.pool.pages(id)[: len(had)] == had
 
@@ -210,7 +324,7 @@ class Scheduler:
         return self._n_pages(request.end) - self._n_pages(self.pool.lengths[request.id]) + request.must_copy
 
     def _make_room(self, n_pages: int) -> None:
-        """Drops donors, oldest use first, as far as needed: such as hold pages that nobody else does, then any."""
+        """Drops donors, oldest use first, as far as needed: first those with pages of their own, then any."""
         for has_own in (True, False):
             for id in list(self.donors):
                 if self.pool.n_free >= n_pages:
@@ -223,7 +337,7 @@ class Scheduler:
         self.pool.free(id)
 
     def _longest_prefix(self, request: Request) -> tuple[int | None, int]:
-        """Who has the most of its first tokens in the cache, and how many; None for less than a page."""
+        """The donor with the most of its first tokens in the cache, and how many; None for less than a page."""
         size, prompt = self.pool.page_size, request.tokens[: request.n_prompt]
         best, most = None, 0
         for known in (*self.donors.values(), *self.running.values()):

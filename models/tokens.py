@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from hisa_jax.checks import optional_packages
 from hisa_jax.models.json_object import short
 
 # The largest published ones have 20 MB.
@@ -54,14 +55,12 @@ class FromFile:
     Args:
         file: the tokenizer.json.
 
-    Raises: ModuleNotFoundError: the package `tokenizers` is not installed. ValueError: not a file that it can read.
+    Raises: MissingExtra: the package `tokenizers` is missing. ValueError: not a file that it can read.
     """
 
     def __init__(self, file: Path):
-        try:
+        with optional_packages():
             import tokenizers
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{file} needs the package tokenizers: pip install tokenizers") from error
         if not file.is_file():
             raise ValueError(f"{file}: is no file")
         if file.stat().st_size > _LARGEST_FILE:

@@ -36,8 +36,8 @@ ON_ONE_DEVICE = (
     "copy_pages", "init_cache", "quantize_keys", "quantize_queries", "compare",
 )  # fmt: skip
 ON_A_MESH = (
-    "select_sharded", "select_paged_sharded", "sparse_mla_sharded", "sparse_mla_paged_sharded", "append_sharded",
-    "truncate_sharded", "copy_pages_sharded",
+    "select_on_a_mesh", "select_paged_on_a_mesh", "sparse_mla_on_a_mesh", "sparse_mla_paged_on_a_mesh",
+    "append_on_a_mesh", "truncate_on_a_mesh", "copy_pages_on_a_mesh",
 )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def every() -> dict[str, Call]:
     packed_q, packed_k, packed_w = q.reshape(-1, H, D), k.reshape(-1, D)[:40], w.reshape(-1, H)
     lengths = jnp.array([S, 0], jnp.int32)  # one sequence has no keys
     positions = jnp.array([[20, 7, -1], [3, 2, 1]], jnp.int32)
-    cu_q, cu_k = jnp.array([0, 2, 5], jnp.int32), jnp.array([0, 21, 40], jnp.int32)  # the last query is nobody's
+    cu_q, cu_k = jnp.array([0, 2, 5], jnp.int32), jnp.array([0, 21, 40], jnp.int32)  # the last query is padding
 
     rng = np.random.default_rng(0)
     mla_q, latents = (jnp.asarray(rng.normal(size=(B, n, LATENT)), jnp.float32) for n in (T * N, S))
@@ -91,19 +91,15 @@ def every() -> dict[str, Call]:
         "quantize_keys": Call(lambda k: hj.quantize_keys(k, scale="ue8m0"), (k,)),
         "quantize_queries": Call(lambda q, w: hj.quantize_queries(q, w, jnp.int8), (q, w)),
         "compare": Call(hj.compare, (hj.select(q, k, w, **hisa), hj.select(q, k, w, **hisa | dict(method=hj.Hisa())))),
-        "select_sharded": Call(functools.partial(hj.select_sharded, **hisa, **on_mesh), (q, k[:, :20], w)),
-        "select_paged_sharded": Call(functools.partial(hj.select_paged_sharded, **hisa, **on_mesh), paged),
-        "sparse_mla_sharded": Call(
-            functools.partial(hj.sparse_mla_sharded, **attend, **on_mesh), (mla_q, latents, indices)
+        "select_on_a_mesh": Call(functools.partial(hj.select, **hisa, **on_mesh), (q, k[:, :20], w)),
+        "select_paged_on_a_mesh": Call(functools.partial(hj.select_paged, **hisa, **on_mesh), paged),
+        "sparse_mla_on_a_mesh": Call(functools.partial(hj.sparse_mla, **attend, **on_mesh), (mla_q, latents, indices)),
+        "sparse_mla_paged_on_a_mesh": Call(functools.partial(hj.sparse_mla_paged, **attend, **on_mesh), mla_paged),
+        "append_on_a_mesh": Call(functools.partial(_append, **on_mesh), new),
+        "truncate_on_a_mesh": Call(
+            functools.partial(hj.truncate, max_tokens=5, **on_mesh), (cache, tables, after, fewer)
         ),
-        "sparse_mla_paged_sharded": Call(
-            functools.partial(hj.sparse_mla_paged_sharded, **attend, **on_mesh), mla_paged
-        ),
-        "append_sharded": Call(functools.partial(_append, append=hj.append_sharded, **on_mesh), new),
-        "truncate_sharded": Call(
-            functools.partial(hj.truncate_sharded, max_tokens=5, **on_mesh), (cache, tables, after, fewer)
-        ),
-        "copy_pages_sharded": Call(functools.partial(hj.copy_pages_sharded, **on_mesh), copied),
+        "copy_pages_on_a_mesh": Call(functools.partial(hj.copy_pages, **on_mesh), copied),
     }
     for name, method in METHODS.items():
         options = dict(method=method, tiles=TILES, return_scores=True, return_blocks=method.has_blocks)
@@ -121,8 +117,8 @@ def _select(q, k, w, lengths, query_positions, **options):
     return hj.select(q, k, w, lengths=lengths, query_positions=query_positions, **options)
 
 
-def _append(cache, k, block_tables, cu_seqlens, lengths, latents, *, append=hj.append, **options):
-    return append(cache, k, block_tables, cu_seqlens, lengths, latents=latents, **options)
+def _append(cache, k, block_tables, cu_seqlens, lengths, latents, **options):
+    return hj.append(cache, k, block_tables, cu_seqlens, lengths, latents=latents, **options)
 
 
 def _with_gradient(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import pathlib
+import re
 
 import hypothesis
 import jax
@@ -29,8 +30,13 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.hookimpl(trylast=True)  # after `-m` has chosen
+@pytest.hookimpl(wrapper=True)  # marks before `-m` chooses, deselects after it
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if (gate := item.get_closest_marker("gate")) and not any(_is_case(item.name, case) for case in gate.args):
+            item.add_marker(pytest.mark.exhaustive)
+    result = yield
+    items.sort(key=_is_compiled_fast, reverse=True)  # each change forgets what is compiled
     for item in items:
         if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU, this machine has {jax.default_backend()}"))
@@ -38,24 +44,60 @@ def pytest_collection_modifyitems(config, items):
         few, others = _each_value(items)
         config.hook.pytest_deselected(items=others)
         items[:] = few
+    return result
 
 
-@pytest.fixture(autouse=True, scope="module")
-def forget_compiled_programs():
-    """Each compiled program holds memory maps, and Linux allows a process only so many: forget a module's."""
-    yield
-    jax.clear_caches()
-
-
-_FINISHED = itertools.count(1)
+def _is_case(name: str, case: int | str) -> bool:
+    """Whether a test's name ends with this case: its number or its name."""
+    name = name.removesuffix("]").removesuffix("__with_jit")
+    return re.search(rf"(\D|^){case}$" if isinstance(case, int) else rf"[_\[]{re.escape(case)}$", name) is not None
 
 
 @pytest.fixture(autouse=True)
-def forget_compiled_programs_of_a_large_module():
-    """The contract alone is more than Linux allows: a process that reaches its limit dies by a segmentation fault."""
-    yield
-    if next(_FINISHED) % 150 == 0:
+def compiled_as_marked(request):
+    """Unoptimised if JAX_DISABLE_MOST_OPTIMIZATIONS is set or the test says so, but for tests marked `optimised`.
+
+    What was compiled the other way is forgotten: JAX does not compile a traced function anew.
+    """
+    is_fast = _is_compiled_fast(request.node)
+    if is_fast != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", is_fast)
         jax.clear_caches()
+
+
+def _is_compiled_fast(item) -> bool:
+    if item.get_closest_marker("optimised"):
+        return False
+    return _COMPILE_FAST or (item.get_closest_marker("unoptimised") is not None and jax.default_backend() == "cpu")
+
+
+_COMPILE_FAST = jax.config.read("jax_disable_most_optimizations")
+_FINISHED = itertools.count(1)
+_MAPS = 30_000  # a test may add some thousands
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_was_traced_with_patches(request):
+    """What a module patches, no other one's programs may have, nor its programs what others do not patch."""
+    is_patched = any(item.path == request.path and "monkeypatch" in item.fixturenames for item in request.session.items)
+    if is_patched:
+        jax.clear_caches()
+    yield
+    if is_patched:
+        jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_programs_before_they_are_too_many():
+    """Each holds memory maps, and Linux ends a process of 65,530 by a segmentation fault."""
+    yield
+    if next(_FINISHED) % 10 == 0 and _count_maps() > _MAPS:
+        jax.clear_caches()
+
+
+def _count_maps() -> int:
+    maps = pathlib.Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
 
 
 def _each_value(items):

@@ -43,7 +43,7 @@ MESH = jax.make_mesh((8,), ("context",))
 OVER = {"mesh": MESH, "context_axis": "context"}
 ROWS = 600  # of new tokens, most of them nobody's: one program for every append
 append = jax.jit(hj.append)
-append_sharded = jax.jit(functools.partial(hj.append_sharded, **OVER))
+append_split = jax.jit(functools.partial(hj.append, **OVER))
 
 
 def split(cache, mesh=MESH, axis="context"):
@@ -86,10 +86,10 @@ def served(dtype="bfloat16"):
         pool.check()
         if copies:
             source, goal = (jnp.array(x, jnp.int32) for x in zip(*copies, strict=True))
-            one, eight = hj.copy_pages(one, source, goal), hj.copy_pages_sharded(eight, source, goal, **OVER)
+            one, eight = hj.copy_pages(one, source, goal), hj.copy_pages(eight, source, goal, **OVER)
         k, latents = keys(rng, ROWS, dtype), jnp.asarray(rng.normal(size=(ROWS, LATENT)), jnp.float32)
         arrays = k, jnp.asarray(pool.table(names, P)), offsets(sizes), jnp.asarray(before)
-        one, eight = append(one, *arrays, latents=latents), append_sharded(eight, *arrays, latents=latents)
+        one, eight = append(one, *arrays, latents=latents), append_split(eight, *arrays, latents=latents)
         same(eight, one)
         assert eight.keys.sharding.spec == PartitionSpec("context"), eight.keys.sharding
         if "c" in target and pool.lengths["d"] > LENGTHS["d"]:
@@ -98,7 +98,7 @@ def served(dtype="bfloat16"):
             tables = jnp.asarray(pool.table(names, P))
             assert not pool.truncate("d", LENGTHS["d"])
             one = hj.truncate(one, tables, old, new, max_tokens=16)
-            eight = hj.truncate_sharded(eight, tables, old, new, max_tokens=16, **OVER)
+            eight = hj.truncate(eight, tables, old, new, max_tokens=16, **OVER)
             same(eight, one)
     lengths = jnp.asarray([pool.lengths[n] for n in names], jnp.int32)
     return one, eight, jnp.asarray(pool.table(names, P)), lengths
@@ -128,12 +128,12 @@ def on_one_device(*arrays, **options):
 
 
 def check(method, one, cache, tables, lengths, *, return_scores=True, **axes):
-    """That `select_paged_sharded` on `cache` gives what `select_paged` gives on `one`; returns its collectives."""
+    """That `select_paged` on a mesh on `cache` gives what `select_paged` gives on `one`; returns its collectives."""
     q, w, cu = queries()
     options = dict(return_scores=return_scores, return_blocks=return_scores and method.has_blocks)
     wanted = on_one_device(q, w, one, tables, cu, lengths, method, **options)
     assert wanted.count.min() > 0
-    run = jax.jit(functools.partial(hj.select_paged_sharded, method=method, **axes, **options))
+    run = jax.jit(functools.partial(hj.select_paged, method=method, **axes, **options))
     compiled = run.lower(q, w, cache, tables, cu, lengths).compile()
     same(compiled(q, w, cache, tables, cu, lengths), wanted)
     return collectives(compiled)
@@ -190,7 +190,7 @@ def a_page_that_is_lacking_or_elsewhere_costs_its_request_alone():
     one, eight, tables, lengths = served()
     (q, w, cu), last = queries(), 8 * PER_DEVICE - 1
     wanted = on_one_device(q, w, one, tables, cu, lengths, METHODS["hisa"])
-    run = functools.partial(hj.select_paged_sharded, method=METHODS["hisa"], **OVER)
+    run = functools.partial(hj.select_paged, method=METHODS["hisa"], **OVER)
     compiled, others = jax.jit(run), np.arange(q.shape[0]) >= NEW["a"]
     elsewhere = hj.copy_pages(one, tables[0, 3:4], jnp.array([last]))  # the same page on another device
     for page, cache in ((-1, eight), (last + 1, eight), (last, split(elsewhere))):
@@ -200,17 +200,17 @@ def a_page_that_is_lacking_or_elsewhere_costs_its_request_alone():
 
     def step(cache):
         """What a server does, under `checked`: errors of one call must pass through the next."""
-        cache = append_sharded(cache, keys(rng, ROWS, "bfloat16"), tables, cu * 0, lengths, latents=latents)
+        cache = append_split(cache, keys(rng, ROWS, "bfloat16"), tables, cu * 0, lengths, latents=latents)
         return run(q, w, cache, tables.at[0, 3].set(-1), cu, lengths)
 
     rng, latents = np.random.default_rng(1), jnp.zeros((ROWS, LATENT))
-    with raises("select_paged_sharded: block_tables lacks pages of requests [ True False"):
+    with raises("select_paged: block_tables lacks pages of requests [ True False"):
         hj.checked(step)(eight)
 
 
 def what_others_hold_leaves_no_trace():
     """NaN and infinity in other requests' pages, unused ones and behind a request's tokens, on all devices."""
-    select = functools.partial(hj.select_paged_sharded, **OVER)
+    select = functools.partial(hj.select_paged, **OVER)
     for name, dtype in (("hisa", "bfloat16"), ("dsa", "float8_e4m3fn")):
         run = jax.jit(select, static_argnames=("method", "return_scores", "return_blocks"))
         call = isolation.paged(
@@ -222,7 +222,7 @@ def what_others_hold_leaves_no_trace():
 def writing_exchanges_nothing():
     _, eight, tables, lengths = served()
     k, latents = keys(np.random.default_rng(1), ROWS, "bfloat16"), jnp.zeros((ROWS, LATENT))
-    written = append_sharded.lower(eight, k, tables, jnp.arange(6), lengths, latents=latents)
+    written = append_split.lower(eight, k, tables, jnp.arange(6), lengths, latents=latents)
     assert not collectives(written.compile())
 
 
@@ -233,7 +233,7 @@ def a_copy_stays_on_its_device():
     cache = jax.tree.map(
         lambda x: jnp.broadcast_to(pages.reshape(-1, *[1] * (x.ndim - 1)), x.shape).astype(x.dtype), empty
     )
-    cache, copy = split(cache), jax.jit(functools.partial(hj.copy_pages_sharded, **OVER))
+    cache, copy = split(cache), jax.jit(functools.partial(hj.copy_pages, **OVER))
     for shift in range(n):
         target = (pages + shift) % n
         content = pages.copy()
@@ -244,7 +244,7 @@ def a_copy_stays_on_its_device():
             np.testing.assert_array_equal(of_page, np.broadcast_to(content[:, None], of_page.shape))
     same(copy(cache, jnp.array([3, 5]), jnp.array([-1, n])), cache)
     with raises("target is [2] for source [1], wanted pages of one device, 2 in a row"):
-        hj.checked(hj.copy_pages_sharded)(cache, jnp.array([1]), jnp.array([2]), **OVER)
+        hj.checked(hj.copy_pages)(cache, jnp.array([1]), jnp.array([2]), **OVER)
 
 
 def sparse_mla_over_pages_is_that_of_one_device_and_exchanges_one_sum():
@@ -255,7 +255,7 @@ def sparse_mla_over_pages_is_that_of_one_device_and_exchanges_one_sum():
     N, V = 3, 16
     q = jnp.asarray(np.random.default_rng(2).normal(size=(q.shape[0], N, LATENT)), jnp.float32)
     options = dict(value_dim=V, scale=0.2, return_lse=True, sink=jnp.linspace(-1, 1, N, dtype=jnp.float32))
-    run = jax.jit(functools.partial(hj.sparse_mla_paged_sharded, **OVER, **options))
+    run = jax.jit(functools.partial(hj.sparse_mla_paged, **OVER, **options))
     compiled = run.lower(q, eight, indices, tables, cu).compile()
     wanted = hj.sparse_mla_paged(q, one, indices, tables, cu, **options)
     got = compiled(q, eight, indices, tables, cu)

@@ -1,4 +1,4 @@
-"""`select_sharded` on 8 emulated devices against one; run by test_context.py in a process of its own.
+"""`select` on 8 emulated devices against one; run by test_context.py in a process of its own.
 
 The number of devices is fixed when JAX starts, so it cannot be set for one test among others.
 """
@@ -43,14 +43,14 @@ def inputs(dtype):
 
 @functools.cache
 def compiled(method, data, context, **options):
-    """`select` on one device and `select_sharded` on data x context of them; (q, k, w, lengths, positions) -> ..."""
+    """`select` on one device and `select` on data x context of them; (q, k, w, lengths, positions) -> ..."""
 
     def call(select, q, k, w, lengths, query_positions):
         return select(q, k, w, method, lengths=lengths, query_positions=query_positions, **options)
 
     axes = dict(mesh=mesh(data, context), context_axis="context", data_axis="data")
     one = functools.partial(hj.select, implementation="xla")
-    return [jax.jit(functools.partial(call, f)) for f in (one, functools.partial(hj.select_sharded, **axes))]
+    return [jax.jit(functools.partial(call, f)) for f in (one, functools.partial(hj.select, **axes))]
 
 
 def check(method, data, context, dtype="float32", lengths=(S, S), query_positions=LAST, return_scores=True):
@@ -83,7 +83,7 @@ def same_bits_for_lengths_that_end_on_any_device():
 
 def what_other_devices_hold_leaves_no_trace():
     """Some devices, and part of one, hold only NaN or infinity of a sequence, and all do of the other."""
-    select = functools.partial(hj.select_sharded, mesh=mesh(1, 8), context_axis="context", data_axis="data")
+    select = functools.partial(hj.select, mesh=mesh(1, 8), context_axis="context", data_axis="data")
     for name, dtype in (("hisa", "bfloat16"), ("dsa", "float8_e4m3fn")):
         run = jax.jit(select, static_argnames=("method", "return_scores", "return_blocks"))
         isolation.assert_isolated(isolation.batch(run, METHODS[name], dtype, S=S), METHODS[name])

@@ -87,10 +87,13 @@ class SelectionContract(Contract, chex.TestCase):
     """Section 2 of the contract, in its order."""
 
     @parameterized.product(shape=list(draw.SHAPES), method=list(METHODS))
+    @pytest.mark.gate(*range(0, 36, 6), *range(0, 36, 7))  # every shape by the flat indexer, every method in one
+    @pytest.mark.optimised
     def test_selects_what_the_oracle_selects(self, shape, method):
         self.assert_keeps_the_contract(*draw.inputs(*draw.SHAPES[shape]), METHODS[method])
 
     @each_method
+    @pytest.mark.gate("hisa", "scan_units")
     def test_it_selects_the_same_under_jit(self, method):
         q, k, w = standard()
         under_jit = jax.jit(functools.partial(self.select, method=method))(q, k, w)
@@ -99,16 +102,19 @@ class SelectionContract(Contract, chex.TestCase):
     # The score. Block-sparse selection scores blocks as HISA does.
 
     @parameterized.product(heads=list(draw.HEADS), method=["dsa", "hisa"])
+    @pytest.mark.gate(1, 2, 5, 7, 8)  # each number by one of them
     @pytest.mark.slow
     def test_scores_are_the_formula_for_every_number_of_heads(self, heads, method):
         self.assert_keeps_the_contract(*draw.inputs(1, 4, 150, draw.HEADS[heads], 32), METHODS[method])
 
     @parameterized.product(size=list(draw.SIZES), method=["dsa", "hisa"])
+    @pytest.mark.gate(0, 3, 4, 7)
     @pytest.mark.slow
     def test_scores_are_the_formula_for_every_head_size(self, size, method):
         self.assert_keeps_the_contract(*draw.inputs(1, 4, 150, 4, draw.SIZES[size]), METHODS[method])
 
     @parameterized.product(dtype=list(draw.DTYPES), method=list(METHODS))
+    @pytest.mark.gate(6, 9, 13, 16, 20, 23)  # two methods a dtype; float32 is that of most tests
     def test_scores_are_the_formula_for_every_dtype(self, dtype, method):
         self.assert_keeps_the_contract(*draw.inputs(2, 5, 140, 4, 64, dtype=dtype), METHODS[method])
 
@@ -116,6 +122,7 @@ class SelectionContract(Contract, chex.TestCase):
         q_dtype=["float32", "bfloat16", "float8_e4m3fn", "int8"],
         k_dtype=["float8_e4m3fn", "int8"],
     )
+    @pytest.mark.gate(0, 3, 4, 7)
     @pytest.mark.slow
     def test_key_scales_multiply_the_score(self, q_dtype, k_dtype):
         q, k, w = draw.inputs(2, 5, 140, 4, 64)
@@ -136,12 +143,14 @@ class SelectionContract(Contract, chex.TestCase):
     # Visible.
 
     @each_method
+    @pytest.mark.check
     def test_visible_are_the_tokens_up_to_the_query_and_the_length(self, method):
         # Block edges and their neighbours, the first token, the last, one behind the length, one behind all keys.
         positions, lengths = everywhere([0, 15, 16, 17, 63, 64, 89, 1000]), np.array([90, 150], np.int32)
         self.assert_keeps_the_contract(*standard(), method, query_positions=positions, lengths=lengths)
 
     @each_method
+    @pytest.mark.check
     def test_a_query_at_position_minus_one_selects_nothing(self, method):
         positions = everywhere([-1, 40, -1, 99, 149, -1, -1, 3])
         got = self.assert_keeps_the_contract(*standard(), method, query_positions=positions)
@@ -157,6 +166,7 @@ class SelectionContract(Contract, chex.TestCase):
         assert_same_bits(self.select(q, k, w, method, lengths=jnp.asarray(lengths)), explicit)
 
     @parameterized.product(method=list(METHODS), length=[0, 1, 15, 16, 17, 63, 64, 65, 149])
+    @pytest.mark.check
     def test_lengths_at_block_edges(self, method, length):
         self.assert_keeps_the_contract(*standard(), METHODS[method], lengths=np.array([length, 150], np.int32))
 
@@ -169,6 +179,7 @@ class SelectionContract(Contract, chex.TestCase):
     # The result.
 
     @each_method
+    @pytest.mark.check
     def test_indices_are_ascending_then_minus_one_and_count_says_how_many(self, method):
         positions = everywhere([0, 1, 15, 22, 23, 24, 63, 149])
         got = jax.tree.map(np.asarray, self.select(*standard(), method, query_positions=jnp.asarray(positions)))
@@ -182,6 +193,7 @@ class SelectionContract(Contract, chex.TestCase):
             self.assertTrue(np.all(np.isneginf(scores[count:])))
 
     @parameterized.parameters(1, 23, 64, 200)  # one, some, just all, more than there are
+    @pytest.mark.gate(1, 3)
     @pytest.mark.slow
     def test_exactly_topk_or_all_visible_candidates_are_chosen(self, topk):
         q, k, w = draw.inputs(1, 64, 64, 4, 32)
@@ -206,7 +218,10 @@ class SelectionContract(Contract, chex.TestCase):
 
     # Ties, NaN, infinity.
 
-    @parameterized.named_parameters(*named("one_token", "one_query", "block_edge", "ragged_tail"))
+    @parameterized.named_parameters(
+        ("standard", *STANDARD), *named("one_token", "one_query", "block_edge", "ragged_tail")
+    )
+    @pytest.mark.gate("standard", "one_token")
     def test_ties_go_to_the_lower_position(self, B, T, S, H, D):
         q, k, w = draw.equal_scores(B, T, S, H, D)
         for method in METHODS.values():
@@ -215,6 +230,7 @@ class SelectionContract(Contract, chex.TestCase):
             self.assert_agrees(got, oracle.select(q, k, w, method), tolerance=0.0)
 
     @parameterized.product(seed=[0, 1, 2], method=list(METHODS))
+    @pytest.mark.check
     def test_partial_ties_go_to_the_lower_position_and_block(self, seed, method):
         # Whole numbers and blocks of 16: sums and means are exact, so the oracle's choice is the only right one.
         q, k, w = draw.few_scores(*STANDARD, seed=seed)
@@ -233,6 +249,7 @@ class SelectionContract(Contract, chex.TestCase):
         self.assert_keeps_the_contract(mixed, k, np.array([[[1.0, -1.0]]], np.float32), hj.Dsa(topk=8), tolerance=0.0)
 
     @each_method
+    @pytest.mark.check
     def test_nan_scores_count_as_minus_infinity(self, method):
         q, k, w = standard()
         k[:, [3, 40, 100, 149]] = np.nan
@@ -259,6 +276,7 @@ class SelectionContract(Contract, chex.TestCase):
     # Blocks.
 
     @parameterized.parameters(64, 128, 256)  # 16 is that of most tests
+    @pytest.mark.gate(0, 2)
     @pytest.mark.slow
     def test_blocks_start_at_multiples_of_the_block_size(self, block_size):
         S = 5 * block_size + block_size // 2 + 1
@@ -278,6 +296,7 @@ class SelectionContract(Contract, chex.TestCase):
         self.assert_keeps_the_contract(*standard(), method, query_positions=positions, lengths=lengths)
 
     @each_hierarchical
+    @pytest.mark.check
     def test_the_first_and_last_eligible_blocks_are_always_kept_and_count(self, method):
         q, k, w = standard()
         k[:, :16] = -10 * np.abs(k[:, :16])  # the first block would lose on its score
@@ -289,6 +308,7 @@ class SelectionContract(Contract, chex.TestCase):
             self.assertLen(kept, block_budget(method, position // 16 + 1))
 
     @parameterized.parameters((0, 1), (1, 2), (2, 5), (3, 1))
+    @pytest.mark.gate(0, 2)
     @pytest.mark.slow
     def test_any_number_of_first_and_last_blocks_may_be_kept(self, keep_first, keep_last):
         q, k, w = standard()
@@ -304,6 +324,7 @@ class SelectionContract(Contract, chex.TestCase):
         self.assertEqual(got.blocks[0, -1].tolist(), [0, 7, 8, 9])
 
     @each_method
+    @pytest.mark.check
     def test_nothing_behind_a_query_decides_anything(self, method):
         q, k, w = standard()
         positions = jnp.asarray(everywhere(range(61, 69)))
@@ -314,6 +335,7 @@ class SelectionContract(Contract, chex.TestCase):
             assert_same_bits(self.select(q, changed, w, method, query_positions=positions), before)
 
     @each_method
+    @pytest.mark.check
     def test_missing_tokens_decide_nothing(self, method):
         q, k, w = standard()
         lengths = jnp.array([135, 135])  # 7 tokens in the last block
@@ -337,6 +359,7 @@ class SelectionContract(Contract, chex.TestCase):
         (40, "float32"), (63, "bfloat16"), (64, "int8"), (65, "float32"),
         (200, "float32"), (200, "bfloat16"), (200, "int8"),
     )  # fmt: skip
+    @pytest.mark.gate(0, 2, 3, 5)
     @pytest.mark.slow
     def test_up_to_all_kept_blocks_the_selection_is_the_flat_one_bit_for_bit(self, S, dtype):
         # Both where the shapes say so (S <= 64) and where only the run-time positions do.
@@ -372,7 +395,9 @@ class SelectionContract(Contract, chex.TestCase):
         ("hisa", "float32"), ("hisa", "bfloat16"), ("hisa", "int8"),
         ("dsa", "float8_e4m3fn"), ("block_sparse", "bfloat16"),
     )  # fmt: skip
+    @pytest.mark.gate(1)  # one token at a time, the next test has every method
     @pytest.mark.slow
+    @pytest.mark.optimised
     def test_prefill_chunks_do_not_change_the_selection(self, method, dtype):
         S, method = 150, METHODS[method]
         q, k, w = draw.inputs(1, S, S, 8, 64, dtype=dtype)
@@ -383,7 +408,9 @@ class SelectionContract(Contract, chex.TestCase):
             assert_same_bits(part, rows(whole, slice(None), slice(start, end)))
 
     @parameterized.product(method=list(METHODS), heads=[1, 64])
+    @pytest.mark.gate(1, 2, 5, 6, 9, 10)  # each method with one of them
     @pytest.mark.slow
+    @pytest.mark.optimised
     def test_one_token_at_a_time_gives_the_selection_of_one_shot(self, method, heads):
         # As in decoding: one static buffer of keys, filled up to the length.
         S, method = 140, METHODS[method]
@@ -397,6 +424,7 @@ class SelectionContract(Contract, chex.TestCase):
             assert_same_bits(one, rows(whole, slice(None), slice(t, t + 1)))
 
     @each_method
+    @pytest.mark.gate("dsa", "hisa_ratio", "scan_units")
     @pytest.mark.slow
     def test_a_batch_gives_each_sequence_its_own_selection(self, method):
         q, k, w = standard()
@@ -415,6 +443,7 @@ class SelectionContract(Contract, chex.TestCase):
     # What a user would expect beside the contract.
 
     @each_method
+    @pytest.mark.gate("dsa", "block_sparse", "scan")
     @pytest.mark.slow
     def test_scores_and_blocks_do_not_change_the_selection(self, method):
         q, k, w = standard()
@@ -423,6 +452,7 @@ class SelectionContract(Contract, chex.TestCase):
         assert_same_bits(hj.Selection(indices=extra.indices, count=extra.count), plain)
 
     @each_method
+    @pytest.mark.gate("dsa", "hisa", "block_sparse", "scan")
     @pytest.mark.slow
     def test_topk_may_exceed_the_tokens_and_blocks_there_are(self, method):
         options = {name: value for name, value in vars(method).items() if name != "topk"}
@@ -456,6 +486,7 @@ class SelectionContract(Contract, chex.TestCase):
         self.assertTrue(np.all(np.asarray(gradient) == 0))
 
     @each_method
+    @pytest.mark.gate("hisa", "scan")
     def test_vmap_over_calls_gives_what_the_calls_give(self, method):
         q, k, w = (x[:, None] for x in draw.inputs(2, 3, 100, 4, 32))
         mapped = jax.vmap(functools.partial(self.select, method=method))(*map(jnp.asarray, (q, k, w)))

@@ -102,7 +102,7 @@ def _whole(attend: Callable, q, latents, lists, **options):
 
 def _over_a_mesh(q, latents, lists, **options):
     mesh = jax.make_mesh((1,), ("context",))
-    attend = functools.partial(hj.sparse_mla_sharded, mesh=mesh, context_axis="context")
+    attend = functools.partial(hj.sparse_mla, mesh=mesh, context_axis="context")
     return _whole(attend, q, latents, lists, **options)
 
 

@@ -43,14 +43,14 @@ def inputs():
 
 def select(arrays, method):
     def call(q, k, w):
-        return hj.select_sharded(q, k, w, method, mesh=mesh(), context_axis="context", return_scores=True)
+        return hj.select(q, k, w, method, mesh=mesh(), context_axis="context", return_scores=True)
 
     return jax.jit(call)(*arrays)
 
 
 def selections_are_those_of_one_device():
     arrays, here = inputs()
-    hj.check_processes("select_sharded", **dict(zip("qkw", arrays, strict=True)))
+    hj.check_processes("select", **dict(zip("qkw", arrays, strict=True)))
     for name, method in METHODS.items():
         got = select(arrays, method)
         if jax.process_index() == 0:
@@ -67,7 +67,7 @@ def sparse_mla_is_that_of_one_device_and_exchanges_one_sum():
     options = dict(value_dim=V, scale=0.2, return_lse=True, sink=np.linspace(-1, 1, N, dtype=np.float32))
 
     def call(q, kv, indices):
-        return hj.sparse_mla_sharded(q, kv, indices, mesh=mesh(), context_axis="context", **options)
+        return hj.sparse_mla(q, kv, indices, mesh=mesh(), context_axis="context", **options)
 
     arrays = globally(q), globally(kv, None, "context"), globally(indices)
     compiled = jax.jit(call).lower(*arrays).compile()
@@ -109,7 +109,7 @@ def pages_on_all_processes_serve_as_on_one():
 
     empty = functools.partial(hj.init_cache, 16 * n, page, D, "float32")
     cache = jax.jit(empty, out_shardings=NamedSharding(mesh(), PartitionSpec("context")))()
-    run = jax.jit(functools.partial(step, hj.append_sharded, hj.select_paged_sharded, **axes))
+    run = jax.jit(functools.partial(step, hj.append, hj.select_paged, **axes))
     got = run(cache, *map(globally, (*arrays, lengths)))
     if jax.process_index() == 0:
         wanted = jax.jit(functools.partial(step, hj.append, hj.select_paged))(empty(), *arrays, lengths)

@@ -107,7 +107,7 @@ class Case(NamedTuple):
 
     @property
     def name(self):
-        return self.function.__qualname__
+        return self.function.__qualname__ + (" on a mesh" if "mesh" in self.valid else "")
 
 
 def ints(*values):
@@ -158,6 +158,7 @@ def over_context(**more):
 
 
 OVER = dict(mesh=MESH, context_axis=AXIS)
+ALONE = dict(mesh=Kind(constants("mesh")), context_axis=OPTIONAL_AXIS)  # on one device
 BATCH = dict(q=QUERIES, k=FLOAT, w=WEIGHTS, query_positions=OPTIONAL_INT32, lengths=OPTIONAL_INT32, **OPTIONS)
 TABLES = dict(cache=CACHE, block_tables=Kind((*NOT_ARRAYS, *NOT_INT32, *AXIS_MORE)), lengths=INT32)
 PAGED = dict(q=QUERIES, w=WEIGHTS, cu_seqlens_q=INT32, **TABLES, **OPTIONS)
@@ -165,7 +166,9 @@ MLA_OPTIONS = dict(scale=NUMBER, value_dim=INT, sink=OPTIONAL_FLOAT, return_lse=
 MLA = dict(q=QUERIES, kv=FLOAT, indices=LIST_INT32, **MLA_OPTIONS)
 MLA_PAGED = dict(q=FLOAT, cache=CACHE, indices=LIST_INT32, block_tables=TABLES["block_tables"], cu_seqlens_q=INT32,
                  **MLA_OPTIONS)  # fmt: skip
-APPEND = dict(k=FLOAT, cu_seqlens=INT32, latents=Kind(constants(np.ones((5, 8)), 3)), **TABLES)
+APPEND = dict(
+    implementation=IMPLEMENTATION, k=FLOAT, cu_seqlens=INT32, latents=Kind(constants(np.ones((5, 8)), 3)), **TABLES
+)
 TRUNCATE = dict(new_lengths=INT32, max_tokens=INT, **TABLES)
 COPIES = dict(cache=CACHE, source=LIST_INT32, target=INT32)
 positions = dict(query_positions=np.zeros((2, 3), np.int32), lengths=ints(40, 7))
@@ -185,8 +188,8 @@ TAKEN = Kind(constants("a"))
 
 def cases():
     q2, k2 = np.ones((1, 2, 4, 8), np.float32), np.ones((1, 5, 8), np.float32)
-    yield Case(hj.select, batch() | positions, BATCH)
-    yield Case(hj.select_sharded, batch() | positions | over_context(),
+    yield Case(hj.select, batch() | positions, BATCH | ALONE | dict(data_axis=OPTIONAL_AXIS))
+    yield Case(hj.select, batch() | positions | over_context(),
                BATCH | OVER | dict(data_axis=OPTIONAL_AXIS))  # fmt: skip
     yield Case(
         hj.select_packed,
@@ -194,19 +197,19 @@ def cases():
              cu_seqlens_q=ints(0, 1, 3), cu_seqlens_k=ints(0, 20, 40), method=DSA),
         dict(q=QUERIES, k=FLOAT, w=WEIGHTS, cu_seqlens_q=LIST_INT32, cu_seqlens_k=INT32, **OPTIONS),
     )  # fmt: skip
-    yield Case(hj.select_paged, paged(), PAGED)
-    yield Case(hj.select_paged_sharded, paged() | over_context(),
+    yield Case(hj.select_paged, paged(), PAGED | ALONE | dict(query_axis=OPTIONAL_AXIS, stripe=OPTIONAL_INT))
+    yield Case(hj.select_paged, paged() | over_context(),
                PAGED | OVER | dict(query_axis=OPTIONAL_AXIS, stripe=OPTIONAL_INT))  # fmt: skip
-    yield Case(hj.sparse_mla, mla() | sink, MLA)
-    yield Case(hj.sparse_mla_sharded, mla() | sink | over_context(), MLA | OVER | dict(data_axis=OPTIONAL_AXIS))
-    yield Case(hj.sparse_mla_paged, mla_paged() | sink, MLA_PAGED)
-    yield Case(hj.sparse_mla_paged_sharded, mla_paged() | sink | over_context(), MLA_PAGED | OVER)
-    yield Case(hj.append, new_tokens(), APPEND | dict(implementation=IMPLEMENTATION))
-    yield Case(hj.append_sharded, new_tokens() | over_context(), APPEND | OVER)
-    yield Case(hj.truncate, lost_tokens(), TRUNCATE)
-    yield Case(hj.truncate_sharded, lost_tokens() | over_context(), TRUNCATE | OVER)
-    yield Case(hj.copy_pages, copies(), COPIES)
-    yield Case(hj.copy_pages_sharded, copies() | over_context(), COPIES | OVER)
+    yield Case(hj.sparse_mla, mla() | sink, MLA | ALONE | dict(data_axis=OPTIONAL_AXIS))
+    yield Case(hj.sparse_mla, mla() | sink | over_context(), MLA | OVER | dict(data_axis=OPTIONAL_AXIS))
+    yield Case(hj.sparse_mla_paged, mla_paged() | sink, MLA_PAGED | ALONE)
+    yield Case(hj.sparse_mla_paged, mla_paged() | sink | over_context(), MLA_PAGED | OVER)
+    yield Case(hj.append, new_tokens(), APPEND | ALONE)
+    yield Case(hj.append, new_tokens() | over_context(), APPEND | OVER)
+    yield Case(hj.truncate, lost_tokens(), TRUNCATE | ALONE)
+    yield Case(hj.truncate, lost_tokens() | over_context(), TRUNCATE | OVER)
+    yield Case(hj.copy_pages, copies(), COPIES | ALONE)
+    yield Case(hj.copy_pages, copies() | over_context(), COPIES | OVER)
     yield Case(hj.init_cache, dict(n_pages=4, page_size=16, D=8, dtype=F32, latent_dim=8, latent_dtype=F32),
                dict(n_pages=INT, page_size=Kind((*INT.bad, *constants(24, 512))), D=SIZE, dtype=DTYPE,
                     latent_dim=Kind((*NOT_INTS, *constants(0, -1))), latent_dtype=DTYPE))  # fmt: skip
@@ -258,7 +261,9 @@ def test_a_bad_argument_is_refused_by_name(name):
             try:
                 function(**valid | {argument: value})
             except (TypeError, ValueError) as error:
-                message = re.match(rf"{re.escape(name)}: .*\b{CALLED.get(argument, argument)}\b.*wanted", str(error))
+                message = re.match(
+                    rf"{re.escape(function.__qualname__)}: .*\b{CALLED.get(argument, argument)}\b.*wanted", str(error)
+                )
                 if not message:
                     wrong.append(f"{given}: {str(error)[:150]}")
             except Exception as error:
@@ -272,7 +277,8 @@ def test_the_table_has_every_public_call_and_argument():
     public = {name for name in hj.__all__ if inspect.isfunction(getattr(hj, name))}
     public |= {f"PagePool.{name}" for name, method in vars(PagePool).items()
                if inspect.isfunction(method) and not name.startswith("_") and name != "check"}  # fmt: skip
-    assert public - set(CASES) == set() and set(CASES) - public == {"PagePool"}
+    named = {case.function.__qualname__ for case in CASES.values()}
+    assert public - named == set() and named - public == {"PagePool"}
     for case in CASES.values():
         assert set(inspect.signature(case.function).parameters) == set(case.kinds), case.name
 
@@ -287,7 +293,7 @@ def forms(method, **options):
     rng = np.random.default_rng(0)
     q, k, w = (rng.normal(size=x.shape).astype(np.float32) for x in (batch()["q"], batch()["k"], batch()["w"]))
     yield "select", functools.partial(hj.select, q, k, w, method, **options)
-    yield "select_sharded", functools.partial(hj.select_sharded, q, k, w, method, **over_context(), **options)
+    yield "select on a mesh", functools.partial(hj.select, q, k, w, method, **over_context(), **options)
 
 
 @pytest.mark.parametrize("method", [DSA, hj.Hisa(topk=4, block_size=8, block_topk=2)], ids=["dsa", "hisa"])
@@ -296,22 +302,19 @@ def test_axes_may_be_empty_in_every_form(method):
         given = batch() | {name: zero(batch()[name], axis) for name, axis in empty.items()} | dict(method=method)
         given["query_positions"] = np.full(given["q"].shape[:2], 30, np.int32)
         rows = given["q"].shape[:2]
-        for got in (hj.select(**given), hj.select_sharded(**given, **over_context())):
+        for got in (hj.select(**given), hj.select(**given, **over_context())):
             assert got.indices.shape == (*rows, 4) and got.count.shape == rows and not got.count.any()
     blocks = hj.Hisa(topk=4, block_size=16, block_topk=2) if method.has_blocks else method
     for R, P, T in ((0, 2, 3), (2, 0, 3), (2, 2, 0)):
         table, offsets, lengths = np.zeros((R, P), np.int32), np.zeros(R + 1, np.int32), np.zeros(R, np.int32)
         rows = np.ones((T, 4, 8), np.float32), np.ones((T, 4), np.float32)
-        for function, axes in ((hj.select_paged, {}), (hj.select_paged_sharded, over_context())):
-            got = function(*rows, pages(), table, offsets, lengths, blocks, **axes)
+        for axes in ({}, over_context()):
+            got = hj.select_paged(*rows, pages(), table, offsets, lengths, blocks, **axes)
             assert got.indices.shape == (T, 4) and not got.count.any()
-        for append, truncate, copy, axes in (
-            (hj.append, hj.truncate, hj.copy_pages, {}),
-            (hj.append_sharded, hj.truncate_sharded, hj.copy_pages_sharded, over_context()),
-        ):
-            one = append(pages(), rows[0][:, 0], table, offsets, lengths, **axes)
-            one = truncate(one, table, lengths, lengths, max_tokens=3, **axes)
-            one = copy(one, zero(lengths, 0), zero(lengths, 0), **axes)
+        for axes in ({}, over_context()):
+            one = hj.append(pages(), rows[0][:, 0], table, offsets, lengths, **axes)
+            one = hj.truncate(one, table, lengths, lengths, max_tokens=3, **axes)
+            one = hj.copy_pages(one, zero(lengths, 0), zero(lengths, 0), **axes)
             jax.tree.map(np.testing.assert_array_equal, one, pages())
 
 
@@ -332,8 +335,8 @@ def test_impossible_values_are_the_same_in_every_form_and_raise_if_checked():
         jax.tree.map(np.testing.assert_array_equal, run(), wanted[call]())
     for argument in bad:
         # Of `select`, test_checked.py has it.
-        run = dict(forms(DSA, **good | {argument: bad[argument]}))["select_sharded"]
-        with pytest.raises(checkify.JaxRuntimeError, match=f"select_sharded: {argument}"):
+        run = dict(forms(DSA, **good | {argument: bad[argument]}))["select on a mesh"]
+        with pytest.raises(checkify.JaxRuntimeError, match=f"select: {argument}"):
             hj.checked(run)()
 
 
@@ -358,11 +361,11 @@ def test_a_request_of_bad_lengths_takes_nothing_from_the_others():
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
-@pytest.mark.parametrize("copy", [hj.copy_pages, hj.copy_pages_sharded])
-def test_a_copy_from_or_to_no_page_is_none(copy):
-    axes = {} if copy is hj.copy_pages else over_context()
+@pytest.mark.parametrize("is_split", [False, True])
+def test_a_copy_from_or_to_no_page_is_none(is_split):
+    axes = over_context() if is_split else {}
     full = hj.append(pages(), jnp.ones((64, 8)), jnp.array([[0, 1, 2, 3]], I32), ints(0, 64), ints(0))
     full = hj.truncate(full, jnp.array([[0, 1, 2, 3]], I32), ints(64), ints(50), max_tokens=20)
     for source, target in ((-1, 3), (4, 3), (2**31 - 1, 3), (0, -1), (0, 4), (0, -(2**31))):
-        jax.tree.map(np.testing.assert_array_equal, copy(full, ints(source), ints(target), **axes), full)
-    assert copy(full, ints(0), ints(3), **axes).counts.tolist() == [16, 16, 16, 16]
+        jax.tree.map(np.testing.assert_array_equal, hj.copy_pages(full, ints(source), ints(target), **axes), full)
+    assert hj.copy_pages(full, ints(0), ints(3), **axes).counts.tolist() == [16, 16, 16, 16]

@@ -12,8 +12,8 @@ from hypothesis import stateful
 from hypothesis import strategies as st
 
 import hisa_jax as hj
-from hisa_jax.layout import mean_parts
 from hisa_jax.page_pool import OutOfPages, PagePool
+from hisa_jax.xla.means import mean_parts
 from tests import draw
 
 D, PAGE, P, N_PAGES, NEW, R = 16, 16, 6, 14, 40, 4
@@ -147,7 +147,7 @@ class Requests:
         wanted = mean_parts(sums / np.maximum(counts, 1).astype(np.float32)[:, None], self.dtype) or (None, None)
         jax.tree.map(np.testing.assert_array_equal, (self.cache.means, self.cache.mean_scales), wanted)
 
-    def check_selection(self, method, n_queries):
+    def check_selection(self, method, n_queries=5):
         """The last tokens of every request select from pages what they select from one piece, bit for bit."""
         names = sorted(self.pool.lengths)
         q, _, w = draw.inputs(1, R * n_queries, 1, 2, D, seed=1)
@@ -171,7 +171,7 @@ class Requests:
 class CacheMachine(stateful.RuleBasedStateMachine):
     """Append, truncate, fork, free and reuse in any order."""
 
-    dtype = "float32"
+    dtype, methods = "float32", sorted(METHODS)
 
     def __init__(self):
         super().__init__()
@@ -210,9 +210,9 @@ class CacheMachine(stateful.RuleBasedStateMachine):
     def free(self, data):
         self.requests.free(self.some(data))
 
-    @stateful.rule(method=st.sampled_from(sorted(METHODS)))
-    def select(self, method):
-        self.requests.check_selection(METHODS[method], n_queries=1)
+    @stateful.rule(data=st.data())
+    def select(self, data):
+        self.requests.check_selection(METHODS[data.draw(st.sampled_from(self.methods))])
 
     @stateful.invariant()
     def pages_say_what_they_hold(self):
@@ -225,13 +225,17 @@ class CacheMachine(stateful.RuleBasedStateMachine):
         assert self.requests.pool.n_free == N_PAGES
 
 
+E4M3 = {"dtype": "float8_e4m3fn", "methods": ["hisa", "scan_units"]}
 TestCacheOfFloat32 = pytest.mark.slow(CacheMachine.TestCase)
-TestCacheOfE4m3 = pytest.mark.slow(type("E4m3Machine", (CacheMachine,), {"dtype": "float8_e4m3fn"}).TestCase)
+TestCacheOfE4m3 = pytest.mark.slow(type("E4m3Machine", (CacheMachine,), E4M3).TestCase)
 TestCacheOfFloat32.settings = TestCacheOfE4m3.settings = hypothesis.settings(
     max_examples=12, stateful_step_count=25, deadline=None
 )
 
 
+@pytest.mark.gate(
+    "bfloat16-dsa", "bfloat16-hisa_two_pages_a_block", "bfloat16-scan", *(f"{dtype}-hisa" for dtype in DTYPES)
+)
 @pytest.mark.parametrize(
     ("dtype", "method"),
     [("bfloat16", method) for method in METHODS]
@@ -246,7 +250,7 @@ def test_a_selection_from_pages_is_that_from_one_piece(dtype, method):
     requests.fork("a", "d", 40)
     requests.extend({"d": 8})
     requests.check_pages()
-    requests.check_selection(METHODS[method], 5)
+    requests.check_selection(METHODS[method])
 
 
 @pytest.mark.slow
@@ -293,8 +297,13 @@ def test_one_compiled_append_serves_every_length():
     np.testing.assert_array_equal(cache.counts, [16, 16, 8, 0, 0, 16, 16, 8])
 
 
+@pytest.mark.gate(
+    "dsa-missing page", "hisa_two_pages_a_block-missing page", "hisa-page too large", "scan-page too large",
+    "block_sparse-length beyond the table", "scan_units-length beyond the table",
+)  # fmt: skip
 @pytest.mark.parametrize("fault", ["missing page", "page too large", "length beyond the table"])
-def test_a_request_without_all_its_pages_selects_nothing_and_the_others_are_right(fault):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_request_without_all_its_pages_selects_nothing_and_the_others_are_right(fault, method):
     requests = Requests("float32")
     for name, n in {"a": 40, "b": 30}.items():
         requests.add(name)
@@ -306,13 +315,13 @@ def test_a_request_without_all_its_pages_selects_nothing_and_the_others_are_righ
         table[0, 1] = {"missing page": -1, "page too large": N_PAGES}[fault]
     q, _, w = draw.inputs(1, 2, 1, 2, D)
     arrays = jnp.asarray(q[0]), jnp.asarray(w[0]), requests.cache, jnp.asarray(table), jnp.array([0, 1, 2])
-    for method in METHODS.values():
-        got = hj.select_paged(*arrays, jnp.asarray(lengths), method)
-        alone = hj.select(jnp.asarray(q[:, 1:]), requests.held["b"][None], jnp.asarray(w[:, 1:]), method)
-        assert int(got.count[0]) == 0 and (np.asarray(got.indices[0]) == -1).all()
-        np.testing.assert_array_equal(got.indices[1], alone.indices[0, 0])
-        with pytest.raises(Exception, match="select_paged: (block_tables lacks pages|lengths is)"):
-            hj.checked(hj.select_paged)(*arrays, jnp.asarray(lengths), method)
+    method = METHODS[method]
+    got = hj.select_paged(*arrays, jnp.asarray(lengths), method)
+    alone = hj.select(jnp.asarray(q[:, 1:]), requests.held["b"][None], jnp.asarray(w[:, 1:]), method)
+    assert int(got.count[0]) == 0 and (np.asarray(got.indices[0]) == -1).all()
+    np.testing.assert_array_equal(got.indices[1], alone.indices[0, 0])
+    with pytest.raises(Exception, match="select_paged: (block_tables lacks pages|lengths is)"):
+        hj.checked(hj.select_paged)(*arrays, jnp.asarray(lengths), method)
 
 
 def test_sparse_mla_attends_to_latents_in_pages():

@@ -115,14 +115,14 @@ def test_other_threads_are_not_checked_even_if_they_inherit_the_context():
 def test_attention_over_a_mesh_is_checked_and_has_a_gradient_as_on_one_device():
     over = dict(mesh=jax.make_mesh((1,), ("context",)), context_axis="context", scale=0.1, value_dim=16)
     indices, good = jnp.array([[[0, 40], [3, -1]]]), jnp.array([[[0, 39], [3, -1]]])
-    with pytest.raises(checkify.JaxRuntimeError, match="sparse_mla_sharded: indices range from -1 to 40"):
-        hj.checked(hj.sparse_mla_sharded)(*MLA, indices, **over)
+    with pytest.raises(checkify.JaxRuntimeError, match="sparse_mla: indices range from -1 to 40"):
+        hj.checked(hj.sparse_mla)(*MLA, indices, **over)
     cache = hj.init_cache(4, 16, 0, latent_dim=24, latent_dtype=jnp.float32)
     arrays = cache, indices[0], jnp.array([[3, 0]]), jnp.array([0, 2])
-    with pytest.raises(checkify.JaxRuntimeError, match=r"sparse_mla_paged_sharded: rows \[ True False\] of q"):
-        hj.checked(hj.sparse_mla_paged_sharded)(MLA[0][0], *arrays, **over)
+    with pytest.raises(checkify.JaxRuntimeError, match=r"sparse_mla_paged: rows \[ True False\] of q"):
+        hj.checked(hj.sparse_mla_paged)(MLA[0][0], *arrays, **over)
     q, kv = (jax.random.normal(jax.random.key(0), x.shape) for x in MLA)
-    got = jax.grad(lambda q, kv: (hj.sparse_mla_sharded(q, kv, good, **over) ** 2).sum(), (0, 1))(q, kv)
+    got = jax.grad(lambda q, kv: (hj.sparse_mla(q, kv, good, **over) ** 2).sum(), (0, 1))(q, kv)
     wanted = jax.grad(lambda q, kv: (hj.sparse_mla(q, kv, good, scale=0.1, value_dim=16) ** 2).sum(), (0, 1))(q, kv)
     for x, y in zip(got, wanted, strict=True):
         assert jnp.allclose(x, y, atol=1e-5) and jnp.abs(y).max() > 0.01

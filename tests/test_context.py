@@ -44,7 +44,7 @@ def test_a_mesh_may_be_one_device(method, return_scores):
     arrays = jnp.asarray(q), draw.quantized(k, "int8", "float32"), jnp.asarray(w)
     options = dict(return_scores=return_scores, return_blocks=method.has_blocks)
     mesh = jax.make_mesh((1,), ("context",))
-    got = hj.select_sharded(*arrays, method, mesh=mesh, context_axis="context", **options)
+    got = hj.select(*arrays, method, mesh=mesh, context_axis="context", **options)
     wanted = hj.select(*arrays, method, implementation="xla", **options)
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
@@ -53,16 +53,16 @@ def call(S=256, **changes):
     q, k, w = jnp.ones((1, 2, 4, 32)), jnp.ones((1, S, 32)), jnp.ones((1, 2, 4))
     options = dict(mesh=jax.make_mesh((1,), ("context",)), context_axis="context") | changes
     method = options.pop("method", hj.Hisa(topk=16, block_size=64, block_topk=2))
-    return hj.select_sharded(q, k, w, method, **options)
+    return hj.select(q, k, w, method, **options)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(context_axis="x"), r"select_sharded: context_axis='x', wanted one of the mesh's axes \('context',\)"),
-        (dict(data_axis="x"), "select_sharded: data_axis='x', wanted one of"),
-        (dict(S=250), "select_sharded: k's S = 250, wanted a multiple of 64 for context_axis='context'"),
-        (dict(method=hj.Dsa(topk=4), return_blocks=True), "select_sharded: return_blocks=True"),
+        (dict(context_axis="x"), r"select: context_axis='x', wanted one of the mesh's axes \('context',\)"),
+        (dict(data_axis="x"), "select: data_axis='x', wanted one of"),
+        (dict(S=250), "select: k's S = 250, wanted a multiple of 64 for context_axis='context'"),
+        (dict(method=hj.Dsa(topk=4), return_blocks=True), "select: return_blocks=True"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(changes, message):
@@ -73,5 +73,5 @@ def test_what_cannot_be_sharded_is_refused(changes, message):
 def test_empty_batches_give_empty_selections():
     mesh = jax.make_mesh((1,), ("context",))
     q, k, w = jnp.ones((0, 2, 4, 32)), jnp.ones((0, 64, 32)), jnp.ones((0, 2, 4))
-    got = hj.select_sharded(q, k, w, hj.Dsa(topk=4), mesh=mesh, context_axis="context")
+    got = hj.select(q, k, w, hj.Dsa(topk=4), mesh=mesh, context_axis="context")
     assert got.indices.shape == (0, 2, 4)

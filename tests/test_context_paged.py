@@ -65,16 +65,16 @@ def test_every_place_is_one_devices_and_is_found_among_its_own():
 
 
 def served(**options):
-    """A request of 75 tokens on a mesh of one device; a call of `select_paged_sharded` on it."""
+    """A request of 75 tokens on a mesh of one device; a call of `select_paged` on a mesh on it."""
     cache, table = hj.init_cache(8, 16, 32, jnp.float32), jnp.array([[3, 0, 7, 1, 2, -1]], jnp.int32)
     mesh = jax.make_mesh((1,), ("context",))
     options = dict(mesh=mesh, context_axis="context") | options
     k = jax.random.normal(jax.random.key(0), (75, 32))
-    cache = hj.append_sharded(cache, k, table, jnp.array([0, 75]), jnp.array([0]), mesh=mesh, context_axis="context")
+    cache = hj.append(cache, k, table, jnp.array([0, 75]), jnp.array([0]), mesh=mesh, context_axis="context")
     q, w = jax.random.normal(jax.random.key(1), (3, 4, 32)), jax.random.normal(jax.random.key(2), (3, 4))
     arrays = q, w, cache, table, jnp.array([0, 3]), jnp.array([75])
     method = options.pop("method", hj.Hisa(topk=16, block_size=32, block_topk=2))
-    return hj.select_paged_sharded(*arrays, method, **options), hj.select_paged(*arrays, method)
+    return hj.select_paged(*arrays, method, **options), hj.select_paged(*arrays, method)
 
 
 @pytest.mark.parametrize("axes", [{}, {"query_axis": "context", "context_axis": None}])
@@ -88,11 +88,11 @@ def test_a_mesh_may_be_one_device(axes):
     [
         (
             dict(context_axis="x"),
-            r"select_paged_sharded: context_axis='x', wanted one of the mesh's axes \('context',\)",
+            r"select_paged: context_axis='x', wanted one of the mesh's axes \('context',\)",
         ),
-        (dict(query_axis="x"), "select_paged_sharded: query_axis='x', wanted one of"),
+        (dict(query_axis="x"), "select_paged: query_axis='x', wanted one of"),
         (dict(context_axis=None), "context_axis=None and query_axis=None, wanted one of the mesh's axes for either"),
-        (dict(stripe=48), "select_paged_sharded: stripe=48, wanted a multiple of 32, of whole blocks"),
+        (dict(stripe=48), "select_paged: stripe=48, wanted a multiple of 32, of whole blocks"),
         (dict(method=hj.Dsa(topk=4), stripe=24), "stripe=24, wanted a multiple of 16"),
         (dict(method=hj.Hisa(topk=4, block_size=24, block_topk=2)), "with pages of 16 tokens, wanted a block_size"),
     ],
@@ -108,13 +108,11 @@ def test_pages_that_devices_do_not_share_equally_are_refused():
     over = dict(mesh=mesh, context_axis="context")
     lengths = jnp.array([0])
     for call in (
-        functools.partial(hj.append_sharded, cache, jnp.ones((1, 32), jnp.bfloat16), table, jnp.array([0, 1]), lengths),
-        functools.partial(hj.truncate_sharded, cache, table, lengths, lengths, max_tokens=1),
-        functools.partial(hj.copy_pages_sharded, cache, lengths, lengths),
+        functools.partial(hj.append, cache, jnp.ones((1, 32), jnp.bfloat16), table, jnp.array([0, 1]), lengths),
+        functools.partial(hj.truncate, cache, table, lengths, lengths, max_tokens=1),
+        functools.partial(hj.copy_pages, cache, lengths, lengths),
     ):
-        with pytest.raises(
-            ValueError, match="_sharded: the cache's n_pages = 8, wanted a multiple of 3 for context_axis"
-        ):
+        with pytest.raises(ValueError, match="the cache's n_pages = 8, wanted a multiple of 3 for context_axis"):
             call(**over)
 
 

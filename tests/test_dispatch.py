@@ -11,6 +11,8 @@ import pytest
 import hisa_jax as hj
 from hisa_jax import dispatch
 
+pytestmark = pytest.mark.check
+
 ARRAYS = jnp.ones((1, 3, 4, 16)), jnp.ones((1, 40, 16)), jnp.ones((1, 3, 4))
 METHOD = hj.Dsa(topk=4)
 
@@ -39,7 +41,7 @@ def test_auto_takes_the_first_that_can_run(monkeypatch):
         calls.append("spy")
         return dispatch.IMPLEMENTATIONS["xla"].select(*args, **kwargs)
 
-    able = dispatch.Implementation(why_not=lambda device, problem: None, select=spy, select_packed=spy)
+    able = dispatch.Implementation(why_not=lambda device, problem: None, select=spy)
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "triton", able)
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "mosaic_gpu", refusing("no"))
     hj.select(*ARRAYS, METHOD)
@@ -51,7 +53,7 @@ def refusing(reason):
     def fail(*args, **kwargs):
         raise AssertionError("ran although it declined")
 
-    return dispatch.Implementation(why_not=lambda device, problem: reason, select=fail, select_packed=fail)
+    return dispatch.Implementation(why_not=lambda device, problem: reason, select=fail)
 
 
 def test_one_that_cannot_run_says_why_and_which_can(monkeypatch):
@@ -100,7 +102,7 @@ def test_hoppers_attention_is_first_where_its_64_heads_are_full():
 
 
 def test_tiles_are_for_xla_alone(monkeypatch):
-    able = dispatch.Implementation(why_not=lambda device, problem: None, select=np.zeros, select_packed=np.zeros)
+    able = dispatch.Implementation(why_not=lambda device, problem: None, select=np.zeros)
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "triton", able)
     with pytest.raises(ValueError, match=re.escape('with implementation="triton", wanted implementation="xla"')):
         hj.select(*ARRAYS, METHOD, implementation="triton", tiles=hj.Tiles())

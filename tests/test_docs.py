@@ -10,8 +10,24 @@ import jax.numpy as jnp
 import pytest
 
 import hisa_jax as hj
+from hisa_jax import models
 
+pytestmark = pytest.mark.oldest
 ROOT = pathlib.Path(__file__).parent.parent
+# Every page that people write or that a command writes for them.
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("[mt]*/*/README.md")]
+# Words that only their author would understand, and what to say in their place.
+PRIVATE = {
+    r"behind": "after, past, below",
+    r"nobody's": "padding, unused",
+    r"dealt": "distributed, assigned, split",
+    r"so and so": "the name",
+    r"as it stands": "the current form, as it is",
+    r"found out": "noticed, detected",
+    r"(?:score|key|order-preserving) images?|images? of (?:scores?|each key|queries)": "sort key",
+    r"the cut": "the threshold",
+    r"whoever asks": "a process that asks",
+}
 FUNCTIONS = [name for name in hj.__all__ if inspect.isfunction(getattr(hj, name))]
 
 
@@ -47,8 +63,27 @@ def test_the_examples_of_a_page_run(page):
         exec(compile(block, page, "exec"), namespace)
 
 
-def test_links_of_the_readme_and_docs_lead_somewhere():
-    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")):
+def test_links_lead_somewhere():
+    for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_of_a_page_are_short_and_its_words_are_everybodys(page):
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        # A row of a table is one line, whatever it holds.
+        assert len(line) <= 120 or line.startswith("|"), f"{page.name}:{number} has {len(line)} characters, wanted 120"
+        for word, better in PRIVATE.items():
+            assert not re.search(rf"\b{word}\b", line, re.IGNORECASE), f"{page.name}:{number} {word!r}: say {better}"
+
+
+@pytest.mark.parametrize(("page", "package"), [("api.md", hj), ("api_models.md", models)])
+def test_the_reference_has_every_public_name(page, package):
+    named = re.findall(r"^::: hisa_jax[\w.]*\.(\w+)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+    assert {name for name in package.__all__ if not name.endswith("_sharded")} <= set(named)

@@ -9,6 +9,8 @@ import pytest
 
 import hisa_jax as hj
 
+pytestmark = pytest.mark.check
+
 F32, I32 = jnp.float32, jnp.int32
 DSA = hj.Dsa(topk=4)
 
@@ -32,8 +34,8 @@ def mla(**changed):
     return {**call, "scale": 0.1, "value_dim": 16, **changed}
 
 
-def mla_sharded(**changed):
-    """A valid call of `sparse_mla_sharded` with some arguments replaced."""
+def mla_on_a_mesh(**changed):
+    """A valid call of `sparse_mla` on a mesh with some arguments replaced."""
     return {**mla(mesh=jax.make_mesh((1,), ("context",)), context_axis="context"), **changed}
 
 
@@ -44,8 +46,8 @@ def mla_paged(**changed):
     return {**call, "block_tables": jnp.zeros((2, 1), I32), "cu_seqlens_q": jnp.array([0, 1, 3]), **changed}
 
 
-def mla_paged_sharded(**changed):
-    """A valid call of `sparse_mla_paged_sharded` with some arguments replaced."""
+def mla_paged_on_a_mesh(**changed):
+    """A valid call of `sparse_mla_paged` on a mesh with some arguments replaced."""
     return {**mla_paged(mesh=jax.make_mesh((1,), ("context",)), context_axis="context"), **changed}
 
 
@@ -168,9 +170,9 @@ OF_PAGES = [
     (ValueError, dict(value_dim=25), "value_dim=25, wanted 1 to Dk = 24"),
 ]
 MLA_FORMS = [
-    *[(hj.sparse_mla_sharded, mla_sharded, *case) for case in OF_BATCHES],
+    *[(hj.sparse_mla, mla_on_a_mesh, *case) for case in OF_BATCHES],
     *[(hj.sparse_mla_paged, mla_paged, *case) for case in OF_PAGES],
-    *[(hj.sparse_mla_paged_sharded, mla_paged_sharded, *case) for case in OF_PAGES],
+    *[(hj.sparse_mla_paged, mla_paged_on_a_mesh, *case) for case in OF_PAGES],
 ]
 CASES = [
     *[(hj.select, arrays, ValueError, *case) for case in SELECT_SHAPES],

@@ -9,6 +9,8 @@ import pytest
 
 import hisa_jax as hj
 
+pytestmark = pytest.mark.check
+
 
 @pytest.mark.parametrize(
     ("make", "message"),

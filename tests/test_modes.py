@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from hisa_jax import dispatch
 from tests import calls
 
+pytestmark = pytest.mark.unoptimised  # compiling takes longer than running
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 ONLY_A_BATCH = (NotImplementedError, "jax.vmap of a function over a mesh")
 OUTSIDE = (ValueError, "called inside jax.shard_map over .*data.*, wanted a call outside")
@@ -122,14 +123,6 @@ def _both(*contexts):
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_fast():
-    """Compiling takes longer than running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def plain(name: str) -> tuple[Callable[..., Any], Any]:
     """The call jitted, and its result without any mode."""
@@ -140,7 +133,7 @@ def plain(name: str) -> tuple[Callable[..., Any], Any]:
 def is_refused(mode: str, name: str) -> bool:
     # A batch of what has no rule of its own is what JAX makes of it.
     return (
-        MODES[mode].refused is not None and name in calls.ON_A_MESH and (mode, name) != ("vmap", "sparse_mla_sharded")
+        MODES[mode].refused is not None and name in calls.ON_A_MESH and (mode, name) != ("vmap", "sparse_mla_on_a_mesh")
     )
 
 
@@ -178,6 +171,7 @@ def test_every_call_has_the_bits_of_the_plain_one(mode, name):
     assert_same(got, want)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", NAMES)
 def test_no_call_makes_a_nan_or_moves_an_array(name):
     """Padding, empty lists and sequences without keys are among the arrays."""

@@ -1,4 +1,4 @@
-"""The tables of mistakes (tests/mutants) fit the tree: each can still be made, and its test is there. 7 s.
+"""The tables of mistakes (tests/mutants) fit the tree: each can still be made, and its test is in the gate. 7 s.
 
 That the tests fail of them, `make mutants` looks.
 """
@@ -25,13 +25,13 @@ def test_every_mistake_can_still_be_made(file):
             assert ast.dump(ast.parse(wrong)) != ast.dump(ast.parse(right)), mutant
 
 
-def test_the_test_of_every_mistake_is_there():
+def test_the_test_of_every_mistake_is_in_the_gate():
     tests = sorted({mutant.test for mutant in table.read()})
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *tests]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "not exhaustive", *tests]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0 and "deselected" not in done.stdout, done.stdout + done.stderr
 
 
 def test_a_mistake_is_made_where_it_is_meant():

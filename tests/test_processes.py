@@ -38,7 +38,7 @@ def run(n, *promises):
     return [(status, output) for output, status in ended]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_processes_select_and_attend_to_what_one_device_does():
     for status, output in run(4, *SHARDED):
         assert status == 0 and output.count("kept:") == 3 and "merged: 216 bytes" in output, output
@@ -61,13 +61,13 @@ def test_two_processes_do_too_and_end_with_an_error_where_shapes_disagree_or_one
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"context_axis": "x"}, r"sparse_mla_sharded: context_axis='x', wanted one of the mesh's axes \('context',\)"),
-        ({"data_axis": "x"}, "sparse_mla_sharded: data_axis='x', wanted one of"),
-        ({"sink": jnp.zeros(3)}, r"sparse_mla_sharded: sink is \[3\], wanted \[4\]"),
+        ({"context_axis": "x"}, r"sparse_mla: context_axis='x', wanted one of the mesh's axes \('context',\)"),
+        ({"data_axis": "x"}, "sparse_mla: data_axis='x', wanted one of"),
+        ({"sink": jnp.zeros(3)}, r"sparse_mla: sink is \[3\], wanted \[4\]"),
     ],
 )
 def test_attention_that_cannot_be_sharded_is_refused(changes, message):
     q, kv, indices = jnp.ones((1, 2, 4, 24)), jnp.ones((1, 8, 24)), jnp.zeros((1, 2, 3), jnp.int32)
     options = dict(mesh=jax.make_mesh((1,), ("context",)), context_axis="context", value_dim=16, scale=1.0) | changes
     with pytest.raises(ValueError, match=message):
-        hj.sparse_mla_sharded(q, kv, indices, **options)
+        hj.sparse_mla(q, kv, indices, **options)

@@ -119,7 +119,7 @@ def test_of_no_queries_requests_pages_entries_or_heads_there_is_nothing(T, R, P,
     q, lists, kv = arrays[0][None], jnp.full((1, T, K), -1), jnp.ones((1, 16 * P * R, 24))
     for out, lse in (
         hj.sparse_mla_paged(*arrays, **options),
-        hj.sparse_mla_paged_sharded(*arrays, **options, **mesh),
-        (x[0] for x in hj.sparse_mla_sharded(q, kv, lists, **options, **mesh)),
+        hj.sparse_mla_paged(*arrays, **options, **mesh),
+        (x[0] for x in hj.sparse_mla(q, kv, lists, **options, **mesh)),
     ):
         assert out.shape == (T, N, 16) and not out.any() and lse.shape == (T, N) and jnp.isneginf(lse).all()

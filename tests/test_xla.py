@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 
 import hisa_jax as hj
 from tests import contract, contract_packed, draw, oracle
@@ -13,23 +14,24 @@ from tests.contract import METHODS, assert_same_bits
 class XlaSelectionTest(contract.SelectionContract):
     implementation = "xla"
 
-    @contract.each_method
+    @parameterized.product(tiles=[(3, 128), (1, 1024), (64, 128)], method=list(METHODS))
+    @pytest.mark.gate(*range(6), 11, 12)  # each method with the first, each other size by one method
     @pytest.mark.slow
-    def test_tile_sizes_do_not_change_the_selection(self, method):
+    @pytest.mark.optimised
+    def test_tile_sizes_do_not_change_the_selection(self, tiles, method):
+        (queries, keys), method = tiles, METHODS[method]
         q, k, w = draw.inputs(2, 11, 700, 8, 64, dtype="bfloat16")
         options = dict(lengths=jnp.array([700, 333]))
         wanted = self.select(q, k, w, method, **options)
-        for queries, keys in ((1, 1024), (3, 128), (64, 128)):
-            assert_same_bits(
-                self.select(q, k, w, method, tiles=hj.Tiles(queries=queries, keys=keys), **options), wanted
-            )
+        assert_same_bits(self.select(q, k, w, method, tiles=hj.Tiles(queries=queries, keys=keys), **options), wanted)
 
     @contract.each_method
     def test_one_token_more_than_topk_leaves_one_out(self, method):
         # Without scores, where nothing would be scored that is chosen anyway.
         q, k, w = contract.standard()
         positions = contract.everywhere([method.topk] * 8)
-        got = self.select(q, k, w, method, query_positions=jnp.asarray(positions), return_scores=False)
+        options = dict(return_scores=False, return_blocks=False)
+        got = self.select(q, k, w, method, query_positions=jnp.asarray(positions), **options)
         self.assert_agrees(got, oracle.select(q, k, w, method, query_positions=positions))
 
     def test_more_means_than_a_tile(self):

@@ -19,7 +19,7 @@ def keys_of(k, scales):
 
 
 def over(devices):
-    """Where the sharded functions run; nothing for one device."""
+    """On which mesh; nothing for one device."""
     if devices == 1:
         return {}
     mesh = jax.make_mesh((devices,), ("context",), devices=jax.devices()[:devices])
@@ -31,8 +31,7 @@ def select(q, k, scales, w, positions, lengths, *, method, implementation, devic
     """A batch: [R, T, H, D], [R, S, D], [R, S] or None, [R, T, H], [R, T], [R]."""
     options = dict(query_positions=positions, lengths=lengths, implementation=implementation)
     options |= dict(return_scores=True, return_blocks=method.has_blocks)
-    call = hj.select if devices == 1 else hj.select_sharded
-    return call(q, keys_of(k, scales), w, method, **options, **over(devices))
+    return hj.select(q, keys_of(k, scales), w, method, **options, **over(devices))
 
 
 @functools.partial(jax.jit, static_argnames=("method", "implementation"))
@@ -50,17 +49,16 @@ def written(tables, new, rest, first, junk, second, source, target, is_stale, st
     first append writes to stay, that it writes to be rejected, that the second one writes. tables: [2, R, P], before
     and after the copies. is_stale: [n_pages, page_size] rows that are no one's and get the value `stale`.
     """
-    on, suffix = over(devices), "_sharded" if devices > 1 else ""
-    append, truncate, copy_pages = (getattr(hj, name + suffix) for name in ("append", "truncate", "copy_pages"))
+    on = over(devices)
 
     def offsets(sizes):
         return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)])
 
     cache = hj.init_cache(n_pages, page_size, new[0].shape[1], new[0].dtype)
-    cache = append(cache, keys_of(*new), tables[0], offsets(first + junk), jnp.zeros_like(first), **on)
-    cache = truncate(cache, tables[0], first + junk, first, max_tokens=new[0].shape[0], **on)
-    cache = append(cache, keys_of(*rest), tables[0], offsets(second), first, **on)
-    cache = copy_pages(cache, source, target, **on)
+    cache = hj.append(cache, keys_of(*new), tables[0], offsets(first + junk), jnp.zeros_like(first), **on)
+    cache = hj.truncate(cache, tables[0], first + junk, first, max_tokens=new[0].shape[0], **on)
+    cache = hj.append(cache, keys_of(*rest), tables[0], offsets(second), first, **on)
+    cache = hj.copy_pages(cache, source, target, **on)
     gone = jnp.all(is_stale, axis=1)
 
     def overwritten(leaf, where):
@@ -81,8 +79,7 @@ def written(tables, new, rest, first, junk, second, source, target, is_stale, st
 def select_from(cache, q, w, table, cu_seqlens_q, lengths, *, method, implementation, devices=1):
     """From the pages of `written`."""
     options = dict(implementation=implementation, return_scores=True, return_blocks=method.has_blocks)
-    call = hj.select_paged if devices == 1 else hj.select_paged_sharded
-    return call(q, w, cache, table, cu_seqlens_q, lengths, method, **options, **over(devices))
+    return hj.select_paged(q, w, cache, table, cu_seqlens_q, lengths, method, **options, **over(devices))
 
 
 def select_paged(q, w, tables, cu_seqlens_q, lengths, *life, n_pages, page_size, method, implementation, devices=1):

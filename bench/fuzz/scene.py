@@ -67,11 +67,11 @@ class Scene:
         setup = self.setup
         forms = ["select"]
         if setup.is_split:
-            forms.append("select_sharded")
+            forms.append("select_on_mesh")
         if self.positions is None:
             forms.append("select_packed")
             if setup.page_size:
-                forms += ["select_paged"] + (["select_paged_sharded"] if setup.devices > 1 else [])
+                forms += ["select_paged"] + (["select_paged_on_mesh"] if setup.devices > 1 else [])
         return forms
 
     @property
@@ -134,7 +134,7 @@ def run_again(scene: Scene, form: str, filler: float | None = None, *, method: A
 def by_request(scene: Scene, form: str, got: Any) -> Found:
     """A selection of what the form has as rows -> [R, T, ..]."""
     arrays = [got.indices, got.count, got.scores, got.blocks]
-    if form in ("select", "select_sharded"):
+    if form in ("select", "select_on_mesh"):
         return Found._make([*arrays, 0])
     n = int(scene.n_q.sum())
     return Found._make([*(_unpacked(scene, x) for x in arrays), int(np.sum(got.count[n:] != 0))])
@@ -154,8 +154,8 @@ def call_of(scene: Scene, form: str, filler: float | None = None, *, method: Any
     """What a form is called with."""
     setup = scene.setup
     options = dict(method=method or setup.method, implementation=setup.implementation)
-    if form.endswith("_sharded"):
-        form, options = form.removesuffix("_sharded"), options | dict(devices=setup.devices)
+    if form.endswith("_on_mesh"):
+        form, options = form.removesuffix("_on_mesh"), options | dict(devices=setup.devices)
     if form == "select":
         q, w, k, scales = scene.q, scene.w, scene.k, scene.scales
         if filler is not None:

@@ -26,7 +26,7 @@ class Setup:
         H, D: index heads and their size.
         page_size: of the paged forms; None: none of them.
         implementation: what runs it.
-        devices: emulated ones, over which the sharded forms split keys and pages; 1: no sharded forms.
+        devices: emulated ones, over which forms on a mesh split keys and pages; 1: no such forms.
     """
 
     method: hj.Method
@@ -221,14 +221,9 @@ def interpret(implementation: str) -> None:
 
         how = pltpu.InterpretParams(dma_execution_mode="on_wait", uninitialized_memory="nan")
     is_tpu = implementation == "mosaic_tpu"
-    kernels = Kernels(
-        lambda: dispatch.backend(implementation), takes_means=not is_tpu, flat_if_all_kept=is_tpu, interpret=how
-    )
+    kernels = Kernels(lambda: dispatch.backend(implementation), flat_if_all_kept=is_tpu, interpret=how)
     dispatch.IMPLEMENTATIONS[implementation] = dispatch.Implementation(
-        why_not=lambda device, problem: None,
-        select=kernels.select,
-        select_packed=kernels.select_packed,
-        select_paged=kernels.select_paged,
+        why_not=lambda device, problem: None, select=kernels.select
     )
     attention, reasons = dispatch.attention, dispatch.attention_reasons
     options = dict(n_ctas=2) if implementation == "mosaic_gpu" else {}

@@ -26,7 +26,8 @@ from hisa_jax.kernels_pallas import mosaic_gpu
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as mosaic_refine
 from hisa_jax.kernels_pallas.mosaic_gpu import stages
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as mosaic_topk
-from hisa_jax.layout import mean_parts
+from hisa_jax.layout import Call, IndexCache, Keys
+from hisa_jax.xla.means import mean_parts
 
 K = 1024
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
@@ -61,6 +62,15 @@ class Row:
         return 1e3 * max(self.flop / TENSOR_FLOPS[self.dtype], self.moved_bytes / MEMORY_BYTES)
 
 
+def hisa(model: shapes.Model) -> hj.Hisa:
+    return hj.Hisa(topk=model.topk, block_size=model.block_size, block_topk=model.block_topk)
+
+
+def call_of(q: Array, k: Array, k_scale: Array | None, w: Array, visible: Array) -> Call:
+    """A batch, as kernels take it."""
+    return Call(q=q, w=w, visible=visible, k=Keys(k, k_scale))
+
+
 class Inputs(NamedTuple):
     """[B, T, H, D], [B, S, D], [B, S] (None for bfloat16), [B, T, H], [B, T]: the last T queries of S tokens."""
 
@@ -86,7 +96,6 @@ def rows() -> Iterator[Row]:
     for context in (8 * K, 16 * K, 32 * K, 64 * K, 128 * K):
         yield _flat(dsv32, context)
     for batch in (1, 32, 128):
-        yield _decode(dsv32, batch, 128 * K)
         for page_size in (64, 128):
             yield _decode_paged(dsv32, batch, 128 * K, page_size)
     for page_size in (64, 128):
@@ -214,7 +223,7 @@ def _pool_and_filter(model: shapes.Model, context: int) -> Row:
         inputs = draw(model, 1, T, context)
 
         def f(*operands):
-            return mosaic_gpu.select_blocks(*operands, block_size=model.block_size, block_topk=model.block_topk)
+            return mosaic_gpu.select_blocks(call_of(*operands), hisa(model)).reshape(1, T, -1)
 
         def check(blocks: Any) -> None:
             q, k, k_scale, w, visible = inputs
@@ -236,58 +245,23 @@ def _pool_and_filter(model: shapes.Model, context: int) -> Row:
     )
 
 
-def _decode(model: shapes.Model, batch: int, context: int) -> Row:
-    """One query a sequence; block means are kept, as a server keeps them."""
-
-    def make():
-        inputs = draw(model, batch, 1, context)
-        counts = np.full((batch * context // model.block_size,), model.block_size, np.int32)
-        flat = inputs.k.reshape(-1, model.D), inputs.k_scale.reshape(-1)
-        means = stages.pool(*flat, counts, block_size=model.block_size)
-
-        def f(q, k, k_scale, w, means, visible):
-            options: Any = dict(topk=model.topk, block_size=model.block_size, block_topk=model.block_topk)
-            return mosaic_gpu.select_hisa(q, k, k_scale, w, visible, **options, means=means)
-
-        return f, (*inputs[:4], means, inputs.visible), lambda out: check_hisa(out, inputs, model)
-
-    pairs = batch * (model.block_topk * model.block_size + context / model.block_size)
-    return Row(
-        row=f"decode{batch}",
-        make=make,
-        shape=model.name,
-        context=context,
-        queries=batch,
-        flop=2.0 * pairs * model.H * model.D,
-        moved_bytes=pairs * (model.D + 4.0),
-    )
-
-
 def _decode_paged(model: shapes.Model, batch: int, context: int, page_size: int) -> Row:
-    """`_decode` from pages in random order; block means are those that pages keep, or come from their sums."""
+    """One query a sequence, from pages in random order; block means are those of pages, or come from their sums."""
     P = context // page_size
 
     def make():
         inputs = draw(model, batch, 1, context)
         cache, tables = paged(inputs, page_size)
-        kept = cache.sums, cache.counts, (cache.means, cache.mean_scales)
         offsets = jnp.arange(batch + 1, dtype=jnp.int32)
 
-        def f(q, k, scales, w, kept, tables, offsets, visible):
-            sums, counts, means = kept
-            options: Any = dict(topk=model.topk, block_size=model.block_size, block_topk=model.block_topk)
-            options |= dict(page_sums=sums, page_counts=counts, page_means=means)
-            where = dict(block_tables=tables, cu_seqlens_q=offsets)
-            return mosaic_gpu.select_hisa_paged(q, k, scales, w, visible, **options, **where)
+        def f(q, w, visible, cache, tables, offsets):
+            call = Call(q=q, w=w, visible=visible, query_offsets=offsets, table=tables, cache=cache)
+            return mosaic_gpu.select_hisa(call, hisa(model))
 
         def check(out: Any) -> None:
             check_hisa([x[:, None] for x in out], inputs, model)
 
-        return (
-            f,
-            (inputs.q[:, 0], cache.keys, cache.scales, inputs.w[:, 0], kept, tables, offsets, inputs.visible[:, 0]),
-            check,
-        )
+        return f, (inputs.q[:, 0], inputs.w[:, 0], inputs.visible[:, 0], cache, tables, offsets), check
 
     tokens = batch * model.block_topk * model.block_size
     mean_bytes = 2.0 * model.D + 4.0 if page_size == model.block_size else 4.0 * model.D + 8.0
@@ -336,7 +310,7 @@ def _append(model: shapes.Model, batch: int, context: int, page_size: int) -> Ro
     )
 
 
-def paged(inputs: Inputs, page_size: int) -> tuple[hj.cache.IndexCache, Array]:
+def paged(inputs: Inputs, page_size: int) -> tuple[IndexCache, Array]:
     """The keys in pages of random order, and their table [B, P]."""
     B, S, D = inputs.k.shape
     n_pages = B * S // page_size
@@ -349,7 +323,7 @@ def paged(inputs: Inputs, page_size: int) -> tuple[hj.cache.IndexCache, Array]:
     places = (order % (S // page_size)).astype(jnp.int32)
     parts = mean_parts(sums / page_size, k.dtype)
     assert parts is not None
-    cache = hj.cache.IndexCache(
+    cache = IndexCache(
         keys=k,
         scales=scales,
         sums=sums,

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import html
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,9 +78,13 @@ def verdict(data: dict[str, Any]) -> list[str]:
 
 def markdown(data: dict[str, Any]) -> str:
     """For docs/notes/quality_bytes.md: the verdict, the tables (of layers at the longest context), what was run."""
-    parts = [f"- {sentence}" for sentence in verdict(data)]
+    parts = [_wrapped(f"- {sentence}", indent="  ") for sentence in verdict(data)]
     tables = (f"**{table.title}**\n\n{table.markdown()}" for table in map(_longest, all_tables(data)))
-    return "\n".join(parts) + "\n\n" + "\n\n".join([*tables, about(data)]) + "\n"
+    return "\n".join(parts) + "\n\n" + "\n\n".join([*tables, _wrapped(about(data))]) + "\n"
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _longest(table: Table) -> Table:

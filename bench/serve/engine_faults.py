@@ -222,7 +222,7 @@ def _too_big_for_now(traffic: Traffic) -> Result:
         run.step()
     ids = {0: 0} | {engine.submit(prompt, traffic.n_new, ()): id for id, prompt in enumerate(traffic.prompts[1:3], 1)}
     run.step()
-    big = engine.submit([1] * (engine.max_length - 1), 1, ())
+    big = engine.submit([1] * (engine.scheduler.max_length - 1), 1, ())
     ids[small := engine.submit(traffic.prompts[3], traffic.n_new, ())] = 3
     run.step()
     is_passed = big in scheduler.waiting and small in scheduler.running and 0 in scheduler.donors
@@ -230,7 +230,10 @@ def _too_big_for_now(traffic: Traffic) -> Result:
     run.finish()
     is_passed &= len(run.tokens.pop(big)) == 1
     run.tokens = {ids[id]: tokens for id, tokens in run.tokens.items()}
-    outcome, error = "small ones pass it, kept prefixes stay, its turn comes", f"waited for {engine.max_length} tokens"
+    outcome, error = (
+        "small ones pass it, kept prefixes stay, its turn comes",
+        f"waited for {engine.scheduler.max_length} tokens",
+    )
     return traffic.result("a prompt that waits for pages", outcome, error if is_passed else "", run)
 
 

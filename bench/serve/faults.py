@@ -51,7 +51,7 @@ def inject(seed: int, method: hj.Method) -> list[Result]:
 
 def _in_selection(engine: "Engine", method: hj.Method) -> Iterator[Result]:
     requests, size = list(engine.scheduler.running), engine.pool.page_size
-    tables = engine.pool.table(requests, engine.max_pages)
+    tables = engine.pool.table(requests, engine.scheduler.max_pages)
     lengths = np.array([engine.pool.lengths[request] for request in requests], np.int32)
     rng, cache, R = np.random.default_rng(0), engine.pages[0], len(requests)
     H, D = engine.model.config.index_n_heads, engine.model.config.index_head_dim
@@ -78,7 +78,7 @@ def _in_selection(engine: "Engine", method: hj.Method) -> Iterator[Result]:
         ("two pages exchanged", table((0, first[1]), (1, first[0])), lengths),
         ("length beyond what was written", tables, length(unwritten)),
         ("length beyond the pages", tables, length((last + 1) * size + 1)),
-        ("length beyond the table", tables, length(engine.max_pages * size + 1)),
+        ("length beyond the table", tables, length(engine.scheduler.max_pages * size + 1)),
         ("negative length", tables, length(-1)),
     ):
         arrays = q, w, cache, jnp.asarray(bad_tables), starts, jnp.asarray(bad_lengths)

@@ -1,8 +1,9 @@
 """Ways to find the candidates of each query, as values, and what each ranks tokens by.
 
-All of them come down to a score a token and a number of tokens: units and blocks give their tokens one score, which
-those that are always kept lead. So one loop compares any number of methods. These are the definitions again, written
-for masks of [queries, keys]; a test holds those that `hisa_jax.select` has against it.
+All of them come down to a score a token and a number of tokens: the tokens of a unit or block have one score, and those
+that are always kept have the highest. So one loop compares any number of methods. What is scored and how is taken from
+the library's stages, which tokens that leaves is written again, as masks of [queries, keys]; a test compares those of
+the library's methods with `hisa_jax.select`.
 """
 
 import dataclasses
@@ -16,10 +17,12 @@ from jax import Array, lax
 
 import hisa_jax as hj
 from bench.smollm2.indexers import index_scores
+from hisa_jax.layout import Keys
+from hisa_jax.xla import scan, stages
 from hisa_jax.xla.sketch import int4
 from hisa_jax.xla.topk import FORCED, INVISIBLE, chosen_mask, sort_key_of
 
-N_SAMPLES, N_BEST, _MOST = 256, 32, 64  # tokens of the scan's slopes: sampled, the best of them, the best at most
+_MOST = 64  # of the scan's samples: the best that slopes may be taken at
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +44,11 @@ class View:
     products: Any = jnp.float32
 
     @functools.cached_property
+    def queries(self) -> stages.Queries:
+        """As the library's stages take them."""
+        return stages.Queries(self.q, self.w, self.visible)
+
+    @functools.cached_property
     def exact(self) -> Array:
         """[t, S] int32: the indexer's scores as `topk.sort_key_of` orders them, INVISIBLE where not seen."""
         return jnp.where(self.seen, sort_key_of(index_scores(self.q, self.k, self.w, self.products)), INVISIBLE)
@@ -53,10 +61,10 @@ class View:
     @functools.cached_property
     def samples(self) -> tuple[Array, Array]:
         """[t, 64] positions of the best of some strided tokens, best first; [t, 64] bool, whether there is one."""
-        positions = strided(self.visible, N_SAMPLES)
-        inside = jnp.minimum(positions, self.k.shape[0] - 1)
+        positions = scan.sample_positions(self.visible)
+        inside = jnp.maximum(positions, 0)
         sort_key = jnp.take_along_axis(self.exact, inside, axis=1)
-        values, order = lax.top_k(jnp.where(positions < self.visible[:, None], sort_key, INVISIBLE), _MOST)
+        values, order = lax.top_k(jnp.where(positions >= 0, sort_key, INVISIBLE), _MOST)
         return jnp.take_along_axis(inside, order, axis=1), values > INVISIBLE
 
     @functools.cached_property
@@ -64,7 +72,7 @@ class View:
         """[t, H, 64] bool: which heads are open at the samples."""
         return open_heads(self, self.samples[0])
 
-    def slopes(self, n_best: int = N_BEST) -> Array:
+    def slopes(self, n_best: int = scan.N_BEST) -> Array:
         """[t, H] float32: at what share of the best samples each head is open."""
         return _share(self.open_samples[:, :, :n_best], self.samples[1][:, :n_best])
 
@@ -141,7 +149,7 @@ Method = hj.Method | Varied | Threshold | Misa | SubBlocks | TwoHeads
 
 
 def kept(sort_key: Array, budget: Array) -> Array:
-    """[t, S] int32, [t] int32 -> [t, S] bool: the best `budget` of each row, of equal ones those in front."""
+    """[t, S] int32, [t] int32 -> [t, S] bool: the best `budget` of each row, of equal ones the first."""
     return chosen_mask(sort_key, jnp.clip(budget, 1, sort_key.shape[1]))
 
 
@@ -220,11 +228,9 @@ def of_units(scores: Array, unit: int, m: int, view: View, keep_first: int = 1, 
 
 def means(k: Array, size: int) -> Array:
     """[S, D] -> [S / size, D] in the same dtype; the last one of what there is."""
-    S, D = k.shape
-    n = -(-S // size)
-    sums = jnp.sum(jnp.pad(k.astype(jnp.float32), ((0, n * size - S), (0, 0))).reshape(n, size, D), axis=1)
-    sizes = jnp.minimum(size, S - size * jnp.arange(n)).astype(jnp.float32)
-    return (sums / sizes[:, None]).astype(k.dtype)
+    starts = jnp.arange(0, k.shape[0], size, dtype=jnp.int32)
+    counts = jnp.minimum(size, k.shape[0] - starts)
+    return stages.pool(Keys(k, None), starts, counts, size, starts.shape[0]).astype(k.dtype)
 
 
 def best_of(scores: Array, n: int) -> Array:
@@ -236,38 +242,25 @@ def best_of(scores: Array, n: int) -> Array:
 
 def scan_scores(view: View, slopes: Array, keys: Array, heads: Array) -> Array:
     """[t, H], [S, D], [t, n] -> [t, S] float32: scan scores with some heads exact, -inf where a query does not see."""
-    q = view.q.astype(jnp.float32)
-    is_exact = jnp.any(heads[:, :, None] == jnp.arange(view.w.shape[1])[None, None, :], axis=1)
-    rest = jnp.where(is_exact, 0, view.w * slopes)
-    virtual = jnp.einsum("th,thd->td", rest, q, precision=lax.Precision.HIGHEST)
-    if view.k.dtype != jnp.float32:
+    virtual = scan.virtual_head(view.queries, slopes, heads)
+    if view.k.dtype != jnp.float32:  # rounded as for the keys, also where a sketch of them is in float32
         virtual = virtual.astype(jnp.bfloat16).astype(jnp.float32)
-    keys = keys.astype(jnp.float32)
-    scores = jnp.einsum("td,sd->ts", virtual, keys, precision=lax.Precision.HIGHEST)
-    if heads.shape[1]:
-        q, w = jnp.take_along_axis(q, heads[:, :, None], axis=1), jnp.take_along_axis(view.w, heads, axis=1)
-        products = jnp.einsum("tnd,sd->tns", q, keys, precision=lax.Precision.HIGHEST)
-        scores = scores + jnp.sum(jax.nn.relu(products) * w[:, :, None], axis=1)
+    scores = scan.scores(scan.scan_heads(view.queries, virtual, heads), Keys(keys.astype(jnp.float32), None))
     return jnp.where(view.seen, scores, -jnp.inf)
 
 
 def largest(view: View, n: int) -> Array:
     """[t, n] int32: the heads of greatest |w| * |q|, of equal ones the lower."""
-    return lax.top_k(jnp.abs(view.w) * jnp.linalg.norm(view.q.astype(jnp.float32), axis=2), n)[1]
+    return scan.exact_heads(view.queries, hj.Scan(exact_heads=n))
 
 
 def _bent(view: View, slopes: Array, n: int) -> Array:
     """[t, H] -> [t, n] int32: the heads that their slopes miss most at the sampled tokens."""
-    positions = jnp.minimum(strided(view.visible, N_SAMPLES), view.k.shape[0] - 1)
-    products = jnp.einsum("thd,tnd->thn", view.q, view.k[positions]).astype(jnp.float32)
-    missed = jnp.sum(jnp.abs(jax.nn.relu(products) - slopes[:, :, None] * products), axis=2)
+    positions = scan.sample_positions(view.visible)
+    products = jnp.einsum("thd,tnd->thn", view.q, view.k[jnp.maximum(positions, 0)]).astype(jnp.float32)
+    missed = jnp.abs(jax.nn.relu(products) - slopes[:, :, None] * products)
+    missed = jnp.sum(jnp.where(positions[:, None, :] >= 0, missed, 0), axis=2)
     return lax.top_k(jnp.abs(view.w) * missed, n)[1]
-
-
-def strided(visible: Array, n: int) -> Array:
-    """[t] -> [t, n] int32: positions 0, step, 2 step, ... with the least power of two that leaves at most `n`."""
-    step = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(visible, n).astype(jnp.float32) / n))).astype(jnp.int32)
-    return jnp.arange(n, dtype=jnp.int32)[None, :] * step[:, None]
 
 
 def open_heads(view: View, positions: Array) -> Array:
@@ -309,14 +302,14 @@ def _routed(method: Misa, view: View) -> Array:
 def _above_threshold(method: Threshold, view: View) -> Ranking:
     t, S = view.exact.shape
     scores = scan_scores(view, view.slopes(method.n_best), view.k, largest(view, method.exact_heads))
-    positions = strided(view.visible, method.n_samples)
-    there = positions < view.visible[:, None]
-    sample = jnp.take_along_axis(scores, jnp.minimum(positions, S - 1), axis=1)
+    positions = scan.sample_positions(view.visible, method.n_samples)
+    there = positions >= 0
+    sample = jnp.take_along_axis(scores, jnp.maximum(positions, 0), axis=1)
     ordered = -jnp.sort(-jnp.where(there, sample, -jnp.inf), axis=1)
     n = jnp.sum(there, axis=1).astype(jnp.float32)
     rank_of = jnp.round(n * method.candidates / view.visible.astype(jnp.float32)).astype(jnp.int32)
-    cut = jnp.take_along_axis(ordered, jnp.clip(rank_of, 1, method.n_samples)[:, None] - 1, axis=1)
+    threshold = jnp.take_along_axis(ordered, jnp.clip(rank_of, 1, method.n_samples)[:, None] - 1, axis=1)
     token = jnp.arange(S)[None, :]
     own, few = token == view.visible[:, None] - 1, view.visible[:, None] <= method.candidates
-    passed = ((scores >= cut) | own | (token == 0) | few) & (view.exact > INVISIBLE)
+    passed = ((scores >= threshold) | own | (token == 0) | few) & (view.exact > INVISIBLE)
     return Ranking(jnp.where(passed, FORCED, INVISIBLE), jnp.full((t,), S, jnp.int32))

@@ -8,6 +8,7 @@ import numpy as np
 
 from bench import UserError
 from bench.smollm2.model import Config, Layer, Weights, layer_shapes
+from hisa_jax.checks import optional_packages
 
 _NAMES = {
     "norm": "attn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output",
@@ -16,22 +17,21 @@ _NAMES = {
 
 
 def _reader(path: Path) -> Any:
-    try:
+    with optional_packages():
         import gguf
-    except ImportError as error:
-        raise UserError(f"{path}: needs the package gguf: pip install 'hisa_jax[lab]'") from error
     return gguf.GGUFReader(path)
 
 
 def read_weights(path: Path, config: Config, dtype: Any) -> Weights:
     """Weights in one dtype, dequantised.
 
-    Raises: UserError: the package gguf is missing, or the file holds a model of another shape.
+    Raises: MissingExtra: the package gguf is missing. UserError: the file holds a model of another shape.
     """
+    tensors = _reader(path).tensors
     import gguf
 
     arrays = {}
-    for tensor in _reader(path).tensors:
+    for tensor in tensors:
         whole = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         arrays[tensor.name] = np.asarray(whole, np.float32)  # [out, in]
     layers = {}

@@ -33,7 +33,7 @@ def markdown(rows: Sequence[Row]) -> str:
         own = [row for row in measured if _about(row) == about]
         for title, made in (
             ("text and answers", _answers(own)),
-            ("recall of the flat selection: mean / worst layer", _selections(own)),
+            ("recall of flat: mean / worst layer", _selections(own)),
             ("recall at other numbers of chosen tokens", _other_topks(own)),
             ("the heads", _heads(own)),
         ):

@@ -8,14 +8,14 @@ import fnmatch
 import json
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+import hisa_jax as hj
 from bench import shapes
 from bench.tpu import aot
-from bench.tpu.rows import indexer_operands
+from bench.tpu.rows import call_of, indexer_operands
 from hisa_jax.kernels_pallas import mosaic_tpu
 from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla
 
@@ -67,7 +67,6 @@ def outcome(chip: str, model: shapes.Model, context: int, phase: shapes.Phase, n
 def function(model: shapes.Model, context: int, phase: shapes.Phase, name: str) -> tuple[Callable, tuple]:
     """What is compiled, and shapes of its operands: a whole indexer, or the attention after it."""
     B, T = phase.B, phase.T
-    blocks: Any = dict(topk=model.topk, block_size=model.block_size, block_topk=model.block_topk)
     if name == "mla":
         N, E, V = model.mla_heads, model.mla_dim, model.mla_value_dim
         q, kv = aot.shaped(B, T, N, E), aot.shaped(B, context, E)
@@ -75,8 +74,9 @@ def function(model: shapes.Model, context: int, phase: shapes.Phase, name: str) 
         return lambda *x: sparse_mla(*x, value_dim=V, scale=E**-0.5), (q, kv, indices)
     operands = indexer_operands(model, B, T, context, "bf16")
     if name == "flat":
-        return lambda *x: mosaic_tpu.select_flat(*x, topk=model.topk), operands
-    return lambda *x: mosaic_tpu.select_hisa(*x, **blocks), operands
+        return lambda *x: mosaic_tpu.select_flat(call_of(*x), model.topk), operands
+    hisa = hj.Hisa(topk=model.topk, block_size=model.block_size, block_topk=model.block_topk)
+    return lambda *x: mosaic_tpu.select_hisa(call_of(*x), hisa), operands
 
 
 def _line(x: dict) -> str:

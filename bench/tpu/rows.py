@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+import hisa_jax as hj
 from bench import shapes
 from bench.gpu.checks import CHECKED, check_attention, check_flat, check_hisa
 from bench.tpu import cost
@@ -17,9 +18,9 @@ from bench.tpu.chips import Chip
 from hisa_jax.kernels_pallas import mosaic_tpu
 from hisa_jax.kernels_pallas.mosaic_tpu import pool, ragged, select
 from hisa_jax.kernels_pallas.mosaic_tpu.config import Choice
-from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Keys, Queries
 from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import topk
+from hisa_jax.layout import Call, Keys
 
 DTYPES: dict[str, Any] = {"bf16": jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 K = 1024
@@ -96,12 +97,17 @@ def _topk(width: int) -> Row:
 
 def _flat(phase: shapes.Phase, context: int, dtype: str) -> Row:
     B, T = phase.B, phase.T
+
+    def f(*operands: Array) -> Any:
+        call = call_of(*operands)
+        return call.unflatten(mosaic_tpu.select_flat(call, MODEL.topk))
+
     return Row(
         row="flat" if phase is shapes.PREFILL else f"flat_{phase.name}",
         context=context,
         dtype=dtype,
         queries=B * T,
-        f=lambda *operands: mosaic_tpu.select_flat(*operands, topk=MODEL.topk),
+        f=f,
         operands=indexer_operands(MODEL, B, T, context, dtype),
         draw=functools.partial(draw_indexer, B, T, context, dtype),
         check=lambda out, operands: check_flat(out, operands, MODEL.topk),
@@ -112,12 +118,17 @@ def _flat(phase: shapes.Phase, context: int, dtype: str) -> Row:
 
 def _hisa(context: int, dtype: str) -> Row:
     T = shapes.PREFILL.T
-    blocks: Any = dict(topk=MODEL.topk, block_size=MODEL.block_size, block_topk=MODEL.block_topk)
+    method = hj.Hisa(topk=MODEL.topk, block_size=MODEL.block_size, block_topk=MODEL.block_topk)
+
+    def f(*operands: Array) -> Any:
+        call = call_of(*operands)
+        return call.unflatten(mosaic_tpu.select_hisa(call, method))
+
     return Row(
         row="hisa",
         context=context,
         dtype=dtype,
-        f=lambda *operands: mosaic_tpu.select_hisa(*operands, **blocks),
+        f=f,
         operands=indexer_operands(MODEL, 1, T, context, dtype),
         draw=functools.partial(draw_indexer, 1, T, context, dtype),
         check=lambda out, operands: check_hisa(out, operands, MODEL),
@@ -129,18 +140,20 @@ def _hisa(context: int, dtype: str) -> Row:
 def _decode(B: int, context: int, dtype: str) -> Row:
     """One query a sequence; block means are kept, as a server keeps them."""
     n, block_size = context // MODEL.block_size, MODEL.block_size
-    of_blocks = Choice(k=MODEL.block_topk, keep_first=1, keep_last=1)
-
-    def blocks_of(k: Array, k_scale: Array | None) -> Keys:
-        return ragged.in_blocks(k, k_scale, block_size)
+    method = hj.Hisa(topk=MODEL.topk, block_size=block_size, block_topk=MODEL.block_topk)
 
     def f(q: Array, k: Array, k_scale: Array | None, w: Array, means: Array, visible: Array) -> tuple:
-        batch = ragged.of_batch(Queries(q, w, visible), blocks_of(k, k_scale), visible[:, 0], means)
-        return tuple(x[:, None] for x in select.hisa(*batch, of_blocks, Choice(k=MODEL.topk)))
+        call = dataclasses.replace(call_of(q, k, k_scale, w, visible), lengths=visible[:, 0])
+        queries, batch = ragged.of_call(call, block_size, means)
+        blocks = select.kept_blocks(queries, batch, select.of_blocks(method, False))
+        n_visible = select.candidates(blocks, queries.visible, block_size)
+        queries = queries._replace(visible=n_visible)
+        (chosen,) = select.best_tokens(queries, batch, blocks, Choice(k=method.topk))
+        return call.unflatten((chosen, jnp.minimum(n_visible, method.topk), blocks))
 
     def draw() -> tuple:
         *inputs, visible = draw_indexer(B, 1, context, dtype)
-        return *inputs, pool.pool(blocks_of(inputs[1], inputs[2]), visible[:, 0]), visible
+        return *inputs, pool.pool(ragged.in_blocks(inputs[1], inputs[2], block_size), visible[:, 0]), visible
 
     *inputs, visible = indexer_operands(MODEL, B, 1, context, dtype)
     return Row(
@@ -184,6 +197,11 @@ def _sparse_mla(context: int) -> Row:
         kernels=lambda chip: cost.sparse_mla_kernels(chip, MODEL, T),
         flop=2.0 * T * MODEL.topk * N * (E + V),
     )
+
+
+def call_of(q: Array, k: Array, k_scale: Array | None, w: Array, visible: Array) -> Call:
+    """A batch, as kernels take it."""
+    return Call(q=q, w=w, visible=visible, k=Keys(k, k_scale))
 
 
 def indexer_operands(model: shapes.Model, B: int, T: int, S: int, dtype: str) -> tuple:

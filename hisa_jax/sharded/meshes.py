@@ -1,12 +1,62 @@
 """What the functions over several devices share: how they run on a mesh, and checks of its axes."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from hisa_jax import checks
+from hisa_jax.layout import IndexCache
+
+
+class Axes(NamedTuple):
+    """A mesh, and its axes that split keys or pages (`context`), a batch (`data`) or queries; None: none does."""
+
+    mesh: Mesh
+    context: str | None = None
+    data: str | None = None
+    queries: str | None = None
+
+
+def check_is_wanted(call: str, mesh: Mesh | None, **axes: str | None) -> None:
+    """Raises where a mesh comes without one of its axes, or an axis without a mesh."""
+    given = {name: axis for name, axis in axes.items() if axis is not None}
+    if mesh is None and given:
+        name, axis = next(iter(given.items()))
+        raise ValueError(f"{call}: {name}={axis!r} with mesh=None, wanted the mesh that has this axis")
+    if mesh is not None and not given:
+        names = " or ".join(axes)
+        raise ValueError(f"{call}: mesh= without {names}, wanted one of its axes")
+
+
+def check_batch(
+    call: str, mesh: Mesh, context: str | None, data: str | None, what: str, S: int, B: int, unit: int = 1
+) -> Axes:
+    """The axes that split S tokens, called `what`, in whole units, and B sequences; raises unless they do."""
+    if context is None:
+        raise ValueError(f"{call}: context_axis=None with mesh=, wanted one of its axes")
+    check_axis(call, "context_axis", mesh, context, S, what, unit)
+    if data is not None:
+        check_axis(call, "data_axis", mesh, data, B, "B")
+    return Axes(mesh, context, data)
+
+
+def check_pages(call: str, mesh: Mesh, context: str | None, cache: IndexCache) -> Axes:
+    """The axis that splits a cache's pages; raises unless it does."""
+    if context is None:
+        raise ValueError(f"{call}: context_axis=None with mesh=, wanted one of its axes")
+    check_axis(call, "context_axis", mesh, context, cache.n_pages, "the cache's n_pages")
+    return Axes(mesh, context)
+
+
+def check_paged(call: str, mesh: Mesh, context: str | None, queries: str | None, cache: IndexCache) -> Axes:
+    """The axes that split a cache's pages and any number of queries, one or both; raises unless they do."""
+    if context is not None:
+        check_pages(call, mesh, context, cache)
+    if queries is not None:
+        check_axis(call, "query_axis", mesh, queries, 0, "")
+    return Axes(mesh, context, queries=queries)
 
 
 def automatic(mesh: Mesh) -> Mesh:

@@ -1,51 +1,50 @@
-"""One device's part of `select_sharded` by kernels: its own candidates with their sort keys, exchanged and merged.
+"""One device's part of a selection over several by kernels: its candidates and their sort keys, exchanged and merged.
 
 Each device merges an equal share of the queries (`exchange.py`).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax.layout import Keys
+from hisa_jax.layout import Call
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.pallas import tokens_of_blocks
 from hisa_jax.selection import Selection
 from hisa_jax.sharded import exchange
+from hisa_jax.sharded.stripes import Shard
 from hisa_jax.xla import select as xla
 from hisa_jax.xla import stages, topk
 
-Found = tuple[
-    Array, Array
-]  # [B, T, j] int32 each: sort keys, `INVISIBLE` where there is none; ids or positions, then -1
+# [B, T, j] int32 each: sort keys, `INVISIBLE` where there is none; ids or positions, then -1.
+Found = tuple[Array, Array]
 
 
-def select(
+def select_shard(
     backend: Callable[[], Any],
-    q: Array,
-    keys: Keys,
-    w: Array,
-    visible: Array,
-    lengths: Array,
+    call: Call,
     method: Method,
     tiles: xla.Tiles,
+    shard: Shard,
     *,
-    axis: str,
-    n_devices: int,
     return_scores: bool,
     return_blocks: bool,
     interpret: Any = False,
 ) -> Selection:
-    """One device: [B, T, H, D], its Keys of [B, S / n_devices, D], [B, T, H], [B, T], [B] -> Selection of [B, T].
+    """The selection of all queries of a batch, the same on all devices; inside `jax.shard_map`.
 
     Args:
-        backend: as in `Kernels`, with the module `local`; interpret: the same.
+        backend: imports one that has `select_shard`; interpret: handed to its kernels.
+        call: a batch with the keys that this device has of each sequence; shard: which those are.
     """
-    local, S = backend().local, keys.values.shape[1]
+    assert call.k is not None and call.lengths is not None
+    local, S, visible, lengths = backend().select_shard, call.max_keys, call.visible, call.lengths
+    axis, n_devices = shard.axis, shard.n_devices
     first_key = lax.axis_index(axis) * S
-    k = min(method.topk, n_devices * S)
+    k = min(method.topk, shard.max_keys)
 
     def merged(found: Found, first: Array, k: int) -> Found:
         """The k best of what all devices have found: positions from each device's `first` on, and sort keys."""
@@ -59,30 +58,31 @@ def select(
         return sort_keys, ids
 
     n_tokens, own_visible = jnp.clip(lengths - first_key, 0, S), jnp.clip(visible - first_key, 0, S)
-    queries, blocks = local.Queries(q, w, own_visible), None
-    if not xla.has_filter(method, n_devices * S):
+    own_call, blocks = dataclasses.replace(call, visible=own_visible, lengths=n_tokens), None
+    if not xla.has_filter(method, shard.max_keys):
         if not isinstance(method, Dsa):
             eligible = -(-visible // method.block_size)
             blocks = _first(eligible, method.block_topk)
-        found = local.best_tokens(queries, keys, topk=min(k, S), interpret=interpret)
+        found = local.best_tokens(own_call, min(k, S), interpret)
     else:
         assert not isinstance(method, Scan)  # declined
-        own_keys = local.in_blocks(*keys, method.block_size)
         n_blocks, first_block = S // method.block_size, first_key // method.block_size
         eligible = -(-visible // method.block_size)
         own_eligible = jnp.clip(eligible - first_block, 0, n_blocks)
         m = min(method.block_topk, n_blocks)
-        found = local.best_blocks(queries, own_keys, own_eligible, n_tokens, block_topk=m, interpret=interpret)
+        found = local.best_blocks(own_call, own_eligible, m, method.block_size, interpret)
         blocks = _kept_blocks(lambda found, k: merged(found, first_block, k), found, first_block, eligible, method)
         if isinstance(method, BlockSparse) and not return_scores:
-            indices, count = tokens_of_blocks(blocks, visible, method)
+            flat_blocks = blocks.reshape(-1, blocks.shape[-1])
+            indices, count = tokens_of_blocks(flat_blocks, visible.reshape(-1), method)
+            indices, count = indices.reshape(*visible.shape, -1), count.reshape(visible.shape)
             return Selection(indices=indices, count=count, blocks=blocks if return_blocks else None)
-        # Those of this device in front, ascending.
+        # Those of this device first, ascending.
         is_own = (blocks >= first_block) & (blocks < first_block + n_blocks)
         own = jnp.sort(jnp.where(is_own, blocks - first_block, n_blocks), axis=-1)
         own = jnp.where(own < n_blocks, own, -1)[..., :m]
         most = min(k, m * method.block_size)
-        found = local.best_in_blocks(queries, own_keys, own, n_tokens, topk=most, interpret=interpret)
+        found = local.best_in_blocks(own_call, own, most, method.block_size, interpret)
     sort_keys, positions = merged(found, first_key, k)
     is_real = positions >= 0
     missing = ((0, 0), (0, 0), (0, method.topk - k))

@@ -1,4 +1,4 @@
-"""Which device holds what of a request whose blocks are dealt out: stripe i lies on device i % n_devices.
+"""Which device holds what of a sequence that is split over several: stripe i lies on device i % n_devices.
 
 A stripe is a run of whole blocks. One arithmetic serves tokens, pages and blocks, whichever a stripe is counted in.
 """
@@ -6,13 +6,33 @@ A stripe is a run of whole blocks. One arithmetic serves tokens, pages and block
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+
+
+class Shard(NamedTuple):
+    """How the sequences of a call are split over devices; static.
+
+    Attributes:
+        axis: the mesh axis that splits them.
+        n_devices: its devices.
+        stripe: tokens in a row that one device has: whole blocks, and pages where there are pages.
+        max_keys: most tokens of a sequence, on all devices.
+    """
+
+    axis: str
+    n_devices: int
+    stripe: int
+    max_keys: int
+
+    def stripes(self) -> "Stripes":
+        """This device's tokens; inside `jax.shard_map`."""
+        return Stripes(self.stripe, self.n_devices, lax.axis_index(self.axis))
 
 
 class Stripes(NamedTuple):
-    """One device's part of a request.
+    """One device's part of a sequence, in units of tokens, pages or blocks.
 
-    Attributes: `size`, units of a stripe; `n_devices`, to whom they are dealt; `device`, [] int32, which of them.
+    Attributes: `size`, units of a stripe; `n_devices`, that take turns; `device`, [] int32, which of them this is.
     """
 
     size: int
@@ -20,7 +40,7 @@ class Stripes(NamedTuple):
     device: Array
 
     def owns(self, places: Array) -> Array:
-        """Which places of the request, from 0, are this device's."""
+        """Which units of the sequence, from 0, are this device's."""
         return places // self.size % self.n_devices == self.device
 
     def own(self, places: Array) -> Array:
@@ -40,5 +60,5 @@ class Stripes(NamedTuple):
     def columns(self, table: Array) -> Array:
         """[R, P] -> [R, P / n_devices, rounded up to whole stripes]: the columns at this device's places, then -1."""
         table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % (self.size * self.n_devices))), constant_values=-1)
-        dealt = table.reshape(table.shape[0], -1, self.n_devices, self.size)
-        return dealt[:, :, self.device].reshape(table.shape[0], -1)
+        stripes = table.reshape(table.shape[0], -1, self.n_devices, self.size)
+        return stripes[:, :, self.device].reshape(table.shape[0], -1)

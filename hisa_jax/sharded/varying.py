@@ -8,6 +8,7 @@ take their place. Everywhere else these functions return what they are given.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -28,6 +29,15 @@ def like[Tree](constants: Tree, *others: Any) -> Tree:
         return lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
 
     return jax.tree.map(declared, constants) if axes else constants
+
+
+def constants[Tree](tree: Tree) -> Tree:
+    """The operands of an implementation: arrays that vary alike, without gradients.
+
+    A selection is piecewise constant: the gradient is cut here, where loops need not be differentiated.
+    """
+    (declared,) = alike(jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), tree))
+    return declared
 
 
 def is_checked() -> bool:

@@ -16,12 +16,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax.layout import Keys, Sequence
+from hisa_jax.layout import Keys, Queries, Sequence
 from hisa_jax.methods import Scan
 from hisa_jax.sharded import varying
 from hisa_jax.xla import stages, topk
 from hisa_jax.xla.sketch import sketched
-from hisa_jax.xla.stages import Candidates, Queries
+from hisa_jax.xla.stages import Candidates
 
 N_SAMPLES = 256
 N_BEST = 32
@@ -47,11 +47,11 @@ class ScanHeads(NamedTuple):
     w: Array
 
 
-def sample_positions(visible: Array) -> Array:
-    """[t] int32 -> [t, 256] int32: 0, step, 2 step, ... as far as visible, then -1."""
-    # The least power of two that leaves at most 256: the bit length of (visible - 1) / 256.
-    step = 1 << (32 - lax.clz(jnp.maximum(visible - 1, 0) // N_SAMPLES))
-    positions = jnp.arange(N_SAMPLES, dtype=jnp.int32)[None, :] * step[:, None]
+def sample_positions(visible: Array, n: int = N_SAMPLES) -> Array:
+    """[t] int32 -> [t, n] int32: 0, step, 2 step, ... as far as visible, then -1."""
+    # The least power of two that leaves at most n: the bit length of (visible - 1) / n.
+    step = 1 << (32 - lax.clz(jnp.maximum(visible - 1, 0) // n))
+    positions = jnp.arange(n, dtype=jnp.int32)[None, :] * step[:, None]
     return jnp.where(positions < visible[:, None], positions, -1)
 
 

@@ -1,6 +1,6 @@
 """Implementation "xla": the stages over tiles of queries, in pure JAX, for every platform that XLA has.
 
-Batches and packed batches are one thing here: R sequences, each with its rows of queries and its rows of keys.
+Batches, packed batches and pages are one thing here: R sequences, each with its rows of queries and its keys.
 """
 
 import dataclasses
@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax.cache import IndexCache
-from hisa_jax.layout import LANES, Contiguous, Keys, Paged, PagedMeans, Sequence
+from hisa_jax.layout import LANES, Call, Contiguous, Keys, PagedMeans, Queries, Sequence
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan, at_least, least_blocks
 from hisa_jax.selection import Selection, nothing
 from hisa_jax.sharded import varying
 from hisa_jax.xla import scan, stages, topk
-from hisa_jax.xla.stages import Candidates, Queries
+from hisa_jax.xla.stages import Candidates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,93 +47,19 @@ class Tiles:
 
 
 @functools.partial(jax.jit, static_argnames=("method", "tiles", "return_scores", "return_blocks"))
-def select(
-    q: Array,
-    keys: Keys,
-    w: Array,
-    visible: Array,
-    lengths: Array,
-    method: Method,
-    tiles: Tiles,
-    *,
-    return_scores: bool,
-    return_blocks: bool,
-) -> Selection:
-    """[B, T, H, D], Keys of [B, S, D], [B, T, H], [B, T], [B] -> Selection of [B, T]."""
-    (B, T, H, D), S = q.shape, keys.values.shape[1]
-    flat_keys = Keys(keys.values.reshape(B * S, D), None if keys.scales is None else keys.scales.reshape(B * S))
-    sequences = jnp.arange(B + 1, dtype=jnp.int32)
-    selection = _select_ragged(
-        Queries(q.reshape(B * T, H, D), w.reshape(B * T, H), visible.reshape(B * T)),
-        sequences * T,
-        *_contiguous(flat_keys, sequences[:-1] * S, lengths, S, method, tiles),
-        method,
-        tiles,
-        return_scores,
-        return_blocks,
-    )
-    return jax.tree.map(lambda leaf: leaf.reshape(B, T, *leaf.shape[1:]), selection)
+def select(call: Call, method: Method, tiles: Tiles, *, return_scores: bool, return_blocks: bool) -> Selection:
+    """The selection of all queries of a call, with leading axes `call.shape`."""
+    means_of = _means_of(call, method, tiles)
 
+    def select_tile(queries: Queries, r: Array) -> Selection:
+        means = means_of(r) if means_of else None
+        return _select_tile(queries, call.sequence(r), means, method, tiles.keys, return_scores, return_blocks)
 
-@functools.partial(jax.jit, static_argnames=("method", "tiles", "return_scores", "return_blocks"))
-def select_packed(
-    q: Array,
-    keys: Keys,
-    w: Array,
-    visible: Array,
-    cu_seqlens_q: Array,
-    cu_seqlens_k: Array,
-    method: Method,
-    tiles: Tiles,
-    *,
-    return_scores: bool,
-    return_blocks: bool,
-) -> Selection:
-    """[T, H, D], Keys of [N, D], [T, H], [T], [R + 1], [R + 1] -> Selection of [T]."""
-    N, lengths = keys.values.shape[0], jnp.diff(cu_seqlens_k)
-    sequence_of, means_of = _contiguous(keys, cu_seqlens_k[:-1], lengths, N, method, tiles)
-    return _select_ragged(
-        Queries(q, w, visible), cu_seqlens_q, sequence_of, means_of, method, tiles, return_scores, return_blocks
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("method", "tiles", "return_scores", "return_blocks"))
-def select_paged(
-    q: Array,
-    w: Array,
-    visible: Array,
-    cache: IndexCache,
-    block_tables: Array,
-    cu_seqlens_q: Array,
-    method: Method,
-    tiles: Tiles,
-    *,
-    return_scores: bool,
-    return_blocks: bool,
-) -> Selection:
-    """[T, H, D], [T, H], [T], pages, [R, P], [R + 1] -> Selection of [T]."""
-    page_size = cache.page_size
-    rows = Keys(
-        cache.keys.reshape(-1, cache.keys.shape[-1]), None if cache.scales is None else cache.scales.reshape(-1)
-    )
-
-    def sequence_of(r: Array) -> Sequence:
-        return Paged(rows, block_tables[r], page_size)
-
-    def means_of(r: Array) -> Sequence:
-        assert not isinstance(method, Dsa)
-        return PagedMeans(cache.sums, cache.counts, block_tables[r], method.block_size // page_size)
-
-    return _select_ragged(
-        Queries(q, w, visible),
-        cu_seqlens_q,
-        sequence_of,
-        means_of if has_means(method, block_tables.shape[1] * page_size) else None,
-        method,
-        tiles,
-        return_scores,
-        return_blocks,
-    )
+    empty = functools.partial(nothing, method=method, return_scores=return_scores, return_blocks=return_blocks)
+    # No more rows than the sequences have on average: in decoding each has one.
+    n_rows = -(-call.queries.q.shape[0] // call.n_sequences)
+    selection = over_tiles(select_tile, call, min(tiles.queries, n_rows), empty)
+    return call.unflatten(selection)
 
 
 def has_filter(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse | Scan]:
@@ -148,59 +73,43 @@ def has_means(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse]:
 
 
 SequenceOf = Callable[[Array], Sequence]
+WithMeans = Hisa | BlockSparse  # methods that choose blocks by their means
 
 
-def _contiguous(
-    keys: Keys, key_starts: Array, lengths: Array, max_keys: int, method: Method, tiles: Tiles
-) -> tuple[SequenceOf, SequenceOf | None]:
-    """What gives sequence r its keys, and its block means, pooled here; None for the means where none are needed."""
-
-    def sequence_of(r: Array) -> Sequence:
-        return Contiguous(keys, key_starts[r], max_keys)
-
-    if not has_means(method, max_keys):
-        return sequence_of, None
-    max_blocks = -(-max_keys // method.block_size)
-    means, first_blocks = pool_all(keys, key_starts, lengths, method.block_size, tiles)
-    return sequence_of, lambda r: Contiguous(means, first_blocks[r], max_blocks)
+def _means_of(call: Call, method: Method, tiles: Tiles) -> SequenceOf | None:
+    """What gives sequence r its block means: pooled here, or from what its pages keep. None where none are needed."""
+    if not has_means(method, call.max_keys):
+        return None
+    if call.cache is not None:
+        return paged_means(call, method.block_size)
+    assert call.lengths is not None
+    max_blocks = -(-call.max_keys // method.block_size)
+    means, first_blocks = pool_all(call.keys, jnp.asarray(call.key_starts), call.lengths, method.block_size, tiles)
+    return lambda r: Contiguous(means, first_blocks[r], max_blocks)
 
 
-def _select_ragged(
-    queries: Queries,
-    query_starts: Array,
-    sequence_of: SequenceOf,
-    means_of: SequenceOf | None,
-    method: Method,
-    tiles: Tiles,
-    return_scores: bool,
-    return_blocks: bool,
-) -> Selection:
-    """[T, H, D] queries of R sequences, `query_starts` [R + 1] -> Selection of [T]."""
-
-    def select_tile(own: Queries, r: Array) -> Selection:
-        means = means_of(r) if means_of else None
-        return _select_tile(own, sequence_of(r), means, method, tiles.keys, return_scores, return_blocks)
-
-    empty = functools.partial(nothing, method=method, return_scores=return_scores, return_blocks=return_blocks)
-    # No more rows than the sequences have on average: in decoding each has one.
-    n_rows = -(-queries.q.shape[0] // (query_starts.shape[0] - 1))
-    return over_tiles(select_tile, queries, query_starts, min(tiles.queries, n_rows), empty)
+def paged_means(call: Call, block_size: int) -> SequenceOf:
+    """What gives sequence r, whose keys are in pages, its block means."""
+    cache, table = call.cache, call.table
+    assert cache is not None and table is not None
+    return lambda r: PagedMeans(cache.sums, cache.counts, table[r], block_size // cache.page_size)
 
 
 def over_tiles[Found](
     select_tile: Callable[..., Found],
-    queries: Queries,
-    query_starts: Array,
+    call: Call,
     t: int,
     nothing: Callable[[tuple[int]], Found],
     *rows_of_tile: Array,
 ) -> Found:
-    """[T, H, D] queries of R sequences, `query_starts` [R + 1] -> what they find; a loop over tiles of t queries.
+    """What each query of a call finds, with a row a query; a loop over tiles of t queries of one sequence.
 
-    `select_tile` gets a tile, the number of its sequence and its rows of the last arguments, [T, ...] each. `nothing`
-    gives what so many queries find nowhere. The rows behind the last sequence are nobody's.
+    Args:
+        select_tile: gets a tile, the number of its sequence, and the tile's rows of `rows_of_tile`, [T, ...] each.
+        nothing: gives what so many queries find where there is nothing.
     """
-    (T, *_), last_r = queries.q.shape, query_starts.shape[0] - 2
+    queries, query_starts = call.queries, jnp.asarray(call.query_starts)
+    (T, *_), last_r = queries.q.shape, call.n_sequences - 1
     n_tiles = -(-jnp.diff(query_starts) // t)  # [R]
     tile_ends = jnp.cumsum(n_tiles)
 
@@ -212,7 +121,7 @@ def over_tiles[Found](
         rows = jnp.minimum(rows, T - 1)
         own = Queries(queries.q[rows], queries.w[rows], jnp.where(is_real, queries.visible[rows], 0))
         tile = select_tile(own, r, *(x[rows] for x in rows_of_tile))
-        # What a tile writes behind its sequence, the next tile overwrites.
+        # What a tile writes after its sequence, the next tile overwrites.
         return jax.tree.map(lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, first, axis=0), done, tile)
 
     done = lax.fori_loop(0, tile_ends[-1], one_tile, varying.like(nothing((T + t,)), queries))
@@ -220,7 +129,7 @@ def over_tiles[Found](
 
 
 def pool_all(keys: Keys, key_starts: Array, lengths: Array, block_size: int, tiles: Tiles) -> tuple[Keys, Array]:
-    """The block means of every sequence, one sequence's behind the other's, and [R] int32, where each one's begin."""
+    """The block means of every sequence, one sequence's after the other's, and [R] int32, where each one's begin."""
     R = lengths.shape[0]
     n_blocks = -(-lengths // block_size)  # [R]
     ends = jnp.cumsum(n_blocks)

@@ -19,21 +19,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from hisa_jax.layout import LANES, Keys, Sequence, mean, present_values, tree_sum
+from hisa_jax.layout import LANES, Keys, Queries, Sequence
 from hisa_jax.methods import BlockSparse, Hisa, Scan, least_blocks
 from hisa_jax.sharded import varying
 from hisa_jax.xla import topk
-
-
-class Queries(NamedTuple):
-    """A tile of queries of one sequence.
-
-    Attributes: `q` [t, H, D]; `w` [t, H] float32; `visible` [t] int32, how many keys of the sequence each one sees.
-    """
-
-    q: Array
-    w: Array
-    visible: Array
+from hisa_jax.xla.means import mean, tree_sum
 
 
 class Candidates(NamedTuple):
@@ -58,7 +48,7 @@ def pool(keys: Keys, starts: Array, counts: Array, block_size: int, tile_n: int)
 
     def one(start: Array, count: Array) -> Array:
         present = jnp.arange(block_size, dtype=jnp.int32) < count
-        return tree_sum(present_values(keys.rows(start + jnp.arange(block_size, dtype=jnp.int32)), present))
+        return tree_sum(keys.rows(start + jnp.arange(block_size, dtype=jnp.int32)).dequantised(present))
 
     sums = lax.map(lambda block: one(*block), (starts, counts), batch_size=min(tile_n, starts.shape[0]))
     return mean(sums, counts)

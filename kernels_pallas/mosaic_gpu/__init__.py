@@ -5,20 +5,10 @@ from jax.typing import DTypeLike
 from hisa_jax.kernels_pallas.indexer import Indexer
 from hisa_jax.kernels_pallas.mosaic_gpu import refine, stages
 
-__all__ = [
-    "select_blocks",
-    "select_blocks_paged",
-    "select_flat",
-    "select_flat_paged",
-    "select_hisa",
-    "select_hisa_paged",
-    "why_not",
-]
+__all__ = ["select_blocks", "select_flat", "select_hisa", "why_not"]
 
 _indexer = Indexer(stages)
-select_hisa, select_hisa_paged = _indexer.select_hisa, _indexer.select_hisa_paged
-select_flat, select_flat_paged = _indexer.select_flat, _indexer.select_flat_paged
-select_blocks, select_blocks_paged = _indexer.select_blocks, _indexer.select_blocks_paged
+select_hisa, select_flat, select_blocks = _indexer.select_hisa, _indexer.select_flat, _indexer.select_blocks
 
 
 def why_not(

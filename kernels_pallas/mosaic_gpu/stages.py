@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.indexer import Means
 from hisa_jax.kernels_pallas.mosaic_gpu import flat as flat_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as refine_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
-from hisa_jax.kernels_pallas.pages import PageMeans, Pages, PageSums
+from hisa_jax.kernels_pallas.pages import PageMeans, PageSums
 from hisa_jax.kernels_pallas.sequences import Rows, Sequences
 from hisa_jax.kernels_pallas.triton import page_means
 from hisa_jax.kernels_pallas.triton import pool as pool_stage
@@ -21,6 +22,7 @@ from hisa_jax.kernels_pallas.triton import scores as narrow_scores_stage
 from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
+from hisa_jax.methods import BlockSparse, Hisa
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
 _FEW = 2  # queries a request
@@ -50,19 +52,15 @@ def pool_pages(page_sums: PageSums, dtype: DTypeLike, *, interpret: Interpret = 
 
 
 def block_filter(
-    q: Array,
-    w: Array,
+    call: FlatCall,
     means: Means | PageSums | PageMeans,
     eligible: Array,
-    sequences: Sequences,
-    *,
-    block_topk: int,
-    keep_first: int,
-    keep_last: int,
+    method: Hisa | BlockSparse,
     interpret: Interpret = False,
 ) -> Array:
-    (T, H, D), n_ctas = q.shape, n_sms()
-    options: Any = dict(n_columns=sequences.max_keys, keep_first=keep_first, keep_last=keep_last)
+    q, w, sequences = call.q, call.w, call.sequences.blocks(method.block_size)
+    (T, H, D), m, n_ctas = q.shape, method.block_topk, n_sms()
+    options: Any = dict(n_columns=sequences.max_keys, keep_first=method.keep_first, keep_last=method.keep_last)
     if isinstance(means, PageSums):
         first_block = sequences.key_start_of_queries(T)
         sort_keys = page_means.page_scores(q, w, means, eligible, first_block, interpret=bool(interpret), **options)
@@ -93,8 +91,8 @@ def block_filter(
     if sort_keys.shape[1] <= _NARROW:
         # A row alone on its multiprocessor takes 9.5 us with one warp, 5.4 with four (1024 to 64).
         alone = narrow_topk_stage.Config(num_warps=4) if n_ctas > T else None
-        return narrow_topk_stage.topk(sort_keys, eligible, block_topk, config=alone, interpret=bool(interpret))[0]
-    return topk_stage.topk(sort_keys, eligible, block_topk, n_ctas=n_ctas, interpret=interpret)[0]
+        return narrow_topk_stage.topk(sort_keys, eligible, m, config=alone, interpret=bool(interpret))[0]
+    return topk_stage.topk(sort_keys, eligible, m, n_ctas=n_ctas, interpret=interpret)[0]
 
 
 def _few_on_pages(
@@ -115,23 +113,12 @@ def _few_on_pages(
     )  # fmt: skip
 
 
-def refine(
-    q: Array,
-    w: Array,
-    k: Array,
-    k_scale: Array | None,
-    block_ids: Array,
-    visible: Array,
-    first_block: Array,
-    pages: Pages | None = None,
-    *,
-    topk: int,
-    block_size: int,
-    interpret: Interpret = False,
-) -> tuple[Array, Array]:
+def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret = False) -> tuple[Array, Array]:
     """`refine.refine`, or its scores and then `topk`, where queries are fewer than CTAs or outgrow shared memory."""
-    (T, H, D), m, itemsize, n_ctas = q.shape, block_ids.shape[1], k.dtype.itemsize, n_sms()
-    operands = (q, w, k, k_scale, block_ids, visible, first_block, pages)
+    (T, H, D), m, itemsize, n_ctas = call.q.shape, block_ids.shape[1], call.k.dtype.itemsize, n_sms()
+    block_size, topk, pages = method.block_size, method.topk, call.pages
+    first_block = call.first_blocks(block_size)
+    operands = (call.q, call.w, call.k, call.k_scale, block_ids, call.visible, first_block, pages)
     options: Any = {"block_size": block_size, "n_ctas": n_ctas, "interpret": interpret}
     apart = refine_stage.Config(rows=128 if H <= 64 else 64, n_score=4 if H <= 64 else 2, ring=4)
     n_parts = refine_stage.split(T, m, block_size, apart, n_ctas)
@@ -145,23 +132,12 @@ def refine(
         return refine_stage.refine(*operands, k_top=topk, config=config, **options)
     sort_keys = refine_stage.refine_scores(*operands, config=apart, n_parts=n_parts, **options)
     if n_parts > 1:
-        limit = jnp.full_like(visible, m * block_size)  # parts write every column
+        limit = jnp.full_like(call.visible, m * block_size)  # parts write every column
     else:
         limit = jnp.sum(block_ids >= 0, axis=1, dtype=jnp.int32) * block_size
     return narrow_topk_stage.topk(sort_keys, limit, topk, block_ids, block_size, interpret=bool(interpret))
 
 
-def flat(
-    q: Array,
-    w: Array,
-    k: Array,
-    k_scale: Array | None,
-    visible: Array,
-    sequences: Sequences,
-    pages: Pages | None = None,
-    *,
-    topk: int,
-    interpret: Interpret = False,
-) -> tuple[Array, Array]:
-    operands = (q, w, k, k_scale, visible, sequences, pages)
+def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
+    operands = (call.q, call.w, call.k, call.k_scale, call.visible, call.sequences, call.pages)
     return flat_stage.flat(*operands, topk=topk, n_ctas=n_sms(), interpret=interpret)

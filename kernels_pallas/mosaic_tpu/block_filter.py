@@ -23,10 +23,11 @@ from hisa_jax.kernels_pallas.mosaic_tpu.block_filter_body import COLUMNS, Plan
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES, Chip, Choice
 from hisa_jax.kernels_pallas.mosaic_tpu.launch import HBM, Launch
 from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import Found, Tiles
-from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Queries, Ragged
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from hisa_jax.kernels_pallas.types import Ref
+from hisa_jax.layout import Queries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

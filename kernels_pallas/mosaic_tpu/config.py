@@ -1,10 +1,8 @@
-"""What the TPU kernels know of the chips, which inputs they take, and what is asked of them."""
+"""What the TPU kernels know of the chips, and what is asked of them."""
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.types import Interpret
 
@@ -61,19 +59,3 @@ class Choice:
     keep_last: int = 0
     has_sort_keys: bool = False
     interpret: Interpret = False
-
-
-def why_not(device_kind: str, H: int, D: int, q_dtype: DTypeLike, k_dtype: DTypeLike, *, block_size: int) -> str | None:
-    """None, or why the indexer's kernels cannot run this."""
-    if device_kind not in CHIPS:
-        return f"needs a TPU v5e, v5p, v6e or v7x, this device is {device_kind!r}"
-    names = jnp.dtype(q_dtype).name, jnp.dtype(k_dtype).name
-    if names[0] != names[1]:
-        return f"needs queries and keys of one dtype, not {names[0]} and {names[1]}"
-    if names[0] not in ("bfloat16", "int8", "float8_e4m3fn"):
-        return f"needs bfloat16, int8 or float8_e4m3fn queries and keys, not {names[0]}"
-    if H not in (16, 32, 64, 128) or D not in (64, 128):
-        return f"needs 16, 32, 64 or 128 heads of size 64 or 128, not {H} of {D}"
-    if block_size not in (64, 128, 256):
-        return f"needs blocks of 64, 128 or 256 tokens, not {block_size}"
-    return None

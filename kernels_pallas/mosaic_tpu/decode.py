@@ -11,8 +11,8 @@ from jax import Array
 from hisa_jax.kernels_pallas.mosaic_tpu import refine
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, Chip, Choice
 from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import Found
-from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Keys, Queries
 from hisa_jax.kernels_pallas.sequences import Rows
+from hisa_jax.layout import Keys, Queries
 
 
 def block_filter(

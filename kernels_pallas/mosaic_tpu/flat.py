@@ -18,11 +18,12 @@ from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES, Ch
 from hisa_jax.kernels_pallas.mosaic_tpu.flat_body import Plan, Refs, flat_body, products_a_step, ragged_body
 from hisa_jax.kernels_pallas.mosaic_tpu.launch import HBM, Launch
 from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import Found, Tiles
-from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Keys, Queries, Ragged
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import from_tiles, padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from hisa_jax.kernels_pallas.sequences import whole_blocks
 from hisa_jax.kernels_pallas.types import Ref
+from hisa_jax.layout import Keys, Queries
 
 _SORT_KEYS_BYTES = 36 << 20
 
@@ -73,7 +74,7 @@ def flat(queries: Queries, keys: Keys, *, choice: Choice, config: Config | None 
     tile_t, tile_s = config.tile_t, min(config.tile_s, -(-S // 256) * 256)
     k, k_scale = whole_blocks(*keys, tile_s)
     groups, slots = padded_groups(k.shape[1]), -(-choice.k // SLOTS) * SLOTS
-    q, w, visible = queries.map(lambda x: launch.pad_axis(x, 1, tile_t))
+    q, w, visible = (launch.pad_axis(x, 1, tile_t) for x in queries)
     visible = jnp.clip(visible, 0, S)
     tiles = visible.shape[1] // tile_t
     furthest = jnp.max(visible.reshape(B * tiles, tile_t), axis=1)

@@ -17,8 +17,9 @@ from hisa_jax.kernels_pallas.mosaic_tpu import launch, query_tiles
 from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES
 from hisa_jax.kernels_pallas.mosaic_tpu.launch import HBM, Launch
 from hisa_jax.kernels_pallas.mosaic_tpu.pool_body import PagesRefs, PoolRefs, pool_body, pool_pages_body
-from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Keys, Ragged
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
 from hisa_jax.kernels_pallas.types import Interpret, Ref
+from hisa_jax.layout import Keys
 
 
 def scratch(keys: Keys) -> dict[str, Ref]:

@@ -5,36 +5,18 @@ to the stages. What is known when tracing, where the rows of a batch lie, stays 
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, SUBLANES
 from hisa_jax.kernels_pallas.sequences import Rows, whole_blocks
+from hisa_jax.layout import Call, Keys, Queries
 
 _CHUNK = 2048  # keys that are moved at a time
 _MOST_QUERIES = 32  # of a tile
-
-
-class Queries(NamedTuple):
-    """Rows of queries; where a function says so also [B, T, ...] of a batch."""
-
-    q: Array  # [T, H, D]
-    w: Array  # [T, H] float32
-    visible: Array  # [T] int32, candidates of each query, the first ones; 0 for padding
-
-    def map(self, f: Callable[[Array], Array]) -> "Queries":
-        return Queries(*(f(x) for x in self))
-
-
-class Keys(NamedTuple):
-    """Keys in pages; keys in one row are pages of a block each."""
-
-    values: Array  # [N, page_size, D]
-    scales: Array | None  # [N, page_size] float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +24,7 @@ class Ragged:
     """R sequences.
 
     Attributes:
-        keys: of all sequences.
+        keys: of all sequences, in pages: [N, page_size, D] and [N, page_size]. Keys in a row are pages of a block each.
         query_starts: [R + 1] int32, ascending; rows after the last sequence are padding. NumPy: of a batch.
         lengths: [R] int32, tokens that some query of the sequence sees, or more.
         first_blocks: [R] int32, the block that each sequence begins with; None for sequences in pages.
@@ -125,6 +107,35 @@ class Ragged:
         return self.table[r, logical]
 
 
+def of_call(call: Call, block_size: int, means: Array | None = None) -> tuple[Queries, Ragged]:
+    """The rows of queries of a call, eight at least if they are not of a batch, and its sequences.
+
+    Args:
+        means: [B, n, D] float32, kept means of a batch.
+    """
+    if call.table is not None:
+        return _at_least_eight(call.queries), _paged(call, block_size)
+    if call.key_offsets is not None:
+        return _at_least_eight(call.queries), _packed(call, block_size)
+    assert call.k is not None
+    (B, T), keys = call.shape, in_blocks(*call.k, block_size)
+    n_tokens = jnp.full((B,), call.max_keys, jnp.int32) if call.lengths is None else call.lengths
+    n_tokens = jnp.clip(n_tokens, 0, call.max_keys)
+    n_blocks = keys.values.shape[0] // B
+    batch = Ragged(
+        keys=keys,
+        query_starts=call.query_starts,
+        lengths=n_tokens,
+        first_blocks=np.arange(B, dtype=np.int32) * n_blocks,
+        table=None,
+        means=means,
+        block_size=block_size,
+        max_keys=n_blocks * block_size,
+    )
+    seen = jnp.minimum(call.visible, n_tokens[:, None]).reshape(B * T)
+    return call.queries._replace(visible=seen), batch
+
+
 def in_blocks(k: Array, k_scale: Array | None, block_size: int) -> Keys:
     """[B, S, D], [B, S] or None -> Keys of [B * n, block_size, D], n a multiple of GROUP."""
     k, k_scale = whole_blocks(k, k_scale, GROUP * block_size)
@@ -132,31 +143,12 @@ def in_blocks(k: Array, k_scale: Array | None, block_size: int) -> Keys:
     return Keys(blocks, None if k_scale is None else k_scale.reshape(-1, block_size))
 
 
-def of_batch(queries: Queries, keys: Keys, lengths: Array, means: Array | None = None) -> tuple[Queries, Ragged]:
-    """Queries of [B, T, ...], Keys in blocks as `in_blocks` gives them, [B] tokens present; maybe [B, n, D] means."""
-    B, T = queries.visible.shape
-    rows = queries._replace(visible=jnp.minimum(queries.visible, lengths[:, None]))
-    ragged = Ragged(
-        keys=keys,
-        query_starts=np.arange(B + 1, dtype=np.int32) * T,
-        lengths=lengths,
-        first_blocks=np.arange(B, dtype=np.int32) * (keys.values.shape[0] // B),
-        table=None,
-        means=means,
-        block_size=keys.values.shape[1],
-        max_keys=keys.values.shape[0] // B * keys.values.shape[1],
-    )
-    return rows.map(lambda x: x.reshape(B * T, *x.shape[2:])), ragged
-
-
-def of_packed(queries: Queries, keys: Keys, cu_seqlens: tuple[Array, Array], block_size: int) -> tuple[Queries, Ragged]:
-    """Queries of [T, ...], Keys of [N, D] and [N], [R + 1] int32 offsets of both -> rows, record.
-
-    The keys are copied once, so that every sequence begins with a block.
-    """
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens
-    N, R = keys.values.shape[0], cu_seqlens_k.shape[0] - 1
-    lengths = jnp.diff(cu_seqlens_k)
+def _packed(call: Call, block_size: int) -> Ragged:
+    """Keys are copied once, so that every sequence begins with a block."""
+    assert call.query_offsets is not None and call.key_offsets is not None
+    keys, offsets = call.keys, call.key_offsets
+    N, R = keys.values.shape[0], call.n_sequences
+    lengths = jnp.diff(offsets)
     n_blocks = -(-lengths // block_size)
     starts = jnp.cumsum(n_blocks) - n_blocks
     # Each sequence ends in at most one partial block; after the last there is a group that copies may run into.
@@ -171,48 +163,45 @@ def of_packed(queries: Queries, keys: Keys, cu_seqlens: tuple[Array, Array], blo
         def one_chunk(i: Array, out: Array) -> Array:
             r = jnp.searchsorted(ends, i, side="right", method="compare_all")
             at = (i - (ends - n_chunks)[r]) * chunk
-            part = lax.dynamic_slice_in_dim(x, cu_seqlens_k[r] + at, chunk)
+            part = lax.dynamic_slice_in_dim(x, offsets[r] + at, chunk)
             # What a sequence writes past its end, the next one overwrites.
             return lax.dynamic_update_slice_in_dim(out, part, starts[r] * block_size + at, axis=0)
 
         out = lax.fori_loop(0, ends[-1], one_chunk, jnp.zeros((rows, *x.shape[1:]), x.dtype))
         return out[: rows // block_size * block_size].reshape(-1, block_size, *x.shape[1:])
 
-    ragged = Ragged(
+    return Ragged(
         keys=Keys(moved(keys.values), None if keys.scales is None else moved(keys.scales)),
-        query_starts=cu_seqlens_q,
+        query_starts=call.query_offsets,
         lengths=lengths,
         first_blocks=starts,
         table=None,
         block_size=block_size,
         max_keys=N,
     )
-    return _at_least_eight(queries), ragged
 
 
-def of_pages(
-    queries: Queries, keys: Keys, block_tables: Array, cu_seqlens_q: Array, block_size: int, page_sums: Array | None
-) -> tuple[Queries, Ragged]:
-    """Queries of [T, ...], Keys, [R, P] and [R + 1] int32, [N, D] float32 -> rows, record; nothing is moved."""
-    n_pages, page_size, _ = keys.values.shape
-    T, P = queries.visible.shape[0], block_tables.shape[1]
-    table = jnp.clip(block_tables, 0, n_pages - 1)
+def _paged(call: Call, block_size: int) -> Ragged:
+    """Nothing is moved."""
+    assert call.table is not None and call.cache is not None and call.query_offsets is not None
+    cache, starts, (T,) = call.cache, call.query_offsets, call.shape
+    per_block = block_size // cache.page_size
+    table = jnp.clip(call.table, 0, cache.n_pages - 1)
     # The last query of a sequence sees the most.
-    last = queries.visible[jnp.clip(cu_seqlens_q[1:] - 1, 0, T - 1)]
-    ragged = Ragged(
-        keys=keys,
-        query_starts=cu_seqlens_q,
-        lengths=jnp.where(jnp.diff(cu_seqlens_q) > 0, last, 0),
+    last = call.visible[jnp.clip(starts[1:] - 1, 0, T - 1)]
+    return Ragged(
+        keys=Keys(cache.keys, cache.scales),
+        query_starts=starts,
+        lengths=jnp.where(jnp.diff(starts) > 0, last, 0),
         first_blocks=None,
-        table=jnp.pad(table, ((0, 0), (0, -P % (block_size // page_size)))),
-        page_sums=page_sums,
+        table=jnp.pad(table, ((0, 0), (0, -table.shape[1] % per_block))),
+        page_sums=cache.sums,
         block_size=block_size,
-        max_keys=P * page_size,
+        max_keys=call.max_keys,
     )
-    return _at_least_eight(queries), ragged
 
 
 def _at_least_eight(queries: Queries) -> Queries:
     """Padded to eight rows: no tile is smaller."""
     missing = max(SUBLANES - queries.q.shape[0], 0)
-    return queries.map(lambda x: jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))))
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))), queries)

@@ -21,12 +21,12 @@ from hisa_jax.kernels_pallas.mosaic_tpu import launch, refine_body
 from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES, Chip, Choice
 from hisa_jax.kernels_pallas.mosaic_tpu.launch import HBM, Launch
 from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import BatchTiles, Found, Tiles
-from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Keys, Queries
 from hisa_jax.kernels_pallas.mosaic_tpu.refine_body import Plan
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.types import Ref
+from hisa_jax.layout import Keys, Queries
 
 _RESIDENT_BYTES = 34 << 20  # 131,072 bfloat16 keys, 262,144 of 8 bits with scales: fits beside the rest on every chip
 

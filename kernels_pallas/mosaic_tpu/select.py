@@ -5,7 +5,11 @@ stand side by side and copy what they keep. Both can be in one call, and neither
 """
 
 import dataclasses
+import functools
+import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -14,21 +18,62 @@ from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, decode, flat, launc
 from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES, Choice, chip
 from hisa_jax.kernels_pallas.mosaic_tpu.pool_body import parts_of
 from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import Found, either, few_rows
-from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Queries, Ragged
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged, of_call
 from hisa_jax.kernels_pallas.sequences import Rows
+from hisa_jax.kernels_pallas.types import Interpret
+from hisa_jax.layout import Call, Queries
+from hisa_jax.methods import BlockSparse, Hisa
 
 _WIDE = 16  # queries of a packed sequence from which tiles of 32 are worth their padding
 
 
-def hisa(queries: Queries, ragged: Ragged, of_blocks: Choice, of_tokens: Choice) -> tuple[Array, Array, Array]:
-    """The hierarchical indexer: [T, k] int32 positions, ascending, then -1; [T] int32 count; [T, m] int32 blocks."""
-    blocks = kept_blocks(queries, ragged, of_blocks)
-    n_visible = candidates(blocks, queries.visible, ragged.block_size)
-    kept = blocks[:, : min(of_blocks.k, ragged.max_blocks)]
-    (chosen,) = best_tokens(queries._replace(visible=n_visible), ragged, kept, of_tokens)
-    if not ragged.is_batch:  # whose rows are all in tiles
-        chosen = jnp.where(n_visible[:, None] > 0, chosen, -1)
-    return chosen, jnp.minimum(n_visible, of_tokens.k), blocks
+@functools.partial(jax.jit, static_argnames=("method", "interpret"))
+def select_hisa(call: Call, method: Hisa, interpret: Interpret = False) -> tuple[Array, Array, Array]:
+    """The hierarchical indexer.
+
+    Returns: [T, topk] int32 positions, ascending, then -1; [T] int32 count; [T, block_topk] int32 block ids, likewise;
+        a row for each of `call.queries`.
+    """
+    with jax.enable_x64(False):  # see bits.py
+        queries, ragged = of_call(call, method.block_size)
+        blocks = kept_blocks(queries, ragged, of_blocks(method, interpret))
+        n_visible = candidates(blocks, queries.visible, ragged.block_size)
+        own = queries._replace(visible=n_visible), ragged, blocks[:, : ragged.max_blocks]
+        (chosen,) = best_tokens(*own, Choice(k=method.topk, interpret=interpret))
+        if not ragged.is_batch:  # whose rows are all in tiles
+            chosen = jnp.where(n_visible[:, None] > 0, chosen, -1)
+        return _first(call, chosen, jnp.minimum(n_visible, method.topk), blocks)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "interpret"))
+def select_blocks(call: Call, method: Hisa | BlockSparse, interpret: Interpret = False) -> Array:
+    """The block filter alone: [T, block_topk] int32 block ids, ascending, then -1."""
+    with jax.enable_x64(False):
+        queries, ragged = of_call(call, method.block_size)
+        return _first(call, kept_blocks(queries, ragged, of_blocks(method, interpret)))[0]
+
+
+@functools.partial(jax.jit, static_argnames=("topk", "interpret"))
+def select_flat(call: Call, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
+    """The flat indexer: [T, topk] int32 positions, ascending, then -1; [T] int32 count."""
+    choice = Choice(k=topk, interpret=interpret)
+    with jax.enable_x64(False):
+        if call.query_offsets is None:
+            assert call.k is not None
+            (chosen,) = flat.flat(Queries(call.q, call.w, call.visible), call.k, choice=choice)
+            return chosen.reshape(-1, topk), jnp.clip(call.queries.visible, 0, min(topk, call.max_keys))
+        # The blocks of the record are what is copied at a time, 128 or 256 keys.
+        queries, ragged = of_call(call, LANES if call.cache is None else max(LANES, call.cache.page_size))
+        seen = queries._replace(visible=jnp.clip(queries.visible, 0, ragged.max_keys))
+        (chosen,) = best_of_all(seen, ragged, choice)
+        chosen = jnp.where(seen.visible[:, None] > 0, chosen, -1)
+        return _first(call, chosen, jnp.minimum(seen.visible, topk))
+
+
+def of_blocks(method: Hisa | BlockSparse, interpret: Interpret) -> Choice:
+    """What the block filter chooses."""
+    first, last = method.keep_first, method.keep_last
+    return Choice(k=method.block_topk, keep_first=first, keep_last=last, interpret=interpret)
 
 
 def kept_blocks(queries: Queries, ragged: Ragged, choice: Choice) -> Array:
@@ -67,7 +112,7 @@ def best_blocks(queries: Queries, ragged: Ragged, eligible: Array, choice: Choic
         means = kept_means(ragged, jnp.where(is_wide, 0, ragged.lengths), mean_parts, choice)
         rows, slot_of_row = _few(ragged, (eligible > 0) & ~row_is_wide, ragged.R * (SUBLANES - 1))
         sequence = ragged.sequence_of(rows.clip(0, T - 1))
-        own, own_eligible = queries.map(lambda x: _take(x, rows)), _take(eligible, rows)
+        own, own_eligible = jax.tree.map(lambda x: _take(x, rows), queries), _take(eligible, rows)
         few = decode.block_filter(own, means, sequence, own_eligible, choice=choice, chip=chip())
         return _put(few, slot_of_row)
 
@@ -130,33 +175,32 @@ def best_tokens(queries: Queries, ragged: Ragged, blocks: Array, choice: Choice)
         page_index = ragged.page_index(jnp.maximum(own_blocks, 0), rows.clip(0, T - 1))
         config = refine.gathered(chip(), len(rows), H, m, block_size)
         task = refine.Task(choice=choice, config=config, block_size=block_size)
-        own = queries.map(lambda x: _take(x, rows))
+        own = jax.tree.map(lambda x: _take(x, rows), queries)
         found = refine.refine(own, ragged.keys, refine.Lists(own_blocks, page_index), task)
         return _put(found, slot_of_row)
 
     return either(queries.visible > 0, row_is_shared, shared, side_by_side)
 
 
-def select_flat(queries: Queries, ragged: Ragged, choice: Choice) -> tuple[Array, Array]:
-    """The flat indexer over ragged sequences: [T, k] int32, [T] int32 count.
-
-    The blocks of `ragged` are what is copied at a time, 128 or 256 keys.
-    """
+def best_of_all(queries: Queries, ragged: Ragged, choice: Choice) -> Found:
+    """The best of all visible tokens of ragged sequences: [T, k] int32; a query that sees none gets anything."""
     T = queries.q.shape[0]
-    visible = jnp.clip(queries.visible, 0, ragged.max_keys)
     is_wide = ragged.n_queries >= _WIDE
     row_is_wide = is_wide[ragged.sequence_of(_every(ragged, T))]
-    tile_t = min(ragged.tile_t(T), flat.heuristic(T, ragged.max_keys).tile_t)
+    large = min(ragged.tile_t(T), flat.heuristic(T, ragged.max_keys).tile_t)
 
     def tiled(wanted: Rows, least: int, tile_t: int) -> Found:
         n_cores = chip().n_cores if tile_t < T else 1
         tiles = query_tiles.split(ragged, T, wanted, least, tile_t, n_cores)
-        seen = queries._replace(visible=visible)
-        return flat.flat_ragged(seen, ragged, tiles, choice=choice, tile_t=tile_t, n_cores=n_cores)
+        return flat.flat_ragged(queries, ragged, tiles, choice=choice, tile_t=tile_t, n_cores=n_cores)
 
-    wide, narrow = (lambda: tiled(is_wide, _WIDE, tile_t)), (lambda: tiled(~is_wide, 1, SUBLANES))
-    (indices,) = either(visible > 0, row_is_wide, wide, narrow)
-    return jnp.where(visible[:, None] > 0, indices, -1), jnp.minimum(visible, choice.k)
+    wide, narrow = (lambda: tiled(is_wide, _WIDE, large)), (lambda: tiled(~is_wide, 1, SUBLANES))
+    return either(queries.visible > 0, row_is_wide, wide, narrow)
+
+
+def _first(call: Call, *results: Array) -> tuple[Any, ...]:
+    """Of results with rows for queries that were padded, those of the call."""
+    return tuple(x[: math.prod(call.shape)] for x in results)
 
 
 def _every(ragged: Ragged, T: int) -> Rows:

@@ -17,6 +17,7 @@ from bench.fuzz import command, draw, judges, mla, setups
 from hisa_jax import layout, prepare
 from hisa_jax.xla import stages, topk
 
+pytestmark = pytest.mark.unoptimised
 SIZES = dict(R=2, T=4, S=40, H=2, D=8)
 DSA = setups.Setup(method=hj.Dsa(topk=5), page_size=None, **SIZES)  # of few programs
 
@@ -25,10 +26,7 @@ DSA = setups.Setup(method=hj.Dsa(topk=5), page_size=None, **SIZES)  # of few pro
 def compiled_anew():
     """What was compiled before a fault does not have it, and what was compiled with one must not stay."""
     jax.clear_caches()
-    was = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", was)
     jax.clear_caches()
 
 

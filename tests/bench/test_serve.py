@@ -23,7 +23,7 @@ def test_a_small_run_is_right_and_leaks_nothing_whatever_faults_are_injected(tmp
     assert "selections against the oracle: 0 mismatches" in shown and "one page twice" in shown
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # tests/models/test_engine.py serves by a scan, too
 def test_a_small_run_by_the_scan_is_right_and_leaks_nothing(tmp_path):
     out = tmp_path / "serve.json"
     assert main(["serve", "--requests", "5", "--indexer", "scan", "--verify", "--out", str(out)]) == 0

@@ -1,8 +1,8 @@
 """Setup for the kernel tests."""
 
 import os
+import pathlib
 
-import jax
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # what was found has no public name
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -20,10 +20,8 @@ def interpret():
     assert not interpret_pallas_call.get_races().races_found
 
 
-@pytest.fixture(autouse=True)
-def interpreted_unoptimised():
+def pytest_collection_modifyitems(items):
     """To compile the interpreter's programs takes longer than to run them."""
-    was = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", was or jax.default_backend() == "cpu")
-    yield
-    jax.config.update("jax_disable_most_optimizations", was)
+    for item in items:
+        if pathlib.Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.unoptimised)

@@ -159,6 +159,7 @@ def test_refusals_say_why(change, reason):
     assert append_stage.why_not("8.0", **shape) == reason
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("dtype", "T", "R", "P", "page_size", "latent_dim"),
     [(E4M3, 128, 128, 1024, 64, None), (E4M3, 32, 32, 1024, 128, None), (BF16, 4096, 8, 512, 64, 576)],

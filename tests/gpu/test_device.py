@@ -7,6 +7,7 @@ import pytest
 
 from hisa_jax.kernels_pallas import mosaic_gpu, triton
 from hisa_jax.kernels_pallas.triton.sparse_mla import sparse_mla
+from tests import kernel_calls
 from tests.gpu import draw, promises
 
 pytestmark = [
@@ -35,14 +36,14 @@ def check(module, visible, S, H, D, dtype, has_scale, topk, block_size, block_to
     visible = np.asarray(visible, np.int32)
     q, k, scale, w = inputs(seed, *visible.shape, S, H, D, dtype, has_scale)
     options = {"topk": topk, "block_size": block_size, "block_topk": block_topk}
-    got = module.select_hisa(q, k, scale, w, jnp.asarray(visible), **options)
+    got = kernel_calls.select_hisa(module, q, k, scale, w, jnp.asarray(visible), **options)
     exact = inputs is draw.integers
     tolerance = {
         "token_tolerance": 0.0 if exact else TOKENS[dtype],
         "block_tolerance": 1e-5 if exact and has_scale is False else BLOCKS[dtype],
     }
     promises.check_hisa(got, q, k, scale, w, visible, **options, **tolerance)
-    flat = module.select_flat(q, k, scale, w, jnp.asarray(visible), topk=topk)
+    flat = kernel_calls.select_flat(module, q, k, scale, w, jnp.asarray(visible), topk=topk)
     token_tolerance = tolerance["token_tolerance"]
     promises.check_flat(flat, q, k, scale, w, visible, topk=topk, token_tolerance=token_tolerance)
     return got
@@ -75,7 +76,9 @@ def test_ties_go_to_the_lower_position(backend):
 def test_equal_scores_keep_the_lowest_tokens(backend):
     q, k = jnp.ones((1, 2, 64, 128), BF16), jnp.ones((1, 4096, 128), BF16)
     w, visible = jnp.ones((1, 2, 64), jnp.float32), jnp.asarray([[4096, 3000]], jnp.int32)
-    indices, _, blocks = backend.select_hisa(q, k, None, w, visible, topk=700, block_size=128, block_topk=8)
+    indices, _, blocks = kernel_calls.select_hisa(
+        backend, q, k, None, w, visible, topk=700, block_size=128, block_topk=8
+    )
     np.testing.assert_array_equal(blocks[0, 0], [0, 1, 2, 3, 4, 5, 6, 31])
     np.testing.assert_array_equal(indices[0, 0], np.arange(700))
 
@@ -84,15 +87,17 @@ def test_nan_scores_are_chosen_last(backend):
     q, k, _, w = draw.normal(1, 1, 1, 4096, 64, 128, BF16, False)
     k = k.at[0, 17].set(jnp.nan).at[0, 4000].set(jnp.nan)
     visible = jnp.asarray([[4096]], jnp.int32)
-    indices, count, _ = backend.select_hisa(q, k, None, w, visible, topk=4094, block_size=128, block_topk=32)
+    indices, count, _ = kernel_calls.select_hisa(
+        backend, q, k, None, w, visible, topk=4094, block_size=128, block_topk=32
+    )
     assert int(count[0, 0]) == 4094 and not np.isin([17, 4000], np.asarray(indices)).any()
 
 
 def test_up_to_the_kept_blocks_hisa_is_the_flat_indexer(backend):
     q, k, scale, w = draw.normal(2, 1, 16, 8192, 64, 128, E4M3, True)
     visible = jnp.arange(8177, 8193, dtype=jnp.int32)[None]
-    hisa = backend.select_hisa(q, k, scale, w, visible, topk=2048, block_size=128, block_topk=64)
-    flat = backend.select_flat(q, k, scale, w, visible, topk=2048)
+    hisa = kernel_calls.select_hisa(backend, q, k, scale, w, visible, topk=2048, block_size=128, block_topk=64)
+    flat = kernel_calls.select_flat(backend, q, k, scale, w, visible, topk=2048)
     np.testing.assert_array_equal(hisa[0], flat[0])
 
 
@@ -100,9 +105,9 @@ def test_results_do_not_depend_on_the_batch(backend):
     q, k, scale, w = draw.normal(3, 2, 40, 16384, 64, 128, E4M3, True)
     visible = jnp.broadcast_to(jnp.arange(16345, 16385, dtype=jnp.int32), (2, 40))
     options = {"topk": 1024, "block_size": 128, "block_topk": 16}
-    whole = backend.select_hisa(q, k, scale, w, visible, **options)
-    part = backend.select_hisa(q[1:, 7:20], k[1:], scale[1:], w[1:, 7:20], visible[1:, 7:20], **options)
-    again = backend.select_hisa(q, k, scale, w, visible, **options)
+    whole = kernel_calls.select_hisa(backend, q, k, scale, w, visible, **options)
+    part = kernel_calls.select_hisa(backend, q[1:, 7:20], k[1:], scale[1:], w[1:, 7:20], visible[1:, 7:20], **options)
+    again = kernel_calls.select_hisa(backend, q, k, scale, w, visible, **options)
     for x, y, z in zip(whole, part, again, strict=True):
         np.testing.assert_array_equal(x[1:, 7:20], y)
         np.testing.assert_array_equal(x, z)
@@ -134,7 +139,7 @@ def test_memory_holds_no_score_matrix(backend):
         ((B, T, H), jnp.float32),
         ((B, T), jnp.int32),
     ]
-    hisa = jax.jit(lambda *x: backend.select_hisa(*x, topk=2048, block_size=128, block_topk=64))
+    hisa = jax.jit(lambda *x: kernel_calls.select_hisa(backend, *x, topk=2048, block_size=128, block_topk=64))
     compiled = hisa.lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile()
     allowed = 40e6 + (T * 8192 * 4 if backend is triton else 0)
     assert compiled.memory_analysis().temp_size_in_bytes < allowed

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from hisa_jax.kernels_pallas import mosaic_gpu
+from hisa_jax.kernels_pallas.flat_call import flatten
 from hisa_jax.kernels_pallas.mosaic_gpu import flat, merge
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_survivors
-from hisa_jax.kernels_pallas.sequences import flatten_batch
+from tests import kernel_calls
 from tests.gpu import draw, promises, reference
 from tests.gpu.test_scores import unwritten
 
@@ -17,10 +18,11 @@ INVISIBLE = -(2**31)
 
 
 def select(q, k, k_scale, w, visible, topk, n_ctas=132, interpret=False):
-    call = flatten_batch(q, k, k_scale, w, jnp.asarray(visible), None, 8)
+    batch = kernel_calls.call_of(q, k, k_scale, w, jnp.asarray(visible))
+    call = flatten(batch, 8)
     options = {"topk": topk, "n_ctas": n_ctas, "interpret": interpret}
     out = flat.flat(call.q, call.w, call.k, call.k_scale, call.visible, call.sequences, **options)
-    return call.unflatten(*out)
+    return batch.unflatten(out)
 
 
 @pytest.mark.slow

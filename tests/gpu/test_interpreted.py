@@ -9,6 +9,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu import refine as mosaic_refine
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as mosaic_topk
 from hisa_jax.kernels_pallas.triton import topk as triton_topk
 from hisa_jax.kernels_pallas.triton.sparse_mla import Config, sparse_mla
+from tests import kernel_calls
 from tests.gpu import draw, promises, reference
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
@@ -22,7 +23,9 @@ def few_ctas(monkeypatch):
 
 
 CASES = [  # block_size, block_topk, topk, dtype, has_scale, visible [B, T], S
-    pytest.param(32, 6, 50, E4M3, True, [[512, 300], [20, 0]], 512, id="batch_few_visible_and_none"),
+    pytest.param(
+        32, 6, 50, E4M3, True, [[512, 300], [20, 0]], 512, id="batch_few_visible_and_none", marks=pytest.mark.check
+    ),
     pytest.param(32, 6, 50, BF16, False, [[400, 33]], 400, id="ragged_tail_bf16", marks=pytest.mark.slow),
     pytest.param(128, 3, 400, E4M3, True, [[640]], 640, id="topk_above_the_candidates", marks=pytest.mark.slow),
 ]
@@ -33,7 +36,7 @@ def test_mosaic_hisa_keeps_the_contract(interpret, block_size, block_topk, topk,
     visible = np.asarray(visible, np.int32)
     q, k, scale, w = draw.integers(0, *visible.shape, S, 16, 64, dtype, has_scale)
     options = {"topk": topk, "block_size": block_size, "block_topk": block_topk}
-    got = mosaic_gpu.select_hisa(q, k, scale, w, jnp.asarray(visible), **options, interpret=interpret)
+    got = kernel_calls.select_hisa(mosaic_gpu, q, k, scale, w, jnp.asarray(visible), **options, interpret=interpret)
     promises.check_hisa(got, q, k, scale, w, visible, **options, **EXACT)
 
 
@@ -46,7 +49,7 @@ def test_triton_hisa_keeps_the_contract(block_size, block_topk, topk, dtype, has
     is_forced = np.isin(np.arange(S) // block_size, [0, *((visible - 1) // block_size).ravel()])
     least = jnp.ones_like(q), jnp.broadcast_to(is_forced[:, None], k.shape).astype(dtype), scale, -jnp.ones_like(w)
     for inputs in ((q, k, scale, w), least):
-        got = triton.select_hisa(*inputs, jnp.asarray(visible), **options, interpret=True)
+        got = kernel_calls.select_hisa(triton, *inputs, jnp.asarray(visible), **options, interpret=True)
         promises.check_hisa(got, *inputs, visible, **options, **EXACT)
 
 
@@ -54,7 +57,7 @@ def test_triton_hisa_keeps_the_contract(block_size, block_topk, topk, dtype, has
 def test_mosaic_flat_keeps_the_contract(interpret, S):
     visible = np.asarray([[S, S // 2]], np.int32)
     q, k, scale, w = draw.integers(2, 1, 2, S, 16, 64, E4M3, True)
-    got = mosaic_gpu.select_flat(q, k, scale, w, jnp.asarray(visible), topk=50, interpret=interpret)
+    got = kernel_calls.select_flat(mosaic_gpu, q, k, scale, w, jnp.asarray(visible), topk=50, interpret=interpret)
     promises.check_flat(got, q, k, scale, w, visible, topk=50, token_tolerance=1e-9)
 
 
@@ -62,7 +65,7 @@ def test_streaming_topk_of_triton_equals_one_piece(monkeypatch):
     monkeypatch.setattr(triton.stages, "_FLAT_WIDTH", 512)
     visible = np.asarray([[1200, 700]], np.int32)
     q, k, _, w = draw.integers(4, 1, 2, 1200, 16, 64, BF16, False)
-    got = triton.select_flat(q, k, None, w, jnp.asarray(visible), topk=100, interpret=True)
+    got = kernel_calls.select_flat(triton, q, k, None, w, jnp.asarray(visible), topk=100, interpret=True)
     promises.check_flat(got, q, k, None, w, visible, topk=100, token_tolerance=1e-9)
 
 
@@ -91,8 +94,8 @@ def test_packed_sequences_keep_the_contract(backend, queries, monkeypatch, reque
     if backend == "mosaic_gpu":
         module, mode = mosaic_gpu, request.getfixturevalue("interpret")
     options = {"topk": 50, "block_size": 32, "block_topk": 4}
-    hisa = module.select_hisa(*arrays, **options, cu_seqlens=cu, interpret=mode)
-    flat = module.select_flat(*arrays, topk=50, cu_seqlens=cu, interpret=mode)
+    hisa = kernel_calls.select_hisa(module, *arrays, **options, cu_seqlens=cu, interpret=mode)
+    flat = kernel_calls.select_flat(module, *arrays, topk=50, cu_seqlens=cu, interpret=mode)
     for r in np.flatnonzero(lengths_q):
         rows, keys = (slice(int(x[r]), int(x[r + 1])) for x in cu)
         q, k, scale, w, visible = arrays
@@ -110,8 +113,8 @@ def test_nan_scores_are_chosen_last(interpret):
     visible = np.asarray([[256]], np.int32)
     options = {"topk": 255, "block_size": 64, "block_topk": 4}
     for got in (
-        mosaic_gpu.select_hisa(q, k, None, w, jnp.asarray(visible), **options, interpret=interpret),
-        triton.select_hisa(q, k, None, w, jnp.asarray(visible), **options, interpret=True),
+        kernel_calls.select_hisa(mosaic_gpu, q, k, None, w, jnp.asarray(visible), **options, interpret=interpret),
+        kernel_calls.select_hisa(triton, q, k, None, w, jnp.asarray(visible), **options, interpret=True),
     ):
         assert set(range(256)) - set(np.asarray(got[0]).ravel().tolist()) == {17}
 

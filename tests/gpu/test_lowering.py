@@ -12,8 +12,12 @@ from hisa_jax.kernels_pallas import mosaic_gpu, triton
 from hisa_jax.kernels_pallas.mosaic_gpu import refine
 from hisa_jax.kernels_pallas.triton.pool import pool
 from hisa_jax.kernels_pallas.triton.sparse_mla import sparse_mla
+from tests import kernel_calls
 
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.oldest,
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
+]
 BACKENDS = {"mosaic_gpu": mosaic_gpu, "triton": triton}
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 _CUSTOM_CALLS = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton")
@@ -46,8 +50,8 @@ def test_indexers_lower(backend, B, T, S, H, dtype):
 
     def both(q, k, k_scale, w, visible):
         k_scale = k_scale if quantized else None
-        hisa = module.select_hisa(q, k, k_scale, w, visible, topk=2048, block_size=128, block_topk=64)
-        return hisa, module.select_flat(q, k, k_scale, w, visible, topk=2048)
+        hisa = kernel_calls.select_hisa(module, q, k, k_scale, w, visible, topk=2048, block_size=128, block_topk=64)
+        return hisa, kernel_calls.select_flat(module, q, k, k_scale, w, visible, topk=2048)
 
     assert "custom_call" in lower(both, *_shapes(B, T, S, H, 128, dtype))
 
@@ -55,7 +59,9 @@ def test_indexers_lower(backend, B, T, S, H, dtype):
 @pytest.mark.parametrize(("H", "D", "block_size"), [(16, 64, 32), (128, 128, 64), (64, 64, 256)])
 def test_every_head_and_block_size_lowers(H, D, block_size):
     def hisa(q, k, k_scale, w, visible):
-        return mosaic_gpu.select_hisa(q, k, k_scale, w, visible, topk=500, block_size=block_size, block_topk=16)
+        return kernel_calls.select_hisa(
+            mosaic_gpu, q, k, k_scale, w, visible, topk=500, block_size=block_size, block_topk=16
+        )
 
     assert "custom_call" in lower(hisa, *_shapes(1, 100, 16384, H, D, E4M3))
 
@@ -94,7 +100,11 @@ def test_keys_beyond_32_bits_are_pooled_in_parts_and_refused_elsewhere():
     visible = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     with pytest.raises(ValueError, match=r"triton: k has 3221225472 elements of one byte, wanted at most 2147483648"):
         jax.eval_shape(
-            lambda q, k, w, v: triton.select_flat(q[None], k[None], None, w[None], v, topk=64), q, k, w, visible
+            lambda q, k, w, v: kernel_calls.select_flat(triton, q[None], k[None], None, w[None], v, topk=64),
+            q,
+            k,
+            w,
+            visible,
         )
 
 
@@ -115,9 +125,9 @@ def test_programs_lower_in_64_bit_mode(backend):
         blocks = dict(topk=500, block_size=128, block_topk=16)
         arrays, packed = (q, k, None, w, visible), (q[0], k[0], None, w[0], visible[0])
         return (
-            module.select_hisa(*arrays, **blocks),
-            module.select_flat(*arrays, topk=500),
-            module.select_hisa(*packed, **blocks, cu_seqlens=(cu_q, cu_k)),
+            kernel_calls.select_hisa(module, *arrays, **blocks),
+            kernel_calls.select_flat(module, *arrays, topk=500),
+            kernel_calls.select_hisa(module, *packed, **blocks, cu_seqlens=(cu_q, cu_k)),
             attend(mla_q, kv, indices, value_dim=512, scale=0.1),
         )
 

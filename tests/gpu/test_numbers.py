@@ -7,8 +7,8 @@ import numpy as np
 
 from hisa_jax.kernels_pallas import sort_key
 from hisa_jax.kernels_pallas.triton.pool_body import split
-from hisa_jax.layout import mean_parts
 from hisa_jax.xla import topk
+from hisa_jax.xla.means import mean_parts
 
 SPECIAL = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-37, -1e-37, 3e38, -3e38, 1.0, -1.0]
 

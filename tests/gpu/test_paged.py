@@ -9,9 +9,11 @@ import pytest
 
 import hisa_jax as hj
 from hisa_jax.kernels_pallas import indexer, mosaic_gpu, triton
-from hisa_jax.kernels_pallas.pages import PageSums, flatten_paged
+from hisa_jax.kernels_pallas.flat_call import flatten
+from hisa_jax.kernels_pallas.pages import PageSums
 from hisa_jax.kernels_pallas.triton.page_means import pool_pages
 from hisa_jax.kernels_pallas.triton.pool import pool
+from hisa_jax.layout import Call
 from tests.gpu import promises
 from tests.gpu.test_lowering import BACKENDS, BF16, E4M3, lower
 from tests.gpu.test_select import implementation  # noqa: F401
@@ -138,11 +140,10 @@ def test_some_queries_at_a_time_give_the_same(implementation, monkeypatch):  # n
 @pytest.mark.parametrize("dtype", [E4M3, BF16], ids=["e4m3", "bf16"])
 def test_means_of_pages_are_those_of_the_keys(dtype):
     requests = draw([384, 64], [1, 1], 32, dtype)
-    call, pages = flatten_paged(
-        requests.q, requests.cache.keys, None, requests.w, jnp.zeros(3, jnp.int32), requests.tables,
-        requests.cu_seqlens_q, 64,
-    )  # fmt: skip
-    sums = PageSums(sums=requests.cache.sums, counts=requests.cache.counts, pages=pages, per_block=2)
+    visible = jnp.zeros(requests.q.shape[:1], jnp.int32)
+    where = dict(query_offsets=requests.cu_seqlens_q, table=requests.tables, cache=requests.cache)
+    call = flatten(Call(q=requests.q, w=requests.w, visible=visible, **where), 64)
+    sums = PageSums(sums=requests.cache.sums, counts=requests.cache.counts, pages=call.pages, per_block=2)
     means, scale = pool_pages(sums, dtype, interpret=True)
     wanted, wanted_scale = pool(requests.k, requests.k_scale, np.full(7, 64, np.int32), block_size=64, interpret=True)
     for r, blocks in enumerate((slice(0, 6), slice(6, 7))):
@@ -160,6 +161,7 @@ def test_small_pages_are_declined_with_the_reason():
     assert triton.why_not("9.0", **shape, page_size=16) is None
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("backend", "T", "R", "context", "page_size", "dtype"),
     [
@@ -174,18 +176,14 @@ def test_small_pages_are_declined_with_the_reason():
 def test_indexers_over_pages_lower(backend, T, R, context, page_size, dtype):
     module, P, f32, i32 = BACKENDS[backend], context // page_size, jnp.float32, jnp.int32
 
-    def both(q, k, k_scale, w, visible, tables, cu_seqlens_q, sums, counts, page_means, mean_scales):
-        operands = q, k, k_scale if dtype == E4M3 else None, w, visible
-        where = dict(block_tables=tables, cu_seqlens_q=cu_seqlens_q)
-        page_means = page_means, mean_scales if dtype == E4M3 else None
-        means = dict(page_sums=sums, page_counts=counts, page_means=page_means)
-        hisa = module.select_hisa_paged(*operands, topk=2048, block_size=128, block_topk=64, **where, **means)
-        return hisa, module.select_flat_paged(*operands, topk=2048, **where) if T > R else None
+    def both(q, w, visible, tables, offsets):
+        cache = hj.init_cache(R * P, page_size, 128, dtype)
+        call = Call(q=q, w=w, visible=visible, query_offsets=offsets, table=tables, cache=cache)
+        hisa = module.select_hisa(call, hj.Hisa(topk=2048, block_size=128, block_topk=64))
+        return hisa, module.select_flat(call, 2048) if T > R else None
 
-    keys = ((R * P, page_size, 128), dtype), ((R * P, page_size), f32)
-    requests = ((R, P), i32), ((R + 1,), i32)
-    pages = ((R * P, 128), f32), ((R * P,), i32), ((R * P, 2 if dtype == E4M3 else 1, 128), dtype), ((R * P,), f32)
-    assert "custom_call" in lower(both, ((T, 64, 128), dtype), *keys, ((T, 64), f32), ((T,), i32), *requests, *pages)
+    queries = ((T, 64, 128), dtype), ((T, 64), f32), ((T,), i32)
+    assert "custom_call" in lower(both, *queries, ((R, P), i32), ((R + 1,), i32))
 
 
 @pytest.mark.gpu

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hisa_jax.kernels_pallas.sequences import Sequences, flatten_batch, flatten_packed
+from hisa_jax.kernels_pallas.flat_call import flatten
+from hisa_jax.kernels_pallas.sequences import Sequences
+from tests import kernel_calls
 
 RAGGED = Sequences(
     query_starts=np.array([0, 3, 3, 10], np.int32),
@@ -52,7 +54,8 @@ def test_a_packed_batch_is_moved_to_aligned_rows(align):
     cu_k = jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
     k = jnp.arange(70, dtype=jnp.float32)[:, None] + jnp.zeros((1, 4))
     q, w, visible = jnp.zeros((4, 2, 4)), jnp.zeros((4, 2)), jnp.zeros(4, jnp.int32)
-    call = flatten_packed(q, k, k[:, 0], w, visible, jnp.array([0, 1, 2, 3, 4], jnp.int32), cu_k, align)
+    cu_seqlens = jnp.array([0, 1, 2, 3, 4], jnp.int32), cu_k
+    call = flatten(kernel_calls.call_of(q, k, k[:, 0], w, visible, cu_seqlens=cu_seqlens), align)
     starts = np.asarray(call.sequences.key_starts)
     assert (starts % align == 0).all()
     for r in np.flatnonzero(lengths):
@@ -63,7 +66,7 @@ def test_a_packed_batch_is_moved_to_aligned_rows(align):
 
 def test_a_batch_costs_nothing_to_find_its_rows():
     q, k = jnp.zeros((2, 3, 2, 4)), jnp.zeros((2, 13, 4))
-    call = flatten_batch(q, k, None, jnp.zeros((2, 3, 2)), jnp.zeros((2, 3), jnp.int32), None, 8)
+    call = flatten(kernel_calls.call_of(q, k, None, jnp.zeros((2, 3, 2)), jnp.zeros((2, 3), jnp.int32)), 8)
     assert call.k.shape == (32, 4) and isinstance(call.sequences.key_starts, np.ndarray)
     assert call.sequences.aligned(32, 16)[0] is None
     blocks = call.sequences.blocks(8)
@@ -76,7 +79,7 @@ def test_a_batch_costs_nothing_to_find_its_rows():
 
 def test_some_queries_at_a_time_is_all_at_once():
     q = jnp.arange(2 * 5, dtype=jnp.float32).reshape(2, 5, 1, 1)
-    call = flatten_batch(q, jnp.zeros((2, 8, 1)), None, q[..., 0], jnp.ones((2, 5), jnp.int32), None, 8)
+    call = flatten(kernel_calls.call_of(q, jnp.zeros((2, 8, 1)), None, q[..., 0], jnp.ones((2, 5), jnp.int32)), 8)
 
     def f(call):
         T = call.q.shape[0]

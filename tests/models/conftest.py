@@ -1,11 +1,11 @@
 """The models' tests compile many programs and run most of them once: compile fast, run slowly."""
 
-import jax
+import pathlib
+
 import pytest
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fast_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if pathlib.Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.unoptimised)

@@ -12,7 +12,8 @@ from hisa_jax.models.rope import inverse_frequencies
 
 from . import golden
 
-cases = pytest.mark.parametrize("case", golden.CASES)
+of_check, *others = golden.CASES
+cases = pytest.mark.parametrize("case", [pytest.param(of_check, marks=pytest.mark.check), *others])
 
 
 @cases

@@ -25,14 +25,6 @@ MODES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_fast():
-    """Compiling takes longer than running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def logits(method=None):
     """Of a model that is loaded in the mode."""
     model = models.from_pretrained(golden.FOLDER / CASE, method)

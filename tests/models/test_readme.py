@@ -1,20 +1,24 @@
-"""What models/README.md shows runs as it stands there."""
+"""What docs/models.md and models/README.md show is so."""
 
 import contextlib
 import io
 import re
 from pathlib import Path
 
+import pytest
+
 from hisa_jax import models
 from hisa_jax.models.dsa import choose_form
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "models/README.md").read_text()
+GUIDE = (ROOT / "docs/models.md").read_text()
 
 
+@pytest.mark.oldest
 def test_the_ten_lines_run_and_print_what_they_promise(monkeypatch):
     monkeypatch.chdir(ROOT)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 10
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(code, {})
@@ -32,6 +36,6 @@ def test_every_file_it_lists_is_there_and_every_file_is_listed():
 
 
 def test_the_context_at_which_the_form_changes_is_as_stated():
-    stated = int(re.search(r"up to a context of ([\d,]+) tokens", README)[1].replace(",", ""))
+    stated = int(re.search(r"up to a context of ([\d,]+) tokens", GUIDE)[1].replace(",", ""))
     assert choose_form(models.dsv32(), 2048, stated - 100, 2048) == "expanded"
     assert choose_form(models.dsv32(), 2048, stated + 100, 2048) == "absorbed"

@@ -8,9 +8,13 @@ from hisa_jax.models.scheduler import Request, Scheduler, Sharing
 SIZE = 4  # tokens of a page
 
 
-def scheduler(n_pages, rows=8, max_overtakes=2, sharing=None):
-    sharing = Sharing(prompt_only=False, tail=0) if sharing is None else sharing
-    return Scheduler(n_pages=n_pages, page_size=SIZE, rows=rows, max_overtakes=max_overtakes, sharing=sharing)
+def scheduler(n_pages, rows=8, max_overtakes=2, programs="AAA", **sizes):
+    """`programs`: a letter each for the chunks of a prompt, its last chunk and decoding."""
+    by_phase = dict(zip(("prefill", "last_prefill", "decode"), programs, strict=True))
+    sizes = dict(max_length=64, prefill_rows=2, chunk=5) | sizes
+    return Scheduler(
+        n_pages=n_pages, page_size=SIZE, rows=rows, max_overtakes=max_overtakes, programs=by_phase, **sizes
+    )  # fmt: skip
 
 
 def submit(scheduler, id, n_prompt, n_new=1, first=0):
@@ -40,6 +44,82 @@ def state(scheduler):
     requests = {**scheduler.waiting, **scheduler.running, **scheduler.donors}
     contents = [(r.id, list(r.tokens), r.must_copy, r.n_overtaken) for r in requests.values()]
     return list(scheduler.waiting), list(scheduler.running), list(scheduler.donors), contents, holders, pool.n_free
+
+
+def test_prompts_are_read_in_chunks_of_which_the_first_is_cut_then_made_tokens_one_by_one():
+    s = scheduler(n_pages=16)
+    assert s.submit([*range(12)], 2, frozenset()) == 0 and s.submit([*range(20, 23)], 1, frozenset({7})) == 1
+    assert s.submit([30], 3, frozenset()) == 2
+    s.admit()
+    seen = []
+    while batch := s.next_chunks():
+        seen.append((batch.phase, [r.id for r in batch.requests], batch.starts, batch.news))
+        copies, (tables, lengths, ids, n_new) = s.place(batch, 2, 5)
+        assert copies == [] and ids.shape == (2, 5) and tables.shape == (2, 16) and tables.dtype == np.int32
+        for row, new in enumerate(batch.news):
+            assert lengths[row] == batch.starts[row] and ids[row, 5 - n_new[row] :].tolist() == new
+            pages = s.pool.pages(batch.requests[row].id)
+            assert tables[row].tolist() == pages + [-1] * (16 - len(pages))
+    assert seen == [
+        ("prefill", [0, 1], [0, 0], [[0, 1], [20, 21, 22]]),
+        ("prefill", [0, 2], [2, 0], [[2, 3, 4, 5, 6], [30]]),
+        ("last_prefill", [0], [7], [[7, 8, 9, 10, 11]]),
+    ]
+    first, second, _ = s.decoding()
+    assert s.take(second, [7, 3]) is None and second.tokens == [20, 21, 22, 7]  # it stops there
+    assert s.take(first, [4]) is None and [r.id for r in s.decoding()] == [0, 2]
+    decode = s.batch("decode", [first], [[4, 8, 9]])  # with two proposals, of which none is right
+    s.place(decode, 1, 3)
+    s.truncate(first, 13)
+    s.pool.check()
+    assert s.pool.lengths[0] == 13 and decode.starts == [12]
+    assert s.take(first, [-1]) == "logits are not finite (NaN or infinity) after 1 new tokens" and 0 not in s.running
+
+
+def test_a_pass_runs_one_program_and_requests_whose_phase_has_another_wait():
+    for programs, ids in (("AAA", [0, 1]), ("ABA", [0, 2]), ("AAB", [0, 1])):
+        s = scheduler(n_pages=16, programs=programs)
+        for n_prompt in (8, 4, 9):
+            s.submit([*range(n_prompt)], 1, frozenset())
+        s.admit()
+        assert [request.id for request in s.next_chunks().requests] == ids, programs
+
+
+def test_a_page_that_two_share_in_part_is_copied_before_one_of_them_writes():
+    s = scheduler(n_pages=16)
+    finished(s, 1, 6, first=9)
+    second = submit(s, 2, 10, first=9)
+    assert s.admit() == [(2, 1, 6)] and second.must_copy
+    (had,) = s.pool.pages(1)[1:]
+    copies, (tables, *_) = s.place(s.next_chunks(), 1, 5)
+    assert copies == [(had, tables[0, 1])] and not second.must_copy and s.pool.pages(1)[1] == had
+
+
+def test_what_a_request_had_made_before_all_pages_were_lost_is_read_as_it_was_decoded():
+    s = scheduler(n_pages=16, programs="ABC")
+    s.submit([*range(4)], 9, frozenset())
+    s.admit()
+    (request,) = s.running.values()
+    s.place(s.next_chunks(), 1, 5)
+    for token in (50, 51, 52):
+        s.take(request, [token])
+        s.place(s.batch("decode", [request], [[token]]), 1, 1)
+    s.take(request, [53])
+    s.start_over()
+    s.admit()
+    phases = []
+    while batch := s.next_chunks():
+        phases.append((batch.phase, batch.news))
+        s.place(batch, 1, 5)
+    assert phases == [("last_prefill", [[0, 1, 2, 3]]), ("decode", [[50, 51, 52]])] and s.decoding() == [request]
+
+
+def test_what_can_never_be_served_is_refused_and_takes_no_number():
+    s = scheduler(n_pages=5, max_length=40)
+    for tokens, n_new, message in ((38, 3, "41 tokens in 12 pages"), (17, 1, "18 tokens in 6 pages")):
+        with pytest.raises(ValueError, match=f"submit: .* make {message}, wanted at most max_length=40 in 5"):
+            s.submit([0] * tokens, n_new, frozenset())
+    assert not s.waiting and s.submit([0] * 15, 1, frozenset()) == 0
 
 
 def test_small_requests_pass_one_that_waits_for_pages_so_often_and_no_more():
@@ -129,7 +209,7 @@ def test_what_is_shared_was_cached_by_the_same_program(programs, sharing):
 
 
 def test_one_whose_page_was_copied_or_given_back_in_an_undone_step_reads_anew():
-    """The page that two share in part becomes the other's own, who writes behind fewer tokens."""
+    """The page that two share in part becomes the other's own, which has fewer tokens before what it writes."""
     s = scheduler(n_pages=14)
     first, third = submit(s, 1, 12), submit(s, 3, 5)
     s.admit()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "checks",
     [
-        ["tensor_and_data_parallel", "explicit_mesh_of_one_axis"],
+        pytest.param(["tensor_and_data_parallel", "explicit_mesh_of_one_axis"], marks=pytest.mark.oldest),
         pytest.param(
             ["quantised_keys_and_hisa", "generation", "the_self_check", "save_here_restore_there"],
             marks=pytest.mark.slow,

@@ -35,7 +35,7 @@ def chip(request):
 def pytest_collection_modifyitems(items):
     """A case has its turn on one chip; on the others it is marked `exhaustive`.
 
-    What parametrises itself by chip asks for all.
+    What parametrises itself by chip asks for all. To compile the interpreter's programs takes longer than to run them.
     """
     turns = collections.defaultdict(dict)
     for item in items:
@@ -45,5 +45,7 @@ def pytest_collection_modifyitems(items):
             turn = of_file.setdefault(case, len(of_file))
             if chip != list(CHIPS)[turn % len(CHIPS)]:
                 item.add_marker(pytest.mark.exhaustive)
+        if {"interpret", "implementation", "kernel"} & set(item.fixturenames) and "tests/tpu" in item.nodeid:
+            item.add_marker(pytest.mark.unoptimised)
         if item.get_closest_marker("tpu") and jax.default_backend() != "tpu":
             item.add_marker(pytest.mark.skip(reason=f"needs a TPU, this machine has {jax.default_backend()}"))

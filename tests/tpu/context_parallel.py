@@ -1,4 +1,4 @@
-"""`select_sharded` by the TPU kernels, interpreted on 4 emulated devices, against the oracle; run by test_context.py.
+"""`select` on a mesh by the TPU kernels, interpreted on 4 emulated devices, against the oracle; run by test_context.py.
 With `--slow`: every method, and meshes of four devices, in about ten minutes.
 
 The number of devices is fixed when JAX starts, so it cannot be set for one test among others.
@@ -35,12 +35,12 @@ H, D = 16, 64
 def interpreted():
     """The kernels where no device is asked for."""
     run = functools.partial(
-        select_kernels.select,
+        select_kernels.select_shard,
         lambda: dispatch.backend("mosaic_tpu"),
         interpret=pltpu.InterpretParams(uninitialized_memory="nan"),
     )
     known = dispatch.IMPLEMENTATIONS["mosaic_tpu"]
-    return dataclasses.replace(known, why_not=lambda device, problem: None, select_sharded=run)
+    return dataclasses.replace(known, why_not=lambda device, problem: None, select_shard=run)
 
 
 def check(name, data, context, B, T, **options):
@@ -49,7 +49,7 @@ def check(name, data, context, B, T, **options):
     q, k = draw.cast(q, "bfloat16"), draw.cast(k, "bfloat16")
     reference = oracle.select(q, k, w, method, **options)
     mesh = jax.make_mesh((data, context), ("data", "context"), devices=jax.devices()[: data * context])
-    got = hj.select_sharded(
+    got = hj.select(
         *map(jnp.asarray, (q, k, w)), method, mesh=mesh, context_axis="context", data_axis="data",
         implementation="mosaic_tpu", return_scores=True, return_blocks=method.has_blocks,
         **jax.tree.map(jnp.asarray, options),
@@ -85,7 +85,7 @@ def what_other_devices_hold_leaves_no_trace():
     over = dict(mesh=mesh, context_axis="context", data_axis="data", implementation="mosaic_tpu")
     for name, dtype in (("hisa", "bfloat16"), ("dsa", "int8")):
         run = jax.jit(
-            functools.partial(hj.select_sharded, **over), static_argnames=("method", "return_scores", "return_blocks")
+            functools.partial(hj.select, **over), static_argnames=("method", "return_scores", "return_blocks")
         )
         isolation.assert_isolated(isolation.batch(run, METHODS[name], dtype, S=512), METHODS[name])
 

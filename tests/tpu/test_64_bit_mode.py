@@ -1,13 +1,19 @@
 """With `jax_enable_x64` every kernel is the one that is compiled without it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+import hisa_jax as hj
 from bench.tpu import aot
 from hisa_jax.kernels_pallas import mosaic_tpu
 from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla
+from hisa_jax.layout import Call
+from tests import kernel_calls
 
+pytestmark = pytest.mark.oldest
 BF16, I32, F32 = jnp.bfloat16, jnp.int32, jnp.float32
 H, D, S, N, SIZE, R, P = 64, 128, 32768, 3000, 128, 8, 64
 BLOCKS = dict(block_size=128, block_topk=16)
@@ -30,18 +36,16 @@ def of_requests(*keys):
 
 
 MLA = shaped(1, 64, 128, 576, dtype=BF16), shaped(1, S, 576, dtype=BF16)
-PAGES = (*of_requests(N, SIZE), shaped(R, P), shaped(R + 1))
-SUMS = shaped(N, D, dtype=F32), shaped(N)
+PAGES = shaped(70, H, D, dtype=BF16), shaped(70, H, dtype=F32), shaped(70), shaped(R, P), shaped(R + 1)
 PACKED = (*of_requests(S), shaped(R + 1), shaped(R + 1))
 
 
-def tables(function, **options):
+def paged(select, method):
     """A call over pages, of arrays alone."""
 
-    def call(q, k, scale, w, visible, block_tables, cu_seqlens_q, *sums):
-        pages = dict(zip(("page_sums", "page_counts"), sums, strict=False))
-        arrays = q, k, scale, w, visible
-        return function(*arrays, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q, **pages, **options)
+    def call(q, w, visible, table, offsets):
+        cache = hj.init_cache(N, SIZE, D, BF16)
+        return select(Call(q=q, w=w, visible=visible, query_offsets=offsets, table=table, cache=cache), method)
 
     return call
 
@@ -51,13 +55,13 @@ def packed(function, **options):
 
 
 CASES = {
-    "hisa_prefill": (lambda *arrays: mosaic_tpu.select_hisa(*arrays, **HISA), batch(1, 64)),
-    "hisa_decode": (lambda *arrays: mosaic_tpu.select_hisa(*arrays, **HISA), batch(4, 1)),
-    "flat": (lambda *arrays: mosaic_tpu.select_flat(*arrays, topk=500), batch(1, 64)),
-    "blocks": (lambda *arrays: mosaic_tpu.select_blocks(*arrays, **BLOCKS), batch(1, 64)),
-    "hisa_packed": (packed(mosaic_tpu.select_hisa, **HISA), PACKED),
-    "flat_paged": (tables(mosaic_tpu.select_flat_paged, topk=500), PAGES),
-    "hisa_paged": (tables(mosaic_tpu.select_hisa_paged, **HISA), (*PAGES, *SUMS)),
+    "hisa_prefill": (lambda *arrays: kernel_calls.select_hisa(mosaic_tpu, *arrays, **HISA), batch(1, 64)),
+    "hisa_decode": (lambda *arrays: kernel_calls.select_hisa(mosaic_tpu, *arrays, **HISA), batch(4, 1)),
+    "flat": (lambda *arrays: kernel_calls.select_flat(mosaic_tpu, *arrays, topk=500), batch(1, 64)),
+    "blocks": (lambda *arrays: kernel_calls.select_blocks(mosaic_tpu, *arrays, **BLOCKS), batch(1, 64)),
+    "hisa_packed": (packed(functools.partial(kernel_calls.select_hisa, mosaic_tpu), **HISA), PACKED),
+    "flat_paged": (paged(mosaic_tpu.select_flat, 500), PAGES),
+    "hisa_paged": (paged(mosaic_tpu.select_hisa, hj.Hisa(**HISA)), PAGES),
     "sparse_mla": (lambda *arrays: sparse_mla(*arrays, value_dim=512, scale=0.1), (*MLA, shaped(1, 64, 2048))),
 }
 

@@ -10,7 +10,7 @@ from bench.tpu import aot
 from hisa_jax.kernels_pallas.mosaic_tpu import flat
 from hisa_jax.kernels_pallas.mosaic_tpu.config import Choice
 from hisa_jax.kernels_pallas.mosaic_tpu.flat import Config
-from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Keys, Queries
+from hisa_jax.layout import Keys, Queries
 from tests.gpu import draw
 from tests.gpu.promises import check_flat
 
@@ -27,7 +27,7 @@ def select_flat(q, k, k_scale, w, visible, *, topk, config=None, interpret=False
 @pytest.mark.parametrize(
     ("B", "T", "S", "H", "D", "topk", "dtype", "config"),
     [
-        (2, 5, 700, 16, 64, 100, "bf16", Config(tile_t=8, tile_s=256)),
+        pytest.param(2, 5, 700, 16, 64, 100, "bf16", Config(tile_t=8, tile_s=256), marks=pytest.mark.exhaustive),
         (1, 17, 300, 16, 128, 64, "int8", Config(tile_t=16, tile_s=256)),
         (1, 3, 513, 32, 64, 2048, "e4m3", Config(tile_t=8, tile_s=512)),  # wants more than there are
     ],
@@ -68,8 +68,8 @@ def test_tells_how_many_keys_fit():
 @pytest.mark.parametrize(
     ("phase", "context", "dtype"),
     [
-        ("prefill", 8192, "bf16"),
-        ("prefill", 131072, "bf16"),
+        pytest.param("prefill", 8192, "bf16", marks=pytest.mark.exhaustive),
+        pytest.param("prefill", 131072, "bf16", marks=pytest.mark.exhaustive),  # as test_schedule.py compiles it
         ("decode32", 131072, "int8"),
         ("prefill", 1 << 20, "e4m3"),
     ],

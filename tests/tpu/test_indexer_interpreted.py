@@ -1,5 +1,6 @@
 """The hierarchical indexer in TPU interpret mode: races found, copies done only when waited for, memory full of NaN."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from hisa_jax.kernels_pallas import mosaic_tpu
 from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, decode, pool, pool_body, query_tiles, ragged, refine
 from hisa_jax.kernels_pallas.mosaic_tpu.config import CHIPS, Choice
+from tests import kernel_calls
 from tests.gpu import draw, promises, reference
 
 pytestmark = pytest.mark.slow
@@ -26,13 +28,16 @@ def run(inputs, visible, interpret, *, lengths=None, **options):
     else:
         k = jnp.where(absent[..., None], jnp.asarray(jnp.nan, k.dtype), k)
     lengths, visible = jnp.asarray(lengths), jnp.asarray(visible)
-    return mosaic_tpu.select_hisa(q, k, k_scale, w, visible, lengths=lengths, interpret=interpret, **options)
+    return kernel_calls.select_hisa(
+        mosaic_tpu, q, k, k_scale, w, visible, lengths=lengths, interpret=interpret, **options
+    )
 
 
 PREFILL = [  # dtype, has_scale, block_size, H, D, topk, block_topk, S, visible [B, T], lengths
     pytest.param(BF16, False, 64, 16, 64, 100, 6, 1100, [[*range(1091, 1100), 20, 0], [*range(290, 300), 64]],
                  [1099, 300], id="bf16_ragged_few_visible_and_none"),
-    pytest.param(INT8, True, 128, 16, 128, 300, 4, 1500, [[*range(1490, 1500)]], [1500], id="int8_scales"),
+    pytest.param(INT8, True, 128, 16, 128, 300, 4, 1500, [[*range(1490, 1500)]], [1500], id="int8_scales",
+                 marks=pytest.mark.exhaustive),
     pytest.param(E4M3, True, 256, 32, 64, 1100, 3, 1280, [[*range(1270, 1280)]], [1280], id="e4m3_topk_above_kept",
                  marks=pytest.mark.exhaustive),
 ]  # fmt: skip
@@ -75,7 +80,13 @@ def test_keys_beyond_vmem_are_copied_block_by_block(interpret, monkeypatch):
     promises.check_hisa(got, *inputs, visible, **options, **EXACT)
 
 
-@pytest.mark.parametrize("lengths", [[1000, 70], [1024, 0, 65, 1, 700, 333, 128, 129, 1000]], ids=["split", "batch"])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([1000, 70], id="split", marks=pytest.mark.exhaustive),
+        pytest.param([1024, 0, 65, 1, 700, 333, 128, 129, 1000], id="batch"),
+    ],
+)
 def test_decode_keeps_the_contract(interpret, lengths):
     visible = np.asarray(lengths, np.int32)[:, None]
     inputs = draw.integers(2, len(lengths), 1, 1024, 16, 64, INT8, True)
@@ -94,7 +105,10 @@ def test_every_kind_of_tile(interpret, H, block_size):
     promises.check_hisa(run(inputs, visible, interpret, **options), *inputs, visible, **options, **EXACT)
 
 
-@pytest.mark.parametrize(("dtype", "has_scale"), [(BF16, False), (E4M3, True)], ids=["bf16", "e4m3"])
+@pytest.mark.parametrize(
+    ("dtype", "has_scale"),
+    [pytest.param(BF16, False, id="bf16", marks=pytest.mark.exhaustive), pytest.param(E4M3, True, id="e4m3")],
+)
 def test_means_are_over_the_tokens_present(interpret, dtype, has_scale):
     B, n, block_size, D = 2, 16, 64, 64
     _, k, k_scale, _ = draw.normal(5, B, 1, n * block_size, 16, D, dtype, has_scale)
@@ -111,18 +125,16 @@ def test_blocks_agree_with_float64_but_near_the_threshold(interpret, mean_parts,
     """Pooled in the kernel, and from kept means as `decode` does it."""
     B, T, n, block_size, H, D = 1, 8, 64, 64, 16, 128
     q, k, _, w = draw.normal(6, B, T, n * block_size, H, D, BF16, False)
-    lengths = jnp.asarray([n * block_size], jnp.int32)
     eligible = jnp.full((T,), n, jnp.int32)
-    keys = ragged.in_blocks(k, None, block_size)
-    queries = ragged.Queries(q, w, jnp.full((B, T), n * block_size))
-    queries, batch = ragged.of_batch(queries, keys, lengths)
+    call = kernel_calls.call_of(q, k, None, w, jnp.full((B, T), n * block_size))
+    queries, batch = ragged.of_call(call, block_size)
     choice = Choice(k=16, keep_first=1, keep_last=1, interpret=interpret)
     config = block_filter.Config(tile_t=8, mean_parts=mean_parts)
     tiles = query_tiles.split(batch, T, None, T, 8, 1)
     (pooled,) = block_filter.block_filter(queries, batch, tiles, eligible, choice=choice, config=config)
-    means = pool_body.parts_of(pool.pool(keys, lengths, interpret=interpret), mean_parts)
+    means = pool_body.parts_of(pool.pool(batch.keys, batch.lengths, interpret=interpret), mean_parts)
     means = jnp.pad(means, ((0, 0), (0, 128 - n), (0, 0)))
-    few = queries.map(lambda x: x[:4])
+    few = jax.tree.map(lambda x: x[:4], queries)
     chip, sequence = CHIPS["TPU v6e"], np.zeros(4, np.int32)
     (few,) = decode.block_filter(few, means, sequence, eligible[:4], choice=choice, chip=chip)
     float_means = reference.block_means(k[0], None, block_size, n * block_size)

@@ -20,6 +20,7 @@ from bench.tpu import aot
 from bench.tpu.chips import CHIPS
 from hisa_jax import dispatch
 from hisa_jax.kernels_pallas import mosaic_tpu
+from tests import kernel_calls
 
 pytestmark = pytest.mark.slow
 MODEL = shapes.DSV32
@@ -42,7 +43,7 @@ def compiled(chip, mesh, B, T, queries):
     )
 
     def one_device(q, k, w, visible):
-        return mosaic_tpu.select_hisa(q, k, None, w, visible, **METHOD)
+        return kernel_calls.select_hisa(mosaic_tpu, q, k, None, w, visible, **METHOD)
 
     f = jax.shard_map(
         one_device,
@@ -81,8 +82,8 @@ def test_decode_shares_sequences(chip):
     assert memory.temp_size_in_bytes < keys
 
 
-def compiled_sharded(chip, T, implementation, monkeypatch):
-    """`select_sharded` of T queries a sequence over a whole pod; devices of `context` that share one's keys."""
+def compiled_on_a_pod(chip, T, implementation, monkeypatch):
+    """`select` of T queries a sequence over a whole pod; devices of `context` that share one's keys."""
     monkeypatch.setattr(dispatch.Device, "default", lambda: dispatch.Device(platform="tpu", kind=CHIPS[chip].kind))
     context = CHIPS[chip].pod_chips // 16
     data = devices(chip) // context
@@ -93,7 +94,7 @@ def compiled_sharded(chip, T, implementation, monkeypatch):
 
     def select(q, k, w):
         axes = dict(mesh=mesh, context_axis="context", data_axis="data")
-        return hj.select_sharded(q, k, w, MODEL.methods()["hisa"], **axes, implementation=implementation)
+        return hj.select(q, k, w, MODEL.methods()["hisa"], **axes, implementation=implementation)
 
     q, k = sharded(P("data"), data, T, MODEL.H, MODEL.D), sharded(P("data", "context"), data, CONTEXT, MODEL.D)
     w = sharded(P("data"), data, T, MODEL.H, dtype=jnp.float32)
@@ -117,7 +118,7 @@ def test_kernels_exchange_candidates_alone(chip, monkeypatch):
     Prefill on two generations, decode on the others; all eight compile (docs/tpu.md).
     """
     T = shapes.PREFILL.T if chip in ("v5e", "v7x") else 1
-    program, context = compiled_sharded(chip, T, "mosaic_tpu", monkeypatch)
+    program, context = compiled_on_a_pod(chip, T, "mosaic_tpu", monkeypatch)
     rows = -(-T // context) * context
     for _, dtype, n in exchanged(program):
         assert dtype in ("s32", "u32") and n <= rows * MODEL.topk
@@ -132,7 +133,7 @@ def test_xla_exchanges_candidates_alone(monkeypatch):
     chip, T = "v6e", 1
     if reason := aot.why_not():
         pytest.skip(reason)
-    program, context = compiled_sharded(chip, T, "xla", monkeypatch)
+    program, context = compiled_on_a_pod(chip, T, "xla", monkeypatch)
     for _, dtype, n in exchanged(program):
         # XLA may gather by adding up.
         assert dtype in ("s32", "u32") and n <= T * context * MODEL.topk
@@ -197,7 +198,7 @@ def test_pages_shared_by_devices_exchange_candidates_alone(monkeypatch):
     mesh = aot.pod_mesh(chip, data=devices(chip) // n_context, context=n_context)
     operands = paged_step(mesh, chip, monkeypatch, "bfloat16", 1, P("context"), P())
     over = dict(mesh=mesh, context_axis="context")
-    select = functools.partial(hj.select_paged_sharded, method=MODEL.methods()["hisa"], **over)
+    select = functools.partial(hj.select_paged, method=MODEL.methods()["hisa"], **over)
     program = aot.compile_sharded(chip, select, mesh, *operands)
     for _, dtype, n in exchanged(program):
         assert dtype in ("s32", "u32") and n <= R * MODEL.topk
@@ -213,7 +214,7 @@ def test_ranks_share_the_queries_of_chunks_and_exchange_the_chosen(monkeypatch):
     mesh = aot.pod_mesh(chip, data=devices(chip) // n_ranks, model=n_ranks)
     operands = paged_step(mesh, chip, monkeypatch, "bfloat16", 1, P(), P(), queries=128)
     over = dict(mesh=mesh, query_axis="model", implementation="mosaic_tpu")
-    select = functools.partial(hj.select_paged_sharded, method=MODEL.methods()["hisa"], **over)
+    select = functools.partial(hj.select_paged, method=MODEL.methods()["hisa"], **over)
     program = aot.compile_sharded(chip, select, mesh, *operands)
     found = exchanged(program)
     assert {dtype for _, dtype, _ in found} == {"s32"} and {kind for kind, *_ in found} == {"all-gather"}

@@ -11,7 +11,8 @@ from bench.tpu import aot
 from hisa_jax import dispatch
 from hisa_jax.kernels_pallas import mosaic_tpu
 from hisa_jax.kernels_pallas.mosaic_tpu import query_tiles
-from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Keys, Ragged
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
+from hisa_jax.layout import Keys
 from hisa_jax.pallas import Kernels
 from tests import draw, oracle
 
@@ -79,9 +80,9 @@ def test_packed_batches(implementation, name, n_queries, lengths):
     ("name", "n_queries", "lengths", "page_size", "dtype"),
     [
         ("hisa", [1, 2], [300, 250], 64, "bfloat16"),
-        pytest.param("hisa", [9, 1, 0, 2], [290, 260, 33, 70], 16, "bfloat16", marks=pytest.mark.slow),
+        pytest.param("hisa", [9, 1, 0, 2], [290, 260, 33, 70], 16, "bfloat16", marks=pytest.mark.exhaustive),
         pytest.param("dsa", [1, 17], [300, 70], 64, "int8", marks=pytest.mark.slow),
-        pytest.param("block_sparse", [9, 2], [290, 250], 64, "float8_e4m3fn", marks=pytest.mark.slow),
+        pytest.param("block_sparse", [9, 2], [290, 250], 64, "float8_e4m3fn", marks=pytest.mark.exhaustive),
         pytest.param("hisa", [9, 1], [290, 270], 32, "int8", marks=pytest.mark.exhaustive),
         pytest.param("dsa", [17, 1], [300, 70], 256, "bfloat16", marks=pytest.mark.exhaustive),
     ],
@@ -154,7 +155,7 @@ OPTIONS = {"flat": {"topk": 2048}, "hisa": {"topk": 2048, "block_size": 128, "bl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", OPTIONS)
+@pytest.mark.parametrize("stage", [pytest.param("flat", marks=pytest.mark.exhaustive), "hisa"])
 def test_packed_compiles(chip, stage):
     T, N, R = 2048, 128 << 10, 8
 
@@ -173,9 +174,9 @@ def test_packed_compiles(chip, stage):
     ("stage", "T", "R", "page_size", "dtype"),
     [
         ("hisa", 64, 64, 64, "bfloat16"),  # decode
-        ("hisa", 1024, 8, 16, "bfloat16"),  # prefill chunks
+        pytest.param("hisa", 1024, 8, 16, "bfloat16", marks=pytest.mark.exhaustive),  # prefill chunks
         ("hisa", 1024, 8, 64, "int8"),
-        ("flat", 64, 64, 64, "float8_e4m3fn"),
+        pytest.param("flat", 64, 64, 64, "float8_e4m3fn", marks=pytest.mark.exhaustive),
     ],
 )
 def test_pages_compile(chip, stage, T, R, page_size, dtype):

@@ -32,7 +32,11 @@ def implementation(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "method", ["hisa", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dsa", "block_sparse"))]
+    "method",
+    [
+        pytest.param("hisa", marks=pytest.mark.check),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dsa", "block_sparse")),
+    ],
 )
 def test_selects_what_the_oracle_selects(implementation, method):
     q, k, w = draw.few_scores(2, 5, 330, 16, 64)

@@ -47,7 +47,8 @@ def assert_close(got, want):
 
 
 @pytest.mark.parametrize(
-    ("B", "T", "S", "N", "E", "value_dim", "K"), [(2, 3, 700, 16, 160, 128, 700), (1, 2, 1300, 32, 192, 128, 1400)]
+    ("B", "T", "S", "N", "E", "value_dim", "K"),
+    [(2, 3, 700, 16, 160, 128, 700), pytest.param(1, 2, 1300, 32, 192, 128, 1400, marks=pytest.mark.exhaustive)],
 )
 def test_attends_to_the_listed_tokens(B, T, S, N, E, value_dim, K, interpret):
     q, kv, chosen = case(B, T, S, N, E)
@@ -66,7 +67,9 @@ def test_says_what_it_declines():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("B", "T", "context"), [(1, 64, 131072), (32, 1, 32768)])
+@pytest.mark.parametrize(
+    ("B", "T", "context"), [pytest.param(1, 64, 131072, marks=pytest.mark.exhaustive), (32, 1, 32768)]
+)
 def test_compiles(chip, B, T, context):
     model = shapes.DSV32
     N, E = model.mla_heads, model.mla_dim

@@ -62,11 +62,13 @@ def test_takes_the_largest_and_the_lowest_columns_of_ties(kind, interpret):
 @pytest.mark.parametrize(
     ("T", "W", "k", "tiles"),
     [
-        (1, 1, 1, 1),
+        pytest.param(1, 1, 1, 1, marks=pytest.mark.exhaustive),
         (3, 100, 200, 1),  # fewer candidates than are wanted
         (17, 1025, 64, 2),  # a filter of blocks, odd numbers everywhere
-        (8, 8192, 2048, 1),  # the candidates of dsv32
-        (5, 17000, 2500, 1),  # more than one span of tables, more than two registers of slots
+        pytest.param(8, 8192, 2048, 1, marks=pytest.mark.exhaustive),  # the candidates of dsv32
+        pytest.param(
+            5, 17000, 2500, 1, marks=pytest.mark.exhaustive
+        ),  # more than one span of tables, more than two registers of slots
     ],
 )
 def test_shapes(T, W, k, tiles, interpret):
@@ -93,7 +95,10 @@ def test_columns_of_kept_blocks_become_positions():
     np.testing.assert_array_equal(positions, np.where(columns < 0, -1, blocks * size + columns % size))
 
 
-@pytest.mark.parametrize(("W", "k"), [(8192, 2048), (1024, 64), (131072, 2048)])
+@pytest.mark.parametrize(
+    ("W", "k"),
+    [*(pytest.param(*sizes, marks=pytest.mark.exhaustive) for sizes in ((8192, 2048), (1024, 64))), (131072, 2048)],
+)
 def test_compiles(chip, W, k):
     operands = (jax.ShapeDtypeStruct((64, W), jnp.int32), jax.ShapeDtypeStruct((64,), jnp.int32))
     aot.compile_for(chip, lambda x, n: topk(x, n, k), *operands, schedules=False)
