@@ -1,5 +1,7 @@
 """Packed batches and pages on TPU kernels: what the oracle selects, and the compiler at the sizes of real models."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +14,9 @@ from hisa_jax import dispatch
 from hisa_jax.kernels_pallas import mosaic_tpu
 from hisa_jax.kernels_pallas.mosaic_tpu import query_tiles
 from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
-from hisa_jax.layout import Keys
+from hisa_jax.layout import Call, Keys
 from hisa_jax.pallas import Kernels
-from tests import draw, oracle
+from tests import draw, kernel_calls, oracle
 
 METHODS = {
     "dsa": hj.Dsa(topk=40),
@@ -29,12 +31,7 @@ def implementation(request, monkeypatch):
     if request.param == "interpreted":
         interpret = request.getfixturevalue("interpret")
         kernels = Kernels(lambda: dispatch.backend("mosaic_tpu"), flat_if_all_kept=True, interpret=interpret)
-        able = dispatch.Implementation(
-            why_not=lambda device, problem: None,
-            select=kernels.select,
-            select_packed=kernels.select_packed,
-            select_paged=kernels.select_paged,
-        )
+        able = dispatch.Implementation(why_not=lambda device, problem: None, select=kernels.select)
         monkeypatch.setitem(dispatch.IMPLEMENTATIONS, request.param, able)
     return request.param
 
@@ -151,7 +148,10 @@ def compiled(chip, f, T, k, k_scale, *rest):
     return aot.compile_for(chip, f, q, k, k_scale, w, aot.shaped(T, dtype=jnp.int32), *rest, schedules=False)
 
 
-OPTIONS = {"flat": {"topk": 2048}, "hisa": {"topk": 2048, "block_size": 128, "block_topk": 64}}
+SELECT = {
+    "flat": lambda call: mosaic_tpu.select_flat(call, 2048),
+    "hisa": lambda call: mosaic_tpu.select_hisa(call, hj.Hisa(topk=2048, block_size=128, block_topk=64)),
+}
 
 
 @pytest.mark.slow
@@ -160,8 +160,7 @@ def test_packed_compiles(chip, stage):
     T, N, R = 2048, 128 << 10, 8
 
     def f(q, k, k_scale, w, visible, *cu_seqlens):
-        select = getattr(mosaic_tpu, f"select_{stage}")
-        return select(q, k, k_scale, w, visible, cu_seqlens=cu_seqlens, **OPTIONS[stage])
+        return SELECT[stage](kernel_calls.call_of(q, k, k_scale, w, visible, cu_seqlens=cu_seqlens))
 
     offsets = [aot.shaped(R + 1, dtype=jnp.int32)] * 2
     program = compiled(chip, f, T, aot.shaped(N, shapes.DSV32.D), None, *offsets)
@@ -182,16 +181,15 @@ def test_packed_compiles(chip, stage):
 def test_pages_compile(chip, stage, T, R, page_size, dtype):
     D, P, n_pages = shapes.DSV32.D, (128 << 10) // page_size, (1 << 20) // page_size
 
-    def f(q, k, k_scale, w, visible, block_tables, cu_seqlens_q, page_sums, page_counts):
-        sums = {} if stage == "flat" else {"page_sums": page_sums, "page_counts": page_counts}
-        select = getattr(mosaic_tpu, f"select_{stage}_paged")
-        rows = {"block_tables": block_tables, "cu_seqlens_q": cu_seqlens_q}
-        return select(q, k, k_scale, w, visible, **rows, **sums, **OPTIONS[stage])
+    def f(q, k, k_scale, w, visible, table, query_offsets, page_sums):
+        cache = hj.init_cache(n_pages, page_size, D, k.dtype)
+        cache = dataclasses.replace(cache, keys=k, scales=k_scale, sums=page_sums)
+        return SELECT[stage](Call(q=q, w=w, visible=visible, query_offsets=query_offsets, table=table, cache=cache))
 
     shaped = aot.shaped
     k_scale = None if dtype == "bfloat16" else shaped(n_pages, page_size, dtype=jnp.float32)
-    sums = shaped(n_pages, D, dtype=jnp.float32), shaped(n_pages, dtype=jnp.int32)
+    sums = shaped(n_pages, D, dtype=jnp.float32)
     tables = shaped(R, P, dtype=jnp.int32), shaped(R + 1, dtype=jnp.int32)
-    program = compiled(chip, f, T, shaped(n_pages, page_size, D, dtype=jnp.dtype(dtype)), k_scale, *tables, *sums)
+    program = compiled(chip, f, T, shaped(n_pages, page_size, D, dtype=jnp.dtype(dtype)), k_scale, *tables, sums)
     # Nothing is copied out of the pages but the means of decoding requests.
     assert program.temp_bytes < 128 << 20
