@@ -10,15 +10,15 @@ from jax import Array
 
 from hisa_jax.kernels_pallas.mosaic_tpu import refine
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, Chip, Choice
-from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import Found
+from hisa_jax.kernels_pallas.mosaic_tpu.refine import Lists, Task
 from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.layout import Keys, Queries
 
 
-def block_filter(
+def as_refinement(
     queries: Queries, means: Array, sequence: Rows, eligible: Array, *, choice: Choice, chip: Chip
-) -> Found:
-    """The best blocks: [T, k] int32, ascending, then -1; maybe their sort keys.
+) -> tuple[Queries, Keys, Lists, Task]:
+    """The block filter of some queries in terms of `refine.refine`, which then chooses blocks.
 
     Args:
         means: [R, n, parts * D] bfloat16, n a multiple of 128, of `pool_body.parts_of`; anything after the last block.
@@ -26,11 +26,11 @@ def block_filter(
     """
     (T, H, D), n_lists, width = queries.q.shape, means.shape[1] // LANES, means.shape[2]
     every = jnp.arange(n_lists, dtype=jnp.int32)
-    lists = refine.Lists(
+    lists = Lists(
         block_ids=jnp.where(every < -(-eligible // LANES)[:, None], every, -1),
         page_index=jnp.asarray(sequence, jnp.int32)[:, None] * n_lists + every,
     )
     queries = Queries(jnp.concatenate([queries.q.astype(jnp.bfloat16)] * (width // D), axis=-1), queries.w, eligible)
     config = refine.gathered(chip, T, H, n_lists, LANES)
-    task = refine.Task(choice=choice, config=config, block_size=LANES, name="hisa_block_filter")
-    return refine.refine(queries, Keys(means.reshape(-1, LANES, width), None), lists, task)
+    task = Task(choice=choice, config=config, block_size=LANES, name="hisa_block_filter")
+    return queries, Keys(means.reshape(-1, LANES, width), None), lists, task

@@ -52,7 +52,7 @@ def sums_vmem_bytes(per_block: int, D: int) -> int:
     return 2 * GROUP * per_block * max(D, LANES) * 4
 
 
-def pool(keys: Keys, n_tokens: Array, *, interpret: Interpret = False) -> Array:
+def pool(keys: Keys, n_tokens: Array, interpret: Interpret = False) -> Array:
     """Keys of [B * n, block_size, D], [B] int32 tokens present -> [B, n, D] float32; n a multiple of GROUP.
 
     Means of blocks without a token are not written.
@@ -79,15 +79,14 @@ def pool(keys: Keys, n_tokens: Array, *, interpret: Interpret = False) -> Array:
     return means
 
 
-def pool_pages(ragged: Ragged, n_tokens: Array, n: int, mean_parts: int, interpret: Interpret) -> Array:
-    """Means of full blocks from their pages' sums -> [R, n, mean_parts * D] bfloat16.
+def pool_pages(ragged: Ragged, n_tokens: Array, mean_parts: int, interpret: Interpret) -> Array:
+    """Means of full blocks from their pages' sums -> [R, n, mean_parts * D] bfloat16, n a multiple of 128.
 
-    Args:
-        n_tokens: [R] int32 of each sequence, 0 where none are wanted.
-        n: blocks, a multiple of 128 that P pages fill at most; those without a token are not written.
+    Those of blocks without a token are not written; `n_tokens`: [R] int32 of each sequence, 0 where none are wanted.
     """
     assert ragged.page_sums is not None
     tiles, D = query_tiles.of_sequences(ragged, n_tokens), ragged.page_sums.shape[1]
+    n = -(-ragged.max_blocks // LANES) * LANES
     pages = Launch(
         body=functools.partial(pool_pages_body, ragged.block_size, mean_parts),
         refs=PagesRefs,

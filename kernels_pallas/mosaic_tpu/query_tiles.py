@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
 from hisa_jax.kernels_pallas.sequences import Rows
@@ -134,9 +134,17 @@ def of_sequences(ragged: Ragged, n_tokens: Array) -> RaggedTiles:
     )
 
 
-def few_rows(is_few: Array, most: int) -> tuple[Array, Array]:
-    """The rows [T] that are marked, `most` at most: [n] int32, then T; and [T] int32, which of those each is."""
+Found = tuple[Array, ...]  # [T, k] int32 each: the chosen, and maybe their sort keys
+
+
+def few_rows(is_few: Array, most: int, is_batch: bool = False) -> tuple[Rows, Rows]:
+    """The rows [T] that are marked, `most` at most: [n] int32, then T; and [T] int32, which of those each is.
+
+    Of a batch all rows, in NumPy.
+    """
     T = is_few.shape[0]
+    if is_batch:
+        return (np.arange(T, dtype=np.int32),) * 2
     if most >= T:
         every = jnp.arange(T, dtype=jnp.int32)
         return jnp.where(is_few, every, T), every
@@ -145,20 +153,29 @@ def few_rows(is_few: Array, most: int) -> tuple[Array, Array]:
     return rows, jnp.clip(nth, 0, most - 1)
 
 
-Found = tuple[Array, ...]  # [T, k] int32 each: the chosen, and maybe their sort keys
+def take[Tree](tree: Tree, rows: Rows) -> Tree:
+    """Of arrays [T, ...] the rows [n], zeros where a row is T. Where those are all, only of [T] numbers."""
+
+    def of(x: Array) -> Array:
+        if isinstance(rows, np.ndarray):
+            return x
+        if len(rows) != len(x):
+            return x.at[rows].get(mode="fill", fill_value=0)
+        return jnp.where(rows < len(x), x, 0) if x.ndim == 1 else x
+
+    return jax.tree.map(of, tree)
 
 
-def either(wanted: Array, is_first: Rows, first: Callable[[], Found], second: Callable[[], Found]) -> Found:
-    """Of the marked rows [T] what `first` gives, of the others what `second` gives.
+def put(found: Found, slot_of_row: Rows) -> Found:
+    """What the rows that were taken have found, [n, ...], for all rows: [T, ...]."""
+    return found if isinstance(slot_of_row, np.ndarray) else tuple(x[slot_of_row] for x in found)
 
-    Neither runs where it has no row that is `wanted`; the other rows get anything. `is_first` in NumPy: all rows alike.
-    """
-    if isinstance(is_first, np.ndarray):
-        return first() if is_first.all() else second()
 
-    def nothing() -> Found:
-        return tuple(jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(first))
+def nothing_like(f: Callable[[], Found]) -> Callable[[], Found]:
+    """A function that returns zeros of the shapes that f returns: the other branch of a `lax.cond`."""
+    return lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(f))
 
-    of_first = lax.cond(jnp.any(wanted & is_first), first, nothing)
-    of_second = lax.cond(jnp.any(wanted & ~is_first), second, nothing)
-    return tuple(jnp.where(is_first[:, None], x, y) for x, y in zip(of_first, of_second, strict=True))
+
+def where_rows(is_first: Array, first: Found, second: Found) -> Found:
+    """Of the marked rows [T] what `first` has, of the others what `second` has."""
+    return tuple(jnp.where(is_first[:, None], x, y) for x, y in zip(first, second, strict=True))

@@ -91,10 +91,14 @@ class Ragged:
     def sequence_of(self, rows: Rows) -> Rows:
         """[n] int32 rows of queries -> the sequence of each."""
         if self.is_batch:
-            return rows // max(int(self.query_starts[1]), 1)
+            return rows // max(self.query_starts[1].item(), 1)
         # The default search is a loop; R comparisons a row are one fused operation.
         r = jnp.searchsorted(self.query_starts[1:], rows, side="right", method="compare_all").astype(jnp.int32)
         return jnp.minimum(r, self.R - 1)
+
+    def of_rows(self, x: Rows, T: int) -> Array:
+        """[R] of sequences -> [T], of the sequence of each row of queries."""
+        return jnp.asarray(x)[self.sequence_of(jnp.arange(T, dtype=jnp.int32))]
 
     def page_index(self, block_ids: Array, rows: Rows) -> Array:
         """[n, m] int32 blocks that queries at `rows` [n] keep -> [n, m * per_block] int32, where `keys` holds them."""

@@ -11,13 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, decode, flat, launch, pool, query_tiles, refine
 from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES, Choice, chip
 from hisa_jax.kernels_pallas.mosaic_tpu.pool_body import parts_of
-from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import Found, either, few_rows
+from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import Found, few_rows, nothing_like, put, take, where_rows
 from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged, of_call
 from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.types import Interpret
@@ -99,7 +98,7 @@ def best_blocks(queries: Queries, ragged: Ragged, eligible: Array, choice: Choic
     T = queries.q.shape[0]
     is_packed = ragged.table is None and not ragged.is_batch
     is_wide = ragged.n_queries >= (_WIDE if is_packed else SUBLANES)
-    row_is_wide = is_wide[ragged.sequence_of(_every(ragged, T))]
+    row_is_wide = ragged.of_rows(is_wide, T)
     some = ragged.shared_by(T)
 
     def tiled(wanted: Rows, least: int, tile_t: int) -> Found:
@@ -108,30 +107,25 @@ def best_blocks(queries: Queries, ragged: Ragged, eligible: Array, choice: Choic
         return block_filter.block_filter(queries, ragged, tiles, eligible, choice=choice, config=config)
 
     def side_by_side() -> Found:
-        mean_parts = block_filter.heuristic(chip(), some).mean_parts
-        means = kept_means(ragged, jnp.where(is_wide, 0, ragged.lengths), mean_parts, choice)
-        rows, slot_of_row = _few(ragged, (eligible > 0) & ~row_is_wide, ragged.R * (SUBLANES - 1))
+        parts, n_tokens = block_filter.heuristic(chip(), some).mean_parts, jnp.where(is_wide, 0, ragged.lengths)
+        if ragged.page_sums is not None:
+            means = pool.pool_pages(ragged, n_tokens, parts, choice.interpret)
+        else:
+            means = pool.pool(ragged.keys, n_tokens, choice.interpret) if ragged.means is None else ragged.means
+            means = launch.pad_axis(parts_of(means, parts), 1, LANES)
+        rows, slot_of_row = few_rows((eligible > 0) & ~row_is_wide, ragged.R * (SUBLANES - 1), ragged.is_batch)
         sequence = ragged.sequence_of(rows.clip(0, T - 1))
-        own, own_eligible = jax.tree.map(lambda x: _take(x, rows), queries), _take(eligible, rows)
-        few = decode.block_filter(own, means, sequence, own_eligible, choice=choice, chip=chip())
-        return _put(few, slot_of_row)
+        few = take(queries, rows), means, sequence, take(eligible, rows)
+        return put(refine.refine(*decode.as_refinement(*few, choice=choice, chip=chip())), slot_of_row)
 
-    def packed() -> Found:
-        return tiled(~is_wide, 1, SUBLANES)
-
-    wide = lambda: tiled(is_wide, SUBLANES, ragged.tile_t(T))  # noqa: E731
-    return either(eligible > 0, row_is_wide, wide, packed if is_packed else side_by_side)
-
-
-def kept_means(ragged: Ragged, n_tokens: Array, mean_parts: int, choice: Choice) -> Array:
-    """Means of the blocks of sequences with `n_tokens` [R]: [R, n, mean_parts * D] bfloat16, n a multiple of 128."""
-    if ragged.page_sums is not None:
-        n = -(-ragged.max_blocks // LANES) * LANES
-        return pool.pool_pages(ragged, n_tokens, n, mean_parts, choice.interpret)
-    means = ragged.means
-    if means is None:
-        means = pool.pool(ragged.keys, n_tokens, interpret=choice.interpret)
-    return launch.pad_axis(parts_of(means, mean_parts), 1, LANES)
+    wide = functools.partial(tiled, is_wide, SUBLANES, ragged.tile_t(T))
+    narrow = functools.partial(tiled, ~is_wide, 1, SUBLANES) if is_packed else side_by_side
+    if ragged.is_batch:
+        return wide() if is_wide.all() else narrow()
+    # Neither runs where it has no query.
+    first = lax.cond(jnp.any((eligible > 0) & row_is_wide), wide, nothing_like(wide))
+    second = lax.cond(jnp.any((eligible > 0) & ~row_is_wide), narrow, nothing_like(wide))
+    return where_rows(row_is_wide, first, second)
 
 
 def candidates(blocks: Array, visible: Array, block_size: int) -> Array:
@@ -156,7 +150,7 @@ def best_tokens(queries: Queries, ragged: Ragged, blocks: Array, choice: Choice)
     most = refine.most_resident(block_size, page_size, D, itemsize)
     n = ragged.most_blocks if ragged.is_batch else min(-(-ragged.max_blocks // GROUP) * GROUP, most)
     is_shared = refine.is_shared(ragged.n_queries, ragged.n_blocks, m, min(n, most))
-    row_is_shared = is_shared[ragged.sequence_of(_every(ragged, T))]
+    row_is_shared = ragged.of_rows(is_shared, T)
 
     def shared() -> Found:
         config = refine.resident(chip(), ragged.shared_by(T), ragged.tile_t(T), H, block_size, itemsize)
@@ -170,23 +164,26 @@ def best_tokens(queries: Queries, ragged: Ragged, blocks: Array, choice: Choice)
     def side_by_side() -> Found:
         # Of sequences that fit VMEM, those have few queries.
         few = ragged.R * max(SUBLANES - 1, -(-ragged.max_blocks // m) - 1) if ragged.max_blocks <= most else T
-        rows, slot_of_row = _few(ragged, (queries.visible > 0) & ~row_is_shared, few)
-        own_blocks = _take(blocks, rows)
-        page_index = ragged.page_index(jnp.maximum(own_blocks, 0), rows.clip(0, T - 1))
+        rows, slot_of_row = few_rows((queries.visible > 0) & ~row_is_shared, few, ragged.is_batch)
+        own_blocks = take(blocks, rows)
+        lists = refine.Lists(own_blocks, ragged.page_index(jnp.maximum(own_blocks, 0), rows.clip(0, T - 1)))
         config = refine.gathered(chip(), len(rows), H, m, block_size)
         task = refine.Task(choice=choice, config=config, block_size=block_size)
-        own = jax.tree.map(lambda x: _take(x, rows), queries)
-        found = refine.refine(own, ragged.keys, refine.Lists(own_blocks, page_index), task)
-        return _put(found, slot_of_row)
+        return put(refine.refine(take(queries, rows), ragged.keys, lists, task), slot_of_row)
 
-    return either(queries.visible > 0, row_is_shared, shared, side_by_side)
+    if ragged.is_batch:
+        return shared() if is_shared.all() else side_by_side()
+    is_real = queries.visible > 0
+    first = lax.cond(jnp.any(is_real & row_is_shared), shared, nothing_like(shared))
+    second = lax.cond(jnp.any(is_real & ~row_is_shared), side_by_side, nothing_like(shared))
+    return where_rows(row_is_shared, first, second)
 
 
 def best_of_all(queries: Queries, ragged: Ragged, choice: Choice) -> Found:
     """The best of all visible tokens of ragged sequences: [T, k] int32; a query that sees none gets anything."""
     T = queries.q.shape[0]
     is_wide = ragged.n_queries >= _WIDE
-    row_is_wide = is_wide[ragged.sequence_of(_every(ragged, T))]
+    row_is_wide = ragged.of_rows(is_wide, T)
     large = min(ragged.tile_t(T), flat.heuristic(T, ragged.max_keys).tile_t)
 
     def tiled(wanted: Rows, least: int, tile_t: int) -> Found:
@@ -194,35 +191,13 @@ def best_of_all(queries: Queries, ragged: Ragged, choice: Choice) -> Found:
         tiles = query_tiles.split(ragged, T, wanted, least, tile_t, n_cores)
         return flat.flat_ragged(queries, ragged, tiles, choice=choice, tile_t=tile_t, n_cores=n_cores)
 
-    wide, narrow = (lambda: tiled(is_wide, _WIDE, large)), (lambda: tiled(~is_wide, 1, SUBLANES))
-    return either(queries.visible > 0, row_is_wide, wide, narrow)
+    wide = functools.partial(tiled, is_wide, _WIDE, large)
+    narrow = functools.partial(tiled, ~is_wide, 1, SUBLANES)
+    first = lax.cond(jnp.any((queries.visible > 0) & row_is_wide), wide, nothing_like(wide))
+    second = lax.cond(jnp.any((queries.visible > 0) & ~row_is_wide), narrow, nothing_like(wide))
+    return where_rows(row_is_wide, first, second)
 
 
 def _first(call: Call, *results: Array) -> tuple[Any, ...]:
     """Of results with rows for queries that were padded, those of the call."""
     return tuple(x[: math.prod(call.shape)] for x in results)
-
-
-def _every(ragged: Ragged, T: int) -> Rows:
-    """[T] int32: all rows, of a batch in NumPy."""
-    return np.arange(T, dtype=np.int32) if ragged.is_batch else jnp.arange(T, dtype=jnp.int32)
-
-
-def _few(ragged: Ragged, is_few: Array, most: int) -> tuple[Rows, Rows]:
-    """`few_rows`; of a batch all rows, where they are."""
-    every = _every(ragged, len(is_few))
-    return (every, every) if ragged.is_batch else few_rows(is_few, most)
-
-
-def _take(x: Array, rows: Rows) -> Array:
-    """Rows [n] of [T, ...], zeros where a row is T; x itself if those are all, its [T] numbers cleared."""
-    if isinstance(rows, np.ndarray):
-        return x
-    if len(rows) != len(x):
-        return x.at[rows].get(mode="fill", fill_value=0)
-    return jnp.where(rows < len(x), x, 0) if x.ndim == 1 else x
-
-
-def _put(found: Found, slot_of_row: Rows) -> Found:
-    """What the rows that were taken have found, in the places of all rows."""
-    return found if isinstance(slot_of_row, np.ndarray) else tuple(x[slot_of_row] for x in found)

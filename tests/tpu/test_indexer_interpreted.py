@@ -136,7 +136,7 @@ def test_blocks_agree_with_float64_but_near_the_threshold(interpret, mean_parts,
     means = jnp.pad(means, ((0, 0), (0, 128 - n), (0, 0)))
     few = jax.tree.map(lambda x: x[:4], queries)
     chip, sequence = CHIPS["TPU v6e"], np.zeros(4, np.int32)
-    (few,) = decode.block_filter(few, means, sequence, eligible[:4], choice=choice, chip=chip)
+    (few,) = refine.refine(*decode.as_refinement(few, means, sequence, eligible[:4], choice=choice, chip=chip))
     float_means = reference.block_means(k[0], None, block_size, n * block_size)
     scores = reference.token_scores(q[0], float_means, None, w[0])
     for blocks in (np.asarray(pooled), np.asarray(few)):
