@@ -21,7 +21,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES, Ch
 from hisa_jax.kernels_pallas.mosaic_tpu.launch import Tile
 from hisa_jax.kernels_pallas.mosaic_tpu.look_up_body import write_sort_keys
 from hisa_jax.kernels_pallas.mosaic_tpu.pool_body import add_pages, parts_of, pool_sequence
-from hisa_jax.kernels_pallas.mosaic_tpu.tiles import (
+from hisa_jax.kernels_pallas.mosaic_tpu.score_body import (
     fill,
     products,
     sort_keys_of_rows,

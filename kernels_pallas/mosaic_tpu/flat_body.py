@@ -22,7 +22,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu import fetch, topk_body
 from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES
 from hisa_jax.kernels_pallas.mosaic_tpu.launch import Tile
 from hisa_jax.kernels_pallas.mosaic_tpu.look_up_body import write_sort_keys
-from hisa_jax.kernels_pallas.mosaic_tpu.tiles import (
+from hisa_jax.kernels_pallas.mosaic_tpu.score_body import (
     products,
     row_of,
     sort_keys_of_rows,

@@ -17,7 +17,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu import fetch
 from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP
 from hisa_jax.kernels_pallas.mosaic_tpu.fetch import CopyGroup
 from hisa_jax.kernels_pallas.mosaic_tpu.launch import Tile
-from hisa_jax.kernels_pallas.mosaic_tpu.tiles import column
+from hisa_jax.kernels_pallas.mosaic_tpu.score_body import column
 from hisa_jax.kernels_pallas.types import Ref
 
 Store = Callable[[Array, Array], None]  # (first block, [GROUP, D] float32 means)

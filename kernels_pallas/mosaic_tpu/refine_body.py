@@ -24,7 +24,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES, Ch
 from hisa_jax.kernels_pallas.mosaic_tpu.launch import Tile
 from hisa_jax.kernels_pallas.mosaic_tpu.look_up_body import write_sort_keys
 from hisa_jax.kernels_pallas.mosaic_tpu.refine_source import Source, Step
-from hisa_jax.kernels_pallas.mosaic_tpu.tiles import (
+from hisa_jax.kernels_pallas.mosaic_tpu.score_body import (
     fill,
     products,
     sort_keys_of_rows,

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from hisa_jax.kernels_pallas.mosaic_tpu import fetch
 from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, SUBLANES
 from hisa_jax.kernels_pallas.mosaic_tpu.fetch import CopyGroup
-from hisa_jax.kernels_pallas.mosaic_tpu.tiles import row_of
+from hisa_jax.kernels_pallas.mosaic_tpu.score_body import row_of
 from hisa_jax.kernels_pallas.types import Ref
 
 

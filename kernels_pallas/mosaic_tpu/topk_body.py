@@ -42,21 +42,16 @@ def select(
         out_ref: [tiles, K // 16, 128] int32, K a multiple of 1024, as the sort keys lie.
         groups: only so many groups are looked at, the first; a multiple of min(G, 128). All if None.
     """
-    thresholds_ref[...] = find_exact_thresholds(sort_keys_ref, n, k, groups)
+    scanned = _n_groups(sort_keys_ref) if groups is None else groups
+    thresholds, reached = find_thresholds(sort_keys_ref, n, k, scanned)
+    drop_late_ties(sort_keys_ref, thresholds, reached, k, scanned)  # now min(n, k) sort keys of each row reach it
+    thresholds_ref[...] = thresholds
 
     def one_tile(tile, _):
         chosen_columns(sort_keys_ref, tile, thresholds_ref, table_ref, out_ref.at[tile], groups)
         return _
 
     lax.fori_loop(0, sort_keys_ref.shape[0], one_tile, None)
-
-
-def find_exact_thresholds(sort_keys_ref: Ref, n: Array, k: int, groups: Groups = None) -> Array:
-    """`find_thresholds` and `drop_late_ties`: afterwards min(n, k) sort keys of each row reach its threshold."""
-    groups = _n_groups(sort_keys_ref) if groups is None else groups
-    thresholds, reached = find_thresholds(sort_keys_ref, n, k, groups)
-    drop_late_ties(sort_keys_ref, thresholds, reached, k, groups)
-    return thresholds
 
 
 def find_thresholds(sort_keys_ref: Ref, n: Array, k: int, groups: Array | int) -> tuple[Array, Array]:
