@@ -101,4 +101,4 @@ format: .venv-test/test.stamp
 	$(PYTHON) -m venv $(@D:/bin=)
 
 clean:
-	rm -rf .venv .venv-test .venv-oldest demo_out fuzz_out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-test .venv-oldest build demo_out fuzz_out .pytest_cache .mypy_cache .ruff_cache .hypothesis

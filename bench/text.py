@@ -18,7 +18,7 @@ def tokenize(text: str) -> list[str]:
 
 
 def file_tokens(path: Path, at_least: int) -> list[str]:
-    """Tokens of a text file; what is no UTF-8 becomes replacement characters."""
+    """Tokens of a text file; what is not UTF-8 becomes replacement characters."""
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -219,7 +219,9 @@ def _n_devices(call: str, mesh: Mesh | None, context_axis: str | None, **arrays:
     if mesh is None:
         checks.unsplit(call, **arrays)
         return 1
-    return mesh.shape[meshes.check_pages(call, mesh, context_axis, arrays["cache"]).context]
+    axes = meshes.check_pages(call, mesh, context_axis, arrays["cache"])
+    n_devices: int = mesh.shape[axes.context]
+    return n_devices
 
 
 def _on(

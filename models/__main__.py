@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: default: those of the process.
 
-    Returns: the exit status, 1 if the checkpoint, an argument or the model's numbers do not do.
+    Returns: the exit status; 1 for a bad checkpoint, a bad argument, or logits that are not finite.
     """
     options = _parser().parse_args(arguments)
     try:

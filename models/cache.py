@@ -1,8 +1,8 @@
 """What attention remembers of earlier tokens: one latent, one rope key and one index key a token and layer, in pages.
 
-A token lies at the place of its number in its sequence, whatever column of a padded batch it came in. So the selection,
-which counts tokens from the start of the sequence, sees the same for a prompt alone, padded, or cut into chunks. Which
-pages those are the tables say, one for all layers: rows may share pages, and a server hands in tables of its own.
+A token's place follows from its number in its sequence, whatever column of a padded batch it came in. So a selection,
+which counts tokens from the start of the sequence, sees the same for a prompt alone, padded, or cut into chunks. Block
+tables, one for all layers, map these places to pages: rows may share pages, and a server hands in tables of its own.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ class Cache:
 
     Attributes:
         layers: one `hj.IndexCache` a layer. Its latents are each token's latent after its norm, then its rotated rope
-            key; its keys the index keys after norm and RoPE, quantised if the config says so, of no feature in layers
-            that share the selection of another one.
+            key. Its keys are the index keys after norm and RoPE, quantised if the config says so; in layers that share
+            another layer's selection they have 0 features.
         block_tables: [B, P] int32, the pages of each row in order. On a mesh that splits the batch they are numbers
             among the pages of the row's own device.
         lengths: [B] int32, tokens in each row.
@@ -86,6 +86,7 @@ def empty_cache(
     P = -(-capacity // page_size)
     layers = empty_pages(config, batch * P, page_size, dtype)
     axis = mesh_axis(mesh, "batch", batch)
+    # Where the batch is split, each device has the pages of its rows and counts them from 0.
     n_devices = 1
     if mesh is not None and axis is not None:
         n_devices = mesh.shape[axis]
@@ -95,10 +96,11 @@ def empty_cache(
 
 
 class Packing(NamedTuple):
-    """The real tokens of a padded batch, one row's behind the other's, then the padding.
+    """The real tokens of a padded batch, row after row, then the padding.
 
     Attributes:
-        order: [B * T] int32, the place in the batch of each packed token; `places`: the packed token of each place.
+        order: [B * T] int32, the position in the batch [B * T] of each packed token.
+        places: [B * T] int32, the reverse: the packed token of each position.
         cu_seqlens: [B + 1] int32, where each row's tokens begin.
     """
 
@@ -123,6 +125,7 @@ def packing(slots: Array) -> Packing:
         slots: [B, T] int32, each token's number in its sequence, -1 for padding.
     """
     is_real = slots.reshape(-1) >= 0
+    # A real token comes after the real ones before it, padding after all real tokens.
     n_before = jnp.cumsum(is_real, dtype=jnp.int32) - is_real.astype(jnp.int32)
     at = jnp.arange(is_real.shape[0], dtype=jnp.int32)
     places = jnp.where(is_real, n_before, jnp.sum(is_real, dtype=jnp.int32) + at - n_before)
@@ -165,11 +168,11 @@ def write(
 
 
 def contiguous(pages: Array, block_tables: Array, lengths: Array, mesh: Mesh | None = None) -> Array:
-    """What rows have in pages, in one piece, and nothing else.
+    """The pages of each row in one piece, zeros where it has no token.
 
     Args:
         pages: [n_pages, page_size, ...].
-        block_tables: [B, P] int32; numbers outside of [0, n_pages) are no page.
+        block_tables: [B, P] int32; numbers outside of [0, n_pages) mean no page.
         lengths: [B] int32, tokens in each row.
         mesh: what the batch is split over, or None.
 

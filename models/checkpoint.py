@@ -1,4 +1,4 @@
-"""Saves a model as it is here, config and all, and restores it onto any mesh; by Orbax."""
+"""Saves a model with its config, and restores it onto any mesh; by Orbax."""
 
 import dataclasses
 import json
@@ -96,5 +96,5 @@ def _read_config(file: Path) -> Config:
         if isinstance(values.get("yarn"), dict):
             values["yarn"] = Yarn(**values["yarn"])
         return Config(**values)
-    except (TypeError, ValueError) as error:  # a TypeError: keys that are none of a Config's, or too few
+    except (TypeError, ValueError) as error:  # a TypeError: unknown keys, or too few
         raise ValueError(f"{file}: {error}") from error

@@ -84,5 +84,5 @@ def _int_or_none(value: Any) -> int | None:
         return None
     try:
         return operator.index(value)
-    except Exception:  # what is no int, or cannot say
+    except Exception:  # not an int, or `__index__` fails
         return None

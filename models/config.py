@@ -71,7 +71,7 @@ class Config:
         index_hadamard: whether index queries and keys are rotated by a Hadamard matrix, which spreads outliers before
             they are quantised and changes nothing else.
         weight_block_size: rows and columns that share a scale in block-scaled F8_E4M3 weights.
-        num_nextn_predict_layers: multi-token-prediction layers behind the last one, left out; None if unsaid.
+        num_nextn_predict_layers: multi-token-prediction layers after the last one, left out; None if unsaid.
         eos_token_ids: what ends a generated row, unless its caller says otherwise.
 
     Raises: ValueError: values of another type or out of range (`settings.py` has the table), sizes that do not fit
@@ -197,6 +197,7 @@ def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
         given["weight_block_size"] = tuple(quantization["weight_block_size"])
     if quantization.get("scale_fmt") == "ue8m0":
         given["index_key_scale"] = "ue8m0"
+    # One token or several.
     eos = values.get("eos_token_id", ())
     given["eos_token_ids"] = (eos,) if isinstance(eos, int) else tuple(eos)
     given |= _rope(values, source)
@@ -226,6 +227,7 @@ def _demand_rules(value: Any, rules: Mapping[str, settings.Rule]) -> None:
 
 def _rope(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Theta and YaRN from either `rope_parameters` or `rope_theta` with `rope_scaling`."""
+    # The transformers package writes `rope_parameters`, which then has theta, too.
     rope: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         rope |= settings.present(values.get(name, {}), settings.ROPE, f"{source}: {name}")

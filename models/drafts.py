@@ -19,7 +19,7 @@ def propose(draft: Draft, tokens: list[int], n: int, vocabulary: int) -> tuple[l
         n: how many are wanted; more are not read.
         vocabulary: how many tokens there are.
 
-    Returns: the proposals up to the first that is no token; what was wrong, None if nothing was.
+    Returns: the proposals up to the first that is not a token; what was wrong, None if nothing was.
     """
     proposals: list[int] = []
     try:

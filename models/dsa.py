@@ -101,7 +101,7 @@ class Attention(nnx.Module):
         self, x: Array, *, table: Table, slots: Array, lengths: Array, pages: hj.IndexCache, block_tables: Array,
         method: hj.Method, selection: hj.Selection | None, form: Form, mesh: Mesh | None,
     ) -> tuple[Array, hj.IndexCache, hj.Selection, IndexInputs | None]:  # fmt: skip
-        """Attends to the selected tokens of the cache, in which the new ones are by then.
+        """Writes the new tokens to the cache, selects, and attends to what is selected.
 
         Args:
             x: [B, T, E] normed hidden states.
@@ -162,7 +162,7 @@ def select(
     q: Array, w: Array, pages: hj.IndexCache, block_tables: Array, slots: Array, lengths: Array, method: hj.Method,
     mesh: Mesh | None = None,
 ) -> hj.Selection:  # fmt: skip
-    """The one line that a method changes, on each device for its part of the batch.
+    """`hj.select_paged`, the one line that a method changes, on each device for its part of the batch.
 
     Args:
         q, w: index queries [B, T, H, D], head weights [B, T, H].

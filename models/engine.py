@@ -78,7 +78,7 @@ class Report:
         steps: forward passes, none to two.
         finished: new tokens by request.
         failed: requests that ended without, and why.
-        draft_errors: requests whose draft raised or proposed something that is no token, and what that was. They go
+        draft_errors: requests whose draft raised or proposed something that is not a token, and what that was. They go
             on without proposals.
     """
 
@@ -104,7 +104,7 @@ class Engine:
         max_overtakes: how many requests may be admitted before one that came earlier and waits for pages; 0: none.
         trace: whether steps say what was selected from what.
 
-    Raises: ValueError: sizes that are none, a draft without `n_draft` or the reverse, a model on a mesh, more tokens
+    Raises: ValueError: invalid sizes, a draft without `n_draft` or the reverse, a model on a mesh, more tokens
         than it has positions.
     """
 
@@ -165,7 +165,7 @@ class Engine:
             stop_ids: tokens that end it; None: those of the model's config; () for none.
 
         Returns: its number.
-        Raises: ValueError: an empty prompt, what is no token of the vocabulary, no token wanted, or more tokens or
+        Raises: ValueError: an empty prompt, tokens outside of the vocabulary, max_new_tokens below 1, more tokens or
             pages than there will ever be. Nothing has changed then.
         """
         self._demand_no_step("submit")
@@ -214,6 +214,7 @@ class Engine:
         report = Report(forks=self.scheduler.admit())
         if batch := self.scheduler.next_chunks():
             report.steps.append(self._read(batch, report))
+        # Those whose last chunk was just read decode in the same step.
         if requests := self.scheduler.decoding():
             report.steps.append(self._decode(requests, report))
         for request in [request for request in self.scheduler.running.values() if request.is_finished]:

@@ -96,8 +96,8 @@ def generate(
         report_recall: whether to compare each selection with the flat indexer's.
 
     Returns: `Generation`.
-    Raises: ValueError: no prompt, an empty one, what is no token of the vocabulary, more tokens than the model has
-        positions, sizes below 1, a temperature or seed that is none. FloatingPointError: logits without a likeliest
+    Raises: ValueError: no prompt, an empty one, tokens outside of the vocabulary, more tokens than the model has
+        positions, sizes below 1, an invalid temperature or seed. FloatingPointError: logits without a likeliest
         token, since they are NaN or infinite; it names the prompts.
     """
     prompts = _checked(model, prompts, max_new_tokens, chunk, temperature)
@@ -132,7 +132,7 @@ def generate(
     if failed := np.flatnonzero(is_failed).tolist():
         where = ", ".join(f"prompts[{row}] after {len(rows[row])} new tokens" for row in failed)
         raise FloatingPointError(f"generate: logits are not finite (NaN or infinity): {where}")
-    if report_recall:
+    if report_recall:  # read after the clock has stopped
         recall = {"prefill": prefill_recall.means(), "decode": decode_recall.means()}
     return Generation(
         tokens=rows, prompt_tokens=sum(map(len, prompts)), prefill_seconds=middle - start,
@@ -181,7 +181,7 @@ def pad_left(prompts: Sequence[Sequence[int]], multiple: int) -> tuple[Array, Ar
 def _prefill(
     state: nnx.State, cache: Cache, ids: Array, mask: Array, *, graph: nnx.GraphDef, report_recall: bool
 ) -> tuple[Array, Cache, RecallSums]:
-    """One chunk: logits [B, V] of its last column, the cache behind it."""
+    """One chunk: logits [B, V] of its last column, the cache with its tokens."""
     model = nnx.merge(graph, state)
     out = model.run(ids, cache=cache, mask=mask, last_only=True, trace=report_recall)
     return out.logits[:, 0], out.cache, _recall(model, out)
@@ -192,7 +192,7 @@ def _decode(
     state: nnx.State, cache: Cache, logits: Array, key: Array, temperature: Array, *, graph: nnx.GraphDef, steps: int,
     is_greedy: bool, stop_ids: tuple[int, ...], report_recall: bool,
 ) -> tuple[Array, Array, RecallSums]:  # fmt: skip
-    """From the prompt's last logits [B, V]: new tokens [B, steps], -1 behind a stop token or a failure; failed [B]."""
+    """From the prompt's last logits [B, V]: new tokens [B, steps], -1 after a stop token or a failure; failed [B]."""
     model = nnx.merge(graph, state)
 
     def choose(logits: Array, i: Array) -> Array:
@@ -217,15 +217,15 @@ def _decode(
 
     def step(carry: tuple) -> tuple:
         i, cache, token, tokens, is_done, is_failed, sums = carry
-        ids = jnp.maximum(token, 0)  # what is done is masked
+        ids = jnp.maximum(token, 0)  # rows that are done are masked
         out = model.run(ids[:, None], cache=cache, mask=~is_done[:, None], trace=report_recall)
         token = choose(out.logits[:, 0], i)
         tokens, is_done, is_failed = put(tokens, token, is_done, is_failed, i)
         return i + 1, out.cache, token, tokens, is_done, is_failed, sums + _recall(model, out)
 
     B = logits.shape[0]
-    token, nobody = choose(logits, jnp.int32(0)), jnp.zeros((B,), bool)
-    rows = put(jnp.full((B, steps), -1, jnp.int32), token, nobody, nobody, jnp.int32(0))
+    token, none = choose(logits, jnp.int32(0)), jnp.zeros((B,), bool)
+    rows = put(jnp.full((B, steps), -1, jnp.int32), token, none, none, jnp.int32(0))
     carry = (jnp.int32(1), cache, token, *rows, _no_recall(model))
     *_, tokens, _, is_failed, sums = lax.while_loop(unfinished, step, carry)
     return tokens, is_failed, sums
@@ -246,7 +246,7 @@ def _recall(model: Model, out: Output) -> RecallSums:
         reference = select(
             q, w, out.cache.layers[i], out.cache.block_tables, out.slots, out.cache.lengths, flat, model.mesh
         )
-        chooses = out.slots >= flat.topk
+        chooses = out.slots >= flat.topk  # a query that sees no more than topk tokens selects them all
         recall = jnp.where(chooses, hj.compare(layer.selection, reference).recall, 0)
         sums += RecallSums(
             jnp.zeros_like(sums.total).at[i].set(jnp.sum(recall)),

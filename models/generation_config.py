@@ -15,7 +15,7 @@ def read_stop_ids(folder: str | Path, vocab_size: int) -> tuple[int, ...] | None
         vocab_size: how many tokens there are.
 
     Returns: the tokens; None if there is no such file or it does not say.
-    Raises: ValueError: a file that is no JSON object, anything but a token of the vocabulary or a list of them.
+    Raises: ValueError: a file that is not a JSON object, anything but a token of the vocabulary or a list of them.
     """
     path = Path(folder) / "generation_config.json"
     if not path.is_file():

@@ -31,7 +31,7 @@ class LayerTrace:
     Attributes:
         attention, mlp: [B, T, E], the two branches' outputs.
         hidden: [B, T, E], the layer's output.
-        selection: the tokens attended to; that of another layer in layers that share it.
+        selection: the tokens attended to; another layer's, if this one shares it.
         index_inputs: index queries [B, T, H, D], index keys [B, T, D], head weights [B, T, H] of these tokens; None if
             shared.
         experts, expert_weights: [B, T, K]; None in dense layers.
@@ -128,7 +128,7 @@ class Model(nnx.Module):
 
     def with_method(self, method: MethodLike) -> Self:
         """The same model with another method; the two share their weights."""
-        other = nnx.merge(*nnx.split(self))
+        other = nnx.merge(*nnx.split(self))  # other modules around the same arrays
         other.plan = make_plan(method, self.config)
         return other
 
@@ -174,8 +174,8 @@ class Model(nnx.Module):
             trace: whether to return what happened in each layer.
 
         Returns: `Output`.
-        Raises: TypeError: ids or positions that are not integers. ValueError: shapes that do not fit, a `form` or
-            `phase` that is none.
+        Raises: TypeError: ids or positions that are not integers. ValueError: shapes that do not fit, an
+            unknown `form` or `phase`.
         """
         input_ids = jnp.asarray(input_ids)
         positions, mask = (x if x is None else jnp.asarray(x) for x in (positions, mask))
@@ -186,6 +186,7 @@ class Model(nnx.Module):
         if mask is None:
             mask = jnp.ones((B, T), bool) if positions is None else positions >= 0
         is_real = mask.astype(bool)
+        # Padding may be on either side: a token's number counts the real ones up to it, and those in the cache.
         lengths = cache.lengths + jnp.sum(is_real, axis=1, dtype=jnp.int32)
         slots = cache.lengths[:, None] + jnp.cumsum(is_real, axis=1, dtype=jnp.int32) - 1
         slots = jnp.where(is_real, slots, -1)
@@ -198,6 +199,7 @@ class Model(nnx.Module):
                 x, table=table, slots=slots, lengths=lengths, pages=cache.layers[i], block_tables=cache.block_tables,
                 method=self.plan(i, phase), selection=selection, form=form, mesh=self.mesh,
             )  # fmt: skip
+            # A layer without an indexer attends to what the last one before it selected.
             x, selection = layer_trace.hidden, layer_trace.selection
             pages.append(layer_pages)
             if trace:
@@ -214,7 +216,7 @@ class Model(nnx.Module):
         """[B, T], [B, T] -> [B, T, E]."""
         wide = input_ids.astype(jnp.int32) if input_ids.dtype.itemsize < 4 else input_ids
         ids = jnp.where(is_real, wide, 0)
-        # Neither the last embedding for an id beyond it, nor one counted from the end.
+        # JAX would clamp an id that is too large, and count a negative one from the end.
         ids = jnp.where(ids < 0, self.config.vocab_size, ids)
         return self.embed[...].at[ids].get(mode="fill", fill_value=jnp.nan)
 

@@ -62,7 +62,7 @@ def routed_experts(
     first = 0 if axis is None else lax.axis_index(axis) * X
     local = experts.reshape(-1) - first
     is_here = (local >= 0) & (local < X)
-    # Pairs of token and expert in the order of experts, those of other devices last.
+    # Pairs of token and expert, sorted by expert, those of other devices last.
     order = jnp.argsort(jnp.where(is_here, local, X))
     sizes = jnp.sum(local[None, :] == jnp.arange(X)[:, None], axis=1, dtype=jnp.int32)
     tokens = order // K

@@ -55,7 +55,7 @@ def parameter_table(config: Config) -> dict[ParameterPath, Source]:
 
 
 def _tables(config: Config) -> Iterator[dict[ParameterPath, Source]]:
-    """The table in parts, a layer each, so that nobody needs to make all of it who finds something missing."""
+    """The table in parts, a layer each, so that a checkpoint of another model is refused before all of it is made."""
     E, V = config.hidden_size, config.vocab_size
     table: dict[ParameterPath, Source] = {
         ("embed",): _one("model.embed_tokens.weight", (V, E), _as_stored),
@@ -79,6 +79,7 @@ def _tables(config: Config) -> Iterator[dict[ParameterPath, Source]]:
 def _attention(config: Config, prefix: str) -> dict[ParameterPath, Source]:
     E, N, L, R = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
     Q, P, V = config.q_lora_rank, config.qk_nope_head_dim, config.v_head_dim
+    # Keys and values of a head lie together: two parameters are views of one tensor.
     kv_b = (f"{prefix}kv_b_proj.weight", (N * (P + V), L))
     sources = {
         "q_a": _one(f"{prefix}q_a_proj.weight", (Q, E), _transposed),
@@ -204,6 +205,7 @@ def from_pretrained(
     reader = Reader(folder, config.weight_block_size, lambda name: is_skipped(name, config))
     _check_keys(reader, config)
     table = parameter_table(config)
+    # Shapes alone: no parameter takes memory before it is read.
     model = nnx.eval_shape(lambda: Model(config, method=method, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     loaded = [
@@ -237,13 +239,13 @@ def _check_keys(reader: Reader, config: Config) -> None:
 
 
 def is_skipped(key: str, config: Config) -> bool:
-    """Whether a tensor that checkpoints have is none of a model's.
+    """Whether a checkpoint's tensor is left out since the model has no parameter for it.
 
     Args:
         key: its name.
         config: of the model.
 
-    Returns: True for layers behind the last one (for multi-token prediction, or of a model that `num_hidden_layers`
+    Returns: True for layers after the last one (for multi-token prediction, or of a model that `num_hidden_layers`
         cuts short), for the indexers of layers that share a selection, for the head of a model that has its embeddings
         in its place, and for RoPE's frequencies, which old writers stored.
     """

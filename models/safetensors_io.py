@@ -18,7 +18,7 @@ import numpy as np
 from hisa_jax.models.json_object import parse_object, read_object, short, shown
 from hisa_jax.models.packed_experts import unpacked
 
-# Those that a parameter may have, then those of block scales and of tensors that nobody asks for.
+# Dtypes that a parameter may have, then those of block scales.
 _VALUES = {
     "BF16": ml_dtypes.bfloat16,
     "F16": np.float16,
@@ -69,7 +69,7 @@ def read_header(file: Path, is_skipped: Callable[[str], bool] = lambda name: Fal
 
     Args:
         file: a .safetensors file.
-        is_skipped: whether nobody will ask for the tensor of a name: it may have any dtype.
+        is_skipped: whether the tensor of a name will not be read: it may have any dtype.
 
     Returns: an `Entry` a tensor that is not skipped.
     Raises: CheckpointError: no file, one that is cut short or too long, a header that is not one, tensors that overlap,
@@ -92,6 +92,7 @@ def read_header(file: Path, is_skipped: Callable[[str], bool] = lambda name: Fal
     header.pop("__metadata__", None)
     base = 8 + header_size
     entries = [_entry(name, item, file, base) for name, item in header.items()]
+    # Every byte belongs to one tensor: neither gaps nor overlaps.
     expected = base
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.stop)):
         if entry.start != expected:
@@ -141,8 +142,8 @@ class Reader:
     Args:
         folder: where they lie.
         block_size: rows and columns of the blocks of F8_E4M3 weights that share a scale.
-        is_skipped: whether nobody will ask for the tensor of a name. Nothing of it is needed, neither its dtype nor
-            the file that the index has it in.
+        is_skipped: whether the tensor of a name will not be read. Then neither its dtype nor the file that the index
+            has it in matters.
 
     Raises: FileNotFoundError: no safetensors there, or a shard missing. CheckpointError: see `read_header`; shards that
         do not hold what the index says, a shard's name that is not that of a file in the folder.

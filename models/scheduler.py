@@ -159,6 +159,7 @@ class Scheduler:
         for request in list(self.waiting.values()):
             if len(self.running) == self.rows or len(too_big) > self.max_overtakes:
                 break
+            # What it shares takes no page, but one that it shares in part will be copied, which takes another.
             donor, shared = self._longest_prefix(request)
             shared_pages = [] if donor is None else self.pool.pages(donor)[: self._n_pages(shared)]
             must_copy = shared % self.pool.page_size > 0

@@ -45,7 +45,7 @@ class Bytes:
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Bytes -> text; tokens that are no byte are left out."""
+        """Bytes -> text; tokens from 256 on are left out."""
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
 

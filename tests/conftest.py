@@ -1,4 +1,4 @@
-"""Strict JAX for the tests of the library, GPU tests skipped where there is no GPU, and `--each-value`."""
+"""Strict JAX for the tests of the library, what the marks of pyproject.toml do, and `--each-value`."""
 
 import collections
 import itertools
@@ -32,9 +32,9 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(wrapper=True)  # marks before `-m` chooses, deselects after it
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if (gate := item.get_closest_marker("gate")) and not any(_is_case(item.name, case) for case in gate.args):
-            item.add_marker(pytest.mark.exhaustive)
+    unknown = _mark_exhaustive(items)
+    if unknown and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"marks `gate` name cases that are not there: {unknown}")
     result = yield
     items.sort(key=_is_compiled_fast, reverse=True)  # each change forgets what is compiled
     for item in items:
@@ -45,6 +45,18 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=others)
         items[:] = few
     return result
+
+
+def _mark_exhaustive(items) -> dict[str, set]:
+    """Marks the cases that a mark `gate` does not name; returns what it names and no test is, by test."""
+    unknown = {}
+    for item in items:
+        if gate := item.get_closest_marker("gate"):
+            found = {case for case in gate.args if _is_case(item.name, case)}
+            if not found:
+                item.add_marker(pytest.mark.exhaustive)
+            unknown.setdefault(id(gate), [item.nodeid, set(gate.args)])[1].difference_update(found)
+    return {test: cases for test, cases in unknown.values() if cases}
 
 
 def _is_case(name: str, case: int | str) -> bool:

@@ -20,8 +20,8 @@ from jax.experimental import checkify  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
+from hisa_jax.attention import latent_rows  # noqa: E402
 from hisa_jax.page_pool import PagePool  # noqa: E402
-from hisa_jax.select_paged import latent_rows  # noqa: E402
 from tests import draw, isolation  # noqa: E402
 from tests.collectives import collectives, elements  # noqa: E402
 

@@ -30,6 +30,8 @@ PROMISES = {
     "layouts": (
         "what_others_hold_leaves_no_trace",
         "same_bits_for_8_bits_and_for_stripes_of_two_blocks",
+    ),
+    "ranks": (
         "ranks_that_share_the_queries_select_the_same_and_exchange_the_chosen",
         "ranks_that_share_the_queries_may_each_be_devices_that_share_the_pages",
     ),
@@ -37,6 +39,7 @@ PROMISES = {
 
 
 @pytest.mark.slow
+@pytest.mark.gate("copies", "selection", "bytes", "ranks")
 @pytest.mark.parametrize("promises", PROMISES)
 def test_pages_on_eight_devices_serve_as_on_one(promises):
     command = [sys.executable, "-W", "error", "-m", "tests.context_paged", *PROMISES[promises]]
@@ -91,7 +94,7 @@ def test_a_mesh_may_be_one_device(axes):
             r"select_paged: context_axis='x', wanted one of the mesh's axes \('context',\)",
         ),
         (dict(query_axis="x"), "select_paged: query_axis='x', wanted one of"),
-        (dict(context_axis=None), "context_axis=None and query_axis=None, wanted one of the mesh's axes for either"),
+        (dict(context_axis=None), "mesh= without context_axis or query_axis, wanted one of its axes"),
         (dict(stripe=48), "select_paged: stripe=48, wanted a multiple of 32, of whole blocks"),
         (dict(method=hj.Dsa(topk=4), stripe=24), "stripe=24, wanted a multiple of 16"),
         (dict(method=hj.Hisa(topk=4, block_size=24, block_topk=2)), "with pages of 16 tokens, wanted a block_size"),

@@ -116,6 +116,7 @@ def measure(ngrams: Ngrams, context: int, n_queries: int, repeats: int, progress
         name: functools.partial(select, q, k, w, method, query_positions=positions) for name, method in METHODS.items()
     }
     selections, first_ms = {}, {}
+    # The first call compiles, which is shown apart from the speed.
     for name, call in calls.items():
         selections[name], first_ms[name] = timing.once(call)
     flat, scan = (calls[name](return_scores=True) for name in ("dsa", "scan"))
@@ -123,6 +124,7 @@ def measure(ngrams: Ngrams, context: int, n_queries: int, repeats: int, progress
         name: _check_identical(name, METHODS[name], selections[name], flat, questions.positions)
         for name in ("hisa", "scan")
     }
+    # In turns, since other work on the machine comes and goes.
     timings = timing.interleaved(
         calls, repeats, least_s=_LEAST_S, after_round=lambda i: progress(min((i + 1) / (repeats + 1), 1))
     )

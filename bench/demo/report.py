@@ -1,12 +1,10 @@
 """What the demo shows and writes: the table, found passages, a figure, JSON."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,6 +15,7 @@ from rich.text import Text
 
 from bench import shapes
 from bench.quality.ngrams import spread
+from bench.records import device
 
 if TYPE_CHECKING:
     from bench.demo.command import Result
@@ -35,13 +34,6 @@ def headline(path: Path | None, n_tokens: int, contexts: list[int], n_queries: i
         f"Text: {source}, {n_tokens:,} tokens, in contexts of {labels}. Queries and keys: hashed n-grams of the text "
         f"itself, no trained model; up to {n_queries} queries in the last 4096 positions."
     )
-
-
-def device() -> dict[str, Any]:
-    return {
-        "device": jax.devices()[0].device_kind, "platform": jax.default_backend(), "cpu_cores": os.cpu_count(),
-        "jax": jax.__version__,
-    }  # fmt: skip
 
 
 def table(results: "list[Result]") -> Table:

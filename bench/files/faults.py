@@ -1,7 +1,7 @@
 """Faults in the files of a checkpoint, one at a time: made by a generator, the same for the same seed.
 
 Each is a fault by what the formats say, not by what the loader checks: a value of another type or beyond every model's,
-text that is no JSON, a header that does not describe its file, a name that leads out of the folder.
+text that is not JSON, a header that does not describe its file, a name that leads out of the folder.
 """
 
 import dataclasses
@@ -110,7 +110,7 @@ def _set(file: str, path: tuple[str, ...], value: Any) -> Callable[[Path], Any]:
 
 
 def _of_text(file: str, rng: random.Random) -> Iterator[Fault]:
-    """Text that is no JSON, or JSON of another shape."""
+    """Text that is not JSON, or JSON of another shape."""
 
     def put(data: bytes) -> Callable[[Path], Any]:
         return lambda folder: (folder / file).write_bytes(data)
@@ -118,6 +118,7 @@ def _of_text(file: str, rng: random.Random) -> Iterator[Fault]:
     def insert(share: float, data: bytes) -> Callable[[Path], Any]:
         def change(folder: Path) -> None:
             text = (folder / file).read_bytes().strip()
+            # Never whole: a text cut at its end, or with a byte after it, may be no fault.
             at = int(share * (len(text) - 1)) + (1 if data else 0)
             (folder / file).write_bytes(text[:at] + data + (text[at:] if data else b""))
 
@@ -132,6 +133,7 @@ def _of_text(file: str, rng: random.Random) -> Iterator[Fault]:
         "a key twice": b'{"model_type": "a", "model_type": "a", "weight_map": {}, "weight_map": {}}',
     }  # fmt: skip
     yield from (Fault(f"{file}: {name}", file, put(text)) for name, text in texts.items())
+    # Sparse: it takes no room on the disk.
     yield Fault(f"{file}: 3 GB", file, lambda folder: os.truncate(folder / file, 3 * 10**9))
     for _ in range(10):
         share = rng.random()
@@ -219,6 +221,7 @@ def _of_bytes(rng: random.Random) -> Iterator[Fault]:
 
             def mutate(folder: Path, file: str = file, share: float = share, byte: int = byte, how: str = how) -> None:
                 data = (folder / file).read_bytes()
+                # In a shard only the header: a tensor of other numbers is as good as any.
                 end = 8 + int.from_bytes(data[:8], "little") if file == SHARD else len(data)
                 at = int(share * end)
                 middle = b"" if how == "left out" else bytes([byte])
@@ -237,6 +240,7 @@ def _of_places() -> Iterator[Fault]:
 
         return change
 
+    # Reading a pipe that has no writer, or /dev/zero, would never end.
     for file in (CONFIG, INDEX, TOKENIZER, SHARD):
         yield Fault(f"{file}: a folder", file, replace(file, Path.mkdir))
         yield Fault(f"{file}: a pipe", file, replace(file, os.mkfifo))

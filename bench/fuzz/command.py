@@ -22,13 +22,13 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench import UserError, options
-from bench.demo.report import device
 from bench.fuzz import draw, mla, repro
 from bench.fuzz import judges as fuzz_judges
 from bench.fuzz import setups as fuzz_setups
 from bench.fuzz import shrink as fuzz_shrink
 from bench.fuzz.judges import Judge
 from bench.fuzz.setups import MlaSetup, Setup
+from bench.records import device
 
 _SHRINK_SECONDS = 20.0
 _MOST_SHOWN = 5  # faults that are made small; the others are counted
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.json and not args.json.parent.is_dir():  # said before the run, not after it
+    if args.json and not args.json.parent.is_dir():  # before the run, not after it
         raise UserError(f"--json {args.json}: {args.json.parent} is no folder")
     if args.devices > 1:
         try:

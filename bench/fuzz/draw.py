@@ -124,7 +124,7 @@ def closed(setup: Setup, rng: Rng) -> Values:
 
 
 def repeated_keys(setup: Setup, rng: Rng) -> Values:
-    """A few keys again and again: ties of scores that are no whole numbers."""
+    """A few keys again and again: ties of scores that are not whole numbers."""
     q, k, w = normal(setup, rng)[:3]
     which = rng.integers(0, rng.integers(2, 12), k.shape[:2])
     return Values(q, np.take_along_axis(k, which[..., None], axis=1), w)

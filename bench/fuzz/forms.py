@@ -43,11 +43,11 @@ def select_packed(q, k, scales, w, cu_seqlens_q, cu_seqlens_k, *, method, implem
 
 @functools.partial(jax.jit, static_argnames=("n_pages", "page_size", "devices"))
 def written(tables, new, rest, first, junk, second, source, target, is_stale, stale, *, n_pages, page_size, devices=1):
-    """A cache after a life: tokens appended, some of them rejected, more appended, pages copied, all else overwritten.
+    """A used cache: tokens appended, some of them rejected, more appended, pages copied, all else overwritten.
 
     `new`, `rest`: keys [N, D] and scales or None, packed, of both appends. first, junk, second: [R] tokens that the
     first append writes to stay, that it writes to be rejected, that the second one writes. tables: [2, R, P], before
-    and after the copies. is_stale: [n_pages, page_size] rows that are no one's and get the value `stale`.
+    and after the copies. is_stale: [n_pages, page_size] rows that no request has and that get the value `stale`.
     """
     on = over(devices)
 

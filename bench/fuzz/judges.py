@@ -49,7 +49,7 @@ class Judge(NamedTuple):
 
 
 def contract(scene: Scene, form: str) -> Verdict:
-    """The oracle's tokens, scores and blocks, up to near-ties; rows of no one select nothing."""
+    """The oracle's tokens, scores and blocks, up to near-ties; padding selects nothing."""
     found, is_row = run(scene, form), scene.is_row
     reference, tolerance = _with_tolerances(scene, scene.reference())
     wrong = []
@@ -59,7 +59,7 @@ def contract(scene: Scene, form: str) -> Verdict:
             if why:
                 wrong.append(Wrong(int(r), int(t), why))
     if found.leaked:
-        wrong.append(Wrong(-1, -1, f"{found.leaked} rows of no one select something"))
+        wrong.append(Wrong(-1, -1, f"{found.leaked} rows of padding select something"))
     return Verdict(int(is_row.sum()), wrong)
 
 
@@ -96,7 +96,7 @@ def _why_not(found: Found, reference: oracle.OracleSelection, tolerance: float, 
         reference,
         **{f.name: getattr(reference, f.name)[at] for f in dataclasses.fields(reference) if f.name != "method"},
     )
-    # Rows that are no queries have position -1 in the reference.
+    # Padding has position -1 in the reference.
     indices = np.where(part.visible[..., None] > 0, found.indices[at], -1)
     count = np.where(part.visible > 0, found.counts[at], 0).astype(np.int32)
     if (found.counts[at] != count).any():
@@ -133,7 +133,7 @@ def _rows_from(x: Array, start: Array) -> Any:
 
 
 def poison(scene: Scene, form: str) -> Verdict:
-    """NaN, infinity or a huge number in all that is no query's business changes no bit."""
+    """NaN, infinity or a huge number in all that no query sees changes no bit."""
     rng = np.random.default_rng(scene.seed)
     filler = float(rng.choice([np.nan, np.inf, -np.inf, 1e30]))
     if scene.k.dtype.itemsize == 1 or scene.q.dtype.itemsize == 1:
@@ -145,11 +145,11 @@ def future(scene: Scene, form: str) -> Verdict:
     """NaN in all keys from some token on changes no bit of the queries before it."""
     rng = np.random.default_rng(scene.seed)
     cut = rng.integers(0, np.clip(scene.n_k, 0, scene.setup.S) + 1)
-    behind = np.arange(scene.setup.S) >= cut[:, None]
+    is_after = np.arange(scene.setup.S) >= cut[:, None]
     k, scales = scene.k.copy(), scene.scales
-    k[behind] = np.asarray(127 if k.dtype == np.int8 else np.nan).astype(k.dtype)
+    k[is_after] = np.asarray(127 if k.dtype == np.int8 else np.nan).astype(k.dtype)
     if scales is not None:
-        scales = np.where(behind, np.float32(np.nan), scales)
+        scales = np.where(is_after, np.float32(np.nan), scales)
     poisoned = dataclasses.replace(scene, k=k, scales=scales)
     rows = scene.is_row & (scene.visible <= cut[:, None])
     return _compare(scene, run(poisoned, form), run(scene, form), rows, "without NaN in what it does not see")
@@ -247,7 +247,7 @@ def lacking_pages(scene: Scene, form: str) -> Verdict:
         return Verdict(0, [])
     r = int(rng.choice(able))
     nth = int(rng.integers(-(-scene.n_k[r] // size)))
-    # No page, one that was copied elsewhere or is no one's, or another of its own.
+    # No page, one that was copied elsewhere or that no request has, or another of its own.
     own = tables[1, r, nth - 1 if nth else 1]
     tables[1, r, nth] = rng.choice([-1, n_pages, 2**31 - 1, own if own != tables[1, r, nth] else -1])
     args = (*call.args[:2], tables, *call.args[3:])

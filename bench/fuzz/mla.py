@@ -8,7 +8,7 @@ import numpy as np
 
 from bench.fuzz.draw import DTYPES
 from bench.fuzz.judges import Judge, Verdict, Wrong
-from bench.fuzz.scene import NOBODY, Array, Call, made, offsets
+from bench.fuzz.scene import PADDING, Array, Call, made, offsets
 from bench.fuzz.setups import MlaSetup
 from tests import oracle
 
@@ -23,7 +23,7 @@ class MlaScene:
 
     Attributes:
         q, kv, sink: [R, T, N, Dk], [R, S, Dk], [N].
-        indices: [R, T, K] int32, anything; what is no token's counts as -1.
+        indices: [R, T, K] int32, anything; numbers outside of the sequence count as -1.
         is_lost: [R, P] bool: pages that the table does not have.
     """
 
@@ -47,7 +47,7 @@ class MlaScene:
         return np.arange(T) < (self.n_q[:, None] if form == "sparse_mla_paged" else np.full((self.setup.R, 1), T))
 
     def listed(self, form: str) -> Array:
-        """[R, T, K] int32: the lists, -1 for all that is no token."""
+        """[R, T, K] int32: the lists, -1 where there is no such token."""
         setup, indices = self.setup, self.indices
         is_there = (indices >= 0) & (indices < setup.S)
         if form == "sparse_mla_paged":
@@ -81,7 +81,7 @@ def scene(setup: MlaSetup, seed: int) -> MlaScene:
         indices = rng.permuted(indices, axis=-1)
     indices[rng.random(indices.shape) < rng.choice([0.0, 0.3, 0.95])] = -1
     indices[rng.random((R, T)) < 0.1] = -1
-    # An index beyond the sequence and within its pages would be somebody's token.
+    # The paged form has no lengths: it would read an index beyond the sequence and within its pages.
     beyond = (indices >= S) & (indices < setup.pages * setup.page_size)
     indices = np.where(beyond, 2**31 - 1, indices).astype(np.int32)
     q = rng.normal(size=(R, T, setup.N, setup.key_dim)) * rng.choice([0.0, 1.0, 4.0])
@@ -132,6 +132,7 @@ def call_of(scene: MlaScene, form: str) -> Call:
         return Call(form, (scene.q, scene.kv, scene.indices, scene.sink), options)
     size, pages = setup.page_size, setup.pages
     table = rng.permutation(setup.n_pages)[: setup.R * pages].reshape(setup.R, pages).astype(np.int32)
+    # Whatever no query lists is NaN, so that reading it shows.
     latents = np.full((setup.n_pages, size, setup.key_dim), np.nan).astype(scene.kv.dtype)
     for r in range(setup.R):
         padded = np.full((pages * size, setup.key_dim), np.nan).astype(scene.kv.dtype)
@@ -139,8 +140,8 @@ def call_of(scene: MlaScene, form: str) -> Call:
         latents[table[r]] = padded.reshape(pages, size, setup.key_dim)
     table = np.where(scene.is_lost, rng.choice([-1, setup.n_pages, 2**31 - 1], table.shape), table).astype(np.int32)
     q, indices = (
-        np.concatenate([x[r, :n] for r, n in enumerate(scene.n_q)] + [x[0, :1]] * (setup.R * setup.T + NOBODY))
-        [: setup.R * setup.T + NOBODY]
+        np.concatenate([x[r, :n] for r, n in enumerate(scene.n_q)] + [x[0, :1]] * (setup.R * setup.T + PADDING))
+        [: setup.R * setup.T + PADDING]
         for x in (scene.q, scene.indices)
     )  # fmt: skip
     return Call(form, (q, latents, indices, scene.sink, table, offsets(scene.n_q)), options)

@@ -14,7 +14,7 @@ from tests import oracle
 
 Array = NDArray[Any]
 COPIES = 4  # pages that are copied in the life of a cache
-NOBODY = 3  # rows behind those of all requests in packed batches
+PADDING = 3  # rows after those of all requests in packed batches
 
 
 class Call(NamedTuple):
@@ -26,7 +26,7 @@ class Call(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a form selects for each query [R, T, ..]; `leaked`: rows of no one that select something."""
+    """What a form selects for each query [R, T, ..]; `leaked`: rows of padding that select something."""
 
     indices: Array
     counts: Array
@@ -122,7 +122,7 @@ class _Keys(NamedTuple):
 
 @functools.lru_cache(maxsize=32)
 def run(scene: Scene, form: str, filler: float | None = None, *, method: Any = None) -> Found:
-    """Runs a form, once. `filler`: value of all that is no query's business; None: whatever was drawn there."""
+    """Runs a form, once. `filler`: value of all that no query sees; None: whatever was drawn there."""
     return run_again(scene, form, filler, method=method)
 
 
@@ -140,7 +140,7 @@ def by_request(scene: Scene, form: str, got: Any) -> Found:
     return Found._make([*(_unpacked(scene, x) for x in arrays), int(np.sum(got.count[n:] != 0))])
 
 
-recorded: list[Call] | None = None  # calls since somebody put a list here
+recorded: list[Call] | None = None  # calls since a list was put here
 
 
 def made(call: Call) -> Any:
@@ -163,7 +163,7 @@ def call_of(scene: Scene, form: str, filler: float | None = None, *, method: Any
             q, w = filled(q, scene.visible > 0, filler), filled(w, scene.visible > 0, filler)
             k, scales = filled(k, is_key, filler), None if scales is None else filled(scales, is_key, filler)
         return Call(form, (q, k, scales, w, scene.query_positions, scene.n_k), options)
-    q, w = (_packed(x, scene.n_q, setup.R * setup.T + NOBODY, filler) for x in (scene.q, scene.w))
+    q, w = (_packed(x, scene.n_q, setup.R * setup.T + PADDING, filler) for x in (scene.q, scene.w))
     if form == "select_packed":
         keys = (
             None if x is None else _packed(x, scene.n_k, setup.R * setup.S, filler) for x in (scene.k, scene.scales)
@@ -240,7 +240,7 @@ def bounded(filler: float, dtype: Any) -> float:
 
 
 def _packed(x: Array, sizes: Array, total: int, filler: float | None) -> Array:
-    """[R, n, ..], [R] -> [total, ..]: the first of each request, one behind the other, then rows of no one."""
+    """[R, n, ..], [R] -> [total, ..]: the first of each request, request after request, then padding."""
     value = 1.0 if filler is None else bounded(filler, x.dtype)
     packed = np.full((total, *x.shape[2:]), value).astype(x.dtype)
     at = offsets(sizes)
@@ -250,7 +250,7 @@ def _packed(x: Array, sizes: Array, total: int, filler: float | None) -> Array:
 
 
 def _unpacked(scene: Scene, packed: Array | None) -> Any:
-    """[total, ..] -> [R, T, ..], 0 in rows that are no queries."""
+    """[total, ..] -> [R, T, ..], 0 in rows that are not queries."""
     if packed is None:
         return None
     at, T = offsets(scene.n_q), scene.setup.T

@@ -53,10 +53,12 @@ class Shrinking:
 def shrink(scene: Any, form: str, judge: Judge, seconds: float) -> tuple[Any, Verdict]:
     """The smallest scene found within some seconds, and what is wrong with it."""
     state, before = Shrinking(scene, form, judge, seconds), -1
+    # A step may make an earlier one possible, so all are repeated until none is taken.
     while before != state.n_taken and not state.is_over:
         before = state.n_taken
         for step in _SCENE if isinstance(scene, Scene) else _MLA:
             step(state)
+    # Tight arrays compile anew, for which there is time of its own.
     state.until = time.monotonic() + seconds
     any(state.takes(tight) for tight in _tight(state.scene, *state.verdict.wrong[0][:2]))
     return state.scene, state.verdict
@@ -92,7 +94,7 @@ def _fewer_queries(state: Shrinking) -> None:
 
 
 def _fewer_keys(state: Shrinking) -> None:
-    """Without some tokens; what stood behind them moves up."""
+    """Without some tokens; those after them move up."""
     r, S = state.verdict.wrong[0].r, state.scene.setup.S
     if r < 0:
         return
@@ -100,6 +102,7 @@ def _fewer_keys(state: Shrinking) -> None:
     def count() -> int:
         return min(max(int(state.scene.n_k[r]), 0), S)
 
+    # All at once, then halves, quarters, down to single tokens.
     size = count()
     while size:
         start = 0
@@ -111,6 +114,7 @@ def _fewer_keys(state: Shrinking) -> None:
 
 def _without_keys(scene: Scene, r: int, start: int, size: int) -> Scene:
     S = scene.setup.S
+    # What is left out goes to the end, past the new length, so that shapes stay.
     order = np.concatenate([np.arange(start), np.arange(start + size, S), np.arange(start, start + size)])
     k, scales, n_k, positions = scene.k.copy(), scene.scales, scene.n_k.copy(), scene.positions
     k[r], n_k[r] = k[r, order], min(max(int(n_k[r]), 0), S) - size
@@ -145,7 +149,7 @@ def _takes_other(state: Shrinking, **arrays: Array) -> bool:
 
 
 def _plain_numbers(state: Shrinking) -> None:
-    """Ones and whole numbers instead of what they were; a 0 stays, or steps would undo each other for ever."""
+    """Ones and whole numbers instead of what they were; a 0 stays, or steps would undo each other without end."""
     for name in ("scales", "w", "q", "k", "kv", "sink"):
         x = getattr(state.scene, name, None)
         if x is not None:
@@ -190,6 +194,7 @@ def _tight(scene: Any, r: int, t: int) -> Iterator[Any]:
     setup = scene.setup
     rows = np.flatnonzero(scene.query_positions[r] >= 0) if scene.positions is not None else np.arange(scene.n_q[r])
     S = min(max(int(scene.n_k[r]), 1), setup.S)
+    # Devices have equal numbers of whole units.
     if setup.is_split:
         S = -(-S // (setup.devices * setup.unit)) * setup.devices * setup.unit
     S = min(S, setup.S)
@@ -197,6 +202,7 @@ def _tight(scene: Any, r: int, t: int) -> Iterator[Any]:
     features = np.flatnonzero(scene.q[r].any((0, 1)) | scene.k[r].any(0))
     if not len(rows):
         return
+    # Heads and features of zeros go, if the fault stays without them.
     for h, d in ((heads, features), (np.arange(setup.H), np.arange(setup.D))):
         h, d = (x if len(x) else np.arange(1) for x in (h, d))
 

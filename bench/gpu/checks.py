@@ -33,7 +33,7 @@ def checked_rows(B: int, T: int) -> Sequence[tuple[int, int]]:
 
 
 def check_hisa(out: Any, inputs: Any, model: shapes.Model) -> None:
-    """`out`: indices, count and blocks, [B, T, ...]; `inputs`: see gpu_rows.Inputs."""
+    """`out`: indices, count and blocks, [B, T, ...]; `inputs`: see `inputs.Inputs`."""
     indices, count, blocks = out
     q, k, k_scale, w, visible = inputs
     for b, t in checked_rows(*visible.shape):

@@ -7,8 +7,6 @@ cores at the vendor's dense rate, or of device memory where that is the larger.
 """
 
 import argparse
-import fnmatch
-import json
 import pathlib
 import warnings
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from bench import UserError, shapes
 from bench.gpu.rows import Row, rows
+from bench.records import measure_all
 from bench.timing import device_times
 
 
@@ -30,20 +29,7 @@ def run(args: argparse.Namespace) -> int:
     if jax.default_backend() != "gpu":
         raise UserError(f"needs an NVIDIA GPU, this machine has {jax.default_backend()}")
     warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
-    results, failed = [], 0
-    for row in rows():
-        if not fnmatch.fnmatch(row.row, args.rows):
-            continue
-        try:
-            results.append(measure(row, args.samples))
-            print(_line(results[-1]), flush=True)
-        except Exception as error:  # a row that fails must not cost the others; the exit status tells
-            failed += 1
-            print(f"{row.row} {row.implementation} {row.context}: FAILED {error!r:.300}", flush=True)
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(results, indent=1) + "\n")
-    return 1 if failed else 0
+    return measure_all(rows(), args.rows, lambda row: measure(row, args.samples), _line, args.json)
 
 
 def measure(row: Row, samples: int) -> dict:

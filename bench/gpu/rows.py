@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,15 @@ from bench.gpu.checks import (
     checked_rows,
     scores_of,
 )
+from bench.gpu.inputs import BF16, E4M3, draw, paged
 from hisa_jax.kernels_pallas import mosaic_gpu
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as mosaic_refine
 from hisa_jax.kernels_pallas.mosaic_gpu import stages
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as mosaic_topk
-from hisa_jax.layout import Call, IndexCache, Keys
-from hisa_jax.xla.means import mean_parts
+from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
+from hisa_jax.layout import Call, Keys
 
 K = 1024
-E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 DTYPES: dict[str, DTypeLike] = {"e4m3": E4M3, "bf16": BF16}
 TENSOR_FLOPS = {"e4m3": 1979e12, "bf16": 990e12}  # vendor's dense figures, H100 SXM and H200
 MEMORY_BYTES = 4.3e12  # a second, measured by a copy on an H200
@@ -57,6 +57,9 @@ class Row:
     flop: float = 0.0
     moved_bytes: float = 0.0
 
+    def __str__(self) -> str:
+        return f"{self.row} {self.implementation} {self.context}"
+
     @property
     def floor_ms(self) -> float:
         return 1e3 * max(self.flop / TENSOR_FLOPS[self.dtype], self.moved_bytes / MEMORY_BYTES)
@@ -69,16 +72,6 @@ def hisa(model: shapes.Model) -> hj.Hisa:
 def call_of(q: Array, k: Array, k_scale: Array | None, w: Array, visible: Array) -> Call:
     """A batch, as kernels take it."""
     return Call(q=q, w=w, visible=visible, k=Keys(k, k_scale))
-
-
-class Inputs(NamedTuple):
-    """[B, T, H, D], [B, S, D], [B, S] (None for bfloat16), [B, T, H], [B, T]: the last T queries of S tokens."""
-
-    q: Array
-    k: Array
-    k_scale: Any
-    w: Array
-    visible: Array
 
 
 def rows() -> Iterator[Row]:
@@ -136,6 +129,7 @@ def _hisa(
 
         return f, (*inputs[:4], inputs.visible - 1), lambda out: check_hisa(out, inputs, model)
 
+    # Where all blocks are kept, their means are not scored.
     kept = min(model.block_topk * model.block_size, context)
     pairs = T * (kept + (context / model.block_size if kept < context else 0))
     return Row(
@@ -176,15 +170,17 @@ def _refine_scores(model: shapes.Model, context: int) -> Row:
     def make():
         q, k, k_scale, w, visible = (x[0] for x in draw(model, 1, T, context))
         blocks = jnp.sort(lax.top_k(jax.random.uniform(jax.random.key(1), (T, context // B)), m)[1], axis=1)
-        options = dict(block_size=B, config=mosaic_refine.Config(), n_ctas=stages.n_sms())
 
         def f(q, k, k_scale, w, blocks, visible):
-            return mosaic_refine.refine_scores(q, w, k, k_scale, blocks, visible, jnp.zeros_like(visible), **options)
+            kept = KeptBlocks(ids=blocks, visible=visible, first=jnp.zeros_like(visible), size=B)
+            options: Any = dict(config=mosaic_refine.Config(), n_ctas=stages.n_sms())
+            return mosaic_refine.refine_scores(Operands(q, w, k, k_scale), kept, **options)
 
         def check(sort_keys: Any) -> None:
             for t in range(CHECKED):
                 tokens = (np.asarray(blocks[t])[:, None] * B + np.arange(B)).ravel()
                 wanted = scores_of(q[t], k[tokens], k_scale[tokens], w[t])
+                # Sort keys order as the scores do; below 0 all bits but the sign are turned.
                 bits = np.asarray(sort_keys[t])
                 got = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(np.float32)
                 assert np.abs(got - wanted)[tokens < int(visible[t])].max() < 2e-3 * wanted.std()
@@ -264,6 +260,7 @@ def _decode_paged(model: shapes.Model, batch: int, context: int, page_size: int)
         return f, (inputs.q[:, 0], inputs.w[:, 0], inputs.visible[:, 0], cache, tables, offsets), check
 
     tokens = batch * model.block_topk * model.block_size
+    # Of pages that are blocks their means are read, in two e4m3 parts; of smaller ones their float32 sums.
     mean_bytes = 2.0 * model.D + 4.0 if page_size == model.block_size else 4.0 * model.D + 8.0
     return Row(
         row=f"decode{batch}_paged" if page_size < model.block_size else f"decode{batch}_paged{page_size}",
@@ -282,6 +279,7 @@ def _append(model: shapes.Model, batch: int, context: int, page_size: int) -> Ro
     def make():
         inputs = draw(model, batch, 1, context)
         cache, tables = paged(inputs, page_size)
+        # Half of the last page is filled.
         lengths = jnp.full((batch,), context - page_size // 2, jnp.int32)
         new = hj.QuantizedKeys(inputs.k[:, 0], inputs.k_scale[:, 0])
         offsets = jnp.arange(batch + 1, dtype=jnp.int32)
@@ -310,32 +308,6 @@ def _append(model: shapes.Model, batch: int, context: int, page_size: int) -> Ro
     )
 
 
-def paged(inputs: Inputs, page_size: int) -> tuple[IndexCache, Array]:
-    """The keys in pages of random order, and their table [B, P]."""
-    B, S, D = inputs.k.shape
-    n_pages = B * S // page_size
-    table = jax.random.permutation(jax.random.key(7), n_pages).astype(jnp.int32)
-    order = jnp.argsort(table)  # which piece of the sequences is in each page
-    k = inputs.k.reshape(n_pages, page_size, D)[order]
-    scales = inputs.k_scale.reshape(n_pages, page_size)[order]
-    sums = jax.jit(lambda k, scales: jnp.sum(k.astype(jnp.float32) * scales[:, :, None], axis=1))(k, scales)
-    counts = jnp.full((n_pages,), page_size, jnp.int32)
-    places = (order % (S // page_size)).astype(jnp.int32)
-    parts = mean_parts(sums / page_size, k.dtype)
-    assert parts is not None
-    cache = IndexCache(
-        keys=k,
-        scales=scales,
-        sums=sums,
-        counts=counts,
-        places=places,
-        means=parts[0],
-        mean_scales=parts[1],
-        latents=None,
-    )
-    return cache, table.reshape(B, -1)
-
-
 def _sparse_mla(model: shapes.Model, batch: int, T: int, context: int, implementation: str) -> Row:
     """The sparse attention over 2048 tokens spread over the context."""
     N, E, V, topk = model.mla_heads, model.mla_dim, model.mla_value_dim, model.topk
@@ -350,6 +322,7 @@ def _sparse_mla(model: shapes.Model, batch: int, T: int, context: int, implement
         f = lambda *x: hj.sparse_mla(*x, **options, implementation=implementation)  # noqa: E731
         return f, (q, kv, indices), lambda out: check_attention(out, q, kv, indices, **options)
 
+    # Decoding reads the listed tokens; many queries of a prefill read the whole context between them.
     n = batch * T
     return Row(
         row="sparse_mla" if T > 1 else f"sparse_mla_decode{batch}",
@@ -362,20 +335,3 @@ def _sparse_mla(model: shapes.Model, batch: int, T: int, context: int, implement
         flop=2.0 * n * N * topk * (E + V),
         moved_bytes=2.0 * (n * N * (E + V) + (n * topk * E if T == 1 else context * E)),
     )
-
-
-def draw(model: shapes.Model, B: int, T: int, S: int, dtype: DTypeLike = E4M3, clustered: bool = False) -> Inputs:
-    """Normal data, or data around topics."""
-    keys = jax.random.split(jax.random.key(0), 6)
-    q = jax.random.normal(keys[0], (B, T, model.H, model.D))
-    k = jax.random.normal(keys[1], (B, S, model.D))
-    if clustered:
-        # Passages of 512 tokens share a topic, queries of a passage ask for a few topics: neighbours keep like blocks.
-        topics = 2 * jax.random.normal(keys[4], (S // 512, model.D))
-        k = k + jnp.repeat(topics, 512, axis=0)
-        asked = jax.random.randint(keys[5], (T // 512 + 1, model.H), 0, S // 512)
-        q = q + 0.5 * topics[jnp.repeat(asked, 512, axis=0)[:T]]
-    w = 0.01 * jax.random.normal(keys[2], (B, T, model.H))
-    k_scale = jnp.exp(0.1 * jax.random.normal(keys[3], (B, S))) if dtype == E4M3 else None
-    visible = jnp.broadcast_to(jnp.arange(S - T + 1, S + 1, dtype=jnp.int32), (B, T))
-    return Inputs(q.astype(dtype), k.astype(dtype), k_scale, w, visible)

@@ -139,6 +139,7 @@ class Folder:
         known = self.folder / "settings.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # Rows of two models or sizes must not be mixed in one report.
             if known.is_file() and json.loads(known.read_text()) != settings:
                 raise UserError(f"--out {folder}: holds parts of a run with other settings, wanted another folder")
             known.write_text(json.dumps(settings, indent=1) + "\n")
@@ -161,6 +162,7 @@ class Folder:
         # A row that names its method itself comes of a cell for all of them.
         rows = [{"part": cell.part, "context": cell.context, "method": cell.method, **row} for row in cell.make()]
         done = {"seconds": round(time.perf_counter() - start, 1), "rows": rows}
+        # Under another name until it is whole, since a run may be stopped at any time.
         partial = self.folder / f"{cell.name}.partial"
         partial.write_text(json.dumps(done))
         partial.replace(self.folder / cell.name)

@@ -10,12 +10,10 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -26,6 +24,7 @@ from bench.quality.model import BYTES, load, load_hisa_aware
 from bench.quality.page import about, markdown, page, png, verdict
 from bench.quality.size import CONTEXTS, SIZES, Size
 from bench.quality.variants import ablations, main_variants, scans
+from bench.records import device, plain
 from bench.smollm2 import command
 from hisa_jax.models.training.text import Corpus, load_corpus, read_corpus
 
@@ -98,10 +97,10 @@ def run(args: argparse.Namespace) -> int:
     del identity["measured"]
     data = {
         "checkpoint": args.checkpoint.name, **identity, "candidates": block_size * block_topk, "size": args.size,
-        "dtype": str(stacked.embed.dtype), "held_out_bytes": corpus.held_out.size, "seconds": seconds, **_device(),
+        "dtype": str(stacked.embed.dtype), "held_out_bytes": corpus.held_out.size, "seconds": seconds, **device(),
         "hisa_aware": "measured" if aware is not None else "not trained",
         "not_measured": [f"{cell.part} {shapes.label(cell.context)} {cell.method}" for cell in left],
-        "rows": _plain(rows),
+        "rows": plain(rows, digits=6),
     }  # fmt: skip
     return _write(console, args.out, data)
 
@@ -158,22 +157,6 @@ def _measure(
                 raise UserError(f"{cell.part} at {cell.context}: {error}") from error
             progress.advance(bar)
     return rows, folder.seconds(cells), left
-
-
-def _device() -> dict[str, Any]:
-    return {
-        "device": jax.devices()[0].device_kind, "platform": jax.default_backend(), "cpu_cores": os.cpu_count(),
-        "jax": jax.__version__,
-    }  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    """The same in six digits, with null for what is not a number, which JSON does not have."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _write(console: Console, folder: Path, data: dict[str, Any]) -> int:

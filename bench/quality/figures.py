@@ -83,6 +83,7 @@ def needle(rows: Sequence[Row], method: str) -> Figure:
     """Depth against context."""
     own = find(rows, part="needle", method=method)
     at, depths = sorted({row["context"] for row in own}), sorted({row["depth"] for row in own})
+    # Contexts and depths that were not measured stay white.
     grid = np.full((len(depths), len(at)), np.nan)
     for row in own:
         grid[depths.index(row["depth"]), at.index(row["context"])] = row["accuracy"]
@@ -111,6 +112,7 @@ def layers(rows: Sequence[Row]) -> Figure:
                 wanted = dict(part="layers", queries=queries, measure=measure, method=method, context=context)
                 own = sorted(find(rows, **wanted), key=lambda row: row["layer"])
                 label = f"{method}, {shapes.label(context)}"
+                # The longest context is the darkest.
                 alpha = (i + 1.5) / (len(at) + 0.5)
                 points = [row["layer"] for row in own], [row["mean"] for row in own]
                 axes.plot(*points, "o-", color=_COLORS[method], alpha=alpha, label=label)

@@ -114,7 +114,7 @@ def task(ngrams: Ngrams, context: int, n_queries: int, recent: int) -> Task:
     """Takes queries from the last 4096 positions of a context: longest n-grams first, spread evenly among equals.
 
     Args:
-        recent: places among so many tokens before the query do not count, they are no feat.
+        recent: places among so many tokens before the query do not count: they are too easy.
     """
     candidates = np.arange(max(context - shapes.PREFILL.T, 0), context)
     n_queries = min(n_queries, len(candidates))

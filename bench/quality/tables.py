@@ -46,6 +46,7 @@ def pooled(rows: Sequence[Row]) -> Row | None:
 def excess(rows: Sequence[Row], method: str, **wanted: Any) -> tuple[float, float, float] | None:
     """Bits a byte more than the flat indexer's, window by window: mean and 95 % interval."""
     own, flat = find(rows, method=method, **wanted), find(rows, method=FLAT, **wanted)
+    # Paired by window: the spread between texts is larger than what methods differ by.
     own, flat = ([row for row in some if "by_window" in row] for some in (own, flat))
     if not own or not flat:
         return None
@@ -61,6 +62,7 @@ def averaged(rows: Sequence[Row], **wanted: Any) -> float | None:
 def worst(rows: Sequence[Row], part: str) -> tuple[int, Row] | None:
     """The flat model's context with the lowest accuracy."""
     found = [(context, pooled(find(rows, part=part, method=FLAT, context=context))) for context in contexts(rows, part)]
+    # Contexts at which this part was not measured say nothing.
     measured = [(context, share) for context, share in found if share is not None]
     return min(measured, key=lambda pair: pair[1]["accuracy"]) if measured else None
 
@@ -156,6 +158,7 @@ def bits(rows: Sequence[Row]) -> Table:
     found = []
     for context in contexts(rows, "bits"):
         for flat in find(rows, part="bits", context=context, method=FLAT):
+            # A context has a row for all of its positions and one for each part of them.
             if (flat["first"], flat["end"]) == (0, context):
                 name = "all"
             else:

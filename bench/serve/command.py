@@ -2,7 +2,7 @@
 
 The model is a random one of three layers, two of which select by HISA or the scan; the traffic is drawn from a seed.
 What is measured is the loop (models/engine.py) on this machine, not a model. `--verify` compares every selection of
-every layer with the NumPy oracle on keys recorded beside the cache, and counts pages that nobody gave back.
+every layer with the NumPy oracle on keys recorded beside the cache, and counts pages that were not given back.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import hisa_jax as hj
 from bench import options
-from bench.demo.report import device
+from bench.records import device
 from bench.serve import engine_faults
 from bench.serve import faults as serve_faults
 from bench.serve.check import Recorder
@@ -129,6 +129,7 @@ def small_server(seed: int) -> tuple[Callable[..., Engine], list[list[int]], int
     def make(model: models.Model = model, draft: Draft = lookup) -> Engine:
         return Engine(model, draft=draft, **sizes)
 
+    # Short prompts that begin alike, so that 14 pages hold a few and not all of them.
     prompts = [prompt[:28] + prompt[-8:] for prompt, _ in traffic(8, seed)]
     return make, [[token // 2 * 2 for token in prompt] for prompt in prompts], 8
 
@@ -160,6 +161,7 @@ def serve(engine: Engine, n_requests: int, seed: int, recorder: Recorder | None,
                 prompt, n_new = requests.popleft()
                 engine.submit(prompt, n_new)
                 counts.prompt_tokens += len(prompt)
+            # The clock runs in the engine alone.
             start = time.perf_counter()
             report = engine.step()
             counts.seconds += time.perf_counter() - start

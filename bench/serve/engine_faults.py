@@ -36,6 +36,7 @@ def failing(name: str, error: BaseException, *, is_late: bool = False, nth: int 
         is_late: after the program has run, so that the pages which it was given are lost; else before.
         nth: from 1.
     """
+    # Patched in the module, where the engine looks it up at each call.
     real, calls = getattr(models.engine, name), itertools.count(1)
 
     def program(*arguments: Any, **options: Any) -> Any:
@@ -101,7 +102,7 @@ class Traffic:
 
     Attributes:
         make: an engine, given a draft or a model of the same sizes.
-        prompts: of which some begin alike, all let in by and by.
+        prompts: of which some begin alike; they are admitted as pages become free.
         n_new: tokens of each.
         right: its tokens without a fault.
     """
@@ -133,6 +134,7 @@ def inject(make: Callable[..., Engine], prompts: Prompts, n_new: int) -> Iterato
         n_new: new tokens of each.
     """
     traffic = Traffic(make, prompts, n_new, {})
+    # Without a fault, on an engine of its own.
     traffic.right.update(traffic.start(make()).finish().tokens)
     yield from _in_steps(traffic)
     yield from _in_drafts(traffic)
@@ -191,6 +193,7 @@ def _cancelled(traffic: Traffic) -> Result:
     while not any(len(request.tokens) > request.n_prompt + 1 for request in scheduler.running.values()):
         run.step()
     at = sorted(scheduler.running.values(), key=lambda request: len(request.tokens) - request.n_prompt)
+    # The one that has made most tokens, the one that has made fewest, the last that waits.
     ids = at[-1].id, at[0].id, next(reversed(scheduler.waiting))
     answers = [run.engine.cancel(id) for id in (*ids, ids[0])]
     error = f"cancel: {answers}" if answers == [True, True, True, False] else ""
@@ -222,6 +225,7 @@ def _too_big_for_now(traffic: Traffic) -> Result:
         run.step()
     ids = {0: 0} | {engine.submit(prompt, traffic.n_new, ()): id for id, prompt in enumerate(traffic.prompts[1:3], 1)}
     run.step()
+    # Room for all tokens that there may be: more pages than two running requests leave.
     big = engine.submit([1] * (engine.scheduler.max_length - 1), 1, ())
     ids[small := engine.submit(traffic.prompts[3], traffic.n_new, ())] = 3
     run.step()
@@ -240,6 +244,7 @@ def _too_big_for_now(traffic: Traffic) -> Result:
 def _not_finite(traffic: Traffic) -> Result:
     made = {token for tokens in traffic.right.values() for token in tokens}
     engine = traffic.make()
+    # Prompts are of even tokens, so an odd one that nothing makes is read by bad requests alone.
     poison = next(token for token in range(1, engine.model.config.vocab_size, 2) if token not in made)
     run = Run(engine=traffic.make(model=with_poison(engine.model, poison)))
     good, bad = {}, set()

@@ -44,6 +44,7 @@ def inject(seed: int, method: hj.Method) -> list[Result]:
     for prompt, _ in list(traffic(4, seed)):
         engine.submit(prompt, 24)
     running = engine.scheduler.running
+    # Until all four have made a few tokens.
     while len(running) < 4 or min(len(request.tokens) - request.n_prompt for request in running.values()) < 4:
         engine.step()
     return [*_in_selection(engine, method), *_in_bookkeeping(engine)]
@@ -58,6 +59,7 @@ def _in_selection(engine: "Engine", method: hj.Method) -> Iterator[Result]:
     q, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((R, H, D), (R, H)))
     starts = jnp.arange(R + 1, dtype=jnp.int32)
     right = _select(q, w, cache, jnp.asarray(tables), starts, jnp.asarray(lengths), method)
+    # One token more than its last page holds.
     last = -(-int(lengths[_VICTIM]) // size) - 1
     unwritten = last * size + int(cache.counts[tables[_VICTIM, last]]) + 1
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import UserError
+from bench.records import plain
 from bench.smollm2 import adversary, answers, joint, measure, training
 from bench.smollm2.filters import Method
 from bench.smollm2.indexers import Indexers
@@ -87,7 +88,7 @@ class Rows:
 
     def add(self, row: dict[str, Any]) -> None:
         row = {**row, "t": time.monotonic() - self.start}
-        line = json.dumps(_plain(row))
+        line = json.dumps(plain(row, digits=5))
         with self.file.open("a") as file:
             file.write(line + "\n")
         print(" ".join(f"{name}={_short(value)}" for name, value in row.items() if name not in _LONG), flush=True)
@@ -95,15 +96,6 @@ class Rows:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _plain(value: Any) -> Any:
-    """The same in five digits, with null for what is not a number."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @dataclasses.dataclass(eq=False)
@@ -164,6 +156,7 @@ class Lab:
         size, H = self.size, self.indexers.H
         found = core(size.topk) | (sketched(size.topk) | varied(size.topk) if size.variations else {})
         named = list(fitting(found, H, size.T).items())
+        # At other numbers of chosen tokens the library's methods and those of others, without variations.
         for topk in size.topks:
             named += fitting(core(topk), H, size.T).items()
         return named
@@ -173,6 +166,7 @@ class Lab:
         state = training.first_state(self.config, self.indexers.H, recipe)
         if load is not None:
             state = training.load(load, state)
+        # Comparing reads the indexers and changes nothing, so training goes on as if there were no stop.
         for stop in (*sorted(stops), recipe.steps):
             state = training.train(
                 state, self.weights, self.config, recipe, self.data.train, self.until, self.add, stop
@@ -220,6 +214,7 @@ class Lab:
         chosen: dict[str, Method | None] = {"dense": None, **methods}
         directions, base = self._directions(), dict[str, np.ndarray]()
         for name, method in chosen.items():
+            # A method begun late is finished: rows are whole or not there.
             if not self.has_time():
                 break
             forward = self._answering(method).result()
@@ -249,6 +244,7 @@ def _spread(n: int, some: int) -> list[int]:
 
 def _excess(other: str, nats: np.ndarray, base: np.ndarray) -> dict[str, Any]:
     """Bits more than another's: mean, standard error over tokens, by window."""
+    # Paired by token: the text's own spread is no part of the error.
     more = (nats - base).astype(np.float64) / math.log(2)
     return {
         f"over_{other}": float(more.mean()),
@@ -277,6 +273,7 @@ def save_data(file: Path, data: Data) -> None:
     tokens, questions, choices = data.prompts
     arrays = {"train": data.train, "windows": data.windows, "prompts": tokens}
     file.parent.mkdir(parents=True, exist_ok=True)
+    # Under another name until it is whole, since a run may be stopped at any time.
     partial = file.with_suffix(".partial.npz")
     np.savez_compressed(partial, allow_pickle=False, **arrays, questions=questions, choices=choices)
     partial.replace(file)

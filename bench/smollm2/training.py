@@ -65,6 +65,7 @@ def first_state(config: Config, H: int, recipe: Recipe) -> State:
 
 def divergence(target: Array, scores: Array, mask: Array) -> Array:
     """KL(target || softmax of scores) over the tokens in `mask`, a mean over queries: [t, S] each -> float32."""
+    # Outside of the mask the logarithm is -inf, which times 0 is NaN: it is replaced.
     logs = jax.nn.log_softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
     parts = jax.scipy.special.xlogy(target, target) - target * jnp.where(mask, logs, 0)
     return jnp.mean(jnp.sum(jnp.where(mask, parts, 0), axis=-1))
@@ -80,6 +81,7 @@ def gradients(
     seen = jnp.arange(T)[None, :] <= rows[:, None]
 
     def attend(h: Array, q: Array, k: Array, v: Array, one: Indexers) -> tuple[Array, tuple[Array, Indexers]]:
+        # What the heads attend to is fixed: only the indexer is differentiated.
         target = attention_mass(q[rows], k, rows + 1)
 
         def loss(one: Indexers) -> Array:
@@ -118,6 +120,7 @@ def draw(recipe: Recipe, n_text: int, step: int, n: int) -> tuple[np.ndarray, np
     """Offsets and rows of n steps from one on: the same whatever the calls are cut into."""
     offsets, rows = [], []
     for i in range(step, step + n):
+        # A generator a step, so that a run that goes on draws what it would have drawn.
         rng = np.random.default_rng([recipe.seed, i])
         offsets.append(rng.integers(0, n_text - recipe.T))
         rows.append(np.sort(rng.choice(np.arange(_EARLIEST, recipe.T), recipe.n_queries, replace=False)))
@@ -135,6 +138,7 @@ def train(
     stop: int | None = None,
 ) -> State:
     """Trains to the end of the schedule, to step `stop`, or until `time.monotonic()` passes `until`."""
+    # The program does not depend on the seed: runs of several share it.
     steps = make_steps(config, dataclasses.replace(recipe, seed=0))
     on_device, stop = jnp.asarray(text, jnp.int32), min(recipe.steps, stop or recipe.steps)
     start, first = time.monotonic(), int(state.step)

@@ -232,7 +232,7 @@ def _topk_trips(groups: float, n: int, k: int, rows: int) -> dict[str, float]:
 
 
 def _topk_loops(groups: int, rows: int) -> tuple[str, ...]:
-    """Those of `TOPK` that are loops: what runs once is none."""
+    """Those of `TOPK` that are loops; what runs once is not a loop."""
     few, many = (groups > _unroll(registers, groups * 128, rows) for registers in (32, 128))
     is_loop = {"bounds": few, "count": many, "tie_count": few, "tie_drop": few, "tiles": rows > SUBLANES}
     return tuple(name for name in TOPK if is_loop.get(name, True))

@@ -59,6 +59,9 @@ class Row:
     kernels: Callable[[Chip], list[cost.Kernel]]
     flop: float = 0.0
 
+    def __str__(self) -> str:
+        return f"{self.row} {shapes.label(self.context)} {self.dtype}"
+
 
 def rows() -> Iterator[Row]:
     """All rows; a flat one before the hierarchical one that is compared with it."""

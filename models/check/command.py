@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: wanted at least {least}")
-    if options.json and not options.json.parent.is_dir():  # said before the run, not after it
+    if options.json and not options.json.parent.is_dir():  # before the run, not after it
         raise ValueError(f"--json {options.json}: {options.json.parent} is no folder")
     config = read_config(options.checkpoint)
     topk = config.index_topk if options.topk is None else options.topk

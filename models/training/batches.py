@@ -91,7 +91,7 @@ def prefetched(batches: Callable[[int], Batch], first_step: int, n_steps: int, w
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    finally:  # who stops early does not wait for batches that nobody reads
+    finally:  # a caller that stops early does not wait for batches that it will not read
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -107,7 +107,7 @@ def held_out_samples(
         seed: the same gives the same samples, whatever `n` is.
         parameters: of the task, such as `depth`.
 
-    Raises: ValueError: a kind that is none, a context longer than the text held out, parameters that do not fit.
+    Raises: ValueError: an unknown kind, a context longer than the text held out, parameters that do not fit.
     """
     if kind not in KINDS:
         raise ValueError(f"held_out_samples: kind is {kind!r}, wanted one of {', '.join(KINDS)}")

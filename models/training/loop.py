@@ -39,8 +39,8 @@ class Settings:
     """What does not change the result.
 
     Attributes:
-        folder: of the run: recipe, curves, states, the model as it is and, numbered, as each stage left it; where
-            nothing else is trained, the indexers by themselves.
+        folder: of the run: recipe, curves, states, the model as it is and, numbered, as each stage left it; also the
+            indexers alone, if nothing else is trained.
         save_every: steps between saved states.
         stop_after, stop_at: seconds and steps after which the run saves and ends, to be resumed; None for the end.
         workers: threads that prepare data.
@@ -85,6 +85,7 @@ def train(
     skeleton = Skeleton(recipe.config)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager((settings.folder / STATES).absolute(), options=options) as states:
+        # A run is its last saved state: batches are a function of the step, so nothing else needs to be restored.
         done = states.latest_step() or 0
         weights, state = _restore(recipe, skeleton, states, start, mesh)
         with _Curves(settings.folder / CURVES, done) as curves:
@@ -105,6 +106,7 @@ def train(
                             show(row)
                     if _is_over(settings, started, done):
                         break
+                    # Not at a stage's end, after which a resumed run wants the next stage's fresh optimiser.
                     if done % settings.save_every == 0 and k + 1 < stage.steps:
                         _save(states, done, weights, state)
                 if done < recipe.n_steps and recipe.stage_at(done)[1] == 0:
@@ -178,7 +180,7 @@ class _Pending:
 
 
 class _Curves:
-    """curves.csv. Rows of steps beyond the restored one are taken away: they will come again."""
+    """curves.csv. Rows of steps after the restored one are removed: these steps will be done again."""
 
     def __init__(self, path: Path, done: int):
         rows = []
@@ -205,6 +207,7 @@ class _Curves:
 
     def write(self) -> list[Row]:
         """Waits for the steps that were added and writes them; returns the rows."""
+        # Once for many steps, so that the device seldom waits for the host.
         values = jax.device_get([pending.metrics for pending in self.pending])
         now = time.perf_counter()
         self.seconds, self.last = self.seconds + now - self.last, now

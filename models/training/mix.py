@@ -38,7 +38,7 @@ def dense_mix(rng: np.random.Generator, filler: np.ndarray, length: int | None =
         filler: uint8 [at least length], the text around; its end gives way to the lines.
         length: bytes of the sample, at least 128. Default: those of `filler`.
 
-    Raises: ValueError: a length that does not do.
+    Raises: ValueError: a length out of range.
     """
     length = filler.size if length is None else length
     if not SHORTEST <= length <= filler.size:
@@ -92,7 +92,7 @@ def _again(question: Line) -> Line:
 
 
 def _asked(rng: np.random.Generator, start: float, end: float, question: Line, most: int) -> _Placed:
-    """A question at `end`, some more times anywhere behind `start`."""
+    """A question at `end`, some more times anywhere after `start`."""
     more = _later(rng, start, _times(rng, most) - 1)
     return [(end, question), *((position, _again(question)) for position in more)]
 

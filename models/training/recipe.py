@@ -14,7 +14,7 @@ Trained = Literal["model", "indexer", "all"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Steps that have everything in common.
+    """Steps of one kind: what is trained, on how long sequences, at which rate.
 
     Attributes:
         name: for curves and logs.
@@ -152,6 +152,7 @@ def byte_recipe(seed: int = 0) -> Recipe:
     return Recipe(
         config=byte_config(),
         stages=(
+            # The model learns to read and to answer, short texts first: they are cheap.
             Stage(
                 name="dense 2K", attention="dense", trained="model", context=2048, rows=128, steps=800,
                 learning_rate=3e-3, end_rate=1.5e-3, synthetic_share=0.35,
@@ -160,6 +161,7 @@ def byte_recipe(seed: int = 0) -> Recipe:
                 name="dense 16K", attention="dense", trained="model", context=16384, rows=16, steps=900,
                 learning_rate=1.5e-3, end_rate=3e-4, synthetic_share=0.35,
             ),
+            # The indexers learn the heads' attention, before anything depends on what they select.
             Stage(
                 name="warm-up 4K", attention="dense", trained="indexer", context=4096, rows=8, steps=80,
                 learning_rate=3e-3, end_rate=1e-3, synthetic_share=0.5,
@@ -168,6 +170,7 @@ def byte_recipe(seed: int = 0) -> Recipe:
                 name="warm-up 16K", attention="dense", trained="indexer", context=16384, rows=4, steps=40,
                 learning_rate=1e-3, end_rate=3e-4, synthetic_share=0.5,
             ),
+            # All together, with the attention that the model will run with.
             Stage(
                 name="sparse 16K", attention="sparse", trained="all", context=16384, rows=8, steps=250,
                 learning_rate=5e-4, end_rate=2e-5, synthetic_share=0.35,

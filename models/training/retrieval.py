@@ -12,7 +12,7 @@ def answer(likeliest: np.ndarray, question: Question) -> bytes:
     """What a model says to a question.
 
     Args:
-        likeliest: [T], the likeliest byte behind each one of the sample.
+        likeliest: [T], the likeliest byte after each one of the sample.
     """
     return likeliest[question.answer - 1 : question.stop - 1].astype(np.uint8).tobytes()
 

@@ -1,4 +1,4 @@
-"""Lines put into a text: the sample that comes of it and where its questions stand."""
+"""Lines put into a text: the sample that this makes, and where its questions stand."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class Question:
 
     Attributes:
         kind: its task.
-        start, answer, stop: of its line, of its answer, behind its answer.
+        start, answer, stop: where its line starts, where its answer starts, and one past its answer.
         needs: start and stop of each statement that holds the answer.
         hops: how many of them have to be followed, one after the other.
     """

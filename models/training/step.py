@@ -112,6 +112,7 @@ def _loss(
     answers = is_answer[:, 1:].astype(jnp.float32)
     texts = 1 - answers
     divergence = jnp.float32(0) if kl is None else jnp.sum(jnp.mean(kl, axis=0))
+    # The indexers' loss moves the indexers alone, as `forward` detaches what they read.
     language = jnp.sum(losses * (texts + recipe.answer_weight * answers))
     total = {"model": language, "indexer": divergence, "all": language + divergence}[stage.trained]
     is_right = (jnp.argmax(logits, axis=-1) == wanted).astype(jnp.float32)

@@ -82,14 +82,14 @@ class Corpus:
 
 
 def read_corpus(folders: Sequence[Path] | None = None) -> Corpus:
-    """Reads text files, leaves out what is no prose or code and what comes twice, and splits the rest by file.
+    """Reads text files, leaves out what is neither prose nor code and what comes twice, and splits the rest by file.
 
     Args:
         folders: roots to read, whole. Default: the standard library of this Python with its tests, and where they
             exist the man pages in English, the common licences and the documentation under Python's prefix.
 
     Returns: the corpus; the same files give the same one on every machine.
-    Raises: ValueError: a folder that is none, two of one name, or too few files to hold some out.
+    Raises: ValueError: a folder that does not exist, two of one name, or too few files to hold some out.
     """
     roots = _default_roots() if folders is None else _named_roots(folders)
     dropped: dict[str, collections.Counter[str]] = {name: collections.Counter() for name, _ in roots}

@@ -78,7 +78,7 @@ class Skeleton:
 
     def stacked(self, weights: Weights) -> Stacked:
         """What `forward` reads, each weight brought to the dtype that the model has it in."""
-        graph, layers = nnx.split(self._empty.layers[0])
+        graph, layers = nnx.split(self._empty.layers[0])  # all layers are alike
         outer = {name: self._cast(name, x) for name, x in weights.items() if not name.startswith(_LAYERS)}
         filled = [
             (path, parameter.replace(weights[_LAYERS + name_of(path)].astype(parameter.get_value().dtype)))
@@ -105,6 +105,7 @@ class Skeleton:
 
 def weights_of(model: Model) -> Weights:
     """The weights of a model, float32."""
+    # "layers.3.attention.q_a" is the fourth of "layers.attention.q_a".
     by_layer: dict[str, list[Array]] = {}
     for name, x in by_name(nnx.state(model)).items():
         is_layer = name.startswith(_LAYERS)

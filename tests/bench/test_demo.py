@@ -62,7 +62,7 @@ def test_the_demo_shows_a_table_and_passages_and_writes_rows_and_a_figure(text_f
     assert abs(of_model[0]["bits_per_byte"] - of_model[1]["bits_per_byte"]) < 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_text_without_repeats_has_no_right_answers_and_still_runs(tmp_path, capsys):
     path = tmp_path / "unique.txt"
     path.write_text(" ".join(f"w{i}" for i in range(512)))

@@ -1,4 +1,4 @@
-"""Faults in the files of a checkpoint: 300 in the gate, some 6 seconds; all of them with `-m exhaustive`."""
+"""Faults in the files of a checkpoint: 150 in the gate; all of them with `-m exhaustive`."""
 
 import random
 
@@ -19,12 +19,12 @@ def assert_all_are_right(results):
 
 
 def test_a_fault_in_a_file_ends_in_a_named_error_or_in_the_same_model():
-    chosen = random.Random(1).sample(faults(1), 300)
+    chosen = random.Random(1).sample(faults(1), 150)
     results = files.try_all(chosen, SECONDS)
     assert_all_are_right(results)
     assert {result.fault.file for result in results} == {CONFIG, INDEX, SHARD, TOKENIZER}
     ends = [result.outcome for result in results]
-    assert ends.count("refused") > 250 and ends.count("harmless") > 3
+    assert ends.count("refused") > 125 and ends.count("harmless") > 1
 
 
 @pytest.mark.exhaustive

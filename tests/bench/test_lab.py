@@ -44,6 +44,7 @@ class Filters(chex.TestCase):
         ("scan_plain", hj.Scan(topk=16, candidates=32, unit=4, slopes="plain", exact_heads=0)),
         ("scan_sketch", hj.Scan(topk=16, candidates=24, sketch="int4", exact_heads=1)),
     )
+    @pytest.mark.gate("flat", "hisa_ragged", "block_sparse", "scan_units", "scan_sketch")
     def test_masks_are_the_selections_of_the_library(self, method):
         one = view()
         with jax.default_matmul_precision("highest"):

@@ -52,6 +52,7 @@ def error_of(folder, capsys, *more):
     return capsys.readouterr().err.replace(str(folder), "").removeprefix("python -m bench quality: error: ")
 
 
+@pytest.mark.exhaustive  # test_quality_parts.py has its parts
 def test_the_report_is_measured_in_pieces_and_written(folder, capsys, monkeypatch):
     monkeypatch.setattr(quality, "ablations", lambda *sizes: ablations(*sizes)[:2])  # each is compiled
     monkeypatch.setattr(quality, "scans", lambda topk: scans(topk)[:2])

@@ -13,6 +13,15 @@ from hisa_jax.models.engine import Report, Step, Traced
 
 
 @pytest.mark.slow
+def test_a_small_run_is_right_and_leaks_nothing(tmp_path):
+    out = tmp_path / "serve.json"
+    assert main(["serve", "--requests", "3", "--verify", "--out", str(out)]) == 0
+    row = json.loads(out.read_text())
+    assert (row["indexer"], row["finished"]) == ("hisa", 3)
+    assert row["mismatches"] == row["leaked_pages"] == 0 < row["selections_checked"]
+
+
+@pytest.mark.exhaustive  # tests/models/test_engine_faults.py injects each of them
 def test_a_small_run_is_right_and_leaks_nothing_whatever_faults_are_injected(tmp_path, capsys):
     out = tmp_path / "serve.json"
     assert main(["serve", "--requests", "7", "--pages", "30", "--verify", "--faults", "--out", str(out)]) == 0

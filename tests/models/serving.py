@@ -98,7 +98,7 @@ def requests(n, seed, longest=40):
 
 @functools.cache
 def alone(prompts, method=HISA, stop_ids=None):
-    """Tokens of each of these (tuples) by `generate`, which has no engine and pages that nobody shares."""
+    """Tokens of each of these (tuples) by `generate`, without an engine and without shared pages."""
     return models.generate(model(method), prompts, N_NEW, chunk=CHUNK, stop_ids=stop_ids).tokens
 
 

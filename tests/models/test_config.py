@@ -29,7 +29,7 @@ def test_published_sizes_have_the_published_number_of_parameters(name, billions)
 
 @pytest.mark.parametrize("name", ["dsv32", "glm5", "glm52"])
 def test_published_sizes_run_abstractly(name):
-    """The first layers of each, a chunk of a prompt behind 8K tokens and one decoding step: every shape fits."""
+    """The first layers of each, a chunk of a prompt after 8K tokens and one decoding step: every shape fits."""
     config = getattr(models, name)()
     config = dataclasses.replace(
         config, num_hidden_layers=5, layer_kinds=config.layer_kinds[:5], indexer_kinds=config.indexer_kinds[:5]

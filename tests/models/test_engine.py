@@ -10,7 +10,7 @@ from . import serving
 
 @pytest.fixture(scope="module")
 def traffic():
-    """(prompt, its tokens by `generate`), which has no engine and pages that nobody shares."""
+    """(prompt, its tokens by `generate`), without an engine and without shared pages."""
     prompts = serving.requests(60, seed=1)
     return list(zip(prompts, serving.alone(tuple(map(tuple, prompts)), stop_ids=()), strict=True))
 

@@ -213,7 +213,7 @@ def test_the_command_says_what_is_wrong(capsys, arguments, message):
 
 
 def test_the_command_runs_as_a_module(capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "models.__main__")
+    monkeypatch.delitem(sys.modules, "hisa_jax.models.__main__")
     monkeypatch.setattr(sys, "argv", ["hisa_jax.models", "generate", "--help"])
     with pytest.raises(SystemExit) as status:
         runpy.run_module("hisa_jax.models", run_name="__main__", alter_sys=True)

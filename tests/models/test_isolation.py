@@ -106,7 +106,7 @@ def poisoned(cache, value, lengths=LENGTHS):
 @both
 @each_case
 def test_what_no_token_of_a_row_wrote_changes_no_bit(case, form):
-    """Pages of nobody, the rest of each row's last page, page 0, which stands in for no page; a chunk and a step."""
+    """Pages that no row has, the rest of each row's last page, page 0 in place of no page; a chunk and a step."""
     net, cache, ids = model(case), prompts(case, form), tokens(case)
     mask = np.zeros((2, WIDTH), bool)
     mask[0, [1, 2, 5, 9, 10, 19]] = mask[1, [0, 7, 19]] = True

@@ -40,7 +40,7 @@ def test_a_scan_that_keeps_all_tokens_gives_the_golden_logits():
 @cases
 @pytest.mark.parametrize("block_topk", [2, 3, 5])
 def test_every_layer_selects_the_top_k_of_the_golden_scores_in_the_kept_blocks(case, block_topk):
-    """Each layer by itself, behind layers that are flat: then its inputs are the golden ones."""
+    """Each layer by itself, after layers that are flat: then its inputs are the golden ones."""
     method = hj.Hisa(topk=8, block_size=4, block_topk=block_topk)
     inputs, numbers = golden.index_inputs(case), golden.numbers(case)
     for i in range(golden.model(case).config.num_hidden_layers):

@@ -29,7 +29,9 @@ def select_flat(q, k, k_scale, w, visible, *, topk, config=None, interpret=False
     [
         pytest.param(2, 5, 700, 16, 64, 100, "bf16", Config(tile_t=8, tile_s=256), marks=pytest.mark.exhaustive),
         (1, 17, 300, 16, 128, 64, "int8", Config(tile_t=16, tile_s=256)),
-        (1, 3, 513, 32, 64, 2048, "e4m3", Config(tile_t=8, tile_s=512)),  # wants more than there are
+        pytest.param(
+            1, 3, 513, 32, 64, 2048, "e4m3", Config(tile_t=8, tile_s=512), marks=pytest.mark.exhaustive
+        ),  # wants more than there are
     ],
 )
 def test_chooses_the_best_tokens(B, T, S, H, D, topk, dtype, config, interpret):

@@ -95,7 +95,8 @@ def test_decode_keeps_the_contract(interpret, lengths):
     promises.check_hisa(got, *inputs, visible, **options, **EXACT)
 
 
-@pytest.mark.parametrize(("H", "block_size"), [(128, 64), pytest.param(16, 256, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("H", "block_size"), [(128, 64), (16, 256)])
 def test_every_kind_of_tile(interpret, H, block_size):
     """More candidates a product than a block, and fewer; several steps a list; ties, forced blocks and NaN weights."""
     S = 32 * block_size

@@ -128,6 +128,7 @@ def test_kernels_exchange_candidates_alone(chip, monkeypatch):
     assert program.temp_bytes < 12 * rows * MODEL.topk * 4 + (64 << 20)
 
 
+@pytest.mark.exhaustive
 def test_xla_exchanges_candidates_alone(monkeypatch):
     """The same without kernels."""
     chip, T = "v6e", 1
@@ -164,7 +165,7 @@ def paged_step(mesh, chip, monkeypatch, dtype, n, cache_spec, rows_spec, queries
     ("chip", "dtype"),
     [
         ("v5e", "int8"),
-        ("v7x", "float8_e4m3fn"),
+        pytest.param("v7x", "float8_e4m3fn", marks=pytest.mark.exhaustive),
         pytest.param("v5e", "bfloat16", marks=pytest.mark.exhaustive),
         pytest.param("v7x", "bfloat16", marks=pytest.mark.exhaustive),
     ],
@@ -190,6 +191,7 @@ def test_decode_from_pages_shares_requests(chip, dtype, monkeypatch):
     assert program.temp_bytes < 2 * means + (32 << 20)
 
 
+@pytest.mark.exhaustive
 def test_pages_shared_by_devices_exchange_candidates_alone(monkeypatch):
     """32 requests of 128K tokens whose pages lie on 16 devices; the rest of the pod has copies. By XLA."""
     chip, n_context = "v5e", 16
@@ -206,6 +208,7 @@ def test_pages_shared_by_devices_exchange_candidates_alone(monkeypatch):
     assert program.temp_bytes < keys, "the candidates, and a tile's scores"
 
 
+@pytest.mark.exhaustive
 def test_ranks_share_the_queries_of_chunks_and_exchange_the_chosen(monkeypatch):
     """128 new tokens of each of 32 requests, by the kernels on 16 ranks that have the same pages."""
     chip, n_ranks = "v6e", 16

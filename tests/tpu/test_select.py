@@ -33,7 +33,7 @@ def implementation(request, monkeypatch):
     "method",
     [
         pytest.param("hisa", marks=pytest.mark.check),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dsa", "block_sparse")),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("dsa", "block_sparse")),
     ],
 )
 def test_selects_what_the_oracle_selects(implementation, method):
@@ -52,7 +52,7 @@ def test_selects_what_the_oracle_selects(implementation, method):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_with_all_blocks_kept_hisa_is_the_flat_indexer(implementation):
     q, k, w = map(jnp.asarray, draw.inputs(1, 3, 150, 16, 64, dtype="bfloat16"))
     positions = jnp.array([[10, 100, 149]])

@@ -23,6 +23,7 @@ def kernel(monkeypatch):
     contract_lists.interpreted(monkeypatch, "mosaic_tpu", config=SOME_BLOCKS, interpret=True)
 
 
+@pytest.mark.gate("one_piece", "pages_of_64")
 @pytest.mark.parametrize("form", [PIECE, *PAGES], ids=str)
 def test_a_list_may_have_any_order_holes_and_repeats(kernel, form):
     contract_lists.check_any_order(CASE, form)
@@ -30,7 +31,8 @@ def test_a_list_may_have_any_order_holes_and_repeats(kernel, form):
 
 
 # Over a mesh the kernel is compiled once more, and is the same.
-@pytest.mark.parametrize("form", [PIECE, *PAGES, pytest.param(MESH, marks=pytest.mark.exhaustive)], ids=str)
+@pytest.mark.gate("one_piece", "pages_of_64")
+@pytest.mark.parametrize("form", [PIECE, *PAGES, MESH], ids=str)
 def test_rows_that_are_not_selected_leave_no_trace(kernel, form):
     contract_lists.check_no_trace(CASE, form)
 
