@@ -79,7 +79,7 @@ def test_packed_batches(implementation, name, n_queries, lengths):
     [
         ("hisa", [1, 2], [300, 250], 64, "bfloat16"),
         pytest.param("hisa", [9, 1, 0, 2], [290, 260, 33, 70], 16, "bfloat16", marks=pytest.mark.exhaustive),
-        pytest.param("dsa", [1, 17], [300, 70], 64, "int8", marks=pytest.mark.slow),
+        pytest.param("dsa", [1, 17], [300, 70], 64, "int8", marks=pytest.mark.exhaustive),
         pytest.param("block_sparse", [9, 2], [290, 250], 64, "float8_e4m3fn", marks=pytest.mark.exhaustive),
         pytest.param("hisa", [9, 1], [290, 270], 32, "int8", marks=pytest.mark.exhaustive),
         pytest.param("dsa", [17, 1], [300, 70], 256, "bfloat16", marks=pytest.mark.exhaustive),
