@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from hisa_jax.kernels_pallas.operands import Operands
 from hisa_jax.kernels_pallas.pages import TILED_BLOCKS, Pages, why_not
 from hisa_jax.kernels_pallas.sequences import Sequences, whole_blocks
 from hisa_jax.layout import Call
@@ -31,6 +32,10 @@ class FlatCall:
     k_scale: Array | None
     sequences: Sequences
     pages: Pages | None = None
+
+    @property
+    def operands(self) -> Operands:
+        return Operands(self.q, self.w, self.k, self.k_scale, self.pages)
 
     def first_blocks(self, block_size: int) -> Array:
         """[T] int32: which block of all rows is the first of each query's sequence."""

@@ -24,11 +24,6 @@ def tuned[Config](config: type[Config], kernel: str, **shape: int | str) -> Conf
     return None if fields is None else config(**fields)
 
 
-def bucket(n: int) -> int:
-    """Sizes are tuned by their next power of two."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def key(device: str, kernel: str, shape: dict[str, int | str]) -> str:
     """One string a device, kernel and shape."""
     return " ".join([device, kernel, *(f"{name}={value}" for name, value in sorted(shape.items()))])

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
@@ -27,6 +27,7 @@ from hisa_jax.kernels_pallas import mosaic_gpu
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as mosaic_refine
 from hisa_jax.kernels_pallas.mosaic_gpu import stages
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as mosaic_topk
+from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
 from hisa_jax.layout import Call, Keys
 
 K = 1024
@@ -169,10 +170,11 @@ def _refine_scores(model: shapes.Model, context: int) -> Row:
     def make():
         q, k, k_scale, w, visible = (x[0] for x in draw(model, 1, T, context))
         blocks = jnp.sort(lax.top_k(jax.random.uniform(jax.random.key(1), (T, context // B)), m)[1], axis=1)
-        options = dict(block_size=B, config=mosaic_refine.Config(), n_ctas=stages.n_sms())
 
         def f(q, k, k_scale, w, blocks, visible):
-            return mosaic_refine.refine_scores(q, w, k, k_scale, blocks, visible, jnp.zeros_like(visible), **options)
+            kept = KeptBlocks(ids=blocks, visible=visible, first=jnp.zeros_like(visible), size=B)
+            options: Any = dict(config=mosaic_refine.Config(), n_ctas=stages.n_sms())
+            return mosaic_refine.refine_scores(Operands(q, w, k, k_scale), kept, **options)
 
         def check(sort_keys: Any) -> None:
             for t in range(CHECKED):

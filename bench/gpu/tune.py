@@ -24,6 +24,7 @@ from bench.timing import device_times
 from hisa_jax.kernels_pallas import tuning
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as mosaic_refine
 from hisa_jax.kernels_pallas.mosaic_gpu.stages import n_sms
+from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
 from hisa_jax.kernels_pallas.triton import refine as triton_refine
 from hisa_jax.kernels_pallas.triton import sparse_mla as triton_sparse_mla
 
@@ -107,25 +108,24 @@ def _grid(config: type, **choices: tuple) -> list[Any]:
     return found
 
 
-def _refine_operands(model: shapes.Model, dtype: Any) -> tuple:
-    """q, w, k, k_scale, block_ids, first_block, visible of 4096 queries of 64K tokens."""
+def _refine_operands(model: shapes.Model, dtype: Any) -> tuple[Operands, KeptBlocks, Any]:
+    """4096 queries of 64K tokens and their blocks; what they see once more, since the last operand is int32."""
     T, context = 4096, 64 * K
-    q, k, k_scale, w, visible = (None if x is None else x[0] for x in draw(model, 1, T, context, dtype))
+    q, k, k_scale, w, visible = jax.tree.map(lambda x: x[0], draw(model, 1, T, context, dtype))
     picked = jax.random.uniform(jax.random.key(1), (T, context // model.block_size))
     block_ids = jnp.sort(jax.lax.top_k(picked, model.block_topk)[1], axis=1).astype(jnp.int32)
-    return q, w, k, k_scale, block_ids, jnp.zeros((T,), jnp.int32), visible
+    kept = KeptBlocks(ids=block_ids, visible=visible, first=jnp.zeros((T,), jnp.int32), size=model.block_size)
+    return Operands(q, w, k, k_scale), kept, visible
 
 
 def _mosaic_refine(model: shapes.Model, dtype: Any) -> Target:
     size = jnp.dtype(dtype).itemsize
 
-    def f(config, q, w, k, k_scale, block_ids, first_block, visible):
-        return mosaic_refine.refine(
-            q, w, k, k_scale, block_ids, visible, first_block, k_top=model.topk, block_size=model.block_size,
-            config=config, n_ctas=n_sms(),
-        )  # fmt: skip
+    def f(config, operands, kept, visible):
+        kept = dataclasses.replace(kept, visible=visible)
+        return mosaic_refine.refine(operands, kept, k_top=model.topk, config=config, n_ctas=n_sms())
 
-    grid = _grid(mosaic_refine.Config, rows=(128,), n_score=(4, 2), ring=(4, 8), n_sort_keys=(1, 2, 3))
+    grid = _grid(mosaic_refine.Config, tile_s=(128,), n_score=(4, 2), ring=(4, 8), n_sort_keys=(1, 2, 3))
     shape = (model.H, model.D, model.block_topk, model.block_size, size)
     return Target(
         kernel="mosaic_gpu.refine",
@@ -137,10 +137,8 @@ def _mosaic_refine(model: shapes.Model, dtype: Any) -> Target:
 
 
 def _triton_refine(model: shapes.Model, dtype: Any) -> Target:
-    def f(config, q, w, k, k_scale, block_ids, first_block, visible):
-        return triton_refine.refine_scores(
-            q, w, k, k_scale, block_ids, visible, first_block, block_size=model.block_size, config=config
-        )
+    def f(config, operands, kept, visible):
+        return triton_refine.refine_scores(operands, dataclasses.replace(kept, visible=visible), config=config)
 
     grid = _grid(triton_refine.Config, tile_s=(32, 64, 128), tile_m=(16, 64), num_warps=(4, 8), num_stages=(2, 3, 4))
     return Target(

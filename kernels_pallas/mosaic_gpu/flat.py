@@ -14,7 +14,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu import merge as merge_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
-from hisa_jax.kernels_pallas.pages import Pages
+from hisa_jax.kernels_pallas.operands import Columns, Operands
 from hisa_jax.kernels_pallas.sequences import Sequences
 from hisa_jax.kernels_pallas.types import Interpret
 
@@ -23,63 +23,43 @@ STEP = 13824  # tokens of a tile: bounds the memory to T * STEP sort keys
 
 
 def flat(
-    q: Array,
-    w: Array,
-    k: Array,
-    k_scale: Array | None,
-    visible: Array,
-    sequences: Sequences,
-    pages: Pages | None = None,
-    *,
-    topk: int,
-    n_ctas: int,
-    interpret: Interpret = False,
+    operands: Operands, visible: Array, sequences: Sequences, *, topk: int, n_ctas: int, interpret: Interpret = False
 ) -> tuple[Array, Array]:
-    """[T, H, D], [T, H], [S, D], [S], [T] -> [T, topk] positions in the sequence, ascending, then -1; [T] count."""
-    T, H, D = q.shape
-    config = scores_stage.heuristic(T, H, D, min(STEP, sequences.max_keys), 1, k.dtype.itemsize, n_ctas, n_score=3)
+    """Keys [S, D], visible [T] -> [T, topk] positions in the sequence, ascending, then -1; [T] count."""
+    T = operands.q.shape[0]
+    launch: Any = {"n_ctas": n_ctas, "interpret": interpret}
+    operands = operands._replace(k=operands.k[:, None])
+    config = scores_stage.heuristic(operands, min(STEP, sequences.max_keys), n_ctas, n_score=3)
     tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
 
-    def sort_keys(start: Array, n_columns: int, threshold: Array | None = None) -> Any:
-        return scores_stage.scores(
-            q,
-            w,
-            k[:, None],
-            k_scale,
-            visible,
-            tiles,
-            start,
-            threshold,
-            pages,
-            n_columns=n_columns,
-            config=config,
-            n_ctas=n_ctas,
-            interpret=interpret,
-        )
+    def sort_keys(start: Array, n: int, threshold: Array | None = None) -> Any:
+        columns = Columns(limit=visible, tiles=tiles, first=start, n=n, threshold=threshold)
+        return scores_stage.scores(operands, columns, config=config, **launch)
 
     if sequences.max_keys <= max(ONE_TILE, 2 * topk) <= topk_stage.MAX_WIDTH:
         # Whole steps of a selection, also where a span is less.
         x = sort_keys(jnp.zeros((1,), jnp.int32), -(-sequences.max_keys // COLUMNS) * COLUMNS)
-        return topk_stage.topk(x, visible, topk, n_ctas=n_ctas, interpret=interpret)
+        return topk_stage.topk(x, visible, topk, **launch)
 
     n_best = -(-topk // COLUMNS) * COLUMNS
     # Whole spans, and whole steps of a selection: a tile's result must not reach into the next tile.
     unit = math.lcm(config.span, COLUMNS)
     step = -(-STEP // unit) * unit
     x = sort_keys(jnp.zeros((1,), jnp.int32), step)
-    positions, _, best = topk_stage.topk_with_sort_keys(x, visible, n_best, n_ctas=n_ctas, interpret=interpret)
+    positions, _, best = topk_stage.topk_with_sort_keys(x, visible, n_best, **launch)
 
-    def one_tile(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        best, positions = found
+    def one_tile(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         start = jnp.full((1,), i * step, jnp.int32)
-        x, masks = sort_keys(start, step, jnp.min(best, axis=1))
-        return merge_stage.merge(best, positions, x, masks, start, visible, n_ctas=n_ctas, interpret=interpret)
+        # The least of the best so far is the k-th: what does not beat it is not even written.
+        tile = sort_keys(start, step, jnp.min(best[0], axis=1))
+        return merge_stage.merge(best, tile, start, visible, **launch)
 
+    # As many tiles as the query that sees most needs, which only the run knows.
     best, positions = lax.fori_loop(1, (jnp.max(visible) + step - 1) // step, one_tile, (best, positions))
+    count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     if n_best == topk:
-        return positions, jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-    columns, count = topk_stage.topk(
-        best, jnp.sum(positions >= 0, axis=1, dtype=jnp.int32), topk, n_ctas=n_ctas, interpret=interpret
-    )
+        return positions, count
+    # Rows are whole steps of the selection: the topk of those n_best.
+    columns, count = topk_stage.topk(best, count, topk, **launch)
     positions = jnp.take_along_axis(positions, jnp.maximum(columns, 0), axis=1)
     return jnp.where(columns >= 0, positions, -1), count

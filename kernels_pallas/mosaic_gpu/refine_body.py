@@ -1,17 +1,16 @@
-"""Device code of `refine`: the roles of the warp-groups.
-
-q_full -> n tiles of k_full -> sort_keys_full -> result, and each buffer goes back by its `_free` barrier.
-"""
+"""Device code of `refine`: the roles of the warp-groups."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_row as select_rows
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_row
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import (
     keys_of_lanes,
     load_lanes,
@@ -30,11 +29,11 @@ from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import (
     wait_all,
 )
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
-from hisa_jax.kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.types import Ref
 
-META = 4  # behind the block ids of a query: number of tiles, visible, first block of the sequence, 0
+META = 4  # words after the block ids of a query: number of tiles, visible, first block of the sequence, 0
 PAGES_A_COPY = 256  # the most elements an axis that a copy takes
-_NOWHERE = 2**30  # a position nobody sees
+_NOWHERE = 2**30  # a position beyond what any query sees
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class Plan:
     has_scale: bool
     k_top: int | None  # None: sort keys out, no selection
     block_size: int
-    rows: int
+    tile_s: int
     n_score: int
     columns: int
     ring: int
@@ -58,47 +57,8 @@ class Plan:
     width: int
     n_ctas: int
     interpret: object
-    page_size: int | None  # None: blocks lie in one piece, one behind the other
+    page_size: int | None  # None: the blocks of a sequence follow each other
     n_listed: int  # pages a query lists, padded
-
-    @classmethod
-    def of(
-        cls,
-        q: Ref,
-        k: Ref,
-        k_scale: Ref,
-        block_ids: Ref,
-        k_top: Ref,
-        block_size: Ref,
-        config: Ref,
-        n_ctas: Ref,
-        interpret: Interpret,
-        places: Ref,
-        pages: Ref,
-    ) -> "Plan":
-        _, H, D = q.shape
-        T, m = block_ids.shape
-        return cls(
-            T=T,
-            n_parts=T // q.shape[0],
-            H=H,
-            D=D,
-            m=-(-(m + META) // 32) * 32 - META,
-            dtype=k.dtype,
-            has_scale=k_scale is not None,
-            k_top=k_top,
-            block_size=block_size,
-            rows=config.rows,
-            n_score=config.n_score,
-            columns=config.columns,
-            ring=config.ring,
-            n_sort_keys=config.n_sort_keys,
-            width=-(-m * block_size // config.columns) * config.columns,
-            n_ctas=n_ctas,
-            interpret=interpret,
-            page_size=None if pages is None else pages.size,
-            n_listed=places[0].shape[1] if places else 0,
-        )
 
     @property
     def selects(self) -> bool:
@@ -112,11 +72,11 @@ class Plan:
     @property
     def part(self) -> int:
         """Keys a copy: a tile holds several blocks or pages, or one of those several tiles."""
-        return min(self.rows, self.page_size or self.block_size)
+        return min(self.tile_s, self.page_size or self.block_size)
 
     @property
     def n_copies(self) -> int:
-        return self.rows // self.part
+        return self.tile_s // self.part
 
     @property
     def n_page_copies(self) -> int:
@@ -131,68 +91,85 @@ class Plan:
         return (self.T - cta + self.n_ctas - 1) // self.n_ctas
 
 
-def refine_body(plan: Plan, *refs: Ref, **scratch: Ref) -> None:
-    *operands, o_gmem, count_gmem = refs
+class Inputs(NamedTuple):
+    """Arrays in device memory, whole; T counts parts of queries, too."""
+
+    meta: Ref  # [T, m + META] int32
+    pages: Ref | None  # [T, n_listed] int32, for keys in pages
+    q: Ref  # [T / n_parts, H, D]
+    w: Ref  # [T / n_parts, H]
+    k: Ref  # [S, D]
+    k_scale: Ref | None  # [S]
+
+
+class Smem(NamedTuple):
+    """Shared memory of a CTA: two queries, a ring of tiles, rows of sort keys. Barriers are one a slot."""
+
+    counts: Ref = None  # [1, SCRATCH_WORDS], of the selection; None, as sort keys, without a selector
+    k_free: Ref = None  # of the warp-group that scored the tile
+    k_full: Ref = None  # of a tile's copies
+    k: Ref = None  # [ring, tile_s, D]
+    meta: Ref = None  # [2, m + META]
+    pages: Ref | None = None  # [2, n_listed]
+    q_free: Ref = None  # of those that score, and of the one that selects
+    q_full: Ref = None  # of a query's copies: meta, pages, q, w
+    q: Ref = None  # [2, H, D]
+    scale: Ref | None = None  # [ring, tile_s]
+    sort_keys_free: Ref = None  # of the warp-group that selects
+    sort_keys_full: Ref = None  # of those that score
+    sort_keys: Ref = None  # [n_sort_keys, width]
+    w: Ref = None  # [2, H, at least 32]
+
+
+def refine_body(plan: Plan, gmem: Inputs, o_gmem: Ref, count_gmem: Ref, smem: Smem) -> None:
+    #              2 queries   ring of tiles                              1 or 2 rows
+    #   loader  ->  q_full      k_full  ->  n_score warp-groups  ->  sort_keys_full  ->  selector  ->  o, count
+    #   (1 warp)    q_free  <-  k_free  <-  in turns, a tile each <-  sort_keys_free  <-
+    #
+    # CTAs are persistent: queries cta, cta + n_ctas, ... In flight at a time: query i + 1 is being loaded, its tiles as
+    # far as the ring goes; query i is scored; of query i - 1 the best are selected. A query without tiles (it keeps all
+    # it sees) passes through all roles in the same way, so that they count the same phases.
+    #
+    # A warp-group meets every `n_score`th tile. The ring is a multiple of that, so its slots repeat with its turns, and
+    # it sees every phase of those slots.
     role = lax.axis_index("warpgroup")
-    pl.when(role < plan.n_score)(lambda: score(plan, role, None, **scratch))
-    pl.when(role == plan.n_score)(lambda: load_keys(plan, *operands, **scratch))
-    pl.when(role == plan.n_score + 1)(lambda: select(plan, o_gmem, count_gmem, **scratch))
+    pl.when(role < plan.n_score)(lambda: score(plan, role, None, smem))
+    pl.when(role == plan.n_score)(lambda: load_keys(plan, gmem, smem))
+    pl.when(role == plan.n_score + 1)(lambda: select(plan, o_gmem, count_gmem, smem))
 
 
-def refine_scores_body(plan: Plan, *refs: Ref, **scratch: Ref) -> None:
-    *operands, sort_keys_gmem = refs
+def refine_scores_body(plan: Plan, gmem: Inputs, sort_keys_gmem: Ref, smem: Smem) -> None:
+    # As `refine_body` without the selector: sort keys go to device memory.
     role = lax.axis_index("warpgroup")
-    pl.when(role < plan.n_score)(lambda: score(plan, role, sort_keys_gmem, **scratch))
-    pl.when(role == plan.n_score)(lambda: load_keys(plan, *operands, **scratch))
+    pl.when(role < plan.n_score)(lambda: score(plan, role, sort_keys_gmem, smem))
+    pl.when(role == plan.n_score)(lambda: load_keys(plan, gmem, smem))
 
 
-def load_keys(
-    plan: Plan,
-    meta_gmem: Ref,
-    *refs: Ref,
-    meta_smem: Ref,
-    q_smem: Ref,
-    w_smem: Ref,
-    k_smem: Ref,
-    q_full: Ref,
-    q_free: Ref,
-    k_full: Ref,
-    k_free: Ref,
-    scale_smem: Ref = None,
-    pages_smem: Ref = None,
-    **_: Ref,
-) -> None:
-    *pages_gmem, q_gmem, w_gmem, k_gmem = refs[: len(refs) - plan.has_scale]
-    scale_gmem = refs[-1]
+def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
     cta = lax.axis_index("cta")
     n_queries = plan.queries(cta)
 
     def one_query(i, _):
-        t, at = cta + i * plan.n_ctas, i % 2
-        plgpu.barrier_wait(q_free.at[at])
-        plgpu.copy_gmem_to_smem(meta_gmem.at[t], meta_smem.at[at], q_full.at[at])
-        for first in range(0, plan.n_listed, PAGES_A_COPY):
-            some = pl.ds(first, min(plan.n_listed, PAGES_A_COPY))
-            plgpu.copy_gmem_to_smem(pages_gmem[0].at[t, some], pages_smem.at[at, some], q_full.at[at])
-        whole = t // plan.n_parts
-        plgpu.copy_gmem_to_smem(q_gmem.at[whole], q_smem.at[at], q_full.at[at])
-        plgpu.copy_gmem_to_smem(w_gmem.at[whole], w_smem.at[at, pl.ds(0, plan.H)], q_full.at[at])
-        plgpu.barrier_wait(q_full.at[at])
-        meta = lambda column: load_word(meta_smem, at, column, plan.interpret)  # noqa: E731
-        page = lambda column: load_word(pages_smem, at, column, plan.interpret)  # noqa: E731
+        t, slot = cta + i * plan.n_ctas, i % 2
+        plgpu.barrier_wait(smem.q_free.at[slot])
+        _copy_query(plan, gmem, smem, t, slot)
+        # The loader reads what it has just copied: which blocks, and so which keys come next.
+        plgpu.barrier_wait(smem.q_full.at[slot])
+        meta = lambda column: load_word(smem.meta, slot, column, plan.interpret)  # noqa: E731
+        page = lambda column: load_word(smem.pages, slot, column, plan.interpret)  # noqa: E731
         n_tiles, first_block = meta(plan.m), meta(plan.m + 2)
 
         def one_tile(j, _):
             slot = j % plan.ring
-            plgpu.barrier_wait(k_free.at[slot])
+            plgpu.barrier_wait(smem.k_free.at[slot])
             for part in range(plan.n_copies):
-                place = _place_of(plan, meta, page, first_block, j * plan.rows + part * plan.part)
-                rows = pl.ds(place * plan.part, plan.part)  # a visible multiple: tiled copies need to know
+                copy = _copy_of(plan, meta, page, first_block, j * plan.tile_s + part * plan.part)
+                keys = pl.ds(copy * plan.part, plan.part)  # a visible multiple: tiled copies need to know
                 there = pl.ds(part * plan.part, plan.part)
-                plgpu.copy_gmem_to_smem(k_gmem.at[rows], k_smem.at[slot, there], k_full.at[slot])
-                if plan.has_scale:
-                    plgpu.copy_gmem_to_smem(scale_gmem.at[rows], scale_smem.at[slot, there], k_full.at[slot])
+                plgpu.copy_gmem_to_smem(gmem.k.at[keys], smem.k.at[slot, there], smem.k_full.at[slot])
+                if gmem.k_scale is not None and smem.scale is not None:
+                    plgpu.copy_gmem_to_smem(gmem.k_scale.at[keys], smem.scale.at[slot, there], smem.k_full.at[slot])
             return _
 
         lax.fori_loop(0, n_tiles, one_tile, None)
@@ -203,142 +180,110 @@ def load_keys(
     @one_warp
     def _all_queries():
         lax.fori_loop(0, n_queries, one_query, None)
-        wait_all(k_free, plan.ring)
-        wait_all(q_free, 2)
+        wait_all(smem.k_free, plan.ring)
+        wait_all(smem.q_free, 2)
 
 
-def score(
-    plan: Plan,
-    group: Array,
-    sort_keys_gmem: Ref,
-    *,
-    meta_smem: Ref,
-    q_smem: Ref,
-    w_smem: Ref,
-    k_smem: Ref,
-    q_full: Ref,
-    q_free: Ref,
-    k_full: Ref,
-    k_free: Ref,
-    scale_smem: Ref = None,
-    sort_keys_smem: Ref = None,
-    sort_keys_full: Ref = None,
-    sort_keys_free: Ref = None,
-    **_: Ref,
-) -> None:
+def _copy_query(plan: Plan, gmem: Inputs, smem: Smem, t: Array, slot: Array) -> None:
+    """All that is known of query t, to one barrier: block ids, pages, heads, weights."""
+    full = smem.q_full.at[slot]
+    plgpu.copy_gmem_to_smem(gmem.meta.at[t], smem.meta.at[slot], full)
+    if gmem.pages is not None and smem.pages is not None:
+        for first in range(0, plan.n_listed, PAGES_A_COPY):
+            some = pl.ds(first, min(plan.n_listed, PAGES_A_COPY))
+            plgpu.copy_gmem_to_smem(gmem.pages.at[t, some], smem.pages.at[slot, some], full)
+    whole = t // plan.n_parts
+    plgpu.copy_gmem_to_smem(gmem.q.at[whole], smem.q.at[slot], full)
+    plgpu.copy_gmem_to_smem(gmem.w.at[whole], smem.w.at[slot, pl.ds(0, plan.H)], full)
+
+
+def score(plan: Plan, group: Array, sort_keys_gmem: Ref | None, smem: Smem) -> None:
+    """Sort keys of this warp-group's tiles, to the selector's row or, without one, to device memory."""
     plgpu.set_max_registers(plan.score_registers, action="increase")
     cta = lax.axis_index("cta")
+    # Nothing is in use yet: every buffer is handed to the loader once.
     for turn in range(plan.ring // plan.n_score):
-        plgpu.barrier_arrive(k_free.at[turn * plan.n_score + group])
-    for at in range(2):
-        plgpu.barrier_arrive(q_free.at[at])
-    key = keys_of_lanes(plan.rows, plan.interpret)
+        plgpu.barrier_arrive(smem.k_free.at[turn * plan.n_score + group])
+    for slot in range(2):
+        plgpu.barrier_arrive(smem.q_free.at[slot])
+    key = keys_of_lanes(plan.tile_s, plan.interpret)
 
     def one_query(i, _):
-        t, at, sort_key_slot = cta + i * plan.n_ctas, i % 2, i % plan.n_sort_keys
-        plgpu.barrier_wait(q_full.at[at])
-        n_tiles, visible = meta_smem[at, plan.m], meta_smem[at, plan.m + 1]
-        w = plgpu.load(w_smem.at[at, pl.ds(0, plan.H)], layout=HEAD_COLUMN)
+        t, query_slot, sort_key_slot = cta + i * plan.n_ctas, i % 2, i % plan.n_sort_keys
+        plgpu.barrier_wait(smem.q_full.at[query_slot])
+        n_tiles, visible = smem.meta[query_slot, plan.m], smem.meta[query_slot, plan.m + 1]
+        w = plgpu.load(smem.w.at[query_slot, pl.ds(0, plan.H)], layout=HEAD_COLUMN)
         if plan.selects:
-            plgpu.barrier_wait(sort_keys_free.at[sort_key_slot])
+            plgpu.barrier_wait(smem.sort_keys_free.at[sort_key_slot])
 
         def one_tile(turn, _):
             j = turn * plan.n_score + group
             slot = j % plan.ring
-            plgpu.barrier_wait(k_full.at[slot])
-            if plan.has_scale:
-                scale = load_lanes(scale_smem, slot, plan.rows, plan.interpret)
-            scores = multiply_and_sum(
-                [k_smem.at[slot]], q_smem.at[at], w, lambda: release(plan, k_free.at[slot]), plan.interpret
-            )
+            plgpu.barrier_wait(smem.k_full.at[slot])
+            if smem.scale is not None:
+                scale = load_lanes(smem.scale, slot, plan.tile_s, plan.interpret)
+            # The tile goes back as soon as the product has read it; the head sum needs registers alone.
+            give_back = lambda: release(plan, smem.k_free.at[slot])  # noqa: E731
+            scores = multiply_and_sum([smem.k.at[slot]], smem.q.at[query_slot], w, give_back, plan.interpret)
             # One scale a key, after the sum: 2 instructions a product (maximum, multiply-add) instead of 3.
-            if plan.has_scale:
+            if smem.scale is not None:
                 scores = scores * scale
-            sort_key = jnp.where(_positions(plan, meta_smem, at, j, key) < visible, sort_key_of(scores), INVISIBLE)
-            if plan.selects:
-                store_lanes(sort_keys_smem, sort_key_slot, j * plan.rows, plan.rows, sort_key, plan.interpret)
-            else:
-                store_lanes(sort_keys_gmem, t, j * plan.rows, plan.rows, sort_key, plan.interpret)
+            is_visible = _positions(plan, smem.meta, query_slot, j, key) < visible
+            sort_key = jnp.where(is_visible, sort_key_of(scores), INVISIBLE)
+            target, row = (smem.sort_keys, sort_key_slot) if plan.selects else (sort_keys_gmem, t)
+            store_lanes(target, row, j * plan.tile_s, plan.tile_s, sort_key, plan.interpret)
             return _
 
         lax.fori_loop(0, n_tiles // plan.n_score, one_tile, None)
-        release(plan, q_free.at[at])
+        release(plan, smem.q_free.at[query_slot])
         if plan.selects:
-            plgpu.barrier_arrive(sort_keys_full.at[sort_key_slot])
+            plgpu.barrier_arrive(smem.sort_keys_full.at[sort_key_slot])
         return _
 
     lax.fori_loop(0, plan.queries(cta), one_query, None)
     if plan.selects:
-        wait_all(sort_keys_free, plan.n_sort_keys)
+        wait_all(smem.sort_keys_free, plan.n_sort_keys)
 
 
-def select(
-    plan: Plan,
-    o_gmem: Ref,
-    count_gmem: Ref,
-    *,
-    meta_smem: Ref,
-    sort_keys_smem: Ref,
-    counts_smem: Ref,
-    q_full: Ref,
-    q_free: Ref,
-    sort_keys_full: Ref,
-    sort_keys_free: Ref,
-    **_: Ref,
-) -> None:
+def select(plan: Plan, o_gmem: Ref, count_gmem: Ref, smem: Smem) -> None:
+    """The best of each query's sort keys, while the other warp-groups score the next query."""
     plgpu.set_max_registers(SELECT_REGISTERS, action="decrease")
     cta = lax.axis_index("cta")
-    for at in range(2):
-        plgpu.barrier_arrive(q_free.at[at])
+    for slot in range(2):
+        plgpu.barrier_arrive(smem.q_free.at[slot])
     for sort_key_slot in range(plan.n_sort_keys):
-        plgpu.barrier_arrive(sort_keys_free.at[sort_key_slot])
+        plgpu.barrier_arrive(smem.sort_keys_free.at[sort_key_slot])
 
     def one_query(i, _):
-        t, at, sort_key_slot = cta + i * plan.n_ctas, i % 2, i % plan.n_sort_keys
-        plgpu.barrier_wait(q_full.at[at])
-        plgpu.barrier_wait(sort_keys_full.at[sort_key_slot])
-        n_tiles, visible = meta_smem[at, plan.m], meta_smem[at, plan.m + 1]
+        t, query_slot, sort_key_slot = cta + i * plan.n_ctas, i % 2, i % plan.n_sort_keys
+        plgpu.barrier_wait(smem.q_full.at[query_slot])
+        plgpu.barrier_wait(smem.sort_keys_full.at[sort_key_slot])
+        n_tiles, visible = smem.meta[query_slot, plan.m], smem.meta[query_slot, plan.m + 1]
+        out = select_row.Output(t, o_gmem, count_gmem)
 
         @pl.when(n_tiles == 0)
         def _keep_all():
-            select_rows.write_prefix(o_gmem, count_gmem, t, visible, plan.interpret)
+            select_row.write_prefix(out, visible, plan.interpret)
 
         @pl.when(n_tiles > 0)
         def _keep_best():
-            assert plan.k_top is not None
-            n_columns = n_tiles * plan.rows
+            n_columns = n_tiles * plan.tile_s
             if plan.interpret:
                 columns = jnp.arange(plan.width, dtype=jnp.int32)
-                sort_keys = jnp.where(columns < n_columns, sort_keys_smem[sort_key_slot], INVISIBLE)
-                block_ids = meta_smem[at][jnp.minimum(columns // plan.block_size, plan.m - 1)]
+                sort_keys = jnp.where(columns < n_columns, smem.sort_keys[sort_key_slot], INVISIBLE)
+                block_ids = smem.meta[query_slot][jnp.minimum(columns // plan.block_size, plan.m - 1)]
                 positions = block_ids * plan.block_size + columns % plan.block_size
-                threshold = select_rows.threshold_reference(sort_keys, plan.k_top)
-                select_rows.compact_reference(sort_keys, positions, threshold, plan.k_top, t, o_gmem, count_gmem)
+                select_row.choose_reference(sort_keys, positions, out)
                 return
-            first = jnp.int32(0)
-            threshold = select_rows.threshold_of(
-                sort_keys_smem, sort_key_slot, plan.width, n_columns, plan.k_top, counts_smem, first
-            )
-            select_rows.compact(
-                sort_keys_smem,
-                sort_key_slot,
-                plan.width,
-                n_columns,
-                threshold,
-                plan.k_top,
-                counts_smem,
-                first,
-                meta_smem,
-                at,
-                plan.m + META,
-                select_rows.block_positions(plan.block_size),
-                t,
-                o_gmem,
-                count_gmem,
-            )
+            scratch = Row(smem.counts, jnp.int32(0), select_row.SCRATCH_WORDS)
+            ids = Row(smem.meta, query_slot, plan.m + META)
+            positions = select_row.block_positions(plan.block_size, ids)
+            row = Row(smem.sort_keys, sort_key_slot, plan.width)
+            select_row.choose(row, n_columns, scratch, positions, out)
 
-        release(plan, q_free.at[at])
-        plgpu.barrier_arrive(sort_keys_free.at[sort_key_slot])
+        # The block ids are read until here, so the query's slot goes back only now.
+        release(plan, smem.q_free.at[query_slot])
+        plgpu.barrier_arrive(smem.sort_keys_free.at[sort_key_slot])
         return _
 
     lax.fori_loop(0, plan.queries(cta), one_query, None)
@@ -346,15 +291,16 @@ def select(
 
 def _block_of(plan: Plan, meta: Callable[[Array], Array], column: Array) -> tuple[Array, Array]:
     """Which block a column belongs to (-1: none), and the column's offset in it."""
-    place = column // plan.block_size
-    block_id = meta(jnp.minimum(place, plan.m - 1))
-    return jnp.where(place < plan.m, block_id, -1), column % plan.block_size
+    j = column // plan.block_size
+    # The last lap of the ring may reach beyond the list.
+    block_id = meta(jnp.minimum(j, plan.m - 1))
+    return jnp.where(j < plan.m, block_id, -1), column % plan.block_size
 
 
-def _place_of(
+def _copy_of(
     plan: Plan, meta: Callable[[Array], Array], page: Callable[[Array], Array], first_block: Array, column: Array
 ) -> Array:
-    """Where the keys of a column on are in k, in copies."""
+    """Where in k the copy is that brings the keys of a column on, in units of a copy."""
     if plan.page_size is not None:
         nth = jnp.minimum(column // plan.page_size, plan.n_listed - 1)
         return page(nth) * (plan.page_size // plan.part) + column % plan.page_size // plan.part
@@ -362,15 +308,16 @@ def _place_of(
     return (first_block + jnp.maximum(block_id, 0)) * (plan.block_size // plan.part) + offset // plan.part
 
 
-def _positions(plan: Plan, meta_smem: Ref, at: Array, j: Array, key: Array) -> Array:
-    """Token positions of the keys of tile j, [rows] int32."""
-    size = min(plan.rows, plan.block_size)
+def _positions(plan: Plan, meta_smem: Ref, slot: Array, j: Array, key: Array) -> Array:
+    """Token positions of the keys of tile j, [tile_s] int32."""
+    size = min(plan.tile_s, plan.block_size)
 
     def from_key(first: int) -> Array:
-        block_id, offset = _block_of(plan, lambda column: meta_smem[at, column], j * plan.rows + first)
+        """Of a block that begins with key `first` of the tile: positions there are its own plus a constant."""
+        block_id, offset = _block_of(plan, lambda column: meta_smem[slot, column], j * plan.tile_s + first)
         return key + jnp.where(block_id >= 0, block_id * plan.block_size + offset - first, _NOWHERE)
 
     positions = from_key(0)
-    for first in range(size, plan.rows, size):
+    for first in range(size, plan.tile_s, size):
         positions = jnp.where(key >= first, from_key(first), positions)
     return positions

@@ -1,9 +1,9 @@
 """Sort keys of the scores of a run of keys for every query: of tokens (flat indexer) or of block means (filter).
-    x[t, c] = sort key(k_scale[c] * sum_h w[t, h] * relu(q[t, h] . sum_p k[c, p]))       float32 sums
+    x[t, c] = sort_key(k_scale[c] * sum_h w[t, h] * relu(q[t, h] . sum_p k[c, p]))       float32 sums
 
 Floor, 4096 queries of dsv32 on an H200: block means of 64K (n = 512, two e4m3 parts each) 69 GFLOP / 1979 TFLOP/s =
 0.035 ms; tokens of 64K 4.4 TFLOP = 2.2 ms. A warp-group keeps 128 keys in registers and streams the queries of a tile
-past them (see `stationary`), so keys are read once a query tile and queries once a span of keys.
+past them (see ptx/score_loop.py), so keys are read once a query tile and queries once a span of keys.
 
 Block means come in parts whose sum is the mean (see `pool`): the tensor core adds the parts up in its accumulator,
 which buys 8 bits of mean for e4m3 queries without converting them.
@@ -18,11 +18,12 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_keys import PAD
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop import ROWS, Shape
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop import KEYS_PER_WARPGROUP, Shape, Smem
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
-from hisa_jax.kernels_pallas.mosaic_gpu.scores_body import Plan, scores_body
-from hisa_jax.kernels_pallas.pages import Pages
-from hisa_jax.kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.mosaic_gpu.scores_body import Inputs, Outputs, Plan, scores_body
+from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import RESERVED_BYTES, SMEM_BYTES
+from hisa_jax.kernels_pallas.operands import Columns, Operands
+from hisa_jax.kernels_pallas.types import Interpret
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Config:
     @property
     def span(self) -> int:
         """Keys a work item."""
-        return ROWS * self.n_score
+        return KEYS_PER_WARPGROUP * self.n_score
 
     def columns(self, n: int) -> tuple[int, int]:
         """Spans that cover n columns, and columns of the result: wide ones are read in whole steps of a selection."""
@@ -49,30 +50,22 @@ class Config:
     def smem_bytes(self, H: int, D: int, n_parts: int, itemsize: int) -> int:
         """Shared memory of a CTA, barriers and alignment included."""
         keys = self.n_keys * self.span * (n_parts * D * itemsize + PAD + 4)
-        return keys + self.ring * H * (D * itemsize + 4) + 4096
+        return keys + self.ring * H * (D * itemsize + 4) + RESERVED_BYTES
 
     def fits(self, H: int, D: int, n_parts: int, itemsize: int) -> bool:
-        return self.smem_bytes(H, D, n_parts, itemsize) <= 227 * 1024
+        return self.smem_bytes(H, D, n_parts, itemsize) <= SMEM_BYTES
 
 
-def heuristic(
-    T: int,
-    H: int,
-    D: int,
-    n_columns: int,
-    n_parts: int,
-    itemsize: int,
-    n_ctas: int = 132,
-    n_score: int = 2,
-    n_keys: int = 1,
-) -> Config:
+def heuristic(operands: Operands, n_columns: int, n_ctas: int = 132, *, n_score: int = 2, n_keys: int = 1) -> Config:
     """Enough work items for every CTA, and as many queries an item as that allows.
 
     Args:
+        operands: their shapes and dtypes; keys [S, parts, D].
         n_keys: spans in shared memory, fewer if it does not suffice. Keys that are looked up row by row arrive late.
         n_score: warp-groups that score, fewer if their registers do not suffice. Three take 0.94 ms for 13,824 tokens
             where two take 1.05; over few columns their wider span wastes more.
     """
+    (T, H, D), n_parts, itemsize = operands.q.shape, operands.k.shape[1], operands.k.dtype.itemsize
     # 128 keys are 32 registers a thread, in two parts or in bfloat16 64, more than each of three warp-groups has beside
     # its accumulators.
     if n_parts * D * itemsize > 128 or H > 64:
@@ -90,97 +83,79 @@ def heuristic(
     return dataclasses.replace(config, tile_t=max(min(-(-T // tiles), 128), 1))
 
 
-@functools.partial(jax.jit, static_argnames=("n_columns", "keep_first", "keep_last", "config", "n_ctas", "interpret"))
+@functools.partial(jax.jit, static_argnames=("config", "n_ctas", "interpret"))
 def scores(
-    q: Array,
-    w: Array,
-    k: Array,
-    k_scale: Array | None,
-    limit: Array,
-    tiles: Array,
-    first_column: Array,
-    threshold: Array | None = None,
-    pages: Pages | None = None,
-    *,
-    n_columns: int,
-    config: Config,
-    keep_first: int = 0,
-    keep_last: int = 0,
-    n_ctas: int = 132,
-    interpret: Interpret = False,
+    operands: Operands, columns: Columns, *, config: Config, n_ctas: int = 132, interpret: Interpret = False
 ) -> Array | tuple[Array, Array]:
-    """[T, H, D], [T, H], [S, parts, D], [S], [T] -> [T, n_columns padded, see `Config.columns`] int32 sort keys.
+    """Keys [S, parts, D] -> [T, columns.n padded, see `Config.columns`] int32 sort keys.
+
+    With a threshold there is a second result [T, width // 32] int32, which tells what was written: bit c % 32 of word
+    c // 32 stands for column c.
 
     Args:
-        limit: candidates of each query. Columns at or beyond are `INVISIBLE` or, beyond its whole tile, not written.
-        tiles: which queries and keys go together, see `Sequences.query_tiles`.
-        first_column: [1] int32, a multiple of the span: column c of the result is candidate first_column + c.
-        cut: [T] int32. Only sort keys above it are written, and a second result [T, columns // 32] tells which: bit
-            c % 32 of word c // 32 stands for column c.
-        pages: where the rows of all sequences are in k, if not one behind the other; of a row each or of 32 and more.
-        keep_first, keep_last: that many first and last candidates of each query are `FORCED`.
+        operands: pages are of one row each, or of 32 and more.
+        columns: `first` is a multiple of the span.
     """
-    T, H, D = q.shape
-    n_spans, width = config.columns(n_columns)
-    n_items = tiles.shape[0] * n_spans
+    q, w, k, k_scale, pages = operands
+    assert columns.tiles is not None
+    (T, H, D), (_, n_parts, _), itemsize = q.shape, k.shape, k.dtype.itemsize
+    n_spans, width = config.columns(columns.n)
+    n_items = columns.tiles.shape[0] * n_spans
     # Interpreted, gathered keys lie as those that are copied.
     gathers = pages is not None and pages.size == 1 and not interpret
-    pitch = k.shape[1] * D * k.dtype.itemsize + PAD if gathers else None
-    plan = Plan(
-        T=T,
+    shape = Shape(
         H=H,
+        row_bytes=D * itemsize,
+        n_parts=n_parts,
+        is_e4m3=k.dtype == jnp.float8_e4m3fn,
+        ring=config.ring,
+        has_scale=k_scale is not None,
+        keep_first=columns.keep_first,
+        keep_last=columns.keep_last,
+        out_columns=width,
+        filters=columns.threshold is not None,
+        pitch=n_parts * D * itemsize + PAD if gathers else None,
+    )
+    plan = Plan(
         D=D,
         dtype=k.dtype,
-        has_scale=k_scale is not None,
-        n_parts=k.shape[1],
         pages=None if pages is None else (pages.size, pages.n_pages),
         n_spans=n_spans,
         n_items=n_items,
         n_ctas=min(n_ctas, n_items),
         interpret=interpret,
-        loop=Shape(
-            H=H,
-            row_bytes=D * k.dtype.itemsize,
-            n_parts=k.shape[1],
-            is_e4m3=k.dtype == jnp.float8_e4m3fn,
-            ring=config.ring,
-            has_scale=k_scale is not None,
-            keep_first=keep_first,
-            keep_last=keep_last,
-            out_columns=width,
-            filters=threshold is not None,
-            pitch=pitch,
-        ),
+        loop=shape,
         n_score=config.n_score,
         n_keys=config.n_keys,
-        ring=config.ring,
     )
-    tile = plan.tile_transforms
-    scratch: dict[str, Ref] = {
-        "q_smem": plgpu.SMEM((plan.ring, H, D), plan.dtype, transforms=tile),
-        "w_smem": plgpu.SMEM((plan.ring, max(H, 32)), jnp.float32),  # copies go to multiples of 128 bytes
-        "k_smem": plgpu.SMEM((plan.n_keys * plan.n_score, plan.n_parts, ROWS, D), plan.dtype, transforms=tile)
-        if pitch is None
-        else plgpu.SMEM((plan.n_keys * plan.n_score, ROWS, pitch // k.dtype.itemsize), plan.dtype),
-        "q_full": plgpu.Barrier(num_arrivals=2, num_barriers=plan.ring),
-        "q_free": plgpu.Barrier(num_arrivals=plan.n_score, num_barriers=plan.ring),
-        "k_full": plgpu.Barrier(num_arrivals=plan.n_copies, num_barriers=plan.n_keys),
-        "k_free": plgpu.Barrier(num_arrivals=plan.n_score, num_barriers=plan.n_keys),
-    }
-    if plan.has_scale:
-        scratch["scale_smem"] = plgpu.SMEM((plan.n_keys * plan.n_score, ROWS), jnp.float32)
     table = None if pages is None else pages.table
-    operands = [tiles, limit, first_column, q, w, *(x for x in (table, k, k_scale, threshold) if x is not None)]
-    widths = [width] + [width // 32] * (threshold is not None)
-    out = plgpu.kernel(
+    inputs = Inputs(columns.tiles, columns.limit, columns.first, q, w, table, k, k_scale, columns.threshold)
+    rows_of = lambda width: jax.ShapeDtypeStruct((T, width), jnp.int32)  # noqa: E731
+    out: Outputs = plgpu.kernel(
         functools.partial(scores_body, plan),
-        out_type=[jax.ShapeDtypeStruct((T, width), jnp.int32) for width in widths],
+        out_type=[Outputs(rows_of(width), rows_of(width // 32) if shape.filters else None)],
         grid=(plan.n_ctas,),
         grid_names=("cta",),
         num_threads=plan.n_score + 1,
         thread_name="warpgroup",
-        scratch_types=scratch,
+        scratch_types=[_smem(plan)],
         kernel_name="hisa_scores",
         interpret=interpret,
-    )(*operands)
-    return out[0] if threshold is None else tuple(out)
+    )(inputs)[0]
+    return out.sort_keys if out.masks is None else (out.sort_keys, out.masks)
+
+
+def _smem(plan: Plan) -> Smem:
+    barrier, n_tiles, loop = plgpu.Barrier, plan.n_keys * plan.n_score, plan.loop
+    return Smem(
+        k_free=barrier(num_arrivals=plan.n_score, num_barriers=plan.n_keys),
+        k_full=barrier(num_arrivals=plan.n_copies, num_barriers=plan.n_keys),
+        k=plgpu.SMEM((n_tiles, loop.n_parts, KEYS_PER_WARPGROUP, plan.D), plan.dtype, transforms=plan.tile_transforms)
+        if loop.pitch is None
+        else plgpu.SMEM((n_tiles, KEYS_PER_WARPGROUP, loop.pitch // plan.dtype.itemsize), plan.dtype),
+        q_free=barrier(num_arrivals=plan.n_score, num_barriers=loop.ring),
+        q_full=barrier(num_arrivals=2, num_barriers=loop.ring),
+        q=plgpu.SMEM((loop.ring, loop.H, plan.D), plan.dtype, transforms=plan.tile_transforms),
+        scale=plgpu.SMEM((n_tiles, KEYS_PER_WARPGROUP), jnp.float32) if loop.has_scale else None,
+        w=plgpu.SMEM((loop.ring, max(loop.H, 32)), jnp.float32),  # copies go to multiples of 128 bytes
+    )

@@ -3,8 +3,8 @@
 
 Floor, 4096 queries of dsv32 (128 heads, 576 / 512, 2048 tokens), H200: tensor cores 2.3 PFLOP / 990 TFLOP/s = 2.4 ms;
 L2 to the SMs 19.3 GB (each group of 64 heads reads the tokens) = 2.5 ms at the 7.5 TB/s that gathering alone reaches;
-shared memory 2.8 ms (320 KB of operands and copies a tile of 64 tokens, at 128 B a cycle). None binds: of the 4.9 ms
-the most is stages that wait for each other, copy, scores, softmax, values, with two slots for tiles.
+shared memory 2.8 ms (320 KB of operands and copies a tile of 64 tokens, at 128 B a cycle). None of them is the limit:
+most of the 4.9 ms is stages (copy, scores, softmax, values) that wait for each other, with two slots for tiles.
 
 A CTA takes 64 heads of a query, one CTA an SM, persistent over queries. Warp-groups: one that copies, one that scores,
 two with half of the value columns each. With few queries (decode) lists are split and `combine` adds up the parts.
@@ -22,17 +22,27 @@ from jax.typing import DTypeLike
 from hisa_jax.kernels_pallas.bits import in_32_bits
 from hisa_jax.kernels_pallas.mosaic_gpu import sparse_mla_body
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS
-from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import HEADS, KEY_DIM, PARTS, SLOTS, TOKENS, VALUE_DIM, Plan
+from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import (
+    HEADS,
+    KEY_DIM,
+    PARTS,
+    SLOTS,
+    TOKENS,
+    VALUE_DIM,
+    Inputs,
+    Plan,
+    Smem,
+)
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import tiled
 from hisa_jax.kernels_pallas.triton.sparse_mla import combine
-from hisa_jax.kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.types import Interpret
 
 _PAIR = SLOTS * TOKENS  # what a list is a multiple of: every query starts at the first slot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How the work is cut: it changes the speed and the last bits, nothing else."""
+    """How the work is divided: it changes the speed and the last bits, nothing else."""
 
     n_splits: int = 1  # parts of a query's list
 
@@ -98,7 +108,7 @@ def sparse_mla(
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS, value_dim), o_dtype),
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS), jnp.float32),
     ]
-    partial, lse = _launch(plan, out_type, [pairs_of(indices, plan), indices, q, kv.reshape(B * S, E)])
+    partial, lse = _launch(plan, out_type, Inputs(pairs_of(indices, plan), indices, q, kv.reshape(B * S, E)))
     o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse)
     return o[:, :N].astype(q.dtype).reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
 
@@ -112,26 +122,7 @@ def pairs_of(indices: Array, plan: Plan) -> Array:
     return jnp.clip((used[None, :] + _PAIR - 1) // _PAIR - first, 1, plan.pairs).reshape(-1)
 
 
-def _launch(plan: Plan, out_type: list, operands: list) -> list[Array]:
-    dtype = operands[-1].dtype
-    barrier = plgpu.Barrier
-    scratch: dict[str, Ref] = {
-        "q_smem": plgpu.SMEM((1, HEADS, KEY_DIM), dtype, transforms=tiled(KEY_DIM, dtype)),
-        "k_smem": plgpu.SMEM((SLOTS, TOKENS, KEY_DIM), dtype, transforms=tiled(KEY_DIM, dtype)),
-        "bias_smem": plgpu.SMEM((SLOTS, TOKENS), jnp.float32),
-        "decay_smem": plgpu.SMEM((SLOTS, HEADS), jnp.float32),
-        "total_smem": plgpu.SMEM((SLOTS, HEADS), jnp.float32),
-        "q_full": barrier(),
-        "q_free": barrier(),
-        "k_free": barrier(num_arrivals=2, num_barriers=SLOTS * len(PARTS)),
-        "p_full": barrier(num_barriers=SLOTS),
-    }
-    if plan.interpret:
-        scratch["k_full"] = barrier(num_barriers=SLOTS)
-    else:
-        scratch["ready"] = barrier()
-        scratch["landed_smem"] = plgpu.SMEM((SLOTS * len(PARTS), BARRIER_WORDS), jnp.int32)
-        scratch["turn_smem"] = plgpu.SMEM((1,), jnp.int32)
+def _launch(plan: Plan, out_type: list, inputs: Inputs) -> list[Array]:
     return plgpu.kernel(
         functools.partial(sparse_mla_body.sparse_mla_body, plan),
         out_type=out_type,
@@ -139,8 +130,27 @@ def _launch(plan: Plan, out_type: list, operands: list) -> list[Array]:
         grid_names=("cta",),
         num_threads=4,
         thread_name="warpgroup",
-        scratch_types=scratch,
+        scratch_types=[_smem(inputs.kv.dtype, bool(plan.interpret))],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="sparse_mla",
         interpret=plan.interpret,
-    )(*operands)
+    )(inputs)
+
+
+def _smem(dtype: DTypeLike, interpret: bool) -> Smem:
+    barrier, smem, tile = plgpu.Barrier, plgpu.SMEM, tiled(KEY_DIM, dtype)
+    return Smem(
+        bias=smem((SLOTS, TOKENS), jnp.float32),
+        decay=smem((SLOTS, HEADS), jnp.float32),
+        k_free=barrier(num_arrivals=2, num_barriers=SLOTS * len(PARTS)),
+        k_full=barrier(num_barriers=SLOTS) if interpret else None,
+        k=smem((SLOTS, TOKENS, KEY_DIM), dtype, transforms=tile),
+        landed=None if interpret else smem((SLOTS * len(PARTS), BARRIER_WORDS), jnp.int32),
+        p_full=barrier(num_barriers=SLOTS),
+        q_free=barrier(),
+        q_full=barrier(),
+        q=smem((1, HEADS, KEY_DIM), dtype, transforms=tile),
+        ready=None if interpret else barrier(),
+        total=smem((SLOTS, HEADS), jnp.float32),
+        turn=None if interpret else smem((1,), jnp.int32),
+    )

@@ -1,14 +1,9 @@
-"""Device code of `sparse_mla`: the roles of the warp-groups.
-
-    load: landed[slot] -> score: p_full[slot] -> add values, two of them: k_free[slot] -> load
-
-A tile is 64 tokens of a query's list, and there are two slots. Its probabilities take the place of its last 64 key
-columns, which are no value: there is no room for them elsewhere. In interpret mode `k_full` stands for `landed`.
-"""
+"""Device code of `sparse_mla`: the roles of the warp-groups."""
 
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -17,7 +12,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_rows as gather
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import sparse_mla
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import gather_rows, load_lane_word, load_word, store_bias
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import (
+    BARRIER_WORDS,
+    ROWS_PER_WARP,
+    TileRows,
+    gather_rows,
+    load_lane_word,
+    load_word,
+    store_bias,
+)
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.sparse_mla import PER_HEAD
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import release, wait_all
 from hisa_jax.kernels_pallas.types import Ref
@@ -34,7 +38,7 @@ VALUE_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS = 168, 120, 56  # twice the fir
 PER_TOKEN = plgpu.Layout.WGMMA.reduce(0)
 _LOG2_E = math.log2(math.e)
 _LEAST = -1e30  # a finite stand-in for -inf, so that differences of maxima stay numbers
-_SLACK = 8.0  # the maximum may lag this much (as a power of two) behind, which spares rescaling the sums
+_SLACK = 8.0  # the maximum may be this much too low (as a power of two), which spares rescaling the sums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,101 +64,111 @@ class Plan:
         return (self.n_items - cta + self.n_ctas - 1) // self.n_ctas
 
     def item(self, cta: Array, i: Array) -> tuple[Array, Array, Array, Array]:
-        """Split, query, first head, and place in n_pairs. Groups of a query are neighbours: the L2 cache serves one."""
+        """Split, query, first head, and index in n_pairs. Groups of a query are neighbours: L2 serves all but one."""
         item = cta + i * self.n_ctas
-        place = item // self.groups
-        return place // self.T, place % self.T, item % self.groups * HEADS, place
+        part = item // self.groups
+        return part // self.T, part % self.T, item % self.groups * HEADS, part
 
 
-def sparse_mla_body(plan: Plan, *refs: Ref, **scratch: Ref) -> None:
-    n_pairs_gmem, indices_gmem, q_gmem, kv_gmem, o_gmem, lse_gmem = refs
+class Inputs(NamedTuple):
+    """Arrays in device memory, whole."""
+
+    n_pairs: Ref  # [n_splits * T] int32, of tiles of each part of a list
+    indices: Ref  # [T, K] int32
+    q: Ref  # [T, groups * 64, E]
+    kv: Ref  # [B * S, E]
+
+
+class Smem(NamedTuple):
+    """Shared memory of a CTA: the heads of one query, and two tiles with what belongs to each."""
+
+    bias: Ref  # [2, 64] 0 or -inf a token
+    decay: Ref  # [2, 64] a head: what the sums so far are multiplied by
+    k_free: Ref  # barriers [2 * parts of columns], of both warp-groups that add values
+    k_full: Ref  # barriers [2], in interpret mode alone
+    k: Ref  # [2, 64, E]
+    landed: Ref  # [2 * parts, BARRIER_WORDS] barriers made in PTX, of the lanes that copy
+    p_full: Ref  # barriers [2], of the warp-group that scores
+    q_free: Ref  # barrier, of the warp-group that scores
+    q_full: Ref  # barrier, of the copy
+    q: Ref  # [1, 64, E]
+    ready: Ref  # barrier: `landed` has been made
+    total: Ref  # [2, 64] a head: the sum of probabilities so far
+    turn: Ref  # [1] not 0: the warp-group that scores asks for the tensor core
+
+    def landed_at(self, barrier: Array) -> Row:
+        return Row(self.landed, barrier, BARRIER_WORDS)
+
+
+def sparse_mla_body(plan: Plan, gmem: Inputs, o_gmem: Ref, lse_gmem: Ref, smem: Smem) -> None:
+    #   loader (4 warps)  ->  landed[slot, part]  ->  scorer  ->  p_full[slot]  ->  two warp-groups of values  ->  o
+    #                     <-  k_free[slot, part]  <---------------------------  <-  half of the columns each
+    #
+    # A tile is 64 tokens of a query's list, and there are two slots: while values are added up for one tile, the next
+    # is scored and the one after it is on its way. Columns come and go in two parts, so that scoring starts when the
+    # first has landed, and copies when the first has been read.
+    #
+    # A tile's probabilities take the place of its last 64 key columns, which are no value: there is no room for them
+    # elsewhere. The output and the softmax's sums stay in registers from a query's first tile to its last.
+    #
+    # In interpret mode, which cannot run PTX, `load_interpreted` loads and `k_full` stands for `landed`.
     role = lax.axis_index("warpgroup")
-    pl.when(role < SCORES)(lambda: add_values(plan, role, n_pairs_gmem, o_gmem, **scratch))
-    pl.when(role == SCORES)(lambda: score(plan, n_pairs_gmem, lse_gmem, **scratch))
+    pl.when(role < SCORES)(lambda: add_values(plan, role, gmem.n_pairs, o_gmem, smem))
+    pl.when(role == SCORES)(lambda: score(plan, gmem.n_pairs, lse_gmem, smem))
     load = load_interpreted if plan.interpret else load_keys
-    pl.when(role == LOAD)(lambda: load(plan, n_pairs_gmem, indices_gmem, q_gmem, kv_gmem, **scratch))
+    pl.when(role == LOAD)(lambda: load(plan, gmem, smem))
 
 
-def load_keys(
-    plan: Plan,
-    n_pairs_gmem: Ref,
-    indices_gmem: Ref,
-    q_gmem: Ref,
-    kv_gmem: Ref,
-    *,
-    q_smem: Ref,
-    k_smem: Ref,
-    bias_smem: Ref,
-    landed_smem: Ref,
-    ready: Ref,
-    q_full: Ref,
-    q_free: Ref,
-    k_free: Ref,
-    **_: Ref,
-) -> None:
+def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
     """A warp takes half of the rows of each tile, and one part of their columns."""
     plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
     cta = lax.axis_index("cta")
 
     def one_part(part: int, first: Array, brings_queries: Array) -> None:
-        plgpu.barrier_wait(ready)
+        plgpu.barrier_wait(smem.ready)
 
         def one_item(i, _):
-            split, t, head, place = plan.item(cta, i)
+            split, t, head, n_pairs_index = plan.item(cta, i)
             first_row = t // plan.queries * plan.keys
             column = split * plan.pairs * SLOTS * TOKENS + first
-            fetch = lambda j: load_lane_word(indices_gmem, t, column + j * TOKENS)  # noqa: E731
+            fetch = lambda j: load_lane_word(gmem.indices, t, column + j * TOKENS)  # noqa: E731
 
             @pl.when(brings_queries)
             def _queries():
-                plgpu.barrier_wait(q_free)
-                plgpu.copy_gmem_to_smem(q_gmem.at[t, pl.ds(head, HEADS)], q_smem.at[0], q_full)
+                plgpu.barrier_wait(smem.q_free)
+                plgpu.copy_gmem_to_smem(gmem.q.at[t, pl.ds(head, HEADS)], smem.q.at[0], smem.q_full)
 
             def one_tile(j, index):
-                barrier = j % SLOTS * len(PARTS) + part
+                slot, landed = j % SLOTS, smem.landed_at(j % SLOTS * len(PARTS) + part)
                 row = jnp.where((index >= 0) & (index < plan.keys), first_row + index, -1)
-                plgpu.barrier_wait(k_free.at[barrier])
-                gather_rows(kv_gmem, row, k_smem, j % SLOTS, first, PARTS[part], landed_smem, barrier)
+                plgpu.barrier_wait(smem.k_free.at[landed.row])
+                gather_rows(gmem.kv, row, TileRows(smem.k, slot, first), PARTS[part], landed)
                 if part == 0:
-                    store_bias(bias_smem, j % SLOTS, first, row, landed_smem, barrier)
+                    store_bias(Row(smem.bias, slot, TOKENS), first, row, landed)
+                # The next tile's index, so that it is there when its slot is.
                 return fetch(j + 1)
 
-            lax.fori_loop(0, SLOTS * load_word(n_pairs_gmem, place), one_tile, fetch(0))
+            lax.fori_loop(0, SLOTS * load_word(gmem.n_pairs, n_pairs_index), one_tile, fetch(0))
             return _
 
         lax.fori_loop(0, plan.items(cta), one_item, None)
 
     @plgpu.warp_map
     def _warps(warp):
-        first = warp % 2 * gather.ROWS
+        first = warp % 2 * ROWS_PER_WARP
         pl.when(warp // 2 == 0)(lambda: one_part(0, first, warp == 0))
         pl.when(warp // 2 == 1)(lambda: one_part(1, first, warp < 0))
 
 
-def load_interpreted(
-    plan: Plan,
-    n_pairs_gmem: Ref,
-    indices_gmem: Ref,
-    q_gmem: Ref,
-    kv_gmem: Ref,
-    *,
-    q_smem: Ref,
-    k_smem: Ref,
-    bias_smem: Ref,
-    q_full: Ref,
-    q_free: Ref,
-    k_full: Ref,
-    k_free: Ref,
-    **_: Ref,
-) -> None:
+def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
     """`load_keys` in jnp, for interpret mode, which cannot run PTX."""
     cta = lax.axis_index("cta")
 
     def one_item(i, _):
-        split, t, head, place = plan.item(cta, i)
-        plgpu.barrier_wait(q_free)
-        plgpu.copy_gmem_to_smem(q_gmem.at[t, pl.ds(head, HEADS)], q_smem.at[0], q_full)
-        indices, kv = indices_gmem[t], kv_gmem[...]
+        split, t, head, n_pairs_index = plan.item(cta, i)
+        plgpu.barrier_wait(smem.q_free)
+        plgpu.copy_gmem_to_smem(gmem.q.at[t, pl.ds(head, HEADS)], smem.q.at[0], smem.q_full)
+        indices, kv = gmem.indices[t], gmem.kv[...]
 
         def one_pair(pair, _):
             for slot in range(SLOTS):
@@ -163,92 +177,76 @@ def load_interpreted(
                 there = (index >= 0) & (index < plan.keys)
                 row = t // plan.queries * plan.keys + jnp.where(there, index, 0)
                 for part in range(len(PARTS)):
-                    plgpu.barrier_wait(k_free.at[slot * len(PARTS) + part])
-                k_smem[slot] = jnp.where(there[:, None], kv[row], 0).astype(kv.dtype)
-                bias_smem[slot] = jnp.where(there, 0.0, -jnp.inf)
+                    plgpu.barrier_wait(smem.k_free.at[slot * len(PARTS) + part])
+                smem.k[slot] = jnp.where(there[:, None], kv[row], 0).astype(kv.dtype)
+                smem.bias[slot] = jnp.where(there, 0.0, -jnp.inf)
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(k_full.at[slot])
+                plgpu.barrier_arrive(smem.k_full.at[slot])
             return _
 
-        return lax.fori_loop(0, n_pairs_gmem[place], one_pair, _)
+        return lax.fori_loop(0, gmem.n_pairs[n_pairs_index], one_pair, _)
 
     lax.fori_loop(0, plan.items(cta), one_item, None)
-    wait_all(k_free, SLOTS * len(PARTS))
-    plgpu.barrier_wait(q_free)
+    wait_all(smem.k_free, SLOTS * len(PARTS))
+    plgpu.barrier_wait(smem.q_free)
 
 
-def score(
-    plan: Plan,
-    n_pairs_gmem: Ref,
-    lse_gmem: Ref,
-    *,
-    q_smem: Ref,
-    k_smem: Ref,
-    bias_smem: Ref,
-    decay_smem: Ref,
-    total_smem: Ref,
-    q_full: Ref,
-    q_free: Ref,
-    p_full: Ref,
-    k_full: Ref = None,
-    ready: Ref = None,
-    landed_smem: Ref = None,
-    turn_smem: Ref = None,
-    **_: Ref,
-) -> None:
+def score(plan: Plan, n_pairs_gmem: Ref, lse_gmem: Ref, smem: Smem) -> None:
     """Probabilities of each tile, and by how much they make the earlier ones decay."""
     plgpu.set_max_registers(SCORE_REGISTERS, action="decrease")
     cta = lax.axis_index("cta")
     if not plan.interpret:
         # Every lane of two warps; the bias arrives with the first part.
-        gather.init_landed(landed_smem, (4 * gather.ROWS, 2 * gather.ROWS) * SLOTS)
-        sparse_mla.unclaim(turn_smem)
-        plgpu.barrier_arrive(ready)
-    plgpu.barrier_arrive(q_free)
+        gather.init_landed(smem.landed, (4 * ROWS_PER_WARP, 2 * ROWS_PER_WARP) * SLOTS)
+        sparse_mla.unclaim(smem.turn)
+        plgpu.barrier_arrive(smem.ready)
+    plgpu.barrier_arrive(smem.q_free)
     row = lambda value: plgpu.layout_cast(jnp.full((HEADS,), value, jnp.float32), PER_HEAD)  # noqa: E731
 
     def one_item(i, n_before):
-        split, t, head, place = plan.item(cta, i)
-        n_tiles = SLOTS * n_pairs_gmem[place]
-        plgpu.barrier_wait(q_full)
+        split, t, head, n_pairs_index = plan.item(cta, i)
+        n_tiles = SLOTS * n_pairs_gmem[n_pairs_index]
+        plgpu.barrier_wait(smem.q_full)
 
         def one_tile(j, carry):
             (highest, total), slot = carry, j % SLOTS
 
             def wait(part: int) -> None:
                 if not plan.interpret:
-                    gather.wait_landed(landed_smem, slot * len(PARTS) + part, (n_before + j) // SLOTS)
+                    gather.wait_landed(smem.landed_at(slot * len(PARTS) + part), (n_before + j) // SLOTS)
                 elif part == 0:
-                    plgpu.barrier_wait(k_full.at[slot])
+                    plgpu.barrier_wait(smem.k_full.at[slot])
 
             zero = jnp.int32(0) if plan.interpret else sparse_mla.opaque_zero()
-            products = products_of(q_smem.at[zero], k_smem.at[slot], wait)
+            products = products_of(smem.q.at[zero], smem.k.at[slot], wait)
             if not plan.interpret:
-                sparse_mla.unclaim(turn_smem)
-            bias = plgpu.load(bias_smem.at[slot], layout=PER_TOKEN)
+                sparse_mla.unclaim(smem.turn)
+            bias = plgpu.load(smem.bias.at[slot], layout=PER_TOKEN)
+            # To base two, which is what the hardware's exponential takes.
             logits = products * (plan.scale * _LOG2_E) + lax.broadcast_in_dim(bias, products.shape, [1])
             here = jnp.max(logits, axis=1)
             new_highest = jnp.where(here > highest + _SLACK, here, highest)
             p = jnp.exp2(logits - lax.broadcast_in_dim(new_highest, logits.shape, [0]))
             decay = jnp.exp2(highest - new_highest)
             total = total * decay + jnp.sum(p, axis=1)
-            p = p.astype(k_smem.dtype)
+            p = p.astype(smem.k.dtype)
             if plan.interpret:
-                k_smem.at[slot, :, pl.ds(VALUE_DIM, TOKENS)][...] = p
-                decay_smem[slot], total_smem[slot] = decay, total
+                smem.k.at[slot, :, pl.ds(VALUE_DIM, TOKENS)][...] = p
+                smem.decay[slot], smem.total[slot] = decay, total
                 plgpu.commit_smem()
             else:
-                sparse_mla.store_p(k_smem, slot, VALUE_DIM, p)
-                sparse_mla.store_rows(decay_smem, slot, decay)
-                sparse_mla.store_rows(total_smem, slot, total)
+                sparse_mla.store_p(smem.k, slot, VALUE_DIM, p)
+                sparse_mla.store_rows(smem.decay, slot, decay)
+                sparse_mla.store_rows(smem.total, slot, total)
                 sparse_mla.show_stores()
-                barrier = (j + 1) % SLOTS * len(PARTS)
-                sparse_mla.claim(turn_smem, landed_smem, barrier, (n_before + j + 1) // SLOTS)
-            plgpu.barrier_arrive(p_full.at[slot])
+                # All others wait for probabilities: where the next tile has landed, its scores go before values.
+                following = smem.landed_at((j + 1) % SLOTS * len(PARTS))
+                sparse_mla.claim(smem.turn, following, (n_before + j + 1) // SLOTS)
+            plgpu.barrier_arrive(smem.p_full.at[slot])
             return new_highest, total
 
         highest, total = lax.fori_loop(0, n_tiles, one_tile, (row(_LEAST), row(0.0)))
-        release(plan, q_free)
+        release(plan, smem.q_free)
         # NaN, of a chosen token, stays: -inf would say that nothing was chosen.
         lse = (highest + jnp.log2(jnp.where(total == 0.0, 1.0, total))) / _LOG2_E
         lse_gmem[split, t, pl.ds(head, HEADS)] = jnp.where(total == 0.0, -jnp.inf, lse)
@@ -257,57 +255,45 @@ def score(
     lax.fori_loop(0, plan.items(cta), one_item, jnp.int32(0))
 
 
-def add_values(
-    plan: Plan,
-    half: Array,
-    n_pairs_gmem: Ref,
-    o_gmem: Ref,
-    *,
-    k_smem: Ref,
-    decay_smem: Ref,
-    total_smem: Ref,
-    k_free: Ref,
-    p_full: Ref,
-    turn_smem: Ref = None,
-    **_: Ref,
-) -> None:
+def add_values(plan: Plan, half: Array, n_pairs_gmem: Ref, o_gmem: Ref, smem: Smem) -> None:
     """Half of the value columns of the output."""
     plgpu.set_max_registers(VALUE_REGISTERS, action="increase")
     cta = lax.axis_index("cta")
     columns = lambda part: pl.ds((half * 2 + part) * QUARTER, QUARTER)  # noqa: E731
     for barrier in range(SLOTS * len(PARTS)):
-        plgpu.barrier_arrive(k_free.at[barrier])
+        plgpu.barrier_arrive(smem.k_free.at[barrier])
 
     def one_item(i, _):
-        split, t, head, place = plan.item(cta, i)
+        split, t, head, n_pairs_index = plan.item(cta, i)
 
         def one_tile(j, carry):
             o, slot = carry[:-1], j % SLOTS
-            plgpu.barrier_wait(p_full.at[slot])
-            decay = plgpu.load(decay_smem.at[slot], layout=PER_HEAD)
-            total = plgpu.load(total_smem.at[slot], layout=PER_HEAD)
+            plgpu.barrier_wait(smem.p_full.at[slot])
+            decay = plgpu.load(smem.decay.at[slot], layout=PER_HEAD)
+            total = plgpu.load(smem.total.at[slot], layout=PER_HEAD)
             scaled = lambda o: tuple(x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in o)  # noqa: E731
             if plan.interpret:
                 o = scaled(o)
             else:  # rarely does any maximum of a warp's rows move
                 o = lax.cond(sparse_mla.any_decay(decay) > 0, scaled, lambda o: o, o)
-                sparse_mla.let_first(turn_smem)
-            p = k_smem.at[slot, :, pl.ds(VALUE_DIM, TOKENS)]
-            values = [k_smem.at[slot, :, columns(part)] for part in range(2)]
-            o = add_products(o, p, values, lambda part: release(plan, k_free.at[slot * len(PARTS) + part]), plan)
+                sparse_mla.let_first(smem.turn)
+            p = smem.k.at[slot, :, pl.ds(VALUE_DIM, TOKENS)]
+            values = [smem.k.at[slot, :, columns(part)] for part in range(2)]
+            o = add_products(o, p, values, lambda part: release(plan, smem.k_free.at[slot * len(PARTS) + part]), plan)
             return *o, total
 
         zeros = plgpu.layout_cast(jnp.zeros((HEADS, QUARTER), jnp.float32), plgpu.Layout.WGMMA)
         nothing = plgpu.layout_cast(jnp.zeros((HEADS,), jnp.float32), PER_HEAD)
-        *o, total = lax.fori_loop(0, SLOTS * n_pairs_gmem[place], one_tile, (zeros, zeros, nothing))
+        *o, total = lax.fori_loop(0, SLOTS * n_pairs_gmem[n_pairs_index], one_tile, (zeros, zeros, nothing))
+        # A query without tokens has a total of 0, and zeros for an output.
         share = 1.0 / jnp.where(total > 0, total, 1.0)
         for part, x in enumerate(o):
             x = x * lax.broadcast_in_dim(share, x.shape, [0])
-            place, x = o_gmem.at[split, t, pl.ds(head, HEADS), columns(part)], x.astype(o_gmem.dtype)
+            target, x = o_gmem.at[split, t, pl.ds(head, HEADS), columns(part)], x.astype(o_gmem.dtype)
             if plan.interpret:
-                place[...] = x
+                target[...] = x
             else:
-                sparse_mla.store_output(place, x)
+                sparse_mla.store_output(target, x)
         return _
 
     lax.fori_loop(0, plan.items(cta), one_item, None)

@@ -1,5 +1,6 @@
 """The stages of `indexer.Stages`, by Mosaic GPU kernels; pooling and narrow selections are Triton's."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu import refine as refine_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
+from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums
 from hisa_jax.kernels_pallas.sequences import Rows, Sequences
 from hisa_jax.kernels_pallas.triton import page_means
@@ -59,35 +61,25 @@ def block_filter(
     interpret: Interpret = False,
 ) -> Array:
     q, w, sequences = call.q, call.w, call.sequences.blocks(method.block_size)
-    (T, H, D), m, n_ctas = q.shape, method.block_topk, n_sms()
-    options: Any = dict(n_columns=sequences.max_keys, keep_first=method.keep_first, keep_last=method.keep_last)
+    T, m, n_ctas = q.shape[0], method.block_topk, n_sms()
+    columns = Columns(limit=eligible, n=sequences.max_keys, keep_first=method.keep_first, keep_last=method.keep_last)
     if isinstance(means, PageSums):
         first_block = sequences.key_start_of_queries(T)
-        sort_keys = page_means.page_scores(q, w, means, eligible, first_block, interpret=bool(interpret), **options)
+        sort_keys = page_means.page_scores(q, w, means, first_block, columns, interpret=bool(interpret))
     elif isinstance(means, PageMeans) and _FEW * len(sequences.lengths) >= T:
-        sort_keys = _few_on_pages(q, w, means, eligible, sequences, interpret=bool(interpret), **options)
+        operands = Operands(q, w, means.means, means.scales, means.rows)
+        sort_keys = _few_on_pages(operands, columns, sequences, interpret=bool(interpret))
     else:
         pages = means.rows if isinstance(means, PageMeans) else None
         parts, scale = (means.means, means.scales) if isinstance(means, PageMeans) else means
         rows, sequences = (None, sequences) if pages else sequences.aligned(parts.shape[0], _TILED_ROWS)
         if rows is not None:
             parts, scale = parts[rows], None if scale is None else scale[rows]
-        sizes = T, H, D, sequences.max_keys, parts.shape[1], parts.dtype.itemsize, n_ctas
-        config = scores_stage.heuristic(*sizes, n_keys=2 if pages else 1)
-        sort_keys = scores_stage.scores(
-            q,
-            w,
-            parts,
-            scale,
-            eligible,
-            sequences.query_tiles(T, config.tile_t, eligible, COLUMNS),
-            jnp.zeros((1,), jnp.int32),
-            pages=pages,
-            config=config,
-            n_ctas=n_ctas,
-            interpret=interpret,
-            **options,
-        )
+        operands = Operands(q, w, parts, scale, pages)
+        config = scores_stage.heuristic(operands, sequences.max_keys, n_ctas, n_keys=2 if pages else 1)
+        tiles = sequences.query_tiles(T, config.tile_t, eligible, COLUMNS)
+        columns = dataclasses.replace(columns, tiles=tiles, n=sequences.max_keys)
+        sort_keys = scores_stage.scores(operands, columns, config=config, n_ctas=n_ctas, interpret=interpret)
     if sort_keys.shape[1] <= _NARROW:
         # A row alone on its multiprocessor takes 9.5 us with one warp, 5.4 with four (1024 to 64).
         alone = narrow_topk_stage.Config(num_warps=4) if n_ctas > T else None
@@ -95,32 +87,26 @@ def block_filter(
     return topk_stage.topk(sort_keys, eligible, m, n_ctas=n_ctas, interpret=interpret)[0]
 
 
-def _few_on_pages(
-    q: Array, w: Array, means: PageMeans, eligible: Array, sequences: Sequences, *, n_columns: int, **options: Any
-) -> Array:
+def _few_on_pages(operands: Operands, columns: Columns, sequences: Sequences, *, interpret: bool) -> Array:
     """Sort keys of the scores of page means that so few queries share that fetching them is what takes time.
 
     Threads fetch scattered rows faster than the copy engine, which wants one command a row: 0.028 ms for 128 requests
     of 128K where `scores` takes 0.045, 0.018 for 32 by either.
     """
-    config = narrow_scores_stage.Config(tile_s=narrow_scores_stage.heuristic(q.shape[1]).tile_s, tile_t=1)
-    if n_columns > _NARROW:
-        n_columns = -(-n_columns // COLUMNS) * COLUMNS
-    tiles, first = sequences.query_tiles(q.shape[0], 1, eligible, COLUMNS), jnp.zeros((1,), jnp.int32)
-    return narrow_scores_stage.scores(
-        q, w, means.means, means.scales, eligible, tiles, first, means.rows, n_columns=n_columns, config=config,
-        **options,
-    )  # fmt: skip
+    T, H, _ = operands.q.shape
+    config = narrow_scores_stage.Config(tile_s=narrow_scores_stage.heuristic(H).tile_s, tile_t=1)
+    n = columns.n if columns.n <= _NARROW else -(-columns.n // COLUMNS) * COLUMNS
+    columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, 1, columns.limit, COLUMNS), n=n)
+    return narrow_scores_stage.scores(operands, columns, config=config, interpret=interpret)
 
 
 def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret = False) -> tuple[Array, Array]:
     """`refine.refine`, or its scores and then `topk`, where queries are fewer than CTAs or outgrow shared memory."""
     (T, H, D), m, itemsize, n_ctas = call.q.shape, block_ids.shape[1], call.k.dtype.itemsize, n_sms()
-    block_size, topk, pages = method.block_size, method.topk, call.pages
-    first_block = call.first_blocks(block_size)
-    operands = (call.q, call.w, call.k, call.k_scale, block_ids, call.visible, first_block, pages)
-    options: Any = {"block_size": block_size, "n_ctas": n_ctas, "interpret": interpret}
-    apart = refine_stage.Config(rows=128 if H <= 64 else 64, n_score=4 if H <= 64 else 2, ring=4)
+    block_size, topk, pages, operands = method.block_size, method.topk, call.pages, call.operands
+    kept = KeptBlocks(ids=block_ids, visible=call.visible, first=call.first_blocks(block_size), size=block_size)
+    options: Any = {"n_ctas": n_ctas, "interpret": interpret}
+    apart = refine_stage.Config(tile_s=128 if H <= 64 else 64, n_score=4 if H <= 64 else 2, ring=4)
     n_parts = refine_stage.split(T, m, block_size, apart, n_ctas)
     page_size = None if pages is None else pages.size
     fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size)
@@ -128,16 +114,15 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
         shape = dict(H=H, D=D, m=m, block_size=block_size, itemsize=itemsize)
         # Those found for keys in one piece leave no room for the pages' numbers.
         config = tuned(refine_stage.Config, "mosaic_gpu.refine", **shape) if pages is None else None
-        config = config or fused
-        return refine_stage.refine(*operands, k_top=topk, config=config, **options)
-    sort_keys = refine_stage.refine_scores(*operands, config=apart, n_parts=n_parts, **options)
+        return refine_stage.refine(operands, kept, k_top=topk, config=config or fused, **options)
+    sort_keys = refine_stage.refine_scores(operands, kept, config=apart, n_parts=n_parts, **options)
     if n_parts > 1:
         limit = jnp.full_like(call.visible, m * block_size)  # parts write every column
     else:
         limit = jnp.sum(block_ids >= 0, axis=1, dtype=jnp.int32) * block_size
-    return narrow_topk_stage.topk(sort_keys, limit, topk, block_ids, block_size, interpret=bool(interpret))
+    return narrow_topk_stage.topk(sort_keys, limit, topk, kept, interpret=bool(interpret))
 
 
 def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
-    operands = (call.q, call.w, call.k, call.k_scale, call.visible, call.sequences, call.pages)
-    return flat_stage.flat(*operands, topk=topk, n_ctas=n_sms(), interpret=interpret)
+    options: Any = dict(topk=topk, n_ctas=n_sms(), interpret=interpret)
+    return flat_stage.flat(call.operands, call.visible, call.sequences, **options)

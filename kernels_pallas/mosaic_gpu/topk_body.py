@@ -1,18 +1,20 @@
 """Device code of `topk`: one warp-group copies rows in, the others select, each from a row of its own."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_row as select_rows
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_row
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import release, wait_all
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Ref
 
-LINE = 128
+LINE = 128  # a copy takes at most 256 elements an axis, so rows are folded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,21 +29,44 @@ class Plan:
     interpret: object
 
     def rounds(self, cta: Array) -> Array:
-        """Rows of a CTA are cta, cta + n_ctas, ..., dealt to its warp-groups in turn; the last round may be ragged."""
+        """Rows of a CTA are cta, cta + n_ctas, ..., and its warp-groups take turns; the last round may be ragged."""
         n_rows = (self.T - cta + self.n_ctas - 1) // self.n_ctas
         return (n_rows + self.n_select - 1) // self.n_select
 
     def row(self, cta: Array, turn: Array, group: Ref) -> Array:
+        """The row that a warp-group takes in a round."""
         return cta + (turn * self.n_select + group) * self.n_ctas
 
 
-def topk_body(plan: Plan, limit_gmem: Ref, x_gmem: Ref, *out_gmem: Ref, **scratch: Ref) -> None:
+class Outputs(NamedTuple):
+    """As `select_row.Output`."""
+
+    positions: Ref  # [T, k]
+    count: Ref  # [T]
+    sort_keys: Ref | None  # [T, k]
+
+
+class Smem(NamedTuple):
+    """Shared memory of a CTA: a row and its scratch for each warp-group that selects. Barriers are one a row."""
+
+    row_free: Ref  # of the warp-group that selects
+    row_full: Ref  # of the row's copy
+    scratch: Ref  # [n_select, SCRATCH_WORDS]
+    sort_keys: Ref  # [n_select, W / LINE, LINE]
+
+
+def topk_body(plan: Plan, limit_gmem: Ref, x_gmem: Ref, out: Outputs, smem: Smem) -> None:
+    #   loader  ->  row_full[g]  ->  warp-group g: range, counts, output  ->  positions, count
+    #           <-  row_free[g]  <-
+    #
+    # Each warp-group has one row in shared memory and works by itself: what hides its waits is the other warp-groups.
+    # Its next row is loaded when it hands the old one back. All of a row are read, so nothing is loaded twice.
     role = lax.axis_index("warpgroup")
-    pl.when(role < plan.n_select)(lambda: select(plan, role, limit_gmem, *out_gmem, **scratch))
-    pl.when(role == plan.n_select)(lambda: load(plan, x_gmem, **scratch))
+    pl.when(role < plan.n_select)(lambda: select(plan, role, limit_gmem, out, smem))
+    pl.when(role == plan.n_select)(lambda: load(plan, x_gmem, smem))
 
 
-def load(plan: Plan, x_gmem: Ref, *, sort_keys_smem: Ref, row_full: Ref, row_free: Ref, **_: Ref) -> None:
+def load(plan: Plan, x_gmem: Ref, smem: Smem) -> None:
     cta = lax.axis_index("cta")
 
     def one_round(turn, _):
@@ -50,63 +75,46 @@ def load(plan: Plan, x_gmem: Ref, *, sort_keys_smem: Ref, row_full: Ref, row_fre
 
             @pl.when(t < plan.T)
             def _copy():
-                plgpu.barrier_wait(row_free.at[group])
-                plgpu.copy_gmem_to_smem(x_gmem.at[t], sort_keys_smem.at[group], row_full.at[group])
+                plgpu.barrier_wait(smem.row_free.at[group])
+                plgpu.copy_gmem_to_smem(x_gmem.at[t], smem.sort_keys.at[group], smem.row_full.at[group])
 
             return _
 
         return lax.fori_loop(0, plan.n_select, one_row, _)
 
     lax.fori_loop(0, plan.rounds(cta), one_round, None)
-    wait_all(row_free, plan.n_select)
+    wait_all(smem.row_free, plan.n_select)
 
 
-def select(
-    plan: Plan,
-    group: Array,
-    limit_gmem: Ref,
-    o_gmem: Ref,
-    count_gmem: Ref,
-    o_sort_keys_gmem: Ref = None,
-    *,
-    sort_keys_smem: Ref,
-    scratch_smem: Ref,
-    row_full: Ref,
-    row_free: Ref,
-) -> None:
-    cta, step = lax.axis_index("cta"), select_rows.COLUMNS
-    plgpu.barrier_arrive(row_free.at[group])
+def select(plan: Plan, group: Array, limit_gmem: Ref, out: Outputs, smem: Smem) -> None:
+    cta, step = lax.axis_index("cta"), select_row.COLUMNS
+    plgpu.barrier_arrive(smem.row_free.at[group])
 
     def one_round(turn, _):
         t = plan.row(cta, turn, group)
+        output = select_row.Output(t, *out)
 
         def _choose(limit):
+            # Whole steps of the selection: between the limit and the end of the last one all is `INVISIBLE`.
             n_columns = (jnp.minimum(limit, plan.W) + step - 1) // step * step
             if plan.interpret:
                 columns = jnp.arange(plan.W, dtype=jnp.int32)
-                sort_keys = jnp.where(columns < n_columns, sort_keys_smem[group].reshape(-1), INVISIBLE)
-                threshold = select_rows.threshold_reference(sort_keys, plan.k)
-                select_rows.compact_reference(
-                    sort_keys, columns, threshold, plan.k, t, o_gmem, count_gmem, o_sort_keys_gmem
-                )
+                sort_keys = jnp.where(columns < n_columns, smem.sort_keys[group].reshape(-1), INVISIBLE)
+                select_row.choose_reference(sort_keys, columns, output)
                 return
-            row = (sort_keys_smem, group, plan.W, n_columns)
-            threshold = select_rows.threshold_of(*row, plan.k, scratch_smem, group)
-            # The columns themselves are written: no ids are looked up.
-            ids = (scratch_smem, group, select_rows.SCRATCH_WORDS, select_rows.own_positions())
-            select_rows.compact(
-                *row, threshold, plan.k, scratch_smem, group, *ids, t, o_gmem, count_gmem, o_sort_keys_gmem
-            )
+            scratch = Row(smem.scratch, group, select_row.SCRATCH_WORDS)
+            row = Row(smem.sort_keys, group, plan.W)
+            select_row.choose(row, n_columns, scratch, select_row.own_positions(scratch), output)
 
         @pl.when(t < plan.T)
         def _one_row():
             limit = limit_gmem[t]
-            plgpu.barrier_wait(row_full.at[group])
+            plgpu.barrier_wait(smem.row_full.at[group])
             # Where all are chosen there is nothing to search for, unless their sort keys are wanted, too.
-            keeps_all = (limit <= plan.k) & (o_sort_keys_gmem is None)
-            pl.when(keeps_all)(lambda: select_rows.write_prefix(o_gmem, count_gmem, t, limit, plan.interpret))
+            keeps_all = (limit <= plan.k) & (out.sort_keys is None)
+            pl.when(keeps_all)(lambda: select_row.write_prefix(output, limit, plan.interpret))
             pl.when(~keeps_all)(lambda: _choose(limit))
-            release(plan, row_free.at[group])
+            release(plan, smem.row_free.at[group])
 
         return _
 

@@ -1,4 +1,4 @@
-"""What the warp-groups of every kernel here share: layouts, registers, and the etiquette of barriers."""
+"""What the warp-groups of every kernel here share: layouts, registers, and how buffers and barriers are used."""
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -8,6 +8,9 @@ from jax.typing import DTypeLike
 from hisa_jax.kernels_pallas.types import Ref
 
 HEAD_COLUMN = plgpu.Layout.WGMMA.reduce(0)  # a value a head: its columns
+SMEM_BYTES = 227 * 1024  # of a CTA, at most
+RESERVED_BYTES = 4096  # of those, for barriers and alignment
+# Registers a thread.
 LOADER_REGISTERS = 40
 SELECT_REGISTERS = 56
 
@@ -17,6 +20,7 @@ def share_registers(n_score: int, *others: int) -> int:
 
     Asking for more than that hangs the kernel: 4 warp-groups at 104 beside a loader run, at 112 they do not.
     """
+    # A launch divides the 65,536 evenly; counts are multiples of 8, of which 232 is the greatest.
     n_groups = n_score + len(others)
     given = 65536 // (128 * n_groups) // 8 * 8 * n_groups
     return min((given - sum(others)) // n_score // 8 * 8, 232)
@@ -46,6 +50,6 @@ def release(plan: Ref, barrier: Ref) -> None:
 
 
 def wait_all(barriers: Ref, n: int) -> None:
-    """Every completed phase must be met by whoever waits on the barrier, the last ones too."""
+    """Waits for the last phase of each barrier: whoever waits at a barrier must do so for every phase."""
     for i in range(n):
         plgpu.barrier_wait(barriers.at[i])

@@ -1,11 +1,10 @@
-"""New tokens into the pages of a cache, in place, and what the pages say of themselves: a touched page a program.
+"""New tokens into the pages of a cache, in place, and what each page keeps of its keys: a touched page a program.
     sums[page] = sum of the dequantised keys that the page now holds, by pairs of neighbours (see `tree`)
 
 Floor, a token each for 128 requests in pages of 64, 8-bit keys of 128: 1.2 MB / 4.3 TB/s = 0.3 us. A launch and four
 loads that wait for each other (offsets, table, page, and back) are what it takes.
 """
 
-import dataclasses
 import functools
 from typing import Protocol
 
@@ -23,14 +22,10 @@ from hisa_jax.kernels_pallas.types import Ref
 
 _MAX_REQUESTS = 4096
 _MIN_PAGE, _MAX_D = 16, 512
+# Mostly 10 to 16 us with 2 to 16 warps, whatever the page; one of 128 does not fit the registers of one warp: 44.
+_NUM_WARPS = 8
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Launch sizes: they change the speed, never the result."""
-
-    # Mostly 10 to 16 us with 2 to 16 warps, whatever the page; one of 128 does not fit the registers of one warp: 44.
-    num_warps: int = 8
+New = tuple[Array, Array | None, Array | None]  # keys [T, D], scales [T], latents [T, E]
 
 
 class PagedKeys(Protocol):
@@ -71,24 +66,17 @@ def why_not(
 
 
 @in_32_bits
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("interpret",))
 def append[Pages: PagedKeys](
-    pages: Pages,
-    new: tuple[Array, Array | None, Array | None],
-    block_tables: Array,
-    cu_seqlens: Array,
-    lengths: Array,
-    *,
-    config: Config | None = None,
-    interpret: bool = False,
+    pages: Pages, new: New, block_tables: Array, cu_seqlens: Array, lengths: Array, *, interpret: bool = False
 ) -> Pages:
-    """Writes the new tokens of R requests behind their `lengths` [R]; what has no page is dropped.
+    """Appends new tokens to R requests of `lengths` [R]; what has no page is dropped.
 
     Args:
-        new: [T, D] keys, [T] scales and [T, E] latents, the latter two None where the pages have none.
+        new: T tokens of all requests; scales and latents are None where the pages have none.
         block_tables: [R, P] int32; `cu_seqlens`: [R + 1] int32, where each request's tokens begin in `new`.
     """
-    config, T, (R, _), size = config or Config(), new[0].shape[0], block_tables.shape, pages.keys.shape[1]
+    T, (R, _), size = new[0].shape[0], block_tables.shape, pages.keys.shape[1]
     news, olds = jax.tree.leaves(new), jax.tree.leaves(pages)
     operands = [cu_seqlens, lengths, block_tables, *news, *olds]
     out = pl.pallas_call(
@@ -98,8 +86,9 @@ def append[Pages: PagedKeys](
         in_specs=[_whole(x) for x in operands],
         out_specs=[_whole(x) for x in olds],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in olds],
+        # In place: a page that no program touches is neither read nor written.
         input_output_aliases={len(operands) - len(olds) + i: i for i in range(len(olds))},
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
         name="hisa_append",
         interpret=interpret,
     )(*operands)

@@ -12,43 +12,41 @@ from hisa_jax.kernels_pallas.triton.pool_body import mean, split
 from hisa_jax.kernels_pallas.triton.tree import sum_rows
 from hisa_jax.kernels_pallas.types import Ref
 
-_ROWS = 8  # of latents copied at a time
+_LATENT_ROWS = 8  # copied at a time
 
 
 class _Page(NamedTuple):
-    """What a program does: int32 scalars.
+    """What a program does: int32 scalars."""
 
-    Attributes:
-        page: the page; `place`: which of its sequence.
-        n_before: tokens of it that were there; `n`: that are there now.
-        first: row of the new tokens that goes to the page's row 0, if that were new.
-    """
-
-    page: Array
-    place: Array
-    n_before: Array
-    n: Array
-    first: Array
+    page: Array  # which of the cache
+    page_index: Array  # which of its sequence
+    n_before: Array  # tokens that the page had
+    n: Array  # tokens that it has now
+    first: Array  # row of the new tokens that goes to the page's row 0, if that were new
 
 
 def append_body(cu_seqlens_ref: Ref, lengths_ref: Ref, table_ref: Ref, *refs: Ref, treedef: Any) -> None:
-    # in: [R + 1], [R], [R, P], then the new tokens and the pages; out: the pages
+    # One program, one touched page:   offsets -> request and page_index -> page -> its rows, old and new -> sum, mean
+    #
+    # Four loads that wait for each other. The page's old keys are read to take its sum anew, in the order of
+    # `sum_rows`; only new keys are stored. `old` and `pages` are the same memory: a page belongs to one program, which
+    # loads old rows and stores new ones. in: [R + 1], [R], [R, P], then the new tokens and the pages; out: the pages.
     (new, old), n_pages = jax.tree.unflatten(treedef, refs[: treedef.num_leaves]), refs[-1].shape[0]
     pages = jax.tree.unflatten(jax.tree.structure(old), refs[treedef.num_leaves :])
     size, T = old.keys.shape[1], new[0].shape[0]
     nth, r, is_one = _touched(cu_seqlens_ref, lengths_ref, size, T)
     begin, end, length = (plt.load(ref.at[at]) for ref, at in _of(cu_seqlens_ref, lengths_ref, r))
     begin, end = jnp.clip(begin, 0, T), jnp.clip(end, 0, T)
-    place = (length >> _log2(size)) + nth
-    is_one &= (place >= 0) & (place < table_ref.shape[1])
-    page = plt.load(table_ref.at[r, jnp.where(is_one, place, 0)])
+    page_index = (length >> _log2(size)) + nth
+    is_one &= (page_index >= 0) & (page_index < table_ref.shape[1])
+    page = plt.load(table_ref.at[r, jnp.where(is_one, page_index, 0)])
 
     @pl.when(is_one & (page >= 0) & (page < n_pages))
     def _write():
-        start = place * size
+        start = page_index * size
         at = _Page(
             page=page,
-            place=place,
+            page_index=page_index,
             n_before=jnp.clip(length - start, 0, size),
             n=jnp.clip(length + end - begin - start, 0, size),
             first=begin + start - length,
@@ -84,7 +82,7 @@ def _write_keys(at: _Page, new: tuple, old: Any, pages: Any) -> None:
     columns = jnp.arange(k_ref.shape[1], dtype=jnp.int32)
 
     def load(rows: Array) -> Array:
-        """Rows of the page as they are from now on, dequantised, zeros behind the last; stores the new ones."""
+        """Rows of the page as they are from now on, dequantised, zeros after the last; stores the new ones."""
         is_old, is_new = rows < at.n_before, (rows >= at.n_before) & (rows < at.n)
         source = jnp.where(is_new, at.first + rows, 0)
         whole = lambda mask: jnp.broadcast_to(mask[:, None], (rows.shape[0], columns.shape[0]))  # noqa: E731
@@ -103,7 +101,7 @@ def _write_keys(at: _Page, new: tuple, old: Any, pages: Any) -> None:
     total = sum_rows(load, old.keys.shape[1])
     pages.sums[at.page] = total
     pages.counts[at.page] = at.n
-    pages.places[at.page] = at.place
+    pages.places[at.page] = at.page_index
     if pages.means is not None:
         parts, scale = split(mean(total, at.n), pages.means.shape[1], pages.means.dtype)
         for part, rounded in enumerate(parts):
@@ -118,14 +116,14 @@ def _copy_rows(at: _Page, source_ref: Ref, target_ref: Ref) -> None:
     columns = jnp.arange(pl.next_power_of_2(E), dtype=jnp.int32)
 
     def some(i: Array, _: None) -> None:
-        rows = i * _ROWS + jnp.arange(_ROWS, dtype=jnp.int32)
+        rows = i * _LATENT_ROWS + jnp.arange(_LATENT_ROWS, dtype=jnp.int32)
         is_new = (rows >= at.n_before) & (rows < at.n)
         mask = is_new[:, None] & (columns < E)[None, :]
         source = jnp.where(is_new, at.first + rows, 0)[:, None]
         values = plt.load(source_ref.at[source, columns[None, :]], mask=mask)
         plt.store(target_ref.at[at.page, rows[:, None], columns[None, :]], values, mask=mask)
 
-    lax.fori_loop(at.n_before >> _log2(_ROWS), (at.n + _ROWS - 1) >> _log2(_ROWS), some, None)
+    lax.fori_loop(at.n_before >> _log2(_LATENT_ROWS), (at.n + _LATENT_ROWS - 1) >> _log2(_LATENT_ROWS), some, None)
 
 
 def _log2(n: int) -> int:

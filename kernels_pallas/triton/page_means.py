@@ -6,7 +6,6 @@ Floor, 128 requests of 128K in pages of 64 on an H200: 134 MB / 4.3 TB/s = 31 us
 second reading, 3 us less for one query; for 32 it is slower, 23 us instead of 18.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -16,99 +15,76 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
+from hisa_jax.kernels_pallas.operands import Columns
 from hisa_jax.kernels_pallas.pages import TILED_BLOCKS, PageSums
-from hisa_jax.kernels_pallas.triton.page_means_body import page_scores_body, pool_pages_body
+from hisa_jax.kernels_pallas.triton.page_means_body import Plan, Queries, Sums, page_scores_body, pool_pages_body
 from hisa_jax.kernels_pallas.triton.pool import parts_of
 from hisa_jax.kernels_pallas.types import Ref
 
 _COLUMNS = 512  # wide rows of sort keys are read in whole steps of so many
+_TILE_S = TILED_BLOCKS  # blocks a program, the fewest that the tensor core takes: one query has to keep a GPU busy
+_NUM_WARPS = 4
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Tile sizes: they change the speed, never the result."""
-
-    # Blocks a program, the fewest that the tensor core takes: one query has to keep a GPU busy.
-    tile_s: int = TILED_BLOCKS
-    num_warps: int = 4
-
-
-@functools.partial(jax.jit, static_argnames=("dtype", "config", "interpret"))
-def pool_pages(
-    page_sums: PageSums, dtype: DTypeLike, *, config: Config | None = None, interpret: bool = False
-) -> tuple[Array, Array | None]:
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
+def pool_pages(page_sums: PageSums, dtype: DTypeLike, *, interpret: bool = False) -> tuple[Array, Array | None]:
     """-> [n, parts, D] of dtype, [n] float32 scale (None for bfloat16): the means of all requests' n blocks."""
-    config, n, D = config or Config(), page_sums.n_blocks, page_sums.sums.shape[1]
-    n_parts = parts_of(dtype)
-    operands = _operands(page_sums)
+    n, D = page_sums.n_blocks, page_sums.sums.shape[1]
+    sums, plan = _sums_of(page_sums), _plan_of(page_sums, dtype)
     means, scale = pl.pallas_call(
-        functools.partial(
-            pool_pages_body, per_block=page_sums.per_block, n_pages=page_sums.pages.n_pages, n_parts=n_parts
-        ),
-        grid=(n // config.tile_s,),
-        in_specs=[_whole(x) for x in operands],
+        functools.partial(pool_pages_body, plan=plan),
+        grid=(n // _TILE_S,),
+        in_specs=[jax.tree.map(_whole, sums)],
         out_specs=[
-            pl.BlockSpec((config.tile_s, n_parts, D), lambda s: (s, 0, 0)),
-            pl.BlockSpec((config.tile_s,), lambda s: (s,)),
+            pl.BlockSpec((_TILE_S, plan.n_parts, D), lambda s: (s, 0, 0)),
+            pl.BlockSpec((_TILE_S,), lambda s: (s,)),
         ],
-        out_shape=[jax.ShapeDtypeStruct((n, n_parts, D), dtype), jax.ShapeDtypeStruct((n,), jnp.float32)],
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        out_shape=[jax.ShapeDtypeStruct((n, plan.n_parts, D), dtype), jax.ShapeDtypeStruct((n,), jnp.float32)],
+        compiler_params=plt.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
         name="hisa_pool_pages",
         interpret=interpret,
-    )(*operands)
-    return means, scale if n_parts > 1 else None
+    )(sums)
+    return means, scale if plan.n_parts > 1 else None
 
 
-@functools.partial(jax.jit, static_argnames=("n_columns", "keep_first", "keep_last", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("interpret",))
 def page_scores(
-    q: Array,
-    w: Array,
-    page_sums: PageSums,
-    limit: Array,
-    first_block: Array,
-    *,
-    n_columns: int,
-    keep_first: int,
-    keep_last: int,
-    config: Config | None = None,
-    interpret: bool = False,
+    q: Array, w: Array, page_sums: PageSums, first_block: Array, columns: Columns, *, interpret: bool = False
 ) -> Array:
-    """[T, H, D], [T, H], [T], [T] -> [T, n_columns padded] int32 sort keys of the scores of block means, as `scores`.
+    """[T, H, D], [T, H], sums, [T] -> [T, columns.n padded] int32 sort keys of the scores of block means, as `scores`.
 
     Args:
-        limit: blocks of each query. Columns at or beyond are `INVISIBLE` or, beyond its whole 512, not written.
         first_block: where the blocks of each query's request begin.
+        columns: blocks of each query; `tiles` and `first` are not used. Those at or beyond its limit are `INVISIBLE`
+            or, beyond its whole 512, not written.
     """
-    (T, H, D), config = q.shape, config or Config()
-    step = _COLUMNS if n_columns > _COLUMNS else config.tile_s
-    width = -(-n_columns // step) * step
+    T, H, D = q.shape
+    step = _COLUMNS if columns.n > _COLUMNS else _TILE_S
+    width = -(-columns.n // step) * step
     row = lambda *shape: pl.BlockSpec((None, *shape), lambda s, t: (t,) + (0,) * len(shape))  # noqa: E731
     one = pl.BlockSpec((1,), lambda s, t: (t,))
-    operands = _operands(page_sums)
+    sums, forced = _sums_of(page_sums), (columns.keep_first, columns.keep_last)
     return pl.pallas_call(
         functools.partial(
-            page_scores_body,
-            per_block=page_sums.per_block,
-            n_pages=page_sums.pages.n_pages,
-            n_parts=parts_of(q.dtype),
-            tile_s=config.tile_s,
-            step=step,
-            keep_first=keep_first,
-            keep_last=keep_last,
+            page_scores_body, plan=_plan_of(page_sums, q.dtype), tile_s=_TILE_S, step=step, forced=forced
         ),
         # Query by query: the next one of a request finds its sums in L2.
-        grid=(width // config.tile_s, T),
-        in_specs=[row(H, D), row(H), one, one, *(_whole(x) for x in operands)],
+        grid=(width // _TILE_S, T),
+        in_specs=[Queries(row(H, D), row(H), one, one), jax.tree.map(_whole, sums)],
         out_specs=row(width),
         out_shape=jax.ShapeDtypeStruct((T, width), jnp.int32),
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
         name="hisa_page_scores",
         interpret=interpret,
-    )(q, w, limit, first_block, *operands)
+    )(Queries(q, w, columns.limit, first_block), sums)
 
 
-def _operands(page_sums: PageSums) -> list[Array]:
-    return [page_sums.pages.table, page_sums.sums, page_sums.counts]
+def _plan_of(page_sums: PageSums, dtype: DTypeLike) -> Plan:
+    return Plan(per_block=page_sums.per_block, n_pages=page_sums.pages.n_pages, n_parts=parts_of(dtype))
+
+
+def _sums_of(page_sums: PageSums) -> Sums:
+    return Sums(page_sums.pages.table, page_sums.sums, page_sums.counts)
 
 
 def _whole(x: Array) -> Ref:

@@ -6,7 +6,6 @@ carries 4 bits of a number, so a mean becomes two e4m3 numbers (the second holds
 a block; bfloat16 carries 8 by itself, float32 all.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -19,12 +18,7 @@ from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.triton.pool_body import pool_body
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Launch sizes: they change the speed, never the result."""
-
-    num_warps: int = 4
+_NUM_WARPS = 4
 
 
 def parts_of(dtype: DTypeLike) -> int:
@@ -43,15 +37,9 @@ def check_addressable(k: Array) -> None:
         raise ValueError(f"triton: k has {k.size} elements of one byte, wanted at most {2**31} in all of a batch")
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("block_size", "interpret"))
 def pool(
-    k: Array,
-    k_scale: Array | None,
-    counts: Array | np.ndarray,
-    *,
-    block_size: int,
-    config: Config | None = None,
-    interpret: bool = False,
+    k: Array, k_scale: Array | None, counts: Array | np.ndarray, *, block_size: int, interpret: bool = False
 ) -> tuple[Array, Array | None]:
     """[S, D], [S], [n] -> [n, parts, D] in the dtype of k, [n] float32 scale (None for bfloat16).
 
@@ -60,12 +48,13 @@ def pool(
     """
     n, D = counts.shape[0], k.shape[1]
     if not is_addressable(k.size, k.dtype):
+        # Blocks do not meet, so keys beyond what a kernel can address are pooled half by half.
         middle = n // 2
         halves = [(slice(middle * block_size), slice(middle)), (slice(middle * block_size, None), slice(middle, None))]
-        options: dict = {"block_size": block_size, "config": config, "interpret": interpret}
+        options: dict = {"block_size": block_size, "interpret": interpret}
         parts = [pool(k[rows], None if k_scale is None else k_scale[rows], counts[n], **options) for rows, n in halves]
         return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    config, n_parts = config or Config(), parts_of(k.dtype)
+    n_parts = parts_of(k.dtype)
     in_specs = [pl.BlockSpec((block_size, D), lambda b: (b, 0)), pl.BlockSpec((1,), lambda b: (b,))]
     operands = [k, counts]
     if k_scale is not None:
@@ -77,7 +66,7 @@ def pool(
         in_specs=in_specs,
         out_specs=[pl.BlockSpec((None, n_parts, D), lambda b: (b, 0, 0)), pl.BlockSpec((1,), lambda b: (b,))],
         out_shape=[jax.ShapeDtypeStruct((n, n_parts, D), k.dtype), jax.ShapeDtypeStruct((n,), jnp.float32)],
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
         name="hisa_pool",
         interpret=interpret,
     )(*operands)

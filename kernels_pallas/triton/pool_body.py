@@ -12,6 +12,10 @@ _E4M3_MAX = 448.0
 
 
 def pool_body(k_ref: Ref, count_ref: Ref, *refs: Ref, n_parts: int) -> None:
+    # One program, one block:   8 tiles of rows -> added pair by pair in registers -> mean -> parts and their scale
+    #
+    # Rows are loaded in the order that makes every addition one of neighbours (see `sum_rows`), so a block's sum has
+    # the bits of its pages' sums added up.
     *k_scale_ref, o_ref, scale_ref = refs  # in: [block_size, D], [1], maybe [block_size]; out: [parts, D], [1]
     count, columns = count_ref[0], jnp.arange(k_ref.shape[1], dtype=jnp.int32)
 

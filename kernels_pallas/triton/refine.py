@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-from hisa_jax.kernels_pallas.pages import Pages
+from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
 from hisa_jax.kernels_pallas.triton.pool import check_addressable
-from hisa_jax.kernels_pallas.triton.refine_body import refine_body
+from hisa_jax.kernels_pallas.triton.refine_body import Inputs, Plan, refine_body
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,10 @@ class Config:
 
 
 def why_not(H: int, D: int, block_size: int, dtype: DTypeLike) -> str | None:
-    """None, or why this kernel cannot run a shape."""
+    """None, or why this kernel cannot run a shape; neither can that of mosaic_gpu."""
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)):
-        return f"needs bfloat16 or float8_e4m3fn keys and queries, not {dtype.name}"
+        return f"needs float8_e4m3fn or bfloat16 keys and queries, not {dtype.name}"
     if H not in (16, 32, 64, 128) or D not in (64, 128):
         return f"needs 16, 32, 64 or 128 heads of size 64 or 128, not {H} of {D}"
     if block_size not in (32, 64, 128, 256):
@@ -47,47 +47,37 @@ def heuristic(H: int, block_size: int) -> Config:
     return Config(tile_s=min(64 if H <= 64 else 32, block_size))
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "config", "interpret"))
-def refine_scores(
-    q: Array,
-    w: Array,
-    k: Array,
-    k_scale: Array | None,
-    block_ids: Array,
-    visible: Array,
-    first_block: Array,
-    pages: Pages | None = None,
-    *,
-    block_size: int,
-    config: Config,
-    interpret: bool = False,
-) -> Array:
-    """[T, H, D], [T, H], [S, D], [S], [T, m], [T], [T] -> [T, m * block_size] int32 sort keys, as in mosaic_gpu.
-
-    Args:
-        pages: where the rows of all sequences are in k; tiles are at most a page.
-    """
-    (T, H, D), m = q.shape, block_ids.shape[1]
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def refine_scores(operands: Operands, kept: KeptBlocks, *, config: Config, interpret: bool = False) -> Array:
+    """Keys [S, D] -> [T, m * kept.size] int32 sort keys, as in mosaic_gpu; with pages, tiles are at most a page."""
+    q, w, k, k_scale, pages = operands
+    (T, H, D), m = q.shape, kept.ids.shape[1]
     check_addressable(k)
     tile_m = min(config.tile_m, m)
-    places, page_size = first_block[:, None], None
-    if pages is not None:
-        places, page_size = pages.of_blocks(places + jnp.maximum(block_ids, 0), block_size), pages.size
+    first = kept.first[:, None]
+    listed = None if pages is None else pages.of_blocks(first + jnp.maximum(kept.ids, 0), kept.size)
     row = lambda *shape: pl.BlockSpec((None, *shape), lambda t, j: (t,) + (0,) * len(shape))  # noqa: E731
     whole = lambda x: pl.BlockSpec(x.shape, lambda t, j: (0,) * x.ndim)  # noqa: E731
-    one = pl.BlockSpec((1,), lambda t, j: (t,))
-    in_specs = [row(H, D), row(H), row(m), one, row(places.shape[1]), whole(k)]
-    operands = [q, w, block_ids, visible, places, k]
-    if k_scale is not None:
-        in_specs.append(whole(k_scale))
-        operands.append(k_scale)
+    inputs = Inputs(q, w, kept.ids, kept.visible, first if listed is None else None, listed, k, k_scale)
+    in_specs = Inputs(
+        q=row(H, D),
+        w=row(H),
+        block_ids=row(m),
+        visible=pl.BlockSpec((1,), lambda t, j: (t,)),
+        first_block=row(1) if listed is None else None,
+        pages=None if listed is None else row(listed.shape[1]),
+        k=whole(k),
+        k_scale=None if k_scale is None else whole(k_scale),
+    )
+    page_size = None if pages is None else pages.size
+    plan = Plan(block_size=kept.size, page_size=page_size, tile_s=config.tile_s, tile_m=tile_m)
     return pl.pallas_call(
-        functools.partial(refine_body, block_size=block_size, page_size=page_size, tile_s=config.tile_s, tile_m=tile_m),
+        functools.partial(refine_body, plan=plan),
         grid=(T, -(-m // tile_m)),
-        in_specs=in_specs,
-        out_specs=row(m * block_size),
-        out_shape=jax.ShapeDtypeStruct((T, m * block_size), jnp.int32),
+        in_specs=[in_specs],
+        out_specs=row(m * kept.size),
+        out_shape=jax.ShapeDtypeStruct((T, m * kept.size), jnp.int32),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="hisa_refine",
         interpret=interpret,
-    )(*operands)
+    )(inputs)

@@ -1,5 +1,8 @@
 """Device code of `refine`: some blocks of one query a program."""
 
+import dataclasses
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -9,41 +12,58 @@ from hisa_jax.kernels_pallas.triton.scores_body import score
 from hisa_jax.kernels_pallas.types import Ref
 
 
-def refine_body(
-    q_ref: Ref,
-    w_ref: Ref,
-    block_ids_ref: Ref,
-    visible_ref: Ref,
-    places_ref: Ref,
-    k_ref: Ref,
-    *refs: Ref,
-    block_size: int,
-    page_size: int | None,
-    tile_s: int,
-    tile_m: int,
-) -> None:
-    # in: [H, D], [H], [m], [1], [1] first block or [m * block_size / page_size] pages, [S, D], maybe [S]
-    *scale_ref, o_ref = refs  # out: [m * block_size]
-    m, per_block = block_ids_ref.shape[0], block_size // tile_s
-    q, w, visible = q_ref[...], w_ref[...], visible_ref[0]
-    first = pl.program_id(1) * tile_m
+class Inputs(NamedTuple):
+    """A query's rows of most arrays; keys and scales whole."""
+
+    q: Ref  # [H, D]
+    w: Ref  # [H]
+    block_ids: Ref  # [m]
+    visible: Ref  # [1]
+    first_block: Ref | None  # [1], for keys that are not in pages
+    pages: Ref | None  # [m * block_size / page_size], the pages of the kept blocks
+    k: Ref  # [S, D]
+    k_scale: Ref | None  # [S]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The static numbers of a launch."""
+
+    block_size: int
+    page_size: int | None
+    tile_s: int  # keys at a time: a whole fraction of a block, and of a page
+    tile_m: int  # blocks a program
+
+
+def refine_body(refs: Inputs, o_ref: Ref, *, plan: Plan) -> None:
+    # One program:   heads [H, D] in registers   x   tile after tile of its `tile_m` blocks   ->   o[columns]
+    #
+    # The heads stay, keys stream. `num_stages` of the launch lets Triton load later tiles while one is multiplied.
+    # Every column of the result is written once, by this program alone.
+    m, tile_s, page_size = refs.block_ids.shape[0], plan.tile_s, plan.page_size
+    per_block = plan.block_size // tile_s
+    q, w, visible = refs.q[...], refs.w[...], refs.visible[0]
+    first = pl.program_id(1) * plan.tile_m
     inside = jnp.arange(tile_s, dtype=jnp.int32)
 
     def one_tile(i, _):
         j = first + lax.div(i, jnp.int32(per_block))
         offset = lax.rem(i, jnp.int32(per_block)) * tile_s
-        block_id = block_ids_ref[j]
+        block_id = refs.block_ids[j]
         # Without a block the first keys are read and nothing of them is visible.
         if page_size is None:
-            start = (places_ref[0] + jnp.maximum(block_id, 0)) * block_size + offset
+            assert refs.first_block is not None
+            start = (refs.first_block[0] + jnp.maximum(block_id, 0)) * plan.block_size + offset
         else:
-            column = j * block_size + offset
-            start = places_ref[lax.div(column, jnp.int32(page_size))] * page_size
+            assert refs.pages is not None
+            column = j * plan.block_size + offset
+            start = refs.pages[lax.div(column, jnp.int32(page_size))] * page_size
             start = start + lax.rem(column, jnp.int32(page_size))
         rows = pl.ds(start, tile_s)
-        x = score([k_ref[rows, :]], q, w, scale_ref[0][rows] if scale_ref else None)
-        position = jnp.where(block_id < 0, visible, block_id * block_size) + offset + inside
-        o_ref[pl.ds(j * block_size + offset, tile_s)] = jnp.where(position < visible, sort_key_of(x), INVISIBLE)
+        x = score([refs.k[rows, :]], q, w, None if refs.k_scale is None else refs.k_scale[rows])
+        # From `visible` on a position is beyond what the query sees, so a missing block needs no case of its own.
+        position = jnp.where(block_id < 0, visible, block_id * plan.block_size) + offset + inside
+        o_ref[pl.ds(j * plan.block_size + offset, tile_s)] = jnp.where(position < visible, sort_key_of(x), INVISIBLE)
         return _
 
-    lax.fori_loop(0, jnp.minimum(tile_m, m - first) * per_block, one_tile, None)
+    lax.fori_loop(0, jnp.minimum(plan.tile_m, m - first) * per_block, one_tile, None)

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.bits import in_32_bits
 from hisa_jax.kernels_pallas.triton import capability
-from hisa_jax.kernels_pallas.triton.sparse_mla_body import sparse_mla_body
+from hisa_jax.kernels_pallas.triton.sparse_mla_body import Inputs, Plan, sparse_mla_body
 from hisa_jax.kernels_pallas.tuning import tuned
 
 
@@ -80,20 +80,22 @@ def sparse_mla(
         tiles = tuned(Config, "triton.sparse_mla", N=N, key_dim=E, value_dim=value_dim)
         config = heuristic(B * T, N, K, tiles)
     tile_n, n_splits = config.tile_n, config.n_splits
-    # Whole tiles of heads: before jax 0.12 nothing keeps a program from the rows behind the last head.
+    # Whole tiles of heads: before jax 0.12 nothing keeps a program from the rows after the last head.
     q = jnp.pad(q.reshape(B * T, N, E), ((0, 0), (0, -N % tile_n), (0, 0)))
     heads = q.shape[1]
     per_split = -(-K // (n_splits * config.tile_s)) * config.tile_s
     indices = jnp.pad(indices.reshape(B * T, K), ((0, 0), (0, n_splits * per_split - K)), constant_values=-1)
     out = lambda *shape: pl.BlockSpec((None, None, tile_n, *shape), lambda t, n, i: (i, t, n, *(0 for _ in shape)))  # noqa: E731
+    in_specs = Inputs(
+        q=pl.BlockSpec((None, tile_n, E), lambda t, n, i: (t, n, 0)),
+        kv=pl.BlockSpec((B * S, E), lambda t, n, i: (0, 0)),
+        indices=pl.BlockSpec((None, per_split), lambda t, n, i: (t, i)),
+    )
+    plan = Plan(queries=T, keys=S, scale=scale, tile_s=config.tile_s, value_dim=value_dim)
     partial, lse = pl.pallas_call(
-        functools.partial(sparse_mla_body, queries=T, keys=S, scale=scale, tile_s=config.tile_s, value_dim=value_dim),
+        functools.partial(sparse_mla_body, plan=plan),
         grid=(B * T, heads // tile_n, n_splits),
-        in_specs=[
-            pl.BlockSpec((None, tile_n, E), lambda t, n, i: (t, n, 0)),
-            pl.BlockSpec((B * S, E), lambda t, n, i: (0, 0)),
-            pl.BlockSpec((None, per_split), lambda t, n, i: (t, i)),
-        ],
+        in_specs=[in_specs],
         out_specs=[out(value_dim), out()],
         out_shape=[
             jax.ShapeDtypeStruct((n_splits, B * T, heads, value_dim), q.dtype if n_splits == 1 else jnp.float32),
@@ -102,7 +104,7 @@ def sparse_mla(
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="sparse_mla",
         interpret=interpret,
-    )(q, kv.reshape(B * S, E), indices)
+    )(Inputs(q, kv.reshape(B * S, E), indices))
     o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse)
     return o[:, :N].astype(q.dtype).reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
 

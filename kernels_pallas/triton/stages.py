@@ -1,13 +1,13 @@
 """The stages of `indexer.Stages`, by Triton kernels."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.indexer import Means
+from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.triton import refine as refine_stage
@@ -32,17 +32,14 @@ def block_filter(
     interpret: Interpret = False,
 ) -> Array:
     q, w, sequences = call.q, call.w, call.sequences.blocks(method.block_size)
-    forced: Any = dict(keep_first=method.keep_first, keep_last=method.keep_last)
-    options: Any = dict(n_columns=sequences.max_keys, interpret=interpret, **forced)
+    config, T = scores_stage.heuristic(q.shape[1]), q.shape[0]
+    columns = Columns(limit=eligible, n=sequences.max_keys, keep_first=method.keep_first, keep_last=method.keep_last)
     if isinstance(means, PageSums):
-        sort_keys = page_scores(q, w, means, eligible, sequences.key_start_of_queries(q.shape[0]), **options)
+        sort_keys = page_scores(q, w, means, sequences.key_start_of_queries(T), columns, interpret=interpret)
     else:
-        config = scores_stage.heuristic(q.shape[1])
-        tiles = sequences.query_tiles(q.shape[0], config.tile_t, eligible)
-        first = jnp.zeros((1,), jnp.int32)
-        operands = (means.means, means.scales) if isinstance(means, PageMeans) else means
-        rows = means.rows if isinstance(means, PageMeans) else None
-        sort_keys = scores_stage.scores(q, w, *operands, eligible, tiles, first, rows, config=config, **options)
+        parts = (means.means, means.scales, means.rows) if isinstance(means, PageMeans) else means
+        columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, config.tile_t, eligible))
+        sort_keys = scores_stage.scores(Operands(q, w, *parts), columns, config=config, interpret=interpret)
     return topk_stage.topk(sort_keys, eligible, method.block_topk, interpret=interpret)[0]
 
 
@@ -53,21 +50,10 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
     ) or refine_stage.heuristic(H, block_size)
     if pages is not None:
         config = dataclasses.replace(config, tile_s=min(config.tile_s, pages.size))
-    sort_keys = refine_stage.refine_scores(
-        call.q,
-        call.w,
-        call.k,
-        call.k_scale,
-        block_ids,
-        call.visible,
-        call.first_blocks(block_size),
-        pages,
-        block_size=block_size,
-        config=config,
-        interpret=interpret,
-    )
+    kept = KeptBlocks(ids=block_ids, visible=call.visible, first=call.first_blocks(block_size), size=block_size)
+    sort_keys = refine_stage.refine_scores(call.operands, kept, config=config, interpret=interpret)
     limit = jnp.sum(block_ids >= 0, axis=1, dtype=jnp.int32) * block_size
-    return topk_stage.topk(sort_keys, limit, method.topk, block_ids, block_size, interpret=interpret)
+    return topk_stage.topk(sort_keys, limit, method.topk, kept, interpret=interpret)
 
 
 def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
@@ -77,20 +63,11 @@ def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array
     tiles = sequences.query_tiles(T, config.tile_t, visible)
     width = next(width for width in (_FLAT_WIDTH, topk_stage.MAX_WIDTH) if width >= 2 * topk)
 
-    def sort_keys(first_column: Array, n_columns: int) -> Array:
-        return scores_stage.scores(
-            call.q,
-            call.w,
-            call.k[:, None],
-            call.k_scale,
-            visible,
-            tiles,
-            first_column,
-            call.pages,
-            n_columns=n_columns,
-            config=config,
-            interpret=interpret,
-        )
+    operands = call.operands._replace(k=call.k[:, None])
+
+    def sort_keys(first: Array, n: int) -> Array:
+        columns = Columns(limit=visible, tiles=tiles, first=first, n=n)
+        return scores_stage.scores(operands, columns, config=config, interpret=interpret)
 
     if sequences.max_keys <= width:
         x = sort_keys(jnp.zeros((1,), jnp.int32), sequences.max_keys)

@@ -16,10 +16,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from hisa_jax.kernels_pallas.sort_key import INVISIBLE
-from hisa_jax.kernels_pallas.triton.topk_body import merge_topk_body, topk_body
-
-__all__ = ["INVISIBLE", "MAX_WIDTH", "Config", "heuristic", "merge_topk", "topk", "why_not"]
+from hisa_jax.kernels_pallas.operands import KeptBlocks
+from hisa_jax.kernels_pallas.triton.topk_body import MergeInputs, TopkInputs, merge_topk_body, topk_body
+from hisa_jax.kernels_pallas.types import Ref
 
 MAX_WIDTH = 32768  # the two counts of a row share an int32
 
@@ -33,9 +32,7 @@ class Config:
 
 def why_not(width: int) -> str | None:
     """None, or why rows of this many candidates cannot be selected from in one piece."""
-    if width > MAX_WIDTH:
-        return f"needs at most {MAX_WIDTH} candidates a row, not {width}"
-    return None
+    return None if width <= MAX_WIDTH else f"needs at most {MAX_WIDTH} candidates a row, not {width}"
 
 
 def heuristic(width: int) -> Config:
@@ -43,13 +40,13 @@ def heuristic(width: int) -> Config:
     return Config(num_warps=min(max(pl.next_power_of_2(width) // 1024, 1), 32))
 
 
-@functools.partial(jax.jit, static_argnames=("k", "block_size", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("k", "config", "interpret"))
 def topk(
     x: Array,
     limit: Array,
     k: int,
-    block_ids: Array | None = None,
-    block_size: int = 1,
+    kept: KeptBlocks | None = None,
+    *,
     config: Config | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
@@ -57,37 +54,28 @@ def topk(
 
     Args:
         limit: columns from here on are no candidates, whatever they hold.
-        block_ids: [T, m] int32. Column c is then token block_ids[c // block_size] * block_size + c % block_size.
+        kept: column c is then token kept.ids[c // size] * size + c % size of the sequence.
     """
     T, W = x.shape
     config = config or heuristic(W)
-    row = lambda width: pl.BlockSpec((None, width), lambda t: (t, 0))  # noqa: E731
     one = pl.BlockSpec((1,), lambda t: (t,))
-    in_specs, operands = [row(W), one], [x, limit]
-    if block_ids is not None:
-        in_specs.append(row(block_ids.shape[1]))
-        operands.append(block_ids)
+    inputs = TopkInputs(x, limit, None if kept is None else kept.ids)
+    in_specs = TopkInputs(_row(W), one, None if kept is None else _row(kept.ids.shape[1]))
     return pl.pallas_call(
-        functools.partial(topk_body, k=k, block_size=block_size),
+        functools.partial(topk_body, k=k, block_size=1 if kept is None else kept.size),
         grid=(T,),
-        in_specs=in_specs,
-        out_specs=[row(k), one],
+        in_specs=[in_specs],
+        out_specs=[_row(k), one],
         out_shape=[jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)],
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
         name="hisa_topk",
         interpret=interpret,
-    )(*operands)
+    )(inputs)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("interpret",))
 def merge_topk(
-    best: Array,
-    positions: Array,
-    x: Array,
-    start: Array,
-    limit: Array,
-    config: Config | None = None,
-    interpret: bool = False,
+    best: Array, positions: Array, x: Array, start: Array, limit: Array, *, interpret: bool = False
 ) -> tuple[Array, Array]:
     """One step of a streaming top-k: the k best of `best` and of a new tile of candidates.
 
@@ -100,16 +88,24 @@ def merge_topk(
     Returns: the new `best` and `positions`; empty slots hold `INVISIBLE` and -1.
     """
     (T, W), k = x.shape, best.shape[1]
-    config = config or heuristic(W + k)
-    row = lambda width: pl.BlockSpec((None, width), lambda t: (t, 0))  # noqa: E731
-    one = pl.BlockSpec((1,), lambda t: (t,))
+    in_specs = MergeInputs(
+        best=_row(k),
+        positions=_row(k),
+        x=_row(W),
+        start=pl.BlockSpec((1,), lambda t: (0,)),
+        limit=pl.BlockSpec((1,), lambda t: (t,)),
+    )
     return pl.pallas_call(
-        functools.partial(merge_topk_body, k=k),
+        merge_topk_body,
         grid=(T,),
-        in_specs=[row(k), row(k), row(W), pl.BlockSpec((1,), lambda t: (0,)), one],
-        out_specs=[row(k), row(k)],
+        in_specs=[in_specs],
+        out_specs=[_row(k), _row(k)],
         out_shape=[jax.ShapeDtypeStruct((T, k), jnp.int32)] * 2,
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=heuristic(W + k).num_warps, num_stages=1),
         name="hisa_merge_topk",
         interpret=interpret,
-    )(best, positions, x, start, limit)
+    )(MergeInputs(best, positions, x, start, limit))
+
+
+def _row(width: int) -> Ref:
+    return pl.BlockSpec((None, width), lambda t: (t, 0))

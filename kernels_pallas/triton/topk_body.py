@@ -1,5 +1,7 @@
 """Device code of `topk`: one row a program."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -9,40 +11,54 @@ from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, find_threshold
 from hisa_jax.kernels_pallas.types import Ref
 
 
-def topk_body(x_ref: Ref, limit_ref: Ref, *refs: Ref, k: int, block_size: int) -> None:
-    *block_ids_ref, o_ref, count_ref = refs  # in: [W], [1], maybe [m]; out: [k], [1]
-    columns, x = _load(x_ref, limit_ref[0])
+class TopkInputs(NamedTuple):
+    """A query's rows."""
+
+    x: Ref  # [W] sort keys
+    limit: Ref  # [1]
+    block_ids: Ref | None  # [m]
+
+
+class MergeInputs(NamedTuple):
+    """A query's rows of the best so far and of a tile of candidates; the tile's first position."""
+
+    best: Ref  # [k] sort keys
+    positions: Ref  # [k]
+    x: Ref  # [W] sort keys
+    start: Ref  # [1]
+    limit: Ref  # [1]
+
+
+def topk_body(refs: TopkInputs, o_ref: Ref, count_ref: Ref, *, k: int, block_size: int) -> None:
+    # One program, one row:   load once -> 6 to 9 counts over registers find the threshold -> one scan -> masked stores
+    #
+    # A thread keeps its sort keys in registers from the load to the store; each count ends in a sum over the program,
+    # for which its warps wait for each other. out: [k], [1].
+    columns, x = _load(refs.x, refs.limit[0])
     chosen, slots, count = _choose(x, k)
     positions = columns
-    if block_ids_ref:
+    if refs.block_ids is not None:
         block = jnp.where(chosen, columns // block_size, 0)
-        block_id = plt.load(block_ids_ref[0].at[block], mask=chosen, other=0)
+        block_id = plt.load(refs.block_ids.at[block], mask=chosen, other=0)
         positions = block_id * block_size + columns % block_size
     plt.store(o_ref.at[slots], positions, mask=chosen)
     _fill(o_ref, count, k, -1)
     count_ref[0] = count
 
 
-def merge_topk_body(
-    best_ref: Ref,
-    positions_ref: Ref,
-    x_ref: Ref,
-    start_ref: Ref,
-    limit_ref: Ref,
-    o_best_ref: Ref,
-    o_positions_ref: Ref,
-    *,
-    k: int,
-) -> None:
-    W = x_ref.shape[0]
+def merge_topk_body(refs: MergeInputs, o_best_ref: Ref, o_positions_ref: Ref) -> None:
+    # One program, one row:   the k best so far | the tile's W columns   as one row of registers, then as `topk_body`
+    #
+    # Old positions are below new ones, so column order is position order and ties go to the lower. out: [k] twice.
+    W, k = refs.x.shape[0], refs.best.shape[0]
     columns = jnp.arange(pl.next_power_of_2(k + W), dtype=jnp.int32)
-    start = start_ref[0]
+    start = refs.start[0]
     old = columns < k
-    new = (columns >= k) & (columns - k < jnp.minimum(W, limit_ref[0] - start))
+    new = (columns >= k) & (columns - k < jnp.minimum(W, refs.limit[0] - start))
     kept_slot, new_column = jnp.where(old, columns, 0), jnp.where(new, columns - k, 0)
-    kept = plt.load(best_ref.at[kept_slot], mask=old, other=INVISIBLE)
-    x = jnp.where(old, kept, plt.load(x_ref.at[new_column], mask=new, other=INVISIBLE))
-    kept_position = plt.load(positions_ref.at[kept_slot], mask=old, other=-1)
+    kept = plt.load(refs.best.at[kept_slot], mask=old, other=INVISIBLE)
+    x = jnp.where(old, kept, plt.load(refs.x.at[new_column], mask=new, other=INVISIBLE))
+    kept_position = plt.load(refs.positions.at[kept_slot], mask=old, other=-1)
     positions = jnp.where(old, kept_position, start + columns - k)
     chosen, slots, count = _choose(x, k)
     plt.store(o_best_ref.at[slots], x, mask=chosen)

@@ -20,9 +20,8 @@ INVISIBLE = -(2**31)
 def select(q, k, k_scale, w, visible, topk, n_ctas=132, interpret=False):
     batch = kernel_calls.call_of(q, k, k_scale, w, jnp.asarray(visible))
     call = flatten(batch, 8)
-    options = {"topk": topk, "n_ctas": n_ctas, "interpret": interpret}
-    out = flat.flat(call.q, call.w, call.k, call.k_scale, call.visible, call.sequences, **options)
-    return batch.unflatten(out)
+    options = dict(topk=topk, n_ctas=n_ctas, interpret=interpret)
+    return batch.unflatten(flat.flat(call.operands, call.visible, call.sequences, **options))
 
 
 @pytest.mark.slow
@@ -36,7 +35,7 @@ def test_streaming_in_filtered_tiles_equals_one_piece(interpret, monkeypatch):
 
 
 def merge_case(seed, k, W, n_start, limit):
-    """Old lists of k, a tile behind them with ties at the threshold, its masks; and what the merge must give."""
+    """Old lists of k, a tile after them with ties at the threshold, its masks; and what the merge must give."""
     rng = np.random.default_rng(seed)
     T = len(limit)
     x = rng.integers(-30, 30, (T, n_start + W)).astype(np.int64)
@@ -49,8 +48,10 @@ def merge_case(seed, k, W, n_start, limit):
     passed = x[:, n_start:] > best.min(1)[:, None]
     words = (passed.reshape(T, -1, 32).astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(-1).astype(np.uint32)
     tile = np.where(passed, x[:, n_start:], 12345)  # never read
-    operands = (best, positions, tile, words.view(np.int32))
-    return [jnp.asarray(a.astype(np.int32)) for a in operands], x, want
+    best, positions, tile, words = (
+        jnp.asarray(a.astype(np.int32)) for a in (best, positions, tile, words.view(np.int32))
+    )
+    return ((best, positions), (tile, words)), x, want
 
 
 @pytest.mark.parametrize("n_start", [0, 2048])

@@ -7,6 +7,7 @@ import pytest
 from hisa_jax.kernels_pallas import indexer, mosaic_gpu, triton
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as mosaic_refine
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as mosaic_topk
+from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
 from hisa_jax.kernels_pallas.triton import topk as triton_topk
 from hisa_jax.kernels_pallas.triton.sparse_mla import Config, sparse_mla
 from tests import kernel_calls
@@ -125,22 +126,10 @@ def test_refine_takes_several_blocks_a_tile_and_several_tiles_a_block(interpret,
     q, k, scale, w = draw.integers(6, 1, 2, 768, 16, 64, E4M3, True)
     blocks = np.asarray([[0, 1, 2], [0, 2, -1]], np.int32)
     visible = np.asarray([3 * block_size - 5, 3 * block_size], np.int32)
-    config = mosaic_refine.Config(ring=4)
-    first_block = jnp.zeros((2,), jnp.int32)
-    indices, count = mosaic_refine.refine(
-        q[0],
-        w[0],
-        k[0],
-        scale[0],
-        jnp.asarray(blocks),
-        jnp.asarray(visible),
-        first_block,
-        k_top=40,
-        block_size=block_size,
-        config=config,
-        n_ctas=1,
-        interpret=interpret,
-    )
+    first = jnp.zeros((2,), jnp.int32)
+    kept = KeptBlocks(ids=jnp.asarray(blocks), visible=jnp.asarray(visible), first=first, size=block_size)
+    options = {"config": mosaic_refine.Config(ring=4), "n_ctas": 1, "interpret": interpret}
+    indices, count = mosaic_refine.refine(Operands(q[0], w[0], k[0], scale[0]), kept, k_top=40, **options)
     scores = reference.token_scores(q[0], k[0], scale[0], w[0])
     for t in range(2):
         tokens = reference.tokens_of(blocks[t][blocks[t] >= 0], visible[t], block_size)

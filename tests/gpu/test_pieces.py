@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
 from hisa_jax.kernels_pallas.pages import Pages
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.triton.pool import pool
@@ -35,8 +36,9 @@ def test_refinement_scores_every_key_of_a_block_whatever_the_tile(page_size):
         table = np.random.default_rng(2).permutation(S // page_size).astype(np.int32)
         pages = Pages(table=jnp.asarray(table), size=page_size, n_pages=len(table))
         order = np.argsort((table[:, None] * page_size + np.arange(page_size)).reshape(-1))
-    arrays = q, w, k[order], scale[order], jnp.asarray(blocks), jnp.asarray(visible), jnp.zeros(T, jnp.int32), pages
-    got = np.asarray(refine_scores(*arrays, block_size=block_size, config=Config(tile_s=32), interpret=True))
+    operands, first = Operands(q, w, k[order], scale[order], pages), jnp.zeros(T, jnp.int32)
+    kept = KeptBlocks(ids=jnp.asarray(blocks), visible=jnp.asarray(visible), first=first, size=block_size)
+    got = np.asarray(refine_scores(operands, kept, config=Config(tile_s=32), interpret=True))
     scores = reference.token_scores(q, k, scale, w)
     for t in range(T):
         positions = (blocks[t][:, None] * block_size + np.arange(block_size)).reshape(-1)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from hisa_jax.kernels_pallas.mosaic_gpu import refine
+from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
 from hisa_jax.kernels_pallas.triton import topk
 from tests.gpu import draw, reference
 from tests.gpu.test_lowering import lower
@@ -21,13 +22,16 @@ def test_parts_of_a_query_make_the_same_selection(interpret, n_parts):
     blocks[0] = np.sort(np.random.default_rng(0).permutation(32)[:20])  # more than a part holds
     blocks[1, :3] = [0, 2, 31]  # the second part has nothing
     visible, first_block = np.asarray([S - 7, S - 7], np.int32), np.asarray([0, S // block_size], np.int32)
-    options = {"block_size": block_size, "config": refine.Config(ring=4), "n_parts": n_parts, "n_ctas": 3}
-    sort_keys = refine.refine_scores(
-        q[0], w[0], k[0], scale[0], *map(jnp.asarray, (blocks, visible, first_block)), **options, interpret=interpret
+    options = {"config": refine.Config(ring=4), "n_parts": n_parts, "n_ctas": 3}
+    ids, visible, first = map(jnp.asarray, (blocks, visible, first_block))
+    operands, kept = (
+        Operands(q[0], w[0], k[0], scale[0]),
+        KeptBlocks(ids=ids, visible=visible, first=first, size=block_size),
     )
+    sort_keys = refine.refine_scores(operands, kept, **options, interpret=interpret)
     limit = np.full(2, 640) if n_parts > 1 else (blocks >= 0).sum(1) * block_size
     limit = jnp.asarray(limit, jnp.int32)
-    indices, count = topk.topk(sort_keys, limit, 50, jnp.asarray(blocks), block_size, interpret=True)
+    indices, count = topk.topk(sort_keys, limit, 50, kept, interpret=True)
     for t in range(2):
         own = slice(t * S, (t + 1) * S)
         scores = reference.token_scores(q[0, t : t + 1], k[0, own], scale[0, own], w[0, t : t + 1])[0]
@@ -44,10 +48,9 @@ def test_split_fills_the_ctas_with_equal_parts():
 
 def test_parts_lower():
     def scores(q, w, k, k_scale, block_ids, visible, first_block):
-        config = refine.Config(ring=4)
-        return refine.refine_scores(
-            q, w, k, k_scale, block_ids, visible, first_block, block_size=128, config=config, n_parts=16
-        )
+        operands = Operands(q, w, k, k_scale)
+        kept = KeptBlocks(ids=block_ids, visible=visible, first=first_block, size=128)
+        return refine.refine_scores(operands, kept, config=refine.Config(ring=4), n_parts=16)
 
     f32, i32 = jnp.float32, jnp.int32
     shapes = ((1, 64, 128), E4M3), ((1, 64), f32), ((131072, 128), E4M3), ((131072,), f32), ((1, 64), i32)

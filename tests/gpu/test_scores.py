@@ -10,7 +10,8 @@ import pytest
 from hisa_jax.kernels_pallas import mosaic_gpu
 from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_keys import copy_ptx
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop import Shape, loop_ptx
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop_text import Shape, loop_ptx
+from hisa_jax.kernels_pallas.operands import Columns, Operands
 from hisa_jax.kernels_pallas.pages import Pages
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 from tests.gpu import draw, reference
@@ -31,17 +32,16 @@ def check(H, D, dtype, n_parts, n_score, threshold, interpret, keep=1, n_ctas=13
     limit = np.asarray([600, 131, 0], np.int32)
     tiles = np.asarray([[0, 2, 0, 1024], [2, 1, 0, 0]], np.int32)
     config = scores_stage.Config(n_score=n_score, ring=2)
-    options = {"n_columns": S, "config": config, "keep_first": keep, "keep_last": keep, "n_ctas": n_ctas}
-    thresholds = None if threshold is None else jnp.full((T,), threshold, jnp.int32)
-    operands = (
-        q[0],
-        w[0],
-        k.swapaxes(0, 1),
-        None if scale is None else scale[0],
-        jnp.asarray(limit),
-        jnp.asarray(tiles),
+    columns = Columns(
+        limit=jnp.asarray(limit),
+        n=S,
+        tiles=jnp.asarray(tiles),
+        keep_first=keep,
+        keep_last=keep,
+        threshold=None if threshold is None else jnp.full((T,), threshold, jnp.int32),
     )
-    out = scores_stage.scores(*operands, jnp.zeros((1,), jnp.int32), thresholds, **options, interpret=interpret)
+    operands = Operands(q[0], w[0], k.swapaxes(0, 1), None if scale is None else scale[0])
+    out = scores_stage.scores(operands, columns, config=config, n_ctas=n_ctas, interpret=interpret)
     sort_keys, masks = (out, None) if threshold is None else out
     want = n_parts * reference.token_scores(q[0], k[0], None if scale is None else scale[0], w[0])
     for t in range(2):  # the third sees nothing: nothing is written
@@ -90,8 +90,8 @@ def test_a_tile_is_not_overwritten_while_it_is_read():
     first = np.arange(T, dtype=np.int32)
     tiles = np.stack([first, np.ones_like(first), first * S, np.full_like(first, 1024)], axis=1)
     config, limit = scores_stage.Config(n_score=2), jnp.full((T,), S, jnp.int32)
-    operands = (q, w, k[:, None], scale, limit, jnp.asarray(tiles), jnp.zeros((1,), jnp.int32))
-    sort_keys = np.asarray(scores_stage.scores(*operands, n_columns=S, config=config, n_ctas=n_ctas))[:, :S]
+    operands, columns = Operands(q, w, k[:, None], scale), Columns(limit=limit, n=S, tiles=jnp.asarray(tiles))
+    sort_keys = np.asarray(scores_stage.scores(operands, columns, config=config, n_ctas=n_ctas))[:, :S]
     got = np.where(sort_keys < 0, sort_keys ^ FORCED, sort_keys).view(np.float32)
     for t in range(T):
         own = slice(t * S, (t + 1) * S)
@@ -105,9 +105,10 @@ def check_scattered(H, D, dtype, n_parts, n_keys, T, interpret, n_ctas):
     k = jnp.stack([k, k[::-1]][:n_parts], axis=1)
     limit = jnp.asarray([S, 257, 0, 3] * T, jnp.int32)[:T]
     tiles = jnp.stack([jnp.arange(T), jnp.ones(T), jnp.arange(T) * n_rows, limit], axis=1).astype(jnp.int32)
-    options = dict(n_columns=S, config=scores_stage.Config(n_score=2, n_keys=n_keys, ring=2, tile_t=1), n_ctas=n_ctas)
+    columns = Columns(limit=limit, n=S, tiles=tiles)
+    options = dict(config=scores_stage.Config(n_score=2, n_keys=n_keys, ring=2, tile_t=1), n_ctas=n_ctas)
     scores = lambda k, scale, pages: scores_stage.scores(  # noqa: E731
-        q, w, k, scale, limit, tiles, jnp.zeros((1,), jnp.int32), pages=pages, **options, interpret=interpret
+        Operands(q, w, k, scale, pages), columns, **options, interpret=interpret
     )
     table = np.random.default_rng(5).permutation(T * n_rows).astype(np.int32)
     order = np.argsort(table)

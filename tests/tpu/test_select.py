@@ -24,9 +24,7 @@ def implementation(request, monkeypatch):
     if request.param == "interpreted":
         interpret = request.getfixturevalue("interpret")
         kernels = Kernels(lambda: dispatch.backend("mosaic_tpu"), flat_if_all_kept=True, interpret=interpret)
-        able = dispatch.Implementation(
-            why_not=lambda device, problem: None, select=kernels.select, select_packed=kernels.select_packed
-        )
+        able = dispatch.Implementation(why_not=lambda device, problem: None, select=kernels.select)
         monkeypatch.setitem(dispatch.IMPLEMENTATIONS, request.param, able)
     return request.param
 

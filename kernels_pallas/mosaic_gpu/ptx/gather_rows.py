@@ -1,43 +1,40 @@
 """Rows of an array in device memory, by an index list, to where the tensor core reads them: in PTX, a warp at a time.
 
 Hopper's copy engine takes no index list, so lanes copy 16 bytes each by `cp.async` and compute the 128-byte swizzle
-themselves: in shared memory as `roles.tiled` lays it out, a tile of 8 rows by 128 bytes is 1024 bytes, and the 16-byte
-chunk c of its row r lies at r * 128 + (c ^ r) * 16. Tiles follow each other along a row.
+themselves. In shared memory as `warpgroups.tiled` lays it out, a tile of 8 rows by 128 bytes is 1024 bytes, and the
+16-byte chunk c of its row r lies at r * 128 + (c ^ r) * 16. Tiles follow each other along a row.
 
 A warp copies 32 rows; each lane holds the number of one of them, which to Pallas is a scalar. The copies themselves
 arrive at a barrier when they have landed, so that a warp need not wait for them. Such barriers are words of shared
-memory, since Pallas lets no PTX touch its own; whoever waits at one counts its phases.
+memory that `init_landed` makes: whoever waits at one counts its phases.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
-from jax.experimental.mosaic.gpu import FragmentedArray, utils
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import address_of
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SCALAR, SPLAT, Row, address_of, i32, scalar, scope
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import tiled
 from hisa_jax.kernels_pallas.types import Ref
 
-ROWS = 32  # rows a warp copies
+ROWS_PER_WARP = 32  # one a lane
 BARRIER_WORDS = 2
 _CHUNK = 8  # values of 16 bits in 16 bytes
-_SPLAT = plgpu.Layout.WG_SPLAT
-_SCALAR = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=_SPLAT)
 
 
 def load_word(ref: Ref, i: Array) -> Array:
     """ref[i], int32 in device memory, for a warp by itself."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SPLAT), return_type=_SCALAR)
+    @plgpu.inline_mgpu(arg_types=(REF, SPLAT), return_type=SCALAR)
     def load(_ctx, ref, i):
         pointer = address_of(ref, i.registers.item(), 1)
-        word = utils.inline_ptx("ld.global.nc.b32 $0, [$1];", pointer, result_types=_i32(), has_side_effects=True)
-        return FragmentedArray.splat(word, (), is_signed=True)
+        word = utils.inline_ptx("ld.global.nc.b32 $0, [$1];", pointer, result_types=i32(), has_side_effects=True)
+        return scalar(word)
 
     return load(ref, i)
 
@@ -48,68 +45,67 @@ def load_lane_word(ref: Ref, t: Array, column: Array) -> Array:
     ptx = f"""{{ .reg .pred p; .reg .b32 at; .reg .b64 a; mov.u32 at, %laneid; add.u32 at, at, $2;
 setp.lt.s32 p, at, {K}; mul.wide.u32 a, at, 4; add.u64 a, a, $1; mov.b32 $0, -1; @p ld.global.nc.b32 $0, [a]; }}"""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SPLAT, _SPLAT), return_type=_SCALAR)
+    @plgpu.inline_mgpu(arg_types=(REF, SPLAT, SPLAT), return_type=SCALAR)
     def load(_ctx, ref, t, column):
         row = address_of(ref, t.registers.item(), K)
-        word = utils.inline_ptx(ptx, row, column.registers.item(), result_types=_i32(), has_side_effects=True)
-        return FragmentedArray.splat(word, (), is_signed=True)
+        word = utils.inline_ptx(ptx, row, column.registers.item(), result_types=i32(), has_side_effects=True)
+        return scalar(word)
 
     return load(ref, t, column)
 
 
-def gather_rows(
-    source_gmem: Ref,
-    row: Array,
-    tiles_smem: Ref,
-    slot: Array,
-    first: Array,
-    columns: Sequence[tuple[int, int]],
-    landed_smem: Ref,
-    barrier: Array,
-) -> None:
-    """Starts copying the lanes' rows of `source_gmem` to tiles_smem[slot, first : first + 32], zeros for row -1.
+class TileRows(NamedTuple):
+    """The 32 rows of shared memory that a warp fills: tiles[slot, first : first + 32].
 
-    Each of the 32 lanes arrives at the barrier when its copies have landed.
+    Attributes: `tiles`: [slots, rows, E], laid out as `warpgroups.tiled`; `first`: a multiple of 8.
+    """
+
+    tiles: Ref
+    slot: Array
+    first: Array
+
+
+def gather_rows(source: Ref, row: Array, target: TileRows, columns: Sequence[tuple[int, int]], landed: Row) -> None:
+    """Starts copying the lanes' rows of `source` [*, E] to a target, zeros for row -1.
+
+    Each of the 32 lanes arrives at the barrier `landed` when its copies have landed.
 
     Args:
-        tiles_smem: [slots, rows, E], as `roles.tiled`; first: a multiple of 8.
         columns: pieces as (first column, how many), each 64, 128 or 256 wide.
     """
-    E, dtype, rows = source_gmem.shape[1], source_gmem.dtype, tiles_smem.shape[1]
+    E, dtype, rows = source.shape[1], source.dtype, target.tiles.shape[1]
     ptx = _gather_ptx(E, tuple((start // _CHUNK, n // _CHUNK) for start, n in columns))
-    arg_types = (plgpu.RefType(), plgpu.RefType(tiled(E, dtype)), plgpu.RefType(), _SPLAT, _SPLAT, _SPLAT, _SPLAT)
 
-    @plgpu.inline_mgpu(arg_types=arg_types)
-    def gather(_ctx, source, tiles, landed, row, slot, first, barrier):
-        row_of_tiles = arith.addi(arith.muli(slot.registers.item(), utils.c(rows, _i32())), first.registers.item())
-        offset = arith.muli(row_of_tiles, utils.c(E, _i32()))
+    @plgpu.inline_mgpu(arg_types=(REF, plgpu.RefType(tiled(E, dtype)), REF, SPLAT, SPLAT, SPLAT, SPLAT))
+    def gather(_ctx, source, tiles, barriers, row, slot, first, barrier):
+        row_of_tiles = arith.addi(arith.muli(slot.registers.item(), utils.c(rows, i32())), first.registers.item())
+        offset = arith.muli(row_of_tiles, utils.c(E, i32()))
         utils.inline_ptx(
             ptx,
             utils.memref_ptr(source),
             utils.getelementptr(utils.memref_ptr(tiles), [offset], utils.dtype_to_ir_type(dtype)),
             row.registers.item(),
-            address_of(landed, barrier.registers.item(), BARRIER_WORDS),
+            address_of(barriers, barrier.registers.item(), BARRIER_WORDS),
             has_side_effects=True,
             convergent=True,
         )
 
-    gather(source_gmem, tiles_smem, landed_smem, row, slot, first, barrier)
+    gather(source, target.tiles, landed.ref, row, target.slot, target.first, landed.row)
 
 
-def store_bias(bias_smem: Ref, slot: Array, first: Array, row: Array, landed_smem: Ref, barrier: Array) -> None:
-    """bias[slot, first + lane] = 0 for a row that is there, -inf for row -1. Each lane arrives at the barrier."""
+def store_bias(bias: Row, first: Array, row: Array, landed: Row) -> None:
+    """bias[first + lane] = 0 for a row that is there, -inf for row -1. Each lane arrives at the barrier `landed`."""
     ptx = """{ .reg .pred p; .reg .b32 at, v; mov.u32 at, %laneid; shl.b32 at, at, 2; add.u32 at, at, $0;
 setp.lt.s32 p, $1, 0; selp.b32 v, 0xff800000, 0, p; st.shared.b32 [at], v;
 mbarrier.arrive.shared::cta.b64 _, [$2]; }"""
-    width = bias_smem.shape[1]
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2 + (_SPLAT,) * 4)
-    def store(_ctx, bias, landed, slot, first, row, barrier):
-        place = address_of(bias, slot.registers.item(), width, first.registers.item())
-        there = address_of(landed, barrier.registers.item(), BARRIER_WORDS)
-        utils.inline_ptx(ptx, place, row.registers.item(), there, has_side_effects=True)
+    @plgpu.inline_mgpu(arg_types=(REF,) * 2 + (SPLAT,) * 4)
+    def store(_ctx, ref, barriers, slot, first, row, barrier):
+        target = address_of(ref, slot.registers.item(), bias.width, first.registers.item())
+        there = address_of(barriers, barrier.registers.item(), BARRIER_WORDS)
+        utils.inline_ptx(ptx, target, row.registers.item(), there, has_side_effects=True)
 
-    store(bias_smem, landed_smem, slot, first, row, barrier)
+    store(bias.ref, landed.ref, bias.row, first, row, landed.row)
 
 
 def init_landed(landed_smem: Ref, arrivals: Sequence[int]) -> None:
@@ -117,24 +113,24 @@ def init_landed(landed_smem: Ref, arrivals: Sequence[int]) -> None:
     inits = "".join(f"@p mbarrier.init.shared::cta.b64 [$0+{8 * i}], {n};" for i, n in enumerate(arrivals))
     ptx = f"{{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 0; {inits} }}"
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    @plgpu.inline_mgpu(arg_types=(REF,))
     def init(_ctx, landed):
         utils.inline_ptx(ptx, utils.memref_ptr(landed), has_side_effects=True)
 
     init(landed_smem)
 
 
-def wait_landed(landed_smem: Ref, barrier: Array, phase: Array) -> None:
+def wait_landed(landed: Row, phase: Array) -> None:
     """Waits until the barrier has completed phase 0, 1, ... and lets the tensor core see what has landed."""
     ptx = """{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra again;
 fence.proxy.async.shared::cta; }"""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SPLAT, _SPLAT))
-    def wait(_ctx, landed, barrier, parity):
-        there = address_of(landed, barrier.registers.item(), BARRIER_WORDS)
+    @plgpu.inline_mgpu(arg_types=(REF, SPLAT, SPLAT))
+    def wait(_ctx, barriers, barrier, parity):
+        there = address_of(barriers, barrier.registers.item(), BARRIER_WORDS)
         utils.inline_ptx(ptx, there, parity.registers.item(), has_side_effects=True)
 
-    wait(landed_smem, barrier, phase % 2)
+    wait(landed.ref, landed.row, phase % 2)
 
 
 @functools.cache
@@ -147,20 +143,19 @@ def _gather_ptx(E: int, pieces: tuple[tuple[int, int], ...]) -> str:
         lines.append(f"""and.b32 c, lane, {width - 1}; add.u32 c, c, {first}; mul.wide.u32 source, c, 16;
 add.u64 source, source, $0; shr.u32 from, lane, {width.bit_length() - 1};
 shr.u32 base, c, 3; shl.b32 base, base, 10; add.u32 base, base, $1; and.b32 c, c, 7;""")
+        # The swizzle repeats every 8 rows: so many addresses are kept, and the rest are constant offsets.
         lines += [
             f"""add.u32 r, from, {i * rows}; xor.b32 x{i}, r, c; shl.b32 x{i}, x{i}, 4; shl.b32 r, r, 7;
 add.u32 x{i}, x{i}, r; add.u32 x{i}, x{i}, base;"""
             for i in range(8 // rows)
         ]
+        # The row's number comes from its lane; the predicate fills 16 bytes with zeros instead of copying.
         lines += [
             f"""add.u32 r, from, {i * rows}; shfl.sync.idx.b32 row, $2, r, 31, -1; setp.lt.s32 p, row, 0;
 mad.wide.s32 a, row, {2 * E}, source;
 cp.async.cg.shared.global [x{i % (8 // rows)}+{i * rows // 8 * tile_row}], [a], 16, p;"""
-            for i in range(ROWS // rows)
+            for i in range(ROWS_PER_WARP // rows)
         ]
+    # `noinc`: the arrival counts as one of those that the barrier was made for.
     lines.append("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$3];")
-    return "{\n" + "\n".join(lines) + "\n}"
-
-
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
+    return scope("\n".join(lines) + "\n", ())

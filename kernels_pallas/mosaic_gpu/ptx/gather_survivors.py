@@ -5,33 +5,42 @@ candidates go, in column order, and copies without registers (`cp.async`) fetch 
 for one before it asks for the next.
 """
 
-import functools
-import re
+from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
-from jax.experimental.mosaic.gpu import FragmentedArray, utils
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import address_of
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS, SCRATCH_WORDS
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import (
+    REF,
+    SCALAR,
+    SPLAT,
+    WARPGROUP_BARRIER,
+    Row,
+    address_of,
+    i32,
+    scalar,
+    scope,
+)
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS, Output
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Ref
 
 ROUND = 128 * 32  # columns that a round takes at most: a list must have room for as many
-_SPLAT = plgpu.Layout.WG_SPLAT
-_SCALAR = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=_SPLAT)
 _THREAD = """mov.u32 tid, %tid.x; shr.u32 id, tid, 7; add.u32 id, id, 1; and.b32 tid, tid, 127;
 """
 
 
 def gather_ptx(capacity: int) -> str:
+    """PTX of `gather` for lists with room for `capacity`."""
+    # again:  a round: a mask a thread, a scan of the bit counts over the warp, then over the warps through the scratch
+    # each:   a thread's set bits, lowest first: a copy of the sort key goes on its way, the position is stored
+    # done:   all copies have landed; pad: `INVISIBLE` up to a whole step of the selection
     scan = "".join(
         f"shfl.sync.up.b32 t|q, sum, {distance}, 0, -1; @q add.s32 sum, sum, t;\n" for distance in (1, 2, 4, 8, 16)
     )
     before = "".join(f"setp.gt.u32 q, warp, {i}; @q add.s32 at, at, v{i};\n" for i in range(3))
-    return _scope(
+    return scope(
         f""".reg .pred p, q; .reg .b64 a; .reg .b32 tid, id, lane, warp, word, count, own, mask, n, sum, t, total, at;
 .reg .b32 column, to, position, v<4>;
 {_THREAD}mov.u32 lane, %laneid; shr.u32 warp, tid, 5; mov.b32 word, $WORD; mov.b32 count, $COUNT;
@@ -59,7 +68,9 @@ out: bar.warp.sync 0xffffffff; bar.sync id, 128; mov.b32 $LISTED, count; mov.b32
 
 
 def reload_ptx(k: int) -> str:
-    return _scope(
+    """PTX of `reload` for k chosen."""
+    # Between two barriers of the warp-group: all have stored what is read here, and all have it before lists are used.
+    return scope(
         f""".reg .pred p; .reg .b64 a, b; .reg .b32 tid, id, at, v;
 {_THREAD}bar.sync id, 128;
 again: setp.ge.s32 p, tid, {k}; @p bra out;
@@ -67,80 +78,77 @@ mul.wide.u32 a, tid, 4; shl.b32 at, tid, 2;
 add.u64 b, a, $BEST; ld.global.b32 v, [b]; add.u32 id, at, $SORT_KEYS; st.shared.b32 [id], v;
 add.u64 b, a, $CHOSEN; ld.global.b32 v, [b]; add.u32 id, at, $POSITIONS; st.shared.b32 [id], v;
 add.s32 tid, tid, 128; bra again;
-out: mov.u32 id, %tid.x; shr.u32 id, id, 7; add.u32 id, id, 1; bar.sync id, 128;
-""",
+out: {WARPGROUP_BARRIER}""",
         ("SORT_KEYS", "POSITIONS", "BEST", "CHOSEN"),
     )
 
 
-def _scope(body: str, operands: tuple[str, ...]) -> str:
-    return "{\n" + re.sub(r"\$([A-Z_]+)", lambda name: f"${operands.index(name[1])}", body) + "}"
+class Lists(NamedTuple):
+    """A query's candidates in shared memory, in order of position: sort keys and positions, as long as each other."""
+
+    sort_keys: Row
+    positions: Row
 
 
-def gather(
-    sort_keys_smem: Ref,
-    positions_smem: Ref,
-    scratch_smem: Ref,
-    row: Array,
-    capacity: int,
-    masks_gmem: Ref,
-    x_gmem: Ref,
-    t: Array,
-    word: Array,
-    n_words: Array,
-    count: Array,
-    start: Array,
-) -> tuple[Array, Array]:
-    """Appends what passed to the lists in `row` of sort_keys_smem and positions_smem, [*, capacity] each.
+class Tile(NamedTuple):
+    """What the scores kernel has left of a tile of keys.
 
-    Args:
-        masks_gmem: [T, words]; x_gmem: [T, 32 * words]; of both row t, from `word` up to `n_words`.
-        count: how long the lists are; `start`: the position of column 0.
+    Attributes:
+        masks: [T, words] int32, of each column a bit: whether it passed; `x`: [T, 32 * words], sort keys of those that
+            did.
+        t: the query; `n_words`: of its row, those up to its limit; `start`: the position of column 0.
+    """
+
+    masks: Ref
+    x: Ref
+    t: Array
+    n_words: Array
+    start: Array
+
+
+def gather(lists: Lists, scratch: Row, tile: Tile, word: Array, count: Array) -> tuple[Array, Array]:
+    """Appends what passed of a tile, from `word` on, to lists that are `count` long.
 
     Returns: how long they are now, padded to a whole number of COLUMNS with `INVISIBLE`, and the first word not taken
         for want of room.
     """
-    words, columns = masks_gmem.shape[1], x_gmem.shape[1]
+    words, columns = tile.masks.shape[1], tile.x.shape[1]
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 5 + (_SPLAT,) * 6, return_type=(_SCALAR,) * 2)
-    def run(_ctx, sort_keys, positions, scratch, masks, x, *scalars):
+    @plgpu.inline_mgpu(arg_types=(REF,) * 5 + (SPLAT,) * 6, return_type=(SCALAR,) * 2)
+    def run(_ctx, sort_keys, positions, scratch_ref, masks, x, *scalars):
         row, t, word, n_words, count, start = (value.registers.item() for value in scalars)
         results = utils.inline_ptx(
-            gather_ptx(capacity),
-            address_of(sort_keys, row, capacity),
-            address_of(positions, row, capacity),
-            address_of(scratch, row, SCRATCH_WORDS),
+            gather_ptx(lists.positions.width),
+            address_of(sort_keys, row, lists.sort_keys.width),
+            address_of(positions, row, lists.positions.width),
+            address_of(scratch_ref, row, scratch.width),
             address_of(masks, t, words),
             address_of(x, t, columns),
             word,
             n_words,
             count,
             start,
-            result_types=(ir.IntegerType.get_signless(32),) * 2,
+            result_types=(i32(),) * 2,
             has_side_effects=True,
             convergent=True,
         )
-        return tuple(FragmentedArray.splat(result, (), is_signed=True) for result in results)
+        return tuple(scalar(result) for result in results)
 
-    return run(sort_keys_smem, positions_smem, scratch_smem, masks_gmem, x_gmem, row, t, word, n_words, count, start)
+    refs = lists.sort_keys.ref, lists.positions.ref, scratch.ref, tile.masks, tile.x
+    return run(*refs, scratch.row, tile.t, word, tile.n_words, count, tile.start)
 
 
-def reload(
-    sort_keys_smem: Ref, positions_smem: Ref, row: Array, capacity: int, best_gmem: Ref, chosen_gmem: Ref, t: Array
-) -> None:
-    """Row t of [T, k] best_gmem and chosen_gmem, written by this warp-group, to the front of the lists."""
-    k = best_gmem.shape[1]
+def reload(lists: Lists, out: Output) -> None:
+    """What this warp-group has written to `out` becomes the front of the lists."""
+    k, width = out.k, lists.positions.width
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 4 + (_SPLAT,) * 2)
+    @plgpu.inline_mgpu(arg_types=(REF,) * 4 + (SPLAT,) * 2)
     def run(_ctx, sort_keys, positions, best, chosen, row, t):
         row, t = row.registers.item(), t.registers.item()
-        ptx = functools.partial(utils.inline_ptx, has_side_effects=True, convergent=True)
-        ptx(
-            reload_ptx(k),
-            address_of(sort_keys, row, capacity),
-            address_of(positions, row, capacity),
-            address_of(best, t, k),
-            address_of(chosen, t, k),
+        to, source = (
+            (address_of(x, row, width) for x in (sort_keys, positions)),
+            (address_of(x, t, k) for x in (best, chosen)),
         )
+        utils.inline_ptx(reload_ptx(k), *to, *source, has_side_effects=True, convergent=True)
 
-    run(sort_keys_smem, positions_smem, best_gmem, chosen_gmem, row, t)
+    run(lists.sort_keys.ref, lists.positions.ref, out.sort_keys, out.positions, lists.sort_keys.row, out.t)

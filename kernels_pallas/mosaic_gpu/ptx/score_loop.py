@@ -5,14 +5,12 @@ The tensor core then reads only the query's heads from shared memory, 64 bytes a
 the sums over the first half of the keys are taken while the product of the second is in flight. Pallas can say neither:
 it loads operands anew for every product and waits for all of them.
 
-Which key a row of the tensor core's tile holds is free when registers are loaded: rows are dealt so that the sum of key
-32 * warp + lane ends in that very lane, and a warp stores 128 bytes in order.
+Which key a row of the tensor core's tile holds is free when registers are loaded: rows are chosen so that the sum of
+key 32 * warp + lane ends in that very lane, and a warp stores 128 bytes in order.
 """
 
 import dataclasses
-import re
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -23,255 +21,11 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from hisa_jax.kernels_pallas.mosaic_gpu.barriers import barrier_address
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import address_of, multiply_and_sum
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SPLAT, address_of, i32, numbered
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import multiply_and_sum
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop_text import KEYS_PER_WARPGROUP, OPERANDS, Shape, loop_ptx
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
 from hisa_jax.kernels_pallas.types import Interpret, Ref
-
-ROWS = 128  # keys a warp-group
-_SPLAT = plgpu.Layout.WG_SPLAT
-_N_HEADS = 64  # heads a product, at most
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What the loop's text depends on."""
-
-    H: int
-    row_bytes: int  # of a key or a head: 64, 128 or 256
-    n_parts: int
-    is_e4m3: bool
-    ring: int
-    has_scale: bool
-    keep_first: int
-    keep_last: int
-    out_columns: int
-    filters: bool  # by CUTS: only sort keys above are stored, and MASKS tell which
-    pitch: int | None = None  # bytes from a key, its parts in one piece, to the next; None: swizzled, part by part
-
-    @property
-    def n(self) -> int:
-        """Columns of a product."""
-        return min(self.H, _N_HEADS)
-
-    @property
-    def steps(self) -> int:
-        """Products of 32 bytes a part."""
-        return self.row_bytes // 32
-
-    @property
-    def line(self) -> int:
-        """Bytes of a row side by side in shared memory; eight rows of them are a swizzled tile."""
-        return min(self.row_bytes, 128)
-
-    @property
-    def tile_bytes(self) -> int:
-        """Shared memory of a tile of keys."""
-        return ROWS * (self.pitch or self.n_parts * self.row_bytes)
-
-    @property
-    def units(self) -> list[tuple[int, int]]:
-        """(half of the keys, run of heads) in the order in which products are made: accumulators alternate."""
-        return [(half, heads) for heads in range(self.H // self.n) for half in range(2)]
-
-
-# What the loop's $NAMEs stand for: shared-memory addresses, then counts, then addresses in device memory.
-_OPERANDS = (
-    *("KEYS", "K_FREE", "SCALES", "Q", "W", "FULL", "FREE"),
-    *("COUNT", "BEFORE", "CANDIDATE"),
-    *("LIMITS", "O", "THRESHOLDS", "MASKS"),
-)
-_RELEASE = "mbarrier.arrive.release.cta.shared::cta.b64 _, [free], 1;"  # 128 a warp-group, as Pallas counts arrivals
-
-
-def loop_ptx(shape: Shape) -> str:
-    """The loop over COUNT >= 1 queries.
-
-    Two products of a query are in flight at a time, none from one query to the next: ptxas serializes all products
-    where an accumulator in flight crosses the loop's end (or takes two dummy products a query to be talked out of it,
-    which was no faster).
-    """
-    a = [[f"a{half}_{i}" for i in range(4 * shape.steps * shape.n_parts)] for half in range(2)]
-    acc = [[f"d{half}_{i}" for i in range(shape.n // 2)] for half in range(2)]
-    weights = [f"w{i}" for i in range(shape.n // 4)]
-    lines = [
-        f"""{{.reg .pred p, more, upper1, upper2, leads; .reg .b64 desc, limits, o, thresholds, masks;
-.reg .b32 {", ".join(a[0] + a[1])};
-.reg .f32 {", ".join(acc[0] + acc[1] + weights)}, s0_0, s0_1, s1_0, s1_1, t0, t1, t2, t3, x, scale;
-.reg .b32 lane, t, u, at, swizzled, j, slot, parity, q_lo, w_at, full, free, limit, limit_next;
-.reg .b32 threshold, threshold_next, sort_key, candidate;""",
-        _load_keys(shape, a),
-        _start(shape),
-        _hand_back(shape, a),
-        f"again: {_next_query(shape)}",
-        _weights(shape, 0),
-        *(_product(shape, a, acc, unit) for unit in shape.units[:2]),
-    ]
-    for i, (half, heads) in enumerate(shape.units):
-        if half == 0 and heads > 0:
-            lines.append(_weights(shape, heads))
-        is_final = i + 1 == len(shape.units)
-        lines.append(f"wgmma.wait_group.sync.aligned {0 if is_final else 1};")
-        if is_final:
-            lines.append(_RELEASE)
-        lines.append(_sum(acc[half], half, heads == 0))
-        if i + 2 < len(shape.units):
-            lines.append(_product(shape, a, acc, shape.units[i + 2]))
-    lines += ["add.s32 j, j, 1; setp.lt.s32 more, j, $COUNT;", _store(shape), "@more bra again;}"]
-    return "\n".join(lines)
-
-
-def _load_keys(shape: Shape, a: list[list[str]]) -> str:
-    """Keys to registers: matrix row (half, warp, 8 * r + g) is key 32 * warp + 4 * g + half + 2 * r."""
-    # Lane i gives the address of row i % 8 of matrix i // 8: r is bit 3, the 16-byte half of the step bit 4.
-    lines = [
-        """mov.u32 lane, %laneid; mov.u32 t, %tid.x; shr.u32 t, t, 5; and.b32 t, t, 3; shl.b32 t, t, 5;
-and.b32 u, lane, 7; shl.b32 u, u, 2; add.u32 t, t, u; shr.u32 u, lane, 2; and.b32 u, u, 2; add.u32 t, t, u;"""
-    ]
-    for half in range(2):
-        if half:
-            lines.append("add.u32 t, t, 1;")
-        if shape.pitch:
-            lines.append(f"mad.lo.u32 at, t, {shape.pitch}, $KEYS; shr.u32 u, lane, 4; mad.lo.u32 at, u, 16, at;")
-            lines += [_load_matrices(a[half], i, f"at+{32 * i}") for i in range(shape.steps * shape.n_parts)]
-            continue
-        swizzle = "and.b32 u, t, 7;" if shape.line == 128 else "shr.u32 u, t, 1; and.b32 u, u, 3;"
-        lines.append(
-            f"""shr.u32 at, t, 3; mul.lo.u32 at, at, {8 * shape.row_bytes}; add.u32 at, at, $KEYS;
-and.b32 u, t, 7; mad.lo.u32 at, u, {shape.line}, at;
-{swizzle} shr.u32 swizzled, lane, 4; xor.b32 swizzled, swizzled, u; shl.b32 swizzled, swizzled, 4;"""
-        )
-        for part in range(shape.n_parts):
-            for step in range(shape.steps):
-                column, within = divmod(32 * step, shape.line)
-                offset = part * ROWS * shape.row_bytes + column * 8 * shape.line
-                lines.append(f"xor.b32 u, swizzled, {within}; add.u32 u, u, at;")
-                lines.append(_load_matrices(a[half], part * shape.steps + step, f"u+{offset}"))
-    return "\n".join(lines)
-
-
-def _load_matrices(a: list[str], i: int, address: str) -> str:
-    return f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{', '.join(a[4 * i : 4 * i + 4])}}}, [{address}];"
-
-
-def _start(shape: Shape) -> str:
-    """What stays the same for all queries, and the limit (and cut) of the first one."""
-    lines = [
-        f"""mov.u32 j, 0; and.b32 t, lane, 1; setp.ne.u32 upper1, t, 0; and.b32 t, lane, 2; setp.ne.u32 upper2, t, 0;
-mov.u32 u, %tid.x; and.b32 u, u, {ROWS - 1}; add.u32 candidate, u, $CANDIDATE;
-mul.wide.u32 o, u, 4; add.u64 o, o, $O; mov.b64 limits, $LIMITS; ld.global.b32 limit_next, [limits];"""
-    ]
-    if shape.has_scale:
-        lines.append("shl.b32 t, u, 2; add.u32 t, t, $SCALES; ld.shared.f32 scale, [t];")
-    if shape.filters:
-        lines.append(
-            """mov.b64 thresholds, $THRESHOLDS; ld.global.b32 threshold_next, [thresholds]; setp.eq.u32 leads, lane, 0;
-shr.u32 t, u, 5; mul.wide.u32 masks, t, 4; add.u64 masks, masks, $MASKS;"""
-        )
-    return "\n".join(lines)
-
-
-def _hand_back(shape: Shape, a: list[list[str]]) -> str:
-    """The tile goes back once all of it is in registers.
-
-    An arrival is not ordered behind the thread's own loads where the copy engine is what writes next: the last of them
-    then read the next tile. So the barrier's address takes all that was loaded, times a zero ptxas does not know.
-    """
-    loaded = [*a[0], *a[1]]
-    lines = ["mov.b32 t, scale;" if shape.has_scale else f"mov.b32 t, {loaded.pop()};"]
-    lines += [f"xor.b32 t, t, {register};" for register in loaded]
-    lines.append("shr.u32 u, $COUNT, 31; and.b32 t, t, u; add.u32 t, t, $K_FREE;")
-    lines.append("mbarrier.arrive.release.cta.shared::cta.b64 _, [t], 1;")
-    return "\n".join(lines)
-
-
-def _next_query(shape: Shape) -> str:
-    """Slot, phase and descriptor of query j; then waits for it."""
-    laps = shape.ring.bit_length() - 1
-    return f"""add.u32 t, j, $BEFORE; and.b32 slot, t, {shape.ring - 1}; shr.u32 parity, t, {laps};
-and.b32 parity, parity, 1; mad.lo.u32 q_lo, slot, {shape.H * shape.row_bytes}, $Q; shr.u32 q_lo, q_lo, 4;
-and.b32 q_lo, q_lo, 0x3fff; shl.b32 t, slot, 3; add.u32 full, t, $FULL; add.u32 free, t, $FREE;
-wait: mbarrier.try_wait.parity.shared::cta.b64 p, [full], parity, 10000000; @p bra ready; bra wait;
-ready: mov.b32 limit, limit_next; {"mov.b32 threshold, threshold_next;" if shape.filters else ""}
-mad.lo.u32 w_at, slot, {4 * max(shape.H, 32)}, $W; and.b32 t, lane, 3; shl.b32 t, t, 3; add.u32 w_at, w_at, t;"""
-
-
-def _weights(shape: Shape, heads: int) -> str:
-    return "\n".join(
-        f"ld.shared.v2.f32 {{w{2 * o}, w{2 * o + 1}}}, [w_at+{32 * o + 4 * shape.n * heads}];"
-        for o in range(shape.n // 8)
-    )
-
-
-def _product(shape: Shape, a: list[list[str]], acc: list[list[str]], unit: tuple[int, int]) -> str:
-    """acc[half] = half of the keys by a run of heads, in flight."""
-    half, heads = unit
-    swizzle = {128: 1, 64: 2}[shape.line]
-    high = swizzle << 30 | 8 * shape.row_bytes >> 4  # of the descriptor: from eight rows to the next
-    kind = f"m64n{shape.n}k32.f32.e4m3.e4m3" if shape.is_e4m3 else f"m64n{shape.n}k16.f32.bf16.bf16"
-    ends = "1, 1" if shape.is_e4m3 else "1, 1, 0"
-    lines = ["wgmma.fence.sync.aligned;"]
-    for part in range(shape.n_parts):
-        for step in range(shape.steps):
-            column, within = divmod(32 * step, shape.line)
-            offset = heads * shape.n * shape.row_bytes + column * 8 * shape.line + within
-            first = 4 * (part * shape.steps + step)
-            adds = f"setp.{'ne' if part == step == 0 else 'eq'}.b32 p, 0, 0;"
-            lines.append(
-                f"add.u32 t, q_lo, {offset >> 4}; mov.b64 desc, {{t, {high}}}; {adds} "
-                f"wgmma.mma_async.sync.aligned.{kind} {{{', '.join(acc[half])}}}, "
-                f"{{{', '.join(a[half][first : first + 4])}}}, desc, p, {ends};"
-            )
-    return "\n".join([*lines, "wgmma.commit_group.sync.aligned;"])
-
-
-def _sum(acc: list[str], half: int, is_first: bool) -> str:
-    """s<half>_<r> (+)= sum_h w[h] * relu(acc): a thread has rows g and g + 8, columns 8 * o + 2 * c and the next."""
-    lines = []
-    for i, register in enumerate(acc):
-        octet, r, column = i // 4, i // 2 % 2, i % 2
-        weight, total = f"w{2 * octet + column}", f"s{half}_{r}"
-        # Into a register of its own: writing to an accumulator would serialize all products, too.
-        lines.append(f"max.NaN.f32 x, {register}, 0f00000000;")
-        begins = is_first and octet == 0 and column == 0
-        lines.append(f"mul.f32 {total}, x, {weight};" if begins else f"fma.rn.f32 {total}, x, {weight}, {total};")
-    return "\n".join(lines)
-
-
-def _store(shape: Shape) -> str:
-    """Sums over the four lanes of a row, each keeping one key; scale, sort key, store."""
-    lines = [
-        "@more add.u64 limits, limits, 4; @more ld.global.b32 limit_next, [limits];",
-        "@more add.u64 thresholds, thresholds, 4; @more ld.global.b32 threshold_next, [thresholds];"
-        if shape.filters
-        else "",
-        """selp.f32 t0, s0_0, s1_0, upper1; selp.f32 t1, s0_1, s1_1, upper1; selp.f32 t2, s1_0, s0_0, upper1;
-selp.f32 t3, s1_1, s0_1, upper1; shfl.sync.bfly.b32 t0, t0, 1, 0x1f, -1; shfl.sync.bfly.b32 t1, t1, 1, 0x1f, -1;
-add.f32 t2, t2, t0; add.f32 t3, t3, t1; selp.f32 t0, t2, t3, upper2; selp.f32 t1, t3, t2, upper2;
-shfl.sync.bfly.b32 t0, t0, 2, 0x1f, -1; add.f32 x, t1, t0;""",
-    ]
-    if shape.has_scale:
-        lines.append("mul.f32 x, x, scale;")
-    # The maximum drops NaN; the addition makes -0.0, which must tie with 0.0, positive.
-    lines.append(
-        f"""max.f32 x, x, 0fFF800000; add.f32 x, x, 0f00000000; mov.b32 sort_key, x;
-shr.s32 t, sort_key, 31; and.b32 t, t, {2**31 - 1}; xor.b32 sort_key, sort_key, t;"""
-    )
-    if shape.keep_first:
-        lines.append(f"setp.lt.s32 p, candidate, {shape.keep_first}; selp.b32 sort_key, {FORCED}, sort_key, p;")
-    if shape.keep_last:
-        lines.append(
-            f"sub.s32 t, limit, {shape.keep_last}; setp.ge.s32 p, candidate, t; "
-            f"selp.b32 sort_key, {FORCED}, sort_key, p;"
-        )
-    lines.append(f"setp.lt.s32 p, candidate, limit; selp.b32 sort_key, sort_key, {INVISIBLE}, p;")
-    if shape.filters:
-        lines.append(
-            f"""setp.gt.s32 p, sort_key, threshold; vote.sync.ballot.b32 t, p, -1; @p st.global.b32 [o], sort_key;
-@leads st.global.b32 [masks], t; add.u64 masks, masks, {shape.out_columns // 8};"""
-        )
-    else:
-        lines.append("st.global.b32 [o], sort_key;")
-    return "\n".join([*lines, f"add.u64 o, o, {4 * shape.out_columns};"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -294,56 +48,57 @@ class Item:
     candidate: Any
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Buffers:
-    """Refs: keys [*, parts, ROWS, D], or with a pitch [*, ROWS, pitch], and their scales [*, ROWS]; rings of queries
-    [ring, H, D] and weights; barriers."""
+class Smem(NamedTuple):
+    """Shared memory of a CTA: spans of keys, a ring of queries, and the barriers that hand them on.
 
-    k_smem: Ref
-    scale_smem: Ref
-    q_smem: Ref
-    w_smem: Ref
-    k_free: Ref
-    q_full: Ref
-    q_free: Ref
-
-
-def score_queries(
-    shape: Shape,
-    item: Item,
-    buffers: Buffers,
-    limit_gmem: Ref,
-    out: Sequence[Ref],
-    threshold_gmem: Ref,
-    transforms: tuple,
-) -> None:
-    """Sort keys of the item's tile for its queries; the tile and the ring's slots are handed back.
-
-    Args:
-        out: where sort keys go and, if the loop filters, where masks go.
+    A tile is a warp-group's 128 keys; a span is the tiles of all warp-groups, which come and go together.
     """
-    o_gmem = out[0]
-    refs = [buffers.k_smem, buffers.q_smem, buffers.w_smem, limit_gmem, o_gmem]
-    types = [plgpu.RefType() if shape.pitch else plgpu.RefType(transforms), plgpu.RefType(transforms)]
-    types += [plgpu.RefType()] * 3
+
+    k_free: Ref  # barriers [n_keys], of the scoring warp-groups
+    k_full: Ref  # barriers [n_keys], of a span's copies
+    k: Ref  # [n_keys * n_score, parts, 128, D], or with a pitch [n_keys * n_score, 128, pitch]
+    q_free: Ref  # barriers [ring], of the scoring warp-groups
+    q_full: Ref  # barriers [ring], of a query's two copies
+    q: Ref  # [ring, H, D]
+    scale: Ref | None  # [n_keys * n_score, 128] float32
+    w: Ref  # [ring, H, at least 32] float32
+
+
+class PerQuery(NamedTuple):
+    """Device memory with a row a query.
+
+    Attributes:
+        limit: [T] int32; `threshold`: [T] int32, or None if the loop does not filter.
+        sort_keys: [T, width] int32, to be written; `masks`: [T, width // 32] int32, if the loop filters.
+    """
+
+    limit: Ref
+    threshold: Ref | None
+    sort_keys: Ref
+    masks: Ref | None
+
+
+def score_queries(shape: Shape, item: Item, smem: Smem, per_query: PerQuery, transforms: tuple) -> None:
+    """Sort keys of the item's tile for its queries; the tile and the ring's slots are handed back."""
+    refs = [smem.k, smem.q, smem.w, per_query.limit, per_query.sort_keys]
+    types = [REF if shape.pitch else plgpu.RefType(transforms), plgpu.RefType(transforms), *[REF] * 3]
     if shape.has_scale:
-        refs.append(buffers.scale_smem)
-        types += [plgpu.RefType()]
+        refs.append(smem.scale)
+        types += [REF]
     if shape.filters:
-        refs += [threshold_gmem, out[1]]
-        types += [plgpu.RefType()] * 2
-    barriers = [barrier_address(x) for x in (buffers.k_free, buffers.q_full, buffers.q_free)]
+        refs += [per_query.threshold, per_query.masks]
+        types += [REF] * 2
+    barriers = [barrier_address(x) for x in (smem.k_free, smem.q_full, smem.q_free)]
     scalars = [*barriers, *vars(item).values()]
 
-    @plgpu.inline_mgpu(arg_types=(*types, *(_SPLAT for _ in scalars)))
+    @plgpu.inline_mgpu(arg_types=(*types, *(SPLAT for _ in scalars)))
     def run(_ctx, keys, q, w, limits, o, *rest):
         k_free, q_full, q_free, *fields = (x.registers.item() for x in rest[-len(scalars) :])
         at = Item(**dict(zip(Item.__dataclass_fields__, fields, strict=True)))
-        i32 = ir.IntegerType.get_signless(32)
         operands = {
-            "KEYS": _bytes_on(utils.memref_ptr(keys), arith.muli(at.tile, utils.c(shape.tile_bytes, i32))),
-            "K_FREE": arith.addi(k_free, arith.muli(at.key_slot, utils.c(8, i32))),
-            "SCALES": address_of(rest[0], at.tile, ROWS) if shape.has_scale else k_free,
+            "KEYS": _bytes_on(utils.memref_ptr(keys), arith.muli(at.tile, utils.c(shape.tile_bytes, i32()))),
+            "K_FREE": arith.addi(k_free, arith.muli(at.key_slot, utils.c(8, i32()))),
+            "SCALES": address_of(rest[0], at.tile, KEYS_PER_WARPGROUP) if shape.has_scale else k_free,
             "Q": utils.memref_ptr(q),
             "W": utils.memref_ptr(w),
             "FULL": q_full,
@@ -353,58 +108,52 @@ def score_queries(
             "CANDIDATE": at.candidate,
             "LIMITS": address_of(limits, at.first, 1),
             "O": address_of(o, at.first, shape.out_columns, at.column),
+            # Operands that a loop without filter does not read may be any address.
             "THRESHOLDS": address_of(limits, at.first, 1),
             "MASKS": address_of(limits, at.first, 1),
         }
         if shape.filters:
             thresholds, masks = rest[-len(scalars) - 2 : -len(scalars)]
             operands["THRESHOLDS"] = address_of(thresholds, at.first, 1)
-            word = arith.shrui(at.column, utils.c(5, i32))
+            word = arith.shrui(at.column, utils.c(5, i32()))
             operands["MASKS"] = address_of(masks, at.first, shape.out_columns // 32, word)
-        text = re.sub(r"\$([A-Z_]+)", lambda name: f"${_OPERANDS.index(name[1])}", loop_ptx(shape))
-        utils.inline_ptx(text, *(operands[name] for name in _OPERANDS), has_side_effects=True, convergent=True)
+        values = (operands[name] for name in OPERANDS)
+        utils.inline_ptx(numbered(loop_ptx(shape), OPERANDS), *values, has_side_effects=True, convergent=True)
 
     run(*refs, *scalars)
 
 
-def score_queries_reference(
-    shape: Shape,
-    item: Item,
-    buffers: Buffers,
-    limit_gmem: Ref,
-    out: Sequence[Ref],
-    threshold_gmem: Ref,
-    interpret: Interpret,
-) -> None:
+def score_queries_reference(shape: Shape, item: Item, smem: Smem, per_query: PerQuery, interpret: Interpret) -> None:
     """`score_queries` in Pallas, for interpret mode, which cannot run PTX."""
-    candidate = item.candidate + jnp.arange(ROWS, dtype=jnp.int32)
+    candidate = item.candidate + jnp.arange(KEYS_PER_WARPGROUP, dtype=jnp.int32)
 
     def one_query(j, _):
         slot, t = (item.n_before + j) % shape.ring, item.first + j
-        limit = limit_gmem[t]
-        plgpu.barrier_wait(buffers.q_full.at[slot])
-        w = buffers.w_smem[slot, pl.ds(0, shape.H)]
-        parts = [buffers.k_smem.at[item.tile, part] for part in range(shape.n_parts)]
+        limit = per_query.limit[t]
+        plgpu.barrier_wait(smem.q_full.at[slot])
+        w = smem.w[slot, pl.ds(0, shape.H)]
+        parts = [smem.k.at[item.tile, part] for part in range(shape.n_parts)]
 
         def free() -> None:
             plgpu.commit_smem()  # the race detector wants a fence before the copy that overwrites what was read
-            plgpu.barrier_arrive(buffers.q_free.at[slot])
+            plgpu.barrier_arrive(smem.q_free.at[slot])
 
-        x = multiply_and_sum(parts, buffers.q_smem.at[slot], w, free, interpret)
-        sort_key = sort_key_of(x * buffers.scale_smem[item.tile] if shape.has_scale else x)
+        x = multiply_and_sum(parts, smem.q.at[slot], w, free, interpret)
+        sort_key = sort_key_of(x if smem.scale is None else x * smem.scale[item.tile])
         if shape.keep_first or shape.keep_last:
             sort_key = jnp.where(candidate < shape.keep_first, FORCED, sort_key)
             sort_key = jnp.where(candidate >= limit - shape.keep_last, FORCED, sort_key)
         sort_key = jnp.where(candidate < limit, sort_key, INVISIBLE)
-        out[0][t, pl.ds(item.column, ROWS)] = sort_key
-        if shape.filters:
-            passes = (sort_key > threshold_gmem[t]).astype(jnp.int32).reshape(-1, 32)
-            out[1][t, pl.ds(item.column // 32, ROWS // 32)] = jnp.sum(passes << jnp.arange(32, dtype=jnp.int32), axis=1)
+        per_query.sort_keys[t, pl.ds(item.column, KEYS_PER_WARPGROUP)] = sort_key
+        if per_query.threshold is not None and per_query.masks is not None:
+            passes = (sort_key > per_query.threshold[t]).astype(jnp.int32).reshape(-1, 32)
+            words = jnp.sum(passes << jnp.arange(32, dtype=jnp.int32), axis=1)
+            per_query.masks[t, pl.ds(item.column // 32, KEYS_PER_WARPGROUP // 32)] = words
         return _
 
     lax.fori_loop(0, item.n, one_query, None)
     plgpu.commit_smem()
-    plgpu.barrier_arrive(buffers.k_free.at[item.key_slot])
+    plgpu.barrier_arrive(smem.k_free.at[item.key_slot])
 
 
 def _bytes_on(pointer: ir.Value, n: ir.Value) -> ir.Value:

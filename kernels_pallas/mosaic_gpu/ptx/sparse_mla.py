@@ -2,7 +2,6 @@
 
 import functools
 
-import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import FragmentedArray, utils
@@ -11,13 +10,11 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import address_of
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SCALAR, SPLAT, Row, address_of, i32, scalar
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import tiled
 from hisa_jax.kernels_pallas.types import Ref
 
 PER_HEAD = plgpu.Layout.WGMMA.reduce(1)
-_SPLAT, _REF = plgpu.Layout.WG_SPLAT, plgpu.RefType()
-_SCALAR = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=_SPLAT)
 _FIRST_THREAD = "{ .reg .pred p, q; .reg .b32 x; mov.u32 x, %tid.x; and.b32 x, x, 127; setp.eq.u32 q, x, 0;"
 _ptx = functools.partial(utils.inline_ptx, has_side_effects=True)
 
@@ -26,9 +23,9 @@ def store_p(k_smem: Ref, slot: Array, first: int, p: Array) -> None:
     """k_smem[slot, :, first :] = p, with one barrier of the warp-group where Pallas has two around a store."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiled(k_smem.shape[2], k_smem.dtype)), plgpu.Layout.WGMMA))
-    def store(_ctx, place, p):
+    def store(_ctx, target, p):
         utils.warpgroup_barrier()  # the slowest warp may still be multiplying by what lies there
-        p.store_tiled(place, swizzle=128)
+        p.store_tiled(target, swizzle=128)
 
     store(k_smem.at[slot, :, pl.ds(first, p.shape[1])], p)
 
@@ -40,21 +37,21 @@ shr.u32 x, at, 5; and.b32 x, x, 3; shl.b32 x, x, 6; and.b32 at, at, 28; add.u32 
 @p st.shared.f32 [at], $1; @p st.shared.f32 [at+32], $2; }"""
     width = ref.shape[1]
 
-    @plgpu.inline_mgpu(arg_types=(_REF, _SPLAT, PER_HEAD))
+    @plgpu.inline_mgpu(arg_types=(REF, SPLAT, PER_HEAD))
     def store(_ctx, ref, slot, values):
         _ptx(ptx, address_of(ref, slot.registers.item(), width), *_two_rows(values))
 
     store(ref, slot, values)
 
 
-def store_output(place_gmem: Ref, values: Array) -> None:
+def store_output(target_gmem: Ref, values: Array) -> None:
     """Writes an accumulator as it lies in registers, 16 bytes of a row at a time: Pallas refuses that from 0.12 on."""
 
-    @plgpu.inline_mgpu(arg_types=(_REF, plgpu.Layout.WGMMA))
-    def store(_ctx, place, values):
-        values.store_untiled(place, optimized=False)
+    @plgpu.inline_mgpu(arg_types=(REF, plgpu.Layout.WGMMA))
+    def store(_ctx, target, values):
+        values.store_untiled(target, optimized=False)
 
-    store(place_gmem, values)
+    store(target_gmem, values)
 
 
 def show_stores() -> None:
@@ -72,9 +69,9 @@ def any_decay(decay: Array) -> Array:
     ptx = """{ .reg .pred p, q; setp.neu.f32 p, $1, 0f3f800000; setp.neu.f32 q, $2, 0f3f800000; or.pred p, p, q;
 vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }"""
 
-    @plgpu.inline_mgpu(arg_types=(PER_HEAD,), return_type=_SCALAR)
+    @plgpu.inline_mgpu(arg_types=(PER_HEAD,), return_type=SCALAR)
     def vote(_ctx, decay):
-        return _scalar(_ptx(ptx, *_two_rows(decay), result_types=_i32(), convergent=True))
+        return scalar(_ptx(ptx, *_two_rows(decay), result_types=i32(), convergent=True))
 
     return vote(decay)
 
@@ -82,30 +79,30 @@ vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }"""
 def opaque_zero() -> Array:
     """0, but the compiler does not know: else it keeps the address of every step of a product in registers."""
 
-    @plgpu.inline_mgpu(return_type=_SCALAR)
+    @plgpu.inline_mgpu(return_type=SCALAR)
     def zero(_ctx):
-        return _scalar(_ptx("mov.b32 $0, 0;", result_types=_i32()))
+        return scalar(_ptx("mov.b32 $0, 0;", result_types=i32()))
 
     return zero()
 
 
-def claim(turn_smem: Ref, landed_smem: Ref, barrier: Array, phase: Array) -> None:
+def claim(turn_smem: Ref, landed: Row, phase: Array) -> None:
     """Asks the other warp-groups to let this one multiply first, if the phase of the barrier is complete."""
     ptx = """mbarrier.test_wait.parity.shared::cta.b64 p, [$1], $2; selp.b32 x, 1, 0, p;
 @q st.volatile.shared.b32 [$0], x; }"""
 
-    @plgpu.inline_mgpu(arg_types=(_REF, _REF, _SPLAT, _SPLAT))
-    def set_turn(_ctx, turn, landed, barrier, parity):
-        there = address_of(landed, barrier.registers.item(), BARRIER_WORDS)
+    @plgpu.inline_mgpu(arg_types=(REF, REF, SPLAT, SPLAT))
+    def set_turn(_ctx, turn, barriers, barrier, parity):
+        there = address_of(barriers, barrier.registers.item(), BARRIER_WORDS)
         _ptx(_FIRST_THREAD + ptx, utils.memref_ptr(turn), there, parity.registers.item())
 
-    set_turn(turn_smem, landed_smem, barrier, phase % 2)
+    set_turn(turn_smem, landed.ref, landed.row, phase % 2)
 
 
 def unclaim(turn_smem: Ref) -> None:
     """Takes back what `claim` asked for."""
 
-    @plgpu.inline_mgpu(arg_types=(_REF,))
+    @plgpu.inline_mgpu(arg_types=(REF,))
     def clear_turn(_ctx, turn):
         _ptx(_FIRST_THREAD + "@q st.volatile.shared.b32 [$0], 0; }", utils.memref_ptr(turn))
 
@@ -116,7 +113,7 @@ def let_first(turn_smem: Ref) -> None:
     """Waits while another warp-group claims the tensor core: a hint about speed, on which no result depends."""
     ptx = """{ .reg .pred p; .reg .b32 x; again: ld.volatile.shared.b32 x, [$0]; setp.ne.b32 p, x, 0; @p bra again; }"""
 
-    @plgpu.inline_mgpu(arg_types=(_REF,))
+    @plgpu.inline_mgpu(arg_types=(REF,))
     def wait(_ctx, turn):
         _ptx(ptx, utils.memref_ptr(turn))
 
@@ -126,11 +123,3 @@ def let_first(turn_smem: Ref) -> None:
 def _two_rows(values: FragmentedArray) -> list[ir.Value]:
     """Of an array with a value a head: a thread's two, of rows 8 apart, the same in four lanes."""
     return [vector.extract(register, dynamic_position=[], static_position=[0]) for register in values.registers.flat]
-
-
-def _scalar(word: ir.Value) -> FragmentedArray:
-    return FragmentedArray.splat(word, (), is_signed=True)
-
-
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)

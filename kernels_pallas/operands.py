@@ -1,0 +1,72 @@
+"""What the GPU kernels that score take: queries, keys, and which of them go together."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hisa_jax.kernels_pallas.pages import Pages
+
+_STATIC = {"static": True}
+
+
+class Operands(NamedTuple):
+    """Queries and keys of all sequences, in flat arrays.
+
+    Attributes:
+        q: [T, H, D] in the dtype of the keys.
+        w: [T, H] float32 head weights.
+        k: [S, D], or [S, parts, D] where a key is the sum of several parts (block means).
+        k_scale: [S] float32; None where every scale is 1.
+        pages: where the rows of all sequences are in k; None: one sequence after the other.
+    """
+
+    q: Array
+    w: Array
+    k: Array
+    k_scale: Array | None
+    pages: Pages | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which keys of its sequence each query is scored against: the columns of the result.
+
+    Attributes:
+        limit: [T] int32, candidates of each query. Columns at or beyond are `INVISIBLE` or, beyond its whole tile, not
+            written.
+        n: how many columns are wanted; a kernel may add some.
+        tiles: [n_tiles, 4] int32, which queries and keys go together: see `Sequences.query_tiles`.
+        first: [1] int32: column c of the result is candidate first + c. Default: 0.
+        keep_first, keep_last: that many first and last candidates of each query are `FORCED`.
+        threshold: [T] int32; None: every sort key is written. Otherwise only those above it are.
+    """
+
+    limit: Array
+    n: int = dataclasses.field(metadata=_STATIC)
+    tiles: Array | None = None
+    first: Array = dataclasses.field(default_factory=lambda: jnp.zeros((1,), jnp.int32))
+    keep_first: int = dataclasses.field(default=0, metadata=_STATIC)
+    keep_last: int = dataclasses.field(default=0, metadata=_STATIC)
+    threshold: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeptBlocks:
+    """The blocks whose tokens each query is scored against.
+
+    Attributes:
+        ids: [T, m] int32, blocks of the query's sequence, ascending, then -1.
+        visible: [T] int32, tokens of its sequence that the query sees.
+        first: [T] int32, where the query's sequence begins among the rows of all, in blocks.
+        size: tokens of a block.
+    """
+
+    ids: Array
+    visible: Array
+    first: Array
+    size: int = dataclasses.field(metadata=_STATIC)
