@@ -35,7 +35,8 @@ def run(inputs, visible, interpret, *, lengths=None, **options):
 
 PREFILL = [  # dtype, has_scale, block_size, H, D, topk, block_topk, S, visible [B, T], lengths
     pytest.param(BF16, False, 64, 16, 64, 100, 6, 1100, [[*range(1091, 1100), 20, 0], [*range(290, 300), 64]],
-                 [1099, 300], id="bf16_ragged_few_visible_and_none"),
+                 [1099, 300], id="bf16_ragged_few_visible_and_none",
+                 marks=pytest.mark.check),
     pytest.param(INT8, True, 128, 16, 128, 300, 4, 1500, [[*range(1490, 1500)]], [1500], id="int8_scales",
                  marks=pytest.mark.exhaustive),
     pytest.param(E4M3, True, 256, 32, 64, 1100, 3, 1280, [[*range(1270, 1280)]], [1280], id="e4m3_topk_above_kept",
@@ -121,7 +122,8 @@ def test_means_are_over_the_tokens_present(interpret, dtype, has_scale):
         np.testing.assert_allclose(got[b, :present], wanted[:present], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("mean_parts", "tolerance"), [pytest.param(1, 5e-3, marks=pytest.mark.exhaustive), (2, 2e-5)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("mean_parts", "tolerance"), [(1, 5e-3), (2, 2e-5)])
 def test_blocks_agree_with_float64_but_near_the_threshold(interpret, mean_parts, tolerance):
     """Pooled in the kernel, and from kept means as `decode` does it."""
     B, T, n, block_size, H, D = 1, 8, 64, 64, 16, 128

@@ -55,7 +55,7 @@ def check(got, q, k, w, cu_seqlens_q, cu_seqlens_k, name):
     ("name", "n_queries", "lengths"),
     [
         ("dsa", [3, 20], [300, 70]),
-        pytest.param("hisa", [3, 20], [300, 270], marks=pytest.mark.slow),
+        pytest.param("hisa", [3, 20], [300, 270], marks=pytest.mark.exhaustive),
         pytest.param("block_sparse", [9, 0, 1], [250, 60, 260], marks=pytest.mark.exhaustive),
         pytest.param("hisa", [1, 1], [200, 130], marks=pytest.mark.exhaustive),
     ],
@@ -78,7 +78,7 @@ def test_packed_batches(implementation, name, n_queries, lengths):
     [
         ("hisa", [1, 2], [300, 250], 64, "bfloat16"),
         pytest.param("hisa", [9, 1, 0, 2], [290, 260, 33, 70], 16, "bfloat16", marks=pytest.mark.exhaustive),
-        pytest.param("dsa", [1, 17], [300, 70], 64, "int8", marks=pytest.mark.slow),
+        pytest.param("dsa", [1, 17], [300, 70], 64, "int8", marks=pytest.mark.exhaustive),
         pytest.param("block_sparse", [9, 2], [290, 250], 64, "float8_e4m3fn", marks=pytest.mark.exhaustive),
         pytest.param("hisa", [9, 1], [290, 270], 32, "int8", marks=pytest.mark.exhaustive),
         pytest.param("dsa", [17, 1], [300, 70], 256, "bfloat16", marks=pytest.mark.exhaustive),
@@ -154,8 +154,8 @@ SELECT = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [pytest.param("flat", marks=pytest.mark.exhaustive), "hisa"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", OPTIONS)
 def test_packed_compiles(chip, stage):
     T, N, R = 2048, 128 << 10, 8
 
@@ -174,7 +174,7 @@ def test_packed_compiles(chip, stage):
     [
         ("hisa", 64, 64, 64, "bfloat16"),  # decode
         pytest.param("hisa", 1024, 8, 16, "bfloat16", marks=pytest.mark.exhaustive),  # prefill chunks
-        ("hisa", 1024, 8, 64, "int8"),
+        pytest.param("hisa", 1024, 8, 64, "int8", marks=pytest.mark.exhaustive),
         pytest.param("flat", 64, 64, 64, "float8_e4m3fn", marks=pytest.mark.exhaustive),
     ],
 )
