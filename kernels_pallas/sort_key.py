@@ -1,8 +1,7 @@
-"""Scores as integers that order the same way, and the search for the k-th largest of them.
+"""Scores as integers that order the same way (`hisa_jax.xla.topk`), and the search for the k-th largest of them.
 
-A float32 score has an *sort key*: an int32 that orders like it. Selection compares sort keys alone, so that candidates
-which must not be chosen (`INVISIBLE`) and those which must (`FORCED`) need no second array, and NaN is simply the
-sort key of -inf.
+Selection compares sort keys alone, so that candidates which must not be chosen (`INVISIBLE`) and those which must
+(`FORCED`) need no second array, and NaN is simply the sort key of -inf.
 """
 
 import functools
@@ -11,26 +10,13 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
-INVISIBLE = -(2**31)
-FORCED = 2**31 - 1
-_MAGNITUDE = 2**31 - 1
+from hisa_jax.xla.topk import FORCED, INVISIBLE, score_of, sort_key_of
+
+__all__ = ["FORCED", "INVISIBLE", "find_threshold", "narrow_search", "score_of", "sort_key_of"]
+
 # Bounds of the threshold, how many reach the lower one, two weights, which bound moved last, steps so far.
 Search = tuple[Array, Array, Array, Array, Array, Array, Array]
 _GUESSES = 24  # then halving alone, so that no input takes more than 24 + 32 counts
-
-
-def sort_key_of(scores: Array, bitcast: Callable = lax.bitcast_convert_type) -> Array:
-    """Maps float32 to int32 so that order is kept; NaN maps to the sort key of -inf, -0.0 to that of 0.0."""
-    scores = jnp.where(scores != scores, -jnp.inf, scores)
-    # A negative weight on a closed relu gives -0.0, which must tie with 0.0.
-    scores = jnp.where(scores == 0.0, 0.0, scores)
-    bits = bitcast(scores, jnp.int32)
-    return jnp.where(bits < 0, bits ^ _MAGNITUDE, bits)
-
-
-def score_of(sort_key: Array, bitcast: Callable = lax.bitcast_convert_type) -> Array:
-    """Inverts `sort_key_of`."""
-    return bitcast(jnp.where(sort_key < 0, sort_key ^ _MAGNITUDE, sort_key), jnp.float32)
 
 
 def narrow_search(

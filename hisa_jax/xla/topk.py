@@ -7,30 +7,34 @@ counting from the left.
 """
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-INVISIBLE = jnp.iinfo(jnp.int32).min
-FORCED = jnp.iinfo(jnp.int32).max
+INVISIBLE = -(2**31)
+FORCED = 2**31 - 1
 _WORD = 32
 _ROWS = 8  # that a CPU's cache holds if they are long
 _LONG = 16384
 _STRIDE = 16  # of the candidates that show where about the cut is
 
 
-def sort_key_of(scores: Array) -> Array:
-    """Maps float32 to int32 so that order is kept; NaN maps to the sort key of -inf, -0.0 to that of 0.0."""
-    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+def sort_key_of(scores: Array, bitcast: Callable = lax.bitcast_convert_type) -> Array:
+    """Maps float32 to int32 so that order is kept; NaN maps to the sort key of -inf, -0.0 to that of 0.0.
+
+    Kernels have it from here, some with a `bitcast` of their own.
+    """
+    scores = jnp.where(scores != scores, -jnp.inf, scores)
     # A negative weight on a closed relu gives -0.0, which must tie with 0.0. (XLA drops an added zero, not a select.)
-    scores = jnp.where(scores == 0, 0.0, scores)
-    bits = lax.bitcast_convert_type(scores, jnp.int32)
+    scores = jnp.where(scores == 0.0, 0.0, scores)
+    bits = bitcast(scores, jnp.int32)
     return jnp.where(bits < 0, bits ^ FORCED, bits)
 
 
-def score_of(sort_key: Array) -> Array:
+def score_of(sort_key: Array, bitcast: Callable = lax.bitcast_convert_type) -> Array:
     """Inverts `sort_key_of`."""
-    return lax.bitcast_convert_type(jnp.where(sort_key < 0, sort_key ^ FORCED, sort_key), jnp.float32)
+    return bitcast(jnp.where(sort_key < 0, sort_key ^ FORCED, sort_key), jnp.float32)
 
 
 def kth_largest(sort_key: Array, k: int | Array) -> Array:
