@@ -1,7 +1,18 @@
 """The indexers of a backend of kernels on arrays as the tests draw them: batches, packed batches and pages."""
 
-import hisa_jax as hj
+from typing import NamedTuple
+
 from hisa_jax.layout import Call, Keys
+
+
+class Method(NamedTuple):
+    """As `hj.Hisa`, of any numbers: kernels take a topk above the kept blocks' tokens, too."""
+
+    block_size: int
+    block_topk: int
+    topk: int = 1
+    keep_first: int = 1
+    keep_last: int = 1
 
 
 def call_of(q, k, k_scale, w, visible, *, lengths=None, cu_seqlens=None):
@@ -17,7 +28,7 @@ def call_of(q, k, k_scale, w, visible, *, lengths=None, cu_seqlens=None):
 def select_hisa(backend, *arrays, lengths=None, cu_seqlens=None, interpret=False, **method):
     """[B, T, topk], [B, T] and [B, T, block_topk], or without B if packed."""
     call = call_of(*arrays, lengths=lengths, cu_seqlens=cu_seqlens)
-    return call.unflatten(backend.select_hisa(call, hj.Hisa(**method), interpret))
+    return call.unflatten(backend.select_hisa(call, Method(**method), interpret))
 
 
 def select_flat(backend, *arrays, topk, cu_seqlens=None, interpret=False):
@@ -29,4 +40,4 @@ def select_flat(backend, *arrays, topk, cu_seqlens=None, interpret=False):
 def select_blocks(backend, *arrays, lengths=None, cu_seqlens=None, interpret=False, **method):
     """[B, T, block_topk], or without B if packed."""
     call = call_of(*arrays, lengths=lengths, cu_seqlens=cu_seqlens)
-    return call.unflatten(backend.select_blocks(call, hj.Hisa(topk=1, **method), interpret))
+    return call.unflatten(backend.select_blocks(call, Method(**method), interpret))

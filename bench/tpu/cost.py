@@ -18,7 +18,8 @@ from bench.tpu.chips import Chip
 from bench.tpu.schedule import Schedule
 from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, flat, refine, sparse_mla
 from hisa_jax.kernels_pallas.mosaic_tpu.config import CHIPS as KERNEL_CHIPS
-from hisa_jax.kernels_pallas.mosaic_tpu.config import ROWS
+from hisa_jax.kernels_pallas.mosaic_tpu.config import SUBLANES
+from hisa_jax.kernels_pallas.mosaic_tpu.config import Chip as KernelChip
 from hisa_jax.kernels_pallas.mosaic_tpu.flat_body import COLUMNS, products_a_step
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
@@ -93,7 +94,7 @@ def flat_kernels(chip: Chip, model: shapes.Model, B: int, T: int, S: int, dtype:
     ]
 
 
-def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str, is_masked: bool = False) -> list[Kernel]:
+def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) -> list[Kernel]:
     kind = KERNEL_CHIPS[chip.kind]
     n, queries = S // model.block_size, T // chip.cores_per_device
     key_bytes = S * (model.D * _ITEMSIZE[dtype] + (0 if dtype == "bf16" else 4))
@@ -119,9 +120,7 @@ def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str, is
                 moved_bytes=moved + key_bytes,
             )
         )
-    refine_config = refine.heuristic(
-        kind, 1, T, model.H, model.D, n, min(model.block_topk, n), model.block_size, _ITEMSIZE[dtype]
-    )
+    refine_config = _refine_config(kind, model, T, n, _ITEMSIZE[dtype])
     tiles = queries / refine_config.tile_t
     width = min(model.block_topk * model.block_size, S)
     pairs = queries * width / model.block_size
@@ -132,15 +131,14 @@ def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str, is
         "score": refine_config.tile_t / 8 * width / refine_config.columns,
         **_topk_trips(padded_groups(width), width, model.topk, refine_config.tile_t),
     }
-    after_topk = () if is_masked else ("positions",)
     gathered = 0.0 if refine_config.is_resident else pairs * key_bytes / n
     out.append(
         Kernel(
             name="hisa_refine",
-            loops=("fill", "score", *_topk_loops(padded_groups(width), refine_config.tile_t), *after_topk),
+            loops=("fill", "score", *_topk_loops(padded_groups(width), refine_config.tile_t), "positions"),
             trips=trips,
             shares={"pool": 1 / tiles},
-            moved_bytes=moved + gathered + 4 * queries * (width if is_masked else model.topk),
+            moved_bytes=moved + gathered + 4 * queries * model.topk,
             exposed_bytes=key_bytes if refine_config.is_resident else 0.0,
             pairs=8 * refine_config.columns / 128,
         )
@@ -148,36 +146,45 @@ def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str, is
     return out
 
 
+def _refine_config(kind: KernelChip, model: shapes.Model, T: int, n: int, itemsize: int) -> refine.Config:
+    """As `select.best_tokens` chooses it, for one sequence of n blocks."""
+    m = min(model.block_topk, n)
+    most = refine.most_resident(model.block_size, model.block_size, model.D, itemsize)
+    if refine.is_shared(np.array(T), np.array(n), m, most):
+        return refine.resident(kind, T, 32, model.H, model.block_size, itemsize)
+    return refine.gathered(kind, T, model.H, m, model.block_size)
+
+
 def decode_kernels(chip: Chip, model: shapes.Model, B: int, S: int, dtype: str) -> list[Kernel]:
     """One query a sequence, from kept means: the block filter and refine are one kernel on means and on keys."""
     kind = KERNEL_CHIPS[chip.kind]
     parts = block_filter.heuristic(kind, 1).mean_parts
-    n, m, itemsize = S // model.block_size, model.block_topk, _ITEMSIZE[dtype]
-    row_bytes = model.D * itemsize + (0 if dtype == "bf16" else 4)
+    n, m = S // model.block_size, model.block_topk
+    row_bytes = model.D * _ITEMSIZE[dtype] + (0 if dtype == "bf16" else 4)
     return [
         # XLA cuts the means into parts first.
-        _gathered(chip, "hisa_block_filter", model, B, parts * model.D, n // 128, 128, model.block_topk, 2,
+        _gathered(chip, "hisa_block_filter", model, B, n // 128, 128, model.block_topk,
                   row_bytes=2 * parts * model.D, exposed_bytes=B * n * model.D * (4 + 2 * parts)),
-        _gathered(chip, "hisa_refine", model, B, model.D, m, model.block_size, model.topk, itemsize,
+        _gathered(chip, "hisa_refine", model, B, m, model.block_size, model.topk,
                   row_bytes=row_bytes, exposed_bytes=0.0),
     ]  # fmt: skip
 
 
 def _gathered(
-    chip: Chip, name: str, model: shapes.Model, B: int, D: int, m: int, block_size: int, k: int, itemsize: int, *,
+    chip: Chip, name: str, model: shapes.Model, B: int, m: int, block_size: int, k: int, *,
     row_bytes: int, exposed_bytes: float,
 ) -> Kernel:  # fmt: skip
     """`refine` of one query a sequence, which keeps m blocks, all of them full."""
-    config = refine.heuristic(KERNEL_CHIPS[chip.kind], B, 1, model.H, D, m, m, block_size, itemsize)
+    config = refine.gathered(KERNEL_CHIPS[chip.kind], B, model.H, m, block_size)
     queries = min(B, -(-B // (config.tile_t * config.n_cores)) * config.tile_t)
     width = config.padded_blocks(m, block_size) * block_size
-    steps = -(-m * block_size // (config.columns * (ROWS // config.queries_per_eight)))
+    steps = -(-m * block_size // (config.columns * (SUBLANES // config.queries_per_eight)))
     trips = {
         "grid": -(-queries // config.tile_t),
         "score": min(queries, config.tile_t) / config.queries_per_eight * steps,
         **_topk_trips(padded_groups(width), m * block_size, k, config.tile_t),
     }
-    positions = ["positions"] if config.tile_t > ROWS else []
+    positions = ["positions"] if config.tile_t > SUBLANES else []
     return Kernel(
         name=name,
         loops=("fill", "score", *_topk_loops(padded_groups(width), config.tile_t), *positions),
@@ -193,7 +200,7 @@ def topk_kernels(chip: Chip, T: int, W: int, k: int) -> list[Kernel]:
     return [Kernel(name="hisa_topk", loops=TOPK, trips=trips, moved_bytes=32 * tiles * 4 * (W + k))]
 
 
-def sparse_mla_kernels(chip: Chip, model: shapes.Model, T: int, is_masked: bool = False) -> list[Kernel]:
+def sparse_mla_kernels(chip: Chip, model: shapes.Model, T: int) -> list[Kernel]:
     """For the tokens of `block_topk` blocks a query; the keys of a block take whole tiles of 128 lanes."""
     queries = T / chip.cores_per_device
     tokens = model.block_topk * model.block_size
@@ -205,7 +212,7 @@ def sparse_mla_kernels(chip: Chip, model: shapes.Model, T: int, is_masked: bool 
             loops=("attempts", "steps", "clear"),
             # A second pass, which clears, is for queries that a NaN beside their tokens poisons.
             trips={"grid": queries, "attempts": 1, "steps": tokens / sparse_mla.Config().tile_s, "clear": 0},
-            moved_bytes=queries * (tokens * (row_bytes + 4 * is_masked) + heads_bytes),
+            moved_bytes=queries * (tokens * row_bytes + heads_bytes),
         )
     ]
 
@@ -220,19 +227,19 @@ def _topk_trips(groups: float, n: int, k: int, rows: int) -> dict[str, float]:
         "passes": passes(n, k, rows),
         "count": groups / _unroll(128, n, rows),
         **_NO_TIES,
-        "tiles": rows // ROWS,
+        "tiles": rows // SUBLANES,
     }
 
 
 def _topk_loops(groups: int, rows: int) -> tuple[str, ...]:
     """Those of `TOPK` that are loops; what runs once is not a loop."""
     few, many = (groups > _unroll(registers, groups * 128, rows) for registers in (32, 128))
-    is_loop = {"bounds": few, "count": many, "tie_count": few, "tie_drop": few, "tiles": rows > ROWS}
+    is_loop = {"bounds": few, "count": many, "tie_count": few, "tie_drop": few, "tiles": rows > SUBLANES}
     return tuple(name for name in TOPK if is_loop.get(name, True))
 
 
 def _unroll(registers: int, n: int, rows: int) -> int:
-    return min(max(registers * ROWS // rows, ROWS), padded_groups(n), 128)
+    return min(max(registers * SUBLANES // rows, SUBLANES), padded_groups(n), 128)
 
 
 @functools.cache

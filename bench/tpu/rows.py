@@ -16,9 +16,9 @@ from bench.gpu.checks import CHECKED, check_attention, check_flat, check_hisa
 from bench.tpu import cost
 from bench.tpu.chips import Chip
 from hisa_jax.kernels_pallas import mosaic_tpu
-from hisa_jax.kernels_pallas.mosaic_tpu import config, pool, select
-from hisa_jax.kernels_pallas.mosaic_tpu.flat import select_flat
-from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla, sparse_mla_blocks
+from hisa_jax.kernels_pallas.mosaic_tpu import pool, ragged, select
+from hisa_jax.kernels_pallas.mosaic_tpu.config import Choice
+from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import topk
 from hisa_jax.layout import Call, Keys
 
@@ -70,7 +70,6 @@ def rows() -> Iterator[Row]:
     for context, dtype in PREFILLS:
         yield _flat(shapes.PREFILL, context, dtype)
         yield _hisa(context, dtype)
-    yield _masked_mla(128 * K)
     for phase in shapes.DECODES:
         yield _flat(phase, 128 * K, "bf16")
         yield _decode(phase.B, 128 * K, "bf16")
@@ -101,12 +100,17 @@ def _topk(width: int) -> Row:
 
 def _flat(phase: shapes.Phase, context: int, dtype: str) -> Row:
     B, T = phase.B, phase.T
+
+    def f(*operands: Array) -> Any:
+        call = call_of(*operands)
+        return call.unflatten(mosaic_tpu.select_flat(call, MODEL.topk))
+
     return Row(
         row="flat" if phase is shapes.PREFILL else f"flat_{phase.name}",
         context=context,
         dtype=dtype,
         queries=B * T,
-        f=lambda *operands: select_flat(*operands, topk=MODEL.topk),
+        f=f,
         operands=indexer_operands(MODEL, B, T, context, dtype),
         draw=functools.partial(draw_indexer, B, T, context, dtype),
         check=lambda out, operands: check_flat(out, operands, MODEL.topk),
@@ -139,28 +143,20 @@ def _hisa(context: int, dtype: str) -> Row:
 def _decode(B: int, context: int, dtype: str) -> Row:
     """One query a sequence; block means are kept, as a server keeps them."""
     n, block_size = context // MODEL.block_size, MODEL.block_size
-
-    def blocks_of(k: Array, k_scale: Array | None) -> tuple[Array, Array | None]:
-        return k.reshape(B, n, block_size, MODEL.D), None if k_scale is None else k_scale.reshape(B, n, block_size)
+    method = hj.Hisa(topk=MODEL.topk, block_size=block_size, block_topk=MODEL.block_topk)
 
     def f(q: Array, k: Array, k_scale: Array | None, w: Array, means: Array, visible: Array) -> tuple:
-        return select.hisa(
-            q,
-            *blocks_of(k, k_scale),
-            w,
-            visible,
-            visible[:, 0],
-            topk=MODEL.topk,
-            block_topk=MODEL.block_topk,
-            keep_first=1,
-            keep_last=1,
-            chip=config.chip(),
-            means=means,
-        )
+        call = dataclasses.replace(call_of(q, k, k_scale, w, visible), lengths=visible[:, 0])
+        queries, batch = ragged.of_call(call, block_size, means)
+        blocks = select.kept_blocks(queries, batch, select.of_blocks(method, False))
+        n_visible = select.candidates(blocks, queries.visible, block_size)
+        queries = queries._replace(visible=n_visible)
+        (chosen,) = select.best_tokens(queries, batch, blocks, Choice(k=method.topk))
+        return call.unflatten((chosen, jnp.minimum(n_visible, method.topk), blocks))
 
     def draw() -> tuple:
         *inputs, visible = draw_indexer(B, 1, context, dtype)
-        return *inputs, pool.pool(*blocks_of(inputs[1], inputs[2]), visible[:, 0]), visible
+        return *inputs, pool.pool(ragged.in_blocks(inputs[1], inputs[2], block_size), visible[:, 0]), visible
 
     *inputs, visible = indexer_operands(MODEL, B, 1, context, dtype)
     return Row(
@@ -203,36 +199,6 @@ def _sparse_mla(context: int) -> Row:
         check=lambda out, operands: check_attention(out[0], *operands, **options),
         kernels=lambda chip: cost.sparse_mla_kernels(chip, MODEL, T),
         flop=2.0 * T * MODEL.topk * N * (E + V),
-    )
-
-
-def _masked_mla(context: int) -> Row:
-    """The same tokens as blocks and masks, as `hisa_mask` gives them."""
-    row = _sparse_mla(context)
-    q, kv, _ = row.operands
-    T, m, block_size = row.queries, MODEL.block_topk, MODEL.block_size
-    scale = MODEL.mla_dim**-0.5
-    options: Any = dict(value_dim=MODEL.mla_value_dim, scale=scale)
-
-    def draw() -> tuple:
-        q, kv, indices = row.draw()
-        mask = jnp.broadcast_to((jnp.arange(block_size) % 4 == 0).astype(jnp.float32), (1, T, m, block_size))
-        return q, kv, mask, indices[..., :: MODEL.topk // m] // block_size
-
-    def check(out: Any, operands: tuple) -> None:
-        q, kv, mask, block_ids = operands
-        of_block = jnp.flatnonzero(mask[0, 0, 0])
-        indices = (block_ids[..., None] * block_size + of_block).reshape(1, T, -1)
-        check_attention(out[0], q, kv, indices, **options)
-
-    return dataclasses.replace(
-        row,
-        row="mla_mask",
-        f=lambda q, kv, mask, block_ids: sparse_mla_blocks(q, kv, block_ids, mask, **options),
-        operands=(q, kv, Shaped((1, T, m, block_size), jnp.float32), Shaped((1, T, m), jnp.int32)),
-        draw=draw,
-        check=check,
-        kernels=lambda chip: cost.sparse_mla_kernels(chip, MODEL, T, is_masked=True),
     )
 
 

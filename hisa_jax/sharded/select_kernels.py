@@ -3,6 +3,7 @@
 Each device merges an equal share of the queries (`exchange.py`).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -40,8 +41,7 @@ def select_shard(
         call: a batch with the keys that this device has of each sequence; shard: which those are.
     """
     assert call.k is not None and call.lengths is not None
-    local, keys, S = backend().select_shard, call.k, call.max_keys
-    q, w, visible, lengths = call.q, call.w, call.visible, call.lengths
+    local, S, visible, lengths = backend().select_shard, call.max_keys, call.visible, call.lengths
     axis, n_devices = shard.axis, shard.n_devices
     first_key = lax.axis_index(axis) * S
     k = min(method.topk, shard.max_keys)
@@ -58,21 +58,19 @@ def select_shard(
         return sort_keys, ids
 
     n_tokens, own_visible = jnp.clip(lengths - first_key, 0, S), jnp.clip(visible - first_key, 0, S)
-    blocks = None
+    own_call, blocks = dataclasses.replace(call, visible=own_visible, lengths=n_tokens), None
     if not xla.has_filter(method, shard.max_keys):
         if not isinstance(method, Dsa):
             eligible = -(-visible // method.block_size)
             blocks = _first(eligible, method.block_topk)
-        found = local.best_tokens(q, w, keys.values, keys.scales, own_visible, topk=min(k, S), interpret=interpret)
+        found = local.best_tokens(own_call, min(k, S), interpret)
     else:
         assert not isinstance(method, Scan)  # declined
-        own_keys = local.in_blocks(keys.values, keys.scales, method.block_size)
         n_blocks, first_block = S // method.block_size, first_key // method.block_size
         eligible = -(-visible // method.block_size)
-        found = local.best_blocks(
-            q, w, *own_keys, jnp.clip(eligible - first_block, 0, n_blocks), n_tokens,
-            block_topk=min(method.block_topk, n_blocks), interpret=interpret,
-        )  # fmt: skip
+        own_eligible = jnp.clip(eligible - first_block, 0, n_blocks)
+        m = min(method.block_topk, n_blocks)
+        found = local.best_blocks(own_call, own_eligible, m, method.block_size, interpret)
         blocks = _kept_blocks(lambda found, k: merged(found, first_block, k), found, first_block, eligible, method)
         if isinstance(method, BlockSparse) and not return_scores:
             flat_blocks = blocks.reshape(-1, blocks.shape[-1])
@@ -82,11 +80,9 @@ def select_shard(
         # Those of this device first, ascending.
         is_own = (blocks >= first_block) & (blocks < first_block + n_blocks)
         own = jnp.sort(jnp.where(is_own, blocks - first_block, n_blocks), axis=-1)
-        own = jnp.where(own < n_blocks, own, -1)[..., : min(method.block_topk, n_blocks)]
-        most = own.shape[-1] * method.block_size
-        found = local.best_in_blocks(
-            q, w, *own_keys, own, own_visible, n_tokens, topk=min(k, most), interpret=interpret
-        )
+        own = jnp.where(own < n_blocks, own, -1)[..., :m]
+        most = min(k, m * method.block_size)
+        found = local.best_in_blocks(own_call, own, most, method.block_size, interpret)
     sort_keys, positions = merged(found, first_key, k)
     is_real = positions >= 0
     missing = ((0, 0), (0, 0), (0, method.topk - k))

@@ -1,6 +1,7 @@
 """TPU kernels by Mosaic (`pl.pallas_call`), bfloat16, int8 and float8_e4m3fn. See ../README.md for the interface."""
 
 from hisa_jax.kernels_pallas.mosaic_tpu import select_shard
-from hisa_jax.kernels_pallas.mosaic_tpu.api import select_blocks, select_flat, select_hisa, why_not
+from hisa_jax.kernels_pallas.mosaic_tpu.limits import why_not
+from hisa_jax.kernels_pallas.mosaic_tpu.select import select_blocks, select_flat, select_hisa
 
 __all__ = ["select_blocks", "select_flat", "select_hisa", "select_shard", "why_not"]

@@ -1,12 +1,12 @@
-"""What the TPU kernels know of the chips, and which inputs they take."""
+"""What the TPU kernels know of the chips, and what is asked of them."""
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-ROWS = 8  # sublanes of a float32 register: queries side by side in every kernel
+from hisa_jax.kernels_pallas.types import Interpret
+
+SUBLANES = 8  # rows of a float32 register: queries side by side in every kernel
 LANES = 128
 GROUP = 16  # blocks that one copy of contiguous keys brings: the rows of a bfloat16 tile of means
 
@@ -43,25 +43,19 @@ def chip() -> Chip:
     return CHIPS.get(device.device_kind if device else jax.devices()[0].device_kind, _V6E)
 
 
-def why_not(
-    device_kind: str,
-    H: int,
-    D: int,
-    q_dtype: DTypeLike,
-    k_dtype: DTypeLike,
-    *,
-    block_size: int,
-) -> str | None:
-    """None, or why the indexer's kernels cannot run this."""
-    if device_kind not in CHIPS:
-        return f"needs a TPU v5e, v5p, v6e or v7x, this device is {device_kind!r}"
-    names = jnp.dtype(q_dtype).name, jnp.dtype(k_dtype).name
-    if names[0] != names[1]:
-        return f"needs queries and keys of one dtype, not {names[0]} and {names[1]}"
-    if names[0] not in ("bfloat16", "int8", "float8_e4m3fn"):
-        return f"needs bfloat16, int8 or float8_e4m3fn queries and keys, not {names[0]}"
-    if H not in (16, 32, 64, 128) or D not in (64, 128):
-        return f"needs 16, 32, 64 or 128 heads of size 64 or 128, not {H} of {D}"
-    if block_size not in (64, 128, 256):
-        return f"needs blocks of 64, 128 or 256 tokens, not {block_size}"
-    return None
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a kernel chooses for each query.
+
+    Attributes:
+        k: candidates, the best by score; the lowest win ties.
+        keep_first, keep_last: visible candidates that are chosen whatever they score, the first and the last.
+        has_sort_keys: whether to return the sort keys of the chosen, too: what `merge` needs.
+        interpret: see types.py.
+    """
+
+    k: int
+    keep_first: int = 0
+    keep_last: int = 0
+    has_sort_keys: bool = False
+    interpret: Interpret = False

@@ -1,4 +1,8 @@
-"""Device code that brings the blocks of a sequence, `GROUP` at a time: from a row of them, or page by page."""
+"""Device code that brings the blocks of a sequence, `GROUP` at a time: from a row of them, or page by page.
+
+Two ways to use what comes: `in_turn`, a ring of two slots whose next group is under way while one is used, and
+`all_at_once`, into a place for each. A semaphore counts the bytes of one operand in one slot.
+"""
 
 from collections.abc import Callable
 
@@ -14,13 +18,14 @@ from hisa_jax.kernels_pallas.types import Ref
 CopyGroup = Callable[[Array, Ref, Ref, Ref, Callable[[Ref], None]], None]
 
 
-def in_a_row(b: Array | int, first: Array | int = 0) -> CopyGroup:
-    """Blocks of [B, n, ...], those of sequence b from block `first` on; they go to [GROUP, ...]."""
+def in_a_row(first: Array, multiple: int = 1) -> CopyGroup:
+    """Blocks of [N, ...] from block `first` on, a multiple of `multiple`; they go to [GROUP, ...]."""
 
     def copy_group(i: Array, hbm: Ref, vmem: Ref, sem: Ref, act: Callable) -> None:
+        at = first + i * GROUP
         # Sequences of a batch begin with a group, those of a packed batch anywhere.
-        at = pl.multiple_of(i * GROUP, GROUP) if isinstance(first, int) else first + i * GROUP
-        act(pltpu.make_async_copy(hbm.at[b, pl.ds(at, GROUP)], vmem, sem))
+        at = pl.multiple_of(at, GROUP) if multiple == GROUP else at
+        act(pltpu.make_async_copy(hbm.at[pl.ds(at, GROUP)], vmem, sem))
 
     return copy_group
 
@@ -72,13 +77,9 @@ def wait(copy: Ref) -> None:
 
 
 def in_turn(
-    copy_group: CopyGroup,
-    n_groups: Array,
-    pairs: list[tuple[Ref, Ref]],
-    sems: Ref,
-    use: Callable[[Array, Array], None],
+    copy_group: CopyGroup, n_groups: Array, pairs: list[tuple[Ref, Ref]], sems: Ref, use: Callable[[Array, Array], None]
 ) -> None:
-    """Calls use(group, slot) for each group in turn, while the next one is on its way.
+    """Calls use(group, slot) for each group in turn, while the next one is under way.
 
     Args:
         pairs: operands in HBM and their rings [2, ...] in VMEM; sems: [2, operands].
@@ -100,7 +101,7 @@ def in_turn(
 
 
 def all_at_once(copy_group: CopyGroup, n_groups: Array, pairs: list[tuple[Ref, Ref, int]], sems: Ref) -> None:
-    """Brings all groups to where they stay.
+    """Brings all groups to where they stay: starts every copy, then waits for every one.
 
     Args:
         pairs: operands in HBM, their places in VMEM, and how many rows of those a group takes; sems: [operands].
@@ -110,8 +111,9 @@ def all_at_once(copy_group: CopyGroup, n_groups: Array, pairs: list[tuple[Ref, R
 
     def each(act: Callable) -> None:
         def one_group(i: Array, _: None) -> None:
-            for j, (hbm, vmem, rows) in enumerate(pairs):
-                copy_group(i, hbm, vmem.at[pl.ds(pl.multiple_of(i * rows, GROUP), rows)], sems.at[j], act)
+            for j, (hbm, vmem, n_rows) in enumerate(pairs):
+                at = pl.ds(pl.multiple_of(i * n_rows, GROUP), n_rows)
+                copy_group(i, hbm, vmem.at[at], sems.at[j], act)
 
         lax.fori_loop(0, n_groups, one_group, None)
 

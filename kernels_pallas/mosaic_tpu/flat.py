@@ -8,22 +8,22 @@ selection, so that nothing but keys and the chosen positions crosses HBM.
 
 import dataclasses
 import functools
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hisa_jax.kernels_pallas.mosaic_tpu import launch, topk_body
-from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, ROWS
-from hisa_jax.kernels_pallas.mosaic_tpu.flat_body import Plan, flat_body, products_a_step, ragged_body
-from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged, RaggedTiles
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES, Choice
+from hisa_jax.kernels_pallas.mosaic_tpu.flat_body import Plan, Refs, flat_body, products_a_step, ragged_body
+from hisa_jax.kernels_pallas.mosaic_tpu.launch import HBM, Launch
+from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import Found, Tiles
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import from_tiles, padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from hisa_jax.kernels_pallas.sequences import whole_blocks
-from hisa_jax.kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.types import Ref
+from hisa_jax.layout import Keys, Queries
 
 _SORT_KEYS_BYTES = 36 << 20
 
@@ -36,12 +36,12 @@ class Config:
     tile_s: int = 2048  # keys a grid step
 
     def __post_init__(self) -> None:
-        if self.tile_t % ROWS or self.tile_s % 256:
-            raise ValueError(f"{self}: tile_t must be a multiple of {ROWS} and tile_s of 256")
+        if self.tile_t % SUBLANES or self.tile_s % 256:
+            raise ValueError(f"{self}: tile_t must be a multiple of {SUBLANES} and tile_s of 256")
 
     def vmem_bytes(self, H: int, D: int, S: int, k: int, itemsize: int) -> int:
         sort_keys = 4 * self.tile_t * padded_groups(S) * LANES
-        keys = 2 * self.tile_s * (D * itemsize + 4 * ROWS)
+        keys = 2 * self.tile_s * (D * itemsize + 4 * SUBLANES)
         queries = 2 * self.tile_t * (H * D * itemsize + 4 * LANES) + 4 * self.tile_t * H * LANES
         slots = 2 * 4 * self.tile_t * -(-k // SLOTS) * SLOTS
         return sort_keys + keys + queries + slots + 4 * LANES * max(self.tile_t, 32) * 24
@@ -50,154 +50,128 @@ class Config:
 def heuristic(T: int, S: int) -> Config:
     """As many queries as their sort keys fit: each more halves what the keys' copies and a grid step cost a query."""
     tile_t = 32
-    while tile_t > ROWS and (4 * tile_t * S > _SORT_KEYS_BYTES or tile_t >= 2 * T):
+    while tile_t > SUBLANES and (4 * tile_t * S > _SORT_KEYS_BYTES or tile_t >= 2 * T):
         tile_t //= 2
     return Config(tile_t=tile_t, tile_s=2048 if tile_t == 32 else 4096)
 
 
 def why_not(S: int) -> str | None:
     """None, or why so many keys cannot be selected from."""
-    most = _SORT_KEYS_BYTES // (4 * ROWS)
+    most = _SORT_KEYS_BYTES // (4 * SUBLANES)
     return None if most >= S else f"the flat indexer needs at most {most} keys, not {S}"
 
 
-@functools.partial(jax.jit, static_argnames=("topk", "config", "has_sort_keys", "interpret"))
-def select_flat(
-    q: Array,
-    k: Array,
-    k_scale: Array | None,
-    w: Array,
-    visible: Array,
-    *,
-    topk: int,
-    config: Config | None = None,
-    has_sort_keys: bool = False,
-    interpret: Interpret = False,
-) -> tuple[Array, ...]:
-    """[B, T, H, D], [B, S, D], [B, S] or None, [B, T, H], [B, T] -> indices [B, T, topk], count [B, T], both int32.
+def flat(queries: Queries, keys: Keys, *, choice: Choice, config: Config | None = None) -> Found:
+    """The best visible tokens of a batch, on a grid of (sequences, tiles of queries, tiles of keys).
 
-    With `has_sort_keys` also the sort keys of the chosen, [B, T, topk] int32, anything where there is none.
+    Args:
+        queries: of [B, T, ...]; keys: of [B, S, D] and [B, S].
+
+    Returns: [B, T, k] int32 positions, ascending, then -1; maybe their sort keys, anything where there is none.
     """
-    (B, T, H, D), S = q.shape, k.shape[1]
+    (B, T, H, D), S = queries.q.shape, keys.values.shape[1]
     config = config or heuristic(T, S)
     tile_t, tile_s = config.tile_t, min(config.tile_s, -(-S // 256) * 256)
-    k, k_scale = whole_blocks(k, k_scale, tile_s)
-    groups, slots = padded_groups(k.shape[1]), -(-topk // SLOTS) * SLOTS
-    missing = -T % tile_t
-    q, w, visible = (jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) for x in (q, w, visible))
+    k, k_scale = whole_blocks(*keys, tile_s)
+    groups, slots = padded_groups(k.shape[1]), -(-choice.k // SLOTS) * SLOTS
+    q, w, visible = (launch.pad_axis(x, 1, tile_t) for x in queries)
     visible = jnp.clip(visible, 0, S)
-    tiles = (T + missing) // tile_t
+    tiles = visible.shape[1] // tile_t
     furthest = jnp.max(visible.reshape(B * tiles, tile_t), axis=1)
 
     def step(b, t, s, furthest_smem):
-        # Beyond the last key that some query of the tile sees, the same keys again: nothing is copied.
+        # Past the last key that some query of the tile sees, the same keys again: nothing is copied.
         return jnp.minimum(s, jnp.maximum(pl.cdiv(furthest_smem[b * tiles + t], tile_s) - 1, 0))
 
-    keys = pl.BlockSpec((None, tile_s, D), lambda b, t, s, last: (b, step(b, t, s, last), 0))
-    scales = pl.BlockSpec((None, 1, tile_s), lambda b, t, s, last: (b, 0, step(b, t, s, last)))
-    queries = lambda *shape: pl.BlockSpec((None, tile_t, *shape), lambda b, t, s, _: (b, t, *(0 for _ in shape)))  # noqa: E731
-    tiled = (tile_t // ROWS, slots // LANES * ROWS, LANES)
-    scale_rows = [] if k_scale is None else [k_scale[:, None]]
-    in_rows = (tile_t // ROWS, ROWS, slots)
-    out_shapes = [tiled, in_rows][: 1 + has_sort_keys]
-    grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1,
-        grid=(B, tiles, k.shape[1] // tile_s),
-        in_specs=[queries(H, D), queries(H), queries(1), keys, *([scales] * len(scale_rows))],
-        out_specs=[pl.BlockSpec((None, *shape), lambda b, t, s, _: (b, t, 0, 0)) for shape in out_shapes],
-        scratch_shapes=[
-            pltpu.VMEM((tile_t // ROWS, groups * ROWS, LANES), jnp.int32),
-            pltpu.VMEM((tile_t, H, LANES), jnp.float32),
-            pltpu.VMEM((products_a_step(tile_t, tile_s) * tile_t * 2 * ROWS, LANES), jnp.float32),
-            pltpu.VMEM((tile_t // ROWS, ROWS, LANES), jnp.int32),
-            pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
-        ],
-    )
-    out, *sort_keys = pl.pallas_call(
-        functools.partial(
-            flat_body,
-            Plan(topk=topk, tiles=tiles, rows=min(T, ROWS), span=min(groups, LANES), has_sort_keys=has_sort_keys),
-        ),
-        grid_spec=grid_spec,
-        out_shape=[jax.ShapeDtypeStruct((B, tiles * shape[0], *shape[1:]), jnp.int32) for shape in out_shapes],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=config.vmem_bytes(H, D, k.shape[1], topk, q.dtype.itemsize)
-            + 8 * has_sort_keys * tile_t * slots
-            + (6 << 20),
-        ),
+    def of_queries(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *shape), lambda b, t, s, _: (b, t, *(0 for _ in shape[1:])))
+
+    in_tiles = (tile_t // SUBLANES, slots // LANES * SUBLANES, LANES)
+    in_rows = (tile_t // SUBLANES, SUBLANES, slots)
+    outs = {"chosen": launch.out(of_queries(*in_tiles), B, tiles * in_tiles[0], *in_tiles[1:])}
+    if choice.has_sort_keys:
+        outs["sort_keys"] = launch.out(of_queries(*in_rows), B, tiles * in_rows[0], *in_rows[1:])
+    plan = Plan(k=choice.k, tiles=tiles, rows=min(T, SUBLANES), span=min(groups, LANES))
+    keys_spec = pl.BlockSpec((None, tile_s, D), lambda b, t, s, last: (b, step(b, t, s, last), 0))
+    scale_spec = pl.BlockSpec((None, 1, tile_s), lambda b, t, s, last: (b, 0, step(b, t, s, last)))
+    chosen, *sort_keys = Launch(
+        body=functools.partial(flat_body, plan),
+        refs=Refs,
         name="dsa_select_flat",
-        interpret=interpret,
-    )(furthest, q, w, visible[..., None], k, *scale_rows)
-    indices = from_tiles(out.reshape(-1, *tiled[1:])).reshape(B, -1, slots)[:, :T, :topk]
-    sort_keys = (x.reshape(B, -1, slots)[:, :T, :topk] for x in sort_keys)
-    return indices, jnp.minimum(visible[:, :T], topk), *sort_keys
+        grid=(B, tiles, k.shape[1] // tile_s),
+        scalars={"furthest_smem": furthest},
+        operands={
+            "q": (q, of_queries(tile_t, H, D)),
+            "w": (w, of_queries(tile_t, H)),
+            "visible": (visible[..., None], of_queries(tile_t, 1)),
+            "k": (k, keys_spec),
+            "scale": (None if k_scale is None else k_scale[:, None], scale_spec),
+        },
+        outs=outs,
+        scratch=scratch(H, tile_t, tile_s, groups),
+        vmem_bytes=config.vmem_bytes(H, D, k.shape[1], choice.k, q.dtype.itemsize)
+        + 8 * choice.has_sort_keys * tile_t * slots,
+        interpret=choice.interpret,
+        dimension_semantics=("parallel", "parallel", "arbitrary"),
+    )()
+    chosen = from_tiles(chosen.reshape(-1, *in_tiles[1:]))
+    return tuple(x.reshape(B, -1, slots)[:, :T, : choice.k] for x in (chosen, *sort_keys))
 
 
-def select_ragged(q: Array, w: Array, visible: Array, ragged: Ragged, tiles: RaggedTiles, **options: Any) -> Array:
-    """Of the sequences in `tiles`: [T, H, D], [T, H], [T] -> [T, topk] int32, as `select_flat`."""
-    w, visible = tiles.gather(w), tiles.gather(visible)
-    return tiles.scatter(_launch_ragged(q, w, visible, ragged.k, ragged.k_scale, tiles, S=ragged.max_keys, **options))
-
-
-@functools.partial(jax.jit, static_argnames=("S", "unit", "topk", "tile_t", "n_cores", "interpret"))
-def _launch_ragged(
-    q: Array,
-    w: Array,
-    visible: Array,
-    k: Array,
-    k_scale: Array | None,
-    tiles: RaggedTiles,
-    *,
-    S: int,
-    unit: int,
-    topk: int,
-    tile_t: int,
-    n_cores: int,
-    interpret: Interpret,
-) -> Array:
-    """[rows, H, D], else [1, T, ...] in tiles -> [1, T, topk] int32.
+def flat_ragged(queries: Queries, ragged: Ragged, tiles: Tiles, *, choice: Choice, tile_t: int, n_cores: int) -> Found:
+    """The best visible tokens of the queries in `tiles`, on a grid of (cores, 1, tiles of queries).
 
     Args:
-        unit: keys of a block, as far as copies go, 128 or 256; S: most keys of a sequence.
+        ragged: its blocks are what is copied at a time, 128 or 256 keys.
+
+    Returns: [T, k] int32, ascending, then -1.
     """
-    (H, D), T, page_size = q.shape[1:], visible.shape[1], k.shape[-2]
+    keys, unit = ragged.keys, ragged.block_size
+    (H, D), page_size = queries.q.shape[1:], keys.values.shape[1]
+    w, visible = tiles.gather(queries.w), tiles.gather(queries.visible)
+    T, per_block = visible.shape[1], ragged.per_block
     config = Config(tile_t=tile_t, tile_s=GROUP * unit)
-    S = -(-S // config.tile_s) * config.tile_s
-    groups, slots, per_core = padded_groups(S), -(-topk // SLOTS) * SLOTS, T // tile_t // n_cores
-    tiled = (tile_t // ROWS, slots // LANES * ROWS, LANES)
-    operands = [k] if k_scale is None else [k, k_scale]
-    rows = functools.partial(launch.rows, tile_t, per_core)
-    scratch: dict[str, Ref] = {
-        "keys_vmem": pltpu.VMEM((2, GROUP, unit, D), k.dtype),
+    S = -(-ragged.max_keys // config.tile_s) * config.tile_s
+    groups, slots, per_core = padded_groups(S), -(-choice.k // SLOTS) * SLOTS, T // tile_t // n_cores
+    in_tiles = (tile_t // SUBLANES, slots // LANES * SUBLANES, LANES)
+    buffers: dict[str, Ref] = {
+        "keys_vmem": pltpu.VMEM((2, GROUP, unit, D), keys.values.dtype),
         "sems": pltpu.SemaphoreType.DMA((2, 2)),
-        "sort_keys_vmem": pltpu.VMEM((tile_t // ROWS, groups * ROWS, LANES), jnp.int32),
-        "w_vmem": pltpu.VMEM((tile_t, H, LANES), jnp.float32),
-        "partial_vmem": pltpu.VMEM((products_a_step(tile_t, config.tile_s) * tile_t * 2 * ROWS, LANES), jnp.float32),
-        "thresholds_vmem": pltpu.VMEM((tile_t // ROWS, ROWS, LANES), jnp.int32),
-        "table_vmem": pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
+        **scratch(H, tile_t, config.tile_s, groups),
     }
-    if k_scale is not None:
-        scratch["scale_vmem"] = pltpu.VMEM((2, GROUP * tiles.per_block, page_size), jnp.float32)
-    out = launch.call_by_sequence(
-        functools.partial(
-            ragged_body, Plan(topk=topk, tiles=per_core, rows=ROWS, span=min(groups, LANES), has_sort_keys=False)
-        ),
-        tiles,
+    if keys.scales is not None:
+        buffers["scale_vmem"] = pltpu.VMEM((2, GROUP * per_block, page_size), jnp.float32)
+    plan = Plan(k=choice.k, tiles=per_core, rows=SUBLANES, span=min(groups, LANES))
+    chosen = launch.rows(in_tiles[0], per_core, *in_tiles[1:])
+    flat = Launch(
+        body=functools.partial(ragged_body, plan),
+        refs=Refs,
         name="dsa_select_flat",
         grid=(n_cores, 1, per_core),
-        prefetch=[jnp.max(visible.reshape(-1, tile_t), axis=1)],
-        operands=[q, w, visible[..., None], *operands],
-        in_specs=[
-            launch.queries(tiles, tile_t, per_core, H, D),
-            rows(H),
-            rows(1),
-            *launch.in_hbm(operands),
-        ],
-        out_specs=launch.rows(tiled[0], per_core, *tiled[1:]),
-        out_shape=jax.ShapeDtypeStruct((1, T // ROWS, *tiled[1:]), jnp.int32),
-        scratch=scratch,
-        vmem_bytes=config.vmem_bytes(H, D, S, topk, q.dtype.itemsize) + 8 * GROUP * tiles.per_block * LANES,
-        interpret=interpret,
+        scalars={"furthest_smem": jnp.max(visible.reshape(-1, tile_t), axis=1)},
+        operands={
+            "q": launch.queries(tiles, queries.q, tile_t, per_core),
+            "w": (w, launch.rows(tile_t, per_core, H)),
+            "visible": (visible[..., None], launch.rows(tile_t, per_core, 1)),
+            "k": (keys.values, HBM),
+            "scale": (keys.scales, HBM),
+        },
+        outs={"chosen": launch.out(chosen, 1, T // SUBLANES, *in_tiles[1:])},
+        scratch=buffers,
+        vmem_bytes=config.vmem_bytes(H, D, S, choice.k, queries.q.dtype.itemsize) + 8 * GROUP * per_block * LANES,
+        interpret=choice.interpret,
     )
-    return from_tiles(out[0])[None, :, :topk]
+    (out,) = launch.by_sequence(flat, tiles)()
+    return (tiles.scatter(from_tiles(out[0])[None, :, : choice.k]),)
+
+
+def scratch(H: int, tile_t: int, tile_s: int, groups: int) -> dict[str, Ref]:
+    """What scoring and the selection of a tile need."""
+    n_sums = products_a_step(tile_t, tile_s) * tile_t * 2 * SUBLANES
+    return {
+        "sort_keys_vmem": pltpu.VMEM((tile_t // SUBLANES, groups * SUBLANES, LANES), jnp.int32),
+        "w_vmem": pltpu.VMEM((tile_t, H, LANES), jnp.float32),
+        "partial_vmem": pltpu.VMEM((n_sums, LANES), jnp.float32),
+        "thresholds_vmem": pltpu.VMEM((tile_t // SUBLANES, SUBLANES, LANES), jnp.int32),
+        "table_vmem": pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
+    }

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES
 from hisa_jax.kernels_pallas.types import Ref
 
 _AT_A_TIME = 16  # registers of slots: with their columns they fill three quarters of the registers there are
@@ -27,14 +27,14 @@ def look_up(
         values_ref: [G * 8, 128] int32, as the sort keys of a tile lie; columns_ref: its [K // 16, 128] chosen columns.
         slots: how many of the K are looked up; groups: how many of the G may be chosen, the first; all if None.
     """
-    groups = values_ref.shape[0] // ROWS if groups is None else groups
+    groups = values_ref.shape[0] // SUBLANES if groups is None else groups
     n = -(-slots // LANES)
     for first in range(0, n, _AT_A_TIME):
         some = range(first, min(first + _AT_A_TIME, n))
-        columns = [columns_ref[pl.ds(i * ROWS, ROWS)] for i in some]
+        columns = [columns_ref[pl.ds(i * SUBLANES, SUBLANES)] for i in some]
 
         def one_group(g: Array, found: tuple[Array, ...], columns: list[Array] = columns) -> tuple[Array, ...]:
-            entries = values_ref[pl.ds(pl.multiple_of(g * ROWS, ROWS), ROWS)]
+            entries = values_ref[pl.ds(pl.multiple_of(g * SUBLANES, SUBLANES), SUBLANES)]
 
             def offer(column: Array, x: Array) -> Array:
                 entry = jnp.take_along_axis(entries, column & (LANES - 1), axis=1, mode="promise_in_bounds")
@@ -43,7 +43,7 @@ def look_up(
             # Of -1, which is no column, the group is -1.
             return tuple(offer(column, x) for column, x in zip(columns, found, strict=True))
 
-        nothing = tuple(jnp.full((ROWS, LANES), -1, jnp.int32) for _ in some)
+        nothing = tuple(jnp.full((SUBLANES, LANES), -1, jnp.int32) for _ in some)
         for i, x in zip(some, lax.fori_loop(0, groups, one_group, nothing), strict=True):
             store(i, x)
 
@@ -58,9 +58,3 @@ def write_sort_keys(sort_keys_vmem: Ref, chosen_vmem: Ref, o_ref: Ref, groups: A
         look_up(sort_keys_vmem.at[tile], chosen_vmem.at[tile], o_ref.shape[2], store, groups)
 
     lax.fori_loop(0, o_ref.shape[0], one_tile, None)
-
-
-def split_outputs(refs: tuple[Ref, ...], has_sort_keys: bool) -> tuple[tuple[Ref, ...], tuple[Ref, ...]]:
-    """What comes before the outputs, and those: the chosen, and maybe their sort keys."""
-    n = len(refs) - 1 - has_sort_keys
-    return refs[:n], refs[n:]

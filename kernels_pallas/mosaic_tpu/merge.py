@@ -5,6 +5,7 @@ Floor, 4096 rows of 8 devices' 2048 on v5e: HBM 604 MB / 819 GB/s = 0.74 ms. Bou
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from hisa_jax.kernels_pallas.bits import in_32_bits
 from hisa_jax.kernels_pallas.mosaic_tpu import launch, topk_body
-from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES
+from hisa_jax.kernels_pallas.mosaic_tpu.launch import Launch
 from hisa_jax.kernels_pallas.mosaic_tpu.look_up_body import look_up
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import from_tiles, padded_groups, to_tiles
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
@@ -27,7 +29,7 @@ _WINDOW_BYTES = 24 << 20
 def tiles_of(W: int, k: int) -> int:
     """Eights of rows a grid step, whose searches share the latency of a sum over lanes: four while they fit."""
     row_bytes = 4 * (4 * padded_groups(W) * LANES + 5 * (k + SLOTS))
-    return max(tiles for tiles in (4, 2, 1) if tiles == 1 or tiles * ROWS * row_bytes <= _WINDOW_BYTES)
+    return max(tiles for tiles in (4, 2, 1) if tiles == 1 or tiles * SUBLANES * row_bytes <= _WINDOW_BYTES)
 
 
 @in_32_bits
@@ -39,46 +41,60 @@ def merge(sort_keys: Array, positions: Array, k: int, *, interpret: Interpret = 
     """
     T, W = sort_keys.shape
     groups, slots, tiles = padded_groups(W), -(-k // SLOTS) * SLOTS, tiles_of(W, k)
-    rows = -(-T // (tiles * ROWS)) * tiles * ROWS
-    n = jnp.pad(jnp.sum(sort_keys != INVISIBLE, axis=1, dtype=jnp.int32), (0, rows - T)).reshape(-1, ROWS, 1)
+    rows = -(-T // (tiles * SUBLANES)) * tiles * SUBLANES
+    n = jnp.pad(jnp.sum(sort_keys != INVISIBLE, axis=1, dtype=jnp.int32), (0, rows - T)).reshape(-1, SUBLANES, 1)
     tiled = lambda *shape: pl.BlockSpec((tiles, *shape), lambda t: (t, 0, 0))  # noqa: E731
-    in_slots = (slots // LANES * ROWS, LANES)
-    out = launch.call(
-        functools.partial(merge_body, k),
+    in_slots = (slots // LANES * SUBLANES, LANES)
+    out = launch.out(tiled(*in_slots), rows // SUBLANES, *in_slots)
+    best = Launch(
+        body=functools.partial(merge_body, k),
+        refs=Refs,
         name="hisa_merge",
-        grid=(rows // (tiles * ROWS),),
-        prefetch=[],
-        operands=[to_tiles(sort_keys, rows, groups), to_tiles(positions, rows, groups), n],
-        in_specs=[tiled(groups * ROWS, LANES), tiled(groups * ROWS, LANES), tiled(ROWS, 1)],
-        out_specs=[tiled(*in_slots)] * 2,
-        out_shape=[jax.ShapeDtypeStruct((rows // ROWS, *in_slots), jnp.int32)] * 2,
+        grid=(rows // (tiles * SUBLANES),),
+        scalars={},
+        operands={
+            "sort_keys": (to_tiles(sort_keys, rows, groups), tiled(groups * SUBLANES, LANES)),
+            "positions": (to_tiles(positions, rows, groups), tiled(groups * SUBLANES, LANES)),
+            "n": (n, tiled(SUBLANES, 1)),
+        },
+        outs={"best_positions": out, "best_sort_keys": out},
         scratch={
-            "thresholds_vmem": pltpu.VMEM((tiles, ROWS, LANES), jnp.int32),
+            "thresholds_vmem": pltpu.VMEM((tiles, SUBLANES, LANES), jnp.int32),
             "table_vmem": pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
             "chosen_vmem": pltpu.VMEM((tiles, *in_slots), jnp.int32),
         },
-        vmem_bytes=4 * tiles * ROWS * (4 * groups * LANES + 5 * slots + LANES),
+        vmem_bytes=4 * tiles * SUBLANES * (4 * groups * LANES + 5 * slots + LANES),
         interpret=interpret,
         dimension_semantics=("parallel",),
-    )
-    positions, sort_keys = (from_tiles(x)[:T, :k] for x in out)
+    )()
+    positions, sort_keys = (from_tiles(x)[:T, :k] for x in best)
     return positions, sort_keys
 
 
-def merge_body(
-    k: int, sort_keys_ref: Ref, positions_ref: Ref, n_ref: Ref, o_ref: Ref, o_sort_keys_ref: Ref, *,
-    thresholds_vmem: Ref, table_vmem: Ref, chosen_vmem: Ref
-) -> None:  # fmt: skip
-    """All [tiles, groups * 8, 128] int32, as sort keys lie; n_ref: [tiles, 8, 1], candidates of each row."""
-    n = jnp.broadcast_to(n_ref[...], thresholds_vmem.shape)
-    topk_body.select(sort_keys_ref, n, k, thresholds_vmem, table_vmem, chosen_vmem)
+class Refs(NamedTuple):
+    """The buffers, all int32; `slots` are those of the output."""
+
+    sort_keys: Ref  # [tiles, groups * 8, LANES], of the candidates
+    positions: Ref  # the same
+    n: Ref  # [tiles, 8, 1], candidates of each row
+    best_positions: Ref  # out: [tiles, slots // 16, LANES]
+    best_sort_keys: Ref  # out: the same
+    thresholds_vmem: Ref  # [tiles, 8, LANES]
+    table_vmem: Ref  # see `topk_body.table_shape`
+    chosen_vmem: Ref  # [tiles, slots // 16, LANES], columns of the best
+
+
+def merge_body(k: int, refs: Refs) -> None:
+    """The best columns of each row, then what stands in them: nothing is copied by hand."""
+    n = jnp.broadcast_to(refs.n[...], refs.thresholds_vmem.shape)
+    topk_body.select(refs.sort_keys, n, k, refs.thresholds_vmem, refs.table_vmem, refs.chosen_vmem)
 
     def one_tile(tile: Array, _: None) -> None:
-        for values_ref, out_ref in ((positions_ref, o_ref), (sort_keys_ref, o_sort_keys_ref)):
+        for values, out in ((refs.positions, refs.best_positions), (refs.sort_keys, refs.best_sort_keys)):
 
-            def store(i: int, x: Array, out_ref: Ref = out_ref) -> None:
-                out_ref[tile, pl.ds(i * ROWS, ROWS)] = x
+            def store(i: int, x: Array, out: Ref = out) -> None:
+                out[tile, pl.ds(i * SUBLANES, SUBLANES)] = x
 
-            look_up(values_ref.at[tile], chosen_vmem.at[tile], o_ref.shape[1] // ROWS * LANES, store)
+            look_up(values.at[tile], refs.chosen_vmem.at[tile], out.shape[1] // SUBLANES * LANES, store)
 
-    lax.fori_loop(0, o_ref.shape[0], one_tile, None)
+    lax.fori_loop(0, refs.best_positions.shape[0], one_tile, None)

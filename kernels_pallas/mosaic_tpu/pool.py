@@ -13,23 +13,25 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hisa_jax.kernels_pallas.mosaic_tpu import launch
+from hisa_jax.kernels_pallas.mosaic_tpu import launch, query_tiles
 from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES
-from hisa_jax.kernels_pallas.mosaic_tpu.pool_body import pool_body, pool_pages_body
-from hisa_jax.kernels_pallas.mosaic_tpu.ragged import RaggedTiles
+from hisa_jax.kernels_pallas.mosaic_tpu.launch import HBM, Launch
+from hisa_jax.kernels_pallas.mosaic_tpu.pool_body import PagesRefs, PoolRefs, pool_body, pool_pages_body
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
 from hisa_jax.kernels_pallas.types import Interpret, Ref
+from hisa_jax.layout import Keys
 
 
-def scratch(k: Array, has_scale: bool) -> dict[str, Ref]:
+def scratch(keys: Keys) -> dict[str, Ref]:
     """What `pool_sequence` needs."""
-    _, _, block_size, D = k.shape
-    refs: dict[str, Ref] = {
-        "keys_vmem": pltpu.VMEM((2, GROUP, block_size, D), k.dtype),
+    _, block_size, D = keys.values.shape
+    buffers: dict[str, Ref] = {
+        "keys_vmem": pltpu.VMEM((2, GROUP, block_size, D), keys.values.dtype),
         "sems": pltpu.SemaphoreType.DMA((2, 2)),
     }
-    if has_scale:
-        refs["scale_vmem"] = pltpu.VMEM((2, GROUP, block_size), jnp.float32)
-    return refs
+    if keys.scales is not None:
+        buffers["scale_vmem"] = pltpu.VMEM((2, GROUP, block_size), jnp.float32)
+    return buffers
 
 
 def vmem_bytes(block_size: int, D: int, itemsize: int) -> int:
@@ -50,66 +52,56 @@ def sums_vmem_bytes(per_block: int, D: int) -> int:
     return 2 * GROUP * per_block * max(D, LANES) * 4
 
 
-@functools.partial(jax.jit, static_argnames=("interpret",))
-def pool(k: Array, k_scale: Array | None, n_tokens: Array, *, interpret: Interpret = False) -> Array:
-    """[B, n, block_size, D], [B, n, block_size] or None, [B] int32 -> [B, n, D] float32; n a multiple of GROUP.
+def pool(keys: Keys, n_tokens: Array, interpret: Interpret = False) -> Array:
+    """Keys of [B * n, block_size, D], [B] int32 tokens present -> [B, n, D] float32; n a multiple of GROUP.
 
     Means of blocks without a token are not written.
     """
-    B, n, block_size, D = k.shape
-    operands = [k] if k_scale is None else [k, k_scale]
-    return launch.call(
-        pool_body,
+    N, block_size, D = keys.values.shape
+    B, n = n_tokens.shape[0], N // n_tokens.shape[0]
+    (means,) = Launch(
+        body=functools.partial(pool_body, n),
+        refs=PoolRefs,
         name="hisa_pool",
         grid=(1, B, 1),
-        prefetch=[n_tokens],
-        operands=operands,
-        in_specs=launch.in_hbm(operands),
-        out_specs=pl.BlockSpec((None, n, D), lambda core, b, t, _: (b, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((B, n, D), jnp.float32),
-        scratch=scratch(k, k_scale is not None),
-        vmem_bytes=vmem_bytes(block_size, D, k.dtype.itemsize) + 2 * 4 * n * max(D, LANES),
+        scalars={"n_tokens_smem": n_tokens},
+        operands={"k_hbm": (keys.values, HBM), "scale_hbm": (keys.scales, HBM)},
+        outs={
+            "means": (
+                jax.ShapeDtypeStruct((B, n, D), jnp.float32),
+                pl.BlockSpec((None, n, D), lambda core, b, t, _: (b, 0, 0)),
+            )
+        },
+        scratch=scratch(keys),
+        vmem_bytes=vmem_bytes(block_size, D, keys.values.dtype.itemsize) + 2 * 4 * n * max(D, LANES),
         interpret=interpret,
-    )
+    )()
+    return means
 
 
-@functools.partial(jax.jit, static_argnames=("n", "block_size", "page_size", "mean_parts", "interpret"))
-def pool_pages(
-    page_sums: Array,
-    n_tokens: Array,
-    table: Array,
-    *,
-    n: int,
-    block_size: int,
-    page_size: int,
-    mean_parts: int,
-    interpret: Interpret = False,
-) -> Array:
-    """Means of full blocks from their pages' sums: [N, D] float32, [R], [R, P] -> [R, n, mean_parts * D] bfloat16.
+def pool_pages(ragged: Ragged, n_tokens: Array, mean_parts: int, interpret: Interpret) -> Array:
+    """Means of full blocks from their pages' sums -> [R, n, mean_parts * D] bfloat16, n a multiple of 128.
 
-    Args:
-        n: blocks, a multiple of 128 that P pages fill at most; those without a token are not written.
-        n_tokens: [R] int32 of each sequence, 0 where none are wanted.
+    Those of blocks without a token are not written; `n_tokens`: [R] int32 of each sequence, 0 where none are wanted.
     """
-    R, D = n_tokens.shape[0], page_sums.shape[1]
-    per_block = block_size // page_size
-    sequences = RaggedTiles.of_sequences(n_tokens, table, page_size, per_block)
-    out = (R, n, mean_parts * D)
-    return launch.call_by_sequence(
-        functools.partial(pool_pages_body, block_size, mean_parts),
-        sequences,
+    assert ragged.page_sums is not None
+    tiles, D = query_tiles.of_sequences(ragged, n_tokens), ragged.page_sums.shape[1]
+    n = -(-ragged.max_blocks // LANES) * LANES
+    pages = Launch(
+        body=functools.partial(pool_pages_body, ragged.block_size, mean_parts),
+        refs=PagesRefs,
         name="hisa_pool",
-        grid=(1, 1, R),
-        prefetch=[n_tokens],
-        operands=[page_sums],
-        in_specs=launch.in_hbm([page_sums]),
-        out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
-        out_shape=jax.ShapeDtypeStruct(out, jnp.bfloat16),
+        grid=(1, 1, ragged.R),
+        scalars={"n_tokens_smem": n_tokens},
+        operands={"sums_hbm": (ragged.page_sums, HBM)},
+        outs={"means_hbm": (jax.ShapeDtypeStruct((ragged.R, n, mean_parts * D), jnp.bfloat16), HBM)},
         scratch={
-            **sums_scratch(per_block, D),
+            **sums_scratch(tiles.per_block, D),
             "means_vmem": pltpu.VMEM((2, GROUP, mean_parts * D), jnp.bfloat16),
             "out_sems": pltpu.SemaphoreType.DMA((2,)),
         },
-        vmem_bytes=sums_vmem_bytes(per_block, D) + 4 * GROUP * mean_parts * max(D, LANES) * 2,
+        vmem_bytes=sums_vmem_bytes(tiles.per_block, D) + 4 * GROUP * mean_parts * max(D, LANES) * 2,
         interpret=interpret,
     )
+    (means,) = launch.by_sequence(pages, tiles)()
+    return means

@@ -1,117 +1,131 @@
-"""The stages put together: the whole hierarchical indexer."""
+"""The stages put together, for batches, packed batches and requests in pages alike.
 
+Sequences with several queries get tiles of their own, which share what is brought to VMEM; the queries of the others
+stand side by side and copy what they keep. Both can be in one call, and neither costs anything where it has no query.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from hisa_jax.kernels_pallas.mosaic_tpu import block_filter as block_filter_stage
-from hisa_jax.kernels_pallas.mosaic_tpu import decode
-from hisa_jax.kernels_pallas.mosaic_tpu import pool as pool_stage
-from hisa_jax.kernels_pallas.mosaic_tpu import refine as refine_stage
-from hisa_jax.kernels_pallas.mosaic_tpu.config import ROWS, Chip
+from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, decode, flat, launch, pool, query_tiles, refine
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES, Choice, chip
+from hisa_jax.kernels_pallas.mosaic_tpu.pool_body import parts_of
+from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import Found, few_rows, nothing_like, put, take, where_rows
+from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged, of_call
+from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.types import Interpret
+from hisa_jax.layout import Call, Queries
+from hisa_jax.methods import BlockSparse, Hisa
+
+_WIDE = 16  # queries of a packed sequence from which tiles of 32 are worth their padding
 
 
-def hisa(
-    q: Array,
-    k: Array,
-    k_scale: Array | None,
-    w: Array,
-    visible: Array,
-    n_tokens: Array,
-    *,
-    topk: int,
-    block_topk: int,
-    keep_first: int,
-    keep_last: int,
-    chip: Chip,
-    means: Array | None = None,
-    is_masked: bool = False,
-    interpret: Interpret = False,
-) -> tuple[Array, Array, Array]:
-    """[B, T, H, D], [B, n, block_size, D], [B, n, block_size], [B, T, H], [B, T], [B] -> indices, count, block ids.
+@functools.partial(jax.jit, static_argnames=("method", "interpret"))
+def select_hisa(call: Call, method: Hisa, interpret: Interpret = False) -> tuple[Array, Array, Array]:
+    """The hierarchical indexer.
 
-    Args:
-        k: n a multiple of GROUP; visible: tokens of its sequence that each query sees, at most n_tokens.
-        means: [B, n, D] float32, kept means (see `pool`); pooled here if None.
-        is_masked: whether a mask of the chosen tokens of the kept blocks takes the place of the indices (see `refine`).
+    Returns: [T, topk] int32 positions, ascending, then -1; [T] int32 count; [T, block_topk] int32 block ids, likewise;
+        a row for each of `call.queries`.
     """
-    n, block_size = k.shape[1:3]
-    eligible = -(-visible // block_size)
-    blocks = kept_blocks(
-        q,
-        k,
-        k_scale,
-        w,
-        eligible,
-        n_tokens,
-        means,
-        block_topk=block_topk,
-        keep_first=keep_first,
-        keep_last=keep_last,
-        chip=chip,
-        interpret=interpret,
-    )
-    n_visible = candidates(blocks, visible, block_size)
-    kept = blocks[..., : min(block_topk, n)]
-    (B, T, H, D), m = q.shape, kept.shape[2]
-    config = refine_stage.heuristic(chip, B, T, H, D, n, m, block_size, k.dtype.itemsize)
-    (chosen,) = refine_stage.refine(
-        q, w, k, k_scale, kept, n_visible, n_tokens, topk=topk, config=config, is_masked=is_masked, interpret=interpret
-    )
-    return chosen, jnp.minimum(n_visible, topk), blocks
+    with jax.enable_x64(False):  # see bits.py
+        queries, ragged = of_call(call, method.block_size)
+        blocks = kept_blocks(queries, ragged, of_blocks(method, interpret))
+        n_visible = candidates(blocks, queries.visible, ragged.block_size)
+        own = queries._replace(visible=n_visible), ragged, blocks[:, : ragged.max_blocks]
+        (chosen,) = best_tokens(*own, Choice(k=method.topk, interpret=interpret))
+        if not ragged.is_batch:  # whose rows are all in tiles
+            chosen = jnp.where(n_visible[:, None] > 0, chosen, -1)
+        return _first(call, chosen, jnp.minimum(n_visible, method.topk), blocks)
 
 
-def kept_blocks(
-    q: Array,
-    k: Array,
-    k_scale: Array | None,
-    w: Array,
-    eligible: Array,
-    n_tokens: Array,
-    means: Array | None,
-    *,
-    block_topk: int,
-    keep_first: int,
-    keep_last: int,
-    chip: Chip,
-    interpret: Interpret,
-) -> Array:
-    """[B, T, block_topk] int32, ascending, then -1; arguments as in `hisa`."""
-    T, n = q.shape[1], k.shape[1]
-    if n <= block_topk:
-        every = jnp.arange(block_topk, dtype=jnp.int32)
-        return jnp.where(every < eligible[..., None], every, -1)
-    config = block_filter_stage.heuristic(chip, T)
-    if T < ROWS:
-        if means is None:
-            means = pool_stage.pool(k, k_scale, n_tokens, interpret=interpret)
-        (blocks,) = decode.block_filter(
-            q,
-            w,
-            means,
-            eligible,
-            mean_parts=config.mean_parts,
-            block_topk=block_topk,
-            keep_first=keep_first,
-            keep_last=keep_last,
-            chip=chip,
-            interpret=interpret,
-        )
-        return blocks
-    (blocks,) = block_filter_stage.block_filter(
-        q,
-        w,
-        k if means is None else means,
-        k_scale if means is None else None,
-        eligible,
-        n_tokens,
-        block_topk=block_topk,
-        keep_first=keep_first,
-        keep_last=keep_last,
-        config=config,
-        interpret=interpret,
-    )
-    return blocks
+@functools.partial(jax.jit, static_argnames=("method", "interpret"))
+def select_blocks(call: Call, method: Hisa | BlockSparse, interpret: Interpret = False) -> Array:
+    """The block filter alone: [T, block_topk] int32 block ids, ascending, then -1."""
+    with jax.enable_x64(False):
+        queries, ragged = of_call(call, method.block_size)
+        return _first(call, kept_blocks(queries, ragged, of_blocks(method, interpret)))[0]
+
+
+@functools.partial(jax.jit, static_argnames=("topk", "interpret"))
+def select_flat(call: Call, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
+    """The flat indexer: [T, topk] int32 positions, ascending, then -1; [T] int32 count."""
+    choice = Choice(k=topk, interpret=interpret)
+    with jax.enable_x64(False):
+        if call.query_offsets is None:
+            assert call.k is not None
+            (chosen,) = flat.flat(Queries(call.q, call.w, call.visible), call.k, choice=choice)
+            return chosen.reshape(-1, topk), jnp.clip(call.queries.visible, 0, min(topk, call.max_keys))
+        # The blocks of the record are what is copied at a time, 128 or 256 keys.
+        queries, ragged = of_call(call, LANES if call.cache is None else max(LANES, call.cache.page_size))
+        seen = queries._replace(visible=jnp.clip(queries.visible, 0, ragged.max_keys))
+        (chosen,) = best_of_all(seen, ragged, choice)
+        chosen = jnp.where(seen.visible[:, None] > 0, chosen, -1)
+        return _first(call, chosen, jnp.minimum(seen.visible, topk))
+
+
+def of_blocks(method: Hisa | BlockSparse, interpret: Interpret) -> Choice:
+    """What the block filter chooses."""
+    first, last = method.keep_first, method.keep_last
+    return Choice(k=method.block_topk, keep_first=first, keep_last=last, interpret=interpret)
+
+
+def kept_blocks(queries: Queries, ragged: Ragged, choice: Choice) -> Array:
+    """The block filter: [T, k] int32, ascending, then -1."""
+    every = jnp.arange(choice.k, dtype=jnp.int32)
+    eligible = -(-queries.visible // ragged.block_size)
+    all_eligible = jnp.where(every < eligible[:, None], every, -1)
+    if ragged.max_blocks <= choice.k:
+        return all_eligible
+    # A query that keeps all its blocks needs no scores of them, nor a sequence of such queries its means.
+    keeps_all = eligible <= choice.k
+    is_long = ragged.lengths > choice.k * ragged.block_size
+    ragged = dataclasses.replace(ragged, lengths=jnp.where(is_long, ragged.lengths, 0))
+    (best,) = best_blocks(queries, ragged, jnp.where(keeps_all, 0, eligible), choice)
+    return jnp.where(keeps_all[:, None], all_eligible, best)
+
+
+def best_blocks(queries: Queries, ragged: Ragged, eligible: Array, choice: Choice) -> Found:
+    """The best of the first `eligible` [T] blocks: [T, k] int32; maybe their sort keys.
+
+    A query with none gets anything, and a sequence whose length is 0 has no such query.
+    """
+    T = queries.q.shape[0]
+    is_packed = ragged.table is None and not ragged.is_batch
+    is_wide = ragged.n_queries >= (_WIDE if is_packed else SUBLANES)
+    row_is_wide = ragged.of_rows(is_wide, T)
+    some = ragged.shared_by(T)
+
+    def tiled(wanted: Rows, least: int, tile_t: int) -> Found:
+        config = block_filter.heuristic(chip(), some, tile_t)
+        tiles = query_tiles.split(ragged, T, (ragged.lengths > 0) & wanted, least, tile_t, config.n_cores)
+        return block_filter.block_filter(queries, ragged, tiles, eligible, choice=choice, config=config)
+
+    def side_by_side() -> Found:
+        parts, n_tokens = block_filter.heuristic(chip(), some).mean_parts, jnp.where(is_wide, 0, ragged.lengths)
+        if ragged.page_sums is not None:
+            means = pool.pool_pages(ragged, n_tokens, parts, choice.interpret)
+        else:
+            means = pool.pool(ragged.keys, n_tokens, choice.interpret) if ragged.means is None else ragged.means
+            means = launch.pad_axis(parts_of(means, parts), 1, LANES)
+        rows, slot_of_row = few_rows((eligible > 0) & ~row_is_wide, ragged.R * (SUBLANES - 1), ragged.is_batch)
+        sequence = ragged.sequence_of(rows.clip(0, T - 1))
+        few = take(queries, rows), means, sequence, take(eligible, rows)
+        return put(refine.refine(*decode.as_refinement(*few, choice=choice, chip=chip())), slot_of_row)
+
+    wide = functools.partial(tiled, is_wide, SUBLANES, ragged.tile_t(T))
+    narrow = functools.partial(tiled, ~is_wide, 1, SUBLANES) if is_packed else side_by_side
+    if ragged.is_batch:
+        return wide() if is_wide.all() else narrow()
+    # Neither runs where it has no query.
+    first = lax.cond(jnp.any((eligible > 0) & row_is_wide), wide, nothing_like(wide))
+    second = lax.cond(jnp.any((eligible > 0) & ~row_is_wide), narrow, nothing_like(wide))
+    return where_rows(row_is_wide, first, second)
 
 
 def candidates(blocks: Array, visible: Array, block_size: int) -> Array:
@@ -122,3 +136,68 @@ def candidates(blocks: Array, visible: Array, block_size: int) -> Array:
     n_kept = jnp.sum(blocks >= 0, axis=-1, dtype=jnp.int32)
     last = jnp.max(blocks, axis=-1)
     return jnp.where(n_kept > 0, (n_kept - 1) * block_size + jnp.minimum(block_size, visible - last * block_size), 0)
+
+
+def best_tokens(queries: Queries, ragged: Ragged, blocks: Array, choice: Choice) -> Found:
+    """The best tokens of some blocks: [T, k] int32 positions; maybe their sort keys.
+
+    Args:
+        queries: see `candidates`; one with none gets anything.
+        blocks: [T, m] int32, ascending, then -1.
+    """
+    (T, H, D), m, block_size = queries.q.shape, blocks.shape[1], ragged.block_size
+    page_size, itemsize = ragged.keys.values.shape[1], ragged.keys.values.dtype.itemsize
+    most = refine.most_resident(block_size, page_size, D, itemsize)
+    n = ragged.most_blocks if ragged.is_batch else min(-(-ragged.max_blocks // GROUP) * GROUP, most)
+    is_shared = refine.is_shared(ragged.n_queries, ragged.n_blocks, m, min(n, most))
+    row_is_shared = ragged.of_rows(is_shared, T)
+
+    def shared() -> Found:
+        config = refine.resident(chip(), ragged.shared_by(T), ragged.tile_t(T), H, block_size, itemsize)
+        tiles = query_tiles.split(ragged, T, is_shared, SUBLANES, config.tile_t, config.n_cores)
+        # Queries that keep all they see need no scores, nor a sequence of such queries its keys.
+        lengths = ragged.lengths if choice.has_sort_keys else jnp.where(ragged.lengths > choice.k, ragged.lengths, 0)
+        lists = refine.Lists(jnp.minimum(blocks, n - 1), jnp.clip(blocks, 0, n - 1))
+        task = refine.Task(choice=choice, config=config, block_size=block_size, n=n)
+        return refine.refine(queries, ragged.keys, lists, task, tiles, lengths)
+
+    def side_by_side() -> Found:
+        # Of sequences that fit VMEM, those have few queries.
+        few = ragged.R * max(SUBLANES - 1, -(-ragged.max_blocks // m) - 1) if ragged.max_blocks <= most else T
+        rows, slot_of_row = few_rows((queries.visible > 0) & ~row_is_shared, few, ragged.is_batch)
+        own_blocks = take(blocks, rows)
+        lists = refine.Lists(own_blocks, ragged.page_index(jnp.maximum(own_blocks, 0), rows.clip(0, T - 1)))
+        config = refine.gathered(chip(), len(rows), H, m, block_size)
+        task = refine.Task(choice=choice, config=config, block_size=block_size)
+        return put(refine.refine(take(queries, rows), ragged.keys, lists, task), slot_of_row)
+
+    if ragged.is_batch:
+        return shared() if is_shared.all() else side_by_side()
+    is_real = queries.visible > 0
+    first = lax.cond(jnp.any(is_real & row_is_shared), shared, nothing_like(shared))
+    second = lax.cond(jnp.any(is_real & ~row_is_shared), side_by_side, nothing_like(shared))
+    return where_rows(row_is_shared, first, second)
+
+
+def best_of_all(queries: Queries, ragged: Ragged, choice: Choice) -> Found:
+    """The best of all visible tokens of ragged sequences: [T, k] int32; a query that sees none gets anything."""
+    T = queries.q.shape[0]
+    is_wide = ragged.n_queries >= _WIDE
+    row_is_wide = ragged.of_rows(is_wide, T)
+    large = min(ragged.tile_t(T), flat.heuristic(T, ragged.max_keys).tile_t)
+
+    def tiled(wanted: Rows, least: int, tile_t: int) -> Found:
+        n_cores = chip().n_cores if tile_t < T else 1
+        tiles = query_tiles.split(ragged, T, wanted, least, tile_t, n_cores)
+        return flat.flat_ragged(queries, ragged, tiles, choice=choice, tile_t=tile_t, n_cores=n_cores)
+
+    wide = functools.partial(tiled, is_wide, _WIDE, large)
+    narrow = functools.partial(tiled, ~is_wide, 1, SUBLANES)
+    first = lax.cond(jnp.any((queries.visible > 0) & row_is_wide), wide, nothing_like(wide))
+    second = lax.cond(jnp.any((queries.visible > 0) & ~row_is_wide), narrow, nothing_like(wide))
+    return where_rows(row_is_wide, first, second)
+
+
+def _first(call: Call, *results: Array) -> tuple[Any, ...]:
+    """Of results with rows for queries that were padded, those of the call."""
+    return tuple(x[: math.prod(call.shape)] for x in results)

@@ -3,7 +3,7 @@
 
 Floor, a query of dsv32 (128 heads, 576 / 512, 8192 tokens of 64 blocks) on v5e: MXU 2.3 GFLOP / 197 TFLOP/s = 12 us,
 HBM 9.4 MB / 819 GB/s = 12 us. Whole blocks are read and masked to the chosen tokens: four times the arithmetic of
-the 2048 tokens alone, but a copy of one row of a bfloat16 array is not to be had, and 2048 copies a query would cost
+the 2048 tokens alone, but one row of a bfloat16 array cannot be copied alone, and 2048 copies a query would cost
 more cycles to start than the product takes. A list of tokens is turned into its blocks of 128 and, in the kernel, their
 masks; of a list over all of a long context that is the whole context.
 """
@@ -21,10 +21,11 @@ from jax.typing import DTypeLike
 from hisa_jax.kernels_pallas.bits import in_32_bits
 from hisa_jax.kernels_pallas.mosaic_tpu import config as chips
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES
-from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla_body import WINDOW, Plan, listed_body, masked_body
+from hisa_jax.kernels_pallas.mosaic_tpu.launch import HBM, Launch
+from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla_body import WINDOW, Plan, Refs, sparse_mla_body
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import topk
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
-from hisa_jax.kernels_pallas.types import Interpret, Ref
+from hisa_jax.kernels_pallas.types import Interpret
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,15 +51,9 @@ def why_not(device_kind: str, N: int, key_dim: int, value_dim: int, dtype: DType
 @in_32_bits
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "interpret"))
 def sparse_mla(
-    q: Array,
-    kv: Array,
-    indices: Array,
-    *,
-    value_dim: int,
-    scale: float,
-    config: Config | None = None,
-    interpret: Interpret = False,
-) -> tuple[Array, Array]:
+    q: Array, kv: Array, indices: Array, *,
+    value_dim: int, scale: float, config: Config | None = None, interpret: Interpret = False
+) -> tuple[Array, Array]:  # fmt: skip
     """[B, T, N, E], [B, S, E], [B, T, K] int32 -> [B, T, N, value_dim] in the dtype of q, [B, T, N] float32 lse.
 
     Args:
@@ -66,131 +61,63 @@ def sparse_mla(
             counts twice. A query with none gives zeros and an lse of -inf. A block of 128 tokens is read as often as
             the list comes back to it: ascending lists are read fastest.
     """
-    (B, T, _, _), S = q.shape, kv.shape[1]
+    (B, T, N, E), S = q.shape, kv.shape[1]
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, -indices.shape[2] % LANES)), constant_values=-1)
     K = indices.shape[2]
     is_start, codes = runs_of(indices, S)
     n_runs = jnp.sum(is_start, axis=2, dtype=jnp.int32)
     flags = jnp.where(is_start, FORCED, INVISIBLE).reshape(B * T, K)
     starts, _ = topk(flags, n_runs.reshape(-1), K, interpret=interpret)
-    return _launch(
-        listed_body,
-        q,
-        kv,
-        n_runs,
-        smem=[jnp.maximum(starts, 0).reshape(B, T, K), indices],
-        vmem=[codes.reshape(B, T, K // LANES, LANES)],
-        scratch=[pltpu.VMEM((K + WINDOW, LANES), jnp.int32)],
-        block_size=LANES,
-        value_dim=value_dim,
-        scale=scale,
-        config=config or Config(),
+    kv = jnp.pad(kv, ((0, 0), (0, -S % LANES), (0, 0)))
+    per_step = max((config or Config()).tile_s // LANES, 1)
+    tile_s = per_step * LANES
+
+    def scalars(x: Array) -> tuple[Array, pl.BlockSpec]:
+        spec = pl.BlockSpec((None, 1, x.shape[2]), lambda b, t: (b * T + t, 0, 0), memory_space=pltpu.SMEM)
+        return x.reshape(B * T, 1, -1), spec
+
+    whole = lambda *shape: pl.BlockSpec((None, None, *shape), lambda b, t: (b, t, 0, 0))  # noqa: E731
+    o, lse = Launch(
+        body=functools.partial(sparse_mla_body, Plan(value_dim=value_dim, scale=scale, per_step=per_step)),
+        refs=Refs,
+        name="sparse_mla",
+        grid=(B, T),
+        scalars={},
+        operands={
+            "n_runs_smem": scalars(n_runs[..., None]),
+            "starts_smem": scalars(jnp.maximum(starts, 0).reshape(B, T, K)),
+            "indices_smem": scalars(indices),
+            "codes": (codes.reshape(B, T, K // LANES, LANES), whole(K // LANES, LANES)),
+            "q": (q, whole(N, E)),
+            "kv_hbm": (kv, HBM),
+        },
+        outs={
+            "o": (jax.ShapeDtypeStruct((B, T, N, value_dim), q.dtype), whole(N, value_dim)),
+            "lse": (jax.ShapeDtypeStruct((B, T, N, LANES), jnp.float32), whole(N, LANES)),
+        },
+        scratch={
+            "kv_vmem": pltpu.VMEM((2, tile_s, E), kv.dtype),
+            "acc_vmem": pltpu.VMEM((N, value_dim), jnp.float32),
+            "sems": pltpu.SemaphoreType.DMA((2,)),
+            "columns_vmem": pltpu.VMEM((K + WINDOW, LANES), jnp.int32),
+        },
+        vmem_bytes=4 * tile_s * E + N * (8 * E + 12 * value_dim + 12 * tile_s) + (6 << 20),
         interpret=interpret,
-    )
+        dimension_semantics=("parallel", "parallel"),
+    )()
+    return o, lse[..., 0]
 
 
 def runs_of(indices: Array, S: int) -> tuple[Array, Array]:
-    """Cuts lists [..., K] into runs: at most 128 entries, one behind the other, that lie in one block of 128 tokens.
+    """Cuts lists [..., K] into runs: at most 128 entries, next to each other, that lie in one block of 128 tokens.
 
-    Returns: [..., K] bool, where a run begins; [..., K] int32, 128 * (place where the run begins) + token % 128, which
+    Returns: [..., K] bool, where a run begins; [..., K] int32, 128 * (entry where the run begins) + token % 128, which
         tells an entry from those of other runs of its block, and -1 for what is no token.
     """
     is_token = (indices >= 0) & (indices < S)
     block = jnp.where(is_token, indices // LANES, -1)
     before = jnp.concatenate([jnp.full_like(block[..., :1], -1), block[..., :-1]], axis=-1)
-    place = lax.broadcasted_iota(jnp.int32, indices.shape, indices.ndim - 1)
-    stretch = lax.cummax(jnp.where(block != before, place, 0), axis=indices.ndim - 1)
-    start = place - (place - stretch) % LANES
-    return is_token & (start == place), jnp.where(is_token, start * LANES + indices % LANES, -1)
-
-
-@in_32_bits
-@functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "interpret"))
-def sparse_mla_blocks(
-    q: Array,
-    kv: Array,
-    block_ids: Array,
-    mask: Array,
-    *,
-    value_dim: int,
-    scale: float,
-    config: Config | None = None,
-    interpret: Interpret = False,
-) -> tuple[Array, Array]:
-    """As `sparse_mla`, for the tokens of kept blocks where a mask is set.
-
-    Args:
-        block_ids: [B, T, M] int32, then -1; mask: [B, T, M, block_size] bool, or float32 of 0 and 1 as
-            `select_hisa(..., is_masked=True)` gives it, block_size a multiple of 128. An id that is not one of a block
-            with tokens ends the list; a mask of tokens that are not 0 .. S - 1 is not looked at.
-    """
-    block_size, M = mask.shape[3], block_ids.shape[2]
-    is_block = (block_ids >= 0) & (block_ids < -(-kv.shape[1] // block_size))
-    n_blocks = jnp.min(jnp.where(is_block, M, jnp.arange(M, dtype=jnp.int32)), axis=2, initial=M)
-    return _launch(
-        masked_body,
-        q,
-        kv,
-        n_blocks,
-        smem=[jnp.where(is_block, block_ids, 0)],
-        vmem=[mask.astype(jnp.float32)],
-        scratch=[],
-        block_size=block_size,
-        value_dim=value_dim,
-        scale=scale,
-        config=config or Config(),
-        interpret=interpret,
-    )
-
-
-def _launch(
-    body: Ref,
-    q: Array,
-    kv: Array,
-    n_blocks: Array,
-    *,
-    smem: list[Array],
-    vmem: list[Array],
-    scratch: list,
-    block_size: int,
-    value_dim: int,
-    scale: float,
-    config: Config,
-    interpret: Interpret,
-) -> tuple[Array, Array]:
-    (B, T, N, E), S = q.shape, kv.shape[1]
-    kv = jnp.pad(kv, ((0, 0), (0, -kv.shape[1] % block_size), (0, 0)))
-    per_step = max(config.tile_s // block_size, 1)
-    smem = [n_blocks[..., None], *smem]
-    scalars = [
-        pl.BlockSpec((None, 1, x.shape[2]), lambda b, t: (b * T + t, 0, 0), memory_space=pltpu.SMEM) for x in smem
-    ]
-    whole = lambda *shape: pl.BlockSpec((None, None, *shape), lambda b, t: (b, t, 0, 0))  # noqa: E731
-    plan = Plan(value_dim=value_dim, scale=scale, per_step=per_step, block_size=block_size, tokens=S)
-    tile = per_step * block_size
-    vmem_bytes = 4 * tile * E + N * (8 * E + 12 * value_dim + 12 * tile) + (12 << 20)
-    o, lse = pl.pallas_call(
-        functools.partial(body, plan),
-        grid=(B, T),
-        in_specs=[
-            *scalars,
-            *(whole(*x.shape[2:]) for x in vmem),
-            whole(N, E),
-            pl.BlockSpec(memory_space=pltpu.HBM),
-        ],
-        out_specs=[whole(N, value_dim), whole(N, LANES)],
-        out_shape=[
-            jax.ShapeDtypeStruct((B, T, N, value_dim), q.dtype),
-            jax.ShapeDtypeStruct((B, T, N, LANES), jnp.float32),
-        ],
-        scratch_shapes=[
-            pltpu.VMEM((2, tile, E), kv.dtype),
-            pltpu.VMEM((N, value_dim), jnp.float32),
-            pltpu.SemaphoreType.DMA((2,)),
-            *scratch,
-        ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem_bytes),
-        name="sparse_mla",
-        interpret=interpret,
-    )(*(x.reshape(B * T, 1, -1) for x in smem), *vmem, q, kv)
-    return o, lse[..., 0]
+    entry = lax.broadcasted_iota(jnp.int32, indices.shape, indices.ndim - 1)
+    stretch = lax.cummax(jnp.where(block != before, entry, 0), axis=indices.ndim - 1)
+    start = entry - (entry - stretch) % LANES
+    return is_token & (start == entry), jnp.where(is_token, start * LANES + indices % LANES, -1)

@@ -20,23 +20,18 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from hisa_jax.kernels_pallas.bits import is_any, quotient
-from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, narrow_search
 from hisa_jax.kernels_pallas.types import Ref
 
-SLOTS = ROWS * LANES  # output slots that one vector register holds
+SLOTS = SUBLANES * LANES  # output slots that one vector register holds
 _WORDS, _COUNTS, _TOTALS, _STARTS = 0, 4, 5, 6  # rows of the tables; four rows of words
+Groups = Array | int | None  # how many groups are looked at, the first
 _GATHER = lax.GatherDimensionNumbers((), (1,), (1,), operand_batching_dims=(0,), start_indices_batching_dims=(0,))
 
 
 def select(
-    sort_keys_ref: Ref,
-    n: Array,
-    k: int,
-    thresholds_ref: Ref,
-    table_ref: Ref,
-    out_ref: Ref,
-    groups: Array | int | None = None,
+    sort_keys_ref: Ref, n: Array, k: int, thresholds_ref: Ref, table_ref: Ref, out_ref: Ref, groups: Groups = None
 ) -> None:
     """The columns of the k largest sort keys of every row, ascending, then -1; the lowest columns win ties.
 
@@ -47,21 +42,16 @@ def select(
         out_ref: [tiles, K // 16, 128] int32, K a multiple of 1024, as the sort keys lie.
         groups: only so many groups are looked at, the first; a multiple of min(G, 128). All if None.
     """
-    thresholds_ref[...] = find_exact_thresholds(sort_keys_ref, n, k, groups)
+    scanned = _n_groups(sort_keys_ref) if groups is None else groups
+    thresholds, reached = find_thresholds(sort_keys_ref, n, k, scanned)
+    drop_late_ties(sort_keys_ref, thresholds, reached, k, scanned)  # now min(n, k) sort keys of each row reach it
+    thresholds_ref[...] = thresholds
 
     def one_tile(tile, _):
-        chosen_columns(sort_keys_ref, tile, thresholds_ref, table_ref, out_ref.at[tile], groups=groups)
+        chosen_columns(sort_keys_ref, tile, thresholds_ref, table_ref, out_ref.at[tile], groups)
         return _
 
     lax.fori_loop(0, sort_keys_ref.shape[0], one_tile, None)
-
-
-def find_exact_thresholds(sort_keys_ref: Ref, n: Array, k: int, groups: Array | int | None = None) -> Array:
-    """`find_thresholds` and `drop_late_ties`: afterwards min(n, k) sort keys of each row reach its threshold."""
-    groups = _n_groups(sort_keys_ref) if groups is None else groups
-    thresholds, reached = find_thresholds(sort_keys_ref, n, k, groups)
-    drop_late_ties(sort_keys_ref, thresholds, reached, k, groups)
-    return thresholds
 
 
 def find_thresholds(sort_keys_ref: Ref, n: Array, k: int, groups: Array | int) -> tuple[Array, Array]:
@@ -152,40 +142,19 @@ def drop_late_ties(sort_keys_ref: Ref, thresholds: Array, reached: Array, k: int
             x = _load_groups(sort_keys_ref, i, unroll)
             late = (x == thresholds[:, None]) & (columns(i) >= limit[:, None]) & (reached[:, None] > k)
             kept = jnp.where(late, INVISIBLE, x).reshape(x.shape[0], -1, LANES)
-            sort_keys_ref[:, pl.ds(i * unroll * ROWS, unroll * ROWS)] = kept
+            sort_keys_ref[:, pl.ds(i * unroll * SUBLANES, unroll * SUBLANES)] = kept
             return _
 
         lax.fori_loop(0, quotient(groups, unroll), drop, None)
 
 
-def in_blocks(block_ids_ref: Ref, block_size: int) -> Callable[[int, Array], Array]:
-    """A `position_of` for rows that are the tokens of kept blocks, one block after the other.
-
-    Args:
-        block_ids_ref: [8, 128] int32, the kept blocks of each row, of `block_size` tokens, a power of two.
-    """
-    shift = block_size.bit_length() - 1
-
-    def position_of(row: int, column: Array) -> Array:
-        ids = jnp.broadcast_to(block_ids_ref[row : row + 1, :], (ROWS, LANES))
-        return (_gather_lanes(ids, column >> shift) << shift) + (column & (block_size - 1))
-
-    return position_of
-
-
 def table_shape(n_groups: int) -> tuple[int, int, int]:
     """Of the int32 VMEM scratch that `chosen_columns` needs."""
-    return (max(ROWS * _span(n_groups) // LANES, 1), ROWS, LANES)
+    return (max(SUBLANES * _span(n_groups) // LANES, 1), SUBLANES, LANES)
 
 
 def chosen_columns(
-    sort_keys_ref: Ref,
-    tile: Array | int,
-    thresholds_ref: Ref,
-    table_ref: Ref,
-    out_ref: Ref,
-    position_of: Callable[[int, Array], Array] | None = None,
-    groups: Array | int | None = None,
+    sort_keys_ref: Ref, tile: Array, thresholds_ref: Ref, table_ref: Ref, out_ref: Ref, groups: Groups = None
 ) -> None:
     """Writes the columns of a tile's sort keys that reach the threshold, ascending, then -1.
 
@@ -195,23 +164,22 @@ def chosen_columns(
         table_ref: scratch, int32, of `table_shape(G)`.
         out_ref: [K // 16, 128] int32, as the sort keys lie; K a multiple of 1024, and no row has more than K sort keys
             that reach its threshold.
-        position_of: (row, columns [8, 128]) -> what to write for them; the columns themselves if None.
     """
     n_groups = _n_groups(sort_keys_ref)
     span = _span(n_groups)
-    registers = out_ref.shape[0] * LANES // (ROWS * SLOTS)
+    registers = out_ref.shape[0] * LANES // (SUBLANES * SLOTS)
 
     def write(i, register, before, totals):
-        for row in range(ROWS):
-            place = pl.ds(register * ROWS * ROWS + row, ROWS, stride=ROWS)
+        for row in range(SUBLANES):
+            # Row `row` of eight groups of slots: one strided store.
+            at = pl.ds(register * SUBLANES * SUBLANES + row, SUBLANES, stride=SUBLANES)
             slot = _slots(register) - before[row]
             column = _column_of_slot(slot, row, span, table_ref) + i * span * LANES
-            column = position_of(row, column) if position_of else column
             inside = slot < totals[row]
             if span == n_groups:
-                out_ref[place, :] = jnp.where(inside, column, -1)
+                out_ref[at, :] = jnp.where(inside, column, -1)
             else:
-                out_ref[place, :] = jnp.where((slot >= 0) & inside, column, out_ref[place, :])
+                out_ref[at, :] = jnp.where((slot >= 0) & inside, column, out_ref[at, :])
 
     def one_span(i, before):
         totals = _write_tables(sort_keys_ref, tile, i * span, span, thresholds_ref, table_ref)
@@ -227,7 +195,7 @@ def chosen_columns(
             pl.when(is_touched)(functools.partial(write, i, register, before, totals))
         return after
 
-    none = tuple(jnp.zeros((ROWS, LANES), jnp.int32) for _ in range(ROWS))
+    none = tuple(jnp.zeros((SUBLANES, LANES), jnp.int32) for _ in range(SUBLANES))
     if span == n_groups:
         one_span(0, none)
     else:
@@ -236,27 +204,27 @@ def chosen_columns(
 
 
 def _write_tables(
-    sort_keys_ref: Ref, tile: Array | int, first: Array | int, span: int, thresholds_ref: Ref, table_ref: Ref
+    sort_keys_ref: Ref, tile: Array, first: Array | int, span: int, thresholds_ref: Ref, table_ref: Ref
 ) -> list[Array]:
     """Tables of `span` groups from the `first` on; returns how many are chosen in each row, [8, 128] splats."""
     chosen, totals = [], []
-    for row in range(ROWS):
-        threshold = jnp.broadcast_to(thresholds_ref[tile, row : row + 1], (ROWS, LANES))
-        total = jnp.zeros((ROWS, LANES), jnp.float32)
-        for group in range(0, span, ROWS):
+    for row in range(SUBLANES):
+        threshold = jnp.broadcast_to(thresholds_ref[tile, row : row + 1], (SUBLANES, LANES))
+        total = jnp.zeros((SUBLANES, LANES), jnp.float32)
+        for group in range(0, span, SUBLANES):
             # Eight groups of one row are one strided load.
-            x = sort_keys_ref[tile, pl.ds((first + group) * ROWS + row, ROWS, stride=ROWS)]
+            x = sort_keys_ref[tile, pl.ds((first + group) * SUBLANES + row, SUBLANES, stride=SUBLANES)]
             x = jnp.where(x >= threshold, 1.0, 0.0)
             chosen.append(x)
             total += x
         totals.append(_splat_sum(total))
-    chosen += [jnp.zeros((ROWS, LANES), jnp.float32)] * (table_ref.shape[0] * LANES // ROWS - len(chosen))
+    chosen += [jnp.zeros((SUBLANES, LANES), jnp.float32)] * (table_ref.shape[0] * LANES // SUBLANES - len(chosen))
     matrix = jnp.concatenate(chosen, axis=0).astype(jnp.bfloat16)  # [8 * span, 128]
     both = _contract_lanes(_packing(), matrix).astype(jnp.int32)  # [16, 8 * span]
-    words = both[:ROWS] | both[ROWS:] << 16
+    words = both[:SUBLANES] | both[SUBLANES:] << 16
     per_group = words[_TOTALS : _TOTALS + 1].reshape(1, -1)
     lanes = [per_group[:, i * LANES : (i + 1) * LANES] for i in range(table_ref.shape[0])]
-    lanes += [jnp.zeros((1, LANES), jnp.int32)] * (-len(lanes) % ROWS)
+    lanes += [jnp.zeros((1, LANES), jnp.int32)] * (-len(lanes) % SUBLANES)
     starts = jnp.dot(
         jnp.concatenate(lanes, axis=0).astype(jnp.float32).astype(jnp.bfloat16),
         _before(span),
@@ -274,7 +242,7 @@ def _column_of_slot(slot: Array, row: int, span: int, table_ref: Ref) -> Array:
     table = table_ref.at[row * span // LANES]
 
     def along(entry):
-        return jnp.broadcast_to(table[entry : entry + 1, :], (ROWS, LANES))
+        return jnp.broadcast_to(table[entry : entry + 1, :], (SUBLANES, LANES))
 
     starts = along(_STARTS)
     group, start = jnp.full(slot.shape, lane, jnp.int32), jnp.zeros_like(slot)
@@ -297,20 +265,20 @@ def _column_of_slot(slot: Array, row: int, span: int, table_ref: Ref) -> Array:
 
 
 def _bit_of_rank(word: Array, rank: Array) -> Array:
-    """The place of the set bit that has `rank` set bits below it."""
-    place = jnp.zeros_like(rank)
+    """The set bit that has `rank` set bits below it, by bisection."""
+    bit = jnp.zeros_like(rank)
     for step in (16, 8, 4, 2, 1):
-        further = place + step
+        further = bit + step
         below = lax.population_count(word & ((1 << further) - 1))
-        place = jnp.where(below <= rank, further, place)
-    return place
+        bit = jnp.where(below <= rank, further, bit)
+    return bit
 
 
 def _packing() -> Array:
     """[16, 128] bfloat16, exact: what the 128 comparisons of a group are multiplied with."""
-    entry = lax.broadcasted_iota(jnp.int32, (2 * ROWS, LANES), 0)
-    lane = lax.broadcasted_iota(jnp.int32, (2 * ROWS, LANES), 1)
-    is_high, entry = entry >= ROWS, entry % ROWS
+    entry = lax.broadcasted_iota(jnp.int32, (2 * SUBLANES, LANES), 0)
+    lane = lax.broadcasted_iota(jnp.int32, (2 * SUBLANES, LANES), 1)
+    is_high, entry = entry >= SUBLANES, entry % SUBLANES
     word, bit = lax.div(lane, 32), lane % 32
     half = jnp.where(is_high, bit - 16, bit)
     bits = jnp.where((word == entry) & (half >= 0) & (half < 16), 1 << (half & 15), 0)
@@ -335,13 +303,13 @@ def _unroll(sort_keys_ref: Ref, registers: int) -> int:
 
 
 def _n_groups(sort_keys_ref: Ref) -> int:
-    return sort_keys_ref.shape[1] // ROWS
+    return sort_keys_ref.shape[1] // SUBLANES
 
 
 def _load_groups(sort_keys_ref: Ref, i: Array, n: int) -> Array:
     """[tiles, n, 8, 128]: groups i * n and on."""
     tiles = sort_keys_ref.shape[0]
-    return sort_keys_ref[:, pl.ds(i * n * ROWS, n * ROWS)].reshape(tiles, n, ROWS, LANES)
+    return sort_keys_ref[:, pl.ds(i * n * SUBLANES, n * SUBLANES)].reshape(tiles, n, SUBLANES, LANES)
 
 
 def _span(n_groups: int) -> int:
@@ -350,13 +318,13 @@ def _span(n_groups: int) -> int:
 
 def _slots(register: int) -> Array:
     """[8, 128]: the output slots of a register."""
-    sublane = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 0)
-    return register * SLOTS + sublane * LANES + lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
+    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    return register * SLOTS + sublane * LANES + lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
 
 
 def _columns(tiles: int, n: int, first: Array | int) -> Array:
     """[tiles, n, 8, 128]: the columns of n groups."""
-    shape = (tiles, n, ROWS, LANES)
+    shape = (tiles, n, SUBLANES, LANES)
     return (lax.broadcasted_iota(jnp.int32, shape, 1) + first) * LANES + lax.broadcasted_iota(jnp.int32, shape, 3)
 
 

@@ -50,12 +50,10 @@ def implementation(request, monkeypatch):
     if name.endswith("_interpreted"):
         backend = name.removesuffix("_interpreted")
         monkeypatch.setattr(mosaic_gpu.stages, "n_sms", lambda: 3)
-        kernels = Kernels(lambda: dispatch.backend(backend), takes_means=True, interpret=INTERPRET[backend])
+        kernels = Kernels(lambda: dispatch.backend(backend), interpret=INTERPRET[backend])
         able = dispatch.Implementation(
             why_not=lambda device, problem: None,
             select=kernels.select,
-            select_packed=kernels.select_packed,
-            select_paged=kernels.select_paged,
         )
         monkeypatch.setitem(dispatch.IMPLEMENTATIONS, name, able)
     elif hj.implementations()[name]:

@@ -9,7 +9,7 @@ import pytest
 import hisa_jax as hj
 from bench.tpu import aot
 from hisa_jax.kernels_pallas import mosaic_tpu
-from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla, sparse_mla_blocks
+from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla
 from hisa_jax.layout import Call
 from tests import kernel_calls
 
@@ -63,10 +63,6 @@ CASES = {
     "flat_paged": (paged(mosaic_tpu.select_flat, 500), PAGES),
     "hisa_paged": (paged(mosaic_tpu.select_hisa, hj.Hisa(**HISA)), PAGES),
     "sparse_mla": (lambda *arrays: sparse_mla(*arrays, value_dim=512, scale=0.1), (*MLA, shaped(1, 64, 2048))),
-    "sparse_mla_blocks": (
-        lambda *arrays: sparse_mla_blocks(*arrays, value_dim=512, scale=0.1),
-        (*MLA, shaped(1, 64, 16), shaped(1, 64, 16, 128, dtype=jnp.bool_)),
-    ),
 }
 
 

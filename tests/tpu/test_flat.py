@@ -8,11 +8,19 @@ import pytest
 from bench import shapes
 from bench.tpu import aot
 from hisa_jax.kernels_pallas.mosaic_tpu import flat
-from hisa_jax.kernels_pallas.mosaic_tpu.flat import Config, select_flat
+from hisa_jax.kernels_pallas.mosaic_tpu.config import Choice
+from hisa_jax.kernels_pallas.mosaic_tpu.flat import Config
+from hisa_jax.layout import Keys, Queries
 from tests.gpu import draw
 from tests.gpu.promises import check_flat
 
 DTYPES = {"bf16": jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
+
+
+def select_flat(q, k, k_scale, w, visible, *, topk, config=None, interpret=False):
+    choice = Choice(k=topk, interpret=interpret)
+    (indices,) = flat.flat(Queries(q, w, jnp.asarray(visible)), Keys(k, k_scale), choice=choice, config=config)
+    return indices, jnp.minimum(visible, topk)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The hierarchical indexer compiles for four TPU generations at the shapes of real models, on a machine without one."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,8 +9,8 @@ import pytest
 from bench import shapes
 from bench.tpu import aot
 from hisa_jax.kernels_pallas import mosaic_tpu
-from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, pool
-from hisa_jax.kernels_pallas.mosaic_tpu.config import CHIPS, GROUP
+from hisa_jax.kernels_pallas.mosaic_tpu import pool, ragged, select
+from hisa_jax.kernels_pallas.mosaic_tpu.config import Choice
 from tests import kernel_calls
 
 DTYPES = {"bf16": jnp.bfloat16, "int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
@@ -71,22 +73,13 @@ def test_every_head_and_block_size_compiles(chip, H, D, block_size):
 
 def test_kept_means_compile(chip):
     """What serving does: pool once, filter from the means."""
-    model, n = shapes.DSV32, 128 * K // 128
-    config = block_filter.heuristic(CHIPS[aot.CHIPS[chip].kind], 64)
+    model, B, S = shapes.DSV32, 2, 128 * K
 
-    def f(k, q, w, eligible, n_tokens):
-        means = pool.pool(k, None, n_tokens)
-        options = {"block_topk": model.block_topk, "keep_first": 1, "keep_last": 1, "config": config}
-        return block_filter.block_filter(q, w, means, None, eligible, n_tokens, **options)
+    def f(q, k, k_scale, w, visible):
+        means = pool.pool(ragged.in_blocks(k, k_scale, model.block_size), visible[:, -1])
+        call = kernel_calls.call_of(q, k, k_scale, w, visible)
+        choice = Choice(k=model.block_topk, keep_first=1, keep_last=1)
+        return select.kept_blocks(*ragged.of_call(call, model.block_size, means), choice)
 
-    assert n % GROUP == 0
-    aot.compile_for(
-        chip,
-        f,
-        jax.ShapeDtypeStruct((1, n, 128, model.D), jnp.bfloat16),
-        jax.ShapeDtypeStruct((1, 64, model.H, model.D), jnp.bfloat16),
-        jax.ShapeDtypeStruct((1, 64, model.H), jnp.float32),
-        jax.ShapeDtypeStruct((1, 64), jnp.int32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-        schedules=False,
-    )
+    operands = inputs(model, dataclasses.replace(shapes.PHASES["decode1"], B=B, T=4), S, "int8")
+    aot.compile_for(chip, f, *operands, schedules=False)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hisa_jax.kernels_pallas.mosaic_tpu import pool_body, tiles, topk_body
+from hisa_jax.kernels_pallas.mosaic_tpu import pool_body, score_body, topk_body
 
 
 def test_a_mean_is_over_the_tokens_present_and_scaled_one_by_one():
@@ -31,11 +31,11 @@ def test_products_are_of_closed_or_open_relus_and_heads_are_weighted():
     rng = np.random.default_rng(2)
     q, keys, w = rng.integers(-2, 3, (16, 64)), rng.integers(-2, 3, (128, 64)), rng.integers(-3, 4, (16, 1))
     for dtype in (jnp.bfloat16, jnp.int8):
-        x = tiles.products(jnp.asarray(q, dtype), jnp.asarray(keys, dtype))
+        x = score_body.products(jnp.asarray(q, dtype), jnp.asarray(keys, dtype))
         np.testing.assert_array_equal(x, np.maximum(q @ keys.T, 0))
-        turned = tiles.products(jnp.asarray(q, dtype), jnp.asarray(keys.T, dtype), is_transposed=True)
+        turned = score_body.products(jnp.asarray(q, dtype), jnp.asarray(keys.T, dtype), is_transposed=True)
         np.testing.assert_array_equal(turned, x)
-    sums = tiles.sum_to_sublanes(x, jnp.asarray(np.broadcast_to(w, (16, 128)), jnp.float32))
+    sums = score_body.sum_to_sublanes(x, jnp.asarray(np.broadcast_to(w, (16, 128)), jnp.float32))
     np.testing.assert_array_equal(np.asarray(sums).sum(0), (np.maximum(q @ keys.T, 0) * w).sum(0))
 
 

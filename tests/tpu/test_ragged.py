@@ -1,5 +1,7 @@
 """Packed batches and pages on TPU kernels: what the oracle selects, and the compiler at the sizes of real models."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,11 @@ from bench import shapes
 from bench.tpu import aot
 from hisa_jax import dispatch
 from hisa_jax.kernels_pallas import mosaic_tpu
+from hisa_jax.kernels_pallas.mosaic_tpu import query_tiles
 from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
+from hisa_jax.layout import Call, Keys
 from hisa_jax.pallas import Kernels
-from tests import draw, oracle
+from tests import draw, kernel_calls, oracle
 
 METHODS = {
     "dsa": hj.Dsa(topk=40),
@@ -27,18 +31,13 @@ def implementation(request, monkeypatch):
     if request.param == "interpreted":
         interpret = request.getfixturevalue("interpret")
         kernels = Kernels(lambda: dispatch.backend("mosaic_tpu"), flat_if_all_kept=True, interpret=interpret)
-        able = dispatch.Implementation(
-            why_not=lambda device, problem: None,
-            select=kernels.select,
-            select_packed=kernels.select_packed,
-            select_paged=kernels.select_paged,
-        )
+        able = dispatch.Implementation(why_not=lambda device, problem: None, select=kernels.select)
         monkeypatch.setitem(dispatch.IMPLEMENTATIONS, request.param, able)
     return request.param
 
 
 def inputs(n_queries, lengths, dtype, *, padding=0):
-    """Packed queries, keys, weights and offsets; `padding` rows of queries that are nobody's."""
+    """Packed queries, keys, weights and offsets; `padding` rows of padding after them."""
     T, N = sum(n_queries) + padding, sum(lengths)
     q, k, w = draw.few_scores(1, max(T, N), N, 16, 64)
     cu_seqlens = [np.cumsum([0, *n]).astype(np.int32) for n in (n_queries, lengths)]
@@ -56,13 +55,13 @@ def check(got, q, k, w, cu_seqlens_q, cu_seqlens_k, name):
     ("name", "n_queries", "lengths"),
     [
         ("dsa", [3, 20], [300, 70]),
-        pytest.param("hisa", [3, 20], [300, 270], marks=pytest.mark.slow),
+        pytest.param("hisa", [3, 20], [300, 270], marks=pytest.mark.exhaustive),
         pytest.param("block_sparse", [9, 0, 1], [250, 60, 260], marks=pytest.mark.exhaustive),
         pytest.param("hisa", [1, 1], [200, 130], marks=pytest.mark.exhaustive),
     ],
 )
 def test_packed_batches(implementation, name, n_queries, lengths):
-    """Sequences with tiles of their own and without, short ones, and rows behind the last."""
+    """Sequences with tiles of their own and without, short ones, and rows after the last."""
     operands = inputs(n_queries, lengths, "bfloat16", padding=2)
     got = hj.select_packed(
         *map(jnp.asarray, operands),
@@ -79,14 +78,14 @@ def test_packed_batches(implementation, name, n_queries, lengths):
     [
         ("hisa", [1, 2], [300, 250], 64, "bfloat16"),
         pytest.param("hisa", [9, 1, 0, 2], [290, 260, 33, 70], 16, "bfloat16", marks=pytest.mark.exhaustive),
-        pytest.param("dsa", [1, 17], [300, 70], 64, "int8", marks=pytest.mark.slow),
+        pytest.param("dsa", [1, 17], [300, 70], 64, "int8", marks=pytest.mark.exhaustive),
         pytest.param("block_sparse", [9, 2], [290, 250], 64, "float8_e4m3fn", marks=pytest.mark.exhaustive),
         pytest.param("hisa", [9, 1], [290, 270], 32, "int8", marks=pytest.mark.exhaustive),
         pytest.param("dsa", [17, 1], [300, 70], 256, "bfloat16", marks=pytest.mark.exhaustive),
     ],
 )
 def test_pages(implementation, name, n_queries, lengths, page_size, dtype):
-    """Prefill and decode in one batch, pages in any order, tables with nothing behind a request's pages."""
+    """Prefill and decode in one batch, pages in any order, tables with entries past a request's pages."""
     q, k, w, cu_q, cu_k = inputs(n_queries, lengths, dtype)
     rng, R = np.random.default_rng(0), len(lengths)
     n_pages = [-(-length // page_size) for length in lengths]
@@ -121,17 +120,16 @@ def test_tiles_hold_every_wanted_query_once(n_cores, least, n_tiles):
     wanted = (n_queries >= least) & (np.arange(5) < 4)
     starts, T, tile_t = np.cumsum([0, *n_queries]), 57, 8
     ragged = Ragged(
-        k=jnp.zeros((1, 99, 64, 8)),
-        k_scale=None,
+        keys=Keys(jnp.zeros((99, 64, 8)), None),
         query_starts=jnp.asarray(starts, jnp.int32),
         lengths=jnp.full(5, 70, jnp.int32),
-        keys=jnp.arange(5, dtype=jnp.int32),
+        first_blocks=jnp.arange(5, dtype=jnp.int32),
         table=None,
         block_size=64,
         max_keys=350,
     )
-    tiles = ragged.tiles(T, jnp.asarray(wanted), least, tile_t, n_cores)
-    rows, sequence = np.asarray(tiles.rows), np.asarray(tiles.sequence)
+    tiles = query_tiles.split(ragged, T, jnp.asarray(wanted), least, tile_t, n_cores)
+    rows, sequence = np.asarray(tiles.row_of_slot), np.asarray(tiles.sequence)
     held = np.flatnonzero(np.append(np.repeat(wanted, n_queries), False)[:T])
     assert sorted(rows[rows < T]) == held.tolist()
     assert sum(sequence >= 0) == n_tiles
@@ -141,7 +139,7 @@ def test_tiles_hold_every_wanted_query_once(n_cores, least, n_tiles):
         # A tile's queries are consecutive rows of q, none outside.
         assert 0 <= tiles.first[tile] <= T - tile_t
         assert np.all((own == T) | (own == tiles.first[tile] + np.arange(tile_t)))
-    assert np.array_equal(rows[tiles.places[held]], held)
+    assert np.array_equal(rows[tiles.slot_of_row[held]], held)
 
 
 def compiled(chip, f, T, k, k_scale, *rest):
@@ -150,17 +148,19 @@ def compiled(chip, f, T, k, k_scale, *rest):
     return aot.compile_for(chip, f, q, k, k_scale, w, aot.shaped(T, dtype=jnp.int32), *rest, schedules=False)
 
 
-OPTIONS = {"flat": {"topk": 2048}, "hisa": {"topk": 2048, "block_size": 128, "block_topk": 64}}
+SELECT = {
+    "flat": lambda call: mosaic_tpu.select_flat(call, 2048),
+    "hisa": lambda call: mosaic_tpu.select_hisa(call, hj.Hisa(topk=2048, block_size=128, block_topk=64)),
+}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [pytest.param("flat", marks=pytest.mark.exhaustive), "hisa"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", OPTIONS)
 def test_packed_compiles(chip, stage):
     T, N, R = 2048, 128 << 10, 8
 
     def f(q, k, k_scale, w, visible, *cu_seqlens):
-        select = getattr(mosaic_tpu, f"select_{stage}")
-        return select(q, k, k_scale, w, visible, cu_seqlens=cu_seqlens, **OPTIONS[stage])
+        return SELECT[stage](kernel_calls.call_of(q, k, k_scale, w, visible, cu_seqlens=cu_seqlens))
 
     offsets = [aot.shaped(R + 1, dtype=jnp.int32)] * 2
     program = compiled(chip, f, T, aot.shaped(N, shapes.DSV32.D), None, *offsets)
@@ -174,23 +174,22 @@ def test_packed_compiles(chip, stage):
     [
         ("hisa", 64, 64, 64, "bfloat16"),  # decode
         pytest.param("hisa", 1024, 8, 16, "bfloat16", marks=pytest.mark.exhaustive),  # prefill chunks
-        ("hisa", 1024, 8, 64, "int8"),
+        pytest.param("hisa", 1024, 8, 64, "int8", marks=pytest.mark.exhaustive),
         pytest.param("flat", 64, 64, 64, "float8_e4m3fn", marks=pytest.mark.exhaustive),
     ],
 )
 def test_pages_compile(chip, stage, T, R, page_size, dtype):
     D, P, n_pages = shapes.DSV32.D, (128 << 10) // page_size, (1 << 20) // page_size
 
-    def f(q, k, k_scale, w, visible, block_tables, cu_seqlens_q, page_sums, page_counts):
-        sums = {} if stage == "flat" else {"page_sums": page_sums, "page_counts": page_counts}
-        select = getattr(mosaic_tpu, f"select_{stage}_paged")
-        rows = {"block_tables": block_tables, "cu_seqlens_q": cu_seqlens_q}
-        return select(q, k, k_scale, w, visible, **rows, **sums, **OPTIONS[stage])
+    def f(q, k, k_scale, w, visible, table, query_offsets, page_sums):
+        cache = hj.init_cache(n_pages, page_size, D, k.dtype)
+        cache = dataclasses.replace(cache, keys=k, scales=k_scale, sums=page_sums)
+        return SELECT[stage](Call(q=q, w=w, visible=visible, query_offsets=query_offsets, table=table, cache=cache))
 
     shaped = aot.shaped
     k_scale = None if dtype == "bfloat16" else shaped(n_pages, page_size, dtype=jnp.float32)
-    sums = shaped(n_pages, D, dtype=jnp.float32), shaped(n_pages, dtype=jnp.int32)
+    sums = shaped(n_pages, D, dtype=jnp.float32)
     tables = shaped(R, P, dtype=jnp.int32), shaped(R + 1, dtype=jnp.int32)
-    program = compiled(chip, f, T, shaped(n_pages, page_size, D, dtype=jnp.dtype(dtype)), k_scale, *tables, *sums)
+    program = compiled(chip, f, T, shaped(n_pages, page_size, D, dtype=jnp.dtype(dtype)), k_scale, *tables, sums)
     # Nothing is copied out of the pages but the means of decoding requests.
     assert program.temp_bytes < 128 << 20

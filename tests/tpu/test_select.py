@@ -24,20 +24,13 @@ def implementation(request, monkeypatch):
     if request.param == "interpreted":
         interpret = request.getfixturevalue("interpret")
         kernels = Kernels(lambda: dispatch.backend("mosaic_tpu"), flat_if_all_kept=True, interpret=interpret)
-        able = dispatch.Implementation(
-            why_not=lambda device, problem: None, select=kernels.select, select_packed=kernels.select_packed
-        )
+        able = dispatch.Implementation(why_not=lambda device, problem: None, select=kernels.select)
         monkeypatch.setitem(dispatch.IMPLEMENTATIONS, request.param, able)
     return request.param
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param("hisa", marks=pytest.mark.check),
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("dsa", "block_sparse")),
-    ],
-)
+@pytest.mark.exhaustive  # test_ragged.py has calls by the public functions in the gate
+@pytest.mark.parametrize("method", METHODS)
 def test_selects_what_the_oracle_selects(implementation, method):
     q, k, w = draw.few_scores(2, 5, 330, 16, 64)
     q, k = (draw.cast(x, "bfloat16") for x in (q, k))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bench.tpu import aot
-from hisa_jax.kernels_pallas.mosaic_tpu import topk_body
+from hisa_jax.kernels_pallas.mosaic_tpu import refine_body
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import Config, from_tiles, padded_groups, to_tiles, topk
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
 
@@ -85,12 +85,14 @@ def test_tiles_are_the_memory_order_of_rows():
 
 
 def test_columns_of_kept_blocks_become_positions():
-    ids = np.arange(0, 64, 2, dtype=np.int32)
-    ids_ref = np.zeros((8, 128), np.int32)
-    ids_ref[3, :32] = ids
-    columns = np.arange(1024, dtype=np.int32).reshape(8, 128)
-    positions = topk_body.in_blocks(jnp.asarray(ids_ref), 32)(3, jnp.asarray(columns))
-    np.testing.assert_array_equal(positions.ravel(), (ids[:, None] * 32 + np.arange(32)).ravel())
+    """Of lists of more blocks than a register has lanes; no column is no position."""
+    rng, size = np.random.default_rng(0), 32
+    ids = np.sort(rng.integers(0, 1000, (8, 256)), axis=1).astype(np.int32)
+    columns = rng.integers(-1, 256 * size, (8, 128)).astype(np.int32)
+    parts = [jnp.asarray(ids[:, :128]), jnp.asarray(ids[:, 128:])]
+    positions = refine_body.positions_of(jnp.asarray(columns), parts, size)
+    blocks = np.take_along_axis(ids, np.maximum(columns, 0) // size, axis=1)
+    np.testing.assert_array_equal(positions, np.where(columns < 0, -1, blocks * size + columns % size))
 
 
 @pytest.mark.parametrize(

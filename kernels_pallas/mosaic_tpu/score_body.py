@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, ROWS
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
 from hisa_jax.kernels_pallas.types import Ref
 
@@ -42,14 +42,14 @@ def products(q: Array, keys: Array, is_transposed: bool = False) -> Array:
 
 def sum_to_sublanes(x: Array, w: Array) -> Array:
     """[H, LANES], [H, LANES] -> [8, LANES]: the weighted sum over heads but for its last eight terms."""
-    return jnp.sum((x * w).reshape(-1, ROWS, LANES), axis=0)
+    return jnp.sum((x * w).reshape(-1, SUBLANES, LANES), axis=0)
 
 
 def sort_keys_of_rows(partial_vmem: Ref, first: int) -> Array:
     """The sort keys [8, LANES] of eight queries, whose partial sums are `partial_vmem`'s rows from `first` on."""
-    total = partial_vmem[pl.ds(first, ROWS, stride=ROWS)]
-    for i in range(1, ROWS):
-        total = total + partial_vmem[pl.ds(first + i, ROWS, stride=ROWS)]
+    total = partial_vmem[pl.ds(first, SUBLANES, stride=SUBLANES)]
+    for i in range(1, SUBLANES):
+        total = total + partial_vmem[pl.ds(first + i, SUBLANES, stride=SUBLANES)]
     return sort_key_of(total)
 
 
@@ -61,10 +61,10 @@ def splat(column_ref: Ref) -> Array:
 def fill(sort_keys_vmem: Ref, visible: Array) -> None:
     """Sort keys before any is scored: what is visible and never scored is chosen whatever it is."""
     tiles, sublanes, _ = sort_keys_vmem.shape
-    lane = lax.broadcasted_iota(jnp.int32, (tiles, ROWS, LANES), 2)
+    lane = lax.broadcasted_iota(jnp.int32, (tiles, SUBLANES, LANES), 2)
 
     def one_group(i: Array, _: None) -> None:
         sort_key = jnp.where(i * LANES + lane < visible, 0, INVISIBLE)
-        sort_keys_vmem[:, pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS)] = sort_key
+        sort_keys_vmem[:, pl.ds(pl.multiple_of(i * SUBLANES, SUBLANES), SUBLANES)] = sort_key
 
-    lax.fori_loop(0, sublanes // ROWS, one_group, None)
+    lax.fori_loop(0, sublanes // SUBLANES, one_group, None)
