@@ -155,7 +155,7 @@ SELECT = {
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("stage", OPTIONS)
+@pytest.mark.parametrize("stage", SELECT)
 def test_packed_compiles(chip, stage):
     T, N, R = 2048, 128 << 10, 8
 
