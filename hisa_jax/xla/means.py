@@ -1,4 +1,7 @@
-"""Mean keys of pages and blocks: sums whose order is fixed, so that pages, blocks and chunks agree bit for bit."""
+"""Mean keys of pages and blocks: sums whose order is fixed, so that pages, blocks and chunks agree bit for bit.
+
+The GPU kernels take `mean` and `split` from here, and sum rows in the order of `tree_sum` (triton/tree.py).
+"""
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -23,30 +26,47 @@ def tree_sum(values: Array) -> Array:
 
 def mean(total: Array, counts: Array) -> Array:
     """[..., D] float32, [...] int32 -> [..., D]; zeros for no token."""
-    return total / jnp.maximum(counts, 1).astype(jnp.float32)[..., None]
+    divisor = jnp.maximum(counts, 1).astype(jnp.float32)
+    return total / (divisor if total.ndim == 1 else divisor[..., None])
 
 
 def mean_parts(means: Array, dtype: DTypeLike) -> tuple[Array, Array | None] | None:
     """[..., D] float32 means in the numbers that the kernels' block filter multiplies for keys of a dtype, or None.
 
-    Returns: [..., parts, D], each part holding what those before left, and of two e4m3 parts the scale [...] float32.
-        The same bits as the `pool` stage of the GPU kernels (triton/pool_body.py) makes: the scale is a power of two,
-        and the rounding to e4m3 is spelled out, so that nothing is left to a compiler.
+    Returns: [..., parts, D], and of two e4m3 parts the scale [...] float32, as `split` gives them.
     """
-    if jnp.dtype(dtype) == jnp.bfloat16:
-        return means[..., None, :].astype(dtype), None
-    if jnp.dtype(dtype) != jnp.float8_e4m3fn:
+    n_parts = {"bfloat16": 1, "float8_e4m3fn": 2}.get(jnp.dtype(dtype).name)
+    if n_parts is None:
         return None
-    magnitude = jnp.where(jnp.isnan(means), 0.0, jnp.abs(means))
-    largest = jnp.maximum(jnp.max(magnitude, axis=-1, initial=0.0), 1e-30)
+    parts, scale = split(means, n_parts, dtype)
+    return jnp.stack(parts, axis=-2), scale
+
+
+def split(means: Array, n_parts: int, dtype: DTypeLike) -> tuple[list[Array], Array | None]:
+    """[..., D] float32 -> numbers of a dtype, each holding what those before left, and their scale [...] if several.
+
+    The scale is a power of two and every step exact but the roundings to e4m3, which are spelled out: XLA and kernels
+    get the same bits, however their divisions and conversions round.
+    """
+    if n_parts == 1:
+        return [means.astype(dtype)], None
+    magnitude = jnp.where(means == means, jnp.abs(means), 0.0)
+    largest = jnp.maximum(jnp.max(magnitude, axis=-1), 1e-30)
     # The least power of two that brings 1.75 * 2**e, of whose form 448 is, into range.
     exponent = ((lax.bitcast_convert_type(largest, jnp.int32) + 0x1FFFFF) >> 23) - 8
     scale, inverse = (lax.bitcast_convert_type(x << 23, jnp.float32) for x in (exponent, 254 - exponent))
-    rest = jnp.clip(means * inverse[..., None], -_E4M3_MAX, _E4M3_MAX)
+    rest = means * (inverse if means.ndim == 1 else inverse[..., None])
+    # Selects keep NaN, which Triton's minimum and maximum drop.
+    rest = jnp.where(rest > _E4M3_MAX, _E4M3_MAX, jnp.where(rest < -_E4M3_MAX, -_E4M3_MAX, rest))
     parts = []
-    for _ in range(2):
-        bits = lax.bitcast_convert_type(rest, jnp.int32)
-        rounded = lax.bitcast_convert_type((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000, jnp.float32)
-        parts.append(jnp.where(jnp.isnan(rest), rest, rounded).astype(dtype))
+    for _ in range(n_parts):
+        parts.append(_four_bits(rest).astype(dtype))
         rest = rest - parts[-1].astype(jnp.float32)
-    return jnp.stack(parts, axis=-2), scale
+    return parts, scale
+
+
+def _four_bits(x: Array) -> Array:
+    """Rounds to what e4m3 holds of a number, to even: by way of float16, as some compilers go, ties come out wrong."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    rounded = lax.bitcast_convert_type((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000, jnp.float32)
+    return jnp.where(x == x, rounded, x)

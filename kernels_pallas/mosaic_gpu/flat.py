@@ -1,7 +1,7 @@
 """The flat indexer with a streaming top-k: every token of the sequence is scored, no [T, S] matrix is ever in memory.
 
-Tokens come in tiles. The first is selected from by itself; later ones are filtered by the k-th best so far where they
-are scored, and only what passes is merged (see `merge`).
+Tokens come in tiles. The best of the first tile are selected by `topk`. Later tiles are filtered where they are scored,
+by the k-th best so far, and `merge` takes what passes.
 """
 
 import math

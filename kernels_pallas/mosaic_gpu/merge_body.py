@@ -58,8 +58,8 @@ def merge_body(plan: Plan, gmem: Inputs, out: Outputs, smem: Smem) -> None:
     #   loader  ->  row_full[g]  ->  warp-group g:  | old list, k | candidates that passed ... |  ->  select k  ->  out
     #           <-  row_free[g]  <-                        ^ reload, if the list was full before the tile was done
     #
-    # The loader brings the old lists alone. What the tile adds is scattered, so a warp-group gathers it by itself, its
-    # copies all in flight at once; meanwhile the other warp-groups select.
+    # The loader brings the old lists alone. What the tile adds is scattered, so a warp-group gathers it by itself, the
+    # copies of 4096 columns in flight at once; meanwhile the other warp-groups select.
     role, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
 
     def load() -> None:

@@ -126,9 +126,10 @@ def refine_body(plan: Plan, gmem: Inputs, o_gmem: Ref, count_gmem: Ref, smem: Sm
     #   loader  ->  q_full      k_full  ->  n_score warp-groups  ->  sort_keys_full  ->  selector  ->  o, count
     #   (1 warp)    q_free  <-  k_free  <-  in turns, a tile each <-  sort_keys_free  <-
     #
-    # CTAs are persistent: queries cta, cta + n_ctas, ... In flight at a time: query i + 1 is being loaded, its tiles as
-    # far as the ring goes; query i is scored; of query i - 1 the best are selected. A query without tiles (it keeps all
-    # it sees) passes through all roles in the same way, so that they count the same phases.
+    # CTAs are persistent: queries cta, cta + n_ctas, ... Two are in flight: while one is scored, the best of the one
+    # before are selected. As soon as that is done its slot is free, and the loader goes on to the next query, as far as
+    # the ring of tiles goes. A query without tiles (it keeps all it sees) passes through all roles in the same way, so
+    # that they count the same phases.
     #
     # A warp-group meets every `n_score`th tile. The ring is a multiple of that, so its slots repeat with its turns, and
     # it sees every phase of those slots.
@@ -146,6 +147,7 @@ def refine_scores_body(plan: Plan, gmem: Inputs, sort_keys_gmem: Ref, smem: Smem
 
 
 def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
+    """Brings each query with its lists, then the tiles of its blocks."""
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
     cta = lax.axis_index("cta")
     n_queries = plan.queries(cta)

@@ -127,6 +127,7 @@ class _Items:
 
 
 def load(plan: Plan, items: _Items, gmem: Inputs, smem: Smem) -> None:
+    """Brings each item's span of keys, then its queries one by one."""
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
     def one_item(i, n_before):
@@ -201,6 +202,7 @@ def _key_rows(plan: Plan, table_gmem: Ref, key_row: Array, offset: int) -> Ref:
 
 
 def score(plan: Plan, items: _Items, group: Array, per_query: PerQuery, smem: Smem) -> None:
+    """Sort keys of this warp-group's tile of each span."""
     plgpu.set_max_registers(share_registers(plan.n_score, LOADER_REGISTERS), action="increase")
     # Nothing is in use yet: every buffer is handed to the loader once.
     for slot in range(plan.n_keys):

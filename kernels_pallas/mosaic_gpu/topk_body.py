@@ -60,13 +60,14 @@ def topk_body(plan: Plan, limit_gmem: Ref, x_gmem: Ref, out: Outputs, smem: Smem
     #           <-  row_free[g]  <-
     #
     # Each warp-group has one row in shared memory and works by itself: what hides its waits is the other warp-groups.
-    # Its next row is loaded when it hands the old one back. All of a row are read, so nothing is loaded twice.
+    # A row is copied whole, once; the next is copied when the warp-group hands the old one back.
     role = lax.axis_index("warpgroup")
     pl.when(role < plan.n_select)(lambda: select(plan, role, limit_gmem, out, smem))
     pl.when(role == plan.n_select)(lambda: load(plan, x_gmem, smem))
 
 
 def load(plan: Plan, x_gmem: Ref, smem: Smem) -> None:
+    """Copies the rows of all warp-groups, in the order in which they take them."""
     cta = lax.axis_index("cta")
 
     def one_round(turn, _):
@@ -87,6 +88,7 @@ def load(plan: Plan, x_gmem: Ref, smem: Smem) -> None:
 
 
 def select(plan: Plan, group: Array, limit_gmem: Ref, out: Outputs, smem: Smem) -> None:
+    """The best of this warp-group's rows."""
     cta, step = lax.axis_index("cta"), select_row.COLUMNS
     plgpu.barrier_arrive(smem.row_free.at[group])
 

@@ -8,9 +8,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from hisa_jax.kernels_pallas.triton.pool_body import mean, split
 from hisa_jax.kernels_pallas.triton.tree import sum_rows
 from hisa_jax.kernels_pallas.types import Ref
+from hisa_jax.xla.means import mean, split
 
 _LATENT_ROWS = 8  # copied at a time
 

@@ -1,4 +1,4 @@
-"""Which NVIDIA GPUs Triton kernels run on."""
+"""The NVIDIA GPUs that Triton kernels run on."""
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike

@@ -2,8 +2,8 @@
     mean[b] = sum_p sums[page p of b] / sum_p counts[page p of b]                        float32 sums, as in `pool`
 
 Floor, 128 requests of 128K in pages of 64 on an H200: 134 MB / 4.3 TB/s = 31 us, in pages of 128 half of it.
-`pool_pages` writes 34 MB of means in e4m3 for others to read. `page_scores` keeps them in registers: one launch and no
-second reading, 3 us less for one query; for 32 it is slower, 23 us instead of 18.
+`pool_pages` writes 34 MB of means in e4m3, which `scores` reads. `page_scores` keeps them in registers: one launch and
+no second reading. For one query that is 3 us less; for 32 it is slower, 23 us instead of 18.
 """
 
 import functools

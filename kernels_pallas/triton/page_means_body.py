@@ -9,9 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
-from hisa_jax.kernels_pallas.triton.pool_body import mean, split
 from hisa_jax.kernels_pallas.triton.scores_body import score
 from hisa_jax.kernels_pallas.types import Ref
+from hisa_jax.xla.means import mean, split
 
 
 class Sums(NamedTuple):

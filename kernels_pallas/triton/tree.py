@@ -1,4 +1,4 @@
-"""Sums of rows by pairs of neighbours, of pairs, and so on: one order for blocks and pages, whoever takes the sum."""
+"""Sums of rows by pairs of neighbours, of pairs, and so on: the order of `hisa_jax.xla.means.tree_sum`."""
 
 from collections.abc import Callable
 

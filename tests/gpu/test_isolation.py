@@ -52,8 +52,8 @@ def each(*cases, gate):
 )
 def test_in_a_batch(implementation, method, dtype):  # noqa: F811
     select = functools.partial(hj.select, implementation=implementation)
-    for threshold in (261, 101):
-        isolation.assert_isolated(isolation.batch(select, METHODS[method], dtype, threshold=threshold), METHODS[method])
+    for cut in (261, 101):
+        isolation.assert_isolated(isolation.batch(select, METHODS[method], dtype, cut=cut), METHODS[method])
 
 
 @each(

@@ -6,9 +6,8 @@ import ml_dtypes
 import numpy as np
 
 from hisa_jax.kernels_pallas import sort_key
-from hisa_jax.kernels_pallas.triton.pool_body import split
 from hisa_jax.xla import topk
-from hisa_jax.xla.means import mean_parts
+from hisa_jax.xla.means import mean_parts, split
 
 SPECIAL = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-37, -1e-37, 3e38, -3e38, 1.0, -1.0]
 
@@ -40,11 +39,11 @@ def test_a_mean_in_two_parts_of_e4m3_is_rounded_twice_to_nearest_even():
     np.testing.assert_array_equal(got[:, 0][big], first.astype(np.float32)[big])
     normal = big & (np.abs(second.astype(np.float32)) > 2**-5)
     np.testing.assert_array_equal(got[:, 1][normal], second.astype(np.float32)[normal])
-    of_kernel, kernel_scale = jax.jit(lambda x: split(x, 2, jnp.float8_e4m3fn))(jnp.asarray(means))
-    np.testing.assert_array_equal(kernel_scale, scale)
+    compiled, compiled_scale = jax.jit(lambda x: split(x, 2, jnp.float8_e4m3fn))(jnp.asarray(means))
+    np.testing.assert_array_equal(compiled_scale, scale)
     for part in range(2):
         np.testing.assert_array_equal(
-            np.asarray(of_kernel[part]).view(np.uint8), np.asarray(parts[:, part]).view(np.uint8)
+            np.asarray(compiled[part]).view(np.uint8), np.asarray(parts[:, part]).view(np.uint8)
         )
 
 

@@ -1,4 +1,4 @@
-"""The PTX of score_loop.py. Names in capitals after a $ are operands, given in `OPERANDS`.
+"""The PTX of score_loop.py. Names in capitals after a $ are operands: `OPERANDS` lists them.
 
 Text of one query, in order: wait for its slot; load its weights; products of half 0 and of half 1, in flight together;
 relu, weigh and sum half 0 meanwhile; hand the slot back; sum half 1; shuffle, scale, compare, store. With 128 heads

@@ -1,4 +1,4 @@
-"""What the warp-groups of `sparse_mla` do below Pallas: stores without barriers, a vote, turns at the tensor core."""
+"""What the warp-groups of `sparse_mla` do in PTX: stores without barriers, a vote, turns at the tensor core."""
 
 import functools
 
@@ -110,7 +110,7 @@ def unclaim(turn_smem: Ref) -> None:
 
 
 def let_first(turn_smem: Ref) -> None:
-    """Waits while another warp-group claims the tensor core: a hint about speed, on which no result depends."""
+    """Waits while another warp-group claims the tensor core. It is a matter of speed: no result depends on it."""
     ptx = """{ .reg .pred p; .reg .b32 x; again: ld.volatile.shared.b32 x, [$0]; setp.ne.b32 p, x, 0; @p bra again; }"""
 
     @plgpu.inline_mgpu(arg_types=(REF,))
