@@ -52,9 +52,10 @@ class Launch:
         operands = {name: (x, spec) for name, (x, spec) in self.operands.items() if x is not None}
         names = (*self.scalars, *operands, *self.outs, *self.scratch)
 
-        def in_hbm(x: Array, spec: pl.BlockSpec) -> Array:
-            # Else XLA brings what fits, the keys of a small batch, to VMEM whole before the kernel copies a part of it.
-            is_pinned = spec.memory_space == pltpu.HBM and not self.interpret
+        def in_hbm(name: str) -> Array:
+            # Else XLA brings what fits, the keys of a small batch or all queries, to VMEM whole before the kernel starts.
+            x, spec = operands[name]
+            is_pinned = (spec.memory_space == pltpu.HBM or name == "q") and not self.interpret
             return pltpu.with_memory_space_constraint(x, pltpu.HBM) if is_pinned else x
 
         return pl.pallas_call(
@@ -76,7 +77,7 @@ class Launch:
             ),
             interpret=self.interpret,
             name=self.name,
-        )(*self.scalars.values(), *(in_hbm(*operand) for operand in operands.values()))
+        )(*self.scalars.values(), *map(in_hbm, operands))
 
 
 @dataclasses.dataclass(frozen=True)
