@@ -53,7 +53,7 @@ class Launch:
         names = (*self.scalars, *operands, *self.outs, *self.scratch)
 
         def in_hbm(name: str) -> Array:
-            # Else XLA brings what fits, the keys of a small batch or all queries, to VMEM whole before the kernel starts.
+            # Else XLA brings what fits to VMEM whole before the kernel starts: the keys of a small batch, all queries.
             x, spec = operands[name]
             is_pinned = (spec.memory_space == pltpu.HBM or name == "q") and not self.interpret
             return pltpu.with_memory_space_constraint(x, pltpu.HBM) if is_pinned else x
