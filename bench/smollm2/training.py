@@ -18,6 +18,7 @@ import optax
 from jax import Array, lax
 
 from bench import UserError
+from bench.records import whole_file
 from bench.smollm2.indexers import Indexers, index_keys, index_queries, index_scores, random_indexers
 from bench.smollm2.model import Config, Weights, attention_mass, dense, rope_table, run
 
@@ -155,9 +156,8 @@ def train(
 def save(path: Path, state: Any) -> None:
     """Writes a pytree's arrays to an .npz, in the order of its leaves."""
     leaves: dict[str, Any] = {f"{i:04}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **leaves)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        np.savez(partial, **leaves)
 
 
 def load(path: Path, like: Any) -> Any:

@@ -34,6 +34,7 @@ class Launch:
         operands: array and spec of each; without an array there is no such buffer.
         outs: shape and spec of each.
         scratch: shapes; vmem_bytes: what the kernel needs in VMEM.
+        pinned: operands that stay in HBM although the grid brings their blocks.
     """
 
     body: Callable[..., None]
@@ -47,14 +48,16 @@ class Launch:
     vmem_bytes: int
     interpret: Interpret
     dimension_semantics: Any = ("parallel", "arbitrary", "arbitrary")
+    pinned: tuple[str, ...] = ()
 
     def __call__(self) -> list[Array]:
         operands = {name: (x, spec) for name, (x, spec) in self.operands.items() if x is not None}
         names = (*self.scalars, *operands, *self.outs, *self.scratch)
 
-        def in_hbm(x: Array, spec: pl.BlockSpec) -> Array:
-            # Else XLA brings what fits, the keys of a small batch, to VMEM whole before the kernel copies a part of it.
-            is_pinned = spec.memory_space == pltpu.HBM and not self.interpret
+        def in_hbm(name: str) -> Array:
+            # Else XLA brings what fits to VMEM whole before the kernel starts, the keys of a small batch.
+            x, spec = operands[name]
+            is_pinned = (spec.memory_space == pltpu.HBM or name in self.pinned) and not self.interpret
             return pltpu.with_memory_space_constraint(x, pltpu.HBM) if is_pinned else x
 
         return pl.pallas_call(
@@ -76,7 +79,7 @@ class Launch:
             ),
             interpret=self.interpret,
             name=self.name,
-        )(*self.scalars.values(), *(in_hbm(*operand) for operand in operands.values()))
+        )(*self.scalars.values(), *map(in_hbm, operands))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +105,8 @@ def by_sequence(launch: Launch, tiles: Tiles) -> Launch:
             first_block = pl.multiple_of(b * tiles.n_blocks, GROUP)
             launch.body(Tile(b, pl.program_id(2) == 0, fetch.in_a_row(first_block, GROUP)), refs)
 
-        return dataclasses.replace(launch, body=of_batch)
+        # A whole prefill of queries fits VMEM, but nothing hides its copy.
+        return dataclasses.replace(launch, body=of_batch, pinned=("q",))
     per_core = launch.grid[2]
 
     def split(*, _first: Ref, _sequence: Ref, _where: Ref, _table: Ref = None, **own: Ref) -> tuple:

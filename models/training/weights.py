@@ -5,6 +5,8 @@ Layers are alike, so that one is compiled and scanned, forward, backward and in 
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,27 +82,27 @@ class Skeleton:
         """What `forward` reads, each weight brought to the dtype that the model has it in."""
         graph, layers = nnx.split(self._empty.layers[0])  # all layers are alike
         outer = {name: self._cast(name, x) for name, x in weights.items() if not name.startswith(_LAYERS)}
-        filled = [
-            (path, parameter.replace(weights[_LAYERS + name_of(path)].astype(parameter.get_value().dtype)))
-            for path, parameter in nnx.to_flat_state(layers)
-        ]
-        layers = nnx.from_flat_state(filled)
         return Stacked(
-            config=self.config, graph=graph, layers=layers, embed=outer["embed"], norm=outer["norm"],
-            head=outer.get("head"),
+            config=self.config, graph=graph, layers=_filled(layers, lambda path: weights[_LAYERS + name_of(path)]),
+            embed=outer["embed"], norm=outer["norm"], head=outer.get("head"),
         )  # fmt: skip
 
     def model(self, weights: Weights) -> Model:
         """The model with these weights."""
         graph, state = nnx.split(self._empty)
-        filled = [
-            (path, parameter.replace(_of_layer(weights, path).astype(parameter.get_value().dtype)))
-            for path, parameter in nnx.to_flat_state(state)
-        ]
-        return nnx.merge(graph, nnx.from_flat_state(filled))
+        return nnx.merge(graph, _filled(state, lambda path: _of_layer(weights, path)))
 
     def _cast(self, name: str, x: Array) -> Array:
         return x.astype(getattr(self._empty, name).get_value().dtype)
+
+
+def _filled(state: nnx.State, value_of: Callable[[tuple[Any, ...]], Array]) -> nnx.State:
+    """A state of shapes with values in their place, each in the dtype that the model has it in."""
+    filled = [
+        (path, parameter.replace(value_of(path).astype(parameter.get_value().dtype)))
+        for path, parameter in nnx.to_flat_state(state)
+    ]
+    return nnx.from_flat_state(filled)
 
 
 def weights_of(model: Model) -> Weights:

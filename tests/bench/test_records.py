@@ -1,9 +1,10 @@
 """What is written down of measurements."""
 
+import contextlib
 import dataclasses
 import json
 
-from bench.records import measure_all, plain
+from bench.records import measure_all, plain, whole_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,3 +32,15 @@ def test_a_row_that_fails_costs_no_other_and_the_exit_status_tells(tmp_path, cap
 def test_what_json_does_not_have_is_null():
     nested = {"a": [1.23456789, float("nan")], "b": (float("-inf"), 7, "text", None)}
     assert plain(nested, 5) == {"a": [1.2346, None], "b": [None, 7, "text", None]}
+
+
+def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("before")
+    with contextlib.suppress(KeyboardInterrupt), whole_file(path) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "before"
+    with whole_file(path) as partial:
+        partial.write_text("whole")
+    assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]

@@ -1,8 +1,12 @@
 """Who is let in, who shares, who gives pages back: the bookkeeping alone, without a model. Milliseconds."""
 
+import pathlib
+import re
+
 import numpy as np
 import pytest
 
+from hisa_jax.models import scheduler as module
 from hisa_jax.models.scheduler import Request, Scheduler, Sharing
 
 SIZE = 4  # tokens of a page
@@ -44,6 +48,11 @@ def state(scheduler):
     requests = {**scheduler.waiting, **scheduler.running, **scheduler.donors}
     contents = [(r.id, list(r.tokens), r.must_copy, r.n_overtaken) for r in requests.values()]
     return list(scheduler.waiting), list(scheduler.running), list(scheduler.donors), contents, holders, pool.n_free
+
+
+def test_it_imports_neither_jax_nor_flax():
+    imported = re.findall(r"^(?:import|from) (\w+)", pathlib.Path(module.__file__).read_text(), re.MULTILINE)
+    assert "hisa_jax" in imported and not {"jax", "flax"} & set(imported)
 
 
 def test_prompts_are_read_in_chunks_of_which_the_first_is_cut_then_made_tokens_one_by_one():

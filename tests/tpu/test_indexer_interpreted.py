@@ -143,7 +143,7 @@ def test_blocks_agree_with_float64_but_near_the_threshold(interpret, mean_parts,
     float_means = reference.block_means(k[0], None, block_size, n * block_size)
     scores = reference.token_scores(q[0], float_means, None, w[0])
     for blocks in (np.asarray(pooled), np.asarray(few)):
-        for t in range(len(scores)):
+        for t in range(len(blocks)):
             promises.check_blocks(blocks[t], scores[t], n * block_size, block_size, 16, tolerance, f"query {t}")
 
 
