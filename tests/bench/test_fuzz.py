@@ -14,8 +14,8 @@ from rich.console import Console
 import hisa_jax as hj
 from bench.__main__ import main
 from bench.fuzz import command, draw, judges, mla, setups
-from hisa_jax import layout, prepare
-from hisa_jax.xla import stages, topk
+from hisa_jax import layout
+from hisa_jax.xla import attention, stages, topk
 
 pytestmark = pytest.mark.unoptimised
 SIZES = dict(R=2, T=4, S=40, H=2, D=8)
@@ -47,8 +47,9 @@ def ties_to_the_higher_position(monkeypatch):
 
 
 def one_token_too_many_visible(monkeypatch):
-    right = prepare.visible_tokens
-    monkeypatch.setattr(prepare, "visible_tokens", lambda positions, lengths: right(positions + 1, lengths))
+    select = sys.modules["hisa_jax.select"]  # the package has the function of this name
+    right = select.visible_tokens
+    monkeypatch.setattr(select, "visible_tokens", lambda positions, lengths: right(positions + 1, lengths))
     return DSA
 
 
@@ -67,13 +68,12 @@ def pages_in_the_order_of_their_ids(monkeypatch):
 
 
 def latents_of_no_token(monkeypatch):
-    sparse_mla = sys.modules["hisa_jax.attention"]  # the package has the function of this name
-    right = sparse_mla._gather
+    right = attention._gather
 
     def gather(kv, b, indices):
         return kv[b, jnp.clip(indices, 0, kv.shape[1] - 1)], right(kv, b, indices)[1]
 
-    monkeypatch.setattr(sparse_mla, "_gather", gather)
+    monkeypatch.setattr(attention, "_gather", gather)
     return setups.MlaSetup(R=2, T=3, S=16, N=2, K=5, key_dim=6, value_dim=4, page_size=8)
 
 
