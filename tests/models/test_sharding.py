@@ -17,10 +17,8 @@ ROOT = Path(__file__).parents[2]
     "checks",
     [
         pytest.param(["tensor_and_data_parallel", "explicit_mesh_of_one_axis"], marks=pytest.mark.oldest),
-        pytest.param(
-            ["quantised_keys_and_hisa", "generation", "the_self_check", "save_here_restore_there"],
-            marks=pytest.mark.slow,
-        ),
+        pytest.param(["generation", "save_here_restore_there"], marks=pytest.mark.slow),
+        pytest.param(["quantised_keys_and_hisa", "the_self_check"], marks=pytest.mark.exhaustive),
     ],
     ids="+".join,
 )
