@@ -121,7 +121,7 @@ class Indexer:
             means = self.stages.pool(flat.k, flat.k_scale, counts, block_size=block_size, interpret=interpret)
 
         def kept(flat: FlatCall) -> Array:
-            # [T, 1]: of [T] XLA gathers the tiles' limits while it concatenates them, one by one: 6 us more.
+            # [T, 1]: of [T] XLA gathers the tiles' limits inside their concatenation, one after the other: 6 us more.
             eligible = -(-flat.visible // block_size)[:, None]
             first = jnp.arange(m, dtype=jnp.int32)
             all_eligible = jnp.where(first < eligible, first, -1)
