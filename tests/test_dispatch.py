@@ -77,6 +77,15 @@ def test_kernels_decline_tables_beyond_32_bits():
     assert dispatch.choose("select_paged", "auto", reasons) == "xla"
 
 
+def test_gpu_kernels_decline_more_candidates_than_a_row_has():
+    hopper = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
+    for block_topk, sentence in ((128, None), (256, "needs at most 32768 candidates a row, not 65536")):
+        method = hj.Hisa(block_size=256, block_topk=block_topk)
+        problem = dispatch.Problem(H=64, D=128, S=1 << 17, q_dtype="bfloat16", k_dtype="bfloat16", method=method)
+        reasons = dispatch.reasons(hopper, problem)
+        assert reasons["mosaic_gpu"] == reasons["triton"] == sentence
+
+
 def test_kernels_decline_what_is_xlas_alone():
     devices = {
         "mosaic_gpu": dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0"),

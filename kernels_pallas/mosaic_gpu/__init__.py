@@ -33,4 +33,4 @@ def why_not(
     """
     if compute_capability != "9.0":
         return f"needs compute capability 9.0 (Hopper), this device has {compute_capability or 'none'}"
-    return refine.why_not(H, D, block_size, dtype, page_size) or stages.why_not(topk, n_blocks)
+    return refine.why_not(H, D, block_size, dtype, page_size) or stages.why_not(topk, n_blocks, block_topk * block_size)

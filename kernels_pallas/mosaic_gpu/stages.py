@@ -38,11 +38,12 @@ def n_sms() -> int:
     return device.core_count if device.platform == "gpu" else _DEFAULT_SMS
 
 
-def why_not(topk: int, n_blocks: int) -> str | None:
-    """None, or why so many tokens cannot be selected, or from so many blocks."""
+def why_not(topk: int, n_blocks: int, candidates: int) -> str | None:
+    """None, or why so many tokens cannot be selected, from so many blocks, or among so many candidates."""
     if topk > topk_stage.MAX_WIDTH // 2:
         return f"needs topk at most {topk_stage.MAX_WIDTH // 2}, not {topk}"
-    return topk_stage.why_not(n_blocks)
+    # Few queries, or candidates that outgrow shared memory, are scored apart and then selected by a row a program.
+    return topk_stage.why_not(n_blocks) or narrow_topk_stage.why_not(candidates)
 
 
 def pool(k: Array, k_scale: Array | None, counts: Rows, *, block_size: int, interpret: Interpret = False) -> Means:
