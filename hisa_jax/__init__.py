@@ -1,4 +1,4 @@
-"""Hierarchical indexing for sparse attention in JAX. These are the public names; README.md shows how to use them."""
+"""Choosing tokens for sparse attention, in JAX. These are the public names; README.md shows how to use them."""
 
 from hisa_jax.attention import sparse_mla, sparse_mla_paged
 from hisa_jax.cache import append, copy_pages, init_cache, truncate

@@ -106,8 +106,8 @@ def sparse_mla_paged(
         mesh, context_axis: run it on a mesh whose axis splits the cache's pages, in order; any page may lie anywhere.
         scale, value_dim, sink, return_lse, implementation: as for `sparse_mla`.
 
-    Returns: [T, N, value_dim] in q's dtype; with `return_lse` also [T, N] float32. What the pages hold beside the
-        selected tokens changes no bit of it. With a mesh as `sparse_mla`.
+    Returns: [T, N, value_dim] in q's dtype; with `return_lse` also [T, N] float32. What the pages hold besides
+        the selected tokens changes no bit of it. With a mesh as `sparse_mla`.
     Raises: as `sparse_mla`; ValueError: a cache without latents.
     Example:
         >>> cache = hj.init_cache(2, 16, D=0, dtype=jnp.float32, latent_dim=24, latent_dtype=jnp.float32)
@@ -150,7 +150,7 @@ def _result(out: Array, lse: Array, sink: Array | None, return_lse: bool) -> Arr
 def _checked_attention(
     call: str, q: Array, scale: float, value_dim: int, sink: Array | None, return_lse: bool, implementation: str
 ) -> Any:
-    """What all forms take beside arrays: raises if it does not fit. Returns (q, kv, indices) -> (out, lse)."""
+    """What all forms take besides arrays: raises if it does not fit. Returns (q, kv, indices) -> (out, lse)."""
     scale, value_dim = check_numbers(call, scale, value_dim, q.shape[-1])
     check_sink(call, sink, q)
     checks.flags(call, return_lse=return_lse)
@@ -254,10 +254,10 @@ def check_sink(call: str, sink: Array | None, q: Array) -> None:
 
 
 def with_sink(out: Array, lse: Array, sink: Array | None) -> Array:
-    """[..., N, V], [..., N], [N] or None -> [..., N, V]: a logit without a value beside those of the tokens."""
+    """[..., N, V], [..., N], [N] or None -> [..., N, V]: a logit without a value in addition to those of the tokens."""
     if sink is None:
         return out
-    # Where nothing is selected `out` is 0, whatever is kept of it; beside a sink of -inf the difference would be NaN.
+    # Where nothing is selected `out` is 0, whatever is kept of it; with a sink of -inf the difference would be NaN.
     lse = jnp.where(jnp.isneginf(lse), 0, lse)
     # What the sink takes from every value: 1 - exp(lse) / (exp(lse) + exp(sink)).
     kept = jax.nn.sigmoid(lse - sink.reshape((1,) * (lse.ndim - 1) + sink.shape))

@@ -34,10 +34,11 @@ def checked[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     """Wraps a function so that bad values in its calls to this library raise, for debugging.
 
     Without it, lengths beyond the keys, positions below -1 or offsets out of order select nothing there and are never
-    read out of bounds, but nobody is told.
+    read out of bounds, but nothing says so.
 
     Args:
-        function: anything traceable that calls `select`, `select_packed` or `sparse_mla`, jitted or not.
+        function: anything traceable that calls `select`, `select_packed`, `select_paged`, `sparse_mla`,
+            `sparse_mla_paged`, `append`, `truncate` or `copy_pages`, jitted or not.
 
     Returns: a function of the same arguments that raises `jax.experimental.checkify.JaxRuntimeError`, which names the
         argument, and otherwise returns what `function` returns. It waits for the result; call it outside of jit. What
@@ -164,7 +165,7 @@ def unsplit(call: str, **arguments: Any) -> None:
 def value(condition: Array, message: str, **values: Array) -> None:
     """Under `checked` raises with `message` where `condition` is False; elsewhere costs nothing.
 
-    Nor does it leave its effect behind elsewhere, with which `jax.export` could not write a program to bytes.
+    Elsewhere it leaves no effect either, with which `jax.export` could not write a program to bytes.
     """
     if _state.checks_values:
         checkify.debug_check(jnp.all(condition), message, **values)

@@ -1,7 +1,7 @@
 """Who holds which page of a cache: the bookkeeping of a server, on the host.
 
-Plain Python beside the arrays of `cache.py`: it decides which pages requests get, share and give back, and tells which
-pages must be copied before a write. It never touches keys.
+Plain Python, next to the arrays of `cache.py`: it decides which pages requests get, share and give back, and tells
+which pages must be copied before a write. It never touches keys.
 """
 
 import collections
@@ -71,7 +71,7 @@ class PagePool:
         return list(self._pages[request])
 
     def n_own(self, request: Hashable) -> int:
-        """How many of its pages nobody else holds: what `free` would give back."""
+        """How many of its pages no other request holds: what `free` would give back."""
         self._check_there("PagePool.n_own", request)
         return sum(self._holders[page] == 1 for page in self._pages[request])
 
@@ -126,7 +126,7 @@ class PagePool:
         return copies
 
     def truncate(self, request: Hashable, length: int) -> list[tuple[int, int]]:
-        """Takes the tokens behind the first `length` away and frees their pages; `cache.truncate` does the rest.
+        """Takes the tokens after the first `length` away and frees their pages; `cache.truncate` does the rest.
 
         Returns: copies to make first, as `extend`: the last page left, if it becomes a partly filled one that others
             hold, is replaced by a copy.

@@ -92,7 +92,7 @@ def _quantize(call: str, name: str, x: Array, dtype: DTypeLike, scale: str) -> t
     scales = amax * np.float32(1.0 / largest)
     if scale == "ue8m0":
         scales = _next_power_of_two(scales)
-    # XLA's CPU compiler would multiply by the reciprocal of a broadcast divisor; behind the barrier it cannot see one.
+    # XLA's CPU compiler would multiply by the reciprocal of a broadcast divisor; past the barrier it cannot see one.
     divisor = lax.optimization_barrier(jnp.broadcast_to(scales[..., None], x.shape))
     scaled = jnp.clip(x / divisor, -largest, largest)
     return (jnp.round(scaled) if kind == "int8" else scaled).astype(dtype), scales

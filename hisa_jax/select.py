@@ -38,7 +38,7 @@ def select(
 
     Args:
         q: [B, T, H, D] index queries, bfloat16, float32, float8_e4m3fn or int8.
-        k: [B, S, D] index keys, of the same dtypes, or `QuantizedKeys` of that shape.
+        k: [B, S, D] index keys, of any of these dtypes, or `QuantizedKeys` of that shape.
         w: [B, T, H] float32 head weights of any sign, every scale factor already in them.
         method: `Dsa`, `Scan`, `Hisa` or `BlockSparse`; static under jit.
         query_positions: [B, T] int32, position of each query in its sequence; -1 marks padding, which selects nothing.

@@ -58,7 +58,7 @@ def select_paged(
         query_axis: the mesh axis that splits the queries, any number of them; None: every device has all.
         stripe: tokens in a row that one device of `context_axis` has, whole blocks: page i of a request must lie on
             device i * page_size // stripe % devices, else the request selects nothing. Default: the method's block
-            size; a page for `Dsa`.
+            size, or a page where that is larger; a page for `Dsa`.
         implementation, return_scores, return_blocks, tiles: as for `select`.
 
     Returns: `Selection` of [T] queries; `indices` are positions in the request, bit for bit those of `select` over the

@@ -17,7 +17,7 @@ class Selection:
     Attributes:
         indices: [..., topk] int32, chosen positions in their sequence, ascending, then -1.
         count: [...] int32, how many of `indices` are real.
-        scores: [..., topk] float32, the indexer's score of each chosen token, -inf behind them; None unless asked for.
+        scores: [..., topk] float32, the indexer's score of each chosen token, -inf after them; None unless asked for.
         blocks: [..., block_topk] int32, the kept blocks, ascending, then -1; None unless asked for.
     """
 

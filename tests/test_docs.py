@@ -1,5 +1,6 @@
 """The documentation runs, and there is some for every public name."""
 
+import ast
 import doctest
 import inspect
 import pathlib
@@ -19,7 +20,7 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md
 # Words that only their author would understand, and what to say in their place.
 PRIVATE = {
     r"behind": "after, past, below",
-    r"nobody's": "padding, unused",
+    r"(?:no|every)body's": "padding, unused, of no request, plain",
     r"dealt": "distributed, assigned, split",
     r"so and so": "the name",
     r"as it stands": "the current form, as it is",
@@ -28,6 +29,9 @@ PRIVATE = {
     r"the cut": "the threshold",
     r"whoever asks": "a process that asks",
 }
+# Whose docstrings are read for them, too; the links in hisa_jax lead to the other two folders.
+FOLDERS = ("hisa_jax", "kernels_pallas", "models")
+SOURCES = sorted({path.resolve() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")})
 FUNCTIONS = [name for name in hj.__all__ if inspect.isfunction(getattr(hj, name))]
 
 
@@ -75,12 +79,24 @@ def test_the_readme_is_short():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_lines_of_a_page_are_short_and_its_words_are_everybodys(page):
+def test_lines_of_a_page_are_short_and_its_words_are_plain(page):
     for number, line in enumerate(page.read_text().splitlines(), 1):
         # A row of a table is one line, whatever it holds.
         assert len(line) <= 120 or line.startswith("|"), f"{page.name}:{number} has {len(line)} characters, wanted 120"
-        for word, better in PRIVATE.items():
-            assert not re.search(rf"\b{word}\b", line, re.IGNORECASE), f"{page.name}:{number} {word!r}: say {better}"
+        assert_plain(line, f"{page.name}:{number}")
+
+
+def test_words_of_docstrings_are_plain():
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                name = getattr(node, "name", "its docstring")
+                assert_plain(ast.get_docstring(node) or "", f"{path.relative_to(ROOT)}: {name}")
+
+
+def assert_plain(text, where):
+    for word, better in PRIVATE.items():
+        assert not re.search(rf"\b{word}\b", text, re.IGNORECASE), f"{where} {word!r}: say {better}"
 
 
 @pytest.mark.parametrize(("page", "package"), [("api.md", hj), ("api_models.md", models)])

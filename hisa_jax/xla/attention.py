@@ -75,7 +75,7 @@ def _gather(kv: Array, b: Array, indices: Array) -> tuple[Array, Array]:
     S = kv.shape[1]
     is_real = (indices >= 0) & (indices < S)
     selected = kv[b, jnp.clip(indices, 0, S - 1)]
-    # A token that nobody selected may hold NaN, which a probability of 0 would not hide.
+    # A token that no query selected may hold NaN, which a probability of 0 would not hide.
     return jnp.where(is_real[..., None], selected, 0), is_real
 
 

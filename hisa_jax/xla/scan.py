@@ -7,7 +7,7 @@
     best_units    the units whose best visible token has the highest score by v and the exact heads
 
 What is left, the exact top-k inside the kept units, is `stages.refine`. The stages are apart where several devices that
-share a sequence's keys exchange what they have found (context_xla.py).
+share a sequence's keys exchange what they have found (sharded/select_xla.py).
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class Samples(NamedTuple):
 class ScanHeads(NamedTuple):
     """What a tile of queries scans with.
 
-    Attributes: `virtual` [t, D] float32; `exact` [t, n, D] and their weights `w` [t, n] float32, 0 behind the last.
+    Attributes: `virtual` [t, D] float32; `exact` [t, n, D] and their weights `w` [t, n] float32, 0 after the last.
     """
 
     virtual: Array
@@ -79,7 +79,7 @@ def best_samples(sort_key: Array) -> tuple[Array, Array]:
 
 
 def exact_heads(queries: Queries, method: Scan) -> Array:
-    """[t, n] int32: the `method.exact_heads` heads of greatest |w| * |q|, ascending, -1 behind the last of fewer."""
+    """[t, n] int32: the `method.exact_heads` heads of greatest |w| * |q|, ascending, -1 after the last of fewer."""
     if method.exact_heads == 0:
         return jnp.zeros((queries.w.shape[0], 0), jnp.int32)
     q = queries.q.astype(jnp.float32)

@@ -6,8 +6,8 @@
     refine        the best topk tokens inside them, by the token scores
     flat          the best topk of all tokens: the indexer that the others replace
 
-Every stage takes one tile of queries of one sequence (`xla.py` cuts the work into tiles) and streams candidates past a
-running exact top-k, so nothing of size queries x keys ever exists. The flat indexer over block means is the block
+Every stage takes one tile of queries of one sequence (`select.py` cuts the work into tiles) and streams candidates past
+a running exact top-k, so nothing of size queries x keys ever exists. The flat indexer over block means is the block
 filter, hence the one loop, `stream_topk`, under both.
 """
 

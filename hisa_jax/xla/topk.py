@@ -185,7 +185,7 @@ def _best_in_order(sort_key: Array, k: int) -> tuple[Array, Array]:
 
 
 def _take(sort_key: Array, words: Array, k: int) -> tuple[Array, Array]:
-    """The candidates in a mask, at most k a row: sort key and column, [T, k] each, `INVISIBLE` and -1 behind them."""
+    """The candidates in a mask, at most k a row: sort key and column, [T, k] each, `INVISIBLE` and -1 after them."""
     columns, filled = columns_of(words, k)
     return jnp.where(filled, jnp.take_along_axis(sort_key, columns, axis=1), INVISIBLE), jnp.where(filled, columns, -1)
 
@@ -195,5 +195,5 @@ def topk_of_any_order(sort_key: Array, positions: Array, k: int) -> tuple[Array,
     columns, filled = columns_of(words_of(chosen_mask(sort_key, k, positions)), k)
     sort_key = jnp.take_along_axis(sort_key, columns, axis=1)
     positions = jnp.where(filled, jnp.take_along_axis(positions, columns, axis=1), jnp.iinfo(jnp.int32).max)
-    positions, sort_key = lax.sort((positions, sort_key), dimension=1, num_keys=1)  # the empty slots stay behind
+    positions, sort_key = lax.sort((positions, sort_key), dimension=1, num_keys=1)  # the empty slots stay last
     return jnp.where(filled, sort_key, INVISIBLE), jnp.where(filled, positions, -1)
