@@ -83,7 +83,7 @@ def _packed(seed, lengths_q, lengths_k, T, N):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "queries"),
-    [("mosaic_gpu", 4), ("triton", 8192)],
+    [pytest.param("mosaic_gpu", 4, marks=pytest.mark.exhaustive), ("triton", 8192)],
     ids=["mosaic_a_few_queries_at_a_time", "triton_one_piece"],
 )
 def test_packed_sequences_keep_the_contract(backend, queries, monkeypatch, request):

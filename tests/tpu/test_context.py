@@ -7,6 +7,7 @@ import sys
 import pytest
 
 
+@pytest.mark.exhaustive  # test_pods.py compiles it, tests/test_context.py has the promises by XLA
 @pytest.mark.slow
 def test_a_selection_over_two_devices_keeps_the_contract():
     command = [sys.executable, "-W", "error", "-m", "tests.tpu.context_parallel"]

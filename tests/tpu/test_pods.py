@@ -164,7 +164,7 @@ def paged_step(mesh, chip, monkeypatch, dtype, n, cache_spec, rows_spec, queries
 @pytest.mark.parametrize(
     ("chip", "dtype"),
     [
-        ("v5e", "int8"),
+        pytest.param("v5e", "int8", marks=pytest.mark.exhaustive),
         pytest.param("v7x", "float8_e4m3fn", marks=pytest.mark.exhaustive),
         pytest.param("v5e", "bfloat16", marks=pytest.mark.exhaustive),
         pytest.param("v7x", "bfloat16", marks=pytest.mark.exhaustive),
