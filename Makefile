@@ -34,7 +34,7 @@ check: .venv-test/test.stamp
 test: .venv-test/test.stamp
 	$(FAST) $(TESTS) -m "not exhaustive" $(CORE) --cov --cov-report= $(ARGS)
 	$(KERNEL_TESTS) -m "not exhaustive" --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=95
-	$(ON_CPU) bench fuzz --minutes 1
+	$(ON_CPU) bench fuzz --minutes 0.5
 
 # What `make test` leaves out: combinations whose parts other cases have, each compile for a TPU on the chips that
 # another case has its turn on there, the library compiled as for users, and the mistakes.

@@ -78,6 +78,7 @@ class PackedContract(Contract, chex.TestCase):
     @each_method
     @pytest.mark.slow
     @pytest.mark.optimised
+    @pytest.mark.gate("hisa", "scan")  # and the oracle has packed batches of every method
     def test_a_packed_batch_and_a_padded_one_give_the_same_selection(self, method):
         (q, k, w), cu_q, cu_k = self.packed(*SOME_LENGTHS, dtype="bfloat16")
         packed = self.select_packed(q, k, w, cu_q, cu_k, method)

@@ -44,6 +44,7 @@ def test_four_processes_select_and_attend_to_what_one_device_does():
         assert status == 0 and output.count("kept:") == 3 and "merged: 216 bytes" in output, output
 
 
+@pytest.mark.exhaustive
 def test_two_processes_do_too_and_end_with_an_error_where_shapes_disagree_or_one_dies():
     faults = "shapes_that_disagree_are_an_error_on_all", "a_process_that_dies_ends_the_others"
     first, other = run(2, *SHARDED, PAGED, *faults)

@@ -67,6 +67,7 @@ class Filters(chex.TestCase):
             np.testing.assert_array_equal(np.asarray(mask), np.asarray(flat), err_msg=name)
 
 
+@pytest.mark.exhaustive
 def test_with_all_heads_apart_the_candidates_are_the_selection():
     one = view(3)
     mask = chosen(Varied(topk=16, candidates=18, exact_heads=H), one)  # and the first token and the query's own
@@ -106,6 +107,7 @@ def tiny(seed=0):
     return model.random_weights(jax.random.key(seed), CONFIG), random_indexers(jax.random.key(seed), CONFIG, H), text
 
 
+@pytest.mark.exhaustive
 def test_training_lowers_the_divergence_and_goes_on_where_it_was_saved(tmp_path):
     weights, _, text = tiny()
     text, rows = text[: RECIPE.T + 1], []  # one window
@@ -194,6 +196,7 @@ def test_a_model_that_attends_to_all_it_sees_is_the_dense_one_and_answers_are_co
     assert found["multi-key"]["right"] == 1 and "copy" not in found
 
 
+@pytest.mark.exhaustive
 def test_the_lab_measures_and_writes_tables(tmp_path, monkeypatch):
     weights, indexers, text = tiny()
     some = {"flat": hj.Dsa(topk=16), "scan, 2 k": hj.Scan(topk=16, candidates=32, exact_heads=0)}

@@ -11,6 +11,7 @@ SMALL = ["--context", "4096", "--queries", "2", "--heads", "4", "--dim", "32"]
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_table_shows_each_method(capsys):
     assert main(["memory", *SMALL]) == 0
     shown = capsys.readouterr().out

@@ -62,6 +62,7 @@ def test_logits_are_those_of_the_forward_pass_that_trains(stacked, variant):
     np.testing.assert_allclose(model.logits_of(stacked, tokens, variant), wanted, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_queries_in_chunks_select_and_attend_as_in_one(stacked, monkeypatch):
     variant = dataclasses.replace(HISA_VARIANT, flat_last=40)
     tokens = sequences(112)
@@ -92,6 +93,7 @@ def test_layers_and_queries_that_stay_flat_select_what_the_flat_indexer_does(sta
     np.testing.assert_array_equal(tail[:, :-16], hisa[:, :-16])
 
 
+@pytest.mark.exhaustive
 def test_a_method_that_selects_everything_has_recall_1_and_keeps_every_needle(stacked):
     samples = held_out_samples(tiny.corpus(), "multikey", 256, 2, seed=0, n_keys=2, n_questions=2)
     everything = Variant(name="everything", method=hj.Dsa(topk=256))

@@ -43,6 +43,7 @@ def test_by_default_hisa_has_64_blocks_and_four_times_topk_candidates():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["dsv32", "glm52"])
+@pytest.mark.gate("dsv32")
 def test_layers_are_seen_as_the_model_sees_them(case):
     """Index inputs of each layer that selects, and the attention's logits: those of queries and latents in full."""
     found, positions = seen_of(case)

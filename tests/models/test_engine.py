@@ -48,6 +48,7 @@ def test_tokens_are_those_of_each_request_alone_with_shared_prefixes_few_pages_a
     assert {kept for _, kept in verified} == {0, 1, 2} and any(kept < new for new, kept in verified)
 
 
+@pytest.mark.exhaustive
 def test_tokens_by_a_scan_are_those_of_each_request_alone():
     """Its pages need not be made of units: prompts of 40 tokens fill no page of 64."""
     prompts = serving.requests(8, seed=4)

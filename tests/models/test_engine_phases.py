@@ -22,6 +22,7 @@ def submit(engine, traffic):
     return {engine.submit(prompt, serving.N_NEW, ()): tokens for prompt, tokens in traffic}
 
 
+@pytest.mark.exhaustive
 def test_tokens_depend_on_the_prompt_alone_whatever_was_served_before(traffic):
     """Each request twice, in another order, some while others run: donors in every state, cut anywhere."""
     engine, tokens, n_shared = serving.engine(serving.model(serving.by_phase), n_pages=24), {}, 0

@@ -62,6 +62,7 @@ def test_draws_depend_on_the_seed_and_the_temperature_alone(greedy):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_recall_is_full_for_the_flat_indexer_and_not_for_few_blocks():
     prompts = golden.ids("glm52")[:, :30].tolist()
     few = hj.Hisa(topk=8, block_size=4, block_topk=2)
@@ -87,6 +88,7 @@ def test_a_tiny_temperature_draws_the_likeliest_tokens(temperature):
     assert drawn == models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8).tokens
 
 
+@pytest.mark.exhaustive
 def test_a_chunk_larger_than_the_model_takes_no_more_memory_than_its_positions():
     assert models.generate(golden.model("glm5"), [[1, 2]], 1, chunk=10**12).prompt_tokens == 2
 
@@ -162,6 +164,7 @@ def test_the_command_continues_text_byte_by_byte(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command_continues_ids_with_any_indexer(capsys, tmp_path):
     ids = ",".join(map(str, golden.ids("glm5")[0, :20].tolist()))
     layers = tmp_path / "layers.json"
