@@ -67,14 +67,13 @@ def sparse_mla(
         (1, 2, 4, 16)
     """
     call = "sparse_mla"
-    meshes.check_is_wanted(call, mesh, context_axis=context_axis, data_axis=data_axis)
-    if mesh is None:
-        checks.unsplit(call, q=q, kv=kv, indices=indices, sink=sink)
+    axes = dict(context_axis=context_axis, data_axis=data_axis)
+    meshes.check_arrays(call, mesh, axes, q=q, kv=kv, indices=indices, sink=sink)
     check_batch(call, q, kv, indices)
     attend = _checked_attention(call, q, scale, value_dim, sink, return_lse, implementation)
     if mesh is not None:
-        axes = meshes.check_batch(call, mesh, context_axis, data_axis, "kv's S", kv.shape[1], q.shape[0])
-        attend = functools.partial(on_mesh.attend_batch, attend, axes)
+        split = meshes.batch_axes(call, mesh, context_axis, data_axis, "kv's S", kv.shape[1], q.shape[0])
+        attend = functools.partial(on_mesh.attend_batch, attend, split)
     out, lse = attend(q, kv, indices)
     return _result(out, lse, sink, return_lse)
 
@@ -117,10 +116,9 @@ def sparse_mla_paged(
         (2, 4, 16)
     """
     call = "sparse_mla_paged"
-    meshes.check_is_wanted(call, mesh, context_axis=context_axis)
-    if mesh is None:
-        checks.unsplit(call, q=q, cache=cache, indices=indices, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q)
-    check_paged(call, q, cache, indices, block_tables, cu_seqlens_q)
+    arrays: Any = dict(q=q, cache=cache, indices=indices, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q)
+    meshes.check_arrays(call, mesh, dict(context_axis=context_axis), **arrays)
+    check_paged(call, **arrays)
     attend = _checked_attention(call, q, scale, value_dim, sink, return_lse, implementation)
     rows = latent_rows(cache, indices, block_tables, cu_seqlens_q)  # on a mesh for the check alone
     check_rows(call, cache, indices, rows, cu_seqlens_q)
@@ -133,7 +131,7 @@ def sparse_mla_paged(
 
     if mesh is None:
         return _result(*attend_rows(q, cache, rows), sink, return_lse)
-    axes = meshes.check_pages(call, mesh, context_axis, cache)
+    axes = meshes.page_axes(call, mesh, context_axis, cache)
 
     def attend_own(q: Array, cache: IndexCache, table: Array, indices: Array, offsets: Array) -> tuple[Array, Array]:
         return attend_rows(q, cache, latent_rows(cache, indices, table, offsets))

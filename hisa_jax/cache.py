@@ -21,6 +21,7 @@ from hisa_jax.layout import IndexCache, ascending, check_cache, check_table
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.sharded import cache as on_mesh
 from hisa_jax.sharded import meshes
+from hisa_jax.sharded.meshes import Axes
 from hisa_jax.xla import append as xla
 from hisa_jax.xla.means import mean_parts
 
@@ -117,17 +118,16 @@ def append(
     arrays: Any = dict(
         cache=cache, block_tables=block_tables, k=k, cu_seqlens=cu_seqlens, lengths=lengths, latents=latents
     )
-    _check_devices(call, mesh, context_axis, **arrays)
+    meshes.check_arrays(call, mesh, dict(context_axis=context_axis), **arrays)
     R = check_append(call, **arrays)
-    n_devices = _n_devices(call, mesh, context_axis, cache)
+    axes = _axes(call, mesh, context_axis, cache)
     (n_pages, size, D), T = cache.keys.shape, (k.values if isinstance(k, QuantizedKeys) else k).shape[0]
-    problem = dispatch.AppendProblem(
-        n_requests=R, n_pages=n_pages // n_devices, page_size=size, D=D, dtype=cache.keys.dtype.name
-    )
+    n_own = n_pages if axes is None else n_pages // axes.n_devices
+    problem = dispatch.AppendProblem(n_requests=R, n_pages=n_own, page_size=size, D=D, dtype=cache.keys.dtype.name)
     name = dispatch.choose(call, implementation, dispatch.append_reasons(dispatch.Device.default(), problem))
     if 0 in (T, R, block_tables.shape[1]):
         return cache
-    return _on(mesh, context_axis, functools.partial(_append, name), **arrays)
+    return _on(axes, functools.partial(_append, name), **arrays)
 
 
 def truncate(
@@ -153,12 +153,12 @@ def truncate(
     """
     call = "truncate"
     arrays: Any = dict(cache=cache, block_tables=block_tables, lengths=lengths, new_lengths=new_lengths)
-    _check_devices(call, mesh, context_axis, **arrays)
+    meshes.check_arrays(call, mesh, dict(context_axis=context_axis), **arrays)
     check_truncation(call, **arrays, max_tokens=max_tokens)
-    _n_devices(call, mesh, context_axis, cache)
+    axes = _axes(call, mesh, context_axis, cache)
     if 0 in block_tables.shape:
         return cache
-    return _on(mesh, context_axis, functools.partial(_truncate, max_tokens), **arrays)
+    return _on(axes, functools.partial(_truncate, max_tokens), **arrays)
 
 
 def copy_pages(
@@ -177,11 +177,12 @@ def copy_pages(
     Raises: TypeError, ValueError: arrays that are not these.
     """
     call = "copy_pages"
-    _check_devices(call, mesh, context_axis, cache=cache, source=source, target=target)
+    meshes.check_arrays(call, mesh, dict(context_axis=context_axis), cache=cache, source=source, target=target)
     check_copies(call, cache, source, target)
-    n_own = cache.n_pages // _n_devices(call, mesh, context_axis, cache)
-    if mesh is None or context_axis is None:
+    axes = _axes(call, mesh, context_axis, cache)
+    if axes is None:
         return xla.copy(cache, source, target)
+    n_own = cache.n_pages // axes.n_devices
     is_copy = (target >= 0) & (target < cache.n_pages)
     checks.value(
         ~is_copy | (source // n_own == target // n_own),
@@ -189,7 +190,7 @@ def copy_pages(
         target=target,
         source=source,
     )
-    return on_mesh.copy_own(meshes.Axes(mesh, context_axis), cache, source, target)
+    return on_mesh.copy_own(axes, cache, source, target)
 
 
 def _append(
@@ -216,34 +217,18 @@ def _truncate(
     return xla.recount(cache, block_tables, new_lengths, ends, new_lengths, len(lengths) * most, most)
 
 
-def _check_devices(call: str, mesh: Mesh | None, context_axis: str | None, **arrays: Any) -> None:
-    """Raises unless mesh and axis come together, or where without them a mesh axis splits an array."""
-    meshes.check_is_wanted(call, mesh, context_axis=context_axis)
-    if mesh is None:
-        checks.unsplit(call, **arrays)
-
-
-def _n_devices(call: str, mesh: Mesh | None, context_axis: str | None, cache: IndexCache) -> int:
-    """How many devices share the cache's pages; raises unless the mesh axis splits them."""
-    if mesh is None:
-        return 1
-    axes = meshes.check_pages(call, mesh, context_axis, cache)
-    n_devices: int = mesh.shape[axes.context]
-    return n_devices
+def _axes(call: str, mesh: Mesh | None, context_axis: str | None, cache: IndexCache) -> Axes | None:
+    """What splits the cache's pages, None on one device; raises unless it does."""
+    return None if mesh is None else meshes.page_axes(call, mesh, context_axis, cache)
 
 
 def _on(
-    mesh: Mesh | None,
-    context_axis: str | None,
-    write: Callable[..., IndexCache],
-    cache: IndexCache,
-    block_tables: Array,
-    **arrays: Any,
+    axes: Axes | None, write: Callable[..., IndexCache], cache: IndexCache, block_tables: Array, **arrays: Any
 ) -> IndexCache:
     """Runs a write on one device, or on each of a mesh with the pages that it has."""
-    if mesh is None:
+    if axes is None:
         return write(cache, block_tables, *arrays.values())
-    return on_mesh.write_own(write, meshes.Axes(mesh, context_axis), cache, block_tables, *arrays.values())
+    return on_mesh.write_own(write, axes, cache, block_tables, *arrays.values())
 
 
 def check_append(

@@ -109,7 +109,7 @@ def _nvidia(name: str) -> Implementation:
             return _NO_NVIDIA.format(device.kind)
         module: Any = backend(name)
         if problem is None:
-            return module.why_not(device.compute_capability, H=64, D=128, dtype="bfloat16", topk=1)
+            return module.why_not(device.compute_capability, H=64, D=128, dtype="bfloat16")
         if problem.is_split:
             return _NOT_SPLIT
         if reason := _no_kernels(problem.method):
@@ -129,7 +129,7 @@ def _nvidia(name: str) -> Implementation:
             D=problem.D,
             dtype=problem.k_dtype,
             # A block-sparse selection takes its tokens from the blocks, not by a top-k.
-            topk=1 if isinstance(method, BlockSparse) else method.topk,
+            topk=None if isinstance(method, BlockSparse) else method.topk,
             page_size=problem.page_size,
             **{} if isinstance(method, Dsa) else _blocks(method, problem.S),
         )
@@ -143,7 +143,7 @@ def _tpu(name: str) -> Implementation:
             return _NO_TPU.format(device.kind)
         module: Any = backend(name)
         if problem is None:
-            return module.why_not(device.kind, H=64, D=128, q_dtype="bfloat16", k_dtype="bfloat16", topk=1)
+            return module.why_not(device.kind, H=64, D=128, q_dtype="bfloat16", k_dtype="bfloat16")
         method = problem.method
         if problem.is_split and problem.page_size is not None:
             return _NOT_SPLIT
@@ -158,7 +158,7 @@ def _tpu(name: str) -> Implementation:
             q_dtype=problem.q_dtype,
             k_dtype=problem.k_dtype,
             # A block-sparse selection takes its tokens from the blocks, not by a top-k.
-            topk=1 if isinstance(method, BlockSparse) else method.topk,
+            topk=None if isinstance(method, BlockSparse) else method.topk,
             page_size=problem.page_size,
             n_keys=problem.S,
             **blocks,

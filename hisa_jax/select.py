@@ -71,9 +71,8 @@ def select(
         (1, 16, 128)
     """
     call = "select"
-    meshes.check_is_wanted(call, mesh, context_axis=context_axis, data_axis=data_axis)
-    if mesh is None:
-        checks.unsplit(call, q=q, k=k, w=w, query_positions=query_positions, lengths=lengths)
+    arrays = dict(q=q, k=k, w=w, query_positions=query_positions, lengths=lengths)
+    meshes.check_arrays(call, mesh, dict(context_axis=context_axis, data_axis=data_axis), **arrays)
     keys = check_batch(call, q, k, w, query_positions, lengths)
     (B, T, _, _), S = q.shape, keys.values.shape[1]
     options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
@@ -82,7 +81,7 @@ def select(
     run = dispatch.IMPLEMENTATIONS[name].select
     if mesh is not None:
         unit = 1 if isinstance(method, Dsa) else method.block_size
-        axes = meshes.check_batch(call, mesh, context_axis, data_axis, "k's S", S, B, unit)
+        axes = meshes.batch_axes(call, mesh, context_axis, data_axis, "k's S", S, B, unit)
         run = functools.partial(select_batch, name, axes)
 
     lengths = jnp.full((B,), S, jnp.int32) if lengths is None else jnp.clip(lengths, 0, S)

@@ -76,16 +76,15 @@ def select_paged(
     """
     call = "select_paged"
     arrays: Any = dict(block_tables=block_tables, cu_seqlens_q=cu_seqlens_q, lengths=lengths)
-    meshes.check_is_wanted(call, mesh, context_axis=context_axis, query_axis=query_axis)
-    if mesh is None:
-        checks.unsplit(call, q=q, w=w, cache=cache, **arrays)
+    axes_given = dict(context_axis=context_axis, query_axis=query_axis)
+    meshes.check_arrays(call, mesh, axes_given, q=q, w=w, cache=cache, **arrays)
     check_paged(call, q, w, cache, **arrays, method=method)
     stripe = check_stripe(call, method, cache, stripe, context_axis)
     options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
     problem = dispatch.Problem.of_pages(q, cache, block_tables, method, is_split=context_axis is not None)
     name = dispatch.choose_select(call, problem, implementation, tiles, **options)
     T, tiles = q.shape[0], tiles or dispatch.default_tiles()
-    axes = None if mesh is None else meshes.check_paged(call, mesh, context_axis, query_axis, cache)
+    axes = None if mesh is None else meshes.page_and_query_axes(call, mesh, context_axis, query_axis, cache)
     if 0 in (T, *block_tables.shape):
         return nothing((T,), method, return_scores, return_blocks)
 
@@ -99,8 +98,7 @@ def select_paged(
         selection = dispatch.IMPLEMENTATIONS[name].select(paged, method, tiles, **options)
     else:
         operands = q, w, cache, block_tables, ascending(cu_seqlens_q, T), lengths
-        n_devices = 1 if context_axis is None else axes.mesh.shape[context_axis]
-        shard = Shard(context_axis or "", n_devices, stripe, problem.S)
+        shard = None if axes.context is None else Shard(axes.context, axes.n_devices, stripe, problem.S)
         selection, has_pages = on_mesh.select_pages(name, axes, shard, operands, method, tiles, **options)
     check_pages(call, has_pages, cache)
     return selection

@@ -107,15 +107,17 @@ def _mask_of_keys(keys: Any, unseen: np.ndarray) -> Any:
     return np.broadcast_to(unseen[..., None], keys.shape)
 
 
-def batch(select: Callable[..., hj.Selection], method: hj.Method, dtype: str, *, cut: int = 261, S: int = 330) -> Call:
-    """Two sequences, of which the second, and in the first some queries and all keys from `cut` on, are unseen."""
+def batch(
+    select: Callable[..., hj.Selection], method: hj.Method, dtype: str, *, first_unseen: int = 261, S: int = 330
+) -> Call:
+    """Two sequences, of which the second, and in the first some queries and all keys from `first_unseen` on, are unseen."""
     B, T, H, D = 2, 6, 16, 64
     q, k, w = draw.inputs(B, T, S, H, D)
     positions, lengths = np.array([[-1, 40, 100, 200, 260, 128], [329, 0, -1, 64, 250, 300]]), np.array([261, 301])
     visible = np.minimum(positions + 1, lengths[:, None])
     is_nan = np.array([[True, False, False, True, False, False], [True] * T])
     keys = _keys(k, dtype)
-    unseen_keys = np.array([np.arange(S) >= cut, np.full(S, True)])
+    unseen_keys = np.array([np.arange(S) >= first_unseen, np.full(S, True)])
 
     def run(q: Any, keys: Any, w: Any) -> hj.Selection:
         return select(
@@ -129,7 +131,7 @@ def batch(select: Callable[..., hj.Selection], method: hj.Method, dtype: str, *,
         arrays=(q, keys, jnp.asarray(w)),
         unseen=(masks[0], _mask_of_keys(keys, unseen_keys), masks[1]),
         run=run,
-        rows=~is_nan & (visible > 0) & (visible <= cut),
+        rows=~is_nan & (visible > 0) & (visible <= first_unseen),
         nan=np.where(is_nan, visible, 0),
     )
 

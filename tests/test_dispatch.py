@@ -84,6 +84,10 @@ def test_gpu_kernels_decline_more_candidates_than_a_row_has():
         problem = dispatch.Problem(H=64, D=128, S=1 << 17, q_dtype="bfloat16", k_dtype="bfloat16", method=method)
         reasons = dispatch.reasons(hopper, problem)
         assert reasons["mosaic_gpu"] == reasons["triton"] == sentence
+        # Of blocks alone there are no candidates.
+        blocks = hj.BlockSparse(topk=256 * block_topk, block_size=256)
+        reasons = dispatch.reasons(hopper, dataclasses.replace(problem, method=blocks))
+        assert reasons["mosaic_gpu"] is reasons["triton"] is None
 
 
 def test_kernels_decline_what_is_xlas_alone():

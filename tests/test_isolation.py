@@ -39,8 +39,8 @@ def jitted(function):
 @each_but(("dsa", "bfloat16"), ("hisa", "int8"))
 def test_in_a_batch(method, dtype):
     select, method = jitted(hj.select), METHODS[method]
-    for cut in (261, 101):
-        isolation.assert_isolated(isolation.batch(select, method, dtype, cut=cut), method)
+    for first_unseen in (261, 101):
+        isolation.assert_isolated(isolation.batch(select, method, dtype, first_unseen=first_unseen), method)
 
 
 @each_but(("hisa", "float8_e4m3fn"))

@@ -18,45 +18,55 @@ class Axes(NamedTuple):
     data: str | None = None
     queries: str | None = None
 
+    @property
+    def n_devices(self) -> int:
+        """That split keys or pages."""
+        return self.size(self.context)
 
-def check_is_wanted(call: str, mesh: Mesh | None, **axes: str | None) -> None:
-    """Raises where a mesh comes without one of its axes, or an axis without a mesh."""
+    def size(self, axis: str | None) -> int:
+        return 1 if axis is None else self.mesh.shape[axis]
+
+
+def check_arrays(call: str, mesh: Mesh | None, axes: dict[str, str | None], **arrays: Any) -> None:
+    """Raises where a mesh comes without one of its axes or an axis without a mesh, or neither, and arrays are split."""
     given = {name: axis for name, axis in axes.items() if axis is not None}
     if mesh is None and given:
         name, axis = next(iter(given.items()))
         raise ValueError(f"{call}: {name}={axis!r} with mesh=None, wanted the mesh that has this axis")
-    if mesh is not None and not given:
-        names = " or ".join(axes)
-        raise ValueError(f"{call}: mesh= without {names}, wanted one of its axes")
+    if mesh is None:
+        checks.unsplit(call, **arrays)
+    elif not given:
+        raise ValueError(f"{call}: mesh= without {' or '.join(axes)}, wanted one of its axes")
 
 
-def check_batch(
+def batch_axes(
     call: str, mesh: Mesh, context: str | None, data: str | None, what: str, S: int, B: int, unit: int = 1
 ) -> Axes:
     """The axes that split S tokens, called `what`, in whole units, and B sequences; raises unless they do."""
-    if context is None:
-        raise ValueError(f"{call}: context_axis=None with mesh=, wanted one of its axes")
-    check_axis(call, "context_axis", mesh, context, S, what, unit)
+    _check_context_axis(call, mesh, context, S, what, unit)
     if data is not None:
         check_axis(call, "data_axis", mesh, data, B, "B")
     return Axes(mesh, context, data)
 
 
-def check_pages(call: str, mesh: Mesh, context: str | None, cache: IndexCache) -> Axes:
+def page_axes(call: str, mesh: Mesh, context: str | None, cache: IndexCache) -> Axes:
     """The axis that splits a cache's pages; raises unless it does."""
-    if context is None:
-        raise ValueError(f"{call}: context_axis=None with mesh=, wanted one of its axes")
-    check_axis(call, "context_axis", mesh, context, cache.n_pages, "the cache's n_pages")
+    _check_context_axis(call, mesh, context, cache.n_pages, "the cache's n_pages")
     return Axes(mesh, context)
 
 
-def check_paged(call: str, mesh: Mesh, context: str | None, queries: str | None, cache: IndexCache) -> Axes:
+def page_and_query_axes(call: str, mesh: Mesh, context: str | None, queries: str | None, cache: IndexCache) -> Axes:
     """The axes that split a cache's pages and any number of queries, one or both; raises unless they do."""
-    if context is not None:
-        check_pages(call, mesh, context, cache)
+    axes = Axes(mesh) if context is None else page_axes(call, mesh, context, cache)
     if queries is not None:
         check_axis(call, "query_axis", mesh, queries, 0, "")
-    return Axes(mesh, context, queries=queries)
+    return axes._replace(queries=queries)
+
+
+def _check_context_axis(call: str, mesh: Mesh, axis: str | None, size: int, what: str, unit: int = 1) -> None:
+    if axis is None:
+        raise ValueError(f"{call}: context_axis=None with mesh=, wanted one of its axes")
+    check_axis(call, "context_axis", mesh, axis, size, what, unit)
 
 
 def automatic(mesh: Mesh) -> Mesh:
@@ -81,8 +91,8 @@ def _cannot_be_batched(*_: Any) -> Any:
     raise NotImplementedError("jax.vmap of a function over a mesh: give it the batch")
 
 
-def check_axis(call: str, name: str, mesh: Mesh, axis: str, size: int, what: str, unit: int = 1) -> int:
-    """Raises unless the mesh has the axis and it splits `size`, called `what`, in whole units; returns its devices.
+def check_axis(call: str, name: str, mesh: Mesh, axis: str, size: int, what: str, unit: int = 1) -> None:
+    """Raises unless the mesh has the axis and it splits `size`, called `what`, in whole units.
 
     Also where the call is made under another mesh, on which JAX cannot run this one.
     """
@@ -93,7 +103,6 @@ def check_axis(call: str, name: str, mesh: Mesh, axis: str, size: int, what: str
     n_devices: int = mesh.shape[axis]
     if size % (n_devices * unit):
         raise ValueError(f"{call}: {what} = {size}, wanted a multiple of {n_devices * unit} for {name}={axis!r}")
-    return n_devices
 
 
 def _check_context(call: str, mesh: Mesh) -> None:

@@ -25,12 +25,11 @@ def select_batch(
     """`Implementation.select` of a batch on a mesh, by the named implementation."""
     select_shard, S = dispatch.IMPLEMENTATIONS[name].select_shard, call.max_keys
     assert select_shard is not None and axes.context is not None  # else it would have been declined
-    n_devices = axes.mesh.shape[axes.context]
     one_device = functools.partial(
         select_shard,
         method=method,
         tiles=tiles,
-        shard=Shard(axis=axes.context, n_devices=n_devices, stripe=S // n_devices, max_keys=S),
+        shard=Shard(axis=axes.context, n_devices=axes.n_devices, stripe=S // axes.n_devices, max_keys=S),
         return_scores=return_scores,
         return_blocks=return_blocks,
     )

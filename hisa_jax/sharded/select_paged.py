@@ -22,7 +22,7 @@ from hisa_jax.xla.select import Tiles
 def select_pages(
     name: str,
     axes: Axes,
-    shard: Shard,
+    shard: Shard | None,
     operands: tuple[Array, Array, IndexCache, Array, Array, Array],
     method: Method,
     tiles: Tiles,
@@ -33,19 +33,19 @@ def select_pages(
     """`Implementation.select` of requests in pages, on a mesh, by the named implementation.
 
     Args:
-        shard: how `axes.context` splits pages, if it does.
+        shard: how `axes.context` splits pages; None: every device has all.
         operands: q, w, cache, block_tables, cu_seqlens_q and lengths, as `select_paged` has them; offsets ascend.
 
     Returns: the selection, the same on all devices; [R] bool, whether no device lacks a page of a request.
     """
     implementation = dispatch.IMPLEMENTATIONS[name]
     q, w, *rest = operands
-    T, n_shares = q.shape[0], 1 if axes.queries is None else axes.mesh.shape[axes.queries]
+    T, n_shares = q.shape[0], axes.size(axes.queries)
 
     def one_device(
         q: Array, w: Array, cache: IndexCache, table: Array, offsets: Array, lengths: Array
     ) -> tuple[Selection, Array]:
-        if axes.context is None:
+        if shard is None:
             has_pages = has_all_pages(cache, table, lengths)
         else:
             table, has_pages = _own_table(cache, table, lengths, shard)
@@ -55,7 +55,7 @@ def select_pages(
         visible = last_visible(offsets, lengths, q.shape[0])
         call = Call(q=q, w=w, visible=visible, query_offsets=offsets, table=table, cache=cache)
         options = dict(return_scores=return_scores, return_blocks=return_blocks)
-        if axes.context is None:
+        if shard is None:
             selection = implementation.select(call, method, tiles, **options)
         else:
             assert implementation.select_shard is not None  # else it would have been declined

@@ -114,7 +114,7 @@ def over_tiles[Found](
     tile_ends = jnp.cumsum(n_tiles)
 
     def one_tile(i: Array, done: Found) -> Found:
-        r = jnp.minimum(jnp.searchsorted(tile_ends, i, side="right"), last_r).astype(jnp.int32)
+        r = jnp.minimum(jnp.searchsorted(tile_ends, i, side="right", method="compare_all"), last_r).astype(jnp.int32)
         first = query_starts[r] + (i - (tile_ends[r] - n_tiles[r])) * t
         rows = first + jnp.arange(t, dtype=jnp.int32)
         is_real = rows < query_starts[r + 1]
@@ -135,7 +135,7 @@ def pool_all(keys: Keys, key_starts: Array, lengths: Array, block_size: int, til
     ends = jnp.cumsum(n_blocks)
     # Each sequence ends in at most one partial block, so this many rows hold the blocks of all.
     block_ids = jnp.arange(keys.values.shape[0] // block_size + R, dtype=jnp.int32)
-    r = jnp.minimum(jnp.searchsorted(ends, block_ids, side="right"), R - 1)
+    r = jnp.minimum(jnp.searchsorted(ends, block_ids, side="right", method="compare_all"), R - 1)
     starts = (block_ids - (ends - n_blocks)[r]) * block_size
     counts = jnp.clip(lengths[r] - starts, 0, block_size)
     means = stages.pool(keys, key_starts[r] + starts, counts, block_size, max(tiles.keys // block_size, 1))

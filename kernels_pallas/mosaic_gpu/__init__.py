@@ -17,7 +17,7 @@ def why_not(
     D: int,
     dtype: DTypeLike,
     *,
-    topk: int,
+    topk: int | None = None,
     block_size: int = 128,
     block_topk: int = 64,
     n_blocks: int = 0,
@@ -28,9 +28,11 @@ def why_not(
     Args:
         compute_capability: of the device, "9.0" for instance; "" if it is no NVIDIA GPU.
         dtype: of queries and keys.
+        topk: tokens that are selected; None: blocks alone.
         n_blocks: most blocks of a sequence.
         page_size: of keys in pages.
     """
     if compute_capability != "9.0":
         return f"needs compute capability 9.0 (Hopper), this device has {compute_capability or 'none'}"
-    return refine.why_not(H, D, block_size, dtype, page_size) or stages.why_not(topk, n_blocks, block_topk * block_size)
+    shape = refine.why_not(H, D, block_size, dtype, page_size)
+    return shape or stages.why_not(topk, n_blocks, block_topk * block_size)

@@ -38,12 +38,15 @@ def n_sms() -> int:
     return device.core_count if device.platform == "gpu" else _DEFAULT_SMS
 
 
-def why_not(topk: int, n_blocks: int, candidates: int) -> str | None:
-    """None, or why so many tokens cannot be selected, from so many blocks, or among so many candidates."""
-    if topk > topk_stage.MAX_WIDTH // 2:
-        return f"needs topk at most {topk_stage.MAX_WIDTH // 2}, not {topk}"
-    # Few queries, or candidates that outgrow shared memory, are scored apart and then selected by a row a program.
-    return topk_stage.why_not(n_blocks) or narrow_topk_stage.why_not(candidates)
+def why_not(topk: int | None, n_blocks: int, candidates: int) -> str | None:
+    """None, or why so many tokens cannot be selected among so many candidates, or blocks from so many."""
+    if topk is not None:
+        if topk > topk_stage.MAX_WIDTH // 2:
+            return f"needs topk at most {topk_stage.MAX_WIDTH // 2}, not {topk}"
+        # Few queries, or candidates that outgrow shared memory, are scored apart and then selected by a row a program.
+        if reason := narrow_topk_stage.why_not(candidates):
+            return reason
+    return topk_stage.why_not(n_blocks)
 
 
 def pool(k: Array, k_scale: Array | None, counts: Rows, *, block_size: int, interpret: Interpret = False) -> Means:

@@ -17,7 +17,7 @@ def why_not(
     q_dtype: DTypeLike,
     k_dtype: DTypeLike,
     *,
-    topk: int,
+    topk: int | None = None,
     block_size: int | None = None,
     block_topk: int | None = None,
     page_size: int | None = None,
@@ -27,10 +27,11 @@ def why_not(
 
     Args:
         device_kind: as JAX reports it, "TPU v5 lite" for instance.
+        topk: tokens that are selected; None: blocks alone.
         block_size, block_topk: None for the flat indexer.
         page_size: of keys in pages; n_keys: most of a sequence, or of a packed batch.
     """
-    if topk > MAX_K:
+    if topk is not None and topk > MAX_K:
         return f"needs topk at most {MAX_K}, not {topk}"
     if block_topk is not None and block_topk > MAX_K:
         return f"needs block_topk at most {MAX_K}, not {block_topk}"

@@ -24,7 +24,7 @@ def why_not(
     D: int,
     dtype: DTypeLike,
     *,
-    topk: int,
+    topk: int | None = None,
     block_size: int = 128,
     block_topk: int = 64,
     n_blocks: int = 0,
@@ -33,8 +33,11 @@ def why_not(
     """None if a Triton kernel can run this, or the sentence that says why not; arguments as in mosaic_gpu."""
     if reason := capability.why_not(compute_capability, dtype):
         return reason
-    if topk > _MAX_TOPK:
-        return f"needs topk at most {_MAX_TOPK}, not {topk}"
+    if topk is not None:
+        if topk > _MAX_TOPK:
+            return f"needs topk at most {_MAX_TOPK}, not {topk}"
+        if reason := why_not_width(block_topk * block_size):
+            return reason
     if page_size is not None and page_size < 16:  # the fewest rows of a product
         return f"needs pages of 16 tokens or more, not {page_size}"
-    return why_not_width(block_topk * block_size) or why_not_width(n_blocks) or refine.why_not(H, D, block_size, dtype)
+    return why_not_width(n_blocks) or refine.why_not(H, D, block_size, dtype)

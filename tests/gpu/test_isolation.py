@@ -52,8 +52,10 @@ def each(*cases, gate):
 )
 def test_in_a_batch(implementation, method, dtype):  # noqa: F811
     select = functools.partial(hj.select, implementation=implementation)
-    for cut in (261, 101):
-        isolation.assert_isolated(isolation.batch(select, METHODS[method], dtype, cut=cut), METHODS[method])
+    for first_unseen in (261, 101):
+        isolation.assert_isolated(
+            isolation.batch(select, METHODS[method], dtype, first_unseen=first_unseen), METHODS[method]
+        )
 
 
 @each(

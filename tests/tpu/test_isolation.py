@@ -26,8 +26,9 @@ def each(*cases):
 @each(("dsa", "int8"), ("hisa", "bfloat16"), ("block_sparse", "float8_e4m3fn"), ("hisa", "int8"))
 def test_in_a_batch(implementation, method, dtype):  # noqa: F811
     select = functools.partial(hj.select, implementation=implementation)
-    for threshold in (261, 101):
-        isolation.assert_isolated(isolation.batch(select, METHODS[method], dtype, threshold=threshold), METHODS[method])
+    for first_unseen in (261, 101):
+        call = isolation.batch(select, METHODS[method], dtype, first_unseen=first_unseen)
+        isolation.assert_isolated(call, METHODS[method])
 
 
 @each(("dsa", "bfloat16"), ("hisa", "int8"), ("block_sparse", "bfloat16"))
