@@ -110,7 +110,7 @@ def _mask_of_keys(keys: Any, unseen: np.ndarray) -> Any:
 def batch(
     select: Callable[..., hj.Selection], method: hj.Method, dtype: str, *, first_unseen: int = 261, S: int = 330
 ) -> Call:
-    """Two sequences, of which the second, and in the first some queries and all keys from `first_unseen` on, are unseen."""
+    """Two sequences; the second, and of the first some queries and the keys from `first_unseen` on, are unseen."""
     B, T, H, D = 2, 6, 16, 64
     q, k, w = draw.inputs(B, T, S, H, D)
     positions, lengths = np.array([[-1, 40, 100, 200, 260, 128], [329, 0, -1, 64, 250, 300]]), np.array([261, 301])
