@@ -32,6 +32,10 @@ class Pages:
         """The page of each group of rows, one that there is whatever the table says."""
         return jnp.clip(self.table[jnp.minimum(i, self.table.shape[0] - 1)], 0, self.n_pages - 1)
 
+    def rows(self, rows: Array) -> Array:
+        """Where rows of all requests are in k."""
+        return self[rows // self.size] * self.size + rows % self.size
+
     def of_blocks(self, blocks: Array, block_size: int) -> Array:
         """[T, m] blocks of all requests' rows -> [T, m * block_size / size] int32."""
         per_block = block_size // self.size

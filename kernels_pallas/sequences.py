@@ -43,22 +43,32 @@ class Sequences:
             max_keys=-(-self.max_keys // block_size),
         )
 
-    def aligned(self, S: int, align: int) -> "tuple[Rows | None, Sequences]":
+    def aligned(self, S: int, align: int, step: int = 1) -> "tuple[Rows | None, Sequences]":
         """Moves keys so that every sequence begins at a multiple of `align` rows, and S is one.
+
+        Args:
+            step: of each sequence only every so many keys are taken.
 
         Returns: which row of [S, D] belongs in each row, None if all are there already; the sequences as they then are.
         """
-        if isinstance(self.key_starts, np.ndarray) and not np.any(self.key_starts % align) and S % align == 0:
+        is_aligned = isinstance(self.key_starts, np.ndarray) and not np.any(self.key_starts % align)
+        if is_aligned and S % align == 0 and step == 1:
             return None, self
         xp, R = self._np, len(self.key_starts)
-        n_groups = -(-(self.lengths if xp is jnp else np.full((R,), self.max_keys, np.int32)) // align)
+        n_groups = -(-(self.lengths if xp is jnp else np.full((R,), self.max_keys, np.int32)) // (align * step))
         ends = xp.cumsum(n_groups)
         # Each sequence ends in at most one partial group, so this many hold all.
-        group = xp.arange(int(ends[-1]) if xp is np else S // align + R, dtype=np.int32)
+        group = xp.arange(int(ends[-1]) if xp is np else S // (align * step) + R, dtype=np.int32)
         r = xp.minimum(_count_up_to(ends, group), R - 1)
-        first = self.key_starts[r] + (group - (ends - n_groups)[r]) * align
-        rows = xp.clip(first[:, None] + xp.arange(align, dtype=np.int32), 0, S - 1).reshape(-1)
-        return rows, dataclasses.replace(self, key_starts=((ends - n_groups) * align).astype(np.int32))
+        first = self.key_starts[r] + (group - (ends - n_groups)[r]) * (align * step)
+        rows = xp.clip(first[:, None] + step * xp.arange(align, dtype=np.int32), 0, S - 1).reshape(-1)
+        taken = dataclasses.replace(
+            self,
+            key_starts=((ends - n_groups) * align).astype(np.int32),
+            lengths=-(-self.lengths // step),
+            max_keys=-(-self.max_keys // step),
+        )
+        return rows, taken
 
     def key_start_of_queries(self, T: int) -> Array:
         """[T] int32: the first key of each query's sequence."""
@@ -85,6 +95,27 @@ class Sequences:
             most = -(-limit // multiple) * multiple
             first = jnp.arange(T, dtype=jnp.int32)
             return jnp.stack([first, jnp.ones_like(first), self.key_start_of_queries(T), most], axis=1)
+        xp, (r, first, n) = self._np, self._tiles(T, tile_t)
+        rows = first[:, None] + xp.arange(tile_t, dtype=np.int32)
+        most = jnp.max(jnp.where(rows < (first + n)[:, None], limit[xp.clip(rows, 0, T - 1)], 0), axis=1)
+        most = -(-most // multiple) * multiple
+        return jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, n, xp.asarray(self.key_starts)[r], most)], axis=1)
+
+    def rows_of_tiles(self, T: int, tile_t: int) -> tuple[Rows, Rows]:
+        """What the tiles of `query_tiles` hold: [n_tiles * tile_t] int32 queries, T for none, and [T], where each is."""
+        xp, (_, first, n) = self._np, self._tiles(T, tile_t)
+        place = xp.arange(tile_t, dtype=np.int32)
+        queries = xp.where(place < n[:, None], first[:, None] + place, T).reshape(-1).astype(np.int32)
+        places = xp.arange(len(queries), dtype=np.int32)
+        if xp is np:
+            where = np.zeros((T + 1,), np.int32)
+            where[queries] = places
+        else:
+            where = jnp.zeros((T + 1,), jnp.int32).at[queries].set(places)
+        return queries, where[:T]
+
+    def _tiles(self, T: int, tile_t: int) -> tuple[Rows, Rows, Rows]:
+        """Of each tile its sequence, its first query and how many it has: [n_tiles] int32 each."""
         xp, R = self._np, len(self.key_starts)
         n_tiles = -(-xp.diff(self.query_starts) // tile_t)
         ends = xp.cumsum(n_tiles)
@@ -92,11 +123,7 @@ class Sequences:
         tile = xp.arange(int(ends[-1]) if xp is np else T // tile_t + R, dtype=np.int32)
         r = xp.minimum(_count_up_to(ends, tile), R - 1)
         first = self.query_starts[r] + (tile - (ends - n_tiles)[r]) * tile_t
-        n = xp.clip(self.query_starts[r + 1] - first, 0, tile_t)
-        rows = first[:, None] + xp.arange(tile_t, dtype=np.int32)
-        most = jnp.max(jnp.where(rows < (first + n)[:, None], limit[xp.clip(rows, 0, T - 1)], 0), axis=1)
-        most = -(-most // multiple) * multiple
-        return jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, n, xp.asarray(self.key_starts)[r], most)], axis=1)
+        return r, first, xp.clip(self.query_starts[r + 1] - first, 0, tile_t)
 
 
 def _count_up_to(ascending: Rows, x: Rows) -> Rows:

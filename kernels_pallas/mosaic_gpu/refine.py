@@ -193,17 +193,18 @@ def _launch(body: Ref, plan: Plan, out_type: list, operands: Operands, kept: Kep
         grid_names=("cta",),
         num_threads=plan.n_score + 1 + plan.selects,
         thread_name="warpgroup",
-        scratch_types=[_smem(plan)],
+        scratch_types=[smem_of(plan)],
         kernel_name="hisa_refine",
         interpret=plan.interpret,
     )(Inputs(meta_of(kept, plan), listed, q, w, k, k_scale))
 
 
-def _smem(plan: Plan) -> Smem:
+def smem_of(plan: Plan) -> Smem:
     barrier, smem, tile = plgpu.Barrier, plgpu.SMEM, plan.tile_transforms
+    arrivals = 1 if plan.gathers else plan.n_copies * (1 + plan.has_scale)
     buffers = Smem(
         k_free=barrier(num_arrivals=1, num_barriers=plan.ring),
-        k_full=barrier(num_arrivals=plan.n_copies * (1 + plan.has_scale), num_barriers=plan.ring),
+        k_full=barrier(num_arrivals=arrivals, num_barriers=plan.ring),
         k=smem((plan.ring, plan.tile_s, plan.D), plan.dtype, transforms=tile),
         meta=smem((2, plan.m + META), jnp.int32),
         pages=None if plan.page_size is None else smem((2, plan.n_listed), jnp.int32),

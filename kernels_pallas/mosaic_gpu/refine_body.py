@@ -59,6 +59,7 @@ class Plan:
     interpret: object
     page_size: int | None  # None: the blocks of a sequence follow each other
     n_listed: int  # pages a query lists, padded
+    gathers: bool = False  # listed tokens, row by row: refine_tokens_body.py
 
     @property
     def selects(self) -> bool:
@@ -100,6 +101,8 @@ class Inputs(NamedTuple):
     w: Ref  # [T / n_parts, H]
     k: Ref  # [S, D]
     k_scale: Ref | None  # [S]
+    tokens: Ref | None = None  # [T, width] int32, listed in place of blocks, then -1
+    rows: Ref | None = None  # [T, width] int32, where those are in k; None: that many after the sequence's first
 
 
 class Smem(NamedTuple):
@@ -109,11 +112,13 @@ class Smem(NamedTuple):
     k_free: Ref = None  # of the warp-group that scored the tile
     k_full: Ref = None  # of a tile's copies
     k: Ref = None  # [ring, tile_s, D]
+    landed: Ref | None = None  # [ring, BARRIER_WORDS], in place of `k_full` where rows are gathered
     meta: Ref = None  # [2, m + META]
     pages: Ref | None = None  # [2, n_listed]
     q_free: Ref = None  # of those that score, and of the one that selects
     q_full: Ref = None  # of a query's copies: meta, pages, q, w
     q: Ref = None  # [2, H, D]
+    ready: Ref | None = None  # `landed` has been made
     scale: Ref | None = None  # [ring, tile_s]
     sort_keys_free: Ref = None  # of the warp-group that selects
     sort_keys_full: Ref = None  # of those that score
@@ -136,7 +141,7 @@ def refine_body(plan: Plan, gmem: Inputs, o_gmem: Ref, count_gmem: Ref, smem: Sm
     role = lax.axis_index("warpgroup")
     pl.when(role < plan.n_score)(lambda: score(plan, role, None, smem))
     pl.when(role == plan.n_score)(lambda: load_keys(plan, gmem, smem))
-    pl.when(role == plan.n_score + 1)(lambda: select(plan, o_gmem, count_gmem, smem))
+    pl.when(role == plan.n_score + 1)(lambda: select(plan, None, o_gmem, count_gmem, smem))
 
 
 def refine_scores_body(plan: Plan, gmem: Inputs, sort_keys_gmem: Ref, smem: Smem) -> None:
@@ -155,7 +160,7 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
     def one_query(i, _):
         t, slot = cta + i * plan.n_ctas, i % 2
         plgpu.barrier_wait(smem.q_free.at[slot])
-        _copy_query(plan, gmem, smem, t, slot)
+        copy_query(plan, gmem, smem, t, slot)
         # The loader reads what it has just copied: which blocks, and so which keys come next.
         plgpu.barrier_wait(smem.q_full.at[slot])
         meta = lambda column: load_word(smem.meta, slot, column, plan.interpret)  # noqa: E731
@@ -186,7 +191,7 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
         wait_all(smem.q_free, 2)
 
 
-def _copy_query(plan: Plan, gmem: Inputs, smem: Smem, t: Array, slot: Array) -> None:
+def copy_query(plan: Plan, gmem: Inputs, smem: Smem, t: Array, slot: Array) -> None:
     """All that is known of query t, to one barrier: block ids, pages, heads, weights."""
     full = smem.q_full.at[slot]
     plgpu.copy_gmem_to_smem(gmem.meta.at[t], smem.meta.at[slot], full)
@@ -199,8 +204,18 @@ def _copy_query(plan: Plan, gmem: Inputs, smem: Smem, t: Array, slot: Array) -> 
     plgpu.copy_gmem_to_smem(gmem.w.at[whole], smem.w.at[slot, pl.ds(0, plan.H)], full)
 
 
-def score(plan: Plan, group: Array, sort_keys_gmem: Ref | None, smem: Smem) -> None:
-    """Sort keys of this warp-group's tiles, to the selector's row or, without one, to device memory."""
+def score(
+    plan: Plan,
+    group: Array,
+    sort_keys_gmem: Ref | None,
+    smem: Smem,
+    wait: Callable[[Array, Array], None] | None = None,
+) -> None:
+    """Sort keys of this warp-group's tiles, to the selector's row or, without one, to device memory.
+
+    Args:
+        wait: for a slot of the ring to be filled, for the n-th time.
+    """
     plgpu.set_max_registers(plan.score_registers, action="increase")
     cta = lax.axis_index("cta")
     # Nothing is in use yet: every buffer is handed to the loader once.
@@ -210,7 +225,7 @@ def score(plan: Plan, group: Array, sort_keys_gmem: Ref | None, smem: Smem) -> N
         plgpu.barrier_arrive(smem.q_free.at[slot])
     key = keys_of_lanes(plan.tile_s, plan.interpret)
 
-    def one_query(i, _):
+    def one_query(i, laps):
         t, query_slot, sort_key_slot = cta + i * plan.n_ctas, i % 2, i % plan.n_sort_keys
         plgpu.barrier_wait(smem.q_full.at[query_slot])
         n_tiles, visible = smem.meta[query_slot, plan.m], smem.meta[query_slot, plan.m + 1]
@@ -221,7 +236,10 @@ def score(plan: Plan, group: Array, sort_keys_gmem: Ref | None, smem: Smem) -> N
         def one_tile(turn, _):
             j = turn * plan.n_score + group
             slot = j % plan.ring
-            plgpu.barrier_wait(smem.k_full.at[slot])
+            if wait is None:
+                plgpu.barrier_wait(smem.k_full.at[slot])
+            else:
+                wait(slot, laps + j // plan.ring)
             if smem.scale is not None:
                 scale = load_lanes(smem.scale, slot, plan.tile_s, plan.interpret)
             # The tile goes back as soon as the product has read it; the head sum needs registers alone.
@@ -240,14 +258,14 @@ def score(plan: Plan, group: Array, sort_keys_gmem: Ref | None, smem: Smem) -> N
         release(plan, smem.q_free.at[query_slot])
         if plan.selects:
             plgpu.barrier_arrive(smem.sort_keys_full.at[sort_key_slot])
-        return _
+        return laps if wait is None else laps + n_tiles // plan.ring
 
-    lax.fori_loop(0, plan.queries(cta), one_query, None)
+    lax.fori_loop(0, plan.queries(cta), one_query, None if wait is None else jnp.int32(0))
     if plan.selects:
         wait_all(smem.sort_keys_free, plan.n_sort_keys)
 
 
-def select(plan: Plan, o_gmem: Ref, count_gmem: Ref, smem: Smem) -> None:
+def select(plan: Plan, tokens_gmem: Ref | None, o_gmem: Ref, count_gmem: Ref, smem: Smem) -> None:
     """The best of each query's sort keys, while the other warp-groups score the next query."""
     plgpu.set_max_registers(SELECT_REGISTERS, action="decrease")
     cta = lax.axis_index("cta")
@@ -273,13 +291,19 @@ def select(plan: Plan, o_gmem: Ref, count_gmem: Ref, smem: Smem) -> None:
             if plan.interpret:
                 columns = jnp.arange(plan.width, dtype=jnp.int32)
                 sort_keys = jnp.where(columns < n_columns, smem.sort_keys[sort_key_slot], INVISIBLE)
-                block_ids = smem.meta[query_slot][jnp.minimum(columns // plan.block_size, plan.m - 1)]
-                positions = block_ids * plan.block_size + columns % plan.block_size
+                if tokens_gmem is None:
+                    block_ids = smem.meta[query_slot][jnp.minimum(columns // plan.block_size, plan.m - 1)]
+                    positions = block_ids * plan.block_size + columns % plan.block_size
+                else:
+                    positions = tokens_gmem[t]
                 select_row.choose_reference(sort_keys, positions, out)
                 return
             scratch = Row(smem.counts, jnp.int32(0), select_row.SCRATCH_WORDS)
-            ids = Row(smem.meta, query_slot, plan.m + META)
-            positions = select_row.block_positions(plan.block_size, ids)
+            if tokens_gmem is None:
+                ids = Row(smem.meta, query_slot, plan.m + META)
+                positions = select_row.block_positions(plan.block_size, ids)
+            else:
+                positions = select_row.positions_in_memory(Row(tokens_gmem, t, plan.width))
             row = Row(smem.sort_keys, sort_key_slot, plan.width)
             select_row.choose(row, n_columns, scratch, positions, out)
 
@@ -311,7 +335,9 @@ def _copy_of(
 
 
 def _positions(plan: Plan, meta_smem: Ref, slot: Array, j: Array, key: Array) -> Array:
-    """Token positions of the keys of tile j, [tile_s] int32."""
+    """Token positions of the keys of tile j, [tile_s] int32; of listed tokens their places in the list."""
+    if plan.gathers:
+        return key + j * plan.tile_s
     size = min(plan.tile_s, plan.block_size)
 
     def from_key(first: int) -> Array:

@@ -18,7 +18,8 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_keys import PAD
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop import KEYS_PER_WARPGROUP, Shape, Smem
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop import Smem
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_shape import KEYS_PER_WARPGROUP, Shape
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
 from hisa_jax.kernels_pallas.mosaic_gpu.scores_body import Inputs, Outputs, Plan, scores_body
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import RESERVED_BYTES, SMEM_BYTES
@@ -99,8 +100,7 @@ def scores(
     q, w, k, k_scale, pages = operands
     assert columns.tiles is not None
     (T, H, D), (_, n_parts, _), itemsize = q.shape, k.shape, k.dtype.itemsize
-    n_spans, width = config.columns(columns.n)
-    n_items = columns.tiles.shape[0] * n_spans
+    _, width = config.columns(columns.n)
     # Interpreted, gathered keys lie as those that are copied.
     gathers = pages is not None and pages.size == 1 and not interpret
     shape = Shape(
@@ -116,8 +116,28 @@ def scores(
         filters=columns.threshold is not None,
         pitch=n_parts * D * itemsize + PAD if gathers else None,
     )
+    rows_of = lambda width: jax.ShapeDtypeStruct((T, width), jnp.int32)  # noqa: E731
+    out_type = Outputs(rows_of(width), rows_of(width // 32) if shape.filters else None)
+    out = launch(shape, operands, columns, out_type, config, n_ctas, interpret)
+    return out.sort_keys if out.masks is None else (out.sort_keys, out.masks)
+
+
+def launch(
+    shape: Shape,
+    operands: Operands,
+    columns: Columns,
+    out_type: Outputs,
+    config: Config,
+    n_ctas: int,
+    interpret: Interpret,
+) -> Outputs:
+    """The kernel, also for operands whose rows of q are groups of queries (`scan.py`)."""
+    q, w, k, k_scale, pages = operands
+    assert columns.tiles is not None
+    n_spans, _ = config.columns(columns.n)
+    n_items = columns.tiles.shape[0] * n_spans
     plan = Plan(
-        D=D,
+        D=k.shape[-1],
         dtype=k.dtype,
         pages=None if pages is None else (pages.size, pages.n_pages),
         n_spans=n_spans,
@@ -129,20 +149,18 @@ def scores(
         n_keys=config.n_keys,
     )
     table = None if pages is None else pages.table
-    inputs = Inputs(columns.tiles, columns.limit, columns.first, q, w, table, k, k_scale, columns.threshold)
-    rows_of = lambda width: jax.ShapeDtypeStruct((T, width), jnp.int32)  # noqa: E731
-    out: Outputs = plgpu.kernel(
+    limit, threshold = (None, None) if shape.rows else (columns.limit, columns.threshold)
+    return plgpu.kernel(
         functools.partial(scores_body, plan),
-        out_type=[Outputs(rows_of(width), rows_of(width // 32) if shape.filters else None)],
+        out_type=[out_type],
         grid=(plan.n_ctas,),
         grid_names=("cta",),
         num_threads=plan.n_score + 1,
         thread_name="warpgroup",
         scratch_types=[_smem(plan)],
-        kernel_name="hisa_scores",
+        kernel_name="hisa_scores" if shape.rows is None else "hisa_scan",
         interpret=interpret,
-    )(inputs)[0]
-    return out.sort_keys if out.masks is None else (out.sort_keys, out.masks)
+    )(Inputs(columns.tiles, limit, columns.first, q, w, table, k, k_scale, threshold))[0]
 
 
 def _smem(plan: Plan) -> Smem:
@@ -157,5 +175,5 @@ def _smem(plan: Plan) -> Smem:
         q_full=barrier(num_arrivals=2, num_barriers=loop.ring),
         q=plgpu.SMEM((loop.ring, loop.H, plan.D), plan.dtype, transforms=plan.tile_transforms),
         scale=plgpu.SMEM((n_tiles, KEYS_PER_WARPGROUP), jnp.float32) if loop.has_scale else None,
-        w=plgpu.SMEM((loop.ring, max(loop.H, 32)), jnp.float32),  # copies go to multiples of 128 bytes
+        w=plgpu.SMEM((loop.ring, loop.w_words), jnp.float32),
     )

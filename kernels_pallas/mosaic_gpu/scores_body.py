@@ -10,14 +10,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_keys import Source, Target, copy_rows
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop import (
-    KEYS_PER_WARPGROUP,
     Item,
     PerQuery,
-    Shape,
     Smem,
     score_queries,
     score_queries_reference,
 )
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_shape import KEYS_PER_WARPGROUP, Shape
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import (
     LOADER_REGISTERS,
     one_warp,
@@ -67,13 +66,13 @@ class Plan:
 
 
 class Inputs(NamedTuple):
-    """Arrays in device memory, whole."""
+    """Arrays in device memory, whole. T counts what a slot of the ring holds: queries, or groups of them."""
 
     tiles: Ref  # [n_tiles, 4]
-    limit: Ref  # [T]
+    limit: Ref | None  # [T]; None for groups, whose w have it
     first_column: Ref  # [1]
     q: Ref  # [T, H, D]
-    w: Ref  # [T, H]
+    w: Ref  # [T, H], or for groups [T, Shape.w_words]
     table: Ref | None  # [n], for keys in pages
     k: Ref  # [S, parts, D]
     k_scale: Ref | None  # [S]
@@ -83,8 +82,8 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     """Arrays in device memory."""
 
-    sort_keys: Ref  # [T, width] int32
-    masks: Ref | None  # [T, width // 32] int32, with a threshold
+    sort_keys: Ref | None  # [queries, width] int32; None where groups are filtered
+    masks: Ref | None  # [queries, width // 32] int32, with a threshold
 
 
 def scores_body(plan: Plan, gmem: Inputs, out: Outputs, smem: Smem) -> None:
@@ -146,7 +145,7 @@ def load(plan: Plan, items: _Items, gmem: Inputs, smem: Smem) -> None:
             slot, t = (n_before + j) % plan.loop.ring, first + j
             plgpu.barrier_wait(smem.q_free.at[slot])
             plgpu.copy_gmem_to_smem(gmem.q.at[t], smem.q.at[slot], smem.q_full.at[slot])
-            plgpu.copy_gmem_to_smem(gmem.w.at[t], smem.w.at[slot, pl.ds(0, plan.loop.H)], smem.q_full.at[slot])
+            plgpu.copy_gmem_to_smem(gmem.w.at[t], smem.w.at[slot, pl.ds(0, gmem.w.shape[1])], smem.q_full.at[slot])
             return _
 
         lax.fori_loop(0, n, one_query, None)

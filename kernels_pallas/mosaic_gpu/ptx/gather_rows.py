@@ -24,7 +24,7 @@ from hisa_jax.kernels_pallas.types import Ref
 
 ROWS_PER_WARP = 32  # one a lane
 BARRIER_WORDS = 2
-_CHUNK = 8  # values of 16 bits in 16 bytes
+_CHUNK = 16  # bytes a lane copies at a time
 
 
 def load_word(ref: Ref, i: Array) -> Array:
@@ -71,10 +71,11 @@ def gather_rows(source: Ref, row: Array, target: TileRows, columns: Sequence[tup
     Each of the 32 lanes arrives at the barrier `landed` when its copies have landed.
 
     Args:
-        columns: pieces as (first column, how many), each 64, 128 or 256 wide.
+        columns: pieces as (first column, how many), each 128, 256 or 512 bytes wide.
     """
     E, dtype, rows = source.shape[1], source.dtype, target.tiles.shape[1]
-    ptx = _gather_ptx(E, tuple((start // _CHUNK, n // _CHUNK) for start, n in columns))
+    each = _CHUNK // dtype.itemsize
+    ptx = _gather_ptx(E * dtype.itemsize, tuple((start // each, n // each) for start, n in columns))
 
     @plgpu.inline_mgpu(arg_types=(REF, plgpu.RefType(tiled(E, dtype)), REF, SPLAT, SPLAT, SPLAT, SPLAT))
     def gather(_ctx, source, tiles, barriers, row, slot, first, barrier):
@@ -91,6 +92,22 @@ def gather_rows(source: Ref, row: Array, target: TileRows, columns: Sequence[tup
         )
 
     gather(source, target.tiles, landed.ref, row, target.slot, target.first, landed.row)
+
+
+def gather_scales(scales: Ref, row: Array, target: Row, first: Array) -> None:
+    """Starts copying scales[row] of each lane to target[first + lane], 0 for row -1.
+
+    They land before the barrier of the `gather_rows` that comes next.
+    """
+    ptx = """{ .reg .pred p; .reg .b32 at; .reg .b64 a; mov.u32 at, %laneid; shl.b32 at, at, 2; add.u32 at, at, $1;
+setp.lt.s32 p, $2, 0; mad.wide.s32 a, $2, 4, $0; cp.async.ca.shared.global [at], [a], 4, p; }"""
+
+    @plgpu.inline_mgpu(arg_types=(REF, SPLAT, REF, SPLAT, SPLAT))
+    def gather(_ctx, scales, row, slots, slot, first):
+        there = address_of(slots, slot.registers.item(), target.width, first.registers.item())
+        utils.inline_ptx(ptx, utils.memref_ptr(scales), there, row.registers.item(), has_side_effects=True)
+
+    gather(scales, row, target.ref, target.row, first)
 
 
 def store_bias(bias: Row, first: Array, row: Array, landed: Row) -> None:
@@ -134,9 +151,9 @@ fence.proxy.async.shared::cta; }"""
 
 
 @functools.cache
-def _gather_ptx(E: int, pieces: tuple[tuple[int, int], ...]) -> str:
-    """$0: source, $1: 32 rows of E values in shared memory, $2: the lane's row number, $3: barrier."""
-    tile_row = E // 64 * 1024  # bytes of 8 rows
+def _gather_ptx(row_bytes: int, pieces: tuple[tuple[int, int], ...]) -> str:
+    """$0: source, $1: 32 rows in shared memory, $2: the lane's row number, $3: barrier; pieces in chunks."""
+    tile_row = 8 * row_bytes  # bytes of 8 rows
     lines = [".reg .pred p; .reg .b32 lane, c, base, row, from, r, x<8>; .reg .b64 a, source; mov.u32 lane, %laneid;"]
     for first, width in pieces:  # in chunks; an instruction copies `width` of each of `rows` rows
         rows = 32 // width
@@ -152,7 +169,7 @@ add.u32 x{i}, x{i}, r; add.u32 x{i}, x{i}, base;"""
         # The row's number comes from its lane; the predicate fills 16 bytes with zeros instead of copying.
         lines += [
             f"""add.u32 r, from, {i * rows}; shfl.sync.idx.b32 row, $2, r, 31, -1; setp.lt.s32 p, row, 0;
-mad.wide.s32 a, row, {2 * E}, source;
+mad.wide.s32 a, row, {row_bytes}, source;
 cp.async.cg.shared.global [x{i % (8 // rows)}+{i * rows // 8 * tile_row}], [a], 16, p;"""
             for i in range(ROWS_PER_WARP // rows)
         ]

@@ -33,15 +33,20 @@ def multiply_and_sum(k_parts: list, q_heads: Ref, w: Array, release: Callable[[]
 
     `release` is called when the tensor core has read its operands.
     """
+    products = multiply(k_parts, q_heads)
+    release()
+    return head_sum(products, w, interpret)
 
-    def multiply(acc: Ref) -> Array:
+
+def multiply(k_parts: list, q_heads: Ref) -> Array:
+    """sum_p k_parts[p] . q_heads: refs [n_keys, D], a ref [H, D] -> [n_keys, H] float32."""
+
+    def into(acc: Ref) -> Array:
         for k_part in k_parts:
             plgpu.wgmma(acc, k_part, q_heads.T)
         return acc[...]
 
-    products = pl.run_scoped(multiply, plgpu.ACC((k_parts[0].shape[0], q_heads.shape[0]), jnp.float32))
-    release()
-    return head_sum(products, w, interpret)
+    return pl.run_scoped(into, plgpu.ACC((k_parts[0].shape[0], q_heads.shape[0]), jnp.float32))
 
 
 def head_sum(products: Array, w: Array, interpret: Interpret) -> Array:

@@ -13,7 +13,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -22,15 +22,19 @@ from jaxlib.mlir.dialects import arith
 
 from hisa_jax.kernels_pallas.mosaic_gpu.barriers import barrier_address
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SPLAT, address_of, i32, numbered
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import multiply_and_sum
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop_text import KEYS_PER_WARPGROUP, OPERANDS, Shape, loop_ptx
-from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import multiply, multiply_and_sum
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_groups_text import by_query_of
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop_text import OPERANDS, loop_ptx
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_shape import KEYS_PER_WARPGROUP, Shape
+from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, score_of, sort_key_of
 from hisa_jax.kernels_pallas.types import Interpret, Ref
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Item:
     """What a warp-group scores: a tile of keys for a run of queries. Int32 scalars, of JAX or of the lowered kernel.
+
+    Where a slot of the ring holds a group of queries, groups are counted.
 
     Attributes:
         key_slot: which barrier of `k_free` the tile goes back by; `tile`: which of the tiles in shared memory.
@@ -61,44 +65,52 @@ class Smem(NamedTuple):
     q_full: Ref  # barriers [ring], of a query's two copies
     q: Ref  # [ring, H, D]
     scale: Ref | None  # [n_keys * n_score, 128] float32
-    w: Ref  # [ring, H, at least 32] float32
+    w: Ref  # [ring, Shape.w_words] float32
 
 
 class PerQuery(NamedTuple):
     """Device memory with a row a query.
 
     Attributes:
-        limit: [T] int32; `threshold`: [T] int32, or None if the loop does not filter.
-        sort_keys: [T, width] int32, to be written; `masks`: [T, width // 32] int32, if the loop filters.
+        limit: [T] int32; `threshold`: [T] int32, or None if the loop does not filter. Of groups they are in the slots.
+        sort_keys: [T, width] int32, to be written, unless groups are filtered.
+        masks: [T, width // 32] int32, if the loop filters.
     """
 
-    limit: Ref
+    limit: Ref | None
     threshold: Ref | None
-    sort_keys: Ref
+    sort_keys: Ref | None
     masks: Ref | None
 
 
 def score_queries(shape: Shape, item: Item, smem: Smem, per_query: PerQuery, transforms: tuple) -> None:
     """Sort keys of the item's tile for its queries; the tile and the ring's slots are handed back."""
-    refs = [smem.k, smem.q, smem.w, per_query.limit, per_query.sort_keys]
-    types = [REF if shape.pitch else plgpu.RefType(transforms), plgpu.RefType(transforms), *[REF] * 3]
-    if shape.has_scale:
-        refs.append(smem.scale)
-        types += [REF]
-    if shape.filters:
-        refs += [per_query.threshold, per_query.masks]
-        types += [REF] * 2
+    tile_types = REF if shape.pitch else plgpu.RefType(transforms), plgpu.RefType(transforms)
+    words = {"SCALES": smem.scale, "LIMITS": per_query.limit, "THRESHOLDS": per_query.threshold}
+    words |= {"O": per_query.sort_keys, "MASKS": per_query.masks}
+    names = [name for name, ref in words.items() if ref is not None]
+    refs = [smem.k, smem.q, smem.w, *(words[name] for name in names)]
     barriers = [barrier_address(x) for x in (smem.k_free, smem.q_full, smem.q_free)]
     scalars = [*barriers, *vars(item).values()]
 
-    @plgpu.inline_mgpu(arg_types=(*types, *(SPLAT for _ in scalars)))
-    def run(_ctx, keys, q, w, limits, o, *rest):
+    @plgpu.inline_mgpu(arg_types=(*tile_types, REF, *(REF for _ in names), *(SPLAT for _ in scalars)))
+    def run(_ctx, keys, q, w, *rest):
         k_free, q_full, q_free, *fields = (x.registers.item() for x in rest[-len(scalars) :])
         at = Item(**dict(zip(Item.__dataclass_fields__, fields, strict=True)))
+        first = arith.muli(at.first, utils.c(shape.group, i32()))
+        word = arith.shrui(at.column, utils.c(5, i32()))
+        address = {
+            "SCALES": lambda ref: address_of(ref, at.tile, KEYS_PER_WARPGROUP),
+            "LIMITS": lambda ref: address_of(ref, first, 1),
+            "THRESHOLDS": lambda ref: address_of(ref, first, 1),
+            "O": lambda ref: address_of(ref, first, shape.out_columns, at.column),
+            "MASKS": lambda ref: address_of(ref, first, shape.out_columns // 32, word),
+        }
+        given = {name: address[name](ref) for name, ref in zip(names, rest, strict=False)}
         operands = {
             "KEYS": _bytes_on(utils.memref_ptr(keys), arith.muli(at.tile, utils.c(shape.tile_bytes, i32()))),
             "K_FREE": arith.addi(k_free, arith.muli(at.key_slot, utils.c(8, i32()))),
-            "SCALES": address_of(rest[0], at.tile, KEYS_PER_WARPGROUP) if shape.has_scale else k_free,
+            "SCALES": k_free,
             "Q": utils.memref_ptr(q),
             "W": utils.memref_ptr(w),
             "FULL": q_full,
@@ -106,17 +118,10 @@ def score_queries(shape: Shape, item: Item, smem: Smem, per_query: PerQuery, tra
             "COUNT": at.n,
             "BEFORE": at.n_before,
             "CANDIDATE": at.candidate,
-            "LIMITS": address_of(limits, at.first, 1),
-            "O": address_of(o, at.first, shape.out_columns, at.column),
-            # Operands that a loop without filter does not read may be any address.
-            "THRESHOLDS": address_of(limits, at.first, 1),
-            "MASKS": address_of(limits, at.first, 1),
+            # What this loop does not read may be any address.
+            **dict.fromkeys(("LIMITS", "THRESHOLDS", "O", "MASKS"), next(x for n, x in given.items() if n != "SCALES")),
+            **given,
         }
-        if shape.filters:
-            thresholds, masks = rest[-len(scalars) - 2 : -len(scalars)]
-            operands["THRESHOLDS"] = address_of(thresholds, at.first, 1)
-            word = arith.shrui(at.column, utils.c(5, i32()))
-            operands["MASKS"] = address_of(masks, at.first, shape.out_columns // 32, word)
         values = (operands[name] for name in OPERANDS)
         utils.inline_ptx(numbered(loop_ptx(shape), OPERANDS), *values, has_side_effects=True, convergent=True)
 
@@ -127,33 +132,62 @@ def score_queries_reference(shape: Shape, item: Item, smem: Smem, per_query: Per
     """`score_queries` in Pallas, for interpret mode, which cannot run PTX."""
     candidate = item.candidate + jnp.arange(KEYS_PER_WARPGROUP, dtype=jnp.int32)
 
-    def one_query(j, _):
-        slot, t = (item.n_before + j) % shape.ring, item.first + j
-        limit = per_query.limit[t]
+    def one_slot(j, _):
+        slot = (item.n_before + j) % shape.ring
         plgpu.barrier_wait(smem.q_full.at[slot])
-        w = smem.w[slot, pl.ds(0, shape.H)]
+        w = smem.w[slot]
         parts = [smem.k.at[item.tile, part] for part in range(shape.n_parts)]
 
         def free() -> None:
             plgpu.commit_smem()  # the race detector wants a fence before the copy that overwrites what was read
             plgpu.barrier_arrive(smem.q_free.at[slot])
 
-        x = multiply_and_sum(parts, smem.q.at[slot], w, free, interpret)
-        sort_key = sort_key_of(x if smem.scale is None else x * smem.scale[item.tile])
-        if shape.keep_first or shape.keep_last:
-            sort_key = jnp.where(candidate < shape.keep_first, FORCED, sort_key)
-            sort_key = jnp.where(candidate >= limit - shape.keep_last, FORCED, sort_key)
-        sort_key = jnp.where(candidate < limit, sort_key, INVISIBLE)
-        per_query.sort_keys[t, pl.ds(item.column, KEYS_PER_WARPGROUP)] = sort_key
-        if per_query.threshold is not None and per_query.masks is not None:
-            passes = (sort_key > per_query.threshold[t]).astype(jnp.int32).reshape(-1, 32)
-            words = jnp.sum(passes << jnp.arange(32, dtype=jnp.int32), axis=1)
-            per_query.masks[t, pl.ds(item.column // 32, KEYS_PER_WARPGROUP // 32)] = words
+        if shape.rows is None:
+            x = multiply_and_sum(parts, smem.q.at[slot], w[: shape.H], free, interpret)[None]
+        else:
+            x = _sums_of_group(shape, multiply(parts, smem.q.at[slot]), w[: shape.H])
+            free()
+        x = x if smem.scale is None else x * smem.scale[item.tile]
+        for i in range(shape.group):
+            _store_reference(shape, item, per_query, (item.first + j) * shape.group + i, i, x[i], candidate, w)
         return _
 
-    lax.fori_loop(0, item.n, one_query, None)
+    lax.fori_loop(0, item.n, one_slot, None)
     plgpu.commit_smem()
     plgpu.barrier_arrive(smem.k_free.at[item.key_slot])
+
+
+def _sums_of_group(shape: Shape, products: Array, w: Array) -> Array:
+    """[128, H], [H] -> [group, 128], the sums of each query's rows."""
+    by_query = by_query_of(shape, products), by_query_of(shape, w[None])
+    row = jnp.arange(shape.rows, dtype=jnp.int32)
+    terms = jnp.where(row < shape.n_linear, by_query[0], jnp.maximum(by_query[0], 0)) * by_query[1]
+    return jnp.sum(jnp.where(row < shape.n_rows, terms, 0), axis=2).T
+
+
+def _store_reference(
+    shape: Shape, item: Item, per_query: PerQuery, t: Array, i: int, x: Array, candidate: Array, w: Array
+) -> None:
+    """Sort keys [128] of query t, or which of them pass; it is query i of its slot, whose weights are `w`."""
+    sort_key = sort_key_of(x)
+    if shape.rows is None:
+        limit = per_query.limit[t]
+    else:
+        limit = lax.bitcast_convert_type(w[3 * shape.H // 2 + i], jnp.int32)
+    if shape.keep_first or shape.keep_last:
+        sort_key = jnp.where(candidate < shape.keep_first, FORCED, sort_key)
+        sort_key = jnp.where(candidate >= limit - shape.keep_last, FORCED, sort_key)
+    sort_key = jnp.where(candidate < limit, sort_key, INVISIBLE)
+    if per_query.sort_keys is not None:
+        per_query.sort_keys[t, pl.ds(item.column, KEYS_PER_WARPGROUP)] = sort_key
+    if per_query.masks is not None:
+        if shape.rows is None:
+            passes = sort_key > per_query.threshold[t]
+        else:
+            # As scores: no threshold above infinity has a sort key.
+            passes = (score_of(sort_key) >= w[shape.H + i]) & (sort_key > INVISIBLE) | (sort_key == FORCED)
+        bits = passes.astype(jnp.int32).reshape(-1, 32) << jnp.arange(32, dtype=jnp.int32)
+        per_query.masks[t, pl.ds(item.column // 32, KEYS_PER_WARPGROUP // 32)] = jnp.sum(bits, axis=1)
 
 
 def _bytes_on(pointer: ir.Value, n: ir.Value) -> ir.Value:

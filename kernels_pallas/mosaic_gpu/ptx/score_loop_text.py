@@ -2,58 +2,12 @@
 
 Text of one query, in order: wait for its slot; load its weights; products of half 0 and of half 1, in flight together;
 relu, weigh and sum half 0 meanwhile; hand the slot back; sum half 1; shuffle, scale, compare, store. With 128 heads
-there are four products, two at a time.
+there are four products, two at a time. Where a slot holds several queries, score_groups_text.py sums and stores.
 """
 
-import dataclasses
-
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import score_groups_text as groups
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_shape import KEYS_PER_WARPGROUP, Shape
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
-
-KEYS_PER_WARPGROUP = 128
-_N_HEADS = 64  # heads a product, at most
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What the loop's text depends on."""
-
-    H: int
-    row_bytes: int  # of a key or a head: 64, 128 or 256
-    n_parts: int
-    is_e4m3: bool
-    ring: int
-    has_scale: bool
-    keep_first: int
-    keep_last: int
-    out_columns: int
-    filters: bool  # by THRESHOLDS: only sort keys above are stored, and MASKS tell which
-    pitch: int | None = None  # bytes from a key, its parts in one piece, to the next; None: swizzled, part by part
-
-    @property
-    def n(self) -> int:
-        """Columns of a product."""
-        return min(self.H, _N_HEADS)
-
-    @property
-    def steps(self) -> int:
-        """Products of 32 bytes a part."""
-        return self.row_bytes // 32
-
-    @property
-    def line(self) -> int:
-        """Bytes of a row side by side in shared memory; eight rows of them are a swizzled tile."""
-        return min(self.row_bytes, 128)
-
-    @property
-    def tile_bytes(self) -> int:
-        """Shared memory of a tile of keys."""
-        return KEYS_PER_WARPGROUP * (self.pitch or self.n_parts * self.row_bytes)
-
-    @property
-    def units(self) -> list[tuple[int, int]]:
-        """(half of the keys, run of heads) in the order in which products are made: accumulators alternate."""
-        return [(half, heads) for heads in range(self.H // self.n) for half in range(2)]
-
 
 # What the loop's $NAMEs stand for: shared-memory addresses, then counts, then addresses in device memory.
 OPERANDS = (
@@ -61,6 +15,9 @@ OPERANDS = (
     *("COUNT", "BEFORE", "CANDIDATE"),
     *("LIMITS", "O", "THRESHOLDS", "MASKS"),
 )
+_DECLARATIONS = """.reg .pred upper1, upper2; .reg .b64 limits, o, thresholds, masks;
+.reg .f32 s0_0, s0_1, s1_0, s1_1, t0, t1, t2, t3, x, scale;
+.reg .b32 limit, limit_next, threshold, threshold_next, sort_key;"""
 _RELEASE = "mbarrier.arrive.release.cta.shared::cta.b64 _, [free], 1;"  # 128 a warp-group, as Pallas counts arrivals
 
 
@@ -75,14 +32,14 @@ def loop_ptx(shape: Shape) -> str:
     a = [[f"a{half}_{i}" for i in range(4 * shape.steps * shape.n_parts)] for half in range(2)]
     acc = [[f"d{half}_{i}" for i in range(shape.n // 2)] for half in range(2)]
     weights = [f"w{i}" for i in range(shape.n // 4)]
+    is_grouped = shape.rows is not None
     lines = [
-        f"""{{.reg .pred p, more, upper1, upper2, leads; .reg .b64 desc, limits, o, thresholds, masks;
-.reg .b32 {", ".join(a[0] + a[1])};
-.reg .f32 {", ".join(acc[0] + acc[1] + weights)}, s0_0, s0_1, s1_0, s1_1, t0, t1, t2, t3, x, scale;
-.reg .b32 lane, t, u, at, swizzled, j, slot, parity, q_lo, w_at, full, free, limit, limit_next;
-.reg .b32 threshold, threshold_next, sort_key, candidate;""",
+        f"""{{.reg .pred p, more, leads; .reg .b64 desc, out; .reg .b32 {", ".join(a[0] + a[1])};
+.reg .f32 {", ".join(acc[0] + acc[1] + weights)};
+.reg .b32 lane, t, u, at, swizzled, j, slot, parity, q_lo, w_slot, w_at, full, free, candidate, column;
+{groups.declarations(shape) if is_grouped else _DECLARATIONS}""",
         _load_keys(shape, a),
-        _start(shape),
+        groups.start(shape) if is_grouped else _start(shape),
         _hand_back(shape, a),
         f"again: {_next_query(shape)}",
         _weights(shape, 0),
@@ -94,12 +51,13 @@ def loop_ptx(shape: Shape) -> str:
         is_final = i + 1 == len(shape.units)
         lines.append(f"wgmma.wait_group.sync.aligned {0 if is_final else 1};")
         if is_final:
-            # The tensor core has read all heads, and the weights are in registers: the slot may be filled again.
-            lines.append(_RELEASE)
-        lines.append(_sum(acc[half], half, heads == 0))
+            # The tensor core has read all heads, and the rest is in registers: the slot may be filled again.
+            lines += [groups.load_queries(shape), _RELEASE] if is_grouped else [_RELEASE]
+        lines.append(groups.sum_half(shape, acc[half], half) if is_grouped else _sum(acc[half], half, heads == 0))
         if i + 2 < len(shape.units):
             lines.append(_product(shape, a, acc, shape.units[i + 2]))
-    lines += ["add.s32 j, j, 1; setp.lt.s32 more, j, $COUNT;", _store(shape), "@more bra again;}"]
+    lines.append("add.s32 j, j, 1; setp.lt.s32 more, j, $COUNT;")
+    lines += [groups.store(shape) if is_grouped else _store(shape), "@more bra again;}"]
     return "\n".join(lines)
 
 
@@ -160,7 +118,9 @@ def _hand_back(shape: Shape, a: list[list[str]]) -> str:
     then read the next tile. So the barrier's address takes all that was loaded, times a zero ptxas does not know.
     """
     loaded = [*a[0], *a[1]]
-    lines = ["mov.b32 t, scale;" if shape.has_scale else f"mov.b32 t, {loaded.pop()};"]
+    if shape.has_scale:
+        loaded += ["scale"] if shape.rows is None else groups.scales(shape)
+    lines = [f"mov.b32 t, {loaded.pop()};"]
     lines += [f"xor.b32 t, t, {register};" for register in loaded]
     lines.append("shr.u32 u, $COUNT, 31; and.b32 t, t, u; add.u32 t, t, $K_FREE;")
     lines.append("mbarrier.arrive.release.cta.shared::cta.b64 _, [t], 1;")
@@ -171,12 +131,13 @@ def _next_query(shape: Shape) -> str:
     """Slot, phase and descriptor of query j; then waits for it."""
     # The ring is a power of two: slot and parity of a phase are bits of how many queries this warp-group has met.
     laps = shape.ring.bit_length() - 1
+    query = f"mov.b32 limit, limit_next; {'mov.b32 threshold, threshold_next;' if shape.filters else ''}"
     return f"""add.u32 t, j, $BEFORE; and.b32 slot, t, {shape.ring - 1}; shr.u32 parity, t, {laps};
 and.b32 parity, parity, 1; mad.lo.u32 q_lo, slot, {shape.H * shape.row_bytes}, $Q; shr.u32 q_lo, q_lo, 4;
 and.b32 q_lo, q_lo, 0x3fff; shl.b32 t, slot, 3; add.u32 full, t, $FULL; add.u32 free, t, $FREE;
 wait: mbarrier.try_wait.parity.shared::cta.b64 p, [full], parity, 10000000; @p bra ready; bra wait;
-ready: mov.b32 limit, limit_next; {"mov.b32 threshold, threshold_next;" if shape.filters else ""}
-mad.lo.u32 w_at, slot, {4 * max(shape.H, 32)}, $W; and.b32 t, lane, 3; shl.b32 t, t, 3; add.u32 w_at, w_at, t;"""
+ready: {query if shape.rows is None else ""}
+mad.lo.u32 w_slot, slot, {4 * shape.w_words}, $W; and.b32 t, lane, 3; shl.b32 t, t, 3; add.u32 w_at, w_slot, t;"""
 
 
 def _weights(shape: Shape, heads: int) -> str:

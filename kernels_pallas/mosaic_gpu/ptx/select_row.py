@@ -51,8 +51,8 @@ class Positions(NamedTuple):
     """What columns stand for.
 
     Attributes:
-        ptx: u -> PTX that turns column `column` + 32 * u, for u = 0, 1, 2, 3 in turn, into `id`.
-        ids: the row of shared memory that it looks up, as $IDS.
+        ptx: u -> PTX that turns column `column` + 32 * u, for u = 0, 1, 2, 3 in turn, into `id`, where p is set.
+        ids: the row that it looks up, as $IDS.
     """
 
     ptx: Callable[[int], str]
@@ -82,6 +82,12 @@ def listed_positions(ids: Row) -> Positions:
     """What is listed for each column."""
     find = "shl.b32 first, column, 2; add.u32 first, first, $IDS;"
     return Positions(lambda u: f"{'' if u else find} ld.shared.u32 id, [first+{128 * u}];", ids)
+
+
+def positions_in_memory(ids: Row) -> Positions:
+    """What is listed for each column in device memory; of the chosen alone it is read."""
+    find = "mul.wide.u32 word, column, 4; add.s64 word, word, $IDS;"
+    return Positions(lambda u: f"{find} @p ld.global.nc.b32 id, [word+{128 * u}];", ids)
 
 
 def choose(sort_keys: Row, n_columns: Array, scratch: Row, positions: Positions, out: Output) -> None:

@@ -1,0 +1,128 @@
+"""Device code of `refine_tokens`: the loader that gathers; all other roles are those of refine_body.py."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_rows as gather
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS, ROWS_PER_WARP, TileRows
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import load_word
+from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import Inputs, Plan, Smem, copy_query, score, select
+from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import LOADER_REGISTERS, wait_all
+from hisa_jax.kernels_pallas.types import Ref
+
+
+def refine_tokens_body(plan: Plan, gmem: Inputs, o_gmem: Ref, count_gmem: Ref, smem: Smem) -> None:
+    #               2 queries   ring of tiles                              1 or 2 rows
+    #   loader  ->   q_full      landed  ->  n_score warp-groups  ->  sort_keys_full  ->  selector  ->  o, count
+    #   (4 warps)    q_free  <-  k_free  <-  in turns, a tile each <-  sort_keys_free  <-
+    #
+    # As `refine_body`, but keys come row by row: each warp of the loader copies a quarter of a tile, and the copies
+    # themselves arrive at the barrier `landed` of its slot. A query's list stays in device memory, where the loader
+    # reads it a tile ahead and the selector looks up what it has chosen.
+    #
+    # In interpret mode, which cannot run PTX, `load_interpreted` loads and `k_full` stands for `landed`.
+    role = lax.axis_index("warpgroup")
+
+    def wait(slot: Array, lap: Array) -> None:
+        if plan.interpret:
+            plgpu.barrier_wait(smem.k_full.at[slot])
+        else:
+            gather.wait_landed(Row(smem.landed, slot, BARRIER_WORDS), lap)
+
+    def score_tiles() -> None:
+        if smem.ready is not None:
+
+            @pl.when(role == 0)
+            def _make_barriers():
+                gather.init_landed(smem.landed, (4 * ROWS_PER_WARP,) * plan.ring)
+                plgpu.barrier_arrive(smem.ready)
+
+        score(plan, role, None, smem, wait)
+
+    load = load_interpreted if plan.interpret else load_tokens
+    pl.when(role < plan.n_score)(score_tiles)
+    pl.when(role == plan.n_score)(lambda: load(plan, gmem, smem))
+    pl.when(role == plan.n_score + 1)(lambda: select(plan, gmem.tokens, o_gmem, count_gmem, smem))
+
+
+def load_tokens(plan: Plan, gmem: Inputs, smem: Smem) -> None:
+    """Each warp brings a quarter of the rows of each tile; the first one brings the queries, too."""
+    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+    cta = lax.axis_index("cta")
+    listed = gmem.tokens if gmem.rows is None else gmem.rows
+
+    def one_warp(warp: Array) -> None:
+        first = warp * ROWS_PER_WARP
+        plgpu.barrier_wait(smem.ready)
+
+        def one_query(i, _):
+            t, query_slot = cta + i * plan.n_ctas, i % 2
+
+            @pl.when(warp == 0)
+            def _query():
+                plgpu.barrier_wait(smem.q_free.at[query_slot])
+                copy_query(plan, gmem, smem, t, query_slot)
+
+            plgpu.barrier_wait(smem.q_full.at[query_slot])
+            n_tiles, first_row = (load_word(smem.meta, query_slot, plan.m + field, False) for field in (0, 2))
+            fetch = lambda j: gather.load_lane_word(listed, t, j * plan.tile_s + first)  # noqa: E731
+
+            def one_tile(j, word):
+                slot = j % plan.ring
+                row = word if gmem.rows is not None else jnp.where(word >= 0, first_row + word, -1)
+                plgpu.barrier_wait(smem.k_free.at[slot])
+                if gmem.k_scale is not None:
+                    gather.gather_scales(gmem.k_scale, row, Row(smem.scale, slot, plan.tile_s), first)
+                landed = Row(smem.landed, slot, BARRIER_WORDS)
+                gather.gather_rows(gmem.k, row, TileRows(smem.k, slot, first), ((0, plan.D),), landed)
+                # The next tile's list, so that it is there when its slot is.
+                return fetch(j + 1)
+
+            lax.fori_loop(0, n_tiles, one_tile, fetch(jnp.int32(0)))
+            return _
+
+        lax.fori_loop(0, plan.queries(cta), one_query, None)
+
+        @pl.when(warp == 0)
+        def _end():
+            wait_all(smem.q_free, 2)
+
+        wait_all(smem.k_free, plan.ring)
+
+    plgpu.warp_map(one_warp)
+
+
+def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
+    """`load_tokens` in jnp, for interpret mode, which cannot run PTX."""
+    cta = lax.axis_index("cta")
+
+    def one_query(i, _):
+        t, query_slot = cta + i * plan.n_ctas, i % 2
+        plgpu.barrier_wait(smem.q_free.at[query_slot])
+        copy_query(plan, gmem, smem, t, query_slot)
+        plgpu.barrier_wait(smem.q_full.at[query_slot])
+        n_tiles, first_row = smem.meta[query_slot, plan.m], smem.meta[query_slot, plan.m + 2]
+        tokens, keys = (gmem.tokens if gmem.rows is None else gmem.rows)[t], gmem.k[...]
+
+        def one_tile(j, _):
+            slot = j % plan.ring
+            word = lax.dynamic_slice(tokens, (j * plan.tile_s,), (plan.tile_s,))
+            row = jnp.where(word >= 0, word + (first_row if gmem.rows is None else 0), 0)
+            plgpu.barrier_wait(smem.k_free.at[slot])
+            smem.k[slot] = jnp.where((word >= 0)[:, None], keys[row], 0).astype(plan.dtype)
+            if gmem.k_scale is not None:
+                smem.scale[slot] = jnp.where(word >= 0, gmem.k_scale[...][row], 0)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(smem.k_full.at[slot])
+            return _
+
+        lax.fori_loop(0, n_tiles, one_tile, None)
+        plgpu.commit_smem()  # `meta` was read, and a later copy overwrites it
+        return _
+
+    lax.fori_loop(0, plan.queries(cta), one_query, None)
+    wait_all(smem.k_free, plan.ring)
+    wait_all(smem.q_free, 2)
