@@ -64,7 +64,7 @@ def scan_masks_body(refs: Inputs, o_ref: Ref, *, plan: Plan, keep_first: int, ke
         passes = passes | (tokens < keep_first) | (tokens >= (limit - keep_last)[None, :])
         taken = jnp.where(passes & (tokens < limit[None, :]), bits, 0)
         # Rows are halves of a tile, warps, a warp's rows: a word is the two halves of a warp.
-        taken = jnp.sum(taken.reshape(2, n_words, WORD // 2, plan.tile_t), axis=(0, 2))
+        taken = jnp.sum(jnp.sum(taken.reshape(2, n_words, WORD // 2, plan.tile_t), axis=0), axis=1)
         word = lax.div(first, jnp.int32(WORD)) + words
         mask = jnp.broadcast_to(there[None, :], taken.shape)
         plt.store(o_ref.at[rows[None, :], word[:, None]], taken, mask=mask)
