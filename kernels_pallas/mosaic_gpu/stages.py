@@ -1,4 +1,4 @@
-"""The stages of `indexer.Stages`, by Mosaic GPU kernels; pooling, narrow selections and the scan are Triton's."""
+"""The stages of `indexer.Stages`, by Mosaic GPU kernels; pooling, narrow selections and lists are Triton's."""
 
 import dataclasses
 from typing import Any
@@ -12,27 +12,23 @@ from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.indexer import Means
 from hisa_jax.kernels_pallas.mosaic_gpu import flat as flat_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as refine_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens as refine_tokens_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import scan as scan_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
-from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands
+from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums
 from hisa_jax.kernels_pallas.sequences import Rows, Sequences
 from hisa_jax.kernels_pallas.triton import page_means
 from hisa_jax.kernels_pallas.triton import pool as pool_stage
 from hisa_jax.kernels_pallas.triton import scores as narrow_scores_stage
 from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
-from hisa_jax.kernels_pallas.triton.stages import (
-    kth,
-    list_tokens,
-    refine_tokens,
-    scan_heads,
-    scan_masks,
-    scan_sort_keys,
-)
+from hisa_jax.kernels_pallas.triton import stages as triton_stages
+from hisa_jax.kernels_pallas.triton.stages import kth, list_tokens, scan_heads
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
-from hisa_jax.methods import BlockSparse, Hisa
+from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
     "block_filter", "flat", "kth", "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads",
@@ -143,3 +139,25 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
 def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
     options: Any = dict(topk=topk, n_ctas=n_sms(), interpret=interpret)
     return flat_stage.flat(call.operands, call.visible, call.sequences, **options)
+
+
+def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
+    return scan_stage.scan_sort_keys(call, heads, step, n_ctas=n_sms(), interpret=interpret)
+
+
+def scan_masks(call: FlatCall, heads: ScanHeads, threshold: Array, method: Scan, interpret: Interpret = False) -> Array:
+    options: Any = dict(keep_first=method.keep_first, keep_last=method.keep_last, n_ctas=n_sms(), interpret=interpret)
+    return scan_stage.scan_masks(call, heads, threshold, **options)
+
+
+def refine_tokens(
+    call: FlatCall, tokens: Array, count: Array, topk: int, interpret: Interpret = False
+) -> tuple[Array, Array]:
+    """`refine_tokens.refine_tokens`, or Triton's, where queries are fewer than CTAs or it cannot run the shape."""
+    (T, H, D), n_ctas = call.q.shape, n_sms()
+    config = refine_tokens_stage.heuristic(H, D, tokens.shape[1], call.k.dtype.itemsize)
+    if config is None or n_ctas > T:
+        return triton_stages.refine_tokens(call, tokens, count, topk, bool(interpret))
+    first_row = call.sequences.key_start_of_queries(T)
+    options: Any = dict(k_top=topk, config=config, n_ctas=n_ctas, interpret=interpret)
+    return refine_tokens_stage.refine_tokens(call.operands, tokens, count, first_row, **options)
