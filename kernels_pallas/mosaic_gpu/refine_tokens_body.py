@@ -8,8 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_rows as gather
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS, ROWS_PER_WARP, TileRows
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import load_word
-from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import Inputs, Plan, Smem, copy_query, score, select
+from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import META, Inputs, Plan, Smem, copy_query, score, select
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import LOADER_REGISTERS, wait_all
 from hisa_jax.kernels_pallas.types import Ref
 
@@ -58,16 +57,20 @@ def load_tokens(plan: Plan, gmem: Inputs, smem: Smem) -> None:
         first = warp * ROWS_PER_WARP
         plgpu.barrier_wait(smem.ready)
 
-        def one_query(i, _):
-            t, query_slot = cta + i * plan.n_ctas, i % 2
+        def meta_of(t: Array) -> tuple[Array, Array]:
+            """Tiles and first row, from device memory: a warp that waited for copies could be overtaken by two."""
+            at = jnp.minimum(t, plan.T - 1) * (plan.m + META) + plan.m
+            return gather.load_word(gmem.meta, at), gather.load_word(gmem.meta, at + 2)
+
+        def one_query(i, meta):
+            t, query_slot, (n_tiles, first_row) = cta + i * plan.n_ctas, i % 2, meta
 
             @pl.when(warp == 0)
             def _query():
                 plgpu.barrier_wait(smem.q_free.at[query_slot])
                 copy_query(plan, gmem, smem, t, query_slot)
 
-            plgpu.barrier_wait(smem.q_full.at[query_slot])
-            n_tiles, first_row = (load_word(smem.meta, query_slot, plan.m + field, False) for field in (0, 2))
+            following = meta_of(t + plan.n_ctas)
             fetch = lambda j: gather.load_lane_word(listed, t, j * plan.tile_s + first)  # noqa: E731
 
             def one_tile(j, word):
@@ -82,9 +85,9 @@ def load_tokens(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 return fetch(j + 1)
 
             lax.fori_loop(0, n_tiles, one_tile, fetch(jnp.int32(0)))
-            return _
+            return following
 
-        lax.fori_loop(0, plan.queries(cta), one_query, None)
+        lax.fori_loop(0, plan.queries(cta), one_query, meta_of(cta))
 
         @pl.when(warp == 0)
         def _end():

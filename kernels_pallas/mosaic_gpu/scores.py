@@ -51,7 +51,8 @@ class Config:
     def smem_bytes(self, H: int, D: int, n_parts: int, itemsize: int) -> int:
         """Shared memory of a CTA, barriers and alignment included."""
         keys = self.n_keys * self.span * (n_parts * D * itemsize + PAD + 4)
-        return keys + self.ring * H * (D * itemsize + 4) + RESERVED_BYTES
+        pins = self.n_score * KEYS_PER_WARPGROUP * 16 * 4  # at most
+        return keys + self.ring * H * (D * itemsize + 8) + pins + RESERVED_BYTES
 
     def fits(self, H: int, D: int, n_parts: int, itemsize: int) -> bool:
         return self.smem_bytes(H, D, n_parts, itemsize) <= SMEM_BYTES
@@ -166,6 +167,7 @@ def launch(
 def _smem(plan: Plan) -> Smem:
     barrier, n_tiles, loop = plgpu.Barrier, plan.n_keys * plan.n_score, plan.loop
     return Smem(
+        pin=plgpu.SMEM((plan.n_score, KEYS_PER_WARPGROUP, loop.pin_words), jnp.float32),
         k_free=barrier(num_arrivals=plan.n_score, num_barriers=plan.n_keys),
         k_full=barrier(num_arrivals=plan.n_copies, num_barriers=plan.n_keys),
         k=plgpu.SMEM((n_tiles, loop.n_parts, KEYS_PER_WARPGROUP, plan.D), plan.dtype, transforms=plan.tile_transforms)

@@ -215,6 +215,7 @@ def score(plan: Plan, items: _Items, group: Array, per_query: PerQuery, smem: Sm
         column = column + group * KEYS_PER_WARPGROUP
         plgpu.barrier_wait(smem.k_full.at[slot])
         item = Item(
+            group=group,
             key_slot=slot,
             tile=slot * plan.n_score + group,
             n=n,

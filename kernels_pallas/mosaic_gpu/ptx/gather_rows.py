@@ -16,6 +16,7 @@ from typing import NamedTuple
 from jax import Array
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SCALAR, SPLAT, Row, address_of, i32, scalar, scope
@@ -80,11 +81,11 @@ def gather_rows(source: Ref, row: Array, target: TileRows, columns: Sequence[tup
     @plgpu.inline_mgpu(arg_types=(REF, plgpu.RefType(tiled(E, dtype)), REF, SPLAT, SPLAT, SPLAT, SPLAT))
     def gather(_ctx, source, tiles, barriers, row, slot, first, barrier):
         row_of_tiles = arith.addi(arith.muli(slot.registers.item(), utils.c(rows, i32())), first.registers.item())
-        offset = arith.muli(row_of_tiles, utils.c(E, i32()))
+        offset = arith.muli(row_of_tiles, utils.c(E * dtype.itemsize, i32()))
         utils.inline_ptx(
             ptx,
             utils.memref_ptr(source),
-            utils.getelementptr(utils.memref_ptr(tiles), [offset], utils.dtype_to_ir_type(dtype)),
+            utils.getelementptr(utils.memref_ptr(tiles), [offset], ir.IntegerType.get_signless(8)),
             row.registers.item(),
             address_of(barriers, barrier.registers.item(), BARRIER_WORDS),
             has_side_effects=True,

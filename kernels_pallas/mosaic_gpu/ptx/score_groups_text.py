@@ -127,9 +127,7 @@ def _mask(shape: Shape, i: int) -> str:
     ]
     lines.append("shr.u32 word, b0, column; and.b32 word, word, 0x11111111;")
     for key in range(1, _KEYS_OF_LANE):
-        lines.append(
-            f"shr.u32 t, b{key}, column; and.b32 t, t, 0x11111111; shl.b32 t, t, {key}; or.b32 word, word, t;"
-        )
+        lines.append(f"shr.u32 t, b{key}, column; and.b32 t, t, 0x11111111; shl.b32 t, t, {key}; or.b32 word, word, t;")
     # Shifts by 32 and more give 0.
     lines.append(f"sub.s32 first, limit{i}, candidate;")
     if shape.keep_first:
@@ -142,7 +140,9 @@ or.b32 word, word, t;"""
             f"""sub.s32 t, first, {shape.keep_last}; max.s32 t, t, 0; shl.b32 t, 1, t; neg.s32 t, t;
 or.b32 word, word, t;"""
         )
-    lines.append("max.s32 first, first, 0; shl.b32 first, 1, first; sub.u32 first, first, 1; and.b32 word, word, first;")
+    lines.append(
+        "max.s32 first, first, 0; shl.b32 first, 1, first; sub.u32 first, first, 1; and.b32 word, word, first;"
+    )
     lines.append(f"@leads st.global.b32 [out+{4 * i * shape.out_columns // 8}], word;")
     return "\n".join(lines)
 

@@ -37,12 +37,14 @@ class Item:
     Where a slot of the ring holds a group of queries, groups are counted.
 
     Attributes:
+        group: of the warp-groups that score.
         key_slot: which barrier of `k_free` the tile goes back by; `tile`: which of the tiles in shared memory.
         first: the first query; `n`: how many, at least 1; `n_before`: how many this warp-group has met before, from
             which the ring's slot and phase follow.
         column: of the result, where the tile's first key goes; `candidate`: what limits and forced candidates call it.
     """
 
+    group: Any
     key_slot: Any
     tile: Any
     n: Any
@@ -60,6 +62,7 @@ class Smem(NamedTuple):
 
     k_free: Ref  # barriers [n_keys], of the scoring warp-groups
     k_full: Ref  # barriers [n_keys], of a span's copies
+    pin: Ref  # [n_score, 128, Shape.pin_words] float32, never read
     k: Ref  # [n_keys * n_score, parts, 128, D], or with a pitch [n_keys * n_score, 128, pitch]
     q_free: Ref  # barriers [ring], of the scoring warp-groups
     q_full: Ref  # barriers [ring], of a query's two copies
@@ -89,12 +92,12 @@ def score_queries(shape: Shape, item: Item, smem: Smem, per_query: PerQuery, tra
     words = {"SCALES": smem.scale, "LIMITS": per_query.limit, "THRESHOLDS": per_query.threshold}
     words |= {"O": per_query.sort_keys, "MASKS": per_query.masks}
     names = [name for name, ref in words.items() if ref is not None]
-    refs = [smem.k, smem.q, smem.w, *(words[name] for name in names)]
+    refs = [smem.k, smem.q, smem.w, smem.pin, *(words[name] for name in names)]
     barriers = [barrier_address(x) for x in (smem.k_free, smem.q_full, smem.q_free)]
     scalars = [*barriers, *vars(item).values()]
 
-    @plgpu.inline_mgpu(arg_types=(*tile_types, REF, *(REF for _ in names), *(SPLAT for _ in scalars)))
-    def run(_ctx, keys, q, w, *rest):
+    @plgpu.inline_mgpu(arg_types=(*tile_types, REF, REF, *(REF for _ in names), *(SPLAT for _ in scalars)))
+    def run(_ctx, keys, q, w, pin, *rest):
         k_free, q_full, q_free, *fields = (x.registers.item() for x in rest[-len(scalars) :])
         at = Item(**dict(zip(Item.__dataclass_fields__, fields, strict=True)))
         first = arith.muli(at.first, utils.c(shape.group, i32()))
@@ -115,6 +118,7 @@ def score_queries(shape: Shape, item: Item, smem: Smem, per_query: PerQuery, tra
             "W": utils.memref_ptr(w),
             "FULL": q_full,
             "FREE": q_free,
+            "PIN": address_of(pin, at.group, KEYS_PER_WARPGROUP * shape.pin_words),
             "COUNT": at.n,
             "BEFORE": at.n_before,
             "CANDIDATE": at.candidate,

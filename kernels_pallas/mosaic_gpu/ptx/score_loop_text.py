@@ -11,7 +11,7 @@ from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 
 # What the loop's $NAMEs stand for: shared-memory addresses, then counts, then addresses in device memory.
 OPERANDS = (
-    *("KEYS", "K_FREE", "SCALES", "Q", "W", "FULL", "FREE"),
+    *("KEYS", "K_FREE", "SCALES", "Q", "W", "FULL", "FREE", "PIN"),
     *("COUNT", "BEFORE", "CANDIDATE"),
     *("LIMITS", "O", "THRESHOLDS", "MASKS"),
 )
@@ -36,8 +36,9 @@ def loop_ptx(shape: Shape) -> str:
     lines = [
         f"""{{.reg .pred p, more, leads; .reg .b64 desc, out; .reg .b32 {", ".join(a[0] + a[1])};
 .reg .f32 {", ".join(acc[0] + acc[1] + weights)};
-.reg .b32 lane, t, u, at, swizzled, j, slot, parity, q_lo, w_slot, w_at, full, free, candidate, column;
+.reg .b32 lane, t, u, at, swizzled, j, slot, parity, q_lo, w_slot, w_at, full, free, candidate, column, pin;
 {groups.declarations(shape) if is_grouped else _DECLARATIONS}""",
+        f"mov.u32 pin, %tid.x; and.b32 pin, pin, 127; mad.lo.u32 pin, pin, {4 * shape.pin_words}, $PIN;",
         _load_keys(shape, a),
         groups.start(shape) if is_grouped else _start(shape),
         _hand_back(shape, a),
@@ -49,6 +50,8 @@ def loop_ptx(shape: Shape) -> str:
         if half == 0 and heads > 0:
             lines.append(_weights(shape, heads))
         is_final = i + 1 == len(shape.units)
+        if is_final:
+            lines.append(_pin(shape))
         lines.append(f"wgmma.wait_group.sync.aligned {0 if is_final else 1};")
         if is_final:
             # The tensor core has read all heads, and the rest is in registers: the slot may be filled again.
@@ -182,6 +185,20 @@ def _sum(acc: list[str], half: int, is_first: bool) -> str:
         begins = is_first and octet == 0 and column == 0
         lines.append(f"mul.f32 {total}, x, {weight};" if begins else f"fma.rn.f32 {total}, x, {weight}, {total};")
     return "\n".join(lines)
+
+
+def _pin(shape: Shape) -> str:
+    """Keeps the wait for the last product after the sums before it.
+
+    ptxas moves the wait up to the one before, so that hardly any sum is taken while a product is in flight. It does not
+    move a store over a wait: what is stored is never read.
+    """
+    totals = groups.sums(shape) if shape.rows else ["s0_0", "s0_1", "s1_0", "s1_1"]
+    totals = totals[: len(totals) // 2]  # of the first half
+    n = min(len(totals), 4)
+    return "".join(
+        f"st.shared.v{n}.f32 [pin+{4 * i}], {{{', '.join(totals[i : i + n])}}};\n" for i in range(0, len(totals), n)
+    )
 
 
 def _store(shape: Shape) -> str:

@@ -41,6 +41,11 @@ class Shape:
         return max(self.H, 32) if self.rows is None else 2 * self.H
 
     @property
+    def pin_words(self) -> int:
+        """Words a thread stores to keep a wait in its place."""
+        return 2 if self.rows is None else 32 // self.rows
+
+    @property
     def steps(self) -> int:
         """Products of 32 bytes a part."""
         return self.row_bytes // 32

@@ -51,7 +51,8 @@ class Positions(NamedTuple):
     """What columns stand for.
 
     Attributes:
-        ptx: u -> PTX that turns column `column` + 32 * u, for u = 0, 1, 2, 3 in turn, into `id`, where p is set.
+        ptx: u -> PTX that turns column `column` + 32 * u, for u = 0, 1, 2, 3 in turn, into `id`; it is
+            needed where predicate p{u} is set.
         ids: the row that it looks up, as $IDS.
     """
 
@@ -87,7 +88,7 @@ def listed_positions(ids: Row) -> Positions:
 def positions_in_memory(ids: Row) -> Positions:
     """What is listed for each column in device memory; of the chosen alone it is read."""
     find = "mul.wide.u32 word, column, 4; add.s64 word, word, $IDS;"
-    return Positions(lambda u: f"{find} @p ld.global.nc.b32 id, [word+{128 * u}];", ids)
+    return Positions(lambda u: f"{find} @p{u} ld.global.nc.b32 id, [word+{128 * u}];", ids)
 
 
 def choose(sort_keys: Row, n_columns: Array, scratch: Row, positions: Positions, out: Output) -> None:

@@ -123,33 +123,40 @@ def emit_ptx(k: int, position: Callable[[int], str], with_sort_keys: bool) -> st
     general form, which takes sort keys at the threshold from the left until `room` is used up.
 
     Args:
-        position: u -> PTX that turns column `column` + 32 * u, for u = 0, 1, 2, 3 in turn, into `id`.
+        position: as `select_row.Positions.ptx`.
     """
 
     # Two loops over the quarter, of which a warp-group runs one. `slot` is where the warp's next chosen column goes: it
     # starts at what the warps before it choose, and a lane adds the chosen of the lanes below (`below`: their bits).
-    def store(u: int, register: str) -> str:
-        """The chosen of 32 columns, bits `b` and predicate p, go where `slot` is."""
-        sort_key = f"add.s64 word, word, sort_keys; @p st.global.b32 [word], {register};" if with_sort_keys else ""
-        return f"""and.b32 t, b, below; popc.b32 t, t; add.u32 t, t, slot; popc.b32 b, b; add.u32 slot, slot, b;
-{position(u)} mad.wide.u32 word, t, 4, $O; @p st.global.b32 [word], id; {sort_key}
+    def find(u: int) -> str:
+        """Of the chosen of 32 columns, bits `b` and predicate p{u}: where they will go, to{u}, and what they are."""
+        return f"""and.b32 t, b, below; popc.b32 t, t; add.u32 to{u}, t, slot; popc.b32 b, b; add.u32 slot, slot, b;
+{position(u)} mov.b32 id{u}, id;
 """
 
-    quick = "".join(f"ld.shared.s32 v{u}, [at+{128 * u}];\n" for u in range(4)) + "".join(
-        f"setp.ge.s32 p, v{u}, $THRESHOLD; vote.sync.ballot.b32 b, p, -1;\n{store(u, f'v{u}')}" for u in range(4)
+    def store(u: int) -> str:
+        sort_key = f"add.s64 word, word, sort_keys; @p{u} st.global.b32 [word], v{u};" if with_sort_keys else ""
+        return f"mad.wide.u32 word, to{u}, 4, $O; @p{u} st.global.b32 [word], id{u}; {sort_key}\n"
+
+    # What is looked up in memory takes a while: all four are on their way before the first is stored.
+    load = "".join(f"ld.shared.s32 v{u}, [at+{128 * u}];\n" for u in range(4))
+    stores = "".join(store(u) for u in range(4))
+    quick = "".join(
+        f"setp.ge.s32 p{u}, v{u}, $THRESHOLD; vote.sync.ballot.b32 b, p{u}, -1;\n{find(u)}" for u in range(4)
     )
     general = "".join(
-        f"""ld.shared.s32 v0, [at+{128 * u}]; setp.gt.s32 p, v0, $THRESHOLD; setp.eq.s32 q, v0, $THRESHOLD;
+        f"""setp.gt.s32 p{u}, v{u}, $THRESHOLD; setp.eq.s32 q, v{u}, $THRESHOLD;
 vote.sync.ballot.b32 b, q, -1; and.b32 t, b, below; popc.b32 t, t; add.u32 t, t, tie; popc.b32 b, b; add.u32 tie, tie,
-b; setp.lt.s32 r, t, room; and.pred q, q, r; or.pred p, p, q; vote.sync.ballot.b32 b, p, -1;
-{store(u, "v0")}"""
+b; setp.lt.s32 r, t, room; and.pred q, q, r; or.pred p{u}, p{u}, q; vote.sync.ballot.b32 b, p{u}, -1;
+{find(u)}"""
         for u in range(4)
     )
+    quick, general = load + quick + stores, load + general + stores
     operands = ("ROW", "N", "THRESHOLD", "SCRATCH", "IDS", "O", "COUNT") + (("SORT_KEYS",) if with_sort_keys else ())
     sort_key_offset = "sub.s64 sort_keys, $SORT_KEYS, $O;" if with_sort_keys else ""
     sort_key_fill = f"add.s64 word, word, sort_keys; st.global.b32 [word], {INVISIBLE};" if with_sort_keys else ""
     return scope(
-        f""".reg .pred p, q, r; .reg .b64 word, sort_keys;
+        f""".reg .pred p, q, r, p<4>; .reg .b64 word, sort_keys; .reg .b32 id<4>, to<4>;
 .reg .b32 lane, warp, below, at, column, end, v<4>, t, id, first, b, n, slot, tie, room, total, s<8>;
 mov.u32 lane, %laneid; mov.u32 below, %lanemask_lt; {_WARP} {sort_key_offset}
 ld.shared.v4.u32 {{s0, s1, s2, s3}}, [$SCRATCH];
