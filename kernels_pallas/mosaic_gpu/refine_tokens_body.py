@@ -12,6 +12,10 @@ from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import META, Inputs, Plan, S
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import LOADER_REGISTERS, wait_all
 from hisa_jax.kernels_pallas.types import Ref
 
+# Tiles whose part of the list is read before the tile is copied: lists come from device memory, and a copy that waited
+# for its part would take as long as that.
+_AHEAD = 4
+
 
 def refine_tokens_body(plan: Plan, gmem: Inputs, o_gmem: Ref, count_gmem: Ref, smem: Smem) -> None:
     #               2 queries   ring of tiles                              1 or 2 rows
@@ -20,7 +24,7 @@ def refine_tokens_body(plan: Plan, gmem: Inputs, o_gmem: Ref, count_gmem: Ref, s
     #
     # As `refine_body`, but keys come row by row: each warp of the loader copies a quarter of a tile, and the copies
     # themselves arrive at the barrier `landed` of its slot. A query's list stays in device memory, where the loader
-    # reads it a tile ahead and the selector looks up what it has chosen.
+    # reads it some tiles ahead and the selector looks up what it has chosen.
     #
     # In interpret mode, which cannot run PTX, `load_interpreted` loads and `k_full` stands for `landed`.
     role = lax.axis_index("warpgroup")
@@ -73,18 +77,17 @@ def load_tokens(plan: Plan, gmem: Inputs, smem: Smem) -> None:
             following = meta_of(t + plan.n_ctas)
             fetch = lambda j: gather.load_lane_word(listed, t, j * plan.tile_s + first)  # noqa: E731
 
-            def one_tile(j, word):
-                slot = j % plan.ring
+            def one_tile(j, words):
+                slot, word = j % plan.ring, words[0]
                 row = word if gmem.rows is not None else jnp.where(word >= 0, first_row + word, -1)
                 plgpu.barrier_wait(smem.k_free.at[slot])
                 if gmem.k_scale is not None:
                     gather.gather_scales(gmem.k_scale, row, Row(smem.scale, slot, plan.tile_s), first)
                 landed = Row(smem.landed, slot, BARRIER_WORDS)
                 gather.gather_rows(gmem.k, row, TileRows(smem.k, slot, first), ((0, plan.D),), landed)
-                # The next tile's list, so that it is there when its slot is.
-                return fetch(j + 1)
+                return *words[1:], fetch(j + _AHEAD)
 
-            lax.fori_loop(0, n_tiles, one_tile, fetch(jnp.int32(0)))
+            lax.fori_loop(0, n_tiles, one_tile, tuple(fetch(jnp.int32(i)) for i in range(_AHEAD)))
             return following
 
         lax.fori_loop(0, plan.queries(cta), one_query, meta_of(cta))

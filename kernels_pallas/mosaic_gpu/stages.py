@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.indexer import Means
 from hisa_jax.kernels_pallas.mosaic_gpu import flat as flat_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens as list_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as refine_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens as refine_tokens_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scan as scan_stage
@@ -23,9 +24,9 @@ from hisa_jax.kernels_pallas.sequences import Rows, Sequences
 from hisa_jax.kernels_pallas.triton import page_means
 from hisa_jax.kernels_pallas.triton import pool as pool_stage
 from hisa_jax.kernels_pallas.triton import scores as narrow_scores_stage
-from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
 from hisa_jax.kernels_pallas.triton import stages as triton_stages
-from hisa_jax.kernels_pallas.triton.stages import kth, list_tokens, scan_heads
+from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
+from hisa_jax.kernels_pallas.triton.stages import kth, scan_heads
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan
@@ -148,6 +149,15 @@ def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Inter
 def scan_masks(call: FlatCall, heads: ScanHeads, threshold: Array, method: Scan, interpret: Interpret = False) -> Array:
     options: Any = dict(keep_first=method.keep_first, keep_last=method.keep_last, n_ctas=n_sms(), interpret=interpret)
     return scan_stage.scan_masks(call, heads, threshold, **options)
+
+
+def list_tokens(
+    masks: Array, visible: Array, capacity: int, ties: tuple[Array, Array] | None = None, interpret: Interpret = False
+) -> tuple[Array, Array]:
+    """`list_tokens.list_tokens`, or Triton's for ties, which are rare, and lists that outgrow shared memory."""
+    if ties is not None or capacity > list_stage.MAX_CAPACITY:
+        return triton_stages.list_tokens(masks, visible, capacity, ties, bool(interpret))
+    return list_stage.list_tokens(masks, visible, capacity, n_ctas=n_sms(), interpret=interpret)
 
 
 def refine_tokens(

@@ -56,7 +56,7 @@ def declarations(shape: Shape) -> str:
 def start(shape: Shape) -> str:
     """What stays the same for all groups: the lane's column, its scales, and where its results go."""
     lines = [
-        f"""mov.u32 j, 0; and.b32 column, lane, 3; mov.u32 u, %tid.x; and.b32 u, u, 127;
+        """mov.u32 j, 0; and.b32 column, lane, 3; mov.u32 u, %tid.x; and.b32 u, u, 127;
 shr.u32 t, u, 5; shl.b32 candidate, t, 5; setp.lt.u32 leads, lane, 4;"""
     ]
     if shape.has_scale:
