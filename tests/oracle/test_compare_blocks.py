@@ -112,7 +112,7 @@ def test_a_block_sparse_selection_is_whole_blocks():
 
 
 def scan_reference(scan, exact, topk=2):
-    """A scan of 4 candidates, whose tokens have these scores by the virtual head and, at least as high, by the heads."""
+    """A scan of 4 candidates: the scores of tokens by the virtual head and, at least as high, by the heads."""
     scan, exact = np.array(scan, float), np.array(exact, float)
     q, w, k = np.eye(2).reshape(1, 1, 2, 2), np.ones((1, 1, 2)), np.stack([exact, scan - exact], axis=1)[None]
     return oracle.select(q, k, w, Scan(topk, 4, slopes="plain", keep_first=0))
