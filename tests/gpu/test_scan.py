@@ -64,6 +64,7 @@ def assert_keeps_the_contract(select, q, k, w, method=METHOD, tolerance=1e-4, **
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_a_batch_of_any_lengths(select, dtype):
     q, k, w = draw.inputs(*SHAPE)
+    w[0, 0] = -np.abs(w[0, 0])  # no score above 0
     positions = np.array([[699, 698, 300, 64, 63], [39, 500, 0, -1, 257]], np.int32)
     for lengths in ([700, 700], [650, 258]):
         options = dict(query_positions=positions, lengths=np.array(lengths, np.int32))
@@ -95,6 +96,21 @@ def test_of_tokens_that_tie_the_first_are_scored(select):
     k[:, [50, 99, 333, 600, 698]] = 9
     got = assert_keeps_the_contract(select, draw.cast(q, dtype), keys_of(k, dtype), w, tolerance=0.0)
     np.testing.assert_array_equal(got.indices[0, -1], [*range(19), 50, 99, 333, 600, 698])
+
+
+def test_the_first_and_the_last_token_are_scored_whatever_the_scan_makes_of_them(select):
+    # Heads 0 and 1 are the exact ones, and 0 everywhere. Heads 2 and 3 are open nearly everywhere, so that the scan adds
+    # features 0 and 1. It gives -50 to the first and to the last token, which score 50.
+    q, k, w = (np.zeros_like(x) for x in draw.inputs(*SHAPE))
+    w[..., :4] = 1
+    q[..., 0, 2] = q[..., 1, 2] = 9
+    q[..., 2, 0] = q[..., 3, 1] = 1
+    k[..., 0], k[..., 1] = np.random.default_rng(0).integers(0, 9, k.shape[:2]), 1
+    k[:, [0, 699], :2] = 50, -100
+    positions = np.full((2, 5), 699, np.int32)
+    arrays = draw.cast(q, "bfloat16"), keys_of(k, "bfloat16"), w
+    got = assert_keeps_the_contract(select, *arrays, query_positions=positions, lengths=np.array([700, 700], np.int32))
+    assert (np.asarray(got.indices)[..., [0, -1]] == [0, 699]).all()
 
 
 @pytest.mark.parametrize("where", ["q", "k", "w"])
