@@ -12,7 +12,11 @@ import pytest
 
 import hisa_jax as hj
 from hisa_jax import dispatch
-from hisa_jax.kernels_pallas import scan
+from hisa_jax.kernels_pallas import scan, triton
+from hisa_jax.kernels_pallas.flat_call import FlatCall
+from hisa_jax.kernels_pallas.operands import ScanHeads
+from hisa_jax.kernels_pallas.sequences import Sequences
+from hisa_jax.kernels_pallas.sort_key import score_of, sort_key_of
 from hisa_jax.pallas import Kernels
 from tests import draw, oracle
 from tests.gpu import test_paged as paged
@@ -71,6 +75,42 @@ def test_a_batch_of_any_lengths(select, dtype):
         assert_keeps_the_contract(select, draw.cast(q, dtype), keys_of(k, dtype), w, **options)
 
 
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_scan_score_is_the_scale_times_linear_and_closed_products(step):
+    # Two queries of the second of two sequences. Rows: the virtual head, an exact head, two that are none.
+    rng = np.random.default_rng(0)
+    q, w = rng.integers(-2, 3, (4, 4, 64)).astype(float), rng.integers(-2, 3, (4, 4)).astype(float)
+    q[:, 2:], w[:, 2:] = 0, 0
+    k, k_scale = rng.integers(-2, 3, (600, 64)).astype(float), 2.0 ** rng.integers(-1, 2, 600)
+    k[308, 5], k[312, 5] = np.inf, -np.inf
+    heads = ScanHeads(q=jnp.asarray(q, BF16), w=jnp.asarray(w, jnp.float32), n_linear=1, n=2)
+    sequences = Sequences(
+        query_starts=np.array([0, 1, 4]), key_starts=np.array([0, 304]), lengths=np.array([299, 290]), max_keys=299
+    )
+    visible = np.array([299, 290, 5, 0], np.int32)
+    call = FlatCall(
+        q=heads.q, w=heads.w, visible=jnp.asarray(visible), k=jnp.asarray(k, BF16),
+        k_scale=jnp.asarray(k_scale, jnp.float32), sequences=sequences,
+    )  # fmt: skip
+    got = triton.stages.scan_sort_keys(call, heads, step, True)
+    for t, first in enumerate((0, 304, 304, 304)):
+        own = slice(first, first + visible[t], step)
+        with np.errstate(invalid="ignore"):
+            products = k[own] @ q[t].T
+            wanted = (w[t, 0] * products[:, 0] + w[t, 1] * np.maximum(products[:, 1], 0)) * k_scale[own]
+        wanted = np.where(np.isnan(wanted), -np.inf, wanted)
+        np.testing.assert_array_equal(score_of(got[t, : len(wanted)]), wanted)
+        if step == 1 and len(wanted):
+            # A threshold in the middle, and the one that even NaN passes.
+            for threshold in (np.median(wanted), -np.inf):
+                least = jnp.full((4,), sort_key_of(jnp.float32(threshold)))
+                masks = triton.stages.scan_masks(call, heads, least, METHOD, True)
+                tokens, count = triton.stages.list_tokens(masks, call.visible, 320, interpret=True)
+                passed = wanted >= threshold
+                passed[[0, -1]] = True  # always
+                np.testing.assert_array_equal(tokens[t, : int(count[t])], np.flatnonzero(passed))
+
+
 def rows_of_keys(period):
     """Keys that score by their place: the first feature is high where a sample is, or where none is."""
     q, k, w = (np.zeros_like(x) for x in draw.inputs(*SHAPE))
@@ -99,8 +139,8 @@ def test_of_tokens_that_tie_the_first_are_scored(select):
 
 
 def test_the_first_and_the_last_token_are_scored_whatever_the_scan_makes_of_them(select):
-    # Heads 0 and 1 are the exact ones, and 0 everywhere. Heads 2 and 3 are open nearly everywhere, so that the scan adds
-    # features 0 and 1. It gives -50 to the first and to the last token, which score 50.
+    # Heads 0 and 1 are the exact ones, and 0 everywhere. Heads 2 and 3 are open nearly everywhere, so the scan adds
+    # features 0 and 1: that makes -50 of the first and of the last token, which score 50.
     q, k, w = (np.zeros_like(x) for x in draw.inputs(*SHAPE))
     w[..., :4] = 1
     q[..., 0, 2] = q[..., 1, 2] = 9
