@@ -182,7 +182,7 @@ def _no_scan(problem: Problem) -> str | None:
     if not isinstance(problem.method, Scan):
         return None
     if problem.returns_blocks:
-        return "has no kernels for a Scan with return_blocks=True: they score more tokens than those of its blocks"
+        return "has no kernels for a Scan with return_blocks=True: they score more tokens than its blocks hold"
     return importlib.import_module("hisa_jax.kernels_pallas.scan").why_not(problem.method)
 
 
