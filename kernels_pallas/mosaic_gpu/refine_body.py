@@ -223,6 +223,8 @@ def score(
         plgpu.barrier_arrive(smem.k_free.at[turn * plan.n_score + group])
     for slot in range(2):
         plgpu.barrier_arrive(smem.q_free.at[slot])
+    if smem.ready is not None:
+        plgpu.barrier_wait(smem.ready)
     key = keys_of_lanes(plan.tile_s, plan.interpret)
 
     def one_query(i, laps):

@@ -35,18 +35,8 @@ def refine_tokens_body(plan: Plan, gmem: Inputs, o_gmem: Ref, count_gmem: Ref, s
         else:
             gather.wait_landed(Row(smem.landed, slot, BARRIER_WORDS), lap)
 
-    def score_tiles() -> None:
-        if smem.ready is not None:
-
-            @pl.when(role == 0)
-            def _make_barriers():
-                gather.init_landed(smem.landed, (4 * ROWS_PER_WARP,) * plan.ring)
-                plgpu.barrier_arrive(smem.ready)
-
-        score(plan, role, None, smem, wait)
-
     load = load_interpreted if plan.interpret else load_tokens
-    pl.when(role < plan.n_score)(score_tiles)
+    pl.when(role < plan.n_score)(lambda: score(plan, role, None, smem, wait))
     pl.when(role == plan.n_score)(lambda: load(plan, gmem, smem))
     pl.when(role == plan.n_score + 1)(lambda: select(plan, gmem.tokens, o_gmem, count_gmem, smem))
 
@@ -56,6 +46,8 @@ def load_tokens(plan: Plan, gmem: Inputs, smem: Smem) -> None:
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
     cta = lax.axis_index("cta")
     listed = gmem.tokens if gmem.rows is None else gmem.rows
+    gather.init_landed(smem.landed, (4 * ROWS_PER_WARP,) * plan.ring)
+    plgpu.barrier_arrive(smem.ready)
 
     def one_warp(warp: Array) -> None:
         first = warp * ROWS_PER_WARP
