@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS, ROWS_PER_WARP
 from hisa_jax.kernels_pallas.mosaic_gpu.refine import Config, smem_of
 from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import META, Inputs, Plan
-from hisa_jax.kernels_pallas.mosaic_gpu.refine_tokens_body import refine_tokens_body
+from hisa_jax.kernels_pallas.mosaic_gpu.refine_tokens_body import AHEAD, refine_tokens_body
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import SMEM_BYTES
 from hisa_jax.kernels_pallas.operands import Operands
 from hisa_jax.kernels_pallas.types import Interpret
@@ -56,6 +56,10 @@ def refine_tokens(
     """
     q, w, k, k_scale, pages = operands
     (T, H, D), width = q.shape, tokens.shape[1]
+    if width % config.columns or config.columns % (AHEAD * config.tile_s):
+        raise ValueError(
+            f"refine_tokens: lists of {width} in steps of {config.columns}, wanted whole steps of {AHEAD} tiles"
+        )
     plan = Plan(
         T=T,
         n_parts=1,

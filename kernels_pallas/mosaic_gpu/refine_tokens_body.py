@@ -12,9 +12,9 @@ from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import META, Inputs, Plan, S
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import LOADER_REGISTERS, wait_all
 from hisa_jax.kernels_pallas.types import Ref
 
-# Tiles whose part of the list is read before the tile is copied: lists come from device memory, and a copy that waited
-# for its part would take as long as that.
-_AHEAD = 4
+# Tiles whose parts of the list are read before those before them are copied: lists come from device memory, which takes
+# as long as four tiles. Not one part a tile: to hand it on in a register would be to wait for it.
+AHEAD = 4
 
 
 def refine_tokens_body(plan: Plan, gmem: Inputs, o_gmem: Ref, count_gmem: Ref, smem: Smem) -> None:
@@ -69,17 +69,22 @@ def load_tokens(plan: Plan, gmem: Inputs, smem: Smem) -> None:
             following = meta_of(t + plan.n_ctas)
             fetch = lambda j: gather.load_lane_word(listed, t, j * plan.tile_s + first)  # noqa: E731
 
-            def one_tile(j, words):
-                slot, word = j % plan.ring, words[0]
+            def one_tile(j: Array, word: Array) -> None:
+                slot = j % plan.ring
                 row = word if gmem.rows is not None else jnp.where(word >= 0, first_row + word, -1)
                 plgpu.barrier_wait(smem.k_free.at[slot])
                 if gmem.k_scale is not None:
                     gather.gather_scales(gmem.k_scale, row, Row(smem.scale, slot, plan.tile_s), first)
                 landed = Row(smem.landed, slot, BARRIER_WORDS)
                 gather.gather_rows(gmem.k, row, TileRows(smem.k, slot, first), ((0, plan.D),), landed)
-                return *words[1:], fetch(j + _AHEAD)
 
-            lax.fori_loop(0, n_tiles, one_tile, tuple(fetch(jnp.int32(i)) for i in range(_AHEAD)))
+            def some_tiles(i, words):
+                ahead = tuple(fetch((i + 1) * AHEAD + u) for u in range(AHEAD))
+                for u, word in enumerate(words):
+                    one_tile(i * AHEAD + u, word)
+                return ahead
+
+            lax.fori_loop(0, n_tiles // AHEAD, some_tiles, tuple(fetch(jnp.int32(u)) for u in range(AHEAD)))
             return following
 
         lax.fori_loop(0, plan.queries(cta), one_query, meta_of(cta))
