@@ -1,4 +1,4 @@
-"""Rows of the GPU bench, as far as a machine without one can tell; the stages of the scan are interpreted. 8 s in the gate."""
+"""Rows of the GPU bench, as far as a machine without one can tell; the scan's are interpreted. 8 s in the gate."""
 
 import dataclasses
 import functools
