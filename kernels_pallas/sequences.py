@@ -95,23 +95,22 @@ class Sequences:
             most = -(-limit // multiple) * multiple
             first = jnp.arange(T, dtype=jnp.int32)
             return jnp.stack([first, jnp.ones_like(first), self.key_start_of_queries(T), most], axis=1)
-        xp, (r, first, n) = self._np, self._tiles(T, tile_t)
-        rows = first[:, None] + xp.arange(tile_t, dtype=np.int32)
-        most = jnp.max(jnp.where(rows < (first + n)[:, None], limit[xp.clip(rows, 0, T - 1)], 0), axis=1)
-        most = -(-most // multiple) * multiple
-        return jnp.stack([jnp.asarray(x, jnp.int32) for x in (first, n, xp.asarray(self.key_starts)[r], most)], axis=1)
+        xp, (r, first_query, n) = self._np, self._tiles(T, tile_t)
+        rows = first_query[:, None] + xp.arange(tile_t, dtype=np.int32)
+        most = jnp.max(jnp.where(rows < (first_query + n)[:, None], limit[xp.clip(rows, 0, T - 1)], 0), axis=1)
+        columns = first_query, n, xp.asarray(self.key_starts)[r], -(-most // multiple) * multiple
+        return jnp.stack([jnp.asarray(x, jnp.int32) for x in columns], axis=1)
 
     def rows_of_tiles(self, T: int, tile_t: int) -> tuple[Rows, Rows]:
-        """What the tiles of `query_tiles` hold: [n_tiles * tile_t] int32 queries, T for none, and [T], where each is."""
+        """What tiles of queries hold: [n_tiles * tile_t] int32, T for none; and where each query is: [T] int32."""
         xp, (_, first, n) = self._np, self._tiles(T, tile_t)
         place = xp.arange(tile_t, dtype=np.int32)
         queries = xp.where(place < n[:, None], first[:, None] + place, T).reshape(-1).astype(np.int32)
         places = xp.arange(len(queries), dtype=np.int32)
-        if xp is np:
-            where = np.zeros((T + 1,), np.int32)
-            where[queries] = places
-        else:
-            where = jnp.zeros((T + 1,), jnp.int32).at[queries].set(places)
+        if not isinstance(queries, np.ndarray):
+            return queries, jnp.zeros((T + 1,), jnp.int32).at[queries].set(places)[:T]
+        where = np.zeros((T + 1,), np.int32)
+        where[queries] = places
         return queries, where[:T]
 
     def _tiles(self, T: int, tile_t: int) -> tuple[Rows, Rows, Rows]:

@@ -29,7 +29,8 @@ def flat(
     T = operands.q.shape[0]
     launch: Any = {"n_ctas": n_ctas, "interpret": interpret}
     operands = operands._replace(k=operands.k[:, None])
-    config = scores_stage.heuristic(operands, min(STEP, sequences.max_keys), n_ctas, n_score=3)
+    sizes = scores_stage.Sizes.of(operands)
+    config = scores_stage.heuristic(sizes, min(STEP, sequences.max_keys), n_ctas, n_score=3)
     tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
 
     def sort_keys(start: Array, n: int, threshold: Array | None = None) -> Any:

@@ -83,7 +83,8 @@ def list_tokens(
 def _body(plan: Plan, masks_gmem: Ref, visible_gmem: Ref, o_gmem: Ref, count_gmem: Ref, smem: Smem) -> None:
     # A warp-group by itself:   words in device memory  ->  its list in shared memory  ->  copy engine  ->  o
     #
-    # The list is used again when the copy has read it. Nothing is shared: what hides a warp-group's waits is the others.
+    # The list is used again when the copy has read it. Nothing is shared: what hides a warp-group's waits is the
+    # others.
     cta, group = lax.axis_index("cta"), lax.axis_index("warpgroup")
     rank, n_all = cta * plan.n_groups + group, plan.n_ctas * plan.n_groups
 

@@ -101,8 +101,8 @@ class Inputs(NamedTuple):
     w: Ref  # [T / n_parts, H]
     k: Ref  # [S, D]
     k_scale: Ref | None  # [S]
-    tokens: Ref | None = None  # [T, width] int32, listed in place of blocks, then -1
-    rows: Ref | None = None  # [T, width] int32, where those are in k; None: that many after the sequence's first
+    tokens: Ref = None  # [T, width] int32, listed in place of blocks, then -1
+    rows: Ref = None  # [T, width] int32, where those are in k; None: that many after the sequence's first
 
 
 class Smem(NamedTuple):
@@ -112,14 +112,14 @@ class Smem(NamedTuple):
     k_free: Ref = None  # of the warp-group that scored the tile
     k_full: Ref = None  # of a tile's copies
     k: Ref = None  # [ring, tile_s, D]
-    landed: Ref | None = None  # [ring, BARRIER_WORDS], in place of `k_full` where rows are gathered
+    landed: Ref = None  # [ring, BARRIER_WORDS], in place of `k_full` where rows are gathered
     meta: Ref = None  # [2, m + META]
     pages: Ref | None = None  # [2, n_listed]
     q_free: Ref = None  # of those that score, and of the one that selects
     q_full: Ref = None  # of a query's copies: meta, pages, q, w
     q: Ref = None  # [2, H, D]
-    ready: Ref | None = None  # `landed` has been made
-    scale: Ref | None = None  # [ring, tile_s]
+    ready: Ref = None  # `landed` has been made
+    scale: Ref = None  # [ring, tile_s]
     sort_keys_free: Ref = None  # of the warp-group that selects
     sort_keys_full: Ref = None  # of those that score
     sort_keys: Ref = None  # [n_sort_keys, width]

@@ -26,7 +26,7 @@ _META = 32  # words a query, of which the last `META` count: copies take multipl
 
 
 def heuristic(H: int, D: int, capacity: int, itemsize: int) -> Config | None:
-    """As `refine.heuristic`. None: so long a list does not fit, more heads than registers, or rows too short to gather."""
+    """As `refine.heuristic`; None: a list does not fit, too many heads for registers, or rows too short to gather."""
     for n_sort_keys in (2, 1):
         config = Config(tile_s=_TILE_S, n_score=4, ring=4, n_sort_keys=n_sort_keys)
         fits = config.smem_bytes(H, D, _META, 1, itemsize) + 4 * n_sort_keys * capacity <= SMEM_BYTES

@@ -9,6 +9,7 @@ sum beside the products takes what is more (a multiply-add and a maximum a produ
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, *, n_ctas: int, 
     k, k_scale, pages = call.k, call.k_scale, call.pages
     if rows is not None:
         if pages is not None:
-            rows = pages.rows(rows)
+            rows = pages.rows(jnp.asarray(rows))
         k, k_scale, pages = k[rows], None if k_scale is None else k_scale[rows], None
     options = _Options(filters=False, keep_first=0, keep_last=0, n_ctas=n_ctas, interpret=interpret)
     sample = dataclasses.replace(
@@ -74,10 +75,10 @@ def scan_masks(
 def _launch(call: FlatCall, heads: ScanHeads, threshold: Array, options: _Options) -> Array:
     (T, rows, D), sequences, visible = heads.q.shape, call.sequences, call.visible
     group, n = _SLOT // rows, sequences.max_keys
-    slots = jax.ShapeDtypeStruct((-(-T // group), _SLOT, D), heads.q.dtype)
-    operands = Operands(slots, heads.w, call.k[:, None], call.k_scale, call.pages)
+    k = call.k[:, None]
     # With few rows a query a thread has the sums of more queries, and fewer warp-groups fit.
-    config = scores_stage.heuristic(operands, n, options.n_ctas, n_score=3 if rows >= 8 else 2)
+    sizes = scores_stage.Sizes(-(-T // group), _SLOT, D, 1, k.dtype.itemsize)
+    config = scores_stage.heuristic(sizes, n, options.n_ctas, n_score=3 if rows >= 8 else 2)
     # No more than a sequence has on average: a tile is of one sequence.
     config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // (group * len(sequences.lengths)))))
     tile = config.tile_t * group
@@ -91,7 +92,8 @@ def _launch(call: FlatCall, heads: ScanHeads, threshold: Array, options: _Option
         keep_last=options.keep_last,
     )
     queries, places = sequences.rows_of_tiles(T, tile)
-    operands = operands._replace(q=_slots(heads.q, queries), w=_words(heads.w, queries, threshold, visible))
+    slots = _slots(heads.q, queries), _words(heads.w, queries, threshold, visible)
+    operands = Operands(*slots, k, call.k_scale, call.pages)
     _, width = config.columns(n)
     shape = Shape(
         H=_SLOT,
@@ -111,7 +113,7 @@ def _launch(call: FlatCall, heads: ScanHeads, threshold: Array, options: _Option
     out_type = jax.ShapeDtypeStruct((len(queries), width // 32 if options.filters else width), jnp.int32)
     outputs = Outputs(None, out_type) if options.filters else Outputs(out_type, None)
     out = scores_stage.launch(shape, operands, columns, outputs, config, options.n_ctas, options.interpret)
-    result = out.masks if options.filters else out.sort_keys
+    result: Any = out.masks if options.filters else out.sort_keys
     is_in_place = isinstance(places, np.ndarray) and np.array_equal(places, np.arange(T))
     return result[:T] if is_in_place else result[places]
 

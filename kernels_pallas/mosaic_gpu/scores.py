@@ -11,6 +11,7 @@ which buys 8 bits of mean for e4m3 queries without converting them.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,16 +59,30 @@ class Config:
         return self.smem_bytes(H, D, n_parts, itemsize) <= SMEM_BYTES
 
 
-def heuristic(operands: Operands, n_columns: int, n_ctas: int = 132, *, n_score: int = 2, n_keys: int = 1) -> Config:
+class Sizes(NamedTuple):
+    """What a configuration depends on of queries [T, H, D] and keys [S, n_parts, D] of `itemsize` bytes a number."""
+
+    T: int
+    H: int
+    D: int
+    n_parts: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, operands: Operands) -> "Sizes":
+        T, H, D = operands.q.shape
+        return cls(T, H, D, operands.k.shape[1], operands.k.dtype.itemsize)
+
+
+def heuristic(sizes: Sizes, n_columns: int, n_ctas: int = 132, *, n_score: int = 2, n_keys: int = 1) -> Config:
     """Enough work items for every CTA, and as many queries an item as that allows.
 
     Args:
-        operands: their shapes and dtypes; keys [S, parts, D].
         n_keys: spans in shared memory, fewer if it does not suffice. Keys that are looked up row by row arrive late.
         n_score: warp-groups that score, fewer if their registers do not suffice. Three take 0.94 ms for 13,824 tokens
             where two take 1.05; over few columns their wider span wastes more.
     """
-    (T, H, D), n_parts, itemsize = operands.q.shape, operands.k.shape[1], operands.k.dtype.itemsize
+    T, H, D, n_parts, itemsize = sizes
     # 128 keys are 32 registers a thread, in two parts or in bfloat16 64, more than each of three warp-groups has beside
     # its accumulators.
     if n_parts * D * itemsize > 128 or H > 64:
@@ -98,8 +113,7 @@ def scores(
         operands: pages are of one row each, or of 32 and more.
         columns: `first` is a multiple of the span.
     """
-    q, w, k, k_scale, pages = operands
-    assert columns.tiles is not None
+    q, _, k, k_scale, pages = operands
     (T, H, D), (_, n_parts, _), itemsize = q.shape, k.shape, k.dtype.itemsize
     _, width = config.columns(columns.n)
     # Interpreted, gathered keys lie as those that are copied.
@@ -119,8 +133,9 @@ def scores(
     )
     rows_of = lambda width: jax.ShapeDtypeStruct((T, width), jnp.int32)  # noqa: E731
     out_type = Outputs(rows_of(width), rows_of(width // 32) if shape.filters else None)
-    out = launch(shape, operands, columns, out_type, config, n_ctas, interpret)
-    return out.sort_keys if out.masks is None else (out.sort_keys, out.masks)
+    sort_keys, masks = launch(shape, operands, columns, out_type, config, n_ctas, interpret)
+    assert sort_keys is not None
+    return sort_keys if masks is None else (sort_keys, masks)
 
 
 def launch(

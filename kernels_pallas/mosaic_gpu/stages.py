@@ -90,7 +90,9 @@ def block_filter(
         if rows is not None:
             parts, scale = parts[rows], None if scale is None else scale[rows]
         operands = Operands(q, w, parts, scale, pages)
-        config = scores_stage.heuristic(operands, sequences.max_keys, n_ctas, n_keys=2 if pages else 1)
+        config = scores_stage.heuristic(
+            scores_stage.Sizes.of(operands), sequences.max_keys, n_ctas, n_keys=2 if pages else 1
+        )
         tiles = sequences.query_tiles(T, config.tile_t, eligible, COLUMNS)
         columns = dataclasses.replace(columns, tiles=tiles, n=sequences.max_keys)
         sort_keys = scores_stage.scores(operands, columns, config=config, n_ctas=n_ctas, interpret=interpret)

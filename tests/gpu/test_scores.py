@@ -10,7 +10,9 @@ import pytest
 from hisa_jax.kernels_pallas import mosaic_gpu
 from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_keys import copy_ptx
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop_text import Shape, loop_ptx
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_bits import list_ptx
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop_text import loop_ptx
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_shape import Shape
 from hisa_jax.kernels_pallas.operands import Columns, Operands
 from hisa_jax.kernels_pallas.pages import Pages
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
@@ -151,6 +153,31 @@ def test_no_register_of_the_loop_is_read_before_it_is_written(H, row_bytes, n_pa
         pitch=pitch,
     )
     assert not list(unwritten(loop_ptx(shape)))
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8, 16])
+@pytest.mark.parametrize("filters", [False, True])
+def test_no_register_of_the_loop_over_groups_is_read_before_it_is_written(rows, filters):
+    shape = Shape(
+        H=64,
+        row_bytes=128,
+        n_parts=1,
+        is_e4m3=True,
+        ring=8,
+        has_scale=True,
+        keep_first=1,
+        keep_last=1,
+        out_columns=512,
+        filters=filters,
+        rows=rows,
+        n_linear=2,
+        n_rows=rows,
+    )
+    assert not list(unwritten(loop_ptx(shape)))
+
+
+def test_no_register_of_the_list_is_read_before_it_is_written():
+    assert not list(unwritten(list_ptx(1024)))
 
 
 @pytest.mark.parametrize("has_scale", [False, True])

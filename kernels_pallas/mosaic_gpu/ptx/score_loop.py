@@ -80,10 +80,10 @@ class PerQuery(NamedTuple):
         masks: [T, width // 32] int32, if the loop filters.
     """
 
-    limit: Ref | None
-    threshold: Ref | None
-    sort_keys: Ref | None
-    masks: Ref | None
+    limit: Ref = None
+    threshold: Ref = None
+    sort_keys: Ref = None
+    masks: Ref = None
 
 
 def score_queries(shape: Shape, item: Item, smem: Smem, per_query: PerQuery, transforms: tuple) -> None:
@@ -174,10 +174,8 @@ def _store_reference(
 ) -> None:
     """Sort keys [128] of query t, or which of them pass; it is query i of its slot, whose weights are `w`."""
     sort_key = sort_key_of(x)
-    if shape.rows is None:
-        limit = per_query.limit[t]
-    else:
-        limit = lax.bitcast_convert_type(w[3 * shape.H // 2 + i], jnp.int32)
+    is_alone = shape.rows is None
+    limit = per_query.limit[t] if is_alone else lax.bitcast_convert_type(w[3 * shape.H // 2 + i], jnp.int32)
     if shape.keep_first or shape.keep_last:
         sort_key = jnp.where(candidate < shape.keep_first, FORCED, sort_key)
         sort_key = jnp.where(candidate >= limit - shape.keep_last, FORCED, sort_key)
@@ -185,7 +183,7 @@ def _store_reference(
     if per_query.sort_keys is not None:
         per_query.sort_keys[t, pl.ds(item.column, KEYS_PER_WARPGROUP)] = sort_key
     if per_query.masks is not None:
-        if shape.rows is None:
+        if is_alone:
             passes = sort_key > per_query.threshold[t]
         else:
             # As scores: no threshold above infinity has a sort key.
