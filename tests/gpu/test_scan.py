@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # what was found has no public name
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import hisa_jax as hj
 from hisa_jax import dispatch
-from hisa_jax.kernels_pallas import scan, triton
+from hisa_jax.kernels_pallas import mosaic_gpu, scan, triton
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.operands import ScanHeads
 from hisa_jax.kernels_pallas.sequences import Sequences
@@ -35,17 +37,24 @@ def short_lists(monkeypatch):
     assert scan.capacity(40) == 64 and scan.sample_step(40, 700) == 4
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    return Kernels(lambda: dispatch.backend("triton"), interpret=True)
+BACKENDS = {
+    "triton": Kernels(lambda: dispatch.backend("triton"), interpret=True),
+    "mosaic_gpu": Kernels(
+        lambda: dispatch.backend("mosaic_gpu"), interpret=plgpu.InterpretGPUParams(detect_races=True)
+    ),
+}
 
 
-@pytest.fixture
-def select(monkeypatch, interpreted):
-    """`hj.select` on the interpreted kernels."""
-    able = dispatch.Implementation(why_not=lambda device, problem: None, select=interpreted.select)
+@pytest.fixture(params=["triton", pytest.param("mosaic_gpu", marks=pytest.mark.exhaustive)])
+def select(request, monkeypatch):
+    """`hj.select` on interpreted kernels; no race may have been found by the end."""
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+    monkeypatch.setattr(mosaic_gpu.stages, "n_sms", lambda: 3)
+    able = dispatch.Implementation(why_not=lambda device, problem: None, select=BACKENDS[request.param].select)
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "interpreted", able)
-    return functools.partial(hj.select, implementation="interpreted")
+    yield functools.partial(hj.select, implementation="interpreted")
+    if request.param == "mosaic_gpu":
+        assert not interpret_pallas_call.get_races().races_found
 
 
 def keys_of(k, dtype, seed=3):
