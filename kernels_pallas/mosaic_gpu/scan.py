@@ -43,7 +43,7 @@ class _Options:
 
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, *, n_ctas: int, interpret: Interpret) -> Array:
     """As `ScanStages.scan_sort_keys`: the keys of the sample are copied side by side before."""
-    S = call.k.shape[0] if call.pages is None else len(call.sequences.lengths) * call.sequences.max_keys
+    S = call.k.shape[0] if call.pages is None else call.pages.table.shape[0] * call.pages.size
     rows, sequences = call.sequences.aligned(S, _TILED_ROWS, step)
     k, k_scale, pages = call.k, call.k_scale, call.pages
     if rows is not None:
@@ -76,9 +76,10 @@ def _launch(call: FlatCall, heads: ScanHeads, threshold: Array, options: _Option
     (T, rows, D), sequences, visible = heads.q.shape, call.sequences, call.visible
     group, n = _SLOT // rows, sequences.max_keys
     k = call.k[:, None]
-    # With few rows a query a thread has the sums of more queries, and fewer warp-groups fit.
+    # With few rows a query a thread has the sums of more queries, and fewer warp-groups fit. Spans of two are a power of
+    # two, as samples and what selects from them are.
     sizes = scores_stage.Sizes(-(-T // group), _SLOT, D, 1, k.dtype.itemsize)
-    config = scores_stage.heuristic(sizes, n, options.n_ctas, n_score=3 if rows >= 8 else 2)
+    config = scores_stage.heuristic(sizes, n, options.n_ctas, n_score=3 if rows >= 8 and options.filters else 2)
     # No more than a sequence has on average: a tile is of one sequence.
     config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // (group * len(sequences.lengths)))))
     tile = config.tile_t * group
