@@ -137,7 +137,8 @@ def test_where_samples_mislead_other_thresholds_are_tried(select, period):
 def test_of_tokens_that_tie_the_first_are_scored(select):
     # All of them, and then all but a few that are better: by far more than there is room for.
     dtype = "bfloat16"
-    q, k, w = draw.equal_scores(*SHAPE)
+    q, k, w = draw.few_scores(*SHAPE)  # whole numbers, so that equal keys tie wherever they stand
+    k = np.broadcast_to(k[:, :1], k.shape)
     got = assert_keeps_the_contract(select, draw.cast(q, dtype), keys_of(k, dtype), w)
     np.testing.assert_array_equal(got.indices, np.broadcast_to(np.arange(24), got.indices.shape))
     q, k, w = rows_of_keys((1, 1))
