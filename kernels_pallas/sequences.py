@@ -60,7 +60,7 @@ class Sequences:
         # Each sequence ends in at most one partial group, so this many hold all.
         group = xp.arange(int(ends[-1]) if xp is np else S // (align * step) + R, dtype=np.int32)
         r = xp.minimum(_count_up_to(ends, group), R - 1)
-        first = self.key_starts[r] + (group - (ends - n_groups)[r]) * (align * step)
+        first = xp.asarray(self.key_starts)[r] + (group - xp.asarray(ends - n_groups)[r]) * (align * step)
         rows = xp.clip(first[:, None] + step * xp.arange(align, dtype=np.int32), 0, S - 1).reshape(-1)
         taken = dataclasses.replace(
             self,
