@@ -202,8 +202,9 @@ def test_stages_are_those_interpreted(backend, dtype):
         heads = wanted
         limit = -(-call.visible // 4)
         got, wanted = stages.scan_sort_keys(call, heads, 4), triton.scan_sort_keys(call, heads, 4, True)
-        there = np.arange(got.shape[1]) < np.asarray(limit)[:, None]
-        x, y = (np.asarray(score_of(x[:, : got.shape[1]])) for x in (got, wanted))
+        n = min(got.shape[1], wanted.shape[1])  # a backend may add columns
+        there = np.arange(n) < np.asarray(limit)[:, None]
+        x, y = (np.asarray(score_of(x[:, :n])) for x in (got, wanted))
         tolerance = 2e-3 if dtype == E4M3 else 1e-5
         np.testing.assert_allclose(x[there], y[there], rtol=tolerance, atol=tolerance * np.abs(y[there]).max())
         rank = jnp.minimum(limit, 100)
