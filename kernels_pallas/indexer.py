@@ -66,9 +66,14 @@ class Indexer:
     """Whole indexers of one backend. Results have a row a query, `call.queries`.
 
     Tracing is as without `jax_enable_x64` (see bits.py); `interpret` is that of types.py.
+
+    Attributes:
+        flat_up_to: a scan with 64 heads of at most so many times its candidates is the flat indexer, which scores all
+            of them and is faster there; with fewer heads of more.
     """
 
     stages: Stages
+    flat_up_to: float = 1.0
 
     def select_hisa(self, call: Call, method: Hisa, interpret: Interpret = False) -> tuple[Array, Array, Array]:
         """The hierarchical indexer.
@@ -109,6 +114,8 @@ class Indexer:
         """The scan, of more keys than `candidates`: [T, topk] and [T], as `select_hisa`."""
         with jax.enable_x64(False):
             flat = self._tokens(call)
+            if flat.sequences.max_keys * flat.q.shape[1] <= self.flat_up_to * 64 * method.block_topk:
+                return self.select_flat(call, method.topk, interpret)
             n = scan.queries_at_a_time(method, flat.sequences.max_keys)
             if flat.q.shape[0] <= n:
                 return scan.select(self.stages, flat, method, interpret)

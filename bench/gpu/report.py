@@ -15,12 +15,13 @@ Row = dict[str, Any]
 # Name in the table, what selects its rows.
 _LINES = {
     "HISA, e4m3": dict(row="hisa", shape="dsv32", dtype="e4m3", implementation="mosaic_gpu"),
+    "Scan(), e4m3": dict(row="scan", shape="dsv32", dtype="e4m3", implementation="mosaic_gpu"),
     "flat indexer, e4m3": dict(row="flat", shape="dsv32", dtype="e4m3", implementation="mosaic_gpu"),
     "HISA, bfloat16": dict(row="hisa", shape="dsv32", dtype="bf16", implementation="mosaic_gpu"),
     "HISA, bfloat16, Triton": dict(row="hisa", shape="dsv32", dtype="bf16", implementation="triton"),
     "HISA, GLM-5 (32 heads), e4m3": dict(row="hisa", shape="glm5", dtype="e4m3", implementation="mosaic_gpu"),
 }
-_PLOTTED = {"HISA, e4m3": "#0b6fb8", "flat indexer, e4m3": "#444444"}
+_PLOTTED = {"HISA, e4m3": "#0b6fb8", "Scan(), e4m3": "#c2410c", "flat indexer, e4m3": "#444444"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,15 +40,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: milliseconds by context of every whole indexer, and what HISA is faster by."""
+    """Markdown: milliseconds by context of every whole indexer, and what HISA and the scan are faster by."""
     lines = {name: by_context(rows, wanted) for name, wanted in _LINES.items()}
     contexts = sorted({context for line in lines.values() for context in line})
     cells = [["", *map(shapes.label, contexts)], ["---"] * (len(contexts) + 1)]
     for name, line in lines.items():
         cells.append([name, *(f"{line[c]['ms']:.2f}" if c in line else "" for c in contexts)])
-    hisa, flat = lines["HISA, e4m3"], lines["flat indexer, e4m3"]
-    ratios = [f"**{flat[c]['ms'] / hisa[c]['ms']:.1f}x**" if c in hisa and c in flat else "" for c in contexts]
-    cells.append(["HISA faster by", *ratios])
+    flat = lines["flat indexer, e4m3"]
+    for name in ("HISA", "Scan()"):
+        line = lines[f"{name}, e4m3"]
+        ratios = [f"**{flat[c]['ms'] / line[c]['ms']:.1f}x**" if c in line and c in flat else "" for c in contexts]
+        cells.append([f"{name} faster by", *ratios])
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
@@ -57,7 +60,7 @@ def by_context(rows: list[Row], wanted: Row) -> dict[int, Row]:
 
 
 def figure(rows: list[Row]) -> Figure:
-    """Time against context, HISA and flat, with the range of the samples and the floors."""
+    """Time against context, HISA, scan and flat, with the range of the samples and the floors."""
     result = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(result)
     axes = result.subplots()

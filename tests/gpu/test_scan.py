@@ -16,9 +16,11 @@ import hisa_jax as hj
 from hisa_jax import dispatch
 from hisa_jax.kernels_pallas import mosaic_gpu, scan, triton
 from hisa_jax.kernels_pallas.flat_call import FlatCall
+from hisa_jax.kernels_pallas.indexer import Indexer
 from hisa_jax.kernels_pallas.operands import ScanHeads
 from hisa_jax.kernels_pallas.sequences import Sequences
 from hisa_jax.kernels_pallas.sort_key import score_of, sort_key_of
+from hisa_jax.layout import Call, Keys
 from hisa_jax.pallas import Kernels
 from tests import draw, isolation, oracle
 from tests.gpu import test_paged as paged
@@ -248,3 +250,15 @@ def assert_requests_keep_the_contract(requests, got, method, tolerance):
     cu_seqlens_k = np.cumsum([0, *np.asarray(requests.lengths)])
     reference = oracle.select_packed(requests.q, k, requests.w, requests.cu_seqlens_q, cu_seqlens_k, method)
     oracle.assert_same_selection(got.indices, got.count, reference, tolerance, may_keep_more=True)
+
+
+@pytest.mark.parametrize(("S", "H", "is_flat"), [(20480, 64, True), (20488, 64, False), (40960, 32, True)])
+def test_where_the_flat_indexer_is_faster_it_scores_every_token(monkeypatch, S, H, is_flat):
+    class Stages:
+        flat = staticmethod(lambda call, topk, interpret: (topk, "flat"))
+
+    monkeypatch.setattr(scan, "select", lambda stages, call, method, interpret: (method.topk, "scan"))
+    q, k, w = jnp.zeros((1, 4, H, 128), BF16), jnp.zeros((1, S, 128), BF16), jnp.zeros((1, 4, H))
+    call = Call(q=q, w=w, visible=jnp.full((1, 4), S, jnp.int32), k=Keys(k, None))
+    got = Indexer(Stages, flat_up_to=2.5).select_scan(call, hj.Scan())
+    assert got == (2048, "flat" if is_flat else "scan")
