@@ -62,6 +62,8 @@ def paged(inputs: Inputs, page_size: int) -> tuple[IndexCache, Array]:
         places=places,
         means=parts[0],
         mean_scales=parts[1],
+        codes=None,
+        code_scales=None,
         latents=None,
     )
     return cache, table.reshape(B, -1)
