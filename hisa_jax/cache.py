@@ -1,10 +1,10 @@
 """A paged cache of index keys, and the latents of the sparse attention with them, as a functional pytree.
 
 Besides its keys a page keeps their dequantised sum and their count, from which block means follow, and their mean in
-the form that the kernels' block filter reads; if asked to, also a sketch of each key for the scan. All belong to the physical page, so sharing, copying, evicting or reusing
-a page needs no other update. Every write works them out anew from what the page then holds: writing the same tokens
-twice changes nothing, and rounding errors do not add up. A page also knows which page of its sequence it is, so that a
-table that names it elsewhere is noticed.
+the form that the kernels' block filter reads; if asked to, also a sketch of each key for the scan. All belong to the
+physical page, so sharing, copying, evicting or reusing a page needs no other update. Every write works them out anew
+from what the page then holds: writing the same tokens twice changes nothing, and rounding errors do not add up. A page
+also knows which page of its sequence it is, so that a table that names it elsewhere is noticed.
 """
 
 import functools

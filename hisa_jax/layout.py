@@ -381,12 +381,11 @@ def check_cache(call: str, cache: IndexCache) -> None:
         "codes": ("uint8", (n, size, sketch.sizes(D)[0])),
         "code_scales": ("bfloat16", (n, size, sketch.sizes(D)[1])),
     }
-    wanted_always = {"sums", "counts", "places"}
-    if cache.codes is not None or cache.code_scales is not None:
-        wanted_always |= {"codes", "code_scales"}
+    no_sketch = cache.codes is None and cache.code_scales is None
+    always = ("sums", "counts", "places") if no_sketch else ("sums", "counts", "places", "codes", "code_scales")
     for name, (wanted, shape) in parts.items():
         part = getattr(cache, name)
-        if part is not None or name in wanted_always:
+        if part is not None or name in always:
             checks.dtype(call, f"cache.{name}", part, (wanted,))
             checks.shape(call, f"cache.{name}", part, shape, f"of {n} pages of {size} tokens, as cache.keys has them")
     if cache.latents is not None:

@@ -31,7 +31,7 @@ def int4(values: Array) -> Array:
 
 
 def pack(values: Array) -> tuple[Array, Array]:
-    """[..., D] -> the sketch of `int4` as it is kept: [..., bytes] uint8, 16 a group, and scales [..., groups] bfloat16.
+    """[..., D] -> the sketch as it is kept: [..., bytes] uint8, 16 a group, and scales [..., groups] bfloat16.
 
     Byte i of a group holds its number i in the low 4 bits and number i + 16 in the high ones, each plus 8. So the 16
     bytes that a GPU loads at once have one scale, and masks and shifts of whole registers give two runs of numbers.
@@ -42,7 +42,7 @@ def pack(values: Array) -> tuple[Array, Array]:
 
 
 def packed_halves(low: Array, high: Array) -> tuple[Array, Array]:
-    """The first and last 16 numbers of groups, [..., 16] float32 each -> bytes [..., 16] int32, scales [...] bfloat16."""
+    """First and last 16 numbers of groups, [..., 16] float32 each -> bytes [..., 16] int32, scales [...] bfloat16."""
     scales = _scale_of(low, high)
     codes = (_code_of(low, scales) + _ZERO) | ((_code_of(high, scales) + _ZERO) << 4)
     # What is cut off is 0. The bits of a NaN stay, too.
