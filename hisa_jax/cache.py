@@ -61,7 +61,7 @@ def init_cache(
     checks.integer(call, "n_pages", n_pages, 1)
     checks.integer(call, "D", D, 0)
     dtype = checks.one_dtype(call, "dtype", dtype, checks.KEY_DTYPES)
-    if sketch is not None and sketch not in get_args(Sketch):
+    if sketch is not None and not (isinstance(sketch, str) and sketch in get_args(Sketch)):
         raise ValueError(f"{call}: sketch={sketch!r}, wanted None or one of {', '.join(get_args(Sketch))}")
     if latent_dim is not None:
         checks.integer(call, "latent_dim", latent_dim, 1)
