@@ -29,6 +29,8 @@ def test_a_group_with_a_number_that_is_not_finite_is_lost():
     values = np.ones((2, 64), np.float32)
     values[0, 3], values[1, 40] = np.nan, np.inf
     got = np.isnan(sketch.int4(jnp.asarray(values)))
+    scales = np.asarray(sketch.pack(jnp.asarray(values))[1], np.float32)
+    assert np.isnan(scales).tolist() == [[True, False], [False, True]]
     assert got[0].tolist() == [True] * 32 + [False] * 32 and got[1].tolist() == [False] * 32 + [True] * 32
 
 
