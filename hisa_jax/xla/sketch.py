@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 GROUP = 32  # numbers with one scale
 HALF = GROUP // 2  # numbers in the low 4 bits of a group's bytes, and in the high ones
 _LARGEST = 7  # of the whole numbers in 4 bits that have a negative
-_ZERO = 8  # what stands for 0, so that no code is negative
+ZERO = 8  # what stands for 0, so that no code is negative
 _STEP = 1 << 19  # between the bits of neighbouring float32 of 5 significant bits
 _SEVENTH = (1 + 2**-20) / 7  # of which a product is no less than the seventh itself
 _LEAST = 2.0**-120  # below it a group is all zeros: products would leave the normal numbers, which some hardware drops
@@ -44,7 +44,7 @@ def pack(values: Array) -> tuple[Array, Array]:
 def packed_halves(low: Array, high: Array) -> tuple[Array, Array]:
     """First and last 16 numbers of groups, [..., 16] float32 each -> bytes [..., 16] int32, scales [...] bfloat16."""
     scales = _scale_of(low, high)
-    codes = (_code_of(low, scales) + _ZERO) | ((_code_of(high, scales) + _ZERO) << 4)
+    codes = (_code_of(low, scales) + ZERO) | ((_code_of(high, scales) + ZERO) << 4)
     # What is cut off is 0. The bits of a NaN stay, too.
     bits = (lax.bitcast_convert_type(scales, jnp.int32) >> 16).astype(jnp.int16)
     return codes, lax.bitcast_convert_type(bits, jnp.bfloat16)
@@ -54,7 +54,7 @@ def unpack(codes: Array, scales: Array, D: int, dtype: DTypeLike) -> Array:
     """What `int4` gives of keys of a dtype, [..., D], from what `pack` does."""
     by_group = codes.reshape(*scales.shape, 1, HALF)
     shifts = jnp.array([[0], [4]], jnp.uint8).reshape((1,) * scales.ndim + (2, 1))
-    numbers = ((by_group >> shifts) & 15).astype(jnp.int32) - _ZERO
+    numbers = ((by_group >> shifts) & 15).astype(jnp.int32) - ZERO
     return _numbers(numbers.reshape(*scales.shape, GROUP), scales.astype(jnp.float32), D, dtype)
 
 
