@@ -21,7 +21,7 @@ from hisa_jax.kernels_pallas.pages import Pages
 from hisa_jax.kernels_pallas.triton import scan_body
 from hisa_jax.kernels_pallas.triton.pool import check_addressable
 from hisa_jax.kernels_pallas.triton.scan import Config
-from hisa_jax.kernels_pallas.triton.scan_sketch_body import Inputs, scan_masks_body, scan_sort_keys_body
+from hisa_jax.kernels_pallas.triton.scan_sketch_body import Sketches, scan_masks_body, scan_sort_keys_body
 
 _COLUMNS = 128  # of a program at most: a row of a query and a group each
 _LEAST_COLUMNS = 16  # of a product
@@ -103,17 +103,17 @@ def _launch(
     assert columns.tiles is not None
     n_tiles = -(-columns.n // scan_body.TILE_S)
     shape = (T, n_tiles * scan_body.TILE_S // per_word)
-    inputs = Inputs(
+    inputs = scan_body.Inputs(
         q=heads.q.reshape(T * R, D),
         w=heads.w.reshape(T * R),
         limit=columns.limit,
         threshold=threshold,
         tiles=columns.tiles,
-        codes=operands.codes,
-        code_scales=operands.code_scales,
+        k=operands.codes,
         table=None if pages is None else pages.table,
         k_scale=operands.k_scale,
     )
+    sketches = Sketches(inputs, operands.code_scales)
     plan = scan_body.Plan(
         tile_t=config.tile_t,
         n_tiles=config.n_tiles,
@@ -128,10 +128,10 @@ def _launch(
         functools.partial(body, plan=plan),
         grid=(columns.tiles.shape[0], -(-n_tiles // config.n_tiles)),
         # Whole arrays: which rows a program takes, `tiles` and the page table say when it runs.
-        in_specs=[jax.tree.map(whole, inputs)],
+        in_specs=[jax.tree.map(whole, sketches)],
         out_specs=pl.BlockSpec(shape, lambda t, s: (0, 0)),
         out_shape=jax.ShapeDtypeStruct(shape, jnp.int32),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name=name,
         interpret=interpret,
-    )(inputs)
+    )(sketches)

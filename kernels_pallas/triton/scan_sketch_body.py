@@ -13,6 +13,7 @@ from hisa_jax.kernels_pallas.triton.scan_body import (
     _MINUS_INFINITY,
     TILE_S,
     WORD,
+    Inputs,
     Plan,
     _offsets,
     _own,
@@ -25,27 +26,21 @@ from hisa_jax.xla.sketch import GROUP, HALF, ZERO
 _BITS_OF_128 = 0x4300  # in bfloat16: with a number below 128 in the last ones they are those of 128 and it
 
 
-class Inputs(NamedTuple):
-    """Arrays in device memory, whole."""
+class Sketches(NamedTuple):
+    """What `scan_body.Inputs` has beside the keys: here `k` are codes, [S, bytes]."""
 
-    q: Ref  # [T * R, D]
-    w: Ref  # [T * R]
-    limit: Ref  # [T]
-    threshold: Ref | None  # [T]
-    tiles: Ref  # [n_tiles, 4]
-    codes: Ref  # [S, bytes]
+    inputs: Inputs
     code_scales: Ref  # [S, groups]
-    table: Ref | None  # [n], for keys in pages
-    k_scale: Ref | None  # [S]
 
 
-def scan_masks_body(refs: Inputs, o_ref: Ref, *, plan: Plan, keep_first: int, keep_last: int) -> None:
+def scan_masks_body(sketches: Sketches, o_ref: Ref, *, plan: Plan, keep_first: int, keep_last: int) -> None:
     # One program:   heads of its queries, group by group   x   tile after tile of 128 sketches   ->   4 words a query
     #
     # The bytes of a tile become two operands in registers, of the numbers in their low and in their high bits. The
     # other operand has a column for each head *and group*, zeros at the numbers of other groups. So scales multiply
     # sums of groups, 32 columns a query of 8 heads, and not 128 numbers, of which unpacking is a mask and a difference.
     # Rows and words are those of `scan_body.scan_masks_body`. out: [T, words].
+    refs = sketches.inputs
     assert refs.threshold is not None
     t, rows, there = _own(refs, o_ref, plan)
     threshold = plt.load(refs.threshold.at[t], mask=there, other=INVISIBLE)
@@ -62,26 +57,26 @@ def scan_masks_body(refs: Inputs, o_ref: Ref, *, plan: Plan, keep_first: int, ke
         word = lax.div(first, jnp.int32(WORD)) + jnp.arange(n_words, dtype=jnp.int32)
         plt.store(o_ref.at[rows[None, :], word[:, None]], taken, mask=jnp.broadcast_to(there[None, :], taken.shape))
 
-    _scan(refs, plan, write)
+    _scan(sketches, plan, write)
 
 
-def scan_sort_keys_body(refs: Inputs, o_ref: Ref, *, plan: Plan) -> None:
+def scan_sort_keys_body(sketches: Sketches, o_ref: Ref, *, plan: Plan) -> None:
     # As `scan_masks_body`, but sort keys are written as they are. out: [T, n].
-    t, rows, there = _own(refs, o_ref, plan)
-    limit = plt.load(refs.limit.at[t], mask=there, other=0)
+    t, rows, there = _own(sketches.inputs, o_ref, plan)
+    limit = plt.load(sketches.inputs.limit.at[t], mask=there, other=0)
 
     def write(first: Array, tokens: Array, x: Array) -> None:
         del first
         sort_key = jnp.where(tokens[:, None] < limit[None, :], sort_key_of(x), INVISIBLE)
         plt.store(o_ref.at[rows[None, :], tokens[:, None]], sort_key, mask=jnp.broadcast_to(there[None, :], x.shape))
 
-    _scan(refs, plan, write)
+    _scan(sketches, plan, write)
 
 
-def _scan(refs: Inputs, plan: Plan, write: Callable[[Array, Array, Array], None]) -> None:
+def _scan(sketches: Sketches, plan: Plan, write: Callable[[Array, Array, Array], None]) -> None:
     """Calls write(first key, keys [128], scores [128, tile_t]) for every tile of keys that its queries see."""
-    tile, G, R = pl.program_id(0), plan.tile_t, plan.R
-    (_, n_bytes), n_groups = refs.codes.shape, refs.code_scales.shape[1]
+    refs, tile, G, R = sketches.inputs, pl.program_id(0), plan.tile_t, plan.R
+    (_, n_bytes), n_groups = refs.k.shape, sketches.code_scales.shape[1]
     first_row, most = refs.tiles[tile, 2], refs.tiles[tile, 3]
     chunk = pl.program_id(1) * (plan.n_tiles * TILE_S)
     low, high = _heads(refs, plan, n_bytes, n_groups)
@@ -94,10 +89,10 @@ def _scan(refs: Inputs, plan: Plan, write: Callable[[Array, Array, Array], None]
     def one_tile(i: Array, _: None) -> None:
         first = chunk + i * TILE_S
         tokens = first + offsets
-        rows = rows_of(refs.codes, refs.table, first_row + tokens * plan.step, plan.page_size)
-        codes = plt.load(refs.codes.at[rows[:, None], at]).astype(jnp.int16)
+        rows = rows_of(refs.k, refs.table, first_row + tokens * plan.step, plan.page_size)
+        codes = plt.load(refs.k.at[rows[:, None], at]).astype(jnp.int16)
         x = _product(codes & 15, low) + _product(codes >> 4, high)
-        scales = plt.load(refs.code_scales.at[rows[:, None], groups]).astype(jnp.float32)
+        scales = plt.load(sketches.code_scales.at[rows[:, None], groups]).astype(jnp.float32)
         x = jnp.sum(x.reshape(TILE_S, n_groups, G * R) * scales[:, :, None], axis=1)
         # A select, not a maximum, which Triton lowers to one that drops NaN.
         x = jnp.where(counts, jnp.where((x < 0.0) & ~is_linear, 0.0, x) * w, 0.0)
