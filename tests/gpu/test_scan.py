@@ -18,7 +18,7 @@ from hisa_jax.kernels_pallas.operands import ScanHeads
 from hisa_jax.kernels_pallas.sequences import Sequences
 from hisa_jax.kernels_pallas.sort_key import score_of, sort_key_of
 from hisa_jax.pallas import Kernels
-from tests import draw, oracle
+from tests import draw, isolation, oracle
 from tests.gpu import test_paged as paged
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -151,6 +151,24 @@ def test_the_first_and_the_last_token_are_scored_whatever_the_scan_makes_of_them
     arrays = draw.cast(q, "bfloat16"), keys_of(k, "bfloat16"), w
     got = assert_keeps_the_contract(select, *arrays, query_positions=positions, lengths=np.array([700, 700], np.int32))
     assert (np.asarray(got.indices)[..., [0, -1]] == [0, 699]).all()
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        ("batch", "float8_e4m3fn"),
+        pytest.param("batch", "bfloat16", marks=pytest.mark.exhaustive),
+        pytest.param("pages", "float8_e4m3fn", marks=pytest.mark.exhaustive),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, of infinity
+def test_what_a_query_does_not_see_changes_nothing(select, form, dtype):
+    if form == "batch":
+        call = isolation.batch(select, METHOD, dtype)
+    else:
+        select = functools.partial(hj.select_paged, implementation="interpreted")
+        call = isolation.paged(select, METHOD, dtype, page_size=32, n_queries=(4, 9, 1, 2))
+    isolation.assert_isolated(call, METHOD)
 
 
 @pytest.mark.parametrize("where", ["q", "k", "w"])
