@@ -307,10 +307,11 @@ class Call:
     def sequence(self, r: Array) -> "Sequence":
         """The keys of sequence r."""
         if self.table is not None and self.cache is not None:
-            return Paged(self.keys, self.table[r], self.cache.page_size, self._sketch())
+            return Paged(self.keys, self.table[r], self.cache.page_size, self.sketch)
         return Contiguous(self.keys, jnp.asarray(self.key_starts)[r], self.max_keys)
 
-    def _sketch(self) -> Sketched | None:
+    @property
+    def sketch(self) -> Sketched | None:
         """Rows of all pages of the sketch that they keep."""
         cache = self.cache
         if cache is None or cache.codes is None or cache.code_scales is None:

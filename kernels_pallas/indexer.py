@@ -109,6 +109,8 @@ class Indexer:
         """The scan, of more keys than `candidates`: [T, topk] and [T], as `select_hisa`."""
         with jax.enable_x64(False):
             flat = self._tokens(call)
+            if method.sketch is not None:
+                flat = dataclasses.replace(flat, sketch=call.sketch)
             n = scan.queries_at_a_time(method, flat.sequences.max_keys)
             if flat.q.shape[0] <= n:
                 return scan.select(self.stages, flat, method, interpret)
