@@ -236,7 +236,7 @@ def test_a_packed_batch_some_queries_at_a_time(select, monkeypatch, queries):
     oracle.assert_same_selection(got.indices, got.count, reference, 1e-4, may_keep_more=True)
 
 
-@pytest.mark.parametrize(("page_size", "dtype"), [(16, E4M3), pytest.param(64, BF16, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(("page_size", "dtype"), [(32, E4M3), pytest.param(64, BF16, marks=pytest.mark.exhaustive)])
 def test_keys_in_pages(select, page_size, dtype):
     del select
     requests = paged.draw(**paged.PREFILL_AND_DECODE, page_size=page_size, dtype=dtype, normal=True)
