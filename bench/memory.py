@@ -1,4 +1,4 @@
-"""Peak memory of each method beyond its inputs, at a long context.
+"""Peak memory of each method beyond its inputs, at a long context; and what a token takes in the pages of a cache.
 
 Each method runs in a fresh process on the CPU. Beyond the inputs means: the most resident memory while the call ran,
 less what was resident before it, when inputs and compiled code were there. Where a process may not reset its high-water
@@ -26,6 +26,7 @@ from bench import UserError, options, shapes, timing
 
 METHODS = shapes.DSV32.methods()
 _MIB, _GIB = 1 << 20, 1 << 30
+_PAGE = 64
 _CHUNK = 1 << 20  # numbers drawn at a time: making the inputs must not take more memory than they do
 
 
@@ -73,8 +74,27 @@ def run(args: argparse.Namespace) -> int:
         failed |= footprint.peak_bytes > args.limit_gib * _GIB
         table.add_row(name, *_cells(footprint, args.queries))
     console.print(table)
+    console.print(_pages_table(args.dim))
     console.print(f"{'Over' if failed else 'Within'} the limit of {args.limit_gib:g} GiB.", highlight=False)
     return int(failed)
+
+
+def bytes_per_token(dtype: str, D: int, page_size: int) -> dict[str, float]:
+    """What a token's key, its sketch and its share of the page's sum, means and counts take in a cache."""
+    cache = jax.eval_shape(lambda: hj.init_cache(1, page_size, D, dtype, sketch="int4"))
+    sizes = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
+    taken = {name: leaf.size * leaf.dtype.itemsize / page_size for name, leaf in sizes.items() if leaf is not None}
+    key, sketch = (
+        sum(taken.pop(name, 0) for name in names) for names in (("keys", "scales"), ("codes", "code_scales"))
+    )
+    return {"key": key, "sketch": sketch, "page": sum(taken.values())}
+
+
+def _pages_table(D: int) -> Table:
+    table = Table("keys", "key", "sketch", "page's own", title=f"bytes a token in pages of {_PAGE}, D = {D}")
+    for dtype in ("bfloat16", "float8_e4m3fn"):
+        table.add_row(dtype, *(f"{n:g}" for n in bytes_per_token(dtype, D, _PAGE).values()))
+    return table
 
 
 def _cells(footprint: Footprint, n_queries: int) -> list[str]:

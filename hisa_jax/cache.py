@@ -1,15 +1,15 @@
 """A paged cache of index keys, and the latents of the sparse attention with them, as a functional pytree.
 
 Besides its keys a page keeps their dequantised sum and their count, from which block means follow, and their mean in
-the form that the kernels' block filter reads. All belong to the physical page, so sharing, copying, evicting or reusing
-a page needs no other update. Every write works them out anew from what the page then holds: writing the same tokens
-twice changes nothing, and rounding errors do not add up. A page also knows which page of its sequence it is, so that a
-table that names it elsewhere is noticed.
+the form that the kernels' block filter reads; if asked to, also a sketch of each key for the scan. All belong to the
+physical page, so sharing, copying, evicting or reusing a page needs no other update. Every write works them out anew
+from what the page then holds: writing the same tokens twice changes nothing, and rounding errors do not add up. A page
+also knows which page of its sequence it is, so that a table that names it elsewhere is noticed.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from jax import Array
@@ -18,12 +18,14 @@ from jax.typing import DTypeLike
 
 from hisa_jax import checks, dispatch
 from hisa_jax.layout import IndexCache, ascending, check_cache, check_table
+from hisa_jax.methods import Sketch
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.sharded import cache as on_mesh
 from hisa_jax.sharded import meshes
 from hisa_jax.sharded.meshes import Axes
 from hisa_jax.xla import append as xla
 from hisa_jax.xla.means import mean_parts
+from hisa_jax.xla.sketch import sizes as sketch_sizes
 
 _MAX_PAGE_SIZE = 256
 
@@ -34,6 +36,7 @@ def init_cache(
     D: int,
     dtype: DTypeLike = jnp.bfloat16,
     *,
+    sketch: Sketch | None = None,
     latent_dim: int | None = None,
     latent_dtype: DTypeLike = jnp.bfloat16,
 ) -> IndexCache:
@@ -44,10 +47,12 @@ def init_cache(
         page_size: tokens of a page, a power of two up to 256; to be used with blocks of so many tokens or a multiple.
         D: size of an index key; 0 for the latents of a layer that has no indexer of its own.
         dtype: of the keys: bfloat16, float32, or float8_e4m3fn or int8, which come with a scale a token.
+        sketch: "int4": keep beside each key what `Scan(sketch="int4")` scans in place of it, so that it is read and not
+            made: 18 bytes for each 32 numbers, the last of them filled up. None: keys alone.
         latent_dim: size of the attention's keys (576 in DeepSeek-V3.2), to keep them in the same pages; None: not here.
         latent_dtype: of those, bfloat16 or float32.
 
-    Raises: TypeError: a dtype not listed above. ValueError: sizes that are not.
+    Raises: TypeError: a dtype not listed above. ValueError: sizes that are not, another sketch.
     """
     call = "init_cache"
     checks.integer(call, "page_size", page_size, 1)
@@ -56,12 +61,15 @@ def init_cache(
     checks.integer(call, "n_pages", n_pages, 1)
     checks.integer(call, "D", D, 0)
     dtype = checks.one_dtype(call, "dtype", dtype, checks.KEY_DTYPES)
+    if sketch is not None and not (isinstance(sketch, str) and sketch in get_args(Sketch)):
+        raise ValueError(f"{call}: sketch={sketch!r}, wanted None or one of {', '.join(get_args(Sketch))}")
     if latent_dim is not None:
         checks.integer(call, "latent_dim", latent_dim, 1)
         latent_dtype = checks.one_dtype(call, "latent_dtype", latent_dtype, ("bfloat16", "float32"))
     latents = None if latent_dim is None else jnp.zeros((n_pages, page_size, latent_dim), latent_dtype)
     sums = jnp.zeros((n_pages, D), jnp.float32)
     means, mean_scales = mean_parts(sums, dtype) or (None, None)
+    n_bytes, n_groups = sketch_sizes(D)
     return IndexCache(
         keys=jnp.zeros((n_pages, page_size, D), dtype),
         scales=jnp.ones((n_pages, page_size), jnp.float32) if dtype.itemsize == 1 else None,
@@ -70,6 +78,8 @@ def init_cache(
         places=jnp.full((n_pages,), -1, jnp.int32),
         means=means,
         mean_scales=mean_scales,
+        codes=None if sketch is None else jnp.zeros((n_pages, page_size, n_bytes), jnp.uint8),
+        code_scales=None if sketch is None else jnp.zeros((n_pages, page_size, n_groups), jnp.bfloat16),
         latents=latents,
     )
 

@@ -47,7 +47,8 @@ class Problem:
     """What a choice depends on of the call: index heads, their size, most keys a sequence, dtypes, and the method.
 
     `is_packed` tells sequences of any lengths from a batch, `page_size` pages from contiguous keys, of `n_requests`;
-    `is_split`, whether keys are split over devices; `returns_blocks`, whether the kept blocks are asked for.
+    `is_split`, whether keys are split over devices; `returns_blocks`, whether the kept blocks are asked for;
+    `keeps_sketch`, whether the pages do.
     """
 
     H: int
@@ -61,6 +62,7 @@ class Problem:
     n_requests: int = 0
     is_split: bool = False
     returns_blocks: bool = False
+    keeps_sketch: bool = False
 
     @classmethod
     def of(cls, q: Any, keys: Keys, method: Method, *, is_split: bool = False) -> "Problem":
@@ -73,7 +75,8 @@ class Problem:
     def of_pages(cls, q: Array, cache: IndexCache, table: Array, method: Method, *, is_split: bool) -> "Problem":
         """Of queries [T, H, D] and a table [R, P]."""
         (R, P), problem = table.shape, cls.of(q, Keys(cache.keys, None), method, is_split=is_split)
-        return dataclasses.replace(problem, S=P * cache.page_size, page_size=cache.page_size, n_requests=R)
+        S, keeps_sketch = P * cache.page_size, cache.codes is not None
+        return dataclasses.replace(problem, S=S, page_size=cache.page_size, n_requests=R, keeps_sketch=keeps_sketch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,7 +186,7 @@ def _no_scan(problem: Problem) -> str | None:
         return None
     if problem.returns_blocks:
         return "has no kernels for a Scan with return_blocks=True: they score more tokens than its blocks hold"
-    return importlib.import_module("hisa_jax.kernels_pallas.scan").why_not(problem.method)
+    return importlib.import_module("hisa_jax.kernels_pallas.scan").why_not(problem.method, problem.keeps_sketch)
 
 
 def _blocks(method: Hisa | BlockSparse, S: int) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Where queries and keys lie: the records that every implementation reads.
 
 Call        the queries and keys of R sequences: a batch, packed one after the other, or in the pages of a cache
-Keys        index keys and their scales, row by row
+Keys        index keys and their scales, row by row; `Sketched` ones, in 4 bits
 Sequence    the keys of one sequence, for the stages: `Contiguous` rows, or `Paged`
 IndexCache  pages of keys, and what each page knows of itself
 """
@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from hisa_jax import checks
+from hisa_jax.xla import sketch
 from hisa_jax.xla.means import mean, tree_sum
 
 # Widths of key tiles are multiples of this one. XLA's CPU matmul gives a product the same bits at every such width,
@@ -58,6 +60,27 @@ class Keys(NamedTuple):
         return jnp.where(present[..., None], values, 0)
 
 
+class Sketched(NamedTuple):
+    """Index keys in 4 bits, as pages keep them (xla/sketch.py).
+
+    Attributes:
+        codes: [N, bytes] uint8; `code_scales`: [N, groups] bfloat16; `scales`: of tokens, [N] float32 or None.
+        D, dtype: of the keys.
+    """
+
+    codes: Array
+    code_scales: Array
+    scales: Array | None
+    D: int
+    dtype: DTypeLike
+
+    def rows(self, rows: Array) -> Keys:
+        """What is left of the keys at `rows` (any shape of int32), clipped to [0, N)."""
+        rows = jnp.clip(rows, 0, self.codes.shape[0] - 1)
+        values = sketch.unpack(self.codes[rows], self.code_scales[rows], self.D, self.dtype)
+        return Keys(values, None if self.scales is None else self.scales[rows])
+
+
 class Sequence(Protocol):
     """The keys of one sequence."""
 
@@ -99,11 +122,13 @@ class Paged(NamedTuple):
         keys: rows of all pages, page 0 first.
         pages: [P] int32, where each page of the sequence is; only those that hold its tokens need be real.
         page_size: rows of a page.
+        sketch: rows of all pages of the sketch that they keep, which may take the place of `keys`; None: none.
     """
 
-    keys: Keys
+    keys: Keys | Sketched
     pages: Array
     page_size: int
+    sketch: Sketched | None = None
 
     @property
     def max_keys(self) -> int:
@@ -165,6 +190,9 @@ class IndexCache:
         means: [n_pages, parts, D], the mean of each page in numbers of the keys' dtype that add up to it, for kernels
             whose blocks are pages: one bfloat16, or two e4m3; None for other dtypes, which they do not take.
         mean_scales: [n_pages] float32, of the two e4m3; else None.
+        codes: [n_pages, page_size, bytes] uint8, the keys in 4 bits a number, for scans that read them so, 16 bytes for
+            each 32 numbers (xla/sketch.py); None: no sketch is kept.
+        code_scales: [n_pages, page_size, groups] bfloat16, of each 32 numbers; else None.
         latents: [n_pages, page_size, Dk], the keys of `sparse_mla` of the same tokens; None if kept elsewhere.
     """
 
@@ -175,6 +203,8 @@ class IndexCache:
     places: Array
     means: Array | None
     mean_scales: Array | None
+    codes: Array | None
+    code_scales: Array | None
     latents: Array | None
 
     @property
@@ -277,8 +307,17 @@ class Call:
     def sequence(self, r: Array) -> "Sequence":
         """The keys of sequence r."""
         if self.table is not None and self.cache is not None:
-            return Paged(self.keys, self.table[r], self.cache.page_size)
+            return Paged(self.keys, self.table[r], self.cache.page_size, self.sketch)
         return Contiguous(self.keys, jnp.asarray(self.key_starts)[r], self.max_keys)
+
+    @property
+    def sketch(self) -> Sketched | None:
+        """Rows of all pages of the sketch that they keep."""
+        cache = self.cache
+        if cache is None or cache.codes is None or cache.code_scales is None:
+            return None
+        codes, code_scales = (x.reshape(-1, x.shape[-1]) for x in (cache.codes, cache.code_scales))
+        return Sketched(codes, code_scales, self.keys.scales, cache.keys.shape[-1], cache.keys.dtype)
 
     def unflatten[Tree](self, results: Tree) -> Tree:
         """Leaves with a row a query -> leaves of [*shape, ...]."""
@@ -340,10 +379,14 @@ def check_cache(call: str, cache: IndexCache) -> None:
         "scales": ("float32", (n, size)),
         "means": (dtype, (n, "parts", D)),
         "mean_scales": ("float32", (n,)),
+        "codes": ("uint8", (n, size, sketch.sizes(D)[0])),
+        "code_scales": ("bfloat16", (n, size, sketch.sizes(D)[1])),
     }
+    no_sketch = cache.codes is None and cache.code_scales is None
+    always = ("sums", "counts", "places") if no_sketch else ("sums", "counts", "places", "codes", "code_scales")
     for name, (wanted, shape) in parts.items():
         part = getattr(cache, name)
-        if part is not None or name in ("sums", "counts", "places"):
+        if part is not None or name in always:
             checks.dtype(call, f"cache.{name}", part, (wanted,))
             checks.shape(call, f"cache.{name}", part, shape, f"of {n} pages of {size} tokens, as cache.keys has them")
     if cache.latents is not None:

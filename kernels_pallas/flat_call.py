@@ -11,7 +11,7 @@ from jax import Array, lax
 from hisa_jax.kernels_pallas.operands import Operands
 from hisa_jax.kernels_pallas.pages import TILED_BLOCKS, Pages, why_not
 from hisa_jax.kernels_pallas.sequences import Sequences, whole_blocks
-from hisa_jax.layout import Call
+from hisa_jax.layout import Call, Sketched
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class FlatCall:
         k: [S, D]; k_scale: [S] float32, or None where every scale is 1.
         sequences: whose rows of queries and keys these are.
         pages: where the keys of those rows are in k; None: in these rows.
+        sketch: what is scanned in place of k, row by row; None: k.
     """
 
     q: Array
@@ -32,6 +33,7 @@ class FlatCall:
     k_scale: Array | None
     sequences: Sequences
     pages: Pages | None = None
+    sketch: Sketched | None = None
 
     @property
     def operands(self) -> Operands:

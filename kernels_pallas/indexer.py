@@ -114,6 +114,8 @@ class Indexer:
         """The scan, of more keys than `candidates`: [T, topk] and [T], as `select_hisa`."""
         with jax.enable_x64(False):
             flat = self._tokens(call)
+            if method.sketch is not None:
+                flat = dataclasses.replace(flat, sketch=call.sketch)
             if flat.sequences.max_keys * flat.q.shape[1] <= self.flat_up_to * 64 * method.block_topk:
                 return self.select_flat(call, method.topk, interpret)
             n = scan.queries_at_a_time(method, flat.sequences.max_keys)

@@ -81,12 +81,12 @@ class ScanStages(Protocol):
         ...
 
 
-def why_not(method: Scan) -> str | None:
-    """None, or why no backend can run a method."""
+def why_not(method: Scan, keeps_sketch: bool) -> str | None:
+    """None, or why no backend can run a method on keys in pages that keep a sketch, or on others."""
     if method.unit != 1:
         return f"has no kernels for a Scan of unit={method.unit}"
-    if method.sketch is not None:
-        return f'has no kernels for a Scan of sketch="{method.sketch}"'
+    if method.sketch is not None and not keeps_sketch:
+        return f'has no kernels for a Scan of sketch="{method.sketch}", but on pages that keep it'
     if method.exact_heads > _MAX_EXACT:
         return f"needs at most {_MAX_EXACT} exact heads of a Scan, not {method.exact_heads}"
     if capacity(method.block_topk) > _MAX_CAPACITY:

@@ -7,7 +7,7 @@ tables, one for all layers, map these places to pages: rows may share pages, and
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
+from hisa_jax.methods import Sketch
 from hisa_jax.models.config import Config
 from hisa_jax.models.sharding import constrain, mesh_axis, per_device
 
@@ -53,30 +54,42 @@ def page_size_of(methods: Iterable[hj.Method]) -> int:
     return math.gcd(_LARGEST_PAGE, *sizes)
 
 
-def empty_pages(config: Config, n_pages: int, page_size: int, dtype: DTypeLike) -> tuple[hj.IndexCache, ...]:
+def sketch_of(methods: Iterable[hj.Method]) -> Sketch | None:
+    """What these methods scan in place of the keys, None if all read the keys."""
+    return next((method.sketch for method in methods if isinstance(method, hj.Scan) and method.sketch), None)
+
+
+def empty_pages(
+    config: Config, n_pages: int, page_size: int, dtype: DTypeLike, sketches: Sequence[Sketch | None] | None = None
+) -> tuple[hj.IndexCache, ...]:
     """Pages of every layer.
 
     Args:
         config: sizes, and the dtype of the index keys.
         n_pages, page_size: pages of a layer, and tokens of a page.
         dtype: of latents, rope keys, and index keys that are not quantised.
+        sketches: what each layer keeps beside its index keys, where it has some; None: nothing.
     """
 
-    def pages(kind: str) -> hj.IndexCache:
+    def pages(kind: str, sketch: Sketch | None) -> hj.IndexCache:
         D, key_dtype = (config.index_head_dim, config.index_key_dtype or dtype) if kind == "full" else (0, dtype)
-        latent_dim = config.kv_lora_rank + config.qk_rope_head_dim
-        return hj.init_cache(n_pages, page_size, D, key_dtype, latent_dim=latent_dim, latent_dtype=dtype)
+        return hj.init_cache(
+            n_pages, page_size, D, key_dtype, sketch=sketch if kind == "full" else None,
+            latent_dim=config.kv_lora_rank + config.qk_rope_head_dim, latent_dtype=dtype,
+        )  # fmt: skip
 
-    return tuple(pages(kind) for kind in config.indexer_kinds)
+    kinds = config.indexer_kinds
+    return tuple(pages(*layer) for layer in zip(kinds, sketches or (None,) * len(kinds), strict=True))
 
 
 def empty_cache(
-    config: Config, batch: int, capacity: int, dtype: DTypeLike, page_size: int, mesh: Mesh | None = None
-) -> Cache:
+    config: Config, batch: int, capacity: int, dtype: DTypeLike, page_size: int, mesh: Mesh | None = None,
+    sketches: Sequence[Sketch | None] | None = None,
+) -> Cache:  # fmt: skip
     """A cache with pages of their own for at least `capacity` tokens in each of `batch` rows.
 
     Args:
-        config, dtype, page_size: see `empty_pages`.
+        config, dtype, page_size, sketches: see `empty_pages`.
         batch: B.
         capacity: tokens.
         mesh: what the batch is split over, or None.
@@ -84,7 +97,7 @@ def empty_cache(
     Returns: `Cache` with lengths 0.
     """
     P = -(-capacity // page_size)
-    layers = empty_pages(config, batch * P, page_size, dtype)
+    layers = empty_pages(config, batch * P, page_size, dtype, sketches)
     axis = mesh_axis(mesh, "batch", batch)
     # Where the batch is split, each device has the pages of its rows and counts them from 0.
     n_devices = 1

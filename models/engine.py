@@ -20,7 +20,7 @@ from jax import Array
 
 import hisa_jax as hj
 from hisa_jax.models import checks
-from hisa_jax.models.cache import Cache, empty_pages
+from hisa_jax.models.cache import Cache
 from hisa_jax.models.drafts import Draft, lookup, propose
 from hisa_jax.models.generate import likeliest, phase_graphs
 from hisa_jax.models.modeling import Model, Output
@@ -148,8 +148,7 @@ class Engine:
     def pages(self) -> Pages:
         """What the pages hold; empty ones at first, and after they were lost."""
         if self._pages is None:
-            model = self.model
-            self._pages = empty_pages(model.config, self.pool.n_pages, model.page_size, model.embed[...].dtype)
+            self._pages = self.model.empty_pages(self.pool.n_pages)
         return self._pages
 
     @property

@@ -1,6 +1,7 @@
 """The decoder: embedding, layers of DSA attention and MLP or experts, logits. One for V3.2, GLM-5 and GLM-5.2."""
 
 import dataclasses
+import itertools
 from typing import Self, get_args
 
 import jax
@@ -11,7 +12,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
-from hisa_jax.models.cache import Cache, empty_cache, page_size_of
+from hisa_jax.methods import Sketch
+from hisa_jax.models.cache import Cache, empty_cache, empty_pages, page_size_of, sketch_of
 from hisa_jax.models.config import Config
 from hisa_jax.models.dsa import Attention, Form, IndexInputs, Table
 from hisa_jax.models.layers import Init, Mlp, rms_norm
@@ -134,14 +136,27 @@ class Model(nnx.Module):
 
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """A cache with room for at least `capacity` tokens in each of `batch` rows, for the methods of all phases."""
-        return empty_cache(self.config, batch, capacity, self.embed[...].dtype, self.page_size, self.mesh)
+        dtype = self.embed[...].dtype
+        return empty_cache(self.config, batch, capacity, dtype, self.page_size, self.mesh, self._sketches)
+
+    def empty_pages(self, n_pages: int) -> tuple[hj.IndexCache, ...]:
+        """Pages of every layer, for the methods of all phases."""
+        return empty_pages(self.config, n_pages, self.page_size, self.embed[...].dtype, self._sketches)
 
     @property
     def page_size(self) -> int:
         """Tokens of a page that every method can read."""
+        return page_size_of(itertools.chain(*self._methods()))
+
+    @property
+    def _sketches(self) -> tuple[Sketch | None, ...]:
+        """What each layer's pages keep for its methods."""
+        return tuple(map(sketch_of, self._methods()))
+
+    def _methods(self) -> list[list[hj.Method]]:
+        """Of each layer, those of all phases."""
         phases: tuple[Phase, ...] = get_args(Phase)
-        layers = range(self.config.num_hidden_layers)
-        return page_size_of(self.plan(layer, phase) for layer in layers for phase in phases)
+        return [[self.plan(i, phase) for phase in phases] for i in range(self.config.num_hidden_layers)]
 
     def __call__(self, input_ids: Array, positions: Array | None = None, mask: Array | None = None) -> Array:
         """Logits of whole sequences.

@@ -14,7 +14,7 @@ from tests import draw
 METHODS = {
     "dsa": hj.Dsa(topk=6),
     "hisa": hj.Hisa(topk=6, block_size=4, block_topk=5, block_ratio=2),
-    "scan": hj.Scan(topk=6, candidates=12, exact_heads=1),
+    "scan": hj.Scan(topk=6, candidates=12, exact_heads=1, sketch="int4"),
     "block_sparse": hj.BlockSparse(topk=12, block_size=4),
 }
 B, T, S, H, D = 2, 3, 21, 2, 8
@@ -57,7 +57,8 @@ def every() -> dict[str, Call]:
     indices[:, 1, 2:], indices[1, 2] = -1, -1  # lists with an end, and an empty one
     indices, sink = jnp.asarray(indices), jnp.zeros((N,), jnp.float32)
 
-    empty = hj.init_cache(PAGES, PAGE_SIZE, D, jnp.float32, latent_dim=LATENT, latent_dtype=jnp.float32)
+    latent = dict(latent_dim=LATENT, latent_dtype=jnp.float32)
+    empty = hj.init_cache(PAGES, PAGE_SIZE, D, jnp.float32, sketch="int4", **latent)
     tables, none = jnp.array([[5, 0, 3, 7, 1, 2], [4, 8, 9, 10, 11, 6]], jnp.int32), jnp.zeros((2,), jnp.int32)
     new = (empty, packed_k, tables, cu_k, none, latents.reshape(-1, LATENT)[:40])
     cache, after, fewer = _append(*new), jnp.diff(cu_k), jnp.array([17, 19], jnp.int32)

@@ -29,7 +29,7 @@ METHODS = {
     "dsa": hj.Dsa(topk=24),
     "hisa": hj.Hisa(topk=24, block_size=32, block_topk=5),
     "scan": hj.Scan(topk=24, candidates=64, exact_heads=1),
-    "scan_units": hj.Scan(topk=24, candidates=64, exact_heads=0, unit=8, keep_first=2, keep_last=3),
+    "scan_units": hj.Scan(topk=24, candidates=64, exact_heads=0, unit=8, keep_first=2, keep_last=3, sketch="int4"),
     "hisa_ratio": hj.Hisa(topk=24, block_size=32, block_topk=36, block_ratio=2, keep_first=2, keep_last=3),
     "all_blocks_kept": hj.Hisa(topk=24, block_size=32, block_topk=32),
     "block_sparse": hj.BlockSparse(topk=160, block_size=32),
@@ -70,7 +70,8 @@ def served(dtype="bfloat16"):
     Returns: cache on one device, the same split, tables, lengths, by then with NEW tokens a request.
     """
     pool, rng = PagePool(8 * PER_DEVICE, PAGE, n_devices=8, stripe=STRIPE), np.random.default_rng(0)
-    one = hj.init_cache(8 * PER_DEVICE, PAGE, D, dtype, latent_dim=LATENT, latent_dtype="float32")
+    sizes = dict(latent_dim=LATENT, latent_dtype="float32", sketch="int4")
+    one = hj.init_cache(8 * PER_DEVICE, PAGE, D, dtype, **sizes)
     eight, names = split(one), list(LENGTHS)
     for name in names:
         if name != "e":
@@ -229,7 +230,7 @@ def writing_exchanges_nothing():
 def a_copy_stays_on_its_device():
     """From every page to every page, each with a number of its own in all that it holds."""
     n, own = 16, 2  # pages of all devices and of one
-    empty, pages = hj.init_cache(n, 4, 8, "float8_e4m3fn", latent_dim=8), np.arange(n)
+    empty, pages = hj.init_cache(n, 4, 8, "float8_e4m3fn", sketch="int4", latent_dim=8), np.arange(n)
     cache = jax.tree.map(
         lambda x: jnp.broadcast_to(pages.reshape(-1, *[1] * (x.ndim - 1)), x.shape).astype(x.dtype), empty
     )

@@ -193,7 +193,7 @@ def paged(
     T, n_pages, tables = sum(n_queries) + 2, pool.n_pages, jnp.asarray(pool.table(range(4), n_used.max() + 2))
     q, k, w = (x[0] for x in draw.inputs(1, T, sum(lengths), H, D))
     offsets, cu_q = (jnp.asarray(np.cumsum([0, *x]), jnp.int32) for x in (lengths, n_queries))
-    cache = hj.init_cache(n_pages, page_size, D, dtype)
+    cache = hj.init_cache(n_pages, page_size, D, dtype, sketch=getattr(method, "sketch", None))
     cache = hj.append(cache, _keys(k, dtype), tables, offsets, jnp.zeros(4, jnp.int32))
     is_seen = np.zeros((n_pages, page_size), bool)
     for r in np.flatnonzero(~is_poisoned):
@@ -201,7 +201,7 @@ def paged(
             is_seen[tables[r, nth], : lengths[r] - nth * page_size] = True
 
     def mask(name: str, leaf: Any) -> Any:
-        if name in ("keys", "scales"):
+        if name in ("keys", "scales", "codes", "code_scales"):
             return np.broadcast_to(~is_seen.reshape(is_seen.shape + (1,) * (leaf.ndim - 2)), leaf.shape)
         if name in ("sums", "means", "mean_scales"):
             return np.broadcast_to(~is_seen.any(1).reshape((-1,) + (1,) * (leaf.ndim - 1)), leaf.shape)
@@ -241,7 +241,7 @@ class Written:
         # Powers of two for scales: no product is rounded, so no compiler can fuse it with a sum.
         self.k = _keys(rng.normal(size=(60, 64)), dtype)
         self.latents = jnp.asarray(rng.normal(size=(60, LATENT)), jnp.bfloat16)
-        empty = hj.init_cache(8, PAGE, 64, dtype, latent_dim=LATENT)
+        empty = hj.init_cache(8, PAGE, 64, dtype, sketch="int4", latent_dim=LATENT)
         self.cache = self.append(empty, [0, 21, 48], [0, 0])
 
     def append(self, cache: hj.IndexCache, cu_seqlens: list[int], lengths: list[int], nan: Any = ()) -> hj.IndexCache:
@@ -252,14 +252,14 @@ class Written:
 
 
 def assert_same_pages(got: hj.IndexCache, wanted: hj.IndexCache, pages: list[int], *, present: bool = False) -> None:
-    """Bit for bit what some pages hold; of keys, scales and latents only the tokens that are `present`, if so asked."""
+    """Bit for bit what some pages hold; of keys, sketches and latents only tokens that are `present`, if so asked."""
     there = np.arange(PAGE)[None] < np.asarray(wanted.counts)[pages][:, None]
     for field in dataclasses.fields(wanted):
         x, y = getattr(got, field.name), getattr(wanted, field.name)
         if x is None:
             continue
         x, y = (np.asarray(leaf)[pages].view(f"uint{8 * leaf.dtype.itemsize}") for leaf in (x, y))
-        if present and field.name in ("keys", "scales", "latents"):
+        if present and field.name in ("keys", "scales", "codes", "code_scales", "latents"):
             x, y = x[there], y[there]
         np.testing.assert_array_equal(x, y, err_msg=field.name)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import hisa_jax as hj
 from hisa_jax.page_pool import OutOfPages, PagePool
+from hisa_jax.xla import sketch
 from hisa_jax.xla.means import mean_parts
 from tests import draw
 
@@ -22,12 +23,13 @@ METHODS = {
     "dsa": hj.Dsa(topk=20),
     "hisa": hj.Hisa(topk=20, block_size=16, block_topk=3),
     "scan": hj.Scan(topk=20, candidates=32, exact_heads=1),
-    "scan_units": hj.Scan(topk=20, candidates=32, exact_heads=0, unit=4, slopes="plain"),
+    "scan_units": hj.Scan(topk=20, candidates=32, exact_heads=0, unit=4, slopes="plain", sketch="int4"),
     "hisa_two_pages_a_block": hj.Hisa(topk=20, block_size=32, block_topk=3, block_ratio=2),
     "block_sparse": hj.BlockSparse(topk=48, block_size=16),
 }
 append = jax.jit(hj.append, donate_argnums=0)
 truncate = functools.partial(hj.truncate, max_tokens=P * PAGE)
+pack = jax.jit(sketch.pack)
 select_paged = jax.jit(
     functools.partial(hj.select_paged, return_scores=True), static_argnames=("method", "return_blocks")
 )
@@ -75,7 +77,7 @@ class Requests:
 
     def __init__(self, dtype):
         self.dtype, self.pool = dtype, PagePool(N_PAGES, PAGE)
-        self.cache = hj.init_cache(N_PAGES, PAGE, D, dtype)
+        self.cache = hj.init_cache(N_PAGES, PAGE, D, dtype, sketch="int4")
         self.rng = np.random.default_rng(0)
         self.held: dict = {}
 
@@ -126,18 +128,22 @@ class Requests:
         del self.held[name]
 
     def check_pages(self):
-        """Pages hold the tokens of their holders, and sums and counts are those of what the pages hold."""
+        """Pages hold the tokens of their holders and their sketches; sums and counts are of what the pages hold."""
         self.pool.check()
         content, counts, sums = values_of(self.cache), np.asarray(self.cache.counts), np.asarray(self.cache.sums)
+        kept = tuple(map(np.asarray, (self.cache.codes, self.cache.code_scales)))
         places = np.asarray(self.cache.places)
         for name, length in self.pool.lengths.items():
             held = self.held[name]
-            wanted = np.asarray(held.values if isinstance(held, hj.QuantizedKeys) else held, np.float32)
+            numbers = held.values if isinstance(held, hj.QuantizedKeys) else held
+            sketches, wanted = pack(padded(numbers, P * PAGE)), np.asarray(numbers, np.float32)
             wanted = wanted * held.scales[:, None] if isinstance(held, hj.QuantizedKeys) else wanted
             assert len(wanted) == length
             for nth, page in enumerate(self.pool.table([name], P)[0][: -(-length // PAGE)]):
                 tokens = wanted[nth * PAGE : (nth + 1) * PAGE]
                 np.testing.assert_array_equal(content[page, : len(tokens)], tokens)
+                for got, own in zip(kept, sketches, strict=True):
+                    np.testing.assert_array_equal(got[page, : len(tokens)], own[nth * PAGE :][: len(tokens)])
                 assert places[page] == nth
                 # A fork may share the first tokens of a page only: it is its last, whose block is always kept.
                 assert counts[page] == len(tokens) or (counts[page] > len(tokens) and length < (nth + 1) * PAGE)
@@ -234,7 +240,7 @@ TestCacheOfFloat32.settings = TestCacheOfE4m3.settings = hypothesis.settings(
 
 
 @pytest.mark.gate(
-    "bfloat16-dsa", "bfloat16-hisa_two_pages_a_block", "bfloat16-scan", *(f"{dtype}-hisa" for dtype in DTYPES)
+    "bfloat16-dsa", "bfloat16-hisa_two_pages_a_block", "bfloat16-scan_units", *(f"{dtype}-hisa" for dtype in DTYPES)
 )
 @pytest.mark.parametrize(
     ("dtype", "method"),

@@ -117,7 +117,7 @@ def test_kernels_decline_the_scans_that_are_xlas_alone():
     ]
     for method, sentence in {
         hj.Scan(unit=4): "has no kernels for a Scan of unit=4",
-        hj.Scan(sketch="int4"): 'has no kernels for a Scan of sketch="int4"',
+        hj.Scan(sketch="int4"): 'has no kernels for a Scan of sketch="int4", but on pages that keep it',
         hj.Scan(exact_heads=15): "needs at most 14 exact heads of a Scan, not 15",
         hj.Scan(candidates=21760): None,
         hj.Scan(candidates=30000): "needs at most 21845 candidates, not 30000",

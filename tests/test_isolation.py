@@ -1,6 +1,7 @@
 """What a query does not see never changes a bit of its result, in plain JAX and in what writes pages.
 
-A case compiles for 2 to 10 s: the gate has each form, each method and each dtype, not each combination.
+A case compiles for 2 to 10 s: the gate has each form, each method and each dtype, not each combination. The scan, of a
+sketch that is unseen, too, is there by way of models (tests/models/test_isolation.py).
 """
 
 import functools
@@ -16,6 +17,7 @@ METHODS = {
     "dsa": hj.Dsa(topk=40),
     "hisa": hj.Hisa(topk=40, block_size=32, block_topk=4, keep_last=2),
     "block_sparse": hj.BlockSparse(topk=128, block_size=32),
+    "scan": hj.Scan(topk=40, candidates=64, exact_heads=1, keep_last=2, sketch="int4"),
 }
 PAGE_SIZES = {"float32": 32, "bfloat16": 16, "float8_e4m3fn": 32, "int8": 8}
 

@@ -54,16 +54,16 @@ def written(tables, new, rest, first, junk, second, source, target, is_stale, st
     def offsets(sizes):
         return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)])
 
-    cache = hj.init_cache(n_pages, page_size, new[0].shape[1], new[0].dtype)
+    cache = hj.init_cache(n_pages, page_size, new[0].shape[1], new[0].dtype, sketch="int4")
     cache = hj.append(cache, keys_of(*new), tables[0], offsets(first + junk), jnp.zeros_like(first), **on)
     cache = hj.truncate(cache, tables[0], first + junk, first, max_tokens=new[0].shape[0], **on)
     cache = hj.append(cache, keys_of(*rest), tables[0], offsets(second), first, **on)
     cache = hj.copy_pages(cache, source, target, **on)
     gone = jnp.all(is_stale, axis=1)
 
-    def overwritten(leaf, where):
+    def overwritten(leaf, where, value=stale):
         where = where.reshape(where.shape + (1,) * (leaf.ndim - where.ndim))
-        return jnp.where(where, stale.astype(leaf.dtype), leaf)
+        return jnp.where(where, value.astype(leaf.dtype), leaf)
 
     return dataclasses.replace(
         cache,
@@ -72,6 +72,8 @@ def written(tables, new, rest, first, junk, second, source, target, is_stale, st
         sums=overwritten(cache.sums, gone),
         means=None if cache.means is None else overwritten(cache.means, gone),
         mean_scales=None if cache.mean_scales is None else overwritten(cache.mean_scales, gone),
+        codes=overwritten(cache.codes, is_stale, jnp.int32(255)),
+        code_scales=overwritten(cache.code_scales, is_stale),
     )
 
 

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from bench import shapes
 from hisa_jax.layout import IndexCache
 from hisa_jax.xla.means import mean_parts
+from hisa_jax.xla.sketch import pack
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 DTYPES: dict[str, DTypeLike] = {"e4m3": E4M3, "bf16": BF16}
@@ -42,7 +43,7 @@ def draw(model: shapes.Model, B: int, T: int, S: int, dtype: DTypeLike = E4M3, c
     return Inputs(q.astype(dtype), k.astype(dtype), k_scale, w, visible)
 
 
-def paged(inputs: Inputs, page_size: int) -> tuple[IndexCache, Array]:
+def paged(inputs: Inputs, page_size: int, *, has_sketch: bool = False) -> tuple[IndexCache, Array]:
     """The keys in pages of random order, and their table [B, P]."""
     B, S, D = inputs.k.shape
     n_pages = B * S // page_size
@@ -55,6 +56,7 @@ def paged(inputs: Inputs, page_size: int) -> tuple[IndexCache, Array]:
     places = (order % (S // page_size)).astype(jnp.int32)
     parts = mean_parts(sums / page_size, k.dtype)
     assert parts is not None
+    codes, code_scales = jax.jit(pack)(k) if has_sketch else (None, None)
     cache = IndexCache(
         keys=k,
         scales=scales,
@@ -63,6 +65,8 @@ def paged(inputs: Inputs, page_size: int) -> tuple[IndexCache, Array]:
         places=places,
         means=parts[0],
         mean_scales=parts[1],
+        codes=codes,
+        code_scales=code_scales,
         latents=None,
     )
     return cache, table.reshape(B, -1)

@@ -1,10 +1,12 @@
 """The rows of the scan: whole, and stage by stage; `rows.py` has the others."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 import hisa_jax as hj
@@ -24,6 +26,8 @@ from hisa_jax.kernels_pallas.flat_call import FlatCall, flatten
 from hisa_jax.kernels_pallas.mosaic_gpu import stages
 from hisa_jax.kernels_pallas.operands import ScanHeads
 from hisa_jax.layout import Call, Keys
+from hisa_jax.methods import Sketch
+from hisa_jax.xla.sketch import sizes
 
 _ALIGN = 8  # rows of keys at which a batch begins
 
@@ -42,6 +46,7 @@ def rows() -> Iterator[Row]:
     for batch in (1, 32, 128):
         for page_size in (64, 128):
             yield decode_paged(dsv32, batch, 128 * K, page_size)
+        yield decode_paged(dsv32, batch, 128 * K, 64, sketch="int4")
     for context in (64 * K, 1024 * K):
         yield from of_stages(dsv32, context)
 
@@ -87,13 +92,13 @@ def whole(
     )
 
 
-def decode_paged(model: shapes.Model, batch: int, context: int, page_size: int) -> Row:
-    """One query a sequence, from pages in random order."""
-    method = method_of(model)
+def decode_paged(model: shapes.Model, batch: int, context: int, page_size: int, *, sketch: Sketch | None = None) -> Row:
+    """One query a sequence, from pages in random order, which may keep sketches."""
+    method = dataclasses.replace(method_of(model), sketch=sketch)
 
     def make():
         inputs = draw(model, batch, 1, context)
-        cache, tables = paged(inputs, page_size)
+        cache, tables = paged(inputs, page_size, has_sketch=sketch is not None)
         offsets = jnp.arange(batch + 1, dtype=jnp.int32)
 
         def f(q, w, visible, cache, tables, offsets):
@@ -105,14 +110,16 @@ def decode_paged(model: shapes.Model, batch: int, context: int, page_size: int) 
 
         return f, (inputs.q[:, 0], inputs.w[:, 0], inputs.visible[:, 0], cache, tables, offsets), check
 
+    scanned = model.D + 4.0 if sketch is None else sum(np.multiply(sizes(model.D), (1, 2))) + 4.0
+    pages = "paged" if page_size == 64 else f"paged{page_size}"
     return Row(
-        row=f"scan_decode{batch}_paged" if page_size == 64 else f"scan_decode{batch}_paged{page_size}",
+        row=f"scan_decode{batch}_{pages}" if sketch is None else f"scan_decode{batch}_sketch",
         make=make,
         shape=model.name,
         context=context,
         queries=batch,
         flop=batch * _flop(model, context, method),
-        moved_bytes=batch * (context + method.block_topk) * (model.D + 4.0),
+        moved_bytes=batch * (context * scanned + method.block_topk * (model.D + 4.0)),
     )
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import hisa_jax as hj
-from bench import options
+from bench import UserError, options
 from bench.records import device
 from bench.serve import engine_faults
 from bench.serve import faults as serve_faults
@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--draft", 0, 7, 3, "tokens proposed and verified a step, by looking up what followed before; 0: none")
     number("--seed", 0, 2**31 - 1, 0, "of the weights and the traffic")
     parser.add_argument("--indexer", choices=METHODS, default="hisa", help="what selects (default: %(default)s)")
+    parser.add_argument("--sketch", choices=("int4",), help="what pages keep and a scan reads in place of the keys")
     parser.add_argument("--keys", choices=("float32", "float8_e4m3fn", "int8"), default="float32", help="index keys")
     parser.add_argument("--verify", action="store_true", help="compare every selection with the oracle, count leaks")
     parser.add_argument("--faults", action="store_true", help="afterwards inject faults into small servers")
@@ -82,6 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     console = Console()
     method = METHODS[args.indexer]
+    if args.sketch is not None:
+        if not isinstance(method, hj.Scan):
+            raise UserError(f"--sketch={args.sketch} with --indexer={args.indexer}, wanted --indexer=scan")
+        method = dataclasses.replace(method, sketch=args.sketch)
     engine = make_engine(args.seed, args.keys, args.rows, args.pages, args.draft, trace=args.verify, method=method)
     recorder = Recorder(method) if args.verify else None
     counts = serve(engine, args.requests, args.seed, recorder, console)
@@ -90,9 +95,9 @@ def run(args: argparse.Namespace) -> int:
     leaked = engine.pool.n_pages - engine.pool.n_free
     row = {
         "row": "serve", **device(), "requests": args.requests, "rows": args.rows, "pages": args.pages,
-        "page_size": engine.pool.page_size, "draft": args.draft, "indexer": args.indexer, "keys": args.keys,
-        "seed": args.seed, **dataclasses.asdict(counts), "tokens_per_s": counts.new_tokens / counts.seconds,
-        "leaked_pages": leaked,
+        "page_size": engine.pool.page_size, "draft": args.draft, "indexer": args.indexer, "sketch": args.sketch,
+        "keys": args.keys, "seed": args.seed, **dataclasses.asdict(counts),
+        "tokens_per_s": counts.new_tokens / counts.seconds, "leaked_pages": leaked,
     }  # fmt: skip
     if recorder:
         row |= {"selections_checked": recorder.n_checked, "mismatches": len(recorder.mismatches)}

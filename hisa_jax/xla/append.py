@@ -9,6 +9,7 @@ from jax import Array
 
 from hisa_jax.layout import IndexCache, Keys, sequence_of_rows
 from hisa_jax.xla.means import mean, mean_parts, tree_sum
+from hisa_jax.xla.sketch import pack
 
 
 @jax.jit
@@ -38,6 +39,11 @@ def write(
     def put(pages: Array, new: Array) -> Array:
         return pages.at[page, position % size].set(new, mode="drop")
 
+    if cache.codes is not None and cache.code_scales is not None:
+        codes, code_scales = pack(values)
+        cache = dataclasses.replace(
+            cache, codes=put(cache.codes, codes), code_scales=put(cache.code_scales, code_scales)
+        )
     cache = dataclasses.replace(
         cache,
         keys=put(cache.keys, values),

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax.layout import Keys, Queries, Sequence
-from hisa_jax.methods import Scan
+from hisa_jax.layout import Keys, Paged, Queries, Sequence
+from hisa_jax.methods import Scan, Sketch
 from hisa_jax.sharded import varying
 from hisa_jax.xla import stages, topk
-from hisa_jax.xla.sketch import sketched
+from hisa_jax.xla.sketch import int4
 from hisa_jax.xla.stages import Candidates
 
 N_SAMPLES = 256
@@ -150,9 +150,9 @@ def best_units(
 
     def tile_sort_key(start: Array) -> Array:
         """[t, tile_s / unit] int32: the scores of the units from token `start` on."""
-        keys, positions = sequence.tile(start, tile_s)
+        keys, positions = scanned_tile(sequence, method.sketch, start, tile_s)
         seen = (positions >= start)[None, :] & (positions[None, :] < visible[:, None])
-        sort_key = jnp.where(seen, topk.sort_key_of(scores(heads, sketched(keys, method.sketch))), topk.INVISIBLE)
+        sort_key = jnp.where(seen, topk.sort_key_of(scores(heads, keys)), topk.INVISIBLE)
 
         def moved(sort_key: Array) -> Array:
             sort_key = jnp.pad(sort_key, ((0, 0), (0, tile_s)), constant_values=topk.INVISIBLE)
@@ -182,6 +182,17 @@ def best_units(
     if max_spans == 1:
         return candidates(jnp.int32(0))
     return stages.stream_topk(candidates, -(-jnp.max(visible) // width), max_spans, m, t)
+
+
+def scanned_tile(sequence: Sequence, sketch: Sketch | None, start: Array, size: int) -> tuple[Keys, Array]:
+    """`sequence.tile` of what is multiplied: the keys, or what is left of them in a sketch, by the tokens' scales.
+
+    Pages that keep the sketch are read instead of the keys; of others it is made here.
+    """
+    if sketch is not None and isinstance(sequence, Paged) and sequence.sketch is not None:
+        return sequence._replace(keys=sequence.sketch).tile(start, size)
+    keys, positions = sequence.tile(start, size)
+    return (keys if sketch is None else keys._replace(values=int4(keys.values))), positions
 
 
 def scores(heads: ScanHeads, keys: Keys) -> Array:

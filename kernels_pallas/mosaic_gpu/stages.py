@@ -145,10 +145,14 @@ def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array
 
 
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
+    if call.sketch is not None:
+        return triton_stages.scan_sort_keys(call, heads, step, bool(interpret))
     return scan_stage.scan_sort_keys(call, heads, step, n_ctas=n_sms(), interpret=interpret)
 
 
 def scan_masks(call: FlatCall, heads: ScanHeads, threshold: Array, method: Scan, interpret: Interpret = False) -> Array:
+    if call.sketch is not None:
+        return triton_stages.scan_masks(call, heads, threshold, method, bool(interpret))
     options: Any = dict(keep_first=method.keep_first, keep_last=method.keep_last, n_ctas=n_sms(), interpret=interpret)
     return scan_stage.scan_masks(call, heads, threshold, **options)
 

@@ -36,6 +36,8 @@ class PagedKeys(Protocol):
         sums: [n_pages, D] float32; `counts`, `places`: [n_pages] int32.
         means: [n_pages, parts, D], each page's mean as `pool` gives it; `mean_scales`: [n_pages] float32, of several
             parts; None where no kernel reads them.
+        codes: [n_pages, size, bytes] uint8; `code_scales`: [n_pages, size, groups] bfloat16, the sketch of each key as
+            xla/sketch.py has it; or None.
         latents: [n_pages, size, E] or None.
     """
 
@@ -46,6 +48,8 @@ class PagedKeys(Protocol):
     places: Array
     means: Array | None
     mean_scales: Array | None
+    codes: Array | None
+    code_scales: Array | None
     latents: Array | None
 
 

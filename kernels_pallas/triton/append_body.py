@@ -1,5 +1,6 @@
 """Device code of `append`: one touched page a program."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,9 @@ from jax.experimental.pallas import triton as plt
 from hisa_jax.kernels_pallas.triton.tree import sum_rows
 from hisa_jax.kernels_pallas.types import Ref
 from hisa_jax.xla.means import mean, split
+from hisa_jax.xla.sketch import GROUP, HALF, packed_halves
 
-_LATENT_ROWS = 8  # copied at a time
+_ROWS = 8  # copied or sketched at a time
 
 
 class _Page(NamedTuple):
@@ -29,8 +31,9 @@ def append_body(cu_seqlens_ref: Ref, lengths_ref: Ref, table_ref: Ref, *refs: Re
     # One program, one touched page:   offsets -> request and page_index -> page -> its rows, old and new -> sum, mean
     #
     # Four loads that wait for each other. The page's old keys are read to take its sum anew, in the order of
-    # `sum_rows`; only new keys are stored. `old` and `pages` are the same memory: a page belongs to one program, which
-    # loads old rows and stores new ones. in: [R + 1], [R], [R, P], then the new tokens and the pages; out: the pages.
+    # `sum_rows`; only new keys are stored, and their sketches. `old` and `pages` are the same memory: a page belongs to
+    # one program, which loads old rows and stores new ones. in: [R + 1], [R], [R, P], then the new tokens and the
+    # pages; out: the pages.
     (new, old), n_pages = jax.tree.unflatten(treedef, refs[: treedef.num_leaves]), refs[-1].shape[0]
     pages = jax.tree.unflatten(jax.tree.structure(old), refs[treedef.num_leaves :])
     size, T = old.keys.shape[1], new[0].shape[0]
@@ -52,6 +55,8 @@ def append_body(cu_seqlens_ref: Ref, lengths_ref: Ref, table_ref: Ref, *refs: Re
             first=begin + start - length,
         )
         _write_keys(at, new, old, pages)
+        if pages.codes is not None:
+            _write_sketch(at, new[0], pages)
         if pages.latents is not None:
             _copy_rows(at, new[2], pages.latents)
 
@@ -110,20 +115,51 @@ def _write_keys(at: _Page, new: tuple, old: Any, pages: Any) -> None:
             pages.mean_scales[at.page] = scale
 
 
+def _write_sketch(at: _Page, k_ref: Ref, pages: Any) -> None:
+    """[T, D] -> the sketches of the new rows."""
+    D, (n_bytes, n_groups) = k_ref.shape[1], (ref.shape[2] for ref in (pages.codes, pages.code_scales))
+    columns, groups = (jnp.arange(n, dtype=jnp.int32)[None, :] for n in (n_bytes, n_groups))
+    first = columns // HALF * GROUP + columns % HALF  # of the two numbers in a byte
+
+    def some(rows: Array, source: Array, is_new: Array) -> None:
+        def numbers(at: Array) -> Array:
+            loaded = plt.load(k_ref.at[source, at], mask=is_new & (at < D), other=0.0)
+            return loaded.astype(jnp.float32).reshape(_ROWS, n_groups, HALF)
+
+        codes, scales = packed_halves(numbers(first), numbers(first + HALF))
+        codes = codes.reshape(_ROWS, n_bytes).astype(jnp.uint8)
+        plt.store(pages.codes.at[at.page, rows, columns], codes, mask=jnp.broadcast_to(is_new, codes.shape))
+        plt.store(pages.code_scales.at[at.page, rows, groups], scales, mask=jnp.broadcast_to(is_new, scales.shape))
+
+    _each_new(at, some)
+
+
 def _copy_rows(at: _Page, source_ref: Ref, target_ref: Ref) -> None:
     """[T, E] -> the new rows of [n_pages, size, E]."""
     E = source_ref.shape[1]
-    columns = jnp.arange(pl.next_power_of_2(E), dtype=jnp.int32)
+    columns = jnp.arange(pl.next_power_of_2(E), dtype=jnp.int32)[None, :]
 
-    def some(i: Array, _: None) -> None:
-        rows = i * _LATENT_ROWS + jnp.arange(_LATENT_ROWS, dtype=jnp.int32)
+    def some(rows: Array, source: Array, is_new: Array) -> None:
+        mask = is_new & (columns < E)
+        values = plt.load(source_ref.at[source, columns], mask=mask)
+        plt.store(target_ref.at[at.page, rows, columns], values, mask=mask)
+
+    _each_new(at, some)
+
+
+def _each_new(at: _Page, some: Callable[[Array, Array, Array], None]) -> None:
+    """Calls `some` for a few rows of the page at a time, as far as there are new ones among them.
+
+    It gets [n, 1] each: int32 rows of the page, those of the new tokens that go there, and bool, which are new.
+    """
+
+    def step(i: Array, _: None) -> None:
+        rows = i * _ROWS + jnp.arange(_ROWS, dtype=jnp.int32)
         is_new = (rows >= at.n_before) & (rows < at.n)
-        mask = is_new[:, None] & (columns < E)[None, :]
-        source = jnp.where(is_new, at.first + rows, 0)[:, None]
-        values = plt.load(source_ref.at[source, columns[None, :]], mask=mask)
-        plt.store(target_ref.at[at.page, rows[:, None], columns[None, :]], values, mask=mask)
+        source = jnp.where(is_new, at.first + rows, 0)
+        some(rows[:, None], source[:, None], is_new[:, None])
 
-    lax.fori_loop(at.n_before >> _log2(_LATENT_ROWS), (at.n + _LATENT_ROWS - 1) >> _log2(_LATENT_ROWS), some, None)
+    lax.fori_loop(at.n_before >> _log2(_ROWS), (at.n + _ROWS - 1) >> _log2(_ROWS), step, None)
 
 
 def _log2(n: int) -> int:

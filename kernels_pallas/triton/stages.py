@@ -15,6 +15,7 @@ from hisa_jax.kernels_pallas.triton import refine as refine_stage
 from hisa_jax.kernels_pallas.triton import refine_tokens as refine_tokens_stage
 from hisa_jax.kernels_pallas.triton import scan as scan_stage
 from hisa_jax.kernels_pallas.triton import scan_heads as scan_heads_stage
+from hisa_jax.kernels_pallas.triton import scan_sketch as sketch_stage
 from hisa_jax.kernels_pallas.triton import scores as scores_stage
 from hisa_jax.kernels_pallas.triton import topk as topk_stage
 from hisa_jax.kernels_pallas.triton.page_means import page_scores, pool_pages
@@ -97,6 +98,8 @@ def scan_heads(call: FlatCall, method: Scan, interpret: Interpret = False) -> Sc
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
     columns, config = _scanned(call, heads, step)
     options = dict(step=step, config=config, interpret=bool(interpret))
+    if call.sketch is not None:
+        return sketch_stage.scan_sort_keys(_sketched(call), heads, columns, **options)
     return scan_stage.scan_sort_keys(call.operands, heads, columns, **options)
 
 
@@ -107,7 +110,10 @@ def kth(sort_keys: Array, limit: Array, rank: Array, interpret: Interpret = Fals
 def scan_masks(call: FlatCall, heads: ScanHeads, threshold: Array, method: Scan, interpret: Interpret = False) -> Array:
     columns, config = _scanned(call, heads, 1)
     columns = dataclasses.replace(columns, keep_first=method.keep_first, keep_last=method.keep_last)
-    return scan_stage.scan_masks(call.operands, heads, columns, threshold, config=config, interpret=bool(interpret))
+    options = dict(config=config, interpret=bool(interpret))
+    if call.sketch is not None:
+        return sketch_stage.scan_masks(_sketched(call), heads, columns, threshold, **options)
+    return scan_stage.scan_masks(call.operands, heads, columns, threshold, **options)
 
 
 def list_tokens(
@@ -140,5 +146,14 @@ def _scanned(call: FlatCall, heads: ScanHeads, step: int) -> tuple[Columns, scan
     """Every `step`-th key, and the tiles to scan them in."""
     (T, R, _), sequences, limit = heads.q.shape, call.sequences, -(-call.visible // step)
     n = -(-sequences.max_keys // step)
-    config = scan_stage.heuristic(T, len(sequences.lengths), R, -(-n // scan_stage.TILE_S))
+    n_sequences, n_tiles = len(sequences.lengths), -(-n // scan_stage.TILE_S)
+    if call.sketch is None:
+        config = scan_stage.heuristic(T, n_sequences, R, n_tiles)
+    else:
+        config = sketch_stage.heuristic(T, n_sequences, R, call.sketch.code_scales.shape[1], n_tiles)
     return Columns(limit=limit, n=n, tiles=sequences.query_tiles(T, config.tile_t, limit)), config
+
+
+def _sketched(call: FlatCall) -> sketch_stage.SketchOperands:
+    assert call.sketch is not None
+    return sketch_stage.SketchOperands(call.sketch.codes, call.sketch.code_scales, call.k_scale, call.pages)

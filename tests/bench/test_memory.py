@@ -39,6 +39,10 @@ def test_the_high_water_mark_sees_memory_that_was_given_back():
     assert memory._status_bytes("VmHWM") - before_bytes > 0.9 * size_bytes
 
 
+def test_a_token_in_pages_takes_a_key_a_sketch_and_a_share_of_its_page():
+    assert memory.bytes_per_token("float8_e4m3fn", 128, 64) == {"key": 132, "sketch": 72, "page": 12.1875}
+
+
 def test_more_queries_than_keys_are_refused(capsys):
     assert main(["memory", "--context", "4", "--queries", "5"]) == 2
     assert "--queries 5: must be at most --context 4" in capsys.readouterr().err

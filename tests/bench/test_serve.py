@@ -35,9 +35,10 @@ def test_a_small_run_is_right_and_leaks_nothing_whatever_faults_are_injected(tmp
 @pytest.mark.exhaustive  # tests/models/test_engine.py serves by a scan, too
 def test_a_small_run_by_the_scan_is_right_and_leaks_nothing(tmp_path):
     out = tmp_path / "serve.json"
-    assert main(["serve", "--requests", "5", "--indexer", "scan", "--verify", "--out", str(out)]) == 0
+    scan = ["--indexer", "scan", "--sketch", "int4"]
+    assert main(["serve", "--requests", "5", *scan, "--verify", "--out", str(out)]) == 0
     row = json.loads(out.read_text())
-    assert (row["indexer"], row["page_size"], row["finished"]) == ("scan", 64, 5)
+    assert (row["indexer"], row["sketch"], row["page_size"], row["finished"]) == ("scan", "int4", 64, 5)
     assert row["mismatches"] == row["leaked_pages"] == 0 < row["selections_checked"]
 
 

@@ -38,7 +38,7 @@ class Step:
         return append_stage.append(self.cache, (k, scales, self.latents), *arrays, interpret=True)
 
 
-def draw(dtype, lengths, sizes, page_size, *, D=64, latent_dim=None, scale="ue8m0", seed=0):
+def draw(dtype, lengths, sizes, page_size, *, D=64, latent_dim=None, sketch=None, scale="ue8m0", seed=0):
     """Normal keys. With scales of powers of two no product is rounded, so that no compiler can fuse it with a sum."""
     rng = np.random.default_rng(seed)
     R, lengths = len(lengths), np.asarray(lengths, np.int32)
@@ -54,7 +54,7 @@ def draw(dtype, lengths, sizes, page_size, *, D=64, latent_dim=None, scale="ue8m
         return None if latent_dim is None else jnp.asarray(rng.normal(size=(n, latent_dim)), BF16)
 
     cache = hj.append(
-        hj.init_cache(n_pages, page_size, D, dtype, latent_dim=latent_dim),
+        hj.init_cache(n_pages, page_size, D, dtype, sketch=sketch, latent_dim=latent_dim),
         keys(lengths.sum()),
         jnp.asarray(tables),
         jnp.asarray(np.cumsum([0, *lengths]), jnp.int32),
@@ -82,7 +82,7 @@ LENGTHS, SIZES = [40, 31, 5, 64, 0, 32], [3, 1, 70, 0, 33, 1]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernel_writes_what_xla_writes(dtype):
-    step = draw(dtype, LENGTHS, SIZES, 32, latent_dim=40)
+    step = draw(dtype, LENGTHS, SIZES, 32, latent_dim=40, sketch="int4")
     assert_same(step.append_interpreted(), step.append("xla"))
 
 
@@ -161,12 +161,16 @@ def test_refusals_say_why(change, reason):
 
 @pytest.mark.oldest
 @pytest.mark.parametrize(
-    ("dtype", "T", "R", "P", "page_size", "latent_dim"),
-    [(E4M3, 128, 128, 1024, 64, None), (E4M3, 32, 32, 1024, 128, None), (BF16, 4096, 8, 512, 64, 576)],
-    ids=["decode", "page_is_a_block", "prefill_with_latents"],
+    ("dtype", "T", "R", "P", "page_size", "latent_dim", "sketch"),
+    [
+        (E4M3, 128, 128, 1024, 64, None, None),
+        (E4M3, 32, 32, 1024, 128, None, "int4"),
+        (BF16, 4096, 8, 512, 64, 576, None),
+    ],
+    ids=["decode", "page_is_a_block_with_sketch", "prefill_with_latents"],
 )
-def test_it_lowers(dtype, T, R, P, page_size, latent_dim):
-    cache = jax.eval_shape(lambda: hj.init_cache(R * P, page_size, 128, dtype, latent_dim=latent_dim))
+def test_it_lowers(dtype, T, R, P, page_size, latent_dim, sketch):
+    cache = jax.eval_shape(lambda: hj.init_cache(R * P, page_size, 128, dtype, sketch=sketch, latent_dim=latent_dim))
     leaves, structure = jax.tree.flatten(cache)
 
     def append(*arrays):
@@ -194,7 +198,7 @@ def test_on_the_device(dtype, page_size, scale):
         ([777], [1]),
         (rng.integers(0, 3000, 9), [700, 1, 0, 300, 128, 1, 1, 5, 64]),  # prefill chunks among it
     ):
-        step = draw(dtype, lengths, sizes, page_size, D=128, latent_dim=576, scale=scale)
+        step = draw(dtype, lengths, sizes, page_size, D=128, latent_dim=576, sketch="int4", scale=scale)
         got, wanted = step.append("triton"), step.append("xla")
         assert_same(got, step.append("triton"))
         if wanted.means is not None:

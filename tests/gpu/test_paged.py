@@ -43,7 +43,7 @@ class Requests:
         return hj.select_paged(*arrays, method, implementation=implementation, **options)
 
 
-def draw(lengths, queries, page_size, dtype, *, H=16, D=64, normal=False, seed=0):
+def draw(lengths, queries, page_size, dtype, *, H=16, D=64, normal=False, seed=0, sketch=None):
     """Whole numbers, whose sums are exact, or normal data."""
     rng = np.random.default_rng(seed)
     lengths, queries = np.asarray(lengths, np.int32), np.asarray(queries)
@@ -60,7 +60,7 @@ def draw(lengths, queries, page_size, dtype, *, H=16, D=64, normal=False, seed=0
     if dtype == E4M3:
         k_scale = jnp.asarray(2.0 ** rng.integers(-1, 2, N), jnp.float32)
     cache = hj.append(
-        hj.init_cache(n_pages, page_size, D, dtype),
+        hj.init_cache(n_pages, page_size, D, dtype, sketch=sketch),
         k if k_scale is None else hj.QuantizedKeys(k, k_scale),
         jnp.asarray(tables),
         jnp.asarray(np.cumsum([0, *lengths]), jnp.int32),

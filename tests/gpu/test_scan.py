@@ -3,6 +3,7 @@
 Lists are made short, so that few tokens do. A program takes 5 to 8 seconds to compile, a case half a second to run.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -243,6 +244,18 @@ def test_keys_in_pages(select, page_size, dtype):
     requests = paged.draw(**paged.PREFILL_AND_DECODE, page_size=page_size, dtype=dtype, normal=True)
     got = requests.select("interpreted", METHOD, return_blocks=False)
     assert_requests_keep_the_contract(requests, got, METHOD, 1e-4)
+
+
+def test_sketches_in_pages(select):
+    """Those that they keep, in place of the keys."""
+    del select
+    requests = paged.draw(**paged.PREFILL_AND_DECODE, page_size=32, dtype=E4M3, normal=True, sketch="int4")
+    method = dataclasses.replace(METHOD, sketch="int4")
+    got = requests.select("interpreted", method, return_blocks=False)
+    assert_requests_keep_the_contract(requests, got, method, 1e-4)
+    cache = dataclasses.replace(requests.cache, code_scales=requests.cache.code_scales.at[:].set(jnp.nan))
+    unsure = dataclasses.replace(requests, cache=cache).select("interpreted", method, return_blocks=False)
+    assert (np.asarray(unsure.indices) != np.asarray(got.indices)).any()
 
 
 def assert_requests_keep_the_contract(requests, got, method, tolerance):

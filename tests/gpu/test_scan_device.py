@@ -1,5 +1,6 @@
 """The scan on a real GPU, at real sizes: stage by stage against interpret mode, whole against XLA's."""
 
+import dataclasses
 import functools
 
 import jax
@@ -75,6 +76,7 @@ def fewer(method):
         candidates=method.candidates - method.candidates // 50 if method.candidates > method.topk else method.topk,
         exact_heads=method.exact_heads,
         slopes=method.slopes,
+        sketch=method.sketch,
     )
 
 
@@ -116,28 +118,30 @@ def test_a_prefill_from_its_first_token(backend):
 
 @pytest.mark.parametrize("page_size", [64, 128])
 @pytest.mark.parametrize("queries", [[1, 1, 1, 0, 1], [300, 1, 8, 0, 1]], ids=["decode", "prefill_and_decode"])
-@pytest.mark.parametrize("form", ["pages", "packed"])
+@pytest.mark.parametrize("form", ["pages", "sketches", "packed"])
 def test_requests_have_the_best_of_what_xlas_scan_keeps(backend, form, queries, page_size):
     if form == "packed" and page_size != 64:
         pytest.skip("has no pages")
     lengths = [20000, 131072, 9000, 0, 700]
-    requests = paged.draw(lengths, queries, page_size, E4M3, H=64, D=128, normal=True)
+    sketch = "int4" if form == "sketches" else None
+    method = dataclasses.replace(METHOD, sketch=sketch)
+    requests = paged.draw(lengths, queries, page_size, E4M3, H=64, D=128, normal=True, sketch=sketch)
     k, starts = hj.QuantizedKeys(requests.k, requests.k_scale), np.cumsum([0, *lengths])
     offsets = requests.cu_seqlens_q, jnp.asarray(starts, jnp.int32)
 
     def select(implementation, method, **options):
-        if form == "pages":
+        if form != "packed":
             return requests.select(implementation, method, return_scores=False, **options)
         return hj.select_packed(requests.q, k, requests.w, *offsets, method, implementation=implementation, **options)
 
-    got = select(backend, METHOD, return_blocks=False)
-    wanted = select("xla", fewer(METHOD), return_blocks=True)
+    got = select(backend, method, return_blocks=False)
+    wanted = select("xla", fewer(method), return_blocks=True)
     for r, (first, end) in enumerate(zip(np.cumsum([0, *queries]), np.cumsum(queries), strict=False)):
         rows, keys = slice(max(first, end - 8), end), slice(starts[r], starts[r + 1])
         if first < end:
             one = *(jax.tree.map(lambda x: x[rows], x) for x in (got, wanted)), requests.q[rows]  # noqa: B023
             visible = lengths[r] - (end - np.arange(rows.start, rows.stop)) + 1
-            check(*one, jax.tree.map(lambda x: x[keys], k), requests.w[rows], visible, METHOD, 2e-3)  # noqa: B023
+            check(*one, jax.tree.map(lambda x: x[keys], k), requests.w[rows], visible, method, 2e-3)  # noqa: B023
     assert (np.asarray(got.count)[sum(queries) :] == 0).all()
 
 

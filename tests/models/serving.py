@@ -13,7 +13,7 @@ from hisa_jax.models.engine import Engine, lookup
 VOCABULARY, CHUNK, N_NEW = 61, 6, 8
 STOPS = (36, 56)
 HISA = hj.Hisa(topk=8, block_size=4, block_topk=3)
-SCAN = hj.Scan(topk=8, candidates=12, exact_heads=1, unit=2)
+SCAN = hj.Scan(topk=8, candidates=12, exact_heads=1, unit=2, sketch="int4")
 
 
 def deleted():

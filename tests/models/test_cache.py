@@ -7,7 +7,7 @@ import pytest
 
 import hisa_jax as hj
 from hisa_jax import models
-from hisa_jax.models.cache import packing, page_size_of
+from hisa_jax.models.cache import packing, page_size_of, sketch_of
 from hisa_jax.models.dsa import choose_form
 
 from . import golden
@@ -26,6 +26,20 @@ def test_pages_are_parts_of_every_block_and_whatever_size_for_the_others():
     flat, scan = hj.Dsa(), hj.Scan(unit=2)
     assert page_size_of([flat, scan]) == 64
     assert page_size_of([flat, scan, hj.Hisa(), hj.Hisa(block_size=48)]) == 16
+
+
+def test_layers_keep_what_the_methods_of_some_phase_scan():
+    """Those that have index keys; the others share a selection."""
+    flat, scan, sketched = hj.Dsa(), hj.Scan(), hj.Scan(sketch="int4")
+    assert sketch_of([flat, scan]) is None and sketch_of([flat, scan, sketched]) == "int4"
+    model = golden.model("glm52").with_method(lambda layer, phase: sketched if layer and phase == "decode" else flat)
+    cache = jax.eval_shape(lambda: model.empty_cache(1, 8))
+    kinds = model.config.indexer_kinds
+    assert {"full", "shared"} == set(kinds[1:])
+    wanted = [i > 0 and kind == "full" for i, kind in enumerate(kinds)]
+    assert [layer.codes is not None for layer in cache.layers] == wanted
+    plain = jax.eval_shape(lambda: model.with_method(scan).empty_pages(2))
+    assert all(layer.codes is None and layer.code_scales is None for layer in plain)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from flax import nnx
 
 import hisa_jax as hj
 from hisa_jax import models
-from hisa_jax.models.cache import Cache, contiguous, empty_pages
+from hisa_jax.models.cache import Cache, contiguous, empty_pages, sketch_of
 from hisa_jax.models.dsa import expanded
 
 from . import golden
@@ -28,7 +28,7 @@ WIDTH = 20
 CASES = {
     "glm52-hisa": ("glm52", [0, 5, 6], hj.Hisa(topk=8, block_size=4, block_topk=2), None),
     "dsv32-flat-e4m3": ("dsv32", [0, 1], hj.Dsa(topk=8), "float8_e4m3fn"),
-    "glm5-scan": ("glm5", [0], hj.Scan(topk=8, candidates=10, exact_heads=1, unit=2), None),
+    "glm5-scan": ("glm5", [0], hj.Scan(topk=8, candidates=10, exact_heads=1, unit=2, sketch="int4"), None),
 }
 both = pytest.mark.parametrize("form", ["expanded", "absorbed"])
 each_case = pytest.mark.parametrize("case", CASES)
@@ -66,8 +66,9 @@ def tokens(case):
 def prompts(case, form):
     """A cache with both rows' tokens in it, by way of a padded batch."""
     net = model(case)
+    sketches = [sketch_of([CASES[case][2]])] * len(CASES[case][1])
     cache = Cache(
-        layers=empty_pages(net.config, PAGES, PAGE, jnp.float32), block_tables=jnp.asarray(TABLES),
+        layers=empty_pages(net.config, PAGES, PAGE, jnp.float32, sketches), block_tables=jnp.asarray(TABLES),
         lengths=jnp.zeros((2,), jnp.int32),
     )  # fmt: skip
     return call(net, tokens(case)[:, :WIDTH], cache, np.arange(WIDTH) < np.array(LENGTHS)[:, None], form).cache
@@ -87,15 +88,18 @@ def poisoned(cache, value, lengths=LENGTHS):
     used = is_used(lengths)
 
     def fill(x, keep):
-        if x is None or not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
+        if x is None:
+            return None
+        filling = value if jnp.issubdtype(x.dtype, jnp.floating) else 0 if value == 0 else 255
         keep = keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim))
-        return jnp.where(keep, x, jnp.asarray(value, x.dtype))
+        return jnp.where(keep, x, jnp.asarray(filling, x.dtype))
 
     layers = tuple(
         dataclasses.replace(
             layer,
-            **{name: fill(getattr(layer, name), used) for name in ("keys", "scales", "latents")},
+            **{
+                name: fill(getattr(layer, name), used) for name in ("keys", "scales", "codes", "code_scales", "latents")
+            },
             **{name: fill(getattr(layer, name), used.any(1)) for name in ("sums", "means", "mean_scales")},
         )
         for layer in cache.layers

@@ -96,17 +96,17 @@ def rounded(x) -> np.ndarray:
 def int4(k) -> np.ndarray:
     """[S, D] -> [S, D]: each number as the nearest of -7 to 7 times a scale, a tie to the smaller.
 
-    The scale of 32 neighbours is the least number of 5 significant bits that is at least a 7th of their largest. What
-    lies within a millionth of a tie, or of such a number, counts as it.
+    The scale of 32 neighbours is the least number of 5 significant bits that is at least a 7th of their largest, 0 if
+    that is below 2**-120.
     """
     approximate = np.full_like(k, np.nan)
     for first in range(0, k.shape[1], 32):
         group = k[:, first : first + 32]
-        seventh = np.abs(group).max(axis=1) / 7
-        fraction, exponent = np.frexp(seventh)
-        scale = np.ldexp(np.ceil(fraction * 32 - 2**-15) / 32, exponent)[:, None]
+        largest = np.abs(group).max(axis=1)
+        fraction, exponent = np.frexp(largest / 7)  # of 24 bits: rounded to 53, it moves past no number of 5
+        scale = np.where(largest < 2.0**-120, 0, np.ldexp(np.ceil(fraction * 32) / 32, exponent))[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
-            codes = np.where(scale > 0, np.round(group / scale * (1 - 2**-20)), 0)
+            codes = np.where(scale > 0, np.sign(group) * np.ceil(np.abs(group) / scale - 0.5), 0)
             approximate[:, first : first + 32] = np.where(np.isfinite(scale), codes * scale, np.nan)
     return approximate
 
