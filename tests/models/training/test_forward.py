@@ -27,6 +27,7 @@ def model():
     return skeleton.model(skeleton.initial(0))
 
 
+@pytest.mark.gate("hisa", "scan")  # the flat indexer: the next two tests
 @pytest.mark.parametrize(
     "method",
     [FLAT, tiny.HISA, hj.Scan(topk=16, candidates=24, exact_heads=1), hj.BlockSparse(topk=16, block_size=8)],
