@@ -277,7 +277,7 @@ class SelectionContract(Contract, chex.TestCase):
         arrays[where] = arrays[where].copy()
         arrays[where][0, 1] = value
         arrays[where][0, -1, ..., 0] = value
-        # The values are what is tested, not scores near a cut: those that stay finite differ by more than rounding.
+        # The values are what is tested, not scores near the threshold: finite ones differ by more than rounding.
         self.assert_keeps_the_contract(**arrays, method=METHODS[method])
 
     @each_method
