@@ -41,7 +41,7 @@ def in_the_gate(*cases):
 
 
 def with_mosaic_interpreted(method, exhaustive):
-    """Mosaic's interpreter takes many seconds a call: of the tests whose rows are hardest it has a method in the gate."""
+    """Mosaic's interpreter takes many seconds a call: of the tests whose rows are hardest it has one in the gate."""
     gpu = [pytest.param(name, method, marks=pytest.mark.gpu) for name in ("mosaic_gpu", "triton") for method in METHODS]
     triton = [("triton_interpreted", method) for method in METHODS]
     mosaic = [
