@@ -235,7 +235,7 @@ TestCacheOfFloat32.settings = TestCacheOfE4m3.settings = TestCacheOfEveryMethod.
 )
 
 
-@pytest.mark.gate("bfloat16-dsa", "bfloat16-scan", "int8-hisa")  # those above have other dtypes and methods
+@pytest.mark.gate("bfloat16-dsa", "bfloat16-scan_units", "int8-hisa")  # those above have other dtypes and methods
 @pytest.mark.parametrize(
     ("dtype", "method"),
     [("bfloat16", method) for method in METHODS]
