@@ -94,12 +94,16 @@ def same_bits_for_other_dtypes():
     check(METHODS["block_sparse"], 1, 8, "bfloat16", return_scores=False)
 
 
-def what_other_devices_hold_leaves_no_trace():
+def what_other_devices_hold_leaves_no_trace(name="hisa", dtype="float8_e4m3fn"):
     """Some devices, and part of one, hold only NaN or infinity of a sequence, and all do of the other."""
     select = functools.partial(hj.select, mesh=mesh(1, 8), context_axis="context", data_axis="data")
-    for name, dtype in (("hisa", "bfloat16"), ("dsa", "float8_e4m3fn")):
-        run = jax.jit(select, static_argnames=("method", "return_scores", "return_blocks"))
-        isolation.assert_isolated(isolation.batch(run, METHODS[name], dtype, S=S), METHODS[name])
+    method = METHODS[name]
+    run = jax.jit(select, static_argnames=("method", "return_scores", "return_blocks"))
+    isolation.assert_isolated(isolation.batch(run, method, dtype, S=S), method)
+
+
+def what_other_devices_hold_leaves_no_trace_in_the_flat_indexer():
+    what_other_devices_hold_leaves_no_trace("dsa", "bfloat16")
 
 
 def only_candidates_are_exchanged():
@@ -145,7 +149,11 @@ PARTS = {
         only_candidates_are_exchanged,
         what_is_on_all_devices_gets_the_gradient_of_all,
     ),
-    "others": (same_bits_for_the_other_methods, same_bits_for_other_dtypes),
+    "others": (
+        same_bits_for_the_other_methods,
+        same_bits_for_other_dtypes,
+        what_other_devices_hold_leaves_no_trace_in_the_flat_indexer,
+    ),
 }
 
 if __name__ == "__main__":
