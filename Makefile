@@ -19,7 +19,7 @@ TESTS = $(ON_CPU) pytest -n 2 --dist worksteal
 KERNEL_TESTS = JAX_PLATFORMS=cpu NPROC=32 $(<D)/bin/python -m pytest -n 2 --dist worksteal tests/gpu tests/tpu
 CORE := --ignore=tests/gpu --ignore=tests/tpu
 
-.PHONY: demo check test test-oldest test-oldest-exhaustive test-exhaustive mutants lint docs format clean
+.PHONY: demo check test pytest fuzz test-oldest test-oldest-exhaustive test-exhaustive mutants lint docs format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -31,9 +31,13 @@ check: .venv-test/test.stamp
 	$(FAST) $(TESTS) -m check $(CORE) $(ARGS)
 	$(KERNEL_TESTS) -m check
 
-test: .venv-test/test.stamp
+test: pytest fuzz
+
+pytest: .venv-test/test.stamp
 	$(FAST) $(TESTS) -m "not exhaustive" $(CORE) --cov --cov-report= $(ARGS)
 	$(KERNEL_TESTS) -m "not exhaustive" --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=95
+
+fuzz: .venv-test/test.stamp
 	$(ON_CPU) bench fuzz --minutes 0.5
 
 # What `make test` leaves out: combinations whose parts other cases have, each compile for a TPU on the chips that

@@ -219,7 +219,7 @@ def choose(call: str, implementation: str, why_not: dict[str, str | None]) -> st
     """The name of the implementation that runs: the one asked for, or the first that can.
 
     Raises: ValueError: one that does not exist, or one that cannot run here: says why and which can. Kernels inside
-        `jax.shard_map` with its checks on: taking XLA instead would be slow and nobody would know why.
+        `jax.shard_map` with its checks on: XLA in their place would be slow, and nothing would say so.
     """
     if not isinstance(implementation, str) or (implementation != "auto" and implementation not in why_not):
         names = ", ".join(["auto", *why_not])

@@ -145,8 +145,13 @@ def pages_on_eight_devices_hold_what_one_would():
         served(dtype)
 
 
-def same_bits_for_every_method():
-    for name in ("dsa", "hisa_ratio", "all_blocks_kept", "block_sparse", "scan", "scan_units"):
+def same_bits_for_every_filter():
+    for name in ("dsa", "hisa_ratio", "scan_units"):
+        check(METHODS[name], *served(), stripe=STRIPE, **OVER)
+
+
+def same_bits_for_the_other_methods():
+    for name in ("all_blocks_kept", "block_sparse", "scan"):
         check(METHODS[name], *served(), stripe=STRIPE, **OVER)
 
 
@@ -179,12 +184,15 @@ def ranks_that_share_the_queries_select_the_same_and_exchange_the_chosen():
     assert sum(n for *_, n in found) == 24 * (METHODS["hisa"].topk + 1), found
 
 
-def ranks_that_share_the_queries_may_each_be_devices_that_share_the_pages():
+def ranks_that_share_the_queries_may_each_be_devices_that_share_the_pages(method="hisa"):
     mesh = jax.make_mesh((2, 4), ("model", "context"))
     one, tables = laid_out(4, STRIPE)
     axes = dict(mesh=mesh, query_axis="model", context_axis="context", stripe=STRIPE)
-    for name in ("hisa", "dsa"):
-        check(METHODS[name], one, split(one, mesh), tables, served()[3], **axes)
+    check(METHODS[method], one, split(one, mesh), tables, served()[3], **axes)
+
+
+def such_ranks_may_select_by_the_flat_indexer():
+    ranks_that_share_the_queries_may_each_be_devices_that_share_the_pages("dsa")
 
 
 def a_page_that_is_lacking_or_elsewhere_costs_its_request_alone():

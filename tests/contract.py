@@ -87,13 +87,13 @@ class SelectionContract(Contract, chex.TestCase):
     """Section 2 of the contract, in its order."""
 
     @parameterized.product(shape=list(draw.SHAPES), method=list(METHODS))
-    @pytest.mark.gate(*range(0, 36, 6), *range(0, 36, 7))  # every shape by the flat indexer, every method in one
+    @pytest.mark.gate(*range(0, 36, 7), 6, 24, 30)  # every shape and method once; the flat indexer in most
     @pytest.mark.optimised
     def test_selects_what_the_oracle_selects(self, shape, method):
         self.assert_keeps_the_contract(*draw.inputs(*draw.SHAPES[shape]), METHODS[method])
 
     @each_method
-    @pytest.mark.gate("hisa", "scan_units")
+    @pytest.mark.gate("hisa")
     def test_it_selects_the_same_under_jit(self, method):
         q, k, w = standard()
         under_jit = jax.jit(functools.partial(self.select, method=method))(q, k, w)
@@ -101,20 +101,34 @@ class SelectionContract(Contract, chex.TestCase):
 
     # The score. Block-sparse selection scores blocks as HISA does.
 
+    @parameterized.parameters(
+        ("1", "16", "bfloat16", "dsa"),
+        ("16", "64", "float8_e4m3fn", "hisa_ratio"),
+        ("32", "128", "int8", "scan"),
+        ("64", "128", "bfloat16", "block_sparse"),
+        ("128", "256", "float32", "hisa"),
+        ("64", "64", "float8_e4m3fn", "scan_units"),
+    )
+    @pytest.mark.slow
+    def test_scores_are_the_formula_for_heads_sizes_and_dtypes_together(self, heads, size, dtype, method):
+        # Every number, size and dtype by some method. One by one they are in the exhaustive run.
+        inputs = draw.inputs(1, 4, 150, draw.HEADS[heads], draw.SIZES[size], dtype=dtype)
+        self.assert_keeps_the_contract(*inputs, METHODS[method])
+
     @parameterized.product(heads=list(draw.HEADS), method=["dsa", "hisa"])
-    @pytest.mark.gate(1, 2, 5, 7, 8)  # each number by one of them
+    @pytest.mark.exhaustive
     @pytest.mark.slow
     def test_scores_are_the_formula_for_every_number_of_heads(self, heads, method):
         self.assert_keeps_the_contract(*draw.inputs(1, 4, 150, draw.HEADS[heads], 32), METHODS[method])
 
     @parameterized.product(size=list(draw.SIZES), method=["dsa", "hisa"])
-    @pytest.mark.gate(0, 3, 4, 7)
+    @pytest.mark.exhaustive
     @pytest.mark.slow
     def test_scores_are_the_formula_for_every_head_size(self, size, method):
         self.assert_keeps_the_contract(*draw.inputs(1, 4, 150, 4, draw.SIZES[size]), METHODS[method])
 
     @parameterized.product(dtype=list(draw.DTYPES), method=list(METHODS))
-    @pytest.mark.gate(6, 9, 13, 16, 20, 23)  # two methods a dtype; float32 is that of most tests
+    @pytest.mark.exhaustive
     def test_scores_are_the_formula_for_every_dtype(self, dtype, method):
         self.assert_keeps_the_contract(*draw.inputs(2, 5, 140, 4, 64, dtype=dtype), METHODS[method])
 
@@ -122,7 +136,7 @@ class SelectionContract(Contract, chex.TestCase):
         q_dtype=["float32", "bfloat16", "float8_e4m3fn", "int8"],
         k_dtype=["float8_e4m3fn", "int8"],
     )
-    @pytest.mark.gate(0, 3, 4, 7)
+    @pytest.mark.gate(0, 3)  # queries of the keys' dtype: the next test
     @pytest.mark.slow
     def test_key_scales_multiply_the_score(self, q_dtype, k_dtype):
         q, k, w = draw.inputs(2, 5, 140, 4, 64)
@@ -221,7 +235,7 @@ class SelectionContract(Contract, chex.TestCase):
     @parameterized.named_parameters(
         ("standard", *STANDARD), *named("one_token", "one_query", "block_edge", "ragged_tail")
     )
-    @pytest.mark.gate("standard", "one_token")
+    @pytest.mark.gate("standard")
     def test_ties_go_to_the_lower_position(self, B, T, S, H, D):
         q, k, w = draw.equal_scores(B, T, S, H, D)
         for method in METHODS.values():
@@ -263,7 +277,7 @@ class SelectionContract(Contract, chex.TestCase):
         arrays[where] = arrays[where].copy()
         arrays[where][0, 1] = value
         arrays[where][0, -1, ..., 0] = value
-        # The values are what is tested, not scores near a cut: those that stay finite differ by more than rounding.
+        # The values are what is tested, not scores near the threshold: finite ones differ by more than rounding.
         self.assert_keeps_the_contract(**arrays, method=METHODS[method])
 
     @each_method
@@ -276,7 +290,7 @@ class SelectionContract(Contract, chex.TestCase):
     # Blocks.
 
     @parameterized.parameters(64, 128, 256)  # 16 is that of most tests
-    @pytest.mark.gate(0, 2)
+    @pytest.mark.gate(0)
     @pytest.mark.slow
     def test_blocks_start_at_multiples_of_the_block_size(self, block_size):
         S = 5 * block_size + block_size // 2 + 1
@@ -308,7 +322,7 @@ class SelectionContract(Contract, chex.TestCase):
             self.assertLen(kept, block_budget(method, position // 16 + 1))
 
     @parameterized.parameters((0, 1), (1, 2), (2, 5), (3, 1))
-    @pytest.mark.gate(0, 2)
+    @pytest.mark.gate(0)
     @pytest.mark.slow
     def test_any_number_of_first_and_last_blocks_may_be_kept(self, keep_first, keep_last):
         q, k, w = standard()
@@ -359,7 +373,7 @@ class SelectionContract(Contract, chex.TestCase):
         (40, "float32"), (63, "bfloat16"), (64, "int8"), (65, "float32"),
         (200, "float32"), (200, "bfloat16"), (200, "int8"),
     )  # fmt: skip
-    @pytest.mark.gate(0, 2, 3, 5)
+    @pytest.mark.gate(2, 5)
     @pytest.mark.slow
     def test_up_to_all_kept_blocks_the_selection_is_the_flat_one_bit_for_bit(self, S, dtype):
         # Both where the shapes say so (S <= 64) and where only the run-time positions do.
@@ -424,7 +438,7 @@ class SelectionContract(Contract, chex.TestCase):
             assert_same_bits(one, rows(whole, slice(None), slice(t, t + 1)))
 
     @each_method
-    @pytest.mark.gate("dsa", "hisa_ratio", "scan_units")
+    @pytest.mark.gate("hisa_ratio", "scan_units")
     @pytest.mark.slow
     def test_a_batch_gives_each_sequence_its_own_selection(self, method):
         q, k, w = standard()
@@ -486,7 +500,7 @@ class SelectionContract(Contract, chex.TestCase):
         self.assertTrue(np.all(np.asarray(gradient) == 0))
 
     @each_method
-    @pytest.mark.gate("hisa", "scan")
+    @pytest.mark.gate("hisa")
     def test_vmap_over_calls_gives_what_the_calls_give(self, method):
         q, k, w = (x[:, None] for x in draw.inputs(2, 3, 100, 4, 32))
         mapped = jax.vmap(functools.partial(self.select, method=method))(*map(jnp.asarray, (q, k, w)))

@@ -63,7 +63,7 @@ class PackedContract(Contract, chex.TestCase):
         self.assert_agrees(under_jit, oracle.select_packed(*inputs, cu_q, cu_k, method))
 
     @each_method
-    @pytest.mark.gate("hisa")  # the next test has every method, by one program
+    @pytest.mark.exhaustive  # the next test has it by fewer programs
     @pytest.mark.slow
     @pytest.mark.optimised
     def test_packing_does_not_change_the_selection(self, method):
@@ -78,7 +78,7 @@ class PackedContract(Contract, chex.TestCase):
     @each_method
     @pytest.mark.slow
     @pytest.mark.optimised
-    @pytest.mark.gate("hisa", "scan")  # and the oracle has packed batches of every method
+    @pytest.mark.gate("hisa")  # and the oracle has packed batches of every method
     def test_a_packed_batch_and_a_padded_one_give_the_same_selection(self, method):
         (q, k, w), cu_q, cu_k = self.packed(*SOME_LENGTHS, dtype="bfloat16")
         packed = self.select_packed(q, k, w, cu_q, cu_k, method)
@@ -100,14 +100,14 @@ class PackedContract(Contract, chex.TestCase):
         self.assertTrue(np.all(np.asarray(got.indices[11:]) == -1))
 
     @each_method
-    @pytest.mark.gate("dsa", "hisa", "scan")
+    @pytest.mark.gate("dsa", "hisa")
     def test_a_packed_batch_may_fill_its_buffers(self, method):
         inputs, cu_q, cu_k = self.packed([3, 20, 1, 9], [60, 200, 1, 33], R=4, T=33, N=294)
         got = self.select_packed(*inputs, cu_q, cu_k, method)
         self.assert_agrees(got, oracle.select_packed(*inputs, cu_q, cu_k, method))
 
     @parameterized.product(scale=["float32", "ue8m0"], method=list(METHODS))
-    @pytest.mark.gate(0, 1, 7, 10)
+    @pytest.mark.gate(7, 10)
     def test_packed_keys_may_be_quantized(self, scale, method):
         inputs, cu_q, cu_k = self.packed([3, 8], [40, 190])
         keys = draw.quantized(inputs.k, "float8_e4m3fn", scale)

@@ -19,13 +19,17 @@ PROMISES = {
     "copies": ("a_copy_stays_on_its_device",),
     "selection": (
         "pages_on_eight_devices_hold_what_one_would",
-        "same_bits_for_every_method",
+        "same_bits_for_every_filter",
     ),
     "bytes": (
         "only_candidates_are_exchanged",
         "writing_exchanges_nothing",
         "sparse_mla_over_pages_is_that_of_one_device_and_exchanges_one_sum",
         "a_page_that_is_lacking_or_elsewhere_costs_its_request_alone",
+    ),
+    "others": (
+        "same_bits_for_the_other_methods",
+        "such_ranks_may_select_by_the_flat_indexer",
     ),
     "layouts": (
         "what_others_hold_leaves_no_trace",

@@ -15,7 +15,7 @@ class XlaSelectionTest(contract.SelectionContract):
     implementation = "xla"
 
     @parameterized.product(tiles=[(3, 128), (1, 1024), (64, 128)], method=list(METHODS))
-    @pytest.mark.gate(0, 1, 4, 11)  # the flat indexer, HISA and the scan; another size by one method
+    @pytest.mark.gate(1, 11)  # HISA and the scan, each by a size of its own
     @pytest.mark.slow
     @pytest.mark.optimised
     def test_tile_sizes_do_not_change_the_selection(self, tiles, method):
@@ -26,6 +26,7 @@ class XlaSelectionTest(contract.SelectionContract):
         assert_same_bits(self.select(q, k, w, method, tiles=hj.Tiles(queries=queries, keys=keys), **options), wanted)
 
     @contract.each_method
+    @pytest.mark.gate("dsa", "hisa", "scan_units")
     def test_one_token_more_than_topk_leaves_one_out(self, method):
         # Without scores, where nothing would be scored that is chosen anyway.
         q, k, w = contract.standard()
@@ -56,6 +57,7 @@ def test_a_query_of_no_sequence_costs_no_scores():
 
 
 @pytest.mark.slow
+@pytest.mark.gate("dsa", "hisa_ratio", "scan")
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_the_form_for_accelerators_selects_the_same(method, monkeypatch):
     """Off the CPU all queries of a tile are scored in one product; that form must be right here, too."""

@@ -17,7 +17,7 @@ FORCED = 2**31 - 1
 _WORD = 32
 _ROWS = 8  # that a CPU's cache holds if they are long
 _LONG = 16384
-_STRIDE = 16  # of the candidates that show where about the cut is
+_STRIDE = 16  # of the candidates that show about where the threshold is
 
 
 def sort_key_of(scores: Array, bitcast: Callable = lax.bitcast_convert_type) -> Array:
@@ -48,7 +48,7 @@ def kth_largest(sort_key: Array, k: int | Array) -> Array:
         low, high = bounds
         middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # the mean, rounded up, without overflow
         count = jnp.sum(sort_key >= middle[:, None], axis=1, dtype=jnp.int32)
-        # Any cut that exactly k values pass selects them as well as the k-th value itself would: stop there.
+        # Any threshold that exactly k values pass selects them as well as the k-th value itself: stop there.
         high = jnp.where(count == k, middle, jnp.where(count > k, high, middle - 1))
         return jnp.where(count >= k, middle, low), high
 
@@ -64,19 +64,19 @@ def chosen_mask(sort_key: Array, k: int | Array, positions: Array | None = None)
     S = sort_key.shape[1]
     if isinstance(k, int) and k >= S:
         return sort_key > INVISIBLE
-    cut = kth_largest(sort_key, k)[:, None]
-    above, at_cut = sort_key > cut, sort_key == cut
+    threshold = kth_largest(sort_key, k)[:, None]
+    above, at_threshold = sort_key > threshold, sort_key == threshold
     room = (k - jnp.sum(above, axis=1, dtype=jnp.int32))[:, None]
 
-    def first_at_cut() -> Array:
+    def first_at_threshold() -> Array:
         if positions is None:
-            return at_cut & (jnp.cumsum(at_cut, axis=1, dtype=jnp.int32) <= room)
-        order = jnp.where(at_cut, -positions, INVISIBLE)
-        return at_cut & (order >= kth_largest(order, room[:, 0])[:, None])
+            return at_threshold & (jnp.cumsum(at_threshold, axis=1, dtype=jnp.int32) <= room)
+        order = jnp.where(at_threshold, -positions, INVISIBLE)
+        return at_threshold & (order >= kth_largest(order, room[:, 0])[:, None])
 
-    # Ties at the cut are rare and finding the first of them costs as much as the cut itself.
-    is_tied = jnp.any(jnp.sum(at_cut, axis=1, keepdims=True, dtype=jnp.int32) > room)
-    return (above | lax.cond(is_tied, first_at_cut, lambda: at_cut)) & (sort_key > INVISIBLE)
+    # Ties at the threshold are rare, and to find the first of them costs as much as to find the threshold.
+    is_tied = jnp.any(jnp.sum(at_threshold, axis=1, keepdims=True, dtype=jnp.int32) > room)
+    return (above | lax.cond(is_tied, first_at_threshold, lambda: at_threshold)) & (sort_key > INVISIBLE)
 
 
 def words_of(mask: Array) -> Array:
@@ -132,7 +132,7 @@ def topk_in_order(sort_key: Array, positions: Array | None, k: int) -> tuple[Arr
         positions: [T, S] int32, ascending among the visible; None: 0, 1, 2, ...
         k: how many to choose.
 
-    Where k is a small part of S, a cut among every 16th candidate throws most away before the exact cut is looked for;
+    Where k is a small part of S, a threshold from every 16th candidate throws most away before the exact one is found;
     should it have thrown away too many or too few, the whole row is searched.
 
     Returns: sort key and position of the chosen, [T, k] each; empty slots hold `INVISIBLE` and -1.
@@ -162,7 +162,7 @@ def _best_of_long_rows(sort_key: Array, k: int) -> tuple[Array, Array]:
 def _best_in_order(sort_key: Array, k: int) -> tuple[Array, Array]:
     """[T, S] int32 -> sort key and column of the k best of each row, [T, k] each, ascending."""
     S = sort_key.shape[1]
-    rank = -(-k * (S // _STRIDE) // S)  # of the cut among the sampled
+    rank = -(-k * (S // _STRIDE) // S)  # of the threshold among the sampled
     slack = 4 * math.isqrt(rank) + 4  # four standard deviations
     room = _STRIDE * (rank + 2 * slack)
 
@@ -171,10 +171,10 @@ def _best_in_order(sort_key: Array, k: int) -> tuple[Array, Array]:
 
     if 4 * room > S:
         return best()
-    cut = jnp.maximum(kth_largest(sort_key[:, ::_STRIDE], rank + slack), INVISIBLE + 1)
-    above = words_of(sort_key >= cut[:, None])
+    threshold = jnp.maximum(kth_largest(sort_key[:, ::_STRIDE], rank + slack), INVISIBLE + 1)
+    above = words_of(sort_key >= threshold[:, None])
     count = jnp.sum(lax.population_count(above).astype(jnp.int32), axis=1)
-    holds_best = ((count >= k) | (cut == INVISIBLE + 1)) & (count <= room)
+    holds_best = ((count >= k) | (threshold == INVISIBLE + 1)) & (count <= room)
 
     def best_above() -> tuple[Array, Array]:
         few, columns = _take(sort_key, above, room)

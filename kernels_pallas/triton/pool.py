@@ -34,7 +34,10 @@ def is_addressable(size: int, dtype: DTypeLike) -> bool:
 def check_addressable(k: Array) -> None:
     """Raises ValueError: keys that a kernel cannot address whole."""
     if not is_addressable(k.size, k.dtype):
-        raise ValueError(f"triton: k has {k.size} elements of one byte, wanted at most {2**31} in all of a batch")
+        raise ValueError(
+            f"triton: k has {k.size} elements of one byte, wanted at most {2**31} in all of a batch or cache, "
+            'or implementation="xla"'
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("block_size", "interpret"))

@@ -54,6 +54,7 @@ class Filters(chex.TestCase):
         np.put_along_axis(found, np.asarray(wanted.indices[0]), True, axis=1)  # -1 is the last column
         np.testing.assert_array_equal(mask, found[:, :T])
 
+    @pytest.mark.exhaustive  # each mask is compared with the library's above
     def test_every_method_is_the_flat_indexer_where_all_tokens_are_candidates(self):
         one = view(1)
         everything = fitting({**core(256), **varied(256)}, H, 3 * T)

@@ -52,6 +52,7 @@ def test_a_mean_has_the_normal_interval_and_none_of_one_value():
     assert np.isnan(statistics.mean([])).all()
 
 
+@pytest.mark.gate(HISA)
 @pytest.mark.parametrize("variant", [FLAT_VARIANT, HISA_VARIANT], ids=[FLAT, HISA])
 def test_logits_are_those_of_the_forward_pass_that_trains(stacked, variant):
     def attend(attention, x, table, made):

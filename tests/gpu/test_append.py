@@ -80,6 +80,7 @@ def assert_same(got, wanted):
 LENGTHS, SIZES = [40, 31, 5, 64, 0, 32], [3, 1, 70, 0, 33, 1]
 
 
+@pytest.mark.gate("bfloat16", "float8_e4m3fn")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernel_writes_what_xla_writes(dtype):
     step = draw(dtype, LENGTHS, SIZES, 32, latent_dim=40, sketch="int4")
@@ -104,6 +105,7 @@ def test_offsets_beyond_the_new_tokens_write_no_more_than_there_are():
 
 
 @pytest.mark.slow
+@pytest.mark.gate("32-float8_e4m3fn", "128-bfloat16")
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("page_size", [32, 128])
 def test_a_page_keeps_the_mean_that_pool_makes_of_it(dtype, page_size):

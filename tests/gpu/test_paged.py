@@ -108,8 +108,10 @@ MORE_CASES = [
         pytest.param(name, *case.values, id=f"{name}-{case.id}", marks=marks)
         for name, marks, cases in (
             ("triton_interpreted", (), CASES),
-            ("triton_interpreted", pytest.mark.slow, MORE_CASES),
-            ("mosaic_gpu_interpreted", (), CASES),
+            ("triton_interpreted", pytest.mark.slow, MORE_CASES[2:]),
+            ("triton_interpreted", pytest.mark.exhaustive, MORE_CASES[:2]),
+            ("mosaic_gpu_interpreted", (), CASES[:3]),
+            ("mosaic_gpu_interpreted", pytest.mark.exhaustive, CASES[3:]),
             ("triton", pytest.mark.gpu, CASES + MORE_CASES),
             ("mosaic_gpu", pytest.mark.gpu, [case for case in CASES + MORE_CASES if case.values[0] >= 32]),
         )

@@ -35,11 +35,19 @@ on_gpu = [pytest.param(name, marks=pytest.mark.gpu) for name in ("mosaic_gpu", "
 INTERPRET = {"triton": True, "mosaic_gpu": plgpu.InterpretGPUParams()}
 
 
-def with_mosaic_interpreted(*methods):
-    """Mosaic's interpreter takes many seconds a call: of the tests whose rows are hardest it has these methods."""
+def in_the_gate(*cases):
+    """Of the cases of interpreted Triton; on a GPU all run."""
+    return pytest.mark.gate(*(f"triton_interpreted-{case}" for case in cases))
+
+
+def with_mosaic_interpreted(method, exhaustive):
+    """Mosaic's interpreter takes many seconds a call: of the tests whose rows are hardest it has one in the gate."""
     gpu = [pytest.param(name, method, marks=pytest.mark.gpu) for name in ("mosaic_gpu", "triton") for method in METHODS]
     triton = [("triton_interpreted", method) for method in METHODS]
-    mosaic = [pytest.param("mosaic_gpu_interpreted", method, marks=pytest.mark.slow) for method in methods]
+    mosaic = [
+        pytest.param("mosaic_gpu_interpreted", name, marks=mark)
+        for name, mark in ((method, pytest.mark.slow), (exhaustive, pytest.mark.exhaustive))
+    ]
     return pytest.mark.parametrize(("implementation", "method"), [*gpu, *triton, *mosaic], indirect=["implementation"])
 
 
@@ -78,6 +86,10 @@ def assert_agrees(got, reference, tolerance):
 
 
 @pytest.mark.slow
+@in_the_gate(
+    "prefill-dsa", "prefill-hisa", "decode-hisa", "decode-block_sparse", "ragged_tail-dsa",
+    "ragged_tail-hisa_more_forced", "all_blocks_kept-hisa", "all_blocks_kept-block_sparse",
+)  # fmt: skip
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", CASES)
 def test_selects_what_the_oracle_selects(implementation, case, method):
@@ -89,6 +101,7 @@ def test_selects_what_the_oracle_selects(implementation, case, method):
 
 
 @pytest.mark.slow
+@in_the_gate("dsa", "hisa")
 @pytest.mark.parametrize("method", METHODS)
 def test_keys_may_be_quantized(implementation, method):
     q, k, w = draw.inputs(2, 4, 400, 16, 64)
@@ -99,7 +112,7 @@ def test_keys_may_be_quantized(implementation, method):
         assert_agrees(got, oracle.select(q, keys, w, METHODS[method]), TOLERANCE)
 
 
-@with_mosaic_interpreted("dsa", "hisa_more_forced")
+@with_mosaic_interpreted("hisa_more_forced", exhaustive="dsa")
 def test_positions_and_lengths_limit_what_is_visible(implementation, method):
     q, k, w = few_scores(draw.Shape(2, 6, 333, 16, 64), "bfloat16")
     k[0, 101:] = np.nan
@@ -109,7 +122,7 @@ def test_positions_and_lengths_limit_what_is_visible(implementation, method):
     assert_agrees(got, oracle.select(q, k, w, METHODS[method], **options), 1e-2)
 
 
-@with_mosaic_interpreted("hisa", "block_sparse")
+@with_mosaic_interpreted("hisa", exhaustive="block_sparse")
 def test_a_packed_batch_gives_what_the_oracle_gives(implementation, method):
     q, k, w = (x[0] for x in few_scores(draw.Shape(1, 12, 800, 16, 64), "float8_e4m3fn"))
     cu_q, cu_k = np.array([0, 3, 3, 4, 9], np.int32), np.array([0, 300, 340, 349, 722], np.int32)
@@ -120,6 +133,7 @@ def test_a_packed_batch_gives_what_the_oracle_gives(implementation, method):
 
 
 @pytest.mark.slow
+@in_the_gate("dsa", "hisa_more_forced")
 @pytest.mark.parametrize("method", METHODS)
 def test_nan_keys_and_weights_decide_nothing_else(implementation, method):
     q, k, w = few_scores(draw.Shape(1, 3, 320, 16, 64), "bfloat16")
@@ -129,7 +143,11 @@ def test_nan_keys_and_weights_decide_nothing_else(implementation, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", [*on_gpu, "triton_interpreted", "mosaic_gpu_interpreted"], indirect=True)
+@pytest.mark.parametrize(
+    "implementation",
+    [*on_gpu, "triton_interpreted", pytest.param("mosaic_gpu_interpreted", marks=pytest.mark.exhaustive)],
+    indirect=True,
+)
 def test_up_to_all_kept_blocks_the_selection_is_the_flat_one_bit_for_bit(implementation):
     q, k, w = draw.inputs(1, 8, 500, 16, 64, dtype="bfloat16")
     positions = jnp.asarray(np.linspace(0, 159, 8).astype(np.int32)[None])

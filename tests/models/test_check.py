@@ -10,7 +10,7 @@ import pytest
 
 import hisa_jax as hj
 from hisa_jax.models.__main__ import main
-from hisa_jax.models.check import measures, reading
+from hisa_jax.models.check import command, measures, reading
 from hisa_jax.models.check.report import SHARE
 from tests import oracle
 
@@ -67,7 +67,7 @@ def test_layers_are_seen_as_the_model_sees_them(case):
 
 def test_the_flat_indexer_keeps_all_of_itself_and_the_attention_of_every_token_is_one():
     seen = seen_of("dsv32")[0][1]
-    few = {name: METHODS[name] for name in ("flat", "scan, 1.5 k", "scan, 3 k")}  # the command has all
+    few = {name: METHODS[name] for name in ("flat", "scan, 1.5 k", "scan, 3 k")}
     found = measures.measure(seen, few | {"every token": hj.Dsa(topk=64)}, 1.0)
     assert found["flat"][:2] == (1, 1) and found["every token"].recall == 1
     assert found["every token"].mass == pytest.approx(1) and 0 < found["flat"].mass < 1
@@ -101,12 +101,20 @@ def check(*arguments, checkpoint=golden.FOLDER / "glm5"):
 
 
 @pytest.mark.slow
-def test_the_command_shows_a_table_and_writes_every_layer(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "methods",
+    [("flat", "HISA", "scan, 1.5 k"), pytest.param(tuple(METHODS), marks=pytest.mark.exhaustive)],
+    ids=["some", "all"],
+)
+def test_the_command_shows_a_table_and_writes_every_layer(methods, tmp_path, capsys):
+    """A program a method; those that it has by default are above."""
     (tmp_path / "text").write_text(TEXT)
-    out = tmp_path / "check.json"
-    assert check("--text", tmp_path / "text", "--context", 100, "--queries", 20, "--json", out) == 0
+    out, few = tmp_path / "check.json", {name: METHODS[name] for name in methods}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "methods_to_check", lambda topk, block_size: few)
+        assert check("--text", tmp_path / "text", "--context", 100, "--queries", 20, "--json", out) == 0
     shown, data = capsys.readouterr().out, json.loads(out.read_text())
-    assert [row["method"] for row in data["methods"]] == list(METHODS)
+    assert [row["method"] for row in data["methods"]] == list(methods)
     for row in data["methods"]:
         assert row["method"] in shown
         for measure in ("recall", "mass", "iou"):

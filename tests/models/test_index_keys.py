@@ -35,7 +35,7 @@ def test_quantised_index_keys_select_nearly_the_same(dtype, scale):
     selected, want = golden.as_mask(layer.selection, 40), golden.numbers("dsv32")["L0.index_selected"]
     recall = (selected & want).sum() / want.sum()
     assert recall > 0.9, f"recall {recall:.3f}"
-    # What differs are choices near the cut: by the exact scores they are worth almost the same.
+    # What differs are choices near the threshold: by the exact scores they are worth almost the same.
     scores = np.where(
         np.isfinite(golden.numbers("dsv32")["L0.index_scores"]), golden.numbers("dsv32")["L0.index_scores"], 0
     )

@@ -1,6 +1,7 @@
 """Nothing leaves a trace but what is selected: NaN and Inf elsewhere change no bit, nor do they in another row.
 
-Two compiled programs a case and form, of 20 columns and of 1, whatever they are fed: some 20 seconds on a CPU.
+Two compiled programs a case and form, of 20 columns and of 1, whatever they are fed. In the gate HISA has both forms,
+the others one each.
 """
 
 import dataclasses
@@ -32,6 +33,9 @@ CASES = {
 }
 both = pytest.mark.parametrize("form", ["expanded", "absorbed"])
 each_case = pytest.mark.parametrize("case", CASES)
+some = pytest.mark.gate(
+    "glm52-hisa-expanded", "glm52-hisa-absorbed", "dsv32-flat-e4m3-absorbed", "glm5-scan-expanded"
+)  # fmt: skip
 
 
 @functools.cache
@@ -42,7 +46,7 @@ def model(case):
         whole.config, num_hidden_layers=len(layers), index_key_dtype=key_dtype,
         **{kinds: tuple(getattr(whole.config, kinds)[i] for i in layers) for kinds in ("layer_kinds", "indexer_kinds")},
     )  # fmt: skip
-    net = models.from_config(config, rngs=nnx.Rngs(0), method=method)
+    net = nnx.eval_shape(lambda: models.from_config(config, rngs=nnx.Rngs(0), method=method))
     net.embed, net.norm, net.head = whole.embed, whole.norm, whole.head
     for layer, source in enumerate(layers):
         nnx.update(net.layers[layer], nnx.state(whole.layers[source]))
@@ -107,6 +111,7 @@ def poisoned(cache, value, lengths=LENGTHS):
     return dataclasses.replace(cache, layers=layers)
 
 
+@some
 @both
 @each_case
 def test_what_no_token_of_a_row_wrote_changes_no_bit(case, form):
@@ -165,6 +170,7 @@ def with_poison(net, token, value):
     return net
 
 
+@some
 @both
 @each_case
 def test_a_row_of_nan_changes_no_bit_of_another(case, form):

@@ -38,6 +38,7 @@ def test_a_scan_that_keeps_all_tokens_gives_the_golden_logits():
 
 @pytest.mark.slow
 @cases
+@pytest.mark.gate("3-dsv32", "5-glm5", "2-glm52")
 @pytest.mark.parametrize("block_topk", [2, 3, 5])
 def test_every_layer_selects_the_top_k_of_the_golden_scores_in_the_kept_blocks(case, block_topk):
     """Each layer by itself, after layers that are flat: then its inputs are the golden ones."""

@@ -33,7 +33,7 @@ def inputs(model, phase, S, dtype):
 @pytest.mark.parametrize(
     ("model", "phase", "context", "dtype"),
     [
-        ("dsv32", "prefill", 8 * K, "e4m3"),  # keeps all its blocks
+        pytest.param("dsv32", "prefill", 8 * K, "e4m3", marks=pytest.mark.exhaustive),  # keeps all its blocks
         # Keys fill what VMEM has for them. In the gate test_schedule.py compiles it.
         pytest.param("dsv32", "prefill", 128 * K, "bf16", marks=pytest.mark.exhaustive),
         pytest.param("glm5", "prefill", 32 * K, "int8", marks=pytest.mark.exhaustive),

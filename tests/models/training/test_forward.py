@@ -27,6 +27,7 @@ def model():
     return skeleton.model(skeleton.initial(0))
 
 
+@pytest.mark.gate("hisa", "scan")  # the flat indexer: the next two tests
 @pytest.mark.parametrize(
     "method",
     [FLAT, tiny.HISA, hj.Scan(topk=16, candidates=24, exact_heads=1), hj.BlockSparse(topk=16, block_size=8)],
@@ -61,6 +62,7 @@ def test_the_indexer_learns_from_its_own_loss_alone_and_the_model_from_the_text_
         assert {name for name, x in gradients.items() if np.any(x)} == {name for name in weights if wanted(name)}
 
 
+@pytest.mark.gate(1, 700)  # one token; several tiles, the last of them partial
 @pytest.mark.parametrize("T", [1, 511, 700])
 def test_attention_in_tiles_is_attention_at_once(T):
     q, k, v = (jax.random.normal(jax.random.key(i), (2, T, 3, 8)) for i in range(3))
