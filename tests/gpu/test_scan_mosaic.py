@@ -104,7 +104,7 @@ def test_the_best_of_listed_tokens(interpret, in_pages):
     count = np.array([299, 280, 5, 0, 40, 41, 100, 33, 64, 150], np.int32)
     tokens = np.full((10, 512), -1, np.int32)
     for t, n in enumerate(count):
-        tokens[t, :n] = np.sort(rng.choice(VISIBLE[t], n, replace=False)) if n > 40 else np.arange(n)
+        tokens[t, :n] = np.sort(rng.choice(VISIBLE[t], n, replace=False)) if n >= 40 else np.arange(n)
     first = np.array([0] + [320] * 9, np.int32)
     operands = Operands(jnp.asarray(q, E4M3), jnp.asarray(w, jnp.float32), call.k, call.k_scale, call.pages)
     lists = jnp.asarray(tokens), jnp.asarray(count), jnp.asarray(first)
