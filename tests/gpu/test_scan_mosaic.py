@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hisa_jax.kernels_pallas.flat_call import FlatCall
-from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens, refine_tokens, scan
+from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens, refine_tokens, scan, scores
 from hisa_jax.kernels_pallas.operands import Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import Pages
 from hisa_jax.kernels_pallas.sequences import Sequences
@@ -121,6 +121,12 @@ def test_the_best_of_listed_tokens(interpret, in_pages):
         assert n_chosen[t] == len(best)
         np.testing.assert_array_equal(got[t, : len(best)], best)
         assert (np.asarray(got[t, len(best) :]) == -1).all()
+
+
+def test_a_few_queries_of_very_many_keys_have_a_configuration():
+    for n_queries, n_keys in ((1, 2**24), (10, 2**24), (1, 2**30)):
+        config = scores.heuristic(scores.Sizes(n_queries, 64, 128, 1, 1), n_keys)
+        assert config.tile_t == n_queries  # keys are read once
 
 
 def test_lists_that_fit_no_shared_memory_or_rows_too_short_to_gather_are_declined():
