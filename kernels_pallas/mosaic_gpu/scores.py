@@ -146,8 +146,13 @@ def launch(
     config: Config,
     n_ctas: int,
     interpret: Interpret,
+    n_columns: Array | None = None,
 ) -> Outputs:
-    """The kernel, also for operands whose rows of q are groups of queries (`scan.py`)."""
+    """The kernel, also for operands whose rows of q are groups of queries (`scan.py`).
+
+    Args:
+        n_columns: [] int32, that some query sees; those from here on are not even visited. None: `columns.n`.
+    """
     q, w, k, k_scale, pages = operands
     assert columns.tiles is not None
     n_spans, _ = config.columns(columns.n)
@@ -157,7 +162,6 @@ def launch(
         dtype=k.dtype,
         pages=None if pages is None else (pages.size, pages.n_pages),
         n_spans=n_spans,
-        n_items=n_items,
         n_ctas=min(n_ctas, n_items),
         interpret=interpret,
         loop=shape,
@@ -166,6 +170,7 @@ def launch(
     )
     table = None if pages is None else pages.table
     limit, threshold = (None, None) if shape.rows else (columns.limit, columns.threshold)
+    seen = None if n_columns is None else jnp.minimum(-(-n_columns // config.span), n_spans).reshape(1)
     return plgpu.kernel(
         functools.partial(scores_body, plan),
         out_type=[out_type],
@@ -176,7 +181,7 @@ def launch(
         scratch_types=[_smem(plan)],
         kernel_name="hisa_scores" if shape.rows is None else "hisa_scan",
         interpret=interpret,
-    )(Inputs(columns.tiles, limit, columns.first, q, w, table, k, k_scale, threshold))[0]
+    )(Inputs(columns.tiles, limit, columns.first, q, w, table, k, k_scale, threshold, seen))[0]
 
 
 def _smem(plan: Plan) -> Smem:

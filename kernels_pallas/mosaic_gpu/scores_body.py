@@ -36,7 +36,6 @@ class Plan:
     dtype: jnp.dtype
     pages: tuple[int, int] | None  # size, and how many; None: rows of a sequence follow each other
     n_spans: int
-    n_items: int
     n_ctas: int
     loop: Shape
     n_score: int
@@ -77,6 +76,7 @@ class Inputs(NamedTuple):
     k: Ref  # [S, parts, D]
     k_scale: Ref | None  # [S]
     threshold: Ref | None  # [T]
+    n_spans: Ref | None  # [1], from the first one on, that some query sees; None: `Plan.n_spans`
 
 
 class Outputs(NamedTuple):
@@ -111,14 +111,16 @@ class _Items:
     def __init__(self, plan: Plan, gmem: Inputs) -> None:
         self.plan, self.tiles_gmem = plan, gmem.tiles
         self.cta = lax.axis_index("cta")
-        self.n = (plan.n_items - self.cta + plan.n_ctas - 1) // plan.n_ctas
+        self.n_spans = plan.n_spans if gmem.n_spans is None else gmem.n_spans[0]
+        n_items = gmem.tiles.shape[0] * self.n_spans
+        self.n = (n_items - self.cta + plan.n_ctas - 1) // plan.n_ctas
         self.first_column = gmem.first_column[0]
 
     def __call__(self, i: Array) -> tuple[Array, Array, Array, Array]:
         """First query, how many (0 if none sees this span), column of the result and first key row."""
         item = self.cta + i * self.plan.n_ctas
         # Spans of one tile of queries are neighbours, so CTAs that run together read the same queries from L2.
-        tile, span = item // self.plan.n_spans, item % self.plan.n_spans
+        tile, span = lax.div(item, self.n_spans), lax.rem(item, self.n_spans)
         column = span * (KEYS_PER_WARPGROUP * self.plan.n_score)
         first, n, key_row, most = (self.tiles_gmem[tile, field] for field in range(4))
         n = jnp.where(self.first_column + column < most, n, 0)
