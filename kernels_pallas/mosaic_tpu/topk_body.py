@@ -54,8 +54,10 @@ def select(
     lax.fori_loop(0, sort_keys_ref.shape[0], one_tile, None)
 
 
-def find_thresholds(sort_keys_ref: Ref, n: Array, k: int, groups: Array | int) -> tuple[Array, Array]:
-    """The threshold of each row: the k largest sort keys reach it, or more if there are ties.
+def find_thresholds(
+    sort_keys_ref: Ref, n: Array, k: int, groups: Array | int, slack: int = 0
+) -> tuple[Array, Array]:
+    """The threshold of each row: the k largest sort keys reach it, or more if there are ties; or up to `slack` more.
 
     Args:
         sort_keys_ref: [tiles, G * 8, 128] int32.
@@ -100,7 +102,7 @@ def find_thresholds(sort_keys_ref: Ref, n: Array, k: int, groups: Array | int) -
 
     def unfinished(state):
         low, high, n_low, *_ = state
-        return is_any((low < high) & (n_low > k))
+        return is_any((low < high) & (n_low > k + slack))
 
     step = functools.partial(narrow_search, count_at_least=count_at_least, k=k)
     low, _, n_low, *_ = lax.while_loop(unfinished, step, start)
@@ -217,7 +219,7 @@ def _write_tables(
             x = jnp.where(x >= threshold, 1.0, 0.0)
             chosen.append(x)
             total += x
-        totals.append(_splat_sum(total))
+        totals.append(splat_sum(total))
     chosen += [jnp.zeros((SUBLANES, LANES), jnp.float32)] * (table_ref.shape[0] * LANES // SUBLANES - len(chosen))
     matrix = jnp.concatenate(chosen, axis=0).astype(jnp.bfloat16)  # [8 * span, 128]
     both = _contract_lanes(_packing(), matrix).astype(jnp.int32)  # [16, 8 * span]
@@ -332,7 +334,7 @@ def _along_lanes(reduce: Callable, x: Array) -> Array:
     return jnp.broadcast_to(reduce(x, axis=-1, keepdims=True), x.shape)
 
 
-def _splat_sum(x: Array) -> Array:
+def splat_sum(x: Array) -> Array:
     """[8, 128] float32 -> its sum everywhere, int32."""
     return jnp.broadcast_to(jnp.sum(jnp.sum(x, axis=0, keepdims=True), axis=1, keepdims=True), x.shape).astype(
         jnp.int32
