@@ -31,7 +31,14 @@ _GATHER = lax.GatherDimensionNumbers((), (1,), (1,), operand_batching_dims=(0,),
 
 
 def select(
-    sort_keys_ref: Ref, n: Array, k: int, thresholds_ref: Ref, table_ref: Ref, out_ref: Ref, groups: Groups = None
+    sort_keys_ref: Ref,
+    n: Array,
+    k: int,
+    thresholds_ref: Ref,
+    table_ref: Ref,
+    out_ref: Ref,
+    groups: Groups = None,
+    searched: Groups = None,
 ) -> None:
     """The columns of the k largest sort keys of every row, ascending, then -1; the lowest columns win ties.
 
@@ -41,8 +48,10 @@ def select(
         thresholds_ref: scratch, [tiles, 8, 128] int32; `table_ref`: scratch, int32, of `table_shape(G)`.
         out_ref: [tiles, K // 16, 128] int32, K a multiple of 1024, as the sort keys lie.
         groups: only so many groups are looked at, the first; a multiple of min(G, 128). All if None.
+        searched: the same for the thresholds, a multiple of what a step of their search takes.
     """
     scanned = _n_groups(sort_keys_ref) if groups is None else groups
+    scanned = scanned if searched is None else searched
     thresholds, reached = find_thresholds(sort_keys_ref, n, k, scanned)
     drop_late_ties(sort_keys_ref, thresholds, reached, k, scanned)  # now min(n, k) sort keys of each row reach it
     thresholds_ref[...] = thresholds
