@@ -47,7 +47,7 @@ class Problem:
     """What a choice depends on of the call: index heads, their size, most keys a sequence, dtypes, and the method.
 
     `is_packed` tells sequences of any lengths from a batch, `page_size` pages from contiguous keys, of `n_requests`;
-    `is_split`, whether keys are split over devices.
+    `is_split`, whether keys are split over devices; `returns_blocks`, whether the kept blocks are asked for.
     """
 
     H: int
@@ -60,6 +60,7 @@ class Problem:
     page_size: int | None = None
     n_requests: int = 0
     is_split: bool = False
+    returns_blocks: bool = False
 
     @classmethod
     def of(cls, q: Any, keys: Keys, method: Method, *, is_split: bool = False) -> "Problem":
@@ -112,14 +113,14 @@ def _nvidia(name: str) -> Implementation:
             return module.why_not(device.compute_capability, H=64, D=128, dtype="bfloat16")
         if problem.is_split:
             return _NOT_SPLIT
-        if reason := _no_kernels(problem.method):
+        if reason := _no_kernels(problem.method) or _no_scan(problem):
             return reason
         if problem.q_dtype != problem.k_dtype:
             return f"needs queries and keys of one dtype, not {problem.q_dtype} and {problem.k_dtype}"
         method = problem.method
-        assert not isinstance(method, Scan)
+        blocks = _blocks(method, problem.S) if isinstance(method, Hisa | BlockSparse) else {}
         if problem.page_size is not None:
-            unit = problem.page_size if isinstance(method, Dsa) else method.block_size
+            unit = blocks.get("block_size", problem.page_size)
             pages: Any = importlib.import_module("hisa_jax.kernels_pallas.pages")
             if reason := pages.why_not(problem.n_requests, problem.S, unit):
                 return reason
@@ -131,7 +132,7 @@ def _nvidia(name: str) -> Implementation:
             # A block-sparse selection takes its tokens from the blocks, not by a top-k.
             topk=None if isinstance(method, BlockSparse) else method.topk,
             page_size=problem.page_size,
-            **{} if isinstance(method, Dsa) else _blocks(method, problem.S),
+            **blocks,
         )
 
     return _kernels(name, why_not)
@@ -147,9 +148,10 @@ def _tpu(name: str) -> Implementation:
         method = problem.method
         if problem.is_split and problem.page_size is not None:
             return _NOT_SPLIT
+        if isinstance(method, Scan):
+            return "has no kernels for a Scan"
         if reason := _no_kernels(method):
             return reason
-        assert not isinstance(method, Scan)
         blocks = {} if isinstance(method, Dsa) else {"block_size": method.block_size, "block_topk": method.block_topk}
         return module.why_not(
             device.kind,
@@ -170,11 +172,18 @@ def _tpu(name: str) -> Implementation:
 
 
 def _no_kernels(method: Method) -> str | None:
-    if isinstance(method, Scan):
-        return "has no kernels for a Scan"
     if isinstance(method, Hisa) and method.block_ratio > 1:
         return f"has no kernels for a Hisa of block_ratio={method.block_ratio}"
     return None
+
+
+def _no_scan(problem: Problem) -> str | None:
+    """None, or why NVIDIA's kernels cannot run a Scan."""
+    if not isinstance(problem.method, Scan):
+        return None
+    if problem.returns_blocks:
+        return "has no kernels for a Scan with return_blocks=True: they score more tokens than those of its blocks"
+    return importlib.import_module("hisa_jax.kernels_pallas.scan").why_not(problem.method)
 
 
 def _blocks(method: Hisa | BlockSparse, S: int) -> dict[str, int]:
@@ -237,6 +246,7 @@ def choose_select(
 ) -> str:
     """`choose` for a selection; checks what is no array before, and that `tiles` go with "xla"."""
     check_options(call, problem.method, return_scores, return_blocks, tiles)
+    problem = dataclasses.replace(problem, returns_blocks=return_blocks)
     name = choose(call, implementation, reasons(Device.default(), problem))
     if tiles is not None and name != "xla":
         raise ValueError(f'{call}: tiles={tiles} with implementation="{name}", wanted implementation="xla"')

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax.layout import Call, sequence_of_rows
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.selection import Selection
 from hisa_jax.xla import stages, topk
 from hisa_jax.xla.select import Tiles
@@ -24,6 +24,7 @@ class Backend(Protocol):
     def select_hisa(self, call: Call, method: Hisa, interpret: Any = False) -> tuple[Array, Array, Array]: ...
     def select_flat(self, call: Call, topk: int, interpret: Any = False) -> tuple[Array, Array]: ...
     def select_blocks(self, call: Call, method: BlockSparse, interpret: Any = False) -> Array: ...
+    def select_scan(self, call: Call, method: Scan, interpret: Any = False) -> tuple[Array, Array]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +48,18 @@ class Kernels:
     ) -> Selection:
         """The selection of all queries of a call, with leading axes `call.shape`."""
         backend, visible = self.backend(), call.queries.visible
-        keeps_all = isinstance(method, Hisa) and call.max_keys <= method.block_topk * method.block_size
+        keeps_all = not isinstance(method, Dsa) and call.max_keys <= method.block_topk * method.block_size
+        is_flat = isinstance(method, Scan) or (isinstance(method, Hisa) and self.flat_if_all_kept)
         blocks = None
-        if isinstance(method, Dsa) or (keeps_all and self.flat_if_all_kept):
+        if isinstance(method, Dsa) or (keeps_all and is_flat):
             indices, count = backend.select_flat(call, method.topk, self.interpret)
             if isinstance(method, Hisa):
                 blocks = stages.first_positions(-(-visible // method.block_size), method.block_topk)
         elif isinstance(method, Hisa):
             indices, count, blocks = backend.select_hisa(call, method, self.interpret)
+        elif isinstance(method, Scan):
+            indices, count = backend.select_scan(call, method, self.interpret)
         else:
-            assert isinstance(method, BlockSparse)  # others are declined
             blocks = backend.select_blocks(call, method, self.interpret)
             indices, count = tokens_of_blocks(blocks, visible, method)
         scores = _scores_of_chosen(call, indices) if return_scores else None

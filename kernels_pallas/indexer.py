@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from hisa_jax.kernels_pallas import scan
 from hisa_jax.kernels_pallas.flat_call import FlatCall, flatten
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, means_of
 from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.layout import Call
-from hisa_jax.methods import BlockSparse, Hisa
+from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 Means = tuple[Array, Array | None]  # [n, parts, D] in the keys' dtype and [n] float32 scale: what `pool` returns
 
@@ -22,7 +23,7 @@ _QUERIES = 8192  # at a time: what a stage leaves in memory for each of them, 64
 _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
 
 
-class Stages(Protocol):
+class Stages(scan.ScanStages, Protocol):
     """What a backend brings."""
 
     def pool(
@@ -98,11 +99,25 @@ class Indexer:
     def select_flat(self, call: Call, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
         """The flat indexer: [T, topk] and [T], as `select_hisa`."""
         with jax.enable_x64(False):
-            flat = flatten(call, _TILED_ROWS if call.cache is None else call.cache.page_size)
+            flat = self._tokens(call)
             if _is_small(flat):
                 return self.stages.flat(flat, topk, interpret)
             indices, count = flat.map_queries(lambda flat: self.stages.flat(flat, topk, interpret), _QUERIES)
             return indices, count
+
+    def select_scan(self, call: Call, method: Scan, interpret: Interpret = False) -> tuple[Array, Array]:
+        """The scan, of more keys than `candidates`: [T, topk] and [T], as `select_hisa`."""
+        with jax.enable_x64(False):
+            flat = self._tokens(call)
+            n = scan.queries_at_a_time(method, flat.sequences.max_keys)
+            if flat.q.shape[0] <= n:
+                return scan.select(self.stages, flat, method, interpret)
+            indices, count = flat.map_queries(lambda flat: scan.select(self.stages, flat, method, interpret), n)
+            return indices, count
+
+    def _tokens(self, call: Call) -> FlatCall:
+        """For stages without blocks."""
+        return flatten(call, _TILED_ROWS if call.cache is None else call.cache.page_size)
 
     def _filter(
         self, call: Call, flat: FlatCall, method: Hisa | BlockSparse, interpret: Interpret

@@ -70,3 +70,21 @@ class KeptBlocks:
     visible: Array
     first: Array
     size: int = dataclasses.field(metadata=_STATIC)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScanHeads:
+    """What each query scans with: the scan score of a key is k_scale * sum_r w[t, r] * f_r(q[t, r] . k).
+
+    Attributes:
+        q: [T, R, D] in the dtype of the keys; R is 2, 4, 8 or 16.
+        w: [T, R] float32.
+        n_linear: f_r of the first so many rows, which are the virtual head, is the identity; of the others relu.
+        n: rows that count. Those from here on are zeros and are left out, since 0 times infinity is NaN.
+    """
+
+    q: Array
+    w: Array
+    n_linear: int = dataclasses.field(metadata=_STATIC)
+    n: int = dataclasses.field(metadata=_STATIC)

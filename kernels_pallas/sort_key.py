@@ -20,7 +20,10 @@ _GUESSES = 24  # then halving alone, so that no input takes more than 24 + 32 co
 
 
 def narrow_search(
-    state: Search, count_at_least: Callable[[Array], Array], k: int, bitcast: Callable = lax.bitcast_convert_type
+    state: Search,
+    count_at_least: Callable[[Array], Array],
+    k: int | Array,
+    bitcast: Callable = lax.bitcast_convert_type,
 ) -> Search:
     """One pass of `find_threshold`; a search that is over stays as it is, so that many may go on side by side."""
     low, high, n_low, above, below, side, step = state
@@ -52,7 +55,7 @@ def find_threshold(
     lowest: Array,
     highest: Array,
     n: Array,
-    k: int,
+    k: int | Array,
     bitcast: Callable = lax.bitcast_convert_type,
 ) -> Array:
     """The threshold of a top-k: the largest sort key that at least k candidates reach, or any that exactly k reach.
@@ -73,6 +76,6 @@ def find_threshold(
         return (low < high) & (n_low > k)
 
     excess = (n - k).astype(jnp.float32) + 0.5
-    start = (lowest, highest, n, excess, jnp.float32(k), jnp.int32(0), jnp.int32(0))
+    start = (lowest, highest, n, excess, jnp.asarray(k, jnp.float32), jnp.int32(0), jnp.int32(0))
     step = functools.partial(narrow_search, count_at_least=count_at_least, k=k, bitcast=bitcast)
     return lax.while_loop(unfinished, step, start)[0]

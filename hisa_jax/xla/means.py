@@ -42,8 +42,10 @@ def mean_parts(means: Array, dtype: DTypeLike) -> tuple[Array, Array | None] | N
     return jnp.stack(parts, axis=-2), scale
 
 
-def split(means: Array, n_parts: int, dtype: DTypeLike) -> tuple[list[Array], Array | None]:
+def split(means: Array, n_parts: int, dtype: DTypeLike, step: float = 1.0) -> tuple[list[Array], Array | None]:
     """[..., D] float32 -> numbers of a dtype, each holding what those before left, and their scale [...] if several.
+
+    The n-th of them, from 0 on, is to be divided by step**n, a power of two: what is left then fits the dtype better.
 
     The scale is a power of two and every step exact but the roundings to e4m3, which are spelled out: XLA and kernels
     get the same bits, however their divisions and conversions round.
@@ -61,7 +63,7 @@ def split(means: Array, n_parts: int, dtype: DTypeLike) -> tuple[list[Array], Ar
     parts = []
     for _ in range(n_parts):
         parts.append(_four_bits(rest).astype(dtype))
-        rest = rest - parts[-1].astype(jnp.float32)
+        rest = (rest - parts[-1].astype(jnp.float32)) * step
     return parts, scale
 
 

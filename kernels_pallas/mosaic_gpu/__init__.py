@@ -5,10 +5,11 @@ from jax.typing import DTypeLike
 from hisa_jax.kernels_pallas.indexer import Indexer
 from hisa_jax.kernels_pallas.mosaic_gpu import refine, stages
 
-__all__ = ["select_blocks", "select_flat", "select_hisa", "why_not"]
+__all__ = ["select_blocks", "select_flat", "select_hisa", "select_scan", "why_not"]
 
 _indexer = Indexer(stages)
 select_hisa, select_flat, select_blocks = _indexer.select_hisa, _indexer.select_flat, _indexer.select_blocks
+select_scan = _indexer.select_scan
 
 
 def why_not(

@@ -1,4 +1,4 @@
-"""The stages of `indexer.Stages`, by Mosaic GPU kernels; pooling and narrow selections are Triton's."""
+"""The stages of `indexer.Stages`, by Mosaic GPU kernels; pooling, narrow selections and the scan are Triton's."""
 
 import dataclasses
 from typing import Any
@@ -22,9 +22,22 @@ from hisa_jax.kernels_pallas.triton import page_means
 from hisa_jax.kernels_pallas.triton import pool as pool_stage
 from hisa_jax.kernels_pallas.triton import scores as narrow_scores_stage
 from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
+from hisa_jax.kernels_pallas.triton.stages import (
+    kth,
+    list_tokens,
+    refine_tokens,
+    scan_heads,
+    scan_masks,
+    scan_sort_keys,
+)
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa
+
+__all__ = [
+    "block_filter", "flat", "kth", "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads",
+    "scan_masks", "scan_sort_keys",
+]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
 _FEW = 2  # queries a request

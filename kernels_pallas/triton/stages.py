@@ -7,19 +7,26 @@ from jax import Array, lax
 
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.indexer import Means
-from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands
+from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
+from hisa_jax.kernels_pallas.triton import list_tokens as list_stage
 from hisa_jax.kernels_pallas.triton import refine as refine_stage
+from hisa_jax.kernels_pallas.triton import refine_tokens as refine_tokens_stage
+from hisa_jax.kernels_pallas.triton import scan as scan_stage
+from hisa_jax.kernels_pallas.triton import scan_heads as scan_heads_stage
 from hisa_jax.kernels_pallas.triton import scores as scores_stage
 from hisa_jax.kernels_pallas.triton import topk as topk_stage
 from hisa_jax.kernels_pallas.triton.page_means import page_scores, pool_pages
 from hisa_jax.kernels_pallas.triton.pool import pool
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
-from hisa_jax.methods import BlockSparse, Hisa
+from hisa_jax.methods import BlockSparse, Hisa, Scan
 
-__all__ = ["block_filter", "flat", "pool", "pool_pages", "refine"]
+__all__ = [
+    "block_filter", "flat", "kth", "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads",
+    "scan_masks", "scan_sort_keys",
+]  # fmt: skip
 
 _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the best so far, less those
 
@@ -81,3 +88,57 @@ def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array
     nothing = jnp.full((T, topk), INVISIBLE, jnp.int32), jnp.full((T, topk), -1, jnp.int32)
     _, positions = lax.fori_loop(0, (jnp.max(visible) + step - 1) // step, one_tile, nothing)
     return positions, jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+
+
+def scan_heads(call: FlatCall, method: Scan, interpret: Interpret = False) -> ScanHeads:
+    return scan_heads_stage.scan_heads(call.operands, call.visible, _first(call), method, interpret=bool(interpret))
+
+
+def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
+    columns, config = _scanned(call, heads, step)
+    options = dict(step=step, config=config, interpret=bool(interpret))
+    return scan_stage.scan_sort_keys(call.operands, heads, columns, **options)
+
+
+def kth(sort_keys: Array, limit: Array, rank: Array, interpret: Interpret = False) -> Array:
+    return topk_stage.kth(sort_keys, limit, rank, interpret=bool(interpret))
+
+
+def scan_masks(call: FlatCall, heads: ScanHeads, threshold: Array, method: Scan, interpret: Interpret = False) -> Array:
+    columns, config = _scanned(call, heads, 1)
+    columns = dataclasses.replace(columns, keep_first=method.keep_first, keep_last=method.keep_last)
+    return scan_stage.scan_masks(call.operands, heads, columns, threshold, config=config, interpret=bool(interpret))
+
+
+def list_tokens(
+    masks: Array,
+    visible: Array,
+    capacity: int,
+    ties: tuple[Array, Array] | None = None,
+    interpret: Interpret = False,
+) -> tuple[Array, Array]:
+    return list_stage.list_tokens(masks, visible, capacity, ties, interpret=bool(interpret))
+
+
+def refine_tokens(
+    call: FlatCall, tokens: Array, count: Array, topk: int, interpret: Interpret = False
+) -> tuple[Array, Array]:
+    (T, H, _), capacity = call.q.shape, tokens.shape[1]
+    config = refine_tokens_stage.heuristic(T, H, capacity)
+    options = dict(config=config, interpret=bool(interpret))
+    sort_keys = refine_tokens_stage.refine_tokens_scores(call.operands, tokens, count, _first(call), **options)
+    listed = KeptBlocks(ids=tokens, visible=call.visible, first=jnp.zeros_like(count), size=1)
+    return topk_stage.topk(sort_keys, count, topk, listed, interpret=bool(interpret))
+
+
+def _first(call: FlatCall) -> Array:
+    """[T] int32: the row of the first key of each query's sequence."""
+    return call.sequences.key_start_of_queries(call.q.shape[0])
+
+
+def _scanned(call: FlatCall, heads: ScanHeads, step: int) -> tuple[Columns, scan_stage.Config]:
+    """Every `step`-th key, and the tiles to scan them in."""
+    (T, R, _), sequences, limit = heads.q.shape, call.sequences, -(-call.visible // step)
+    n = -(-sequences.max_keys // step)
+    config = scan_stage.heuristic(T, len(sequences.lengths), R, -(-n // scan_stage.TILE_S))
+    return Columns(limit=limit, n=n, tiles=sequences.query_tiles(T, config.tile_t, limit)), config

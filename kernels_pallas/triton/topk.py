@@ -17,7 +17,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.operands import KeptBlocks
-from hisa_jax.kernels_pallas.triton.topk_body import MergeInputs, TopkInputs, merge_topk_body, topk_body
+from hisa_jax.kernels_pallas.triton.topk_body import (
+    KthInputs,
+    MergeInputs,
+    TopkInputs,
+    kth_body,
+    merge_topk_body,
+    topk_body,
+)
 from hisa_jax.kernels_pallas.types import Ref
 
 MAX_WIDTH = 32768  # the two counts of a row share an int32
@@ -71,6 +78,26 @@ def topk(
         name="hisa_topk",
         interpret=interpret,
     )(inputs)
+
+
+@functools.partial(jax.jit, static_argnames=("interpret",))
+def kth(x: Array, limit: Array, rank: Array, *, interpret: bool = False) -> Array:
+    """[T, W] int32 sort keys, [T], [T] int32 -> [T] int32: the rank-th largest of each row's first `limit` columns.
+
+    Or any other number that exactly `rank` of them reach; the least of them where there are fewer.
+    """
+    T, W = x.shape
+    one = pl.BlockSpec((1,), lambda t: (t,))
+    return pl.pallas_call(
+        kth_body,
+        grid=(T,),
+        in_specs=[KthInputs(_row(W), one, one)],
+        out_specs=one,
+        out_shape=jax.ShapeDtypeStruct((T,), jnp.int32),
+        compiler_params=plt.CompilerParams(num_warps=heuristic(W).num_warps, num_stages=1),
+        name="hisa_kth",
+        interpret=interpret,
+    )(KthInputs(x, limit, rank))
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))

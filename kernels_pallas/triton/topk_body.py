@@ -29,13 +29,21 @@ class MergeInputs(NamedTuple):
     limit: Ref  # [1]
 
 
+class KthInputs(NamedTuple):
+    """A query's row."""
+
+    x: Ref  # [W] sort keys
+    limit: Ref  # [1]
+    rank: Ref  # [1]
+
+
 def topk_body(refs: TopkInputs, o_ref: Ref, count_ref: Ref, *, k: int, block_size: int) -> None:
     # One program, one row:   load once -> 6 to 9 counts over registers find the threshold -> one scan -> masked stores
     #
     # A thread keeps its sort keys in registers from the load to the store; each count ends in a sum over the program,
     # for which its warps wait for each other. out: [k], [1].
     columns, x = _load(refs.x, refs.limit[0])
-    chosen, slots, count = _choose(x, k)
+    chosen, slots, count = choose(x, k)
     positions = columns
     if refs.block_ids is not None:
         block = jnp.where(chosen, columns // block_size, 0)
@@ -44,6 +52,12 @@ def topk_body(refs: TopkInputs, o_ref: Ref, count_ref: Ref, *, k: int, block_siz
     plt.store(o_ref.at[slots], positions, mask=chosen)
     _fill(o_ref, count, k, -1)
     count_ref[0] = count
+
+
+def kth_body(refs: KthInputs, o_ref: Ref) -> None:
+    # As `topk_body`, but for what is chosen: the threshold alone. out: [1].
+    _, x = _load(refs.x, refs.limit[0])
+    o_ref[0] = _threshold(x, refs.rank[0])[0]
 
 
 def merge_topk_body(refs: MergeInputs, o_best_ref: Ref, o_positions_ref: Ref) -> None:
@@ -60,7 +74,7 @@ def merge_topk_body(refs: MergeInputs, o_best_ref: Ref, o_positions_ref: Ref) ->
     x = jnp.where(old, kept, plt.load(refs.x.at[new_column], mask=new, other=INVISIBLE))
     kept_position = plt.load(refs.positions.at[kept_slot], mask=old, other=-1)
     positions = jnp.where(old, kept_position, start + columns - k)
-    chosen, slots, count = _choose(x, k)
+    chosen, slots, count = choose(x, k)
     plt.store(o_best_ref.at[slots], x, mask=chosen)
     plt.store(o_positions_ref.at[slots], positions, mask=chosen)
     _fill(o_best_ref, count, k, INVISIBLE)
@@ -74,14 +88,19 @@ def _load(x_ref: Ref, limit: Array) -> tuple[Array, Array]:
     return columns, plt.load(x_ref.at[jnp.where(there, columns, 0)], mask=there, other=INVISIBLE)
 
 
-def _choose(x: Array, k: int) -> tuple[Array, Array, Array]:
-    """[W] sort keys -> [W] bool, chosen; [W] int32, the slot of each chosen; how many are chosen."""
+def _threshold(x: Array, k: int | Array) -> tuple[Array, Array]:
+    """[W] sort keys -> a sort key that exactly the k best reach, or the k-th of them; how many there are."""
     count_at_least = lambda sort_key: jnp.sum((x >= sort_key).astype(jnp.int32))  # noqa: E731
     n = count_at_least(jnp.int32(INVISIBLE + 1))
     lowest = jnp.min(jnp.where(x > INVISIBLE, x, FORCED))
     # An unbounded end would reduce the search to halving.
     highest = jnp.maximum(jnp.max(jnp.where(x == FORCED, INVISIBLE, x)), lowest)
-    threshold = find_threshold(count_at_least, lowest, highest, n, k)
+    return find_threshold(count_at_least, lowest, highest, n, k), n
+
+
+def choose(x: Array, k: int) -> tuple[Array, Array, Array]:
+    """[W] sort keys -> [W] bool, chosen; [W] int32, the slot of each chosen; how many are chosen."""
+    threshold, n = _threshold(x, k)
     visible = x > INVISIBLE
     above, at_threshold = visible & (x > threshold), visible & (x == threshold)
     room = k - jnp.sum(above.astype(jnp.int32))
