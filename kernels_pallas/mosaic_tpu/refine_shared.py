@@ -75,9 +75,10 @@ def refine_shared(
     lists, counts = (_with_rows(x, tiles * n_cores * n_eights) for x in (lists, counts))
     counts = jnp.minimum(counts, slots)
     n_visible = listed_tokens(visible.reshape(B, -1, SUBLANES), lists, unit)
+    in_row = min(config.columns // unit, LANES)
     groups, n_slots = padded_groups(slots * unit), -(-choice.k // LANES) * LANES
     plan = Plan(
-        k=choice.k,
+        choice=choice,
         tiles=tiles,
         unit=unit,
         columns=config.columns,
@@ -92,9 +93,9 @@ def refine_shared(
         grid=(n_cores, B, tiles),
         scalars={"counts_smem": counts.reshape(-1)},
         operands={
-            "rows_smem": (
-                (jnp.maximum(lists, 0) * (unit // 2)).reshape(B, -1, slots // LANES, LANES),
-                launch.rows(n_eights, tiles, slots // LANES, LANES, memory_space=pltpu.SMEM),
+            "pairs_smem": (
+                (jnp.maximum(lists, 0) * (unit // 2)).reshape(B, -1, slots // in_row, in_row),
+                launch.rows(n_eights, tiles, slots // in_row, in_row, memory_space=pltpu.SMEM),
             ),
             "units": (lists.reshape(B, -1, slots // LANES, LANES), launch.rows(n_eights, tiles, slots // LANES, LANES)),
             "n_visible": (n_visible.reshape(B, -1, 1), launch.rows(config.tile_t, tiles, 1)),

@@ -18,8 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hisa_jax.kernels_pallas.mosaic_tpu import flat_body, topk_body
-from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES, Choice
 from hisa_jax.kernels_pallas.mosaic_tpu.look_up_body import look_up
+from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import copy_pairs
 from hisa_jax.kernels_pallas.mosaic_tpu.score_body import spread_weights
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Ref
@@ -35,7 +36,7 @@ class Plan:
         span, part: groups of 128 tokens that the output is made of in one go, and that a threshold's search looks at.
     """
 
-    k: int
+    choice: Choice
     tiles: int
     unit: int
     columns: int
@@ -53,7 +54,7 @@ class Refs(NamedTuple):
 
     counts_smem: Ref  # [eights of the grid], units of each list
     # Windows of the grid, of one tile of queries, E eights of them.
-    rows_smem: Ref  # [E, slots // LANES, LANES], the rows that the lists' units begin with
+    pairs_smem: Ref  # [E, slots // n, n], the pairs of tokens that the lists' units begin with
     units: Ref  # [E, slots // LANES, LANES], the lists
     n_visible: Ref  # [tile_t, 1], tokens of its list that each query sees, the first
     q: Ref  # [tile_t, H, D]
@@ -93,7 +94,7 @@ def refine_shared_body(plan: Plan, refs: Refs) -> None:
         copy.start()
         copy.wait()
 
-    n_eights = refs.rows_smem.shape[0]
+    n_eights = refs.pairs_smem.shape[0]
     first = ((b * pl.num_programs(0) + core) * plan.tiles + t) * n_eights
     spread_weights(refs.w, refs.w_vmem)
 
@@ -136,7 +137,7 @@ def refine_shared_body(plan: Plan, refs: Refs) -> None:
     lax.fori_loop(0, n_eights, fill, None)
     n = jnp.broadcast_to(refs.n_visible[...].reshape(-1, SUBLANES, 1), refs.thresholds_vmem.shape)
     topk_body.select(
-        refs.sort_keys_vmem, n, plan.k, refs.thresholds_vmem, refs.table_vmem, refs.chosen_vmem, groups, parts
+        refs.sort_keys_vmem, n, plan.choice.k, refs.thresholds_vmem, refs.table_vmem, refs.chosen_vmem, groups, parts
     )
     lax.fori_loop(0, n_eights, lambda eight, _: write_positions(plan, eight, n_groups, refs), None)
 
@@ -155,15 +156,15 @@ def eight_of(eight: Array, refs: Refs) -> ScoreRefs:
 
 def gather(plan: Plan, eight: Array, i: Array, staged_vmem: Ref, refs: Refs) -> None:
     """Copies the units of a step to where they stand side by side. After the last step: of the last again."""
-    keys, staged = refs.keys_vmem.bitcast(jnp.int32), staged_vmem.bitcast(jnp.int32)
-    per_step = plan.units // LANES
-    first = jnp.minimum(i, refs.rows_smem.shape[1] // per_step - 1) * per_step
+    _, n_rows, in_row = refs.pairs_smem.shape
+    per_step = plan.units // in_row
+    first = jnp.minimum(i, n_rows // per_step - 1) * per_step
     for part in range(per_step):
-        for lane in range(LANES):
+        for lane in range(in_row):
             # Every number is where the program says: the scalar core has two additions a copy.
-            row = refs.rows_smem[eight, first + part, lane]
-            at = (part * LANES + lane) * (plan.unit // 2)
-            staged[pl.ds(at, SUBLANES)] = keys[pl.ds(row, SUBLANES)]
+            pair = refs.pairs_smem[eight, first + part, lane]
+            at = (part * in_row + lane) * (plan.unit // 2)
+            copy_pairs(refs.keys_vmem, pair, staged_vmem, at, plan.choice.interpret)
 
 
 def write_positions(plan: Plan, eight: Array, n_groups: Array, refs: Refs) -> None:

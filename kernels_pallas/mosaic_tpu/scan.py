@@ -88,7 +88,7 @@ def scan(
     rows = jnp.concatenate([heads.virtual[:, :, None].astype(k.dtype), heads.exact.astype(k.dtype)], axis=2)
     rows, w, eligible = (launch.pad_axis(x, 1, tile_t) for x in (rows, heads.w, eligible))
     tiles, n_eights = eligible.shape[1] // tile_t, tile_t // SUBLANES
-    rows, w = (x.reshape(B, -1, SUBLANES, *x.shape[2:]).swapaxes(2, 3) for x in (rows, w))
+    rows, w = (x.reshape(B, tiles * n_eights, SUBLANES, *x.shape[2:]).swapaxes(2, 3) for x in (rows, w))
     furthest = jnp.minimum(jnp.max(eligible.reshape(B * tiles, tile_t), axis=1) * unit, k.shape[1])
 
     def step(b, t, s, furthest_smem):

@@ -19,15 +19,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from hisa_jax.kernels_pallas.mosaic_tpu import topk_body
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES, Choice
+from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import strided_pairs
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
 from hisa_jax.kernels_pallas.types import Ref
 
-_HALF = LANES // 2
-_UNROLL = 4  # groups of units a turn: of one alone the products wait: 1688 -> 873 cycles a query at 128K on v6e
+_PRODUCTS = 8  # a turn: of two alone each waits for the one before: 1688 -> 873 cycles a query at 128K on v6e
 _UNION = 4  # times eight groups a turn
 
 
@@ -84,7 +83,7 @@ def scan_body(plan: Plan, refs: Refs) -> None:
 
     @pl.when(s < n_steps)
     def _score():
-        unroll = math.gcd(_UNROLL, per_step)
+        unroll = math.gcd(max(2 * _PRODUCTS // plan.unit, 1), per_step)
 
         def some(i: Array, _: None) -> None:
             for j in range(unroll):
@@ -101,12 +100,10 @@ def scan_body(plan: Plan, refs: Refs) -> None:
 def score_units(plan: Plan, i: Array, group: Array, refs: Refs) -> None:
     """Sort keys of 128 units, group number i of the tile of keys, for all queries of the tile."""
     n_eights, unit = refs.heads.shape[0], plan.unit
-    n_rows = LANES * unit // 2
-    rows = refs.k.bitcast(jnp.int32).at[0, pl.ds(pl.multiple_of(i * n_rows, n_rows), n_rows)]
+    n_pairs, interpret = LANES * unit // 2, plan.choice.interpret
     best: list[Array] = []
     for r in range(unit // 2):
-        parts = [rows[pl.ds(r + odd * (unit // 2), _HALF, stride=unit)] for odd in (0, 1)]
-        keys = pltpu.bitcast(jnp.concatenate(parts, axis=0), refs.k.dtype)
+        keys = strided_pairs(refs.k, i * n_pairs, n_pairs, (r, unit // 2 + r), unit, interpret)
         # All queries after one another: the keys stay in the matrix unit while their rows pass.
         q = refs.heads[...].reshape(-1, keys.shape[1])
         products = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
