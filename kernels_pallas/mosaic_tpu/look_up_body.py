@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES
 from hisa_jax.kernels_pallas.types import Ref
 
+_GROUPS = 4  # that a turn offers; there are a multiple of them
 _AT_A_TIME = 16  # registers of slots: with their columns they fill three quarters of the registers there are
 
 
@@ -34,18 +35,20 @@ def look_up(
         some = range(first, min(first + _AT_A_TIME, n))
         columns = [columns_ref[pl.ds(i * SUBLANES, SUBLANES)] >> shift for i in some]
 
-        def one_group(g: Array, found: tuple[Array, ...], columns: list[Array] = columns) -> tuple[Array, ...]:
-            entries = entries_of(g)
+        def some_groups(g: Array, found: tuple[Array, ...], columns: list[Array] = columns) -> tuple[Array, ...]:
+            for each in range(_GROUPS):
+                entries = entries_of(g * _GROUPS + each)
 
-            def offer(column: Array, x: Array) -> Array:
-                entry = jnp.take_along_axis(entries, column & (LANES - 1), axis=1, mode="promise_in_bounds")
-                return jnp.where(column >> 7 == g, entry, x)
+                def offer(column: Array, x: Array, each: int = each, entries: Array = entries) -> Array:
+                    entry = jnp.take_along_axis(entries, column & (LANES - 1), axis=1, mode="promise_in_bounds")
+                    # Of -1, which is no column, the group is -1.
+                    return jnp.where(column >> 7 == g * _GROUPS + each, entry, x)
 
-            # Of -1, which is no column, the group is -1.
-            return tuple(offer(column, x) for column, x in zip(columns, found, strict=True))
+                found = tuple(offer(column, x) for column, x in zip(columns, found, strict=True))
+            return found
 
         nothing = tuple(jnp.full((SUBLANES, LANES), -1, jnp.int32) for _ in some)
-        for i, x in zip(some, lax.fori_loop(0, groups, one_group, nothing), strict=True):
+        for i, x in zip(some, lax.fori_loop(0, pl.cdiv(groups, _GROUPS), some_groups, nothing), strict=True):
             store(i, x)
 
 

@@ -43,7 +43,7 @@ class Config:
 
     tile_t: int = 64
     tile_s: int = 4096
-    slack: float = 1 / 16
+    slack: float = 1 / 8
 
     def __post_init__(self) -> None:
         if self.tile_t % SUBLANES or self.tile_t > SUBLANES * SUBLANES:
