@@ -21,12 +21,14 @@ from jax.experimental.pallas import tpu as pltpu
 from hisa_jax.kernels_pallas.mosaic_tpu import launch, topk_body
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES, Choice
 from hisa_jax.kernels_pallas.mosaic_tpu.launch import Launch
-from hisa_jax.kernels_pallas.mosaic_tpu.scan_body import Plan, Refs, scan_body
+from hisa_jax.kernels_pallas.mosaic_tpu.scan_body import Plan, Refs, groups_a_turn, scan_body
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import from_tiles, padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from hisa_jax.kernels_pallas.sequences import whole_blocks
 from hisa_jax.kernels_pallas.types import Ref
 from hisa_jax.xla.scan import ScanHeads
+
+__all__ = ["groups_a_turn", "heuristic", "listed", "scan"]
 
 _MOST_LISTED = 16384
 

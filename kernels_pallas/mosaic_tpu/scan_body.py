@@ -85,7 +85,7 @@ def scan_body(plan: Plan, refs: Refs) -> None:
 
     @pl.when(s < n_steps)
     def _score():
-        unroll = math.gcd(max(2 * _PRODUCTS // plan.unit, 1), per_step)
+        unroll = groups_a_turn(plan.unit, per_step)
 
         def some(i: Array, _: None) -> None:
             for j in range(unroll):
@@ -97,6 +97,11 @@ def scan_body(plan: Plan, refs: Refs) -> None:
     @pl.when(s == jnp.maximum(n_steps - 1, 0))
     def _list():
         list_units(plan, n_steps * per_step, refs)
+
+
+def groups_a_turn(unit: int, per_step: int) -> int:
+    """Groups of 128 units that a turn of the scoring loop scores."""
+    return math.gcd(max(2 * _PRODUCTS // unit, 1), per_step)
 
 
 def score_units(plan: Plan, i: Array, group: Array, refs: Refs) -> None:
