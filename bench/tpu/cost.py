@@ -22,7 +22,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu.config import CHIPS as KERNEL_CHIPS
 from hisa_jax.kernels_pallas.mosaic_tpu.config import SUBLANES
 from hisa_jax.kernels_pallas.mosaic_tpu.config import Chip as KernelChip
 from hisa_jax.kernels_pallas.mosaic_tpu.flat_body import COLUMNS, products_a_step
-from hisa_jax.kernels_pallas.mosaic_tpu.select_scan import LEAST_UNIT
+from hisa_jax.kernels_pallas.mosaic_tpu.scan_stages import LEAST_UNIT
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from hisa_jax.kernels_pallas.sort_key import Search, narrow_search, sort_key_of
