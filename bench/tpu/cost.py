@@ -332,7 +332,7 @@ def near_passes(n: int, k: int, slack: int, unit: int, rows: int) -> tuple[float
         return 0.0, 1.0
     draw = np.random.default_rng(0)
     found = []
-    for _ in range(4):
+    for _ in range(2):
         scores = np.max(draw.standard_normal((rows, n, unit), np.float32), axis=2)
         keys = np.asarray(sort_key_of(jnp.asarray(scores)))
         sample, x = np.sort(keys.reshape(rows, -1, 128)[:, ::8].reshape(rows, -1), axis=1), np.sort(keys, axis=1)

@@ -36,8 +36,7 @@ PREFILLS = (
 SCANS = {
     "scan_2": hj.Scan(topk=MODEL.topk, candidates=3 * MODEL.topk, unit=2),
     "scan_4": hj.Scan(topk=MODEL.topk, candidates=3 * MODEL.topk, unit=4),
-    "scan_4_4k": hj.Scan(topk=MODEL.topk, unit=4),
-    "scan_default": hj.Scan(topk=MODEL.topk),
+    "scan": hj.Scan(topk=MODEL.topk),
 }
 Shaped = jax.ShapeDtypeStruct
 

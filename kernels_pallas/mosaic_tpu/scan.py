@@ -44,7 +44,7 @@ class Config:
     """
 
     tile_t: int = 64
-    tile_s: int = 4096
+    tile_s: int = 8192
     slack: float = 1 / 8
 
     def __post_init__(self) -> None:
@@ -60,9 +60,8 @@ class Config:
 
 def heuristic(T: int, S: int, unit: int) -> Config:
     """For T queries and S keys of a sequence."""
-    tile_s = -(-4096 // (LANES * unit)) * LANES * unit
     whole = -(-S // (LANES * unit)) * LANES * unit
-    return Config(tile_t=min(64, -(-T // SUBLANES) * SUBLANES), tile_s=min(tile_s, whole))
+    return Config(tile_t=min(64, -(-T // SUBLANES) * SUBLANES), tile_s=min(8192, whole))
 
 
 def listed(S: int, unit: int) -> int:
