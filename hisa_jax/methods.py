@@ -140,7 +140,9 @@ class Scan:
 
     Attributes:
         topk: tokens chosen for each query.
-        candidates: tokens that are scored exactly for each query; None: four times `topk`.
+        candidates: tokens that are scored exactly for each query, at least: as many as these are the best by scan
+            score, and kernels may score others too, so that a selection can only be nearer to the flat indexer's. None:
+            four times `topk`.
         exact_heads: how many heads are in E: those of greatest |w[t, h]| * |q[t, h]|, a tie to the lower head. 0: the
             virtual head alone.
         unit: adjacent tokens that become candidates together, from a multiple of `unit` on: a power of two up to 128. A

@@ -99,12 +99,41 @@ def test_kernels_decline_what_is_xlas_alone():
     sentences = {
         hj.Hisa(): None,
         hj.Hisa(block_ratio=4): "has no kernels for a Hisa of block_ratio=4",
-        hj.Scan(): "has no kernels for a Scan",
     }
     for method, sentence in sentences.items():
         problem = dispatch.Problem(H=64, D=128, S=1 << 16, q_dtype="bfloat16", k_dtype="bfloat16", method=method)
         for name, device in devices.items():
             assert dispatch.reasons(device, problem)[name] == sentence
+
+
+def test_kernels_decline_the_scans_that_are_xlas_alone():
+    hopper = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
+    tpu = dispatch.Device(platform="tpu", kind="TPU v6e")
+    problem = dispatch.Problem(H=64, D=128, S=1 << 16, q_dtype="bfloat16", k_dtype="bfloat16", method=hj.Scan())
+    with_blocks = dataclasses.replace(problem, returns_blocks=True)
+    cases = [
+        (problem, None),
+        (with_blocks, "has no kernels for a Scan with return_blocks=True: they score more tokens than its blocks hold"),
+    ]
+    for method, sentence in {
+        hj.Scan(unit=4): "has no kernels for a Scan of unit=4",
+        hj.Scan(sketch="int4"): 'has no kernels for a Scan of sketch="int4"',
+        hj.Scan(exact_heads=15): "needs at most 14 exact heads of a Scan, not 15",
+        hj.Scan(candidates=21760): None,
+        hj.Scan(candidates=30000): "needs at most 21845 candidates, not 30000",
+    }.items():
+        cases.append((dataclasses.replace(problem, method=method), sentence))
+    for case, sentence in cases:
+        for name in ("mosaic_gpu", "triton"):
+            assert dispatch.reasons(hopper, case)[name] == sentence
+    for case, sentence in (
+        (problem, None),
+        (with_blocks, cases[1][1]),
+        (dataclasses.replace(problem, is_packed=True), "has a Scan of batches alone, not of packed queries or pages"),
+        (dataclasses.replace(problem, is_split=True), "takes no such keys that are split over devices"),
+        (dataclasses.replace(problem, method=hj.Scan(unit=32)), "needs units of up to 16 tokens, not 32"),
+    ):
+        assert dispatch.reasons(tpu, case)["mosaic_tpu"] == sentence
 
 
 def test_hoppers_attention_is_first_where_its_64_heads_are_full():

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from bench import UserError, shapes
-from bench.gpu.rows import Row, rows
+from bench.gpu.row import Row
+from bench.gpu.rows import rows
 from bench.records import measure_all
 from bench.timing import device_times
 

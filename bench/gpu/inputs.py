@@ -12,6 +12,7 @@ from hisa_jax.layout import IndexCache
 from hisa_jax.xla.means import mean_parts
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
+DTYPES: dict[str, DTypeLike] = {"e4m3": E4M3, "bf16": BF16}
 
 
 class Inputs(NamedTuple):

@@ -1,17 +1,16 @@
 """The rows of `python -m bench gpu`: what runs, on which inputs, and how its result is checked."""
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import DTypeLike
 
 import hisa_jax as hj
 from bench import shapes
+from bench.gpu import scan_rows
 from bench.gpu.checks import (
     CHECKED,
     block_means,
@@ -22,47 +21,14 @@ from bench.gpu.checks import (
     checked_rows,
     scores_of,
 )
-from bench.gpu.inputs import BF16, E4M3, draw, paged
+from bench.gpu.inputs import BF16, DTYPES, draw, paged
+from bench.gpu.row import K, Row
 from hisa_jax.kernels_pallas import mosaic_gpu
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as mosaic_refine
 from hisa_jax.kernels_pallas.mosaic_gpu import stages
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as mosaic_topk
 from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
 from hisa_jax.layout import Call, Keys
-
-K = 1024
-DTYPES: dict[str, DTypeLike] = {"e4m3": E4M3, "bf16": BF16}
-TENSOR_FLOPS = {"e4m3": 1979e12, "bf16": 990e12}  # vendor's dense figures, H100 SXM and H200
-MEMORY_BYTES = 4.3e12  # a second, measured by a copy on an H200
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        make: () -> (f, its operands, check of its result that raises; the last operand is int32 and may be delayed).
-        carries: f returns its first operand anew, for the next repetition.
-        flop: arithmetic of the visible work; `moved_bytes`: what must cross device memory.
-    """
-
-    row: str
-    make: Callable[[], tuple[Callable, tuple, Callable[[Any], None]]]
-    shape: str
-    context: int
-    queries: int
-    dtype: str = "e4m3"
-    implementation: str = "mosaic_gpu"
-    carries: bool = False
-    flop: float = 0.0
-    moved_bytes: float = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.row} {self.implementation} {self.context}"
-
-    @property
-    def floor_ms(self) -> float:
-        return 1e3 * max(self.flop / TENSOR_FLOPS[self.dtype], self.moved_bytes / MEMORY_BYTES)
 
 
 def hisa(model: shapes.Model) -> hj.Hisa:
@@ -88,6 +54,7 @@ def rows() -> Iterator[Row]:
     yield _pool_and_filter(dsv32, 64 * K)
     for context in (8 * K, 16 * K, 32 * K, 64 * K, 128 * K):
         yield _flat(dsv32, context)
+    yield from scan_rows.rows()
     for batch in (1, 32, 128):
         for page_size in (64, 128):
             yield _decode_paged(dsv32, batch, 128 * K, page_size)

@@ -19,7 +19,7 @@ import numpy as np
 
 from bench import UserError, shapes
 from bench.gpu.inputs import BF16, E4M3, draw
-from bench.gpu.rows import K
+from bench.gpu.row import K
 from bench.timing import device_times
 from hisa_jax.kernels_pallas import tuning
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as mosaic_refine

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax._src.mesh import AbstractDevice
 
+import hisa_jax as hj
 from hisa_jax.kernels_pallas import mosaic_gpu, triton
 from hisa_jax.kernels_pallas.mosaic_gpu import refine
 from hisa_jax.kernels_pallas.triton.pool import pool
@@ -48,12 +49,13 @@ def _shapes(B, T, S, H, D, dtype):
 def test_indexers_lower(backend, B, T, S, H, dtype):
     module, quantized = BACKENDS[backend], dtype == E4M3
 
-    def both(q, k, k_scale, w, visible):
+    def all_of_them(q, k, k_scale, w, visible):
         k_scale = k_scale if quantized else None
         hisa = kernel_calls.select_hisa(module, q, k, k_scale, w, visible, topk=2048, block_size=128, block_topk=64)
-        return hisa, kernel_calls.select_flat(module, q, k, k_scale, w, visible, topk=2048)
+        scan = module.select_scan(kernel_calls.call_of(q, k, k_scale, w, visible), hj.Scan(topk=300))
+        return hisa, kernel_calls.select_flat(module, q, k, k_scale, w, visible, topk=2048), scan
 
-    assert "custom_call" in lower(both, *_shapes(B, T, S, H, 128, dtype))
+    assert "custom_call" in lower(all_of_them, *_shapes(B, T, S, H, 128, dtype))
 
 
 @pytest.mark.parametrize(("H", "D", "block_size"), [(16, 64, 32), (128, 128, 64), (64, 64, 256)])
@@ -128,6 +130,7 @@ def test_programs_lower_in_64_bit_mode(backend):
             kernel_calls.select_hisa(module, *arrays, **blocks),
             kernel_calls.select_flat(module, *arrays, topk=500),
             kernel_calls.select_hisa(module, *packed, **blocks, cu_seqlens=(cu_q, cu_k)),
+            module.select_scan(kernel_calls.call_of(*arrays), hj.Scan(topk=500)),
             attend(mla_q, kv, indices, value_dim=512, scale=0.1),
         )
 

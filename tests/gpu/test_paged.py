@@ -180,7 +180,7 @@ def test_indexers_over_pages_lower(backend, T, R, context, page_size, dtype):
         cache = hj.init_cache(R * P, page_size, 128, dtype)
         call = Call(q=q, w=w, visible=visible, query_offsets=offsets, table=tables, cache=cache)
         hisa = module.select_hisa(call, hj.Hisa(topk=2048, block_size=128, block_topk=64))
-        return hisa, module.select_flat(call, 2048) if T > R else None
+        return hisa, module.select_scan(call, hj.Scan()), module.select_flat(call, 2048) if T > R else None
 
     queries = ((T, 64, 128), dtype), ((T, 64), f32), ((T,), i32)
     assert "custom_call" in lower(both, *queries, ((R, P), i32), ((R + 1,), i32))

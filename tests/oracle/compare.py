@@ -32,10 +32,18 @@ class Query(NamedTuple):
     token_slack: float
     block_slack: float
     method: object
+    may_keep_more: bool
 
 
 def assert_same_selection(
-    indices, count, reference: OracleSelection, tolerance: float, *, scores=None, blocks=None
+    indices,
+    count,
+    reference: OracleSelection,
+    tolerance: float,
+    *,
+    scores=None,
+    blocks=None,
+    may_keep_more: bool = False,
 ) -> None:
     """Raises AssertionError at the first query whose selection is not the reference's.
 
@@ -47,6 +55,8 @@ def assert_same_selection(
         blocks: [.., m] the blocks that it kept, ascending, then -1. Without it they are inferred from the tokens: a set
             that explains the tokens is looked for, in at most `GUESSES` tries. No broken selection passes for that; a
             right one could fail only where very many block scores tie, and would say so with `blocks`.
+        may_keep_more: of a Scan without `blocks`: whether it may have kept more units than the reference does. The
+            chosen are then the best of these and any others.
     """
     if not tolerance >= 0:
         raise ValueError(f"assert_same_selection: tolerance={tolerance}: must be at least 0")
@@ -54,7 +64,7 @@ def assert_same_selection(
     arrays = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
     _assert_shapes(arrays, reference)
     for at in np.ndindex(reference.visible.shape):
-        query = _query(reference, at, tolerance)
+        query = _query(reference, at, tolerance, may_keep_more)
         why = _why_broken(query, **{name: array[at] for name, array in arrays.items()})
         if why:
             raise AssertionError(f"{_heading(reference, at, arrays['count'][at], query, tolerance)}\n{why}")
@@ -72,7 +82,7 @@ def _assert_shapes(arrays: dict, reference: OracleSelection) -> None:
         raise AssertionError(f"blocks is {list(arrays['blocks'].shape)}, wanted {list(leading)} and one axis more")
 
 
-def _query(reference: OracleSelection, at: tuple, tolerance: float) -> Query:
+def _query(reference: OracleSelection, at: tuple, tolerance: float, may_keep_more: bool) -> Query:
     scanned = reference.scanned[at]
     unsure = 0.0 if scanned is None else slack(scanned, tolerance, reference.token_scale[at])
     return Query(
@@ -84,6 +94,7 @@ def _query(reference: OracleSelection, at: tuple, tolerance: float) -> Query:
         token_slack=tolerance * reference.token_scale[at],
         block_slack=tolerance * reference.block_scale[at] + unsure,
         method=reference.method,
+        may_keep_more=may_keep_more,
     )
 
 
@@ -143,6 +154,8 @@ def _why_not_chosen(query: Query, chosen, blocks) -> str | None:
         why = _why_not_a_list("block", blocks, len(reported), len(query.block_scores))
         return why or _why_not_kept(query, reported) or _why_not_best(query, chosen, reported)
     used = np.unique(chosen // block_size_of(query.method))
+    if query.may_keep_more:
+        return _why_not_best_of_more(query, chosen, set(used.tolist()))
     if type(query.method).__name__ == "BlockSparse":  # every kept block shows in the tokens
         return _why_not_kept(query, used) or _why_not_best(query, chosen, used)
     reasons = []
@@ -151,6 +164,26 @@ def _why_not_chosen(query: Query, chosen, blocks) -> str | None:
         if reasons[-1] is None:
             return None
     return reasons[0]
+
+
+def _why_not_best_of_more(query: Query, chosen, used: set[int]) -> str | None:
+    """Whether `chosen` are the best of a set that holds all kept blocks, up to those near the block cut.
+
+    Blocks in which nothing was chosen and that the reference does not keep need not be in it.
+    """
+    (sure, near), size, scores = _block_choice(query), block_size_of(query.method), query.token_scores
+    why = _why_not_best(query, chosen, np.array(sorted(sure | used), np.int32))
+    if why or not len(chosen):
+        return why
+    cut = scores[chosen].min() + query.token_slack
+    better = [j for j in sorted(near - used) if scores[j * size : (j + 1) * size].max() > cut]
+    spare = len(sure | near) - len(query.blocks)
+    if len(better) > spare:
+        return (
+            f"blocks {_short(np.array(better))} near the block cut have better tokens than some of the chosen, and at "
+            f"most {spare} of those near it may be left out"
+        )
+    return None
 
 
 def _explanations(query: Query, used):

@@ -1,7 +1,12 @@
 """The comparison of selections by blocks: kept blocks are reported, or inferred from the tokens."""
 
+import dataclasses
+
+import numpy as np
+import pytest
+
 from tests import oracle
-from tests.oracle.cases import BlockSparse, Hisa, chosen, one_query
+from tests.oracle.cases import SCANS, BlockSparse, Hisa, Scan, chosen, draw, one_query
 from tests.oracle.comparing import compare, hisa_reference, refuses
 
 
@@ -104,3 +109,53 @@ def test_a_block_sparse_selection_is_whole_blocks():
     refuses("block 2 .* was kept", [0, 1, 4, 5, 8, 9], got, 0.0)
     refuses("4 blocks were kept, wanted 3", [0, 1, 3, 4, 8, 9], got, 1e-6)
     refuses("block 3 .* was kept", [0, 1, 6, 7, 8, 9], got, 1e-6)
+
+
+def scan_reference(scan, exact, topk=2):
+    """A scan of 4 candidates: the scores of tokens by the virtual head and, at least as high, by the heads."""
+    scan, exact = np.array(scan, float), np.array(exact, float)
+    q, w, k = np.eye(2).reshape(1, 1, 2, 2), np.ones((1, 1, 2)), np.stack([exact, scan - exact], axis=1)[None]
+    return oracle.select(q, k, w, Scan(topk, 4, slopes="plain", keep_first=0))
+
+
+def test_a_scan_that_may_keep_more_chooses_the_best_of_any_set_that_holds_the_kept():
+    more = dict(may_keep_more=True)
+    got = scan_reference([0, 0, -2, 3, 4, 5, 1, 1, 1, 0], [9, 8, 2, 3, 4, 5, 1, 1, 1, 0])
+    assert got.blocks[0, 0].tolist() == [3, 4, 5, 9] and chosen(got, 0, 0) == [4, 5]
+    compare([4, 5], got, **more)
+    compare([0, 1], got, **more)  # both were kept, too
+    compare([0, 5], got, **more)
+    refuses("block 0 .* was kept|blocks were kept", [0, 1], got)
+    refuses("token 4 was chosen", [0, 4], got, **more)
+    refuses("token 3 was chosen", [3, 5], got, **more)
+    refuses("token 2 was chosen", [2, 5], got, 1e-3, **more)
+    refuses("1 tokens were chosen", [5], got, **more)
+
+
+def test_a_scan_that_may_keep_more_breaks_exact_ties_as_any_other():
+    got = scan_reference([3, 3, 3, 0, 0], [5, 5, 5, 5, 0])
+    assert got.blocks[0, 0].tolist() == [0, 1, 2, 4]
+    compare([0, 1], got, may_keep_more=True)
+    refuses("token 2 was chosen", [0, 2], got, may_keep_more=True)
+    refuses("token 3 was chosen", [0, 3], got, may_keep_more=True)
+    compare([0, 3], got, 1e-6, may_keep_more=True)
+
+
+def test_of_units_near_the_cut_no_more_are_left_out_than_there_are_too_many():
+    # Three of tokens 0 to 4, which tie in the scan, are kept beside the last one: two may be missing.
+    more = dict(may_keep_more=True)
+    got = scan_reference([3, 3, 3, 3, 3, 0], [3, 4, 5, 6, 7, 0])
+    compare([1, 2], got, 1e-6, **more)
+    compare([2, 4], got, 1e-6, **more)
+    compare([3, 4], got, 1e-6, **more)
+    refuses("blocks .2 3 4. near the block cut .* at most 2", [0, 1], got, 1e-6, **more)
+
+
+@pytest.mark.parametrize("candidates", [12, 16, 32])
+def test_a_scan_of_more_candidates_is_one_that_keeps_more(candidates):
+    arrays = draw(11, 2, 12, 40, 2, 3)
+    for method in SCANS:
+        fewer = oracle.select(*arrays, method)
+        got = oracle.select(*arrays, dataclasses.replace(method, candidates=candidates))
+        for tolerance in (0.0, 1e-3):
+            oracle.assert_same_selection(got.indices, got.count, fewer, tolerance, may_keep_more=True)

@@ -1,0 +1,66 @@
+"""Rows of the GPU bench, as far as a machine without one can tell; the scan's are interpreted. 8 s in the gate."""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from bench import shapes
+from bench.gpu import scan_rows
+from bench.gpu.rows import rows
+from hisa_jax.kernels_pallas.triton import stages
+
+TINY = dataclasses.replace(shapes.DSV32, H=16, D=64, topk=16, block_size=8, block_topk=4)
+
+
+def test_every_row_has_a_name_of_its_own_and_a_floor():
+    every = list(rows())
+    names = [(x.row, x.implementation, x.shape, x.context, x.dtype) for x in every]
+    assert len(set(names)) == len(names)
+    assert all(row.floor_ms > 0 for row in every)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The scan's rows on Triton's stages, interpreted; they are all called with positions alone."""
+    parts = {name: getattr(stages, name) for name in ("scan_heads", "scan_sort_keys", "kth", "scan_masks")}
+    parts = {name: functools.partial(_interpreted, part) for name, part in parts.items()}
+    parts["list_tokens"] = lambda *x: stages.list_tokens(*x, interpret=True)
+    parts["refine_tokens"] = functools.partial(_interpreted, stages.refine_tokens)
+    monkeypatch.setattr(scan_rows, "stages", types.SimpleNamespace(**parts))
+
+
+def _interpreted(part, *arguments):
+    return part(*arguments, True)
+
+
+def damaged(leaf):
+    """Other numbers, in other places."""
+    leaf = np.array(leaf)
+    return np.roll(leaf, 1, axis=-1) if leaf.ndim > 1 else leaf + np.asarray(1, leaf.dtype) * 10**7
+
+
+@pytest.mark.unoptimised
+@pytest.mark.parametrize("name", ["scan_heads", "scan_samples", "scan_masks", "list_tokens", "refine_tokens"])
+@pytest.mark.gate("scan_masks")
+def test_stages_of_the_scan_pass_their_checks_and_damaged_ones_do_not(interpreted, name):
+    row = next(row for row in scan_rows.of_stages(TINY, 1024, T=7) if row.row == name)
+    f, operands, check = row.make()
+    out = jax.tree.map(np.asarray, jax.jit(f)(*operands))
+    check(out)
+    with pytest.raises(AssertionError):
+        check(jax.tree.map(damaged, out))
+
+
+@pytest.mark.unoptimised
+def test_a_whole_scan_passes_its_check_and_a_damaged_one_does_not():
+    f, operands, check = scan_rows.whole(TINY, 1024, implementation="xla", T=7).make()
+    out = jax.tree.map(np.asarray, jax.jit(f)(*operands))
+    check(out)
+    indices = out[0].copy()
+    indices[..., 3] = indices[..., 2] + 1  # of no merit
+    with pytest.raises(AssertionError):
+        check((np.sort(indices, axis=-1), out[1]))
