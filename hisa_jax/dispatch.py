@@ -191,7 +191,6 @@ def _no_scan(problem: Problem) -> str | None:
     if problem.is_split:
         return _NOT_SPLIT
     if problem.returns_blocks:
-    if problem.returns_blocks:
         return "has no kernels for a Scan with return_blocks=True: they score more tokens than its blocks hold"
     return None
 
