@@ -11,7 +11,7 @@ from jax import Array
 
 from hisa_jax.check_select import check_options
 from hisa_jax.layout import IndexCache, Keys
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
+from hisa_jax.methods import BlockSparse, Hisa, Method, Scan
 from hisa_jax.pallas import Backend, Kernels
 from hisa_jax.selection import Selection
 from hisa_jax.sharded import select_kernels, select_xla, varying
@@ -158,8 +158,9 @@ def _tpu(name: str) -> Implementation:
             reason := module.why_not_scan(problem.D, problem.k_dtype, method, problem.S, not problem.is_packed)
         ):
             return reason
-        has_means = isinstance(method, Hisa | BlockSparse)
-        blocks = {"block_size": method.block_size, "block_topk": method.block_topk} if has_means else {}
+        blocks = {}
+        if isinstance(method, Hisa | BlockSparse):
+            blocks = {"block_size": method.block_size, "block_topk": method.block_topk}
         return module.why_not(
             device.kind,
             H=problem.H,

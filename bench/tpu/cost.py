@@ -184,14 +184,14 @@ def scan_kernels(chip: Chip, model: shapes.Model, method: Scan, T: int, S: int) 
         },
         shares={"fill": 1 / steps},
         # A span's units fill its share of the list, and a register of slots begun before it.
-        rest={"grid": 1 / steps, "spans": min(1.0, (listed * span / groups / SLOTS + 1) / (scan.listed(S, unit) / SLOTS))},
+        rest={"grid": 1 / steps, "spans": min(1.0, (listed * span / groups + SLOTS) / scan.listed(S, unit))},
         moved_bytes=tiles * S * model.D * 2 + queries * (heads * model.D * 2 + scan.listed(S, unit) / 2),
     )  # fmt: skip
     refining = refine_shared.heuristic(kind, T)
     columns = listed * unit
     part = float(-(-columns // 128))
     rows = refining.tile_t
-    all_groups = padded_groups(scan.listed(S, unit) * unit)
+    spans = ["spans"] if padded_groups(scan.listed(S, unit) * unit) > 128 else []
     trips = {
         "grid": queries / rows,
         "eights": rows / eight,
@@ -205,7 +205,7 @@ def scan_kernels(chip: Chip, model: shapes.Model, method: Scan, T: int, S: int) 
     }
     exact = Kernel(
         name="hisa_refine_shared",
-        loops=("eights", "steps", "fill_eights", "fill", *TOPK, *(["spans"] if all_groups > 128 else []), "positions", "parts"),
+        loops=("eights", "steps", "fill_eights", "fill", *TOPK, *spans, "positions", "parts"),
         trips=trips,
         rest={"spans": 1.0},
         moved_bytes=queries * (_query_bytes(model, "bf16") + 4 * model.topk + scan.listed(S, unit)),

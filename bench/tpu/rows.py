@@ -164,7 +164,10 @@ def _scan(name: str, method: hj.Scan, context: int) -> Row:
         draw=functools.partial(draw_indexer, 1, T, context, "bf16"),
         check=lambda out, operands: _check_scan(out, operands, method),
         kernels=lambda chip: cost.scan_kernels(chip, MODEL, method, T, context),
-        flop=2.0 * T * MODEL.D * ((method.exact_heads + 1) * (context - (T - 1) / 2) + MODEL.H * method.candidates),
+        flop=2.0
+        * T
+        * MODEL.D
+        * ((method.exact_heads + 1) * (context - (T - 1) / 2) + MODEL.H * method.block_topk * method.unit),
     )
 
 

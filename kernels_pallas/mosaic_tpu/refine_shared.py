@@ -1,5 +1,5 @@
 """Token scores of listed units and the exact top-k of them, where eight queries side by side share a list.
-    I[t, s] = sum_h w[t, h] * relu(q[t, h] . k[s]), s in the units that t's eight lists;   o[t] = the k best s, ascending
+    I[t, s] = sum_h w[t, h] * relu(q[t, h] . k[s]), s in the units of t's list;   o[t] = the k best s, ascending
 
 A query scores what its neighbours want, too, so it may find what its own scan has missed, but never less. Floor, 4096
 queries of dsv32 with 8192 tokens a list: as `refine` of 64 blocks, v5e 1024 cycles a query; v6e 512, as here eight

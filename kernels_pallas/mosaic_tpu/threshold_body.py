@@ -50,9 +50,7 @@ def find_thresholds(sort_keys_ref: Ref, n: Array, k: int, groups: Array | int) -
     return low, n_low
 
 
-def find_near_thresholds(
-    sort_keys_ref: Ref, n: Array, k: int, slack: int, groups: Array | int, every: int
-) -> Array:
+def find_near_thresholds(sort_keys_ref: Ref, n: Array, k: int, slack: int, groups: Array | int, every: int) -> Array:
     """A threshold of each row that at least k sort keys reach, and few more than k + slack: as `find_thresholds`.
 
     A sample, one group in `every`, is searched first for the threshold that should be reached by as many as wanted;

@@ -13,7 +13,6 @@ The three steps of a selection:
 """
 
 import functools
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -118,7 +117,7 @@ def table_shape(n_groups: int) -> tuple[int, int, int]:
 
 
 def chosen_columns(
-    sort_keys_ref: Ref, tile: Array, thresholds_ref: Ref, table_ref: Ref, out_ref: Ref, groups: Groups = None
+    sort_keys_ref: Ref, tile: Array | int, thresholds_ref: Ref, table_ref: Ref, out_ref: Ref, groups: Groups = None
 ) -> None:
     """Writes the columns of a tile's sort keys that reach the threshold, ascending, then -1.
 
@@ -168,7 +167,7 @@ def chosen_columns(
 
 
 def _write_tables(
-    sort_keys_ref: Ref, tile: Array, first: Array | int, span: int, thresholds_ref: Ref, table_ref: Ref
+    sort_keys_ref: Ref, tile: Array | int, first: Array | int, span: int, thresholds_ref: Ref, table_ref: Ref
 ) -> list[Array]:
     """Tables of `span` groups from the `first` on; returns how many are chosen in each row, [8, 128] splats."""
     chosen, totals = [], []

@@ -1,4 +1,4 @@
-"""The scan's TPU kernels: interpreted against the selection of exactly the candidates, and the compiler at real sizes."""
+"""The scan's TPU kernels: interpreted, against the selection of exactly the candidates, and compiled at real sizes."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -125,9 +125,7 @@ def test_compiles(chip, name):
     """dsv32 at 128K, 4096 queries: 60 s on a busy machine."""
     method = SCANS[name]
     operands = indexer_operands(shapes.DSV32, 1, shapes.PREFILL.T, 128 << 10, "bf16")
-    program = aot.compile_for(
-        chip, lambda *x: mosaic_tpu.select_scan(call_of(*x), method), *operands, schedules=False
-    )
+    program = aot.compile_for(chip, lambda *x: mosaic_tpu.select_scan(call_of(*x), method), *operands, schedules=False)
     # Scores of all tokens would be 2 GiB.
     assert program.temp_bytes < 512 << 20
 
