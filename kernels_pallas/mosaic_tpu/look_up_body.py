@@ -36,16 +36,18 @@ def look_up(
         columns = [columns_ref[pl.ds(i * SUBLANES, SUBLANES)] >> shift for i in some]
 
         def some_groups(g: Array, found: tuple[Array, ...], columns: list[Array] = columns) -> tuple[Array, ...]:
-            for each in range(_GROUPS):
-                entries = entries_of(g * _GROUPS + each)
+            group = [g * _GROUPS + each for each in range(_GROUPS)]
+            entries = [entries_of(one) for one in group]
 
-                def offer(column: Array, x: Array, each: int = each, entries: Array = entries) -> Array:
-                    entry = jnp.take_along_axis(entries, column & (LANES - 1), axis=1, mode="promise_in_bounds")
+            def offer(column: Array, x: Array) -> Array:
+                # One column after the other: its lanes are set up once for all groups.
+                for one, values in zip(group, entries, strict=True):
+                    entry = jnp.take_along_axis(values, column & (LANES - 1), axis=1, mode="promise_in_bounds")
                     # Of -1, which is no column, the group is -1.
-                    return jnp.where(column >> 7 == g * _GROUPS + each, entry, x)
+                    x = jnp.where(column >> 7 == one, entry, x)
+                return x
 
-                found = tuple(offer(column, x) for column, x in zip(columns, found, strict=True))
-            return found
+            return tuple(offer(column, x) for column, x in zip(columns, found, strict=True))
 
         nothing = tuple(jnp.full((SUBLANES, LANES), -1, jnp.int32) for _ in some)
         for i, x in zip(some, lax.fori_loop(0, pl.cdiv(groups, _GROUPS), some_groups, nothing), strict=True):
