@@ -49,7 +49,9 @@ def select_scan(call: Call, method: Scan, interpret: Interpret = False) -> tuple
             keep_last=method.keep_last if times == 1 else method.keep_last // times + 1,
             interpret=interpret,
         )
-        lists, counts = scan.scan(scan_heads(call, method), -(-queries.visible // unit), k, unit, choice=choice)
+        lists, counts = scan.scan(
+            scan_heads(call, method, interpret), -(-queries.visible // unit), k, unit, choice=choice
+        )
         best = Choice(k=method.topk, interpret=interpret)
 
         def of_lists() -> Array:
