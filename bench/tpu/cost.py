@@ -27,6 +27,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from hisa_jax.kernels_pallas.sort_key import Search, narrow_search, sort_key_of
 from hisa_jax.methods import Scan
+from hisa_jax.xla.scan import N_BEST, N_SAMPLES
 
 TOPK = ("bounds", "passes", "count", "tie_steps", "tie_count", "tie_drop", "tiles")
 _NO_TIES = {"tie_steps": 0.0, "tie_count": 0.0, "tie_drop": 0.0}
@@ -211,7 +212,14 @@ def scan_kernels(chip: Chip, model: shapes.Model, method: Scan, T: int, S: int) 
         moved_bytes=queries * (_query_bytes(model, "bf16") + 4 * model.topk + scan.listed(S, unit)),
         exposed_bytes=S * model.D * 2,
     )  # fmt: skip
-    return [scanning, exact]
+    groups = padded_groups(N_SAMPLES)
+    sampling = Kernel(
+        name="hisa_topk",
+        loops=_topk_loops(groups, 32),
+        trips={"grid": queries / 32, **_topk_trips(groups, N_SAMPLES, N_BEST, 32)},
+        moved_bytes=queries * 4 * (N_SAMPLES + N_BEST),
+    )
+    return [sampling, scanning, exact]
 
 
 def _refine_config(kind: KernelChip, model: shapes.Model, T: int, n: int, itemsize: int) -> refine.Config:
