@@ -12,6 +12,7 @@ from jax import Array, lax
 from hisa_jax.layout import Call, sequence_of_rows
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.selection import Selection
+from hisa_jax.xla import select as xla
 from hisa_jax.xla import stages, topk
 from hisa_jax.xla.select import Tiles
 
@@ -48,6 +49,8 @@ class Kernels:
     ) -> Selection:
         """The selection of all queries of a call, with leading axes `call.shape`."""
         backend, visible = self.backend(), call.queries.visible
+        if not visible.size or not call.max_keys:  # nothing for a kernel to do
+            return xla.select(call, method, tiles, return_scores=return_scores, return_blocks=return_blocks)
         keeps_all = not isinstance(method, Dsa) and call.max_keys <= method.block_topk * method.block_size
         is_flat = isinstance(method, Scan) or (isinstance(method, Hisa) and self.flat_if_all_kept)
         blocks = None

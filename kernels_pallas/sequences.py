@@ -118,8 +118,8 @@ class Sequences:
         xp, R = self._np, len(self.key_starts)
         n_tiles = -(-xp.diff(self.query_starts) // tile_t)
         ends = xp.cumsum(n_tiles)
-        # Each sequence ends in at most one partial tile.
-        tile = xp.arange(int(ends[-1]) if xp is np else T // tile_t + R, dtype=np.int32)
+        # Each sequence ends in at most one partial tile, and none has a tile without a query.
+        tile = xp.arange(int(ends[-1]) if xp is np else min(T // tile_t + R, T), dtype=np.int32)
         r = xp.minimum(_count_up_to(ends, tile), R - 1)
         first = self.query_starts[r] + (tile - (ends - n_tiles)[r]) * tile_t
         return r, first, xp.clip(self.query_starts[r + 1] - first, 0, tile_t)

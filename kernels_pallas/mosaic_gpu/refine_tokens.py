@@ -51,7 +51,7 @@ def refine_tokens(
 
     Args:
         tokens: [T, n] int32, ascending, then -1; n is a multiple of `config.columns`.
-        count: [T] int32, how many there are; of a query with at most k_top these are all that it sees.
+        count: [T] int32, how many there are; of a query with fewer than k_top these are all that it sees.
         first_row: [T] int32, where the query's sequence begins among the rows of all.
     """
     q, w, k, k_scale, pages = operands
@@ -83,8 +83,8 @@ def refine_tokens(
         gathers=True,
     )
     n_tiles = -(-count // config.columns) * (config.columns // config.tile_s)
-    # A query that keeps all it sees needs no scores.
-    n_tiles = jnp.where(count <= k_top, 0, n_tiles)
+    # A query that keeps all it sees needs no scores. Where as few are scored as are chosen, k_top may be any tokens.
+    n_tiles = jnp.where(count < k_top, 0, n_tiles)
     meta = jnp.stack([n_tiles, count, first_row, jnp.zeros_like(count)], axis=1)
     rows = None if pages is None else jnp.where(tokens >= 0, pages.rows(first_row[:, None] + tokens), -1)
     smem = smem_of(plan)

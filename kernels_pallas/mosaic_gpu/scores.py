@@ -95,7 +95,7 @@ def heuristic(sizes: Sizes, n_columns: int, n_ctas: int = 132, *, n_score: int =
     )
     n_spans, _ = config.columns(n_columns)
     # Whole rounds of all CTAs, of at most 128 queries an item.
-    rounds = next(r for r in range(1, T + 2) if -(-T * n_spans // (n_ctas * r)) <= 128)
+    rounds = max(-(-T * n_spans // (n_ctas * 128)), 1)
     tiles = max(n_ctas * rounds // n_spans, 1)
     return dataclasses.replace(config, tile_t=max(min(-(-T // tiles), 128), 1))
 

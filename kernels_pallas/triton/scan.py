@@ -8,7 +8,7 @@ of bits. A program keeps the rows of its queries, keys stream past.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.operands import Columns, Operands, ScanHeads
+from hisa_jax.kernels_pallas.pages import Pages
 from hisa_jax.kernels_pallas.triton.pool import check_addressable
-from hisa_jax.kernels_pallas.triton.scan_body import TILE_S, WORD, Inputs, Plan, scan_masks_body, scan_sort_keys_body
+from hisa_jax.kernels_pallas.triton.scan_body import (
+    TILE_S,
+    WORD,
+    Inputs,
+    Plan,
+    ScoresOf,
+    scan_masks_body,
+    scan_sort_keys_body,
+    scores_of_keys,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,16 +41,35 @@ class Config:
     num_stages: int = 3
 
 
+class Scanned(NamedTuple):
+    """What is scanned of all sequences, in flat arrays.
+
+    Attributes:
+        k: [S, D] keys, or [S, bytes] uint8 codes; `code_scales`: [S, groups] bfloat16 of these, else None.
+        k_scale: [S] float32, of the keys; None where every scale is 1.
+        pages: where the rows of all sequences are in these; None: one sequence after the other.
+    """
+
+    k: Array
+    code_scales: Array | None
+    k_scale: Array | None
+    pages: Pages | None
+
+
 def heuristic(T: int, n_sequences: int, R: int, n_tiles: int) -> Config:
     """128 rows a program fill the tensor core; of few queries a sequence no more than there are."""
     tile_t = max(128 // R, 4)
     while tile_t > 4 and tile_t // 2 * R >= 16 and tile_t // 2 * n_sequences >= T:
         tile_t //= 2
-    # Programs for several waves, whatever the number of queries.
-    n_programs, chunk = -(-T // tile_t) + n_sequences, 64
-    while chunk > 4 and n_programs * -(-n_tiles // chunk) < 1024:
-        chunk //= 2
-    return Config(tile_t=max(tile_t, 16 // R), n_tiles=chunk)
+    return Config(tile_t=max(tile_t, 16 // R), n_tiles=tiles_a_program(-(-T // tile_t) + n_sequences, n_tiles))
+
+
+def tiles_a_program(n_query_tiles: int, n_tiles: int) -> int:
+    """Tiles of keys, so that there are programs for several waves, whatever the number of queries."""
+    n = 64
+    while n > 4 and n_query_tiles * -(-n_tiles // n) < 1024:
+        n //= 2
+    return n
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
@@ -53,8 +82,7 @@ def scan_masks(
     whatever their scores. Of `operands` the keys are read. Words from the tile on that begins at or beyond the limit
     may hold anything.
     """
-    body = functools.partial(scan_masks_body, keep_first=columns.keep_first, keep_last=columns.keep_last)
-    return _launch(operands, heads, columns, threshold, 1, body, WORD, "hisa_scan", config, interpret)
+    return launch(_keys(operands), heads, columns, threshold, 1, scores_of_keys, config, interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("step", "config", "interpret"))
@@ -65,26 +93,33 @@ def scan_sort_keys(
 
     `columns` counts these. What is at or beyond a query's limit is `INVISIBLE` or, beyond its whole tile, not written.
     """
-    name = "hisa_scan_samples"
-    return _launch(operands, heads, columns, None, step, scan_sort_keys_body, 1, name, config, interpret)
+    return launch(_keys(operands), heads, columns, None, step, scores_of_keys, config, interpret)
 
 
-def _launch(
-    operands: Operands,
+def _keys(operands: Operands) -> Scanned:
+    return Scanned(operands.k, None, operands.k_scale, operands.pages)
+
+
+def launch(
+    scanned: Scanned,
     heads: ScanHeads,
     columns: Columns,
     threshold: Array | None,
     step: int,
-    body: Callable[..., None],
-    per_word: int,
-    name: str,
+    scores_of: ScoresOf,
     config: Config,
     interpret: bool,
 ) -> Array:
-    """A launch over every `step`-th key, whose result has a number for `per_word` of them."""
-    (T, R, D), pages = heads.q.shape, operands.pages
-    check_addressable(operands.k)
+    """A launch over every `step`-th key: [T, words] int32 bits for a threshold [T] int32, else [T, n] sort keys."""
+    (T, R, D), (k, code_scales, k_scale, pages) = heads.q.shape, scanned
+    check_addressable(k)
     assert columns.tiles is not None
+    name = "hisa_scan" if code_scales is None else "hisa_scan_sketch"
+    if threshold is None:
+        body, per_word, name = functools.partial(scan_sort_keys_body, scores_of=scores_of), 1, f"{name}_samples"
+    else:
+        forced: Any = dict(keep_first=columns.keep_first, keep_last=columns.keep_last)
+        body, per_word = functools.partial(scan_masks_body, scores_of=scores_of, **forced), WORD
     n_tiles = -(-columns.n // TILE_S)
     shape = (T, n_tiles * TILE_S // per_word)
     inputs = Inputs(
@@ -93,9 +128,10 @@ def _launch(
         limit=columns.limit,
         threshold=threshold,
         tiles=columns.tiles,
-        k=operands.k,
+        k=k,
         table=None if pages is None else pages.table,
-        k_scale=operands.k_scale,
+        k_scale=k_scale,
+        code_scales=code_scales,
     )
     plan = Plan(
         tile_t=config.tile_t,

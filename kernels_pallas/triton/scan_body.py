@@ -1,4 +1,4 @@
-"""Device code of `scan_masks` and `scan_sort_keys`."""
+"""Device code of `scan_masks` and `scan_sort_keys`, of keys or, by the scores of scan_sketch_body.py, of sketches."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _MINUS_INFINITY = -(2**31) + 0x7FFFFF  # its sort key, and NaN's
 
 
 class Inputs(NamedTuple):
-    """Arrays in device memory, whole."""
+    """Arrays in device memory, whole; of sketches `k` are codes, [S, bytes]."""
 
     q: Ref  # [T * R, D]
     w: Ref  # [T * R]
@@ -27,6 +27,7 @@ class Inputs(NamedTuple):
     k: Ref  # [S, D]
     table: Ref | None  # [n], for keys in pages
     k_scale: Ref | None  # [S]
+    code_scales: Ref | None = None  # [S, groups], of sketches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,14 @@ class Plan:
     page_size: int | None
 
 
-def scan_masks_body(refs: Inputs, o_ref: Ref, *, plan: Plan, keep_first: int, keep_last: int) -> None:
+# How a program scores: rows [128] int32 of k -> [128, tile_t] float32, without the scales of tokens.
+Scores = Callable[[Array], Array]
+ScoresOf = Callable[[Inputs, Plan], Scores]
+
+
+def scan_masks_body(
+    refs: Inputs, o_ref: Ref, *, plan: Plan, scores_of: ScoresOf, keep_first: int, keep_last: int
+) -> None:
     # One program:   rows [tile_t * R, D] in shared memory   x   tile after tile of 128 keys   ->   4 words a query
     #
     # The product has keys for rows. Thread c of every four holds columns 8 o + 2 c and the next, so these belong to one
@@ -69,10 +77,10 @@ def scan_masks_body(refs: Inputs, o_ref: Ref, *, plan: Plan, keep_first: int, ke
         mask = jnp.broadcast_to(there[None, :], taken.shape)
         plt.store(o_ref.at[rows[None, :], word[:, None]], taken, mask=mask)
 
-    _scan(refs, plan, write)
+    _scan(refs, plan, scores_of(refs, plan), write)
 
 
-def scan_sort_keys_body(refs: Inputs, o_ref: Ref, *, plan: Plan) -> None:
+def scan_sort_keys_body(refs: Inputs, o_ref: Ref, *, plan: Plan, scores_of: ScoresOf) -> None:
     # As `scan_masks_body`, but sort keys are written as they are. out: [T, n].
     t, rows, there = _own(refs, o_ref, plan)
     limit = plt.load(refs.limit.at[t], mask=there, other=0)
@@ -83,18 +91,18 @@ def scan_sort_keys_body(refs: Inputs, o_ref: Ref, *, plan: Plan) -> None:
         mask = jnp.broadcast_to(there[None, :], sort_key.shape)
         plt.store(o_ref.at[rows[None, :], tokens[:, None]], sort_key, mask=mask)
 
-    _scan(refs, plan, write)
+    _scan(refs, plan, scores_of(refs, plan), write)
 
 
 def _own(refs: Inputs, o_ref: Ref, plan: Plan) -> tuple[Array, Array, Array]:
     """[tile_t] int32, this program's queries; the rows of the result they have; which of them are there."""
     i = jnp.arange(plan.tile_t, dtype=jnp.int32)
-    t, there = _query(refs, i), i < refs.tiles[pl.program_id(0), 1]
+    t, there = query_of(refs, i), i < refs.tiles[pl.program_id(0), 1]
     # Interpret mode writes a masked row anew with what it held: one beyond the last it drops.
     return t, jnp.where(there, t, o_ref.shape[0]), there
 
 
-def _query(refs: Inputs, i: Array) -> Array:
+def query_of(refs: Inputs, i: Array) -> Array:
     """Queries of this program's tile, by their places in it; the first one for those that are not there."""
     first, n = refs.tiles[pl.program_id(0), 0], refs.tiles[pl.program_id(0), 1]
     return jnp.minimum(first + jnp.where(i < n, i, 0), refs.limit.shape[0] - 1)
@@ -111,31 +119,40 @@ def _queries(plan: Plan) -> tuple[Array, Array]:
     """[tile_t * R] int32: which query of a tile each column of the product is of, and which of its rows."""
     column = jnp.arange(plan.tile_t * plan.R, dtype=jnp.int32)
     thread, own = (column >> 1) & 3, ((column >> 3) << 1) | (column & 1)
-    return (own >> _log2(plan.R)) * 4 + thread, own & (plan.R - 1)
+    return (own >> log2(plan.R)) * 4 + thread, own & (plan.R - 1)
 
 
-def _scan(refs: Inputs, plan: Plan, write: Callable[[Array, Array, Array], None]) -> None:
-    """Calls write(first key, keys [128], scores [128, tile_t]) for every tile of keys that its queries see."""
-    tile, G, R = pl.program_id(0), plan.tile_t, plan.R
-    first_row, most = refs.tiles[tile, 2], refs.tiles[tile, 3]
-    chunk = pl.program_id(1) * (plan.n_tiles * TILE_S)
+def scores_of_keys(refs: Inputs, plan: Plan) -> Scores:
+    """Scores of keys by the rows of this program's queries, which are loaded once."""
+    G, R = plan.tile_t, plan.R
     query, r = _queries(plan)
-    row = _query(refs, query) * R + r
+    row = query_of(refs, query) * R + r
     columns = jnp.arange(refs.k.shape[1], dtype=jnp.int32)
     q, w = plt.load(refs.q.at[row[:, None], columns[None, :]]), plt.load(refs.w.at[row])[None, :]
     is_linear, counts = (r < plan.n_linear)[None, :], (r < plan.n)[None, :]
-    offsets = _offsets()
 
-    def one_tile(i: Array, _: None) -> None:
-        first = chunk + i * TILE_S
-        tokens = first + offsets
-        rows = rows_of(refs.k, refs.table, first_row + tokens * plan.step, plan.page_size)
+    def scores(rows: Array) -> Array:
         k = plt.load(refs.k.at[rows[:, None], columns[None, :]])
         x = lax.dot_general(k, q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         # Selects, not maxima, which Triton lowers to those that drop NaN.
         x = jnp.where(counts, jnp.where((x < 0.0) & ~is_linear, 0.0, x) * w, 0.0)
         x = jnp.sum(x.reshape(TILE_S, G // 4, R // 2, 4, 2), axis=4)
-        x = jnp.sum(x, axis=2).reshape(TILE_S, G)
+        return jnp.sum(x, axis=2).reshape(TILE_S, G)
+
+    return scores
+
+
+def _scan(refs: Inputs, plan: Plan, scores: Scores, write: Callable[[Array, Array, Array], None]) -> None:
+    """Calls write(first key, keys [128], scores [128, tile_t]) for every tile of keys that its queries see."""
+    tile, offsets = pl.program_id(0), _offsets()
+    first_row, most = refs.tiles[tile, 2], refs.tiles[tile, 3]
+    chunk = pl.program_id(1) * (plan.n_tiles * TILE_S)
+
+    def one_tile(i: Array, _: None) -> None:
+        first = chunk + i * TILE_S
+        tokens = first + offsets
+        rows = rows_of(refs.k, refs.table, first_row + tokens * plan.step, plan.page_size)
+        x = scores(rows)
         if refs.k_scale is not None:
             x = x * plt.load(refs.k_scale.at[rows])[:, None]
         write(first, tokens, x)
@@ -148,11 +165,12 @@ def rows_of(k_ref: Ref, table_ref: Ref | None, rows: Array, page_size: int | Non
     """Rows of all sequences -> where they are in k, and some row that there is for those that are nowhere."""
     if page_size is not None:
         assert table_ref is not None
-        page_index = jnp.minimum(lax.shift_right_logical(rows, jnp.int32(_log2(page_size))), table_ref.shape[0] - 1)
+        page_index = jnp.minimum(lax.shift_right_logical(rows, jnp.int32(log2(page_size))), table_ref.shape[0] - 1)
         page = jnp.clip(plt.load(table_ref.at[page_index]), 0, k_ref.shape[0] // page_size - 1)
         return page * page_size + (rows & (page_size - 1))
     return jnp.minimum(rows, k_ref.shape[0] - 1)
 
 
-def _log2(n: int) -> int:
+def log2(n: int) -> int:
+    """Of a power of two."""
     return n.bit_length() - 1

@@ -154,6 +154,6 @@ def _scanned(call: FlatCall, heads: ScanHeads, step: int) -> tuple[Columns, scan
     return Columns(limit=limit, n=n, tiles=sequences.query_tiles(T, config.tile_t, limit)), config
 
 
-def _sketched(call: FlatCall) -> sketch_stage.SketchOperands:
+def _sketched(call: FlatCall) -> scan_stage.Scanned:
     assert call.sketch is not None
-    return sketch_stage.SketchOperands(call.sketch.codes, call.sketch.code_scales, call.k_scale, call.pages)
+    return scan_stage.Scanned(call.sketch.codes, call.sketch.code_scales, call.k_scale, call.pages)

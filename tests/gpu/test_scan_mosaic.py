@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hisa_jax.kernels_pallas.flat_call import FlatCall
-from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens, refine_tokens, scan
+from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens, refine_tokens, scan, scores
 from hisa_jax.kernels_pallas.operands import Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import Pages
 from hisa_jax.kernels_pallas.sequences import Sequences
@@ -104,7 +104,7 @@ def test_the_best_of_listed_tokens(interpret, in_pages):
     count = np.array([299, 280, 5, 0, 40, 41, 100, 33, 64, 150], np.int32)
     tokens = np.full((10, 512), -1, np.int32)
     for t, n in enumerate(count):
-        tokens[t, :n] = np.sort(rng.choice(VISIBLE[t], n, replace=False)) if n > 40 else np.arange(n)
+        tokens[t, :n] = np.sort(rng.choice(VISIBLE[t], n, replace=False)) if n >= 40 else np.arange(n)
     first = np.array([0] + [320] * 9, np.int32)
     operands = Operands(jnp.asarray(q, E4M3), jnp.asarray(w, jnp.float32), call.k, call.k_scale, call.pages)
     lists = jnp.asarray(tokens), jnp.asarray(count), jnp.asarray(first)
@@ -121,6 +121,12 @@ def test_the_best_of_listed_tokens(interpret, in_pages):
         assert n_chosen[t] == len(best)
         np.testing.assert_array_equal(got[t, : len(best)], best)
         assert (np.asarray(got[t, len(best) :]) == -1).all()
+
+
+def test_a_few_queries_of_very_many_keys_have_a_configuration():
+    for n_queries, n_keys in ((1, 2**24), (10, 2**24), (1, 2**30)):
+        config = scores.heuristic(scores.Sizes(n_queries, 64, 128, 1, 1), n_keys)
+        assert config.tile_t == n_queries  # keys are read once
 
 
 def test_lists_that_fit_no_shared_memory_or_rows_too_short_to_gather_are_declined():

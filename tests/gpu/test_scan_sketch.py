@@ -14,6 +14,7 @@ from hisa_jax.kernels_pallas.operands import Columns, ScanHeads
 from hisa_jax.kernels_pallas.pages import Pages
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE, score_of, sort_key_of
 from hisa_jax.kernels_pallas.triton import scan_sketch
+from hisa_jax.kernels_pallas.triton.scan import Scanned
 from hisa_jax.layout import Call
 from hisa_jax.xla import sketch
 from tests.gpu.test_lowering import BF16, E4M3, lower
@@ -44,7 +45,7 @@ class Requests:
         call = Call(q=q, w=w, visible=visible, query_offsets=offsets, table=table, cache=cache)
         self.flat = flatten(call, page_size)
         codes, code_scales = (x.reshape(-1, x.shape[-1]) for x in (cache.codes, cache.code_scales))
-        self.operands = scan_sketch.SketchOperands(codes, code_scales, self.flat.k_scale, self.flat.pages)
+        self.operands = Scanned(codes, code_scales, self.flat.k_scale, self.flat.pages)
         rows = jnp.asarray(rng.integers(-2, 3, (T, R, D)), dtype).at[:, n:].set(jnp.inf)
         weights = jnp.asarray(2.0 ** rng.integers(-1, 2, (T, R)) * rng.choice([-1, 1], (T, R)), jnp.float32)
         self.heads = ScanHeads(q=rows.at[-1, 0, 3].set(jnp.nan), w=weights, n_linear=n_linear, n=n)
@@ -119,7 +120,7 @@ def test_it_lowers(dtype, T, R):
 
     def both(codes, code_scales, k_scale, table, q, w, limit, tiles, threshold):
         pages = Pages(table=table, size=size, n_pages=n)
-        operands = scan_sketch.SketchOperands(codes, code_scales, k_scale if dtype == E4M3 else None, pages)
+        operands = Scanned(codes, code_scales, k_scale if dtype == E4M3 else None, pages)
         heads = ScanHeads(q=q, w=w, n_linear=1, n=R)
         columns = Columns(limit=limit, n=P * size, tiles=tiles)
         return (
