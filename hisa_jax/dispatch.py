@@ -11,7 +11,7 @@ from jax import Array
 
 from hisa_jax.check_select import check_options
 from hisa_jax.layout import IndexCache, Keys
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
+from hisa_jax.methods import BlockSparse, Hisa, Method, Scan
 from hisa_jax.pallas import Backend, Kernels
 from hisa_jax.selection import Selection
 from hisa_jax.sharded import select_kernels, select_xla, varying
@@ -118,6 +118,10 @@ def _nvidia(name: str) -> Implementation:
             return _NOT_SPLIT
         if reason := _no_kernels(problem.method) or _no_scan(problem):
             return reason
+        if isinstance(problem.method, Scan):
+            scan: Any = importlib.import_module("hisa_jax.kernels_pallas.scan")
+            if reason := scan.why_not(problem.method, problem.keeps_sketch):
+                return reason
         if problem.q_dtype != problem.k_dtype:
             return f"needs queries and keys of one dtype, not {problem.q_dtype} and {problem.k_dtype}"
         method = problem.method
@@ -151,11 +155,15 @@ def _tpu(name: str) -> Implementation:
         method = problem.method
         if problem.is_split and problem.page_size is not None:
             return _NOT_SPLIT
-        if isinstance(method, Scan):
-            return "has no kernels for a Scan"
-        if reason := _no_kernels(method):
+        if reason := _no_kernels(method) or _no_scan(problem):
             return reason
-        blocks = {} if isinstance(method, Dsa) else {"block_size": method.block_size, "block_topk": method.block_topk}
+        if isinstance(method, Scan) and (
+            reason := module.why_not_scan(problem.D, problem.k_dtype, method, problem.S, not problem.is_packed)
+        ):
+            return reason
+        blocks = {}
+        if isinstance(method, Hisa | BlockSparse):
+            blocks = {"block_size": method.block_size, "block_topk": method.block_topk}
         return module.why_not(
             device.kind,
             H=problem.H,
@@ -181,12 +189,14 @@ def _no_kernels(method: Method) -> str | None:
 
 
 def _no_scan(problem: Problem) -> str | None:
-    """None, or why NVIDIA's kernels cannot run a Scan."""
+    """None, or why no kernels can run a Scan."""
     if not isinstance(problem.method, Scan):
         return None
+    if problem.is_split:
+        return _NOT_SPLIT
     if problem.returns_blocks:
         return "has no kernels for a Scan with return_blocks=True: they score more tokens than its blocks hold"
-    return importlib.import_module("hisa_jax.kernels_pallas.scan").why_not(problem.method, problem.keeps_sketch)
+    return None
 
 
 def _blocks(method: Hisa | BlockSparse, S: int) -> dict[str, int]:

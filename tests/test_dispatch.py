@@ -126,7 +126,14 @@ def test_kernels_decline_the_scans_that_are_xlas_alone():
     for case, sentence in cases:
         for name in ("mosaic_gpu", "triton"):
             assert dispatch.reasons(hopper, case)[name] == sentence
-        assert dispatch.reasons(tpu, case)["mosaic_tpu"] == "has no kernels for a Scan"
+    for case, sentence in (
+        (problem, None),
+        (with_blocks, cases[1][1]),
+        (dataclasses.replace(problem, is_packed=True), "has a Scan of batches alone, not of packed queries or pages"),
+        (dataclasses.replace(problem, is_split=True), "takes no such keys that are split over devices"),
+        (dataclasses.replace(problem, method=hj.Scan(unit=32)), "needs units of up to 16 tokens, not 32"),
+    ):
+        assert dispatch.reasons(tpu, case)["mosaic_tpu"] == sentence
 
 
 def test_hoppers_attention_is_first_where_its_64_heads_are_full():

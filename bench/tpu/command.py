@@ -104,11 +104,11 @@ def estimate(chip: Chip, row: Row) -> dict:
 
 
 def _compare(estimates: list[dict]) -> None:
-    """Sets how many times faster HISA is than the flat indexer of the same size."""
+    """Sets how many times faster HISA or the scan is than the flat indexer of the same size."""
     last = estimates[-1]
     for other in estimates:
         same = all(other[key] == last[key] for key in ("context", "dtype", "queries"))
-        if last["row"].startswith("hisa") and other["row"].startswith("flat") and same:
+        if last["row"].startswith(("hisa", "scan")) and other["row"].startswith("flat") and same:
             last["times_faster_than_flat"] = other["ms"] / last["ms"]
 
 

@@ -8,25 +8,31 @@ All figures are for one TensorCore.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from bench import shapes
 from bench.tpu.chips import Chip
 from bench.tpu.schedule import Schedule
-from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, flat, refine, sparse_mla
+from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, flat, refine, refine_shared, scan, sparse_mla
 from hisa_jax.kernels_pallas.mosaic_tpu.config import CHIPS as KERNEL_CHIPS
 from hisa_jax.kernels_pallas.mosaic_tpu.config import SUBLANES
 from hisa_jax.kernels_pallas.mosaic_tpu.config import Chip as KernelChip
 from hisa_jax.kernels_pallas.mosaic_tpu.flat_body import COLUMNS, products_a_step
+from hisa_jax.kernels_pallas.mosaic_tpu.scan_stages import LEAST_UNIT
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
-from hisa_jax.kernels_pallas.sort_key import narrow_search, sort_key_of
+from hisa_jax.kernels_pallas.sort_key import Search, narrow_search, sort_key_of
+from hisa_jax.methods import Scan
+from hisa_jax.xla.scan import N_BEST, N_SAMPLES
 
 TOPK = ("bounds", "passes", "count", "tie_steps", "tie_count", "tie_drop", "tiles")
 _NO_TIES = {"tie_steps": 0.0, "tie_count": 0.0, "tie_drop": 0.0}
+# Units that eight queries side by side keep, of those that one keeps: of 1.5 k tokens on SmolLM2 (docs/tpu.md).
+UNION = 1.43
 _ITEMSIZE = {"bf16": 2, "int8": 1, "e4m3": 1}
 
 
@@ -146,6 +152,76 @@ def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) ->
     return out
 
 
+def scan_kernels(chip: Chip, model: shapes.Model, method: Scan, T: int, S: int) -> list[Kernel]:
+    """Of a batch of one sequence, bfloat16; lists have `UNION` times the units of a query."""
+    kind = KERNEL_CHIPS[chip.kind]
+    queries, unit, eight = T // chip.cores_per_device, max(method.unit, LEAST_UNIT), SUBLANES
+    config = scan.heuristic(T, S, unit)
+    n, tiles, steps = S // unit, queries / config.tile_t, S / config.tile_s
+    groups, per_step = padded_groups(n), config.tile_s / (unit * 128)
+    span, slack = min(groups, 128), int(config.slack * method.block_topk)
+    of_sample, of_all = near_passes(n, method.block_topk, slack, unit, config.tile_t)
+    listed = UNION * method.block_topk
+    heads = method.exact_heads + 1
+    scanning = Kernel(
+        name="hisa_scan",
+        loops=(
+            "score", "fill", "sample_bounds", "sample_passes", "sample_count", "first_count", "passes", "count",
+            "eights", "unite", *(["spans"] if groups > span else []),
+        ),
+        trips={
+            "grid": tiles * steps,
+            "score": per_step / scan.groups_a_turn(unit, int(per_step)),
+            "fill": 0.0,
+            "sample_bounds": groups / 8 / min(8, groups // 8),
+            "sample_passes": of_sample,
+            "sample_count": groups / 8 / min(16, groups // 8),
+            "first_count": groups / 16,
+            "passes": of_all - 1,
+            "count": groups / 16,
+            "eights": config.tile_t / eight,
+            "unite": groups / 32,
+            "spans": groups / span,
+        },
+        shares={"fill": 1 / steps},
+        # A span's units fill its share of the list, and a register of slots begun before it.
+        rest={"grid": 1 / steps, "spans": min(1.0, (listed * span / groups + SLOTS) / scan.listed(S, unit))},
+        moved_bytes=tiles * S * model.D * 2 + queries * (heads * model.D * 2 + scan.listed(S, unit) / 2),
+    )  # fmt: skip
+    refining = refine_shared.heuristic(kind, T)
+    columns = listed * unit
+    part = float(-(-columns // 128))
+    rows = refining.tile_t
+    spans = ["spans"] if padded_groups(scan.listed(S, unit) * unit) > 128 else []
+    trips = {
+        "grid": queries / rows,
+        "eights": rows / eight,
+        "steps": columns / refining.columns / 2,
+        "fill_eights": rows / eight,
+        "fill": 0.0,
+        **_topk_trips(part, int(columns), model.topk, rows),
+        "spans": math.ceil(part / 128),
+        "positions": rows / eight,
+        "parts": part / unit / 4,
+    }
+    exact = Kernel(
+        name="hisa_refine_shared",
+        loops=("eights", "steps", "fill_eights", "fill", *TOPK, *spans, "positions", "parts"),
+        trips=trips,
+        rest={"spans": 1.0},
+        moved_bytes=queries * (_query_bytes(model, "bf16") + 4 * model.topk + scan.listed(S, unit)),
+        exposed_bytes=S * model.D * 2,
+    )  # fmt: skip
+    groups = padded_groups(N_SAMPLES)
+    sampling = Kernel(
+        name="hisa_topk",
+        loops=_topk_loops(groups, 32),
+        trips={"grid": queries / 32, **_topk_trips(groups, N_SAMPLES, N_BEST, 32)},
+        moved_bytes=queries * 4 * (N_SAMPLES + N_BEST),
+    )
+    return [sampling, scanning, exact]
+
+
 def _refine_config(kind: KernelChip, model: shapes.Model, T: int, n: int, itemsize: int) -> refine.Config:
     """As `select.best_tokens` chooses it, for one sequence of n blocks."""
     m = min(model.block_topk, n)
@@ -254,18 +330,55 @@ def passes(n: int, k: int, rows: int) -> float:
 
 def _passes(scores: np.ndarray, k: int) -> int:
     x = np.sort(np.asarray(sort_key_of(jnp.asarray(scores))), axis=1)
-    T, n = x.shape
+    return _search(x, _start(x, k), k, 0)[1]
 
-    def count_at_least(threshold):
-        found = [n - np.searchsorted(row, c) for row, c in zip(x, np.asarray(threshold), strict=True)]
+
+@functools.cache
+def near_passes(n: int, k: int, slack: int, unit: int, rows: int) -> tuple[float, float]:
+    """Passes of `find_near_thresholds` over a sample and over all of n units, whose tokens have normal scores."""
+    if n <= k:
+        return 0.0, 1.0
+    draw = np.random.default_rng(0)
+    found = []
+    for _ in range(2):
+        scores = np.max(draw.standard_normal((rows, n, unit), np.float32), axis=2)
+        keys = np.asarray(sort_key_of(jnp.asarray(scores)))
+        sample, x = np.sort(keys.reshape(rows, -1, 128)[:, ::8].reshape(rows, -1), axis=1), np.sort(keys, axis=1)
+        rank = int(sample.shape[1] / n * (k + slack / 2))
+        (guess, *_), of_sample = _search(sample, _start(sample, rank), rank, rank * slack // (4 * k) + 1)
+        state = _start(x, k)
+        reached = _count(x)(guess)
+        enough, excess = reached >= k, (reached - k).astype(jnp.float32)
+        low, high, n_low, above, below, side, _ = state
+        state = (
+            jnp.where(enough, guess, low), jnp.where(enough, high, guess - 1), jnp.where(enough, reached, n_low),
+            jnp.where(enough, excess + 0.5, above), jnp.where(enough, below, 0.5 - excess), side, jnp.int32(1),
+        )  # fmt: skip
+        found.append((of_sample, 1 + _search(x, state, k, slack)[1]))
+    of_sample, of_all = np.mean(found, axis=0)
+    return float(of_sample), float(of_all)
+
+
+def _count(x: np.ndarray) -> Callable[[Array], Array]:
+    def count_at_least(threshold: Array) -> Array:
+        found = [x.shape[1] - np.searchsorted(row, c) for row, c in zip(x, np.asarray(threshold), strict=True)]
         return jnp.asarray(found, jnp.int32)
 
-    state = (
+    return count_at_least
+
+
+def _start(x: np.ndarray, k: int) -> Search:
+    T, n = x.shape
+    return (
         jnp.asarray(x[:, 0]), jnp.asarray(x[:, -1]), jnp.full(T, n, jnp.int32), jnp.full(T, n - k + 0.5, jnp.float32),
         jnp.full(T, k, jnp.float32), jnp.zeros(T, jnp.int32), jnp.int32(0),
     )  # fmt: skip
+
+
+def _search(x: np.ndarray, state: Search, k: int, slack: int) -> tuple[Search, int]:
+    """The search over rows of ascending sort keys, and how many passes it takes."""
     done = 0
-    while bool(jnp.any((state[0] < state[1]) & (state[2] > k))):
-        state = narrow_search(state, count_at_least, k)
+    while bool(jnp.any((state[0] < state[1]) & (state[2] > k + slack))):
+        state = narrow_search(state, _count(x), k)
         done += 1
-    return done
+    return state, done

@@ -12,7 +12,7 @@ from jax import Array, lax
 
 import hisa_jax as hj
 from bench import shapes
-from bench.gpu.checks import CHECKED, check_attention, check_flat, check_hisa
+from bench.gpu.checks import CHECKED, TOKENS, check_attention, check_flat, check_hisa, checked_rows, scores_of
 from bench.tpu import cost
 from bench.tpu.chips import Chip
 from hisa_jax.kernels_pallas import mosaic_tpu
@@ -33,6 +33,11 @@ PREFILLS = (
     (128 * K, "int8"),
     (128 * K, "e4m3"),
 )
+SCANS = {
+    "scan_2": hj.Scan(topk=MODEL.topk, candidates=3 * MODEL.topk, unit=2),
+    "scan_4": hj.Scan(topk=MODEL.topk, candidates=3 * MODEL.topk, unit=4),
+    "scan": hj.Scan(topk=MODEL.topk),
+}
 Shaped = jax.ShapeDtypeStruct
 
 
@@ -70,6 +75,8 @@ def rows() -> Iterator[Row]:
     for context, dtype in PREFILLS:
         yield _flat(shapes.PREFILL, context, dtype)
         yield _hisa(context, dtype)
+    for name, method in SCANS.items():
+        yield _scan(name, method, 128 * K)
     for phase in shapes.DECODES:
         yield _flat(phase, 128 * K, "bf16")
         yield _decode(phase.B, 128 * K, "bf16")
@@ -138,6 +145,43 @@ def _hisa(context: int, dtype: str) -> Row:
         kernels=lambda chip: cost.hisa_kernels(chip, MODEL, T, context, dtype),
         flop=_hisa_flop(T, context),
     )
+
+
+def _scan(name: str, method: hj.Scan, context: int) -> Row:
+    """Eight queries side by side are taken to keep `cost.UNION` times what one does; those that are drawn keep more."""
+    T = shapes.PREFILL.T
+
+    def f(*operands: Array) -> Any:
+        call = call_of(*operands)
+        return call.unflatten(mosaic_tpu.select_scan(call, method))
+
+    return Row(
+        row=name,
+        context=context,
+        dtype="bf16",
+        f=f,
+        operands=indexer_operands(MODEL, 1, T, context, "bf16"),
+        draw=functools.partial(draw_indexer, 1, T, context, "bf16"),
+        check=lambda out, operands: _check_scan(out, operands, method),
+        kernels=lambda chip: cost.scan_kernels(chip, MODEL, method, T, context),
+        flop=2.0
+        * T
+        * MODEL.D
+        * ((method.exact_heads + 1) * (context - (T - 1) / 2) + MODEL.H * method.block_topk * method.unit),
+    )
+
+
+def _check_scan(out: Any, operands: tuple, method: hj.Scan) -> None:
+    """No worse than the tokens of exactly the candidates, which XLA takes; what is better is allowed."""
+    q, k, _, w, visible = operands
+    for b, t in checked_rows(*visible.shape):
+        query = (q[b : b + 1, t : t + 1], k[b : b + 1], w[b : b + 1, t : t + 1])
+        own = hj.select(*query, method, query_positions=visible[b : b + 1, t : t + 1] - 1, implementation="xla")
+        chosen, wanted = np.asarray(out[0][b, t]), np.asarray(own.indices[0, 0])
+        n = int(out[1][b, t])
+        assert n == int(own.count[0, 0]) and (chosen[n:] == -1).all() and (np.diff(chosen[:n]) > 0).all()
+        got, least = (np.sort(scores_of(q[b, t], k[b, x[:n]], None, w[b, t])) for x in (chosen, wanted))
+        assert (got >= least - TOKENS * least.std()).all()
 
 
 def _decode(B: int, context: int, dtype: str) -> Row:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -152,8 +152,8 @@ def products_a_step(tile_t: int, tile_s: int) -> int:
     return math.gcd(max(1, 32 // tile_t), tile_s // COLUMNS)
 
 
-def score_keys(n_rows: int, step: Step, refs: Refs) -> None:
-    """Sort keys of all queries of the tile for the keys of a step."""
+def score_keys(n_rows: int, step: Step, refs: Any) -> None:
+    """Sort keys of all queries of the tile for the keys of a step; `refs` have what it reads and writes of `Refs`."""
     tile_t, H, D = refs.q.shape
     per_step = products_a_step(tile_t, step.size)
     lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)

@@ -17,7 +17,7 @@ from hisa_jax.kernels_pallas.bits import in_32_bits
 from hisa_jax.kernels_pallas.mosaic_tpu import launch, topk_body
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES
 from hisa_jax.kernels_pallas.mosaic_tpu.launch import Launch
-from hisa_jax.kernels_pallas.mosaic_tpu.look_up_body import look_up
+from hisa_jax.kernels_pallas.mosaic_tpu.look_up_body import in_tile, look_up
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import from_tiles, padded_groups, to_tiles
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
@@ -95,6 +95,7 @@ def merge_body(k: int, refs: Refs) -> None:
             def store(i: int, x: Array, out: Ref = out) -> None:
                 out[tile, pl.ds(i * SUBLANES, SUBLANES)] = x
 
-            look_up(values.at[tile], refs.chosen_vmem.at[tile], out.shape[1] // SUBLANES * LANES, store)
+            groups, slots = values.shape[1] // SUBLANES, out.shape[1] // SUBLANES * LANES
+            look_up(in_tile(values.at[tile]), groups, refs.chosen_vmem.at[tile], slots, store)
 
     lax.fori_loop(0, refs.best_positions.shape[0], one_tile, None)

@@ -13,7 +13,6 @@ The three steps of a selection:
 """
 
 import functools
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -21,7 +20,15 @@ from jax.experimental import pallas as pl
 
 from hisa_jax.kernels_pallas.bits import is_any, quotient
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES
-from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, narrow_search
+from hisa_jax.kernels_pallas.mosaic_tpu.threshold_body import (
+    along_lanes,
+    find_thresholds,
+    load_groups,
+    n_groups_of,
+    span_of,
+    unroll_of,
+)
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Ref
 
 SLOTS = SUBLANES * LANES  # output slots that one vector register holds
@@ -31,7 +38,14 @@ _GATHER = lax.GatherDimensionNumbers((), (1,), (1,), operand_batching_dims=(0,),
 
 
 def select(
-    sort_keys_ref: Ref, n: Array, k: int, thresholds_ref: Ref, table_ref: Ref, out_ref: Ref, groups: Groups = None
+    sort_keys_ref: Ref,
+    n: Array,
+    k: int,
+    thresholds_ref: Ref,
+    table_ref: Ref,
+    out_ref: Ref,
+    groups: Groups = None,
+    searched: Groups = None,
 ) -> None:
     """The columns of the k largest sort keys of every row, ascending, then -1; the lowest columns win ties.
 
@@ -41,8 +55,10 @@ def select(
         thresholds_ref: scratch, [tiles, 8, 128] int32; `table_ref`: scratch, int32, of `table_shape(G)`.
         out_ref: [tiles, K // 16, 128] int32, K a multiple of 1024, as the sort keys lie.
         groups: only so many groups are looked at, the first; a multiple of min(G, 128). All if None.
+        searched: the same for the thresholds, a multiple of what a step of their search takes.
     """
-    scanned = _n_groups(sort_keys_ref) if groups is None else groups
+    scanned = n_groups_of(sort_keys_ref) if groups is None else groups
+    scanned = scanned if searched is None else searched
     thresholds, reached = find_thresholds(sort_keys_ref, n, k, scanned)
     drop_late_ties(sort_keys_ref, thresholds, reached, k, scanned)  # now min(n, k) sort keys of each row reach it
     thresholds_ref[...] = thresholds
@@ -54,77 +70,24 @@ def select(
     lax.fori_loop(0, sort_keys_ref.shape[0], one_tile, None)
 
 
-def find_thresholds(sort_keys_ref: Ref, n: Array, k: int, groups: Array | int) -> tuple[Array, Array]:
-    """The threshold of each row: the k largest sort keys reach it, or more if there are ties.
-
-    Args:
-        sort_keys_ref: [tiles, G * 8, 128] int32.
-        n: [tiles, 8, 128] int32, sort keys of each row that are not `INVISIBLE`, the same along the lanes.
-
-    Returns: the thresholds and how many sort keys reach them, [tiles, 8, 128] int32, the same along the lanes.
-    """
-
-    def over_groups(step: Callable, start: tuple, registers: int) -> tuple:
-        unroll = _unroll(sort_keys_ref, registers)
-
-        def some(i, carry):
-            return step(carry, _load_groups(sort_keys_ref, i, unroll))
-
-        return lax.fori_loop(0, quotient(groups, unroll), some, start)
-
-    def bounds(carry, x):
-        least, greatest = carry
-        seen = jnp.where(x == INVISIBLE, FORCED, x)
-        return jnp.minimum(least, jnp.min(seen, axis=1)), jnp.maximum(greatest, jnp.max(x, axis=1))
-
-    def count_at_least(threshold):
-        def some(carry, x):
-            return (carry[0] + jnp.sum(jnp.where(x >= threshold[:, None], 1.0, 0.0), axis=1),)
-
-        total = over_groups(some, (jnp.zeros(n.shape, jnp.float32),), registers=128)[0]
-        return _along_lanes(jnp.sum, total).astype(jnp.int32)
-
-    shape = n.shape
-    least, greatest = over_groups(bounds, (jnp.full(shape, FORCED), jnp.full(shape, INVISIBLE)), registers=32)
-    excess = (n - k).astype(jnp.float32) + 0.5
-    few = n <= k
-    start = (
-        jnp.where(few, INVISIBLE + 1, _along_lanes(jnp.min, least)),
-        jnp.where(few, INVISIBLE + 1, _along_lanes(jnp.max, greatest)),
-        n,
-        excess,
-        jnp.full(shape, k, jnp.float32),
-        jnp.zeros(shape, jnp.int32),
-        jnp.int32(0),
-    )
-
-    def unfinished(state):
-        low, high, n_low, *_ = state
-        return is_any((low < high) & (n_low > k))
-
-    step = functools.partial(narrow_search, count_at_least=count_at_least, k=k)
-    low, _, n_low, *_ = lax.while_loop(unfinished, step, start)
-    return low, n_low
-
-
 def drop_late_ties(sort_keys_ref: Ref, thresholds: Array, reached: Array, k: int, groups: Array | int) -> None:
     """Makes `INVISIBLE` what reaches the threshold but comes after the k-th: the late ones of those equal to it."""
 
     @pl.when(is_any(reached > k))
     def _some_row_has_ties():
-        unroll = _unroll(sort_keys_ref, 32)
+        unroll = unroll_of(sort_keys_ref, 32)
 
         def columns(i):
             return _columns(sort_keys_ref.shape[0], unroll, i * unroll)
 
         def chosen_before(limit):
             def some(i, total):
-                x = _load_groups(sort_keys_ref, i, unroll)
+                x = load_groups(sort_keys_ref, i, unroll)
                 threshold = thresholds[:, None]
                 chosen = (x > threshold) | ((x == threshold) & (columns(i) < limit[:, None]))
                 return total + jnp.sum(jnp.where(chosen, 1.0, 0.0), axis=1)
 
-            return _along_lanes(
+            return along_lanes(
                 jnp.sum, lax.fori_loop(0, quotient(groups, unroll), some, jnp.zeros(thresholds.shape, jnp.float32))
             )
 
@@ -134,12 +97,12 @@ def drop_late_ties(sort_keys_ref: Ref, thresholds: Array, reached: Array, k: int
             enough = chosen_before(middle) >= k
             return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-        n = _n_groups(sort_keys_ref) * LANES
+        n = n_groups_of(sort_keys_ref) * LANES
         whole = (jnp.zeros_like(thresholds), jnp.full(thresholds.shape, n, jnp.int32))
         limit = lax.fori_loop(0, n.bit_length(), halve, whole)[1]
 
         def drop(i, _):
-            x = _load_groups(sort_keys_ref, i, unroll)
+            x = load_groups(sort_keys_ref, i, unroll)
             late = (x == thresholds[:, None]) & (columns(i) >= limit[:, None]) & (reached[:, None] > k)
             kept = jnp.where(late, INVISIBLE, x).reshape(x.shape[0], -1, LANES)
             sort_keys_ref[:, pl.ds(i * unroll * SUBLANES, unroll * SUBLANES)] = kept
@@ -150,11 +113,11 @@ def drop_late_ties(sort_keys_ref: Ref, thresholds: Array, reached: Array, k: int
 
 def table_shape(n_groups: int) -> tuple[int, int, int]:
     """Of the int32 VMEM scratch that `chosen_columns` needs."""
-    return (max(SUBLANES * _span(n_groups) // LANES, 1), SUBLANES, LANES)
+    return (max(SUBLANES * span_of(n_groups) // LANES, 1), SUBLANES, LANES)
 
 
 def chosen_columns(
-    sort_keys_ref: Ref, tile: Array, thresholds_ref: Ref, table_ref: Ref, out_ref: Ref, groups: Groups = None
+    sort_keys_ref: Ref, tile: Array | int, thresholds_ref: Ref, table_ref: Ref, out_ref: Ref, groups: Groups = None
 ) -> None:
     """Writes the columns of a tile's sort keys that reach the threshold, ascending, then -1.
 
@@ -165,8 +128,8 @@ def chosen_columns(
         out_ref: [K // 16, 128] int32, as the sort keys lie; K a multiple of 1024, and no row has more than K sort keys
             that reach its threshold.
     """
-    n_groups = _n_groups(sort_keys_ref)
-    span = _span(n_groups)
+    n_groups = n_groups_of(sort_keys_ref)
+    span = span_of(n_groups)
     registers = out_ref.shape[0] * LANES // (SUBLANES * SLOTS)
 
     def write(i, register, before, totals):
@@ -204,7 +167,7 @@ def chosen_columns(
 
 
 def _write_tables(
-    sort_keys_ref: Ref, tile: Array, first: Array | int, span: int, thresholds_ref: Ref, table_ref: Ref
+    sort_keys_ref: Ref, tile: Array | int, first: Array | int, span: int, thresholds_ref: Ref, table_ref: Ref
 ) -> list[Array]:
     """Tables of `span` groups from the `first` on; returns how many are chosen in each row, [8, 128] splats."""
     chosen, totals = [], []
@@ -217,7 +180,7 @@ def _write_tables(
             x = jnp.where(x >= threshold, 1.0, 0.0)
             chosen.append(x)
             total += x
-        totals.append(_splat_sum(total))
+        totals.append(splat_sum(total))
     chosen += [jnp.zeros((SUBLANES, LANES), jnp.float32)] * (table_ref.shape[0] * LANES // SUBLANES - len(chosen))
     matrix = jnp.concatenate(chosen, axis=0).astype(jnp.bfloat16)  # [8 * span, 128]
     both = _contract_lanes(_packing(), matrix).astype(jnp.int32)  # [16, 8 * span]
@@ -296,26 +259,6 @@ def _before(span: int) -> Array:
     return jnp.where((i < j) & (lax.div(i, span) == lax.div(j, span)), 1.0, 0.0).astype(jnp.bfloat16)
 
 
-def _unroll(sort_keys_ref: Ref, registers: int) -> int:
-    """Groups a step of a loop, a power of two, so that it works on about so many registers."""
-    groups = 1 << ((registers // sort_keys_ref.shape[0]).bit_length() - 1)
-    return min(max(groups, 8), _span(_n_groups(sort_keys_ref)))
-
-
-def _n_groups(sort_keys_ref: Ref) -> int:
-    return sort_keys_ref.shape[1] // SUBLANES
-
-
-def _load_groups(sort_keys_ref: Ref, i: Array, n: int) -> Array:
-    """[tiles, n, 8, 128]: groups i * n and on."""
-    tiles = sort_keys_ref.shape[0]
-    return sort_keys_ref[:, pl.ds(i * n * SUBLANES, n * SUBLANES)].reshape(tiles, n, SUBLANES, LANES)
-
-
-def _span(n_groups: int) -> int:
-    return min(n_groups, LANES)
-
-
 def _slots(register: int) -> Array:
     """[8, 128]: the output slots of a register."""
     sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
@@ -328,11 +271,7 @@ def _columns(tiles: int, n: int, first: Array | int) -> Array:
     return (lax.broadcasted_iota(jnp.int32, shape, 1) + first) * LANES + lax.broadcasted_iota(jnp.int32, shape, 3)
 
 
-def _along_lanes(reduce: Callable, x: Array) -> Array:
-    return jnp.broadcast_to(reduce(x, axis=-1, keepdims=True), x.shape)
-
-
-def _splat_sum(x: Array) -> Array:
+def splat_sum(x: Array) -> Array:
     """[8, 128] float32 -> its sum everywhere, int32."""
     return jnp.broadcast_to(jnp.sum(jnp.sum(x, axis=0, keepdims=True), axis=1, keepdims=True), x.shape).astype(
         jnp.int32

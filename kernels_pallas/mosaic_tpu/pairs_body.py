@@ -1,0 +1,40 @@
+"""Device code that reads bfloat16 keys in pairs: two tokens side by side are one row of 32 bits in VMEM.
+
+A load takes up to eight such rows from any one on, or every n-th, where one of bfloat16 begins with a whole tile of
+16 tokens. Pallas' interpreter knows no other dtype of a reference: it takes the same tokens as they are.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from hisa_jax.kernels_pallas.mosaic_tpu.config import SUBLANES
+from hisa_jax.kernels_pallas.types import Interpret, Ref
+
+
+def strided_pairs(
+    keys_vmem: Ref, first: Array, size: int, starts: tuple[int, ...], stride: int, interpret: Interpret
+) -> Array:
+    """Of `size` pairs from pair number `first` on, a multiple of it: every `stride`-th of those from each start on.
+
+    Args:
+        keys_vmem: [1, N, D] bfloat16.
+
+    Returns: [2 * n, D], the pairs of the first start first.
+    """
+    n = size // (len(starts) * stride) * len(starts)
+    if interpret:
+        keys = keys_vmem[0, pl.ds(2 * first, 2 * size)].reshape(size // stride, stride, 2, -1)
+        return jnp.concatenate([keys[:n, start].reshape(2 * n, -1) for start in starts], axis=0)
+    rows = keys_vmem.bitcast(jnp.int32).at[0, pl.ds(pl.multiple_of(first, size), size)]
+    parts = [rows[pl.ds(start, n, stride=stride)] for start in starts]
+    return pltpu.bitcast(jnp.concatenate(parts, axis=0), keys_vmem.dtype)
+
+
+def copy_pairs(keys_vmem: Ref, pair: Array, to_vmem: Ref, at: int, interpret: Interpret) -> None:
+    """Copies eight pairs, from one on to another on, in references of [N, D] bfloat16: one load and one store."""
+    if interpret:
+        to_vmem[pl.ds(2 * at, 2 * SUBLANES)] = keys_vmem[pl.ds(2 * pair, 2 * SUBLANES)]
+    else:
+        to_vmem.bitcast(jnp.int32)[pl.ds(at, SUBLANES)] = keys_vmem.bitcast(jnp.int32)[pl.ds(pair, SUBLANES)]

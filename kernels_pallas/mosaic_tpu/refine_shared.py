@@ -1,0 +1,141 @@
+"""Token scores of listed units and the exact top-k of them, where eight queries side by side share a list.
+    I[t, s] = sum_h w[t, h] * relu(q[t, h] . k[s]), s in the units of t's list;   o[t] = the k best s, ascending
+
+A query scores what its neighbours want, too, so it may find what its own scan has missed, but never less. Floor, 4096
+queries of dsv32 with 8192 tokens a list: as `refine` of 64 blocks, v5e 1024 cycles a query; v6e 512, as here eight
+queries share the load of a key into the matrix unit. Bound by the MXU. Copying a unit takes a load, a store and its
+number's load, an eighth of it a query.
+
+Keys of a sequence are in VMEM whole.
+"""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas import tpu as pltpu
+
+from hisa_jax.kernels_pallas.mosaic_tpu import flat_body, launch
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES, Chip, Choice
+from hisa_jax.kernels_pallas.mosaic_tpu.launch import HBM, Launch
+from hisa_jax.kernels_pallas.mosaic_tpu.refine_shared_body import Plan, Refs, refine_shared_body
+from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
+from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
+from hisa_jax.kernels_pallas.sequences import whole_blocks
+from hisa_jax.layout import Queries
+
+_PAD = 16  # tokens after the last: a unit is copied as so many
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tile sizes: they change the speed, never the result.
+
+    Attributes:
+        tile_t: queries a grid step: eights whose searches for the threshold share the latency of a sum over lanes.
+        columns: tokens of a list a step.
+        n_cores: cores that share the queries of a sequence.
+    """
+
+    tile_t: int = 32
+    columns: int = 1024
+    n_cores: int = 1
+
+    def vmem_bytes(self, H: int, D: int, S: int, slots: int, groups: int, k: int) -> int:
+        queries = 2 * self.tile_t * (H * D * 2 + 2 * LANES * 4) + self.tile_t * H * LANES * 4
+        lists = 2 * (self.tile_t // SUBLANES) * slots * 4 * 2
+        keys = (S + 2 * self.columns + 3 * _PAD) * D * 2
+        return queries + lists + keys + 4 * self.tile_t * (groups * LANES + 3 * (k + SLOTS)) + (2 << 20)
+
+
+def heuristic(chip: Chip, T: int) -> Config:
+    """For T queries of a sequence."""
+    tile_t = min(32, -(-T // SUBLANES) * SUBLANES)
+    return Config(tile_t=tile_t, n_cores=chip.n_cores if tile_t < T else 1)
+
+
+def refine_shared(
+    queries: Queries, k: Array, lists: Array, counts: Array, unit: int, *, choice: Choice, config: Config
+) -> Array:
+    """The best tokens of the units that queries side by side share.
+
+    Args:
+        queries: of [B, T, ...]; a query that sees one token has its last one's unit in its list.
+        k: [B, S, D] bfloat16 keys.
+        lists, counts: [B, n, slots] and [B, n] int32 of every eight queries, as `scan` gives them.
+
+    Returns: [B, T, k] int32 positions, ascending, then -1.
+    """
+    (B, T, H, D), slots, n_cores = queries.q.shape, lists.shape[2], config.n_cores
+    k, _ = whole_blocks(k, None, _PAD)
+    S, n_eights, multiple = k.shape[1], config.tile_t // SUBLANES, config.tile_t * n_cores
+    q, w, visible = (launch.pad_axis(x, 1, multiple) for x in queries)
+    tiles = q.shape[1] // multiple
+    lists, counts = (_with_rows(x, tiles * n_cores * n_eights) for x in (lists, counts))
+    counts = jnp.minimum(counts, slots)
+    n_visible = listed_tokens(visible.reshape(B, -1, SUBLANES), lists, unit)
+    in_row = min(config.columns // unit, LANES)
+    groups, n_slots = padded_groups(slots * unit), -(-choice.k // LANES) * LANES
+    plan = Plan(
+        choice=choice,
+        tiles=tiles,
+        unit=unit,
+        columns=config.columns,
+        span=min(groups, LANES),
+        part=min(groups, 4 * LANES // n_eights // 4),
+    )
+    n_sums = flat_body.products_a_step(SUBLANES, config.columns) * SUBLANES * 2 * SUBLANES
+    (chosen,) = Launch(
+        body=functools.partial(refine_shared_body, plan),
+        refs=Refs,
+        name="hisa_refine_shared",
+        grid=(n_cores, B, tiles),
+        scalars={"counts_smem": counts.reshape(-1)},
+        operands={
+            "pairs_smem": (
+                (jnp.maximum(lists, 0) * (unit // 2)).reshape(B, -1, slots // in_row, in_row),
+                launch.rows(n_eights, tiles, slots // in_row, in_row, memory_space=pltpu.SMEM),
+            ),
+            "units": (lists.reshape(B, -1, slots // LANES, LANES), launch.rows(n_eights, tiles, slots // LANES, LANES)),
+            "n_visible": (n_visible.reshape(B, -1, 1), launch.rows(config.tile_t, tiles, 1)),
+            "q": (q, launch.rows(config.tile_t, tiles, H, D)),
+            "w": (w, launch.rows(config.tile_t, tiles, H)),
+            "k_hbm": (k, HBM),
+        },
+        outs={
+            "chosen": launch.out(
+                launch.rows(n_eights, tiles, SUBLANES, n_slots), B, q.shape[1] // SUBLANES, SUBLANES, n_slots
+            )
+        },
+        scratch={
+            "keys_vmem": pltpu.VMEM((S + _PAD, D), k.dtype),
+            "even_vmem": pltpu.VMEM((config.columns + _PAD, D), k.dtype),
+            "odd_vmem": pltpu.VMEM((config.columns + _PAD, D), k.dtype),
+            "w_vmem": pltpu.VMEM((config.tile_t, H, LANES), jnp.float32),
+            "partial_vmem": pltpu.VMEM((n_sums, LANES), jnp.float32),
+            **launch.selection_scratch(n_eights, groups, choice.k),
+            "sem": pltpu.SemaphoreType.DMA(()),
+        },
+        vmem_bytes=config.vmem_bytes(H, D, S, slots, groups, choice.k),
+        interpret=choice.interpret,
+        pinned=("q",),
+    )()
+    return chosen.reshape(B, -1, n_slots)[:, :T, : choice.k]
+
+
+def listed_tokens(visible: Array, lists: Array, unit: int) -> Array:
+    """[B, n, 8] tokens that queries see -> how many of those are in their list [B, n, slots].
+
+    A list ascends, so those come first: whole units, and of its own a query sees a part.
+    """
+    last = jnp.maximum(visible - 1, 0)
+    before = (lists[:, :, None] >= 0) & (lists[:, :, None] < (last // unit)[..., None])
+    n = jnp.sum(before, axis=3, dtype=jnp.int32) * unit + last % unit + 1
+    return jnp.where(visible > 0, n, 0)
+
+
+def _with_rows(x: Array, n: int) -> Array:
+    """Of [B, m, ...] the first n rows, or zeros after the last."""
+    x = x[:, :n]
+    return jnp.pad(x, ((0, 0), (0, n - x.shape[1]), *((0, 0),) * (x.ndim - 2)))

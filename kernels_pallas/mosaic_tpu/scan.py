@@ -1,0 +1,145 @@
+"""The scan: which units of tokens each eight queries keep by the score of a few heads in place of all.
+    o[e] = every unit that is among the k best of some query of eight, by the maximum over a unit's tokens s of
+           v[t] . k[s] + sum over n exact heads of w[t, h] * relu(q[t, h] . k[s])
+
+Floor, 4096 queries of dsv32 at 128K, 4 exact heads: 5 / 64 of the flat indexer's products, v5e 1280 cycles a query and
+v6e 640; HBM 64 passes over 32 MiB of keys = 2.6 ms on v5e, 960 cycles a query, under the products. Bound by the MXU,
+and on v6e as much by the VPU: about 20 operations for each register of scores.
+
+Sort keys of units wait in VMEM, as those of tokens do in `flat`, for the search of each query's threshold. A threshold
+that a few more units reach is as good: what `refine_shared` scores may be more than asked for, not less.
+"""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from hisa_jax.kernels_pallas.mosaic_tpu import launch, topk_body
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES, Choice
+from hisa_jax.kernels_pallas.mosaic_tpu.launch import Launch
+from hisa_jax.kernels_pallas.mosaic_tpu.scan_body import Plan, Refs, groups_a_turn, scan_body
+from hisa_jax.kernels_pallas.mosaic_tpu.topk import from_tiles, padded_groups
+from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
+from hisa_jax.kernels_pallas.sequences import whole_blocks
+from hisa_jax.kernels_pallas.types import Ref
+from hisa_jax.xla.scan import ScanHeads
+
+__all__ = ["groups_a_turn", "heuristic", "listed", "scan"]
+
+_MOST_LISTED = 16384
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tile sizes: they change the speed, and how many units are kept beyond those asked for.
+
+    Attributes:
+        tile_t: queries that share a pass over the keys: eight lists make one tile of eight rows.
+        tile_s: keys a grid step.
+        slack: a part of the units asked for, by which there may be more.
+    """
+
+    tile_t: int = 64
+    tile_s: int = 8192
+    slack: float = 1 / 8
+
+    def __post_init__(self) -> None:
+        if self.tile_t % SUBLANES or self.tile_t > SUBLANES * SUBLANES:
+            raise ValueError(f"Config(tile_t={self.tile_t}): must be a multiple of {SUBLANES}, at most 64")
+
+    def vmem_bytes(self, R: int, D: int, groups: int, slots: int) -> int:
+        """Of everything in VMEM, for R heads."""
+        sort_keys = 4 * LANES * groups * (self.tile_t + SUBLANES)
+        windows = 2 * (self.tile_s * D * 2 + self.tile_t * (R * D * 2 + (R + 1) * LANES * 4) + SUBLANES * slots * 4)
+        return sort_keys + windows + self.tile_t * R * LANES * 4 + (2 << 20)
+
+
+def heuristic(T: int, S: int, unit: int) -> Config:
+    """For T queries and S keys of a sequence."""
+    whole = -(-S // (LANES * unit)) * LANES * unit
+    return Config(tile_t=min(64, -(-T // SUBLANES) * SUBLANES), tile_s=min(8192, whole))
+
+
+def listed(S: int, unit: int) -> int:
+    """Units that a list has room for: all of few, half of many, as where half are kept the flat indexer is faster."""
+    return min(-(-S // (unit * SLOTS)) * SLOTS, _MOST_LISTED)
+
+
+def scan(
+    heads: ScanHeads, eligible: Array, k: Array, unit: int, *, choice: Choice, config: Config | None = None
+) -> tuple[Array, Array]:
+    """The units that each eight queries keep.
+
+    Args:
+        heads: of [B, T, ...]; eligible: [B, T] int32, units of each query; k: [B, S, D] bfloat16 keys.
+        choice: units a query.
+
+    Returns: [B, n, slots] int32 of every eight queries, n at least T / 8, ascending, then -1; [B, n] int32, how many
+        they are, which may be more than there is room for.
+    """
+    (B, T, D), n_exact, S = heads.virtual.shape, heads.w.shape[2], k.shape[1]
+    config = config or heuristic(T, S, unit)
+    tile_t, tile_s = config.tile_t, config.tile_s
+    k, _ = whole_blocks(k, None, tile_s)
+    groups, slots = padded_groups(k.shape[1] // unit), listed(S, unit)
+    rows = jnp.concatenate([heads.virtual[:, :, None].astype(k.dtype), heads.exact.astype(k.dtype)], axis=2)
+    rows, w, eligible = (launch.pad_axis(x, 1, tile_t) for x in (rows, heads.w, eligible))
+    tiles, n_eights = eligible.shape[1] // tile_t, tile_t // SUBLANES
+    rows, w = (x.reshape(B, tiles * n_eights, SUBLANES, *x.shape[2:]).swapaxes(2, 3) for x in (rows, w))
+    furthest = jnp.minimum(jnp.max(eligible.reshape(B * tiles, tile_t), axis=1) * unit, k.shape[1])
+
+    def step(b, t, s, furthest_smem):
+        # Past the last key that some query of the tile sees, the same keys again: nothing is copied.
+        return jnp.minimum(s, jnp.maximum(pl.cdiv(furthest_smem[b * tiles + t], tile_s) - 1, 0))
+
+    def of_queries(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *shape), lambda b, t, s, _: (b, t, *(0 for _ in shape[1:])))
+
+    plan = Plan(
+        tiles=tiles,
+        unit=unit,
+        n_exact=n_exact,
+        slack=int(config.slack * choice.k),
+        span=min(groups, LANES),
+        choice=choice,
+    )
+    scratch: dict[str, Ref] = {
+        "sort_keys_vmem": pltpu.VMEM((n_eights, groups * SUBLANES, LANES), jnp.int32),
+        "thresholds_vmem": pltpu.VMEM((n_eights, SUBLANES, LANES), jnp.int32),
+        "union_vmem": pltpu.VMEM((1, groups * SUBLANES, LANES), jnp.int32),
+        "table_vmem": pltpu.VMEM(topk_body.table_shape(groups), jnp.int32),
+    }
+    if n_exact:
+        scratch["w_vmem"] = pltpu.VMEM((n_eights, n_exact * SUBLANES, LANES), jnp.float32)
+    in_tile = (slots // LANES * SUBLANES, LANES)
+    lists, counts = Launch(
+        body=functools.partial(scan_body, plan),
+        refs=Refs,
+        name="hisa_scan",
+        grid=(B, tiles, k.shape[1] // tile_s),
+        scalars={"furthest_smem": furthest},
+        operands={
+            "heads": (rows.reshape(B, tiles * n_eights, -1, D), of_queries(n_eights, (n_exact + 1) * SUBLANES, D)),
+            "w": (
+                w.reshape(B, tiles * n_eights, -1, 1) if n_exact else None,
+                of_queries(n_eights, n_exact * SUBLANES, 1),
+            ),
+            "eligible": (eligible.reshape(B, -1, SUBLANES, 1), of_queries(n_eights, SUBLANES, 1)),
+            "k": (k, pl.BlockSpec((1, tile_s, D), lambda b, t, s, last: (b, step(b, t, s, last), 0))),
+        },
+        outs={
+            "lists": launch.out(of_queries(*in_tile), B, tiles * in_tile[0], LANES),
+            "counts": launch.out(of_queries(SUBLANES, LANES), B, tiles * SUBLANES, LANES),
+        },
+        scratch=scratch,
+        vmem_bytes=config.vmem_bytes(n_exact + 1, D, groups, slots),
+        interpret=choice.interpret,
+        dimension_semantics=("parallel", "parallel", "arbitrary"),
+    )()
+    lists = from_tiles(lists.reshape(-1, *in_tile)).reshape(B, tiles, SUBLANES, slots)[:, :, :n_eights]
+    counts = counts[:, :, 0].reshape(B, tiles, SUBLANES)[:, :, :n_eights]
+    return lists.reshape(B, -1, slots), counts.reshape(B, -1)

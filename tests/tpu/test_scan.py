@@ -1,0 +1,144 @@
+"""The scan's TPU kernels: interpreted, against the selection of exactly the candidates, and compiled at real sizes."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hisa_jax as hj
+from bench import shapes
+from bench.tpu import aot
+from bench.tpu.rows import SCANS, call_of, indexer_operands
+from hisa_jax.kernels_pallas import mosaic_tpu
+from hisa_jax.kernels_pallas.mosaic_tpu import scan, scan_stages
+from hisa_jax.kernels_pallas.mosaic_tpu.config import Choice
+from hisa_jax.layout import Call, Keys
+from hisa_jax.xla.scan import ScanHeads
+from tests.gpu import draw, reference
+
+BF16 = jnp.bfloat16
+NEAR = 1e-5
+# Random queries side by side want different units, so that lists are long: as many as eight queries keep.
+SMALL = hj.Scan(topk=24, candidates=48, exact_heads=2, unit=4)
+
+
+def run(method, inputs, visible, interpret):
+    q, k, _, w = inputs
+    B, S, _ = k.shape
+    lengths = jnp.full((B,), S, jnp.int32)
+    call = Call(q=q, w=w, visible=jnp.asarray(visible, jnp.int32), k=Keys(k, None), lengths=lengths)
+    indices, count = call.unflatten(mosaic_tpu.select_scan(call, method, interpret))
+    return np.asarray(indices), np.asarray(count)
+
+
+def check(got, method, inputs, visible, tolerance):
+    """At least as good as the best of exactly the candidates: the n-th best score of both compared, for every n."""
+    (indices, count), (q, k, _, w) = got, inputs
+    positions = jnp.asarray(visible, jnp.int32) - 1
+    wanted = hj.select(q, k, w, method, query_positions=positions, implementation="xla")
+    for b, t in np.ndindex(*np.shape(visible)):
+        n, chosen = min(int(visible[b][t]), method.topk), indices[b, t]
+        assert count[b, t] == n and (chosen[n:] == -1).all() and (np.diff(chosen[:n]) > 0).all()
+        assert n == 0 or chosen[n - 1] < visible[b][t]
+        scores = reference.token_scores(q[b, t : t + 1], k[b], None, w[b, t : t + 1])[0]
+        own, least = (np.sort(np.nan_to_num(scores[x[:n]], nan=-np.inf)) for x in (chosen, wanted.indices[b, t]))
+        assert (own >= least - tolerance * np.nanstd(scores)).all(), f"sequence {b}, query {t}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "B", "T", "S", "visible"),
+    [
+        # 25 s: a tile that is not full, a query that sees nothing, few and all tokens.
+        pytest.param(SMALL, 1, 9, 700, [[0, 1, 3, 40, 48, 49, 333, 698, 700]], id="units_of_4"),
+        pytest.param(
+            hj.Scan(topk=40, candidates=96, exact_heads=4, keep_first=5, keep_last=3), 1, 72, 1500, None,
+            id="tokens_in_pairs", marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            hj.Scan(topk=32, candidates=64, exact_heads=0, unit=2, slopes="plain"), 2, 11, 1111, None,
+            id="virtual_head_alone", marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            hj.Scan(topk=40, candidates=1024, unit=16), 1, 9, 3000, None,
+            id="units_of_16", marks=pytest.mark.exhaustive,
+        ),
+    ],
+)  # fmt: skip
+def test_chooses_among_at_least_the_candidates(interpret, method, B, T, S, visible):
+    if visible is None:
+        visible = np.broadcast_to(np.arange(S - T + 1, S + 1), (B, T))
+    for inputs in (draw.integers(0, B, T, S, 16, 128, BF16, False), draw.normal(1, B, T, S, 16, 128, BF16, False)):
+        check(run(method, inputs, visible, interpret), method, inputs, visible, NEAR)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_a_key_that_is_not_finite_hides_no_other_of_its_unit(interpret, bad):
+    q, k, k_scale, w = draw.normal(2, 1, 8, 512, 16, 128, BF16, False)
+    inputs, visible = (q, k.at[0, 100::97].set(bad), k_scale, w), [[*range(505, 513)]]
+    check(run(SMALL, inputs, visible, interpret), SMALL, inputs, visible, NEAR)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_lists_that_overflow_are_not_used(interpret, monkeypatch):
+    """The flat indexer chooses, which leaves no candidate out."""
+    monkeypatch.setattr(scan, "_MOST_LISTED", 1024)
+    method, T, S = hj.Scan(topk=24, candidates=1024, exact_heads=0, unit=2), 8, 8192
+    inputs, visible = draw.normal(3, 1, T, S, 16, 128, BF16, False), [[S] * T]
+    indices, count = run(method, inputs, visible, interpret)
+    q, k, _, w = inputs
+    flat = hj.select(q, k, w, hj.Dsa(topk=24), query_positions=jnp.asarray(visible) - 1, implementation="xla")
+    np.testing.assert_array_equal(indices, flat.indices)
+    assert (count == 24).all()
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_list_has_every_unit_that_one_of_eight_queries_keeps(interpret):
+    """And few more: a threshold may let a few more pass, each a unit that scores higher than those left out."""
+    rng, unit, S, k = np.random.default_rng(4), 4, 2048, 32
+    v, keys = rng.integers(-3, 4, (1, 16, 128)), rng.integers(-3, 4, (1, S, 128))
+    heads = ScanHeads(jnp.asarray(v, jnp.float32), jnp.zeros((1, 16, 0, 128), BF16), jnp.zeros((1, 16, 0)))
+    eligible = jnp.full((1, 16), S // unit, jnp.int32)
+    choice = Choice(k=k, keep_first=1, keep_last=1, interpret=interpret)
+    lists, counts = scan.scan(heads, eligible, jnp.asarray(keys, BF16), unit, choice=choice)
+    scores = np.einsum("td,sd->ts", v[0], keys[0]).reshape(16, -1, unit).max(axis=2)
+    for eight in range(2):
+        n, own = int(counts[0, eight]), scores[eight * 8 : (eight + 1) * 8].astype(np.float64)
+        own[:, [0, -1]] = np.inf
+        listed = np.asarray(lists[0, eight])
+        assert (listed[n:] == -1).all() and (np.diff(listed[:n]) > 0).all()
+        threshold = np.sort(own, axis=1)[:, -k]
+        assert np.isin(np.flatnonzero((own >= threshold[:, None]).any(axis=0)), listed[:n]).all()
+        # The least that passes for some query, of those that were let in: an eighth more than k at most, and ties.
+        least = np.sort(own, axis=1)[:, -(k + k // 8) - 1]
+        assert (own[:, listed[:n]] >= least[:, None]).any(axis=0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive if name != "scan_2" else ()) for name in SCANS]
+)
+def test_compiles(chip, name):
+    """dsv32 at 128K, 4096 queries: 60 s on a busy machine."""
+    method = SCANS[name]
+    operands = indexer_operands(shapes.DSV32, 1, shapes.PREFILL.T, 128 << 10, "bf16")
+    program = aot.compile_for(chip, lambda *x: mosaic_tpu.select_scan(call_of(*x), method), *operands, schedules=False)
+    # Scores of all tokens would be 2 GiB.
+    assert program.temp_bytes < 512 << 20
+
+
+def test_refusals_say_why():
+    takes = dict(D=128, dtype="bfloat16", method=hj.Scan(), n_keys=131072, is_batch=True)
+    assert scan_stages.why_not(**takes) is None
+    for change, sentence in (
+        (dict(is_batch=False), "batches alone"),
+        (dict(method=hj.Scan(sketch="int4")), "not of a sketch='int4'"),
+        (dict(method=hj.Scan(unit=32)), "units of up to 16 tokens, not 32"),
+        (dict(D=64), "not bfloat16 of 64"),
+        (dict(dtype="int8"), "not int8 of 128"),
+        (dict(n_keys=131073), "at most 131072 keys"),
+    ):
+        assert sentence in scan_stages.why_not(**{**takes, **change})
