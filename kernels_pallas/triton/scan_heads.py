@@ -18,7 +18,9 @@ from hisa_jax.kernels_pallas.triton.pool import check_addressable, parts_of
 from hisa_jax.kernels_pallas.triton.scan_heads_body import Inputs, Plan, scan_heads_body
 from hisa_jax.methods import Scan
 
-_NUM_WARPS = 4  # 4096 queries of 64K, ms: 0.235; 0.31 with 8, spilled registers and 2.9 with 2
+# 4096 queries of 64K with 64 heads, ms: 0.235 with 4 warps; 0.31 with 8, spilled registers and 2.9 with 2. Products of
+# 128 heads with 4 would spill as those of 64 with 2.
+_HEADS_A_WARP = 16
 
 
 @functools.partial(jax.jit, static_argnames=("method", "interpret"))
@@ -59,7 +61,7 @@ def scan_heads(operands: Operands, visible: Array, first: Array, method: Scan, *
         in_specs=[in_specs],
         out_specs=[row(R, D), row(R)],
         out_shape=[jax.ShapeDtypeStruct((T, R, D), k.dtype), jax.ShapeDtypeStruct((T, R), jnp.float32)],
-        compiler_params=plt.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=max(H // _HEADS_A_WARP, 4), num_stages=1),
         name="hisa_scan_heads",
         interpret=interpret,
     )(inputs)
