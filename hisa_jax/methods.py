@@ -1,22 +1,28 @@
 """The methods: which tokens a query may attend to, as values.
 
-A method is a frozen, hashable dataclass, so it is static under `jax.jit` and needs no state.
+A method is a frozen, hashable dataclass and needs no state. To JAX it is a pytree without leaves: static under
+`jax.jit`, `jax.vmap` and `jax.grad`, whether or not it is named in `static_argnames`.
 """
 
 import dataclasses
 from typing import ClassVar, Literal, get_args
 
+import jax
+import numpy as np
+
 
 def at_least(method: object, name: str, least: int, why: str = "") -> None:
-    """Raises unless an attribute is an int and not below `least`."""
+    """Raises unless an attribute is an int and not below `least`; one of NumPy's becomes Python's."""
     value = getattr(method, name)
     call = f"{type(method).__name__}({name}={value!r})"
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{call}: must be an int, not {type(value).__name__}")
+    object.__setattr__(method, name, int(value))
     if value < least:
         raise ValueError(f"{call}: must be at least {least}{why}")
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dsa:
     """The flat, exact indexer: scores every visible token and keeps the best `topk`.
@@ -52,6 +58,7 @@ class _Blocks:
         at_least(self, "keep_last", 1, ": the block of the query itself holds future tokens, its mean may not decide")
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hisa(_Blocks):
     """The hierarchical indexer: keeps the best blocks by their mean key, then the best tokens inside them.
@@ -92,6 +99,7 @@ class Hisa(_Blocks):
             )
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockSparse(_Blocks):
     """The block-sparse baseline: all visible tokens of the best topk / block_size blocks.
@@ -125,6 +133,7 @@ Sketch = Literal["int4"]
 _MAX_UNIT = 128  # tiles of keys are whole units
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scan:
     """The scan: a few heads score every token, then the exact indexer chooses among the best by them.

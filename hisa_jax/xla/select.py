@@ -20,6 +20,7 @@ from hisa_jax.xla import scan, stages, topk
 from hisa_jax.xla.stages import Candidates
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
     """How much the XLA implementation works on at a time: it changes speed and memory, never the selection.
