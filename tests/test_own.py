@@ -1,8 +1,4 @@
-"""Functions of the caller's own in methods: they decide alone, in every form, and wrong ones are named. 10 s.
-
-The method of most tests is Quest's: a block is the least and the greatest of its keys, feature by feature, and scores
-the most that a key in between could (arXiv 2406.10774).
-"""
+"""Functions of the caller's own in methods: they decide alone, in every form, and wrong ones are named. 8 s."""
 
 import dataclasses
 import functools
@@ -14,28 +10,13 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
+from tests.own_scores import FUNCTIONS, bounds, distance, most
 
 B, T, S, H, D = 2, 5, 200, 2, 8
 PAGE, SIZE, M, K = 8, 16, 4, 12
 
 
-def bounds(keys):
-    return jnp.concatenate([keys.min(0), keys.max(0)])
-
-
-def most(q, blocks, w):
-    least, greatest = jnp.split(blocks, 2, axis=1)
-    most = jnp.maximum(q[:, None] * least[None], q[:, None] * greatest[None]).sum(2)  # [H, n]
-    return (w[:, None] * most).sum(0)
-
-
-def distance(q, keys, w):
-    return -(w[:, None] ** 2 * jnp.abs(q[:, None] - keys[None]).sum(2)).sum(0)
-
-
-QUEST = hj.Hisa(
-    topk=K, block_size=SIZE, block_topk=M, keep_first=2, pool=bounds, block_score=most, token_score=distance
-)
+QUEST = hj.Hisa(topk=K, block_size=SIZE, block_topk=M, keep_first=2, **FUNCTIONS)
 METHODS = {
     "hisa": QUEST,
     "dsa": hj.Dsa(topk=K, token_score=distance),
@@ -79,6 +60,7 @@ def in_numpy(name, q, keys, w):
     return tokens, blocks
 
 
+@pytest.mark.gate("hisa", "dsa")
 @each_method
 def test_scores_of_ones_own_decide_which_blocks_and_tokens_are_chosen(name):
     got = in_one_piece(name)
@@ -127,7 +109,7 @@ def on_a_mesh(name):
 FORMS = {"packed": packed, "paged": paged, "mesh": on_a_mesh, "paged on a mesh": lambda name: paged(name, **axes())}
 
 
-@pytest.mark.gate(*(f"{form}-hisa" for form in FORMS))
+@pytest.mark.gate(*(f"{form}-hisa" for form in ("packed", "paged", "mesh")))
 @each_method
 @pytest.mark.parametrize("form", FORMS)
 def test_scores_of_ones_own_choose_alike_in_every_form(form, name):
