@@ -139,6 +139,8 @@ def finite(call: str, name: str, given: Any) -> None:
 def flags(call: str, **given: Any) -> None:
     """Raises TypeError unless each is a bool that is known when tracing."""
     for name, flag in given.items():
+        if isinstance(flag, jax.core.Tracer):
+            raise TypeError(f"{call}: {name} is traced, wanted a bool, under jit by static_argnames")
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(f"{call}: {name} is {type(flag).__name__}, wanted a bool")
 

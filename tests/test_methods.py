@@ -97,6 +97,13 @@ def test_a_method_is_static_under_jit(names):
     jax.jit(hj.select, static_argnames=names)(*ARRAYS, method=hj.Dsa(topk=4))
 
 
+def test_a_flag_that_jit_traces_says_how_to_give_it():
+    with pytest.raises(
+        TypeError, match="^select: return_scores is traced, wanted a bool, under jit by static_argnames"
+    ):
+        jax.jit(hj.select)(*ARRAYS, hj.Dsa(topk=4), return_scores=True)
+
+
 @pytest.mark.parametrize("method", [*BY_CLASS, hj.Tiles()], ids=lambda method: type(method).__name__)
 def test_to_jax_a_method_has_no_leaves_and_comes_back_as_it_is(method):
     leaves, tree = jax.tree.flatten(method)
