@@ -43,3 +43,8 @@ __all__ = [
     "truncate",
 ]
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """The public names alone: folders and what files import stay out of completion."""
+    return __all__

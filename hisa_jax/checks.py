@@ -84,12 +84,16 @@ def dtype(call: str, name: str, array: Any, wanted: Sequence[str], *, or_abstrac
     is_array = isinstance(array, Array | np.ndarray | np.generic) or hasattr(array, "__jax_array__")
     is_array = is_array and hasattr(array, "dtype") and not isinstance(array, np.ma.MaskedArray)
     if not is_array and not (or_abstract and isinstance(array, jax.ShapeDtypeStruct)):
-        raise TypeError(f"{call}: {name} is {type(array).__name__}, wanted an array of {_either(wanted)}")
+        # Not converted: under jit each number of a list is an operand of its own.
+        how = f": jnp.array({name}, jnp.{wanted[0]})" if isinstance(array, list | tuple) and len(wanted) == 1 else ""
+        raise TypeError(f"{call}: {name} is {type(array).__name__}, wanted an array of {_either(wanted)}{how}")
     given = array.dtype.name
     if not getattr(array.dtype, "isnative", True):
         given = f"{given} in another byte order than this machine's"
     if given not in wanted:
-        raise TypeError(f"{call}: {name} is {given}, wanted {_either(wanted)}")
+        # Kernels have no such products, and a copy that nobody asked for would be made at every call.
+        how = ": float32 holds float16 exactly" if given == "float16" and "float32" in wanted else ""
+        raise TypeError(f"{call}: {name} is {given}, wanted {_either(wanted)}{how}")
 
 
 def int32(call: str, name: str, array: Any, wanted: Sequence[int | str], why: str = "") -> None:
@@ -135,6 +139,8 @@ def finite(call: str, name: str, given: Any) -> None:
 def flags(call: str, **given: Any) -> None:
     """Raises TypeError unless each is a bool that is known when tracing."""
     for name, flag in given.items():
+        if isinstance(flag, jax.core.Tracer):
+            raise TypeError(f"{call}: {name} is traced, wanted a bool, under jit by static_argnames")
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(f"{call}: {name} is {type(flag).__name__}, wanted a bool")
 

@@ -11,7 +11,7 @@ from jax import Array
 
 from hisa_jax.check_select import check_options
 from hisa_jax.layout import IndexCache, Keys
-from hisa_jax.methods import BlockSparse, Hisa, Method, Scan
+from hisa_jax.methods import BlockSparse, Hisa, Method, Scan, name_of
 from hisa_jax.pallas import Backend, Kernels
 from hisa_jax.selection import Selection
 from hisa_jax.sharded import select_kernels, select_xla, varying
@@ -185,6 +185,9 @@ def _tpu(name: str) -> Implementation:
 def _no_kernels(method: Method) -> str | None:
     if isinstance(method, Hisa) and method.block_ratio > 1:
         return f"has no kernels for a Hisa of block_ratio={method.block_ratio}"
+    if not isinstance(method, Scan):
+        for name, function in method.given().items():
+            return f"has no kernels for a {type(method).__name__} of {name}={name_of(function)}"
     return None
 
 

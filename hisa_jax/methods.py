@@ -1,58 +1,111 @@
 """The methods: which tokens a query may attend to, as values.
 
-A method is a frozen, hashable dataclass, so it is static under `jax.jit` and needs no state.
+A method is a frozen, hashable dataclass and needs no state. To JAX it is a pytree without leaves: static under
+`jax.jit`, `jax.vmap` and `jax.grad`, whether or not it is named in `static_argnames`.
 """
 
 import dataclasses
-from typing import ClassVar, Literal, get_args
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, get_args
+
+import jax
+import numpy as np
+from jax import Array
+
+Score = Callable[[Array, Array, Array], Array]
+Pool = Callable[[Array], Array]
 
 
 def at_least(method: object, name: str, least: int, why: str = "") -> None:
-    """Raises unless an attribute is an int and not below `least`."""
+    """Raises unless an attribute is an int and not below `least`; one of NumPy's becomes Python's."""
     value = getattr(method, name)
     call = f"{type(method).__name__}({name}={value!r})"
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{call}: must be an int, not {type(value).__name__}")
+    object.__setattr__(method, name, int(value))
     if value < least:
         raise ValueError(f"{call}: must be at least {least}{why}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Dsa:
+def name_of(function: Any) -> str:
+    """How messages call a function."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+class _Functions:
+    """What methods share that take functions of the caller's own in place of formulas."""
+
+    functions: ClassVar[tuple[str, ...]] = ()  # the attributes that are such functions, or None
+
+    def given(self) -> dict[str, Callable[..., Array]]:
+        """The functions that there are."""
+        return {name: function for name in self.functions if (function := getattr(self, name)) is not None}
+
+    def check_functions(self) -> None:
+        """Raises TypeError unless they can be called, and hashed, since methods are static under jit."""
+        for name, function in self.given().items():
+            call = f"{type(self).__name__}({name}={name_of(function) if callable(function) else repr(function)})"
+            if not callable(function):
+                raise TypeError(f"{call}: must be a function or None, not {type(function).__name__}")
+            try:
+                hash(function)
+            except TypeError:
+                raise TypeError(f"{call}: must be hashable, since methods are static under jit") from None
+
+    def __repr__(self) -> str:
+        fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]
+        shown = {field.name: repr(getattr(self, field.name)) for field in fields if field.name not in self.functions}
+        shown |= {name: name_of(function) for name, function in self.given().items()}
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Dsa(_Functions):
     """The flat, exact indexer: scores every visible token and keeps the best `topk`.
 
     Attributes:
         topk: tokens chosen for each query, k in the papers.
+        token_score: a function of one's own in place of the indexer's score: q [H, D], keys [s, D] and w [H], all
+            float32, -> [s] floats, each of its own key alone. None: the indexer's. docs/research.md has the rules.
 
-    Raises: TypeError: an attribute that is not an int. ValueError: an attribute out of range.
+    Raises: TypeError: an attribute that is not an int, a function that is none. ValueError: an attribute out of range.
     Source: DeepSeek-V3.2's lightning indexer.
     """
 
     has_blocks: ClassVar[bool] = False
+    functions: ClassVar[tuple[str, ...]] = ("token_score",)
     topk: int = 2048
+    token_score: Score | None = None
 
     def __post_init__(self) -> None:
         at_least(self, "topk", 1)
+        self.check_functions()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Blocks:
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class _Blocks(_Functions):
     """What the two methods that choose blocks share."""
 
     has_blocks: ClassVar[bool] = True
+    functions: ClassVar[tuple[str, ...]] = ("pool", "block_score")
     topk: int = 2048
     block_size: int = 128
     keep_first: int = 1
     keep_last: int = 1
+    pool: Pool | None = None
+    block_score: Score | None = None
 
     def __post_init__(self) -> None:
+        self.check_functions()
         at_least(self, "topk", 1)
         at_least(self, "block_size", 1)
         at_least(self, "keep_first", 0)
         at_least(self, "keep_last", 1, ": the block of the query itself holds future tokens, its mean may not decide")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Hisa(_Blocks):
     """The hierarchical indexer: keeps the best blocks by their mean key, then the best tokens inside them.
 
@@ -65,14 +118,21 @@ class Hisa(_Blocks):
             last one holds a single token. 1: `block_topk` of any number.
         keep_first: eligible blocks at the start that are always kept; they count towards `block_topk`.
         keep_last: eligible blocks at the end that are always kept, the query's own one among them.
+        pool: a function of one's own for what stands for a block: its keys [block_size, D] float32 -> [E] floats, with
+            E = D unless `block_score` is given, too. None: their mean.
+        block_score: one's own score of blocks: q [H, D], what stands for them [s, E] and w [H], all float32, -> [s]
+            floats, each of its own block alone. None: the indexer's. docs/research.md has the rules of all three.
+        token_score: the same of tokens, as `Dsa` has it.
 
-    Raises: TypeError: an attribute that is not an int. ValueError: an attribute out of range, more blocks always
-        kept than `block_topk`, or kept blocks that hold fewer tokens than `topk`.
+    Raises: TypeError: an attribute that is not an int, a function that is none. ValueError: an attribute out of range,
+        more blocks always kept than `block_topk`, or kept blocks that hold fewer tokens than `topk`.
     Source: HISA, arXiv 2603.28458, section 3.
     """
 
+    functions: ClassVar[tuple[str, ...]] = ("pool", "block_score", "token_score")
     block_topk: int = 64
     block_ratio: int = 1
+    token_score: Score | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,14 +152,15 @@ class Hisa(_Blocks):
             )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class BlockSparse(_Blocks):
     """The block-sparse baseline: all visible tokens of the best topk / block_size blocks.
 
-    Attributes: those of `Hisa`; `block_topk` follows from `topk`.
+    Attributes: those of `Hisa`, but for `block_ratio` and `token_score`; `block_topk` follows from `topk`.
 
-    Raises: TypeError: an attribute that is not an int. ValueError: an attribute out of range, a `topk` that is not a
-        multiple of `block_size`, or more blocks always kept than topk / block_size.
+    Raises: TypeError: an attribute that is not an int, a function that is none. ValueError: an attribute out of range,
+        a `topk` that is not a multiple of `block_size`, or more blocks always kept than topk / block_size.
     Source: the baseline of HISA, arXiv 2603.28458, section 4.
     """
 
@@ -125,6 +186,7 @@ Sketch = Literal["int4"]
 _MAX_UNIT = 128  # tiles of keys are whole units
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scan:
     """The scan: a few heads score every token, then the exact indexer chooses among the best by them.

@@ -40,7 +40,7 @@ def select(
         q: [B, T, H, D] index queries, bfloat16, float32, float8_e4m3fn or int8.
         k: [B, S, D] index keys, of any of these dtypes, or `QuantizedKeys` of that shape.
         w: [B, T, H] float32 head weights of any sign, every scale factor already in them.
-        method: `Dsa`, `Scan`, `Hisa` or `BlockSparse`; static under jit.
+        method: `Dsa`, `Scan`, `Hisa` or `BlockSparse`; static under jit, in `static_argnames` or not.
         query_positions: [B, T] int32, position of each query in its sequence; -1 marks padding, which selects nothing.
             Default: the queries are the last T of the `lengths` tokens.
         lengths: [B] int32, tokens present in each sequence; the keys after them are never read into a result.

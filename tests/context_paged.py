@@ -24,6 +24,7 @@ from hisa_jax.attention import latent_rows  # noqa: E402
 from hisa_jax.page_pool import PagePool  # noqa: E402
 from tests import draw, isolation  # noqa: E402
 from tests.collectives import collectives, elements  # noqa: E402
+from tests.own_scores import FUNCTIONS  # noqa: E402
 
 METHODS = {
     "dsa": hj.Dsa(topk=24),
@@ -31,6 +32,7 @@ METHODS = {
     "scan": hj.Scan(topk=24, candidates=64, exact_heads=1),
     "scan_units": hj.Scan(topk=24, candidates=64, exact_heads=0, unit=8, keep_first=2, keep_last=3, sketch="int4"),
     "hisa_ratio": hj.Hisa(topk=24, block_size=32, block_topk=36, block_ratio=2, keep_first=2, keep_last=3),
+    "own": hj.Hisa(topk=24, block_size=32, block_topk=5, **FUNCTIONS),
     "all_blocks_kept": hj.Hisa(topk=24, block_size=32, block_topk=32),
     "block_sparse": hj.BlockSparse(topk=160, block_size=32),
 }
@@ -151,7 +153,7 @@ def same_bits_for_every_filter():
 
 
 def same_bits_for_the_other_methods():
-    for name in ("all_blocks_kept", "block_sparse", "scan"):
+    for name in ("all_blocks_kept", "block_sparse", "own", "scan"):
         check(METHODS[name], *served(), stripe=STRIPE, **OVER)
 
 

@@ -18,6 +18,7 @@ import numpy as np  # noqa: E402
 import hisa_jax as hj  # noqa: E402
 from tests import draw, isolation  # noqa: E402
 from tests.collectives import collectives, elements  # noqa: E402
+from tests.own_scores import FUNCTIONS  # noqa: E402
 
 METHODS = {
     "dsa": hj.Dsa(topk=24),
@@ -25,6 +26,7 @@ METHODS = {
     "scan": hj.Scan(topk=24, candidates=64, exact_heads=1),
     "scan_units": hj.Scan(topk=24, candidates=64, exact_heads=0, unit=8, keep_first=2, keep_last=3),
     "hisa_ratio": hj.Hisa(topk=24, block_size=16, block_topk=48, block_ratio=4, keep_first=2, keep_last=3),
+    "own": hj.Hisa(topk=24, block_size=16, block_topk=5, **FUNCTIONS),
     "all_blocks_kept": hj.Hisa(topk=24, block_size=16, block_topk=32),
     "block_sparse": hj.BlockSparse(topk=64, block_size=16),
 }

@@ -99,6 +99,11 @@ def test_kernels_decline_what_is_xlas_alone():
     sentences = {
         hj.Hisa(): None,
         hj.Hisa(block_ratio=4): "has no kernels for a Hisa of block_ratio=4",
+        hj.Hisa(pool=len): "has no kernels for a Hisa of pool=len",
+        hj.Hisa(block_score=max): "has no kernels for a Hisa of block_score=max",
+        hj.Hisa(token_score=min): "has no kernels for a Hisa of token_score=min",
+        hj.BlockSparse(block_score=max): "has no kernels for a BlockSparse of block_score=max",
+        hj.Dsa(token_score=min): "has no kernels for a Dsa of token_score=min",
     }
     for method, sentence in sentences.items():
         problem = dispatch.Problem(H=64, D=128, S=1 << 16, q_dtype="bfloat16", k_dtype="bfloat16", method=method)

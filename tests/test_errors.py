@@ -84,7 +84,10 @@ SELECT_SHAPES = [
     (dict(implementation="cuda"), "implementation='cuda', wanted one of auto, mosaic_gpu, triton, mosaic_tpu, xla"),
 ]
 SELECT_TYPES = [
-    (dict(q=jnp.ones((2, 3, 4, 16), jnp.float16)), "q is float16, wanted bfloat16, float32, float8_e4m3fn or int8"),
+    (
+        dict(q=jnp.ones((2, 3, 4, 16), jnp.float16)),
+        "q is float16, wanted bfloat16, float32, float8_e4m3fn or int8: float32 holds float16 exactly",
+    ),
     (dict(k=np.ones((2, 40, 16))), "k is float64, wanted bfloat16, float32, float8_e4m3fn or int8"),
     (dict(k=[[1.0]]), "k is list, wanted an array of bfloat16, float32, float8_e4m3fn or int8"),
     (
@@ -94,7 +97,7 @@ SELECT_TYPES = [
     (dict(k=hj.QuantizedKeys(KEYS.values, jnp.ones((2, 40), jnp.bfloat16))), "k.scales is bfloat16, wanted float32"),
     (dict(w=jnp.ones((2, 3, 4), jnp.bfloat16)), "w is bfloat16, wanted float32"),
     (dict(lengths=jnp.ones((2,))), "lengths is float32, wanted int32"),
-    (dict(lengths=[40, 40]), "lengths is list, wanted an array of int32"),
+    (dict(lengths=[40, 40]), "lengths is list, wanted an array of int32: jnp.array(lengths, jnp.int32)"),
     (dict(query_positions=jnp.ones((2, 3))), "query_positions is float32, wanted int32"),
     (dict(method="hisa"), "method is 'hisa', wanted a Hisa, Dsa, BlockSparse or Scan"),
 ]
@@ -160,7 +163,11 @@ OF_PAGES = [
     (ValueError, dict(indices=jnp.zeros((4, 5), I32)), "indices is [4, 5], wanted [3, K]: one list a query (q is [3"),
     (TypeError, dict(indices=jnp.zeros((3, 5))), "indices is float32, wanted int32"),
     (TypeError, dict(block_tables=jnp.zeros((2, 1))), "block_tables is float32, wanted int32"),
-    (TypeError, dict(block_tables=[[0], [0]]), "block_tables is list, wanted an array of int32"),
+    (
+        TypeError,
+        dict(block_tables=[[0], [0]]),
+        "block_tables is list, wanted an array of int32: jnp.array(block_tables, jnp.int32)",
+    ),
     (ValueError, dict(block_tables=jnp.zeros((2,), I32)), "block_tables is [2], wanted [R, P]"),
     (TypeError, dict(cu_seqlens_q=jnp.ones((3,), bool)), "cu_seqlens_q is bool, wanted int32"),
     (TypeError, dict(cu_seqlens_q=jnp.ones((3,))), "cu_seqlens_q is float32, wanted int32"),

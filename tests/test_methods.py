@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import hisa_jax as hj
@@ -72,8 +73,65 @@ def test_the_defaults_are_the_papers():
     assert hj.BlockSparse().block_topk == 16
 
 
-def test_a_method_is_static_under_jit():
-    select = jax.jit(hj.select, static_argnames="method")
-    arrays = jnp.ones((1, 2, 2, 16)), jnp.ones((1, 20, 16)), jnp.ones((1, 2, 2))
-    assert select(*arrays, method=hj.Dsa(topk=4)).indices.shape == (1, 2, 4)
-    assert select(*arrays, method=hj.Dsa(topk=5)).indices.shape == (1, 2, 5)
+ARRAYS = jnp.ones((1, 2, 2, 16)), jnp.ones((1, 20, 16)), jnp.ones((1, 2, 2))
+BY_CLASS = (
+    hj.Dsa(topk=4),
+    hj.Hisa(topk=4, block_size=4, block_topk=2),
+    hj.BlockSparse(topk=8, block_size=4),
+    hj.Scan(topk=4),
+)
+
+
+@pytest.mark.parametrize("names", [None, "method"])
+def test_a_method_is_static_under_jit(names):
+    traced = []
+
+    def noted(*arrays, method):
+        traced.append(method)
+        return hj.select(*arrays, method=method)
+
+    select = jax.jit(noted, static_argnames=names)
+    for topk in (4, 5, 5):
+        assert select(*ARRAYS, method=hj.Dsa(topk=topk)).indices.shape == (1, 2, topk)
+    assert traced == [hj.Dsa(topk=4), hj.Dsa(topk=5)]  # equal methods are one
+    jax.jit(hj.select, static_argnames=names)(*ARRAYS, method=hj.Dsa(topk=4))
+
+
+def test_a_flag_that_jit_traces_says_how_to_give_it():
+    with pytest.raises(
+        TypeError, match="^select: return_scores is traced, wanted a bool, under jit by static_argnames"
+    ):
+        jax.jit(hj.select)(*ARRAYS, hj.Dsa(topk=4), return_scores=True)
+
+
+@pytest.mark.parametrize("method", [*BY_CLASS, hj.Tiles()], ids=lambda method: type(method).__name__)
+def test_to_jax_a_method_has_no_leaves_and_comes_back_as_it_is(method):
+    leaves, tree = jax.tree.flatten(method)
+    assert leaves == [] and jax.tree.unflatten(tree, leaves) == method
+    assert tree == jax.tree.structure(dataclasses.replace(method)) and hash(tree) == hash(jax.tree.structure(method))
+
+
+def test_a_method_is_an_argument_under_vmap_and_grad():
+    """4 s: three compilations."""
+    method = BY_CLASS[1]
+    batched = jax.vmap(hj.select, in_axes=(0, 0, 0, None))(*(jnp.stack([x, x]) for x in ARRAYS), method)
+    assert (batched.indices[1] == hj.select(*ARRAYS, method).indices).all()
+
+    def of_scores(q, k, w, method):
+        return jnp.sum(hj.select(q, k, w, method, return_scores=True).scores)
+
+    assert not jax.grad(of_scores)(*ARRAYS, method).any()
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint8])
+def test_sizes_of_numpy_become_pythons(kind):
+    for method in BY_CLASS:
+        given = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+        sizes = {name: kind(value) for name, value in given.items() if type(value) is int}
+        made = type(method)(**given | sizes)
+        assert made == method and hash(made) == hash(method) and repr(made) == repr(method)
+    assert repr(hj.Tiles(queries=kind(8), keys=kind(128))) == "Tiles(queries=8, keys=128)"
+
+
+def test_completion_shows_the_public_names_alone():
+    assert dir(hj) == sorted(hj.__all__)

@@ -17,7 +17,7 @@ from hisa_jax.methods import BlockSparse, Dsa, Method, Scan
 from hisa_jax.selection import Selection
 from hisa_jax.sharded import exchange
 from hisa_jax.sharded.stripes import Shard, Stripes
-from hisa_jax.xla import scan, stages, topk
+from hisa_jax.xla import own, scan, stages, topk
 from hisa_jax.xla import select as xla
 from hisa_jax.xla.stages import Candidates
 
@@ -82,11 +82,11 @@ class _Search:
         if not isinstance(method, Dsa):
             eligible = -(-self.call.queries.visible // method.block_size)
             blocks = stages.first_positions(eligible, method.block_topk)
-        k = min(method.topk, self.shard.max_keys)
+        k, score = min(method.topk, self.shard.max_keys), own.score_of(method, "token_score", stages.scores)
         own_k = min(k, self.call.max_keys)
 
         def find(tile: Queries, r: Array) -> Candidates:
-            return stages.flat(self.own(tile), self.call.sequence(r), own_k, self.tiles.keys)
+            return stages.flat(self.own(tile), self.call.sequence(r), own_k, self.tiles.keys, score=score)
 
         return self.merged(self.best(find, own_k), self.tokens, k), blocks
 
@@ -109,31 +109,38 @@ class _Search:
         is_own = (blocks >= 0) & block_stripes.owns(blocks)
         own_blocks = jnp.sort(jnp.where(is_own, block_stripes.own(blocks), n_blocks), axis=1)[:, :m]
         own_blocks = jnp.where(own_blocks < n_blocks, own_blocks, -1)
-        own_k = min(k, m * block_size)
+        own_k, score = min(k, m * block_size), own.score_of(method, "token_score", stages.scores)
 
         def refine(tile: Queries, r: Array, block_ids: Array) -> Candidates:
-            return stages.refine(self.own(tile), self.call.sequence(r), block_ids, block_size, own_k, self.tiles.keys)
+            sequence, tile_s = self.call.sequence(r), self.tiles.keys
+            return stages.refine(self.own(tile), sequence, block_ids, block_size, own_k, tile_s, score)
 
         return self.merged(self.best(refine, own_k, own_blocks), self.tokens, k), blocks
 
     def _best_means(self, method: xla.WithMeans, m: int, block_stripes: Stripes) -> Candidates:
-        means_of = self._means_of(method)
+        means_of, score = self._means_of(method), own.score_of(method, "block_score", stages.scores)
 
         def find(tile: Queries, r: Array) -> Candidates:
             eligible = -(-tile.visible // method.block_size)
             is_forced = stages.forced_blocks(eligible, method)
             tile = tile._replace(visible=block_stripes.before(eligible))
-            return stages.flat(tile, means_of(r), m, self.tiles.keys, lambda ids: is_forced(block_stripes.place(ids)))
+
+            def forced(block_ids: Array) -> Array:
+                return is_forced(block_stripes.place(block_ids))
+
+            return stages.flat(tile, means_of(r), m, self.tiles.keys, forced, score)
 
         return self.best(find, m)
 
     def _means_of(self, method: xla.WithMeans) -> xla.SequenceOf:
         """What gives sequence r the means of this device's blocks: pooled here, or from what its pages keep."""
         call, block_size = self.call, method.block_size
+        n_blocks, R = call.max_keys // block_size, call.n_sequences
+        if method.pool is not None:
+            return lambda r: own.Pooled(call.sequence(r), method, n_blocks)
         if call.cache is not None:
             return xla.paged_means(call, block_size)
         assert call.lengths is not None
-        n_blocks, R = call.max_keys // block_size, call.n_sequences
         starts = jnp.arange(n_blocks, dtype=jnp.int32) * block_size
         counts = jnp.clip(self.tokens.before(call.lengths)[:, None] - starts[None, :], 0, block_size)
         first_rows = jnp.arange(R, dtype=jnp.int32)[:, None] * call.max_keys + starts[None, :]

@@ -16,10 +16,11 @@ from hisa_jax.layout import LANES, Call, Contiguous, Keys, PagedMeans, Queries, 
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan, at_least, least_blocks
 from hisa_jax.selection import Selection, nothing
 from hisa_jax.sharded import varying
-from hisa_jax.xla import scan, stages, topk
+from hisa_jax.xla import own, scan, stages, topk
 from hisa_jax.xla.stages import Candidates
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
     """How much the XLA implementation works on at a time: it changes speed and memory, never the selection.
@@ -80,10 +81,12 @@ def _means_of(call: Call, method: Method, tiles: Tiles) -> SequenceOf | None:
     """What gives sequence r its block means: pooled here, or from what its pages keep. None where none are needed."""
     if not has_means(method, call.max_keys):
         return None
+    max_blocks = -(-call.max_keys // method.block_size)
+    if method.pool is not None:
+        return lambda r: own.Pooled(call.sequence(r), method, max_blocks)
     if call.cache is not None:
         return paged_means(call, method.block_size)
     assert call.lengths is not None
-    max_blocks = -(-call.max_keys // method.block_size)
     means, first_blocks = pool_all(call.keys, jnp.asarray(call.key_starts), call.lengths, method.block_size, tiles)
     return lambda r: Contiguous(means, first_blocks[r], max_blocks)
 
@@ -156,6 +159,7 @@ def _select_tile(
     `means` are the sequence's block means, or None where none are needed.
     """
     k = min(method.topk, sequence.max_keys)
+    score = own.score_of(method, "token_score", stages.scores)
     blocks = None
     if not isinstance(method, Dsa):
         if not has_filter(method, sequence.max_keys):
@@ -171,12 +175,12 @@ def _select_tile(
 
     def best() -> Candidates:
         if blocks is None or not has_filter(method, sequence.max_keys):
-            return stages.flat(queries, sequence, k, tile_s)
+            return stages.flat(queries, sequence, k, tile_s, score=score)
         if isinstance(method, BlockSparse) and not return_scores:
             # Only the last kept block, the query's own, has invisible tokens: they leave no hole.
             positions, seen = stages.tokens_of(blocks, queries.visible, method.block_size)
             return unscored(jnp.where(seen, positions, -1))
-        return stages.refine(queries, sequence, blocks, method.block_size, k, tile_s)
+        return stages.refine(queries, sequence, blocks, method.block_size, k, tile_s, score)
 
     chosen = best() if return_scores else lax.cond(jnp.all(queries.visible <= k), all_visible, best)
     return selection_of(chosen, method, blocks, return_scores, return_blocks)

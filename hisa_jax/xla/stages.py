@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from hisa_jax.layout import LANES, Keys, Queries, Sequence
 from hisa_jax.methods import BlockSparse, Hisa, Scan, least_blocks
 from hisa_jax.sharded import varying
-from hisa_jax.xla import topk
+from hisa_jax.xla import own, topk
 from hisa_jax.xla.means import mean, tree_sum
 
 
@@ -89,7 +89,9 @@ def head_sum(products: Array, keys: Keys, w: Array) -> Array:
     return total if keys.scales is None else total * keys.scales
 
 
-def tile_scores(queries: Queries, keys_of: Callable[[Array], Keys], width: int, needed: Array) -> Array:
+def tile_scores(
+    queries: Queries, keys_of: Callable[[Array], Keys], width: int, needed: Array, score: own.Score = scores
+) -> Array:
     """Scores of `width` keys for each query of a tile, -inf in rows that do not need them.
 
     `keys_of` maps a row of the tile to its keys; `needed` is [t] bool. Returns [t, width] float32.
@@ -97,7 +99,7 @@ def tile_scores(queries: Queries, keys_of: Callable[[Array], Keys], width: int, 
     none = varying.like(jnp.full((width,), -jnp.inf, jnp.float32), queries)
 
     def one(row: Array) -> Array:
-        return scores(queries.q[row], keys_of(row), queries.w[row])
+        return score(queries.q[row], keys_of(row), queries.w[row])
 
     def one_if_needed(row: Array) -> Array:
         return lax.cond(needed[row], one, lambda _: none, row)
@@ -134,11 +136,16 @@ def stream_topk(
 
 
 def flat(
-    queries: Queries, sequence: Sequence, k: int, tile_s: int, forced: Callable[[Array], Array] | None = None
+    queries: Queries,
+    sequence: Sequence,
+    k: int,
+    tile_s: int,
+    forced: Callable[[Array], Array] | None = None,
+    score: own.Score = scores,
 ) -> Candidates:
     """The `k` best of the visible keys of each query, by a running top-k over tiles of `tile_s` keys.
 
-    `forced` maps positions [t, s] to which of them, [t, s] bool, are chosen whatever their score.
+    `forced` maps positions [t, s] to which of them, [t, s] bool, are chosen whatever their score; `score` gives that.
     Returns the best, [t, k], ascending.
     """
     t, max_keys, visible = queries.q.shape[0], sequence.max_keys, queries.visible
@@ -148,7 +155,7 @@ def flat(
         start = i * tile_s
         tile, positions = sequence.tile(start, tile_s)
         positions = jnp.broadcast_to(positions, (t, tile_s))
-        sort_key = topk.sort_key_of(tile_scores(queries, lambda _: tile, tile_s, visible > start))
+        sort_key = topk.sort_key_of(tile_scores(queries, lambda _: tile, tile_s, visible > start, score))
         if forced is not None:
             sort_key = jnp.where(forced(positions), topk.FORCED, sort_key)
         seen = (positions >= start) & (positions < visible[:, None])
@@ -170,7 +177,8 @@ def block_filter(queries: Queries, means: Sequence, method: Hisa | BlockSparse, 
     forced = forced_blocks(eligible, method)
 
     def filtered() -> Array:
-        return kept_of(flat(queries._replace(visible=eligible), means, m, tile_n, forced), eligible, method)
+        score = own.score_of(method, "block_score", scores)
+        return kept_of(flat(queries._replace(visible=eligible), means, m, tile_n, forced, score), eligible, method)
 
     keeps_all = jnp.all(eligible <= least_blocks(method))
     return lax.cond(keeps_all, lambda: first_positions(eligible, method.block_topk), filtered)
@@ -214,7 +222,15 @@ def tokens_of(block_ids: Array, visible: Array, block_size: int) -> tuple[Array,
     return positions, (positions >= 0) & (positions < visible[:, None])
 
 
-def refine(queries: Queries, sequence: Sequence, block_ids: Array, block_size: int, k: int, tile_s: int) -> Candidates:
+def refine(
+    queries: Queries,
+    sequence: Sequence,
+    block_ids: Array,
+    block_size: int,
+    k: int,
+    tile_s: int,
+    score: own.Score = scores,
+) -> Candidates:
     """The `k` best of the visible tokens in the kept blocks of each query.
 
     `block_ids` [t, m] int32 are ascending, then -1; their tokens are scored about `tile_s` at a time, in whole blocks.
@@ -239,7 +255,7 @@ def refine(queries: Queries, sequence: Sequence, block_ids: Array, block_size: i
         def keys_of(row: Array) -> Keys:
             return sequence.rows(positions[row])
 
-        sort_key = topk.sort_key_of(tile_scores(queries, keys_of, width, n_kept > i * tile_m))
+        sort_key = topk.sort_key_of(tile_scores(queries, keys_of, width, n_kept > i * tile_m, score))
         return Candidates(jnp.where(seen, sort_key, topk.INVISIBLE), positions)
 
     return stream_topk(candidates, _cdiv(jnp.max(n_kept), tile_m), max_tiles, k, t)

@@ -95,11 +95,17 @@ class Recipe:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"method": type(value).__name__, **fields} if isinstance(value, hj.Method) else fields
+        if not isinstance(value, hj.Method):
+            return fields
+        # Functions that a method may have but does not are left out: earlier recipes know nothing of them.
+        absent = () if isinstance(value, hj.Scan) else set(value.functions) - set(value.given())
+        return {"method": type(value).__name__} | {name: x for name, x in fields.items() if name not in absent}
     if isinstance(value, tuple | list):
         return [_plain(x) for x in value]
     if isinstance(value, Mapping):
         return {name: _plain(x) for name, x in value.items()}
+    if callable(value):
+        return f"{value.__module__}.{value.__qualname__}"
     return value
 
 

@@ -1,9 +1,12 @@
 """Continuous batching: whatever happens around a request, its tokens are those that it gets alone."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from hisa_jax.models.engine import Engine, lookup
+from tests.own_scores import FUNCTIONS
 
 from . import serving
 
@@ -56,6 +59,18 @@ def test_tokens_by_a_scan_are_those_of_each_request_alone():
     engine = serving.engine(serving.model(serving.SCAN), n_pages=6)
     wanted = {engine.submit(prompt, serving.N_NEW, ()): tokens for prompt, tokens in zip(prompts, alone, strict=True)}
     assert serving.finish(engine) == (wanted, {}) and engine.pool.page_size == 64
+
+
+@pytest.mark.exhaustive
+def test_tokens_by_scores_of_ones_own_are_those_of_each_request_alone():
+    """And not those by the indexer's."""
+    method = dataclasses.replace(serving.HISA, **FUNCTIONS)
+    prompts = serving.requests(8, seed=4)
+    given = tuple(map(tuple, prompts))
+    alone = serving.alone(given, method, ())
+    engine = serving.engine(serving.model(method))
+    wanted = {engine.submit(prompt, serving.N_NEW, ()): tokens for prompt, tokens in zip(prompts, alone, strict=True)}
+    assert serving.finish(engine) == (wanted, {}) and alone != serving.alone(given, stop_ids=())
 
 
 def test_cancelled_requests_give_pages_back_in_every_state_and_others_do_not_notice(traffic):

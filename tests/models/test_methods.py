@@ -1,5 +1,7 @@
 """Swapping the indexer: every layer selects as its method says, and nothing else changes."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import hisa_jax as hj
 from hisa_jax import models
 from hisa_jax.models.plan import make_plan
 from tests import oracle
+from tests.own_scores import FUNCTIONS
 
 from . import golden
 
@@ -151,3 +154,20 @@ def test_a_rule_that_gives_no_method_is_refused():
     model = golden.model("dsv32").with_method(lambda layer, phase: None)
     with pytest.raises(TypeError, match=r"method\(0, 'prefill'\) is NoneType"):
         model(golden.ids("dsv32"))
+
+
+def test_layers_choose_by_functions_of_ones_own():
+    """Traced alone, 1 s: that tokens are those of each request alone, an exhaustive test of the engine has."""
+    asked = set()
+
+    def noted(name):
+        def function(*given):
+            asked.add(name)
+            return FUNCTIONS[name](*given)
+
+        return function
+
+    method = dataclasses.replace(HISA, **{name: noted(name) for name in FUNCTIONS})
+    model = golden.model("dsv32").with_method(method)
+    jax.eval_shape(model, golden.ids("dsv32"))
+    assert asked == {"pool", "block_score", "token_score"}
