@@ -1,6 +1,7 @@
 """The scan by kernels keeps the contract: its tokens are the best of a set that holds those it is to score.
 
-Lists are made short, so that few tokens do. A program takes 5 to 8 seconds to compile, a case half a second to run.
+Lists are made short, so that few tokens do. A program takes 5 to 8 seconds to compile, a case half a second to run,
+with Mosaic's interpreter up to two minutes.
 """
 
 import dataclasses

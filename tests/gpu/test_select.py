@@ -160,7 +160,7 @@ def test_up_to_all_kept_blocks_the_selection_is_the_flat_one_bit_for_bit(impleme
 
 @pytest.mark.parametrize("shape", [(0, 3, 50), (2, 0, 50), (2, 3, 0)], ids=["no_sequence", "no_query", "no_key"])
 def test_empty_batches_give_empty_selections(implementation, shape):
-    """A second each: no kernel runs."""
+    """Half a second each: no kernel runs."""
     (q, k, w), (B, T, _) = draw.inputs(*shape, 16, 64, dtype="bfloat16"), shape
     for method in (*METHODS.values(), hj.Scan(topk=50)):
         got = select(implementation, q, k, w, method, query_positions=jnp.zeros((B, T), jnp.int32), return_blocks=False)
