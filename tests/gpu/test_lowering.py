@@ -114,7 +114,7 @@ def without_locations(text):
     return [re.sub(r" ?loc\(.*?\)", "", line) for line in text.splitlines() if not line.startswith("#loc")]
 
 
-@pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
+@pytest.mark.parametrize("backend", ["mosaic_gpu", pytest.param("triton", marks=pytest.mark.exhaustive)])
 def test_programs_lower_in_64_bit_mode(backend):
     """Batches, packed batches and the attention; what reads pages is of the same stages.
 

@@ -107,7 +107,8 @@ MORE_CASES = [
     [
         pytest.param(name, *case.values, id=f"{name}-{case.id}", marks=marks)
         for name, marks, cases in (
-            ("triton_interpreted", (), CASES),
+            ("triton_interpreted", (), CASES[1:3]),
+            ("triton_interpreted", pytest.mark.exhaustive, [CASES[0], CASES[3]]),
             ("triton_interpreted", pytest.mark.slow, MORE_CASES[2:]),
             ("triton_interpreted", pytest.mark.exhaustive, MORE_CASES[:2]),
             ("mosaic_gpu_interpreted", (), CASES[:3]),

@@ -76,9 +76,10 @@ def test_packed_batches(implementation, name, n_queries, lengths):
 @pytest.mark.parametrize(
     ("name", "n_queries", "lengths", "page_size", "dtype"),
     [
-        ("hisa", [1, 2], [300, 250], 64, "bfloat16"),
+        # Interpreted, a selection by blocks takes 25 s: the gate has one of a batch, and compiles those of pages.
+        pytest.param("hisa", [1, 2], [300, 250], 64, "bfloat16", marks=pytest.mark.exhaustive),
         pytest.param("hisa", [9, 1, 0, 2], [290, 260, 33, 70], 16, "bfloat16", marks=pytest.mark.exhaustive),
-        pytest.param("dsa", [1, 17], [300, 70], 64, "int8", marks=pytest.mark.exhaustive),
+        ("dsa", [1, 17], [300, 70], 64, "int8"),
         pytest.param("block_sparse", [9, 2], [290, 250], 64, "float8_e4m3fn", marks=pytest.mark.exhaustive),
         pytest.param("hisa", [9, 1], [290, 270], 32, "int8", marks=pytest.mark.exhaustive),
         pytest.param("dsa", [17, 1], [300, 70], 256, "bfloat16", marks=pytest.mark.exhaustive),
