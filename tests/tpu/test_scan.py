@@ -71,6 +71,7 @@ def test_chooses_among_at_least_the_candidates(interpret, method, B, T, S, visib
         check(run(method, inputs, visible, interpret), method, inputs, visible, NEAR)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of the reference, by infinity
 @pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
