@@ -24,6 +24,7 @@ from hisa_jax.kernels_pallas.types import Interpret, Ref
 LINE = 128  # a copy takes at most 256 elements an axis, so lists are folded
 _MOST = 8  # warp-groups a CTA
 _SCRATCH_WORDS = 4
+# Of a list that is alone in shared memory, but for its scratch.
 MAX_CAPACITY = (SMEM_BYTES - RESERVED_BYTES) // 4 // LINE * LINE - LINE
 
 
