@@ -55,7 +55,6 @@ def install(
     _attention_mla().Indexer = chosen
 
 
-@functools.cache
 def indexer_class(
     method: hj.Method,
     *,
@@ -76,12 +75,22 @@ def indexer_class(
     Returns: a subclass of `Indexer`. A call gives the mask [b, t, s], 0 for what is chosen; indices [b, t, topk] int32,
         ascending columns of the mask, then -1; scores [b, t, s] float32. Where s is at most topk it gives what
         MaxText's does, the attention's own mask as mask and scores, and None for indices.
-    Raises: TypeError: another method; ModuleNotFoundError: no MaxText. Its __init__ raises ValueError: another
-        `indexer_topk` than the method's, `indexer_use_approx_top_k`, tokens out of order by load-balanced context
-        parallelism.
+    Raises: TypeError: another method. ValueError: a mesh without axes of it that split the batch, or axes without a
+        mesh. ModuleNotFoundError: no MaxText. Its __init__ raises ValueError: another `indexer_topk` than the method's,
+        `indexer_use_approx_top_k`, tokens out of order by load-balanced context parallelism.
     Source: written for MaxText 0.2.5.
     """
     check_method("integrations.maxtext", method)
+    batch_axes = tuple(batch_axes)
+    known = () if mesh is None else mesh.axis_names
+    if (mesh is not None and not batch_axes) or not set(batch_axes) <= set(known):
+        raise ValueError(f"integrations.maxtext: batch_axes={batch_axes}, wanted axes of the mesh, which has {known}")
+    return _made(method, mesh, batch_axes, implementation)
+
+
+@functools.cache
+def _made(method: hj.Method, mesh: Mesh | None, batch_axes: tuple[str, ...], implementation: str) -> type:
+    """One class for one choice: what MaxText compiles is compiled once."""
     select = functools.partial(_select, method=method, implementation=implementation)
     if mesh is not None:
         rows = PartitionSpec(batch_axes)
