@@ -17,7 +17,7 @@ def namespace(package: str, folder: pathlib.Path | None = None) -> None:
     sys.modules[package] = module
 
 
-def tests_of(file: str, folder: pathlib.Path = SITE) -> dict:
+def load_tests(file: str, folder: pathlib.Path = SITE) -> dict:
     """The tests of a file and the marks of all of them, for pytest to find in another module."""
     path = folder / file
     spec = importlib.util.spec_from_file_location(f"installed_{path.stem}", path)
