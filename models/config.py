@@ -146,8 +146,8 @@ class Config:
         if self.use_hisa:
             kept, size = self.hisa_block_topk, self.hisa_k_block_size
             demand(kept >= 2, "hisa_block_topk", "at least 2: the first block and the query's own are always kept")
-            room = f"at least {-(-self.index_topk // size)}: kept blocks of {size} hold index_topk = {self.index_topk} tokens"
-            demand(kept * size >= self.index_topk, "hisa_block_topk", room)
+            least = f"at least {-(-self.index_topk // size)}: kept blocks of {size} hold index_topk = {self.index_topk}"
+            demand(kept * size >= self.index_topk, "hisa_block_topk", f"{least} tokens")
         are_tokens = all(type(id) is int and 0 <= id < self.vocab_size for id in self.eos_token_ids)
         demand(are_tokens, "eos_token_ids", f"tokens from 0 to {self.vocab_size - 1}")
 

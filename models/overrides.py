@@ -51,7 +51,7 @@ def replaced(keys: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     """The keys of a config.json with others in their place; null takes one away."""
     is_told = any(given.get(name) is not None for name in _SHARING)
     kept = {name: value for name, value in keys.items() if not (is_told and name in _SHARING)}
-    return kept | given
+    return {**kept, **given}
 
 
 def add_override(parser: argparse.ArgumentParser) -> None:

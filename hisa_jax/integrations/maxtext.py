@@ -91,7 +91,7 @@ def indexer_class(
 @functools.cache
 def _made(method: hj.Method, mesh: Mesh | None, batch_axes: tuple[str, ...], implementation: str) -> type:
     """One class for one choice: what MaxText compiles is compiled once."""
-    select = functools.partial(_select, method=method, implementation=implementation)
+    select: Any = functools.partial(_select, method=method, implementation=implementation)
     if mesh is not None:
         rows = PartitionSpec(batch_axes)
         select = jax.shard_map(select, mesh=mesh, in_specs=rows, out_specs=rows)
@@ -154,12 +154,12 @@ def _made(method: hj.Method, mesh: Mesh | None, batch_axes: tuple[str, ...], imp
 class Seen(NamedTuple):
     """What queries see of the tokens that a row has, counted from its first one.
 
-    Attributes: `first` [b, t] int32, the first token of the query's sequence; `count` [b, t] int32, of it and those
-        after it; `order` [b, t] int32, which of the row's sequences that is.
+    Attributes: `first` [b, t] int32, the first token of the query's sequence; `visible` [b, t] int32, how many there
+        are of it and those after it; `order` [b, t] int32, which of the row's sequences that is.
     """
 
     first: Array
-    count: Array
+    visible: Array
     order: Array
 
 
@@ -170,16 +170,16 @@ def _seen_of(is_seen: Array, columns: Array | None) -> Seen:
     if columns is not None:
         token = jnp.argsort(columns, axis=1).astype(jnp.int32)  # the inverse: the number of each column's token
     token = token[:, None, :]
-    count = jnp.sum(is_seen, axis=2, dtype=jnp.int32)
+    visible = jnp.sum(is_seen, axis=2, dtype=jnp.int32)
     first = jnp.min(jnp.where(is_seen, token, S), axis=2)
     last = jnp.max(jnp.where(is_seen, token, -1), axis=2)
     checks.value(
-        (last - first + 1 == count) | (count == 0),
+        (last - first + 1 == visible) | (visible == 0),
         "integrations.maxtext: attention_mask lets a query see tokens with others between them, wanted all from its "
         "sequence's first on",
     )
     order = jnp.cumsum(first[:, 1:] != first[:, :-1], axis=1, dtype=jnp.int32)
-    return Seen(first, count, jnp.pad(order, ((0, 0), (1, 0))))
+    return Seen(first, visible, jnp.pad(order, ((0, 0), (1, 0))))
 
 
 def _select(
@@ -192,17 +192,18 @@ def _select(
     (B, T, _, _), S = q.shape, k.shape[1]
     if columns is not None:
         k = jnp.take_along_axis(k, columns[..., None], axis=1)
-    last = jnp.max(jnp.where(seen.count > 0, seen.order, -1))
+    last = jnp.max(jnp.where(seen.visible > 0, seen.order, -1))
 
     def one(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         i, found = carry
-        is_own = (seen.order == i) & (seen.count > 0)
+        is_own = (seen.order == i) & (seen.visible > 0)
         start = jnp.min(jnp.where(is_own, seen.first, S), axis=1) % S
-        count = jnp.where(is_own, seen.count, 0)
+        visible = jnp.where(is_own, seen.visible, 0)
         keys = jax.vmap(lambda k, start: jnp.roll(k, -start, axis=0))(k, start)
         indices = hj.select(
-            q, keys, w, method, query_positions=count - 1, lengths=jnp.max(count, axis=1), implementation=implementation
-        ).indices
+            q, keys, w, method, query_positions=visible - 1, lengths=jnp.max(visible, axis=1),
+            implementation=implementation,
+        ).indices  # fmt: skip
         chosen = jnp.where(indices < 0, -1, indices + start[:, None, None])
         return i + 1, jnp.where(is_own[..., None], chosen, found)
 
