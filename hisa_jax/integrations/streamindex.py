@@ -169,7 +169,7 @@ def index_cache(
     block = method.block_size if isinstance(method, Hisa | BlockSparse) else _MAX_PAGE_SIZE
     new_size = math.gcd(size, block, _MAX_PAGE_SIZE)
     n = size // new_size
-    parts = jnp.arange(n, dtype=jnp.int32)
+    parts = jnp.arange(n, dtype=jnp.int32)[None, None]
     # A number that is no page stays one.
     is_page = (block_tables >= 0) & (block_tables < values.shape[0])
     table = jnp.where(is_page[..., None], block_tables[..., None] * n + parts, -1).reshape(block_tables.shape[0], -1)
