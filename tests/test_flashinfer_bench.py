@@ -72,7 +72,12 @@ def test_a_request_without_one_of_its_pages_gets_nothing_and_the_others_all():
     ("name", "change", "error", "message"),
     [
         ("q_index_fp8", lambda x: x.astype(jnp.float32), TypeError, "q_index_fp8 is float32, wanted float8_e4m3fn"),
-        ("k_index_cache_fp8", lambda x: x[..., :-4], ValueError, r"wanted \[num_pages, page_size, 1, 36\]: D = 32 bytes"),
+        (
+            "k_index_cache_fp8",
+            lambda x: x[..., :-4],
+            ValueError,
+            r"wanted \[num_pages, page_size, 1, 36\]: D = 32 bytes",
+        ),
         ("weights", lambda x: x[:, 1:], ValueError, r"weights is \[2, 3\], wanted \[2, 4\]"),
         ("seq_lens", lambda x: x[1:], ValueError, r"seq_lens is \[1\], wanted \[2\]: one length a request"),
         ("block_table", lambda x: x.reshape(-1), ValueError, r"block_table is \[6\], wanted \[2, P\]: a row a request"),

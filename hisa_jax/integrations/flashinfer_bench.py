@@ -7,6 +7,7 @@ The shape that it declares, [pages, 64, 1, 132], says nothing of that: bytes of 
 Each request's pages are gathered to keys in one piece, so a page may be of several requests, at any places.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -144,8 +145,10 @@ def solution(method: hj.Method = _FLAT, author: str = "hisa_jax") -> dict[str, A
         raise ValueError(f"solution: method is {method}, wanted topk = {_FLAT.topk}, as the definition has it")
     if not isinstance(method, hj.Scan) and method.given():
         raise ValueError(f"solution: method is {method}, wanted one without functions, which JSON does not hold")
+    fields = {field.name: field.default for field in dataclasses.fields(method)}
+    others = [f"{name}_{value}" for name in fields if (value := getattr(method, name)) != fields[name]]
     return {
-        "name": f"hisa_jax_{type(method).__name__.lower()}",
+        "name": "_".join(["hisa_jax", type(method).__name__.lower(), *others]),
         "definition": DEFINITION,
         "author": author,
         "spec": {

@@ -4,11 +4,7 @@
 
 Projections, weights and cache are MaxText's, and so is what comes out: a mask, indices, scores. Only the choice is made
 here. A row of MaxText's batch may hold several sequences one after the other (packed training) or tokens with gaps
-between them (the caches of prefill and decoding). Its mask says what a query sees: tokens in a row of one sequence.
-
-    row            a a a a b b b . .     two sequences and padding; a query of b sees the b's up to its own
-    select, 1st    a a a a               a sequence at a time, from its own start: there its blocks begin
-    select, 2nd            b b b
+between them (the caches of prefill and decoding). Its mask says what a query sees; rows.py takes it apart.
 
 Keys come whole at every call, so block means are made anew each time. That reads every key once, as the flat indexer
 does: HISA then saves products and most of the top-k, not reading. The scores are for MaxText's own loss. They are made
@@ -17,7 +13,7 @@ and with indexer_loss_scaling_factor = 0.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +21,9 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 import hisa_jax as hj
-from hisa_jax import checks
 from hisa_jax.check_select import check_method
+from hisa_jax.integrations import rows
 from hisa_jax.selection import selected_mask
-from hisa_jax.sharded import varying
 
 _theirs: list[type] = []  # MaxText's own class, while another one has its place
 
@@ -68,8 +63,8 @@ def indexer_class(
         method: `Dsa`, `Hisa`, `Scan` or `BlockSparse`. By `Dsa` the mask is that of MaxText with
             `indexer_mask_exact_topk`: to rounding in float32; in bfloat16 MaxText rounds what heads score, which is
             exact here, so tokens near the threshold differ.
-        mesh, batch_axes: a mesh, and its axes that split the batch, each device choosing for its rows; MaxText's are
-            "data" and "fsdp", for instance. None: all rows are chosen for by one program.
+        mesh, batch_axes: a mesh, and its axes that split the batch ("data" and "fsdp", for instance): each device
+            chooses for its own rows. None: for models on one device; on several XLA gathers what it thinks it needs.
         implementation: as for `select`.
 
     Returns: a subclass of `Indexer`. A call gives the mask [b, t, s], 0 for what is chosen; indices [b, t, topk] int32,
@@ -91,10 +86,10 @@ def indexer_class(
 @functools.cache
 def _made(method: hj.Method, mesh: Mesh | None, batch_axes: tuple[str, ...], implementation: str) -> type:
     """One class for one choice: what MaxText compiles is compiled once."""
-    select: Any = functools.partial(_select, method=method, implementation=implementation)
+    select: Any = functools.partial(rows.select, method=method, implementation=implementation)
     if mesh is not None:
-        rows = PartitionSpec(batch_axes)
-        select = jax.shard_map(select, mesh=mesh, in_specs=rows, out_specs=rows)
+        batch = PartitionSpec(batch_axes)
+        select = jax.shard_map(select, mesh=mesh, in_specs=batch, out_specs=batch)
 
     class Indexer(_their_class()):  # type: ignore[misc]  # a class that is made when it is asked for
         """MaxText's, with the choice by a method of hisa_jax."""
@@ -141,93 +136,14 @@ def _made(method: hj.Method, mesh: Mesh | None, batch_axes: tuple[str, ...], imp
             # Keys are chosen by as they would be cached, in the activations' dtype, whatever LayerNorm computes in.
             keys = k.astype(q.dtype)
             columns = None if segments is None else jnp.argsort(segments <= 0, axis=1, stable=True)
-            indices = select(*map(lax.stop_gradient, (q, keys, w)), _seen_of(is_seen, columns), columns)
+            indices = select(*map(lax.stop_gradient, (q, keys, w)), rows.seen_of(is_seen, columns), columns)
 
             is_chosen = selected_mask(indices, S) & is_seen
             chosen_mask = jnp.where(is_chosen, 0.0, _masked()).astype(self.dtype)
             chunk = getattr(config, "mla_qk_head_chunk_size", 0) or H
-            return chosen_mask, indices, _scores(q, k, w, chunk, config.matmul_precision) + mask
+            return chosen_mask, indices, rows.scores(q, k, w, chunk, config.matmul_precision) + mask
 
     return Indexer
-
-
-class Seen(NamedTuple):
-    """What queries see of the tokens that a row has, counted from its first one.
-
-    Attributes: `first` [b, t] int32, the first token of the query's sequence; `visible` [b, t] int32, how many there
-        are of it and those after it; `order` [b, t] int32, which of the row's sequences that is.
-    """
-
-    first: Array
-    visible: Array
-    order: Array
-
-
-def _seen_of(is_seen: Array, columns: Array | None) -> Seen:
-    """[b, t, s] bool, and the columns that hold tokens, first -> what each query sees."""
-    S = is_seen.shape[2]
-    token = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (is_seen.shape[0], S))
-    if columns is not None:
-        token = jnp.argsort(columns, axis=1).astype(jnp.int32)  # the inverse: the number of each column's token
-    token = token[:, None, :]
-    visible = jnp.sum(is_seen, axis=2, dtype=jnp.int32)
-    first = jnp.min(jnp.where(is_seen, token, S), axis=2)
-    last = jnp.max(jnp.where(is_seen, token, -1), axis=2)
-    checks.value(
-        (last - first + 1 == visible) | (visible == 0),
-        "integrations.maxtext: attention_mask lets a query see tokens with others between them, wanted all from its "
-        "sequence's first on",
-    )
-    order = jnp.cumsum(first[:, 1:] != first[:, :-1], axis=1, dtype=jnp.int32)
-    return Seen(first, visible, jnp.pad(order, ((0, 0), (1, 0))))
-
-
-def _select(
-    q: Array, k: Array, w: Array, seen: Seen, columns: Array | None, *, method: hj.Method, implementation: str
-) -> Array:
-    """[b, t, h, d], [b, s, d], [b, t, h] -> [b, t, topk] int32, the columns that each query chooses.
-
-    The i-th sequence of every row at a time: as often as the row with the most has sequences.
-    """
-    (B, T, _, _), S = q.shape, k.shape[1]
-    if columns is not None:
-        k = jnp.take_along_axis(k, columns[..., None], axis=1)
-    last = jnp.max(jnp.where(seen.visible > 0, seen.order, -1))
-
-    def one(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        i, found = carry
-        is_own = (seen.order == i) & (seen.visible > 0)
-        start = jnp.min(jnp.where(is_own, seen.first, S), axis=1) % S
-        visible = jnp.where(is_own, seen.visible, 0)
-        keys = jax.vmap(lambda k, start: jnp.roll(k, -start, axis=0))(k, start)
-        indices = hj.select(
-            q, keys, w, method, query_positions=visible - 1, lengths=jnp.max(visible, axis=1),
-            implementation=implementation,
-        ).indices  # fmt: skip
-        chosen = jnp.where(indices < 0, -1, indices + start[:, None, None])
-        return i + 1, jnp.where(is_own[..., None], chosen, found)
-
-    nothing = jnp.full((B, T, method.topk), -1, jnp.int32)
-    start = varying.like((jnp.zeros((), jnp.int32), nothing), q)
-    _, found = lax.while_loop(lambda carry: carry[0] <= last, one, start)
-    if columns is None:
-        return found
-    at = jax.vmap(lambda columns, found: columns[jnp.maximum(found, 0)])(columns, found)
-    return jnp.where(found < 0, -1, at.astype(jnp.int32))
-
-
-def _scores(q: Array, k: Array, w: Array, chunk: int, precision: Any) -> Array:
-    """The indexer's scores [b, t, s] float32, with gradients; the products of `chunk` heads at a time are in memory."""
-    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-
-    @jax.checkpoint
-    def add(total: Array, heads: tuple[Array, Array]) -> tuple[Array, None]:
-        q, w = heads
-        return total + einsum("btsh,bth->bts", jax.nn.relu(einsum("bthd,bsd->btsh", q, k)), w), None
-
-    (B, T, H, D), S = q.shape, k.shape[1]
-    heads = jnp.moveaxis(q.reshape(B, T, H // chunk, chunk, D), 2, 0), jnp.moveaxis(w.reshape(B, T, -1, chunk), 2, 0)
-    return lax.scan(add, jnp.zeros((B, T, S), jnp.float32), heads)[0]
 
 
 def _check_config(config: Any, method: hj.Method) -> None:
