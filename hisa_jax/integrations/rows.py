@@ -46,8 +46,8 @@ def seen_of(is_seen: Array, columns: Array | None) -> Seen:
     last = jnp.max(jnp.where(is_seen, token, -1), axis=2)
     checks.value(
         (last - first + 1 == visible) | (visible == 0),
-        "integrations.rows: is_seen has a query with unseen tokens between those it sees, wanted none from the first of "
-        "its sequence on",
+        "integrations.rows: is_seen has a query with unseen tokens between those that it sees, wanted none from the "
+        "first of its sequence on",
     )
     order = jnp.cumsum(first[:, 1:] != first[:, :-1], axis=1, dtype=jnp.int32)
     return Seen(first, visible, jnp.pad(order, ((0, 0), (1, 0))))

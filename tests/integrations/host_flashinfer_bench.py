@@ -1,7 +1,7 @@
 """FlashInfer-Bench's own check of a solution, from the installed package, on ours.
 
-How it judges what solutions compute needs PyTorch, and CUDA: tests/gpu/test_flashinfer_bench.py, by rules written down in
-tests/flashinfer_rules.py, since no release has them yet.
+How it judges what solutions compute needs PyTorch and CUDA, and no release has its rules for indexers yet: they are
+written down in tests/flashinfer_rules.py, and tests/gpu/test_flashinfer_bench.py applies them.
 """
 
 import json
