@@ -207,7 +207,7 @@ WRONG = {
     "offsets": (dict(cu_q_lens=np.zeros(4, np.int32)), "cu_q_lens is [4], wanted [5]"),
     "distribution": (dict(distribution=(1, 1)), "distribution has 2 numbers, wanted 3"),
     "dtype": (dict(cache_kv=np.zeros((4, 16, 4, 256), np.int8)), "cache_kv is int8, wanted uint8 or bfloat16"),
-    "packing": (dict(cache_kv=np.zeros((4, 32, 2, 256), np.uint8)), "cache_kv is [4, 32, 2, 256], wanted [pages, page / 4"),
+    "packing": (dict(cache_kv=np.zeros((4, 32, 2, 256), np.uint8)), "is [4, 32, 2, 256], wanted [pages, page / 4"),
     "width": (dict(cache_kv=np.zeros((4, 16, 4, 128), np.uint8)), "wanted at least 129 numbers a token"),
     "weights": (dict(indexer_weights=np.zeros((12, 3), np.float32)), "indexer_weights is [12, 3], wanted [12, 4]"),
     "k": (dict(k=0), "k=0, wanted at least 1"),

@@ -69,12 +69,7 @@ def streamindex_topk(
 
     Returns: [T, k] int32, entries of the request in ascending order, then -1.
     Raises: TypeError, ValueError: arguments that are not these.
-    Example:
-        >>> pages = jnp.ones((2, 8, 2, 128), jnp.bfloat16)  # 2 pages of 16 entries, sglang-jax's layout
-        >>> batch = jnp.array([20]), jnp.array([1, 0]), jnp.array([0, 1]), (1, 1, 1)
-        >>> q, w = jnp.ones((1, 4, 128), jnp.bfloat16), jnp.ones((1, 4))
-        >>> streamindex_topk(q, w, pages, *batch, k=4, compression_ratio=1).tolist()
-        [[0, 1, 2, 3]]
+    Example: docs/integrations.md.
     """
     batch = Batch(seq_lens, page_indices, cu_q_lens, distribution, compression_ratio)
     return select("streamindex_topk", q, indexer_weights, cache_kv, batch, k, method, implementation).indices

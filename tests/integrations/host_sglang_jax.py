@@ -12,7 +12,7 @@ from hisa_jax.integrations.streamindex import streamindex_topk
 from tests.integrations.installed import SOURCE, load_tests
 
 sys.path.insert(0, str(SOURCE / "python"))
-from sgl_jax.srt.kernels.dsa import streamindex_topk as theirs  # noqa: E402
+from sgl_jax.srt.kernels.dsa import streamindex_topk as theirs
 
 theirs.streamindex_topk = streamindex_topk
 with mock.patch.object(jax, "default_backend", return_value="tpu"):

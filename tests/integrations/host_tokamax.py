@@ -9,6 +9,7 @@ from tokamax._src.ops.lightning_indexer import test_base
 
 import hisa_jax as hj
 from hisa_jax.integrations.tokamax import lightning_indexer
+from tests.integrations.installed import run_example
 
 
 class TestFlat(test_base.LightningIndexerTestBase):
@@ -39,3 +40,7 @@ def test_ours_is_an_implementation_of_their_call():
     theirs = tokamax.ops.lightning_indexer(**inputs, k=16, implementation="xla")
     ours = jax.jit(functools.partial(tokamax.ops.lightning_indexer, k=16, implementation=lightning_indexer))(**inputs)
     np.testing.assert_array_equal(np.sort(ours), np.sort(theirs))
+
+
+def test_the_example_of_the_documentation_runs():
+    run_example("tokamax")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 import sys
 import sysconfig
 import types
@@ -27,3 +28,13 @@ def load_tests(file: str, folder: pathlib.Path = SITE) -> dict:
     if not found:
         raise LookupError(f"{path} has no tests")
     return found
+
+
+def run_example(host: str) -> None:
+    """Runs the blocks of docs/integrations.md that are titled with a host."""
+    page = pathlib.Path(__file__).parent.parent.parent / "docs" / "integrations.md"
+    blocks = re.findall(rf'```python title="{host}"\n(.*?)```', page.read_text(), re.DOTALL)
+    if not blocks:
+        raise LookupError(f"{page.name} has no example of {host}")
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), {})
