@@ -13,9 +13,11 @@ from jax.sharding import Mesh
 from maxtext.configs import pyconfig
 from maxtext.layers import attention_mla, embeddings
 from maxtext.utils import maxtext_utils
+from maxtext.utils.model_creation_utils import from_config
 
 import hisa_jax as hj
 from hisa_jax.integrations.maxtext import indexer_class, install
+from tests.integrations.installed import run_example
 
 jax.config.update("jax_num_cpu_devices", 2)
 FILE = pathlib.Path(maxtext.__path__[0]) / "configs" / "base.yml"
@@ -215,6 +217,27 @@ def test_devices_choose_for_their_rows_alone(method):
     np.testing.assert_array_equal(call(*arguments)[1], settings(*arguments)[1])
     text = call.lower(*arguments).as_text()
     assert "shard_map" in text or "manual" in text
+
+
+def test_a_whole_model_computes_by_the_flat_method_what_it_does_by_theirs():
+    """DeepSeek-V3.2 as MaxText names it, made small: a dense layer and one of experts."""
+    experts = dict(num_experts=4, num_experts_per_tok=2, base_moe_mlp_dim=32, base_mlp_dim=32, sparse_matmul=False)
+    model = dict(model_name="deepseek3.2-671b", override_model_config=True, vocab_size=128, weight_dtype="float32")
+    settings = config(**experts, **model, base_num_decoder_layers=2, first_num_dense_layers=1)
+    tokens = jax.random.randint(jax.random.key(0), (1, T), 0, 128)
+
+    def logits(method):
+        install(method)
+        model = from_config(settings, rngs=nnx.Rngs(params=0, dropout=0))
+        return nnx.jit(lambda model: model(tokens, jnp.arange(T)[None], enable_dropout=False))(model)
+
+    theirs = logits(None)
+    np.testing.assert_allclose(logits(FLAT), theirs, atol=1e-5)
+    assert np.abs(logits(HISA) - theirs).max() > 0.01
+
+
+def test_the_example_of_the_documentation_runs():
+    run_example("maxtext")
 
 
 def test_where_everything_fits_the_attention_keeps_its_mask():
