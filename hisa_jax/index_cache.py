@@ -14,7 +14,7 @@ from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.xla import sketch as sketches
 from hisa_jax.xla.describe import describe
 
-_MAX_PAGE_SIZE = 256
+MAX_PAGE_SIZE = 256
 
 
 @jax.tree_util.register_dataclass
@@ -146,8 +146,8 @@ def holds_tokens(cache: IndexCache, pages: Array, page_indices: Array, lengths: 
 
 def check_page_size(call: str, page_size: int) -> None:
     """Raises ValueError unless pages may have so many tokens."""
-    if page_size < 1 or page_size > _MAX_PAGE_SIZE or page_size & (page_size - 1):
-        raise ValueError(f"{call}: page_size={page_size}, wanted a power of two up to {_MAX_PAGE_SIZE}")
+    if page_size < 1 or page_size > MAX_PAGE_SIZE or page_size & (page_size - 1):
+        raise ValueError(f"{call}: page_size={page_size}, wanted a power of two up to {MAX_PAGE_SIZE}")
 
 
 def check_sketch(call: str, sketch: Sketch | None) -> None:

@@ -7,7 +7,7 @@ as sgl_jax/srt/kernels/dsa/streamindex_topk.py, with pages of bfloat16 besides. 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax import Array
 
 from hisa_jax import checks, dispatch
 from hisa_jax.check_select import check_method, check_paged
-from hisa_jax.index_cache import IndexCache
+from hisa_jax.index_cache import MAX_PAGE_SIZE, IndexCache
 from hisa_jax.integrations import records
 from hisa_jax.layout import ascending, sequence_of_rows
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
@@ -23,7 +23,6 @@ from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.select_paged import check_pages, select_visible
 from hisa_jax.selection import Selection, nothing
 
-_MAX_PAGE_SIZE = 256  # of an IndexCache
 _TILE_SIZES = ("num_kv_pages_per_block", "num_queries_per_block", "vmem_limit_bytes", "decode_req_batch_size")
 
 
@@ -75,17 +74,14 @@ def streamindex_topk(
     return select("streamindex_topk", q, indexer_weights, cache_kv, batch, k, method, implementation).indices
 
 
-class Batch:
-    """The requests of a call.
+class Batch(NamedTuple):
+    """The requests of a call: its arguments of these names, and `ratio` for its compression_ratio."""
 
-    Attributes: `seq_lens`, `page_indices`, `cu_q_lens`, `distribution` and `ratio`, as `streamindex_topk` has them.
-    """
-
-    def __init__(
-        self, seq_lens: Array, page_indices: Array, cu_q_lens: Array, distribution: Array | Sequence[int], ratio: int
-    ) -> None:
-        self.seq_lens, self.page_indices, self.cu_q_lens = seq_lens, page_indices, cu_q_lens
-        self.distribution, self.ratio = distribution, ratio
+    seq_lens: Array
+    page_indices: Array
+    cu_q_lens: Array
+    distribution: Array | Sequence[int]
+    ratio: int
 
     def check(self, call: str) -> None:
         """Raises TypeError, ValueError unless the arrays fit each other."""
@@ -97,7 +93,9 @@ class Batch:
             raise ValueError(f"{call}: page_indices is [{n}], wanted a multiple of the {S} requests of seq_lens")
         checks.int32(call, "cu_q_lens", self.cu_q_lens, (S + 1,), "a start for each request of seq_lens, and the end")
         checks.integer(call, "compression_ratio", self.ratio, 1)
-        if len(self.distribution) != 3:
+        if not isinstance(self.distribution, list | tuple):
+            checks.int32(call, "distribution", self.distribution, (3,))
+        elif len(self.distribution) != 3:
             raise ValueError(f"{call}: distribution has {len(self.distribution)} numbers, wanted 3")
 
     @property
@@ -159,10 +157,12 @@ def index_cache(
     size = records.page_size(call, cache_kv, D, layout)
     checks.int32(call, "block_tables", block_tables, ("S", "P"), "a flat table is block_tables.reshape(S, -1)")
     values, scales = records.read(cache_kv, D, layout)
-    if dtype is not None and checks.one_dtype(call, "dtype", dtype, ("bfloat16",)) and scales is not None:
-        values, scales = values.astype(jnp.bfloat16) * scales.astype(jnp.bfloat16)[..., None], None
-    block = method.block_size if isinstance(method, Hisa | BlockSparse) else _MAX_PAGE_SIZE
-    new_size = math.gcd(size, block, _MAX_PAGE_SIZE)
+    if dtype is not None:
+        checks.one_dtype(call, "dtype", dtype, ("bfloat16",))
+        if scales is not None:
+            values, scales = values.astype(jnp.bfloat16) * scales.astype(jnp.bfloat16)[..., None], None
+    block = method.block_size if isinstance(method, Hisa | BlockSparse) else MAX_PAGE_SIZE
+    new_size = math.gcd(size, block, MAX_PAGE_SIZE)
     n = size // new_size
     parts = jnp.arange(n, dtype=jnp.int32)[None, None]
     # A number that is no page stays one.
@@ -187,7 +187,7 @@ def select(
     own: Callable[[Array], Array] = lambda n: n,
     return_scores: bool = False,
 ) -> Selection:
-    """The selection of a checked call.
+    """The selection by a host's call of this name, whose arguments are checked here.
 
     Args:
         own: of the first n entries of a request, how many this device has; they are its first ones there.

@@ -63,7 +63,7 @@ def lightning_indexer(
     checks.integer(call, "cp_size", cp_size, 1)
     checks.integer(call, "interleave_size", interleave_size, 1)
     batch = Batch(seq_lens, page_indices, cu_q_lens, distribution, compression_ratio)
-    batch.check(call)
+    checks.integer(call, "compression_ratio", compression_ratio, 1)
     own: Any = {}
     if cp_size > 1:
         if interleave_size % compression_ratio:
