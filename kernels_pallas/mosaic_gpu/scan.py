@@ -76,10 +76,9 @@ def _launch(call: FlatCall, heads: ScanHeads, threshold: Array, options: _Option
     (T, rows, D), sequences, visible = heads.q.shape, call.sequences, call.visible
     group, n = _SLOT // rows, sequences.max_keys
     k = call.k[:, None]
-    # With few rows a query a thread has the sums of more queries, and fewer warp-groups fit. Spans of two warp-groups
-    # are a power of two, as samples and what selects from them are.
+    # Spans of two warp-groups are a power of two, as samples and what selects from them are.
     sizes = scores_stage.Sizes(-(-T // group), _SLOT, D, 1, k.dtype.itemsize)
-    config = scores_stage.heuristic(sizes, n, options.n_ctas, n_score=3 if rows >= 8 and options.filters else 2)
+    config = scores_stage.heuristic(sizes, n, options.n_ctas, n_score=3 if options.filters else 2)
     # No more than a sequence has on average: a tile is of one sequence.
     config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // (group * len(sequences.lengths)))))
     tile = config.tile_t * group
