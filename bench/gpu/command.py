@@ -1,7 +1,7 @@
 """`python -m bench gpu`: every stage and whole indexer on an NVIDIA GPU, each result checked before it is timed.
 
 Two times of each row. The **span** is of one call, from its first kernel's start to its last one's end, by the
-profiler. The **sustained** time is that of a call among many inside one jitted loop, where each waits for the one before
+profiler. The **sustained** time is that of a call among many in one jitted loop, where each waits for the one before
 (one of its inputs depends on the last result): it holds launches, and the clock of a card at work. A figure is the
 median. Everything is counted: top-k, index arithmetic. Floors are those of the tensor cores at the vendor's dense rate,
 or of device memory where that is the larger.
