@@ -1,7 +1,6 @@
 """Device code of `scan_heads`: one query a program."""
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -10,12 +9,11 @@ from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
 from hisa_jax.kernels_pallas.triton.scan_body import rows_of
-from hisa_jax.kernels_pallas.triton.topk_body import threshold_of
+from hisa_jax.kernels_pallas.triton.topk_body import choose
 from hisa_jax.kernels_pallas.types import Ref
 from hisa_jax.xla.means import split
 
 _N_SAMPLES, _N_BEST = 256, 32
-_PART = 64  # samples multiplied at a time
 
 
 class Inputs(NamedTuple):
@@ -44,8 +42,7 @@ def scan_heads_body(refs: Inputs, o_q_ref: Ref, o_w_ref: Ref, *, plan: Plan) -> 
     # One program, one query:   sampled keys x heads -> their scores, the 32 best -> how often each head is open there
     #                           -> the heads that are not exact, summed with these weights -> rows o_q, weights o_w
     #
-    # The products are made twice, 64 samples at a time: kept from the scores to the counts they would take most
-    # registers, and few programs would be there to hide each other's waits. The sample and the arithmetic are those of
+    # The products [256, H] stay in registers from the scores to the counts. The sample and the arithmetic are those of
     # xla/scan.py. out: [R, D], [R].
     R, D = o_q_ref.shape
     heads, w = refs.q[...], refs.w[...]
@@ -93,40 +90,15 @@ def _slopes(refs: Inputs, heads: Array, w: Array, plan: Plan) -> Array:
     visible, columns = refs.visible[0], jnp.arange(refs.k.shape[1], dtype=jnp.int32)
     # The least power of two that leaves at most 256: the bit length of (visible - 1) / 256.
     shift = 32 - lax.clz(lax.shift_right_logical(jnp.maximum(visible - 1, 0), jnp.int32(8)))
-    n_parts = _N_SAMPLES // _PART
-
-    def products_of(part: Array) -> tuple[Array, Array, Array]:
-        """[_PART, H] products of a part of the samples; [_PART] their rows, and which of them there are."""
-        positions = (part * _PART + jnp.arange(_PART, dtype=jnp.int32)) << shift
-        there = positions < visible
-        rows = rows_of(refs.k, refs.table, refs.first[0] + jnp.where(there, positions, 0), plan.page_size)
-        k = plt.load(refs.k.at[rows[:, None], columns[None, :]])
-        products = lax.dot_general(k, heads, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        return products, rows, there
-
-    def score_part(part: Array, sort_keys: tuple[Array, ...]) -> tuple[Array, ...]:
-        products, rows, there = products_of(part)
-        score = jnp.sum(jnp.where(products < 0.0, 0.0, products) * w[None, :], axis=1)
-        if refs.k_scale is not None:
-            score = score * plt.load(refs.k_scale.at[rows])
-        scored = jnp.where(there, sort_key_of(score), INVISIBLE)
-        return tuple(jnp.where(part == i, scored, x) for i, x in enumerate(sort_keys))
-
-    sort_keys = (jnp.full((_PART,), INVISIBLE, jnp.int32),) * n_parts
-    sort_keys = lax.fori_loop(0, n_parts, score_part, sort_keys)
-    threshold, n = threshold_of(sort_keys, _N_BEST)
-    n_above = functools.reduce(jnp.add, [(x > threshold).astype(jnp.int32) for x in sort_keys])
-    room = _N_BEST - jnp.sum(n_above)
-
-    def count_part(part: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        n_open, n_tied = state
-        products, _, _ = products_of(part)
-        x = functools.reduce(lambda x, i: jnp.where(part == i, sort_keys[i], x), range(1, n_parts), sort_keys[0])
-        is_tied = (x == threshold) & (x > INVISIBLE)
-        nth = n_tied + jnp.cumsum(is_tied.astype(jnp.int32))
-        is_best = (x > threshold) | (is_tied & (nth <= room))
-        n_open = n_open + jnp.sum(((products > 0.0) & is_best[:, None]).astype(jnp.int32), axis=0)
-        return n_open, n_tied + jnp.sum(is_tied.astype(jnp.int32))
-
-    n_open, _ = lax.fori_loop(0, n_parts, count_part, (jnp.zeros(w.shape, jnp.int32), jnp.int32(0)))
-    return n_open.astype(jnp.float32) / jnp.clip(n, 1, _N_BEST).astype(jnp.float32)
+    positions = jnp.arange(_N_SAMPLES, dtype=jnp.int32) << shift
+    there = positions < visible
+    rows = rows_of(refs.k, refs.table, refs.first[0] + jnp.where(there, positions, 0), plan.page_size)
+    k = plt.load(refs.k.at[rows[:, None], columns[None, :]])
+    products = lax.dot_general(k, heads, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    score = jnp.sum(jnp.where(products < 0.0, 0.0, products) * w[None, :], axis=1)
+    if refs.k_scale is not None:
+        score = score * plt.load(refs.k_scale.at[rows])
+    is_best, _, n_best = choose(jnp.where(there, sort_key_of(score), INVISIBLE), _N_BEST)
+    is_open = (products > 0.0) & is_best[:, None]
+    n_open = jnp.sum(is_open.astype(jnp.int32), axis=0)
+    return n_open.astype(jnp.float32) / jnp.maximum(n_best, 1).astype(jnp.float32)
