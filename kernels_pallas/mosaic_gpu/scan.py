@@ -112,10 +112,7 @@ def _launch(call: FlatCall, heads: ScanHeads, threshold: Array, options: _Option
     )
     out_type = jax.ShapeDtypeStruct((len(queries), width // 32 if options.filters else width), jnp.int32)
     outputs = Outputs(None, out_type) if options.filters else Outputs(out_type, None)
-    # Sequences may be much shorter than they could be: a packed batch bounds each by all of its keys.
-    out = scores_stage.launch(
-        shape, operands, columns, outputs, config, options.n_ctas, options.interpret, n_columns=jnp.max(most)
-    )
+    out = scores_stage.launch(shape, operands, columns, outputs, config, options.n_ctas, options.interpret)
     result: Any = out.masks if options.filters else out.sort_keys
     is_in_place = isinstance(places, np.ndarray) and np.array_equal(places, np.arange(T))
     return result[:T] if is_in_place else result[places]

@@ -13,6 +13,7 @@ import hisa_jax as hj
 from hisa_jax import dispatch
 from hisa_jax.kernels_pallas.flat_call import flatten
 from hisa_jax.kernels_pallas.sort_key import score_of
+from hisa_jax.kernels_pallas.triton.topk_body import KTH_SLACK
 from tests import kernel_calls
 from tests.gpu import draw
 from tests.gpu import test_paged as paged
@@ -44,7 +45,7 @@ def scores_of(q, k, scale, w, n):
 
     def one(row):
         products = jnp.einsum("hd,sd->hs", row[0].astype(jnp.float32), k, precision=lax.Precision.HIGHEST)
-        return row[1] @ jnp.maximum(products, 0) * scale
+        return jnp.matmul(row[1], jnp.maximum(products, 0), precision=lax.Precision.HIGHEST) * scale
 
     return lax.map(one, (q, w))
 
@@ -89,8 +90,7 @@ def fewer(method):
         (hj.Scan(topk=2048, candidates=4096, exact_heads=0, slopes="plain"), 1, 100, 131072),
         (METHOD, 3, 77, 20001),
         (METHOD, 32, 1, 131072),
-        # Of a million scores the 32nd best of the sample is so near the next that rounding decides on slopes.
-        (dataclasses.replace(METHOD, slopes="plain"), 1, 32, 1 << 20),
+        (METHOD, 1, 32, 1 << 20),
     ],
     ids=["64k", "8_exact", "plain", "ragged", "decode_32", "1m"],
 )
@@ -221,9 +221,10 @@ def test_stages_are_those_interpreted(backend, dtype):
         tolerance = 2e-3 if dtype == E4M3 else 1e-5
         np.testing.assert_allclose(x[there], y[there], rtol=tolerance, atol=tolerance * np.abs(y[there]).max())
         rank = jnp.minimum(limit, 100)
-        threshold, there = interpreted("kth", got, limit, rank), np.asarray(limit) > 0
-        np.testing.assert_array_equal(np.asarray(stages.kth(got, limit, rank))[there], np.asarray(threshold)[there])
-        threshold = jnp.asarray(np.asarray(threshold))
+        threshold = stages.kth(got, limit, rank)
+        for x, n, r, least in zip(*map(np.asarray, (got, limit, rank, threshold)), strict=True):
+            reach, above = (x[:n] >= least).sum(), (x[:n] > least).sum()
+            assert n == 0 or (reach >= r and (reach <= r + r // KTH_SLACK or above < r))
         masks = (
             stages.scan_masks(call, heads, threshold, method),
             interpreted("scan_masks", call, heads, threshold, method),
