@@ -41,11 +41,12 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(row: Row, samples: int) -> dict:
     f, operands, check = row.make()
-    check(jax.tree.map(np.asarray, jax.jit(f)(*operands)))
+    compiled = jax.jit(f)
+    check(jax.tree.map(np.asarray, compiled(*operands)))
 
     times = device_times(f, operands, samples, carries=row.carries)
     clock = clock_mhz()
-    span = spans(_call_of(f, operands, row.carries))
+    span = spans(_in_turn(f, operands) if row.carries else lambda: compiled(*operands))
     ms = float(np.median(times))
     p10, p90 = (float(x) for x in np.percentile(times, [10, 90]))
     span_p10, span_p90 = (float(x) for x in np.percentile(span.ms, [10, 90]))
@@ -67,11 +68,8 @@ def measure(row: Row, samples: int) -> dict:
     }
 
 
-def _call_of(f: Callable, operands: tuple, carries: bool) -> Callable[[], object]:
-    """A call of the compiled f; where it returns its first operand anew, that one is used up, and the next one's."""
-    if not carries:
-        compiled = jax.jit(f)
-        return lambda: compiled(*operands)
+def _in_turn(f: Callable, operands: tuple) -> Callable[[], object]:
+    """A call of the compiled f, which uses its first operand up and returns the next call's."""
     compiled = jax.jit(f, donate_argnums=0)
     state = [jax.tree.map(jnp.copy, operands[0])]
 
