@@ -117,15 +117,19 @@ def entry(method: hj.Method = _FLAT) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("entry: the package torch is missing: pip install torch", name="torch") from error
 
-    @jax.jit
-    def from_bytes(q: Array, *others: Array) -> Array:
-        return dsa_topk_indexer(lax.bitcast_convert_type(q, jnp.float8_e4m3fn), *others, method=method)
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def from_bytes(q: Array, *others: Array, implementation: str) -> Array:
+        q = lax.bitcast_convert_type(q, jnp.float8_e4m3fn)
+        return dsa_topk_indexer(q, *others, method=method, implementation=implementation)
 
     def run(q_index_fp8: Any, k_index_cache_fp8: Any, weights: Any, seq_lens: Any, block_table: Any) -> Any:
         """The definition's `run`."""
         # As bytes: not every version of either package exchanges 8-bit floats.
         given = q_index_fp8.view(torch.uint8), k_index_cache_fp8, weights, seq_lens, block_table
-        return torch.from_dlpack(from_bytes(*(jax.dlpack.from_dlpack(x.contiguous()) for x in given)))
+        # "auto" would take the kernels of the process' GPU.
+        implementation = "xla" if q_index_fp8.device.type == "cpu" else "auto"
+        arrays = (jax.dlpack.from_dlpack(x.contiguous()) for x in given)
+        return torch.from_dlpack(from_bytes(*arrays, implementation=implementation))
 
     return run
 
