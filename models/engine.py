@@ -256,7 +256,8 @@ class Engine:
                 report.rollouts[request.id] = self._recorder.rollout([of_request])
             self.scheduler.finish(request)
         if self._recorder is not None:
-            self._recorder.keep(self.pool.lengths)  # last of all: a step that is undone has forgotten nothing
+            # Last of all: a step that is undone has forgotten nothing. Those that lost their pages wait with tokens.
+            self._recorder.keep({*self.pool.lengths, *self.scheduler.waiting})
         return report
 
     def _undo_step(self, saved: Saved, pages: Pages | None) -> None:

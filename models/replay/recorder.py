@@ -5,7 +5,7 @@ are read anew, and proposals that were rejected leave no trace. Requests that sh
 """
 
 import dataclasses
-from collections.abc import Container, Sequence
+from collections.abc import Container, Hashable, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -114,6 +114,11 @@ class Recorder:
         self._topk = tuple(max(model.plan(i, phase).topk for phase in phases) for i in layers)
         self._kept: dict[int, _Kept] = {}
 
+    @property
+    def ids(self) -> set[int]:
+        """Requests that are known."""
+        return set(self._kept)
+
     def fork(self, id: int, donor: int, n_tokens: int) -> None:
         """A request begins with the first tokens of another one, and with what these selected."""
         of, kept = self._kept[donor], self._kept.get(id, _Kept())
@@ -156,7 +161,7 @@ class Recorder:
         kept = self._kept.setdefault(id, _Kept())
         kept.logprobs[n_before:] = logprobs
 
-    def keep(self, ids: Container[int]) -> None:
+    def keep(self, ids: Container[Hashable]) -> None:
         """Forgets all other requests."""
         self._kept = {id: kept for id, kept in self._kept.items() if id in ids}
 
