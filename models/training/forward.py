@@ -90,9 +90,7 @@ def forward(stacked: Stacked, tokens: Array, attend: Attend, selections: Rollout
         positions, recorded, experts = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], None, None
     else:
         if not isinstance(attend, functools.partial) or attend.func is not sparse:
-            raise ValueError(
-                f"{call}: selections with another stage than `sparse` with a method, which alone runs them"
-            )
+            raise ValueError(f"{call}: attend is {attend}, wanted `sparse` with a method, which alone takes selections")
         choices = Choices.of(call, config, tokens, selections)
         stage = functools.partial(attend, layout=choices.layout, start=choices.start)
         positions, recorded = choices.layout.positions, jnp.stack(alike(*choices.recorded))

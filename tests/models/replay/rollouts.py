@@ -14,10 +14,11 @@ PROMPTS = tuple(map(tuple, serving.requests(3, seed=1)))  # of 21, 15 and 35 tok
 
 
 @functools.cache
-def rollout(**options):
-    """By HISA, of the second layer's experts, too."""
+def rollout(kinds=("dense", "sparse"), **options):
+    """By HISA; of layers of these kinds."""
+    model = serving.model(kinds=kinds)
     made = models.generate(
-        serving.model(), PROMPTS, serving.N_NEW, chunk=serving.CHUNK, stop_ids=(), return_selections=True, **options
+        model, PROMPTS, serving.N_NEW, chunk=serving.CHUNK, stop_ids=(), return_selections=True, **options
     )
     return made.rollout
 

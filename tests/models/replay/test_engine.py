@@ -1,6 +1,6 @@
 """An engine's rollouts are those of each request alone, with shared prefixes, proposals and undone steps.
 
-On a tiny model: two compiled programs beside those of `generate`, some 6 s of CPU the first time.
+In the gate on a model of one layer: two compiled programs and those of `generate`.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def served(engine, prompts):
 
 def test_rollouts_are_those_of_each_request_alone_with_shared_prefixes_and_proposals_right_or_wrong():
     """Each prompt twice, so that the second shares what the first read and made; every fourth proposal is wrong."""
-    alone = rollouts.rollout()
+    alone = rollouts.rollout(("sparse",))
     whole = [[*row[: n - 1], int(to[n - 2])] for row, to, n in _rows(alone)]
 
     def draft(tokens, n):
@@ -40,7 +40,7 @@ def test_rollouts_are_those_of_each_request_alone_with_shared_prefixes_and_propo
         drafted = [token if at % 4 else (token + 1) % serving.VOCABULARY for at, token in enumerate(right)]
         return drafted[len(tokens) : len(tokens) + n]
 
-    engine = serving.engine(draft=draft, return_selections=True)
+    engine = serving.engine(serving.model(kinds=("sparse",)), draft=draft, return_selections=True)
     found, n_forks, kept = served(engine, rollouts.PROMPTS * 2)
     assert n_forks >= 3 and kept == {1, 2, 3}
     for three in (found[:3], found[3:]):

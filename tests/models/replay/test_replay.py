@@ -1,6 +1,6 @@
 """A training forward pass runs exactly what a rollout selected, and the experts it took.
 
-On a tiny model: two compiled programs in the gate, some 5 s of CPU the first time.
+On tiny models, with every form of record. In the gate is what test_docs.py has of it.
 """
 
 import jax
@@ -21,6 +21,7 @@ def off(logprobs, r):
     return np.abs(np.asarray(logprobs) - r.logprobs)[np.asarray(r.is_made)].max()
 
 
+@pytest.mark.exhaustive
 def test_logprobs_are_the_rollouts_with_replay_and_not_without():
     """The trainer selects by another indexer. What it would have chosen is told, and how far that is."""
     r = rollouts.rollout()
