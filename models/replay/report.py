@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -87,7 +88,7 @@ def replay_report(rollout: Rollout, output: TrainingOutput) -> ReplayReport:
     )  # fmt: skip
 
 
-def _share(same: np.ndarray, where: np.ndarray) -> float | None:
+def _share(same: Any, where: np.ndarray) -> float | None:
     return float(same[where].mean()) if where.any() else None
 
 

@@ -30,8 +30,8 @@ def served(engine, prompts):
     return [found[id] for id in ids], n_forks, kept
 
 
-def test_rollouts_are_those_of_each_request_alone_with_shared_prefixes_and_proposals_right_or_wrong():
-    """Each prompt twice, so that the second shares what the first read and made; every fourth proposal is wrong."""
+def test_rollouts_are_those_of_each_request_alone():
+    """With shared prefixes, since each prompt comes twice, and with proposals of which every fourth is wrong."""
     alone = rollouts.rollout(("sparse",))
     whole = [[*row[: n - 1], int(to[n - 2])] for row, to, n in _rows(alone)]
 

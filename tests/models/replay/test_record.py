@@ -1,5 +1,6 @@
 """Records on the host: how they are kept pass by pass, packed, checked, and refused. No program is compiled."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,9 @@ from flax import nnx
 
 import hisa_jax as hj
 from hisa_jax import models
+from hisa_jax.models.replay.choices import layout_of
 from hisa_jax.models.replay.recorder import Recorder, Rows
+from hisa_jax.models.training.sparse import Sparse
 from tests.models import serving
 
 from . import rollouts
@@ -248,3 +251,32 @@ def test_under_jit_checked_names_it_and_without_nothing_unseen_is_read(name):
     got, wanted = (run(state, models.Rollout(**{**vars(bad), "tokens": t}), t) for t in (other, bad.tokens))
     np.testing.assert_array_equal(got[0, :5], wanted[0, :5])
     assert jnp.isfinite(got).all()
+
+
+def test_a_pass_reads_a_record_in_columns_of_its_rows_and_nothing_that_a_query_does_not_see():
+    """Two sequences, of 3 and 2 tokens, and padding; from position 1 on."""
+    layout = layout_of(np.array([[0, 3, 5]], np.int32), 6)
+    assert layout.positions.tolist() == [[0, 1, 2, 0, 1, -1]]
+    recorded = jnp.array([[[7, 7], [1, 0], [1, 3], [7, 7], [0, -1], [0, 0]]], jnp.int32)
+    attend = Sparse(method=hj.Dsa(topk=2), layout=layout, recorded=recorded, start=1)
+    indices = attend._replayed(recorded, None)
+    # Queries before the start see no more than they select, so they select all.
+    assert indices.tolist() == [[[0, -1], [1, 0], [1, -1], [0, -1], [0, -1], [-1, -1]]]
+    assert attend._columns(indices).tolist() == [[[0, -1], [1, 0], [1, -1], [3, -1], [3, -1], [-1, -1]]]
+
+
+def test_the_report_counts_recorded_queries_those_with_a_choice_and_made_tokens():
+    r = rollouts.by_hand(start=2)  # of 6 queries the last four, the last three of which see more than 3 tokens
+    is_same = np.array([[[0, 0, 1, 0, 1, 1]], [[1, 1, 0, 1, 1, 1]]], bool)
+    logprobs = r.logprobs + np.array([[9, 9, 9, 9, 0.25, -0.5]], np.float32)
+    out = models.TrainingOutput(
+        logits=None, logprobs=logprobs, kl=None, same_selections=is_same, same_experts=is_same[:1]
+    )  # fmt: skip
+    report = models.replay_report(r, out)
+    assert report.selections == (0.75, 0.75) and report.choices == (pytest.approx(2 / 3), 1.0)
+    assert report.experts == (0.5,) and report.logprob_change == 0.5 and (report.n_queries, report.n_made) == (4, 2)
+    assert report.selection_share == 0.75 and report.expert_share == 0.5
+    with pytest.raises(ValueError, match="replay_report: output has no same_selections, wanted one of .*compare=True"):
+        models.replay_report(r, dataclasses.replace(out, same_selections=None))
+    with pytest.raises(ValueError, match=r"output is of 1 layers and tokens \[1, 6\], wanted 2 and \[1, 6\]"):
+        models.replay_report(r, dataclasses.replace(out, same_selections=is_same[:1]))
