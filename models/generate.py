@@ -114,7 +114,8 @@ def generate(
     prompts = _checked(model, prompts, max_new_tokens, chunk, temperature)
     stops = checks.stop_ids("generate", stop_ids, model.config)
     seed = checks.random_seed("generate", seed)
-    recorder = Recorder(model, checked_start("generate", selections_from, return_selections))
+    start_position = checked_start("generate", selections_from, return_selections)
+    recorder = Recorder(model, start_position) if return_selections else None
     watch = Watch(recall=report_recall, choices=return_selections)
     ids, mask = pad_left(prompts, chunk)
     # Whole chunks, so that prompts of about the same length run the same compiled programs; no more than there can be.
@@ -133,7 +134,7 @@ def generate(
             state, cache, ids[:, part], mask[:, part], graph=graphs[phase], watch=watch
         )
         prefill_recall += sums
-        if rows is not None:
+        if recorder is not None and rows is not None:
             recorder.write_chunk(np.asarray(mask), part, jax.device_get(rows))
     jax.block_until_ready(logits)
     middle = time.perf_counter()
@@ -150,7 +151,7 @@ def generate(
     if report_recall:  # read after the clock has stopped
         recall = {"prefill": prefill_recall.means(), "decode": decode_recall.means()}
     rollout = None
-    if made is not None:
+    if recorder is not None and made is not None:
         rollout = recorder.generated(prompts, rows, *jax.device_get(made))
     return Generation(
         tokens=rows, prompt_tokens=sum(map(len, prompts)), prefill_seconds=middle - start,

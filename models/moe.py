@@ -51,17 +51,19 @@ def expert_weights(logits: Array, experts: Array, config: Config) -> Array:
 
 
 def routed_experts(
-    x: Array, experts: Array, weights: Array, gate: Array, up: Array, down: Array, *, axis: str | None = None
-) -> Array:
+    x: Array, experts: Array, weights: Array, gate: Array, up: Array, down: Array, *, axis: str | None = None,
+    are_all_here: bool = False,
+) -> Array:  # fmt: skip
     """Sum over each token's experts of weight times SwiGLU MLP.
 
     Args:
         x: [B, T, E].
-        experts: [B, T, K] int32, numbered over all devices.
+        experts: [B, T, K] int32, numbered over all devices; what is no expert's number adds nothing.
         weights: [B, T, K] float32.
         gate, up: [X, E, F] weights of the experts here.
         down: [X, F, E].
         axis: mesh axis that the experts are split over, inside of shard_map; None if all are here.
+        are_all_here: whether every number is an expert's that is here.
 
     Returns: [B, T, E] in x's dtype.
     """
@@ -74,7 +76,7 @@ def routed_experts(
     sizes = jnp.sum(local[None, :] == jnp.arange(X)[:, None], axis=1, dtype=jnp.int32)
     tokens = order // K
     rows = x.reshape(B * T, E)[tokens]
-    if axis is not None:
+    if not are_all_here:
         # What the products below make of the others is unspecified, and so is their gradient: it must end here.
         rows = jnp.where((jnp.arange(order.shape[0]) < jnp.sum(sizes))[:, None], rows, 0)
     hidden = jax.nn.silu(lax.ragged_dot(rows, gate, sizes)) * lax.ragged_dot(rows, up, sizes)
@@ -104,6 +106,7 @@ class Moe(nnx.Module):
 
     def __call__(self, x: Array, mesh: Mesh | None = None, experts: Array | None = None) -> tuple[Array, Array, Array]:
         """Returns the output and each token's experts and their weights, [B, T, K]; `experts` are taken if given."""
+        is_own = experts is None
         if experts is None:
             experts, weights = self.choose(x)
         else:
@@ -111,7 +114,10 @@ class Moe(nnx.Module):
         tokens, split = ("batch", None, None), ("experts", None, None)
         axis = mesh_axis(mesh, "experts", self.config.n_routed_experts)
         apply = per_device(
-            functools.partial(routed_experts, axis=axis), mesh, (tokens, tokens, tokens, split, split, split), tokens
+            functools.partial(routed_experts, axis=axis, are_all_here=is_own and axis is None),
+            mesh,
+            (tokens, tokens, tokens, split, split, split),
+            tokens,
         )
         out = apply(x, experts, weights, self.gate[...], self.up[...], self.down[...])
         return out + self.shared(x), experts, weights

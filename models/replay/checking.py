@@ -32,11 +32,7 @@ def check_shapes(call: str, rollout: Rollout, config: Config) -> None:
     for name, dtype in (("logprobs", "float32"), ("is_made", "bool")):
         checks.dtype(call, f"selections.{name}", getattr(rollout, name), (dtype,))
         checks.shape(call, f"selections.{name}", getattr(rollout, name), (B, T), same)
-    checks.int32(call, "selections.cu_seqlens", rollout.cu_seqlens, (B, "R + 1"), "offsets of each row")
-    if rollout.cu_seqlens.shape[1] < 2:
-        raise ValueError(
-            f"{call}: selections.cu_seqlens is {checks.axes_of(rollout.cu_seqlens)}, wanted R of 1 or more"
-        )
+    check_offsets(call, "selections.cu_seqlens", rollout.cu_seqlens, B, T)
     layers, routed = selecting_layers(config), expert_layers(config)
     for name, n in (("indices", len(rollout.indices)), ("topk", len(rollout.topk))):
         if n != len(layers):
@@ -63,15 +59,33 @@ def check_shapes(call: str, rollout: Rollout, config: Config) -> None:
         checks.int32(call, f"selections.experts[{n}]", experts, wanted_shape, "experts of each token")
 
 
+def check_offsets(call: str, name: str, offsets: Any, B: int, T: int) -> None:
+    """Raises unless offsets of packed rows are [B, R + 1] int32 and, where they can be known, ascend from 0 to T."""
+    checks.int32(call, name, offsets, (B, "R + 1"), "offsets of each row")
+    if offsets.shape[1] < 2:
+        raise ValueError(f"{call}: {name} is {checks.axes_of(offsets)}, wanted R of 1 or more")
+    wanted = f"wanted ascending offsets from 0 to at most {T}"
+    if is_known(offsets):
+        rows = np.asarray(offsets)
+        is_wrong = (rows[:, 0] != 0) | (np.diff(rows, axis=1) < 0).any(1) | (rows[:, -1] > T)
+        if is_wrong.any():
+            row = int(np.flatnonzero(is_wrong)[0])
+            raise ValueError(f"{call}: {name}[{row}] is {rows[row].tolist()}, {wanted}")
+    else:
+        ascend = jnp.all(jnp.diff(offsets, axis=1) >= 0, axis=1) & (offsets[:, 0] == 0) & (offsets[:, -1] <= T)
+        checks.value(ascend, f"{call}: {name} is {{offsets}}, {wanted}", offsets=offsets)
+
+
 def check_tokens(call: str, tokens: Any, rollout: Rollout) -> None:
     """Raises ValueError unless the tokens that are to be run are those of the record, as far as can be known."""
-    checks.shape(call, "tokens", tokens, rollout.tokens.shape, "those of selections, recorded of other tokens")
+    checks.shape(call, "tokens", tokens, rollout.tokens.shape, "the shape of selections.tokens")
     if is_known(tokens, rollout.tokens):
         differ = np.argwhere(np.asarray(tokens) != np.asarray(rollout.tokens))
         if len(differ):
+            b, t = differ[0]
             raise ValueError(
-                f"{call}: tokens{_at(differ[0])} is {np.asarray(tokens)[tuple(differ[0])]}, wanted "
-                f"{np.asarray(rollout.tokens)[tuple(differ[0])]}: the selections were recorded of other tokens"
+                f"{call}: tokens[{b}, {t}] is {tokens[b, t]}, wanted {rollout.tokens[b, t]}: the selections were "
+                "recorded of other tokens"
             )
     else:
         checks.value(tokens == rollout.tokens, f"{call}: tokens are not those that the selections were recorded of")
@@ -80,15 +94,15 @@ def check_tokens(call: str, tokens: Any, rollout: Rollout) -> None:
 def check_values(call: str, rollout: Rollout, config: Config) -> None:
     """Raises ValueError for a record on the host whose numbers cannot be run. Its shapes fit."""
     T = rollout.tokens.shape[1]
-    offsets = np.asarray(rollout.cu_seqlens)
-    is_wrong = (offsets[:, 0] != 0) | (np.diff(offsets, axis=1) < 0).any(1) | (offsets[:, -1] > T)
-    if is_wrong.any():
-        row = int(np.flatnonzero(is_wrong)[0])
-        raise ValueError(
-            f"{call}: selections.cu_seqlens[{row}] is {offsets[row].tolist()}, wanted ascending offsets from 0 to at "
-            f"most {T}"
-        )
-    positions, _ = places(offsets, T, np)
+    positions, _ = places(np.asarray(rollout.cu_seqlens), T, np)
+    for name in ("tokens", "targets"):
+        ids = np.asarray(getattr(rollout, name))
+        bad = (positions >= 0) & ((ids < 0) | (ids >= config.vocab_size))
+        if bad.any():
+            b, t = np.argwhere(bad)[0]
+            raise ValueError(
+                f"{call}: selections.{name}[{b}, {t}] is {ids[b, t]}, wanted tokens from 0 to {config.vocab_size - 1}"
+            )
     at = positions[:, rollout.skipped :]
     is_recorded = at >= rollout.start if rollout.start else at >= 0
     for n, indices in enumerate(map(np.asarray, rollout.indices)):
@@ -143,7 +157,3 @@ def check_traced(call: str, rollout: Rollout, config: Config, positions: Any) ->
 def is_known(*arrays: Any) -> bool:
     """Whether the values of all these are known here, and not traced."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
-
-
-def _at(place: Any) -> str:
-    return f"[{', '.join(str(int(i)) for i in place)}]"

@@ -11,6 +11,7 @@ from hisa_jax import checks
 from hisa_jax.models.dsa import Table
 from hisa_jax.models.layers import rms_norm
 from hisa_jax.models.modeling import HIDDEN, Layer, Model
+from hisa_jax.models.replay.checking import check_offsets
 from hisa_jax.models.replay.choices import Choices, is_same_set, layout_of
 from hisa_jax.models.replay.record import Rollout
 from hisa_jax.models.replay.recorder import logprob_of
@@ -30,7 +31,7 @@ class TrainingOutput:
         logprobs: [B, T] float32, the log-softmax at the targets; None without targets.
         kl: [layers that select, B, T] float32, each indexer's loss over the tokens that were attended to; 0 in padding.
         same_selections: [layers that select, B, T] bool, whether the layer's own indexer selects exactly what the
-            rollout's query did; None unless asked for.
+            rollout's query did; None unless asked for. It means nothing where nothing is recorded.
         same_experts: [layers with experts, B, T] bool, likewise of experts; None also where none were recorded.
     """
 
@@ -52,7 +53,7 @@ def training_forward(
         tokens: [B, T] int32.
         selections: what a rollout of these tokens selected, and the experts it took. Exactly these are run: gradients
             reach the router's weights of these experts, and the KL is over these tokens. None: the model chooses.
-        targets: [B, T] int32, whose log-probabilities are wanted. None: those of `selections`.
+        targets: [B, T] int32, whose log-probabilities are wanted, -1 for none. None: those of `selections`.
         cu_seqlens: [B, R + 1] int32, where the sequences of packed rows begin, and the end of the last. None: that of
             `selections`, or one sequence a row.
         compare: whether to say where the model would have chosen otherwise; costs each indexer's selection.
@@ -114,7 +115,7 @@ def _choices(call: str, model: Model, tokens: Array, selections: Rollout | None,
     B, T = tokens.shape
     if cu_seqlens is None:
         cu_seqlens = jnp.broadcast_to(jnp.array([0, T], jnp.int32), (B, 2))
-    checks.int32(call, "cu_seqlens", cu_seqlens, (B, "R + 1"), "offsets of each row")
+    check_offsets(call, "cu_seqlens", cu_seqlens, B, T)
     return Choices(layout=layout_of(cu_seqlens, T), recorded=(), experts=(), start=0)
 
 

@@ -43,10 +43,8 @@ def rows_of(out: Output) -> Rows:
 
 def logprob_of(logits: Array, tokens: Array) -> Array:
     """[..., V] float32, [...] int32 -> [...] float32, the log-softmax at the token; 0 where there is none (-1)."""
-    total = jnp.max(logits, axis=-1)
-    total = total + jnp.log(jnp.sum(jnp.exp(logits - total[..., None]), axis=-1))
     of_token = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(tokens < 0, 0, of_token - total)
+    return jnp.where(tokens < 0, 0, of_token - jax.nn.logsumexp(logits, axis=-1))
 
 
 Steps = tuple[Array, Rows]
@@ -69,14 +67,20 @@ def put_step(steps: Steps, i: Array, logprobs: Array, rows: Rows) -> Steps:
 
 
 class _Track:
-    """Arrays of rows, one a position, in pieces that are never changed."""
+    """Arrays of rows, one a position, in pieces: the position at which each begins, ascending, and its rows."""
 
     def __init__(self, pieces: Sequence[tuple[int, tuple[np.ndarray, ...]]] = ()):
         self.pieces = list(pieces)
 
     def write(self, start: int, arrays: tuple[np.ndarray, ...]) -> None:
         """Rows from position `start` on, in place of all that were there."""
-        self.pieces = [*self.up_to(start).pieces, (start, arrays)]
+        while self.pieces and self.pieces[-1][0] >= start:
+            self.pieces.pop()
+        if self.pieces:
+            at, last = self.pieces[-1]
+            if at + len(last[0]) > start:
+                self.pieces[-1] = at, tuple(x[: start - at] for x in last)
+        self.pieces.append((start, arrays))
 
     def up_to(self, stop: int) -> "_Track":
         return _Track([(at, tuple(x[: stop - at] for x in xs)) for at, xs in self.pieces if at < stop])

@@ -90,8 +90,7 @@ class Sparse:
 
     def _replayed(self, recorded: Array, own: Array | None) -> Array:
         """The record, and what it leaves out."""
-        if self.layout is None:
-            raise ValueError("Sparse: recorded without a layout")
+        assert self.layout is not None  # a record has one
         at = self.layout.positions[..., None]
         recorded = jnp.where((recorded >= 0) & (recorded <= at) & (at >= self.start), recorded, -1)
         if not self.start:

@@ -174,6 +174,7 @@ BAD_VALUES = {
         {"cu_seqlens": np.array([[0, 3, 6]], np.int32)}, r"indices\[0\]\[0, 3\] selects 1, wanted .* from 0 to 0,"
     ),
     "offsets": ({"cu_seqlens": np.array([[0, 7]], np.int32)}, r"cu_seqlens\[0\] is \[0, 7\], .* at most 6"),
+    "token": ({"targets": rollouts.changed(HAND.targets, (0, 1), 61)}, r"targets\[0, 1\] is 61, .* from 0 to 60"),
     "expert": (
         {"experts": (rollouts.changed(HAND.experts[0], (0, 2, 1), 4),)},
         r"experts\[0\]\[0, 2\] is \[0, 4\], wanted numbers from 0 to 3, each once",
@@ -202,9 +203,7 @@ def test_dtypes_other_tokens_and_arguments_that_exclude_each_other_are_named():
         run(r.tokens, selections=rollouts.by_hand(indices=(FIRST.astype(np.int64), SECOND)))
     with pytest.raises(TypeError, match="selections is dict, wanted a Rollout"):
         run(r.tokens, selections={})
-    with pytest.raises(
-        ValueError, match=r"tokens is \[1, 5\], wanted \[1, 6\]: those of selections, recorded of other"
-    ):
+    with pytest.raises(ValueError, match=r"tokens is \[1, 5\], wanted \[1, 6\]: the shape of selections.tokens"):
         run(r.tokens[:, 1:], selections=r)
     with pytest.raises(
         ValueError, match=r"tokens\[0, 3\] is 9, wanted 4: the selections were recorded of other tokens"
@@ -212,6 +211,8 @@ def test_dtypes_other_tokens_and_arguments_that_exclude_each_other_are_named():
         run(rollouts.changed(r.tokens, (0, 3), 9), selections=r)
     with pytest.raises(ValueError, match="cu_seqlens and selections, wanted one of them"):
         run(r.tokens, selections=r, cu_seqlens=r.cu_seqlens)
+    with pytest.raises(ValueError, match=r"training_forward: cu_seqlens\[0\] is \[0, 4, 3\], wanted ascending"):
+        run(r.tokens, cu_seqlens=np.array([[0, 4, 3]], np.int32))
     with pytest.raises(ValueError, match="compare=True without selections"):
         run(r.tokens, compare=True)
     with pytest.raises(ValueError, match=r"targets is \[1, 5\], wanted \[1, 6\]"):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import hisa_jax as hj
 from hisa_jax import models
@@ -38,6 +39,17 @@ def test_stacked_layers_replay_as_the_model_does(start):
         np.testing.assert_allclose(kl[:, is_real], wanted.kl[:, is_real], atol=1e-5)
         assert np.abs(wanted.logprobs - r.logprobs)[r.is_made].max() < 1e-4
         assert all(jnp.any(x) for x in gradient.values())
+    # As `training.step` splits a batch: every array of a record by its first axis.
+    mesh = jax.make_mesh((1,), ("data",))
+    step = jax.shard_map(
+        lambda weights, r: forward.forward(skeleton.stacked(weights), r.tokens, attend, r)[0],
+        mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False,
+    )  # fmt: skip
+    np.testing.assert_allclose(
+        jax.jit(step)(weights, padded),
+        models.training_forward(model, padded.tokens, selections=padded).logits,
+        atol=1e-4,
+    )
     other, _ = forward.forward(skeleton.stacked(weights_of(model)), padded.tokens, attend)
     assert np.abs(other - models.training_forward(model, padded.tokens, selections=padded).logits).max() > 1e-3
 
