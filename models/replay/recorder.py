@@ -74,6 +74,8 @@ class _Track:
 
     def write(self, start: int, arrays: tuple[np.ndarray, ...]) -> None:
         """Rows from position `start` on, in place of all that were there."""
+        if not arrays:  # a model without experts
+            return
         while self.pieces and self.pieces[-1][0] >= start:
             self.pieces.pop()
         if self.pieces:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,17 @@ def test_what_is_written_replaces_everything_from_its_position_on():
     rollouts.assert_same(recorded(plain, 7), before)
     plain.keep({7})
     assert plain.ids == {7}
+
+
+def test_a_model_without_experts_has_none_in_its_record():
+    model = serving.model()
+    config = dataclasses.replace(model.config, layer_kinds=("dense", "dense"))
+    recorder, whole = Recorder(types.SimpleNamespace(plan=model.plan, config=config), 0), Recorder(model, 0)
+    for first, n in ((0, T), (T, 4)):
+        passed = rows(first, n, 1)
+        whole.write(1, first, passed, 0, slice(T - n, T))
+        recorder.write(1, first, passed._replace(experts=()), 0, slice(T - n, T))
+    rollouts.assert_same(recorded(recorder, 1), dataclasses.replace(recorded(whole, 1), experts=()))
 
 
 @pytest.mark.parametrize("start", [0, 3, 9, 40])
