@@ -40,7 +40,7 @@ def test_stacked_layers_replay_as_the_model_does(start):
         assert np.abs(wanted.logprobs - r.logprobs)[r.is_made].max() < 1e-4
         assert all(jnp.any(x) for x in gradient.values())
     # As `training.step` splits a batch: every array of a record by its first axis.
-    mesh = jax.make_mesh((1,), ("data",))
+    mesh = models.make_mesh()
     step = jax.shard_map(
         lambda weights, r: forward.forward(skeleton.stacked(weights), r.tokens, attend, r)[0],
         mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False,
