@@ -5,7 +5,7 @@ import functools
 import sys
 import time
 from collections.abc import Collection, Sequence
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from hisa_jax.models.cache import Cache
 from hisa_jax.models.dsa import select
 from hisa_jax.models.modeling import Model, Output
 from hisa_jax.models.plan import Phase
+from hisa_jax.models.replay.record import Rollout
+from hisa_jax.models.replay.recorder import Recorder, Rows, checked_start, empty_steps, logprob_of, put_step, rows_of
 
 
 @jax.tree_util.register_dataclass
@@ -53,6 +55,8 @@ class Generation:
         recall: by phase, "prefill" and "decode": mean recall of each layer's selection against the flat indexer on the
             same keys and queries, over the queries that see more than topk tokens; None where there are none. Empty
             unless asked for.
+        rollout: what each query selected, which experts each token took, and log-probabilities, a prompt a row; None
+            unless asked for.
     """
 
     tokens: list[list[int]]
@@ -60,6 +64,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     recall: dict[str, list[float | None]]
+    rollout: Rollout | None = None
 
     @property
     def prefill_rate(self) -> float:
@@ -82,6 +87,8 @@ def generate(
     seed: int = 0,
     stop_ids: Collection[int] | None = None,
     report_recall: bool = False,
+    return_selections: bool = False,
+    selections_from: int = 0,
 ) -> Generation:
     """Continues prompts of any lengths.
 
@@ -94,6 +101,10 @@ def generate(
         seed: of the draws, an int of 64 bits.
         stop_ids: tokens that end a row; None: those of the model's config; () for none.
         report_recall: whether to compare each selection with the flat indexer's.
+        return_selections: whether to return a `Rollout`, for `training_forward`. On the device it takes
+            `Rollout.bytes_per_token` for each token of a chunk, then for each new one.
+        selections_from: leaves out what queries at positions before it selected. Nothing is lost up to topk: such
+            queries select all that they see.
 
     Returns: `Generation`.
     Raises: ValueError: no prompt, an empty one, tokens outside of the vocabulary, more tokens than the model has
@@ -103,6 +114,9 @@ def generate(
     prompts = _checked(model, prompts, max_new_tokens, chunk, temperature)
     stops = checks.stop_ids("generate", stop_ids, model.config)
     seed = checks.random_seed("generate", seed)
+    start_position = checked_start("generate", selections_from, return_selections)
+    recorder = Recorder(model, start_position) if return_selections else None
+    watch = Watch(recall=report_recall, choices=return_selections)
     ids, mask = pad_left(prompts, chunk)
     # Whole chunks, so that prompts of about the same length run the same compiled programs; no more than there can be.
     capacity = -(-(max(map(len, prompts)) + max_new_tokens) // chunk) * chunk
@@ -116,16 +130,18 @@ def generate(
     for first in chunks:
         part = slice(first, first + chunks.step)
         phase: Phase = "last_prefill" if first == chunks[-1] else "prefill"
-        logits, cache, sums = _prefill(
-            state, cache, ids[:, part], mask[:, part], graph=graphs[phase], report_recall=report_recall
+        logits, cache, sums, rows = _prefill(
+            state, cache, ids[:, part], mask[:, part], graph=graphs[phase], watch=watch
         )
         prefill_recall += sums
+        if recorder is not None and rows is not None:
+            recorder.write_chunk(np.asarray(mask), part, jax.device_get(rows))
     jax.block_until_ready(logits)
     middle = time.perf_counter()
     key = jax.random.key(seed)
-    tokens, is_failed, decode_recall = _decode(
+    tokens, is_failed, decode_recall, made = _decode(
         state, cache, logits, key, jnp.float32(temperature), graph=graphs["decode"], steps=max_new_tokens,
-        is_greedy=temperature == 0, stop_ids=stops, report_recall=report_recall,
+        is_greedy=temperature == 0, stop_ids=stops, watch=watch,
     )  # fmt: skip
     rows = [[token for token in row if token >= 0] for row in np.asarray(tokens).tolist()]
     end = time.perf_counter()
@@ -134,9 +150,12 @@ def generate(
         raise FloatingPointError(f"generate: logits are not finite (NaN or infinity): {where}")
     if report_recall:  # read after the clock has stopped
         recall = {"prefill": prefill_recall.means(), "decode": decode_recall.means()}
+    rollout = None
+    if recorder is not None and made is not None:
+        rollout = recorder.generated(prompts, rows, *jax.device_get(made))
     return Generation(
         tokens=rows, prompt_tokens=sum(map(len, prompts)), prefill_seconds=middle - start,
-        decode_seconds=end - middle, recall=recall,
+        decode_seconds=end - middle, recall=recall, rollout=rollout,
     )  # fmt: skip
 
 
@@ -177,22 +196,30 @@ def pad_left(prompts: Sequence[Sequence[int]], multiple: int) -> tuple[Array, Ar
     return jnp.asarray(ids), jnp.asarray(mask)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "report_recall"), donate_argnames="cache")
+class Watch(NamedTuple):
+    """What is wanted beside tokens: recall against the flat indexer; what queries and routers chose."""
+
+    recall: bool
+    choices: bool
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "watch"), donate_argnames="cache")
 def _prefill(
-    state: nnx.State, cache: Cache, ids: Array, mask: Array, *, graph: nnx.GraphDef, report_recall: bool
-) -> tuple[Array, Cache, RecallSums]:
-    """One chunk: logits [B, V] of its last column, the cache with its tokens."""
+    state: nnx.State, cache: Cache, ids: Array, mask: Array, *, graph: nnx.GraphDef, watch: Watch
+) -> tuple[Array, Cache, RecallSums, Rows | None]:
+    """One chunk: logits [B, V] of its last column, the cache with its tokens, what was chosen."""
     model = nnx.merge(graph, state)
-    out = model.run(ids, cache=cache, mask=mask, last_only=True, trace=report_recall)
-    return out.logits[:, 0], out.cache, _recall(model, out)
+    out = model.run(ids, cache=cache, mask=mask, last_only=True, trace=any(watch))
+    return out.logits[:, 0], out.cache, _recall(model, out, watch), rows_of(out) if watch.choices else None
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "steps", "is_greedy", "stop_ids", "report_recall"))
+@functools.partial(jax.jit, static_argnames=("graph", "steps", "is_greedy", "stop_ids", "watch"))
 def _decode(
     state: nnx.State, cache: Cache, logits: Array, key: Array, temperature: Array, *, graph: nnx.GraphDef, steps: int,
-    is_greedy: bool, stop_ids: tuple[int, ...], report_recall: bool,
-) -> tuple[Array, Array, RecallSums]:  # fmt: skip
-    """From the prompt's last logits [B, V]: new tokens [B, steps], -1 after a stop token or a failure; failed [B]."""
+    is_greedy: bool, stop_ids: tuple[int, ...], watch: Watch,
+) -> tuple[Array, Array, RecallSums, tuple[Array, Rows] | None]:  # fmt: skip
+    """From the prompt's last logits [B, V]: new tokens [B, steps], -1 after a stop token or a failure; failed [B];
+    log-probabilities of the tokens [B, steps], and what the first steps - 1 of them chose [B, steps - 1, ...]."""
     model = nnx.merge(graph, state)
 
     def choose(logits: Array, i: Array) -> Array:
@@ -216,19 +243,24 @@ def _decode(
         return (i < steps) & ~jnp.all(is_done)
 
     def step(carry: tuple) -> tuple:
-        i, cache, token, tokens, is_done, is_failed, sums = carry
+        i, cache, token, tokens, is_done, is_failed, sums, made = carry
         ids = jnp.maximum(token, 0)  # rows that are done are masked
-        out = model.run(ids[:, None], cache=cache, mask=~is_done[:, None], trace=report_recall)
+        out = model.run(ids[:, None], cache=cache, mask=~is_done[:, None], trace=any(watch))
         token = choose(out.logits[:, 0], i)
         tokens, is_done, is_failed = put(tokens, token, is_done, is_failed, i)
-        return i + 1, out.cache, token, tokens, is_done, is_failed, sums + _recall(model, out)
+        if made is not None:
+            made = put_step(made, i, logprob_of(out.logits[:, 0], token), rows_of(out))
+        return i + 1, out.cache, token, tokens, is_done, is_failed, sums + _recall(model, out, watch), made
 
     B = logits.shape[0]
     token, none = choose(logits, jnp.int32(0)), jnp.zeros((B,), bool)
     rows = put(jnp.full((B, steps), -1, jnp.int32), token, none, none, jnp.int32(0))
-    carry = (jnp.int32(1), cache, token, *rows, _no_recall(model))
-    *_, tokens, _, is_failed, sums = lax.while_loop(unfinished, step, carry)
-    return tokens, is_failed, sums
+    made = None
+    if watch.choices:
+        made = empty_steps(model, B, steps, cache.capacity, logprob_of(logits, token))
+    carry = (jnp.int32(1), cache, token, *rows, _no_recall(model), made)
+    *_, tokens, _, is_failed, sums, made = lax.while_loop(unfinished, step, carry)
+    return tokens, is_failed, sums, made
 
 
 def _no_recall(model: Model) -> RecallSums:
@@ -236,8 +268,10 @@ def _no_recall(model: Model) -> RecallSums:
     return RecallSums(zeros, zeros)
 
 
-def _recall(model: Model, out: Output) -> RecallSums:
+def _recall(model: Model, out: Output, watch: Watch) -> RecallSums:
     sums = _no_recall(model)
+    if not watch.recall:
+        return sums
     for i, layer in enumerate(out.layers):
         if layer.index_inputs is None:
             continue
