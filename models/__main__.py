@@ -54,8 +54,8 @@ def _generate(options: argparse.Namespace) -> None:
             model, prompts, sampling=sampling, chunk=options.chunk, report_recall=options.report_recall,
             tokenizer=None if options.prompt_ids else tokenizer, progress=Progress(),
         )  # fmt: skip
-    for row in [",".join(map(str, tokens)) for tokens in result.tokens] if options.prompt_ids else result.texts:
-        print(row)
+    for answer in [",".join(map(str, tokens)) for tokens in result.tokens] if options.prompt_ids else result.texts:
+        print(answer)
     for row, logprobs in enumerate(result.logprobs):
         _show_logprobs(row, logprobs)
     _report(result, options.warm_up)

@@ -57,9 +57,7 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="fewest tokens that reach it; 1: all")
     command.add_argument("--top-k", type=int, default=0, metavar="N", help="likeliest tokens to draw from; 0: all")
-    command.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="times the likeliest token's probability"
-    )
+    command.add_argument("--min-p", type=float, default=0.0, metavar="P", help="times that of the likeliest")
     command.add_argument("--seed", type=int, default=0, help="of the draws, the same for every prompt")
     command.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer, repeat for more")
     command.add_argument("--stop-id", action="append", type=int, metavar="ID", help="token that ends it, too")

@@ -214,7 +214,7 @@ def from_pretrained(
     model = nnx.eval_shape(lambda: Model(config, method=method, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0)))
     model.folder = str(folder)
     graph, state = nnx.split(model)
-    parameters, loaded = list(nnx.to_flat_state(state)), []
+    parameters, loaded = list(nnx.to_flat_state(state)), list[tuple[ParameterPath, Any]]()
     for path, parameter in parameters:
         if progress is not None:
             progress("reading parameters", len(loaded), len(parameters))
