@@ -1,7 +1,7 @@
 """Messages to a prompt, by the chat template of a checkpoint.
 
 A template is a program of the checkpoint's author. It runs in jinja2's sandbox: it reaches the messages and what is
-named here, and no attribute of Python's objects.
+named here, and no attribute of Python's objects. How much time and memory it takes is not bounded.
 """
 
 import datetime
@@ -60,7 +60,15 @@ class ChatTemplate:
                 size += len(part)
                 if size > _LARGEST_PROMPT:
                     raise ValueError(f"makes more than {_LARGEST_PROMPT} characters")
-        except (self._errors, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+        except (
+            self._errors,
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise ValueError(f"{self._name}: {short(str(error))}") from error
         return "".join(parts)
 

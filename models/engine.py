@@ -250,6 +250,15 @@ class Engine:
         request.is_cancelled = True
         return self.scheduler.drop(request.id)
 
+    def fail(self, id: int, error: str) -> bool:
+        """As `cancel`, with what its stream will say why."""
+        self._demand_no_step("fail")
+        request = self.scheduler.unfinished(self._number("fail", id))
+        if request is None:
+            return False
+        request.error = error
+        return self.scheduler.drop(request.id)
+
     def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Compiles the programs of all phases, so that no request waits for it; by passes without a token.
 

@@ -41,6 +41,11 @@ class Reader:
         self._request, self._n_read, self._is_done = request, 0, False
         self._text = None if tokenizer is None else Text(tokenizer=tokenizer, stop=request.sampling.stop)
 
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return self._request.n_prompt
+
     def read(self) -> Piece | None:
         """What is new; None if nothing is."""
         request = self._request
