@@ -86,6 +86,11 @@ class AsyncEngine:
     async def __aexit__(self, *error: object) -> None:
         await self.close()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     async def submit(
         self, prompt: Sequence[int] | str, max_new_tokens: int | None = None, stop_ids: Collection[int] | None = None,
         *, sampling: Sampling | None = None, most_waiting: int | None = None,
