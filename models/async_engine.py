@@ -13,17 +13,19 @@ and runs between two steps.
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, Self, TypeVar
 
-from hisa_jax.models.engine import Engine
+from hisa_jax.models.engine import Engine, Report
 from hisa_jax.models.sampling import Sampling
 from hisa_jax.models.streams import Piece, Reader
 
 Result = TypeVar("Result")
+_LOG = logging.getLogger(__name__)
 _MOST_FAULTS = 3  # steps in a row that may fail before their requests do
 
 
@@ -68,10 +70,14 @@ class AsyncEngine:
     Args:
         engine: that only this object uses from now on.
         after_step: is handed what `Engine.step` reports, in the thread; for counting.
+        after_fault: is handed what it raises, which is logged, too.
     """
 
-    def __init__(self, engine: Engine, after_step: Callable[[Any], None] | None = None) -> None:
-        self.engine, self._after_step = engine, after_step
+    def __init__(
+        self, engine: Engine, after_step: Callable[[Report], None] | None = None,
+        after_fault: Callable[[Exception], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.engine, self._after_step, self._after_fault = engine, after_step, after_fault
         self._calls: queue.SimpleQueue[tuple[Future, Callable, tuple]] = queue.SimpleQueue()
         self._streams: dict[int, Stream] = {}
         self._is_closing, self._must_finish, self._is_closed = False, False, False
@@ -182,15 +188,19 @@ class AsyncEngine:
     def _step(self) -> None:
         try:
             report = self.engine.step()
-            self._n_faults = 0
-            if self._after_step is not None:
-                self._after_step(report)
         except Exception as error:
             # The step was not done, and the next one does it again. What stays wrong ends the requests, by its name.
+            _LOG.exception("a step failed and is done again")
             self._n_faults += 1
+            if self._after_fault is not None:
+                self._after_fault(error)
             if self._n_faults >= _MOST_FAULTS:
                 self._n_faults = 0
                 self._fail(f"{type(error).__name__}: {error}")
+        else:
+            self._n_faults = 0
+            if self._after_step is not None:
+                self._after_step(report)
         self._hand_out()
 
     def _hand_out(self) -> None:

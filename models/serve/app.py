@@ -17,7 +17,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -86,7 +86,7 @@ class Server:
 
         @contextlib.asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            self._serving = AsyncEngine(self._engine, self.metrics.after_step)
+            self._serving = AsyncEngine(self._engine, self.metrics.after_step, self.metrics.after_fault)
             yield
             await self._serving.close()
 
@@ -182,8 +182,8 @@ class Server:
         async def checked(request: Request) -> Response:
             given = request.headers.get("authorization", "")
             key = given.removeprefix("Bearer ").encode() if given.startswith("Bearer ") else b""
-            # Every key is compared, in constant time.
-            if self._keys and not any([hmac.compare_digest(key, one) for one in self._keys]):
+            are_equal = [hmac.compare_digest(key, one) for one in self._keys]  # all, each in constant time
+            if self._keys and not any(are_equal):
                 raise RequestError("the API key is missing or wrong", status=401, code="invalid_api_key")
             return await endpoint(request)
 
@@ -222,8 +222,8 @@ class Server:
         leaving = asyncio.ensure_future(_disconnected(request.receive))
         try:
             await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not collecting.done():
-                raise ClientDisconnect
+            if not collecting.done():  # nobody reads this
+                return Response(status_code=499)
             return JSONResponse(collecting.result())
         finally:
             leaving.cancel()

@@ -35,7 +35,7 @@ class Metrics:
         self._made = Counter("tokens", "New tokens", **given)
         self._proposed = Counter("proposals", "Tokens that a draft proposed", **given)
         self._accepted = Counter("proposals_accepted", "Proposals that were right", **given)
-        self.faults = Counter("step_faults", "Steps that raised and were done again", **given)
+        self._faults = Counter("step_faults", "Steps that raised and were done again", **given)
         self._step = Histogram(
             "step_seconds", "From one step to the next while there is work", buckets=_SECONDS, **given
         )
@@ -68,6 +68,10 @@ class Metrics:
                 self._accepted.inc(sum(step.n_kept) - len(step.n_kept))
             else:
                 self._read.inc(sum(step.n_new))
+
+    def after_fault(self, error: Exception) -> None:
+        """Counts a step that raised."""
+        self._faults.inc()
 
     def show_recall(self, by_layer: dict[int, float]) -> None:
         """Shows a measurement."""

@@ -1,6 +1,7 @@
 """OpenAI's requests to values of ours, and ours to its answers. No network here."""
 
 import dataclasses
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -224,7 +225,7 @@ def _prompts(
     rows, texts = [], []
     for one in many:
         if isinstance(one, str):
-            tokens = _call(param, lambda one=one: tokenizer.encode(one))
+            tokens = _call(param, functools.partial(tokenizer.encode, one))
         elif isinstance(one, list) and all(map(_is_int, one)):
             tokens = one
         else:
@@ -279,7 +280,7 @@ def _sampling(
     }  # fmt: skip
     names = {"stop_ids": "stop_token_ids", "logprobs": param}
     for name, value in fields.items():  # one by one, to name the field
-        _call(names.get(name, name), lambda name=name, value=value: Sampling(**{name: value}))
+        _call(names.get(name, name), functools.partial(Sampling, **{name: value}))
     return Sampling(**fields)
 
 
