@@ -325,6 +325,7 @@ class _Answer:
             if not tokens and piece.tokens:
                 self._server.metrics.first.observe(time.perf_counter() - self._start)
             tokens += piece.tokens
+            self._server.metrics.made.inc(len(piece.tokens))
             self._n_made[i] = len(tokens)
             if piece.finish_reason is not None:
                 self._is_open[i] = False

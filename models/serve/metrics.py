@@ -20,7 +20,7 @@ class Metrics:
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         given: dict[str, Any] = {"registry": self.registry, "namespace": "hisa_jax"}
-        scheduler = engine.scheduler
+        self._engine, scheduler = engine, engine.scheduler
         for name, text, read in (
             ("requests_running", "Requests that are read or decode", lambda: len(scheduler.running)),
             ("requests_waiting", "Requests that wait for a row or pages", lambda: len(scheduler.waiting)),
@@ -32,7 +32,7 @@ class Metrics:
         self.requests = Counter("requests", "Requests by outcome", ["outcome"], **given)
         self._read = Counter("prompt_tokens", "Prompt tokens that were read", **given)
         self._shared = Counter("shared_tokens", "Prompt tokens that another request had in its pages", **given)
-        self._made = Counter("tokens", "New tokens", **given)
+        self.made = Counter("tokens", "New tokens that were handed out", **given)
         self._proposed = Counter("proposals", "Tokens that a draft proposed", **given)
         self._accepted = Counter("proposals_accepted", "Proposals that were right", **given)
         self._faults = Counter("step_faults", "Steps that raised and were done again", **given)
@@ -54,16 +54,12 @@ class Metrics:
     def after_step(self, report: Report) -> None:
         """Counts a step."""
         now = time.perf_counter()
-        if report.steps:
-            if self._last is not None:
-                self._step.observe(now - self._last)
-            self._last = now
-        else:
-            self._last = None
+        if self._last is not None:
+            self._step.observe(now - self._last)
+        self._last = None if self._engine.is_idle else now
         self._shared.inc(sum(shared for _, _, shared in report.forks))
         for step in report.steps:
             if step.phase == "decode":
-                self._made.inc(sum(step.n_kept))
                 self._proposed.inc(sum(step.n_new) - len(step.n_new))
                 self._accepted.inc(sum(step.n_kept) - len(step.n_kept))
             else:
