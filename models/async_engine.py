@@ -99,31 +99,62 @@ class AsyncEngine:
 
     async def submit(
         self, prompt: Sequence[int] | str, max_new_tokens: int | None = None, stop_ids: Collection[int] | None = None,
-        *, sampling: Sampling | None = None, most_waiting: int | None = None,
+        *, sampling: Sampling | None = None,
     ) -> Stream:  # fmt: skip
         """Queues a request.
 
         Args:
             prompt, max_new_tokens, stop_ids, sampling: as `Engine.submit` takes them.
-            most_waiting: requests that may wait already; None: any number.
 
         Returns: its pieces.
-        Raises: ValueError: as `Engine.submit`. BusyError: more wait. ClosedError: the engine is closing.
+        Raises: ValueError: as `Engine.submit`. ClosedError: the engine is closing.
+        """
+        loop = asyncio.get_running_loop()
+        return (await self._in_thread(lambda: [self._open(loop, prompt, max_new_tokens, stop_ids, sampling=sampling)]))[
+            0
+        ]
+
+    async def submit_all(
+        self, requests: Sequence[tuple[Sequence[int] | str, Sampling]], most_waiting: int | None = None
+    ) -> list[Stream]:
+        """Queues some requests, all or none.
+
+        Args:
+            requests: prompts and how to continue them.
+            most_waiting: requests that may wait for a row then; None: any number.
+
+        Returns: the pieces of each.
+        Raises: as `submit`. BusyError: more would wait.
         """
         loop = asyncio.get_running_loop()
 
-        def open_stream() -> Stream:
-            if self._is_closing:
-                raise ClosedError("submit: the engine is closing")
-            if most_waiting is not None and (n := len(self.engine.scheduler.waiting)) >= most_waiting:
-                raise BusyError(f"submit: {n} requests wait, wanted fewer than {most_waiting}")
-            id = self.engine.submit(prompt, max_new_tokens, stop_ids, sampling=sampling)
-            reader = self.engine.reader("submit", id)
-            stream = Stream(self, id, reader.n_prompt, reader, loop)
-            self._streams[id] = stream
-            return stream
+        def open_all() -> list[Stream]:
+            scheduler, streams = self.engine.scheduler, list[Stream]()
+            n = len(scheduler.waiting) + len(scheduler.running) + len(requests) - scheduler.rows
+            if most_waiting is not None and n > most_waiting:
+                raise BusyError(f"submit: {n} requests would wait, wanted at most {most_waiting}")
+            try:
+                for prompt, sampling in requests:
+                    streams.append(self._open(loop, prompt, sampling=sampling))
+            except BaseException:
+                for stream in streams:
+                    self._streams.pop(stream.id)
+                    self.engine.cancel(stream.id)
+                raise
+            return streams
 
-        future = self.call(open_stream)
+        return await self._in_thread(open_all)
+
+    def _open(self, loop: asyncio.AbstractEventLoop, *arguments: Any, **options: Any) -> Stream:
+        if self._is_closing:
+            raise ClosedError("submit: the engine is closing")
+        id = self.engine.submit(*arguments, **options)
+        reader = self.engine.reader("submit", id)
+        self._streams[id] = Stream(self, id, reader.n_prompt, reader, loop)
+        return self._streams[id]
+
+    async def _in_thread(self, open_streams: Callable[[], list[Stream]]) -> list[Stream]:
+        future = self.call(open_streams)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:  # the caller went away: whatever was queued has no reader
@@ -233,6 +264,7 @@ class ClosedError(RuntimeError):
     """The engine takes no more requests."""
 
 
-def _cancel_unread(future: "Future[Stream]") -> None:
+def _cancel_unread(future: "Future[list[Stream]]") -> None:
     if not future.cancelled() and future.exception() is None:
-        future.result().cancel()
+        for stream in future.result():
+            stream.cancel()

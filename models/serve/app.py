@@ -232,26 +232,19 @@ class Server:
 
     async def _submit(self, ask: Ask) -> list[Stream]:
         """A request of the engine for each answer: all of them, or none."""
-        streams: list[Stream] = []
+        requests = [(prompt, sampling) for prompt in ask.prompts for sampling in ask.samplings]
         try:
-            for prompt in ask.prompts:
-                for sampling in ask.samplings:
-                    streams.append(await self.serving.submit(prompt, sampling=sampling, most_waiting=self.most_waiting))
-        except BaseException as error:
-            for stream in streams:
-                stream.cancel()
-            if isinstance(error, BusyError):
-                self.metrics.requests.labels(outcome="refused").inc()
-                raise RequestError(
-                    f"{self.most_waiting} requests wait already: try again later", status=429, code="queue_full",
-                    kind="rate_limit_error",
-                ) from error  # fmt: skip
-            if isinstance(error, ClosedError):
-                raise RequestError("the server is stopping", status=503, kind="server_error") from error
-            if isinstance(error, ValueError):
-                raise RequestError(str(error).removeprefix("submit: ")) from error
-            raise
-        return streams
+            return await self.serving.submit_all(requests, self.most_waiting)
+        except BusyError as error:
+            self.metrics.requests.labels(outcome="refused").inc(len(requests))
+            raise RequestError(
+                "too many requests wait already: try again later", status=429, code="queue_full",
+                kind="rate_limit_error",
+            ) from error  # fmt: skip
+        except ClosedError as error:
+            raise RequestError("the server is stopping", status=503, kind="server_error") from error
+        except ValueError as error:
+            raise RequestError(str(error).removeprefix("submit: ")) from error
 
     def count(self, stream: Stream, tokens: list[int], prompt: tuple[int, ...], reason: str, start: float) -> None:
         """Of a request that ended."""

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,11 @@ def run(options: argparse.Namespace) -> None:
         server.application(), host=options.host, port=options.port, log_level="warning",
         timeout_graceful_shutdown=options.grace, access_log=False,
     )  # fmt: skip
+    # It ends itself by the signal that stopped it, when all is done; there is something to say after that.
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, lambda *_: None)
     Announcing(uvicorn_config).run()
+    print(f"stopped: {engine.pool.n_free} of {n_pages} pages are free", flush=True)
 
 
 def _keys(options: argparse.Namespace) -> list[str]:

@@ -199,7 +199,8 @@ def test_models_health_metrics_and_the_page(client):
 def test_a_full_queue_is_429_and_a_server_that_stops_503():
     made = server(most_waiting=0)
     with testclient.TestClient(made.application()) as busy:
-        response = ask(busy, prompt="1")
+        assert ask(busy, prompt="1", n=4).status_code == 200  # as many as there are rows
+        response = ask(busy, prompt="1", n=5)
         assert response.status_code == 429 and response.json()["error"]["code"] == "queue_full"
         made.most_waiting = 64
         busy.portal.call(made.serving.close)
