@@ -115,7 +115,8 @@ class Server:
         return JSONResponse({"status": "ok" if is_alive else "the engine has ended"}, 200 if is_alive else 503)
 
     async def _page(self, request: Request) -> Response:
-        return HTMLResponse(_PAGE.read_text())
+        policy = {"content-security-policy": "default-src 'self' 'unsafe-inline'"}
+        return HTMLResponse(_PAGE.read_text(), headers=policy)
 
     async def _metrics(self, request: Request) -> Response:
         if request.query_params.get("recall") in ("1", "true"):

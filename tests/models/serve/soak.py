@@ -1,7 +1,8 @@
 """64 streaming clients for minutes, of which a fifth go away: python -m tests.models.serve.soak, or make soak.
 
-Each asks the byte model for one of some answers that another engine made before, one by one, without a draft. Wanted: every whole answer is that
-one, no request and no page is left, and /health answers within 100 ms all the while. Needs httpx.
+Each asks the byte model for one of some answers that another engine made before, one by one, without a draft. Wanted:
+every whole answer is that one, no request and no page is left, and /health answers within 100 ms all the while. Needs
+httpx.
 """
 
 import argparse
