@@ -212,7 +212,7 @@ def from_pretrained(
     table = parameter_table(config)
     # Shapes alone: no parameter takes memory before it is read.
     model = nnx.eval_shape(lambda: Model(config, method=method, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0)))
-    model.folder = str(folder)
+    model.folder = str(folder.absolute())  # the working directory may change
     graph, state = nnx.split(model)
     parameters, loaded = list(nnx.to_flat_state(state)), list[tuple[ParameterPath, Any]]()
     for path, parameter in parameters:

@@ -124,7 +124,13 @@ class Server:
                 raise RequestError("recall: no request has finished yet", status=409, param="recall")
             tokens = max(self._finished, key=len)
             async with self._looking:
-                self.metrics.show_recall(await asyncio.to_thread(look.recall, self._model, tokens))
+                found = await asyncio.to_thread(look.recall, self._model, tokens)
+            if not found:
+                raise RequestError(
+                    f"recall: the longest of the last answers has {len(tokens)} tokens, not more than are selected",
+                    status=409, param="recall",
+                )  # fmt: skip
+            self.metrics.show_recall(found)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, request: Request) -> Response:
