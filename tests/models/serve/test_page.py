@@ -50,7 +50,7 @@ def marked(page, method):
 
 
 def test_a_text_is_continued_and_what_each_method_selects_is_lit_up(page, url):
-    assert page.text_content("#model") == "tiny"
+    page.wait_for_function("() => document.querySelector('#model').textContent === 'tiny'")
     page.fill("#prompt", TEXT)
     page.fill("#max_tokens", "12")
     page.fill("#topk", "8")
@@ -102,3 +102,4 @@ def test_a_stream_is_stopped(page):
     page.click("#continue")
     page.wait_for_selector("section")
     assert 22 < len(page.text_content("#text")) < 120
+    assert ", 2 of 2" in page.text_content('section[data-method="flat"] .numbers')  # an eighth, as it was not told
