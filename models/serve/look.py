@@ -100,7 +100,7 @@ def _read(model: Model, tokens: Sequence[int], positions: np.ndarray) -> list[Se
 
 @functools.lru_cache(maxsize=1)
 def _flat(model: Model) -> Model:
-    return model.with_method(None)
+    return model.with_method(hj.Dsa(topk=model.config.index_topk))
 
 
 def _select(seen: Seen, method: hj.Method) -> hj.Selection:
