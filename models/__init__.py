@@ -3,6 +3,7 @@
 from hisa_jax.checks import optional_packages
 
 with optional_packages():
+    from hisa_jax.models.async_engine import AsyncEngine
     from hisa_jax.models.cache import Cache
     from hisa_jax.models.checkpoint import restore, save
     from hisa_jax.models.config import Config, Yarn, config_from_keys, read_config
@@ -17,9 +18,11 @@ with optional_packages():
     from hisa_jax.models.replay.record import Rollout
     from hisa_jax.models.replay.report import ReplayReport, replay_report
     from hisa_jax.models.safetensors_io import CheckpointError
+    from hisa_jax.models.sampling import Sampling
     from hisa_jax.models.sharding import make_mesh
 
 __all__ = [
+    "AsyncEngine",
     "Cache",
     "CheckpointError",
     "Config",
@@ -30,6 +33,7 @@ __all__ = [
     "Plan",
     "ReplayReport",
     "Rollout",
+    "Sampling",
     "TrainingOutput",
     "Yarn",
     "config_from_keys",

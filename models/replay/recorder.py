@@ -51,19 +51,22 @@ Steps = tuple[Array, Rows]
 """Of tokens that were made one by one: log-probabilities [B, steps], and what the first steps - 1 of them chose."""
 
 
-def empty_steps(model: Model, B: int, steps: int, capacity: int, logprobs: Array) -> Steps:
-    """Room for `steps` tokens a row in a cache of `capacity`, and the log-probabilities of the first, [B]."""
+def empty_steps(model: Model, B: int, steps: int, capacity: int) -> Steps:
+    """Room for `steps` tokens a row in a cache of `capacity`."""
     config = model.config
     rows = lambda width: jnp.full((B, steps - 1, width), -1, jnp.int32)  # noqa: E731
     indices = tuple(rows(min(model.plan(i, "decode").topk, capacity)) for i in selecting_layers(config))
     experts = tuple(rows(config.num_experts_per_tok) for _ in expert_layers(config))
-    return jnp.zeros((B, steps), jnp.float32).at[:, 0].set(logprobs), Rows(indices, experts)
+    return jnp.zeros((B, steps), jnp.float32), Rows(indices, experts)
 
 
-def put_step(steps: Steps, i: Array, logprobs: Array, rows: Rows) -> Steps:
-    """Token `i` of each row [B], and what the one before it chose [B, 1, ...]."""
-    put = lambda to, x: lax.dynamic_update_slice_in_dim(to, x, i - 1, axis=1)  # noqa: E731
-    return steps[0].at[:, i].set(logprobs), jax.tree.map(put, steps[1], rows)
+def put_step(steps: Steps, i: Array, logprobs: Array, rows: Rows | None) -> Steps:
+    """Token `i` of each row [B], and what the one before it chose [B, 1, ...]; None before the first."""
+    chosen = steps[1]
+    if rows is not None:
+        put = lambda to, x: lax.dynamic_update_slice_in_dim(to, x, i - 1, axis=1)  # noqa: E731
+        chosen = jax.tree.map(put, chosen, rows)
+    return steps[0].at[:, i].set(logprobs), chosen
 
 
 class _Track:
@@ -152,10 +155,9 @@ class Recorder:
         for row, n_new in enumerate(mask[:, columns].sum(1).tolist()):
             self.write(row, int(before[row]), rows, row, slice(T - n_new, T))
 
-    def generated(
-        self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], logprobs: np.ndarray, rows: Rows
-    ) -> Rollout:
-        """The record of a batch whose rows are the requests: what they made, and its `Steps`."""
+    def generated(self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], steps: Steps) -> Rollout:
+        """The record of a batch whose rows are the requests: what they made, and what that chose."""
+        logprobs, rows = jax.device_get(steps)
         for row, (prompt, made) in enumerate(zip(prompts, tokens, strict=True)):
             self.write(row, len(prompt), rows, row, slice(0, len(made) - 1))
             self.made(row, 0, logprobs[row, : len(made)].tolist())
