@@ -189,14 +189,14 @@ def _future_decides(trial: Trial, case: Case) -> str | None:
     for value in Draw(trial.form, trial.method).extremes:
         k = case.k.copy()
         for b, position in enumerate(case.positions[:, 0]):
-            k[b, position + 1 :] = value
+            k[b, position + 1 : case.bounds[b]] = value
         after = trial.ask(with_keys(case, k))
         for b, visible in enumerate(case.visible[:, 0]):
             rows = (chosen(trial.form, answer.indices[b, 0], int(visible)) for answer in (before, after))
             one, two = map(np.sort, rows)
             if not np.array_equal(one, two):
                 where = f"query (b={b}, t=0) at position {case.positions[b, 0]}"
-                return f"{where}: {listed(one)} becomes {listed(two)} where all keys after it are {value}"
+                return f"{where}: {listed(one)} becomes {listed(two)} where all tokens after it are {value}"
     return None
 
 
@@ -287,7 +287,7 @@ def chunk(case: Case, at: slice, form: Form) -> Case | None:
     if "lengths" in form.takes:
         return dataclasses.replace(part, query_positions=None, lengths=(case.bounds - later).astype(np.int32))
     S = case.k.shape[1] - later
-    if not form.takes_size("S", S):
+    if S < 1 or not form.takes_size("S", S):
         return None
     return dataclasses.replace(part, query_positions=None, k=case.k[:, :S])
 
@@ -309,7 +309,12 @@ def _short(draw: Draw) -> list[Case]:
 
 
 def _of_every_kind(draw: Draw) -> list[Case]:
-    return [*draw.usual(), *draw.usual(B=1, T=1, H=1), *draw.usual(T=3, S=draw.wide + 13, H=8, D=64)]
+    return [*draw.usual(), *draw.usual(B=1, T=1, H=1), *draw.usual(T=3, S=draw.wide + 13, H=8, D=64), *_long(draw)]
+
+
+def _long(draw: Draw, **options: bool) -> list[Case]:
+    """More tokens than small sorts and tiles take."""
+    return [draw.case(B=1, T=2, S=draw.wide + 400, **options)]
 
 
 def _negative(draw: Draw) -> list[Case]:
@@ -317,7 +322,7 @@ def _negative(draw: Draw) -> list[Case]:
 
 
 def _equal(draw: Draw) -> list[Case]:
-    whole = draw.usual(whole=True)
+    whole = [*draw.usual(whole=True), *_long(draw, whole=True)]
     return [*whole, *(with_keys(case, np.broadcast_to(case.k[:, :1], case.k.shape).copy()) for case in whole)]
 
 
@@ -462,7 +467,7 @@ PROMISES = {
     "count": Promise("exactly min(topk, visible candidates) are chosen, and count says so", _usual, _wrong_count),
     "short_contexts": Promise("up to topk visible tokens, all are chosen", _short, _first(_not_all)),
     "repeat": Promise("the same call gives the same bits", _usual, _not_repeated),
-    "future": Promise("no key after a query decides anything", _usual, _future_decides),
+    "future": Promise("no token after a query decides anything", _usual, _future_decides),
     "missing": Promise("no key beyond the length decides anything", _with_lengths, _missing_decide, _if_it_has_lengths),
     "capacity": Promise("a longer buffer of keys changes nothing", _in_a_buffer, _buffer_decides, _if_it_has_lengths),
     "batch": Promise("a sequence's selection does not depend on the batch", _batches, _batch_decides),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from hisa_jax.testing.form import Case, Form
-from hisa_jax.testing.promises import cut
+from hisa_jax.testing.promises import chunk, cut
 
 Broken = Callable[[Case], str | None]
 
@@ -42,7 +42,11 @@ def _smaller(case: Case, form: Form) -> Iterator[Case]:
         # Without positions the queries are the last tokens, so that only the last of them mean the same alone.
         firsts = range(0, T - n + 1, n) if case.query_positions is not None else (T - n,)
         yield from (cut(case, t=slice(t, t + n)) for t in firsts)
+        if (first := chunk(case, slice(n), form)) is not None:
+            yield first
     for n in _sizes(form, "S", S):
+        if all(np.all((value < n) | (value > S)) for value in case.keywords.values()):
+            yield dataclasses.replace(case, k=case.k[:, :n])  # what was possible must not become impossible
         yield _fewer_keys(case, slice(n))
         yield _fewer_keys(case, slice(S - n, S))
     for n in _sizes(form, "H", H):

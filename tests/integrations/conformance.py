@@ -1,0 +1,168 @@
+"""The contract's promises, run on the reference functions of other projects: the table of docs/conformance.md.
+
+    python -m tests.integrations.conformance tokamax | tpu_inference | sglang_jax
+
+in an environment that has the project (hosts.toml has the pins). sglang-jax is no package: its file
+python/sgl_jax/srt/kernels/dsa/ref.py is named by --file, as is tests/kernels/deepseek_v4/test_streamindex_topk.py of
+the tpu_inference wheel. Each function is called by what it takes; nothing is mended on the way.
+"""
+
+import argparse
+import functools
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+import hisa_jax as hj
+from hisa_jax import testing
+
+METHOD = hj.Dsa(topk=4)
+PAGE = 8  # tokens
+TAKES = ("lengths",)  # queries are the last tokens of a sequence
+
+
+class Peer(NamedTuple):
+    """A project's function: of its module one that `check_contract` can call, and its form."""
+
+    adapter: Callable[[object], Callable[..., np.ndarray]]
+    form: testing.Form
+
+
+class Paged(NamedTuple):
+    """A call in the layout that the three share: packed queries, pages in order, one table."""
+
+    q: np.ndarray
+    w: np.ndarray
+    pages: np.ndarray
+    lengths: np.ndarray
+    tables: np.ndarray
+    cu_q: np.ndarray
+    distribution: np.ndarray
+
+
+def paged(q, k, w, lengths=None) -> Paged:
+    """[B, T, H, D], [B, S, D], [B, T, H] -> the same, with room for topk keys at least, as a server has."""
+    (B, T), (S, D) = q.shape[:2], k.shape[1:]
+    capacity = -(-max(S, METHOD.topk) // PAGE) * PAGE
+    pages = np.zeros((B, capacity, D), k.dtype)
+    pages[:, :S] = k
+    n_decodes = B if T == 1 else 0
+    return Paged(
+        q.reshape(-1, *q.shape[2:]), w.reshape(-1, w.shape[2]), pages.reshape(-1, PAGE, D),
+        np.full(B, S, np.int32) if lengths is None else lengths,
+        np.arange(B * capacity // PAGE, dtype=np.int32), np.arange(0, B * T + 1, T, dtype=np.int32),
+        np.array([n_decodes, n_decodes, B], np.int32),
+    )  # fmt: skip
+
+
+def rows(given, q) -> np.ndarray:
+    return np.asarray(given).reshape(*q.shape[:2], METHOD.topk)
+
+
+def tokamax(module) -> Callable[..., np.ndarray]:
+    """Keys in e4m3, each with the scale 1: what the cache holds is what is judged."""
+
+    def select(q, k, w, lengths=None):
+        call, D = paged(q, k, w, lengths), k.shape[2]
+        records = np.zeros((len(call.pages), PAGE, 256), np.uint8)
+        records[..., :D] = call.pages.view(np.uint8)
+        records[..., 128] = 127  # 2^0
+        given = module.lightning_indexer(
+            jnp.asarray(call.q, jnp.float32), jnp.asarray(call.w), jnp.asarray(records.reshape(-1, PAGE // 4, 4, 256)),
+            *map(jnp.asarray, (call.lengths, call.tables, call.cu_q, call.distribution)), k=METHOD.topk,
+            implementation="xla",
+        )  # fmt: skip
+        return rows(given, q)
+
+    return select
+
+
+def tpu_inference(module) -> Callable[..., np.ndarray]:
+    """The NumPy function that its kernel is tested against."""
+
+    def select(q, k, w, lengths=None):
+        call, T = paged(q, k, w, lengths), q.shape[1]
+        given = module.streamindex_topk_ref(
+            call.q, call.w, call.pages[:, :, None], call.tables.reshape(len(q), -1), [T] * len(q),
+            call.lengths.tolist(), call.cu_q, METHOD.topk, 1, q.shape[2], 1,
+        )  # fmt: skip
+        return rows(given, q)
+
+    return select
+
+
+def sglang_jax(module, *, is_decode: bool = False) -> Callable[..., np.ndarray]:
+    """Its path in plain JAX; `is_decode`: one query a sequence."""
+
+    def select(q, k, w, lengths=None):
+        call = paged(q, k, w, lengths)
+        pages_per_seq = len(call.tables) // len(q)
+        starts = np.arange(len(q) + 1, dtype=np.int32) * pages_per_seq * PAGE
+        given = module.streamindex_topk_ref(
+            *map(jnp.asarray, (call.q, call.w, call.pages, call.lengths, call.tables, call.cu_q, starts)),
+            jnp.asarray(call.distribution), k=METHOD.topk, pages_per_seq=pages_per_seq, one_token_per_seq=is_decode,
+        )  # fmt: skip
+        return rows(given, q)
+
+    return select
+
+
+_UNORDERED = functools.partial(testing.Form, takes=TAKES, order="any")
+PEERS = {
+    "tokamax": {"tokamax": Peer(tokamax, _UNORDERED(dtype="float8_e4m3fn"))},
+    "tpu_inference": {"tpu-inference": Peer(tpu_inference, _UNORDERED())},
+    "sglang_jax": {
+        "sglang-jax": Peer(sglang_jax, _UNORDERED()),
+        "sglang-jax, decode": Peer(functools.partial(sglang_jax, is_decode=True), _UNORDERED(sizes={"T": (1,)})),
+    },
+}
+
+
+def module_of(project: str, file: Path | None):
+    """The module that has the project's function."""
+    if project == "tokamax":
+        import tokamax.ops
+
+        return tokamax.ops
+    if file is None:
+        raise SystemExit(f"{project}: name its file by --file")
+    if project == "tpu_inference":  # the tests import the kernel, which wants vLLM above it; the function does not
+        sys.modules["tpu_inference.kernels.experimental.deepseek_v4.indexer.streamindex_topk"] = stub = _Stub("stub")
+        stub.streamindex_topk = None
+    spec = importlib.util.spec_from_file_location(project, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_Stub = type(sys)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.integrations.conformance")
+    parser.add_argument("project", choices=PEERS)
+    parser.add_argument("--file", type=Path)
+    options = parser.parse_args()
+    module = module_of(options.project, options.file)
+    for name, peer in PEERS[options.project].items():
+        start, function = time.perf_counter(), peer.adapter(module)
+        print(f"{name}, {METHOD}, {peer.form}")
+        for verdict in testing.check_promises(function, METHOD, form=peer.form):
+            print(f"  {verdict.promise:18} {verdict.outcome:10} {verdict.why}", flush=True)
+            if verdict.outcome == "broken":
+                try:
+                    testing.check_contract(function, METHOD, form=peer.form, promises=[verdict.promise], seconds=20)
+                except testing.ContractError as error:
+                    print(f"    {error}".replace("\n", "\n    "), flush=True)
+        print(f"  {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
