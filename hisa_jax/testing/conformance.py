@@ -6,8 +6,9 @@ from typing import Any, Literal, NamedTuple
 from hisa_jax.methods import Method
 from hisa_jax.testing.draw import Draw
 from hisa_jax.testing.form import Case, Form, Raised, WrongForm
-from hisa_jax.testing.promises import PROMISES, Promise, Trial
+from hisa_jax.testing.promises import PROMISES, Promise
 from hisa_jax.testing.shrink import shrink
+from hisa_jax.testing.trial import Trial
 
 _FORM = Form()
 _SECONDS = 60.0
@@ -39,8 +40,9 @@ class ContractError(AssertionError):
 
     def __init__(self, verdict: Verdict, method: Method, tried: int) -> None:
         self.promise, self.case = verdict.promise, verdict.case
+        why = verdict.why.replace("\n", "\n  ")
         super().__init__(
-            f"the promise {verdict.promise!r} is broken: {PROMISES[verdict.promise].sentence}\n  {verdict.why}\n"
+            f"the promise {verdict.promise!r} is broken: {PROMISES[verdict.promise].sentence}\n  {why}\n"
             f"  by {method}, smallest inputs found, {tried} tried:\n{verdict.case}"
         )
 
@@ -77,8 +79,10 @@ def check_contract(
         ...     return hj.select(q, k, w, method, **keywords)
         >>> testing.check_contract(select, method, promises=["ties"])
     """
-    trial, names = _prepared("check_contract", function, method, form, promises, leave_out)
+    trial, names, left_out = _prepared("check_contract", function, method, form, promises, leave_out)
     for name in names:
+        if name in left_out:
+            continue
         verdict = _verdict(trial, name, seed)
         if verdict.outcome == "broken":
             smaller, calls = _made_small(trial, verdict, seconds)
@@ -100,10 +104,9 @@ def check_promises(
     Returns: a `Verdict` each, in the order of `PROMISES`; its case is not made small.
     Raises: as `check_contract`, but for ContractError.
     """
-    leave_out = tuple(leave_out)
-    trial, names = _prepared("check_promises", function, method, form, promises, leave_out)
-    for name in PROMISES if promises is None else names:
-        yield Verdict(name, "left out") if name in leave_out else _verdict(trial, name, seed)
+    trial, names, left_out = _prepared("check_promises", function, method, form, promises, leave_out)
+    for name in names:
+        yield Verdict(name, "left out") if name in left_out else _verdict(trial, name, seed)
 
 
 def _prepared(
@@ -113,7 +116,7 @@ def _prepared(
     form: Form,
     promises: Iterable[str] | None,
     leave_out: Iterable[str],
-) -> tuple[Trial, list[str]]:
+) -> tuple[Trial, list[str], set[str]]:
     if not callable(function):
         raise TypeError(f"{call}: function is {type(function).__name__}, wanted what can be called")
     if not isinstance(method, Method):
@@ -128,7 +131,7 @@ def _prepared(
     unknown = sorted((set(wanted) | left_out) - set(PROMISES))
     if unknown:
         raise ValueError(f"{call}: no promise is called {unknown[0]!r}, there are {', '.join(PROMISES)}")
-    return Trial(function, form, method), [name for name in wanted if name not in left_out]
+    return Trial(function, form, method), wanted, left_out
 
 
 def _verdict(trial: Trial, name: str, seed: int) -> Verdict:

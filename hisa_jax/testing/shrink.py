@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from hisa_jax.testing.form import Case, Form
-from hisa_jax.testing.promises import chunk, cut
+from hisa_jax.testing.trial import chunk, cut
 
 Broken = Callable[[Case], str | None]
 

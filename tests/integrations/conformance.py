@@ -28,10 +28,11 @@ TAKES = ("lengths",)  # queries are the last tokens of a sequence
 
 
 class Peer(NamedTuple):
-    """A project's function: of its module one that `check_contract` can call, and its form."""
+    """A project's function: of its module one that `check_contract` can call, its form, the promises that it breaks."""
 
     adapter: Callable[[object], Callable[..., np.ndarray]]
     form: testing.Form
+    broken: tuple[str, ...]
 
 
 class Paged(NamedTuple):
@@ -115,11 +116,17 @@ def sglang_jax(module, *, is_decode: bool = False) -> Callable[..., np.ndarray]:
 
 _UNORDERED = functools.partial(testing.Form, takes=TAKES, order="any")
 PEERS = {
-    "tokamax": {"tokamax": Peer(tokamax, _UNORDERED(dtype="float8_e4m3fn"))},
-    "tpu_inference": {"tpu-inference": Peer(tpu_inference, _UNORDERED())},
+    "tokamax": {"tokamax 0.0.17": Peer(tokamax, _UNORDERED(dtype="float8_e4m3fn"), ("nan", "clipping"))},
+    "tpu_inference": {
+        "tpu-inference 0.32.0": Peer(tpu_inference, _UNORDERED(), ("ties", "nan", "infinity", "clipping"))
+    },
     "sglang_jax": {
-        "sglang-jax": Peer(sglang_jax, _UNORDERED()),
-        "sglang-jax, decode": Peer(functools.partial(sglang_jax, is_decode=True), _UNORDERED(sizes={"T": (1,)})),
+        "sglang-jax cddbf6f": Peer(sglang_jax, _UNORDERED(), ("nan", "infinity", "clipping")),
+        "the same, decode": Peer(
+            functools.partial(sglang_jax, is_decode=True),
+            _UNORDERED(sizes={"T": (1,)}),
+            ("nan", "infinity", "clipping"),
+        ),
     },
 }
 
@@ -145,24 +152,31 @@ def module_of(project: str, file: Path | None):
 _Stub = type(sys)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.integrations.conformance")
     parser.add_argument("project", choices=PEERS)
     parser.add_argument("--file", type=Path)
     options = parser.parse_args()
-    module = module_of(options.project, options.file)
+    module, is_as_said = module_of(options.project, options.file), True
     for name, peer in PEERS[options.project].items():
         start, function = time.perf_counter(), peer.adapter(module)
         print(f"{name}, {METHOD}, {peer.form}")
         for verdict in testing.check_promises(function, METHOD, form=peer.form):
             print(f"  {verdict.promise:18} {verdict.outcome:10} {verdict.why}", flush=True)
+            is_as_said &= (verdict.outcome == "broken") == (verdict.promise in peer.broken)
             if verdict.outcome == "broken":
-                try:
-                    testing.check_contract(function, METHOD, form=peer.form, promises=[verdict.promise], seconds=20)
-                except testing.ContractError as error:
-                    print(f"    {error}".replace("\n", "\n    "), flush=True)
+                show_small(function, peer, verdict.promise)
         print(f"  {time.perf_counter() - start:.0f} s")
+    return 0 if is_as_said else 1
+
+
+def show_small(function: Callable[..., np.ndarray], peer: Peer, promise: str) -> None:
+    """Prints the smallest inputs that break a promise."""
+    try:
+        testing.check_contract(function, METHOD, form=peer.form, promises=[promise], seconds=20)
+    except testing.ContractError as error:
+        print(f"    {error}".replace("\n", "\n    "), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
