@@ -195,8 +195,8 @@ class MissingExtra(ModuleNotFoundError):
 
 # Package -> the extra of pyproject.toml that brings it.
 _EXTRAS = {
-    "flax": "models", "gguf": "lab", "matplotlib": "bench", "optax": "models", "orbax": "models", "rich": "bench",
-    "safetensors": "models", "tokenizers": "models",
+    "flax": "models", "gguf": "lab", "jinja2": "models", "matplotlib": "bench", "optax": "models", "orbax": "models",
+    "rich": "bench", "safetensors": "models", "tokenizers": "models",
 }  # fmt: skip
 
 

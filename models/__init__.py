@@ -13,6 +13,7 @@ with optional_packages():
     from hisa_jax.models.plan import Plan
     from hisa_jax.models.published import dsv32, glm5, glm52
     from hisa_jax.models.safetensors_io import CheckpointError
+    from hisa_jax.models.sampling import Sampling
     from hisa_jax.models.sharding import make_mesh
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Model",
     "Output",
     "Plan",
+    "Sampling",
     "Yarn",
     "config_from_keys",
     "dsv32",

@@ -102,7 +102,7 @@ class Layer(nnx.Module):
 
 
 class Model(nnx.Module):
-    """A DSA language model.
+    """A DSA language model; `folder` is where it was loaded from, None if it was made otherwise.
 
     Args:
         config: sizes and settings.
@@ -119,6 +119,7 @@ class Model(nnx.Module):
         if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"Model: dtype is {jnp.dtype(dtype)}, wanted float32 or bfloat16")
         self.config = config
+        self.folder: str | None = None
         self.plan = make_plan(method, config)
         self.mesh = automatic(mesh)
         V, E = config.vocab_size, config.hidden_size
