@@ -19,6 +19,10 @@ COMMANDS = {
         "whether the tokens that another framework selected follow from its q, k and w",
     ),
     "data": ("hisa_jax.models.__main__:add_data", "collect text to train a byte-level model on"),
+    "evaluate": (
+        "hisa_jax.models.evaluate.command:add_arguments",
+        "the same questions to each indexer by lm-eval's tasks: one table, intervals, paired differences",
+    ),
     "generate": ("hisa_jax.models.__main__:add_generate", "continue prompts by a local checkpoint"),
     "train": ("hisa_jax.models.training.command:add_arguments", "train a byte-level model with DSA's stages"),
 }  # fmt: skip

@@ -195,8 +195,9 @@ class MissingExtra(ModuleNotFoundError):
 
 # Package -> the extra of pyproject.toml that brings it.
 _EXTRAS = {
-    "flax": "models", "gguf": "lab", "jinja2": "models", "matplotlib": "bench", "optax": "models", "orbax": "models",
-    "rich": "bench", "safetensors": "models", "tokenizers": "models",
+    "datasets": "evaluate", "flax": "models", "gguf": "lab", "jinja2": "models", "lm_eval": "evaluate",
+    "matplotlib": "bench", "optax": "models", "orbax": "models", "rich": "bench", "safetensors": "models",
+    "tokenizers": "models",
 }  # fmt: skip
 
 

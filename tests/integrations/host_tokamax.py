@@ -5,9 +5,8 @@ import functools
 import jax
 import numpy as np
 import tokamax
-from tokamax._src.ops.lightning_indexer import test_base
-
 from hisa_jax.integrations.tokamax import lightning_indexer
+from tokamax._src.ops.lightning_indexer import test_base
 
 
 class TestTheirs(test_base.LightningIndexerTestBase):
