@@ -82,7 +82,8 @@ class HisaLM(TemplateLM):
         progress: is told what is done, how much of it, and of how much.
         max_batch_size, device: must be None; lm-eval hands them in.
 
-    Raises: ValueError: a size below 1, a model without a tokenizer, arguments that are not for it. As `from_pretrained`.
+    Raises: ValueError: a size below 1, a model without a tokenizer, arguments that are not for it. Also as
+        `from_pretrained`.
     """
 
     def __init__(
@@ -99,9 +100,8 @@ class HisaLM(TemplateLM):
     ) -> None:
         super().__init__()
         if max_batch_size is not None or device is not None:
-            raise ValueError(
-                f"HisaLM: max_batch_size={max_batch_size}, device={device!r}, wanted None: JAX has its own"
-            )
+            given = f"max_batch_size={max_batch_size}, device={device!r}"
+            raise ValueError(f"HisaLM: {given}, wanted None: the batch is fixed, and JAX knows its device")
         if isinstance(checkpoint, Model):
             self.model = checkpoint
         else:
@@ -167,7 +167,7 @@ class HisaLM(TemplateLM):
         self.cost.read += sum(map(len, {tuple(before) for before, _ in pairs})) + sum(len(c) for _, c in pairs)
         for (texts, *_), one in zip(requests, scored, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, tuple(one))
-        return [tuple(one) for one in scored]
+        return [(one.logprob, one.is_likeliest) for one in scored]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log probability of whole texts; of those longer than the model's positions in windows."""
@@ -203,14 +203,12 @@ class HisaLM(TemplateLM):
         if not prompts:
             return []
         with _Timed(self.cost):
-            texts, n_made = self._generate(prompts, samplings)
-        self.cost.read, self.cost.made = self.cost.read + sum(map(len, prompts)), self.cost.made + n_made
+            texts = self._generate(prompts, samplings)
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def _generate(self, prompts: Sequence[list[int]], samplings: Sequence[Sampling]) -> tuple[list[str], int]:
-        """The texts, and how many tokens were made."""
+    def _generate(self, prompts: Sequence[list[int]], samplings: Sequence[Sampling]) -> list[str]:
         longest = max(len(p) + s.max_tokens for p, s in zip(prompts, samplings, strict=True))
         rows = min(self._rows, len(prompts))
         n_pages = (rows + 1) * -(-longest // self.model.page_size)
@@ -221,21 +219,22 @@ class HisaLM(TemplateLM):
         ids = [engine.submit(p, sampling=s) for p, s in zip(prompts, samplings, strict=True)]
         readers = [engine.reader("generate_until", id) for id in ids]
         failed: dict[int, str] = {}
-        n_done = n_made = 0
+        n_read, n_tokens = 0, sum(map(len, prompts))
         while not engine.is_idle:
             if self._progress is not None:
-                self._progress("answering, questions", n_done, len(ids))
+                self._progress("answering, tokens of questions", n_read, n_tokens)
             report = engine.step()
             failed |= report.failed
-            n_done += len(report.finished) + len(report.failed)
-            n_made += sum(map(len, report.finished.values()))
+            new = sum(sum(step.n_new) for step in report.steps if step.phase != "decode")
+            n_read += new + sum(shared for *_, shared in report.forks)
+            self.cost.read += new
+            self.cost.made += sum(map(len, report.finished.values()))
         if self._progress is not None:
-            self._progress("answering, questions", len(ids), len(ids))
+            self._progress("answering, tokens of questions", n_tokens, n_tokens)
         if failed:
-            raise FloatingPointError(
-                f"HisaLM: {len(failed)} of {len(ids)} requests failed: {next(iter(failed.values()))}"
-            )
-        return [piece.text if (piece := reader.read()) else "" for reader in readers], n_made
+            why = next(iter(failed.values()))
+            raise FloatingPointError(f"HisaLM: {len(failed)} of {len(ids)} requests failed: {why}")
+        return [piece.text if (piece := reader.read()) else "" for reader in readers]
 
     def _cut(self, tokens: list[int], most: int) -> list[int]:
         self.cost.n_cut += len(tokens) > most

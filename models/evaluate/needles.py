@@ -136,9 +136,10 @@ def _of_text(
     # A key's values are asked for in the order in which they stand in the text.
     if kind.n_values > 1:
         places = sorted(places)
-    where = sorted(zip((round(place * len(lines)) for place in places), range(len(needles)), strict=True), reverse=True)
-    for at, i in where:
-        lines.insert(at, needles[i].strip("\n"))
+    ends = np.cumsum([len(line) + 1 for line in lines])
+    at = np.searchsorted(ends, np.array(places) * ends[-1])
+    for place, needle in sorted(zip(at.tolist(), range(len(needles)), strict=True), reverse=True):
+        lines.insert(place, needles[needle])
     body = "\n".join(lines)
     return [
         {"input": f"{body}\n{question}", "outputs": of_key, "length": length, "depth": depth, "text": number}
