@@ -64,6 +64,12 @@ def test_hisa_is_judged_by_its_own_candidates(judge):
     assert judge(**given, indices=indices)[0] == 1
 
 
+def test_more_tokens_than_topk_are_said(judge):
+    given = arrays()
+    code, said = judge("--topk", "16", **given, indices=selected(**given))
+    assert code == 1 and "24 tokens were chosen, and topk is 16" in said
+
+
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [

@@ -149,6 +149,8 @@ def judged(dump: Dump, queries: list[tuple[int, int]], method: Method, tolerance
         recall = float(np.isin(wanted, real).mean()) if len(wanted) else 1.0
         needs = _needed(reference, real, wanted)
         why = why and why.splitlines()[-1]
+        if len(real) > method.topk:
+            why = f"{len(real)} tokens were chosen, and topk is {method.topk}"
         yield Query(b, t, int(dump.positions[b, t]), int(dump.visible[b, t]), why, recall, needs)
 
 
