@@ -64,12 +64,17 @@ def test_likelihoods_are_those_of_a_direct_pass(lm, log_probabilities):
 
 
 def test_whole_texts_are_rolled_in_windows(model, log_probabilities):
-    (got,) = HisaLM(model, chunk=64).loglikelihood_rolling(asked("loglikelihood_rolling", (TEXT,)))
-    rows, wanted = log_probabilities("\n" + TEXT)[:-1], np.array(list(TEXT.encode()))
-    np.testing.assert_allclose(got, rows[np.arange(len(wanted)), wanted].sum(), rtol=1e-4)
-    short = HisaLM(model, chunk=64, max_length=16)
-    (windows,) = short.loglikelihood_rolling(asked("loglikelihood_rolling", (TEXT,)))
-    assert windows < got + 1 and short.cost.read >= 2 * len(TEXT) - 16  # less is seen, nothing is left out
+    def direct(seen, scored):
+        wanted = np.array(list(scored.encode()))
+        rows = log_probabilities(seen + scored)[len(seen) - 1 : -1]
+        return rows[np.arange(len(wanted)), wanted].sum()
+
+    (whole,) = HisaLM(model, chunk=64).loglikelihood_rolling(asked("loglikelihood_rolling", (TEXT,)))
+    np.testing.assert_allclose(whole, direct("\n", TEXT), rtol=1e-4)
+    (rolled,) = HisaLM(model, chunk=64, max_length=16).loglikelihood_rolling(asked("loglikelihood_rolling", (TEXT,)))
+    # Each byte once; the last window sees as much as 16 positions hold.
+    last = len(TEXT) - 16
+    np.testing.assert_allclose(rolled, direct("\n", TEXT[:16]) + direct(TEXT[last - 1 : 16], TEXT[16:]), rtol=1e-4)
 
 
 def test_answers_are_those_of_generate(model, lm):
