@@ -4,8 +4,8 @@ from hisa_jax.attention import sparse_mla, sparse_mla_paged
 from hisa_jax.cache import append, copy_pages, init_cache, truncate
 from hisa_jax.checks import checked
 from hisa_jax.compare import Comparison, compare
+from hisa_jax.index_cache import IndexCache
 from hisa_jax.indexer_loss import indexer_kl
-from hisa_jax.layout import IndexCache
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.quantize import QuantizedKeys, quantize_keys, quantize_queries
 from hisa_jax.select import implementations, select, select_packed

@@ -33,37 +33,42 @@ def main() -> int:
     results = []
     for host in arguments.hosts or hosts:
         start = time.monotonic()
-        install(host, hosts[host])
+        try:
+            install(host, hosts[host])
+        except subprocess.CalledProcessError as error:  # the next one may do
+            print(f"{host}: {error}", file=sys.stderr)
+            results.append((host, "not installed", time.monotonic() - start, 0.0))
+            continue
         installed = time.monotonic()
-        code = 0 if arguments.only_install else run(host)
-        results.append((host, code, installed - start, time.monotonic() - installed))
-    for host, code, to_install, to_run in results:
-        verdict = "failed" if code else "passed" if not arguments.only_install else "installed"
-        print(f"{host:20} {verdict:10} installed in {to_install:4.0f} s, run in {to_run:4.0f} s")
-    return int(any(code for _, code, _, _ in results))
+        verdict = "installed" if arguments.only_install else "failed" if run(host) else "passed"
+        results.append((host, verdict, installed - start, time.monotonic() - installed))
+    for host, verdict, to_install, to_run in results:
+        print(f"{host:20} {verdict:14} installed in {to_install:4.0f} s, run in {to_run:4.0f} s")
+    return int(any(verdict in ("failed", "not installed") for _, verdict, _, _ in results))
 
 
 def install(host: str, pins: dict) -> None:
     """Makes the host's environment unless the one that is there has these pins."""
     home = ENVIRONMENTS / host
     stamp = home / "pins.json"
-    wanted = json.dumps({name: pins.get(name) for name in ("packages", "alone", "git", "commit")})
+    wanted = json.dumps({name: pins.get(name) for name in ("packages", "alone", "git", "commit", "files")})
     if stamp.exists() and stamp.read_text() == wanted:
         return
     shutil.rmtree(home, ignore_errors=True)
     venv.create(home, with_pip=True)
     pip = [python(host), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    if alone := pins.get("alone"):
-        subprocess.run([*pip, "--no-deps", *alone], check=True)
     if packages := pins.get("packages"):
         subprocess.run([*pip, *packages], check=True)
+    if alone := pins.get("alone"):
+        subprocess.run([*pip, "--no-deps", *alone], check=True)
     if repository := pins.get("git"):
-        # Of one commit, without the history.
-        source = str(home / "source")
-        subprocess.run(["git", "init", "--quiet", source], check=True)
-        fetch = ["git", "-C", source, "fetch", "--quiet", "--depth", "1", repository, pins["commit"]]
-        subprocess.run(fetch, check=True)
-        subprocess.run(["git", "-C", source, "checkout", "--quiet", "FETCH_HEAD"], check=True)
+        # Of one commit these files alone, without the history.
+        git = ["git", "-c", "gc.auto=0", "-C", str(home / "source")]
+        subprocess.run(["git", "init", "--quiet", str(home / "source")], check=True)
+        subprocess.run([*git, "remote", "add", "origin", repository], check=True)
+        fetch = ["fetch", "--quiet", "--depth", "1", "--filter=blob:none", "origin", pins["commit"]]
+        subprocess.run([*git, *fetch], check=True)
+        subprocess.run([*git, "checkout", "--quiet", pins["commit"], "--", *pins["files"]], check=True)
     stamp.write_text(wanted)
 
 

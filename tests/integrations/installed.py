@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 import sys
 import sysconfig
 import types
@@ -17,7 +18,7 @@ def namespace(package: str, folder: pathlib.Path | None = None) -> None:
     sys.modules[package] = module
 
 
-def tests_of(file: str, folder: pathlib.Path = SITE) -> dict:
+def load_tests(file: str, folder: pathlib.Path = SITE) -> dict:
     """The tests of a file and the marks of all of them, for pytest to find in another module."""
     path = folder / file
     spec = importlib.util.spec_from_file_location(f"installed_{path.stem}", path)
@@ -27,3 +28,13 @@ def tests_of(file: str, folder: pathlib.Path = SITE) -> dict:
     if not found:
         raise LookupError(f"{path} has no tests")
     return found
+
+
+def run_example(host: str) -> None:
+    """Runs the blocks of docs/integrations.md that are titled with a host."""
+    page = pathlib.Path(__file__).parent.parent.parent / "docs" / "integrations.md"
+    blocks = re.findall(rf'```python title="{host}"\n(.*?)```', page.read_text(), re.DOTALL)
+    if not blocks:
+        raise LookupError(f"{page.name} has no example of {host}")
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), {})
