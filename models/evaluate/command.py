@@ -166,7 +166,7 @@ def _chosen(task: Any, limit: int) -> list[int]:
     """The first questions of each length."""
     by_length: dict[Any, list[int]] = collections.defaultdict(list)
     for i, doc in enumerate(task.eval_docs):
-        by_length[next((doc[name] for name in results.LENGTHS if name in doc), None)].append(i)
+        by_length[doc.get(results.LENGTH)].append(i)
     return sorted(i for of_length in by_length.values() for i in of_length[: limit or None])
 
 

@@ -137,8 +137,13 @@ class HisaLM(TemplateLM):
         return f"hisa_jax:{self.model.folder}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Text -> tokens, with those that begin every prompt unless told."""
-        return self._tokenizer.encode(string, add_special=add_special_tokens is not False)
+        """Text -> tokens, with those that begin every prompt unless told, or unless the text has them already."""
+        plain = self._tokenizer.encode(string, add_special=False)
+        if add_special_tokens is False:
+            return plain
+        tokens = self._tokenizer.encode(string)
+        has_them = add_special_tokens is None and len(tokens) > len(plain) and tokens[:1] == plain[:1]
+        return plain if has_them else tokens
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """What lm-eval writes down of the template that `apply_chat_template` uses."""

@@ -73,7 +73,7 @@ def questions(
         style: "lines" or "sentences".
         seed: of keys, values and places.
 
-    Returns: `input`, `outputs`, `length`, `depth`, `text` (its number: questions of one share it), a dict each.
+    Returns: `input`, `outputs`, `max_length`, `depth`, `text` (its number: questions of one share it), a dict each.
     Raises: ValueError: an unknown kind or style, a length without room for the needles, a text that is too short.
         FileNotFoundError: no such text.
     """
@@ -142,7 +142,7 @@ def _of_text(
         lines.insert(place, needles[needle])
     body = "\n".join(lines)
     return [
-        {"input": f"{body}\n{question}", "outputs": of_key, "length": length, "depth": depth, "text": number}
+        {"input": f"{body}\n{question}", "outputs": of_key, "max_length": length, "depth": depth, "text": number}
         for question, of_key in zip(asked, values, strict=False)
     ]
 

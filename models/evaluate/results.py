@@ -5,9 +5,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from hisa_jax.models.evaluate import statistics
 
-LENGTHS = ("length", "max_length")  # how a question says how long it is: ours, RULER's
+LENGTH = "max_length"  # how a question says how long it is, ours as RULER's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ def rows_of(samples: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) ->
     for indexer, of_tasks in samples.items():
         for task, of_task in of_tasks.items():
             for sample in sorted(of_task, key=lambda sample: sample["doc_id"]):
-                length = next((sample["doc"][name] for name in LENGTHS if name in sample["doc"]), None)
+                length = sample["doc"].get(LENGTH)
                 for metric, value in _metrics(sample, length):
                     row = rows.setdefault((task, metric, length), Row(task, metric, length, {}))
                     row.values.setdefault(indexer, []).append(value)
@@ -57,7 +59,7 @@ def _metrics(sample: Mapping[str, Any], length: int | None) -> Iterator[tuple[st
             if metric != str(length):
                 continue
             name = "string match"
-        if isinstance(value, bool | int | float) and not math.isnan(value):
+        if isinstance(value, int | float | np.number | np.bool_) and not math.isnan(value):
             yield f"{name}, {sample['filter']}" if several else name, float(value)
 
 
@@ -67,17 +69,21 @@ def json_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         first = next(iter(row.values))
         for indexer, values in row.values.items():
-            mean, low, high = interval(values)
+            mean, low, high = map(_finite, interval(values))
             difference = None
             if indexer != first:
-                difference = dict(
-                    zip(("mean", "low", "high"), statistics.paired(row.values[first], values), strict=True)
-                )
+                compared = map(_finite, statistics.paired(row.values[first], values))
+                difference = dict(zip(("mean", "low", "high"), compared, strict=True))
             found.append({
                 "task": row.task, "metric": row.metric, "length": row.length, "indexer": indexer, "n": len(values),
                 "mean": mean, "low": low, "high": high, "difference": difference, "values": values,
             })  # fmt: skip
     return found
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(number) else number
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -96,12 +96,13 @@ def test_long_contexts_lose_their_beginning_and_are_counted(model):
 @pytest.fixture
 def own_task(tmp_path):
     """Multiple choice, whose right answers are what the text says."""
-    rows = [{"question": f"x = {n}\ny = x\nprint(y)  #", "good": f" {n}"} for n in range(4)]
+    stated, asked = "<<key amber-finch-0{n} = 4839{n}>>\n\n", "<<ask amber-finch-0{n} ="
+    rows = [{"question": (stated + asked).format(n=n), "good": f" 4839{n}>>"} for n in range(4)]
     (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "own.yaml").write_text(
         "task: own\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\n"
         f"dataset_kwargs:\n  data_files: {tmp_path}/rows.json\n"
-        'doc_to_text: "{{question}}"\ndoc_to_choice: ["{{good}}", " 7", " nothing"]\ndoc_to_target: 0\n'
+        'doc_to_text: "{{question}}"\ndoc_to_choice: ["{{good}}", " 11111>>", " nothing"]\ndoc_to_target: 0\n'
         "target_delimiter: ''\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n"
     )
     return tmp_path

@@ -22,7 +22,7 @@ def made(kind, **options):
 @pytest.mark.parametrize("kind", needles.KINDS)
 def test_questions_hold_their_answers_and_have_their_length(kind, style):
     found, tokenizer = made(kind, style=style), load_tokenizer(BYTES, read_config(BYTES).vocab_size)
-    assert [question["length"] for question in found] == [700] * 6 + [1500] * 6
+    assert [question["max_length"] for question in found] == [700] * 6 + [1500] * 6
     for question in found:
         *body, asked = question["input"].rsplit("\n", 2 if style == "sentences" else 1)
         text = body[0]
@@ -30,7 +30,7 @@ def test_questions_hold_their_answers_and_have_their_length(kind, style):
         assert all(text.count(value) == 1 for value in question["outputs"])
         assert not any(value in asked for value in question["outputs"])
         n_tokens = len(tokenizer.encode(question["input"]))
-        assert 0.9 * question["length"] - 64 <= n_tokens <= question["length"] - 16
+        assert 0.9 * question["max_length"] - 64 <= n_tokens <= question["max_length"] - 16
         at = [text.index(value) for value in question["outputs"]]
         assert at == sorted(at)
         if kind == "single":
@@ -84,7 +84,7 @@ def test_paired_differences_have_the_interval_of_matched_pairs():
 
 
 def sample(doc_id, value, length=None, metric="found", **more):
-    doc = {} if length is None else {"length": length}
+    doc = {} if length is None else {"max_length": length}
     return {"doc_id": doc_id, "doc": doc, "metrics": [metric], metric: value} | more
 
 
@@ -102,6 +102,7 @@ def test_the_table_has_a_column_an_indexer_and_a_line_a_length():
     assert "-0.500 [" in lines[0] and lines[2].split()[-2:] == ["0.500", "+0.250"]
     found = results.json_of(rows)
     assert found[1]["difference"]["mean"] == -0.5 and found[0]["difference"] is None
+    assert found[-1]["low"] is None and found[-1]["mean"] == 0.5  # of one question there is no interval
 
 
 def test_what_is_no_number_a_question_is_left_out_and_rulers_lengths_are_lengths():
