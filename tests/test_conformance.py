@@ -1,5 +1,6 @@
 """Mistakes in functions of somebody else's: each breaks the promise of its name, and the inputs become small."""
 
+import doctest
 import functools
 import pathlib
 
@@ -136,6 +137,12 @@ def test_a_function_of_another_form_is_judged_by_what_it_selects(name):
     asked = {v.promise for v in testing.check_promises(select, FLAT, form=form) if v.outcome == "kept"}
     assert {"best", "ties", "nan", "count"} <= asked
     assert ("missing" in asked) == ("lengths" in form.takes) and ("order" in asked) == (form.order == "ascending")
+
+
+def test_the_example_runs():
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for example in doctest.DocTestFinder(recurse=False).find(testing.check_contract, "example", globs={"hj": hj}):
+        assert runner.run(example).failed == 0 and runner.tries
 
 
 def test_promises_are_left_out_by_name():
