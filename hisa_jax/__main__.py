@@ -24,6 +24,7 @@ COMMANDS = {
         "the same questions to each indexer by lm-eval's tasks: one table, intervals, paired differences",
     ),
     "generate": ("hisa_jax.models.__main__:add_generate", "continue prompts by a local checkpoint"),
+    "serve": ("hisa_jax.models.serve.command:add_arguments", "serve a checkpoint by OpenAI's interface"),
     "train": ("hisa_jax.models.training.command:add_arguments", "train a byte-level model with DSA's stages"),
 }  # fmt: skip
 

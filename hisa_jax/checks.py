@@ -196,8 +196,8 @@ class MissingExtra(ModuleNotFoundError):
 # Package -> the extra of pyproject.toml that brings it.
 _EXTRAS = {
     "datasets": "evaluate", "flax": "models", "gguf": "lab", "jinja2": "models", "lm_eval": "evaluate",
-    "matplotlib": "bench", "optax": "models", "orbax": "models", "rich": "bench", "safetensors": "models",
-    "tokenizers": "models",
+    "matplotlib": "bench", "optax": "models", "orbax": "models", "prometheus_client": "serve", "rich": "bench",
+    "safetensors": "models", "starlette": "serve", "tokenizers": "models", "uvicorn": "serve",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from hisa_jax.checks import optional_packages
 
 with optional_packages():
+    from hisa_jax.models.async_engine import AsyncEngine
     from hisa_jax.models.cache import Cache
     from hisa_jax.models.checkpoint import restore, save
     from hisa_jax.models.config import Config, Yarn, config_from_keys, read_config
@@ -17,6 +18,7 @@ with optional_packages():
     from hisa_jax.models.sharding import make_mesh
 
 __all__ = [
+    "AsyncEngine",
     "Cache",
     "CheckpointError",
     "Config",

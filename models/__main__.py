@@ -1,4 +1,4 @@
-"""The commands: python -m hisa_jax.models generate, check, data and train; each says what it takes with --help."""
+"""The commands: python -m hisa_jax.models generate, serve, check, data, train; each says what it takes by --help."""
 
 import argparse
 import sys
@@ -14,6 +14,7 @@ from hisa_jax.models.locate import locate
 from hisa_jax.models.options import add_model, add_sampling, load, sampling_of
 from hisa_jax.models.progress import Progress
 from hisa_jax.models.sampling import Logprobs
+from hisa_jax.models.serve import command as serve
 from hisa_jax.models.sharding import make_mesh
 from hisa_jax.models.tokens import load_tokenizer
 from hisa_jax.models.training import command as training
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data(commands.add_parser("data", help="collect text to train a byte-level model on"))
     training.add_arguments(commands.add_parser("train", help="train a byte-level model with DSA's stages"))
     add_generate(commands.add_parser("generate", help="continue prompts by a local checkpoint"))
+    serve.add_arguments(commands.add_parser("serve", help="serve a checkpoint by OpenAI's interface"))
     check.add_arguments(
         commands.add_parser("check", help="what each indexer keeps of a checkpoint's own, on your text")
     )

@@ -13,17 +13,19 @@ and runs between two steps.
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, Self, TypeVar
 
-from hisa_jax.models.engine import Engine
+from hisa_jax.models.engine import Engine, Report
 from hisa_jax.models.sampling import Sampling
 from hisa_jax.models.streams import Piece, Reader
 
 Result = TypeVar("Result")
+_LOG = logging.getLogger(__name__)
 _MOST_FAULTS = 3  # steps in a row that may fail before their requests do
 
 
@@ -68,10 +70,14 @@ class AsyncEngine:
     Args:
         engine: that only this object uses from now on.
         after_step: is handed what `Engine.step` reports, in the thread; for counting.
+        after_fault: is handed what it raises, which is logged, too.
     """
 
-    def __init__(self, engine: Engine, after_step: Callable[[Any], None] | None = None) -> None:
-        self.engine, self._after_step = engine, after_step
+    def __init__(
+        self, engine: Engine, after_step: Callable[[Report], None] | None = None,
+        after_fault: Callable[[Exception], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.engine, self._after_step, self._after_fault = engine, after_step, after_fault
         self._calls: queue.SimpleQueue[tuple[Future, Callable, tuple]] = queue.SimpleQueue()
         self._streams: dict[int, Stream] = {}
         self._is_closing, self._must_finish, self._is_closed = False, False, False
@@ -86,33 +92,69 @@ class AsyncEngine:
     async def __aexit__(self, *error: object) -> None:
         await self.close()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     async def submit(
         self, prompt: Sequence[int] | str, max_new_tokens: int | None = None, stop_ids: Collection[int] | None = None,
-        *, sampling: Sampling | None = None, most_waiting: int | None = None,
+        *, sampling: Sampling | None = None,
     ) -> Stream:  # fmt: skip
         """Queues a request.
 
         Args:
             prompt, max_new_tokens, stop_ids, sampling: as `Engine.submit` takes them.
-            most_waiting: requests that may wait already; None: any number.
 
         Returns: its pieces.
-        Raises: ValueError: as `Engine.submit`. BusyError: more wait. ClosedError: the engine is closing.
+        Raises: ValueError: as `Engine.submit`. ClosedError: the engine is closing.
+        """
+        loop = asyncio.get_running_loop()
+        return (await self._in_thread(lambda: [self._open(loop, prompt, max_new_tokens, stop_ids, sampling=sampling)]))[
+            0
+        ]
+
+    async def submit_all(
+        self, requests: Sequence[tuple[Sequence[int] | str, Sampling]], most_waiting: int | None = None
+    ) -> list[Stream]:
+        """Queues some requests, all or none.
+
+        Args:
+            requests: prompts and how to continue them.
+            most_waiting: requests that may wait for a row then; None: any number.
+
+        Returns: the pieces of each.
+        Raises: as `submit`. BusyError: more would wait.
         """
         loop = asyncio.get_running_loop()
 
-        def open_stream() -> Stream:
-            if self._is_closing:
-                raise ClosedError("submit: the engine is closing")
-            if most_waiting is not None and (n := len(self.engine.scheduler.waiting)) >= most_waiting:
-                raise BusyError(f"submit: {n} requests wait, wanted fewer than {most_waiting}")
-            id = self.engine.submit(prompt, max_new_tokens, stop_ids, sampling=sampling)
-            reader = self.engine.reader("submit", id)
-            stream = Stream(self, id, reader.n_prompt, reader, loop)
-            self._streams[id] = stream
-            return stream
+        def open_all() -> list[Stream]:
+            scheduler, streams = self.engine.scheduler, list[Stream]()
+            n = len(scheduler.waiting) + len(scheduler.running) + len(requests) - scheduler.rows
+            if most_waiting is not None and n > most_waiting:
+                raise BusyError(f"submit: {n} requests would wait, wanted at most {most_waiting}")
+            try:
+                for prompt, sampling in requests:
+                    streams.append(self._open(loop, prompt, sampling=sampling))
+            except BaseException:
+                for stream in streams:
+                    self._streams.pop(stream.id)
+                    self.engine.cancel(stream.id)
+                raise
+            return streams
 
-        future = self.call(open_stream)
+        return await self._in_thread(open_all)
+
+    def _open(self, loop: asyncio.AbstractEventLoop, *arguments: Any, **options: Any) -> Stream:
+        if self._is_closing:
+            raise ClosedError("submit: the engine is closing")
+        id = self.engine.submit(*arguments, **options)
+        reader = self.engine.reader("submit", id)
+        self._streams[id] = Stream(self, id, reader.n_prompt, reader, loop)
+        return self._streams[id]
+
+    async def _in_thread(self, open_streams: Callable[[], list[Stream]]) -> list[Stream]:
+        future = self.call(open_streams)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:  # the caller went away: whatever was queued has no reader
@@ -177,15 +219,19 @@ class AsyncEngine:
     def _step(self) -> None:
         try:
             report = self.engine.step()
-            self._n_faults = 0
-            if self._after_step is not None:
-                self._after_step(report)
         except Exception as error:
             # The step was not done, and the next one does it again. What stays wrong ends the requests, by its name.
+            _LOG.exception("a step failed and is done again")
             self._n_faults += 1
+            if self._after_fault is not None:
+                self._after_fault(error)
             if self._n_faults >= _MOST_FAULTS:
                 self._n_faults = 0
                 self._fail(f"{type(error).__name__}: {error}")
+        else:
+            self._n_faults = 0
+            if self._after_step is not None:
+                self._after_step(report)
         self._hand_out()
 
     def _hand_out(self) -> None:
@@ -218,6 +264,7 @@ class ClosedError(RuntimeError):
     """The engine takes no more requests."""
 
 
-def _cancel_unread(future: "Future[Stream]") -> None:
+def _cancel_unread(future: "Future[list[Stream]]") -> None:
     if not future.cancelled() and future.exception() is None:
-        future.result().cancel()
+        for stream in future.result():
+            stream.cancel()

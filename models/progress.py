@@ -16,12 +16,12 @@ class Progress:
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = sys.stderr if stream is None else stream
-        self._what, self._start, self._last, self._is_open = "", 0.0, 0.0, False
+        self._start = self._last = time.perf_counter()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.perf_counter()
-        if done == 0 or what.partition(" ")[0] != self._what:
-            self._what, self._start, self._last = what.partition(" ")[0], now, -_EVERY
+        if done == 0:
+            self._start, self._last = now, now - _EVERY
         is_last = done >= total
         if self._stream.isatty():
             text = f"{what}, {now - self._start:.1f} s" if is_last else f"{what}: {done} of {total}"

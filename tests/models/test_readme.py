@@ -29,6 +29,17 @@ def test_the_ten_lines_run_and_print_what_they_promise(monkeypatch):
     assert all(0 < value < 1 for value in recall["prefill"] + recall["decode"])
 
 
+@pytest.mark.exhaustive
+def test_the_example_of_sampling_runs_and_says_the_same_three_times(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sampling.md").read_text(), re.DOTALL)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, space := {})
+    tokens, text = space["result"].tokens[0], space["result"].texts[0]
+    *pieces, answer, _ = out.getvalue().split("\n")  # other bytes end lines, too, for `splitlines`
+    assert answer == text == space["engine"].tokenizer.decode(tokens) and len(pieces) == len(tokens)
+
+
 def test_every_file_it_lists_is_there_and_every_file_is_listed():
     table = README[README.index("| file | holds |") :]
     listed = set(re.findall(r"`(\w+\.py)`", table[: table.index("\n\n")]))

@@ -140,8 +140,9 @@ def test_an_engine_that_closes_finishes_or_cancels_and_takes_no_more(traffic):
         with pytest.raises(ValueError, match="submit: prompt is empty"):
             await serving_engine.submit([], 3)
         streams = [await serving_engine.submit(one[0], sampling=one[1]) for one in traffic[:6]]
-        with pytest.raises(BusyError, match="submit: . requests wait, wanted fewer than 0"):
-            await serving_engine.submit([1], 3, most_waiting=0)
+        for requests, error in (([([1], Sampling())] * 30, BusyError), ([([1], Sampling()), ([], None)], ValueError)):
+            with pytest.raises(error, match=r"(\d+ requests would wait, wanted at most 3|prompt is empty)"):
+                await serving_engine.submit_all(requests, 3 if len(requests) > 2 else None)
         closing = asyncio.create_task(serving_engine.close(finish=finish))
         await asyncio.sleep(0.05)
         with pytest.raises(ClosedError):
