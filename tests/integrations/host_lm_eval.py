@@ -102,7 +102,7 @@ def own_task(tmp_path):
     (tmp_path / "own.yaml").write_text(
         "task: own\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\n"
         f"dataset_kwargs:\n  data_files: {tmp_path}/rows.json\n"
-        'doc_to_text: "{{question}}"\ndoc_to_choice: ["{{good}}", " 11111>>", " nothing"]\ndoc_to_target: 0\n'
+        "doc_to_text: \"{{question}}\"\ndoc_to_choice: \"{{[good, ' 11111>>', ' nothing']}}\"\ndoc_to_target: 0\n"
         "target_delimiter: ''\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n"
     )
     return tmp_path
