@@ -265,6 +265,7 @@ def _sampling(options: dict[str, Any]) -> Sampling:
         raise ValueError(f"HisaLM: generation_kwargs has {unknown[0]}, wanted only {', '.join(sorted(_KNOWN))}")
     until = options.get("until") or ()
     drawn = {name: options[name] for name in ("temperature", "top_p", "top_k", "min_p", "seed") if name in options}
+    drawn = {"temperature": 1.0} | drawn
     return Sampling(
         max_tokens=options.get("max_gen_toks", options.get("max_tokens", _MAX_TOKENS)),
         stop=tuple([until] if isinstance(until, str) else filter(None, until)),

@@ -82,6 +82,10 @@ def test_answers_are_those_of_generate(model, lm):
     got = lm.generate_until(asked("generate_until", (TEXT, options), (TEXT + "\n#", options)))
     sampling = models.Sampling(max_tokens=24, stop=("\n\n", "def"))
     assert got == models.generate(model, [TEXT, TEXT + "\n#"], sampling=sampling, chunk=64).texts
+    drawn = {"do_sample": True, "seed": 1, "max_gen_toks": 24}
+    assert lm.generate_until(asked("generate_until", (TEXT, drawn))) != lm.generate_until(
+        asked("generate_until", (TEXT, drawn | {"seed": 2}))
+    )
     with pytest.raises(ValueError, match="generation_kwargs has beams"):
         lm.generate_until(asked("generate_until", (TEXT, {"beams": 3})))
 
