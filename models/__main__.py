@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _generate(options: argparse.Namespace) -> None:
     folder = locate(options.checkpoint)
-    config = read_config(folder)
+    config = read_config(folder, options.override)
     sampling = sampling_of(options)
     prompts: list = [_ids(text) for text in options.prompt_ids] if options.prompt_ids else options.prompt
     if not options.prompt_ids:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from hisa_jax.models.config import Config
 from hisa_jax.models.indexers import NAMES, make_method, read_methods
 from hisa_jax.models.modeling import Model
+from hisa_jax.models.overrides import add_override
 from hisa_jax.models.params import from_pretrained
 from hisa_jax.models.plan import MethodLike
 from hisa_jax.models.progress import Progress
@@ -22,7 +23,10 @@ CHECKPOINT = "folder with config.json and safetensors; bytes, the model in the r
 def add_model(command: argparse.ArgumentParser) -> None:
     """Checkpoint, indexer and dtype."""
     command.add_argument("--checkpoint", required=True, metavar="DIR", help=CHECKPOINT)
-    command.add_argument("--indexer", default="dsa", metavar="|".join([*NAMES, "FILE"]), help="FILE: per-layer JSON")
+    add_override(command)
+    command.add_argument(
+        "--indexer", metavar="|".join([*NAMES, "FILE"]), help="FILE: per-layer JSON; default: the checkpoint's own"
+    )
     command.add_argument("--topk", type=int, help="tokens each query attends to; default: the checkpoint's")
     command.add_argument("--block-size", type=int, help="tokens a block")
     command.add_argument("--block-topk", type=int, help="blocks kept, for hisa")
@@ -37,18 +41,19 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 def method_of(options: argparse.Namespace, config: Config) -> MethodLike:
     """The method that the options name. Raises ValueError: one that there is not, fields that it does not have."""
-    if options.indexer not in NAMES:
+    if options.indexer not in (None, *NAMES):
         return read_methods(options.indexer, config)
     fields = {field.name for method in NAMES.values() for field in dataclasses.fields(method)}
     # What a method does not have is refused there, by name, if it was given.
     given = {name: value for name in sorted(fields) if (value := getattr(options, name, None)) is not None}
-    return make_method(options.indexer, config, "--indexer", **given)
+    own = "hisa" if config.use_hisa else "dsa"
+    return make_method(options.indexer or own, config, "--indexer", **given)
 
 
 def load(options: argparse.Namespace, folder: Path, config: Config, mesh: Mesh | None = None) -> Model:
     """The model that the options name, with signs of life on standard error."""
     method = method_of(options, config)
-    return from_pretrained(folder, method, DTYPES[options.dtype], mesh, progress=Progress())
+    return from_pretrained(folder, method, DTYPES[options.dtype], mesh, config=config, progress=Progress())
 
 
 def add_sampling(command: argparse.ArgumentParser) -> None:

@@ -195,7 +195,7 @@ def from_pretrained(
         folder: where the checkpoint lies, or its name, see `models.locate`: "bytes" is the model that the repository
             ships.
         method: how layers select: `hj.Hisa`, `hj.Dsa`, `hj.Scan` or `hj.BlockSparse`, a sequence or mapping of them by
-            layer, or a rule (layer, phase) -> method; None is the checkpoint's own flat indexer.
+            layer, or a rule (layer, phase) -> method; None is the checkpoint's own, `config.method`.
         dtype: of weights and activations, float32 or bfloat16. Norms, router and index head weights stay float32.
         mesh: with the axes "data", "model" or both, see `models.make_mesh`.
         config: instead of the folder's, to change a setting: `dataclasses.replace(read_config(folder), ...)`.
@@ -212,7 +212,7 @@ def from_pretrained(
     table = parameter_table(config)
     # Shapes alone: no parameter takes memory before it is read.
     model = nnx.eval_shape(lambda: Model(config, method=method, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0)))
-    model.folder = str(folder)
+    model.folder = str(folder.absolute())  # the working directory may change
     graph, state = nnx.split(model)
     parameters, loaded = list(nnx.to_flat_state(state)), list[tuple[ParameterPath, Any]]()
     for path, parameter in parameters:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hisa_jax.models import checks
@@ -16,11 +17,13 @@ def tokenizer_of(model: Model) -> Tokenizer | None:
     """
     if model.folder is None or not has_tokenizer(model.folder, model.config.vocab_size):
         return None
-    return _load(model.folder, model.config.vocab_size)
+    file = Path(model.folder) / "tokenizer.json"
+    changed = file.stat().st_mtime_ns if file.exists() else 0
+    return _load(model.folder, model.config.vocab_size, changed)
 
 
 @functools.lru_cache(maxsize=4)  # the largest take a second to read
-def _load(folder: str, vocab_size: int) -> Tokenizer:
+def _load(folder: str, vocab_size: int, changed: int) -> Tokenizer:
     return load_tokenizer(folder, vocab_size)
 
 

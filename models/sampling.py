@@ -95,7 +95,7 @@ def short_form(
     if sampling is not None:
         if not isinstance(sampling, Sampling):
             raise ValueError(f"{call}: sampling is {checks.shown(sampling)}, wanted a Sampling or None")
-        if (max_new_tokens, stop_ids, temperature, seed) != (None, None, 0.0, 0):
+        if max_new_tokens is not None or stop_ids is not None or temperature != 0 or seed != 0:
             raise ValueError(f"{call}: beside sampling no max_new_tokens, stop_ids, temperature or seed is wanted")
         return sampling
     return Sampling(

@@ -124,7 +124,13 @@ class Server:
                 raise RequestError("recall: no request has finished yet", status=409, param="recall")
             tokens = max(self._finished, key=len)
             async with self._looking:
-                self.metrics.show_recall(await asyncio.to_thread(look.recall, self._model, tokens))
+                found = await asyncio.to_thread(look.recall, self._model, tokens)
+            if not found:
+                raise RequestError(
+                    f"recall: the longest of the last answers has {len(tokens)} tokens, not more than are selected",
+                    status=409, param="recall",
+                )  # fmt: skip
+            self.metrics.show_recall(found)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, request: Request) -> Response:
@@ -165,7 +171,8 @@ class Server:
         layers = [i for i, kind in enumerate(self._config.indexer_kinds) if kind == "full"]
         layer, query = body.get("layer", layers[0]), body.get("query", len(tokens) - 1)
         most = min(self._config.index_topk, len(tokens))
-        topk = body.get("topk", most)
+        # Unless told, an eighth of a short text, since else nothing is left out; a power of 2, which blocks divide.
+        topk = body.get("topk", min(most, 1 << max(len(tokens) // 8, 1).bit_length() - 1))
         for name, value, allowed in (
             ("layer", layer, layers), ("query", query, range(len(tokens))), ("topk", topk, range(1, most + 1)),
         ):  # fmt: skip
@@ -175,7 +182,9 @@ class Server:
         async with self._looking:
             found = await asyncio.to_thread(look.look, self._model, tokens, layer, query, methods)
         texts = await asyncio.to_thread(look.texts_of, tokens, self.tokenizer)
-        return JSONResponse({"tokens": texts, "layers": layers, "layer": layer, "query": query, "methods": found})
+        return JSONResponse(
+            {"tokens": texts, "layers": layers, "layer": layer, "query": query, "topk": topk, "methods": found}
+        )
 
     # What they share.
 

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
         from hisa_jax.models.serve.app import Server
 
     folder = locate(options.checkpoint)
-    config = read_config(folder)
+    config = read_config(folder, options.override)
     tokenizer = load_tokenizer(folder, config.vocab_size)
     template = load_chat_template(folder)
     keys = _keys(options)

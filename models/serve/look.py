@@ -65,6 +65,8 @@ def look(
 def recall(model: Model, tokens: Sequence[int], n: int = 32) -> dict[int, float]:
     """Mean recall of the model's own decoding method against the flat indexer's selections, by layer.
 
+    Of queries that see more than topk tokens: others select all. Layers without such a query are left out.
+
     Args:
         model: whose plan says what each layer selects by.
         tokens: of a text.
@@ -73,8 +75,10 @@ def recall(model: Model, tokens: Sequence[int], n: int = 32) -> dict[int, float]
     positions, found = sampled_positions(len(tokens), n), {}
     for seen in _read(model, tokens, positions):
         method = model.plan(seen.layer, "decode")
-        selection, flat = _select(seen, method), _select(seen, hj.Dsa(topk=method.topk))
-        found[seen.layer] = float(np.mean(np.asarray(hj.compare(selection, flat).recall)))
+        chooses = positions >= method.topk
+        if chooses.any():
+            selection, flat = _select(seen, method), _select(seen, hj.Dsa(topk=method.topk))
+            found[seen.layer] = float(np.mean(np.asarray(hj.compare(selection, flat).recall)[0, chooses]))
     return found
 
 
@@ -96,7 +100,7 @@ def _read(model: Model, tokens: Sequence[int], positions: np.ndarray) -> list[Se
 
 @functools.lru_cache(maxsize=1)
 def _flat(model: Model) -> Model:
-    return model.with_method(None)
+    return model.with_method(hj.Dsa(topk=model.config.index_topk))
 
 
 def _select(seen: Seen, method: hj.Method) -> hj.Selection:
