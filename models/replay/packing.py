@@ -33,7 +33,7 @@ def pack_rollouts(
         sequences: R, the most that a row may hold. None: as many as come together. With all three given, shapes are the
             same whatever the rollouts, so that a training step compiles once.
 
-    Returns: `Rollout`, whose `sequence` counts the sequences in the order given.
+    Returns: `Rollout`, whose `sequence` counts the sequences in the order given: by record, in it by its `sequence`.
     Raises: ValueError: no rollout, or those of unlike models or `start`; a sequence longer than `length`; more rows
         than `rows`; a size below 1.
     Example:
@@ -86,7 +86,9 @@ def _kind(rollout: Rollout) -> tuple:
 def _pieces(rollout: Rollout) -> list[_Piece]:
     offsets = np.asarray(rollout.cu_seqlens)
     pairs = [(b, *pair) for b, row in enumerate(offsets.tolist()) for pair in itertools.pairwise(row)]
-    return [_Piece(rollout, b, first, stop) for b, first, stop in pairs if stop > first]
+    pieces = [_Piece(rollout, b, first, stop) for b, first, stop in pairs if stop > first]
+    # A packed record has a later sequence in an earlier row where it fitted there.
+    return sorted(pieces, key=lambda piece: int(rollout.sequence[piece.row, piece.first]))
 
 
 def _first_fit(pieces: list[_Piece], length: int, most: int | None) -> list[tuple[int, int]]:
