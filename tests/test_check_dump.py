@@ -71,6 +71,24 @@ def test_more_tokens_than_topk_are_said(judge):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: row[1], "a token twice: 1 of all lists, the first at b=0, t=3, position 163"),
+        (lambda row: 164, "a token that is not visible: 1 of all lists, the first at b=0, t=3"),
+        (lambda row: -1, "too few tokens: 1 of all lists, the first at b=0, t=3"),
+    ],
+)
+def test_one_wrong_list_of_many_is_found_whichever_are_judged_by_scores(judge, change, message):
+    given = arrays()
+    indices = selected(**given)
+    code, said = judge("--queries", "1", **given, indices=indices)
+    assert code == 0 and "by scores 1 of 40 queries are judged" in said
+    indices[3, 0] = change(indices[3])
+    code, said = judge("--queries", "1", **given, indices=indices)
+    assert code == 1 and message in said and "The selections follow" not in said
+
+
+@pytest.mark.parametrize(
     ("wrong", "why"),
     [
         (dict(act=lambda x: x), "no relu"),

@@ -94,6 +94,22 @@ def test_the_broken_promise_is_named(mistake):
     assert case.k.shape[1] <= 8 or mistake in LONG, caught.value
 
 
+def test_a_function_that_writes_into_its_inputs_is_judged_by_what_it_was_given():
+    def writes(q, k, w, **keywords):
+        indices = flat(q, k, w, **keywords)
+        for array in (q, k, w, *keywords.values()):
+            array[...] = 0
+        return indices
+
+    def flips(q, k, w, **keywords):
+        w *= -1
+        return flat(q, k, w, **keywords)
+
+    testing.check_contract(writes, FLAT)
+    with pytest.raises(testing.ContractError, match="the promise 'best' is broken"):
+        testing.check_contract(flips, FLAT, seconds=2)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "method",
@@ -180,8 +196,12 @@ def test_what_is_no_selection_is_said():
         (dict(order="down"), "wanted one of ascending, any"),
         (dict(padding="none"), "wanted an int or 'masked'"),
         (dict(dtype="float16"), "wanted one of float32"),
-        (dict(tolerance=0), "wanted above 0"),
-        (dict(sizes={"N": (1,)}), "wanted positive ints for any of B, T, S, H, D"),
+        (dict(takes=None), "wanted a tuple of query_positions, lengths"),
+        (dict(tolerance=0), "wanted a number above 0"),
+        (dict(tolerance="1e-5"), "wanted a number above 0"),
+        (dict(sizes={"B": 1}), "wanted tuples of positive ints for any of"),
+        (dict(sizes=[64]), "wanted tuples of positive ints for any of"),
+        (dict(sizes={"N": (1,)}), "wanted tuples of positive ints for any of B, T, S, H, D"),
     ],
 )
 def test_a_form_is_checked(wrong, message):
@@ -196,6 +216,12 @@ def test_arguments_are_checked():
         testing.check_contract(flat, 4)
     with pytest.raises(TypeError, match="form is dict"):
         testing.check_contract(flat, FLAT, form={})
+    for name, wrong in (("promises", "ties"), ("leave_out", 3)):
+        with pytest.raises(TypeError, match=f"{name} is {wrong!r}, wanted a list of names of promises"):
+            testing.check_contract(flat, FLAT, **{name: wrong})
+    for name, wrong, wanted in (("seed", "a", "an int"), ("seconds", "a", "a number")):
+        with pytest.raises(TypeError, match=f"check_contract: {name} is str, wanted {wanted}"):
+            testing.check_contract(flat, FLAT, **{name: wrong})
     with pytest.raises(ValueError, match="without functions of its own"):
         testing.check_contract(flat, hj.Dsa(topk=3, token_score=lambda q, k, w: k[:, 0]))
 

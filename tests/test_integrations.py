@@ -114,7 +114,7 @@ WRONG = {
     "offsets": (dict(cu_q_lens=np.zeros(4, np.int32)), "cu_q_lens is [4], wanted [5]"),
     "counts": (dict(distribution=np.ones(3, np.float32)), "distribution is float32, wanted int32"),
     "distribution": (dict(distribution=(1, 1)), "distribution has 2 numbers, wanted 3"),
-    "dtype": (dict(cache_kv=np.zeros((4, 16, 4, 256), np.int8)), "cache_kv is int8, wanted uint8 or bfloat16"),
+    "dtype": (dict(cache_kv=np.zeros((4, 16, 4, 256), np.int8)), "streamindex_topk: cache_kv is int8, wanted uint8 or"),
     "packing": (dict(cache_kv=np.zeros((4, 32, 2, 256), np.uint8)), "is [4, 32, 2, 256], wanted [pages, page / 4"),
     "width": (dict(cache_kv=np.zeros((4, 16, 4, 128), np.uint8)), "wanted at least 129 numbers a token"),
     "weights": (dict(indexer_weights=np.zeros((12, 3), np.float32)), "indexer_weights is [12, 3], wanted [12, 4]"),
@@ -140,12 +140,24 @@ def test_what_a_call_cannot_use_is_named(name):
         (dict(kv_layout="seq_along_lane"), "wanted at least 129 numbers a token for keys of D = 64, in seq_along_lane"),
         (dict(cp_size=2, interleave_size=6, compression_ratio=4), "interleave_size=6, wanted a multiple of"),
         (dict(cp_size=2, method=HISA, k=24), "wanted a Dsa: blocks are split over devices"),
+        (dict(cp_size=2, cp_rank=1.0), "lightning_indexer: cp_rank is float32, wanted int32 or int64"),
+        (dict(cp_size=2, cp_rank=np.array([1], np.int32)), "lightning_indexer: cp_rank is [1], wanted []"),
     ],
 )
 def test_what_tokamaxs_call_cannot_use_is_named(change, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((TypeError, ValueError)) as error:
         lightning_indexer(**batch().arguments | dict(k=8) | change)
     assert message in str(error.value)
+
+
+@pytest.mark.exhaustive
+def test_a_device_that_there_is_not_has_no_entries():
+    """4 seconds."""
+    for rank in (-1, 2):
+        wrong = batch().arguments | dict(k=8, cp_size=2, cp_rank=rank, interleave_size=8)
+        assert (lightning_indexer(**wrong) == -1).all()
+        with pytest.raises(checkify.JaxRuntimeError, match=f"cp_rank is {rank}, wanted from 0 to 1"):
+            hj.checked(lightning_indexer)(**wrong)
 
 
 def test_every_scale_byte_is_its_power_of_two():

@@ -155,6 +155,10 @@ def test_nan_of_ones_own_is_chosen_last_and_never_outside_of_what_is_visible():
             "Dsa(token_score=<lambda>): gave float32 [2, 256] for q [2, 8] and keys [256, 8], wanted [256] floats",
         ),
         (
+            hj.Dsa(topk=K, token_score=lambda q, keys, w: None),
+            "Dsa(token_score=<lambda>): gave NoneType for q [2, 8] and keys [256, 8], wanted [256] floats",
+        ),
+        (
             dataclasses.replace(QUEST, block_score=lambda q, blocks, w: blocks[:, 0] > 0),
             "Hisa(block_score=<lambda>): gave bool [128] for q [2, 8] and keys [128, 16], wanted [128] floats",
         ),

@@ -150,9 +150,19 @@ def index_cache(
 
     Returns: the cache; [S, P * n] int32, the tables of its pages: one of more than 256 entries, or of more than a
         block, is n pages.
-    Raises: TypeError, ValueError: as `IndexCache.from_pages`; pages that are not of this layout.
+    Raises: TypeError, ValueError: as `IndexCache.from_pages`; pages that are not of this layout; a D that is no int of
+        at least 1; no method.
     """
-    call = "index_cache"
+    checks.integer("index_cache", "D", D, 1)
+    if method is not None:
+        check_method("index_cache", method)
+    return _index_cache("index_cache", cache_kv, block_tables, lengths, D, method, dtype, kv_layout)
+
+
+def _index_cache(
+    call: str, cache_kv: Array, block_tables: Array, lengths: Array, D: int, method: Method | None, dtype: str | None,
+    kv_layout: str,
+) -> tuple[IndexCache, Array]:  # fmt: skip
     layout = records.check_layout(call, kv_layout)
     size = records.page_size(call, cache_kv, D, layout)
     checks.int32(call, "block_tables", block_tables, ("S", "P"), "a flat table is block_tables.reshape(S, -1)")
@@ -210,7 +220,7 @@ def select(
     else:
         # Kernels take queries and keys of one dtype.
         dtype = "bfloat16" if q.dtype == jnp.bfloat16 else None
-        cache, table = index_cache(cache_kv, table, lengths, D=D, method=method, dtype=dtype, kv_layout=kv_layout)
+        cache, table = _index_cache(call, cache_kv, table, lengths, D, method, dtype, kv_layout)
     operands = q, weights.astype(jnp.float32), cache, table, offsets, lengths
     check_paged(call, *operands, method)
     problem = dispatch.Problem.of_pages(q, cache, table, method, is_split=False)

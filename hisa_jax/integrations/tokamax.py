@@ -50,7 +50,8 @@ def lightning_indexer(
     Args:
         kv_layout: "head_along_sublane" or "seq_along_lane", or tokamax's KVLayout.
         cp_size: over how many devices each request's entries are split; this device chooses among its own.
-        cp_rank: int32, which of them it is.
+        cp_rank: [] int32, which of them it is, from 0 on. Outside of [0, cp_size) there are none; `hj.checked` makes
+            that an error.
         interleave_size: tokens in a row that one of them has.
         return_scores: whether to return scores, too.
 
@@ -64,6 +65,11 @@ def lightning_indexer(
     checks.integer(call, "interleave_size", interleave_size, 1)
     batch = Batch(seq_lens, page_indices, cu_q_lens, distribution, compression_ratio)
     checks.integer(call, "compression_ratio", compression_ratio, 1)
+    rank = jnp.asarray(cp_rank)
+    checks.dtype(call, "cp_rank", rank, ("int32", "int64"))  # 64 bits has an int where JAX's x64 is on
+    checks.shape(call, "cp_rank", rank, ())
+    is_rank = (rank >= 0) & (rank < cp_size)
+    checks.value(is_rank, f"{call}: cp_rank is {{rank}}, wanted from 0 to {cp_size - 1}", rank=rank)
     own: Any = {}
     if cp_size > 1:
         if interleave_size % compression_ratio:
@@ -72,7 +78,7 @@ def lightning_indexer(
             )
         if method is not None and not isinstance(method, Dsa):
             raise ValueError(f"{call}: cp_size={cp_size} with {method}, wanted a Dsa: blocks are split over devices")
-        own = dict(own=functools.partial(_own, cp_rank, cp_size, interleave_size // compression_ratio))
+        own = dict(own=functools.partial(_own, rank.astype(jnp.int32), cp_size, interleave_size // compression_ratio))
     options: Any = dict(kv_layout=kv_layout, return_scores=return_scores, **own)
     selection = select(call, q, indexer_weights, cache_kv, batch, k, method, implementation, **options)
     if selection.scores is None:
@@ -80,7 +86,7 @@ def lightning_indexer(
     return selection.indices, lax.bitcast_convert_type(selection.scores, jnp.int32)
 
 
-def _own(rank: Array | int, n: int, width: int, total: Array) -> Array:
+def _own(rank: Array, n: int, width: int, total: Array) -> Array:
     """How many of the first `total` entries a device has, where `width` in a row go to each of n in turn."""
     rounds, rest = total // (n * width), total % (n * width)
-    return rounds * width + jnp.clip(rest - rank * width, 0, width)
+    return jnp.where((rank >= 0) & (rank < n), rounds * width + jnp.clip(rest - rank * width, 0, width), 0)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
+from hisa_jax import checks
 from hisa_jax.methods import Method
 from hisa_jax.testing.draw import Draw
 from hisa_jax.testing.form import Case, Form, Raised, WrongForm
@@ -70,7 +71,7 @@ def check_contract(
         seconds: at most so long is spent on making inputs small.
 
     Raises: ContractError, an AssertionError: a broken promise. ValueError: an unknown name, a method with functions of
-        one's own. TypeError: what cannot be called.
+        one's own, a seed below 0. TypeError: what cannot be called, an argument of another type.
     Source: docs/contract.md.
     Example:
         >>> from hisa_jax import testing
@@ -79,7 +80,8 @@ def check_contract(
         ...     return hj.select(q, k, w, method, **keywords)
         >>> testing.check_contract(select, method, promises=["ties"])
     """
-    trial, names, left_out = _prepared("check_contract", function, method, form, promises, leave_out)
+    checks.finite("check_contract", "seconds", seconds)
+    trial, names, left_out = _prepared("check_contract", function, method, form, promises, leave_out, seed)
     for name in names:
         if name in left_out:
             continue
@@ -104,7 +106,7 @@ def check_promises(
     Returns: a `Verdict` each, in the order of `PROMISES`; its case is not made small.
     Raises: as `check_contract`, but for ContractError.
     """
-    trial, names, left_out = _prepared("check_promises", function, method, form, promises, leave_out)
+    trial, names, left_out = _prepared("check_promises", function, method, form, promises, leave_out, seed)
     for name in names:
         yield Verdict(name, "left out") if name in left_out else _verdict(trial, name, seed)
 
@@ -116,7 +118,9 @@ def _prepared(
     form: Form,
     promises: Iterable[str] | None,
     leave_out: Iterable[str],
+    seed: int,
 ) -> tuple[Trial, list[str], set[str]]:
+    checks.integer(call, "seed", seed, 0)
     if not callable(function):
         raise TypeError(f"{call}: function is {type(function).__name__}, wanted what can be called")
     if not isinstance(method, Method):
@@ -127,6 +131,9 @@ def _prepared(
         )
     if not isinstance(form, Form):
         raise TypeError(f"{call}: form is {type(form).__name__}, wanted a Form")
+    for argument, names in (("promises", promises), ("leave_out", leave_out)):
+        if isinstance(names, str) or not isinstance(names, Iterable | None):
+            raise TypeError(f"{call}: {argument} is {names!r}, wanted a list of names of promises")
     wanted, left_out = list(PROMISES) if promises is None else list(promises), set(leave_out)
     unknown = sorted((set(wanted) | left_out) - set(PROMISES))
     if unknown:

@@ -133,6 +133,25 @@ def sampled(dump: Dump, topk: int, n: int, seed: int = 0) -> list[tuple[int, int
     return sorted((int(b), int(t)) for b, t in at)
 
 
+def malformed(dump: Dump, method: Method) -> dict[str, np.ndarray]:
+    """Of all queries but padding those whose lists are wrong whatever the scores.
+
+    Returns: what is wrong -> [n, 2], sequence and query of each.
+    """
+    S, visible = dump.k.shape[1], dump.visible
+    ids = np.sort(np.where((dump.indices >= 0) & (dump.indices < S), dump.indices, -1), axis=-1)
+    n = (ids >= 0).sum(-1)
+    wrong = {
+        "a token that is not visible": ids[..., -1] >= visible,
+        "a token twice": ((np.diff(ids, axis=-1) == 0) & (ids[..., 1:] >= 0)).any(-1),
+        f"more than {method.topk} tokens": n > method.topk,
+    }
+    if isinstance(method, Dsa):
+        wrong["too few tokens"] = n < np.minimum(visible, method.topk)
+    wrong = {what: where & (dump.positions >= 0) for what, where in wrong.items()}
+    return {what: np.argwhere(where) for what, where in wrong.items() if where.any()}
+
+
 def judged(dump: Dump, queries: list[tuple[int, int]], method: Method, tolerance: float) -> Iterator[Query]:
     """Each of the queries, held against the reference in float64."""
     S = dump.k.shape[1]

@@ -3,13 +3,13 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from hisa_jax.methods import NAMES, Method
-from hisa_jax.testing.dump import CONTRACT, Dump, Query, guessed, judged, read_dump, sampled
+from hisa_jax.testing.dump import CONTRACT, Dump, Query, guessed, judged, malformed, read_dump, sampled
 
 _EXAMPLE = """example:
   np.savez("dump.npz", q=q, k=k, w=w, indices=indices)     # [T, H, D], [S, D], [T, H], [T, topk]
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in _FIELDS:
         kind = str if name in ("slopes", "sketch") else int
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"the indexer's {name}")
-    parser.add_argument("--queries", type=int, default=64, help="judged, at random (default: %(default)s)")
+    parser.add_argument("--queries", type=int, default=64, help="judged by scores, at random (default: %(default)s)")
     parser.add_argument(
         "--tolerance", type=float, default=1e-3,
         help="of scores, relative to the largest of a query (default: %(default)s)",
@@ -57,9 +57,10 @@ def run(options: argparse.Namespace) -> int:
         queries.append(query)
         if sys.stderr.isatty():
             print(f"\r{len(queries)} of {len(at)} queries", end="\r", file=sys.stderr)
-    for line in report(dump, queries, method, options.tolerance):
+    wrong = malformed(dump, method)
+    for line in report(dump, queries, wrong, method, options.tolerance):
         print(line)
-    return int(any(query.why for query in queries))
+    return int(bool(wrong) or any(query.why for query in queries))
 
 
 def _method(options: argparse.Namespace, dump: Dump) -> Method:
@@ -71,11 +72,19 @@ def _method(options: argparse.Namespace, dump: Dump) -> Method:
     return kind(topk=options.topk or dump.indices.shape[2], **given)
 
 
-def report(dump: Dump, queries: list[Query], method: Method, tolerance: float) -> Iterator[str]:
+def report(
+    dump: Dump, queries: list[Query], wrong: Mapping[str, np.ndarray], method: Method, tolerance: float
+) -> Iterator[str]:
     """What is printed, line by line."""
     (B, T, H, D), S = dump.q.shape, dump.k.shape[1]
     yield f"{B} x {T} queries, {S} keys, {H} heads of {D}; held against {method}, tolerance {tolerance:g}"
     yield f"lists: {_form(dump)}"
+    for what, at in wrong.items():
+        b, t = at[0]
+        yield f"{what}: {len(at)} of all lists, the first at b={b}, t={t}, position {dump.positions[b, t]}"
+    n = int((dump.positions >= 0).sum())
+    if len(queries) < n:
+        yield f"by scores {len(queries)} of {n} queries are judged, at random; --queries says how many"
     for name, chooses in (("no more than", False), ("more than", True)):
         mine = [query for query in queries if (query.visible > method.topk) == chooses]
         if mine:
@@ -83,8 +92,9 @@ def report(dump: Dump, queries: list[Query], method: Method, tolerance: float) -
             what = f"{name} {method.topk} visible tokens"
             yield f"{what}: {kept} of {len(mine)} queries right, mean recall {recall:.4f}"
     broken = [query for query in queries if query.why]
-    if not broken:
+    if not broken and not wrong:
         yield "The selections follow from q, k and w. What is wrong is in these, or in the attention after them."
+    if not broken:
         return
     first = broken[0]
     yield f"first wrong: b={first.b}, t={first.t}, position {first.position}, {first.visible} visible: {first.why}"

@@ -1,7 +1,7 @@
 """What a function under test takes and gives: its inputs, its order, its padding."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import ml_dtypes
@@ -41,7 +41,8 @@ class Form:
     sizes: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.takes, str) or not set(self.takes) <= set(KEYWORDS):
+        is_list = isinstance(self.takes, Collection) and not isinstance(self.takes, str)
+        if not is_list or not all(name in KEYWORDS for name in self.takes):
             raise ValueError(f"Form(takes={self.takes!r}): wanted a tuple of {', '.join(KEYWORDS)}")
         if self.order not in get_args(Order):
             raise ValueError(f"Form(order={self.order!r}): wanted one of {', '.join(get_args(Order))}")
@@ -50,11 +51,10 @@ class Form:
             raise ValueError(f"Form(padding={self.padding!r}): wanted an int or 'masked'")
         if self.dtype not in DTYPES:
             raise ValueError(f"Form(dtype={self.dtype!r}): wanted one of {', '.join(DTYPES)}")
-        if not self.tolerance > 0:
-            raise ValueError(f"Form(tolerance={self.tolerance}): wanted above 0")
-        for axis, sizes in self.sizes.items():
-            if axis not in AXES or not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
-                raise ValueError(f"Form(sizes={dict(self.sizes)}): wanted positive ints for any of {', '.join(AXES)}")
+        if not isinstance(self.tolerance, int | float) or not self.tolerance > 0:
+            raise ValueError(f"Form(tolerance={self.tolerance!r}): wanted a number above 0")
+        if not isinstance(self.sizes, Mapping) or not all(map(_are_sizes, self.sizes, self.sizes.values())):
+            raise ValueError(f"Form(sizes={self.sizes!r}): wanted tuples of positive ints for any of {', '.join(AXES)}")
 
     def size(self, axis: str, wanted: int) -> int:
         """The least size of an axis that it takes and that is not below `wanted`, or the largest there is."""
@@ -64,6 +64,11 @@ class Form:
     def takes_size(self, axis: str, size: int) -> bool:
         """Whether an axis may have this size."""
         return size in self.sizes.get(axis, (size,))
+
+
+def _are_sizes(axis: Any, sizes: Any) -> bool:
+    is_some = axis in tuple(AXES) and isinstance(sizes, Sequence) and len(sizes) > 0
+    return is_some and all(isinstance(n, int | np.integer) and n > 0 for n in sizes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,7 +153,9 @@ def ask(function: Callable[..., Any], case: Case, method: Method) -> Answer:
     Raises: WrongForm: neither of these, or another shape. Raised: it raised.
     """
     try:
-        given = function(case.q, case.k, case.w, **case.keywords)
+        # Copies: what it writes into its inputs must not reach the reference or the next call.
+        arrays = [array.copy() for array in (case.q, case.k, case.w)]
+        given = function(*arrays, **{name: array.copy() for name, array in case.keywords.items()})
     except Exception as error:  # whatever somebody's function raises is its answer
         raise Raised(f"it raised {type(error).__name__}: {(str(error) or '-').splitlines()[0]}") from error
     if hasattr(given, "indices"):

@@ -75,6 +75,8 @@ def _values(keys: Keys) -> Array:
 def _floats(method: Method, name: str, given: Any, wanted: tuple[int | str, ...], what: str) -> Array:
     """What a function gave, as float32. Raises ValueError unless it has the wanted shape, a str for any, and floats."""
     call = f"{type(method).__name__}({name}={name_of(getattr(method, name))})"
+    if not hasattr(given, "dtype") and not isinstance(given, float):
+        raise ValueError(f"{call}: gave {type(given).__name__} {what}")
     shape, dtype = jnp.shape(given), jnp.result_type(given)
     fits = len(shape) == len(wanted) and all(b in (a, "E") for a, b in zip(shape, wanted, strict=True))
     if not fits or not jnp.issubdtype(dtype, jnp.floating):

@@ -68,7 +68,9 @@ def training_forward(
     Example:
         >>> out = models.training_forward(model, rollout.tokens, selections=rollout)  # doctest: +SKIP
     """
-    call, config = "training_forward", model.config
+    call = "training_forward"
+    checks.instance(call, "model", model, Model, "a Model")
+    config = model.config
     tokens = jnp.asarray(tokens)
     checks.int32(call, "tokens", tokens, ("B", "T"))
     checks.flags(call, compare=compare, remat=remat)

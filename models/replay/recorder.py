@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from hisa_jax.checks import flags
 from hisa_jax.models import checks
 from hisa_jax.models.modeling import Model, Output
 from hisa_jax.models.plan import Phase
@@ -212,7 +213,11 @@ def empty_rollout(
 
 
 def checked_start(call: str, start: int, return_selections: bool) -> int:
-    """`selections_from` as an int. Raises ValueError: no int of at least 0, or one without `return_selections`."""
+    """`selections_from` as an int. Raises ValueError: no int of at least 0, or one without `return_selections`.
+
+    TypeError: a `return_selections` that is no bool.
+    """
+    flags(call, return_selections=return_selections)
     start = checks.whole(call, "selections_from", start, 0)
     if start and not return_selections:
         raise ValueError(f"{call}: selections_from={start} without return_selections, wanted both or neither")

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hisa_jax import checks
 from hisa_jax.models.replay.forward import TrainingOutput
 from hisa_jax.models.replay.record import Rollout, places
 
@@ -56,12 +57,14 @@ def replay_report(rollout: Rollout, output: TrainingOutput) -> ReplayReport:
         output: of `training_forward(..., selections=rollout, compare=True)`.
 
     Returns: `ReplayReport`.
-    Raises: ValueError: an output of other shapes, or without what `compare` and targets give.
+    Raises: TypeError: other objects. ValueError: an output of other shapes, or without what `compare` and targets give.
     Example:
         >>> out = models.training_forward(model, rollout.tokens, selections=rollout, compare=True)  # doctest: +SKIP
         >>> models.replay_report(rollout, out).selection_share  # doctest: +SKIP
     """
     call = "replay_report"
+    checks.instance(call, "rollout", rollout, Rollout, "a Rollout")
+    checks.instance(call, "output", output, TrainingOutput, "what training_forward returns")
     rollout, output = jax.tree.map(np.asarray, (rollout, output))
     if output.same_selections is None or output.logprobs is None:
         raise ValueError(f"{call}: output has no same_selections, wanted one of training_forward(..., compare=True)")

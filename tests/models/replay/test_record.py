@@ -122,6 +122,10 @@ def test_packed_rows_hold_every_sequence_once_in_the_order_given(start):
         assert (r.tokens[r.sequence < 0] == 0).all() and not r.is_made[r.sequence < 0].any()
     # What was packed is packed again.
     rollouts.assert_same(models.pack_rollouts([packed]), padded)
+    # The third lies in the second's place of the first row, and stays the third.
+    mixed = models.pack_rollouts([single[1], single[2], single[0]], length=18)
+    assert mixed.sequence[0].max() == 2 and mixed.sequence[1].max() == 1
+    rollouts.assert_same(models.pack_rollouts([mixed]), models.pack_rollouts([single[1], single[2], single[0]]))
     # Of one shape, whatever comes.
     again = models.pack_rollouts(single[:1], length=20, rows=3, sequences=2)
     assert jax.tree.map(np.shape, again) == jax.tree.map(np.shape, packed)
@@ -213,6 +217,10 @@ def test_dtypes_other_tokens_and_arguments_that_exclude_each_other_are_named():
     run = functools.partial(models.training_forward, model)
     with pytest.raises(TypeError, match=r"selections.indices\[0\] is int64, wanted int32"):
         run(r.tokens, selections=rollouts.by_hand(indices=(FIRST.astype(np.int64), SECOND)))
+    with pytest.raises(TypeError, match="training_forward: model is dict, wanted a Model"):
+        models.training_forward({}, r.tokens)
+    with pytest.raises(TypeError, match="generate: return_selections is int, wanted a bool"):
+        models.generate(model, [[1]], 1, return_selections=1)
     with pytest.raises(TypeError, match="selections is dict, wanted a Rollout"):
         run(r.tokens, selections={})
     with pytest.raises(ValueError, match=r"tokens is \[1, 5\], wanted \[1, 6\]: the shape of selections.tokens"):
@@ -293,3 +301,7 @@ def test_the_report_counts_recorded_queries_those_with_a_choice_and_made_tokens(
         models.replay_report(r, dataclasses.replace(out, same_selections=None))
     with pytest.raises(ValueError, match=r"output is of 1 layers and tokens \[1, 6\], wanted 2 and \[1, 6\]"):
         models.replay_report(r, dataclasses.replace(out, same_selections=is_same[:1]))
+    with pytest.raises(TypeError, match="replay_report: rollout is TrainingOutput, wanted a Rollout"):
+        models.replay_report(out, r)
+    with pytest.raises(TypeError, match="replay_report: output is Rollout, wanted what training_forward returns"):
+        models.replay_report(r, r)
