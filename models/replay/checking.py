@@ -146,11 +146,15 @@ def check_traced(call: str, rollout: Rollout, config: Config, positions: Any) ->
         )
         some = jnp.any(indices >= 0, axis=-1, keepdims=True)
         checks.value(jnp.where(is_recorded, some, True), f"{name} select nothing for some queries")
+        ordered = jnp.sort(indices, axis=-1)
+        is_twice = (jnp.diff(ordered, axis=-1) == 0) & (ordered[..., 1:] >= 0)
+        checks.value(~(is_recorded & is_twice), f"{name} select a token twice for some queries")
     for n, experts in enumerate(rollout.experts):
         is_there = (experts >= 0) & (experts < config.n_routed_experts)
+        is_once = jnp.diff(jnp.sort(experts, axis=-1), axis=-1) != 0
         checks.value(
-            is_there | (positions < 0)[..., None],
-            f"{call}: selections.experts[{n}] are not all from 0 to {config.n_routed_experts - 1}",
+            (is_there.all(-1) & is_once.all(-1)) | (positions < 0),
+            f"{call}: selections.experts[{n}] are not all from 0 to {config.n_routed_experts - 1}, each once",
         )
 
 

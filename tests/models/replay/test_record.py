@@ -250,7 +250,7 @@ def test_dtypes_other_tokens_and_arguments_that_exclude_each_other_are_named():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["future", "below", "nothing", "expert"])
+@pytest.mark.parametrize("name", ["future", "below", "nothing", "twice", "expert", "same_expert"])
 def test_under_jit_checked_names_it_and_without_nothing_unseen_is_read(name):
     changes, _ = BAD_VALUES[name]
     bad, model = rollouts.by_hand(**changes), rollouts.trainer()
