@@ -15,8 +15,8 @@ import hisa_jax as hj
 from hisa_jax.integrations import records
 from hisa_jax.integrations.streamindex import index_cache, streamindex_topk
 from hisa_jax.integrations.tokamax import lightning_indexer
+from hisa_jax.testing.oracle.compare import assert_same_selection
 from tests.host_pages import PAGE, PARTS, D, P, batch, check, chosen
-from tests.oracle.compare import assert_same_selection
 
 HISA = hj.Hisa(topk=24, block_size=32, block_topk=3)
 SCAN = hj.Scan(topk=24, candidates=48, exact_heads=2, slopes="plain")
