@@ -147,13 +147,15 @@ def main() -> int:
         left = metric(text, "hisa_jax_requests_running") + metric(text, "hisa_jax_requests_waiting")
         status, are_pages_free = server.stop()
         first, quick = np.percentile(counts.first_ms, (50, 99)), np.percentile(times, (50, 99, 99.9))
-        slow = sum(t > HEALTH_MS for t in times)
+        slow = {
+            i: round(t) for i, t in enumerate(times) if t > HEALTH_MS
+        }  # which of them, to tell a start from a stall
         print(f"{counts.whole} whole answers, {len(counts.wrong)} wrong; {counts.left} left by their clients")
         print(f"first event after {first[0]:.0f} ms (median), {first[1]:.0f} ms (99 %)")
         print(
             f"/health: {len(times)} times, {quick[0]:.1f} ms (median), {quick[1]:.1f} (99 %), {quick[2]:.1f} (99.9 %)"
         )
-        print(f"/health: {max(times):.1f} ms at most, {slow} times over {HEALTH_MS} ms")
+        print(f"/health: {max(times):.1f} ms at most, {len(slow)} times over {HEALTH_MS} ms: {slow}")
         print(f"requests left {left:.0f}, all pages free: {are_pages_free}, exit status {status}")
         for name in ("shared_tokens", "proposals_accepted", "proposals", "step_faults"):
             print(f"{name} {metric(text, f'hisa_jax_{name}_total'):.0f}")
