@@ -110,9 +110,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m hisa_jax.models", description="DSA models with a pluggable indexer."
     )
     commands = parser.add_subparsers(required=True)
-    _add_data(commands.add_parser("data", help="collect text to train a byte-level model on"))
+    add_data(commands.add_parser("data", help="collect text to train a byte-level model on"))
     training.add_arguments(commands.add_parser("train", help="train a byte-level model with DSA's stages"))
-    _add_generate(commands.add_parser("generate", help="continue prompts by a local checkpoint"))
+    add_generate(commands.add_parser("generate", help="continue prompts by a local checkpoint"))
     serve.add_arguments(commands.add_parser("serve", help="serve a checkpoint by OpenAI's interface"))
     check.add_arguments(
         commands.add_parser("check", help="what each indexer keeps of a checkpoint's own, on your text")
@@ -120,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_data(command: argparse.ArgumentParser) -> None:
+def add_data(command: argparse.ArgumentParser) -> None:
+    """What `data` takes."""
     command.set_defaults(run=_data)
     command.add_argument("--out", required=True, type=Path, metavar="FILE", help=".npz to write")
     command.add_argument(
@@ -129,7 +130,8 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _add_generate(command: argparse.ArgumentParser) -> None:
+def add_generate(command: argparse.ArgumentParser) -> None:
+    """What `generate` takes."""
     command.set_defaults(run=_generate)
     add_model(command)
     prompts = command.add_mutually_exclusive_group(required=True)

@@ -27,6 +27,8 @@ from hisa_jax.models.generate import phase_graphs
 from hisa_jax.models.modeling import Model, Output
 from hisa_jax.models.plan import Phase
 from hisa_jax.models.prompts import prompt_ids, tokenizer_of
+from hisa_jax.models.replay.record import Rollout
+from hisa_jax.models.replay.recorder import Recorder, Rows, checked_start, logprob_of, rows_of
 from hisa_jax.models.sampling import Logprobs, Sampling, short_form
 from hisa_jax.models.scheduler import Batch, Request, Saved, Scheduler
 from hisa_jax.models.streams import Piece, Reader
@@ -56,6 +58,27 @@ class Traced(NamedTuple):
     q: Array
     k: Array | hj.QuantizedKeys
     w: Array
+
+
+class Trace(NamedTuple):
+    """What a pass tells beside tokens: what was selected from what; what queries and routers chose, for rollouts."""
+
+    inputs: bool
+    choices: bool
+
+
+class Chosen(NamedTuple):
+    """What a pass chose, and the log-probabilities of its tokens, [B, T] or [B, 1]."""
+
+    rows: Rows
+    logprobs: Array
+
+
+class Seen(NamedTuple):
+    """What a pass tells: of each layer that selects (selection, q, k, w), and its choices, if asked for."""
+
+    layers: list
+    chosen: Chosen | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +113,7 @@ class Report:
         failed: requests that ended without, and why.
         draft_errors: requests whose draft raised or proposed something that is not a token, and what that was. They go
             on without proposals.
+        rollouts: of those that finished, if the engine returns selections.
     """
 
     forks: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
@@ -98,6 +122,7 @@ class Report:
     logprobs: dict[int, list[Logprobs]] = dataclasses.field(default_factory=dict)
     failed: dict[int, str] = dataclasses.field(default_factory=dict)
     draft_errors: dict[int, str] = dataclasses.field(default_factory=dict)
+    rollouts: dict[int, Rollout] = dataclasses.field(default_factory=dict)
 
 
 class Engine:
@@ -116,6 +141,9 @@ class Engine:
         trace: whether steps say what was selected from what.
         tokenizer: makes text of tokens, for stop texts, streams and prompts that are text. Default: that of the folder
             which the model was loaded from.
+        return_selections: whether reports have a `Rollout` of each request that finishes: of its own queries and those
+            of a prefix that it shares. The host keeps `Rollout.bytes_per_token` of each token in the cache.
+        selections_from: leaves out what queries at positions before it selected, as for `generate`.
 
     Raises: ValueError: invalid sizes, a draft without `n_draft` or the reverse, a model on a mesh, more tokens
         than it has positions.
@@ -124,7 +152,8 @@ class Engine:
     def __init__(
         self, model: Model, *, n_pages: int, rows: int = 8, max_length: int = 512, chunk: int = 64,
         prefill_rows: int = 2, draft: Draft | None = None, n_draft: int = 0, max_overtakes: int = 16,
-        trace: bool = False, tokenizer: Tokenizer | None = None,
+        trace: bool = False, tokenizer: Tokenizer | None = None, return_selections: bool = False,
+        selections_from: int = 0,
     ) -> None:  # fmt: skip
         sizes = dict(
             n_pages=n_pages, max_length=max_length, rows=rows, prefill_rows=prefill_rows, chunk=chunk,
@@ -145,7 +174,9 @@ class Engine:
             raise ValueError(
                 f"Engine: max_length={checks.shown(max_length)}, wanted at most {room}, the model's positions"
             )
-        self.model, self.trace, self._tokenizer = model, trace, tokenizer
+        start = checked_start("Engine", selections_from, return_selections)
+        self.model, self._trace, self._tokenizer = model, Trace(trace, return_selections), tokenizer
+        self._recorder = Recorder(model, start) if return_selections else None
         self._graphs, self._state = phase_graphs(model), nnx.state(model)
         self.scheduler = Scheduler(**sizes, page_size=model.page_size, programs=self._graphs)
         self._pages: Pages | None = None
@@ -278,7 +309,7 @@ class Engine:
             arrays = self._place(batch, B, T)
             run = _verify if done == len(passes) - 1 else _read
             *_, pages, _ = run(
-                self._state, self.pages, *arrays, draws_of([], [], B), graph=self._graphs[phase], trace=self.trace
+                self._state, self.pages, *arrays, draws_of([], [], B), graph=self._graphs[phase], trace=self._trace
             )
             self._pages = jax.block_until_ready(pages)
         nowhere = np.full((2, max(self.scheduler.rows, self.scheduler.prefill_rows)), -1, np.int32)
@@ -311,6 +342,9 @@ class Engine:
 
     def _do_step(self) -> Report:
         report = Report(forks=self.scheduler.admit())
+        if self._recorder is not None:
+            for fork in report.forks:
+                self._recorder.fork(*fork)
         if batch := self.scheduler.next_chunks():
             report.steps.append(self._read(batch, report))
         # Those whose last chunk was just read decode in the same step.
@@ -320,7 +354,13 @@ class Engine:
             report.finished[request.id] = request.tokens[request.n_prompt :]
             if request.sampling.logprobs is not None:
                 report.logprobs[request.id] = list(request.logprobs)
+            if self._recorder is not None:
+                of_request = request.id, request.tokens, request.n_prompt
+                report.rollouts[request.id] = self._recorder.rollout([of_request])
             self.scheduler.finish(request)
+        if self._recorder is not None:
+            # Last of all: a step that is undone has forgotten nothing. Those that lost their pages wait with tokens.
+            self._recorder.keep({*self.pool.lengths, *self.scheduler.waiting})
         return report
 
     def _undo_step(self, saved: Saved, pages: Pages | None) -> None:
@@ -344,15 +384,18 @@ class Engine:
         graph = self._graphs[batch.phase]
         draws = self._draws(batch, self.scheduler.prefill_rows, [0] * len(batch.requests))
         out, logprobs, pages, traced = _read(
-            self._state, self.pages, *arrays, draws, graph=graph, trace=self.trace
+            self._state, self.pages, *arrays, draws, graph=graph, trace=self._trace
         )  # fmt: skip
         tokens = np.asarray(out).tolist()  # an error of the device shows here, so before the pages are taken over
         found = jax.device_get(logprobs) if draws.has_logprobs else None
+        chosen, n_kept = jax.device_get(traced.chosen), [len(new) for new in batch.news]
         self._pages = pages
+        self._record(batch, n_kept, chosen)
         for row, (request, made) in enumerate(zip(batch.requests, tokens, strict=False)):
             if self.pool.lengths[request.id] == request.n_prompt == len(request.tokens):
+                self._record_made(request, chosen, row, slice(0, 1))
                 self._take(request, made, report, found, row, 0)
-        return self._step(batch, [len(new) for new in batch.news], traced)
+        return self._step(batch, n_kept, traced.layers)
 
     def _decode(self, requests: list[Request], report: Report) -> Step:
         news = [[request.tokens[-1], *self._proposals(request, report)] for request in requests]
@@ -361,15 +404,32 @@ class Engine:
         firsts = [1 + self._n_draft - len(new) for new in news]  # columns
         graph, draws = self._graphs["decode"], self._draws(batch, self.scheduler.rows, firsts)
         out, n_right, logprobs, pages, traced = _verify(
-            self._state, self.pages, *arrays, draws, graph=graph, trace=self.trace
+            self._state, self.pages, *arrays, draws, graph=graph, trace=self._trace
         )  # fmt: skip
         tokens, n_kept = np.asarray(out), (1 + np.asarray(n_right))[: len(requests)].tolist()
         found = jax.device_get(logprobs) if draws.has_logprobs else None
+        chosen = jax.device_get(traced.chosen)
         self._pages = pages
+        self._record(batch, n_kept, chosen)
         for row, (request, start, first, kept) in enumerate(zip(*batch[1:3], firsts, n_kept, strict=True)):
             self.scheduler.truncate(request, start + kept)
+            self._record_made(request, chosen, row, slice(first, first + kept))
             self._take(request, tokens[row, first : first + kept].tolist(), report, found, row, first)
-        return self._step(batch, n_kept, traced)
+        return self._step(batch, n_kept, traced.layers)
+
+    def _record(self, batch: Batch, n_kept: list[int], chosen: Chosen | None) -> None:
+        """Keeps what the new tokens of a pass chose, but for rejected proposals."""
+        if self._recorder is None or chosen is None:
+            return
+        T = chosen.rows.indices[0].shape[1]
+        for row, (request, start, new, kept) in enumerate(zip(*batch[1:], n_kept, strict=True)):
+            first = T - len(new)
+            self._recorder.write(request.id, start, chosen.rows, row, slice(first, first + kept))
+
+    def _record_made(self, request: Request, chosen: Chosen | None, row: int, columns: slice) -> None:
+        """Keeps the log-probabilities of tokens that a request is about to take."""
+        if self._recorder is not None and chosen is not None:
+            self._recorder.made(request.id, request.n_made, chosen.logprobs[row, columns].tolist())
 
     def _proposals(self, request: Request, report: Report) -> list[int]:
         room = min(self._n_draft, request.end - len(request.tokens) - 1)
@@ -425,34 +485,40 @@ def _are_there(pages: Pages | None) -> bool:
 
 def _run(
     state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, graph: nnx.GraphDef,
-    trace: bool, last_only: bool,
-) -> tuple[Output, list]:  # fmt: skip
+    trace: Trace, last_only: bool,
+) -> Output:  # fmt: skip
     T = ids.shape[1]
     mask = jnp.arange(T)[None, :] >= T - n_new[:, None]
     cache = Cache(layers=pages, block_tables=tables, lengths=lengths)
-    out = nnx.merge(graph, state).run(ids, cache=cache, mask=mask, last_only=last_only, trace=trace)
-    return out, [(layer.selection, *layer.index_inputs) for layer in out.layers if layer.index_inputs is not None]
+    return nnx.merge(graph, state).run(ids, cache=cache, mask=mask, last_only=last_only, trace=any(trace))
+
+
+def _seen(out: Output, tokens: Array, trace: Trace) -> Seen:
+    """Of a pass that chose `tokens` [B, T], or [B, 1] after its last one."""
+    layers = [layer for layer in out.layers if trace.inputs and layer.index_inputs is not None]
+    chosen = Chosen(rows_of(out), logprob_of(out.logits, tokens)) if trace.choices else None
+    return Seen([(layer.selection, *(layer.index_inputs or ())) for layer in layers], chosen)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "trace"), donate_argnames="pages")
 def _read(
     state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
-    graph: nnx.GraphDef, trace: bool,
-) -> tuple[Array, LogprobArrays, Pages, list]:  # fmt: skip
+    graph: nnx.GraphDef, trace: Trace,
+) -> tuple[Array, LogprobArrays, Pages, Seen]:  # fmt: skip
     """A chunk of prompts: the token [B, 1] after it, log probabilities if wanted, the pages, what was selected."""
-    out, traced = _run(state, pages, tables, lengths, ids, n_new, graph, trace, last_only=True)
+    out = _run(state, pages, tables, lengths, ids, n_new, graph, trace, last_only=True)
     tokens = take(out.logits, draws, draws.kind)
-    return tokens, logprobs_if(draws.has_logprobs, out.logits, tokens), out.cache.layers, traced
+    return tokens, logprobs_if(draws.has_logprobs, out.logits, tokens), out.cache.layers, _seen(out, tokens, trace)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "trace"), donate_argnames="pages")
 def _verify(
     state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
-    graph: nnx.GraphDef, trace: bool,
-) -> tuple[Array, Array, LogprobArrays, Pages, list]:  # fmt: skip
+    graph: nnx.GraphDef, trace: Trace,
+) -> tuple[Array, Array, LogprobArrays, Pages, Seen]:  # fmt: skip
     """The last token and proposals: the token after each [B, T], how many proposals were right [B], log probabilities
     if wanted, the pages without the others, what was selected."""
-    out, traced = _run(state, pages, tables, lengths, ids, n_new, graph, trace, last_only=False)
+    out = _run(state, pages, tables, lengths, ids, n_new, graph, trace, last_only=False)
     tokens, T = take(out.logits, draws, draws.kind), ids.shape[1]
     is_proposal = jnp.arange(1, T)[None, :] > T - n_new[:, None]
     is_right = jnp.where(is_proposal, ids[:, 1:] == tokens[:, :-1], True)
@@ -461,7 +527,7 @@ def _verify(
     if T > 1:
         kept = lengths + jnp.minimum(n_new, 1 + n_right)
         layers = tuple(hj.truncate(p, tables, lengths + n_new, kept, max_tokens=T - 1) for p in layers)
-    return tokens, n_right, logprobs_if(draws.has_logprobs, out.logits, tokens), layers, traced
+    return tokens, n_right, logprobs_if(draws.has_logprobs, out.logits, tokens), layers, _seen(out, tokens, trace)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -20,6 +20,17 @@ from hisa_jax.models.dsa import select
 from hisa_jax.models.modeling import Model, Output
 from hisa_jax.models.plan import Phase
 from hisa_jax.models.prompts import prompt_ids, tokenizer_of
+from hisa_jax.models.replay.record import Rollout
+from hisa_jax.models.replay.recorder import (
+    Recorder,
+    Rows,
+    Steps,
+    checked_start,
+    empty_steps,
+    logprob_of,
+    put_step,
+    rows_of,
+)  # fmt: skip
 from hisa_jax.models.sampling import MOST_LOGPROBS, Logprobs, Sampling, short_form
 from hisa_jax.models.scheduler import Request
 from hisa_jax.models.streams import Reader
@@ -64,6 +75,8 @@ class Generation:
         recall: by phase, "prefill" and "decode": mean recall of each layer's selection against the flat indexer on the
             same keys and queries, over the queries that see more than topk tokens; None where there are none. Empty
             unless asked for.
+        rollout: what each query selected, which experts each token took, and log-probabilities, a prompt a row; None
+            unless asked for.
     """
 
     tokens: list[list[int]]
@@ -73,6 +86,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     recall: dict[str, list[float | None]]
+    rollout: Rollout | None = None
 
     @property
     def prefill_rate(self) -> float:
@@ -97,6 +111,8 @@ def generate(
     stop_ids: Collection[int] | None = None,
     tokenizer: Tokenizer | None = None,
     report_recall: bool = False,
+    return_selections: bool = False,
+    selections_from: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Generation:
     """Continues prompts of any lengths.
@@ -113,6 +129,10 @@ def generate(
         stop_ids: tokens that end a row; None: those of the model's config; () for none.
         tokenizer: for texts. Default: that of the folder which the model was loaded from.
         report_recall: whether to compare each selection with the flat indexer's.
+        return_selections: whether to return a `Rollout`, for `training_forward`. On the device it takes
+            `Rollout.bytes_per_token` for each token of a chunk, then for each new one.
+        selections_from: leaves out what queries at positions before it selected. Nothing is lost up to topk: such
+            queries select all that they see.
         progress: is told what is done, how much of it, and of how much, as `models.progress.Progress`.
 
     Returns: `Generation`.
@@ -133,6 +153,9 @@ def generate(
         raise ValueError("generate: stop texts need a tokenizer, and the model has none: tokenizer= takes one")
     pairs = enumerate(zip(rows, samplings, strict=True))
     requests = [_request(i, model, prompt, one, tokenizer) for i, (prompt, one) in pairs]
+    start_position = checked_start("generate", selections_from, return_selections)
+    recorder = Recorder(model, start_position) if return_selections else None
+    watch = Watch(recall=report_recall, choices=return_selections)
     ids, mask = pad_left(rows, chunk)
     # Whole chunks, so that prompts of about the same length run the same compiled programs; no more than there can be.
     capacity = -(-(max(map(len, rows)) + steps) // chunk) * chunk
@@ -148,24 +171,27 @@ def generate(
             progress("reading prompts (the first chunk compiles)", i, len(chunks))
         part = slice(first, first + chunks.step)
         phase: Phase = "last_prefill" if first == chunks[-1] else "prefill"
-        logits, cache, sums = _prefill(
-            state, cache, ids[:, part], mask[:, part], graph=graphs[phase], report_recall=report_recall
-        )
+        logits, cache, sums, chosen = _prefill(
+            state, cache, ids[:, part], mask[:, part], graph=graphs[phase], watch=watch
+        )  # fmt: skip
         prefill_recall += sums
+        if recorder is not None and chosen is not None:
+            recorder.write_chunk(np.asarray(mask), part, jax.device_get(chosen))
     jax.block_until_ready(logits)
     if progress is not None:
         progress("reading prompts", len(chunks), len(chunks))
     middle = time.perf_counter()
     draws = draws_of(samplings, [0] * len(rows), len(rows))
     made, decode_recall = _empty(requests, steps, model.config.vocab_size, draws), _no_recall(model)
+    if return_selections:
+        made = made._replace(choices=empty_steps(model, len(rows), steps, cache.capacity))
     pending, piece = logits, _PIECE if has_stop else steps
     for first in range(0, steps, piece):
         if progress is not None:
             progress("making tokens", first, steps)
         until = np.int32(min(first + piece, steps))
         cache, made, sums = _decode(
-            state, cache, pending, made, draws, until, graph=graphs["decode"], kind=int(draws.kind),
-            report_recall=report_recall,
+            state, cache, pending, made, draws, until, graph=graphs["decode"], kind=int(draws.kind), watch=watch,
         )  # fmt: skip
         pending, decode_recall = None, decode_recall + sums
         _read(requests, made)
@@ -182,12 +208,15 @@ def generate(
         raise FloatingPointError(f"generate: logits are not finite (NaN or infinity): {where}")
     if report_recall:  # read after the clock has stopped
         recall = {"prefill": prefill_recall.means(), "decode": decode_recall.means()}
+    rollout = None
+    if recorder is not None and made.choices is not None:
+        rollout = recorder.generated(rows, [request.tokens[request.n_prompt :] for request in requests], made.choices)
     pieces = [Reader(request, tokenizer).read() for request in requests]
     return Generation(
         tokens=[request.tokens[request.n_prompt :] for request in requests],
         texts=[] if tokenizer is None else [piece.text for piece in pieces if piece is not None],
         logprobs=_logprobs(requests, made), prompt_tokens=sum(map(len, rows)), prefill_seconds=middle - start,
-        decode_seconds=end - middle, recall=recall,
+        decode_seconds=end - middle, recall=recall, rollout=rollout,
     )  # fmt: skip
 
 
@@ -218,14 +247,21 @@ def pad_left(prompts: Sequence[Sequence[int]], multiple: int) -> tuple[Array, Ar
     return jnp.asarray(ids), jnp.asarray(mask)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "report_recall"), donate_argnames="cache")
+class Watch(NamedTuple):
+    """What is wanted beside tokens: recall against the flat indexer; what queries and routers chose."""
+
+    recall: bool
+    choices: bool
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "watch"), donate_argnames="cache")
 def _prefill(
-    state: nnx.State, cache: Cache, ids: Array, mask: Array, *, graph: nnx.GraphDef, report_recall: bool
-) -> tuple[Array, Cache, RecallSums]:
-    """One chunk: logits [B, V] of its last column, the cache with its tokens."""
+    state: nnx.State, cache: Cache, ids: Array, mask: Array, *, graph: nnx.GraphDef, watch: Watch
+) -> tuple[Array, Cache, RecallSums, Rows | None]:
+    """One chunk: logits [B, V] of its last column, the cache with its tokens, what was chosen."""
     model = nnx.merge(graph, state)
-    out = model.run(ids, cache=cache, mask=mask, last_only=True, trace=report_recall)
-    return out.logits[:, 0], out.cache, _recall(model, out)
+    out = model.run(ids, cache=cache, mask=mask, last_only=True, trace=any(watch))
+    return out.logits[:, 0], out.cache, _recall(model, out, watch), rows_of(out) if watch.choices else None
 
 
 class _Made(NamedTuple):
@@ -239,6 +275,7 @@ class _Made(NamedTuple):
         logprobs: of the tokens; None if nobody asked.
         limits: [B] int32, tokens of each row at most.
         stops: [B, n] int32, tokens that end a row, then -1.
+        choices: what they chose; None unless asked for.
     """
 
     n: Array
@@ -249,6 +286,7 @@ class _Made(NamedTuple):
     logprobs: LogprobArrays | None
     limits: Array
     stops: Array
+    choices: Steps | None = None
 
 
 def _empty(requests: list[Request], steps: int, vocabulary: int, draws: Draws) -> _Made:
@@ -266,25 +304,28 @@ def _empty(requests: list[Request], steps: int, vocabulary: int, draws: Draws) -
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "kind", "report_recall"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("graph", "kind", "watch"), donate_argnames="cache")
 def _decode(
     state: nnx.State, cache: Cache, logits: Array | None, made: _Made, draws: Draws, until: Array, *,
-    graph: nnx.GraphDef, kind: int, report_recall: bool,
+    graph: nnx.GraphDef, kind: int, watch: Watch,
 ) -> tuple[Cache, _Made, RecallSums]:  # fmt: skip
     """Makes tokens until there are so many or all rows are done. `logits` [B, V] are the prompt's last, then None."""
     model = nnx.merge(graph, state)
 
-    def put(made: _Made, logits: Array) -> _Made:
+    def put(made: _Made, logits: Array, rows: Rows | None) -> _Made:
         token = take(logits[:, None], draws._replace(numbers=draws.numbers + made.n), kind)
         logprobs = made.logprobs
         if logprobs is not None:
             new = logprobs_of(logits[:, None], token)
             logprobs = jax.tree.map(lambda x, one: lax.dynamic_update_slice_in_dim(x, one, made.n, 1), logprobs, new)
+        choices = made.choices
+        if choices is not None:
+            choices = put_step(choices, made.n, logprob_of(logits, token[:, 0]), rows)
         token = jnp.where(made.is_done, -1, token[:, 0])
         is_last = jnp.any(token[:, None] == made.stops, axis=1) | (token < 0) | (made.n + 1 >= made.limits)
         return made._replace(
             n=made.n + 1, token=token, tokens=made.tokens.at[:, made.n].set(token), is_done=made.is_done | is_last,
-            is_failed=made.is_failed | (~made.is_done & (token < 0)), logprobs=logprobs,
+            is_failed=made.is_failed | (~made.is_done & (token < 0)), logprobs=logprobs, choices=choices,
         )  # fmt: skip
 
     def unfinished(carry: tuple) -> Array:
@@ -294,10 +335,11 @@ def _decode(
     def step(carry: tuple) -> tuple:
         cache, made, sums = carry
         ids = jnp.maximum(made.token, 0)  # rows that are done are masked
-        out = model.run(ids[:, None], cache=cache, mask=~made.is_done[:, None], trace=report_recall)
-        return out.cache, put(made, out.logits[:, 0]), sums + _recall(model, out)
+        out = model.run(ids[:, None], cache=cache, mask=~made.is_done[:, None], trace=any(watch))
+        rows = rows_of(out) if watch.choices else None
+        return out.cache, put(made, out.logits[:, 0], rows), sums + _recall(model, out, watch)
 
-    made = made if logits is None else put(made, logits)
+    made = made if logits is None else put(made, logits, None)
     return lax.while_loop(unfinished, step, (cache, made, _no_recall(model)))
 
 
@@ -327,8 +369,10 @@ def _no_recall(model: Model) -> RecallSums:
     return RecallSums(zeros, zeros)
 
 
-def _recall(model: Model, out: Output) -> RecallSums:
+def _recall(model: Model, out: Output, watch: Watch) -> RecallSums:
     sums = _no_recall(model)
+    if not watch.recall:
+        return sums
     for i, layer in enumerate(out.layers):
         if layer.index_inputs is None:
             continue

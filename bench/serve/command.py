@@ -122,10 +122,8 @@ def make_engine(
     config = CONFIG if keys == "float32" else dataclasses.replace(CONFIG, index_key_dtype=cast(Any, keys))
     model = models.from_config(config, rngs=nnx.Rngs(seed), method=method, dtype=jnp.float32)
     draft = lookup if n_draft else None
-    return Engine(
-        model, n_pages=n_pages, rows=rows, max_length=_MAX_LENGTH, chunk=_CHUNK, draft=draft, n_draft=n_draft,
-        trace=trace,
-    )  # fmt: skip
+    sizes: Any = dict(n_pages=n_pages, rows=rows, max_length=_MAX_LENGTH, chunk=_CHUNK)
+    return Engine(model, **sizes, draft=draft, n_draft=n_draft, trace=trace)
 
 
 def small_server(seed: int) -> tuple[Callable[..., Engine], list[list[int]], int]:

@@ -18,10 +18,11 @@ GUIDE = (ROOT / "docs/models.md").read_text()
 @pytest.mark.oldest
 def test_the_ten_lines_run_and_print_what_they_promise(monkeypatch):
     monkeypatch.chdir(ROOT)
-    (code,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    code, more = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 10
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(code, {})
+        exec(code, namespace := {})
+    exec(more, namespace)
     flat, second = out.getvalue().splitlines()
     hisa, recall = second.split(" {")
     flat, hisa, recall = eval(flat), eval(hisa), eval("{" + recall)
