@@ -1,7 +1,7 @@
 """Lighthouse attention and its selection: the public functions, on one device or on a mesh.
 
-    q, k, v [T tokens] -> means -> entries that the selection has -> rotate -> dense causal attention -> spread
-    [B, T, ...]                    [B, S, ...], S < T / 3 at the paper's numbers                          [B, T, ...]
+q, k, v [T tokens] -> means -> entries that the selection has -> rotate -> dense causal attention -> spread
+[B, T, ...]                    [B, S, ...], S < T / 3 at the paper's numbers                          [B, T, ...]
 """
 
 from typing import Any
@@ -102,7 +102,7 @@ def lighthouse_attention(
             first that can run here. `implementations` says why one cannot.
 
     Returns: [B, T, H, V] in q's dtype. Differentiable in q, k and v by reverse mode; the selection carries no
-        gradient. With a mesh, by "xla", bit for bit that of one device, for any number of devices.
+        gradient. With a mesh, by "xla", it is that of one device bit for bit, its gradients are to rounding.
     Raises: as `lighthouse_select`.
     Source: Lighthouse Attention, arXiv 2605.06554.
     Example:
@@ -140,11 +140,10 @@ def lighthouse_attention(
     if selection is None:
         selection = _select(q, k, v, method, options, axes)
     run = attend if axes is None else sharded.attend_on(axes)
-    q, k, v, selection, positions = varying.alike(q, k, v, selection, positions)
-    return run(q, k, v, selection, positions, method, options.rotated(rotate))
+    return run(*varying.alike(q, k, v, selection, positions), method, options.rotated(rotate))
 
 
-def implementations(q: Array, k: Array) -> dict[str, str | None]:
+def implementations(q: Any, k: Any) -> dict[str, str | None]:
     """What `hisa_jax.implementations` answers for a `Lighthouse`; values have the size of keys."""
     call = "implementations"
     for name, x in (("q", q), ("k", k)):

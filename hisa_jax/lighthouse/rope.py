@@ -7,6 +7,7 @@ import numpy as np
 from jax import Array
 
 from hisa_jax.lighthouse.method import Pyramid
+from hisa_jax.xla.causal import wide_dtype
 
 Rotate = Callable[[Array, Array], Array]
 
@@ -21,7 +22,7 @@ def rotation(theta: float) -> Rotate:
 
     def rotate(x: Array, positions: Array) -> Array:
         D = x.shape[-1]
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = wide_dtype(x.dtype)
         frequencies = jnp.asarray(theta ** (-np.arange(0, D, 2) / D), wide)
         angles = positions.astype(wide)[..., None, None] * frequencies.reshape(1, 1, 1, 1, -1)
         first, second = jnp.split(x.astype(wide), 2, axis=-1)

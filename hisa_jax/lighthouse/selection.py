@@ -37,6 +37,7 @@ class LighthouseSelection:
     slots: Array
 
 
+@functools.partial(jax.jit, static_argnames="method")
 def select(a: Array, b: Array, method: Lighthouse) -> LighthouseSelection:
     """The selection by scores of queries and of keys, [B, T, G] float32 each."""
     return placed(picks(a, b, method.n_tiles, method), a.shape, method)
@@ -151,9 +152,7 @@ def _added_before(added: Array, level: int, pool: int, n: int) -> Array:
     return jnp.concatenate([ahead, jnp.repeat(counts[..., -1:], n - ahead.shape[-1], axis=-1)], axis=-1)
 
 
-def _inverse(
-    slots: Array, picked: tuple[Array, ...], added: Array | None, T: int, method: Lighthouse
-) -> Array:
+def _inverse(slots: Array, picked: tuple[Array, ...], added: Array | None, T: int, method: Lighthouse) -> Array:
     """[B, G, P] places of all windows -> [B, G, S] the window in each place."""
     B, G, _ = slots.shape
     pyramid, S = method.pyramid(T), method.n_entries(T)

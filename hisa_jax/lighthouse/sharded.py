@@ -92,7 +92,8 @@ def _one_device(
         x = gather(x, to_all, to_own, Pyramid(pieces.size * n, 1, 1))
         return x.reshape(B, S, share * heads // G, E)
 
-    out = attention(*map(exchanged, operands(q, k, v, here, placed, positions, pyramid, options.rotate)), options)
+    q, k, v = operands(q, k, v, here, placed, positions, pyramid, options.rotate)
+    out = attention(exchanged(q), exchanged(k), exchanged(v), options)
     B, V = out.shape[0], out.shape[-1]
     out = gather(out.reshape(B, S, share, -1), to_own, to_all, Pyramid(S, 1, 1))
     out = lax.all_to_all(out, axis, split_axis=1, concat_axis=2, tiled=True)[:, :, :G]

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax.lighthouse.method import Pyramid
+from hisa_jax.xla.causal import wide_dtype
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -92,9 +93,7 @@ spread.defvjp(_spread_forward, _spread_backward)
 
 def by_level(slots: Array, pyramid: Pyramid) -> list[Array]:
     """[B, P, G] -> [B, n, G] of each level."""
-    return [
-        slots[:, start : start + size] for start, size in zip(pyramid.starts, pyramid.sizes, strict=True)
-    ]
+    return [slots[:, start : start + size] for start, size in zip(pyramid.starts, pyramid.sizes, strict=True)]
 
 
 def _mean(x: Array, width: int) -> Array:
@@ -104,7 +103,7 @@ def _mean(x: Array, width: int) -> Array:
 
 
 def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_dtype(x.dtype))
 
 
 def _rows(x: Array, upper: Sequence[Array], entries: Array) -> Array:

@@ -4,9 +4,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 _TILE = 512
+
+
+def wide_dtype(dtype: DTypeLike) -> np.dtype:
+    """What sums of such numbers are made in: float32, or float64 of those."""
+    return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
 
 
 def causal_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
@@ -31,7 +38,7 @@ def causal_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
 def _tile(operands: tuple[Array, Array], *, k: Array, v: Array, scale: float) -> Array:
     """Queries [B, t, G, R, D] from position `first` on."""
     first, q = operands
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = wide_dtype(q.dtype)
     at = first + jnp.arange(q.shape[1], dtype=jnp.int32)
     is_visible = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :] <= at[:, None]
     logits = scale * jnp.einsum("btgrd,bsgd->bgrts", q, k, preferred_element_type=wide)
