@@ -14,7 +14,7 @@ import hisa_jax as hj
 from hisa_jax.dispatch import Device
 from hisa_jax.lighthouse import dense
 from hisa_jax.lighthouse.forward import Options, attend
-from hisa_jax.lighthouse.rope import rotation
+from hisa_jax.lighthouse.rope import Rotation
 from tests.oracle import lighthouse as oracle
 
 METHOD = hj.Lighthouse(levels=3, pool=2, topk=16, tile=4)
@@ -129,7 +129,7 @@ def wide(method, theta, q, k, v, **options):
     if selection is None:
         selection = hj.lighthouse_select(*(x.astype(np.float32) for x in (q, k)), method)
     positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-    given = Options(name="xla", scale=q.shape[-1] ** -0.5, rotate=theta and rotation(theta))
+    given = Options(name="xla", scale=q.shape[-1] ** -0.5, rotate=theta and Rotation(theta))
     return jax.vjp(jax.jit(lambda q, k, v: attend(q, k, v, selection, positions, method, given)), q, k, v), selection
 
 
@@ -141,7 +141,7 @@ def masked(q, k, v, entries, method, theta):
     every = [(level, number) for level in range(L) for number in range(T // pool**level)]
     ends = np.array([oracle.last_position(entry, pool) for entry in every], np.int32)
     if theta:
-        q, k = (rotation(theta)(x[None, :, None], jnp.asarray(ends)[None, :, None])[0, :, 0] for x in (q, k[:, None]))
+        q, k = (Rotation(theta)(x[None, :, None], jnp.asarray(ends)[None, :, None])[0, :, 0] for x in (q, k[:, None]))
         k = k[:, 0]
     there = np.array([entry in set(entries) for entry in every])
     order = ends * L + np.array([level for level, _ in every])

@@ -14,7 +14,7 @@ from hisa_jax import checks, dispatch
 from hisa_jax.lighthouse import dense, sharded
 from hisa_jax.lighthouse.forward import Options, attend, strengths
 from hisa_jax.lighthouse.method import DILATION, Lighthouse
-from hisa_jax.lighthouse.rope import rotation
+from hisa_jax.lighthouse.rope import Rotation
 from hisa_jax.lighthouse.selection import LighthouseSelection, select
 from hisa_jax.sharded import meshes, varying
 from hisa_jax.sharded.meshes import Axes
@@ -62,7 +62,7 @@ def lighthouse_select(
     if method.scorer == "dilated" and v is None:
         raise ValueError(f"{call}: v=None with scorer='dilated', wanted the values [B, T, G, V]")
     axes = _axes(call, mesh, context_axis, data_axis, q, method)
-    options = _options(call, q, k if v is None else v, implementation, axes)
+    options = _options(call, q, k if v is None else v, implementation)
     if q.shape[0] == 0:
         return _nothing(q, k, method)
     return _select(q, k, v, method, options, axes)
@@ -128,12 +128,12 @@ def lighthouse_attention(
     if selection is not None:
         _check_selection(call, selection, k, method)
     axes = _axes(call, mesh, context_axis, data_axis, q, method)
-    options = _options(call, q, v, implementation, axes)
+    options = _options(call, q, v, implementation)
     if B == 0:
         return jnp.zeros((B, T, H, v.shape[-1]), q.dtype)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    rotate = None if rope_theta is None else rotation(float(rope_theta))
+    rotate = None if rope_theta is None else Rotation(float(rope_theta))
     if rotate is not None and method.rope == "before":
         q, k = (rotate(x[..., None, :], positions[..., None])[..., 0, :] for x in (q, k))
         rotate = None
@@ -149,7 +149,8 @@ def implementations(q: Any, k: Any) -> dict[str, str | None]:
     for name, x in (("q", q), ("k", k)):
         checks.dtype(call, name, x, _DTYPES, or_abstract=True)
         checks.shape(call, name, x, ("B", "T", "H" if name == "q" else "G", "D"))
-    return dense.reasons(dispatch.Device.default(), _problem(q, k))
+    problem = dense.Problem(key_dim=q.shape[-1], value_dim=k.shape[-1], dtype=q.dtype.name)
+    return dense.reasons(dispatch.Device.default(), problem)
 
 
 def _select(
@@ -211,13 +212,8 @@ def _axes(
     return axes
 
 
-def _problem(q: Array, v: Array) -> dense.Problem:
-    return dense.Problem(key_dim=q.shape[-1], value_dim=v.shape[-1], dtype=q.dtype.name)
-
-
-def _options(call: str, q: Array, v: Array, implementation: str, axes: Axes | None) -> Options:
-    reasons = dense.reasons(dispatch.Device.default(), _problem(q, v))
-    return Options(name=dispatch.choose(call, implementation, reasons), scale=q.shape[-1] ** -0.5)
+def _options(call: str, q: Array, v: Array, implementation: str) -> Options:
+    return Options(name=dense.choose(call, implementation, q, v), scale=q.shape[-1] ** -0.5)
 
 
 def _nothing(q: Array, k: Array, method: Lighthouse) -> LighthouseSelection:

@@ -52,6 +52,12 @@ def _no_splash(device: dispatch.Device, problem: Problem) -> str | None:
     return None
 
 
+def choose(call: str, implementation: str, q: Array, v: Array) -> str:
+    """The name of the implementation that attends here; raises as `dispatch.choose`."""
+    problem = Problem(key_dim=q.shape[-1], value_dim=v.shape[-1], dtype=q.dtype.name)
+    return dispatch.choose(call, implementation, reasons(dispatch.Device.default(), problem))
+
+
 def rows(name: str) -> int:
     """What the length of a sub-sequence must be a multiple of; places at its end may be empty."""
     return 1 if name == "xla" else _ROWS

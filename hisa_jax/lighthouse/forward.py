@@ -1,7 +1,9 @@
 """The attention on one device, and the parts of it that a device of a mesh has."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -14,7 +16,10 @@ from hisa_jax.lighthouse.windows import gather, spread
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is no array: which implementation attends, the factor of its logits, how entries are rotated."""
+    """What is no array: which implementation attends, the factor of its logits, how entries are rotated.
+
+    Static under jit, so `rotate` is hashable, and equal to one that does the same.
+    """
 
     name: str
     scale: float
@@ -38,6 +43,7 @@ def attention(q: Array, k: Array, v: Array, options: Options) -> Array:
     return dense.attention(options.name, options.scale)(*(jnp.pad(x, more) for x in (q, k, v)))[:, :S]
 
 
+@functools.partial(jax.jit, static_argnames=("method", "options"))
 def attend(
     q: Array, k: Array, v: Array, selection: LighthouseSelection, positions: Array, method: Lighthouse, options: Options
 ) -> Array:

@@ -1,5 +1,6 @@
 """Rotary positions of entries: a position for each entry and key head."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -12,24 +13,24 @@ from hisa_jax.xla.causal import wide_dtype
 Rotate = Callable[[Array, Array], Array]
 
 
-def rotation(theta: float) -> Rotate:
-    """The rotation of pairs of features (i, i + D / 2) by position * theta ** (-2 i / D).
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """Turns pairs of features (i, i + D / 2) by position * theta ** (-2 i / D).
 
-    Returns: a function of x [B, S, G, R, D], of R heads in each of G groups, and positions [B, S, G] int32, or with a
-        last axis of 1 for all groups.
     Source: RoPE, arXiv 2104.09864.
     """
 
-    def rotate(x: Array, positions: Array) -> Array:
+    theta: float
+
+    def __call__(self, x: Array, positions: Array) -> Array:
+        """x [B, S, G, R, D], of R heads in each of G groups; positions [B, S, G] int32, or [B, S, 1] for all groups."""
         D = x.shape[-1]
         wide = wide_dtype(x.dtype)
-        frequencies = jnp.asarray(theta ** (-np.arange(0, D, 2) / D), wide)
+        frequencies = jnp.asarray(self.theta ** (-np.arange(0, D, 2) / D), wide)
         angles = positions.astype(wide)[..., None, None] * frequencies.reshape(1, 1, 1, 1, -1)
         first, second = jnp.split(x.astype(wide), 2, axis=-1)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-    return rotate
 
 
 def last_positions(entries: Array, positions: Array, pyramid: Pyramid) -> Array:

@@ -4,18 +4,25 @@ Generation runs through pages (`Model.run`); here nothing is kept, so a layer is
 layers of a model are stacked and scanned.
 """
 
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
 import hisa_jax as hj
+from hisa_jax.lighthouse import dense as dense_attention
+from hisa_jax.lighthouse import forward as entries
+from hisa_jax.models.config import Config
 from hisa_jax.models.dsa import Attention, Projections, Table, absorb
 from hisa_jax.models.layers import rms_norm
 from hisa_jax.models.modeling import Layer
 from hisa_jax.models.moe import Moe
-from hisa_jax.models.rope import rope_table
+from hisa_jax.models.rope import rope_table, rotate
 from hisa_jax.models.training.attention import causal_attention
 from hisa_jax.models.training.weights import Stacked
 
@@ -64,6 +71,38 @@ def sparse(
     return jnp.einsum("btnl,lnd->btnd", out, attention.v_b[...]), kl
 
 
+@dataclasses.dataclass(frozen=True)
+class _EntryRotation:
+    """Turns the rope part of heads, their last features, each entry by its own position."""
+
+    config: Config
+
+    def __call__(self, x: Array, positions: Array) -> Array:
+        """x [B, S, N, 1, P + R], positions [B, S, N]."""
+        B, S, N = positions.shape
+        nope, rope = jnp.split(x, [self.config.qk_nope_head_dim], axis=-1)
+        table = rope_table(self.config, positions.reshape(B, S * N))
+        turned = rotate(rope.reshape(B, S * N, -1), table, self.config.rope_interleave)
+        return jnp.concatenate([nope, turned.reshape(rope.shape)], axis=-1)
+
+
+def lighthouse(
+    attention: Attention, x: Array, table: Table, made: Projections, *, method: hj.Lighthouse
+) -> tuple[Array, None]:
+    """Attention over the entries of a pyramid that `method` selects a head; the indexer takes no part."""
+    turn = None
+    if method.rope == "last":
+        # Entries are turned when they are pooled, so what is pooled is not: a table of no angle leaves it as it is.
+        made = attention.project(x, (jnp.ones_like(table[0]), jnp.zeros_like(table[1])))
+        turn = _EntryRotation(attention.config)
+    q, k, v = heads_of(attention, made)
+    B, T = x.shape[:2]
+    name = dense_attention.choose("train", "auto", q, v)
+    options = entries.Options(name=name, scale=attention.config.softmax_scale, rotate=turn)
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
+    return entries.attend(q, k, v, hj.lighthouse_select(q, k, method, v=v), positions, method, options), None
+
+
 def _index_inputs(attention: Attention, x: Array, table: Table, made: Projections) -> tuple[Array, Array, Array]:
     """The indexer learns from its own loss alone: what it reads of the model is detached."""
     assert attention.indexer is not None  # training wants one in each layer
@@ -77,25 +116,45 @@ def _target(attention: Attention, made: Projections) -> tuple[Array, Array]:
     return lax.stop_gradient((absorb(made.q_nope, made.q_rope, attention.k_b[...]), made.kv))
 
 
-def forward(stacked: Stacked, tokens: Array, attend: Attend) -> tuple[Array, Any]:
+def forward(stacked: Stacked, tokens: Array, attend: Attend | Sequence[Attend]) -> tuple[Array, Any]:
     """Logits of whole sequences.
 
     Args:
         stacked: the model, its index keys not quantised.
         tokens: [B, T] int32.
-        attend: of the stage: `dense`, `warm_up` or `sparse` with a method.
+        attend: of the stage: `dense`, `warm_up`, `sparse` or `lighthouse` with a method; one for all layers or one a
+            layer.
 
-    Returns: [B, T, V] float32, and what `attend` returned beside its values, stacked by layer.
+    Returns: [B, T, V] float32, and what `attend` returned beside its values, stacked by layer: by those that returned
+        anything.
     """
     table = rope_table(stacked.config, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :])
 
-    def layer(x: Array, state: nnx.State) -> tuple[Array, Any]:
-        return layer_forward(nnx.merge(stacked.graph, state), x, table, attend)
-
-    x, extra = lax.scan(layer, stacked.embed[tokens], stacked.layers)
+    x, n = stacked.embed[tokens], stacked.config.num_hidden_layers
+    each = [attend] * n if callable(attend) else list(attend)
+    if len(each) != n:
+        raise ValueError(f"forward: attend is of {len(each)} layers, wanted the model's {n}")
+    extras: list[Any] = []
+    first = 0
+    for same, run in itertools.groupby(each):
+        own = slice(first, first + len(list(run)))
+        x, extra = lax.scan(_layer(stacked, table, same), x, _layers(stacked, own))
+        extras += [] if extra is None else [extra]
+        first = own.stop
+    extra = jax.tree.map(lambda *parts: jnp.concatenate(parts), *extras) if extras else None
     x = rms_norm(x, stacked.norm, stacked.config.rms_norm_eps)
     head = stacked.embed.T if stacked.head is None else stacked.head
     return jnp.einsum("bte,ev->btv", x, head, preferred_element_type=jnp.float32), extra
+
+
+def _layers(stacked: Stacked, own: slice) -> nnx.State:
+    """Those of a run. All of a model are scanned as they are, without a copy."""
+    is_all = own.stop - own.start == stacked.config.num_hidden_layers
+    return stacked.layers if is_all else jax.tree.map(lambda x: x[own], stacked.layers)
+
+
+def _layer(stacked: Stacked, table: Table, attend: Attend) -> Callable[[Array, nnx.State], tuple[Array, Any]]:
+    return lambda x, state: layer_forward(nnx.merge(stacked.graph, state), x, table, attend)
 
 
 def layer_forward(layer: Layer, x: Array, table: Table, attend: Attend) -> tuple[Array, Any]:
