@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from hisa_jax.lighthouse.method import Pyramid
@@ -40,7 +41,7 @@ def _gather_backward(pyramid: Pyramid, saved: tuple[Array, Array], d: Array) -> 
         (jnp.repeat(slots, width, axis=1), 1 / width)
         for slots, width in zip(by_level(saved[0], pyramid), pyramid.widths, strict=True)
     )
-    return _sum_of_rows(d, parts), None, None
+    return _sum_of_rows(d, parts, d.dtype), None, None
 
 
 gather.defvjp(_gather_forward, _gather_backward)
@@ -49,7 +50,7 @@ gather.defvjp(_gather_forward, _gather_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def spread(out: Array, entries: Array, slots: Array, pyramid: Pyramid, axis: str | None) -> Array:
     """Entries' outputs [B, S, G, E] -> [B, T, G, E]: to each position those of the last complete window a level."""
-    levels, S = by_level(slots, pyramid), out.shape[1]
+    levels, S, dtype = by_level(slots, pyramid), out.shape[1], out.dtype
     if axis is not None and pyramid.levels > 1:
         # Of the devices before: float32, as the sum that they are terms of.
         last = jnp.concatenate([level[:, -1:] for level in levels[1:]], axis=1)
@@ -61,7 +62,7 @@ def spread(out: Array, entries: Array, slots: Array, pyramid: Pyramid, axis: str
             shifted = jnp.concatenate([jnp.repeat(before, width - 1, axis=1), jnp.repeat(at, width, axis=1)], axis=1)
             yield shifted[:, : pyramid.n_tokens], 1.0
 
-    return _sum_of_rows(out, parts())
+    return _sum_of_rows(out, parts(), dtype)
 
 
 def _spread_forward(
@@ -121,10 +122,10 @@ def _taken(x: Array, at: Array) -> Array:
     return jnp.where((at >= 0)[..., None], rows, jnp.zeros((), x.dtype))
 
 
-def _sum_of_rows(x: Array, parts: Iterable[tuple[Array, float]]) -> Array:
+def _sum_of_rows(x: Array, parts: Iterable[tuple[Array, float]], dtype: np.dtype) -> Array:
     """Sum of factor * x[at] over the pairs of `at` [B, n, G] and a factor: in float32, in the order given."""
     terms = [_wide(_taken(x, at)) * factor for at, factor in parts]
-    return functools.reduce(jnp.add, terms).astype(x.dtype)
+    return functools.reduce(jnp.add, terms).astype(dtype)
 
 
 def _from_previous(x: Array, axis: str) -> Array:
