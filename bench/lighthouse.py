@@ -31,7 +31,7 @@ Call = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
-    """What is measured: so many tokens, heads and features, in this dtype, with one entry picked of 64 tokens a level."""
+    """What is measured; of 64 tokens, one entry is picked a level."""
 
     tokens: int
     heads: int
@@ -110,8 +110,12 @@ def measure(layer: Layer, samples: int) -> dict[str, Any]:
     scores = jax.jit(lambda q, k: forward.strengths(q, k, **settings))(q, k)
     selection = select(*scores, method)
     entries, slots = selection.entries, selection.slots
-    gathered = jax.jit(lambda *x: forward.operands(*x, entries, slots, positions, pyramid, None))(q, k, v)
-    out = jax.jit(lambda *x: forward.attention(*x, given))(*gathered)
+
+    def gather(q: Array, k: Array, v: Array, entries: Array, slots: Array) -> tuple[Array, Array, Array]:
+        return forward.operands(q, k, v, entries, slots, positions, pyramid, None)
+
+    def spread(out: Array, entries: Array, slots: Array) -> Array:
+        return forward.results(out, entries, slots, pyramid, None)
 
     def whole(q: Array, k: Array, v: Array) -> Array:
         return hj.lighthouse_attention(q, k, v, method)
@@ -119,20 +123,22 @@ def measure(layer: Layer, samples: int) -> dict[str, Any]:
     def dense_of(q: Array, k: Array, v: Array) -> Array:
         return forward.attention(q, k, v, given)
 
+    gathered = jax.jit(gather)(q, k, v, entries, slots)
+    out = jax.jit(dense_of)(*gathered)
     _check(layer, whole, operands, selection)
     calls: dict[str, tuple[Call, tuple[Array, ...]]] = {
         "score": (lambda q, k: forward.strengths(q, k, **settings), (q, k)),
         "select": (lambda a, b: select(a, b, method), scores),
-        "gather": (lambda *x: forward.operands(*x, positions, pyramid, None), (q, k, v, entries, slots)),
-        "attention": (lambda *x: forward.attention(*x, given), gathered),
-        "spread": (lambda *x: forward.results(*x, pyramid, None), (out, entries, slots)),
+        "gather": (gather, (q, k, v, entries, slots)),
+        "attention": (dense_of, gathered),
+        "spread": (spread, (out, entries, slots)),
         "forward": (whole, operands),
         "forward_backward": (_with_gradient(whole), operands),
         "attention_backward": (_with_gradient(dense_of), gathered),
         "dense_forward": (dense_of, operands),
         "dense_forward_backward": (_with_gradient(dense_of), operands),
     }
-    ms = {name: float(np.median(_times(f, given, samples))) for name, (f, given) in calls.items()}
+    ms = {name: float(np.median(_times(f, arrays, samples))) for name, (f, arrays) in calls.items()}
     return records.device() | {
         "row": layer.row, **dataclasses.asdict(layer), "method": dataclasses.asdict(method), "entries": S,
         "implementation": given.name, "checked": True, "ms": ms, "ceiling": (layer.tokens / S) ** 2,
@@ -170,11 +176,8 @@ def _check(layer: Layer, whole: Call, operands: tuple[Array, ...], selection: hj
             raise AssertionError(f"head {head}: entries and places do not fit each other")
     run = jax.jit(whole)
     counts = np.asarray(run(q, k, jnp.ones_like(v)).astype(jnp.float32))
-    if (
-        np.abs(counts - np.round(counts)).max() > 0.05
-        or counts.min() < 0.95
-        or counts.max() > layer.method.levels + 0.05
-    ):
+    is_whole = np.abs(counts - np.round(counts)).max() < 0.05
+    if not is_whole or not 0.95 < counts.min() <= counts.max() < layer.method.levels + 0.05:
         raise AssertionError("values of 1 do not give the number of windows of each token")
     gradient = jax.jit(_with_gradient(whole))
     first, again = ([np.asarray(x.astype(jnp.float32)) for x in gradient(*operands)] for _ in range(2))
@@ -186,7 +189,7 @@ def _check(layer: Layer, whole: Call, operands: tuple[Array, ...], selection: hj
 
 
 def _with_gradient(f: Call) -> Call:
-    """The output and the gradients of all operands under a cotangent of ones."""
+    """A call for the output and the gradients of all operands under a cotangent of ones."""
 
     def both(*operands: Array) -> tuple[Array, ...]:
         out, pull = jax.vjp(f, *operands)
@@ -205,7 +208,7 @@ def _times(f: Call, operands: tuple[Array, ...], samples: int) -> list[float]:
     compiled = jax.jit(f)
     jax.block_until_ready(compiled(*operands))
     _, once_ms = timing.once(lambda: compiled(*operands))
-    return timing.device_times(kept, (*operands, unused), samples, inner=1 if once_ms > _LONG_MS else 16)
+    return timing.device_times(kept, (*operands, unused), samples, run_length=1 if once_ms > _LONG_MS else 16)
 
 
 def _memory(f: Call, operands: tuple[Array, ...]) -> float | None:
