@@ -19,7 +19,7 @@ TESTS = $(ON_CPU) pytest -n 2 --dist worksteal
 KERNEL_TESTS = JAX_PLATFORMS=cpu NPROC=32 $(<D)/bin/python -m pytest -n 2 --dist worksteal tests/gpu tests/tpu
 CORE := --ignore=tests/gpu --ignore=tests/tpu
 
-.PHONY: demo check test pytest fuzz test-oldest test-oldest-exhaustive test-exhaustive mutants lint docs format clean
+.PHONY: demo check test pytest fuzz test-integrations test-oldest test-oldest-exhaustive test-exhaustive mutants lint docs format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -56,6 +56,12 @@ test-exhaustive: .venv-test/test.stamp
 MUTANTS = $(FAST) $(CACHED) $(<D)/bin/python -m tests.mutants
 mutants: .venv-test/test.stamp
 	$(MUTANTS) $(ARGS)
+
+# hisa_jax/integrations inside the real packages, a host an environment of its own (.venv-integrations). Versions are
+# pinned in tests/integrations/hosts.toml, which also says what each takes.
+#   ARGS     hosts: only these
+test-integrations:
+	$(PYTHON) -m tests.integrations $(ARGS)
 
 # On the oldest supported jax what could be different there: every public call, the examples of the documentation, a model,
 # one of the models on a mesh, a kernel a backend interpreted, every kernel lowered.

@@ -4,8 +4,8 @@ from hisa_jax.attention import sparse_mla, sparse_mla_paged
 from hisa_jax.cache import append, copy_pages, init_cache, truncate
 from hisa_jax.checks import checked
 from hisa_jax.compare import Comparison, compare
+from hisa_jax.index_cache import IndexCache
 from hisa_jax.indexer_loss import indexer_kl
-from hisa_jax.layout import IndexCache
 from hisa_jax.lighthouse.attention import lighthouse_attention, lighthouse_select
 from hisa_jax.lighthouse.method import Lighthouse
 from hisa_jax.lighthouse.selection import LighthouseSelection

@@ -10,7 +10,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from hisa_jax import checks, dispatch
-from hisa_jax.layout import IndexCache, ascending, check_cache, sequence_of_rows
+from hisa_jax.index_cache import IndexCache, check_cache
+from hisa_jax.layout import ascending, sequence_of_rows
 from hisa_jax.sharded import attention as on_mesh
 from hisa_jax.sharded import meshes, varying
 from hisa_jax.xla import attention as xla

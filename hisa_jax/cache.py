@@ -9,7 +9,7 @@ also knows which page of its sequence it is, so that a table that names it elsew
 
 import functools
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from hisa_jax import checks, dispatch
-from hisa_jax.layout import IndexCache, ascending, check_cache, check_table
+from hisa_jax.index_cache import IndexCache, check_cache, check_page_size, check_sketch, check_table
+from hisa_jax.layout import ascending
 from hisa_jax.methods import Sketch
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.sharded import cache as on_mesh
@@ -26,8 +27,6 @@ from hisa_jax.sharded.meshes import Axes
 from hisa_jax.xla import append as xla
 from hisa_jax.xla.means import mean_parts
 from hisa_jax.xla.sketch import sizes as sketch_sizes
-
-_MAX_PAGE_SIZE = 256
 
 
 def init_cache(
@@ -56,13 +55,11 @@ def init_cache(
     """
     call = "init_cache"
     checks.integer(call, "page_size", page_size, 1)
-    if page_size > _MAX_PAGE_SIZE or page_size & (page_size - 1):
-        raise ValueError(f"{call}: page_size={page_size}, wanted a power of two up to {_MAX_PAGE_SIZE}")
+    check_page_size(call, page_size)
     checks.integer(call, "n_pages", n_pages, 1)
     checks.integer(call, "D", D, 0)
     dtype = checks.one_dtype(call, "dtype", dtype, checks.KEY_DTYPES)
-    if sketch is not None and not (isinstance(sketch, str) and sketch in get_args(Sketch)):
-        raise ValueError(f"{call}: sketch={sketch!r}, wanted None or one of {', '.join(get_args(Sketch))}")
+    check_sketch(call, sketch)
     if latent_dim is not None:
         checks.integer(call, "latent_dim", latent_dim, 1)
         latent_dtype = checks.one_dtype(call, "latent_dtype", latent_dtype, ("bfloat16", "float32"))

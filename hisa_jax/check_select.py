@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from hisa_jax import checks
-from hisa_jax.layout import IndexCache, Keys, check_cache, check_table
+from hisa_jax.index_cache import IndexCache, check_cache, check_table
+from hisa_jax.layout import Keys
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.xla.select import Tiles

@@ -3,7 +3,7 @@
 Call        the queries and keys of R sequences: a batch, packed one after the other, or in the pages of a cache
 Keys        index keys and their scales, row by row; `Sketched` ones, in 4 bits
 Sequence    the keys of one sequence, for the stages: `Contiguous` rows, or `Paged`
-IndexCache  pages of keys, and what each page knows of itself
+IndexCache  pages of keys, and what each page knows of itself (index_cache.py)
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from hisa_jax import checks
+from hisa_jax.index_cache import IndexCache
 from hisa_jax.xla import sketch
 from hisa_jax.xla.means import mean, tree_sum
 
@@ -176,46 +176,6 @@ class PagedMeans(NamedTuple):
         return self.rows(positions), positions
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class IndexCache:
-    """Pages of index keys.
-
-    Attributes:
-        keys: [n_pages, page_size, D], bfloat16, float32, float8_e4m3fn or int8.
-        scales: [n_pages, page_size] float32, one a token; None where every scale is 1.
-        sums: [n_pages, D] float32, sum of the dequantised keys of the tokens in each page.
-        counts: [n_pages] int32, of how many tokens.
-        places: [n_pages] int32, which page of its sequence each is, from 0; the same for all that share it. -1: none.
-        means: [n_pages, parts, D], the mean of each page in numbers of the keys' dtype that add up to it, for kernels
-            whose blocks are pages: one bfloat16, or two e4m3; None for other dtypes, which they do not take.
-        mean_scales: [n_pages] float32, of the two e4m3; else None.
-        codes: [n_pages, page_size, bytes] uint8, the keys in 4 bits a number, for scans that read them so, 16 bytes for
-            each 32 numbers (xla/sketch.py); None: no sketch is kept.
-        code_scales: [n_pages, page_size, groups] bfloat16, of each 32 numbers; else None.
-        latents: [n_pages, page_size, Dk], the keys of `sparse_mla` of the same tokens; None if kept elsewhere.
-    """
-
-    keys: Array
-    scales: Array | None
-    sums: Array
-    counts: Array
-    places: Array
-    means: Array | None
-    mean_scales: Array | None
-    codes: Array | None
-    code_scales: Array | None
-    latents: Array | None
-
-    @property
-    def n_pages(self) -> int:
-        return self.keys.shape[0]
-
-    @property
-    def page_size(self) -> int:
-        return self.keys.shape[1]
-
-
 class Queries(NamedTuple):
     """Queries in rows, of one sequence or of several.
 
@@ -348,61 +308,3 @@ def last_visible(offsets: Array, lengths: Array, T: int) -> Array:
 def visible_tokens(positions: Array, lengths: Array) -> Array:
     """How many tokens each query sees: min(position + 1, length), 0 for padding, without overflow."""
     return jnp.maximum(jnp.minimum(positions, lengths - 1) + 1, 0)
-
-
-def has_all_pages(cache: IndexCache, block_tables: Array, lengths: Array) -> Array:
-    """[R] bool: whether every token of a request has a page that was written for this place of a sequence."""
-    P = block_tables.shape[1]
-    holds = holds_tokens(cache, block_tables, jnp.arange(P, dtype=jnp.int32), lengths)
-    return holds & (lengths <= P * cache.page_size)
-
-
-def holds_tokens(cache: IndexCache, pages: Array, page_indices: Array, lengths: Array) -> Array:
-    """[R, P], [P], [R] -> [R] bool: whether pages hold the tokens that belong to these page indices of requests."""
-    n_needed = jnp.clip(lengths[:, None] - page_indices[None, :] * cache.page_size, 0, cache.page_size)
-    is_page = (pages >= 0) & (pages < cache.n_pages)
-    page = jnp.where(is_page, pages, 0)
-    holds = is_page & (cache.places[page] == page_indices[None, :]) & (cache.counts[page] >= n_needed)
-    return jnp.all(holds | (n_needed == 0), axis=1)
-
-
-def check_cache(call: str, cache: IndexCache) -> None:
-    """Raises unless `cache` is one whose parts fit each other, as `init_cache` makes it."""
-    checks.instance(call, "cache", cache, IndexCache, "an IndexCache")
-    checks.dtype(call, "cache.keys", cache.keys, checks.KEY_DTYPES)
-    checks.shape(call, "cache.keys", cache.keys, ("n_pages", "page_size", "D"))
-    (n, size, D), dtype = cache.keys.shape, cache.keys.dtype.name
-    parts: dict[str, tuple[str, tuple[int | str, ...]]] = {
-        "sums": ("float32", (n, D)),
-        "counts": ("int32", (n,)),
-        "places": ("int32", (n,)),
-        "scales": ("float32", (n, size)),
-        "means": (dtype, (n, "parts", D)),
-        "mean_scales": ("float32", (n,)),
-        "codes": ("uint8", (n, size, sketch.sizes(D)[0])),
-        "code_scales": ("bfloat16", (n, size, sketch.sizes(D)[1])),
-    }
-    no_sketch = cache.codes is None and cache.code_scales is None
-    always = ("sums", "counts", "places") if no_sketch else ("sums", "counts", "places", "codes", "code_scales")
-    for name, (wanted, shape) in parts.items():
-        part = getattr(cache, name)
-        if part is not None or name in always:
-            checks.dtype(call, f"cache.{name}", part, (wanted,))
-            checks.shape(call, f"cache.{name}", part, shape, f"of {n} pages of {size} tokens, as cache.keys has them")
-    if cache.latents is not None:
-        checks.dtype(call, "cache.latents", cache.latents, ("bfloat16", "float32"))
-        checks.shape(call, "cache.latents", cache.latents, (n, size, "Dk"), "pages as cache.keys has them")
-
-
-def check_table(call: str, cache: IndexCache, block_tables: Array, lengths: Array) -> int:
-    """Raises unless a cache's tables [R, P] and [R] int32 fit each other; returns R."""
-    check_cache(call, cache)
-    checks.int32(call, "block_tables", block_tables, ("R", "P"))
-    R, P = block_tables.shape
-    checks.int32(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")
-    checks.value(
-        (lengths >= 0) & (lengths <= P * cache.page_size),
-        f"{call}: lengths is {{lengths}}, wanted 0 to {P * cache.page_size}, the tokens that {P} pages hold",
-        lengths=lengths,
-    )
-    return R

@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 
 from hisa_jax import checks, dispatch
 from hisa_jax.check_select import check_paged, check_stripe
-from hisa_jax.layout import Call, IndexCache, ascending, has_all_pages, last_visible
+from hisa_jax.index_cache import IndexCache, has_all_pages
+from hisa_jax.layout import Call, ascending, last_visible, sequence_of_rows
 from hisa_jax.methods import Method
 from hisa_jax.selection import Selection, nothing
 from hisa_jax.sharded import meshes, varying
@@ -88,20 +89,41 @@ def select_paged(
     if 0 in (T, *block_tables.shape):
         return nothing((T,), method, return_scores, return_blocks)
 
+    operands = q, w, cache, block_tables, ascending(cu_seqlens_q, T), lengths
     if axes is None:
-        has_pages = has_all_pages(cache, block_tables, lengths)
-        offsets = ascending(cu_seqlens_q, T)
-        visible = last_visible(offsets, jnp.where(has_pages, lengths, 0), T)
-        paged = varying.constants(
-            Call(q=q, w=w, visible=visible, query_offsets=offsets, table=block_tables, cache=cache)
-        )
-        selection = dispatch.IMPLEMENTATIONS[name].select(paged, method, tiles, **options)
+        selection, has_pages = select_visible(name, operands, None, method, tiles, **options)
     else:
-        operands = q, w, cache, block_tables, ascending(cu_seqlens_q, T), lengths
         shard = None if axes.context is None else Shard(axes.context, axes.n_devices, stripe, problem.S)
         selection, has_pages = on_mesh.select_pages(name, axes, shard, operands, method, tiles, **options)
     check_pages(call, has_pages, cache)
     return selection
+
+
+def select_visible(
+    name: str,
+    operands: tuple[Array, Array, IndexCache, Array, Array, Array],
+    visible: Array | None,
+    method: Method,
+    tiles: xla.Tiles,
+    **options: Any,
+) -> tuple[Selection, Array]:
+    """The selection on one device by the named implementation, and whether requests have all their pages, [R] bool.
+
+    Args:
+        operands: q, w, cache, block_tables, cu_seqlens_q and lengths, as `select_paged` has them; offsets ascend.
+        visible: [T] int32, tokens of its request that each query sees, up to its length. It may not fall from one query
+            of a request to the next: kernels read as far as the last one sees. None: queries are the last tokens.
+    """
+    q, w, cache, block_tables, offsets, lengths = operands
+    T = q.shape[0]
+    has_pages = has_all_pages(cache, block_tables, lengths)
+    if visible is None:
+        visible = last_visible(offsets, jnp.where(has_pages, lengths, 0), T)
+    else:
+        r, is_real = sequence_of_rows(offsets, T)
+        visible = jnp.where(is_real & has_pages[r], visible, 0)
+    call = Call(q=q, w=w, visible=visible, query_offsets=offsets, table=block_tables, cache=cache)
+    return dispatch.IMPLEMENTATIONS[name].select(varying.constants(call), method, tiles, **options), has_pages
 
 
 def check_pages(call: str, has_pages: Array, cache: IndexCache) -> None:

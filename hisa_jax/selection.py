@@ -1,6 +1,7 @@
 """What a selection is, for one query or for a batch of them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,3 +38,10 @@ def nothing(rows: tuple[int, ...], method: Method, return_scores: bool, return_b
         if isinstance(method, Dsa) or not return_blocks
         else jnp.full((*rows, method.block_topk), -1, jnp.int32),
     )
+
+
+def selected_mask(indices: Array, S: int) -> Array:
+    """[B, T, K] int32 -> [B, T, S] bool, which tokens are selected."""
+    targets = jnp.where(indices < 0, S, indices)
+    row = functools.partial(jnp.zeros, (S,), bool)
+    return jax.vmap(jax.vmap(lambda at: row().at[at].set(True, mode="drop")))(targets)

@@ -135,12 +135,17 @@ def select(stages: ScanStages, call: FlatCall, method: Scan, interpret: Interpre
     threshold = jnp.where(takes_all, INVISIBLE + 1, threshold_of(jnp.full_like(visible, rank)))
     lists = stages.list_tokens(marked(call, threshold), visible, most, interpret=interpret)
 
-    def search() -> Lists:
-        above = lambda threshold: _count(samples, n_samples, threshold)  # noqa: E731
-        return _search(stages, call, _Search(m, most, threshold_of, above, marked), threshold, lists, interpret)
+    def refined(lists: Lists) -> tuple[Array, Array]:
+        return stages.refine_tokens(call, *lists, method.topk, interpret)
 
-    tokens, count = lax.cond(jnp.all(_is_good(lists[1], visible, m, most)), lambda: lists, search)
-    return stages.refine_tokens(call, tokens, count, method.topk, interpret)
+    def search() -> tuple[Array, Array]:
+        above = lambda threshold: _count(samples, n_samples, threshold)  # noqa: E731
+        return refined(
+            _search(stages, call, _Search(m, most, threshold_of, above, marked), threshold, lists, interpret)
+        )
+
+    # Both branches refine: lists that left them would be copied, 0.1 ms of 4096 queries.
+    return lax.cond(jnp.all(_is_good(lists[1], visible, m, most)), lambda: refined(lists), search)
 
 
 class _Search(NamedTuple):

@@ -57,6 +57,7 @@ def find_threshold(
     n: Array,
     k: int | Array,
     bitcast: Callable = lax.bitcast_convert_type,
+    slack: int | Array = 0,
 ) -> Array:
     """The threshold of a top-k: the largest sort key that at least k candidates reach, or any that exactly k reach.
 
@@ -64,8 +65,9 @@ def find_threshold(
         count_at_least: sort key -> how many candidates are not below it. One call is a pass over all candidates.
         lowest: int32, the least sort key there is; `highest`: the greatest.
         n: int32, how many candidates there are.
-        k: how many are wanted. With n <= k the answer is `lowest`.
+        k: how many are wanted. With n <= k + slack the answer is `lowest`.
         bitcast: of scalars; Mosaic GPU's own takes vectors alone.
+        slack: any threshold will do that k to k + slack candidates reach.
 
     Regula falsi on the count as a function of the score (the Illinois variant: a bound that survives twice loses half
     its weight), which takes 6 to 9 passes where halving takes about 22; it stops as soon as exactly k pass.
@@ -73,7 +75,7 @@ def find_threshold(
 
     def unfinished(state: Search) -> Array:
         low, high, n_low, *_ = state
-        return (low < high) & (n_low > k)
+        return (low < high) & (n_low > k + slack)
 
     excess = (n - k).astype(jnp.float32) + 0.5
     start = (lowest, highest, n, excess, jnp.asarray(k, jnp.float32), jnp.int32(0), jnp.int32(0))

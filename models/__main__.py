@@ -14,6 +14,7 @@ from hisa_jax.models.config import Config, read_config
 from hisa_jax.models.generate import Generation, generate
 from hisa_jax.models.indexers import NAMES, make_method, read_methods
 from hisa_jax.models.json_object import shown
+from hisa_jax.models.overrides import add_override
 from hisa_jax.models.params import from_pretrained
 from hisa_jax.models.plan import MethodLike
 from hisa_jax.models.sharding import make_mesh
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    config = read_config(options.checkpoint)
+    config = read_config(options.checkpoint, options.override)
     tokenizer = load_tokenizer(options.checkpoint, config.vocab_size)
     if options.prompt_ids:
         prompts = [_ids(text) for text in options.prompt_ids]
@@ -51,7 +52,8 @@ def _generate(options: argparse.Namespace) -> None:
         prompts = [tokenizer.encode(text) for text in options.prompt]
     devices = options.data_parallel, options.model_parallel
     mesh = None if devices == (1, 1) else make_mesh(*devices)
-    model = from_pretrained(options.checkpoint, _method(options, config), _DTYPES[options.dtype], mesh)
+    method = _method(options, config)
+    model = from_pretrained(options.checkpoint, method, _DTYPES[options.dtype], mesh, config=config)
     for _ in range(2 if options.warm_up else 1):
         result = generate(
             model, prompts, options.max_new_tokens, chunk=options.chunk, temperature=options.temperature,
@@ -70,12 +72,13 @@ def _ids(text: str) -> list[int]:
 
 
 def _method(options: argparse.Namespace, config: Config) -> MethodLike:
-    if options.indexer not in NAMES:
+    if options.indexer not in (None, *NAMES):
         return read_methods(options.indexer, config)
     fields = {field.name for method in NAMES.values() for field in dataclasses.fields(method)}
     # What a method does not have is refused there, by name, if it was given.
     given = {name: value for name in sorted(fields) if (value := getattr(options, name, None)) is not None}
-    return make_method(options.indexer, config, "--indexer", **given)
+    own = "hisa" if config.use_hisa else "dsa"
+    return make_method(options.indexer or own, config, "--indexer", **given)
 
 
 def _report(result: Generation, is_warm: bool) -> None:
@@ -135,7 +138,10 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     prompts = command.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="repeat for a batch")
     prompts.add_argument("--prompt-ids", action="append", metavar="1,2,3", help="token ids; prints ids, too")
-    command.add_argument("--indexer", default="dsa", metavar="|".join([*NAMES, "FILE"]), help="FILE: per-layer JSON")
+    add_override(command)
+    command.add_argument(
+        "--indexer", metavar="|".join([*NAMES, "FILE"]), help="FILE: per-layer JSON; default: the checkpoint's own"
+    )
     command.add_argument("--topk", type=int, help="tokens each query attends to; default: the checkpoint's")
     command.add_argument("--block-size", type=int, help="tokens a block")
     command.add_argument("--block-topk", type=int, help="blocks kept, for hisa")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hisa_jax as hj
+from hisa_jax.models import overrides as given_instead
 from hisa_jax.models import settings
 from hisa_jax.models.generation_config import read_stop_ids
 from hisa_jax.models.json_object import read_object, shown
@@ -71,6 +72,8 @@ class Config:
         index_hadamard: whether index queries and keys are rotated by a Hadamard matrix, which spreads outliers before
             they are quantised and changes nothing else.
         weight_block_size: rows and columns that share a scale in block-scaled F8_E4M3 weights.
+        use_hisa: whether the checkpoint's own method is HISA, as servers are told it; else it is the flat indexer.
+        hisa_k_block_size, hisa_block_topk: HISA's tokens a block and blocks kept, its `block_size` and `block_topk`.
         num_nextn_predict_layers: multi-token-prediction layers after the last one, left out; None if unsaid.
         eos_token_ids: what ends a generated row, unless its caller says otherwise.
 
@@ -114,6 +117,9 @@ class Config:
     index_key_dtype: Literal["float8_e4m3fn", "int8"] | None = None
     index_key_scale: Literal["float32", "ue8m0"] = "float32"
     index_hadamard: bool = False
+    use_hisa: bool = False
+    hisa_k_block_size: int = 128
+    hisa_block_topk: int = 64
     weight_block_size: tuple[int, int] = (128, 128)
     num_nextn_predict_layers: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -137,6 +143,11 @@ class Config:
         room = self.topk_group * self.n_routed_experts // self.n_group
         demand(self.num_experts_per_tok <= room, "num_experts_per_tok", f"at most the {room} experts in kept groups")
         demand(not self.index_hadamard or dim & (dim - 1) == 0, "index_hadamard", "False unless index_head_dim is 2^n")
+        if self.use_hisa:
+            kept, size = self.hisa_block_topk, self.hisa_k_block_size
+            demand(kept >= 2, "hisa_block_topk", "at least 2: the first block and the query's own are always kept")
+            least = f"at least {-(-self.index_topk // size)}: kept blocks of {size} hold index_topk = {self.index_topk}"
+            demand(kept * size >= self.index_topk, "hisa_block_topk", f"{least} tokens")
         are_tokens = all(type(id) is int and 0 <= id < self.vocab_size for id in self.eos_token_ids)
         demand(are_tokens, "eos_token_ids", f"tokens from 0 to {self.vocab_size - 1}")
 
@@ -151,25 +162,34 @@ class Config:
         return self.qk_head_dim**-0.5 * (self.yarn.softmax_scale if self.yarn else 1.0)
 
     @property
-    def method(self) -> hj.Dsa:
-        """The checkpoint's own, flat indexer."""
-        return hj.Dsa(topk=self.index_topk)
+    def method(self) -> hj.Dsa | hj.Hisa:
+        """The checkpoint's own: the flat indexer, or HISA if it says so."""
+        if not self.use_hisa:
+            return hj.Dsa(topk=self.index_topk)
+        return hj.Hisa(topk=self.index_topk, block_size=self.hisa_k_block_size, block_topk=self.hisa_block_topk)
 
 
-def read_config(folder: str | Path) -> Config:
+def read_config(folder: str | Path, overrides: given_instead.Overrides | None = None) -> Config:
     """Reads a checkpoint's config.json, and the stop tokens of its generation_config.json if it has one.
 
     Args:
         folder: where the checkpoint lies.
+        overrides: settings in the place of the file's, a mapping, JSON as a str, or a file's `Path`; as servers take
+            them: '{"use_hisa": true, "hisa_k_block_size": 128, "hisa_block_topk": 64}'. null takes a setting away. One
+            that says which layers share a selection (`index_topk_freq`, `index_topk_pattern`, `indexer_types`) replaces
+            all that the file says of it.
 
     Returns: its `Config`.
-    Raises: FileNotFoundError: no config.json. ValueError: not JSON, a key twice; as `config_from_keys`.
+    Raises: FileNotFoundError: no config.json, no file of overrides. TypeError: overrides of another type. ValueError:
+        not JSON, a key twice, an override that is no setting; as `config_from_keys`.
     """
+    given = {} if overrides is None else given_instead.parse(overrides)
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"read_config: folder is {folder}, wanted a folder with a config.json")
-    config = config_from_keys(read_object(path, _LARGEST_FILE), str(path))
-    stop_ids = read_stop_ids(folder, config.vocab_size)
+    keys = given_instead.replaced(read_object(path, _LARGEST_FILE), given)
+    config = config_from_keys(keys, f"{path} with overrides" if given else str(path))
+    stop_ids = None if "eos_token_id" in given else read_stop_ids(folder, config.vocab_size)
     return config if stop_ids is None else dataclasses.replace(config, eos_token_ids=stop_ids)
 
 

@@ -21,6 +21,7 @@ from hisa_jax.models.config import Config
 from hisa_jax.models.layers import Init, layer_norm, rms_norm
 from hisa_jax.models.rope import rotate
 from hisa_jax.models.sharding import per_device
+from hisa_jax.selection import selected_mask
 
 Form = Literal["auto", "expanded", "absorbed"]
 Table = tuple[Array, Array]
@@ -280,10 +281,3 @@ def absorbed(
 def absorb(q_nope: Array, q_rope: Array, k_b: Array) -> Array:
     """[B, T, N, P], [B, T, N, R], [L, N, P] -> [B, T, N, L + R], queries for latents instead of keys."""
     return jnp.concatenate([jnp.einsum("btnd,lnd->btnl", q_nope, k_b), q_rope], axis=-1)
-
-
-def selected_mask(indices: Array, S: int) -> Array:
-    """[B, T, K] int32 -> [B, T, S] bool, which tokens are selected."""
-    targets = jnp.where(indices < 0, S, indices)
-    row = functools.partial(jnp.zeros, (S,), bool)
-    return jax.vmap(jax.vmap(lambda at: row().at[at].set(True, mode="drop")))(targets)

@@ -1,8 +1,8 @@
 """Methods by name, for the command line: one for all layers, or a file that says which layer has which.
 
 The file is JSON: {"default": {"indexer": "hisa", "block_topk": 32}, "0": {"indexer": "dsa"}}. Keys are layers, or
-"default" for those left out (else they keep the checkpoint's own flat indexer). `indexer` is dsa, hisa, scan
-or block-sparse; the others are fields of that method. `topk` is the checkpoint's unless given.
+"default" for those left out (else they keep the checkpoint's own method). `indexer` is dsa, hisa, scan or block-sparse;
+the others are fields of that method. `topk` is the checkpoint's unless given, and so are HISA's sizes if it has them.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def make_method(name: str, config: Config, source: str = "indexer", /, **fields:
 
     Args:
         name: "dsa", "hisa", "scan" or "block-sparse".
-        config: gives `topk` unless `fields` do.
+        config: gives `topk`, and HISA's `block_size` and `block_topk`, unless `fields` do.
         source: what error messages call it.
         fields: of the method.
 
@@ -30,8 +30,11 @@ def make_method(name: str, config: Config, source: str = "indexer", /, **fields:
     """
     if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"{source}: indexer is {name!r}, wanted one of {', '.join(NAMES)}")
+    own: dict[str, Any] = {"topk": config.index_topk}
+    if name == "hisa":
+        own |= {"block_size": config.hisa_k_block_size, "block_topk": config.hisa_block_topk}
     try:
-        return NAMES[name](**{"topk": config.index_topk, **fields})
+        return NAMES[name](**(own | fields))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
 
@@ -56,10 +59,12 @@ def read_methods(path: str | Path, config: Config) -> tuple[hj.Method, ...]:
     for key in given:
         if key not in ("default", *layers):
             raise ValueError(f"{path}: names layer {key!r}, wanted 'default' or one from '0' to '{layers[-1]}'")
-    default = given.get("default", {"indexer": "dsa"})
+    default = given.get("default")
     return tuple(_method_of(given.get(key, default), config, f"{path}: {key}") for key in layers)
 
 
-def _method_of(item: Mapping[str, Any], config: Config, source: str) -> hj.Method:
+def _method_of(item: Mapping[str, Any] | None, config: Config, source: str) -> hj.Method:
+    if item is None:
+        return config.method
     fields = dict(item)
     return make_method(fields.pop("indexer", None), config, source, **fields)

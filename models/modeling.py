@@ -106,7 +106,7 @@ class Model(nnx.Module):
 
     Args:
         config: sizes and settings.
-        method: how layers select, see `make_plan`; None is the checkpoint's own flat indexer.
+        method: how layers select, see `make_plan`; None is the checkpoint's own, `config.method`.
         dtype: of weights and activations. Norms, router, index head weights and logits are float32 always.
         mesh: with the axes "data", "model" or both, to split the model and its inputs over; None for one device.
         rngs: for random weights, stream "params".

@@ -35,7 +35,7 @@ def make_plan(method: MethodLike, config: Config) -> Plan:
 
     Args:
         method: a method for all layers; a sequence of one a layer; a mapping from layers, where those it leaves out
-            keep the checkpoint's own flat indexer; a rule (layer, phase) -> method, with the phases "prefill" (a chunk
+            keep the checkpoint's own method; a rule (layer, phase) -> method, with the phases "prefill" (a chunk
             of a prompt or a whole sequence), "last_prefill" (a prompt's last chunk) and "decode"; None for the
             checkpoint's own.
         config: of the model.

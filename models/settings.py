@@ -104,6 +104,9 @@ SETTINGS = {
     "index_key_dtype": one_of("float8_e4m3fn", "int8"),
     "index_key_scale": one_of("float32", "ue8m0"),
     "index_hadamard": FLAG,
+    "use_hisa": FLAG,
+    "hisa_k_block_size": integer(1, 2**20),
+    "hisa_block_topk": integer(1, 2**20),
     "num_nextn_predict_layers": _COUNT,
     # Of which `Config` has something else made.
     "mlp_layer_types": list_of(one_of("dense", "sparse")),

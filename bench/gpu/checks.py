@@ -66,15 +66,22 @@ def check_blocks(kept: np.ndarray, scores: np.ndarray, visible: int, model: shap
         assert (np.abs(inner[off] - cut) < BLOCKS * inner.std()).all()
 
 
-def check_tokens(indices: Any, count: Any, scores: np.ndarray, tokens: np.ndarray, topk: int) -> None:
-    """The best of `tokens`, which have these `scores`, but for those near the cut."""
+def check_tokens(
+    indices: Any, count: Any, scores: np.ndarray, tokens: np.ndarray, topk: int, spread: float | None = None
+) -> None:
+    """The best of `tokens`, which have these `scores`, but for those near the cut.
+
+    Args:
+        spread: of the scores of all that the query sees, if `tokens` are but the upper end of them.
+    """
     k = min(topk, len(tokens))
     chosen = np.asarray(indices)
     assert int(count) == k and (chosen[k:] == -1).all() and (np.diff(chosen[:k]) > 0).all()
     assert np.isin(chosen[:k], tokens).all()
     cut = np.sort(scores)[::-1][k - 1]
     off = np.setxor1d(chosen[:k], tokens[scores >= cut])
-    assert (np.abs(scores[np.searchsorted(tokens, off)] - cut) < TOKENS * scores.std()).all()
+    wrong = np.abs(scores[np.searchsorted(tokens, off)] - cut).max(initial=0) / (spread or scores.std())
+    assert wrong < TOKENS, f"a token is chosen or left out that is {wrong:.2g} of the spread from the cut"
 
 
 def check_attention(out: Any, q: Array, kv: Array, indices: Array, value_dim: int, scale: float) -> None:

@@ -1,23 +1,29 @@
 """`python -m bench gpu`: every stage and whole indexer on an NVIDIA GPU, each result checked before it is timed.
 
-Time is device time of many repetitions inside one jitted loop, where each repetition waits for the one before (one of
-its inputs depends on the last result); a sample is the wall clock of such a program over its repetitions, a figure
-the median of the samples. Everything is counted: top-k, index arithmetic, launches. Floors are those of the tensor
-cores at the vendor's dense rate, or of device memory where that is the larger.
+Two times of each row. The **span** is of one call, from its first kernel's start to its last one's end, by the
+profiler. The **sustained** time is that of a call among many in one jitted loop, where each waits for the one before
+(one of its inputs depends on the last result): it holds launches, and the clock of a card at work. A figure is the
+median. Everything is counted: top-k, index arithmetic. Floors are those of the tensor cores at the vendor's dense rate,
+or of device memory where that is the larger.
 """
 
 import argparse
 import pathlib
 import warnings
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bench import UserError, shapes
 from bench.gpu.row import Row
 from bench.gpu.rows import rows
+from bench.gpu.span import clock_mhz, spans
 from bench.records import measure_all
 from bench.timing import device_times
+
+_KERNELS = 8  # of a row, those that take longest are written down
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,16 +41,25 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(row: Row, samples: int) -> dict:
     f, operands, check = row.make()
-    check(jax.tree.map(np.asarray, jax.jit(f)(*operands)))
+    compiled = jax.jit(f)
+    check(jax.tree.map(np.asarray, compiled(*operands)))
 
     times = device_times(f, operands, samples, carries=row.carries)
+    clock = clock_mhz()
+    span = spans(_in_turn(f, operands) if row.carries else lambda: compiled(*operands))
     ms = float(np.median(times))
     p10, p90 = (float(x) for x in np.percentile(times, [10, 90]))
+    span_p10, span_p90 = (float(x) for x in np.percentile(span.ms, [10, 90]))
     return {
         **{name: getattr(row, name) for name in ("row", "implementation", "shape", "context", "queries", "dtype")},
         "ms": ms,
         "ms_p10": p10,
         "ms_p90": p90,
+        "span_ms": float(np.median(span.ms)),
+        "span_ms_p10": span_p10,
+        "span_ms_p90": span_p90,
+        "kernels_ms": {name[:60]: ms for name, ms in list(span.kernels.items())[:_KERNELS]},
+        "clock_mhz": clock,
         "tflops": row.flop / ms / 1e9,
         "floor_ms": row.floor_ms,
         "checked": True,
@@ -53,7 +68,20 @@ def measure(row: Row, samples: int) -> dict:
     }
 
 
+def _in_turn(f: Callable, operands: tuple) -> Callable[[], object]:
+    """A call of the compiled f, which uses its first operand up and returns the next call's."""
+    compiled = jax.jit(f, donate_argnums=0)
+    state = [jax.tree.map(jnp.copy, operands[0])]
+
+    def call() -> object:
+        state[0] = compiled(state[0], *operands[1:])
+        return state[0]
+
+    return call
+
+
 def _line(x: dict) -> str:
-    floor = f"{100 * x['floor_ms'] / x['ms']:3.0f} % of floor"
+    floor = f"{100 * x['floor_ms'] / x['span_ms']:3.0f} % of floor"
     what = f"{x['row']:22} {x['implementation']:10} {x['shape']:12} {shapes.label(x['context']):>5} {x['dtype']:5}"
-    return f"{what} {x['ms']:8.4f} ms [{x['ms_p10']:.4f}, {x['ms_p90']:.4f}] {x['tflops']:6.0f} TFLOP/s  {floor}"
+    span = f"{x['span_ms']:8.4f} ms [{x['span_ms_p10']:.4f}, {x['span_ms_p90']:.4f}]"
+    return f"{what} {span}, sustained {x['ms']:8.4f} at {x['clock_mhz']} MHz, {x['tflops']:6.0f} TFLOP/s {floor}"

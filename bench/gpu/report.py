@@ -16,11 +16,15 @@ Row = dict[str, Any]
 _LINES = {
     "HISA, e4m3": dict(row="hisa", shape="dsv32", dtype="e4m3", implementation="mosaic_gpu"),
     "Scan(), e4m3": dict(row="scan", shape="dsv32", dtype="e4m3", implementation="mosaic_gpu"),
+    "Scan(exact_heads=2, candidates=6144), e4m3": dict(
+        row="scan_2_heads", shape="dsv32", dtype="e4m3", implementation="mosaic_gpu"
+    ),
     "flat indexer, e4m3": dict(row="flat", shape="dsv32", dtype="e4m3", implementation="mosaic_gpu"),
     "HISA, bfloat16": dict(row="hisa", shape="dsv32", dtype="bf16", implementation="mosaic_gpu"),
     "HISA, bfloat16, Triton": dict(row="hisa", shape="dsv32", dtype="bf16", implementation="triton"),
     "HISA, GLM-5 (32 heads), e4m3": dict(row="hisa", shape="glm5", dtype="e4m3", implementation="mosaic_gpu"),
 }
+_PLOTTED_FIELDS = ("span_ms", "span_ms_p10", "span_ms_p90", "floor_ms")
 _PLOTTED = {"HISA, e4m3": "#0b6fb8", "Scan(), e4m3": "#c2410c", "flat indexer, e4m3": "#444444"}
 
 
@@ -40,23 +44,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: milliseconds by context of every whole indexer, and what HISA and the scan are faster by."""
-    lines = {name: by_context(rows, wanted) for name, wanted in _LINES.items()}
+    """Markdown: a call's milliseconds by context of every whole indexer, and what HISA and the scan are faster by."""
+    lines = {name: line for name, wanted in _LINES.items() if (line := by_context(rows, wanted))}
     contexts = sorted({context for line in lines.values() for context in line})
     cells = [["", *map(shapes.label, contexts)], ["---"] * (len(contexts) + 1)]
     for name, line in lines.items():
-        cells.append([name, *(f"{line[c]['ms']:.2f}" if c in line else "" for c in contexts)])
+        cells.append([name, *(f"{line[c]['span_ms']:.2f}" if c in line else "" for c in contexts)])
     flat = lines["flat indexer, e4m3"]
     for name in ("HISA", "Scan()"):
         line = lines[f"{name}, e4m3"]
-        ratios = [f"**{flat[c]['ms'] / line[c]['ms']:.1f}x**" if c in line and c in flat else "" for c in contexts]
+        ratios = [
+            f"**{flat[c]['span_ms'] / line[c]['span_ms']:.1f}x**" if c in line and c in flat else "" for c in contexts
+        ]
         cells.append([f"{name} faster by", *ratios])
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def by_context(rows: list[Row], wanted: Row) -> dict[int, Row]:
-    """Context -> the row that has all that is wanted."""
-    return {row["context"]: row for row in rows if all(row[name] == value for name, value in wanted.items())}
+    """Context -> the row that has all that is wanted, and the span of a call."""
+    return {
+        row["context"]: row
+        for row in rows
+        if "span_ms" in row and all(row[name] == value for name, value in wanted.items())
+    }
 
 
 def figure(rows: list[Row]) -> Figure:
@@ -69,7 +79,7 @@ def figure(rows: list[Row]) -> Figure:
         line = by_context(rows, _LINES[name])
         contexts = sorted(line)
         ticks |= set(contexts)
-        ms, low, high, floor = ([line[c][key] for c in contexts] for key in ("ms", "ms_p10", "ms_p90", "floor_ms"))
+        ms, low, high, floor = ([line[c][key] for c in contexts] for key in _PLOTTED_FIELDS)
         axes.plot(contexts, ms, "o-", color=color, label=name)
         axes.fill_between(contexts, low, high, color=color, alpha=0.2, linewidth=0)
         axes.plot(contexts, floor, ":", color=color, label=f"{name}: floor")

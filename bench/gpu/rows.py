@@ -58,6 +58,7 @@ def rows() -> Iterator[Row]:
     for batch in (1, 32, 128):
         for page_size in (64, 128):
             yield _decode_paged(dsv32, batch, 128 * K, page_size)
+        yield _decode_flat(dsv32, batch, 128 * K, 64)
     for page_size in (64, 128):
         yield _append(dsv32, 128, 8 * K, page_size)
     yield _hisa(dsv32, 64 * K, dtype="bf16", implementation="triton")
@@ -237,6 +238,32 @@ def _decode_paged(model: shapes.Model, batch: int, context: int, page_size: int)
         queries=batch,
         flop=2.0 * (tokens + batch * context / model.block_size) * model.H * model.D,
         moved_bytes=tokens * (model.D + 4.0) + batch * P * mean_bytes,
+    )
+
+
+def _decode_flat(model: shapes.Model, batch: int, context: int, page_size: int) -> Row:
+    """The flat indexer for one query a sequence, from pages in random order."""
+
+    def make():
+        inputs = draw(model, batch, 1, context)
+        cache, tables = paged(inputs, page_size)
+        offsets = jnp.arange(batch + 1, dtype=jnp.int32)
+
+        def f(q, w, visible, cache, tables, offsets):
+            call = Call(q=q, w=w, visible=visible, query_offsets=offsets, table=tables, cache=cache)
+            return mosaic_gpu.select_flat(call, model.topk)
+
+        check = lambda out: check_flat([x[:, None] for x in out], inputs, model.topk)  # noqa: E731
+        return f, (inputs.q[:, 0], inputs.w[:, 0], inputs.visible[:, 0], cache, tables, offsets), check
+
+    return Row(
+        row=f"flat_decode{batch}_paged",
+        make=make,
+        shape=model.name,
+        context=context,
+        queries=batch,
+        flop=2.0 * batch * context * model.H * model.D,
+        moved_bytes=batch * context * (model.D + 4.0),
     )
 
 

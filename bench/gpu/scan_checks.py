@@ -11,29 +11,52 @@ from jax import Array
 import hisa_jax as hj
 from bench.gpu.checks import TOKENS, check_tokens, checked_rows, scores_of
 from bench.gpu.inputs import Inputs
+from hisa_jax.kernels_pallas.flat_call import flatten
+from hisa_jax.kernels_pallas.mosaic_gpu import stages
 from hisa_jax.kernels_pallas.operands import ScanHeads
 from hisa_jax.kernels_pallas.sort_key import score_of
-from hisa_jax.layout import Contiguous, Keys, Queries
+from hisa_jax.layout import Call, Contiguous, Keys, Queries
 from hisa_jax.xla import scan
 
 _SURE = 0.98  # of the candidates: near their threshold Hopper's sums of e4m3 products may keep others
+_SPREAD = 4096  # keys that tell how far a query's scores spread
 _SLOPES = 0.05  # of the virtual head's largest number: a head that is barely open may count at one sample fewer
 
 
 def check_scan(out: Any, inputs: Inputs, method: hj.Scan) -> None:
-    """`out`: indices and count, [B, T, ...]: the best of a set that holds what XLA's scan of hardly fewer keeps."""
+    """`out`: indices and count, [B, T, ...]: the best of a set that holds the best of hardly fewer by the scan.
+
+    By the kernel's own heads, which `check_scan_heads` compares: where rounding makes another sample the 32nd best,
+    slopes differ, and with them which tokens are near the threshold.
+    """
     q, k, k_scale, w, visible = inputs
-    fewer = dataclasses.replace(method, candidates=max(int(_SURE * method.block_topk), method.topk))
+    T, n_kept = visible.shape[1], max(int(_SURE * method.block_topk), method.topk)
+    call = flatten(Call(q=q, w=w, visible=visible, k=Keys(k, k_scale)), 1)
+    heads = jax.jit(lambda *x: stages.scan_heads(dataclasses.replace(call, q=x[0], w=x[1]), method))(call.q, call.w)
     for b, t in checked_rows(*visible.shape):
-        keys = k[b : b + 1] if k_scale is None else hj.QuantizedKeys(k[b : b + 1], k_scale[b : b + 1])
-        at = slice(b, b + 1), slice(t, t + 1)
-        options: Any = dict(query_positions=visible[at] - 1, implementation="xla", return_blocks=True)
-        blocks = hj.select(q[at], keys, w[at], fewer, **options).blocks
-        kept, chosen = np.asarray(blocks).ravel(), np.asarray(out[0][b, t])
-        tokens = np.union1d(kept[kept >= 0], chosen[chosen >= 0])
-        assert (tokens < int(visible[b, t])).all()
-        scores = scores_of(q[b, t], k[b, tokens], None if k_scale is None else k_scale[b, tokens], w[b, t])
-        check_tokens(chosen, out[1][b, t], scores, tokens, method.topk)
+        chosen, seen = np.asarray(out[0][b, t]), int(visible[b, t])
+        if method.sketch is None:
+            scores = scan_scores(heads, inputs, b, t, b * T + t)
+            # The ends are always kept.
+            kept = np.argsort(-np.r_[np.inf, scores[1:-1], np.inf], kind="stable")[:n_kept]
+        else:
+            kept = _kept_by_xla(inputs, b, t, dataclasses.replace(method, candidates=n_kept))
+        tokens = np.union1d(kept, chosen[chosen >= 0])
+        assert (tokens < seen).all()
+        scores, some = (
+            scores_of(q[b, t], k[b, at], None if k_scale is None else k_scale[b, at], w[b, t])
+            for at in (tokens, np.arange(0, seen, max(seen // _SPREAD, 1)))
+        )
+        check_tokens(chosen, out[1][b, t], scores, tokens, method.topk, float(some.std()))
+
+
+def _kept_by_xla(inputs: Inputs, b: int, t: int, method: hj.Scan) -> np.ndarray:
+    q, k, k_scale, w, visible = inputs
+    keys = k[b : b + 1] if k_scale is None else hj.QuantizedKeys(k[b : b + 1], k_scale[b : b + 1])
+    at = slice(b, b + 1), slice(t, t + 1)
+    options: Any = dict(query_positions=visible[at] - 1, implementation="xla", return_blocks=True)
+    kept = np.asarray(hj.select(q[at], keys, w[at], method, **options).blocks).ravel()
+    return kept[kept >= 0]
 
 
 def check_scan_heads(heads: ScanHeads, inputs: Inputs, method: hj.Scan) -> None:
@@ -54,7 +77,7 @@ def check_scan_heads(heads: ScanHeads, inputs: Inputs, method: hj.Scan) -> None:
 def check_thresholds(threshold: Array, heads: ScanHeads, inputs: Inputs, step: int, rank: int) -> None:
     """About `rank` of every `step`-th key reach it."""
     for t in queries_of(inputs):
-        scores = scan_scores(heads, inputs, t)[::step]
+        scores = scan_scores(heads, inputs, 0, t, t)[::step]
         count = int((scores >= float(score_of(jnp.asarray(threshold[t])))).sum())
         assert abs(count - rank) <= 2 + rank // 50, (count, rank)
 
@@ -62,7 +85,7 @@ def check_thresholds(threshold: Array, heads: ScanHeads, inputs: Inputs, step: i
 def check_masks(masks: Array, threshold: Array, heads: ScanHeads, inputs: Inputs) -> None:
     """A bit says whether a key reaches the threshold, but for those near it; those of the two ends are set."""
     for t in queries_of(inputs):
-        scores, least = scan_scores(heads, inputs, t), float(score_of(jnp.asarray(threshold[t])))
+        scores, least = scan_scores(heads, inputs, 0, t, t), float(score_of(jnp.asarray(threshold[t])))
         got = bits_of(masks[t])[: len(scores)]
         assert got[0] and got[-1]
         differs = np.flatnonzero(got != (scores >= least))
@@ -91,13 +114,13 @@ def queries_of(inputs: Inputs) -> list[int]:
     return [t for b, t in checked_rows(*inputs.visible.shape) if b == 0]
 
 
-def scan_scores(heads: ScanHeads, inputs: Inputs, t: int) -> np.ndarray:
-    """[visible] float32: the scores of the keys that query t sees, by its rows of `heads`."""
-    seen, rows = int(inputs.visible[0, t]), np.asarray(heads.q[t], np.float32)
-    products = np.asarray(inputs.k[0, :seen], np.float32) @ rows.T
+def scan_scores(heads: ScanHeads, inputs: Inputs, b: int, t: int, row: int) -> np.ndarray:
+    """[visible] float32: the scores of the keys that query t of sequence b sees, by its row of `heads`."""
+    seen, rows = int(inputs.visible[b, t]), np.asarray(heads.q[row], np.float32)
+    products = np.asarray(inputs.k[b, :seen], np.float32) @ rows.T
     products[:, heads.n_linear :] = np.maximum(products[:, heads.n_linear :], 0)
-    scores = products @ np.asarray(heads.w[t])
-    return scores if inputs.k_scale is None else scores * np.asarray(inputs.k_scale[0, :seen])
+    scores = products @ np.asarray(heads.w[row])
+    return scores if inputs.k_scale is None else scores * np.asarray(inputs.k_scale[b, :seen])
 
 
 def bits_of(words: Array) -> np.ndarray:

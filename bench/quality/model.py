@@ -18,7 +18,7 @@ from bench import UserError
 from bench.quality.variants import Variant
 from hisa_jax import models
 from hisa_jax.models.checkpoint import name_of
-from hisa_jax.models.dsa import Attention, Projections, Table, absorb, selected_mask
+from hisa_jax.models.dsa import Attention, Projections, Table, absorb
 from hisa_jax.models.layers import rms_norm
 from hisa_jax.models.modeling import Layer
 from hisa_jax.models.params import from_pretrained, parameter_table
@@ -26,6 +26,7 @@ from hisa_jax.models.rope import rope_table
 from hisa_jax.models.safetensors_io import Reader
 from hisa_jax.models.training.forward import heads_of, layer_forward
 from hisa_jax.models.training.weights import Skeleton, Stacked, weights_of
+from hisa_jax.selection import selected_mask
 
 _CHUNKS = 4  # of a CPU's queries: each sees the keys up to its end, so 3 of 8 products are saved
 _LONG = 4096  # queries from which on that saves more than compiling takes

@@ -10,7 +10,8 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from hisa_jax import dispatch
-from hisa_jax.layout import Call, IndexCache, has_all_pages, holds_tokens, last_visible
+from hisa_jax.index_cache import IndexCache, has_all_pages, holds_tokens
+from hisa_jax.layout import Call, last_visible
 from hisa_jax.methods import Method
 from hisa_jax.selection import Selection
 from hisa_jax.sharded.cache import own_pages

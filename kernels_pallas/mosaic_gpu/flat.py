@@ -49,14 +49,23 @@ def flat(
     x = sort_keys(jnp.zeros((1,), jnp.int32), step)
     positions, _, best = topk_stage.topk_with_sort_keys(x, visible, n_best, **launch)
 
-    def one_tile(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+    def one_tile(i: int | Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         start = jnp.full((1,), i * step, jnp.int32)
         # The least of the best so far is the k-th: what does not beat it is not even written.
         tile = sort_keys(start, step, jnp.min(best[0], axis=1))
         return merge_stage.merge(best, tile, start, visible, **launch)
 
-    # As many tiles as the query that sees most needs, which only the run knows.
-    best, positions = lax.fori_loop(1, (jnp.max(visible) + step - 1) // step, one_tile, (best, positions))
+    # Two tiles a turn: after an odd number of merges the best would have to be copied to where the next turn expects
+    # them. As many turns as the query that sees most needs, which only the run knows; a tile that nobody sees adds
+    # nothing, but no tile begins beyond the last key.
+    result = best, positions
+    n_later = -(-sequences.max_keys // step) - 1
+    if n_later % 2:
+        result = one_tile(1, result)
+    first = 1 + n_later % 2
+    n_turns = (jnp.max(visible) - first * step + 2 * step - 1) // (2 * step)
+    two_tiles = lambda i, best: one_tile(first + 2 * i + 1, one_tile(first + 2 * i, best))  # noqa: E731
+    best, positions = lax.fori_loop(0, n_turns, two_tiles, result)
     count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     if n_best == topk:
         return positions, count

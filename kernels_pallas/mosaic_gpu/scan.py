@@ -76,10 +76,9 @@ def _launch(call: FlatCall, heads: ScanHeads, threshold: Array, options: _Option
     (T, rows, D), sequences, visible = heads.q.shape, call.sequences, call.visible
     group, n = _SLOT // rows, sequences.max_keys
     k = call.k[:, None]
-    # With few rows a query a thread has the sums of more queries, and fewer warp-groups fit. Spans of two warp-groups
-    # are a power of two, as samples and what selects from them are.
+    # Spans of two warp-groups are a power of two, as samples and what selects from them are.
     sizes = scores_stage.Sizes(-(-T // group), _SLOT, D, 1, k.dtype.itemsize)
-    config = scores_stage.heuristic(sizes, n, options.n_ctas, n_score=3 if rows >= 8 and options.filters else 2)
+    config = scores_stage.heuristic(sizes, n, options.n_ctas, n_score=3 if options.filters else 2)
     # No more than a sequence has on average: a tile is of one sequence.
     config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // (group * len(sequences.lengths)))))
     tile = config.tile_t * group
@@ -113,10 +112,7 @@ def _launch(call: FlatCall, heads: ScanHeads, threshold: Array, options: _Option
     )
     out_type = jax.ShapeDtypeStruct((len(queries), width // 32 if options.filters else width), jnp.int32)
     outputs = Outputs(None, out_type) if options.filters else Outputs(out_type, None)
-    # Sequences may be much shorter than they could be: a packed batch bounds each by all of its keys.
-    out = scores_stage.launch(
-        shape, operands, columns, outputs, config, options.n_ctas, options.interpret, n_columns=jnp.max(most)
-    )
+    out = scores_stage.launch(shape, operands, columns, outputs, config, options.n_ctas, options.interpret)
     result: Any = out.masks if options.filters else out.sort_keys
     is_in_place = isinstance(places, np.ndarray) and np.array_equal(places, np.arange(T))
     return result[:T] if is_in_place else result[places]

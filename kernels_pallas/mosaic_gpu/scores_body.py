@@ -76,7 +76,8 @@ class Inputs(NamedTuple):
     k: Ref  # [S, parts, D]
     k_scale: Ref | None  # [S]
     threshold: Ref | None  # [T]
-    n_spans: Ref | None  # [1], from the first one on, that some query sees; None: `Plan.n_spans`
+    items: Ref | None  # [n, 2], tile and span of those that a query sees; None: of all tiles and spans
+    n_items: Ref | None  # [1], how many
 
 
 class Outputs(NamedTuple):
@@ -109,10 +110,9 @@ class _Items:
     """The work of a CTA: items cta, cta + n_ctas, ..., an item being a tile of queries and a span of keys."""
 
     def __init__(self, plan: Plan, gmem: Inputs) -> None:
-        self.plan, self.tiles_gmem = plan, gmem.tiles
+        self.plan, self.tiles_gmem, self.items_gmem = plan, gmem.tiles, gmem.items
         self.cta = lax.axis_index("cta")
-        self.n_spans = plan.n_spans if gmem.n_spans is None else gmem.n_spans[0]
-        n_items = gmem.tiles.shape[0] * self.n_spans
+        n_items = gmem.tiles.shape[0] * plan.n_spans if gmem.n_items is None else gmem.n_items[0]
         self.n = (n_items - self.cta + plan.n_ctas - 1) // plan.n_ctas
         self.first_column = gmem.first_column[0]
 
@@ -120,7 +120,10 @@ class _Items:
         """First query, how many (0 if none sees this span), column of the result and first key row."""
         item = self.cta + i * self.plan.n_ctas
         # Spans of one tile of queries are neighbours, so CTAs that run together read the same queries from L2.
-        tile, span = lax.div(item, self.n_spans), lax.rem(item, self.n_spans)
+        if self.items_gmem is None:
+            tile, span = lax.div(item, self.plan.n_spans), lax.rem(item, self.plan.n_spans)
+        else:
+            tile, span = self.items_gmem[item, 0], self.items_gmem[item, 1]
         column = span * (KEYS_PER_WARPGROUP * self.plan.n_score)
         first, n, key_row, most = (self.tiles_gmem[tile, field] for field in range(4))
         n = jnp.where(self.first_column + column < most, n, 0)

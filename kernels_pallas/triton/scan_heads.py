@@ -15,11 +15,11 @@ from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.operands import Operands, ScanHeads
 from hisa_jax.kernels_pallas.triton.pool import check_addressable, parts_of
-from hisa_jax.kernels_pallas.triton.scan_heads_body import Inputs, Plan, scan_heads_body
+from hisa_jax.kernels_pallas.triton.scan_heads_body import HeadInputs, Plan, SlopeInputs, scan_heads_body, slopes_body
 from hisa_jax.methods import Scan
 
-# 4096 queries of 64K with 64 heads, ms: 0.235 with 4 warps; 0.31 with 8, spilled registers and 2.9 with 2. Products of
-# 128 heads with 4 would spill as those of 64 with 2.
+# 4096 queries of 64K with 64 heads, in one kernel, ms: 0.235 with 4 warps; 0.31 with 8, spilled registers and 2.9 with
+# 2. Products of 128 heads with 4 would spill as those of 64 with 2.
 _HEADS_A_WARP = 16
 
 
@@ -30,39 +30,49 @@ def scan_heads(operands: Operands, visible: Array, first: Array, method: Scan, *
     Args:
         visible: [T] int32, tokens of its sequence that a query sees; `first`: [T] int32, the row of the first of them.
     """
-    q, w, k, k_scale, pages = operands
+    q, w, k, *_ = operands
     T, H, D = q.shape
     check_addressable(k)
     n_linear = parts_of(k.dtype)
     n = n_linear + method.exact_heads
     R = max(pl.next_power_of_2(n), 2)
-    inputs = Inputs(
-        q=q,
-        w=w,
-        visible=visible,
-        first=first,
-        k=k,
-        table=None if pages is None else pages.table,
-        k_scale=k_scale,
-    )
+    row = lambda *shape: pl.BlockSpec((None, *shape), lambda t: (t,) + (0,) * len(shape))  # noqa: E731
+    slopes = None if method.slopes == "plain" else _slopes(operands, visible, first, interpret)
+    rows, weights = pl.pallas_call(
+        functools.partial(scan_heads_body, plan=Plan(n_exact=method.exact_heads, n_linear=n_linear)),
+        grid=(T,),
+        in_specs=[HeadInputs(row(H, D), row(H), None if slopes is None else row(H))],
+        out_specs=[row(R, D), row(R)],
+        out_shape=[jax.ShapeDtypeStruct((T, R, D), k.dtype), jax.ShapeDtypeStruct((T, R), jnp.float32)],
+        compiler_params=_params(H),
+        name="hisa_scan_heads",
+        interpret=interpret,
+    )(HeadInputs(q, w, slopes))
+    return ScanHeads(q=rows, w=weights, n_linear=n_linear, n=n)
+
+
+def _slopes(operands: Operands, visible: Array, first: Array, interpret: bool) -> Array:
+    """[T, H] float32: at which share of a query's best samples each head is open.
+
+    A kernel of its own: in one with the heads fewer programs fit, which took 0.22 ms where these two take 0.17.
+    """
+    q, w, k, k_scale, pages = operands
+    T, H, D = q.shape
+    table = None if pages is None else pages.table
     row = lambda *shape: pl.BlockSpec((None, *shape), lambda t: (t,) + (0,) * len(shape))  # noqa: E731
     one = pl.BlockSpec((1,), lambda t: (t,))
     whole = lambda x: None if x is None else pl.BlockSpec(x.shape, lambda t: (0,) * x.ndim)  # noqa: E731
-    in_specs = Inputs(row(H, D), row(H), one, one, whole(inputs.k), whole(inputs.table), whole(inputs.k_scale))
-    plan = Plan(
-        n_exact=method.exact_heads,
-        n_linear=n_linear,
-        is_sampled=method.slopes == "sampled",
-        page_size=None if pages is None else pages.size,
-    )
-    rows, weights = pl.pallas_call(
-        functools.partial(scan_heads_body, plan=plan),
+    return pl.pallas_call(
+        functools.partial(slopes_body, page_size=None if pages is None else pages.size),
         grid=(T,),
-        in_specs=[in_specs],
-        out_specs=[row(R, D), row(R)],
-        out_shape=[jax.ShapeDtypeStruct((T, R, D), k.dtype), jax.ShapeDtypeStruct((T, R), jnp.float32)],
-        compiler_params=plt.CompilerParams(num_warps=max(H // _HEADS_A_WARP, 4), num_stages=1),
-        name="hisa_scan_heads",
+        in_specs=[SlopeInputs(row(H, D), row(H), one, one, whole(k), whole(table), whole(k_scale))],
+        out_specs=row(H),
+        out_shape=jax.ShapeDtypeStruct((T, H), jnp.float32),
+        compiler_params=_params(H),
+        name="hisa_scan_slopes",
         interpret=interpret,
-    )(inputs)
-    return ScanHeads(q=rows, w=weights, n_linear=n_linear, n=n)
+    )(SlopeInputs(q, w, visible, first, k, table, k_scale))
+
+
+def _params(H: int) -> plt.CompilerParams:
+    return plt.CompilerParams(num_warps=max(H // _HEADS_A_WARP, 4), num_stages=1)

@@ -1,4 +1,4 @@
-"""Device code of `scan_heads`: one query a program."""
+"""Device code of `scan_heads`: one query a program, first for its slopes."""
 
 import dataclasses
 from typing import NamedTuple
@@ -16,7 +16,15 @@ from hisa_jax.xla.means import split
 _N_SAMPLES, _N_BEST = 256, 32
 
 
-class Inputs(NamedTuple):
+class HeadInputs(NamedTuple):
+    """A query's rows."""
+
+    q: Ref  # [H, D]
+    w: Ref  # [H]
+    slopes: Ref | None  # [H]; None: all are 1
+
+
+class SlopeInputs(NamedTuple):
     """A query's rows of most arrays; keys, table and scales whole."""
 
     q: Ref  # [H, D]
@@ -34,21 +42,17 @@ class Plan:
 
     n_exact: int
     n_linear: int  # rows of the virtual head
-    is_sampled: bool
-    page_size: int | None
 
 
-def scan_heads_body(refs: Inputs, o_q_ref: Ref, o_w_ref: Ref, *, plan: Plan) -> None:
-    # One program, one query:   sampled keys x heads -> their scores, the 32 best -> how often each head is open there
-    #                           -> the heads that are not exact, summed with these weights -> rows o_q, weights o_w
+def scan_heads_body(refs: HeadInputs, o_q_ref: Ref, o_w_ref: Ref, *, plan: Plan) -> None:
+    # One program, one query:   the heads that are not exact, summed with weights and slopes -> rows o_q, weights o_w
     #
-    # The products [256, H] stay in registers from the scores to the counts. The sample and the arithmetic are those of
-    # xla/scan.py. out: [R, D], [R].
+    # The arithmetic is that of xla/scan.py. out: [R, D], [R].
     R, D = o_q_ref.shape
     heads, w = refs.q[...], refs.w[...]
     q = heads.astype(jnp.float32)
     is_exact, slot = _exact_heads(q, w, plan.n_exact)
-    slopes = _slopes(refs, heads, w, plan) if plan.is_sampled else jnp.ones_like(w)
+    slopes = jnp.ones_like(w) if refs.slopes is None else refs.slopes[...]
     # Neither weight nor query of an exact head: 0 times infinity is NaN.
     weights = jnp.where(is_exact, 0.0, w * slopes)
     v = jnp.sum(weights[:, None] * jnp.where(is_exact[:, None], 0.0, q), axis=0)
@@ -85,14 +89,17 @@ def _exact_heads(q: Array, w: Array, n: int) -> tuple[Array, Array]:
     return is_exact, jnp.cumsum(is_exact.astype(jnp.int32)) - is_exact.astype(jnp.int32)
 
 
-def _slopes(refs: Inputs, heads: Array, w: Array, plan: Plan) -> Array:
-    """[H, D], [H] -> [H] float32: the share of the best samples at which each head is open."""
+def slopes_body(refs: SlopeInputs, o_ref: Ref, *, page_size: int | None) -> None:
+    # One program, one query:   sampled keys x heads -> their scores, the 32 best -> how often each head is open there
+    #
+    # The products [256, H] stay in registers from the scores to the counts. out: [H].
+    heads, w = refs.q[...], refs.w[...]
     visible, columns = refs.visible[0], jnp.arange(refs.k.shape[1], dtype=jnp.int32)
     # The least power of two that leaves at most 256: the bit length of (visible - 1) / 256.
     shift = 32 - lax.clz(lax.shift_right_logical(jnp.maximum(visible - 1, 0), jnp.int32(8)))
     positions = jnp.arange(_N_SAMPLES, dtype=jnp.int32) << shift
     there = positions < visible
-    rows = rows_of(refs.k, refs.table, refs.first[0] + jnp.where(there, positions, 0), plan.page_size)
+    rows = rows_of(refs.k, refs.table, refs.first[0] + jnp.where(there, positions, 0), page_size)
     k = plt.load(refs.k.at[rows[:, None], columns[None, :]])
     products = lax.dot_general(k, heads, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     score = jnp.sum(jnp.where(products < 0.0, 0.0, products) * w[None, :], axis=1)
@@ -101,4 +108,4 @@ def _slopes(refs: Inputs, heads: Array, w: Array, plan: Plan) -> Array:
     is_best, _, n_best = choose(jnp.where(there, sort_key_of(score), INVISIBLE), _N_BEST)
     is_open = (products > 0.0) & is_best[:, None]
     n_open = jnp.sum(is_open.astype(jnp.int32), axis=0)
-    return n_open.astype(jnp.float32) / jnp.maximum(n_best, 1).astype(jnp.float32)
+    o_ref[...] = n_open.astype(jnp.float32) / jnp.maximum(n_best, 1).astype(jnp.float32)

@@ -84,7 +84,7 @@ def topk(
 def kth(x: Array, limit: Array, rank: Array, *, interpret: bool = False) -> Array:
     """[T, W] int32 sort keys, [T], [T] int32 -> [T] int32: the rank-th largest of each row's first `limit` columns.
 
-    Or any other number that exactly `rank` of them reach; the least of them where there are fewer.
+    Or any other number that `rank` to `rank` + `rank` // KTH_SLACK of them reach; the least where there are fewer.
     """
     T, W = x.shape
     one = pl.BlockSpec((1,), lambda t: (t,))

@@ -16,6 +16,7 @@ from hisa_jax.models.check.measures import Measured, fewest_candidates, measure,
 from hisa_jax.models.check.reading import read, sampled_positions
 from hisa_jax.models.config import Config, read_config
 from hisa_jax.models.modeling import Model
+from hisa_jax.models.overrides import add_override
 from hisa_jax.models.params import from_pretrained
 from hisa_jax.models.sharding import make_mesh
 from hisa_jax.models.tokens import Tokenizer, load_tokenizer
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `check` takes; needs rich to run."""
     parser.set_defaults(run=run)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="config.json and safetensors")
+    add_override(parser)
     parser.add_argument(
         "--text", required=True, type=Path, metavar="FILE", help="UTF-8, of the kind that matters to you"
     )
@@ -66,14 +68,14 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: wanted at least {least}")
     if options.json and not options.json.parent.is_dir():  # before the run, not after it
         raise ValueError(f"--json {options.json}: {options.json.parent} is no folder")
-    config = read_config(options.checkpoint)
+    config = read_config(options.checkpoint, options.override)
     topk = config.index_topk if options.topk is None else options.topk
     if options.block_size is not None and options.block_size > 2 * topk:
         raise ValueError(f"--block-size {options.block_size}: wanted at most {2 * topk}, twice topk")
     methods = methods_to_check(topk, options.block_size)
     tokens = _tokens(options, config, topk)
     mesh = None if options.model_parallel == 1 else make_mesh(1, options.model_parallel)
-    model = from_pretrained(options.checkpoint, methods["flat"], _DTYPES[options.dtype], mesh)
+    model = from_pretrained(options.checkpoint, methods["flat"], _DTYPES[options.dtype], mesh, config=config)
     console = Console()
     if not console.is_terminal:
         console.width = 120

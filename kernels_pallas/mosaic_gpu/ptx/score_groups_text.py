@@ -49,7 +49,9 @@ def scales(shape: Shape) -> list[str]:
 def declarations(shape: Shape) -> str:
     each = queries_of_lane(shape)
     floats = [*sums(shape), *scales(shape), *(f"threshold{i}" for i in each), "x"]
-    words = [*(f"limit{i}" for i in each), *(f"b{key}" for key in range(_KEYS_OF_LANE)), "at_query", "first", "word"]
+    words = [f"{name}{i}" for name in ("limit", "all", "word") for i in each]
+    words += [f"{name}{key}" for name in ("b", "turn") for key in range(_KEYS_OF_LANE)]
+    words += ["at_query", "first"]
     return f".reg .f32 {', '.join(floats)}; .reg .b32 {', '.join(words)};"
 
 
@@ -68,6 +70,7 @@ shr.u32 t, u, 5; shl.b32 candidate, t, 5; setp.lt.u32 leads, lane, 4;"""
             f"""shr.u32 t, u, 5; mad.lo.u32 t, column, {shape.out_columns // 32}, t; mul.wide.u32 out, t, 4;
 add.u64 out, out, $MASKS; add.u32 candidate, candidate, $CANDIDATE;"""
         )
+        lines += [f"sub.s32 turn{key}, {key}, column;" for key in range(_KEYS_OF_LANE)]
     else:
         lines.append(
             f"""and.b32 t, u, 124; add.u32 candidate, t, $CANDIDATE; mad.lo.u32 t, column, {shape.out_columns}, t;
@@ -81,7 +84,11 @@ def load_queries(shape: Shape) -> str:
     lines = [f"shl.b32 t, column, 2; add.u32 at_query, w_slot, t; add.u32 at_query, at_query, {4 * shape.H};"]
     for i in queries_of_lane(shape):
         if shape.filters:
-            lines.append(f"ld.shared.f32 threshold{i}, [at_query+{16 * i}];")
+            # NaN, which counts as -inf, reaches no threshold: where all is taken, no vote decides.
+            lines.append(
+                f"ld.shared.f32 threshold{i}, [at_query+{16 * i}]; "
+                f"setp.eq.f32 p, threshold{i}, 0fFF800000; selp.b32 all{i}, -1, 0, p;"
+            )
         lines.append(f"ld.shared.b32 limit{i}, [at_query+{2 * shape.H + 16 * i}];")
     return "\n".join(lines)
 
@@ -107,52 +114,74 @@ def sum_half(shape: Shape, acc: list[str], half: int) -> str:
 
 def store(shape: Shape) -> str:
     """Bits or sort keys of the lane's queries."""
-    lines = [(_mask if shape.filters else _sort_keys)(shape, i) for i in queries_of_lane(shape)]
     each = shape.out_columns // 8 if shape.filters else 4 * shape.out_columns  # bytes of a query
-    return "\n".join([*lines, f"add.u64 out, out, {shape.group * each};"])
+    text = _masks(shape) if shape.filters else "\n".join(_sort_keys(shape, i) for i in queries_of_lane(shape))
+    return f"{text}\nadd.u64 out, out, {shape.group * each};"
 
 
 def _scaled(shape: Shape, key: int, i: int) -> str:
-    """x = the score of one of the lane's keys; the maximum drops NaN."""
+    """x = the score of one of the lane's keys."""
     total = f"s{key % 2}_{key // 2}_{i}"
-    scaled = f"mul.f32 x, {total}, scale{key};" if shape.has_scale else f"mov.f32 x, {total};"
-    return f"{scaled} max.f32 x, x, 0fFF800000;"
+    return f"mul.f32 x, {total}, scale{key};" if shape.has_scale else f"mov.f32 x, {total};"
 
 
-def _mask(shape: Shape, i: int) -> str:
-    """Which of the warp's 32 keys query i of each lane keeps: four votes have a bit of each quad, a word is theirs."""
+def _masks(shape: Shape) -> str:
+    """Which of the warp's 32 keys each query of a lane takes; only tiles at an end of what it sees need its limits."""
+    queries = queries_of_lane(shape)
+    # Of all that this lane's queries see, whether the warp's keys are neither among the first nor beyond.
+    least = "mov.b32 t, limit0; " + " ".join(f"min.s32 t, t, limit{i};" for i in queries[1:])
+    lines = [_votes(shape, i) for i in queries]
+    lines.append(
+        f"""{least} sub.s32 t, t, {shape.keep_last + 32}; setp.lt.s32 p, t, candidate;
+setp.lt.or.s32 p, candidate, {shape.keep_first}, p; vote.sync.any.pred p, p, -1; @!p bra inside;"""
+    )
+    lines += [_within(shape, i) for i in queries]
+    lines.append("inside:")
+    lines += [f"@leads st.global.b32 [out+{4 * i * shape.out_columns // 8}], word{i};" for i in queries]
+    return "\n".join(lines)
+
+
+def _votes(shape: Shape, i: int) -> str:
+    """word<i> = which keys reach the threshold of query i of each lane: four votes have a bit of each quad."""
     lines = [
         f"{_scaled(shape, key, i)} setp.ge.f32 p, x, threshold{i}; vote.sync.ballot.b32 b{key}, p, -1;"
         for key in range(_KEYS_OF_LANE)
     ]
-    lines.append("shr.u32 word, b0, column; and.b32 word, word, 0x11111111;")
-    for key in range(1, _KEYS_OF_LANE):
-        lines.append(f"shr.u32 t, b{key}, column; and.b32 t, t, 0x11111111; shl.b32 t, t, {key}; or.b32 word, word, t;")
-    # Shifts by 32 and more give 0.
-    lines.append(f"sub.s32 first, limit{i}, candidate;")
+    # Lane 4 * g + c has key 4 * g + `key` of the queries c: bit 4 * g + c of a vote goes to bit 4 * g + `key`.
+    lines.append(f"mov.b32 word{i}, all{i};")
+    for key in range(_KEYS_OF_LANE):
+        lines.append(
+            f"shf.l.wrap.b32 t, b{key}, b{key}, turn{key}; and.b32 t, t, {0x11111111 << key}; "
+            f"or.b32 word{i}, word{i}, t;"
+        )
+    return "\n".join(lines)
+
+
+def _within(shape: Shape, i: int) -> str:
+    """word<i> with what is always kept, and without what query i does not see. Shifts by 32 and more give 0."""
+    lines = [f"sub.s32 first, limit{i}, candidate;"]
     if shape.keep_first:
         lines.append(
             f"""sub.s32 t, {shape.keep_first}, candidate; max.s32 t, t, 0; shl.b32 t, 1, t; sub.u32 t, t, 1;
-or.b32 word, word, t;"""
+or.b32 word{i}, word{i}, t;"""
         )
     if shape.keep_last:
         lines.append(
             f"""sub.s32 t, first, {shape.keep_last}; max.s32 t, t, 0; shl.b32 t, 1, t; neg.s32 t, t;
-or.b32 word, word, t;"""
+or.b32 word{i}, word{i}, t;"""
         )
     lines.append(
-        "max.s32 first, first, 0; shl.b32 first, 1, first; sub.u32 first, first, 1; and.b32 word, word, first;"
+        f"max.s32 first, first, 0; shl.b32 first, 1, first; sub.u32 first, first, 1; and.b32 word{i}, word{i}, first;"
     )
-    lines.append(f"@leads st.global.b32 [out+{4 * i * shape.out_columns // 8}], word;")
     return "\n".join(lines)
 
 
 def _sort_keys(shape: Shape, i: int) -> str:
     lines = []
     for key in range(_KEYS_OF_LANE):
-        # The addition makes -0.0, which must tie with 0.0, positive.
+        # The maximum drops NaN; the addition makes -0.0, which must tie with 0.0, positive.
         lines.append(
-            f"""{_scaled(shape, key, i)} add.f32 x, x, 0f00000000; mov.b32 b{key}, x;
+            f"""{_scaled(shape, key, i)} max.f32 x, x, 0fFF800000; add.f32 x, x, 0f00000000; mov.b32 b{key}, x;
 shr.s32 t, b{key}, 31; and.b32 t, t, {2**31 - 1}; xor.b32 b{key}, b{key}, t;
 add.s32 t, candidate, {key}; setp.lt.s32 p, t, limit{i}; selp.b32 b{key}, b{key}, {INVISIBLE}, p;"""
         )

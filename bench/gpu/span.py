@@ -1,0 +1,92 @@
+"""How long one call takes on a GPU: from the start of its first kernel to the end of its last, by the profiler.
+
+What a caller waits for beside this is the launch. `bench.timing.device_times` repeats calls in a loop: its figures hold
+what the loop itself costs, and the clock of a card that is busy for long.
+"""
+
+import pathlib
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.profiler import ProfileData
+
+_APART_S = 1e-3  # between two calls, far more than within one
+_WARM_S = 0.05  # of calls before those that count: an idle card clocks down
+
+
+class Span(NamedTuple):
+    """Milliseconds, and what they were spent on.
+
+    Attributes:
+        ms: of each call; `kernels`: name -> median milliseconds a call, of all kernels of that name, longest first.
+    """
+
+    ms: list[float]
+    kernels: dict[str, float]
+
+
+class Event(NamedTuple):
+    """A kernel or a copy on the device; nanoseconds."""
+
+    start: float
+    end: float
+    name: str
+
+
+def spans(call: Callable[[], object], n: int = 20) -> Span:
+    """The spans of n calls, each waited for and apart from the one before; L2 is as that one left it.
+
+    Raises: RuntimeError: the profiler saw another number of calls than were made.
+    """
+    end = time.perf_counter() + _WARM_S
+    while time.perf_counter() < end:
+        jax.block_until_ready(call())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(n):
+                jax.block_until_ready(call())
+                time.sleep(_APART_S)
+        file = next(pathlib.Path(folder).rglob("*.xplane.pb"))
+        calls = calls_of(device_events(ProfileData.from_file(str(file))))
+    if len(calls) != n:
+        raise RuntimeError(f"spans: the profiler saw {len(calls)} calls, wanted the {n} that were made")
+    names = {event.name for events in calls for event in events}
+    each = {x: float(np.median([sum(e.end - e.start for e in c if e.name == x) for c in calls])) / 1e6 for x in names}
+    return Span(
+        ms=[(max(e.end for e in events) - events[0].start) / 1e6 for events in calls],
+        kernels=dict(sorted(each.items(), key=lambda item: -item[1])),
+    )
+
+
+def device_events(profile: ProfileData) -> list[Event]:
+    """All that ran on the first GPU's streams, by start."""
+    planes = [plane for plane in profile.planes if plane.name.startswith("/device:GPU:0")]
+    # Lines that are no streams hold the same time again, by module or by the names of the program.
+    lines = [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
+    return sorted(Event(e.start_ns, e.end_ns, e.name) for line in lines for e in line.events)
+
+
+def calls_of(events: list[Event]) -> list[list[Event]]:
+    """Events that are less than half of the pause between calls apart belong to one call."""
+    calls: list[list[Event]] = []
+    end = -np.inf
+    for event in events:
+        if event.start - end > _APART_S * 1e9 / 2:
+            calls.append([])
+        calls[-1].append(event)
+        end = max(end, event.end)
+    return calls
+
+
+def clock_mhz() -> int | None:
+    """The clock of the first GPU's multiprocessors now; None: no nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return None

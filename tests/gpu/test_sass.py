@@ -1,0 +1,70 @@
+"""What the assembler makes of the scoring loops, where `ptxas` and `nvdisasm` are at hand; neither needs a GPU."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop_text import OPERANDS, loop_ptx
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_shape import Shape
+
+ADDRESSES = {"LIMITS", "O", "THRESHOLDS", "MASKS"}  # in device memory, of 64 bits
+MOST_REGISTERS = 160  # a thread of three warp-groups that score
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("ptxas") and shutil.which("nvdisasm")), reason="needs ptxas and nvdisasm on the path"
+)
+
+
+def shape(**fields):
+    common = dict(H=64, row_bytes=128, n_parts=1, is_e4m3=True, ring=8, has_scale=True, out_columns=16384)
+    return Shape(**{**common, "keep_first": 0, "keep_last": 0, "filters": False, **fields})
+
+
+SHAPES = {
+    "flat": shape(),
+    "flat_filters": shape(filters=True),
+    "scan_6_rows": shape(filters=True, rows=8, n_rows=6, n_linear=2, keep_first=1, keep_last=1),
+    "scan_4_rows": shape(filters=True, rows=4, n_rows=4, n_linear=2, keep_first=1, keep_last=1),
+    "scan_samples": shape(rows=8, n_rows=6, n_linear=2),
+}
+
+
+def entry(shape):
+    """The loop as a kernel of its own, whose parameters are what it is given."""
+    types = {name: 64 if name in ADDRESSES else 32 for name in OPERANDS}
+    parameters = ", ".join(f".param .u{bits} p_{name}" for name, bits in types.items())
+    loads = "\n".join(f".reg .b{bits} o_{name}; ld.param.u{bits} o_{name}, [p_{name}];" for name, bits in types.items())
+    body = re.sub(r"\$([A-Z_]+)", r"o_\1", loop_ptx(shape))
+    head = ".version 8.3\n.target sm_90a\n.address_size 64"
+    return f"{head}\n.visible .entry loop({parameters}) .maxntid 384, 1, 1 {{\n{loads}\n{body}\nret;\n}}\n"
+
+
+@pytest.fixture(params=SHAPES, scope="module")
+def compiled(request, tmp_path_factory):
+    """What ptxas says, and the instructions in order."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "loop.ptx").write_text(entry(SHAPES[request.param]))
+    command = ["ptxas", "-arch=sm_90a", "-O3", "-v", "loop.ptx", "-o", "loop.cubin"]
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+    command = ["nvdisasm", "-c", "loop.cubin"]
+    listing = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    return said, re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", listing, re.MULTILINE)
+
+
+def test_sums_are_taken_while_a_product_is_in_flight(compiled):
+    """Not after both: ptxas had moved the wait for the second product up to that for the first."""
+    _, instructions = compiled
+    waits = [i for i, x in enumerate(instructions) if x.startswith("WARPGROUP.DEPBAR")]
+    assert len(waits) == 2, waits
+    sums = [x for x in instructions[waits[0] : waits[1]] if x.split()[0] in ("FFMA", "FMUL")]
+    assert len(sums) >= 20, f"{len(sums)} of the first half's sums are between the waits"
+
+
+def test_products_are_not_serialized_and_registers_not_spilled(compiled):
+    said, _ = compiled
+    assert "serialize" not in said.lower(), said
+    assert "0 bytes spill stores, 0 bytes spill loads" in said, said
+    registers = re.search(r"Used (\d+) registers", said)
+    assert registers is not None and int(registers[1]) <= MOST_REGISTERS, said
