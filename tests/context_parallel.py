@@ -173,6 +173,16 @@ def lighthouse_has_them_for_any_number_of_devices():
     lighthouse(1, 4, "bfloat16")
 
 
+def lighthouse_selects_the_same_where_jax_splits_it():
+    """Arrays that lie on several devices, and a call without `mesh=`."""
+    method = hj.Lighthouse(levels=3, pool=2, topk=32, tile=4)
+    q, k = (jax.random.normal(jax.random.key(heads), (1, 256, heads, 8)) for heads in (4, 2))
+    wanted = hj.lighthouse_select(q, k, method)
+    devices = jax.make_mesh((4,), ("c",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(devices, jax.P(None, "c"))
+    jax.tree.map(np.testing.assert_array_equal, hj.lighthouse_select(*jax.device_put((q, k), split), method), wanted)
+
+
 PARTS = {
     "some": (
         lighthouse_has_the_bits_of_one_device,
@@ -184,6 +194,7 @@ PARTS = {
     ),
     "others": (
         lighthouse_has_them_for_any_number_of_devices,
+        lighthouse_selects_the_same_where_jax_splits_it,
         same_bits_for_the_other_methods,
         same_bits_for_other_dtypes,
         what_other_devices_hold_leaves_no_trace_in_the_flat_indexer,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies
+from jax.experimental import checkify
 
 import hisa_jax as hj
 from hisa_jax.dispatch import Device
@@ -195,6 +196,15 @@ def test_given_the_selection_no_output_sees_a_later_token():
         after = CALL(*mixed, method=METHOD, selection=selection, rope_theta=1e4)
         np.testing.assert_array_equal(before[:, :t], after[:, :t])
         assert not np.array_equal(before[:, t:], after[:, t:])
+
+
+def test_a_selection_out_of_range_raises_if_checked_and_reads_nothing_else():
+    q, k, v = inputs()
+    good = hj.lighthouse_select(q, k, METHOD)
+    bad = dataclasses.replace(good, entries=good.entries.at[0, 5, 0].set(10**6))
+    assert np.isfinite(CALL(q, k, v, method=METHOD, selection=bad)).all()
+    with pytest.raises(checkify.JaxRuntimeError, match="selection.entries range from 0 to 1000000, wanted -1 to 223"):
+        hj.checked(hj.lighthouse_attention)(q, k, v, METHOD, selection=bad)
 
 
 def test_the_selection_looks_ahead_within_a_tile():

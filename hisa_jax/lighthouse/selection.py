@@ -141,14 +141,22 @@ def _before(before: Array, total: int, level: int, other: int, pool: int) -> Arr
         return jnp.repeat(before, pool ** (other - level), axis=-1)
     step = pool ** (level - other)
     end = jnp.full_like(before[..., :1], total)
-    return jnp.concatenate([before[..., step::step], end], axis=-1)
+    return jnp.concatenate([_in_runs(before, step)[..., 1:, 0], end], axis=-1)
+
+
+def _in_runs(x: Array, length: int) -> Array:
+    """[..., n] -> [..., n / length, length].
+
+    Instead of slices with a stride, of which XLA on CPUs (jax 0.12) gave wrong numbers where a mesh splits the axis.
+    """
+    return x.reshape(*x.shape[:-1], -1, length)
 
 
 def _added_before(added: Array, level: int, pool: int, n: int) -> Array:
     """[B, G, widest] bool, tokens that are present only as kept ones -> [B, G, n]: how many are before each window."""
     width = pool**level
     counts = jnp.cumsum(added, axis=-1, dtype=jnp.int32)
-    ahead = counts - added.astype(jnp.int32) if level == 0 else counts[..., width - 1 :: width]
+    ahead = counts - added.astype(jnp.int32) if level == 0 else _in_runs(counts, width)[..., -1]
     return jnp.concatenate([ahead, jnp.repeat(counts[..., -1:], n - ahead.shape[-1], axis=-1)], axis=-1)
 
 
