@@ -203,7 +203,7 @@ def test_a_selection_out_of_range_raises_if_checked_and_reads_nothing_else():
     good = hj.lighthouse_select(q, k, METHOD)
     bad = dataclasses.replace(good, entries=good.entries.at[0, 5, 0].set(10**6))
     assert np.isfinite(CALL(q, k, v, method=METHOD, selection=bad)).all()
-    with pytest.raises(checkify.JaxRuntimeError, match="selection.entries range from 0 to 1000000, wanted -1 to 223"):
+    with pytest.raises(checkify.JaxRuntimeError, match="selection.entries range from -1 to 1000000, wanted -1 to 223"):
         hj.checked(hj.lighthouse_attention)(q, k, v, METHOD, selection=bad)
 
 
