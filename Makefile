@@ -19,7 +19,7 @@ TESTS = $(ON_CPU) pytest -n 2 --dist worksteal
 KERNEL_TESTS = JAX_PLATFORMS=cpu NPROC=32 $(<D)/bin/python -m pytest -n 2 --dist worksteal tests/gpu tests/tpu
 CORE := --ignore=tests/gpu --ignore=tests/tpu
 
-.PHONY: demo check test pytest fuzz test-integrations test-oldest test-oldest-exhaustive test-exhaustive mutants lint docs format clean
+.PHONY: demo check test pytest fuzz test-integrations test-oldest test-oldest-exhaustive test-exhaustive mutants test-serve soak lint docs format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -49,6 +49,16 @@ test-exhaustive: .venv-test/test.stamp
 	$(KERNEL_TESTS) -m exhaustive
 	$(MUTANTS)
 	$(MAKE) test-oldest-exhaustive
+
+# Real servers: the openai package asks them, a browser opens the page (playwright drives the system's chromium; without
+# one these tests are skipped). 2 minutes on two cores.
+test-serve: .venv-test/serve.stamp
+	$(FAST) $(TESTS) -n 1 -m exhaustive tests/models/serve $(ARGS)
+
+# 64 clients stream from the byte model, a fifth of them go away: 9 minutes on two cores.
+#   ARGS     --seconds 60 --clients 16
+soak: .venv-test/test.stamp
+	$(ON_CPU) tests.models.serve.soak $(ARGS)
 
 # Makes one-line mistakes in copies of the tree (tests/mutants), one at a time, and runs the test that must fail of each:
 # about 5 minutes on two cores. The gate only looks whether each can still be made and has its test.
@@ -100,6 +110,10 @@ format: .venv-test/test.stamp
 
 .venv-test/docs.stamp: pyproject.toml .venv-test/test.stamp
 	.venv-test/bin/python -m pip install --quiet -e '.[docs]'
+	@touch $@
+
+.venv-test/serve.stamp: pyproject.toml .venv-test/test.stamp
+	.venv-test/bin/python -m pip install --quiet 'openai>=1.60' 'playwright>=1.49'
 	@touch $@
 
 .venv-oldest/test.stamp: pyproject.toml | .venv-oldest/bin/python

@@ -19,7 +19,7 @@ import hisa_jax as hj
 from bench import options, records, timing
 from hisa_jax.lighthouse import dense, forward
 from hisa_jax.lighthouse.selection import select
-from tests.oracle import lighthouse as oracle
+from hisa_jax.testing.oracle import lighthouse as oracle
 
 CONTEXTS = tuple(1 << power for power in range(15, 20))
 _ORACLE_TOKENS = 2048

@@ -195,8 +195,9 @@ class MissingExtra(ModuleNotFoundError):
 
 # Package -> the extra of pyproject.toml that brings it.
 _EXTRAS = {
-    "flax": "models", "gguf": "lab", "matplotlib": "bench", "optax": "models", "orbax": "models", "rich": "bench",
-    "safetensors": "models", "tokenizers": "models",
+    "datasets": "evaluate", "flax": "models", "gguf": "lab", "jinja2": "models", "lm_eval": "evaluate",
+    "matplotlib": "bench", "optax": "models", "orbax": "models", "prometheus_client": "serve", "rich": "bench",
+    "safetensors": "models", "starlette": "serve", "tokenizers": "models", "uvicorn": "serve",
 }  # fmt: skip
 
 

@@ -61,8 +61,8 @@ class IndexCache:
         """A cache of pages that are written already, by a server for instance; `append` keeps it up from then on.
 
         What each page says of itself follows from the tables. The keys are read once, and not copied: on the device
-        the cache has the same array. Inside of a jitted step it is one pass over all pages, needed by no other method
-        than those with blocks.
+        the cache has the same array. Inside of a jitted step it is one pass over all pages, which methods with blocks
+        alone need.
 
         Args:
             k: [n_pages, page_size, D], all pages, bfloat16 or float32; `QuantizedKeys` of this shape for 8 bits.

@@ -269,6 +269,7 @@ class Scan:
 
 
 Method = Hisa | Dsa | BlockSparse | Scan
+NAMES = {"dsa": Dsa, "hisa": Hisa, "scan": Scan, "block-sparse": BlockSparse}  # on command lines and in files
 
 
 def least_blocks(method: Hisa | BlockSparse | Scan) -> int:

@@ -3,6 +3,7 @@
 from hisa_jax.checks import optional_packages
 
 with optional_packages():
+    from hisa_jax.models.async_engine import AsyncEngine
     from hisa_jax.models.cache import Cache
     from hisa_jax.models.checkpoint import restore, save
     from hisa_jax.models.config import Config, Yarn, config_from_keys, read_config
@@ -12,10 +13,16 @@ with optional_packages():
     from hisa_jax.models.params import from_config, from_pretrained
     from hisa_jax.models.plan import Plan
     from hisa_jax.models.published import dsv32, glm5, glm52
+    from hisa_jax.models.replay.forward import TrainingOutput, training_forward
+    from hisa_jax.models.replay.packing import pack_rollouts
+    from hisa_jax.models.replay.record import Rollout
+    from hisa_jax.models.replay.report import ReplayReport, replay_report
     from hisa_jax.models.safetensors_io import CheckpointError
+    from hisa_jax.models.sampling import Sampling
     from hisa_jax.models.sharding import make_mesh
 
 __all__ = [
+    "AsyncEngine",
     "Cache",
     "CheckpointError",
     "Config",
@@ -24,6 +31,10 @@ __all__ = [
     "Model",
     "Output",
     "Plan",
+    "ReplayReport",
+    "Rollout",
+    "Sampling",
+    "TrainingOutput",
     "Yarn",
     "config_from_keys",
     "dsv32",
@@ -33,7 +44,10 @@ __all__ = [
     "glm5",
     "glm52",
     "make_mesh",
+    "pack_rollouts",
     "read_config",
+    "replay_report",
     "restore",
     "save",
+    "training_forward",
 ]

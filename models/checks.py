@@ -2,12 +2,14 @@
 
 import operator
 import reprlib
+import sys
 from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
 
 from hisa_jax.models.config import Config
+from hisa_jax.models.settings import INT32
 
 
 def whole(call: str, name: str, value: Any, least: int = 1) -> int:
@@ -24,6 +26,15 @@ def random_seed(call: str, value: Any) -> int:
     if number is None or not -(2**63) <= number < 2**63:
         raise ValueError(f"{call}: seed={shown(value)}, wanted an int from -2^63 to 2^63 - 1")
     return number
+
+
+def number(call: str, name: str, value: Any, low: float, high: float) -> float:
+    """A finite number from low to high. Raises ValueError: anything else, True among it."""
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        most = "" if high == sys.float_info.max else f", at most {high}"
+        raise ValueError(f"{call}: {name}={shown(value)}, wanted a number of at least {low}{most}")
+    return float(value)
 
 
 def token_ids(call: str, name: str, value: Any, vocabulary: int) -> list[int]:
@@ -67,8 +78,13 @@ def stop_ids(call: str, value: Any, config: Config) -> tuple[int, ...]:
     """Ascending token ids that end a row: those given, also as a set; None: the checkpoint's."""
     if value is None:
         return tuple(sorted(set(config.eos_token_ids)))
+    return ids_of_set(call, value, config.vocab_size)
+
+
+def ids_of_set(call: str, value: Any, vocabulary: int = INT32) -> tuple[int, ...]:
+    """Ascending token ids that end a row, given as a sequence or a set."""
     given = list(value) if isinstance(value, Set) else value
-    return tuple(sorted(set(token_ids(call, "stop_ids", given, config.vocab_size))))
+    return tuple(sorted(set(token_ids(call, "stop_ids", given, vocabulary))))
 
 
 def shown(value: Any) -> str:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hisa_jax as hj
-from hisa_jax.models import overrides as given_instead
 from hisa_jax.models import settings
 from hisa_jax.models.generation_config import read_stop_ids
 from hisa_jax.models.json_object import read_object, shown
+from hisa_jax.models.overrides import Overrides, parse_overrides, with_overrides
 
 LayerKind = Literal["dense", "sparse"]
 IndexerKind = Literal["full", "shared"]
@@ -169,7 +169,7 @@ class Config:
         return hj.Hisa(topk=self.index_topk, block_size=self.hisa_k_block_size, block_topk=self.hisa_block_topk)
 
 
-def read_config(folder: str | Path, overrides: given_instead.Overrides | None = None) -> Config:
+def read_config(folder: str | Path, overrides: Overrides | None = None) -> Config:
     """Reads a checkpoint's config.json, and the stop tokens of its generation_config.json if it has one.
 
     Args:
@@ -183,11 +183,11 @@ def read_config(folder: str | Path, overrides: given_instead.Overrides | None = 
     Raises: FileNotFoundError: no config.json, no file of overrides. TypeError: overrides of another type. ValueError:
         not JSON, a key twice, an override that is no setting; as `config_from_keys`.
     """
-    given = {} if overrides is None else given_instead.parse(overrides)
+    given = {} if overrides is None else parse_overrides(overrides)
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"read_config: folder is {folder}, wanted a folder with a config.json")
-    keys = given_instead.replaced(read_object(path, _LARGEST_FILE), given)
+    keys = with_overrides(read_object(path, _LARGEST_FILE), given)
     config = config_from_keys(keys, f"{path} with overrides" if given else str(path))
     stop_ids = None if "eos_token_id" in given else read_stop_ids(folder, config.vocab_size)
     return config if stop_ids is None else dataclasses.replace(config, eos_token_ids=stop_ids)

@@ -52,22 +52,29 @@ class Indexer(nnx.Module):
         self.w = init.weight((E, H), (None, None), jnp.float32)
 
     def keys(self, x: Array, table: Table) -> IndexKeys:
-        """Hidden states [B, T, E] -> index keys [B, T, D]."""
-        config = self.config
-        k = layer_norm(x @ self.k[...], self.k_norm[...], self.k_norm_bias[...], config.index_norm_eps)
-        k = self._turn(k, table)
+        """Hidden states [B, T, E] -> index keys [B, T, D], quantised if the config says so."""
+        k, config = self.plain_keys(x, table), self.config
         if config.index_key_dtype is None:
             return k
         return hj.quantize_keys(k, config.index_key_dtype, config.index_key_scale)
 
     def queries(self, q_latent: Array, x: Array, table: Table) -> tuple[Array, Array]:
-        """Query latents [B, T, Q] and hidden states [B, T, E] -> q [B, T, H, D], w [B, T, H] float32."""
-        config = self.config
-        q = self._turn(jnp.einsum("btl,lhd->bthd", q_latent, self.q[...]), table)
-        w = x.astype(jnp.float32) @ self.w[...] * (config.index_n_heads * config.index_head_dim) ** -0.5
+        """Query latents [B, T, Q] and hidden states [B, T, E] -> q [B, T, H, D], w [B, T, H] float32; as `keys`."""
+        (q, w), config = self.plain_queries(q_latent, x, table), self.config
         if config.index_key_dtype is None:
             return q, w
         return hj.quantize_queries(q, w, config.index_key_dtype, config.index_key_scale)
+
+    def plain_keys(self, x: Array, table: Table) -> Array:
+        """Index keys before they are quantised, which training differentiates."""
+        k = layer_norm(x @ self.k[...], self.k_norm[...], self.k_norm_bias[...], self.config.index_norm_eps)
+        return self._turn(k, table)
+
+    def plain_queries(self, q_latent: Array, x: Array, table: Table) -> tuple[Array, Array]:
+        """Index queries and head weights likewise."""
+        config = self.config
+        q = self._turn(jnp.einsum("btl,lhd->bthd", q_latent, self.q[...]), table)
+        return q, x.astype(jnp.float32) @ self.w[...] * (config.index_n_heads * config.index_head_dim) ** -0.5
 
     def _turn(self, x: Array, table: Table) -> Array:
         """RoPE on the first dims, which MLA has last, then the Hadamard rotation."""

@@ -2,14 +2,14 @@
 
 All requests share the pages of one cache. A prompt that begins like the tokens of another request, which runs or whose
 pages are still there, forks that request and computes only the rest. `models.scheduler` says which requests run and on
-which pages; here are the compiled programs. Decoding is greedy; with a draft a step verifies several proposed tokens at
+which pages; here are the compiled programs. With a draft a step verifies several proposed tokens at
 once and truncates those that the model would not have chosen, so the tokens are the same as without. Whatever fails, a
-step is done or it is not.
+step is done or it is not. `models.streams` hands out tokens and text as they come.
 """
 
 import dataclasses
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,15 +22,26 @@ import hisa_jax as hj
 from hisa_jax.models import checks
 from hisa_jax.models.cache import Cache
 from hisa_jax.models.drafts import Draft, lookup, propose
-from hisa_jax.models.generate import likeliest, phase_graphs
+from hisa_jax.models.draws import Draws, LogprobArrays, draws_of, logprobs_if, read_logprobs, take
+from hisa_jax.models.generate import phase_graphs
 from hisa_jax.models.modeling import Model, Output
 from hisa_jax.models.plan import Phase
+from hisa_jax.models.prompts import prompt_ids, tokenizer_of
+from hisa_jax.models.replay.record import Rollout
+from hisa_jax.models.replay.recorder import Recorder, Rows, checked_start, logprob_of, rows_of
+from hisa_jax.models.sampling import Logprobs, Sampling, short_form
 from hisa_jax.models.scheduler import Batch, Request, Saved, Scheduler
+from hisa_jax.models.streams import Piece, Reader
+from hisa_jax.models.text import Text
+from hisa_jax.models.tokens import Tokenizer
 from hisa_jax.page_pool import PagePool
 
 __all__ = ["Draft", "Engine", "Report", "Step", "Traced", "lookup"]
 
 Pages = tuple[hj.IndexCache, ...]
+_PASSES: dict[Phase, str] = {
+    "prefill": "a prompt's chunks", "last_prefill": "a prompt's last chunk", "decode": "a decode step"
+}  # fmt: skip
 
 
 class Traced(NamedTuple):
@@ -47,6 +58,27 @@ class Traced(NamedTuple):
     q: Array
     k: Array | hj.QuantizedKeys
     w: Array
+
+
+class Trace(NamedTuple):
+    """What a pass tells beside tokens: what was selected from what; what queries and routers chose, for rollouts."""
+
+    inputs: bool
+    choices: bool
+
+
+class Chosen(NamedTuple):
+    """What a pass chose, and the log-probabilities of its tokens, [B, T] or [B, 1]."""
+
+    rows: Rows
+    logprobs: Array
+
+
+class Seen(NamedTuple):
+    """What a pass tells: of each layer that selects (selection, q, k, w), and its choices, if asked for."""
+
+    layers: list
+    chosen: Chosen | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,16 +109,20 @@ class Report:
         forks: (new request, its donor, tokens shared) of those admitted that share a prefix.
         steps: forward passes, none to two.
         finished: new tokens by request.
+        logprobs: of the new tokens of those finished that asked for them.
         failed: requests that ended without, and why.
         draft_errors: requests whose draft raised or proposed something that is not a token, and what that was. They go
             on without proposals.
+        rollouts: of those that finished, if the engine returns selections.
     """
 
     forks: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
     steps: list[Step] = dataclasses.field(default_factory=list)
     finished: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    logprobs: dict[int, list[Logprobs]] = dataclasses.field(default_factory=dict)
     failed: dict[int, str] = dataclasses.field(default_factory=dict)
     draft_errors: dict[int, str] = dataclasses.field(default_factory=dict)
+    rollouts: dict[int, Rollout] = dataclasses.field(default_factory=dict)
 
 
 class Engine:
@@ -103,6 +139,11 @@ class Engine:
         n_draft: proposals a request and step.
         max_overtakes: how many requests may be admitted before one that came earlier and waits for pages; 0: none.
         trace: whether steps say what was selected from what.
+        tokenizer: makes text of tokens, for stop texts, streams and prompts that are text. Default: that of the folder
+            which the model was loaded from.
+        return_selections: whether reports have a `Rollout` of each request that finishes: of its own queries and those
+            of a prefix that it shares. The host keeps `Rollout.bytes_per_token` of each token in the cache.
+        selections_from: leaves out what queries at positions before it selected, as for `generate`.
 
     Raises: ValueError: invalid sizes, a draft without `n_draft` or the reverse, a model on a mesh, more tokens
         than it has positions.
@@ -111,7 +152,8 @@ class Engine:
     def __init__(
         self, model: Model, *, n_pages: int, rows: int = 8, max_length: int = 512, chunk: int = 64,
         prefill_rows: int = 2, draft: Draft | None = None, n_draft: int = 0, max_overtakes: int = 16,
-        trace: bool = False,
+        trace: bool = False, tokenizer: Tokenizer | None = None, return_selections: bool = False,
+        selections_from: int = 0,
     ) -> None:  # fmt: skip
         sizes = dict(
             n_pages=n_pages, max_length=max_length, rows=rows, prefill_rows=prefill_rows, chunk=chunk,
@@ -132,7 +174,9 @@ class Engine:
             raise ValueError(
                 f"Engine: max_length={checks.shown(max_length)}, wanted at most {room}, the model's positions"
             )
-        self.model, self.trace = model, trace
+        start = checked_start("Engine", selections_from, return_selections)
+        self.model, self._trace, self._tokenizer = model, Trace(trace, return_selections), tokenizer
+        self._recorder = Recorder(model, start) if return_selections else None
         self._graphs, self._state = phase_graphs(model), nnx.state(model)
         self.scheduler = Scheduler(**sizes, page_size=model.page_size, programs=self._graphs)
         self._pages: Pages | None = None
@@ -155,24 +199,74 @@ class Engine:
     def is_idle(self) -> bool:
         return not self.scheduler.waiting and not self.scheduler.running
 
-    def submit(self, prompt: Sequence[int], max_new_tokens: int, stop_ids: Collection[int] | None = None) -> int:
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What makes text of tokens; None if the model was not loaded from a folder and none was given."""
+        if self._tokenizer is None:
+            self._tokenizer = tokenizer_of(self.model)
+        return self._tokenizer
+
+    def submit(
+        self, prompt: Sequence[int] | str, max_new_tokens: int | None = None, stop_ids: Collection[int] | None = None,
+        *, sampling: Sampling | None = None,
+    ) -> int:  # fmt: skip
         """Queues a request.
 
         Args:
-            prompt: token ids, copied.
+            prompt: token ids, copied, or text.
             max_new_tokens: how many to make at most.
             stop_ids: tokens that end it; None: those of the model's config; () for none.
+            sampling: how to take tokens, in place of these two, which mean the likeliest tokens.
 
         Returns: its number.
         Raises: ValueError: an empty prompt, tokens outside of the vocabulary, max_new_tokens below 1, more tokens or
-            pages than there will ever be. Nothing has changed then.
+            pages than there will ever be, text without a tokenizer. Nothing has changed then.
         """
         self._demand_no_step("submit")
         config = self.model.config
-        tokens = checks.prompt("submit", "prompt", prompt, config.vocab_size)
-        n_new = checks.whole("submit", "max_new_tokens", max_new_tokens)
-        stops = frozenset(checks.stop_ids("submit", stop_ids, config))
-        return self.scheduler.submit(tokens, n_new, stops)
+        tokens = prompt_ids("submit", "prompt", prompt, config.vocab_size, lambda: self.tokenizer)
+        how = short_form("submit", config, sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+        text = None
+        if how.stop:
+            if self.tokenizer is None:
+                raise ValueError(
+                    "submit: stop texts need a tokenizer, the model has none: Engine(tokenizer=) takes one"
+                )
+            text = Text(tokenizer=self.tokenizer, stop=how.stop)
+        return self.scheduler.submit(tokens, how.max_tokens, how.stop_ids_of("submit", config), how, text)
+
+    def stream(self, id: int) -> Iterator[Piece]:
+        """Makes steps until a request has ended, and hands out its tokens and text as they come.
+
+        Other requests go on in the same steps, and each may have a stream. Text is whole characters, and nothing of a
+        stop text. Without a tokenizer it is empty. A stream that is begun late begins with all that was made.
+
+        Args:
+            id: of a request that has not ended.
+
+        Returns: an iterator; the last piece has a `finish_reason`. What `step` raises ends it; another stream of the
+            request begins anew.
+        Raises: ValueError: a number that `submit` never gave, a request that has ended.
+        """
+        reader = self.reader("stream", id)
+
+        def pieces() -> Iterator[Piece]:
+            while True:
+                if (piece := reader.read()) is not None:
+                    yield piece
+                    if piece.finish_reason is not None:
+                        return
+                else:
+                    self.step()
+
+        return pieces()
+
+    def reader(self, call: str, id: int) -> Reader:
+        """What reads the tokens and text of a request that has not ended."""
+        number = self._number(call, id)
+        if (request := self.scheduler.unfinished(number)) is None:
+            raise ValueError(f"{call}: id={number}, wanted a request that has not ended")
+        return Reader(request, self.tokenizer)
 
     def cancel(self, id: int) -> bool:
         """Ends a request, whether it waits, is read or decodes. Its pages are free again, but those that others share.
@@ -181,10 +275,47 @@ class Engine:
         Raises: ValueError: a number that `submit` never gave.
         """
         self._demand_no_step("cancel")
-        number = checks.whole("cancel", "id", id, 0)
-        if number >= (n := self.scheduler.n_submitted):
-            raise ValueError(f"cancel: id={checks.shown(number)}, wanted one that submit gave: there were {n}")
-        return self.scheduler.drop(number)
+        request = self.scheduler.unfinished(self._number("cancel", id))
+        if request is None:
+            return False
+        request.is_cancelled = True
+        return self.scheduler.drop(request.id)
+
+    def fail(self, id: int, error: str) -> bool:
+        """As `cancel`, with what its stream will say why."""
+        self._demand_no_step("fail")
+        request = self.scheduler.unfinished(self._number("fail", id))
+        if request is None:
+            return False
+        request.error = error
+        return self.scheduler.drop(request.id)
+
+    def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Compiles the programs of all phases, so that no request waits for it; by passes without a token.
+
+        Args:
+            progress: is told what is compiled, how many are done, and of how many.
+        """
+        self._demand_no_step("warm_up")
+        # A program a phase; phases of the same methods run the same one.
+        phases: tuple[Phase, ...] = ("last_prefill", "prefill")
+        reads = {self._graphs[phase]: phase for phase in phases}
+        passes = [(phase, self.scheduler.prefill_rows, self.scheduler.chunk) for phase in reads.values()]
+        passes.append(("decode", self.scheduler.rows, 1 + self._n_draft))
+        for done, (phase, B, T) in enumerate(passes):
+            if progress is not None:
+                progress(f"compiling {_PASSES[phase]}", done, len(passes))
+            batch = self.scheduler.batch(phase, [], [])
+            arrays = self._place(batch, B, T)
+            run = _verify if done == len(passes) - 1 else _read
+            *_, pages, _ = run(
+                self._state, self.pages, *arrays, draws_of([], [], B), graph=self._graphs[phase], trace=self._trace
+            )
+            self._pages = jax.block_until_ready(pages)
+        nowhere = np.full((2, max(self.scheduler.rows, self.scheduler.prefill_rows)), -1, np.int32)
+        self._pages = jax.block_until_ready(_copy(self.pages, *nowhere))
+        if progress is not None:
+            progress("compiled", len(passes), len(passes))
 
     def release(self) -> None:
         """Frees the pages of finished requests, which were kept for others that begin alike."""
@@ -211,6 +342,9 @@ class Engine:
 
     def _do_step(self) -> Report:
         report = Report(forks=self.scheduler.admit())
+        if self._recorder is not None:
+            for fork in report.forks:
+                self._recorder.fork(*fork)
         if batch := self.scheduler.next_chunks():
             report.steps.append(self._read(batch, report))
         # Those whose last chunk was just read decode in the same step.
@@ -218,7 +352,15 @@ class Engine:
             report.steps.append(self._decode(requests, report))
         for request in [request for request in self.scheduler.running.values() if request.is_finished]:
             report.finished[request.id] = request.tokens[request.n_prompt :]
+            if request.sampling.logprobs is not None:
+                report.logprobs[request.id] = list(request.logprobs)
+            if self._recorder is not None:
+                of_request = request.id, request.tokens, request.n_prompt
+                report.rollouts[request.id] = self._recorder.rollout([of_request])
             self.scheduler.finish(request)
+        if self._recorder is not None:
+            # Last of all: a step that is undone has forgotten nothing. Those that lost their pages wait with tokens.
+            self._recorder.keep({*self.pool.lengths, *self.scheduler.waiting})
         return report
 
     def _undo_step(self, saved: Saved, pages: Pages | None) -> None:
@@ -227,34 +369,69 @@ class Engine:
             self._pages = None
             self.scheduler.start_over()
 
+    def _number(self, call: str, id: int) -> int:
+        number = checks.whole(call, "id", id, 0)
+        if number >= (n := self.scheduler.n_submitted):
+            raise ValueError(f"{call}: id={checks.shown(number)}, wanted one that submit gave: there were {n}")
+        return number
+
     def _demand_no_step(self, call: str) -> None:
         if self._is_in_step:
             raise RuntimeError(f"{call}: called within a step, wanted after it")
 
     def _read(self, batch: Batch, report: Report) -> Step:
         arrays = self._place(batch, self.scheduler.prefill_rows, self.scheduler.chunk)
-        graph = self._graphs[batch.phase]
-        out, pages, traced = _read(self._state, self.pages, *arrays, graph=graph, trace=self.trace)
+        graph, draws = (
+            self._graphs[batch.phase],
+            self._draws(batch, self.scheduler.prefill_rows, [0] * len(batch.requests)),
+        )
+        out, logprobs, pages, traced = _read(
+            self._state, self.pages, *arrays, draws, graph=graph, trace=self._trace
+        )  # fmt: skip
         tokens = np.asarray(out).tolist()  # an error of the device shows here, so before the pages are taken over
+        found = jax.device_get(logprobs) if draws.has_logprobs else None
+        chosen, n_kept = jax.device_get(traced.chosen), [len(new) for new in batch.news]
         self._pages = pages
-        for request, token in zip(batch.requests, tokens, strict=False):
+        self._record(batch, n_kept, chosen)
+        for row, (request, made) in enumerate(zip(batch.requests, tokens, strict=False)):
             if self.pool.lengths[request.id] == request.n_prompt == len(request.tokens):
-                self._take(request, [token], report)
-        return self._step(batch, [len(new) for new in batch.news], traced)
+                self._record_made(request, chosen, row, slice(0, 1))
+                self._take(request, made, report, found, row, 0)
+        return self._step(batch, n_kept, traced.layers)
 
     def _decode(self, requests: list[Request], report: Report) -> Step:
         news = [[request.tokens[-1], *self._proposals(request, report)] for request in requests]
         batch = self.scheduler.batch("decode", requests, news)
         arrays = self._place(batch, self.scheduler.rows, 1 + self._n_draft)
-        graph = self._graphs["decode"]
-        out, n_right, pages, traced = _verify(self._state, self.pages, *arrays, graph=graph, trace=self.trace)
-        rows, n_kept = np.asarray(out), (1 + np.asarray(n_right))[: len(requests)].tolist()
+        firsts = [1 + self._n_draft - len(new) for new in news]  # columns
+        graph, draws = self._graphs["decode"], self._draws(batch, self.scheduler.rows, firsts)
+        out, n_right, logprobs, pages, traced = _verify(
+            self._state, self.pages, *arrays, draws, graph=graph, trace=self._trace
+        )  # fmt: skip
+        tokens, n_kept = np.asarray(out), (1 + np.asarray(n_right))[: len(requests)].tolist()
+        found = jax.device_get(logprobs) if draws.has_logprobs else None
+        chosen = jax.device_get(traced.chosen)
         self._pages = pages
-        for request, start, new, row, kept in zip(*batch[1:], rows[: len(requests)], n_kept, strict=True):
+        self._record(batch, n_kept, chosen)
+        for row, (request, start, first, kept) in enumerate(zip(*batch[1:3], firsts, n_kept, strict=True)):
             self.scheduler.truncate(request, start + kept)
-            first = len(row) - len(new)
-            self._take(request, row[first : first + kept].tolist(), report)
-        return self._step(batch, n_kept, traced)
+            self._record_made(request, chosen, row, slice(first, first + kept))
+            self._take(request, tokens[row, first : first + kept].tolist(), report, found, row, first)
+        return self._step(batch, n_kept, traced.layers)
+
+    def _record(self, batch: Batch, n_kept: list[int], chosen: Chosen | None) -> None:
+        """Keeps what the new tokens of a pass chose, but for rejected proposals."""
+        if self._recorder is None or chosen is None:
+            return
+        T = chosen.rows.indices[0].shape[1]
+        for row, (request, start, new, kept) in enumerate(zip(*batch[1:], n_kept, strict=True)):
+            first = T - len(new)
+            self._recorder.write(request.id, start, chosen.rows, row, slice(first, first + kept))
+
+    def _record_made(self, request: Request, chosen: Chosen | None, row: int, columns: slice) -> None:
+        """Keeps the log-probabilities of tokens that a request is about to take."""
+        if self._recorder is not None and chosen is not None:
+            self._recorder.made(request.id, request.n_made, chosen.logprobs[row, columns].tolist())
 
     def _proposals(self, request: Request, report: Report) -> list[int]:
         room = min(self._n_draft, request.end - len(request.tokens) - 1)
@@ -265,9 +442,22 @@ class Engine:
             report.draft_errors[request.id] = error
         return proposals
 
-    def _take(self, request: Request, tokens: list[int], report: Report) -> None:
+    def _draws(self, batch: Batch, B: int, firsts: list[int]) -> Draws:
+        """How each row's tokens are taken; `firsts` are the columns of their first ones."""
+        numbers = [request.n_made - first for request, first in zip(batch.requests, firsts, strict=True)]
+        return draws_of([request.sampling for request in batch.requests], numbers, B)
+
+    def _take(
+        self, request: Request, tokens: list[int], report: Report, found: LogprobArrays | None, row: int, first: int
+    ) -> None:
+        """`found` are log probabilities, the first token's in column `first` of the row."""
+        n_before = request.n_made
         if (error := self.scheduler.take(request, tokens)) is not None:
             report.failed[request.id] = error
+        n = request.sampling.logprobs
+        if found is not None and n is not None:
+            for i, token in enumerate(request.tokens[request.n_prompt + n_before :], first):
+                request.logprobs.append(read_logprobs(found, row, i, token, n))
 
     def _place(self, batch: Batch, B: int, T: int) -> tuple[np.ndarray, ...]:
         """As `Scheduler.place`, and makes the copies."""
@@ -297,34 +487,41 @@ def _are_there(pages: Pages | None) -> bool:
 
 def _run(
     state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, graph: nnx.GraphDef,
-    trace: bool, last_only: bool,
-) -> tuple[Output, list]:  # fmt: skip
+    trace: Trace, last_only: bool,
+) -> Output:  # fmt: skip
     T = ids.shape[1]
     mask = jnp.arange(T)[None, :] >= T - n_new[:, None]
     cache = Cache(layers=pages, block_tables=tables, lengths=lengths)
-    out = nnx.merge(graph, state).run(ids, cache=cache, mask=mask, last_only=last_only, trace=trace)
-    return out, [(layer.selection, *layer.index_inputs) for layer in out.layers if layer.index_inputs is not None]
+    return nnx.merge(graph, state).run(ids, cache=cache, mask=mask, last_only=last_only, trace=any(trace))
+
+
+def _seen(out: Output, tokens: Array, trace: Trace) -> Seen:
+    """Of a pass that chose `tokens` [B, T], or [B, 1] after its last one."""
+    layers = [layer for layer in out.layers if trace.inputs and layer.index_inputs is not None]
+    chosen = Chosen(rows_of(out), logprob_of(out.logits, tokens)) if trace.choices else None
+    return Seen([(layer.selection, *(layer.index_inputs or ())) for layer in layers], chosen)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "trace"), donate_argnames="pages")
 def _read(
-    state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, *, graph: nnx.GraphDef,
-    trace: bool,
-) -> tuple[Array, Pages, list]:  # fmt: skip
-    """A chunk of prompts: the likeliest token [B] after it, the pages, what was selected."""
-    out, traced = _run(state, pages, tables, lengths, ids, n_new, graph, trace, last_only=True)
-    return likeliest(out.logits[:, 0]), out.cache.layers, traced
+    state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
+    graph: nnx.GraphDef, trace: Trace,
+) -> tuple[Array, LogprobArrays, Pages, Seen]:  # fmt: skip
+    """A chunk of prompts: the token [B, 1] after it, log probabilities if wanted, the pages, what was selected."""
+    out = _run(state, pages, tables, lengths, ids, n_new, graph, trace, last_only=True)
+    tokens = take(out.logits, draws, draws.kind)
+    return tokens, logprobs_if(draws.has_logprobs, out.logits, tokens), out.cache.layers, _seen(out, tokens, trace)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "trace"), donate_argnames="pages")
 def _verify(
-    state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, *, graph: nnx.GraphDef,
-    trace: bool,
-) -> tuple[Array, Array, Pages, list]:  # fmt: skip
-    """The last token and proposals: the likeliest token after each [B, T], how many proposals were right [B], the
-    pages without the others, what was selected."""
-    out, traced = _run(state, pages, tables, lengths, ids, n_new, graph, trace, last_only=False)
-    tokens, T = likeliest(out.logits), ids.shape[1]
+    state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
+    graph: nnx.GraphDef, trace: Trace,
+) -> tuple[Array, Array, LogprobArrays, Pages, Seen]:  # fmt: skip
+    """The last token and proposals: the token after each [B, T], how many proposals were right [B], log probabilities
+    if wanted, the pages without the others, what was selected."""
+    out = _run(state, pages, tables, lengths, ids, n_new, graph, trace, last_only=False)
+    tokens, T = take(out.logits, draws, draws.kind), ids.shape[1]
     is_proposal = jnp.arange(1, T)[None, :] > T - n_new[:, None]
     is_right = jnp.where(is_proposal, ids[:, 1:] == tokens[:, :-1], True)
     n_right = jnp.sum(jnp.cumprod(is_right, axis=1) * is_proposal, axis=1, dtype=jnp.int32)
@@ -332,7 +529,7 @@ def _verify(
     if T > 1:
         kept = lengths + jnp.minimum(n_new, 1 + n_right)
         layers = tuple(hj.truncate(p, tables, lengths + n_new, kept, max_tokens=T - 1) for p in layers)
-    return tokens, n_right, layers, traced
+    return tokens, n_right, logprobs_if(draws.has_logprobs, out.logits, tokens), layers, _seen(out, tokens, trace)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

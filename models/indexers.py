@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import hisa_jax as hj
+from hisa_jax.methods import NAMES
 from hisa_jax.models.config import Config
 from hisa_jax.models.json_object import read_object
-
-NAMES = {"dsa": hj.Dsa, "hisa": hj.Hisa, "scan": hj.Scan, "block-sparse": hj.BlockSparse}
 
 
 def make_method(name: str, config: Config, source: str = "indexer", /, **fields: Any) -> hj.Method:

@@ -22,7 +22,8 @@ from hisa_jax.models.plan import MethodLike, Phase, make_plan
 from hisa_jax.models.rope import rope_table
 from hisa_jax.models.sharding import automatic, constrain
 
-_HIDDEN = ("batch", None, None)
+HIDDEN = ("batch", None, None)
+"""Axes of hidden states [B, T, E], as `constrain` takes them."""
 
 
 @jax.tree_util.register_dataclass
@@ -88,21 +89,21 @@ class Layer(nnx.Module):
             rms_norm(x, self.attention_norm[...], eps), table=table, slots=slots, lengths=lengths, pages=pages,
             block_tables=block_tables, method=method, selection=selection, form=form, mesh=mesh,
         )  # fmt: skip
-        x = constrain(x + attention, mesh, _HIDDEN)
+        x = constrain(x + attention, mesh, HIDDEN)
         normed, experts, expert_weights = rms_norm(x, self.mlp_norm[...], eps), None, None
         if isinstance(self.mlp, Moe):
             mlp, experts, expert_weights = self.mlp(normed, mesh)
         else:
             mlp = self.mlp(normed)
         trace = LayerTrace(
-            attention=attention, mlp=mlp, hidden=constrain(x + mlp, mesh, _HIDDEN), selection=selection,
+            attention=attention, mlp=mlp, hidden=constrain(x + mlp, mesh, HIDDEN), selection=selection,
             index_inputs=inputs, experts=experts, expert_weights=expert_weights,
         )  # fmt: skip
         return pages, trace
 
 
 class Model(nnx.Module):
-    """A DSA language model.
+    """A DSA language model; `folder` is where it was loaded from, None if it was made otherwise.
 
     Args:
         config: sizes and settings.
@@ -119,6 +120,7 @@ class Model(nnx.Module):
         if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"Model: dtype is {jnp.dtype(dtype)}, wanted float32 or bfloat16")
         self.config = config
+        self.folder: str | None = None
         self.plan = make_plan(method, config)
         self.mesh = automatic(mesh)
         V, E = config.vocab_size, config.hidden_size
@@ -207,7 +209,7 @@ class Model(nnx.Module):
         slots = jnp.where(is_real, slots, -1)
         table = rope_table(self.config, slots if positions is None else positions)
 
-        x = constrain(self._embedded(input_ids, is_real), self.mesh, _HIDDEN)
+        x = constrain(self.embedded(input_ids, is_real), self.mesh, HIDDEN)
         selection, pages, traces = None, [], []
         for i, layer in enumerate(self.layers):
             layer_pages, layer_trace = layer(
@@ -220,20 +222,24 @@ class Model(nnx.Module):
             if trace:
                 traces.append(layer_trace)
         x = rms_norm(x[:, -1:] if last_only else x, self.norm[...], self.config.rms_norm_eps)
-        logits = jnp.einsum("bte,ve->btv", x, self.embed[...]) if self.head is None else x @ self.head[...]
         return Output(
-            logits=logits.astype(jnp.float32),
+            logits=self.logits(x),
             cache=Cache(layers=tuple(pages), block_tables=cache.block_tables, lengths=lengths), slots=slots,
             layers=tuple(traces),
         )  # fmt: skip
 
-    def _embedded(self, input_ids: Array, is_real: Array) -> Array:
-        """[B, T], [B, T] -> [B, T, E]."""
+    def embedded(self, input_ids: Array, is_real: Array) -> Array:
+        """Token ids [B, T] and which of them are no padding [B, T] -> [B, T, E]."""
         wide = input_ids.astype(jnp.int32) if input_ids.dtype.itemsize < 4 else input_ids
         ids = jnp.where(is_real, wide, 0)
         # JAX would clamp an id that is too large, and count a negative one from the end.
         ids = jnp.where(ids < 0, self.config.vocab_size, ids)
         return self.embed[...].at[ids].get(mode="fill", fill_value=jnp.nan)
+
+    def logits(self, x: Array) -> Array:
+        """Normed hidden states [B, T, E] -> [B, T, V] float32."""
+        logits = jnp.einsum("bte,ve->btv", x, self.embed[...]) if self.head is None else x @ self.head[...]
+        return logits.astype(jnp.float32)
 
 
 def _check_tokens(

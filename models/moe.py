@@ -37,24 +37,33 @@ def route(logits: Array, bias: Array, config: Config) -> tuple[Array, Array]:
     # Not 0: a biased score may be below it.
     biased = jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(B, T, X)
     experts = lax.top_k(biased, config.num_experts_per_tok)[1]
-    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    return experts, expert_weights(logits, experts, config)
+
+
+def expert_weights(logits: Array, experts: Array, config: Config) -> Array:
+    """[B, T, X] float32 router logits, [B, T, K] int32 experts -> [B, T, K] float32 weights, 0 for no expert (-1)."""
+    is_one = (experts >= 0) & (experts < logits.shape[-1])
+    chosen = jnp.take_along_axis(logits, jnp.where(is_one, experts, 0), axis=-1)
+    weights = jnp.where(is_one, jax.nn.sigmoid(chosen), 0)
     if config.norm_topk_prob:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + _SUM_FLOOR)
-    return experts, weights * config.routed_scaling_factor
+    return weights * config.routed_scaling_factor
 
 
 def routed_experts(
-    x: Array, experts: Array, weights: Array, gate: Array, up: Array, down: Array, *, axis: str | None = None
-) -> Array:
+    x: Array, experts: Array, weights: Array, gate: Array, up: Array, down: Array, *, axis: str | None = None,
+    are_all_here: bool = False,
+) -> Array:  # fmt: skip
     """Sum over each token's experts of weight times SwiGLU MLP.
 
     Args:
         x: [B, T, E].
-        experts: [B, T, K] int32, numbered over all devices.
+        experts: [B, T, K] int32, numbered over all devices; what is no expert's number adds nothing.
         weights: [B, T, K] float32.
         gate, up: [X, E, F] weights of the experts here.
         down: [X, F, E].
         axis: mesh axis that the experts are split over, inside of shard_map; None if all are here.
+        are_all_here: whether every number is an expert's that is here.
 
     Returns: [B, T, E] in x's dtype.
     """
@@ -67,13 +76,16 @@ def routed_experts(
     sizes = jnp.sum(local[None, :] == jnp.arange(X)[:, None], axis=1, dtype=jnp.int32)
     tokens = order // K
     rows = x.reshape(B * T, E)[tokens]
+    if not are_all_here:
+        # What the products below make of the others is unspecified, and so is their gradient: it must end here.
+        rows = jnp.where((jnp.arange(order.shape[0]) < jnp.sum(sizes))[:, None], rows, 0)
     hidden = jax.nn.silu(lax.ragged_dot(rows, gate, sizes)) * lax.ragged_dot(rows, up, sizes)
     out = lax.ragged_dot(hidden, down, sizes).astype(jnp.float32)
     # Back to the tokens by a gather, whose sums have one order; those of a scatter have none on a GPU.
     places = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype), unique_indices=True)
-    out = out[places].reshape(B, T, K, E) * weights[..., None]
     # Rows beyond the sizes are unspecified, so they are replaced, not scaled.
-    total = jnp.sum(jnp.where(is_here.reshape(B, T, K, 1), out, 0), axis=2)
+    out = jnp.where(is_here.reshape(B, T, K, 1), out[places].reshape(B, T, K, E), 0)
+    total = jnp.sum(out * weights[..., None], axis=2)
     if axis is not None:
         total = lax.psum(total, axis)
     return total.astype(x.dtype)
@@ -92,13 +104,27 @@ class Moe(nnx.Module):
         self.down = init.weight((X, F, E), ("experts", None, None))
         self.shared = Mlp(config, F * config.n_shared_experts, init)
 
-    def __call__(self, x: Array, mesh: Mesh | None = None) -> tuple[Array, Array, Array]:
-        """Returns the output and, for inspection, each token's experts and their weights, [B, T, K]."""
-        experts, weights = route(x.astype(jnp.float32) @ self.router[...], self.router_bias[...], self.config)
+    def __call__(self, x: Array, mesh: Mesh | None = None, experts: Array | None = None) -> tuple[Array, Array, Array]:
+        """Returns the output and each token's experts and their weights, [B, T, K]; `experts` are taken if given."""
+        is_own = experts is None
+        if experts is None:
+            experts, weights = self.choose(x)
+        else:
+            weights = expert_weights(self._logits(x), experts, self.config)
         tokens, split = ("batch", None, None), ("experts", None, None)
         axis = mesh_axis(mesh, "experts", self.config.n_routed_experts)
         apply = per_device(
-            functools.partial(routed_experts, axis=axis), mesh, (tokens, tokens, tokens, split, split, split), tokens
+            functools.partial(routed_experts, axis=axis, are_all_here=is_own and axis is None),
+            mesh,
+            (tokens, tokens, tokens, split, split, split),
+            tokens,
         )
         out = apply(x, experts, weights, self.gate[...], self.up[...], self.down[...])
         return out + self.shared(x), experts, weights
+
+    def choose(self, x: Array) -> tuple[Array, Array]:
+        """What `route` chooses for [B, T, E]."""
+        return route(self._logits(x), self.router_bias[...], self.config)
+
+    def _logits(self, x: Array) -> Array:
+        return x.astype(jnp.float32) @ self.router[...]

@@ -16,7 +16,7 @@ _LARGEST_FILE = 2**20
 _SHARING = {"indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"}
 
 
-def parse(overrides: Overrides) -> dict[str, Any]:
+def parse_overrides(overrides: Overrides) -> dict[str, Any]:
     """The settings that somebody gives.
 
     Args:
@@ -47,8 +47,8 @@ def parse(overrides: Overrides) -> dict[str, Any]:
     return given
 
 
-def replaced(keys: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a config.json with others in their place; null takes one away."""
+def with_overrides(keys: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config.json with those of `parse_overrides` in their place; a null takes a key away."""
     is_told = any(given.get(name) is not None for name in _SHARING)
     kept = {name: value for name, value in keys.items() if not (is_told and name in _SHARING)}
     return {**kept, **given}

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from hisa_jax.models.config import Config, read_config
+from hisa_jax.models.locate import locate
 from hisa_jax.models.modeling import Model
 from hisa_jax.models.plan import MethodLike
 from hisa_jax.models.safetensors_io import SCALE_SUFFIX, CheckpointError, Reader
@@ -183,6 +184,7 @@ def from_pretrained(
     mesh: Mesh | None = None,
     *,
     config: Config | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """Loads a checkpoint: config.json, and safetensors in one file or in shards with an index.
 
@@ -190,28 +192,35 @@ def from_pretrained(
     held twice.
 
     Args:
-        folder: where the checkpoint lies.
+        folder: where the checkpoint lies, or its name, see `models.locate`: "bytes" is the model that the repository
+            ships.
         method: how layers select: `hj.Hisa`, `hj.Dsa`, `hj.Scan` or `hj.BlockSparse`, a sequence or mapping of them by
             layer, or a rule (layer, phase) -> method; None is the checkpoint's own, `config.method`.
         dtype: of weights and activations, float32 or bfloat16. Norms, router and index head weights stay float32.
         mesh: with the axes "data", "model" or both, see `models.make_mesh`.
         config: instead of the folder's, to change a setting: `dataclasses.replace(read_config(folder), ...)`.
+        progress: is told what is read, how many parameters of how many, as `models.progress.Progress`.
 
     Returns: the model.
     Raises: FileNotFoundError: a file missing. ValueError: a config or method that does not fit; as `CheckpointError`: a
         tensor missing, left over, of another shape, cut short or corrupt, by name and file.
     """
+    folder = locate(folder)
     config = read_config(folder) if config is None else config
     reader = Reader(folder, config.weight_block_size, lambda name: is_skipped(name, config))
     _check_keys(reader, config)
     table = parameter_table(config)
     # Shapes alone: no parameter takes memory before it is read.
     model = nnx.eval_shape(lambda: Model(config, method=method, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0)))
+    model.folder = str(folder.absolute())  # the working directory may change
     graph, state = nnx.split(model)
-    loaded = [
-        (path, parameter.replace(_load(reader, table[path], parameter, model.mesh)))
-        for path, parameter in nnx.to_flat_state(state)
-    ]
+    parameters, loaded = list(nnx.to_flat_state(state)), list[tuple[ParameterPath, Any]]()
+    for path, parameter in parameters:
+        if progress is not None:
+            progress("reading parameters", len(loaded), len(parameters))
+        loaded.append((path, parameter.replace(_load(reader, table[path], parameter, model.mesh))))
+    if progress is not None:
+        progress("reading parameters", len(loaded), len(parameters))
     return nnx.merge(graph, nnx.from_flat_state(loaded))
 
 

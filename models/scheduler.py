@@ -8,13 +8,17 @@ whose prompt begins alike shares them. Such a request, running or finished, is c
 
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
 from hisa_jax.models.checks import shown
 from hisa_jax.models.plan import Phase
+from hisa_jax.models.sampling import Logprobs, Sampling
+from hisa_jax.models.text import Text
 from hisa_jax.page_pool import PagePool
+
+FinishReason = Literal["stop", "length", "failed", "cancelled"]
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -27,6 +31,11 @@ class Request:
         n_prompt: how many of them that are.
         end: how many tokens there may be.
         stop_ids: tokens that end it.
+        sampling: how its tokens are taken.
+        text: what its new tokens say, if a text may end it.
+        logprobs: of each new token, if asked for.
+        error: why it ended without success, if it did.
+        is_cancelled: whether the caller ended it.
         must_copy: whether it shares a part of a page, which one of the two will have to copy.
         n_overtaken: how many requests that came after it were admitted before it.
     """
@@ -36,6 +45,11 @@ class Request:
     n_prompt: int
     end: int
     stop_ids: frozenset[int]
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    text: Text | None = None
+    logprobs: list[Logprobs] = dataclasses.field(default_factory=list)
+    error: str | None = None
+    is_cancelled: bool = False
     must_copy: bool = False
     n_overtaken: int = 0
 
@@ -45,9 +59,33 @@ class Request:
         return max(self.n_prompt, len(self.tokens) - 1)
 
     @property
+    def n_made(self) -> int:
+        return len(self.tokens) - self.n_prompt
+
+    @property
+    def ends_in_stop_token(self) -> bool:
+        return self.n_made > 0 and self.tokens[-1] in self.stop_ids
+
+    @property
     def is_finished(self) -> bool:
-        has_stopped = len(self.tokens) > self.n_prompt and self.tokens[-1] in self.stop_ids
-        return has_stopped or len(self.tokens) >= self.end
+        return self.finish_reason in ("stop", "length")
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended; None while it runs or waits."""
+        if self.error is not None:
+            return "failed"
+        if self.is_cancelled:
+            return "cancelled"
+        if self.ends_in_stop_token or (self.text is not None and self.text.is_stopped):
+            return "stop"
+        return "length" if len(self.tokens) >= self.end else None
+
+    def add(self, token: int) -> None:
+        """Adds a new token. Raises ValueError: one that the tokenizer cannot decode, where a text may end it."""
+        self.tokens.append(token)
+        if self.text is not None and token not in self.stop_ids:
+            self.text = self.text.read(token)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +135,7 @@ class Saved(NamedTuple):
     waiting: dict[int, Request]
     running: dict[int, Request]
     donors: dict[int, Request]
-    marks: list[tuple[Request, int, bool, int]]
+    marks: list[tuple[Request, int, Text | None, bool, int]]
 
 
 class Scheduler:
@@ -134,7 +172,10 @@ class Scheduler:
         self.running: dict[int, Request] = {}
         self.donors: dict[int, Request] = {}
 
-    def submit(self, tokens: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> int:
+    def submit(
+        self, tokens: list[int], max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling | None = None,
+        text: Text | None = None,
+    ) -> int:  # fmt: skip
         """Queues a prompt; its number. Raises ValueError: more tokens or pages than there will ever be."""
         end, n_pages = len(tokens) + max_new_tokens, self.pool.n_pages
         needed = self._n_pages(end) + 1  # one more than its tokens fill: that of a copy
@@ -144,7 +185,10 @@ class Scheduler:
                 f"max_length={self.max_length} in {n_pages}"
             )
         id, self.n_submitted = self.n_submitted, self.n_submitted + 1
-        self.waiting[id] = Request(id=id, tokens=tokens, n_prompt=len(tokens), end=end, stop_ids=stop_ids)
+        self.waiting[id] = Request(
+            id=id, tokens=tokens, n_prompt=len(tokens), end=end, stop_ids=stop_ids, sampling=sampling or Sampling(),
+            text=text,
+        )  # fmt: skip
         return id
 
     def admit(self) -> list[tuple[int, int, int]]:
@@ -241,17 +285,28 @@ class Scheduler:
     def take(self, request: Request, tokens: Sequence[int]) -> str | None:
         """Adds new tokens up to one that ends the request.
 
-        Returns: None, or why it failed: at -1, where the logits gave no token, it ends without.
+        Returns: None, or why it failed: at -1, where the logits gave no token, or at one that its tokenizer cannot
+            decode, it ends without.
         """
         for token in tokens:
             if token < 0:
-                self.drop(request.id)
-                n_made = len(request.tokens) - request.n_prompt
-                return f"logits are not finite (NaN or infinity) after {n_made} new tokens"
-            request.tokens.append(token)
+                return self._fail(request, f"logits are not finite (NaN or infinity) after {request.n_made} new tokens")
+            try:
+                request.add(token)
+            except ValueError as error:
+                return self._fail(request, str(error))
             if request.is_finished:
                 break
         return None
+
+    def _fail(self, request: Request, error: str) -> str:
+        self.drop(request.id)
+        request.error = error
+        return error
+
+    def unfinished(self, id: int) -> Request | None:
+        """A request that waits or runs."""
+        return self.waiting.get(id) or self.running.get(id)
 
     def finish(self, request: Request) -> None:
         """Ends it; its pages serve others."""
@@ -275,7 +330,7 @@ class Scheduler:
     def save(self) -> Saved:
         """What everything is now."""
         requests = [*self.waiting.values(), *self.running.values()]
-        marks = [(request, len(request.tokens), request.must_copy, request.n_overtaken) for request in requests]
+        marks = [(r, len(r.tokens), r.text, r.must_copy, r.n_overtaken) for r in requests]
         return Saved(self.pool.copy(), dict(self.waiting), dict(self.running), dict(self.donors), marks)
 
     def restore(self, saved: Saved, *, are_pages_written: bool) -> None:
@@ -290,8 +345,9 @@ class Scheduler:
         known = [*saved.donors, *saved.running]
         lost = [id for id in known if not self._holds_pages_of(id, saved.pool)] if are_pages_written else []
         self.pool, self.waiting, self.running, self.donors, marks = saved
-        for request, n_tokens, must_copy, n_overtaken in marks:
-            del request.tokens[n_tokens:]
+        for request, n_tokens, text, must_copy, n_overtaken in marks:
+            del request.tokens[n_tokens:], request.logprobs[n_tokens - request.n_prompt :]
+            request.text, request.error = text, None
             request.must_copy, request.n_overtaken = must_copy, n_overtaken
         for id in lost:
             self.pool.free(id)

@@ -10,14 +10,16 @@ from hisa_jax.models.json_object import short
 # The largest published ones have 20 MB.
 _LARGEST_FILE = 128 * 2**20
 
+_MOST_BYTES = 512  # a larger vocabulary is not one of bytes
+
 Result = TypeVar("Result")
 
 
 class Tokenizer(Protocol):
     """What generation needs of a tokenizer."""
 
-    def encode(self, text: str) -> list[int]:
-        """Text -> tokens."""
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Text -> tokens, with those that begin or end every prompt unless told."""
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens -> text."""
@@ -33,8 +35,8 @@ class Bytes:
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
 
-    def encode(self, text: str) -> list[int]:
-        """Text -> bytes.
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Text -> bytes; there are no special ones.
 
         Raises: ValueError: a byte beyond the vocabulary.
         """
@@ -71,12 +73,14 @@ class FromFile:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
 
-    def encode(self, text: str) -> list[int]:
-        """Text -> tokens, special ones as the file's own template adds them.
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Text -> tokens, special ones as the file's own template adds them, unless told.
 
         Raises: ValueError: a text that the tokenizer cannot encode.
         """
-        return self._call("cannot encode the prompt", lambda: self.tokenizer.encode(text).ids)
+        return self._call(
+            "cannot encode the prompt", lambda: self.tokenizer.encode(text, add_special_tokens=add_special).ids
+        )
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens -> text, without special ones.
@@ -102,7 +106,17 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
         vocab_size: tokens the model knows.
 
     Returns: a tokenizer.
-    Raises: as `FromFile`, if there is a tokenizer.json.
+    Raises: as `FromFile`, if there is a tokenizer.json. ValueError: there is none, and tokens are not bytes.
     """
     file = Path(folder) / "tokenizer.json"
+    if not has_tokenizer(folder, vocab_size):
+        raise ValueError(
+            f"{folder}: has no tokenizer.json, wanted one, since its vocabulary of {vocab_size:,} tokens is not one of "
+            "bytes"
+        )
     return FromFile(file) if file.exists() else Bytes(vocab_size)
+
+
+def has_tokenizer(folder: str | Path, vocab_size: int) -> bool:
+    """Whether a folder has a tokenizer.json, or so few tokens that they are bytes."""
+    return (Path(folder) / "tokenizer.json").exists() or vocab_size <= _MOST_BYTES

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hisa_jax as hj
+from hisa_jax.testing.oracle.methods import block_budget
 from tests import draw, oracle
 from tests.draw import Inputs, named
-from tests.oracle.methods import block_budget
 
 TOLERANCE = 1e-5  # float32 sums in another order, relative to the scale of a query's scores
 

@@ -1,9 +1,8 @@
 """FlashInfer-Bench's rules for its DSA indexers, in NumPy, and what its definition computes, in float64.
 
-Written from `DsaTopkIndexerEvaluator` of its repository (bench/evaluators/dsa_topk_indexer.py at 40e6ca7; releases up
-to 0.1.2 do not have it yet): ids must be of the request's own tokens and differ, and their scores, sorted, must be
-those of the reference to 0.01, relative or absolute. Which of equal scores are chosen, and in what order, does not
-matter.
+Written from `DsaTopkIndexerEvaluator` of its repository (bench/evaluators/dsa_topk_indexer.py, at 40e6ca7; releases to
+0.1.2 do not have it yet): ids must be of the request's own tokens and differ, and their scores, sorted, must be those
+of the reference to 0.01, relative or absolute. Which of equal scores are chosen, and in what order, does not matter.
 """
 
 from typing import NamedTuple

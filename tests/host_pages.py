@@ -10,9 +10,9 @@ import numpy as np
 
 import hisa_jax as hj
 from hisa_jax.integrations.streamindex import streamindex_topk
+from hisa_jax.testing.oracle import methods as oracle
+from hisa_jax.testing.oracle.compare import assert_same_selection
 from tests import draw
-from tests.oracle import methods as oracle
-from tests.oracle.compare import assert_same_selection
 
 D, PAGE, P = 64, 64, 5
 

@@ -5,16 +5,18 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.experimental import checkify
 from jax.sharding import NamedSharding, PartitionSpec
 
 import hisa_jax as hj
+from hisa_jax.integrations import records
 from hisa_jax.integrations.streamindex import index_cache, streamindex_topk
 from hisa_jax.integrations.tokamax import lightning_indexer
+from hisa_jax.testing.oracle.compare import assert_same_selection
 from tests.host_pages import PAGE, PARTS, D, P, batch, check, chosen
-from tests.oracle.compare import assert_same_selection
 
 HISA = hj.Hisa(topk=24, block_size=32, block_topk=3)
 SCAN = hj.Scan(topk=24, candidates=48, exact_heads=2, slopes="plain")
@@ -144,6 +146,12 @@ def test_what_tokamaxs_call_cannot_use_is_named(change, message):
     with pytest.raises(ValueError) as error:
         lightning_indexer(**batch().arguments | dict(k=8) | change)
     assert message in str(error.value)
+
+
+def test_every_scale_byte_is_its_power_of_two():
+    bytes_ = np.arange(256, dtype=np.uint8)
+    wanted = bytes_.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    np.testing.assert_array_equal(records._scale_of(jnp.asarray(bytes_)), wanted)
 
 
 @pytest.mark.exhaustive

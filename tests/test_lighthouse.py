@@ -16,7 +16,7 @@ from hisa_jax.dispatch import Device
 from hisa_jax.lighthouse import dense
 from hisa_jax.lighthouse.forward import Options, attend
 from hisa_jax.lighthouse.rope import Rotation
-from tests.oracle import lighthouse as oracle
+from hisa_jax.testing.oracle import lighthouse as oracle
 
 METHOD = hj.Lighthouse(levels=3, pool=2, topk=16, tile=4)
 T, H, G, D, V = 128, 4, 2, 8, 6

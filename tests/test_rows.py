@@ -1,12 +1,14 @@
 """Choosing in rows that a mask divides, against the oracle on each sequence by itself; 4 s, most of it compiling."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import hisa_jax as hj
-from hisa_jax.integrations import rows
+from hisa_jax.integrations import maxtext, rows
 from tests import oracle
 
 B, T, H, D = 2, 48, 4, 16
@@ -72,3 +74,9 @@ def test_a_mask_with_holes_is_an_error_under_checked():
     seen[0, 5, 2] = False
     with pytest.raises(jax.experimental.checkify.JaxRuntimeError, match="is_seen has a query with unseen tokens"):
         hj.checked(rows.seen_of)(jnp.asarray(seen), None)
+
+
+def test_without_maxtext_its_adapter_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "maxtext", None)
+    with pytest.raises(ModuleNotFoundError, match="the package maxtext is missing: pip install maxtext"):
+        maxtext.install(METHOD)

@@ -6,9 +6,9 @@ import pytest
 
 import hisa_jax as hj
 from hisa_jax.layout import Contiguous, Keys
+from hisa_jax.testing.oracle import scan as oracle
 from hisa_jax.xla import scan, topk
 from hisa_jax.xla.stages import Queries
-from tests.oracle import scan as oracle
 
 LIMIT = np.iinfo(np.int32).max
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
+from hisa_jax.testing.oracle import scan as oracle_scan
 from hisa_jax.xla import sketch
 from tests import contract, draw, oracle
-from tests.oracle import scan as oracle_scan
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.int8], ids=str)

@@ -49,7 +49,7 @@ def test_the_wheel_has_names_that_begin_with_hisa_jax_and_no_weights(wheel):
     folders = {file.split("/")[1] for file in files if file.count("/") > 1}
     assert {"kernels_pallas", "models", "sharded", "xla"} <= folders
     kinds = {pathlib.Path(file).suffix for file in files if not file.startswith("hisa_jax-")}
-    assert kinds == {".py", ".json", ".typed"}, "weights or figures among them"
+    assert kinds == {".html", ".json", ".py", ".typed"}, "weights or figures among them"
     assert "hisa_jax/kernels_pallas/tuned.json" in files and "hisa_jax/py.typed" in files
     for folder in ("hisa_jax", "kernels_pallas", "models"):
         installed = "hisa_jax" if folder == "hisa_jax" else f"hisa_jax/{folder}"
@@ -159,12 +159,10 @@ def test_an_import_that_lacks_an_extra_names_it():
 def test_what_is_missing_is_brought_by_the_extra_that_is_named():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     brought = {
-        package: {re.match(r"[a-z]+", need)[0] for need in extras[name]} for package, name in checks._EXTRAS.items()
+        package: {re.match(r"[a-z_\d]+", need)[0] for need in extras[name]} for package, name in checks._EXTRAS.items()
     }
     assert all(package in needs for package, needs in brought.items())
-    third_party = {re.match(r"[a-z]+", need)[0] for name in ("models", "bench", "lab") for need in extras[name]} - {
-        "hisa"
-    }
-    assert third_party == checks._EXTRAS.keys()
+    needs = [need for name in ("models", "bench", "serve", "lab") for need in extras[name]]
+    assert {re.match(r"[a-z_\d]+", need)[0] for need in needs} - {"hisa_jax"} == checks._EXTRAS.keys()
     with pytest.raises(ModuleNotFoundError, match="No module named 'another'"), checks.optional_packages():
         raise ModuleNotFoundError("No module named 'another'", name="another")

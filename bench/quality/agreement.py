@@ -11,9 +11,9 @@ import numpy as np
 from jax import Array
 
 import hisa_jax as hj
-from bench.quality import statistics
 from bench.quality.model import layers_of
 from bench.quality.variants import Variant
+from hisa_jax.models.evaluate import statistics
 from hisa_jax.models.training.samples import Sample
 from hisa_jax.models.training.weights import Stacked
 

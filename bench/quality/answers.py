@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bench.quality import statistics
 from bench.quality.model import logits_of
 from bench.quality.size import TASKS
 from bench.quality.variants import Variant
+from hisa_jax.models.evaluate import statistics
 from hisa_jax.models.training.batches import held_out_samples, held_out_windows
 from hisa_jax.models.training.retrieval import answered
 from hisa_jax.models.training.samples import Sample

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench import shapes
-from bench.quality import statistics
 from bench.quality.variants import BLOCK_SPARSE, FLAT, HISA, HISA_AWARE, SCAN
+from hisa_jax.models.evaluate import statistics
 
 Row = dict[str, Any]
 METHODS = (FLAT, HISA, SCAN, BLOCK_SPARSE)

@@ -122,7 +122,7 @@ def make_engine(
     config = CONFIG if keys == "float32" else dataclasses.replace(CONFIG, index_key_dtype=cast(Any, keys))
     model = models.from_config(config, rngs=nnx.Rngs(seed), method=method, dtype=jnp.float32)
     draft = lookup if n_draft else None
-    sizes = dict(n_pages=n_pages, rows=rows, max_length=_MAX_LENGTH, chunk=_CHUNK)
+    sizes: Any = dict(n_pages=n_pages, rows=rows, max_length=_MAX_LENGTH, chunk=_CHUNK)
     return Engine(model, **sizes, draft=draft, n_draft=n_draft, trace=trace)
 
 

@@ -59,20 +59,21 @@ def why_not() -> str | None:
     return None if importlib.util.find_spec("libtpu") else "needs the libtpu wheel: pip install 'jax[tpu]'"
 
 
-def compile_for(chip: str, f: Callable, *operands: Any, schedules: bool = True) -> Program:
+def compile_for(chip: str, f: Callable, *operands: Any, schedules: bool = True, of_xla: bool = False) -> Program:
     """Compiles f(*operands) for one device of a chip.
 
     Args:
         chip: a name of `bench.tpu.chips.CHIPS`.
         operands: arrays or `jax.ShapeDtypeStruct`s, in any pytree.
         schedules: whether to read the schedules too.
+        of_xla: whether also those of the operations that XLA makes.
     """
     device = _topology(CHIPS[chip].topology).devices[0]
     _take_schedules(keep=False)  # what a compile that failed has left
     with jax.sharding.use_abstract_mesh(abstract_mesh(chip)):
         lowered = jax.jit(f, in_shardings=SingleDeviceSharding(device)).trace(*operands)
         compiled = lowered.lower(lowering_platforms=("tpu",)).compile()
-    return Program(CHIPS[chip], compiled, _take_schedules(keep=schedules))
+    return Program(CHIPS[chip], compiled, _take_schedules(keep=schedules, of_xla=of_xla))
 
 
 def compile_sharded(chip: str, f: Callable, mesh: Mesh, *operands: Any) -> Program:
@@ -124,7 +125,7 @@ def _topology(name: str) -> Any:
     return topologies.get_topology_desc(platform="tpu", topology_name=name)
 
 
-def _take_schedules(*, keep: bool) -> list[tpu_schedule.Schedule]:
+def _take_schedules(*, keep: bool, of_xla: bool = False) -> list[tpu_schedule.Schedule]:
     """Reads and removes the dumps of the last compile."""
     found = []
     folder = prepare()
@@ -133,7 +134,7 @@ def _take_schedules(*, keep: bool) -> list[tpu_schedule.Schedule]:
         if not match or match.group(2) == "TLP" or match.group(2).startswith("<"):
             continue
         text = path.read_text()
-        if "= custom-call(" not in text:  # XLA's own operations
+        if not of_xla and "= custom-call(" not in text:  # XLA's own operations
             continue
         others = [
             next(folder.glob(f"{match.group(1)}-{match.group(2)}*-{what}.txt")).read_text()

@@ -108,7 +108,7 @@ def entry(method: hj.Method = _FLAT) -> Callable[..., Any]:
         method: as for `dsa_topk_indexer`.
 
     Returns: a function of the definition's five inputs, CUDA or CPU tensors, that returns `topk_indices` [B, topk], a
-        tensor on the same device. Nothing is copied on the way in or out. A new shape is compiled at its first call.
+        tensor on the same device. Contiguous tensors on a GPU are not copied. The first call of a shape compiles.
     Raises: TypeError: no method; ModuleNotFoundError: no PyTorch.
     """
     check_method("entry", method)

@@ -162,9 +162,11 @@ def _attention_mla() -> Any:
     try:
         from maxtext.layers import attention_mla
     except ModuleNotFoundError as error:
+        # MaxText's wheel asks for none of the packages that it imports.
+        package = (error.name or "maxtext").partition(".")[0]
+        reason = "" if package == "maxtext" else ", which MaxText imports"
         raise ModuleNotFoundError(
-            f"integrations.maxtext: the package {error.name} is missing, which MaxText needs: pip install maxtext",
-            name=error.name,
+            f"integrations.maxtext: the package {package} is missing{reason}: pip install {package}", name=error.name
         ) from error
     return attention_mla
 

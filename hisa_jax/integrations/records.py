@@ -62,7 +62,7 @@ def _place_of_scale(D: int) -> int:
 
 
 def _scale_of(exponent: Array) -> Array:
-    """ue8m0 bytes -> float32 powers of two, NaN for 255; by bits, since not every compiler has the conversion."""
+    """ue8m0 bytes -> float32 powers of two, NaN for 255; by bits, the same on every device."""
     exponent = exponent.astype(jnp.int32)
     # The least, 2^-127, is below the normal numbers.
     bits = jnp.where(exponent == 0, 1 << 22, exponent << 23)

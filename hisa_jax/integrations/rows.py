@@ -1,8 +1,10 @@
 """Choosing in rows that a mask divides: several sequences one after the other, or tokens with gaps between them.
 
-row            a a a a b b b . .     two sequences and padding; a query of b sees the b's up to its own
-select, 1st    a a a a               a sequence at a time, from its own start: there its blocks begin
-select, 2nd            b b b
+    row            a a a a b b b . .     two sequences and padding; a query of b sees the b's up to its own
+    select, 1st    a a a a               a sequence at a time, from its own start: there its blocks begin
+    select, 2nd            b b b
+
+Which tokens are of one sequence follows from the mask alone: what its queries see begins with the same token.
 """
 
 import functools

@@ -45,9 +45,9 @@ def lightning_indexer(
 ) -> Array | tuple[Array, Array]:
     """Chooses entries for a batch of requests, as `tokamax.ops.lightning_indexer` does.
 
+    What is not listed here is as for `streamindex_topk`.
+
     Args:
-        q, indexer_weights, cache_kv, seq_lens, page_indices, cu_q_lens, distribution, k, compression_ratio, method,
-            implementation: as for `streamindex_topk`.
         kv_layout: "head_along_sublane" or "seq_along_lane", or tokamax's KVLayout.
         cp_size: over how many devices each request's entries are split; this device chooses among its own.
         cp_rank: int32, which of them it is.

@@ -15,6 +15,7 @@ from hisa_jax.models.check import report
 from hisa_jax.models.check.measures import Measured, fewest_candidates, measure, methods_to_check, scan_ranks
 from hisa_jax.models.check.reading import read, sampled_positions
 from hisa_jax.models.config import Config, read_config
+from hisa_jax.models.locate import locate
 from hisa_jax.models.modeling import Model
 from hisa_jax.models.overrides import add_override
 from hisa_jax.models.params import from_pretrained
@@ -23,7 +24,6 @@ from hisa_jax.models.tokens import Tokenizer, load_tokenizer
 
 Show = Callable[[str, int, int], None]
 _TIMES_TOPK = 64  # context by default: as 128K tokens are to 2048
-_BYTES = 512  # a larger vocabulary is not one of bytes
 _CHARACTERS = 64  # of a token, at most: no more of a long file is read
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -68,14 +68,15 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: wanted at least {least}")
     if options.json and not options.json.parent.is_dir():  # before the run, not after it
         raise ValueError(f"--json {options.json}: {options.json.parent} is no folder")
-    config = read_config(options.checkpoint, options.override)
+    folder = locate(options.checkpoint)
+    config = read_config(folder, options.override)
     topk = config.index_topk if options.topk is None else options.topk
     if options.block_size is not None and options.block_size > 2 * topk:
         raise ValueError(f"--block-size {options.block_size}: wanted at most {2 * topk}, twice topk")
     methods = methods_to_check(topk, options.block_size)
-    tokens = _tokens(options, config, topk)
+    tokens = _tokens(options, load_tokenizer(folder, config.vocab_size), config, topk)
     mesh = None if options.model_parallel == 1 else make_mesh(1, options.model_parallel)
-    model = from_pretrained(options.checkpoint, methods["flat"], _DTYPES[options.dtype], mesh, config=config)
+    model = from_pretrained(folder, methods["flat"], _DTYPES[options.dtype], mesh, config=config)
     console = Console()
     if not console.is_terminal:
         console.width = 120
@@ -122,9 +123,8 @@ def check(
     }  # fmt: skip
 
 
-def _tokens(options: argparse.Namespace, config: Config, topk: int) -> list[int]:
+def _tokens(options: argparse.Namespace, tokenizer: Tokenizer, config: Config, topk: int) -> list[int]:
     """Ids of as much of the text as is to be read."""
-    tokenizer = _tokenizer(options.checkpoint, config)
     longest, wanted = config.max_position_embeddings, options.context
     if wanted is not None and wanted > longest:
         raise ValueError(f"--context {wanted}: wanted at most {longest}, the positions of the model")
@@ -142,12 +142,3 @@ def _tokens(options: argparse.Namespace, config: Config, topk: int) -> list[int]
     if len(tokens) < least:
         raise ValueError(f"--text {options.text}: {len(tokens):,} tokens, wanted at least {least:,}: give more text")
     return tokens[:context]
-
-
-def _tokenizer(folder: Path, config: Config) -> Tokenizer:
-    if config.vocab_size > _BYTES and not (folder / "tokenizer.json").is_file():
-        raise ValueError(
-            f"--checkpoint {folder}: has no tokenizer.json, wanted one, since its vocabulary of {config.vocab_size:,} "
-            "tokens is not one of bytes"
-        )
-    return load_tokenizer(folder, config.vocab_size)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import hisa_jax as hj
 from hisa_jax.models.training import forward
+from hisa_jax.models.training.lighthouse import lighthouse
 from hisa_jax.models.training.optimizer import make_optimizer, trained
 from hisa_jax.models.training.recipe import Attention, Recipe, Stage
 from hisa_jax.models.training.weights import Skeleton, Weights
@@ -108,7 +109,7 @@ def _attend(recipe: Recipe, stage: Stage, attention: Attention) -> forward.Atten
     if attention == "dense":
         return forward.dense if stage.trained == "model" else forward.warm_up
     assert isinstance(stage.method, hj.Lighthouse)
-    over_entries: forward.Attend = functools.partial(forward.lighthouse, method=stage.method)
+    over_entries: forward.Attend = functools.partial(lighthouse, method=stage.method)
     n, ends = recipe.config.num_hidden_layers, stage.dense_ends
     return [over_entries if ends <= layer < n - ends else forward.dense for layer in range(n)]
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from bench.quality import agreement, answers, model, statistics
+from bench.quality import agreement, answers, model
 from bench.quality.tables import averaged, excess, worst
 from bench.quality.variants import FLAT, HISA, Variant, ablations, main_variants, scans
+from hisa_jax.models.evaluate import statistics
 from hisa_jax.models.training import forward as training
 from hisa_jax.models.training.batches import held_out_samples
 from hisa_jax.models.training.weights import Skeleton

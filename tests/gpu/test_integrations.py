@@ -15,4 +15,4 @@ METHODS = {"dsa": hj.Dsa(topk=24), "hisa": hj.Hisa(topk=24, block_size=32, block
 def test_entries_of_four_tokens_are_chosen_from_a_hosts_pages(implementation, method, q_dtype):  # noqa: F811
     """What queries see grows by an entry every fourth one."""
     some = host_pages.batch(ratio=4, q_dtype=q_dtype, H=16)
-    host_pages.check(some, METHODS[method], implementation=implementation, tolerance=1e-2)
+    host_pages.check(some, METHODS[method], implementation=implementation, tolerance=2e-2)

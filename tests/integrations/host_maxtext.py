@@ -262,6 +262,11 @@ def test_one_line_switches_and_one_line_switches_back():
     [
         (hj.Dsa(topk=16), {}, r"indexer_topk=8, wanted 16, the topk of Dsa\(topk=16\)"),
         (FLAT, {"indexer_use_approx_top_k": True}, "indexer_use_approx_top_k=True, wanted False"),
+        (
+            FLAT,
+            {"ici_context_parallelism": 2},
+            "context_parallel_load_balance=True, wanted False: tokens must be",
+        ),
     ],
 )
 def test_settings_that_a_method_cannot_keep_are_refused(method, changes, message):

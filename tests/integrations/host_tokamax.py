@@ -9,6 +9,7 @@ from tokamax._src.ops.lightning_indexer import test_base
 
 import hisa_jax as hj
 from hisa_jax.integrations.tokamax import lightning_indexer
+from tests.integrations import conformance
 from tests.integrations.installed import run_example
 
 
@@ -44,3 +45,7 @@ def test_ours_is_an_implementation_of_their_call():
 
 def test_the_example_of_the_documentation_runs():
     run_example("tokamax")
+
+
+def test_what_conformance_md_says_of_theirs_holds():
+    assert not conformance.surprises("tokamax")

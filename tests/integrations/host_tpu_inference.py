@@ -3,6 +3,9 @@
 `import tpu_inference` wants vLLM; the folder of the indexer needs jax alone, so the package is entered as a namespace.
 """
 
+import pytest
+
+from tests.integrations import conformance
 from tests.integrations.installed import load_tests, namespace, run_example
 
 namespace("tpu_inference")
@@ -18,3 +21,8 @@ def test_the_example_of_the_documentation_runs(monkeypatch):
     monkeypatch.setattr(theirs, "streamindex_topk", None)  # put back after it
     run_example("tpu_inference")
     assert theirs.streamindex_topk.func is streamindex_topk
+
+
+@pytest.mark.filterwarnings("ignore")  # NaN and infinity are in the inputs
+def test_what_conformance_md_says_of_theirs_holds():
+    assert not conformance.surprises("tpu_inference")

@@ -70,15 +70,15 @@ def by_phase(layer, phase):
 
 
 @functools.cache
-def model(method=HISA):
-    """Two layers that select, of which the second has experts; weights large enough that tokens differ."""
+def model(method=HISA, kinds=("dense", "sparse")):
+    """Layers that select, those called sparse with experts; weights large enough that tokens differ."""
     config = models.Config(
         model_type="glm_moe_dsa", vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32,
-        moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16,
+        moe_intermediate_size=16, num_hidden_layers=len(kinds), num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16,
         qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, index_n_heads=2, index_head_dim=16, index_topk=8,
         n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1,
         routed_scaling_factor=1.0, rms_norm_eps=1e-6, rope_theta=100.0, max_position_embeddings=96,
-        layer_kinds=("dense", "sparse"), indexer_kinds=("full", "full"), eos_token_ids=STOPS,
+        layer_kinds=kinds, indexer_kinds=("full",) * len(kinds), eos_token_ids=STOPS,
     )  # fmt: skip
     made = models.from_config(config, rngs=nnx.Rngs(3), method=method)
     graph, state = nnx.split(made)

@@ -83,6 +83,32 @@ def generation():
     np.testing.assert_array_equal(cache.block_tables, [[0], [0]])
 
 
+def replayed_rollouts():
+    """Rollouts made on the mesh, and what their replay there gives, gradients among it, are one device's."""
+    ids, found = golden.numbers("dsv32")["greedy.ids"][0].tolist(), []
+    for mesh in (None, models.make_mesh(data=2, model=4)):
+        model = models.from_pretrained(golden.FOLDER / "dsv32", hj.Hisa(topk=8, block_size=4, block_topk=3), mesh=mesh)
+        made = models.generate(model, [ids[:20], ids[:5], ids[:3]], 4, chunk=8, return_selections=True).rollout
+        # Three sequences in two rows, one for each part of the mesh.
+        rollout = models.pack_rollouts([made], length=24, rows=2)
+        graph, state = nnx.split(model.with_method(None))
+
+        def loss(state, r, graph=graph):
+            out = models.training_forward(nnx.merge(graph, state), r.tokens, selections=r, compare=True)
+            return jnp.sum(out.kl) - jnp.sum(out.logprobs * r.is_made), out
+
+        gradient, out = jax.jit(jax.grad(loss, has_aux=True))(state, rollout)
+        report = models.replay_report(rollout, out)
+        assert report.logprob_change < 1e-4 and report.choice_share < 0.5 and report.experts == (1, 1), report
+        found.append((rollout, out.kl, out.same_selections, gradient))
+
+    def assert_close(one, other):
+        scale = max(1.0, float(np.abs(one).max(initial=0)))
+        np.testing.assert_allclose(np.asarray(one, np.float64), other, atol=1e-4 * scale)
+
+    jax.tree.map(assert_close, *found)
+
+
 def the_self_check():
     """The same figures where heads and experts are split."""
     found = []
@@ -113,7 +139,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         tensor_and_data_parallel, explicit_mesh_of_one_axis, quantised_keys_and_hisa, generation, the_self_check,
-        save_here_restore_there,
+        save_here_restore_there, replayed_rollouts,
     )
 }  # fmt: skip
 

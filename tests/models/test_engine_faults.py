@@ -134,7 +134,7 @@ def test_an_error_of_the_device_that_shows_after_the_call_loses_pages_and_no_tok
 
     def broken(state, pages, *arrays, graph, trace):
         def run(pages):
-            return jax.pure_callback(refuse, jax.ShapeDtypeStruct((2,), jnp.int32), pages[0].counts), pages, []
+            return jax.pure_callback(refuse, jax.ShapeDtypeStruct((2, 1), jnp.int32), pages[0].counts), None, pages, []
 
         return jax.jit(run, donate_argnums=0)(pages)
 

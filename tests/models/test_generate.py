@@ -11,7 +11,8 @@ import pytest
 import hisa_jax as hj
 from hisa_jax import models
 from hisa_jax.models.__main__ import main
-from hisa_jax.models.generate import likeliest, pad_left
+from hisa_jax.models.draws import likeliest
+from hisa_jax.models.generate import pad_left
 from hisa_jax.models.indexers import make_method, read_methods
 from hisa_jax.models.tokens import Bytes, load_tokenizer
 
@@ -306,7 +307,7 @@ def test_a_tokenizer_that_fails_at_a_text_says_so_by_name(tmp_path):
         (["--prompt-ids", "1,x"], "--prompt-ids: '1,x', wanted token ids"),
         (["--prompt-ids", "1", "--data-parallel", "0"], "make_mesh(data=0, model=1): wanted at least 1 of each"),
         (["--prompt-ids", "1", "--data-parallel", "-1", "--model-parallel", "-1"], "wanted at least 1 of each"),
-        (["--prompt-ids", "1", "--seed", str(2**64)], "generate: seed="),
+        (["--prompt-ids", "1", "--seed", str(2**64)], "Sampling: seed="),
     ],
 )
 def test_the_command_refuses_options_by_name(capsys, options, message):

@@ -1,18 +1,18 @@
 """Settings as servers take them: HISA's keys and those of shared selections, in a config.json or in its place.
 
-About 3 s: one small model is loaded twice and run.
+About 2 s: one small model is loaded.
 """
 
 import json
 import shutil
 
-import numpy as np
 import pytest
 
 import hisa_jax as hj
 from hisa_jax import models
-from hisa_jax.models.__main__ import _method, _parser, main
+from hisa_jax.models.__main__ import _parser, main
 from hisa_jax.models.indexers import make_method, read_methods
+from hisa_jax.models.options import method_of
 
 from . import golden
 
@@ -55,14 +55,13 @@ def test_use_hisa_must_be_true_for_its_sizes_to_count(published):
     assert models.read_config(published(**sizes)).method == hj.Dsa(topk=8)
 
 
-def test_a_model_whose_settings_say_so_selects_by_hisa_and_shares_as_they_say(published):
-    """The checkpoint has indexers in every layer, those of the last two are left."""
+def test_a_model_selects_and_shares_as_its_settings_say(published):
+    """The checkpoint has an indexer in every layer; those of layers that share are left."""
     folder = published()
     config = models.read_config(folder, KEYS | {"index_topk_pattern": "FSS"})
-    layers = models.from_pretrained(folder, config=config).run(golden.ids("glm5"), trace=True).layers
-    want = models.from_pretrained(folder, HISA).run(golden.ids("glm5"), trace=True).layers[0]
-    np.testing.assert_array_equal(layers[0].selection.indices, want.selection.indices)
-    assert layers[1].selection is layers[0].selection and layers[2].selection is layers[0].selection
+    model = models.from_pretrained(folder, config=config)
+    assert model.plan.layers == (HISA,) * 3
+    assert [layer.attention.indexer is None for layer in model.layers] == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +127,7 @@ def test_commands_choose_by_the_checkpoints_method_unless_told_otherwise(publish
         ([], HISA), (["--indexer", "hisa"], HISA), (["--indexer", "dsa"], hj.Dsa(topk=8)),
         (["--block-topk", "5"], hj.Hisa(topk=8, block_size=4, block_topk=5)),
     ]:  # fmt: skip
-        assert _method(_parser().parse_args(command + more), config) == want
+        assert method_of(_parser().parse_args(command + more), config) == want
     assert read_methods(other, config) == (HISA, hj.Dsa(topk=8), HISA)
     assert make_method("hisa", models.read_config(folder, {"index_topk": 2048})) == hj.Hisa(topk=2048)
 

@@ -18,15 +18,27 @@ GUIDE = (ROOT / "docs/models.md").read_text()
 @pytest.mark.oldest
 def test_the_ten_lines_run_and_print_what_they_promise(monkeypatch):
     monkeypatch.chdir(ROOT)
-    (code,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    code, more = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 10
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(code, {})
+        exec(code, namespace := {})
+    exec(more, namespace)
     flat, second = out.getvalue().splitlines()
     hisa, recall = second.split(" {")
     flat, hisa, recall = eval(flat), eval(hisa), eval("{" + recall)
     assert len(flat[0]) == len(hisa[0]) == 8 and flat != hisa
     assert all(0 < value < 1 for value in recall["prefill"] + recall["decode"])
+
+
+@pytest.mark.exhaustive
+def test_the_example_of_sampling_runs_and_says_the_same_three_times(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sampling.md").read_text(), re.DOTALL)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, space := {})
+    tokens, text = space["result"].tokens[0], space["result"].texts[0]
+    *pieces, answer, _ = out.getvalue().split("\n")  # other bytes end lines, too, for `splitlines`
+    assert answer == text == space["engine"].tokenizer.decode(tokens) and len(pieces) == len(tokens)
 
 
 def test_every_file_it_lists_is_there_and_every_file_is_listed():

@@ -23,7 +23,7 @@ from tests.mutants import table
 from tests.mutants.table import Mutant
 
 ROOT = pathlib.Path(__file__).parents[2]
-COPIED = ("hisa_jax", "kernels_pallas", "models", "bench", "tests", "pyproject.toml")
+COPIED = ("hisa_jax", "kernels_pallas", "models", "bench", "tests", "docs", "pyproject.toml")
 KERNEL_TESTS = ("tests/gpu", "tests/tpu")
 _SECONDS = 300
 # What pytest says of a failure: the first line of an assertion, or of what was to be raised and was not.

@@ -1,13 +1,17 @@
-"""The reference: plain NumPy float64, written from the contract (section 2 of the design), importing no JAX.
+"""Tests of the reference that the library ships, `hisa_jax.testing.oracle`; tests call it by this name."""
 
-Slow and simple on purpose. Everything that JAX computes is compared with this and judged by `assert_same_selection`.
-"""
-
-from .compare import assert_same_selection
-from .methods import OracleSelection, select, select_packed
-from .quantize import dequantize, quantize_keys, quantize_queries
-from .scores import block_means, token_scores
-from .sparse_mla import sparse_mla
+from hisa_jax.testing.oracle import (
+    OracleSelection,
+    assert_same_selection,
+    block_means,
+    dequantize,
+    quantize_keys,
+    quantize_queries,
+    select,
+    select_packed,
+    sparse_mla,
+    token_scores,
+)
 
 __all__ = [
     "OracleSelection",

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hisa_jax.testing.oracle.methods import block_size_of, has_blocks, is_scan
+from hisa_jax.testing.oracle.scan import slack
 from tests import oracle
 from tests.oracle.cases import METHODS, Dsa, Hisa, chosen, draw, one_query
 from tests.oracle.comparing import compare, flat_reference, refuses
-from tests.oracle.methods import block_size_of, has_blocks, is_scan
-from tests.oracle.scan import slack
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -33,7 +33,7 @@ def test_a_wrong_token_fails_and_the_message_says_which_and_why():
         compare([0, 1, 2, 3], flat_reference(), 1e-6)
     for part in ("b=0, t=0", "position 5", "6 visible", "count 4", "tolerance 1e-06", "token 2 was chosen"):
         assert part in str(error.value)
-    for part in ("chosen 2 has score 1", "left out 4 has 5.001", "cut 5 of 6 candidates"):
+    for part in ("chosen 2 has score 1", "left out 4 has 5.001", "threshold 5 of 6 candidates"):
         assert part in str(error.value)
 
 

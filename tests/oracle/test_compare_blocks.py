@@ -148,7 +148,7 @@ def test_of_units_near_the_cut_no_more_are_left_out_than_there_are_too_many():
     compare([1, 2], got, 1e-6, **more)
     compare([2, 4], got, 1e-6, **more)
     compare([3, 4], got, 1e-6, **more)
-    refuses("blocks .2 3 4. near the block cut .* at most 2", [0, 1], got, 1e-6, **more)
+    refuses("blocks .2 3 4. near the block threshold .* at most 2", [0, 1], got, 1e-6, **more)
 
 
 @pytest.mark.parametrize("candidates", [12, 16, 32])

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hisa_jax.testing.oracle.methods import block_budget, block_size_of
 from tests import oracle
 from tests.oracle.cases import METHODS, BlockSparse, Dsa, Hisa, Scan, chosen, draw, one_query
-from tests.oracle.methods import block_budget, block_size_of
 
 
 def test_flat_takes_the_best_tokens_a_tie_going_to_the_lower_position():

@@ -4,9 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from hisa_jax.testing.oracle.scan import slopes_of, step_of
 from tests import oracle
 from tests.oracle.cases import Dsa, Scan, chosen, draw
-from tests.oracle.scan import slopes_of, step_of
 
 
 @pytest.mark.parametrize(

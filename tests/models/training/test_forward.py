@@ -12,6 +12,7 @@ import hisa_jax as hj
 from hisa_jax.models.training import forward
 from hisa_jax.models.training.attention import causal_attention
 from hisa_jax.models.training.batches import held_out_samples
+from hisa_jax.models.training.lighthouse import lighthouse
 from hisa_jax.models.training.retrieval import answered
 from hisa_jax.models.training.weights import Skeleton, weights_of
 from tests.models.training import tiny
@@ -55,7 +56,7 @@ def test_a_pyramid_of_one_level_is_dense(model, rope):
     stacked = Skeleton(tiny.CONFIG, "float32").stacked(weights_of(model))
     method = hj.Lighthouse(levels=1, pool=2, topk=8, tile=8, rope=rope)
     wanted, _ = forward.forward(stacked, tokens, forward.dense)
-    got, extra = forward.forward(stacked, tokens, functools.partial(forward.lighthouse, method=method))
+    got, extra = forward.forward(stacked, tokens, functools.partial(lighthouse, method=method))
     assert extra is None
     chex.assert_trees_all_close(got, wanted, atol=1e-4, rtol=1e-4)
 
@@ -65,7 +66,7 @@ def test_layers_may_attend_differently(model):
     """Dense, then over entries, then over selected tokens: each where it is said. 2 seconds."""
     tokens = jax.random.randint(jax.random.key(1), (1, 64), 0, 256)
     stacked = Skeleton(tiny.CONFIG, "float32").stacked(weights_of(model))
-    over_entries = functools.partial(forward.lighthouse, method=tiny.LIGHTHOUSE)
+    over_entries = functools.partial(lighthouse, method=tiny.LIGHTHOUSE)
     sparse = functools.partial(forward.sparse, method=hj.Dsa(topk=64))
     logits = {}
     for name, attend in dict(

@@ -1,8 +1,9 @@
 """Whether a selection is the contract's, up to near-ties.
 
-Two selections agree if they differ only in tokens whose oracle score lies within the tolerance of the cut, the score of
-the last token chosen. Hisa, BlockSparse and Scan cut twice: a block whose score lies within the tolerance of the block
-cut may be kept or not, which swaps all its tokens at once; the tokens are then judged given the blocks that were kept.
+Two selections agree if they differ only in tokens whose oracle score lies within the tolerance of the threshold, the
+score of the last token chosen. Hisa, BlockSparse and Scan choose twice: a block whose score lies within the tolerance
+of the block threshold may be kept or not, which swaps all its tokens at once; the tokens are then judged given the
+blocks that were kept.
 
 `tolerance` is relative to the scale of the query's scores (`methods.score_scale`): for each query it allows
 tolerance * token_scale between tokens and tolerance * block_scale between blocks. 0 demands the same tokens and the
@@ -11,6 +12,7 @@ same blocks, exact ties included; above 0 an exact tie may be broken either way.
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -58,16 +60,24 @@ def assert_same_selection(
         may_keep_more: of a Scan without `blocks`: whether it may have kept more units than the reference does. The
             chosen are then the best of these and any others.
     """
-    if not tolerance >= 0:
-        raise ValueError(f"assert_same_selection: tolerance={tolerance}: must be at least 0")
     arrays = {"indices": indices, "count": count, "scores": scores, "blocks": blocks}
     arrays = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
     _assert_shapes(arrays, reference)
+    for why in judge(reference, tolerance, may_keep_more=may_keep_more, **arrays):
+        if why:
+            raise AssertionError(why)
+
+
+def judge(
+    reference: OracleSelection, tolerance: float, *, may_keep_more: bool = False, **arrays: np.ndarray
+) -> Iterator[str | None]:
+    """Of each query in turn: None, or what is wrong with its selection. Arguments are `assert_same_selection`'s."""
+    if not tolerance >= 0:
+        raise ValueError(f"assert_same_selection: tolerance={tolerance}: must be at least 0")
     for at in np.ndindex(reference.visible.shape):
         query = _query(reference, at, tolerance, may_keep_more)
         why = _why_broken(query, **{name: array[at] for name, array in arrays.items()})
-        if why:
-            raise AssertionError(f"{_heading(reference, at, arrays['count'][at], query, tolerance)}\n{why}")
+        yield why and f"{_heading(reference, at, arrays['count'][at], query, tolerance)}\n{why}"
 
 
 def _assert_shapes(arrays: dict, reference: OracleSelection) -> None:
@@ -102,7 +112,7 @@ def _heading(reference: OracleSelection, at: tuple, count, query: Query, toleran
     where = ", ".join(f"{axis}={i}" for axis, i in zip("bt"[-len(at) :], at, strict=True))
     return (
         f"query ({where}): position {reference.positions[at]}, {query.visible} visible tokens, count {count}; "
-        f"{query.method}\ntolerance {tolerance:g}: tokens may lie {query.token_slack:.3g} from the cut"
+        f"{query.method}\ntolerance {tolerance:g}: tokens may lie {query.token_slack:.3g} from the threshold"
         + (f", blocks {query.block_slack:.3g}" if has_blocks(query.method) else "")
     )
 
@@ -167,7 +177,7 @@ def _why_not_chosen(query: Query, chosen, blocks) -> str | None:
 
 
 def _why_not_best_of_more(query: Query, chosen, used: set[int]) -> str | None:
-    """Whether `chosen` are the best of a set that holds all kept blocks, up to those near the block cut.
+    """Whether `chosen` are the best of a set that holds all kept blocks, up to those near the block threshold.
 
     Blocks in which nothing was chosen and that the reference does not keep need not be in it.
     """
@@ -175,13 +185,13 @@ def _why_not_best_of_more(query: Query, chosen, used: set[int]) -> str | None:
     why = _why_not_best(query, chosen, np.array(sorted(sure | used), np.int32))
     if why or not len(chosen):
         return why
-    cut = scores[chosen].min() + query.token_slack
-    better = [j for j in sorted(near - used) if scores[j * size : (j + 1) * size].max() > cut]
+    threshold = scores[chosen].min() + query.token_slack
+    better = [j for j in sorted(near - used) if scores[j * size : (j + 1) * size].max() > threshold]
     spare = len(sure | near) - len(query.blocks)
     if len(better) > spare:
         return (
-            f"blocks {_short(np.array(better))} near the block cut have better tokens than some of the chosen, and at "
-            f"most {spare} of those near it may be left out"
+            f"blocks {_short(np.array(better))} near the block threshold have better tokens than some of the "
+            f"chosen, and at most {spare} of those near it may be left out"
         )
     return None
 
@@ -205,13 +215,13 @@ def _explanations(query: Query, used):
 
 
 def _block_choice(query: Query) -> tuple[set[int], set[int]]:
-    """The blocks that must be kept, and those near enough to the block cut to be kept or not."""
+    """The blocks that must be kept, and those near enough to the block threshold to be kept or not."""
     kept, scores = set(query.blocks.tolist()), query.block_scores
     forced = forced_blocks(len(scores), query.method)
     if len(kept) == len(scores) or kept == forced or query.block_slack == 0:
         return kept, set()
-    cut = min(scores[j] for j in kept - forced)
-    near = {j for j in range(len(scores)) if j not in forced and _near(scores[j], cut, query.block_slack)}
+    threshold = min(scores[j] for j in kept - forced)
+    near = {j for j in range(len(scores)) if j not in forced and _near(scores[j], threshold, query.block_slack)}
     return kept - near, near
 
 
@@ -223,15 +233,15 @@ def _why_not_kept(query: Query, kept) -> str | None:
         return f"block {missing[0]} was left out, but the first and last blocks {sorted(forced)} are always kept"
     sure, near = _block_choice(query)
     by_score = set(query.blocks.tolist()) - forced
-    cut = min((scores[j] for j in by_score), default=math.nan)
+    threshold = min((scores[j] for j in by_score), default=math.nan)
     for j in sorted(kept - sure - near):
         token = j * block_size_of(query.method)
         return (
-            f"block {j} (tokens from {token} on) was kept with score {scores[j]:.9g}, block cut {cut:.9g}; "
+            f"block {j} (tokens from {token} on) was kept with score {scores[j]:.9g}, block threshold {threshold:.9g}; "
             f"the oracle keeps {_short(query.blocks)}"
         )
     for j in sorted(sure - kept):
-        return f"block {j} was left out with score {scores[j]:.9g}, block cut {cut:.9g}"
+        return f"block {j} was left out with score {scores[j]:.9g}, block threshold {threshold:.9g}"
     wanted = block_budget(query.method, len(scores))
     if len(kept) != wanted:
         return f"{len(kept)} blocks were kept, wanted {wanted}: {_short(np.array(sorted(kept)))}"
@@ -251,17 +261,17 @@ def _why_not_best(query: Query, chosen, kept) -> str | None:
     extra, missing = np.setdiff1d(chosen, best), np.setdiff1d(best, chosen)
     if len(extra) == 0:  # as many were chosen as there are best ones, so nothing is missing either
         return None
-    cut = scores[best].min()
+    threshold = scores[best].min()
     low, high = extra[np.argmin(scores[extra])], missing[np.argmax(scores[missing])]
-    if query.token_slack > 0 and _near(scores[low], cut, query.token_slack):
-        if _near(scores[high], cut, query.token_slack):
+    if query.token_slack > 0 and _near(scores[low], threshold, query.token_slack):
+        if _near(scores[high], threshold, query.token_slack):
             return None
         broken = f"token {high} was left out"
     else:
         broken = f"token {low} was chosen"
     return (
         f"{broken}: chosen {low} has score {scores[low]:.9g}, left out {high} has {scores[high]:.9g}, "
-        f"cut {cut:.9g} of {len(items)} candidates; {len(extra)} tokens differ"
+        f"threshold {threshold:.9g} of {len(items)} candidates; {len(extra)} tokens differ"
         + (f"; kept blocks {_short(kept)}" if has_blocks(query.method) else "")
     )
 

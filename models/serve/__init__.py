@@ -1,0 +1,1 @@
+"""A model served by OpenAI's interface: `hisa-jax serve`. Needs the extra `serve`."""
