@@ -62,6 +62,8 @@ def lighthouse_select(
     if method.scorer == "dilated" and v is None:
         raise ValueError(f"{call}: v=None with scorer='dilated', wanted the values [B, T, G, V]")
     axes = _axes(call, mesh, context_axis, data_axis, q, method)
+    if method.scorer == "norm" and implementation == "auto":
+        implementation = "xla"  # nothing attends: what kernels want of the call is no matter
     options = _options(call, q, k if v is None else v, implementation)
     if q.shape[0] == 0:
         return _nothing(q, k, method)
