@@ -27,6 +27,10 @@ COMMANDS = {
         "bench.tpu.command",
         "the TPU kernels by the compiler's schedule, without a TPU; with one, measured: --run",
     ),
+    "lighthouse": (
+        "bench.lighthouse",
+        "one layer of Lighthouse attention stage by stage, beside dense attention, each checked before it is timed",
+    ),
     "memory": ("bench.memory", "peak memory of each method at a long context"),
     "quality": (
         "bench.quality.command",

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+_INNER = 16
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timing:
@@ -61,8 +63,9 @@ def interleaved(
 
 
 def device_times(
-    f: Callable[..., Any], operands: tuple, samples: int, *, carries: bool = False, sample_s: float = 0.02
-) -> list[float]:
+    f: Callable[..., Any], operands: tuple, samples: int, *, carries: bool = False, sample_s: float = 0.02,
+    run_length: int = _INNER,
+) -> list[float]:  # fmt: skip
     """Milliseconds of f(*operands) on the device, a figure a sample.
 
     A sample is one program that runs f so often that it takes `sample_s` seconds, so that launching it does not count.
@@ -71,6 +74,7 @@ def device_times(
 
     Args:
         carries: f returns the first operand anew, and the next repetition begins with that.
+        run_length: repetitions between looks of the host at the device; fewer for calls of many milliseconds.
     """
 
     @jax.jit
@@ -86,17 +90,14 @@ def device_times(
             return f(first, *rest)
 
         # The inner loop has a static count: the host of a GPU waits for the condition of any other, 15 us each time.
-        inner = lambda _, carry: lax.fori_loop(0, _INNER, go_on if carries else again, carry)  # noqa: E731
+        inner = lambda _, carry: lax.fori_loop(0, run_length, go_on if carries else again, carry)  # noqa: E731
         if carries:
             return lax.fori_loop(0, n, inner, operands[0])
         return lax.fori_loop(0, n, inner, (operands[-1], jnp.float32(0)))[1]
 
     def sample(n: int) -> float:
-        return once(lambda: repeat(n, *operands))[1] / (n * _INNER)
+        return once(lambda: repeat(n, *operands))[1] / (n * run_length)
 
     sample(1)
-    n = max(round(sample_s * 1e3 / (sample(1) * _INNER)), 1)
+    n = max(round(sample_s * 1e3 / (sample(1) * run_length)), 1)
     return [sample(n) for _ in range(samples)]
-
-
-_INNER = 16

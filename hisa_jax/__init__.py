@@ -6,6 +6,9 @@ from hisa_jax.checks import checked
 from hisa_jax.compare import Comparison, compare
 from hisa_jax.index_cache import IndexCache
 from hisa_jax.indexer_loss import indexer_kl
+from hisa_jax.lighthouse.attention import lighthouse_attention, lighthouse_select
+from hisa_jax.lighthouse.method import Lighthouse
+from hisa_jax.lighthouse.selection import LighthouseSelection
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.quantize import QuantizedKeys, quantize_keys, quantize_queries
 from hisa_jax.select import implementations, select, select_packed
@@ -20,6 +23,8 @@ __all__ = [
     "Dsa",
     "Hisa",
     "IndexCache",
+    "Lighthouse",
+    "LighthouseSelection",
     "Method",
     "QuantizedKeys",
     "Scan",
@@ -33,6 +38,8 @@ __all__ = [
     "implementations",
     "indexer_kl",
     "init_cache",
+    "lighthouse_attention",
+    "lighthouse_select",
     "quantize_keys",
     "quantize_queries",
     "select",

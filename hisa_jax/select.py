@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 from hisa_jax import checks, dispatch
 from hisa_jax.check_select import check_batch, check_packed, check_question
 from hisa_jax.layout import Call, ascending, last_visible, visible_tokens
+from hisa_jax.lighthouse import attention as lighthouse
+from hisa_jax.lighthouse.method import Lighthouse
 from hisa_jax.methods import Dsa, Method
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.selection import Selection, nothing
@@ -147,13 +149,14 @@ def select_packed(
 
 
 def implementations(
-    q: Array | None = None, k: Array | QuantizedKeys | None = None, method: Method | None = None
+    q: Array | None = None, k: Array | QuantizedKeys | None = None, method: Method | Lighthouse | None = None
 ) -> dict[str, str | None]:
     """Lists the implementations, the fastest first: "auto" takes the first that can run here.
 
     Args:
         q, k, method: those of a call to `select` or `select_packed`, to ask about that call; none of them, to ask about
-            the device alone. Arrays may be `jax.ShapeDtypeStruct`.
+            the device alone. Arrays may be `jax.ShapeDtypeStruct`. With a `Lighthouse` those of `lighthouse_attention`,
+            whose values are as wide as its keys.
 
     Returns: name -> None if it can run on JAX's default device, else the reason why it cannot.
     Raises: ValueError: only some of `q`, `k` and `method` given; as `select`.
@@ -168,5 +171,7 @@ def implementations(
             missing = next(name for name, x in zip(("q", "k", "method"), given, strict=True) if x is None)
             raise ValueError(f"implementations: {missing} is None, wanted all of q, k and method, or none of them")
         return dispatch.reasons(device, None)
+    if isinstance(method, Lighthouse):
+        return lighthouse.implementations(q, k)
     keys = check_question("implementations", q, k, method)
     return dispatch.reasons(device, dispatch.Problem.of(q, keys, method))

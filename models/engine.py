@@ -2,9 +2,9 @@
 
 All requests share the pages of one cache. A prompt that begins like the tokens of another request, which runs or whose
 pages are still there, forks that request and computes only the rest. `models.scheduler` says which requests run and on
-which pages; here are the compiled programs. With a draft a step verifies several proposed tokens at
-once and truncates those that the model would not have chosen, so the tokens are the same as without. Whatever fails, a
-step is done or it is not. `models.streams` hands out tokens and text as they come.
+which pages; here are the compiled programs. With a draft a step verifies several proposed tokens at once and truncates
+those that would not have been taken, so the tokens are the same as without. Whatever fails, a step is done or it is
+not. `models.streams` hands out tokens and text as they come.
 """
 
 import dataclasses
@@ -201,7 +201,7 @@ class Engine:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """What makes text of tokens; None if the model was not loaded from a folder and none was given."""
+        """What makes text of tokens; None if none was given and the model was not loaded from a folder that has one."""
         if self._tokenizer is None:
             self._tokenizer = tokenizer_of(self.model)
         return self._tokenizer
@@ -381,10 +381,8 @@ class Engine:
 
     def _read(self, batch: Batch, report: Report) -> Step:
         arrays = self._place(batch, self.scheduler.prefill_rows, self.scheduler.chunk)
-        graph, draws = (
-            self._graphs[batch.phase],
-            self._draws(batch, self.scheduler.prefill_rows, [0] * len(batch.requests)),
-        )
+        graph = self._graphs[batch.phase]
+        draws = self._draws(batch, self.scheduler.prefill_rows, [0] * len(batch.requests))
         out, logprobs, pages, traced = _read(
             self._state, self.pages, *arrays, draws, graph=graph, trace=self._trace
         )  # fmt: skip

@@ -143,8 +143,49 @@ def what_is_on_all_devices_gets_the_gradient_of_all():
         np.testing.assert_allclose(d_kv[0], want[1].sum(0), rtol=1e-5, atol=1e-6)
 
 
+def lighthouse(n_data, n_context, dtype="float32", **settings):
+    """Selection and output of a mesh are those of one device; gradients, whose products differ in order, are near."""
+    method = hj.Lighthouse(levels=3, pool=2, topk=32, tile=4, **settings)
+    rng = np.random.default_rng(0)
+    q, k, v, d = (jnp.asarray(rng.normal(size=(2, 256, heads, 8)), dtype) for heads in (4, 2, 2, 4))
+
+    def call(q, k, v, d, **axes):
+        attention = functools.partial(hj.lighthouse_attention, method=method, rope_theta=1e4, **axes)
+        out, pull = jax.vjp(attention, q, k, v)
+        return (hj.lighthouse_select(q, k, method, **axes), out), pull(d)
+
+    axes = dict(mesh=mesh(n_data, n_context), context_axis="context", data_axis="data")
+    (wanted, slopes), (got, own) = (jax.jit(functools.partial(call, **x))(q, k, v, d) for x in ({}, axes))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    near = dict(rtol=1e-5, atol=1e-5) if dtype == "float32" else dict(rtol=0.05, atol=0.05)
+    for x, y in zip(own, slopes, strict=True):
+        np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), **near)
+
+
+def lighthouse_has_the_bits_of_one_device():
+    lighthouse(1, 8)
+
+
+def lighthouse_has_them_for_any_number_of_devices():
+    for n in (1, 2, 4):
+        lighthouse(1, n)
+    lighthouse(2, 4, prefix="release", rope="before")
+    lighthouse(1, 4, "bfloat16")
+
+
+def lighthouse_selects_the_same_where_jax_splits_it():
+    """Arrays that lie on several devices, and a call without `mesh=`."""
+    method = hj.Lighthouse(levels=3, pool=2, topk=32, tile=4)
+    q, k = (jax.random.normal(jax.random.key(heads), (1, 256, heads, 8)) for heads in (4, 2))
+    wanted = hj.lighthouse_select(q, k, method)
+    devices = jax.make_mesh((4,), ("c",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(devices, jax.P(None, "c"))
+    jax.tree.map(np.testing.assert_array_equal, hj.lighthouse_select(*jax.device_put((q, k), split), method), wanted)
+
+
 PARTS = {
     "some": (
+        lighthouse_has_the_bits_of_one_device,
         same_bits_for_some_methods,
         same_bits_without_scores_for_8_bits,
         what_other_devices_hold_leaves_no_trace,
@@ -152,6 +193,8 @@ PARTS = {
         what_is_on_all_devices_gets_the_gradient_of_all,
     ),
     "others": (
+        lighthouse_has_them_for_any_number_of_devices,
+        lighthouse_selects_the_same_where_jax_splits_it,
         same_bits_for_the_other_methods,
         same_bits_for_other_dtypes,
         what_other_devices_hold_leaves_no_trace_in_the_flat_indexer,

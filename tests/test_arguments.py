@@ -175,6 +175,15 @@ positions = dict(query_positions=np.zeros((2, 3), np.int32), lengths=ints(40, 7)
 sink = dict(sink=np.ones((4,), np.float32))
 
 
+def lighthouse():
+    q, k = np.ones((2, 32, 4, 8), np.float32), np.ones((2, 32, 2, 8), np.float32)
+    return dict(q=q, k=k, v=k, method=hj.Lighthouse(levels=2, pool=2, topk=4, tile=4))
+
+
+LIGHTHOUSE = dict(q=QUERIES, k=FLOAT, v=Kind((*OPTIONAL, *NOT_FLOAT, *AXIS_MORE)), method=METHOD,
+                  implementation=IMPLEMENTATION, data_axis=OPTIONAL_AXIS)  # fmt: skip
+
+
 def pool():
     made = PagePool(4, 16)
     made.add("a")
@@ -223,6 +232,14 @@ def cases():
                                    scale=1.0, indices=np.zeros((1, 2, 3), np.int32)),
                dict(q=QUERIES, k=FLOAT, w=WEIGHTS, attention_q=QUERIES, attention_kv=FLOAT, scale=NUMBER,
                     indices=Kind((*OPTIONAL, *NOT_INT32, *AXIS_MORE))))  # fmt: skip
+    given, only = lighthouse(), dict(mesh=MESH_OF_ONE(), context_axis="context")
+    selection = hj.lighthouse_select(given["q"], given["k"], given["method"])
+    more = dict(selection=selection, positions=np.zeros((2, 32), np.int32), rope_theta=1e4)
+    kinds = LIGHTHOUSE | dict(v=QUERIES, selection=Kind(SELECTION.bad[1:]), positions=OPTIONAL_INT32,
+                              rope_theta=Kind(NUMBER.bad[1:]))  # fmt: skip
+    for axes, kind in ((only, OVER), ({}, ALONE)):
+        yield Case(hj.lighthouse_select, given | axes, LIGHTHOUSE | kind)
+        yield Case(hj.lighthouse_attention, given | more | axes, kinds | kind)
     chosen = hj.select(**batch())
     yield Case(hj.compare, dict(selection=chosen, reference=chosen), dict(selection=SELECTION, reference=SELECTION))
     questions = Kind((*NOT_ARRAYS[1:-1], *map(cast, (np.float16, np.int32, bool)), *AXIS_MORE))

@@ -59,8 +59,11 @@ def test_examples_of_public_functions_run(name):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/serving.md", "docs/research.md", "docs/integrations.md", "docs/conformance.md"]
-)
+    "page", [
+        "README.md", "docs/serving.md", "docs/research.md", "docs/integrations.md", "docs/conformance.md",
+        "docs/lighthouse.md",
+    ],
+)  # fmt: skip
 def test_the_examples_of_a_page_run(page):
     code = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert code, f"{page} shows no Python"

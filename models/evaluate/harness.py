@@ -264,10 +264,8 @@ def _sampling(options: dict[str, Any]) -> Sampling:
     if unknown := sorted(set(options) - _KNOWN):
         raise ValueError(f"HisaLM: generation_kwargs has {unknown[0]}, wanted only {', '.join(sorted(_KNOWN))}")
     until = options.get("until") or ()
-    drawn: dict[str, Any] = {
-        name: options[name] for name in ("temperature", "top_p", "top_k", "min_p", "seed") if name in options
-    }
-    drawn = {"temperature": 1.0} | drawn
+    drawn: dict[str, Any] = {"temperature": 1.0}
+    drawn |= {name: options[name] for name in ("temperature", "top_p", "top_k", "min_p", "seed") if name in options}
     return Sampling(
         max_tokens=options.get("max_gen_toks", options.get("max_tokens", _MAX_TOKENS)),
         stop=tuple([until] if isinstance(until, str) else filter(None, until)),

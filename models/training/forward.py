@@ -5,8 +5,11 @@ layers of a model are stacked and scanned.
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -71,17 +74,21 @@ def sparse(
     return out, seen.kl
 
 
-def forward(stacked: Stacked, tokens: Array, attend: Attend, selections: Rollout | None = None) -> tuple[Array, Any]:
+def forward(
+    stacked: Stacked, tokens: Array, attend: Attend | Sequence[Attend], selections: Rollout | None = None
+) -> tuple[Array, Any]:
     """Logits of whole sequences.
 
     Args:
         stacked: the model.
         tokens: [B, T] int32.
-        attend: of the stage: `dense`, `warm_up` or `sparse` with a method.
+        attend: of the stage: `dense`, `warm_up`, `sparse` or `lighthouse` with a method; one for all layers or one a
+            layer.
         selections: what a rollout of these tokens selected, and the experts it took, to run exactly these; for `sparse`
             alone. Rows may be packed.
 
-    Returns: [B, T, V] float32, and what `attend` returned beside its values, stacked by layer.
+    Returns: [B, T, V] float32, and what `attend` returned beside its values, stacked by layer: by those that returned
+        anything.
     Raises: TypeError, ValueError: a record that does not fit the tokens or the model, another stage than `sparse`.
     """
     call, config = "forward", stacked.config
@@ -97,15 +104,33 @@ def forward(stacked: Stacked, tokens: Array, attend: Attend, selections: Rollout
         experts = jnp.stack(choices.experts) if choices.experts else None
     table = rope_table(config, positions)
 
-    def layer(x: Array, each: tuple[nnx.State, Array | None, Array | None]) -> tuple[Array, Any]:
+    n = config.num_hidden_layers
+    stages = [stage] * n if callable(stage) else list(stage)
+    if len(stages) != n:
+        raise ValueError(f"{call}: attend is of {len(stages)} layers, wanted the model's {n}")
+
+    def layer(stage: Any, x: Array, each: tuple[nnx.State, Array | None, Array | None]) -> tuple[Array, Any]:
         state, recorded, experts = each
         how = stage if recorded is None else functools.partial(stage, recorded=recorded)
         return run_layer(nnx.merge(stacked.graph, state), x, table, how, experts)[:2]
 
-    x, extra = lax.scan(layer, stacked.embed[tokens], (stacked.layers, recorded, experts))
+    x, every = stacked.embed[tokens], (stacked.layers, recorded, experts)
+    extras: list[Any] = []
+    first = 0
+    for same, run in itertools.groupby(stages):
+        own = slice(first, first + len(list(run)))
+        x, extra = lax.scan(functools.partial(layer, same), x, _layers(every, own, n))
+        extras += [] if extra is None else [extra]
+        first = own.stop
+    extra = jax.tree.map(lambda *parts: jnp.concatenate(parts), *extras) if extras else None
     x = rms_norm(x, stacked.norm, config.rms_norm_eps)
     head = stacked.embed.T if stacked.head is None else stacked.head
     return jnp.einsum("bte,ev->btv", x, head, preferred_element_type=jnp.float32), extra
+
+
+def _layers[Tree](every: Tree, own: slice, n: int) -> Tree:
+    """What a run of the n layers has. All of them are scanned as they are, without a copy."""
+    return every if own.stop - own.start == n else jax.tree.map(lambda x: x[own], every)
 
 
 def layer_forward(layer: Layer, x: Array, table: Table, attend: Attend) -> tuple[Array, Any]:

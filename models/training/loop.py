@@ -96,10 +96,13 @@ def train(
                     corpus, length=stage.context, batch=stage.rows, synthetic_share=stage.synthetic_share,
                     seed=recipe.seed + 1000 * i,
                 )  # fmt: skip
-                step = make_step(recipe, stage, skeleton, mesh)
+                kinds = dict.fromkeys((stage.attention, stage.attention_at(stage.steps - 1)))
+                steps = {kind: make_step(recipe, stage, kind, skeleton, mesh) for kind in kinds}
                 for batch in prefetched(batches, first, stage.steps - first, settings.workers):
+                    k = recipe.stage_at(done)[1]
+                    step = steps[stage.attention_at(k)]
                     weights, state, metrics = step(weights, state, *_placed(batch, stage, mesh))
-                    k, done = recipe.stage_at(done)[1], done + 1
+                    done += 1
                     curves.add(_Pending(done, stage, k, metrics))
                     if done % _LOGGED == 0:
                         for row in curves.write():

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import hisa_jax as hj
 from hisa_jax.models.config import Config, IndexerKind, LayerKind
 
-Attention = Literal["dense", "sparse"]
+Attention = Literal["dense", "sparse", "lighthouse"]
 Trained = Literal["model", "indexer", "all"]
 
 
@@ -18,7 +18,8 @@ class Stage:
 
     Attributes:
         name: for curves and logs.
-        attention: to all tokens ("dense") or to the selected ones ("sparse").
+        attention: to all tokens ("dense"), to the selected ones ("sparse"), or over the entries of a pyramid
+            ("lighthouse"), in training alone.
         trained: the weights of the indexers, of all else ("model"), or both. Indexers learn towards the heads'
             attention over the tokens that are attended to, the model to predict the next byte.
         context: tokens of a sequence.
@@ -28,7 +29,9 @@ class Stage:
         learning_rate: the highest, reached after `rise` steps and lowered to `end_rate` by half a cosine.
         synthetic_share: of sequences that are long-range tasks in text, the others being text alone.
         method: what selects where attention is sparse; None for the config's own flat indexer. `hj.Hisa` or
-            `hj.Scan` trains the indexer under the filter that it will run with.
+            `hj.Scan` trains the indexer under the filter that it will run with. For "lighthouse" a `hj.Lighthouse`.
+        dense_ends: of "lighthouse", how many layers at each end attend to all tokens.
+        dense_after: of "lighthouse", after how many steps all layers do, all else going on as it was; None: never.
     """
 
     name: str
@@ -42,7 +45,9 @@ class Stage:
     end_rate: float
     rise: int = 20
     synthetic_share: float
-    method: hj.Method | None = None
+    method: hj.Method | hj.Lighthouse | None = None
+    dense_ends: int = 0
+    dense_after: int | None = None
 
     def __post_init__(self) -> None:
         for name, values in (("attention", get_args(Attention)), ("trained", get_args(Trained))):
@@ -55,6 +60,23 @@ class Stage:
             raise ValueError(f"Stage: rows is {self.rows}, wanted a multiple of accumulate = {self.accumulate}")
         if not 0 <= self.synthetic_share <= 1:
             raise ValueError(f"Stage: synthetic_share is {self.synthetic_share}, wanted 0 to 1")
+        if isinstance(self.method, hj.Lighthouse) != (self.attention == "lighthouse"):
+            raise ValueError(f"Stage: method is {self.method}, wanted a Lighthouse for 'lighthouse' and for it alone")
+        if isinstance(self.method, hj.Lighthouse):
+            if self.trained != "model":
+                raise ValueError(f"Stage: trained is {self.trained!r}, wanted 'model': no indexer takes part")
+            self.method.n_entries(self.context)  # raises where it does not divide the context
+        elif self.dense_ends or self.dense_after is not None:
+            raise ValueError(f"Stage: dense_ends and dense_after with {self.attention!r}, wanted 'lighthouse'")
+        if self.dense_ends < 0 or (self.dense_after is not None and not 0 < self.dense_after < self.steps):
+            raise ValueError(
+                f"Stage: dense_ends is {self.dense_ends} and dense_after {self.dense_after}, wanted 0 or more, and a "
+                f"step between the first and the last of {self.steps}"
+            )
+
+    def attention_at(self, k: int) -> Attention:
+        """That of its step number k."""
+        return "dense" if self.dense_after is not None and k >= self.dense_after else self.attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +117,10 @@ class Recipe:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if isinstance(value, Stage) and value.attention != "lighthouse":
+            return {name: x for name, x in fields.items() if name not in ("dense_ends", "dense_after")}
+        if isinstance(value, hj.Lighthouse):
+            return {"method": "Lighthouse"} | fields
         if not isinstance(value, hj.Method):
             return fields
         # Functions that a method may have but does not are left out: earlier recipes know nothing of them.
@@ -195,4 +221,23 @@ def hisa_aware_recipe(seed: int = 0) -> Recipe:
     return Recipe(config=byte_config(), stages=(stage,), seed=seed)
 
 
-RECIPES = {"bytes": byte_recipe, "bytes-hisa": hisa_aware_recipe}
+LIGHTHOUSE = hj.Lighthouse(levels=3, pool=4, topk=256, tile=128)
+"""At the model's size: 3087 entries for 16K tokens, in two tiles; topk is one in 64, as in the paper's runs."""
+
+
+def lighthouse_recipe(seed: int = 0) -> Recipe:
+    """`byte_recipe` whose 16K stage is Lighthouse for 62.5 % of its steps, then dense, with one optimiser.
+
+    Source: the split and the dense layers at both ends are those of Lighthouse Attention, arXiv 2605.06554.
+    """
+    recipe = byte_recipe(seed)
+    stages = list(recipe.stages)
+    at = next(i for i, stage in enumerate(stages) if stage.name == "dense 16K")
+    stages[at] = dataclasses.replace(
+        stages[at], name="lighthouse 16K", attention="lighthouse", method=LIGHTHOUSE, dense_ends=1,
+        dense_after=stages[at].steps * 5 // 8,
+    )  # fmt: skip
+    return dataclasses.replace(recipe, stages=tuple(stages))
+
+
+RECIPES = {"bytes": byte_recipe, "bytes-hisa": hisa_aware_recipe, "lighthouse": lighthouse_recipe}

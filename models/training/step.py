@@ -11,9 +11,11 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import hisa_jax as hj
 from hisa_jax.models.training import forward
+from hisa_jax.models.training.lighthouse import lighthouse
 from hisa_jax.models.training.optimizer import make_optimizer, trained
-from hisa_jax.models.training.recipe import Recipe, Stage
+from hisa_jax.models.training.recipe import Attention, Recipe, Stage
 from hisa_jax.models.training.weights import Skeleton, Weights
 
 AXIS = "data"
@@ -46,11 +48,12 @@ class _Sums(NamedTuple):
 Step = Callable[[Weights, optax.OptState, Array, Array], tuple[Weights, optax.OptState, Metrics]]
 
 
-def make_step(recipe: Recipe, stage: Stage, skeleton: Skeleton, mesh: Mesh) -> Step:
+def make_step(recipe: Recipe, stage: Stage, attention: Attention, skeleton: Skeleton, mesh: Mesh) -> Step:
     """A compiled step of a stage.
 
     Args:
         recipe, stage: what is trained.
+        attention: that of the step, see `Stage.attention_at`.
         skeleton: the model.
         mesh: of one axis, `AXIS`, over which a step's sequences are split; weights are on each device.
 
@@ -61,7 +64,7 @@ def make_step(recipe: Recipe, stage: Stage, skeleton: Skeleton, mesh: Mesh) -> S
 
     def gradient(weights: Weights, tokens: Array, is_answer: Array) -> tuple[Weights, _Sums]:
         learnt, fixed = trained(stage, weights)
-        one = jax.grad(functools.partial(_loss, recipe, stage, skeleton, fixed), has_aux=True)
+        one = jax.grad(functools.partial(_loss, recipe, stage, attention, skeleton, fixed), has_aux=True)
 
         def add(sums: Any, batch: tuple[Array, Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, sums, one(learnt, *batch)), None
@@ -99,13 +102,23 @@ def placement(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, AXIS))
 
 
+def _attend(recipe: Recipe, stage: Stage, attention: Attention) -> forward.Attend | list[forward.Attend]:
+    if attention == "sparse":
+        assert not isinstance(stage.method, hj.Lighthouse)  # Stage has checked
+        return functools.partial(forward.sparse, method=stage.method or recipe.config.method)
+    if attention == "dense":
+        return forward.dense if stage.trained == "model" else forward.warm_up
+    assert isinstance(stage.method, hj.Lighthouse)
+    over_entries: forward.Attend = functools.partial(lighthouse, method=stage.method)
+    n, ends = recipe.config.num_hidden_layers, stage.dense_ends
+    return [over_entries if ends <= layer < n - ends else forward.dense for layer in range(n)]
+
+
 def _loss(
-    recipe: Recipe, stage: Stage, skeleton: Skeleton, fixed: Weights, learnt: Weights, tokens: Array, is_answer: Array
-) -> tuple[Array, _Sums]:
-    if stage.attention == "sparse":
-        attend: forward.Attend = functools.partial(forward.sparse, method=stage.method or recipe.config.method)
-    else:
-        attend = forward.dense if stage.trained == "model" else forward.warm_up
+    recipe: Recipe, stage: Stage, attention: Attention, skeleton: Skeleton, fixed: Weights, learnt: Weights,
+    tokens: Array, is_answer: Array,
+) -> tuple[Array, _Sums]:  # fmt: skip
+    attend = _attend(recipe, stage, attention)
     wanted = tokens[:, 1:].astype(jnp.int32)
     logits, kl = forward.forward(skeleton.stacked(fixed | learnt), tokens[:, :-1].astype(jnp.int32), attend)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)

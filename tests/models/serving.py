@@ -108,6 +108,17 @@ def engine(made=None, draft=lookup, **options):
     return Engine(model() if made is None else made, **sizes | options, draft=draft)
 
 
+def one_by_one(prompts, samplings, tokenizer=None):
+    """Tokens of each prompt on an engine that has no other request, by the programs that engines have here."""
+    made = engine(tokenizer=tokenizer)
+    ids = []
+    for prompt, sampling in zip(prompts, samplings, strict=True):
+        id = made.submit(prompt, sampling=sampling)
+        ids.append(finish(made)[0][id])
+        made.release()
+    return ids
+
+
 def finish(engine, tokens=None):
     """Steps to the end, the bookkeeping checked after each; tokens and reasons by request."""
     tokens, failed = {} if tokens is None else tokens, {}

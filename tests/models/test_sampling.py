@@ -1,6 +1,6 @@
 """How tokens are taken: by what distribution, by which seed, and that nothing else has a say.
 
-The programs of the engines are those of test_engine.py; some 6 s of CPU beside them.
+The programs of the engines are those of test_engine.py; some 7 s of CPU beside them.
 """
 
 import collections
@@ -77,8 +77,8 @@ def test_what_may_be_drawn_is_exact_with_ties_and_without_a_sum_of_one():
     assert set(draw(Sampling(temperature=1, top_k=2), 200, tied)) == {1, 2}
     assert set(draw(Sampling(temperature=1, top_p=0.5), 400, tied)) == {1, 2, 3}
     assert set(draw(Sampling(temperature=1, min_p=1.0), 200, tied)) == {1, 2, 3, 5}
-    # Float32 sums of many equal probabilities reach 1 before the last token.
-    flat = jnp.zeros((1, 1, 50_000))
+    # The float32 sum of probabilities reaches 1 before the last token.
+    flat = jnp.asarray([[[0.0, -30.0, -40.0]]])
     zeros = np.zeros(1, np.int32)
     is_kept = draws._is_kept(flat, zeros, np.ones(1, np.float32), np.zeros(1, np.float32))
     assert bool(is_kept.all())
@@ -168,6 +168,20 @@ def test_a_requests_tokens_do_not_depend_on_the_other_prompts(traffic):
         assert models.generate(serving.model(), [prompt], sampling=sampling, chunk=serving.CHUNK).tokens == [tokens]
 
 
+def test_log_probabilities_are_those_of_the_logits():
+    logits = np.random.default_rng(0).normal(0, 3, (2, 3, 30)).astype(np.float32)
+    tokens = np.array([[3, 1, 4], [1, 5, 9]], np.int32)
+    found = draws.logprobs_of(jnp.asarray(logits), jnp.asarray(tokens))
+    want = np.float64(logits) - np.log(np.sum(np.exp(np.float64(logits)), axis=-1, keepdims=True))
+    for row, column in np.ndindex(2, 3):
+        one = draws.read_logprobs(found, row, column, int(tokens[row, column]), 5)
+        order = np.argsort(-want[row, column])[:5]
+        assert [token for token, _ in one.top] == order.tolist()
+        values = [one.logprob, *(x for _, x in one.top)]
+        np.testing.assert_allclose(values, want[row, column][[one.token, *order]], atol=1e-5)
+
+
+@pytest.mark.exhaustive
 def test_log_probabilities_are_those_of_the_models_logits():
     model, prompt = golden.model("glm5"), golden.ids("glm5")[0, :9].tolist()
     sampling = Sampling(max_tokens=3, temperature=2.0, top_k=50, seed=1, logprobs=20, ignore_eos=True)

@@ -5,6 +5,8 @@ The programs of the engines are those of test_engine.py; some 3 s of CPU beside 
 
 import asyncio
 import collections
+import dataclasses
+import importlib
 
 import pytest
 
@@ -18,27 +20,33 @@ from hisa_jax.models.tokens import Bytes
 from . import serving
 
 TOKENIZER = Bytes(serving.VOCABULARY)
+generate_module = importlib.import_module("hisa_jax.models.generate")  # whose name is the function's, too
 ERROR = RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
 
 @pytest.fixture(scope="module")
 def traffic():
-    """(prompt, sampling, tokens, text) by `generate`: each ends at its 5th token, at two texts, or at all 8."""
+    """(prompt, sampling, tokens, text) of each alone: it ends at its 5th token, at two texts, or at all 8."""
     prompts = serving.requests(12, seed=1)
     free = [Sampling(max_tokens=8, temperature=t, seed=i, ignore_eos=True) for i, t in enumerate([0, 1.0] * 6)]
-    tokens = models.generate(serving.model(), prompts, sampling=free, chunk=serving.CHUNK).tokens
-    texts = [TOKENIZER.decode(row) for row in tokens]
-    stops = [((), (texts[i][3:5], "no such"), (texts[i][4:7],))[i % 3] for i in range(12)]
-    samplings = [
-        Sampling(max_tokens=8, temperature=one.temperature, seed=one.seed, ignore_eos=True, stop=stop)
-        for one, stop in zip(free, stops, strict=True)
-    ]
-    given = [TOKENIZER.decode(prompt) for prompt in prompts]  # prompts may be text
-    made = models.generate(serving.model(), given, sampling=samplings, chunk=serving.CHUNK, tokenizer=TOKENIZER)
-    for row, whole, text, stop, ours in zip(made.tokens, tokens, texts, stops, made.texts, strict=True):
+    found = []
+    for i, (prompt, one, tokens) in enumerate(zip(prompts, free, serving.one_by_one(prompts, free), strict=True)):
+        text = TOKENIZER.decode(tokens)
+        stop = ((), (text[3:5], "no such"), (text[4:7],))[i % 3]
         at = min((text.find(one) for one in stop if one in text), default=len(text))
-        assert ours == text[:at] and row == whole[: at + len(stop[0]) if stop else 8]
-    return list(zip(prompts, samplings, made.tokens, made.texts, strict=True))
+        made = tokens[: at + len(stop[0]) if stop else 8]
+        found.append((prompt, dataclasses.replace(one, stop=stop), made, text[:at]))
+    return found
+
+
+@pytest.mark.exhaustive
+def test_generate_ends_at_stop_texts_as_an_engine_does_wherever_it_looks_for_them(traffic, monkeypatch):
+    monkeypatch.setattr(generate_module, "_PIECE", 3)
+    given = [TOKENIZER.decode(prompt) for prompt, *_ in traffic]  # prompts may be text
+    samplings = [sampling for _, sampling, *_ in traffic]
+    made = models.generate(serving.model(), given, sampling=samplings, chunk=serving.CHUNK, tokenizer=TOKENIZER)
+    assert made.tokens == [tokens for _, _, tokens, _ in traffic]
+    assert made.texts == [text for *_, text in traffic]
 
 
 def engine(**options):

@@ -8,14 +8,12 @@ httpx.
 import argparse
 import asyncio
 import dataclasses
-import http.client
 import json
 import pathlib
 import random
+import subprocess
 import sys
-import threading
 import time
-import urllib.parse
 from collections.abc import Iterator
 
 import httpx
@@ -25,7 +23,7 @@ from hisa_jax import models
 from hisa_jax.models import Sampling
 from hisa_jax.models.progress import Progress
 
-from .process import served
+from .process import ROOT, served
 
 MODEL, HEALTH_MS = "bytes", 100
 LENGTH, CHUNK = 640, 64
@@ -109,18 +107,6 @@ async def client(url: str, known: list, until: float, share: float, seed: int, c
                     counts.wrong.append((body, text, wanted, reason))
 
 
-def watch_health(url: str, is_over: threading.Event, times: list[float]) -> None:
-    """Asks on one connection, 10 times a second, in a thread of its own."""
-    host = urllib.parse.urlsplit(url).netloc
-    connection = http.client.HTTPConnection(host, timeout=60)
-    while not is_over.wait(0.1):
-        start = time.perf_counter()
-        connection.request("GET", "/health")
-        response = connection.getresponse()
-        assert response.status == 200 and json.loads(response.read()) == {"status": "ok"}
-        times.append(1000 * (time.perf_counter() - start))
-
-
 def metric(text: str, name: str) -> float:
     return float(next(line for line in text.splitlines() if line.startswith(f"{name} ")).split()[1])
 
@@ -136,9 +122,10 @@ def main() -> int:
     known, counts = answers(options.answers, options.longest), Counts()
     sizes = ("--rows", 16, "--max-length", LENGTH, "--chunk", CHUNK, "--dtype", "float32", "--draft", 2, "--pages", 120)
     with served("--checkpoint", MODEL, *sizes, "--max-waiting", 64) as server:
-        times, is_over = [], threading.Event()
-        health = threading.Thread(target=watch_health, args=(server.url, is_over, times))
-        health.start()
+        health = subprocess.Popen(
+            [sys.executable, "-m", "tests.models.serve.health", server.url], cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
         until = time.monotonic() + options.seconds
 
         async def run() -> None:
@@ -148,24 +135,27 @@ def main() -> int:
             working = asyncio.gather(*everyone)
             while not working.done():
                 await asyncio.wait({working}, timeout=20)
-                print(f"{counts.whole} whole, {counts.left} left, {len(counts.wrong)} wrong, {counts.refused} refused, "
-                      f"{counts.tokens} events, health {max(times):.0f} ms at most", flush=True)  # fmt: skip
+                print(
+                    f"{counts.whole} whole, {counts.left} left, {len(counts.wrong)} wrong, {counts.tokens} events",
+                    flush=True,
+                )
             await working
 
         asyncio.run(run())
-        is_over.set()
-        health.join()
+        times = json.loads(health.communicate()[0])
         text = httpx.get(f"{server.url}/metrics").text
         left = metric(text, "hisa_jax_requests_running") + metric(text, "hisa_jax_requests_waiting")
         status, are_pages_free = server.stop()
         first, quick = np.percentile(counts.first_ms, (50, 99)), np.percentile(times, (50, 99, 99.9))
-        slow = sum(t > HEALTH_MS for t in times)
+        slow = {
+            i: round(t) for i, t in enumerate(times) if t > HEALTH_MS
+        }  # which of them, to tell a start from a stall
         print(f"{counts.whole} whole answers, {len(counts.wrong)} wrong; {counts.left} left by their clients")
         print(f"first event after {first[0]:.0f} ms (median), {first[1]:.0f} ms (99 %)")
         print(
             f"/health: {len(times)} times, {quick[0]:.1f} ms (median), {quick[1]:.1f} (99 %), {quick[2]:.1f} (99.9 %)"
         )
-        print(f"/health: {max(times):.1f} ms at most, {slow} times over {HEALTH_MS} ms")
+        print(f"/health: {max(times):.1f} ms at most, {len(slow)} times over {HEALTH_MS} ms: {slow}")
         print(f"requests left {left:.0f}, all pages free: {are_pages_free}, exit status {status}")
         for name in ("shared_tokens", "proposals_accepted", "proposals", "step_faults"):
             print(f"{name} {metric(text, f'hisa_jax_{name}_total'):.0f}")

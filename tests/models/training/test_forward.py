@@ -12,6 +12,7 @@ import hisa_jax as hj
 from hisa_jax.models.training import forward
 from hisa_jax.models.training.attention import causal_attention
 from hisa_jax.models.training.batches import held_out_samples
+from hisa_jax.models.training.lighthouse import lighthouse
 from hisa_jax.models.training.retrieval import answered
 from hisa_jax.models.training.weights import Skeleton, weights_of
 from tests.models.training import tiny
@@ -46,6 +47,41 @@ def test_dense_is_the_model_that_selects_every_token(model):
     stacked = Skeleton(tiny.CONFIG, "float32").stacked(weights_of(model))
     logits, _ = forward.forward(stacked, tokens, forward.dense)
     chex.assert_trees_all_close(logits, model.with_method(hj.Dsa(topk=40))(tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rope", ["last", pytest.param("before", marks=pytest.mark.exhaustive)])
+def test_a_pyramid_of_one_level_is_dense(model, rope):
+    """Every entry a token: rotated, scaled and put back as in the model. 2 seconds."""
+    tokens = jax.random.randint(jax.random.key(1), (2, 64), 0, 256)
+    stacked = Skeleton(tiny.CONFIG, "float32").stacked(weights_of(model))
+    method = hj.Lighthouse(levels=1, pool=2, topk=8, tile=8, rope=rope)
+    wanted, _ = forward.forward(stacked, tokens, forward.dense)
+    got, extra = forward.forward(stacked, tokens, functools.partial(lighthouse, method=method))
+    assert extra is None
+    chex.assert_trees_all_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.exhaustive
+def test_layers_may_attend_differently(model):
+    """Dense, then over entries, then over selected tokens: each where it is said. 2 seconds."""
+    tokens = jax.random.randint(jax.random.key(1), (1, 64), 0, 256)
+    stacked = Skeleton(tiny.CONFIG, "float32").stacked(weights_of(model))
+    over_entries = functools.partial(lighthouse, method=tiny.LIGHTHOUSE)
+    sparse = functools.partial(forward.sparse, method=hj.Dsa(topk=64))
+    logits = {}
+    for name, attend in dict(
+        dense=forward.dense, dense_twice=[forward.dense] * 2, sparse_last=[forward.dense, sparse],
+        entries_last=[forward.dense, over_entries], entries=over_entries,
+    ).items():  # fmt: skip
+        logits[name], extra = forward.forward(stacked, tokens, attend)
+        assert (extra is None) == (name != "sparse_last")
+    assert forward.forward(stacked, tokens, [forward.dense, sparse])[1].shape == (1, 1, 64)
+    np.testing.assert_array_equal(logits["dense_twice"], logits["dense"])
+    chex.assert_trees_all_close(logits["sparse_last"], logits["dense"], atol=1e-4, rtol=1e-4)
+    assert not np.allclose(logits["entries_last"], logits["dense"], atol=1e-4)
+    assert not np.allclose(logits["entries_last"], logits["entries"], atol=1e-4)
+    with pytest.raises(ValueError, match="attend is of 3 layers, wanted the model's 2"):
+        forward.forward(stacked, tokens, [forward.dense] * 3)
 
 
 def test_the_indexer_learns_from_its_own_loss_alone_and_the_model_from_the_text_alone(model):

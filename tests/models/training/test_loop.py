@@ -1,6 +1,7 @@
 """A run: resumed anywhere it ends where an uninterrupted one ends, and what it leaves can be loaded."""
 
 import csv
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 from hisa_jax import models
 from hisa_jax.models.training.curves import draw
 from hisa_jax.models.training.loop import CURVES, INDEXERS, MODEL, Settings, train
+from hisa_jax.models.training.recipe import RECIPES
 from hisa_jax.models.training.weights import weights_of
 from tests.models.training import tiny
 
@@ -42,6 +44,54 @@ def test_a_run_in_pieces_is_the_run_in_one(whole_run, tmp_path, pauses):
     assert curves(tmp_path) == curves(whole_run)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / MODEL / name).read_bytes() == (whole_run / MODEL / name).read_bytes()
+
+
+@pytest.mark.exhaustive
+def test_a_run_that_turns_dense_in_a_stage_is_resumed_on_either_side(tmp_path):
+    """With one optimiser throughout: the steps after the turn are those of a dense stage that goes on. 20 seconds."""
+    stage = tiny.stage("lighthouse", "model", method=tiny.LIGHTHOUSE, dense_ends=1, dense_after=3, steps=6)
+    config = dataclasses.replace(
+        tiny.CONFIG, num_hidden_layers=3, layer_kinds=("dense",) * 3, indexer_kinds=("full",) * 3
+    )
+    recipe = dataclasses.replace(tiny.recipe(stage), config=config)
+    train(recipe, tiny.corpus(), Settings(folder=tmp_path / "whole"))
+    for pause in (2, 3, 5, None):
+        train(recipe, tiny.corpus(), Settings(folder=tmp_path / "pieces", stop_at=pause))
+    assert curves(tmp_path / "pieces") == curves(tmp_path / "whole")
+    names = [tmp_path / name / MODEL / "model.safetensors" for name in ("pieces", "whole")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    dense = dataclasses.replace(tiny.recipe(tiny.stage("dense", "model", steps=6)), config=config)
+    train(dense, tiny.corpus(), Settings(folder=tmp_path / "dense"))
+    rows = curves(tmp_path / "whole"), curves(tmp_path / "dense")
+    assert [row["rate"] for row in rows[0]] == [row["rate"] for row in rows[1]]
+    assert rows[0][0]["loss"] != rows[1][0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(attention="lighthouse"), "method is None, wanted a Lighthouse"),
+        (dict(method=tiny.LIGHTHOUSE), "wanted a Lighthouse for 'lighthouse' and for it alone"),
+        (dict(attention="lighthouse", method=tiny.LIGHTHOUSE, trained="all"), "wanted 'model'"),
+        (dict(attention="lighthouse", method=tiny.LIGHTHOUSE, context=120), "n_tokens = 120, which has 15 entries"),
+        (dict(attention="lighthouse", method=tiny.LIGHTHOUSE, dense_after=3), "a step between the first and the last"),
+        (dict(dense_ends=1), "with 'dense', wanted 'lighthouse'"),
+    ],
+)
+def test_a_stage_that_makes_no_sense_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.stage(**(dict(attention="dense", trained="model") | changes))
+
+
+def test_the_recipes_are_of_the_stages_that_they_say():
+    recipe = RECIPES["lighthouse"]()
+    stage = recipe.stages[1]
+    assert stage.method.n_entries(stage.context) == 3087
+    assert [stage.attention_at(k) for k in (0, stage.steps * 5 // 8 - 1, stage.steps * 5 // 8)] == [
+        "lighthouse", "lighthouse", "dense",
+    ]  # fmt: skip
+    assert [other.name for other in recipe.stages[2:]] == [other.name for other in RECIPES["bytes"]().stages[2:]]
+    assert '"method": "Lighthouse"' in recipe.to_json() and "dense_after" not in RECIPES["bytes"]().to_json()
 
 
 def test_each_stage_trains_what_it_says(whole_run):

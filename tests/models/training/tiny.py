@@ -15,6 +15,7 @@ CONFIG = dataclasses.replace(
     qk_rope_head_dim=8, v_head_dim=16, index_n_heads=2, index_head_dim=16, index_topk=16,
 )  # fmt: skip
 HISA = hj.Hisa(topk=16, block_size=8, block_topk=4)
+LIGHTHOUSE = hj.Lighthouse(levels=3, pool=2, topk=16, tile=8)
 
 
 def corpus() -> Corpus:

@@ -1,0 +1,1 @@
+"""Lighthouse attention: training over pooled queries, keys and values. `attention.py` has the public functions."""

@@ -1,0 +1,25 @@
+"""The bench of Lighthouse attention, on a small layer."""
+
+import json
+
+import pytest
+
+from bench import lighthouse
+from bench.__main__ import main
+
+
+@pytest.mark.exhaustive  # 20 seconds
+def test_a_layer_is_checked_and_timed_stage_by_stage(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    sizes = ["--contexts", "2048", "--heads", "2", "--dim", "32", "--samples", "1"]
+    assert main(["lighthouse", *sizes, "--json", str(file)]) == 0
+    assert "selection that of the oracle" in capsys.readouterr().out
+    (row,) = json.loads(file.read_text())
+    assert row["entries"] == 399 and row["checked"] and row["implementation"] == "xla"
+    assert all(ms > 0 for ms in row["ms"].values()) and "dense_forward_backward" in row["ms"]
+
+
+def test_the_paper_s_sizes_are_those_that_are_measured():
+    layers = [lighthouse.Layer(tokens=n, heads=8, dim=128, dtype="bfloat16") for n in lighthouse.CONTEXTS]
+    assert [layer.method.topk for layer in layers] == [512, 1024, 2048, 4096, 8192]
+    assert [layer.method.n_entries(layer.tokens) for layer in layers] == [6159, 12303, 24591, 49167, 98319]
