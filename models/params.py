@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from hisa_jax import checks
 from hisa_jax.models.config import Config, read_config
 from hisa_jax.models.locate import locate
 from hisa_jax.models.modeling import Model
@@ -198,13 +199,16 @@ def from_pretrained(
             layer, or a rule (layer, phase) -> method; None is the checkpoint's own, `config.method`.
         dtype: of weights and activations, float32 or bfloat16. Norms, router and index head weights stay float32.
         mesh: with the axes "data", "model" or both, see `models.make_mesh`.
-        config: instead of the folder's, to change a setting: `dataclasses.replace(read_config(folder), ...)`.
+        config: instead of the folder's, to change a setting: `read_config(folder, overrides)`.
         progress: is told what is read, how many parameters of how many, as `models.progress.Progress`.
 
     Returns: the model.
-    Raises: FileNotFoundError: a file missing. ValueError: a config or method that does not fit; as `CheckpointError`: a
-        tensor missing, left over, of another shape, cut short or corrupt, by name and file.
+    Raises: TypeError: a config that is none. FileNotFoundError: a file missing. ValueError: one that does not fit, or
+        a method that does not; as `CheckpointError`: a tensor missing, left over, of another shape, cut short or
+        corrupt, by name and file.
     """
+    wanted = "a Config, as models.read_config(folder, overrides) gives"
+    checks.instance("from_pretrained", "config", config, Config | None, wanted)
     folder = locate(folder)
     config = read_config(folder) if config is None else config
     reader = Reader(folder, config.weight_block_size, lambda name: is_skipped(name, config))

@@ -80,7 +80,7 @@ def check_contract(
         ...     return hj.select(q, k, w, method, **keywords)
         >>> testing.check_contract(select, method, promises=["ties"])
     """
-    checks.finite("check_contract", "seconds", seconds)
+    checks.instance("check_contract", "seconds", seconds, int | float, "a number")
     trial, names, left_out = _prepared("check_contract", function, method, form, promises, leave_out, seed)
     for name in names:
         if name in left_out:

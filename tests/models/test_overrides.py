@@ -109,6 +109,8 @@ def test_what_is_no_override_is_refused(tmp_path, published):
         models.read_config(published(), [])
     with pytest.raises(FileNotFoundError):
         models.read_config(published(), tmp_path / "none.json")
+    with pytest.raises(TypeError, match="from_pretrained: config is dict, wanted a Config, as models.read_config"):
+        models.from_pretrained(published(), config={"use_hisa": True})
 
 
 def test_stop_tokens_of_overrides_count_before_those_of_the_generation_config(published):
