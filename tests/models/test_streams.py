@@ -7,6 +7,7 @@ import asyncio
 import collections
 import dataclasses
 import importlib
+from unittest import mock
 
 import pytest
 
@@ -15,6 +16,7 @@ from hisa_jax import models
 from hisa_jax.models import Sampling
 from hisa_jax.models import engine as engine_module
 from hisa_jax.models.async_engine import AsyncEngine, BusyError, ClosedError
+from hisa_jax.models.scheduler import Scheduler
 from hisa_jax.models.tokens import Bytes
 
 from . import serving
@@ -91,6 +93,15 @@ def test_a_stream_whose_step_fails_may_be_begun_anew(traffic):
     e = engine()
     id = e.submit(traffic[1][0], sampling=traffic[1][1])
     with failing("_verify", ERROR, is_late=True, nth=2), pytest.raises(RuntimeError, match="EXHAUSTED"):
+        list(e.stream(id))
+    assert joined(list(e.stream(id))) == wanted(traffic[1])
+
+
+def test_what_an_undone_step_read_of_a_stop_text_is_read_again(traffic):
+    """The step that finds it fails after that."""
+    e = engine()
+    id = e.submit(traffic[1][0], sampling=traffic[1][1])
+    with mock.patch.object(Scheduler, "finish", side_effect=ERROR), pytest.raises(RuntimeError, match="EXHAUSTED"):
         list(e.stream(id))
     assert joined(list(e.stream(id))) == wanted(traffic[1])
 

@@ -98,6 +98,16 @@ def test_a_stop_text_ends_it_where_it_is_complete_whatever_the_tokens_are(kind, 
         assert want.startswith(sent)
 
 
+def test_of_two_stop_texts_in_one_token_the_one_that_is_complete_first_counts():
+    class Words:
+        def decode(self, tokens):
+            return "".join("xabcd" for _ in tokens)
+
+    for stop, want in ((("abcd", "bc"), "xa"), (("bc", "abcd"), "xa"), (("abc", "bc"), "x")):
+        text = Text(tokenizer=Words(), stop=stop).read(0)
+        assert text.is_stopped and text.new == want and text.end() == ""
+
+
 def test_special_tokens_have_no_text_and_stop_nothing():
     end = tokenizer("byte-level").tokenizer.token_to_id("<end>")
     tokens = tokenizer("byte-level").encode("ab")
