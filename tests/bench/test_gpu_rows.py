@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import shapes
-from bench.gpu import scan_rows
+from bench.gpu import scan_checks, scan_rows
 from bench.gpu.rows import rows
 from hisa_jax.kernels_pallas.triton import stages
 
@@ -30,7 +30,8 @@ def interpreted(monkeypatch):
     parts = {name: functools.partial(_interpreted, part) for name, part in parts.items()}
     parts["list_tokens"] = lambda *x: stages.list_tokens(*x, interpret=True)
     parts["refine_tokens"] = functools.partial(_interpreted, stages.refine_tokens)
-    monkeypatch.setattr(scan_rows, "stages", types.SimpleNamespace(**parts))
+    for module in (scan_rows, scan_checks):
+        monkeypatch.setattr(module, "stages", types.SimpleNamespace(**parts))
 
 
 def _interpreted(part, *arguments):
@@ -56,7 +57,7 @@ def test_stages_of_the_scan_pass_their_checks_and_damaged_ones_do_not(interprete
 
 
 @pytest.mark.unoptimised
-def test_a_whole_scan_passes_its_check_and_a_damaged_one_does_not():
+def test_a_whole_scan_passes_its_check_and_a_damaged_one_does_not(interpreted):
     f, operands, check = scan_rows.whole(TINY, 1024, implementation="xla", T=7).make()
     out = jax.tree.map(np.asarray, jax.jit(f)(*operands))
     check(out)
