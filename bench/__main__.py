@@ -32,6 +32,10 @@ COMMANDS = {
         "one layer of Lighthouse attention stage by stage, beside dense attention, each checked before it is timed",
     ),
     "memory": ("bench.memory", "peak memory of each method at a long context"),
+    "pretraining": (
+        "bench.pretraining",
+        "what a checkpoint of the byte model keeps under block means, at ratios of 1 in 2 to 1 in 16",
+    ),
     "quality": (
         "bench.quality.command",
         "what HISA and the scan keep and lose in a trained model, against its flat indexer",
