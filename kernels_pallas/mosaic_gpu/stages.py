@@ -19,11 +19,10 @@ from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
-from hisa_jax.kernels_pallas.pages import PageMeans, PageSums
-from hisa_jax.kernels_pallas.sequences import Rows, Sequences
-from hisa_jax.kernels_pallas.triton import page_means
+from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
+from hisa_jax.kernels_pallas.sequences import Rows
+from hisa_jax.kernels_pallas.triton import kept_means, page_means
 from hisa_jax.kernels_pallas.triton import pool as pool_stage
-from hisa_jax.kernels_pallas.triton import scores as narrow_scores_stage
 from hisa_jax.kernels_pallas.triton import stages as triton_stages
 from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
 from hisa_jax.kernels_pallas.triton.stages import kth, scan_heads
@@ -37,7 +36,6 @@ __all__ = [
 ]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
-_FEW = 2  # queries a request
 _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
 _DEFAULT_SMS = 132  # of every Hopper GPU sold as H100 SXM, H200 or GH200, where no GPU can be asked
 
@@ -80,9 +78,10 @@ def block_filter(
     if isinstance(means, PageSums):
         first_block = sequences.key_start_of_queries(T)
         sort_keys = page_means.page_scores(q, w, means, first_block, columns, interpret=bool(interpret))
-    elif isinstance(means, PageMeans) and _FEW * len(sequences.lengths) >= T:
-        operands = Operands(q, w, means.means, means.scales, means.rows)
-        sort_keys = _few_on_pages(operands, columns, sequences, interpret=bool(interpret))
+    elif isinstance(means, PageMeans) and is_shared_by_few(len(sequences.lengths), T):
+        first_block, kept = sequences.key_start_of_queries(T), kept_means.heuristic(T, sequences.max_keys, n_ctas)
+        options: Any = {"config": kept, "interpret": bool(interpret)}
+        sort_keys = kept_means.kept_scores(q, w, means, first_block, columns, **options)
     else:
         pages = means.rows if isinstance(means, PageMeans) else None
         parts, scale = (means.means, means.scales) if isinstance(means, PageMeans) else means
@@ -101,19 +100,6 @@ def block_filter(
         alone = narrow_topk_stage.Config(num_warps=4) if n_ctas > T else None
         return narrow_topk_stage.topk(sort_keys, eligible, m, config=alone, interpret=bool(interpret))[0]
     return topk_stage.topk(sort_keys, eligible, m, n_ctas=n_ctas, interpret=interpret)[0]
-
-
-def _few_on_pages(operands: Operands, columns: Columns, sequences: Sequences, *, interpret: bool) -> Array:
-    """Sort keys of the scores of page means that so few queries share that fetching them is what takes time.
-
-    Threads fetch scattered rows faster than the copy engine, which wants one command a row: 0.028 ms for 128 requests
-    of 128K where `scores` takes 0.045, 0.018 for 32 by either.
-    """
-    T, H, _ = operands.q.shape
-    config = narrow_scores_stage.Config(tile_s=narrow_scores_stage.heuristic(H).tile_s, tile_t=1)
-    n = columns.n if columns.n <= _NARROW else -(-columns.n // COLUMNS) * COLUMNS
-    columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, 1, columns.limit, COLUMNS), n=n)
-    return narrow_scores_stage.scores(operands, columns, config=config, interpret=interpret)
 
 
 def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret = False) -> tuple[Array, Array]:
