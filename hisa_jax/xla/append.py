@@ -86,7 +86,7 @@ def recount(
     kept = mean(sums, counts)
     if cache.marks is not None and cache.block_size is not None:
         n_before = cache.block_size // size - 1
-        earlier = page_index[:, None] - n_before + jnp.arange(n_before, dtype=jnp.int32)
+        earlier = page_index[:, None] + jnp.arange(-n_before, 0, dtype=jnp.int32)[None, :]
         pages = _page_of(cache, block_tables, r[:, None], earlier)
         marks = put(cache.marks, block_means.mark_of(sums, counts))
         before = block_means.before(pages, cache.sums, cache.counts, marks)

@@ -54,10 +54,10 @@ def describe(
     if block_size is not None:
         n_before = block_size // size - 1
         # Whatever pages are named before one by several tables: the marks say which.
-        earlier = index[:, None] - n_before + jnp.arange(n_before, dtype=jnp.int32)
+        earlier = index[:, None] + jnp.arange(-n_before, 0, dtype=jnp.int32)[None, :]
         named = jnp.where(earlier >= 0, block_tables[:, jnp.maximum(earlier, 0)], -1)
         before = jnp.full((n_pages, n_before), -1, jnp.int32).at[page].max(named, mode="drop")
-        ends_block = places % (n_before + 1) == n_before
+        ends_block = (places >= 0) & (places % (n_before + 1) == n_before)
         own_means, marks = block_means.kept(
             sums, counts, ends_block, block_means.before(before, sums, counts, block_means.mark_of(sums, counts)), size
         )

@@ -68,15 +68,15 @@ def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> N
         candidate, _, is_bad = blocks_from(column + i * TILED_BLOCKS, TILED_BLOCKS)
         means = means_of_blocks(refs.sums, query.first_block[0] + candidate, plan.per_block, plan.n_pages)
         of_sums, scale = split(means, refs.means.shape[1], query.q.dtype)
-        store(candidate, score(of_sums, query.q[...], query.w[...], scale), is_bad)
+        store(candidate, _score(of_sums, query, scale), is_bad)
 
     @pl.when(column < limit)
-    def _score():
+    def _score_kept():
         candidate, page, is_bad = blocks_from(column, plan.tile_s)
         there = candidate < limit
         parts = [load_keys(refs.means, part, page, there) for part in range(refs.means.shape[1])]
         scale = None if refs.scales is None else plt.load(refs.scales.at[page])
-        store(candidate, score(parts, query.q[...], query.w[...], scale), ~is_bad)
+        store(candidate, _score(parts, query, scale), ~is_bad)
         if refs.sums is None:
             return
 
@@ -88,6 +88,16 @@ def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> N
     @pl.when((column >= limit) & (column < lax.div(limit + (plan.step - 1), jnp.int32(plan.step)) * plan.step))
     def _fill():
         o_ref[pl.ds(column, plan.tile_s)] = jnp.full((plan.tile_s,), INVISIBLE, jnp.int32)
+
+
+def _score(parts: list[Array], query: Queries, scale: Array | None) -> Array:
+    """[s, D] parts and a query -> [s] float32."""
+    if len(parts) == 1:
+        return score(parts, query.q[...], query.w[...], scale)
+    # Two e4m3 numbers are added in float16, whose 11 bits are more than the 8 or 9 that a mean has in them: one product
+    # for two, and by the tensor core's newer instructions, which Triton does not use for e4m3.
+    means = parts[0].astype(jnp.float16) + parts[1].astype(jnp.float16)
+    return score([means], query.q[...].astype(jnp.float16), query.w[...], scale)
 
 
 def _page(table_ref: Ref, i: Array, n_pages: int) -> Array:
