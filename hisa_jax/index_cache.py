@@ -161,6 +161,11 @@ def check_page_size(call: str, page_size: int) -> None:
         raise ValueError(f"{call}: page_size={page_size}, wanted a power of two up to {MAX_PAGE_SIZE}")
 
 
+def is_block_size(block_size: int) -> bool:
+    """Whether pages can keep means of blocks of so many tokens."""
+    return 0 < block_size <= MAX_BLOCK_SIZE and block_size & (block_size - 1) == 0
+
+
 def block_size_of(call: str, page_size: int, dtype: str, block_size: int | None) -> int | None:
     """The blocks of several pages whose means a cache keeps, None for none; raises ValueError for sizes that are none.
 
@@ -169,7 +174,7 @@ def block_size_of(call: str, page_size: int, dtype: str, block_size: int | None)
     if block_size is None:
         return None
     checks.integer(call, "block_size", block_size, page_size)
-    if block_size > MAX_BLOCK_SIZE or block_size & (block_size - 1):
+    if not is_block_size(block_size):
         raise ValueError(
             f"{call}: block_size={block_size}, wanted a power of two from the page's {page_size} to {MAX_BLOCK_SIZE}"
         )

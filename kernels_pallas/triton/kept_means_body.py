@@ -63,7 +63,7 @@ def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> N
         sort_key = jnp.where(candidate >= limit - plan.keep_last, FORCED, sort_key)
         plt.store(o_ref.at[candidate], jnp.where(candidate < limit, sort_key, INVISIBLE), mask=mask)
 
-    def score_from_sums(i: Array, _: None) -> None:
+    def score_from_sums(i: Array, carry: None) -> None:
         assert refs.sums is not None
         candidate, _, is_bad = blocks_from(column + i * TILED_BLOCKS, TILED_BLOCKS)
         means = means_of_blocks(refs.sums, query.first_block[0] + candidate, plan.per_block, plan.n_pages)
