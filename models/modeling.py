@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
-from hisa_jax.methods import Sketch
-from hisa_jax.models.cache import Cache, empty_cache, empty_pages, page_size_of, sketch_of
+from hisa_jax.models.cache import Cache, Kept, empty_cache, empty_pages, kept_for, page_size_of
 from hisa_jax.models.config import Config
 from hisa_jax.models.dsa import Attention, Form, IndexInputs, Table
 from hisa_jax.models.layers import Init, Mlp, rms_norm
@@ -139,11 +138,11 @@ class Model(nnx.Module):
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """A cache with room for at least `capacity` tokens in each of `batch` rows, for the methods of all phases."""
         dtype = self.embed[...].dtype
-        return empty_cache(self.config, batch, capacity, dtype, self.page_size, self.mesh, self._sketches)
+        return empty_cache(self.config, batch, capacity, dtype, self.page_size, self.mesh, self._kept)
 
     def empty_pages(self, n_pages: int) -> tuple[hj.IndexCache, ...]:
         """Pages of every layer, for the methods of all phases."""
-        return empty_pages(self.config, n_pages, self.page_size, self.embed[...].dtype, self._sketches)
+        return empty_pages(self.config, n_pages, self.page_size, self.embed[...].dtype, self._kept)
 
     @property
     def page_size(self) -> int:
@@ -151,9 +150,9 @@ class Model(nnx.Module):
         return page_size_of(itertools.chain(*self._methods()))
 
     @property
-    def _sketches(self) -> tuple[Sketch | None, ...]:
+    def _kept(self) -> tuple[Kept, ...]:
         """What each layer's pages keep for its methods."""
-        return tuple(map(sketch_of, self._methods()))
+        return tuple(map(kept_for, self._methods()))
 
     def _methods(self) -> list[list[hj.Method]]:
         """Of each layer, those of all phases."""
