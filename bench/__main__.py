@@ -27,6 +27,10 @@ COMMANDS = {
         "bench.tpu.command",
         "the TPU kernels by the compiler's schedule, without a TPU; with one, measured: --run",
     ),
+    "layer": (
+        "bench.layer.command",
+        "one attention layer of DeepSeek-V3.2 and GLM-5 at real widths, whole and part by part, by each method",
+    ),
     "lighthouse": (
         "bench.lighthouse",
         "one layer of Lighthouse attention stage by stage, beside dense attention, each checked before it is timed",
