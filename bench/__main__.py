@@ -36,6 +36,10 @@ COMMANDS = {
         "one layer of Lighthouse attention stage by stage, beside dense attention, each checked before it is timed",
     ),
     "memory": ("bench.memory", "peak memory of each method at a long context"),
+    "peers": (
+        "bench.peers.command",
+        "the kernels beside the best public ones (DeepGEMM, sglang, FlashMLA), in one process on the same inputs",
+    ),
     "quality": (
         "bench.quality.command",
         "what HISA and the scan keep and lose in a trained model, against its flat indexer",
