@@ -1,11 +1,11 @@
 """The table and the plot of ratios, from rows that `python -m bench peers` has measured."""
 
-from typing import Any
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from bench.peers.compare import label
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def line(x: dict[str, Any]) -> str:
@@ -26,8 +26,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def figure(rows: list[dict[str, Any]]) -> Figure:
+def figure(rows: list[dict[str, Any]]) -> "Figure":
     """A bar a row: our time over the best peer's. Left of the line we are faster."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a machine that measures need not have it
+    from matplotlib.figure import Figure
+
     result = Figure(figsize=(7, 1 + 0.28 * len(rows)), layout="constrained")
     FigureCanvasAgg(result)
     axes = result.subplots()
