@@ -27,6 +27,10 @@ COMMANDS = {
         "bench.tpu.command",
         "the TPU kernels by the compiler's schedule, without a TPU; with one, measured: --run",
     ),
+    "layer": (
+        "bench.layer.command",
+        "one attention layer of DeepSeek-V3.2 and GLM-5 at real widths, whole and part by part, by each method",
+    ),
     "lighthouse": (
         "bench.lighthouse",
         "one layer of Lighthouse attention stage by stage, beside dense attention, each checked before it is timed",
@@ -35,6 +39,10 @@ COMMANDS = {
     "pretraining": (
         "bench.pretraining",
         "what a checkpoint of the byte model keeps under block means, at ratios of 1 in 2 to 1 in 16",
+    ),
+    "peers": (
+        "bench.peers.command",
+        "the kernels beside the best public ones (DeepGEMM, sglang, FlashMLA), in one process on the same inputs",
     ),
     "quality": (
         "bench.quality.command",

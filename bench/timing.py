@@ -62,6 +62,21 @@ def interleaved(
     return {name: Timing(samples_ms=column) for name, column in zip(calls, columns, strict=True)}
 
 
+def in_turn(
+    f: Callable[..., Any], operands: tuple, next_of: Callable[[Any], Any] = lambda result: result
+) -> Callable[[], Any]:
+    """A call of the compiled f that uses up its first operand: a copy at first, then `next_of` the last result."""
+    compiled = jax.jit(f, donate_argnums=0)
+    state = [jax.tree.map(jnp.copy, operands[0])]
+
+    def call() -> Any:
+        result = compiled(state[0], *operands[1:])
+        state[0] = next_of(result)
+        return result
+
+    return call
+
+
 def device_times(
     f: Callable[..., Any], operands: tuple, samples: int, *, carries: bool = False, sample_s: float = 0.02,
     run_length: int = _INNER,
