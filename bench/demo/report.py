@@ -192,8 +192,9 @@ def figure(rows: list[dict[str, Any]], model_rows: list[dict[str, Any]]) -> Figu
     ticks = sorted({row["context"] for row in rows})
     speed.set_xticks(ticks, map(shapes.label, ticks))
     speed.minorticks_off()
-    speed.set_xlim(ticks[0] / 1.3, ticks[-1] * max(4, (ticks[-1] / ticks[0]) ** 0.5))  # room for the names
+    speed.set_xlim(ticks[0] / 1.3, ticks[-1] * max(4, (ticks[-1] / ticks[0]) ** 0.6))  # room for the names
     for axes in (answers, speed):
         axes.grid(alpha=0.3, axis="y")
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return result
