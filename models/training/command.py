@@ -1,4 +1,4 @@
-"""The command `python -m hisa_jax.models train`: arguments, a progress bar, and what it says at the end."""
+"""The command `train`: arguments, a progress bar, and what it says at the end."""
 
 import argparse
 from pathlib import Path
