@@ -45,8 +45,8 @@ class Indexer(nnx.Module):
     def __init__(self, config: Config, init: Init):
         E, H, D = config.hidden_size, config.index_n_heads, config.index_head_dim
         self.config = config
-        self.q = init.weight((config.q_lora_rank, H, D), (None, None, None))
-        self.k = init.weight((E, D), (None, None))
+        self.q = init.matrix((config.q_lora_rank, H, D), (None, None, None), (config.q_lora_rank, 1, D))
+        self.k = init.matrix((E, D), (None, None))
         self.k_norm = init.constant((D,), 1.0)
         self.k_norm_bias = init.constant((D,), 0.0)
         self.w = init.weight((E, H), (None, None), jnp.float32)
@@ -94,14 +94,15 @@ class Attention(nnx.Module):
         E, N, L, R = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         Q, P, V = config.q_lora_rank, config.qk_nope_head_dim, config.v_head_dim
         self.config = config
-        self.q_a = init.weight((E, Q), (None, None))
+        self.q_a = init.matrix((E, Q), (None, None))
         self.q_a_norm = init.constant((Q,), 1.0)
-        self.q_b = init.weight((Q, N, P + R), (None, "heads", None))
-        self.kv_a = init.weight((E, L + R), (None, None))
+        self.q_b = init.matrix((Q, N, P + R), (None, "heads", None), (Q, 1, P + R))
+        self.kv_a = init.matrix((E, L + R), (None, None))
         self.kv_a_norm = init.constant((L,), 1.0)
-        self.k_b = init.weight((L, N, P), (None, "heads", None))
-        self.v_b = init.weight((L, N, V), (None, "heads", None))
-        self.o = init.weight((N, V, E), ("heads", None, None))
+        # Keys and values of a head lie together in the checkpoint's matrix, and blocks go on from one to the other.
+        self.k_b = init.matrix((L, N, P), (None, "heads", None), (L, 1, (P, V)))
+        self.v_b = init.matrix((L, N, V), (None, "heads", None), (L, 1, (P, V)))
+        self.o = init.matrix((N, V, E), ("heads", None, None), (1, V, E))
         is_full = config.indexer_kinds[layer] == "full"
         self.indexer = Indexer(config, init) if is_full else None
 

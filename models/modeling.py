@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from typing import Self, get_args
 
 import jax
@@ -13,6 +14,7 @@ from jax.typing import DTypeLike
 
 import hisa_jax as hj
 from hisa_jax.methods import Sketch
+from hisa_jax.models.block_scaled import VALUE_DTYPE
 from hisa_jax.models.cache import Cache, empty_cache, empty_pages, page_size_of, sketch_of
 from hisa_jax.models.config import Config
 from hisa_jax.models.dsa import Attention, Form, IndexInputs, Table
@@ -109,22 +111,26 @@ class Model(nnx.Module):
         config: sizes and settings.
         method: how layers select, see `make_plan`; None is the checkpoint's own, `config.method`.
         dtype: of weights and activations. Norms, router, index head weights and logits are float32 always.
+        weight_dtype: "float8_e4m3fn": all matrices but embedding, router and head are block-scaled and stay so in
+            memory, see `models.block_scaled`; None: they are of `dtype`.
         mesh: with the axes "data", "model" or both, to split the model and its inputs over; None for one device.
         rngs: for random weights, stream "params".
     """
 
     def __init__(
-        self, config: Config, *, method: MethodLike = None, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None,
-        rngs: nnx.Rngs,
+        self, config: Config, *, method: MethodLike = None, dtype: DTypeLike = jnp.float32,
+        weight_dtype: DTypeLike | None = None, mesh: Mesh | None = None, rngs: nnx.Rngs,
     ):  # fmt: skip
         if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"Model: dtype is {jnp.dtype(dtype)}, wanted float32 or bfloat16")
+        if weight_dtype is not None and jnp.dtype(weight_dtype) != VALUE_DTYPE:
+            raise ValueError(f"Model: weight_dtype is {jnp.dtype(weight_dtype)}, wanted {VALUE_DTYPE} or None")
         self.config = config
         self.folder: str | None = None
         self.plan = make_plan(method, config)
         self.mesh = automatic(mesh)
         V, E = config.vocab_size, config.hidden_size
-        init = Init(rngs, dtype, self.mesh)
+        init = Init(rngs, dtype, self.mesh, None if weight_dtype is None else math.gcd(*config.weight_block_size))
         self.embed = init.weight((V, E), ("vocab", None))
         self.layers = nnx.List([Layer(config, i, init) for i in range(config.num_hidden_layers)])
         self.norm = init.constant((E,), 1.0)

@@ -99,9 +99,9 @@ class Moe(nnx.Module):
         self.config = config
         self.router = init.weight((E, X), (None, None), jnp.float32)
         self.router_bias = init.constant((X,), 0.0)
-        self.gate = init.weight((X, E, F), ("experts", None, None))
-        self.up = init.weight((X, E, F), ("experts", None, None))
-        self.down = init.weight((X, F, E), ("experts", None, None))
+        self.gate = init.matrix((X, E, F), ("experts", None, None), (1, E, F))
+        self.up = init.matrix((X, E, F), ("experts", None, None), (1, E, F))
+        self.down = init.matrix((X, F, E), ("experts", None, None), (1, F, E))
         self.shared = Mlp(config, F * config.n_shared_experts, init)
 
     def __call__(self, x: Array, mesh: Mesh | None = None, experts: Array | None = None) -> tuple[Array, Array, Array]:

@@ -60,9 +60,10 @@ def sharding_of(mesh: Mesh, shape: Sequence[int], axes: Axes) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(mesh_axis(mesh, n, s) for n, s in zip(axes, shape, strict=True))))
 
 
-def parameter_sharding(mesh: Mesh, parameter: nnx.Variable) -> NamedSharding:
-    """Placement of a parameter, from the axis names it was made with."""
-    return sharding_of(mesh, parameter.get_value().shape, parameter.get_metadata("axes"))
+def parameter_sharding(mesh: Mesh, parameter: nnx.Variable) -> Any:
+    """Placement of a parameter, from the axis names it was made with: one for each array in its value."""
+    axes = parameter.get_metadata("axes")
+    return jax.tree.map(lambda leaf: sharding_of(mesh, leaf.shape, axes), parameter.get_value())
 
 
 def constrain(x: Array, mesh: Mesh | None, axes: Axes) -> Array:
