@@ -45,7 +45,7 @@ class Indexer(nnx.Module):
     def __init__(self, config: Config, init: Init):
         E, H, D = config.hidden_size, config.index_n_heads, config.index_head_dim
         self.config = config
-        self.q = init.matrix((config.q_lora_rank, H, D), (None, None, None), (config.q_lora_rank, 1, D))
+        self.q = init.matrix((config.q_lora_rank, H, D), (None, "index_heads", None), (config.q_lora_rank, 1, D))
         self.k = init.matrix((E, D), (None, None))
         self.k_norm = init.constant((D,), 1.0)
         self.k_norm_bias = init.constant((D,), 0.0)
@@ -94,7 +94,7 @@ class Attention(nnx.Module):
         E, N, L, R = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         Q, P, V = config.q_lora_rank, config.qk_nope_head_dim, config.v_head_dim
         self.config = config
-        self.q_a = init.matrix((E, Q), (None, None))
+        self.q_a = init.matrix((E, Q), (None, "rank"))
         self.q_a_norm = init.constant((Q,), 1.0)
         self.q_b = init.matrix((Q, N, P + R), (None, "heads", None), (Q, 1, P + R))
         self.kv_a = init.matrix((E, L + R), (None, None))

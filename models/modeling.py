@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -216,23 +216,34 @@ class Model(nnx.Module):
         table = rope_table(self.config, slots if positions is None else positions)
 
         x = constrain(self.embedded(input_ids, is_real), self.mesh, HIDDEN)
-        selection, pages, traces = None, [], []
-        for i, layer in enumerate(self.layers):
-            layer_pages, layer_trace = layer(
-                x, table=table, slots=slots, lengths=lengths, pages=cache.layers[i], block_tables=cache.block_tables,
-                method=self.plan(i, phase), selection=selection, form=form, mesh=self.mesh,
-            )  # fmt: skip
-            # A layer without an indexer attends to what the last one before it selected.
-            x, selection = layer_trace.hidden, layer_trace.selection
-            pages.append(layer_pages)
-            if trace:
-                traces.append(layer_trace)
+        every: Any = dict(table=table, slots=slots, lengths=lengths, form=form, mesh=self.mesh)
+        x, pages, traces = self._through_layers(x, cache, phase, trace, every)
         x = rms_norm(x[:, -1:] if last_only else x, self.norm[...], self.config.rms_norm_eps)
         return Output(
             logits=self.logits(x),
             cache=Cache(layers=tuple(pages), block_tables=cache.block_tables, lengths=lengths), slots=slots,
             layers=tuple(traces),
         )  # fmt: skip
+
+    def _through_layers(
+        self, x: Array, cache: Cache, phase: Phase, trace: bool, every: Any
+    ) -> tuple[Array, list[hj.IndexCache], list[LayerTrace]]:
+        """Hidden states after the last layer, the pages of all, and what happened in each if asked for.
+
+        `every` is what each layer is told alike.
+        """
+        selection, pages, traces = None, [], []
+        for i, layer in enumerate(self.layers):
+            layer_pages, layer_trace = layer(
+                x, pages=cache.layers[i], block_tables=cache.block_tables, method=self.plan(i, phase),
+                selection=selection, **every,
+            )  # fmt: skip
+            # A layer without an indexer attends to what the last one before it selected.
+            x, selection = layer_trace.hidden, layer_trace.selection
+            pages.append(layer_pages)
+            if trace:
+                traces.append(layer_trace)
+        return x, pages, traces
 
     def embedded(self, input_ids: Array, is_real: Array) -> Array:
         """Token ids [B, T] and which of them are no padding [B, T] -> [B, T, E]."""
