@@ -48,12 +48,12 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | Non
 def automatic(mesh: Mesh | None) -> Mesh | None:
     """The same mesh with automatic axes, which the models rely on.
 
-    Raises: ValueError: axes other than "data" and "model".
+    Raises: ValueError: axes other than "data", "model" and "context".
     """
     if mesh is None:
         return None
-    if not set(mesh.axis_names) <= {"data", "model"}:
-        raise ValueError(f"mesh has the axes {mesh.axis_names}, wanted 'data', 'model' or both")
+    if not set(mesh.axis_names) <= {"data", "model", "context"}:
+        raise ValueError(f"mesh has the axes {mesh.axis_names}, wanted 'data', 'model' and 'context' or some of them")
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
