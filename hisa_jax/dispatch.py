@@ -157,8 +157,6 @@ def _tpu(name: str) -> Implementation:
         if problem is None:
             return module.why_not(device.kind, H=64, D=128, q_dtype="bfloat16", k_dtype="bfloat16")
         method = problem.method
-        if problem.is_split and problem.page_size is not None:
-            return _NOT_SPLIT
         if reason := _no_kernels(method) or _no_scan(problem):
             return reason
         if isinstance(method, Scan) and (
