@@ -12,7 +12,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 sys.path.append(str(Path(__file__).parent))  # hooks are no package
-import tutorials  # noqa: E402
+import tutorials
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = {f"tutorials/{path.stem}.md": path for path in sorted((ROOT / "docs/tutorials").glob("*.py"))}

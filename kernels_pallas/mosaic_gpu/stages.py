@@ -152,9 +152,7 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
     return narrow_topk_stage.topk(sort_keys, limit, topk, kept, interpret=bool(interpret))
 
 
-def best_in_blocks(
-    call: FlatCall, block_ids: Array, k: int, block_size: int, interpret: Interpret = False
-) -> Found:
+def best_in_blocks(call: FlatCall, block_ids: Array, k: int, block_size: int, interpret: Interpret = False) -> Found:
     kept = _kept(call, block_ids, block_size)
     x, limit = _refine_scores(call, kept, interpret)
     positions, _, sort_keys = narrow_topk_stage.topk_with_sort_keys(x, limit, k, kept, interpret=bool(interpret))

@@ -88,9 +88,7 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
     return topk_stage.topk(sort_keys, limit, method.topk, kept, interpret=interpret)
 
 
-def best_in_blocks(
-    call: FlatCall, block_ids: Array, k: int, block_size: int, interpret: Interpret = False
-) -> Found:
+def best_in_blocks(call: FlatCall, block_ids: Array, k: int, block_size: int, interpret: Interpret = False) -> Found:
     x, limit, kept = _refine_scores(call, block_ids, block_size, interpret)
     positions, _, sort_keys = topk_stage.topk_with_sort_keys(x, limit, k, kept, interpret=bool(interpret))
     return sort_keys, positions
@@ -123,9 +121,7 @@ def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
     return sort_keys, positions
 
 
-def _flat(
-    call: FlatCall, topk: int, has_sort_keys: bool, interpret: Interpret
-) -> tuple[Array, Array, Array | None]:
+def _flat(call: FlatCall, topk: int, has_sort_keys: bool, interpret: Interpret) -> tuple[Array, Array, Array | None]:
     """Positions, count and, where they are wanted, sort keys of the best, by a streaming top-k over tiles of tokens."""
     (T, H, _), sequences, visible = call.q.shape, call.sequences, call.visible
     config = scores_stage.heuristic(H)
