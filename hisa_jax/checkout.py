@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def is_checkout(folder: Path, part: str) -> bool:
-    """Whether a folder is a checkout that has `part`; by its pyproject.toml, so that no other folder is taken for one."""
+    """Whether a folder is a checkout with `part` in it; its pyproject.toml tells, so that no other folder is taken."""
     try:
         return (folder / part).is_dir() and 'name = "hisa_jax"' in (folder / "pyproject.toml").read_text(
             errors="replace"

@@ -195,11 +195,13 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
 def copy_query(plan: Plan, gmem: Inputs, smem: Smem, t: Array, slot: Array) -> None:
     """All that is known of query t, to one barrier: block ids, pages, heads, weights."""
     full = smem.q_full.at[slot]
-    for gmem_list, smem_list in ((gmem.meta, smem.meta), (gmem.pages, smem.pages)):
-        n = 0 if gmem_list is None else gmem_list.shape[1]
+    for source, target in ((gmem.meta, smem.meta), (gmem.pages, smem.pages)):
+        if source is None or target is None:
+            continue
+        n = source.shape[1]
         for first in range(0, n, WORDS_A_COPY):
             some = pl.ds(first, min(n - first, WORDS_A_COPY))
-            plgpu.copy_gmem_to_smem(gmem_list.at[t, some], smem_list.at[slot, some], full)
+            plgpu.copy_gmem_to_smem(source.at[t, some], target.at[slot, some], full)
     whole = t // plan.n_parts
     plgpu.copy_gmem_to_smem(gmem.q.at[whole], smem.q.at[slot], full)
     plgpu.copy_gmem_to_smem(gmem.w.at[whole], smem.w.at[slot, pl.ds(0, plan.H)], full)
