@@ -72,11 +72,15 @@ class Problem:
         return cls(H=H, D=D, S=S, method=method, is_packed=len(q.shape) == 3, is_split=is_split, **dtypes)
 
     @classmethod
-    def of_pages(cls, q: Array, cache: IndexCache, table: Array, method: Method, *, is_split: bool) -> "Problem":
-        """Of queries [T, H, D] and a table [R, P]."""
+    def of_pages(
+        cls, q: Array, cache: IndexCache, table: Array, method: Method, *, is_split: bool, n_groups: int = 1
+    ) -> "Problem":  # fmt: skip
+        """Of queries [T, H, D] and a table [R, P], of which each group of devices has its part."""
         (R, P), problem = table.shape, cls.of(q, Keys(cache.keys, None), method, is_split=is_split)
         S, keeps_sketch = P * cache.page_size, cache.codes is not None
-        return dataclasses.replace(problem, S=S, page_size=cache.page_size, n_requests=R, keeps_sketch=keeps_sketch)
+        return dataclasses.replace(
+            problem, S=S, page_size=cache.page_size, n_requests=R // n_groups, keeps_sketch=keeps_sketch
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

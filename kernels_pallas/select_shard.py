@@ -70,9 +70,7 @@ class SelectShard:
 
     stages: Stages
 
-    def best_blocks(
-        self, call: Call, eligible: Array, k: int, block_size: int, interpret: Interpret = False
-    ) -> Found:
+    def best_blocks(self, call: Call, eligible: Array, k: int, block_size: int, interpret: Interpret = False) -> Found:
         """The best blocks by score alone, none forced, of the first `eligible` [T]."""
         with jax.enable_x64(False):  # see bits.py
             flat, blocks = flatten(call, block_size), ByScore(block_size, k)
@@ -103,9 +101,7 @@ class SelectShard:
 
             return _of(*indexer.of_tokens(call).map_queries(some, indexer.QUERIES))
 
-    def merge(
-        self, sort_keys: Array, positions: Array, k: int, *, interpret: Interpret = False
-    ) -> tuple[Array, Array]:
+    def merge(self, sort_keys: Array, positions: Array, k: int, *, interpret: Interpret = False) -> tuple[Array, Array]:
         """[T, W] int32 each, `INVISIBLE` where there is no candidate -> positions, sort keys, [T, k] int32 each.
 
         The first columns win ties. More than 32,768 columns are merged so many at a time.

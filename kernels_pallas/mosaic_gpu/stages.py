@@ -19,13 +19,12 @@ from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
-from hisa_jax.kernels_pallas.pages import PageMeans, PageSums
+from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
 from hisa_jax.kernels_pallas.select_shard import ByScore, Found
-from hisa_jax.kernels_pallas.sequences import Rows, Sequences
+from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
-from hisa_jax.kernels_pallas.triton import page_means
+from hisa_jax.kernels_pallas.triton import kept_means, page_means
 from hisa_jax.kernels_pallas.triton import pool as pool_stage
-from hisa_jax.kernels_pallas.triton import scores as narrow_scores_stage
 from hisa_jax.kernels_pallas.triton import stages as triton_stages
 from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
 from hisa_jax.kernels_pallas.triton.stages import kth, scan_heads
@@ -34,12 +33,11 @@ from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
-    "best_blocks", "best_columns", "best_in_blocks", "best_tokens", "block_filter", "flat", "kth", "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads",
-    "scan_masks", "scan_sort_keys",
+    "best_blocks", "best_columns", "best_in_blocks", "best_tokens", "block_filter", "flat", "kth", "list_tokens",
+    "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
 ]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
-_FEW = 2  # queries a request
 _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
 _DEFAULT_SMS = 132  # of every Hopper GPU sold as H100 SXM, H200 or GH200, where no GPU can be asked
 
@@ -109,9 +107,10 @@ def _block_sort_keys(
     if isinstance(means, PageSums):
         first_block = sequences.key_start_of_queries(T)
         return page_means.page_scores(q, w, means, first_block, columns, interpret=bool(interpret))
-    if isinstance(means, PageMeans) and _FEW * len(sequences.lengths) >= T:
-        operands = Operands(q, w, means.means, means.scales, means.rows)
-        return _few_on_pages(operands, columns, sequences, interpret=bool(interpret))
+    if isinstance(means, PageMeans) and is_shared_by_few(len(sequences.lengths), T):
+        first_block, kept = sequences.key_start_of_queries(T), kept_means.heuristic(T, sequences.max_keys, n_ctas)
+        options: Any = {"config": kept, "interpret": bool(interpret)}
+        return kept_means.kept_scores(q, w, means, first_block, columns, **options)
     pages = means.rows if isinstance(means, PageMeans) else None
     parts, scale = (means.means, means.scales) if isinstance(means, PageMeans) else means
     rows, sequences = (None, sequences) if pages else sequences.aligned(parts.shape[0], _TILED_ROWS)
@@ -135,19 +134,6 @@ def best_columns(x: Array, limit: Array, k: int, interpret: Interpret = False) -
     return sort_keys, columns
 
 
-def _few_on_pages(operands: Operands, columns: Columns, sequences: Sequences, *, interpret: bool) -> Array:
-    """Sort keys of the scores of page means that so few queries share that fetching them is what takes time.
-
-    Threads fetch scattered rows faster than the copy engine, which wants one command a row: 0.028 ms for 128 requests
-    of 128K where `scores` takes 0.045, 0.018 for 32 by either.
-    """
-    T, H, _ = operands.q.shape
-    config = narrow_scores_stage.Config(tile_s=narrow_scores_stage.heuristic(H).tile_s, tile_t=1)
-    n = columns.n if columns.n <= _NARROW else -(-columns.n // COLUMNS) * COLUMNS
-    columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, 1, columns.limit, COLUMNS), n=n)
-    return narrow_scores_stage.scores(operands, columns, config=config, interpret=interpret)
-
-
 def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret = False) -> tuple[Array, Array]:
     """`refine.refine`, or its scores and then `topk`, where queries are fewer than CTAs or outgrow shared memory."""
     (T, H, D), m, itemsize, n_ctas = call.q.shape, block_ids.shape[1], call.k.dtype.itemsize, n_sms()
@@ -166,9 +152,7 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
     return narrow_topk_stage.topk(sort_keys, limit, topk, kept, interpret=bool(interpret))
 
 
-def best_in_blocks(
-    call: FlatCall, block_ids: Array, k: int, block_size: int, interpret: Interpret = False
-) -> Found:
+def best_in_blocks(call: FlatCall, block_ids: Array, k: int, block_size: int, interpret: Interpret = False) -> Found:
     kept = _kept(call, block_ids, block_size)
     x, limit = _refine_scores(call, kept, interpret)
     positions, _, sort_keys = narrow_topk_stage.topk_with_sort_keys(x, limit, k, kept, interpret=bool(interpret))

@@ -8,9 +8,10 @@ from jax import Array, lax
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.indexer import Means
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
-from hisa_jax.kernels_pallas.pages import PageMeans, PageSums
+from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
 from hisa_jax.kernels_pallas.select_shard import ByScore, Found
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
+from hisa_jax.kernels_pallas.triton import kept_means
 from hisa_jax.kernels_pallas.triton import list_tokens as list_stage
 from hisa_jax.kernels_pallas.triton import refine as refine_stage
 from hisa_jax.kernels_pallas.triton import refine_tokens as refine_tokens_stage
@@ -26,8 +27,8 @@ from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
-    "best_blocks", "best_columns", "best_in_blocks", "best_tokens", "block_filter", "flat", "kth", "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads",
-    "scan_masks", "scan_sort_keys",
+    "best_blocks", "best_columns", "best_in_blocks", "best_tokens", "block_filter", "flat", "kth", "list_tokens",
+    "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
 ]  # fmt: skip
 
 _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the best so far, less those
@@ -71,8 +72,12 @@ def _block_sort_keys(
     q, w, sequences = call.q, call.w, call.sequences.blocks(method.block_size)
     config, T = scores_stage.heuristic(q.shape[1]), q.shape[0]
     columns = Columns(limit=eligible, n=sequences.max_keys, keep_first=method.keep_first, keep_last=method.keep_last)
+    first_block = sequences.key_start_of_queries(T)
     if isinstance(means, PageSums):
-        return page_scores(q, w, means, sequences.key_start_of_queries(T), columns, interpret=interpret)
+        return page_scores(q, w, means, first_block, columns, interpret=interpret)
+    if isinstance(means, PageMeans) and is_shared_by_few(len(sequences.lengths), T):
+        kept = kept_means.heuristic(T, sequences.max_keys)
+        return kept_means.kept_scores(q, w, means, first_block, columns, config=kept, interpret=interpret)
     parts = (means.means, means.scales, means.rows) if isinstance(means, PageMeans) else means
     columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, config.tile_t, eligible))
     return scores_stage.scores(Operands(q, w, *parts), columns, config=config, interpret=interpret)
@@ -83,9 +88,7 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
     return topk_stage.topk(sort_keys, limit, method.topk, kept, interpret=interpret)
 
 
-def best_in_blocks(
-    call: FlatCall, block_ids: Array, k: int, block_size: int, interpret: Interpret = False
-) -> Found:
+def best_in_blocks(call: FlatCall, block_ids: Array, k: int, block_size: int, interpret: Interpret = False) -> Found:
     x, limit, kept = _refine_scores(call, block_ids, block_size, interpret)
     positions, _, sort_keys = topk_stage.topk_with_sort_keys(x, limit, k, kept, interpret=bool(interpret))
     return sort_keys, positions
@@ -118,9 +121,7 @@ def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
     return sort_keys, positions
 
 
-def _flat(
-    call: FlatCall, topk: int, has_sort_keys: bool, interpret: Interpret
-) -> tuple[Array, Array, Array | None]:
+def _flat(call: FlatCall, topk: int, has_sort_keys: bool, interpret: Interpret) -> tuple[Array, Array, Array | None]:
     """Positions, count and, where they are wanted, sort keys of the best, by a streaming top-k over tiles of tokens."""
     (T, H, _), sequences, visible = call.q.shape, call.sequences, call.visible
     config = scores_stage.heuristic(H)

@@ -220,7 +220,9 @@ def test_kernels_over_shared_pages_exchange_candidates_alone(chip, method, queri
     assert sent == 2 * 16 * (rows // 16) * (n_blocks + MODEL.topk), found
     # Sort keys of blocks, and of tokens where no scores are asked for, stay where they are merged.
     assert merged <= 2 * rows * (n_blocks + MODEL.topk) and checked <= R, found
-    stages = ("hisa_block_filter", "hisa_refine", "hisa_merge") if method == "hisa" else ("dsa_select_flat", "hisa_merge")
+    stages = (
+        ("hisa_block_filter", "hisa_refine", "hisa_merge") if method == "hisa" else ("dsa_select_flat", "hisa_merge")
+    )
     assert all(stage in program.compiled.as_text() for stage in stages)
     keys = R * CONTEXT // 16 * MODEL.D * 2
     assert program.temp_bytes < keys + 12 * rows * MODEL.topk * 4, "the candidates, and what tiles hold"
