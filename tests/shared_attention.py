@@ -28,7 +28,7 @@ from hisa_jax import dispatch  # noqa: E402
 from hisa_jax.page_pool import PagePool  # noqa: E402
 from tests.collectives import collectives  # noqa: E402
 
-DEVICES, PAGE, K, S = 4, 16, 517, 700  # a device attends to 256 entries at a time
+DEVICES, PAGE, K, S = 4, 16, 517, 1284  # a device attends to 256 entries at a time
 T, N, LATENT, VALUE = 5, 16, 128, 64
 INTERPRET = {"triton": True, "mosaic_tpu": pltpu.InterpretParams(uninitialized_memory="nan")}
 OVER = dict(mesh=jax.make_mesh((DEVICES,), ("context",)), context_axis="context")
@@ -44,20 +44,21 @@ def interpreted(name):
         dispatch.attention_reasons = lambda device, problem: {name: None, "xla": None}
 
 
-def lists():
-    """Spread evenly, of one device alone (more than it takes at a time), of all but one, of nothing, of three tokens.
+def lists(owner):
+    """Spread evenly, of one device alone (more than it takes at a time), of all but one, of nothing, of one token.
 
-    Tokens of a device lie in a row in contiguous latents, and go round in pages: a case of one is another of the other.
+    Args:
+        owner: [S], whose each token is.
     """
     rng, found = np.random.default_rng(0), np.full((T, K), -1, np.int32)
-    owner = np.arange(S) // PAGE % DEVICES
-    run = np.arange(S) // (S // DEVICES)
-    pools = np.arange(S), np.flatnonzero((owner == 1) | (run == 1)), np.flatnonzero((owner != 2) & (run != 2)), [], [3]
-    for t, pool in enumerate(pools):
-        n = min(K - 1, len(pool)) if len(pool) > 1 else 3 * len(pool)
-        at = rng.permutation(K)[:n]  # holes where lists have fewer, in any order; one token may stand there twice
-        found[t, at] = rng.choice(pool, n, replace=len(pool) == 1) if n else -1
-    return found
+    for t, pool in enumerate((owner >= 0, owner == 1, owner != 2, owner < 0, np.arange(S) == 3)):
+        tokens = rng.permutation(np.flatnonzero(pool))[: K - 1]
+        found[t, rng.permutation(K)[: len(tokens)]] = tokens  # holes anywhere
+    found[4, :2] = 3  # a token that stands there more than once
+    return jnp.asarray(found)
+
+
+IN_PAGES, IN_RUNS = np.arange(S) // PAGE % DEVICES, np.arange(S) // (S // DEVICES)
 
 
 def inputs(dtype):
@@ -74,28 +75,29 @@ def near(got, wanted, dtype="float32"):
 def paged(dtype):
     """Two requests, of which one has no query, in pages of the devices in turn, and the arrays of a call."""
     q, kv = inputs(dtype)
-    pool = PagePool(DEVICES * 12, PAGE, n_devices=DEVICES, stripe=PAGE)
+    pool = PagePool(DEVICES * 22, PAGE, n_devices=DEVICES, stripe=PAGE)
     for r, length in enumerate((S, 20)):
         pool.add(r)
         pool.extend(r, length)
-    tables = jnp.asarray(pool.table(range(2), 50))
+    tables = jnp.asarray(pool.table(range(2), 84))
     cache = hj.init_cache(pool.n_pages, PAGE, D=0, latent_dim=LATENT, latent_dtype=dtype)
-    cache = hj.append(cache, None, tables, jnp.array([0, S, S]), jnp.array([0, 0]), latents=kv)
+    cache = hj.append(cache, jnp.zeros((S, 0), jnp.bfloat16), tables, jnp.array([0, S, S]), jnp.array([0, 0]), latents=kv)
     return q, cache, tables, jnp.array([0, T, T], jnp.int32)
 
 
 def attend_to_pages(implementation, indices, dtype):
-    """On four devices and, by XLA, on one; and the compiled program."""
+    """On four devices and, by XLA, on one; and the program, compiled and before."""
     q, cache, *where = paged(dtype)
     run = jax.jit(functools.partial(hj.sparse_mla_paged, implementation=implementation, **OVER, **OPTIONS))
-    compiled = run.lower(q, cache, indices, *where).compile()
+    lowered = run.lower(q, cache, indices, *where)
+    compiled = lowered.compile()
     wanted = hj.sparse_mla_paged(q, cache, indices, *where, implementation="xla", **OPTIONS)
-    return compiled(q, cache, indices, *where), wanted, compiled
+    return compiled(q, cache, indices, *where), wanted, compiled, lowered
 
 
 def pages_by_any_distribution(implementation):
     dtype = "float32" if implementation == "xla" else "bfloat16"
-    got, wanted, compiled = attend_to_pages(implementation, jnp.asarray(lists()), dtype)
+    got, wanted, compiled, _ = attend_to_pages(implementation, lists(IN_PAGES), dtype)
     near(got, wanted, dtype)
     assert not np.asarray(got[0][3]).any() and np.isneginf(got[1][3]).all()
     found = collectives(compiled)
@@ -105,14 +107,14 @@ def pages_by_any_distribution(implementation):
 
 def pages_spread_evenly(implementation):
     """No device has more than it takes at a time: TPU kernels that are interpreted wait for those of all devices."""
-    got, wanted, _ = attend_to_pages(implementation, jnp.asarray(lists()).at[1].set(-1).at[2].set(-1), "bfloat16")
+    got, wanted, *_ = attend_to_pages(implementation, lists(IN_PAGES).at[1].set(-1).at[2].set(-1), "bfloat16")
     near(got, wanted, "bfloat16")
 
 
 def latents_in_one_piece(implementation):
     dtype = "float32" if implementation == "xla" else "bfloat16"
     q, kv = inputs(dtype)
-    arrays = q[None], kv[None], jnp.asarray(lists())[None]
+    arrays = q[None], kv[None], lists(IN_RUNS)[None]
     wanted = hj.sparse_mla(*arrays, implementation="xla", **OPTIONS)
     run = jax.jit(functools.partial(hj.sparse_mla, implementation=implementation, **OVER, **OPTIONS))
     near(run(*arrays), wanted, dtype)
@@ -121,7 +123,7 @@ def latents_in_one_piece(implementation):
 def latents_in_one_piece_and_their_gradients(implementation):
     latents_in_one_piece(implementation)
     q, kv = inputs("float32")
-    indices = jnp.asarray(lists())[None]
+    indices = lists(IN_RUNS)[None]
 
     def loss(q, kv, **over):
         out, lse = hj.sparse_mla(q, kv, indices, **over, **OPTIONS)
@@ -133,9 +135,9 @@ def latents_in_one_piece_and_their_gradients(implementation):
 
 def a_device_reads_its_share_of_the_latents(implementation):
     """Of all gathered rows of latents none is of a whole list."""
-    _, _, compiled = attend_to_pages(implementation, jnp.asarray(lists()), "float32")
-    gathered = re.findall(rf"f32\[([0-9,]+),{LATENT}\]\S* gather\(", compiled.as_text())
-    widths = {int(shape.split(",")[-1]) for shape in gathered}
+    *_, lowered = attend_to_pages(implementation, lists(IN_PAGES), "float32")
+    gathered = re.findall(rf'"stablehlo.gather".*-> tensor<([0-9x]+)x{LATENT}xf32>', lowered.as_text())
+    widths = {int(shape.split("x")[-1]) for shape in gathered}
     assert widths == {256}, widths
 
 
