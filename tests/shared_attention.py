@@ -81,7 +81,9 @@ def paged(dtype):
         pool.extend(r, length)
     tables = jnp.asarray(pool.table(range(2), 84))
     cache = hj.init_cache(pool.n_pages, PAGE, D=0, latent_dim=LATENT, latent_dtype=dtype)
-    cache = hj.append(cache, jnp.zeros((S, 0), jnp.bfloat16), tables, jnp.array([0, S, S]), jnp.array([0, 0]), latents=kv)
+    cache = hj.append(
+        cache, jnp.zeros((S, 0), jnp.bfloat16), tables, jnp.array([0, S, S]), jnp.array([0, 0]), latents=kv
+    )
     return q, cache, tables, jnp.array([0, T, T], jnp.int32)
 
 

@@ -69,7 +69,7 @@ def test_mosaics_stages_find_what_tritons_find(interpret, few_sms, dtype):
 
 
 def test_mosaic_merges_rows_with_holes(interpret, few_sms):
-    """Sort keys that tie, some rows with fewer candidates than are wanted, one with none; narrower rows are Triton's."""
+    """Sort keys that tie, a row of few candidates, one of none. Narrower rows are Triton's."""
     rng, k, width = np.random.default_rng(0), 40, 2500
     sort_keys = rng.integers(-30, 30, (4, width)).astype(np.int32)
     sort_keys[1, 3:-3], sort_keys[2], sort_keys[3, ::2] = INVISIBLE, INVISIBLE, INVISIBLE
