@@ -126,7 +126,7 @@ def _hand_back(shape: Shape, a: list[list[str]]) -> str:
 def _arrive(barrier: str, loaded: list[str]) -> str:
     """Arrives when what was loaded from shared memory is in registers: the copy engine may write there next.
 
-    An arrival is not ordered after the thread's own loads. A load that waits behind a burst of copies then reads what
+    An arrival is not ordered after the thread's own loads. A load that waits for a burst of copies then reads what
     is written next: at 1M, with 8 rows a query, 1 word in 100 of the last seven slots before a new tile of keys. So
     the barrier's address takes all that was loaded, times a zero that ptxas does not know.
     """
