@@ -27,7 +27,7 @@ from bench.pods.hlo import collectives
 _AXIS = "context"
 _SAME = 0.998  # of the tokens, the least: near the cut Hopper's sums of e4m3 products may differ, block means too
 _COMPARED = 256  # queries of a sequence
-_METHODS = ("flat", "hisa", "scan")
+_METHODS = ("dsa", "hisa", "scan")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

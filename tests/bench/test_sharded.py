@@ -9,8 +9,8 @@ from bench.__main__ import main
 
 def test_rows_are_prefills_and_decoding_at_both_contexts():
     names = [row.row for row in sharded.rows((2, 4))]
-    assert names[:3] == ["flat_prefill_128K", "hisa_prefill_128K", "scan_prefill_128K"]
-    assert {"flat_prefill_1M", "hisa_decode1_128K", "hisa_decode128_128K", "scan_decode1_1M"} <= set(names)
+    assert names[:3] == ["dsa_prefill_128K", "hisa_prefill_128K", "scan_prefill_128K"]
+    assert {"dsa_prefill_1M", "hisa_decode1_128K", "hisa_decode128_128K", "scan_decode1_1M"} <= set(names)
     assert len(set(names)) == len(names) == 18
 
 
