@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
@@ -18,6 +19,7 @@ from jax.typing import DTypeLike
 
 from hisa_jax import checks, dispatch
 from hisa_jax.index_cache import IndexCache, check_cache, check_page_size, check_sketch, check_table
+from hisa_jax.latents import QuantizedLatents, n_groups
 from hisa_jax.layout import ascending
 from hisa_jax.methods import Sketch
 from hisa_jax.quantize import QuantizedKeys
@@ -38,6 +40,7 @@ def init_cache(
     sketch: Sketch | None = None,
     latent_dim: int | None = None,
     latent_dtype: DTypeLike = jnp.bfloat16,
+    latent_value_dim: int = 512,
 ) -> IndexCache:
     """An empty cache.
 
@@ -49,7 +52,8 @@ def init_cache(
         sketch: "int4": keep beside each key what `Scan(sketch="int4")` scans in place of it, so that it is read and not
             made: 18 bytes for each 32 numbers, the last of them filled up. None: keys alone.
         latent_dim: size of the attention's keys (576 in DeepSeek-V3.2), to keep them in the same pages; None: not here.
-        latent_dtype: of those, bfloat16 or float32.
+        latent_dtype: of those, bfloat16 or float32; or float8_e4m3fn: they are kept as `QuantizedLatents`.
+        latent_value_dim: how many of their features are then in 8 bits.
 
     Raises: TypeError: a dtype not listed above. ValueError: sizes that are not, another sketch.
     """
@@ -62,8 +66,11 @@ def init_cache(
     check_sketch(call, sketch)
     if latent_dim is not None:
         checks.integer(call, "latent_dim", latent_dim, 1)
-        latent_dtype = checks.one_dtype(call, "latent_dtype", latent_dtype, ("bfloat16", "float32"))
-    latents = None if latent_dim is None else jnp.zeros((n_pages, page_size, latent_dim), latent_dtype)
+        kinds = ("bfloat16", "float32", "float8_e4m3fn")
+        latent_dtype = checks.one_dtype(call, "latent_dtype", latent_dtype, kinds)
+    latents = (
+        None if latent_dim is None else _no_latents((n_pages, page_size), latent_dim, latent_dtype, latent_value_dim)
+    )
     sums = jnp.zeros((n_pages, D), jnp.float32)
     means, mean_scales = mean_parts(sums, dtype) or (None, None)
     n_bytes, n_groups = sketch_sizes(D)
@@ -81,6 +88,20 @@ def init_cache(
     )
 
 
+def _no_latents(pages: tuple[int, int], latent_dim: int, dtype: DTypeLike, value_dim: int) -> Array | QuantizedLatents:
+    if jnp.dtype(dtype).itemsize > 1:
+        return jnp.zeros((*pages, latent_dim), dtype)
+    call = "init_cache"
+    checks.integer(call, "latent_value_dim", value_dim, 1)
+    if value_dim > latent_dim:
+        raise ValueError(f"{call}: latent_value_dim={value_dim}, wanted at most latent_dim={latent_dim}")
+    return QuantizedLatents(
+        values=jnp.zeros((*pages, value_dim), dtype),
+        scales=jnp.ones((*pages, n_groups(call, value_dim)), jnp.float32),
+        rope=jnp.zeros((*pages, latent_dim - value_dim), jnp.bfloat16),
+    )
+
+
 def append(
     cache: IndexCache,
     k: Array | QuantizedKeys,
@@ -88,7 +109,7 @@ def append(
     cu_seqlens: Array,
     lengths: Array,
     *,
-    latents: Array | None = None,
+    latents: Array | QuantizedLatents | None = None,
     mesh: Mesh | None = None,
     context_axis: str | None = None,
     implementation: str = "auto",
@@ -106,7 +127,7 @@ def append(
         block_tables: [R, P] int32, the pages of each request in order. Pages written to must belong to one request.
         cu_seqlens: [R + 1] int32, where each request's new tokens begin in `k`, from 0, ascending.
         lengths: [R] int32, tokens of each request before.
-        latents: [T, Dk], the new tokens' keys for `sparse_mla`, if the cache keeps them.
+        latents: [T, Dk], the new tokens' keys for `sparse_mla`, if the cache keeps them, in the form in which it does.
         mesh, context_axis: run it on a mesh whose axis splits the cache's pages, in order: each device writes the pages
             that it has, and nothing is exchanged. Any page may lie anywhere. None: on one device.
         implementation: "auto", "triton" (one kernel, on NVIDIA GPUs) or "xla"; the same bits, but for the last of a
@@ -130,7 +151,10 @@ def append(
     axes = _axes(call, mesh, context_axis, cache)
     (n_pages, size, D), T = cache.keys.shape, (k.values if isinstance(k, QuantizedKeys) else k).shape[0]
     n_own = n_pages if axes is None else n_pages // axes.n_devices
-    problem = dispatch.AppendProblem(n_requests=R, n_pages=n_own, page_size=size, D=D, dtype=cache.keys.dtype.name)
+    problem = dispatch.AppendProblem(
+        n_requests=R, n_pages=n_own, page_size=size, D=D, dtype=cache.keys.dtype.name,
+        latent_values=cache.latents.value_dim if isinstance(cache.latents, QuantizedLatents) else 0,
+    )  # fmt: skip
     name = dispatch.choose(call, implementation, dispatch.append_reasons(dispatch.Device.default(), problem))
     if 0 in (T, R, block_tables.shape[1]):
         return cache
@@ -207,7 +231,7 @@ def _append(
     k: Array | QuantizedKeys,
     cu_seqlens: Array,
     lengths: Array,
-    latents: Array | None,
+    latents: Array | QuantizedLatents | None,
 ) -> IndexCache:
     values, scales = (k.values, k.scales) if isinstance(k, QuantizedKeys) else (k, None)
     if name == "xla":
@@ -245,7 +269,7 @@ def check_append(
     k: Array | QuantizedKeys,
     cu_seqlens: Array,
     lengths: Array,
-    latents: Array | None,
+    latents: Array | QuantizedLatents | None,
 ) -> int:
     """Raises unless the arguments of `append` fit each other; returns R."""
     R = check_table(call, cache, block_tables, lengths)
@@ -263,10 +287,21 @@ def check_append(
         has = "None: the cache keeps none" if cache.latents is None else "an array: the cache keeps them"
         raise ValueError(f"{call}: latents is {'None' if latents is None else 'given'}, wanted {has}")
     if latents is not None and cache.latents is not None:
-        checks.dtype(call, "latents", latents, (cache.latents.dtype.name,))
-        checks.shape(call, "latents", latents, (T, cache.latents.shape[2]), "a row for each of k's")
+        _check_new_latents(call, cache.latents, latents, T)
     checks.offsets(call, "cu_seqlens", cu_seqlens, (R + 1,), T, "a start for each request, and the end")
     return R
+
+
+def _check_new_latents(call: str, kept: Array | QuantizedLatents, new: Array | QuantizedLatents, T: int) -> None:
+    """Raises unless new latents are of the form of those that a cache keeps."""
+    is_quantized = isinstance(kept, QuantizedLatents)
+    if is_quantized != isinstance(new, QuantizedLatents):
+        wanted = "QuantizedLatents" if is_quantized else "an array"
+        raise TypeError(f"{call}: latents is {type(new).__name__}, wanted {wanted}, as the cache holds them")
+    names = ["latents.values", "latents.scales", "latents.rope"] if is_quantized else ["latents"]
+    for name, x, pages in zip(names, jax.tree.leaves(new), jax.tree.leaves(kept), strict=True):
+        checks.dtype(call, name, x, (pages.dtype.name,))
+        checks.shape(call, name, x, (T, pages.shape[2]), "a row for each of k's")
 
 
 def check_copies(call: str, cache: IndexCache, source: Array, target: Array) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from hisa_jax import checks
+from hisa_jax.latents import QuantizedLatents, check_latents
 from hisa_jax.methods import Sketch
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.xla import sketch as sketches
@@ -34,7 +35,8 @@ class IndexCache:
         codes: [n_pages, page_size, bytes] uint8, the keys in 4 bits a number, for scans that read them so, 16 bytes for
             each 32 numbers (xla/sketch.py); None: no sketch is kept.
         code_scales: [n_pages, page_size, groups] bfloat16, of each 32 numbers; else None.
-        latents: [n_pages, page_size, Dk], the keys of `sparse_mla` of the same tokens; None if kept elsewhere.
+        latents: [n_pages, page_size, Dk], the keys of `sparse_mla` of the same tokens, bfloat16, float32 or
+            `QuantizedLatents`; None if kept elsewhere.
     """
 
     keys: Array
@@ -46,7 +48,7 @@ class IndexCache:
     mean_scales: Array | None
     codes: Array | None
     code_scales: Array | None
-    latents: Array | None
+    latents: Array | QuantizedLatents | None
 
     @classmethod
     def from_pages(
@@ -56,7 +58,7 @@ class IndexCache:
         lengths: Array,
         *,
         sketch: Sketch | None = None,
-        latents: Array | None = None,
+        latents: Array | QuantizedLatents | None = None,
     ) -> "IndexCache":
         """A cache of pages that are written already, by a server for instance; `append` keeps it up from then on.
 
@@ -69,7 +71,8 @@ class IndexCache:
             block_tables: [R, P] int32, the pages of each request in order. Entries past its last token are ignored.
             lengths: [R] int32, tokens of each request. Pages that none of them needs are free.
             sketch: as for `init_cache`.
-            latents: [n_pages, page_size, Dk] bfloat16 or float32, the keys of `sparse_mla`, if the pages hold them.
+            latents: [n_pages, page_size, Dk] bfloat16, float32 or `QuantizedLatents`, the keys of `sparse_mla`, if the
+                pages hold them.
 
         Raises: TypeError: arrays of another dtype, int64 tables for instance. ValueError: arrays of another shape, flat
             tables for instance; outside of jit also a token without a page, and a page that is named for two places of
@@ -92,8 +95,7 @@ class IndexCache:
             checks.shape(call, "k.scales", scales, (n, size), "one scale a key")
         check_sketch(call, sketch)
         if latents is not None:
-            checks.dtype(call, "latents", latents, others)
-            checks.shape(call, "latents", latents, (n, size, "Dk"), "pages as k has them")
+            check_latents(call, "latents", latents, (n, size), "pages as k has them")
         checks.int32(call, "block_tables", block_tables, ("R", "P"), "a flat table is block_tables.reshape(R, -1)")
         R, P = block_tables.shape
         checks.int32(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")
@@ -180,8 +182,7 @@ def check_cache(call: str, cache: IndexCache) -> None:
             checks.dtype(call, f"cache.{name}", part, (wanted,))
             checks.shape(call, f"cache.{name}", part, shape, f"of {n} pages of {size} tokens, as cache.keys has them")
     if cache.latents is not None:
-        checks.dtype(call, "cache.latents", cache.latents, ("bfloat16", "float32"))
-        checks.shape(call, "cache.latents", cache.latents, (n, size, "Dk"), "pages as cache.keys has them")
+        check_latents(call, "cache.latents", cache.latents, (n, size), "pages as cache.keys has them")
 
 
 def check_table(call: str, cache: IndexCache, block_tables: Array, lengths: Array) -> int:

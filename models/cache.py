@@ -67,7 +67,7 @@ def empty_pages(
     Args:
         config: sizes, and the dtype of the index keys.
         n_pages, page_size: pages of a layer, and tokens of a page.
-        dtype: of latents, rope keys, and index keys that are not quantised.
+        dtype: of latents and index keys that are not quantised, and of rope keys beside latents that are not.
         sketches: what each layer keeps beside its index keys, where it has some; None: nothing.
     """
 
@@ -75,7 +75,8 @@ def empty_pages(
         D, key_dtype = (config.index_head_dim, config.index_key_dtype or dtype) if kind == "full" else (0, dtype)
         return hj.init_cache(
             n_pages, page_size, D, key_dtype, sketch=sketch if kind == "full" else None,
-            latent_dim=config.kv_lora_rank + config.qk_rope_head_dim, latent_dtype=dtype,
+            latent_dim=config.kv_lora_rank + config.qk_rope_head_dim, latent_dtype=config.latent_dtype or dtype,
+            latent_value_dim=config.kv_lora_rank,
         )  # fmt: skip
 
     kinds = config.indexer_kinds
@@ -173,11 +174,22 @@ def write(
     ) -> hj.IndexCache:  # fmt: skip
         rows = packing(slots)
         before = lengths - jnp.diff(rows.cu_seqlens)
-        new = jax.tree.map(rows.pack, keys)
-        return hj.append(pages, new, tables, rows.cu_seqlens, before, latents=rows.pack(latents))
+        new, packed = jax.tree.map(rows.pack, keys), rows.pack(latents)
+        form = pages.latents
+        kept = hj.quantize_latents(packed, form.value_dim) if isinstance(form, hj.QuantizedLatents) else packed
+        return hj.append(pages, new, tables, rows.cu_seqlens, before, latents=kept)
 
     call = per_device(call, mesh, (("batch",),) * 6, ("batch",))
     return call(pages, keys, latents, block_tables, slots, lengths)
+
+
+def plain_latents(
+    pages: hj.IndexCache, block_tables: Array, lengths: Array, dtype: DTypeLike, mesh: Mesh | None = None
+) -> Array:
+    """The latents of each row in one piece [B, P * page_size, L + R], as for `contiguous`, of any form."""
+    assert pages.latents is not None  # a model's cache holds them
+    found = jax.tree.map(lambda leaf: contiguous(leaf, block_tables, lengths, mesh), pages.latents)
+    return found.dequantize().astype(dtype) if isinstance(found, hj.QuantizedLatents) else found
 
 
 def contiguous(pages: Array, block_tables: Array, lengths: Array, mesh: Mesh | None = None) -> Array:

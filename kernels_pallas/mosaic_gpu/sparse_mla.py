@@ -47,8 +47,12 @@ class Config:
     n_splits: int = 1  # parts of a query's list
 
 
-def why_not(compute_capability: str, N: int, key_dim: int, value_dim: int, dtype: DTypeLike) -> str | None:
+def why_not(
+    compute_capability: str, N: int, key_dim: int, value_dim: int, dtype: DTypeLike, is_quantized: bool = False
+) -> str | None:
     """None, or why this kernel cannot run a shape."""
+    if is_quantized:
+        return "needs latents that are not quantised"
     if compute_capability != "9.0":
         return f"needs compute capability 9.0 (Hopper), this device has {compute_capability or 'none'}"
     if jnp.dtype(dtype) != jnp.dtype(jnp.bfloat16):

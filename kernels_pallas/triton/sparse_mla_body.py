@@ -5,11 +5,12 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.types import Ref
+from hisa_jax.latents import QuantizedLatents
 
 _LOG2_E = math.log2(math.e)
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
@@ -20,7 +21,7 @@ class Inputs(NamedTuple):
     """Some heads of a query, a part of its list, and all keys."""
 
     q: Ref  # [tile_n, E]
-    kv: Ref  # [B * S, E]
+    kv: Ref | QuantizedLatents  # [B * S, E], or refs of its parts
     indices: Ref  # [K / splits]
 
 
@@ -46,19 +47,13 @@ def sparse_mla_body(refs: Inputs, o_ref: Ref, lse_ref: Ref, *, plan: Plan) -> No
     rest_dim = refs.q.shape[1] - value_dim
     first_row = pl.program_id(0) // plan.queries * plan.keys
     q_value, q_rest = refs.q[:, pl.ds(0, value_dim)], refs.q[:, pl.ds(value_dim, rest_dim)]
-    value_columns = jnp.arange(value_dim, dtype=jnp.int32)
-    rest_columns = value_dim + jnp.arange(rest_dim, dtype=jnp.int32)
 
     def one_tile(i, carry):
         o, highest, total = carry
         position = refs.indices[pl.ds(i * tile_s, tile_s)]
         there = (position >= 0) & (position < plan.keys)
-        rows = (first_row + jnp.where(there, position, 0))[:, None]
-        # Zeros and not some row for an entry that is none: a probability of 0 would not hide a NaN there.
-        value, rest = (
-            plt.load(refs.kv.at[rows, columns[None, :]], mask=there[:, None], other=0)
-            for columns in (value_columns, rest_columns)
-        )
+        rows = first_row + jnp.where(there, position, 0)
+        value, rest = load_rows(refs.kv, rows, there, (value_dim, rest_dim))
         logits = lax.dot_general(q_value, value, _CONTRACT_LAST, preferred_element_type=jnp.float32)
         logits += lax.dot_general(q_rest, rest, _CONTRACT_LAST, preferred_element_type=jnp.float32)
         logits = jnp.where(there[None, :], logits * (plan.scale * _LOG2_E), _LEAST)
@@ -78,3 +73,22 @@ def sparse_mla_body(refs: Inputs, o_ref: Ref, lse_ref: Ref, *, plan: Plan) -> No
     some = jnp.where(total == 0.0, 1.0, total)  # NaN, of a chosen token, stays
     o_ref[...] = (o / some[:, None]).astype(o_ref.dtype)
     lse_ref[...] = jnp.where(total == 0.0, -jnp.inf, (highest + jnp.log2(some)) / _LOG2_E)
+
+
+def load_rows(kv: Ref | QuantizedLatents, rows: Array, there: Array, dims: tuple[int, int]) -> tuple[Array, Array]:
+    """Rows [tile_s] of the keys, in two pieces: values and rest. In 8 bits values times their scales, in bfloat16.
+
+    Zeros and not some row for an entry that is none: a probability of 0 would not hide a NaN there.
+    """
+
+    def load(ref: Ref, n: int, first: int = 0, other: float | None = 0) -> Array:
+        columns = first + jnp.arange(n, dtype=jnp.int32)
+        return plt.load(ref.at[rows[:, None], columns[None, :]], mask=there[:, None], other=other)
+
+    (value_dim, rest_dim), tile_s = dims, rows.shape[0]
+    if not isinstance(kv, QuantizedLatents):
+        return load(kv, value_dim), load(kv, rest_dim, value_dim)
+    groups = kv.scales.shape[1]
+    value = load(kv.values, value_dim, other=None).astype(jnp.float32).reshape(tile_s, groups, value_dim // groups)
+    value = (value * load(kv.scales, groups)[:, :, None]).reshape(tile_s, value_dim)
+    return jnp.where(there[:, None], value, 0).astype(kv.rope.dtype), load(kv.rope, rest_dim)
