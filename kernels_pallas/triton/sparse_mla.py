@@ -87,8 +87,8 @@ def sparse_mla(
     (B, T, N, E), S, K = q.shape, kv.shape[1], indices.shape[2]
     if config is None:
         tiles = tuned(Config, "triton.sparse_mla", N=N, key_dim=E, value_dim=value_dim)
-        if isinstance(kv, QuantizedLatents):  # values of a tile are in registers twice
-            tiles = Config(tile_n=min(32, pl.next_power_of_2(N)), tile_s=32)
+        if isinstance(kv, QuantizedLatents):  # with 4 warps conversions spill registers
+            tiles = Config(tile_n=min(32, pl.next_power_of_2(N)), num_warps=8)
         config = heuristic(B * T, N, K, tiles)
     tile_n, n_splits = config.tile_n, config.n_splits
     # Whole tiles of heads: before jax 0.12 nothing keeps a program from the rows after the last head.
