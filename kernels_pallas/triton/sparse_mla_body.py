@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -100,7 +100,7 @@ def load_rows(
         return [load(kv, width)], load(kv, rest_dim, width)
 
     def piece(i: int) -> Array:
-        scale = plt.load(kv.scales.at[rows, i], mask=there, other=0)
+        scale = plt.load(cast(Any, kv.scales).at[rows, i], mask=there, other=0)
         value = load(kv.values, width, i * width, other=None).astype(jnp.float32) * scale[:, None]
         return jnp.where(there[:, None], value, 0).astype(kv.rope.dtype)
 
