@@ -49,6 +49,7 @@ class Config:
     """How the work is divided: it changes the speed and the last bits, nothing else."""
 
     n_splits: int = 1  # parts of a query's list
+    prefetches: bool = False  # asks for rows in L2 while their slot is in use
 
 
 def why_not(
@@ -64,13 +65,14 @@ def why_not(
     return None if N in (16, 32, 64, 128) else f"needs 16, 32, 64 or 128 heads, not {N}"
 
 
-def heuristic(n_queries: int, N: int, K: int, n_ctas: int = 132) -> Config:
+def heuristic(n_queries: int, N: int, K: int, n_ctas: int = 132, is_quantized: bool = False) -> Config:
     """Splits the token list until every multiprocessor has work, but into no less than a pair of tiles."""
     items = n_queries * -(-N // HEADS)
     n_splits = 1
     while items * n_splits * 2 <= n_ctas and K // (2 * n_splits) >= _PAIR:
         n_splits *= 2
-    return Config(n_splits=n_splits)
+    # Of rows that go through registers only a few are in flight.
+    return Config(n_splits=n_splits, prefetches=is_quantized)
 
 
 @in_32_bits
@@ -95,7 +97,7 @@ def sparse_mla(
         n_ctas: how many persistent CTAs; the SMs of the device.
     """
     (B, T, N, E), S, K = q.shape, kv.shape[1], indices.shape[2]
-    config = config or heuristic(B * T, N, K, n_ctas)
+    config = config or heuristic(B * T, N, K, n_ctas, isinstance(kv, QuantizedLatents))
     n_splits, groups = config.n_splits, -(-N // HEADS)
     indices = indices.reshape(B * T, K)
     q = jnp.pad(q.reshape(B * T, N, E), ((0, 0), (0, groups * HEADS - N), (0, 0)))
@@ -108,6 +110,7 @@ def sparse_mla(
         n_splits=n_splits,
         pairs=-(-K // (_PAIR * n_splits)),
         scale=scale,
+        prefetches=config.prefetches,
         n_ctas=min(n_ctas, n_splits * B * T * groups),
         interpret=interpret,
     )

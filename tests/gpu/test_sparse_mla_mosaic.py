@@ -92,6 +92,13 @@ def test_lowers(B, T, S, N, K):
     assert "custom_call" in lower(attend, *shapes)
 
 
+def test_prefetches_lower():
+    def attend(q, kv, indices):
+        return sparse_mla(q, kv, indices, value_dim=512, scale=SCALE, config=Config(prefetches=True))
+
+    assert "custom_call" in lower(attend, ((8, 1, 64, 576), BF16), ((8, 99, 576), BF16), ((8, 1, 256), jnp.int32))
+
+
 def test_latents_in_8_bits_lower():
     def attend(q, indices, *latents):
         return sparse_mla(q, hj.QuantizedLatents(*latents), indices, value_dim=512, scale=SCALE)

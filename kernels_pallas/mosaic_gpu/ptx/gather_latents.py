@@ -20,7 +20,7 @@ from hisa_jax.latents import GROUP, QuantizedLatents
 
 _LANES = 8  # that load the 128 bytes of a group of a row together
 _ROWS = 32 // _LANES  # an instruction
-_LOADS = ROWS_PER_WARP // _ROWS  # in flight: all rows of a group
+_LOADS = ROWS_PER_WARP // _ROWS  # of a group; ptxas keeps about five in flight, and converts meanwhile
 _ROPE_BYTES = 128
 
 
@@ -57,23 +57,6 @@ def gather_latents(
     gather(
         source.values, source.scales, source.rope, target.tiles, landed.ref, row, target.slot, target.first, landed.row
     )
-
-
-def prefetch_latents(source: QuantizedLatents, row: Array, groups: tuple[int, ...], has_rope: bool) -> None:
-    """Asks for the lanes' rows in L2, none for row -1."""
-    n_groups = source.scales.shape[1]
-    lines = [f"prefetch.global.L2 [a+{group * GROUP}];" for group in groups]
-    text = f"""{{ .reg .pred p; .reg .b64 a; setp.lt.s32 p, $2, 0; @p bra none;
-mad.wide.s32 a, $2, {n_groups * GROUP}, $0; {" ".join(lines)}
-{f"mad.wide.s32 a, $2, {_ROPE_BYTES}, $1; prefetch.global.L2 [a];" if has_rope else ""}
-none: }}"""
-
-    @plgpu.inline_mgpu(arg_types=(REF, REF, SPLAT))
-    def prefetch(_ctx, values, rope, row):
-        pointers = map(utils.memref_ptr, (values, rope))
-        utils.inline_ptx(text, *pointers, row.registers.item(), has_side_effects=True)
-
-    prefetch(source.values, source.rope, row)
 
 
 @functools.cache
