@@ -8,7 +8,7 @@ tables, one for all layers, map these places to pages: rows may share pages, and
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
+from hisa_jax.index_cache import is_block_size
 from hisa_jax.methods import Sketch
 from hisa_jax.models.config import Config
 from hisa_jax.models.sharding import constrain, mesh_axis, per_device
@@ -59,8 +60,23 @@ def sketch_of(methods: Iterable[hj.Method]) -> Sketch | None:
     return next((method.sketch for method in methods if isinstance(method, hj.Scan) and method.sketch), None)
 
 
+class Kept(NamedTuple):
+    """What a layer keeps beside its index keys, where it has some: see `hj.init_cache`."""
+
+    sketch: Sketch | None = None
+    block_size: int | None = None
+
+
+def kept_for(methods: Iterable[hj.Method]) -> Kept:
+    """What a layer keeps for these methods: means of blocks on GPUs alone, whose kernels read them."""
+    methods = list(methods)
+    sizes = {method.block_size for method in methods if isinstance(method, hj.Hisa | hj.BlockSparse)}
+    can_keep = jax.default_backend() == "gpu" and len(sizes) == 1 and all(map(is_block_size, sizes))
+    return Kept(sketch_of(methods), sizes.pop() if can_keep else None)
+
+
 def empty_pages(
-    config: Config, n_pages: int, page_size: int, dtype: DTypeLike, sketches: Sequence[Sketch | None] | None = None
+    config: Config, n_pages: int, page_size: int, dtype: DTypeLike, kept: Sequence[Kept] | None = None
 ) -> tuple[hj.IndexCache, ...]:
     """Pages of every layer.
 
@@ -68,29 +84,29 @@ def empty_pages(
         config: sizes, and the dtype of the index keys.
         n_pages, page_size: pages of a layer, and tokens of a page.
         dtype: of latents and index keys that are not quantised, and of rope keys beside latents that are not.
-        sketches: what each layer keeps beside its index keys, where it has some; None: nothing.
+        kept: what each layer keeps beside its index keys; None: nothing.
     """
 
-    def pages(kind: str, sketch: Sketch | None) -> hj.IndexCache:
+    def pages(kind: str, kept: Kept) -> hj.IndexCache:
         D, key_dtype = (config.index_head_dim, config.index_key_dtype or dtype) if kind == "full" else (0, dtype)
         return hj.init_cache(
-            n_pages, page_size, D, key_dtype, sketch=sketch if kind == "full" else None,
+            n_pages, page_size, D, key_dtype, **(kept if kind == "full" else Kept())._asdict(),
             latent_dim=config.kv_lora_rank + config.qk_rope_head_dim, latent_dtype=config.latent_dtype or dtype,
             latent_value_dim=config.kv_lora_rank,
         )  # fmt: skip
 
     kinds = config.indexer_kinds
-    return tuple(pages(*layer) for layer in zip(kinds, sketches or (None,) * len(kinds), strict=True))
+    return tuple(pages(*layer) for layer in zip(kinds, kept or (Kept(),) * len(kinds), strict=True))
 
 
 def empty_cache(
     config: Config, batch: int, capacity: int, dtype: DTypeLike, page_size: int, mesh: Mesh | None = None,
-    sketches: Sequence[Sketch | None] | None = None,
+    kept: Sequence[Kept] | None = None,
 ) -> Cache:  # fmt: skip
     """A cache with pages of their own for at least `capacity` tokens in each of `batch` rows.
 
     Args:
-        config, dtype, page_size, sketches: see `empty_pages`.
+        config, dtype, page_size, kept: see `empty_pages`.
         batch: B.
         capacity: tokens.
         mesh: what the batch is split over, or None.
@@ -98,7 +114,7 @@ def empty_cache(
     Returns: `Cache` with lengths 0.
     """
     P = -(-capacity // page_size)
-    layers = empty_pages(config, batch * P, page_size, dtype, sketches)
+    layers = empty_pages(config, batch * P, page_size, dtype, kept)
     axis = mesh_axis(mesh, "batch", batch)
     # Where the batch is split, each device has the pages of its rows and counts them from 0.
     n_devices = 1
@@ -148,8 +164,34 @@ def packing(slots: Array) -> Packing:
     return Packing(order, places, jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)]))
 
 
+def pack(slots: Array, arrays: Any, mesh: Mesh | None) -> tuple[Any, ...]:
+    """`cu_seqlens` and arrays [B, T, ...] as `Packing` has them, of each group of rows that `mesh` splits B into."""
+
+    def call(slots: Array, arrays: Any) -> tuple[Any, ...]:
+        rows = packing(slots)
+        return rows.cu_seqlens, *jax.tree.map(rows.pack, arrays)
+
+    return per_device(call, mesh, (("batch",),) * 2, ("batch",))(slots, arrays)
+
+
+def unpack(slots: Array, arrays: Any, mesh: Mesh | None) -> Any:
+    """The reverse of `pack`, of the arrays."""
+
+    def call(slots: Array, arrays: Any) -> Any:
+        return jax.tree.map(packing(slots).unpack, arrays)
+
+    return per_device(call, mesh, (("batch",),) * 2, ("batch",))(slots, arrays)
+
+
+def over_context(mesh: Mesh | None, batch: int) -> dict[str, Any]:
+    """What functions of pages are told where `context` splits the pages of a request, nothing where it does not."""
+    if mesh is None or mesh.shape.get("context", 1) == 1:
+        return {}
+    return dict(mesh=mesh, context_axis="context", data_axis=mesh_axis(mesh, "batch", batch))
+
+
 def write(
-    pages: hj.IndexCache, keys: Array | hj.QuantizedKeys | None, latents: Array, block_tables: Array, slots: Array,
+    pages: hj.IndexCache, keys: Array | hj.QuantizedKeys | None, latents: Any, block_tables: Array, slots: Array,
     lengths: Array, mesh: Mesh | None = None,
 ) -> hj.IndexCache:  # fmt: skip
     """Appends the tokens of a batch to the pages of one layer.
@@ -157,7 +199,7 @@ def write(
     Args:
         pages: of the layer.
         keys: [B, T, D] index keys; None in layers that have none.
-        latents: [B, T, L + R].
+        latents: [B, T, L + R] array, which is quantised if the pages hold `QuantizedLatents`.
         block_tables: [B, P] int32.
         slots: [B, T] int32, -1 for padding.
         lengths: [B] int32, tokens in each row, these among them.
@@ -167,17 +209,21 @@ def write(
     """
     if keys is None:
         keys = jnp.zeros((*latents.shape[:2], 0), pages.keys.dtype)
+    if isinstance(pages.latents, hj.QuantizedLatents):
+        latents = hj.quantize_latents(latents, pages.latents.value_dim)
+    if over := over_context(mesh, slots.shape[0]):
+        cu_seqlens, keys, latents = pack(slots, (keys, latents), mesh)
+        before = lengths - jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
+        return hj.append(pages, keys, block_tables, cu_seqlens, before, latents=latents, **over)
 
     def call(
-        pages: hj.IndexCache, keys: Array | hj.QuantizedKeys, latents: Array, tables: Array, slots: Array,
+        pages: hj.IndexCache, keys: Array | hj.QuantizedKeys, latents: Any, tables: Array, slots: Array,
         lengths: Array,
     ) -> hj.IndexCache:  # fmt: skip
         rows = packing(slots)
         before = lengths - jnp.diff(rows.cu_seqlens)
-        new, packed = jax.tree.map(rows.pack, keys), rows.pack(latents)
-        form = pages.latents
-        kept = hj.quantize_latents(packed, form.value_dim) if isinstance(form, hj.QuantizedLatents) else packed
-        return hj.append(pages, new, tables, rows.cu_seqlens, before, latents=kept)
+        new, new_latents = jax.tree.map(rows.pack, (keys, latents))
+        return hj.append(pages, new, tables, rows.cu_seqlens, before, latents=new_latents)
 
     call = per_device(call, mesh, (("batch",),) * 6, ("batch",))
     return call(pages, keys, latents, block_tables, slots, lengths)
