@@ -176,7 +176,6 @@ def _checked_attention(
         (B, T, N, _), S = q.shape, kv.shape[1]
         if 0 in (B, T, S, N, indices.shape[2]):
             return jnp.zeros((B, T, N, value_dim), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
-        kv = lax.stop_gradient(kv) if is_quantized else kv
         return _attend(*varying.alike(q, kv, indices), scale, value_dim, name)
 
     return attend

@@ -45,7 +45,7 @@ def test_values_are_within_half_a_step_of_e4m3_and_exact_in_bfloat16():
 
 
 def test_the_error_of_an_output_is_that_of_e4m3():
-    """Normal latents of the real sizes: 0.027 of the norm, of which bfloat16 has 0.002."""
+    """Normal latents of the real sizes, 90 a query: 0.035 of the norm, of which bfloat16 has 0.002."""
     q, kv, indices = inputs(1, 3, 300, 16, 128, latent=512, rope=64)
     attend = functools.partial(hj.sparse_mla, jnp.asarray(q), indices=jnp.asarray(indices), scale=576**-0.5)
     out, wanted = attend(kv=hj.quantize_latents(jnp.asarray(kv))), oracle.sparse_mla(q, kv, indices, 512, 576**-0.5)[0]

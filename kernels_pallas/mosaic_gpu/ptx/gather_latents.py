@@ -33,7 +33,7 @@ def gather_latents(
 
     Args:
         source: refs [*, V], [*, V / 128], [*, 64].
-        groups: which of the groups of 128 values; `has_rope`: the features behind them, too.
+        groups: which of the groups of 128 values; `has_rope`: the features after them, too.
     """
     E = source.values.shape[1] + source.rope.shape[1]
     dtype, rows = source.rope.dtype, target.tiles.shape[1]
