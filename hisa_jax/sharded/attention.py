@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from hisa_jax.latents import QuantizedLatents
 from hisa_jax.layout import IndexCache
 from hisa_jax.sharded import meshes
 from hisa_jax.sharded.cache import own_pages
@@ -19,12 +20,14 @@ from hisa_jax.sharded.meshes import Axes
 Attend = Callable[..., tuple[Array, Array]]
 
 
-def attend_batch(attend: Attend, axes: Axes, q: Array, kv: Array, indices: Array) -> tuple[Array, Array]:
+def attend_batch(
+    attend: Attend, axes: Axes, q: Array, kv: Array | QuantizedLatents, indices: Array
+) -> tuple[Array, Array]:
     """`attend` on a mesh: q and indices on all devices of the context axis, kv split. Differentiable."""
     context = axes.context
     assert context is not None
 
-    def one_device(q: Array, kv: Array, indices: Array) -> tuple[Array, Array]:
+    def one_device(q: Array, kv: Array | QuantizedLatents, indices: Array) -> tuple[Array, Array]:
         S = kv.shape[1]
         first = lax.axis_index(context) * S
         own = jnp.where((indices >= first) & (indices < first + S), indices - first, -1)
