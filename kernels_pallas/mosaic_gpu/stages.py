@@ -17,6 +17,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens as refine_tokens_st
 from hisa_jax.kernels_pallas.mosaic_gpu import scan as scan_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import topk_few as few_topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
@@ -95,10 +96,10 @@ def block_filter(
         tiles = sequences.query_tiles(T, config.tile_t, eligible, COLUMNS)
         columns = dataclasses.replace(columns, tiles=tiles, n=sequences.max_keys)
         sort_keys = scores_stage.scores(operands, columns, config=config, n_ctas=n_ctas, interpret=interpret)
+    if _is_few(T, sort_keys.shape[1]):
+        return few_topk_stage.topk(sort_keys, eligible, m, interpret=interpret)[0]
     if sort_keys.shape[1] <= _NARROW:
-        # A row alone on its multiprocessor takes 9.5 us with one warp, 5.4 with four (1024 to 64).
-        alone = narrow_topk_stage.Config(num_warps=4) if n_ctas > T else None
-        return narrow_topk_stage.topk(sort_keys, eligible, m, config=alone, interpret=bool(interpret))[0]
+        return narrow_topk_stage.topk(sort_keys, eligible, m, interpret=bool(interpret))[0]
     return topk_stage.topk(sort_keys, eligible, m, n_ctas=n_ctas, interpret=interpret)[0]
 
 
@@ -122,7 +123,14 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
         limit = jnp.full_like(call.visible, m * block_size)  # parts write every column
     else:
         limit = jnp.sum(block_ids >= 0, axis=1, dtype=jnp.int32) * block_size
+    if _is_few(T, sort_keys.shape[1]):
+        return few_topk_stage.topk(sort_keys, limit, topk, kept, has_forced=False, interpret=interpret)
     return narrow_topk_stage.topk(sort_keys, limit, topk, kept, interpret=bool(interpret))
+
+
+def _is_few(T: int, width: int) -> bool:
+    """Whether each row of sort keys has a multiprocessor to itself, and its CTA room for it."""
+    return n_sms() >= T and width <= few_topk_stage.MAX_WIDTH
 
 
 def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:

@@ -17,12 +17,18 @@ from hisa_jax.kernels_pallas.operands import KeptBlocks
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret, Ref
 
-MAX_WIDTH = 32768  # 32 registers a thread of 1024
+MAX_WIDTH = 16384  # 16 sort keys and their bins a thread of 1024, which has 64 registers
 
 
-@functools.partial(jax.jit, static_argnames=("k", "interpret"))
+@functools.partial(jax.jit, static_argnames=("k", "has_forced", "interpret"))
 def topk(
-    x: Array, limit: Array, k: int, kept: KeptBlocks | None = None, *, interpret: Interpret = False
+    x: Array,
+    limit: Array,
+    k: int,
+    kept: KeptBlocks | None = None,
+    *,
+    has_forced: bool = True,
+    interpret: Interpret = False,
 ) -> tuple[Array, Array]:
     """[T, W] int32 sort keys, [T] int32 -> [T, k] int32, [T] int32 count.
 
@@ -30,11 +36,12 @@ def topk(
         x: W is a multiple of 4.
         limit: columns from here on are no candidates, whatever they hold.
         kept: column c is then token kept.ids[c // size] * size + c % size of the sequence.
+        has_forced: whether some sort keys may be `FORCED`.
     """
     T, W = x.shape
     if W % 4 or W > MAX_WIDTH:
         raise ValueError(f"topk: x has rows of {W} sort keys, wanted a multiple of 4 up to {MAX_WIDTH}")
-    shape = select_few.shape_of(W, k)
+    shape = select_few.shape_of(W, k, has_forced)
     ids, size = (None, 1) if kept is None else (kept.ids, kept.size)
     columns, count = plgpu.kernel(
         functools.partial(_body, shape, size, interpret),

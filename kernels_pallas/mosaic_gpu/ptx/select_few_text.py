@@ -1,6 +1,7 @@
 """The PTX of select_few.py: the exact top-k of one row by all threads of a CTA, its sort keys in registers.
 
-Names in capitals after a $ are operands (see `scope`). Branches are taken by all threads or by none.
+Names in capitals after a $ are operands (see `scope`). Branches are taken by all threads of a warp or by none, and but
+for one loop by all warps.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ OPERANDS = ("X", "LIMIT", "IDS", "O", "COUNT", "SMEM")
 BINS = 1024
 _CHUNK = 4  # sort keys that a thread loads at a time
 _PAD = 16  # bytes between rows of a thread's sort keys in shared memory: 8 threads then read 32 banks
+_WHOLE = 0x4B000000  # 2^23, in float32
 _BARRIER = 8  # those below are of single warp-groups
 
 
@@ -23,17 +25,20 @@ class Shape:
     Attributes:
         width: sort keys of the row, a multiple of 4; `k`: how many are chosen.
         each: neighbouring columns of a thread, 8, 16 or 32; `n_threads`: 128, 256, 512 or 1024.
+        has_forced: whether some sort keys may be `FORCED`.
     """
 
     width: int
     k: int
     each: int
     n_threads: int
+    has_forced: bool
 
-    # Bytes of shared memory: where each part begins. Parts of warps: range, bin, above and ties; two of a bisection.
+    # Bytes of shared memory: where each part begins. Parts of warps: range, bins, listed, chosen; two of a
+    # bisection; ties.
     hist: int = 0
     parts: int = 4 * BINS
-    pick: int = parts + 6 * 512
+    pick: int = parts + 7 * 512
     found: int = pick + 32
     n_listed: int = found + 16
     listed: int = n_listed + 16
@@ -63,9 +68,9 @@ def select_ptx(shape: Shape, position: Callable[[], str]) -> str:
         position: PTX that turns `column`, a thread's first, into `base`, what it stands for; $IDS is a row to look it
             up in.
     """
-    text = f""".reg .pred p, q, s; .reg .b32 tid, lane, warp, at, t, u, n, low, high, column, base, rank, pick, c, slot, key;
-.reg .b32 v<{shape.each}>, h<8>, e, g, thr, lo, hi, middle, room, tie, i, visible, total, buffer; .reg .b64 word;
-.reg .f32 x, first, last, scale;
+    text = f""".reg .pred p, q, s; .reg .b32 tid, lane, warp, at, t, u, n, low, high, column, base, rank, pick, c, slot;
+.reg .b32 key, v<{shape.each}>, b<{shape.each}>, h<8>, e, g, thr, lo, hi, middle, room, tie, i, visible, total, buffer;
+.reg .b64 word; .reg .f32 x, first, last, scale;
 mov.u32 tid, %tid.x; and.b32 lane, tid, 31; shr.u32 warp, tid, 5;
 {_load(shape)}
 {_range(shape)}
@@ -133,7 +138,7 @@ setp.eq.u32 p, lane, 0; shl.b32 at, warp, 4; add.u32 at, at, $SMEM;
 @p st.shared.v4.b32 [at+{at}], {{{", ".join(four)}}};
 {_sync(shape)}shl.b32 at, lane, 4; add.u32 at, at, $SMEM; setp.lt.u32 p, lane, {shape.n_warps};
 {" ".join(f"mov.b32 {name}, {nothing};" for name, (_, nothing) in ops.items())}
-@p ld.shared.v4.b32 {{{", ".join((names + ["h0", "h1", "h2"])[:4])}}}, [at+{at}];
+@p ld.shared.v4.b32 {{{", ".join(([*names, "h0", "h1", "h2"])[:4])}}}, [at+{at}];
 {reduce}"""
 
 
@@ -142,8 +147,10 @@ def _range(shape: Shape) -> str:
     ops = {"low": ("min", FORCED), "high": ("max", INVISIBLE), "n": ("add", 0)}
 
     def one(j: int) -> str:
-        return f"""setp.ne.s32 p, v{j}, {INVISIBLE}; @p min.s32 low, low, v{j}; @p add.s32 n, n, 1;
-setp.ne.s32 p, v{j}, {FORCED}; @p max.s32 high, high, v{j}; @!p add.s32 n, n, 65536;"""
+        seen = f"setp.ne.s32 p, v{j}, {INVISIBLE}; @p min.s32 low, low, v{j}; @p add.s32 n, n, 1;"
+        if not shape.has_forced:
+            return f"{seen} max.s32 high, high, v{j};"
+        return f"{seen} setp.ne.s32 p, v{j}, {FORCED}; @p max.s32 high, high, v{j}; @!p add.s32 n, n, 65536;"
 
     return f"""mov.b32 low, {FORCED}; mov.b32 high, {INVISIBLE}; mov.b32 n, 0;
 {_each(shape, one)}
@@ -158,23 +165,21 @@ def _score(sort_key: str, into: str) -> str:
     return f"shr.s32 t, {sort_key}, 31; and.b32 t, t, {FORCED}; xor.b32 t, t, {sort_key}; mov.b32 {into}, t;"
 
 
-def _bin(j: int) -> str:
-    """PTX: predicate p, whether sort key j is in the histogram, and `t`, its bin: the best are in bin 0."""
-    return f"""setp.gt.s32 p, v{j}, {INVISIBLE}; setp.le.and.s32 p, v{j}, high, p; {_score(f"v{j}", "x")}
-sub.rn.f32 x, x, first; mul.rn.f32 x, x, scale; cvt.rzi.u32.f32 t, x; min.u32 t, t, {BINS - 1}; xor.b32 t, t, {BINS - 1};"""
-
-
 def _histogram(shape: Shape) -> str:
     """Scores in bins of equal width. Where a score is infinite, or all are too close, halving does it alone."""
 
+    # A number added to 2^23 is rounded to a whole one, in its low bits: registers b keep these. Bins are in descending
+    # order. NaN, of what has no score, is the bin of none.
     def one(j: int) -> str:
-        return f"""{_bin(j)}
-shl.b32 t, t, 2; add.u32 t, t, $SMEM; @p red.shared.add.u32 [t+{shape.hist}], 1;"""
+        forced = f"setp.le.and.s32 p, v{j}, high, p;" if shape.has_forced else ""
+        return f"""{_score(f"v{j}", "x")} sub.rn.f32 x, x, first; fma.rn.f32 x, x, scale, 0f4B000000; mov.b32 b{j}, x;
+setp.gt.s32 p, v{j}, {INVISIBLE}; {forced} mad.lo.s32 t, b{j}, -4, at; @p red.shared.add.u32 [t], 1;"""
 
+    last_bin = shape.hist + 4 * (BINS - 1 + _WHOLE) - (1 << 32)
     return f"""mov.b32 lo, low; mov.b32 hi, high;
 {_score("low", "first")} {_score("high", "last")} sub.rn.f32 last, last, first;
 setp.gt.f32 p, last, 0f0DA24260; setp.lt.and.f32 p, last, 0f7E967699, p; @!p bra bisect;
-div.approx.f32 scale, 0f447FC000, last;
+div.approx.f32 scale, 0f447FC000, last; add.s32 at, $SMEM, {last_bin};
 {_each(shape, one)}
 {_sync(shape)}"""
 
@@ -218,16 +223,18 @@ mov.b32 t, $SMEM;
 
 def _gather(shape: Shape) -> str:
     """The bin's sort keys, listed as far as there is one a thread, and their range."""
-
-    def one(j: int) -> str:
-        return f"""{_bin(j)}
-setp.eq.and.u32 p, t, pick, p; @p min.s32 lo, lo, v{j}; @p max.s32 hi, hi, v{j};
-@p atom.shared.add.u32 slot, [at+{shape.n_listed}], 1; setp.lt.and.u32 p, slot, {shape.n_threads}, p;
-shl.b32 t, slot, 2; add.u32 t, t, at; @p st.shared.b32 [t+{shape.listed}], v{j};"""
-
     ops = {"lo": ("min", FORCED), "hi": ("max", INVISIBLE)}
-    return f"""mov.b32 at, $SMEM; mov.b32 lo, {FORCED}; mov.b32 hi, {INVISIBLE}; mov.b32 slot, 0;
-{_each(shape, one)}
+    mark = _each(shape, lambda j: f"setp.eq.u32 p, b{j}, pick; @p or.b32 n, n, {1 << j};")
+    # Few threads have one: they take it from shared memory, since registers have no index.
+    return f"""sub.u32 pick, {_WHOLE + BINS - 1}, pick; mov.b32 n, 0;
+{mark}
+mov.b32 at, $SMEM; mov.b32 lo, {FORCED}; mov.b32 hi, {INVISIBLE}; mul.lo.u32 u, tid, {shape.pitch}; add.u32 u, u, at;
+list: setp.ne.u32 p, n, 0; vote.sync.any.pred q, p, -1; @!q bra listed;
+bfind.u32 i, n; mov.b32 t, 1; shl.b32 t, t, i; @p xor.b32 n, n, t; shl.b32 t, i, 2; add.u32 t, t, u;
+@p ld.shared.b32 key, [t+{shape.keys}]; @p min.s32 lo, lo, key; @p max.s32 hi, hi, key;
+@p atom.shared.add.u32 slot, [at+{shape.n_listed}], 1; setp.lt.and.u32 p, slot, {shape.n_threads}, p;
+shl.b32 t, slot, 2; add.u32 t, t, at; @p st.shared.b32 [t+{shape.listed}], key; bra list;
+listed:
 {_over_warps(shape, 2, ops)}
 setp.gt.u32 p, c, {shape.n_threads}; @p bra bisect;"""
 
@@ -271,25 +278,34 @@ def _emit(shape: Shape, position: Callable[[], str]) -> str:
     """A thread writes what is chosen of its columns, behind what the threads before it choose."""
     k, n = shape.k, shape.n_threads
 
+    def store(j: int) -> str:
+        return f"""add.s32 t, base, {j}; mad.wide.u32 word, slot, 4, $O; @p st.global.b32 [word], t;
+@p add.s32 slot, slot, 1;"""
+
     def count(j: int) -> str:
-        return (
-            f"setp.gt.s32 p, v{j}, thr; @p add.s32 n, n, 1; setp.eq.s32 p, v{j}, thr; @p add.s32 n, n, 65536;"
-        )
+        return f"setp.gt.s32 p, v{j}, thr; @p add.s32 n, n, 1; setp.eq.s32 p, v{j}, thr; @p add.s32 n, n, 65536;"
 
     def write(j: int) -> str:
-        return f"""setp.gt.s32 p, v{j}, thr; setp.eq.s32 q, v{j}, thr; setp.lt.and.s32 s, tie, room, q; or.pred p, p, s;
-add.s32 t, base, {j}; @p st.global.b32 [word], t; @p add.s64 word, word, 4; @q add.s32 tie, tie, 1;"""
+        return f"""setp.eq.s32 q, v{j}, thr; setp.lt.and.s32 s, tie, room, q; setp.gt.s32 p, v{j}, thr; or.pred p, p, s;
+{store(j)} @q add.s32 tie, tie, 1;"""
 
-    # Above the threshold in the low half, at it in the high half. Of those the first `room` are chosen.
+    # Where more than k reach the threshold, the first of those that are at it are chosen, as many as there is room for:
+    # both kinds are counted, those above in the low half.
     return f"""mov.b32 n, 0;
-{_each(shape, count)}
+{_each(shape, lambda j: f"setp.ge.s32 p, v{j}, thr; @p add.s32 n, n, 1;")}
 {_before(shape, 3, "n")}
 {position()}
+mov.b32 slot, e; setp.gt.s32 p, total, {k}; @p bra ties;
+{_each(shape, lambda j: f"setp.ge.s32 p, v{j}, thr; {store(j)}")}
+bra fill;
+ties: mov.b32 n, 0;
+{_each(shape, count)}
+{_before(shape, 6, "n")}
 and.b32 t, total, 65535; sub.s32 room, {k}, t; shr.u32 tie, e, 16; and.b32 slot, e, 65535; min.s32 t, tie, room;
-add.s32 slot, slot, t; mul.wide.s32 word, slot, 4; add.s64 word, word, $O;
+add.s32 slot, slot, t;
 {_each(shape, write)}
-min.s32 c, visible, {k}; setp.eq.u32 p, tid, 0; mov.b64 word, $COUNT; @p st.global.b32 [word], c;
+fill: min.s32 c, visible, {k}; setp.eq.u32 p, tid, 0; mov.b64 word, $COUNT; @p st.global.b32 [word], c;
 mov.b32 i, 0; mov.b32 u, -1;
-fill: setp.ge.s32 p, c, {k}; @p bra out; setp.ge.s32 p, i, {k}; @p bra out;
+more: setp.ge.s32 p, c, {k}; @p bra out; setp.ge.s32 p, i, {k}; @p bra out;
 add.s32 t, tid, i; setp.ge.s32 p, t, c; setp.lt.and.s32 p, t, {k}, p;
-mul.wide.s32 word, t, 4; add.s64 word, word, $O; @p st.global.b32 [word], u; add.s32 i, i, {n}; bra fill;"""
+mul.wide.s32 word, t, 4; add.s64 word, word, $O; @p st.global.b32 [word], u; add.s32 i, i, {n}; bra more;"""
