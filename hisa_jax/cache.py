@@ -104,6 +104,7 @@ def append(
     latents: Array | None = None,
     mesh: Mesh | None = None,
     context_axis: str | None = None,
+    data_axis: str | None = None,
     implementation: str = "auto",
 ) -> IndexCache:
     """Appends new tokens to each request.
@@ -122,6 +123,9 @@ def append(
         latents: [T, Dk], the new tokens' keys for `sparse_mla`, if the cache keeps them.
         mesh, context_axis: run it on a mesh whose axis splits the cache's pages, in order: each device writes the pages
             that it has, and nothing is exchanged. Any page may lie anywhere. None: on one device.
+        data_axis: the mesh axis whose devices are groups of their own, alone or beside `context_axis`. Every array is
+            then those of the groups, one after the other along its first axis in equal parts: tokens, requests, and
+            pages, which a group's tables count from 0. Each group's `cu_seqlens` begin with a 0: there are R + groups.
         implementation: "auto", "triton" (one kernel, on NVIDIA GPUs) or "xla"; the same bits, but for the last of a
             partial page's mean.
 
@@ -138,12 +142,15 @@ def append(
     arrays: Any = dict(
         cache=cache, block_tables=block_tables, k=k, cu_seqlens=cu_seqlens, lengths=lengths, latents=latents
     )
-    meshes.check_arrays(call, mesh, dict(context_axis=context_axis), **arrays)
-    R = check_append(call, **arrays)
-    axes = _axes(call, mesh, context_axis, cache)
+    over = dict(context_axis=context_axis, data_axis=data_axis)
+    n_groups = _check_mesh(call, mesh, over, **arrays)
+    R = check_append(call, **arrays, n_groups=n_groups)
+    axes = _axes(call, mesh, over, cache, n_groups)
     (n_pages, size, D), T = cache.keys.shape, (k.values if isinstance(k, QuantizedKeys) else k).shape[0]
-    n_own = n_pages if axes is None else n_pages // axes.n_devices
-    problem = dispatch.AppendProblem(n_requests=R, n_pages=n_own, page_size=size, D=D, dtype=cache.keys.dtype.name)
+    n_own = n_pages if axes is None else n_pages // (n_groups * axes.n_devices)
+    problem = dispatch.AppendProblem(
+        n_requests=R // n_groups, n_pages=n_own, page_size=size, D=D, dtype=cache.keys.dtype.name
+    )
     name = dispatch.choose(call, implementation, dispatch.append_reasons(dispatch.Device.default(), problem))
     if 0 in (T, R, block_tables.shape[1]):
         return cache
@@ -159,6 +166,7 @@ def truncate(
     max_tokens: int,
     mesh: Mesh | None = None,
     context_axis: str | None = None,
+    data_axis: str | None = None,
 ) -> IndexCache:
     """Removes the last tokens of requests, rejected speculative ones for instance.
 
@@ -166,23 +174,30 @@ def truncate(
         cache, block_tables: as in `append`.
         lengths: [R] int32, tokens of each request before; `new_lengths`: [R] int32, after; not more.
         max_tokens: how many tokens a request loses at most; static.
-        mesh, context_axis: as for `append`.
+        mesh, context_axis, data_axis: as for `append`.
 
     Returns: the cache, in whose pages sums, counts and means are of the remaining tokens.
     Raises: TypeError, ValueError: arrays that do not fit the cache or each other.
     """
     call = "truncate"
     arrays: Any = dict(cache=cache, block_tables=block_tables, lengths=lengths, new_lengths=new_lengths)
-    meshes.check_arrays(call, mesh, dict(context_axis=context_axis), **arrays)
+    over = dict(context_axis=context_axis, data_axis=data_axis)
+    n_groups = _check_mesh(call, mesh, over, **arrays)
     check_truncation(call, **arrays, max_tokens=max_tokens)
-    axes = _axes(call, mesh, context_axis, cache)
+    axes = _axes(call, mesh, over, cache, n_groups)
     if 0 in block_tables.shape:
         return cache
     return _on(axes, functools.partial(_truncate, max_tokens), **arrays)
 
 
 def copy_pages(
-    cache: IndexCache, source: Array, target: Array, *, mesh: Mesh | None = None, context_axis: str | None = None
+    cache: IndexCache,
+    source: Array,
+    target: Array,
+    *,
+    mesh: Mesh | None = None,
+    context_axis: str | None = None,
+    data_axis: str | None = None,
 ) -> IndexCache:
     """Copies whole pages, as before a write to a shared one.
 
@@ -191,19 +206,21 @@ def copy_pages(
         source: [n] int32, pages to copy.
         target: [n] int32, where to. A pair of which either lies outside of [0, n_pages) is no copy, so that n may be
             fixed.
-        mesh, context_axis: as for `append`; a page and its copy must then lie on one device.
+        mesh, context_axis, data_axis: as for `append`; a page and its copy must then lie on one device.
 
     Returns: the cache with those pages.
     Raises: TypeError, ValueError: arrays that are not these.
     """
     call = "copy_pages"
-    meshes.check_arrays(call, mesh, dict(context_axis=context_axis), cache=cache, source=source, target=target)
+    over = dict(context_axis=context_axis, data_axis=data_axis)
+    n_groups = _check_mesh(call, mesh, over, cache=cache, source=source, target=target)
     check_copies(call, cache, source, target)
-    axes = _axes(call, mesh, context_axis, cache)
+    axes = _axes(call, mesh, over, cache, n_groups)
     if axes is None:
         return xla.copy(cache, source, target)
-    n_own = cache.n_pages // axes.n_devices
-    is_copy = (target >= 0) & (target < cache.n_pages)
+    n_pages = cache.n_pages // n_groups
+    n_own = n_pages // axes.n_devices
+    is_copy = (target >= 0) & (target < n_pages)
     checks.value(
         ~is_copy | (source // n_own == target // n_own),
         f"{call}: target is {{target}} for source {{source}}, wanted pages of one device, {n_own} in a row",
@@ -237,9 +254,17 @@ def _truncate(
     return xla.recount(cache, block_tables, new_lengths, ends, new_lengths, len(lengths) * most, most)
 
 
-def _axes(call: str, mesh: Mesh | None, context_axis: str | None, cache: IndexCache) -> Axes | None:
+def _check_mesh(call: str, mesh: Mesh | None, axes: dict[str, str | None], **arrays: Any) -> int:
+    """Raises unless mesh, axes and arrays go together; returns how many groups of devices there are."""
+    meshes.check_arrays(call, mesh, axes, **arrays)
+    return meshes.groups(call, mesh, axes["data_axis"], **arrays)
+
+
+def _axes(
+    call: str, mesh: Mesh | None, axes: dict[str, str | None], cache: IndexCache, n_groups: int
+) -> Axes | None:  # fmt: skip
     """What splits the cache's pages, None on one device; raises unless it does."""
-    return None if mesh is None else meshes.page_axes(call, mesh, context_axis, cache)
+    return None if mesh is None else meshes.page_axes(call, mesh, axes, cache, n_groups)
 
 
 def _on(
@@ -259,6 +284,7 @@ def check_append(
     cu_seqlens: Array,
     lengths: Array,
     latents: Array | None,
+    n_groups: int = 1,
 ) -> int:
     """Raises unless the arguments of `append` fit each other; returns R."""
     R = check_table(call, cache, block_tables, lengths)
@@ -278,7 +304,8 @@ def check_append(
     if latents is not None and cache.latents is not None:
         checks.dtype(call, "latents", latents, (cache.latents.dtype.name,))
         checks.shape(call, "latents", latents, (T, cache.latents.shape[2]), "a row for each of k's")
-    checks.offsets(call, "cu_seqlens", cu_seqlens, (R + 1,), T, "a start for each request, and the end")
+    why = "a start for each request, and the end" + (" of each group" if n_groups > 1 else "")
+    checks.offsets(call, "cu_seqlens", cu_seqlens, (R + n_groups,), T, why, n_groups)
     return R
 
 

@@ -8,7 +8,7 @@ tables, one for all layers, map these places to pages: rows may share pages, and
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +163,32 @@ def packing(slots: Array) -> Packing:
     return Packing(order, places, jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)]))
 
 
+def pack(slots: Array, arrays: Any, mesh: Mesh | None) -> tuple[Any, ...]:
+    """`cu_seqlens` and arrays [B, T, ...] as `Packing` has them, of each group of rows that `mesh` splits B into."""
+
+    def call(slots: Array, arrays: Any) -> tuple[Any, ...]:
+        rows = packing(slots)
+        return rows.cu_seqlens, *jax.tree.map(rows.pack, arrays)
+
+    return per_device(call, mesh, (("batch",),) * 2, ("batch",))(slots, arrays)
+
+
+def unpack(slots: Array, arrays: Any, mesh: Mesh | None) -> Any:
+    """The reverse of `pack`, of the arrays."""
+
+    def call(slots: Array, arrays: Any) -> Any:
+        return jax.tree.map(packing(slots).unpack, arrays)
+
+    return per_device(call, mesh, (("batch",),) * 2, ("batch",))(slots, arrays)
+
+
+def over_context(mesh: Mesh | None, batch: int) -> dict[str, Any]:
+    """What functions of pages are told where `context` splits the pages of a request, nothing where it does not."""
+    if mesh is None or mesh.shape.get("context", 1) == 1:
+        return {}
+    return dict(mesh=mesh, context_axis="context", data_axis=mesh_axis(mesh, "batch", batch))
+
+
 def write(
     pages: hj.IndexCache, keys: Array | hj.QuantizedKeys | None, latents: Array, block_tables: Array, slots: Array,
     lengths: Array, mesh: Mesh | None = None,
@@ -182,6 +208,10 @@ def write(
     """
     if keys is None:
         keys = jnp.zeros((*latents.shape[:2], 0), pages.keys.dtype)
+    if over := over_context(mesh, slots.shape[0]):
+        cu_seqlens, keys, latents = pack(slots, (keys, latents), mesh)
+        before = lengths - jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
+        return hj.append(pages, keys, block_tables, cu_seqlens, before, latents=latents, **over)
 
     def call(
         pages: hj.IndexCache, keys: Array | hj.QuantizedKeys, latents: Array, tables: Array, slots: Array,

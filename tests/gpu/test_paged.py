@@ -172,7 +172,7 @@ def test_a_request_that_lacks_a_page_selects_nothing_and_the_others_are_right(im
 
 def test_some_queries_at_a_time_give_the_same(implementation, monkeypatch):  # noqa: F811
     requests, method = draw(**PREFILL_AND_DECODE, page_size=32, dtype=E4M3), METHODS["hisa"](64)
-    monkeypatch.setattr(indexer, "_QUERIES", 4)
+    monkeypatch.setattr(indexer, "QUERIES", 4)
     jax.clear_caches()  # of what was traced for more at a time
     assert_same(requests.select(implementation, method), requests.select("xla", method))
 
