@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.flat_call import FlatCall
-from hisa_jax.kernels_pallas.indexer import Means
+from hisa_jax.kernels_pallas.indexer import Eligible, Means
 from hisa_jax.kernels_pallas.mosaic_gpu import flat as flat_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens as list_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as refine_stage
@@ -71,16 +71,18 @@ def pool_pages(page_sums: PageSums, dtype: DTypeLike, *, interpret: Interpret = 
 def block_filter(
     call: FlatCall,
     means: Means | PageSums | PageMeans,
-    eligible: Array,
+    eligible: Eligible,
     method: Hisa | BlockSparse,
     interpret: Interpret = False,
 ) -> Array:
-    sort_keys, m, n_ctas = _block_sort_keys(call, means, eligible, method, interpret), method.block_topk, n_sms()
+    limit, m = eligible.scored, method.block_topk
+    sort_keys = _block_sort_keys(call, means, limit, method, interpret)
     if _are_few(sort_keys):
-        return few_topk_stage.topk(sort_keys, eligible, m, interpret=interpret)[0]
+        # It takes all that a query sees, scored or not, where there is room: no kernel after it puts them there.
+        return few_topk_stage.topk(sort_keys, eligible.seen, m, is_full=True, interpret=interpret)[0]
     if sort_keys.shape[1] <= _NARROW:
-        return narrow_topk_stage.topk(sort_keys, eligible, m, interpret=bool(interpret))[0]
-    return topk_stage.topk(sort_keys, eligible, m, n_ctas=n_ctas, interpret=interpret)[0]
+        return eligible.or_all(narrow_topk_stage.topk(sort_keys, limit, m, interpret=bool(interpret))[0])
+    return eligible.or_all(topk_stage.topk(sort_keys, limit, m, n_ctas=n_sms(), interpret=interpret)[0])
 
 
 def best_blocks(

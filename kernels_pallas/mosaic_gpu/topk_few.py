@@ -4,6 +4,7 @@
 Floor, one row of 8192 on an H200: 32 KB from L2 are 1 us of waiting, and as much is the launch. See ptx/select_few.py.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -20,13 +21,14 @@ from hisa_jax.kernels_pallas.types import Interpret, Ref
 MAX_WIDTH = 16384  # 16 sort keys and their bins a thread of 1024, which has 64 registers
 
 
-@functools.partial(jax.jit, static_argnames=("k", "has_forced", "interpret"))
+@functools.partial(jax.jit, static_argnames=("k", "is_full", "has_forced", "interpret"))
 def topk(
     x: Array,
     limit: Array,
     k: int,
     kept: KeptBlocks | None = None,
     *,
+    is_full: bool = False,
     has_forced: bool = True,
     interpret: Interpret = False,
 ) -> tuple[Array, Array]:
@@ -36,12 +38,13 @@ def topk(
         x: W is a multiple of 4.
         limit: columns from here on are no candidates, whatever they hold.
         kept: column c is then token kept.ids[c // size] * size + c % size of the sequence.
+        is_full: all columns before the limit are candidates, and of k at most no sort key is looked at.
         has_forced: whether some sort keys may be `FORCED`.
     """
     T, W = x.shape
     if W % 4 or W > MAX_WIDTH:
         raise ValueError(f"topk: x has rows of {W} sort keys, wanted a multiple of 4 up to {MAX_WIDTH}")
-    shape = select_few.shape_of(W, k, has_forced)
+    shape = dataclasses.replace(select_few.shape_of(W, k), is_full=is_full, has_forced=has_forced)
     ids, size = (None, 1) if kept is None else (kept.ids, kept.size)
     columns, count = plgpu.kernel(
         functools.partial(_body, shape, size, interpret),
@@ -79,4 +82,5 @@ def _body(
     if ids_gmem is not None:
         ids = ids_gmem[t]
         positions = ids[jnp.minimum(columns // block_size, ids.shape[0] - 1)] * block_size + columns % block_size
-    select_row.choose_reference(jnp.where(columns < limit, x_gmem[t], INVISIBLE), positions, out)
+    sort_keys = jnp.where(shape.is_full & (limit <= shape.k), 0, x_gmem[t])
+    select_row.choose_reference(jnp.where(columns < limit, sort_keys, INVISIBLE), positions, out)

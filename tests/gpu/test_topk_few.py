@@ -1,5 +1,7 @@
 """`topk_few`: its PTX run by a machine in NumPy that sees races, the kernel around it interpreted, all on a GPU."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,9 +63,9 @@ def chosen(x, limit, k, ids):
     return np.append(positions, np.full(k - len(columns), -1)), len(columns)
 
 
-def machine(x, limit, k, ids, *, has_forced):
+def machine(x, limit, k, ids, **options):
     """One that runs a row, and where in its memory the result is."""
-    shape = select_few.shape_of(len(x), k, has_forced)
+    shape = dataclasses.replace(select_few.shape_of(len(x), k), **options)
     position = select_few.own_position
     if ids is not None:
         position = lambda: select_few.block_position(BLOCK, len(ids))  # noqa: E731
@@ -111,6 +113,18 @@ def test_rows_of_every_width(W):
         for name in ("normal", "few values", "limit half"):
             x, limit = rows(W, k)[name]
             assert_chooses(x, limit, k, has_forced=True)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 63, 64, 65])
+def test_all_of_few_columns_are_chosen_whatever_they_hold(limit):
+    x, _ = rows(1024, 64)["0.9 invisible"]
+    if limit <= 64:
+        run, start = machine(x, limit, 64, None, is_full=True)
+        run.run()
+        wanted = np.append(np.where(np.arange(64) < limit, np.arange(64), -1), limit)
+        np.testing.assert_array_equal(run.memory[start : start + 65].view(np.int32), wanted)
+    else:
+        assert_chooses(rows(1024, 64)["normal"][0], limit, 64, is_full=True)
 
 
 def test_normal_scores_take_few_passes():

@@ -17,11 +17,11 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import Output
 from hisa_jax.kernels_pallas.types import Ref
 
 
-def shape_of(width: int, k: int, has_forced: bool) -> Shape:
+def shape_of(width: int, k: int) -> Shape:
     """A thread has as few columns as make its own work less than what it waits for the others."""
     each = 8 if width <= 2048 else 16 if width <= 16384 else 32
     n_threads = next((n for n in (128, 256, 512) if n * each >= width), 1024)
-    return Shape(width=width, k=k, each=each, n_threads=n_threads, has_forced=has_forced)
+    return Shape(width=width, k=k, each=each, n_threads=n_threads)
 
 
 def block_position(block_size: int, n_ids: int) -> str:

@@ -26,13 +26,15 @@ class Shape:
         width: sort keys of the row, a multiple of 4; `k`: how many are chosen.
         each: neighbouring columns of a thread, 8, 16 or 32; `n_threads`: 128, 256, 512 or 1024.
         has_forced: whether some sort keys may be `FORCED`.
+        is_full: columns before the limit are all candidates: where k or fewer are, no sort key is looked at.
     """
 
     width: int
     k: int
     each: int
     n_threads: int
-    has_forced: bool
+    has_forced: bool = True
+    is_full: bool = False
 
     # Bytes of shared memory: where each part begins. Parts of warps: range, bins, listed, chosen; two of a
     # bisection; ties.
@@ -118,6 +120,12 @@ and.b32 t, tid, {per_row - 1}; shl.b32 t, t, 4; add.u32 at, at, t;"""
     lines += [f"st.shared.v4.b32 [at+{shape.keys + i * (n // per_row) * shape.pitch}], {names(i)};" for i in chunks]
     lines.append(_sync(shape) + f"mul.lo.u32 at, tid, {shape.pitch}; add.u32 at, at, $SMEM;")
     lines += [f"ld.shared.v4.b32 {names(i)}, [at+{shape.keys + 16 * i}];" for i in chunks]
+    if shape.is_full:
+        lines.append(
+            f"""setp.gt.s32 p, $LIMIT, {shape.k}; @p bra scored;
+{_each(shape, lambda j: f"mov.b32 v{j}, 0;")}
+scored:"""
+        )
     lines.append(
         f"""shl.b32 column, tid, {each.bit_length() - 1};
 setp.ge.s32 p, $LIMIT, {shape.width}; @p bra whole;
