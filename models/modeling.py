@@ -13,7 +13,15 @@ from jax.typing import DTypeLike
 
 import hisa_jax as hj
 from hisa_jax.methods import Sketch
-from hisa_jax.models.cache import Cache, empty_cache, empty_pages, page_size_of, sketch_of
+from hisa_jax.models.cache import (
+    Cache,
+    empty_cache,
+    empty_pages,
+    page_size_of,
+    pages_sharding,
+    sketch_of,
+    stripe_of,
+)  # fmt: skip
 from hisa_jax.models.config import Config
 from hisa_jax.models.dsa import Attention, Form, IndexInputs, Table
 from hisa_jax.models.layers import Init, Mlp, rms_norm
@@ -82,12 +90,12 @@ class Layer(nnx.Module):
 
     def __call__(
         self, x: Array, *, table: Table, slots: Array, lengths: Array, pages: hj.IndexCache, block_tables: Array,
-        method: hj.Method, selection: hj.Selection | None, form: Form, mesh: Mesh | None,
+        method: hj.Method, selection: hj.Selection | None, form: Form, mesh: Mesh | None, stripe: int | None = None,
     ) -> tuple[hj.IndexCache, LayerTrace]:  # fmt: skip
         eps = self.config.rms_norm_eps
         attention, pages, selection, inputs = self.attention(
             rms_norm(x, self.attention_norm[...], eps), table=table, slots=slots, lengths=lengths, pages=pages,
-            block_tables=block_tables, method=method, selection=selection, form=form, mesh=mesh,
+            block_tables=block_tables, method=method, selection=selection, form=form, mesh=mesh, stripe=stripe,
         )  # fmt: skip
         x = constrain(x + attention, mesh, HIDDEN)
         normed, experts, expert_weights = rms_norm(x, self.mlp_norm[...], eps), None, None
@@ -109,7 +117,8 @@ class Model(nnx.Module):
         config: sizes and settings.
         method: how layers select, see `make_plan`; None is the checkpoint's own, `config.method`.
         dtype: of weights and activations. Norms, router, index head weights and logits are float32 always.
-        mesh: with the axes "data", "model" or both, to split the model and its inputs over; None for one device.
+        mesh: to split the model, its inputs and caches over, with some of the axes of `models.make_mesh`; None for
+            one device.
         rngs: for random weights, stream "params".
     """
 
@@ -139,16 +148,27 @@ class Model(nnx.Module):
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """A cache with room for at least `capacity` tokens in each of `batch` rows, for the methods of all phases."""
         dtype = self.embed[...].dtype
-        return empty_cache(self.config, batch, capacity, dtype, self.page_size, self.mesh, self._sketches)
+        return empty_cache(self.config, batch, capacity, dtype, self.page_size, self.mesh, self._sketches, self.stripe)
 
     def empty_pages(self, n_pages: int) -> tuple[hj.IndexCache, ...]:
-        """Pages of every layer, for the methods of all phases."""
-        return empty_pages(self.config, n_pages, self.page_size, self.embed[...].dtype, self._sketches)
+        """Pages of every layer, for the methods of all phases, on a mesh in equal parts on the devices of a group."""
+
+        def make() -> tuple[hj.IndexCache, ...]:
+            return empty_pages(self.config, n_pages, self.page_size, self.embed[...].dtype, self._sketches)
+
+        if self.mesh is None:
+            return make()
+        return jax.jit(make, out_shardings=pages_sharding(self.mesh, n_pages))()
 
     @property
     def page_size(self) -> int:
         """Tokens of a page that every method can read."""
         return page_size_of(itertools.chain(*self._methods()))
+
+    @property
+    def stripe(self) -> int:
+        """Tokens of a row in a row that one device has, where devices share its pages."""
+        return stripe_of(itertools.chain(*self._methods()), self.page_size)
 
     @property
     def _sketches(self) -> tuple[Sketch | None, ...]:
@@ -214,7 +234,7 @@ class Model(nnx.Module):
         for i, layer in enumerate(self.layers):
             layer_pages, layer_trace = layer(
                 x, table=table, slots=slots, lengths=lengths, pages=cache.layers[i], block_tables=cache.block_tables,
-                method=self.plan(i, phase), selection=selection, form=form, mesh=self.mesh,
+                method=self.plan(i, phase), selection=selection, form=form, mesh=self.mesh, stripe=self.stripe,
             )  # fmt: skip
             # A layer without an indexer attends to what the last one before it selected.
             x, selection = layer_trace.hidden, layer_trace.selection

@@ -51,8 +51,8 @@ def expert_weights(logits: Array, experts: Array, config: Config) -> Array:
 
 
 def routed_experts(
-    x: Array, experts: Array, weights: Array, gate: Array, up: Array, down: Array, *, axis: str | None = None,
-    are_all_here: bool = False,
+    x: Array, experts: Array, weights: Array, gate: Array, up: Array, down: Array, *, axes: tuple[str, ...] = (),
+    batch_axis: str | None = None, are_all_here: bool = False,
 ) -> Array:  # fmt: skip
     """Sum over each token's experts of weight times SwiGLU MLP.
 
@@ -62,13 +62,16 @@ def routed_experts(
         weights: [B, T, K] float32.
         gate, up: [X, E, F] weights of the experts here.
         down: [X, F, E].
-        axis: mesh axis that the experts are split over, inside of shard_map; None if all are here.
+        axes: mesh axes that the experts are split over, inside of shard_map; none if all are here.
+        batch_axis: the one of them that also splits the tokens, which then go to all devices and their sums back.
         are_all_here: whether every number is an expert's that is here.
 
     Returns: [B, T, E] in x's dtype.
     """
+    if batch_axis is not None:
+        x, experts, weights = (lax.all_gather(rows, batch_axis, axis=0, tiled=True) for rows in (x, experts, weights))
     (B, T, E), K, X = x.shape, experts.shape[-1], gate.shape[0]
-    first = 0 if axis is None else lax.axis_index(axis) * X
+    first = lax.axis_index(axes) * X if axes else 0
     local = experts.reshape(-1) - first
     is_here = (local >= 0) & (local < X)
     # Pairs of token and expert, sorted by expert, those of other devices last.
@@ -86,8 +89,10 @@ def routed_experts(
     # Rows beyond the sizes are unspecified, so they are replaced, not scaled.
     out = jnp.where(is_here.reshape(B, T, K, 1), out[places].reshape(B, T, K, E), 0)
     total = jnp.sum(out * weights[..., None], axis=2)
-    if axis is not None:
-        total = lax.psum(total, axis)
+    if batch_axis is not None:
+        total = lax.psum_scatter(total, batch_axis, scatter_dimension=0, tiled=True)
+    if others := tuple(axis for axis in axes if axis != batch_axis):
+        total = lax.psum(total, others)
     return total.astype(x.dtype)
 
 
@@ -112,9 +117,16 @@ class Moe(nnx.Module):
         else:
             weights = expert_weights(self._logits(x), experts, self.config)
         tokens, split = ("batch", None, None), ("experts", None, None)
-        axis = mesh_axis(mesh, "experts", self.config.n_routed_experts)
+        found = mesh_axis(mesh, "experts", self.config.n_routed_experts)
+        axes = (found,) if isinstance(found, str) else found or ()
+        batch_axis = mesh_axis(mesh, "batch", x.shape[0])
         apply = per_device(
-            functools.partial(routed_experts, axis=axis, are_all_here=is_own and axis is None),
+            functools.partial(
+                routed_experts,
+                axes=axes,
+                batch_axis=batch_axis if batch_axis in axes else None,
+                are_all_here=is_own and not axes,
+            ),
             mesh,
             (tokens, tokens, tokens, split, split, split),
             tokens,

@@ -198,7 +198,7 @@ def from_pretrained(
         method: how layers select: `hj.Hisa`, `hj.Dsa`, `hj.Scan` or `hj.BlockSparse`, a sequence or mapping of them by
             layer, or a rule (layer, phase) -> method; None is the checkpoint's own, `config.method`.
         dtype: of weights and activations, float32 or bfloat16. Norms, router and index head weights stay float32.
-        mesh: with the axes "data", "model" or both, see `models.make_mesh`.
+        mesh: with some of the axes of `models.make_mesh`.
         config: instead of the folder's, to change a setting: `read_config(folder, overrides)`.
         progress: is told what is read, how many parameters of how many, as `models.progress.Progress`.
 
