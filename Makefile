@@ -101,6 +101,7 @@ format: .venv-test/test.stamp
 	.venv-test/bin/ruff format .
 
 # What is fetched, how large it is and how far it is stands in pip's own lines.
+FOR_THE_DEMO := '.[models,bench]'
 define install
 	@echo "Installing into $(@D): $(1)$(if $(2),; about $(2) to fetch the first time)"
 	@$(@D)/bin/python -m pip install --disable-pip-version-check $(1)
@@ -108,7 +109,7 @@ define install
 endef
 
 .venv/demo.stamp: pyproject.toml | .venv/bin/python
-	$(call install,'$(JAX)' -e '.[models,bench]',SIZE_DEMO)
+	$(call install,'$(JAX)' -e $(FOR_THE_DEMO),SIZE_DEMO)
 
 .venv-test/test.stamp: pyproject.toml | .venv-test/bin/python
 	$(call install,'$(JAX)' -e '.[test]',SIZE_TEST)
