@@ -109,7 +109,7 @@ define install
 endef
 
 .venv/demo.stamp: pyproject.toml | .venv/bin/python
-	$(call install,'$(JAX)' -e $(FOR_THE_DEMO),SIZE_DEMO)
+	$(call install,'$(JAX)' -e $(FOR_THE_DEMO),210 MB)
 
 .venv-test/test.stamp: pyproject.toml | .venv-test/bin/python
 	$(call install,'$(JAX)' -e '.[test]',SIZE_TEST)
