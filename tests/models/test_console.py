@@ -1,6 +1,7 @@
 """hisa-jax: every command says what it takes, with an example; what it lacks or refuses is an error of one line."""
 
 import argparse
+import io
 import re
 import shlex
 import subprocess
@@ -11,8 +12,11 @@ import pytest
 
 import hisa_jax.__main__ as console
 from bench import __main__ as bench
-from hisa_jax import checkout
+from hisa_jax import checkout, models
 from hisa_jax.__main__ import COMMANDS, main
+from hisa_jax.models.tokens import Bytes
+
+from . import golden
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {"hisa-jax": (main, COMMANDS), "python -m bench": (bench.main, bench.COMMANDS)}
@@ -106,3 +110,26 @@ def test_an_interrupt_is_no_traceback(monkeypatch):
 
     monkeypatch.setattr(console.importlib, "import_module", interrupted)
     assert main(["generate"]) == 130
+
+
+def test_chat_needs_a_template(tmp_path, capsys):
+    folder = golden.FOLDER / "glm5"
+    assert main(["chat", "--checkpoint", str(folder)]) == 1
+    assert f"{folder}: has no chat template, as chat_template.jinja: generate continues" in capsys.readouterr().err
+
+
+@pytest.mark.exhaustive
+def test_chat_answers_each_line_with_all_that_was_said_and_leaves_out_what_has_no_room(tmp_path, capsys, monkeypatch):
+    """It compiles an engine's programs: 10 s."""
+    for file in (golden.FOLDER / "glm5").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}/{% endfor %}")
+    monkeypatch.setattr("sys.stdin", io.StringIO("ABCDEF\n\n" + 99 * "X" + "\nGHI\n"))
+    options = ["--max-new-tokens", "3", "--max-length", "64", "--chunk", "8", "--dtype", "float32", "--system", "S"]
+    assert main(["chat", "--checkpoint", str(tmp_path), *options]) == 1
+    said = capsys.readouterr()
+    first, second = said.out.removesuffix("\n").split("\n", 1)
+    model, prompts = golden.model("glm5"), ["S/ABCDEF/", f"S/ABCDEF/{first}/GHI/"]
+    wanted = [models.generate(model, [list(prompt.encode())], 3).tokens[0] for prompt in prompts]
+    assert [first, second] == [Bytes(101).decode(tokens) for tokens in wanted]
+    assert "error: submit: " in said.err
