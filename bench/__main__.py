@@ -40,6 +40,11 @@ COMMANDS = {
         "the TPU kernels by the compiler's schedule, without a TPU; with one, measured: --run",
         "python -m bench tpu --chips v5e",
     ),
+    "layer": Command(
+        "bench.layer.command",
+        "one attention layer of DeepSeek-V3.2 and GLM-5 at real widths, whole and part by part, by each method",
+        "python -m bench layer --models dsv32 --contexts 8192",
+    ),
     "lighthouse": Command(
         "bench.lighthouse",
         "one layer of Lighthouse attention stage by stage, beside dense attention, each checked before it is timed",
@@ -47,6 +52,16 @@ COMMANDS = {
     ),
     "memory": Command(
         "bench.memory", "peak memory of each method at a long context", "python -m bench memory --method hisa"
+    ),
+    "pretraining": Command(
+        "bench.pretraining",
+        "what a checkpoint of the byte model keeps under block means, at ratios of 1 in 2 to 1 in 16",
+        "python -m bench pretraining --checkpoint models/bytes --context 4096",
+    ),
+    "peers": Command(
+        "bench.peers.command",
+        "the kernels beside the best public ones (DeepGEMM, sglang, FlashMLA), in one process on the same inputs",
+        "python -m bench peers --rows 'sparse*'",
     ),
     "quality": Command(
         "bench.quality.command",

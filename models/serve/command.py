@@ -1,6 +1,7 @@
 """The command `serve`: loads, compiles, serves until it is told to stop."""
 
 import argparse
+import gc
 import logging
 import signal
 from pathlib import Path
@@ -77,6 +78,10 @@ def run(options: argparse.Namespace) -> None:
     engine.warm_up(progress)
     name = options.model_name or folder.resolve().name
     server = Server(engine, name, template=template, api_keys=keys, most_waiting=options.max_waiting)
+    # A full garbage collection stops every thread. What loading and compiling left stays until the end, and to go
+    # through it, 340,000 objects of the byte model, took 290 ms: so it is never gone through again.
+    gc.collect()
+    gc.freeze()
 
     class Announcing(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
