@@ -112,7 +112,7 @@ endef
 	$(call install,'$(JAX)' -e $(FOR_THE_DEMO),210 MB)
 
 .venv-test/test.stamp: pyproject.toml | .venv-test/bin/python
-	$(call install,'$(JAX)' -e '.[test]',SIZE_TEST)
+	$(call install,'$(JAX)' -e '.[test]')
 
 .venv-test/docs.stamp: pyproject.toml .venv-test/test.stamp
 	$(call install,-e '.[docs]')
@@ -121,7 +121,7 @@ endef
 	$(call install,'openai>=1.60' 'playwright>=1.49')
 
 .venv-oldest/test.stamp: pyproject.toml | .venv-oldest/bin/python
-	$(call install,'$(JAX)==$(OLDEST)' -e '.[test]',SIZE_TEST)
+	$(call install,'$(JAX)==$(OLDEST)' -e '.[test]')
 
 .venv/bin/python .venv-test/bin/python .venv-oldest/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 12) or sys.exit("hisa_jax needs Python 3.12 or newer, $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
