@@ -32,6 +32,10 @@ COMMANDS = {
         "one layer of Lighthouse attention stage by stage, beside dense attention, each checked before it is timed",
     ),
     "memory": ("bench.memory", "peak memory of each method at a long context"),
+    "pods": (
+        "bench.pods.command",
+        "steps of whole models compiled for whole pods, without a TPU: memory, exchanges, an estimate of the time",
+    ),
     "quality": (
         "bench.quality.command",
         "what HISA and the scan keep and lose in a trained model, against its flat indexer",

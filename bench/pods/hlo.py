@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(
-    r"= (?P<results>.+?) (?P<kind>all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?P<start>-start)?\("
+    r"= (?P<results>.+?) (?P<kind>all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+    r"(?P<start>-start)?\("
 )
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([0-9,]*)\]")
 _BITS = {"pred": 8, "f8e4m3fn": 8}
@@ -53,7 +54,9 @@ def collectives(text: str, n_devices: int, runs: Sequence[int]) -> list[Collecti
     for computation, count in _times(lines, runs).items():
         for line in lines[computation]:
             if match := _COLLECTIVE.search(line):
-                arrays = [(d, math.prod(map(int, n.split(","))) if n else 1) for d, n in _ARRAY.findall(match["results"])]
+                arrays = [
+                    (d, math.prod(map(int, n.split(","))) if n else 1) for d, n in _ARRAY.findall(match["results"])
+                ]
                 # A started exchange also returns its operands and counters.
                 arrays = [max(arrays, key=lambda x: x[1])] if match["start"] else arrays
                 size = sum(n * _bytes(d) for d, n in arrays)

@@ -8,7 +8,7 @@ so its heads are split over `model` as far as the attention's kernel takes them 
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from bench.tpu.chips import CHIPS, Chip
 
@@ -57,7 +57,7 @@ class Row:
 
 
 # Requests a group of devices decodes: what the memory that weights leave holds, with a tenth to spare.
-_REQUESTS = {
+_REQUESTS: dict[tuple[str, Weights], dict[str, int]] = {
     ("dsv32", "bf16"): {"v5e": 8, "v5p": 80, "v6e": 24, "v7x": 96},
     ("dsv32", "e4m3"): {"v5e": 12, "v5p": 88, "v6e": 28, "v7x": 96},
     ("glm5", "bf16"): {"v5e": 5, "v5p": 60, "v6e": 18, "v7x": 72},
@@ -71,7 +71,7 @@ def rows() -> Iterator[Row]:
     for (model, weights), requests in _REQUESTS.items():
         for name, chip in CHIPS.items():
             n = devices(chip)
-            own = dict(model=model, weights=weights, chip=name)
+            own: Any = dict(model=model, weights=weights, chip=name)
             yield Row(**own, phase="decode", data=n // 16, context_axis=16, batch=n // 16 * requests[name])
             heads, pages = _PREFILL[name]
             data = n // (heads * pages)

@@ -65,9 +65,7 @@ def select_shard(
         blocks = search.kept_blocks(method)
         if isinstance(method, BlockSparse) and not return_scores:
             indices, count = tokens_of_blocks(blocks, visible, method)
-            return call.unflatten(
-                Selection(indices=indices, count=count, blocks=blocks if return_blocks else None)
-            )
+            return call.unflatten(Selection(indices=indices, count=count, blocks=blocks if return_blocks else None))
         found = search.best_in_blocks(blocks, k, method.block_size)
     sort_keys, positions = found
     is_real, missing = positions >= 0, ((0, 0), (0, method.topk - k))
@@ -174,9 +172,7 @@ def merge_of_any_order(merge: Merge, sort_keys: Array, positions: Array, k: int)
     cut = jnp.min(best, axis=1, keepdims=True)
     n_tied, n_chosen = (jnp.sum(x == cut, axis=1) for x in (sort_keys, best))
     is_tied = jnp.any((cut[:, 0] > topk.INVISIBLE) & (n_tied > n_chosen))
-    return lax.cond(
-        is_tied, lambda: merge(*_by_position(sort_keys, positions), k), lambda: _by_position(best, chosen)
-    )
+    return lax.cond(is_tied, lambda: merge(*_by_position(sort_keys, positions), k), lambda: _by_position(best, chosen))
 
 
 def _by_position(sort_keys: Array, positions: Array) -> Found:
