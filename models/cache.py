@@ -6,20 +6,21 @@ tables, one for all layers, map these places to pages: rows may share pages, and
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.sharding import Mesh
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
 from hisa_jax.methods import Sketch
 from hisa_jax.models.config import Config
-from hisa_jax.models.sharding import constrain, mesh_axis, per_device
+from hisa_jax.models.sharding import mesh_axis, per_device
 
 _LARGEST_PAGE = 64
 
@@ -34,7 +35,7 @@ class Cache:
             key. Its keys are the index keys after norm and RoPE, quantised if the config says so; in layers that share
             another layer's selection they have 0 features.
         block_tables: [B, P] int32, the pages of each row in order. On a mesh that splits the batch they are numbers
-            among the pages of the row's own device.
+            among the pages of the row's own group of devices.
         lengths: [B] int32, tokens in each row.
     """
 
@@ -52,6 +53,27 @@ def page_size_of(methods: Iterable[hj.Method]) -> int:
     """The largest page that the blocks of all these methods are made of; units of a scan may cross pages."""
     sizes = (method.block_size for method in methods if isinstance(method, hj.Hisa | hj.BlockSparse))
     return math.gcd(_LARGEST_PAGE, *sizes)
+
+
+def stripe_of(methods: Iterable[hj.Method], page_size: int) -> int:
+    """Tokens in a row that one device has where several share the pages of a row: whole blocks of all these methods."""
+    blocks = (page_size if isinstance(method, hj.Dsa) else method.block_size for method in methods)
+    return math.lcm(page_size, *blocks)
+
+
+def pages_split(mesh: Mesh | None, batch: int) -> dict[str, Any]:
+    """How `hj.append` and the others over pages split a batch of so many rows: arguments by name; none if not split."""
+    if mesh is None:
+        return {}
+    context = "context" if mesh.shape["context"] > 1 else None
+    axes = dict(context_axis=context, data_axis=mesh_axis(mesh, "batch", batch))
+    return dict(mesh=mesh, **axes) if any(axes.values()) else {}
+
+
+def pages_sharding(mesh: Mesh, batch: int) -> NamedSharding:
+    """Where pages of so many rows lie: those of a row on the devices of its group."""
+    axes = mesh_axis(mesh, "batch", batch), "context"
+    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in axes if axis is not None)))
 
 
 def sketch_of(methods: Iterable[hj.Method]) -> Sketch | None:
@@ -84,7 +106,7 @@ def empty_pages(
 
 def empty_cache(
     config: Config, batch: int, capacity: int, dtype: DTypeLike, page_size: int, mesh: Mesh | None = None,
-    sketches: Sequence[Sketch | None] | None = None,
+    sketches: Sequence[Sketch | None] | None = None, stripe: int | None = None,
 ) -> Cache:  # fmt: skip
     """A cache with pages of their own for at least `capacity` tokens in each of `batch` rows.
 
@@ -92,19 +114,27 @@ def empty_cache(
         config, dtype, page_size, sketches: see `empty_pages`.
         batch: B.
         capacity: tokens.
-        mesh: what the batch is split over, or None.
+        mesh: what the batch and the pages of rows are split over, or None.
+        stripe: tokens of a row in a row that one device has; default: a page.
 
     Returns: `Cache` with lengths 0.
     """
+    n_groups = 1 if mesh is None or mesh_axis(mesh, "batch", batch) is None else mesh.shape["data"]
+    n_devices, per_stripe = 1 if mesh is None else mesh.shape["context"], (stripe or page_size) // page_size
     P = -(-capacity // page_size)
+    if n_devices > 1:  # as many pages of each row on each device
+        P = -(-P // (n_devices * per_stripe)) * n_devices * per_stripe
     layers = empty_pages(config, batch * P, page_size, dtype, sketches)
-    axis = mesh_axis(mesh, "batch", batch)
-    # Where the batch is split, each device has the pages of its rows and counts them from 0.
-    n_devices = 1
-    if mesh is not None and axis is not None:
-        n_devices = mesh.shape[axis]
-        layers = jax.tree.map(lambda leaf: constrain(leaf, mesh, ("batch",) + (None,) * (leaf.ndim - 1)), layers)
-    tables = jnp.arange(batch * P, dtype=jnp.int32).reshape(batch, P) % (batch * P // n_devices)
+    if mesh is not None:
+        layers = jax.tree.map(
+            functools.partial(lax.with_sharding_constraint, shardings=pages_sharding(mesh, batch)), layers
+        )
+    # Each group of devices has the pages of its rows and counts them from 0, one device's after the other's.
+    rows, pages = jnp.arange(batch, dtype=jnp.int32) % (batch // n_groups), jnp.arange(P, dtype=jnp.int32)
+    rounds, device = pages // (n_devices * per_stripe), pages // per_stripe % n_devices
+    per_row = P // n_devices  # pages of a row on a device
+    first = device * (batch // n_groups * per_row) + rounds * per_stripe + pages % per_stripe
+    tables = first[None, :] + rows[:, None] * per_row
     return Cache(layers=layers, block_tables=tables, lengths=jnp.zeros((batch,), jnp.int32))
 
 
@@ -147,30 +177,24 @@ def packing(slots: Array) -> Packing:
     return Packing(order, places, jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)]))
 
 
-def pack(slots: Array, arrays: Any, mesh: Mesh | None) -> tuple[Any, ...]:
-    """`cu_seqlens` and arrays [B, T, ...] as `Packing` has them, of each group of rows that `mesh` splits B into."""
+def packed(mesh: Mesh | None, slots: Array, *arrays: Any) -> tuple[Packing, tuple[Any, ...]]:
+    """How to pack each group's rows of a batch on a mesh, and arrays [B, T, ...] packed, [B * T, ...]."""
 
-    def call(slots: Array, arrays: Any) -> tuple[Any, ...]:
+    def call(slots: Array, *arrays: Any) -> tuple[Packing, tuple[Any, ...]]:
         rows = packing(slots)
-        return rows.cu_seqlens, *jax.tree.map(rows.pack, arrays)
+        return rows, jax.tree.map(rows.pack, arrays)
 
-    return per_device(call, mesh, (("batch",),) * 2, ("batch",))(slots, arrays)
-
-
-def unpack(slots: Array, arrays: Any, mesh: Mesh | None) -> Any:
-    """The reverse of `pack`, of the arrays."""
-
-    def call(slots: Array, arrays: Any) -> Any:
-        return jax.tree.map(packing(slots).unpack, arrays)
-
-    return per_device(call, mesh, (("batch",),) * 2, ("batch",))(slots, arrays)
+    return per_device(call, mesh, (("batch",),) * (1 + len(arrays)), ("batch",))(slots, *arrays)
 
 
-def over_context(mesh: Mesh | None, batch: int) -> dict[str, Any]:
-    """What functions of pages are told where `context` splits the pages of a request, nothing where it does not."""
-    if mesh is None or mesh.shape.get("context", 1) == 1:
-        return {}
-    return dict(mesh=mesh, context_axis="context", data_axis=mesh_axis(mesh, "batch", batch))
+def unpacked(mesh: Mesh | None, slots: Array, rows: Packing, result: Any) -> Any:
+    """What `packed` did, undone: leaves [B * T, ...] -> [B, T, ...]."""
+
+    def call(slots: Array, rows: Packing, result: Any) -> Any:
+        return jax.tree.map(rows.unpack, result)
+
+    # By the slots it shows whether the batch is split.
+    return per_device(call, mesh, (("batch",),) * 3, ("batch",))(slots, rows, result)
 
 
 def write(
@@ -206,6 +230,11 @@ def write(
         new = jax.tree.map(rows.pack, keys)
         return hj.append(pages, new, tables, rows.cu_seqlens, before, latents=rows.pack(latents))
 
+    if mesh is not None and mesh.shape["context"] > 1:
+        rows, (new, new_latents) = packed(mesh, slots, keys, latents)
+        before = lengths - jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
+        split = pages_split(mesh, slots.shape[0])
+        return hj.append(pages, new, block_tables, rows.cu_seqlens, before, latents=new_latents, **split)
     call = per_device(call, mesh, (("batch",),) * 6, ("batch",))
     return call(pages, keys, latents, block_tables, slots, lengths)
 
@@ -222,11 +251,21 @@ def contiguous(pages: Array, block_tables: Array, lengths: Array, mesh: Mesh | N
     Returns: [B, P * page_size, ...], zeros where a row has no token, whatever its pages, and other ones, hold there.
     """
 
+    is_shared = mesh is not None and mesh.shape["context"] > 1
+
     def call(pages: Array, tables: Array, lengths: Array) -> Array:
         (n_pages, page_size, *rest), (B, P) = pages.shape, tables.shape
+        if is_shared:
+            tables = tables - lax.axis_index("context") * n_pages
         is_page = (tables >= 0) & (tables < n_pages)
         found = pages[jnp.where(is_page, tables, 0)].reshape(B, P * page_size, *rest)
         is_token = jnp.repeat(is_page, page_size, axis=1) & (jnp.arange(P * page_size)[None, :] < lengths[:, None])
-        return jnp.where(is_token.reshape(B, P * page_size, *(1,) * len(rest)), found, jnp.zeros((), found.dtype))
+        own = jnp.where(is_token.reshape(B, P * page_size, *(1,) * len(rest)), found, jnp.zeros((), found.dtype))
+        return lax.psum(own, "context") if is_shared else own  # of each token one device has it, the others 0
 
-    return per_device(call, mesh, (("batch",),) * 3, ("batch",))(pages, block_tables, lengths)
+    if mesh is None or not is_shared:
+        return per_device(call, mesh, (("batch",),) * 3, ("batch",))(pages, block_tables, lengths)
+    rows = PartitionSpec(mesh_axis(mesh, "batch", block_tables.shape[0]))
+    specs = pages_sharding(mesh, block_tables.shape[0]).spec, rows, rows
+    run = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    return run(pages, block_tables, lengths)

@@ -16,11 +16,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 import hisa_jax as hj
-from hisa_jax.models.cache import contiguous, over_context, pack, packing, unpack, write
+from hisa_jax.models.cache import Packing, contiguous, packed, packing, pages_split, unpacked, write
 from hisa_jax.models.config import Config
 from hisa_jax.models.layers import Init, layer_norm, rms_norm
 from hisa_jax.models.rope import rotate
-from hisa_jax.models.sharding import per_device
+from hisa_jax.models.sharding import mesh_axis, per_device, shares_selection
 from hisa_jax.selection import selected_mask
 
 Form = Literal["auto", "expanded", "absorbed"]
@@ -108,7 +108,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Array, *, table: Table, slots: Array, lengths: Array, pages: hj.IndexCache, block_tables: Array,
-        method: hj.Method, selection: hj.Selection | None, form: Form, mesh: Mesh | None,
+        method: hj.Method, selection: hj.Selection | None, form: Form, mesh: Mesh | None, stripe: int | None = None,
     ) -> tuple[Array, hj.IndexCache, hj.Selection, IndexInputs | None]:  # fmt: skip
         """Writes the new tokens to the cache, selects, and attends to what is selected.
 
@@ -123,6 +123,7 @@ class Attention(nnx.Module):
             selection: that of the last full layer, for layers that share it.
             form: see `choose_form`.
             mesh: what the model is split over, or None.
+            stripe: as for `select`.
 
         Returns: output [B, T, E]; the pages with the new tokens; the selection; what these tokens brought to it, None
             if shared.
@@ -135,14 +136,13 @@ class Attention(nnx.Module):
         if self.indexer is not None and keys is not None:
             index_q, index_w = self.indexer.queries(q_latent, x, table)
             inputs = index_q, keys, index_w
-            selection = select(index_q, index_w, pages, block_tables, slots, lengths, method, mesh)
+            selection = select(index_q, index_w, pages, block_tables, slots, lengths, method, mesh, stripe)
         assert selection is not None  # Config has checked that layer 0 selects
 
         (_, T), S = slots.shape, block_tables.shape[1] * pages.page_size
-        if form == "auto" and over_context(mesh, 1):
-            form = "absorbed"  # the other one would bring all latents of a request to every device
-        elif form == "auto":
-            form = choose_form(config, T, S, selection.indices.shape[-1])
+        if form == "auto":
+            is_shared = mesh is not None and mesh.shape["context"] > 1  # latents are not brought together then
+            form = "absorbed" if is_shared else choose_form(config, T, S, selection.indices.shape[-1])
         k_b, v_b, scale = self.k_b[...], self.v_b[...], config.softmax_scale
         if form == "absorbed":
             out = absorbed(q_nope, q_rope, pages, block_tables, slots, selection.indices, k_b, v_b, scale, mesh)
@@ -171,9 +171,11 @@ class Attention(nnx.Module):
 
 def select(
     q: Array, w: Array, pages: hj.IndexCache, block_tables: Array, slots: Array, lengths: Array, method: hj.Method,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, stripe: int | None = None,
 ) -> hj.Selection:  # fmt: skip
     """`hj.select_paged`, the one line that a method changes, on each device for its part of the batch.
+
+    Devices of "context" each search the pages that they have; those of "model" share the queries.
 
     Args:
         q, w: index queries [B, T, H, D], head weights [B, T, H].
@@ -182,16 +184,17 @@ def select(
         lengths: [B] int32, tokens in each sequence, the queries its last ones.
         method: how to select.
         mesh: what the batch is split over, or None.
+        stripe: tokens of a row in a row that one device of "context" has; default: as `hj.select_paged`.
 
     Returns: the selection.
     """
-
-    if over := over_context(mesh, slots.shape[0]):
-        # Ranks of tensor parallelism would all select the same: each takes a share of the queries.
-        query_axis = "model" if mesh is not None and mesh.shape.get("model", 1) > 1 else None
-        cu_seqlens, q, w = pack(slots, (q, w), mesh)
-        chosen = hj.select_paged(q, w, pages, block_tables, cu_seqlens, lengths, method, query_axis=query_axis, **over)
-        return unpack(slots, chosen, mesh)
+    if mesh is not None and shares_selection(mesh):
+        split = pages_split(mesh, slots.shape[0]) | dict(mesh=mesh)
+        split |= dict(query_axis="model" if mesh.shape["model"] > 1 else None)
+        split |= dict(stripe=stripe if mesh.shape["context"] > 1 else None)
+        rows, (q, w) = packed(mesh, slots, q, w)
+        found = hj.select_paged(q, w, pages, block_tables, rows.cu_seqlens, lengths, method, **split)
+        return unpacked(mesh, slots, rows, found)
 
     def call(q: Array, w: Array, pages: hj.IndexCache, tables: Array, slots: Array, lengths: Array) -> hj.Selection:
         rows = packing(slots)
@@ -279,16 +282,8 @@ def absorbed(
 
     Returns: as `expanded`.
     """
-    (L, N, _), q, heads = k_b.shape, absorb(q_nope, q_rope, k_b), ("batch", None, "heads")
-    if over := over_context(mesh, slots.shape[0]):
-        head_axis = "model" if mesh is not None and "model" in mesh.shape and N % mesh.shape["model"] == 0 else None
-        cu_seqlens, chosen = pack(slots, (indices,), mesh)
-        packed = per_device(_packed, mesh, (("batch",), heads), ("batch", "heads"))(slots, q)
-        out = hj.sparse_mla_paged(
-            packed, pages, chosen, block_tables, cu_seqlens, value_dim=L, scale=scale, head_axis=head_axis, **over
-        )
-        out = per_device(_unpacked, mesh, (("batch",), ("batch", "heads")), heads)(slots, out)
-        return jnp.einsum("btnl,lnd->btnd", out, v_b)
+    L = k_b.shape[0]
+    q = absorb(q_nope, q_rope, k_b)
 
     def attend(q: Array, pages: hj.IndexCache, tables: Array, slots: Array, indices: Array) -> Array:
         rows = packing(slots)
@@ -298,16 +293,18 @@ def absorbed(
         assert isinstance(out, Array)  # no logsumexp was asked for
         return rows.unpack(out)
 
+    heads = ("batch", None, "heads")
+    if mesh is not None and mesh.shape["context"] > 1:
+        rows, (chosen,) = packed(mesh, slots, indices)
+        pack = per_device(Packing.pack, mesh, (("batch",), heads), ("batch", "heads"))
+        unpack = per_device(Packing.unpack, mesh, (("batch",), ("batch", "heads")), heads)
+        split = pages_split(mesh, slots.shape[0]) | dict(head_axis=mesh_axis(mesh, "heads", q.shape[2]))
+        out = hj.sparse_mla_paged(
+            pack(rows, q), pages, chosen, block_tables, rows.cu_seqlens, value_dim=L, scale=scale, **split
+        )
+        return jnp.einsum("btnl,lnd->btnd", unpack(rows, out), v_b)
     attend = per_device(attend, mesh, (heads, *(("batch",),) * 4), heads)
     return jnp.einsum("btnl,lnd->btnd", attend(q, pages, block_tables, slots, indices), v_b)
-
-
-def _packed(slots: Array, x: Array) -> Array:
-    return packing(slots).pack(x)
-
-
-def _unpacked(slots: Array, x: Array) -> Array:
-    return packing(slots).unpack(x)
 
 
 def absorb(q_nope: Array, q_rope: Array, k_b: Array) -> Array:

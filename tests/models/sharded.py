@@ -40,7 +40,7 @@ def logits_on(case, mesh, method=None):
 
 
 def tensor_and_data_parallel():
-    """dsv32 has 4 heads and 8 experts, so model=4 splits both; glm5 has 5 heads, which stay whole."""
+    """dsv32 has 4 heads, so model=4 splits them; glm5 has 5, which stay whole. The 8 experts lie one on a device."""
     for case, most in (("dsv32", 0.6), ("glm5", 0.75)):
         model, logits = logits_on(case, models.make_mesh(data=2, model=4))
         golden.assert_close(logits, golden.numbers(case)["logits"], golden.LOGITS, case)

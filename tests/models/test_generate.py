@@ -305,7 +305,10 @@ def test_a_tokenizer_that_fails_at_a_text_says_so_by_name(tmp_path):
     "options, message",
     [
         (["--prompt-ids", "1,x"], "--prompt-ids: '1,x', wanted token ids"),
-        (["--prompt-ids", "1", "--data-parallel", "0"], "make_mesh(data=0, model=1): wanted at least 1 of each"),
+        (
+            ["--prompt-ids", "1", "--data-parallel", "0"],
+            "make_mesh(data=0, model=1, context=1): wanted at least 1 of each",
+        ),
         (["--prompt-ids", "1", "--data-parallel", "-1", "--model-parallel", "-1"], "wanted at least 1 of each"),
         (["--prompt-ids", "1", "--seed", str(2**64)], "Sampling: seed="),
     ],

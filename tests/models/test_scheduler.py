@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from hisa_jax.models import scheduler as module
-from hisa_jax.models.scheduler import Request, Scheduler, Sharing
+from hisa_jax.models.request import Request
+from hisa_jax.models.scheduler import Scheduler, Sharing
 
 SIZE = 4  # tokens of a page
 
