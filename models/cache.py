@@ -216,10 +216,6 @@ def write(
     """
     if keys is None:
         keys = jnp.zeros((*latents.shape[:2], 0), pages.keys.dtype)
-    if over := over_context(mesh, slots.shape[0]):
-        cu_seqlens, keys, latents = pack(slots, (keys, latents), mesh)
-        before = lengths - jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
-        return hj.append(pages, keys, block_tables, cu_seqlens, before, latents=latents, **over)
 
     def call(
         pages: hj.IndexCache, keys: Array | hj.QuantizedKeys, latents: Array, tables: Array, slots: Array,

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
         pytest.param(["generation", "save_here_restore_there"], marks=pytest.mark.slow),
         pytest.param(["quantised_keys_and_hisa", "the_self_check"], marks=pytest.mark.exhaustive),
         pytest.param(["replayed_rollouts"], marks=pytest.mark.exhaustive),
+        pytest.param(["stacked_layers_whose_pages_and_weights_devices_share"], marks=pytest.mark.exhaustive),
     ],
     ids="+".join,
 )
