@@ -22,7 +22,7 @@ class Row:
     """One program: `batch` requests of `context` tokens, each with `queries` new ones among them.
 
     Attributes:
-        model: a name in `hisa_jax.models`; `layers` of them, from the first on, None: all.
+        model: a name in `hisa_jax.models`; `layers`: the first of them and the one after the last, None: all.
         data, model_axis, context_axis: devices of each axis of the mesh.
     """
 
@@ -36,7 +36,7 @@ class Row:
     batch: int
     queries: int = 1
     context: int = CONTEXT
-    layers: int | None = None
+    layers: tuple[int, int] | None = None
 
     @property
     def row(self) -> str:

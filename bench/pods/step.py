@@ -42,9 +42,9 @@ class Step(NamedTuple):
 
 def config_of(row: Row) -> models.Config:
     config = getattr(models, row.model)()
-    n = row.layers or config.num_hidden_layers
-    kinds = dict(layer_kinds=config.layer_kinds[:n], indexer_kinds=config.indexer_kinds[:n])
-    return dataclasses.replace(config, num_hidden_layers=n, **kinds)
+    first, end = row.layers or (0, config.num_hidden_layers)
+    kinds: Any = dict(layer_kinds=config.layer_kinds[first:end], indexer_kinds=config.indexer_kinds[first:end])
+    return dataclasses.replace(config, num_hidden_layers=end - first, **kinds)
 
 
 def mesh_of(row: Row) -> Mesh:

@@ -91,6 +91,11 @@ def pod_mesh(chip: str, **axes: int) -> Mesh:
     return topologies.make_mesh(_topology(CHIPS[chip].pod), tuple(axes.values()), tuple(axes))
 
 
+def small_mesh(chip: str, **axes: int) -> Mesh:
+    """The same over the smallest slice that can be described: four chips."""
+    return topologies.make_mesh(_topology(CHIPS[chip].topology), tuple(axes.values()), tuple(axes))
+
+
 def abstract_mesh(chip: str, mesh: Mesh | None = None) -> AbstractMesh:
     """What tells the lowering of a kernel which chip it is for."""
     device = AbstractDevice(CHIPS[chip].kind, CHIPS[chip].cores_per_device, "tpu")
