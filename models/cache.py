@@ -6,7 +6,6 @@ tables, one for all layers, map these places to pages: rows may share pages, and
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -18,9 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
+from hisa_jax.index_cache import is_block_size
 from hisa_jax.methods import Sketch
 from hisa_jax.models.config import Config
-from hisa_jax.models.sharding import mesh_axis, per_device
+from hisa_jax.models.sharding import mesh_axis, per_device, size_of
 
 _LARGEST_PAGE = 64
 
@@ -61,19 +61,10 @@ def stripe_of(methods: Iterable[hj.Method], page_size: int) -> int:
     return math.lcm(page_size, *blocks)
 
 
-def pages_split(mesh: Mesh | None, batch: int) -> dict[str, Any]:
-    """How `hj.append` and the others over pages split a batch of so many rows: arguments by name; none if not split."""
-    if mesh is None:
-        return {}
-    context = "context" if mesh.shape["context"] > 1 else None
-    axes = dict(context_axis=context, data_axis=mesh_axis(mesh, "batch", batch))
-    return dict(mesh=mesh, **axes) if any(axes.values()) else {}
-
-
 def pages_sharding(mesh: Mesh, batch: int) -> NamedSharding:
-    """Where pages of so many rows lie: those of a row on the devices of its group."""
-    axes = mesh_axis(mesh, "batch", batch), "context"
-    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in axes if axis is not None)))
+    """Where the pages of so many rows lie: those of a row on the devices of its group, an equal part on each."""
+    axes = (mesh_axis(mesh, "batch", batch), "context" if size_of(mesh, "context") > 1 else None)
+    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in axes if axis is not None) or None))
 
 
 def sketch_of(methods: Iterable[hj.Method]) -> Sketch | None:
@@ -81,8 +72,23 @@ def sketch_of(methods: Iterable[hj.Method]) -> Sketch | None:
     return next((method.sketch for method in methods if isinstance(method, hj.Scan) and method.sketch), None)
 
 
+class Kept(NamedTuple):
+    """What a layer keeps beside its index keys, where it has some: see `hj.init_cache`."""
+
+    sketch: Sketch | None = None
+    block_size: int | None = None
+
+
+def kept_for(methods: Iterable[hj.Method]) -> Kept:
+    """What a layer keeps for these methods: means of blocks on GPUs alone, whose kernels read them."""
+    methods = list(methods)
+    sizes = {method.block_size for method in methods if isinstance(method, hj.Hisa | hj.BlockSparse)}
+    can_keep = jax.default_backend() == "gpu" and len(sizes) == 1 and all(map(is_block_size, sizes))
+    return Kept(sketch_of(methods), sizes.pop() if can_keep else None)
+
+
 def empty_pages(
-    config: Config, n_pages: int, page_size: int, dtype: DTypeLike, sketches: Sequence[Sketch | None] | None = None
+    config: Config, n_pages: int, page_size: int, dtype: DTypeLike, kept: Sequence[Kept] | None = None
 ) -> tuple[hj.IndexCache, ...]:
     """Pages of every layer.
 
@@ -90,45 +96,43 @@ def empty_pages(
         config: sizes, and the dtype of the index keys.
         n_pages, page_size: pages of a layer, and tokens of a page.
         dtype: of latents, rope keys, and index keys that are not quantised.
-        sketches: what each layer keeps beside its index keys, where it has some; None: nothing.
+        kept: what each layer keeps beside its index keys; None: nothing.
     """
 
-    def pages(kind: str, sketch: Sketch | None) -> hj.IndexCache:
+    def pages(kind: str, kept: Kept) -> hj.IndexCache:
         D, key_dtype = (config.index_head_dim, config.index_key_dtype or dtype) if kind == "full" else (0, dtype)
         return hj.init_cache(
-            n_pages, page_size, D, key_dtype, sketch=sketch if kind == "full" else None,
+            n_pages, page_size, D, key_dtype, **(kept if kind == "full" else Kept())._asdict(),
             latent_dim=config.kv_lora_rank + config.qk_rope_head_dim, latent_dtype=dtype,
         )  # fmt: skip
 
     kinds = config.indexer_kinds
-    return tuple(pages(*layer) for layer in zip(kinds, sketches or (None,) * len(kinds), strict=True))
+    return tuple(pages(*layer) for layer in zip(kinds, kept or (Kept(),) * len(kinds), strict=True))
 
 
 def empty_cache(
     config: Config, batch: int, capacity: int, dtype: DTypeLike, page_size: int, mesh: Mesh | None = None,
-    sketches: Sequence[Sketch | None] | None = None, stripe: int | None = None,
+    kept: Sequence[Kept] | None = None, stripe: int | None = None,
 ) -> Cache:  # fmt: skip
     """A cache with pages of their own for at least `capacity` tokens in each of `batch` rows.
 
     Args:
-        config, dtype, page_size, sketches: see `empty_pages`.
+        config, dtype, page_size, kept: see `empty_pages`.
         batch: B.
         capacity: tokens.
         mesh: what the batch and the pages of rows are split over, or None.
-        stripe: tokens of a row in a row that one device has; default: a page.
+        stripe: tokens of a row one after the other that one device has; default: a page.
 
     Returns: `Cache` with lengths 0.
     """
-    n_groups = 1 if mesh is None or mesh_axis(mesh, "batch", batch) is None else mesh.shape["data"]
-    n_devices, per_stripe = 1 if mesh is None else mesh.shape["context"], (stripe or page_size) // page_size
+    n_groups = 1 if mesh_axis(mesh, "batch", batch) is None else size_of(mesh, "data")
+    n_devices, per_stripe = size_of(mesh, "context"), (stripe or page_size) // page_size
     P = -(-capacity // page_size)
     if n_devices > 1:  # as many pages of each row on each device
         P = -(-P // (n_devices * per_stripe)) * n_devices * per_stripe
-    layers = empty_pages(config, batch * P, page_size, dtype, sketches)
+    layers = empty_pages(config, batch * P, page_size, dtype, kept)
     if mesh is not None:
-        layers = jax.tree.map(
-            functools.partial(lax.with_sharding_constraint, shardings=pages_sharding(mesh, batch)), layers
-        )
+        layers = lax.with_sharding_constraint(layers, pages_sharding(mesh, batch))
     # Each group of devices has the pages of its rows and counts them from 0, one device's after the other's.
     rows, pages = jnp.arange(batch, dtype=jnp.int32) % (batch // n_groups), jnp.arange(P, dtype=jnp.int32)
     rounds, device = pages // (n_devices * per_stripe), pages // per_stripe % n_devices
@@ -177,24 +181,30 @@ def packing(slots: Array) -> Packing:
     return Packing(order, places, jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)]))
 
 
-def packed(mesh: Mesh | None, slots: Array, *arrays: Any) -> tuple[Packing, tuple[Any, ...]]:
-    """How to pack each group's rows of a batch on a mesh, and arrays [B, T, ...] packed, [B * T, ...]."""
+def pack(slots: Array, arrays: Any, mesh: Mesh | None) -> tuple[Any, ...]:
+    """`cu_seqlens` and arrays [B, T, ...] as `Packing` has them, of each group of rows that `mesh` splits B into."""
 
-    def call(slots: Array, *arrays: Any) -> tuple[Packing, tuple[Any, ...]]:
+    def call(slots: Array, arrays: Any) -> tuple[Any, ...]:
         rows = packing(slots)
-        return rows, jax.tree.map(rows.pack, arrays)
+        return rows.cu_seqlens, *jax.tree.map(rows.pack, arrays)
 
-    return per_device(call, mesh, (("batch",),) * (1 + len(arrays)), ("batch",))(slots, *arrays)
+    return per_device(call, mesh, (("batch",),) * 2, ("batch",))(slots, arrays)
 
 
-def unpacked(mesh: Mesh | None, slots: Array, rows: Packing, result: Any) -> Any:
-    """What `packed` did, undone: leaves [B * T, ...] -> [B, T, ...]."""
+def unpack(slots: Array, arrays: Any, mesh: Mesh | None) -> Any:
+    """The reverse of `pack`, of the arrays."""
 
-    def call(slots: Array, rows: Packing, result: Any) -> Any:
-        return jax.tree.map(rows.unpack, result)
+    def call(slots: Array, arrays: Any) -> Any:
+        return jax.tree.map(packing(slots).unpack, arrays)
 
-    # By the slots it shows whether the batch is split.
-    return per_device(call, mesh, (("batch",),) * 3, ("batch",))(slots, rows, result)
+    return per_device(call, mesh, (("batch",),) * 2, ("batch",))(slots, arrays)
+
+
+def over_context(mesh: Mesh | None, batch: int) -> dict[str, Any]:
+    """What functions of pages are told where `context` splits the pages of a request, nothing where it does not."""
+    if size_of(mesh, "context") == 1:
+        return {}
+    return dict(mesh=mesh, context_axis="context", data_axis=mesh_axis(mesh, "batch", batch))
 
 
 def write(
@@ -216,6 +226,10 @@ def write(
     """
     if keys is None:
         keys = jnp.zeros((*latents.shape[:2], 0), pages.keys.dtype)
+    if over := over_context(mesh, slots.shape[0]):
+        cu_seqlens, keys, latents = pack(slots, (keys, latents), mesh)
+        before = lengths - jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
+        return hj.append(pages, keys, block_tables, cu_seqlens, before, latents=latents, **over)
 
     def call(
         pages: hj.IndexCache, keys: Array | hj.QuantizedKeys, latents: Array, tables: Array, slots: Array,
@@ -226,11 +240,6 @@ def write(
         new = jax.tree.map(rows.pack, keys)
         return hj.append(pages, new, tables, rows.cu_seqlens, before, latents=rows.pack(latents))
 
-    if mesh is not None and mesh.shape["context"] > 1:
-        rows, (new, new_latents) = packed(mesh, slots, keys, latents)
-        before = lengths - jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
-        split = pages_split(mesh, slots.shape[0])
-        return hj.append(pages, new, block_tables, rows.cu_seqlens, before, latents=new_latents, **split)
     call = per_device(call, mesh, (("batch",),) * 6, ("batch",))
     return call(pages, keys, latents, block_tables, slots, lengths)
 
@@ -247,7 +256,7 @@ def contiguous(pages: Array, block_tables: Array, lengths: Array, mesh: Mesh | N
     Returns: [B, P * page_size, ...], zeros where a row has no token, whatever its pages, and other ones, hold there.
     """
 
-    is_shared = mesh is not None and mesh.shape["context"] > 1
+    is_shared = size_of(mesh, "context") > 1
 
     def call(pages: Array, tables: Array, lengths: Array) -> Array:
         (n_pages, page_size, *rest), (B, P) = pages.shape, tables.shape

@@ -16,11 +16,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 import hisa_jax as hj
-from hisa_jax.models.cache import Packing, contiguous, packed, packing, pages_split, unpacked, write
+from hisa_jax.models.cache import contiguous, over_context, pack, packing, unpack, write
 from hisa_jax.models.config import Config
 from hisa_jax.models.layers import Init, layer_norm, rms_norm
 from hisa_jax.models.rope import rotate
-from hisa_jax.models.sharding import mesh_axis, per_device, shares_selection
+from hisa_jax.models.sharding import mesh_axis, per_device, size_of
 from hisa_jax.selection import selected_mask
 
 Form = Literal["auto", "expanded", "absorbed"]
@@ -140,9 +140,10 @@ class Attention(nnx.Module):
         assert selection is not None  # Config has checked that layer 0 selects
 
         (_, T), S = slots.shape, block_tables.shape[1] * pages.page_size
-        if form == "auto":
-            is_shared = mesh is not None and mesh.shape["context"] > 1  # latents are not brought together then
-            form = "absorbed" if is_shared else choose_form(config, T, S, selection.indices.shape[-1])
+        if form == "auto" and over_context(mesh, 1):
+            form = "absorbed"  # the other one would bring all latents of a request to every device
+        elif form == "auto":
+            form = choose_form(config, T, S, selection.indices.shape[-1])
         k_b, v_b, scale = self.k_b[...], self.v_b[...], config.softmax_scale
         if form == "absorbed":
             out = absorbed(q_nope, q_rope, pages, block_tables, slots, selection.indices, k_b, v_b, scale, mesh)
@@ -175,26 +176,27 @@ def select(
 ) -> hj.Selection:  # fmt: skip
     """`hj.select_paged`, the one line that a method changes, on each device for its part of the batch.
 
-    Devices of "context" each search the pages that they have; those of "model" share the queries.
-
     Args:
         q, w: index queries [B, T, H, D], head weights [B, T, H].
         pages, block_tables: that hold the index keys.
         slots: [B, T] int32, each query's number in its sequence, -1 for padding.
         lengths: [B] int32, tokens in each sequence, the queries its last ones.
         method: how to select.
-        mesh: what the batch is split over, or None.
-        stripe: tokens of a row in a row that one device of "context" has; default: as `hj.select_paged`.
+        mesh: what batch, pages of rows, and queries are split over, or None.
+        stripe: tokens of a row one after the other that one device has, where several share its pages; default: as
+            `hj.select_paged`.
 
     Returns: the selection.
     """
-    if mesh is not None and shares_selection(mesh):
-        split = pages_split(mesh, slots.shape[0]) | dict(mesh=mesh)
-        split |= dict(query_axis="model" if mesh.shape["model"] > 1 else None)
-        split |= dict(stripe=stripe if mesh.shape["context"] > 1 else None)
-        rows, (q, w) = packed(mesh, slots, q, w)
-        found = hj.select_paged(q, w, pages, block_tables, rows.cu_seqlens, lengths, method, **split)
-        return unpacked(mesh, slots, rows, found)
+
+    over = over_context(mesh, slots.shape[0]) | (dict(stripe=stripe) if over_context(mesh, 1) else {})
+    if size_of(mesh, "model") > 1:
+        # Ranks of tensor parallelism would all select the same: each takes a share of the queries.
+        over |= dict(mesh=mesh, query_axis="model", data_axis=mesh_axis(mesh, "batch", slots.shape[0]))
+    if over:
+        cu_seqlens, q, w = pack(slots, (q, w), mesh)
+        chosen = hj.select_paged(q, w, pages, block_tables, cu_seqlens, lengths, method, **over)
+        return unpack(slots, chosen, mesh)
 
     def call(q: Array, w: Array, pages: hj.IndexCache, tables: Array, slots: Array, lengths: Array) -> hj.Selection:
         rows = packing(slots)
@@ -282,8 +284,16 @@ def absorbed(
 
     Returns: as `expanded`.
     """
-    L = k_b.shape[0]
-    q = absorb(q_nope, q_rope, k_b)
+    (L, N, _), q, heads = k_b.shape, absorb(q_nope, q_rope, k_b), ("batch", None, "heads")
+    if over := over_context(mesh, slots.shape[0]):
+        head_axis = "model" if size_of(mesh, "model") > 1 and N % size_of(mesh, "model") == 0 else None
+        cu_seqlens, chosen = pack(slots, (indices,), mesh)
+        packed = per_device(_packed, mesh, (("batch",), heads), ("batch", "heads"))(slots, q)
+        out = hj.sparse_mla_paged(
+            packed, pages, chosen, block_tables, cu_seqlens, value_dim=L, scale=scale, head_axis=head_axis, **over
+        )
+        out = per_device(_unpacked, mesh, (("batch",), ("batch", "heads")), heads)(slots, out)
+        return jnp.einsum("btnl,lnd->btnd", out, v_b)
 
     def attend(q: Array, pages: hj.IndexCache, tables: Array, slots: Array, indices: Array) -> Array:
         rows = packing(slots)
@@ -293,18 +303,16 @@ def absorbed(
         assert isinstance(out, Array)  # no logsumexp was asked for
         return rows.unpack(out)
 
-    heads = ("batch", None, "heads")
-    if mesh is not None and mesh.shape["context"] > 1:
-        rows, (chosen,) = packed(mesh, slots, indices)
-        pack = per_device(Packing.pack, mesh, (("batch",), heads), ("batch", "heads"))
-        unpack = per_device(Packing.unpack, mesh, (("batch",), ("batch", "heads")), heads)
-        split = pages_split(mesh, slots.shape[0]) | dict(head_axis=mesh_axis(mesh, "heads", q.shape[2]))
-        out = hj.sparse_mla_paged(
-            pack(rows, q), pages, chosen, block_tables, rows.cu_seqlens, value_dim=L, scale=scale, **split
-        )
-        return jnp.einsum("btnl,lnd->btnd", unpack(rows, out), v_b)
     attend = per_device(attend, mesh, (heads, *(("batch",),) * 4), heads)
     return jnp.einsum("btnl,lnd->btnd", attend(q, pages, block_tables, slots, indices), v_b)
+
+
+def _packed(slots: Array, x: Array) -> Array:
+    return packing(slots).pack(x)
+
+
+def _unpacked(slots: Array, x: Array) -> Array:
+    return packing(slots).unpack(x)
 
 
 def absorb(q_nope: Array, q_rope: Array, k_b: Array) -> Array:

@@ -31,6 +31,7 @@ from hisa_jax.models.report import Report, Step, Traced
 from hisa_jax.models.request import Request
 from hisa_jax.models.sampling import Sampling, short_form
 from hisa_jax.models.scheduler import Batch, Saved, Scheduler
+from hisa_jax.models.sharding import size_of
 from hisa_jax.models.streams import Piece, Reader
 from hisa_jax.models.text import Text
 from hisa_jax.models.tokens import Tokenizer
@@ -420,7 +421,7 @@ def _are_there(pages: Pages | None) -> bool:
 def _split(model: Model, sizes: dict[str, int]) -> dict[str, int]:
     """How a scheduler splits requests and pages on the model's mesh; raises unless the sizes are equal parts."""
     assert model.mesh is not None
-    groups, devices = model.mesh.shape["data"], model.mesh.shape["context"]
+    groups, devices = size_of(model.mesh, "data"), size_of(model.mesh, "context")
     for name, parts in (("n_pages", groups * devices), ("rows", groups), ("prefill_rows", groups)):
         if sizes[name] % parts:
             axes = "'data' and 'context'" if name == "n_pages" else "'data'"

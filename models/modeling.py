@@ -13,17 +13,17 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
-from hisa_jax.methods import Sketch
 from hisa_jax.models.block_scaled import VALUE_DTYPE
 from hisa_jax.models.cache import (
     Cache,
+    Kept,
     empty_cache,
     empty_pages,
+    kept_for,
     page_size_of,
     pages_sharding,
-    sketch_of,
     stripe_of,
-)  # fmt: skip
+)
 from hisa_jax.models.config import Config
 from hisa_jax.models.dsa import Attention, Form, IndexInputs, Table
 from hisa_jax.models.layers import Init, Mlp, rms_norm
@@ -154,17 +154,15 @@ class Model(nnx.Module):
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """A cache with room for at least `capacity` tokens in each of `batch` rows, for the methods of all phases."""
         dtype = self.embed[...].dtype
-        return empty_cache(self.config, batch, capacity, dtype, self.page_size, self.mesh, self._sketches, self.stripe)
+        return empty_cache(self.config, batch, capacity, dtype, self.page_size, self.mesh, self._kept, self.stripe)
 
     def empty_pages(self, n_pages: int) -> tuple[hj.IndexCache, ...]:
-        """Pages of every layer, for the methods of all phases, on a mesh in equal parts on the devices of a group."""
+        """Pages of every layer, for the methods of all phases; on a mesh equal parts on the devices of each group."""
 
         def make() -> tuple[hj.IndexCache, ...]:
-            return empty_pages(self.config, n_pages, self.page_size, self.embed[...].dtype, self._sketches)
+            return empty_pages(self.config, n_pages, self.page_size, self.embed[...].dtype, self._kept)
 
-        if self.mesh is None:
-            return make()
-        return jax.jit(make, out_shardings=pages_sharding(self.mesh, n_pages))()
+        return make() if self.mesh is None else jax.jit(make, out_shardings=pages_sharding(self.mesh, n_pages))()
 
     @property
     def page_size(self) -> int:
@@ -173,13 +171,13 @@ class Model(nnx.Module):
 
     @property
     def stripe(self) -> int:
-        """Tokens of a row in a row that one device has, where devices share its pages."""
+        """Tokens of a row one after the other that one device has, where several share its pages."""
         return stripe_of(itertools.chain(*self._methods()), self.page_size)
 
     @property
-    def _sketches(self) -> tuple[Sketch | None, ...]:
+    def _kept(self) -> tuple[Kept, ...]:
         """What each layer's pages keep for its methods."""
-        return tuple(map(sketch_of, self._methods()))
+        return tuple(map(kept_for, self._methods()))
 
     def _methods(self) -> list[list[hj.Method]]:
         """Of each layer, those of all phases."""

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from hisa_jax.models.config import Config
 from hisa_jax.models.layers import Init, Mlp
-from hisa_jax.models.sharding import mesh_axis, per_device
+from hisa_jax.models.sharding import mesh_axes, mesh_axis, per_device
 
 # Keeps the division by the chosen experts' scores finite; the value of the published code.
 _SUM_FLOOR = 1e-20
@@ -155,8 +155,7 @@ class Moe(nnx.Module):
         else:
             weights = expert_weights(self._logits(x), experts, self.config)
         tokens, split = ("batch", None, None), ("experts", None, None)
-        split_over = mesh_axis(mesh, "experts", self.config.n_routed_experts)
-        axes = (split_over,) if isinstance(split_over, str) else split_over or ()
+        axes = mesh_axes(mesh, "experts", self.config.n_routed_experts)
         batch_axis = mesh_axis(mesh, "batch", x.shape[0])
         own = functools.partial(
             routed_experts, axes=axes, batch_axis=batch_axis if batch_axis in axes else None, are_routed=is_own

@@ -1,7 +1,7 @@
 """The compiled passes of an engine: a chunk of prompts, a decode step that verifies proposals, copies of pages."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,11 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import hisa_jax as hj
-from hisa_jax.models.cache import Cache, pages_sharding, pages_split
+from hisa_jax.models.cache import Cache, pages_sharding
 from hisa_jax.models.draws import Draws, LogprobArrays, logprobs_if, take
 from hisa_jax.models.modeling import Model, Output
 from hisa_jax.models.replay.recorder import Rows, logprob_of, rows_of
+from hisa_jax.models.sharding import size_of
 
 Pages = tuple[hj.IndexCache, ...]
 
@@ -78,13 +79,13 @@ def verify(
     if wanted, the pages without the others, what was selected."""
     model = nnx.merge(graph, state)
     out = _run(model, pages, tables, lengths, ids, n_new, trace, last_only=False)
-    tokens, (B, T) = take(out.logits, draws, draws.kind), ids.shape
+    tokens, T = take(out.logits, draws, draws.kind), ids.shape[1]
     is_proposal = jnp.arange(1, T)[None, :] > T - n_new[:, None]
     is_right = jnp.where(is_proposal, ids[:, 1:] == tokens[:, :-1], True)
     n_right = jnp.sum(jnp.cumprod(is_right, axis=1) * is_proposal, axis=1, dtype=jnp.int32)
     layers = out.cache.layers
     if T > 1:
-        kept, over = lengths + jnp.minimum(n_new, 1 + n_right), pages_split(model.mesh, B)
+        kept, over = lengths + jnp.minimum(n_new, 1 + n_right), _over(model.mesh)
         layers = tuple(hj.truncate(p, tables, lengths + n_new, kept, max_tokens=T - 1, **over) for p in layers)
     logprobs, seen = logprobs_if(draws.has_logprobs, out.logits, tokens), _seen(out, tokens, trace)
     tokens, n_right, logprobs, seen = _on_all(model.mesh, (tokens, n_right, logprobs, seen))
@@ -94,8 +95,13 @@ def verify(
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
 def copy(pages: Pages, source: Array, target: Array, *, mesh: Mesh | None) -> Pages:
     """Copies pages [n] of each group to others of the same device; -1 is no page."""
-    over = pages_split(mesh, source.shape[0])
-    return _where_they_were(mesh, tuple(hj.copy_pages(layer, source, target, **over) for layer in pages))
+    return _where_they_were(mesh, tuple(hj.copy_pages(layer, source, target, **_over(mesh)) for layer in pages))
+
+
+def _over(mesh: Mesh | None) -> dict[str, Any]:
+    """How functions of pages split those of an engine on a mesh: arguments by name, none if nothing is split."""
+    axes = {f"{axis}_axis": axis for axis in ("data", "context") if size_of(mesh, axis) > 1}
+    return dict(mesh=mesh, **axes) if axes else {}
 
 
 def _on_all[Tree](mesh: Mesh | None, tree: Tree) -> Tree:

@@ -11,10 +11,9 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Axes = Sequence[str | None]
-MeshAxes = str | tuple[str, ...] | None
 
 AXES = "data", "model", "context"
-# Mesh axes that split an axis, the first ones first, each as far as it divides what is left: else it is replicated.
+# The mesh axes that split an axis: of those that are there as many, from the first on, as together divide its size.
 # Weights are split over `context`, too, whose devices would else have copies; experts over all devices.
 _WEIGHTS = ("model", "context")
 RULES: dict[str, tuple[str, ...]] = {
@@ -25,7 +24,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "rank": _WEIGHTS,
     "ff": _WEIGHTS,
     "vocab": _WEIGHTS,
-    "experts": ("model", "context", "data"),
+    "experts": ("model", "data", "context"),
 }
 
 
@@ -35,11 +34,11 @@ def make_mesh(
     """Makes the mesh that the models are split over.
 
     Args:
-        data: groups of devices that each take a part of the batch. Experts are split over all devices.
+        data: groups of devices that each take a part of the batch. Experts are split over the devices of all groups.
         model: devices of a group that each take a part of the heads, dense layers and vocabulary, and of the index
             queries.
-        context: devices that each take a part of the pages of each row.
-        devices: default: the first of all devices. Those of `context` are neighbours.
+        context: devices that each take a part of the pages of each row, and of the weights. They are neighbours.
+        devices: default: the first of all devices.
 
     Returns: a mesh with the axes "data", "model" and "context".
     Raises: ValueError: fewer devices than the mesh needs.
@@ -55,35 +54,37 @@ def make_mesh(
 
 
 def automatic(mesh: Mesh | None) -> Mesh | None:
-    """The same mesh with all three axes, in their order and automatic, which the models rely on.
+    """The same mesh with automatic axes, which the models rely on.
 
     Raises: ValueError: axes other than "data", "model" and "context".
     """
     if mesh is None:
         return None
-    if not set(mesh.axis_names) <= set(AXES):
-        raise ValueError(f"mesh has the axes {mesh.axis_names}, wanted some of 'data', 'model' and 'context'")
-    order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
-    sizes = [mesh.shape.get(axis, 1) for axis in AXES]
-    return Mesh(mesh.devices.transpose(order).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    if not set(mesh.axis_names) <= {"data", "model", "context"}:
+        raise ValueError(f"mesh has the axes {mesh.axis_names}, wanted 'data', 'model' and 'context' or some of them")
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
-def mesh_axis(mesh: Mesh | None, name: str | None, size: int) -> MeshAxes:
-    """Mesh axes over which an axis of that name and size is split, None if it is not."""
-    if mesh is None or name is None:
-        return None
-    axes = list[str]()
-    for axis in RULES.get(name, ()):
-        n_devices = mesh.shape.get(axis, 1)
+def mesh_axes(mesh: Mesh | None, name: str | None, size: int) -> tuple[str, ...]:
+    """Mesh axes over which an axis of that name and size is split, the first the slowest; none if it is not."""
+    found: tuple[str, ...] = ()
+    for axis in RULES.get(name, ()) if name and mesh is not None else ():
+        n_devices = size_of(mesh, axis)
         if n_devices > 1 and size % n_devices == 0:
-            axes.append(axis)
-            size //= n_devices
-    return None if not axes else axes[0] if len(axes) == 1 else tuple(axes)
+            found, size = (*found, axis), size // n_devices
+    return found
 
 
-def shares_selection(mesh: Mesh | None) -> bool:
-    """Whether several devices share the pages of a row, or the index queries of a batch."""
-    return mesh is not None and (mesh.shape["context"] > 1 or mesh.shape["model"] > 1)
+def size_of(mesh: Mesh | None, axis: str) -> int:
+    """Devices along an axis of a mesh, 1 where there is none."""
+    return 1 if mesh is None else mesh.shape.get(axis, 1)
+
+
+def mesh_axis(mesh: Mesh | None, name: str | None, size: int) -> str | None:
+    """The one mesh axis over which an axis of that name is split, None if it is not."""
+    found = mesh_axes(mesh, name, size)
+    assert len(found) <= 1, found
+    return found[0] if found else None
 
 
 def sharding_of(mesh: Mesh, shape: Sequence[int], axes: Axes) -> NamedSharding:
@@ -93,7 +94,8 @@ def sharding_of(mesh: Mesh, shape: Sequence[int], axes: Axes) -> NamedSharding:
 
 def spec_of(mesh: Mesh, shape: Sequence[int], axes: Axes) -> PartitionSpec:
     """The mesh axes that split an array of that shape whose axes have these names."""
-    return PartitionSpec(*(mesh_axis(mesh, name, size) for name, size in zip(axes, shape, strict=True)))
+    found = (mesh_axes(mesh, name, size) for name, size in zip(axes, shape, strict=True))
+    return PartitionSpec(*(x[0] if len(x) == 1 else x or None for x in found))
 
 
 def parameter_sharding(mesh: Mesh, parameter: nnx.Variable) -> Any:
@@ -132,17 +134,17 @@ def per_device(function: Callable[..., Any], mesh: Mesh | None, in_axes: Sequenc
         return _by_one(function)
 
     def call(*arguments: Any) -> Any:
-        placed: dict[str, MeshAxes] = {}
+        placed: dict[str, tuple[str, ...]] = {}
         for argument, axes in zip(arguments, in_axes, strict=True):
             for leaf in jax.tree.leaves(argument):
                 for i, name in enumerate(axes):
                     if name is not None:
-                        axis = mesh_axis(mesh, name, leaf.shape[i])
+                        found = mesh_axes(mesh, name, leaf.shape[i])
                         # Split everywhere or nowhere: rows and their pages stay together.
-                        placed[name] = axis if axis == placed.get(name, axis) else None
+                        placed[name] = found if found == placed.get(name, found) else ()
 
         def spec(axes: Axes) -> PartitionSpec:
-            return PartitionSpec(*(placed[name] if name else None for name in axes))
+            return PartitionSpec(*(placed[name] or None if name else None for name in axes))
 
         return jax.shard_map(
             function,

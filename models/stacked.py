@@ -7,6 +7,7 @@ are in place.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args
 
@@ -19,7 +20,7 @@ import hisa_jax as hj
 from hisa_jax.models.cache import Cache, pages_sharding
 from hisa_jax.models.modeling import Layer, LayerTrace, Model
 from hisa_jax.models.plan import Phase
-from hisa_jax.models.sharding import mesh_axis
+from hisa_jax.models.sharding import mesh_axes, size_of
 from hisa_jax.selection import nothing
 
 
@@ -80,10 +81,8 @@ class Stacked(Model):
         method: hj.Method, every: Any,
     ) -> tuple[Array, hj.IndexCache, hj.Selection]:  # fmt: skip
         graph, weights = nnx.split(layers)
-        n_groups = n_devices = 1
-        if self.mesh is not None:
-            n_groups = 1 if mesh_axis(self.mesh, "batch", tables.shape[0]) is None else self.mesh.shape["data"]
-            n_devices = self.mesh.shape["context"]
+        n_groups = math.prod(size_of(self.mesh, axis) for axis in mesh_axes(self.mesh, "batch", tables.shape[0]))
+        n_devices = size_of(self.mesh, "context")
 
         def one(
             carry: tuple[Array, hj.IndexCache, hj.Selection], layer: tuple[Array, nnx.State]

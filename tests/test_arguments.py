@@ -220,10 +220,12 @@ def cases():
     yield Case(hj.copy_pages, copies(), COPIES | ALONE)
     yield Case(hj.copy_pages, copies() | over_context(), COPIES | OVER)
     yield Case(hj.init_cache,
-               dict(n_pages=4, page_size=16, D=8, dtype=F32, sketch="int4", latent_dim=8, latent_dtype=F32),
+               dict(n_pages=4, page_size=16, D=8, dtype=F32, sketch="int4", latent_dim=8, latent_dtype=F32,
+                    block_size=32),
                dict(n_pages=INT, page_size=Kind((*INT.bad, *constants(24, 512))), D=SIZE, dtype=DTYPE,
                     sketch=Kind(constants("int8", 4, ["int4"], True)),
-                    latent_dim=Kind((*NOT_INTS, *constants(0, -1))), latent_dtype=DTYPE))  # fmt: skip
+                    latent_dim=Kind((*NOT_INTS, *constants(0, -1))), latent_dtype=DTYPE,
+                    block_size=Kind((*NOT_INTS, *constants(8, 24, 512)))))  # fmt: skip
     yield Case(hj.quantize_keys, dict(k=np.ones((3, 4), np.float32)),
                dict(k=TO_QUANTIZE, dtype=DTYPE, scale=Kind(constants("e8m0", None, ["ue8m0"]))))  # fmt: skip
     yield Case(hj.quantize_queries, dict(q=np.ones((3, 4), np.float32), w=np.ones((3,), np.float32)),

@@ -20,7 +20,6 @@ ROOT = Path(__file__).parents[2]
         pytest.param(["generation", "save_here_restore_there"], marks=pytest.mark.slow),
         pytest.param(["quantised_keys_and_hisa", "the_self_check"], marks=pytest.mark.exhaustive),
         pytest.param(["replayed_rollouts"], marks=pytest.mark.exhaustive),
-        pytest.param(["stacked_layers_whose_pages_and_weights_devices_share"], marks=pytest.mark.exhaustive),
     ],
     ids="+".join,
 )
@@ -33,9 +32,7 @@ def test_eight_devices_give_what_one_gives(checks):
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(
-        ValueError, match=r"make_mesh\(data=4096, model=2, context=1\): wanted at least 1 of each, there are"
-    ):
+    with pytest.raises(ValueError, match=r"make_mesh\(data=4096, model=2\): wanted at least 1 of each, there are"):
         models.make_mesh(4096, 2)
-    with pytest.raises(ValueError, match=r"mesh has the axes \('tp',\), wanted some of 'data', 'model' and 'context'"):
+    with pytest.raises(ValueError, match=r"mesh has the axes \('tp',\), wanted 'data', 'model' and 'context' or some"):
         models.from_pretrained(ROOT / "tests/golden/glm5", mesh=jax.make_mesh((1,), ("tp",)))

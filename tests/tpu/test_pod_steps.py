@@ -3,14 +3,11 @@
 `python -m bench pods` compiles all rows; a row takes a minute of CPU. Here are two layers on four chips.
 """
 
-import dataclasses
-import json
 
-import jax
 import pytest
 
-from bench.pods import bounds, command, hlo
-from bench.pods.rows import Row, rows
+from bench.pods import bounds, hlo
+from bench.pods.rows import Row
 from bench.pods.step import compile_step, config_of
 from bench.tpu import aot
 from bench.tpu.chips import CHIPS
