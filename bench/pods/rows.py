@@ -59,8 +59,8 @@ class Row:
 # Requests a group of devices decodes: what the memory that weights leave holds, with a tenth to spare.
 _REQUESTS: dict[tuple[str, Weights], dict[str, int]] = {
     ("dsv32", "bf16"): {"v5e": 8, "v5p": 80, "v6e": 24, "v7x": 96},
-    ("dsv32", "e4m3"): {"v5e": 12, "v5p": 88, "v6e": 28, "v7x": 96},
-    ("glm5", "bf16"): {"v5e": 5, "v5p": 60, "v6e": 18, "v7x": 72},
+    ("dsv32", "e4m3"): {"v5e": 12, "v5p": 88, "v6e": 32, "v7x": 96},
+    ("glm5", "bf16"): {"v5e": 5, "v5p": 64, "v6e": 16, "v7x": 72},
 }
 # Devices over which a prompt's heads and pages are split. GLM-5 has 64 heads, V3.2 has 128.
 _PREFILL = {"v5e": (4, 4), "v5p": (4, 2), "v6e": (4, 4), "v7x": (4, 4)}
