@@ -53,6 +53,11 @@ COMMANDS = {
     "memory": Command(
         "bench.memory", "peak memory of each method at a long context", "python -m bench memory --method hisa"
     ),
+    "pods": Command(
+        "bench.pods.command",
+        "steps of whole models compiled for whole pods, without a TPU: memory, exchanges, an estimate of the time",
+        "python -m bench pods --rows '*-decode-v5e'",
+    ),
     "pretraining": Command(
         "bench.pretraining",
         "what a checkpoint of the byte model keeps under block means, at ratios of 1 in 2 to 1 in 16",
