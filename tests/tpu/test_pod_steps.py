@@ -3,7 +3,6 @@
 `python -m bench pods` compiles all rows; a row takes a minute of CPU. Here are two layers on four chips.
 """
 
-
 import pytest
 
 from bench.pods import bounds, hlo
