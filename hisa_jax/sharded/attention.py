@@ -66,7 +66,9 @@ def part_of(K: int, n_devices: int) -> int | None:
     return part if part < K else None
 
 
-def attend_in_parts(attend: Attend, part: int, q: Array, kv: Array, indices: Array) -> tuple[Array, Array]:
+def attend_in_parts(
+    attend: Attend, part: int, q: Array, kv: Array | QuantizedLatents, indices: Array
+) -> tuple[Array, Array]:
     """`attend` of (q, kv, indices) to the entries [B, T, K] that are real, so many of each list at a time.
 
     As many times as the longest list needs; a device whose lists are empty does it once, to nothing.
