@@ -104,14 +104,15 @@ def notes(results: "list[Result]") -> Iterator[str]:
         "Places: same last n tokens, beyond the recent ones. The longer n, the easier; its median is "
         f"{', '.join(n_of) or 'unknown, as there were none'}."
     )
-    identical = []
-    for name in ("hisa", "scan"):
-        where = [f"{shapes.label(r.context)} ({r.n_identical[name]})" for r in results if r.n_identical[name]]
-        identical.append(f"{NAMES[name]} {', '.join(where) or 'there were none'}")
-    yield (
-        "Checked: HISA and the scan selected exactly what the flat indexer did for all queries that see at most as "
-        f"many tokens as the method has candidates: {'; '.join(identical)}."
-    )
+    where = [
+        f"{NAMES[name]} {shapes.label(result.context)} ({n})"
+        for result in results for name, n in result.n_identical.items() if n
+    ]  # fmt: skip
+    if where:
+        yield (
+            "Checked: HISA and the scan selected exactly what the flat indexer did for all queries that see at most as "
+            f"many tokens as the method has candidates: {', '.join(where)}."
+        )
 
 
 def passages(tokens: list[str], result: "Result") -> Iterator[Panel]:
