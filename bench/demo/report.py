@@ -187,8 +187,8 @@ def figure(rows: list[dict[str, Any]], model_rows: list[dict[str, Any]]) -> Figu
         end = (own[-1]["context"], own[-1]["ms_per_query"])
         speed.annotate(said, end, (8, 0), textcoords="offset points", va="center", color=_COLORS[name])
     speed.set(
-        title="Time to choose 2048 tokens of a query\n64 heads of 128, vectors made from text", yscale="log",
-        ylabel="ms a query (less is better)", xlabel="context, tokens",
+        title=f"Time to choose {shapes.DSV32.topk} tokens of a query\n64 heads of 128, vectors made from text",
+        ylabel="ms a query (less is better)", xlabel="context, tokens", yscale="log",
     )  # fmt: skip
     speed.yaxis.set_major_formatter("{x:g}")
     speed.set_xscale("log", base=2)
