@@ -14,6 +14,7 @@ from hisa_jax.checks import checked
 from hisa_jax.compare import Comparison, compare
 from hisa_jax.index_cache import IndexCache
 from hisa_jax.indexer_loss import indexer_kl
+from hisa_jax.latents import QuantizedLatents, quantize_latents
 from hisa_jax.lighthouse.attention import lighthouse_attention, lighthouse_select
 from hisa_jax.lighthouse.method import Lighthouse
 from hisa_jax.lighthouse.selection import LighthouseSelection
@@ -35,6 +36,7 @@ __all__ = [
     "LighthouseSelection",
     "Method",
     "QuantizedKeys",
+    "QuantizedLatents",
     "Scan",
     "Selection",
     "Tiles",
@@ -49,6 +51,7 @@ __all__ = [
     "lighthouse_attention",
     "lighthouse_select",
     "quantize_keys",
+    "quantize_latents",
     "quantize_queries",
     "select",
     "select_packed",

@@ -31,8 +31,8 @@ from hisa_jax.models.replay.recorder import (
     put_step,
     rows_of,
 )  # fmt: skip
+from hisa_jax.models.request import Request
 from hisa_jax.models.sampling import MOST_LOGPROBS, Logprobs, Sampling, short_form
-from hisa_jax.models.scheduler import Request
 from hisa_jax.models.streams import Reader
 from hisa_jax.models.text import Text
 from hisa_jax.models.tokens import Tokenizer
@@ -388,8 +388,9 @@ def _recall(model: Model, out: Output, watch: Watch) -> RecallSums:
         flat = hj.Dsa(topk=model.plan.layers[i].topk)
         q, _, w = layer.index_inputs
         reference = select(
-            q, w, out.cache.layers[i], out.cache.block_tables, out.slots, out.cache.lengths, flat, model.mesh
-        )
+            q, w, out.cache.layers[i], out.cache.block_tables, out.slots, out.cache.lengths, flat, model.mesh,
+            model.stripe,
+        )  # fmt: skip
         chooses = out.slots >= flat.topk  # a query that sees no more than topk tokens selects them all
         recall = jnp.where(chooses, hj.compare(layer.selection, reference).recall, 0)
         sums += RecallSums(
