@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from hisa_jax.latents import QuantizedLatents
 from hisa_jax.layout import IndexCache
 from hisa_jax.sharded import meshes
 from hisa_jax.sharded.cache import own_pages
@@ -26,12 +27,14 @@ Attend = Callable[..., tuple[Array, Array]]
 _TILE = 128  # entries: whole tiles of every kernel
 
 
-def attend_batch(attend: Attend, axes: Axes, q: Array, kv: Array, indices: Array) -> tuple[Array, Array]:
+def attend_batch(
+    attend: Attend, axes: Axes, q: Array, kv: Array | QuantizedLatents, indices: Array
+) -> tuple[Array, Array]:
     """`attend` on a mesh: q and indices on all devices of the context axis, kv split. Differentiable."""
     context = axes.context
     assert context is not None
 
-    def one_device(q: Array, kv: Array, indices: Array) -> tuple[Array, Array]:
+    def one_device(q: Array, kv: Array | QuantizedLatents, indices: Array) -> tuple[Array, Array]:
         S = kv.shape[1]
         first = lax.axis_index(context) * S
         own = jnp.where((indices >= first) & (indices < first + S), indices - first, -1)
@@ -63,7 +66,9 @@ def part_of(K: int, n_devices: int) -> int | None:
     return part if part < K else None
 
 
-def attend_in_parts(attend: Attend, part: int, q: Array, kv: Array, indices: Array) -> tuple[Array, Array]:
+def attend_in_parts(
+    attend: Attend, part: int, q: Array, kv: Array | QuantizedLatents, indices: Array
+) -> tuple[Array, Array]:
     """`attend` of (q, kv, indices) to the entries [B, T, K] that are real, so many of each list at a time.
 
     As many times as the longest list needs; a device whose lists are empty does it once, to nothing.
