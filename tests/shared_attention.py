@@ -81,9 +81,10 @@ def paged(dtype, latent_dtype):
         pool.extend(r, length)
     tables = jnp.asarray(pool.table(range(2), 84))
     cache = hj.init_cache(pool.n_pages, PAGE, D=0, latent_dim=LATENT, latent_dtype=latent_dtype, latent_value_dim=VALUE)
-    cache = hj.append(
-        cache, jnp.zeros((S, 0), jnp.bfloat16), tables, jnp.array([0, S, S]), jnp.array([0, 0]), latents=kv
-    )
+    if latent_dtype != dtype:
+        kv = hj.quantize_latents(kv, value_dim=VALUE)
+    k, new, before = jnp.zeros((S, 0), jnp.bfloat16), jnp.array([0, S, S]), jnp.array([0, 0])
+    cache = hj.append(cache, k, tables, new, before, latents=kv)
     return q, cache, tables, jnp.array([0, T, T], jnp.int32)
 
 
