@@ -1,5 +1,13 @@
 """Choosing tokens for sparse attention, in JAX. These are the public names; README.md shows how to use them."""
 
+import sys
+
+if sys.version_info < (3, 12):  # noqa: UP036  before what older ones cannot read: they would speak of syntax
+    raise ImportError(
+        f"hisa_jax needs Python 3.12 or newer, this is {sys.version.split()[0]}: make a virtual environment with one, "
+        "python3.12 -m venv .venv"
+    )
+
 from hisa_jax.attention import sparse_mla, sparse_mla_paged
 from hisa_jax.cache import append, copy_pages, init_cache, truncate
 from hisa_jax.checks import checked

@@ -74,9 +74,12 @@ def sparse_mla(
     axes = dict(context_axis=context_axis, data_axis=data_axis)
     meshes.check_arrays(call, mesh, axes, q=q, kv=kv, indices=indices, sink=sink)
     check_batch(call, q, kv, indices)
-    attend = _checked_attention(call, q, kv, scale, value_dim, sink, return_lse, implementation)
+    n_devices = 1
     if mesh is not None:
         split = meshes.batch_axes(call, mesh, context_axis, data_axis, "kv's S", kv.shape[1], q.shape[0])
+        n_devices = split.n_devices
+    attend = _checked_attention(call, q, kv, scale, value_dim, sink, return_lse, implementation, n_devices=n_devices)
+    if mesh is not None:
         attend = functools.partial(on_mesh.attend_batch, attend, split)
     out, lse = attend(q, kv, indices)
     return _result(out, lse, sink, return_lse)
@@ -131,9 +134,11 @@ def sparse_mla_paged(
     n_groups = meshes.groups(call, mesh, data_axis, **arrays)
     check_paged(call, **arrays, n_groups=n_groups)
     axes = None if mesh is None else meshes.page_axes(call, mesh, over, cache, n_groups, q.shape[1])
-    n_shares = 1 if axes is None else axes.size(axes.heads)
+    n_shares, n_devices = (1, 1) if axes is None else (axes.size(axes.heads), axes.n_devices)
     assert cache.latents is not None  # as has been checked
-    attend = _checked_attention(call, q, cache.latents, scale, value_dim, sink, return_lse, implementation, n_shares)
+    attend = _checked_attention(
+        call, q, cache.latents, scale, value_dim, sink, return_lse, implementation, n_shares, n_devices
+    )
     check_rows(call, cache, indices, block_tables, cu_seqlens_q, n_groups)
 
     def attend_pages(q: Array, cache: IndexCache, table: Array, indices: Array, offsets: Array) -> tuple[Array, Array]:
@@ -154,11 +159,12 @@ def _result(out: Array, lse: Array, sink: Array | None, return_lse: bool) -> Arr
 
 def _checked_attention(
     call: str, q: Array, kv: Array | QuantizedLatents, scale: float, value_dim: int, sink: Array | None,
-    return_lse: bool, implementation: str, n_shares: int = 1,
+    return_lse: bool, implementation: str, n_shares: int = 1, n_devices: int = 1,
 ) -> Any:  # fmt: skip
     """What all forms take besides arrays: raises if it does not fit. Returns (q, kv, indices) -> (out, lse).
 
-    So many devices have an equal share of the heads each.
+    Args:
+        n_shares: so many devices have an equal share of the heads each; n_devices: of the tokens, more or less.
     """
     scale, value_dim = check_numbers(call, scale, value_dim, q.shape[-1])
     check_sink(call, sink, q)
@@ -176,7 +182,8 @@ def _checked_attention(
         (B, T, N, _), S = q.shape, kv.shape[1]
         if 0 in (B, T, S, N, indices.shape[2]):
             return jnp.zeros((B, T, N, value_dim), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
-        return _attend(*varying.alike(q, kv, indices), scale, value_dim, name)
+        part = on_mesh.part_of(indices.shape[2], n_devices)
+        return _attend(*varying.alike(q, kv, indices), scale, value_dim, name, part)
 
     return attend
 
@@ -296,24 +303,32 @@ def with_sink(out: Array, lse: Array, sink: Array | None) -> Array:
     return (out * kept[..., None]).astype(out.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def _attend(
-    q: Array, kv: Array | QuantizedLatents, indices: Array, scale: float, value_dim: int, implementation: str
-) -> tuple[Array, Array]:
-    """[B, T, N, Dk], [B, S, Dk], [B, T, K] -> [B, T, N, value_dim], [B, T, N] float32."""
+    q: Array, kv: Array | QuantizedLatents, indices: Array, scale: float, value_dim: int, implementation: str,
+    part: int | None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """[B, T, N, Dk], [B, S, Dk], [B, T, K] -> [B, T, N, value_dim], [B, T, N] float32; `part` entries at a time."""
     forward = xla.forward if implementation == "xla" else dispatch.attention(implementation)
-    return forward(q, kv, indices, scale=scale, value_dim=value_dim)
+    forward = functools.partial(forward, scale=scale, value_dim=value_dim)
+    return forward(q, kv, indices) if part is None else on_mesh.attend_in_parts(forward, part, q, kv, indices)
 
 
 def _attend_forward(
-    q: Array, kv: Array | QuantizedLatents, indices: Array, scale: float, value_dim: int, implementation: str
-) -> Any:
-    out, lse = _attend(q, kv, indices, scale, value_dim, implementation)
+    q: Array, kv: Array | QuantizedLatents, indices: Array, scale: float, value_dim: int, implementation: str,
+    part: int | None,
+) -> Any:  # fmt: skip
+    out, lse = _attend(q, kv, indices, scale, value_dim, implementation, part)
     return (out, lse), (q, kv, indices, out, lse)
 
 
 def _attend_backward(
-    scale: float, value_dim: int, implementation: str, saved: tuple, gradients: tuple[Array, Array]
+    scale: float,
+    value_dim: int,
+    implementation: str,
+    part: int | None,
+    saved: tuple,
+    gradients: tuple[Array, Array],
 ) -> tuple[Array, Array | QuantizedLatents, None]:
     return *xla.backward(scale, value_dim, saved, gradients), None
 

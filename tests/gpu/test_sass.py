@@ -77,6 +77,27 @@ def test_products_are_not_serialized_and_registers_not_spilled(compiled):
     assert registers is not None and int(registers[1]) <= MOST_REGISTERS, said
 
 
+def test_a_slot_is_handed_back_after_what_was_loaded_from_it_is_there(compiled):
+    """An arrival is not ordered after loads: a load still on its way would read what the copy engine writes next."""
+    _, instructions = compiled
+    on_the_way: dict[str, str] = {}  # register -> the load that writes it
+    n_arrivals = 0
+    for x in instructions:
+        opcode, _, rest = x.partition(" ")
+        written, _, others = rest.partition(",")
+        # A register that is read is there, and with it all that its load brings.
+        read = set(re.findall(r"\bR\d+\b", rest if opcode.startswith(("ST", "SYNCS")) else others))
+        ended = {load for register, load in on_the_way.items() if register in read}
+        on_the_way = {register: load for register, load in on_the_way.items() if load not in ended}
+        if opcode.startswith("LDS"):
+            words = {"LDS.64": 2, "LDS.128": 4, "LDSM.16.M88.4": 4}.get(opcode, 1)
+            on_the_way |= {f"R{int(written[1:]) + i}": x for i in range(words)}
+        elif opcode.startswith("SYNCS.ARRIVE"):
+            n_arrivals += 1
+            assert not on_the_way, f"an arrival may pass {sorted(set(on_the_way.values()))}"
+    assert n_arrivals == 2, n_arrivals
+
+
 @pytest.mark.parametrize(("groups", "has_rope"), [((0, 2), False), ((1, 3), True)])
 def test_the_loader_of_latents_in_8_bits_keeps_its_registers(tmp_path, groups, has_rope):
     types = {name: 64 if name in ("VALUES", "SCALES", "ROPE") else 32 for name in gather_latents.OPERANDS}
