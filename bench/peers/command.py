@@ -58,10 +58,10 @@ def _measure(args: argparse.Namespace, results: list[dict[str, Any]]) -> int:
     warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
     peers = packages.load(args.topk_library)
     print("\n".join(peers.notes), flush=True)
-    theirs, timer = Theirs(peers), functools.partial(spans_of, record=events_by_torch(peers.torch))
+    timer = functools.partial(spans_of, record=events_by_torch(peers.torch))
 
     def one(row: Row) -> dict[str, Any]:
-        results.append(measure(row, sides_of(theirs, row), timer))
+        results.append(measure(row, sides_of(Theirs(peers), row), timer))
         peers.torch.cuda.empty_cache()
         return results[-1]
 
