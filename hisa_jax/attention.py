@@ -92,6 +92,8 @@ def sparse_mla_paged(
     return_lse: bool = False,
     mesh: Mesh | None = None,
     context_axis: str | None = None,
+    head_axis: str | None = None,
+    data_axis: str | None = None,
     implementation: str = "auto",
 ) -> Array | tuple[Array, Array]:
     """Attends to the selected tokens, whose latents are in the pages of the cache.
@@ -104,6 +106,8 @@ def sparse_mla_paged(
         block_tables, cu_seqlens_q: as for `select_paged`; of any page size, pages in any order. Rows of q that are no
             request's select nothing.
         mesh, context_axis: run it on a mesh whose axis splits the cache's pages, in order; any page may lie anywhere.
+        head_axis: the mesh axis that splits N, q's heads; nothing passes over it.
+        data_axis: the mesh axis whose devices are groups of their own, as for `select_paged`. Any of the three will do.
         scale, value_dim, sink, return_lse, implementation: as for `sparse_mla`.
 
     Returns: [T, N, value_dim] in q's dtype; with `return_lse` also [T, N] float32. What the pages hold besides
@@ -118,27 +122,23 @@ def sparse_mla_paged(
     """
     call = "sparse_mla_paged"
     arrays: Any = dict(q=q, cache=cache, indices=indices, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q)
-    meshes.check_arrays(call, mesh, dict(context_axis=context_axis), **arrays)
-    check_paged(call, **arrays)
-    attend = _checked_attention(call, q, scale, value_dim, sink, return_lse, implementation)
-    rows = latent_rows(cache, indices, block_tables, cu_seqlens_q)  # on a mesh for the check alone
-    check_rows(call, cache, indices, rows, cu_seqlens_q)
+    over = dict(context_axis=context_axis, head_axis=head_axis, data_axis=data_axis)
+    meshes.check_arrays(call, mesh, over, **arrays)
+    n_groups = meshes.groups(call, mesh, data_axis, **arrays)
+    check_paged(call, **arrays, n_groups=n_groups)
+    axes = None if mesh is None else meshes.page_axes(call, mesh, over, cache, n_groups, q.shape[1])
+    n_shares = 1 if axes is None else axes.size(axes.heads)
+    attend = _checked_attention(call, q, scale, value_dim, sink, return_lse, implementation, n_shares)
+    check_rows(call, cache, indices, block_tables, cu_seqlens_q, n_groups)
 
-    def attend_rows(q: Array, cache: IndexCache, rows: Array) -> tuple[Array, Array]:
+    def attend_pages(q: Array, cache: IndexCache, table: Array, indices: Array, offsets: Array) -> tuple[Array, Array]:
         assert cache.latents is not None
-        latents = cache.latents.reshape(1, -1, cache.latents.shape[2])
-        out, lse = attend(q[None], latents, rows[None])
+        rows, latents = latent_rows(cache, indices, table, offsets), cache.latents
+        out, lse = attend(q[None], latents.reshape(1, -1, latents.shape[2]), rows[None])
         return out[0], lse[0]
 
-    if mesh is None:
-        return _result(*attend_rows(q, cache, rows), sink, return_lse)
-    axes = meshes.page_axes(call, mesh, context_axis, cache)
-
-    def attend_own(q: Array, cache: IndexCache, table: Array, indices: Array, offsets: Array) -> tuple[Array, Array]:
-        return attend_rows(q, cache, latent_rows(cache, indices, table, offsets))
-
-    found = on_mesh.attend_pages(attend_own, axes, q, cache, block_tables, indices, cu_seqlens_q)
-    return _result(*found, sink, return_lse)
+    run = attend_pages if axes is None else functools.partial(on_mesh.attend_pages, attend_pages, axes)
+    return _result(*run(q, cache, block_tables, indices, cu_seqlens_q), sink, return_lse)
 
 
 def _result(out: Array, lse: Array, sink: Array | None, return_lse: bool) -> Array | tuple[Array, Array]:
@@ -147,13 +147,18 @@ def _result(out: Array, lse: Array, sink: Array | None, return_lse: bool) -> Arr
 
 
 def _checked_attention(
-    call: str, q: Array, scale: float, value_dim: int, sink: Array | None, return_lse: bool, implementation: str
-) -> Any:
-    """What all forms take besides arrays: raises if it does not fit. Returns (q, kv, indices) -> (out, lse)."""
+    call: str, q: Array, scale: float, value_dim: int, sink: Array | None, return_lse: bool, implementation: str,
+    n_shares: int = 1,
+) -> Any:  # fmt: skip
+    """What all forms take besides arrays: raises if it does not fit. Returns (q, kv, indices) -> (out, lse).
+
+    So many devices have an equal share of the heads each.
+    """
     scale, value_dim = check_numbers(call, scale, value_dim, q.shape[-1])
     check_sink(call, sink, q)
     checks.flags(call, return_lse=return_lse)
-    problem = dispatch.AttentionProblem(N=q.shape[-2], key_dim=q.shape[-1], value_dim=value_dim, dtype=q.dtype.name)
+    N = q.shape[-2] // n_shares
+    problem = dispatch.AttentionProblem(N=N, key_dim=q.shape[-1], value_dim=value_dim, dtype=q.dtype.name)
     name = dispatch.choose(call, implementation, dispatch.attention_reasons(dispatch.Device.default(), problem))
 
     def attend(q: Array, kv: Array, indices: Array) -> tuple[Array, Array]:
@@ -190,6 +195,7 @@ def check_paged(
     indices: Array,
     block_tables: Array,
     cu_seqlens_q: Array,
+    n_groups: int = 1,
 ) -> None:
     """Raises unless the arrays of `sparse_mla_paged` fit each other."""
     check_cache(call, cache)
@@ -202,33 +208,47 @@ def check_paged(
     checks.dtype(call, "cache.latents", cache.latents, (q.dtype.name,))
     checks.int32(call, "indices", indices, (q.shape[0], "K"), f"one list a query (q is {checks.axes_of(q)})")
     checks.int32(call, "block_tables", block_tables, ("R", "P"))
-    R, why = block_tables.shape[0], "a start for each request, and the end"
-    checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), q.shape[0], why)
+    R = block_tables.shape[0]
+    why = "a start for each request, and the end" + (" of each group" if n_groups > 1 else "")
+    checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + n_groups,), q.shape[0], why, n_groups)
 
 
-def check_rows(call: str, cache: IndexCache, indices: Array, rows: Array, cu_seqlens_q: Array) -> None:
-    """Under `checked` raises unless every chosen position of a request has a row, as `latent_rows` has found them."""
-    T = indices.shape[0]
-    _, is_real = sequence_of_rows(ascending(cu_seqlens_q, T), T)
-    is_wrong = (indices != -1) & (rows < 0) & is_real[:, None]
+def check_rows(
+    call: str, cache: IndexCache, indices: Array, block_tables: Array, cu_seqlens_q: Array, n_groups: int
+) -> None:  # fmt: skip
+    """Under `checked` raises unless every chosen position of a request has a row, as `latent_rows` finds them."""
+    if not checks.checks_values():
+        return
+    T, n_pages = indices.shape[0] // n_groups, cache.n_pages // n_groups
+
+    def is_wrong(indices: Array, table: Array, offsets: Array) -> Array:
+        rows = _rows(n_pages, cache.page_size, indices, table, offsets)
+        _, is_real = sequence_of_rows(ascending(offsets, T), T)
+        return jnp.any((indices != -1) & (rows < 0) & is_real[:, None], axis=1)
+
+    arrays = (jnp.asarray(x) for x in (indices, block_tables, cu_seqlens_q))
+    bad = jax.vmap(is_wrong)(*(x.reshape(n_groups, -1, *x.shape[1:]) for x in arrays)).reshape(-1)
     checks.value(
-        ~is_wrong,
+        ~bad,
         f"{call}: rows {{bad}} of q select what has no page, wanted -1 or positions whose page block_tables names, one "
-        f"of 0 to {cache.n_pages - 1}",
-        bad=jnp.any(is_wrong, axis=1),
+        f"of 0 to {n_pages - 1}",
+        bad=bad,
     )
 
 
 def latent_rows(cache: IndexCache, indices: Array, block_tables: Array, cu_seqlens_q: Array) -> Array:
     """[T, K] positions in requests -> [T, K] int32 rows of the cache's latents in one piece, -1 where there is none."""
+    return _rows(cache.n_pages, cache.page_size, indices, block_tables, cu_seqlens_q)
+
+
+def _rows(n_pages: int, size: int, indices: Array, block_tables: Array, cu_seqlens_q: Array) -> Array:
     if 0 in block_tables.shape:
         return jnp.full(indices.shape, -1, jnp.int32)
-    P, size = block_tables.shape[1], cache.page_size
-    T = indices.shape[0]
+    P, T = block_tables.shape[1], indices.shape[0]
     r, is_real = sequence_of_rows(ascending(cu_seqlens_q, T), T)
     page_index = indices // size
     page = block_tables[r[:, None], jnp.clip(page_index, 0, P - 1)]
-    is_there = is_real[:, None] & (indices >= 0) & (page_index < P) & (page >= 0) & (page < cache.n_pages)
+    is_there = is_real[:, None] & (indices >= 0) & (page_index < P) & (page >= 0) & (page < n_pages)
     return jnp.where(is_there, page * size + indices % size, -1)
 
 

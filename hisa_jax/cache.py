@@ -17,7 +17,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from hisa_jax import checks, dispatch
-from hisa_jax.index_cache import IndexCache, check_cache, check_page_size, check_sketch, check_table
+from hisa_jax.index_cache import (
+    IndexCache,
+    block_size_of,
+    check_cache,
+    check_page_size,
+    check_sketch,
+    check_table,
+)
 from hisa_jax.layout import ascending
 from hisa_jax.methods import Sketch
 from hisa_jax.quantize import QuantizedKeys
@@ -38,6 +45,7 @@ def init_cache(
     sketch: Sketch | None = None,
     latent_dim: int | None = None,
     latent_dtype: DTypeLike = jnp.bfloat16,
+    block_size: int | None = None,
 ) -> IndexCache:
     """An empty cache.
 
@@ -50,6 +58,8 @@ def init_cache(
             made: 18 bytes for each 32 numbers, the last of them filled up. None: keys alone.
         latent_dim: size of the attention's keys (576 in DeepSeek-V3.2), to keep them in the same pages; None: not here.
         latent_dtype: of those, bfloat16 or float32.
+        block_size: tokens of the blocks of `Hisa`, if they are several pages: kernels then read their means and add no
+            sums, which for pages of 64 and blocks of 128 halves a decoding step of 128 requests. A speed matter only.
 
     Raises: TypeError: a dtype not listed above. ValueError: sizes that are not, another sketch.
     """
@@ -60,6 +70,7 @@ def init_cache(
     checks.integer(call, "D", D, 0)
     dtype = checks.one_dtype(call, "dtype", dtype, checks.KEY_DTYPES)
     check_sketch(call, sketch)
+    block_size = block_size_of(call, page_size, dtype.name, block_size)
     if latent_dim is not None:
         checks.integer(call, "latent_dim", latent_dim, 1)
         latent_dtype = checks.one_dtype(call, "latent_dtype", latent_dtype, ("bfloat16", "float32"))
@@ -78,6 +89,8 @@ def init_cache(
         codes=None if sketch is None else jnp.zeros((n_pages, page_size, n_bytes), jnp.uint8),
         code_scales=None if sketch is None else jnp.zeros((n_pages, page_size, n_groups), jnp.bfloat16),
         latents=latents,
+        marks=None if block_size is None else jnp.zeros((n_pages,), jnp.int32),
+        block_size=block_size,
     )
 
 
@@ -91,6 +104,7 @@ def append(
     latents: Array | None = None,
     mesh: Mesh | None = None,
     context_axis: str | None = None,
+    data_axis: str | None = None,
     implementation: str = "auto",
 ) -> IndexCache:
     """Appends new tokens to each request.
@@ -109,6 +123,9 @@ def append(
         latents: [T, Dk], the new tokens' keys for `sparse_mla`, if the cache keeps them.
         mesh, context_axis: run it on a mesh whose axis splits the cache's pages, in order: each device writes the pages
             that it has, and nothing is exchanged. Any page may lie anywhere. None: on one device.
+        data_axis: the mesh axis whose devices are groups of their own, alone or beside `context_axis`. Every array is
+            then those of the groups, one after the other along its first axis in equal parts: tokens, requests, and
+            pages, which a group's tables count from 0. Each group's `cu_seqlens` begin with a 0: there are R + groups.
         implementation: "auto", "triton" (one kernel, on NVIDIA GPUs) or "xla"; the same bits, but for the last of a
             partial page's mean.
 
@@ -125,12 +142,15 @@ def append(
     arrays: Any = dict(
         cache=cache, block_tables=block_tables, k=k, cu_seqlens=cu_seqlens, lengths=lengths, latents=latents
     )
-    meshes.check_arrays(call, mesh, dict(context_axis=context_axis), **arrays)
-    R = check_append(call, **arrays)
-    axes = _axes(call, mesh, context_axis, cache)
+    over = dict(context_axis=context_axis, data_axis=data_axis)
+    n_groups = _check_mesh(call, mesh, over, **arrays)
+    R = check_append(call, **arrays, n_groups=n_groups)
+    axes = _axes(call, mesh, over, cache, n_groups)
     (n_pages, size, D), T = cache.keys.shape, (k.values if isinstance(k, QuantizedKeys) else k).shape[0]
-    n_own = n_pages if axes is None else n_pages // axes.n_devices
-    problem = dispatch.AppendProblem(n_requests=R, n_pages=n_own, page_size=size, D=D, dtype=cache.keys.dtype.name)
+    n_own = n_pages if axes is None else n_pages // (n_groups * axes.n_devices)
+    problem = dispatch.AppendProblem(
+        n_requests=R // n_groups, n_pages=n_own, page_size=size, D=D, dtype=cache.keys.dtype.name
+    )
     name = dispatch.choose(call, implementation, dispatch.append_reasons(dispatch.Device.default(), problem))
     if 0 in (T, R, block_tables.shape[1]):
         return cache
@@ -146,6 +166,7 @@ def truncate(
     max_tokens: int,
     mesh: Mesh | None = None,
     context_axis: str | None = None,
+    data_axis: str | None = None,
 ) -> IndexCache:
     """Removes the last tokens of requests, rejected speculative ones for instance.
 
@@ -153,23 +174,30 @@ def truncate(
         cache, block_tables: as in `append`.
         lengths: [R] int32, tokens of each request before; `new_lengths`: [R] int32, after; not more.
         max_tokens: how many tokens a request loses at most; static.
-        mesh, context_axis: as for `append`.
+        mesh, context_axis, data_axis: as for `append`.
 
     Returns: the cache, in whose pages sums, counts and means are of the remaining tokens.
     Raises: TypeError, ValueError: arrays that do not fit the cache or each other.
     """
     call = "truncate"
     arrays: Any = dict(cache=cache, block_tables=block_tables, lengths=lengths, new_lengths=new_lengths)
-    meshes.check_arrays(call, mesh, dict(context_axis=context_axis), **arrays)
+    over = dict(context_axis=context_axis, data_axis=data_axis)
+    n_groups = _check_mesh(call, mesh, over, **arrays)
     check_truncation(call, **arrays, max_tokens=max_tokens)
-    axes = _axes(call, mesh, context_axis, cache)
+    axes = _axes(call, mesh, over, cache, n_groups)
     if 0 in block_tables.shape:
         return cache
     return _on(axes, functools.partial(_truncate, max_tokens), **arrays)
 
 
 def copy_pages(
-    cache: IndexCache, source: Array, target: Array, *, mesh: Mesh | None = None, context_axis: str | None = None
+    cache: IndexCache,
+    source: Array,
+    target: Array,
+    *,
+    mesh: Mesh | None = None,
+    context_axis: str | None = None,
+    data_axis: str | None = None,
 ) -> IndexCache:
     """Copies whole pages, as before a write to a shared one.
 
@@ -178,19 +206,21 @@ def copy_pages(
         source: [n] int32, pages to copy.
         target: [n] int32, where to. A pair of which either lies outside of [0, n_pages) is no copy, so that n may be
             fixed.
-        mesh, context_axis: as for `append`; a page and its copy must then lie on one device.
+        mesh, context_axis, data_axis: as for `append`; a page and its copy must then lie on one device.
 
     Returns: the cache with those pages.
     Raises: TypeError, ValueError: arrays that are not these.
     """
     call = "copy_pages"
-    meshes.check_arrays(call, mesh, dict(context_axis=context_axis), cache=cache, source=source, target=target)
+    over = dict(context_axis=context_axis, data_axis=data_axis)
+    n_groups = _check_mesh(call, mesh, over, cache=cache, source=source, target=target)
     check_copies(call, cache, source, target)
-    axes = _axes(call, mesh, context_axis, cache)
+    axes = _axes(call, mesh, over, cache, n_groups)
     if axes is None:
         return xla.copy(cache, source, target)
-    n_own = cache.n_pages // axes.n_devices
-    is_copy = (target >= 0) & (target < cache.n_pages)
+    n_pages = cache.n_pages // n_groups
+    n_own = n_pages // axes.n_devices
+    is_copy = (target >= 0) & (target < n_pages)
     checks.value(
         ~is_copy | (source // n_own == target // n_own),
         f"{call}: target is {{target}} for source {{source}}, wanted pages of one device, {n_own} in a row",
@@ -224,9 +254,17 @@ def _truncate(
     return xla.recount(cache, block_tables, new_lengths, ends, new_lengths, len(lengths) * most, most)
 
 
-def _axes(call: str, mesh: Mesh | None, context_axis: str | None, cache: IndexCache) -> Axes | None:
+def _check_mesh(call: str, mesh: Mesh | None, axes: dict[str, str | None], **arrays: Any) -> int:
+    """Raises unless mesh, axes and arrays go together; returns how many groups of devices there are."""
+    meshes.check_arrays(call, mesh, axes, **arrays)
+    return meshes.groups(call, mesh, axes["data_axis"], **arrays)
+
+
+def _axes(
+    call: str, mesh: Mesh | None, axes: dict[str, str | None], cache: IndexCache, n_groups: int
+) -> Axes | None:  # fmt: skip
     """What splits the cache's pages, None on one device; raises unless it does."""
-    return None if mesh is None else meshes.page_axes(call, mesh, context_axis, cache)
+    return None if mesh is None else meshes.page_axes(call, mesh, axes, cache, n_groups)
 
 
 def _on(
@@ -246,6 +284,7 @@ def check_append(
     cu_seqlens: Array,
     lengths: Array,
     latents: Array | None,
+    n_groups: int = 1,
 ) -> int:
     """Raises unless the arguments of `append` fit each other; returns R."""
     R = check_table(call, cache, block_tables, lengths)
@@ -265,7 +304,8 @@ def check_append(
     if latents is not None and cache.latents is not None:
         checks.dtype(call, "latents", latents, (cache.latents.dtype.name,))
         checks.shape(call, "latents", latents, (T, cache.latents.shape[2]), "a row for each of k's")
-    checks.offsets(call, "cu_seqlens", cu_seqlens, (R + 1,), T, "a start for each request, and the end")
+    why = "a start for each request, and the end" + (" of each group" if n_groups > 1 else "")
+    checks.offsets(call, "cu_seqlens", cu_seqlens, (R + n_groups,), T, why, n_groups)
     return R
 
 

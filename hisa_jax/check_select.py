@@ -69,12 +69,14 @@ def check_paged(
     cu_seqlens_q: Array,
     lengths: Array,
     method: Method,
+    n_groups: int = 1,
 ) -> None:
-    """The arguments of `select_paged`, on one device and on several."""
+    """The arguments of `select_paged`, on one device and on several, of one group of them or more."""
     check_cache(call, cache)
     _queries(call, q, w, ("T",), cache.keys.shape[-1], "its last axis must equal the cache's D")
     R = check_table(call, cache, block_tables, lengths)
-    checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), q.shape[0], "a start for each request, and the end")
+    why = "a start for each request, and the end" + (" of each group" if n_groups > 1 else "")
+    checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + n_groups,), q.shape[0], why, n_groups)
     check_method(call, method)
     size = cache.page_size
     if isinstance(method, Hisa | BlockSparse) and method.block_size % size:

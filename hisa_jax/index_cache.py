@@ -13,8 +13,9 @@ from hisa_jax.methods import Sketch
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.xla import sketch as sketches
 from hisa_jax.xla.describe import describe
+from hisa_jax.xla.means import n_parts_of
 
-MAX_PAGE_SIZE = 256
+MAX_PAGE_SIZE = MAX_BLOCK_SIZE = 256
 
 
 @jax.tree_util.register_dataclass
@@ -29,12 +30,16 @@ class IndexCache:
         counts: [n_pages] int32, of how many tokens.
         places: [n_pages] int32, which page of its sequence each is, from 0; the same for all that share it. -1: none.
         means: [n_pages, parts, D], the mean of each page in numbers of the keys' dtype that add up to it, for kernels
-            whose blocks are pages: one bfloat16, or two e4m3; None for other dtypes, which they do not take.
+            whose blocks are pages: one bfloat16, or two e4m3; None for other dtypes, which they do not take. With a
+            `block_size`, a page that ends a whole block has the block's mean here.
         mean_scales: [n_pages] float32, of the two e4m3; else None.
         codes: [n_pages, page_size, bytes] uint8, the keys in 4 bits a number, for scans that read them so, 16 bytes for
             each 32 numbers (xla/sketch.py); None: no sketch is kept.
         code_scales: [n_pages, page_size, groups] bfloat16, of each 32 numbers; else None.
         latents: [n_pages, page_size, Dk], the keys of `sparse_mla` of the same tokens; None if kept elsewhere.
+        marks: [n_pages] int32, by which a reader knows that such a mean is of the pages that its table names
+            (xla/block_means.py); None without a `block_size`.
+        block_size: static, tokens of the blocks of several pages whose means are kept; None: of pages alone.
     """
 
     keys: Array
@@ -47,6 +52,8 @@ class IndexCache:
     codes: Array | None
     code_scales: Array | None
     latents: Array | None
+    marks: Array | None = None
+    block_size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def from_pages(
@@ -57,6 +64,7 @@ class IndexCache:
         *,
         sketch: Sketch | None = None,
         latents: Array | None = None,
+        block_size: int | None = None,
     ) -> "IndexCache":
         """A cache of pages that are written already, by a server for instance; `append` keeps it up from then on.
 
@@ -70,6 +78,7 @@ class IndexCache:
             lengths: [R] int32, tokens of each request. Pages that none of them needs are free.
             sketch: as for `init_cache`.
             latents: [n_pages, page_size, Dk] bfloat16 or float32, the keys of `sparse_mla`, if the pages hold them.
+            block_size: as for `init_cache`.
 
         Raises: TypeError: arrays of another dtype, int64 tables for instance. ValueError: arrays of another shape, flat
             tables for instance; outside of jit also a token without a page, and a page that is named for two places of
@@ -91,6 +100,7 @@ class IndexCache:
             checks.dtype(call, "k.scales", scales, ("float32",))
             checks.shape(call, "k.scales", scales, (n, size), "one scale a key")
         check_sketch(call, sketch)
+        block_size = block_size_of(call, size, values.dtype.name, block_size)
         if latents is not None:
             checks.dtype(call, "latents", latents, others)
             checks.shape(call, "latents", latents, (n, size, "Dk"), "pages as k has them")
@@ -105,7 +115,8 @@ class IndexCache:
             codes=codes,
             code_scales=code_scales,
             latents=latents,
-            **describe(values, scales, table, lengths)._asdict(),
+            block_size=block_size,
+            **describe(values, scales, table, lengths, block_size)._asdict(),
         )
         is_good = (lengths >= 0) & has_all_pages(cache, table, lengths)
         wanted = (
@@ -150,6 +161,26 @@ def check_page_size(call: str, page_size: int) -> None:
         raise ValueError(f"{call}: page_size={page_size}, wanted a power of two up to {MAX_PAGE_SIZE}")
 
 
+def is_block_size(block_size: int) -> bool:
+    """Whether pages can keep means of blocks of so many tokens."""
+    return 0 < block_size <= MAX_BLOCK_SIZE and block_size & (block_size - 1) == 0
+
+
+def block_size_of(call: str, page_size: int, dtype: str, block_size: int | None) -> int | None:
+    """The blocks of several pages whose means a cache keeps, None for none; raises ValueError for sizes that are none.
+
+    Keys that no kernel takes with means of its own form have none either.
+    """
+    if block_size is None:
+        return None
+    checks.integer(call, "block_size", block_size, page_size)
+    if not is_block_size(block_size):
+        raise ValueError(
+            f"{call}: block_size={block_size}, wanted a power of two from the page's {page_size} to {MAX_BLOCK_SIZE}"
+        )
+    return block_size if block_size > page_size and n_parts_of(dtype) is not None else None
+
+
 def check_sketch(call: str, sketch: Sketch | None) -> None:
     """Raises ValueError unless there is such a sketch, or none is wanted."""
     if sketch is not None and not (isinstance(sketch, str) and sketch in get_args(Sketch)):
@@ -169,11 +200,14 @@ def check_cache(call: str, cache: IndexCache) -> None:
         "scales": ("float32", (n, size)),
         "means": (dtype, (n, "parts", D)),
         "mean_scales": ("float32", (n,)),
+        "marks": ("int32", (n,)),
         "codes": ("uint8", (n, size, sketches.sizes(D)[0])),
         "code_scales": ("bfloat16", (n, size, sketches.sizes(D)[1])),
     }
     no_sketch = cache.codes is None and cache.code_scales is None
     always = ("sums", "counts", "places") if no_sketch else ("sums", "counts", "places", "codes", "code_scales")
+    if block_size_of(call, size, dtype, cache.block_size) is not None:
+        always = (*always, "means", "marks")
     for name, (wanted, shape) in parts.items():
         part = getattr(cache, name)
         if part is not None or name in always:

@@ -30,6 +30,7 @@ def select_paged(
     mesh: Mesh | None = None,
     context_axis: str | None = None,
     query_axis: str | None = None,
+    data_axis: str | None = None,
     stripe: int | None = None,
     implementation: str = "auto",
     return_scores: bool = False,
@@ -57,6 +58,8 @@ def select_paged(
         context_axis: the mesh axis that splits the cache's pages, page p on device p // (n_pages / devices); only
             implementation "xla" takes it. None: every device has all.
         query_axis: the mesh axis that splits the queries, any number of them; None: every device has all.
+        data_axis: the mesh axis whose devices are groups of their own, alone or beside the others, as for `append`:
+            every array is those of the groups, one after the other in equal parts, and so is the selection.
         stripe: tokens in a row that one device of `context_axis` has, whole blocks: page i of a request must lie on
             device i * page_size // stripe % devices, else the request selects nothing. Default: the method's block
             size, or a page where that is larger; a page for `Dsa`.
@@ -77,25 +80,27 @@ def select_paged(
     """
     call = "select_paged"
     arrays: Any = dict(block_tables=block_tables, cu_seqlens_q=cu_seqlens_q, lengths=lengths)
-    axes_given = dict(context_axis=context_axis, query_axis=query_axis)
-    meshes.check_arrays(call, mesh, axes_given, q=q, w=w, cache=cache, **arrays)
-    check_paged(call, q, w, cache, **arrays, method=method)
+    over = dict(context_axis=context_axis, query_axis=query_axis, data_axis=data_axis)
+    meshes.check_arrays(call, mesh, over, q=q, w=w, cache=cache, **arrays)
+    n_groups = meshes.groups(call, mesh, data_axis, q=q, w=w, cache=cache, **arrays)
+    check_paged(call, q, w, cache, **arrays, method=method, n_groups=n_groups)
     stripe = check_stripe(call, method, cache, stripe, context_axis)
     options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
-    problem = dispatch.Problem.of_pages(q, cache, block_tables, method, is_split=context_axis is not None)
+    is_split = context_axis is not None
+    problem = dispatch.Problem.of_pages(q, cache, block_tables, method, is_split=is_split, n_groups=n_groups)
     name = dispatch.choose_select(call, problem, implementation, tiles, **options)
     T, tiles = q.shape[0], tiles or dispatch.default_tiles()
-    axes = None if mesh is None else meshes.page_and_query_axes(call, mesh, context_axis, query_axis, cache)
+    axes = None if mesh is None else meshes.page_axes(call, mesh, over, cache, n_groups)
     if 0 in (T, *block_tables.shape):
         return nothing((T,), method, return_scores, return_blocks)
 
-    operands = q, w, cache, block_tables, ascending(cu_seqlens_q, T), lengths
+    operands = q, w, cache, block_tables, cu_seqlens_q, lengths
     if axes is None:
         selection, has_pages = select_visible(name, operands, None, method, tiles, **options)
     else:
         shard = None if axes.context is None else Shard(axes.context, axes.n_devices, stripe, problem.S)
         selection, has_pages = on_mesh.select_pages(name, axes, shard, operands, method, tiles, **options)
-    check_pages(call, has_pages, cache)
+    check_pages(call, has_pages, cache.n_pages // n_groups)
     return selection
 
 
@@ -110,12 +115,13 @@ def select_visible(
     """The selection on one device by the named implementation, and whether requests have all their pages, [R] bool.
 
     Args:
-        operands: q, w, cache, block_tables, cu_seqlens_q and lengths, as `select_paged` has them; offsets ascend.
+        operands: q, w, cache, block_tables, cu_seqlens_q and lengths, as `select_paged` has them.
         visible: [T] int32, tokens of its request that each query sees, up to its length. It may not fall from one query
             of a request to the next: kernels read as far as the last one sees. None: queries are the last tokens.
     """
     q, w, cache, block_tables, offsets, lengths = operands
     T = q.shape[0]
+    offsets = ascending(offsets, T)
     has_pages = has_all_pages(cache, block_tables, lengths)
     if visible is None:
         visible = last_visible(offsets, jnp.where(has_pages, lengths, 0), T)
@@ -126,10 +132,10 @@ def select_visible(
     return dispatch.IMPLEMENTATIONS[name].select(varying.constants(call), method, tiles, **options), has_pages
 
 
-def check_pages(call: str, has_pages: Array, cache: IndexCache) -> None:
+def check_pages(call: str, has_pages: Array, n_pages: int) -> None:
     checks.value(
         has_pages,
         f"{call}: block_tables lacks pages of requests {{bad}}, wanted for every token one that was written for its "
-        f"place, from 0 to {cache.n_pages - 1}",
+        f"place, from 0 to {n_pages - 1}",
         bad=~has_pages,
     )

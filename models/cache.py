@@ -8,7 +8,7 @@ tables, one for all layers, map these places to pages: rows may share pages, and
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
+from hisa_jax.index_cache import is_block_size
 from hisa_jax.methods import Sketch
 from hisa_jax.models.config import Config
 from hisa_jax.models.sharding import constrain, mesh_axis, per_device
@@ -59,8 +60,23 @@ def sketch_of(methods: Iterable[hj.Method]) -> Sketch | None:
     return next((method.sketch for method in methods if isinstance(method, hj.Scan) and method.sketch), None)
 
 
+class Kept(NamedTuple):
+    """What a layer keeps beside its index keys, where it has some: see `hj.init_cache`."""
+
+    sketch: Sketch | None = None
+    block_size: int | None = None
+
+
+def kept_for(methods: Iterable[hj.Method]) -> Kept:
+    """What a layer keeps for these methods: means of blocks on GPUs alone, whose kernels read them."""
+    methods = list(methods)
+    sizes = {method.block_size for method in methods if isinstance(method, hj.Hisa | hj.BlockSparse)}
+    can_keep = jax.default_backend() == "gpu" and len(sizes) == 1 and all(map(is_block_size, sizes))
+    return Kept(sketch_of(methods), sizes.pop() if can_keep else None)
+
+
 def empty_pages(
-    config: Config, n_pages: int, page_size: int, dtype: DTypeLike, sketches: Sequence[Sketch | None] | None = None
+    config: Config, n_pages: int, page_size: int, dtype: DTypeLike, kept: Sequence[Kept] | None = None
 ) -> tuple[hj.IndexCache, ...]:
     """Pages of every layer.
 
@@ -68,28 +84,28 @@ def empty_pages(
         config: sizes, and the dtype of the index keys.
         n_pages, page_size: pages of a layer, and tokens of a page.
         dtype: of latents, rope keys, and index keys that are not quantised.
-        sketches: what each layer keeps beside its index keys, where it has some; None: nothing.
+        kept: what each layer keeps beside its index keys; None: nothing.
     """
 
-    def pages(kind: str, sketch: Sketch | None) -> hj.IndexCache:
+    def pages(kind: str, kept: Kept) -> hj.IndexCache:
         D, key_dtype = (config.index_head_dim, config.index_key_dtype or dtype) if kind == "full" else (0, dtype)
         return hj.init_cache(
-            n_pages, page_size, D, key_dtype, sketch=sketch if kind == "full" else None,
+            n_pages, page_size, D, key_dtype, **(kept if kind == "full" else Kept())._asdict(),
             latent_dim=config.kv_lora_rank + config.qk_rope_head_dim, latent_dtype=dtype,
         )  # fmt: skip
 
     kinds = config.indexer_kinds
-    return tuple(pages(*layer) for layer in zip(kinds, sketches or (None,) * len(kinds), strict=True))
+    return tuple(pages(*layer) for layer in zip(kinds, kept or (Kept(),) * len(kinds), strict=True))
 
 
 def empty_cache(
     config: Config, batch: int, capacity: int, dtype: DTypeLike, page_size: int, mesh: Mesh | None = None,
-    sketches: Sequence[Sketch | None] | None = None,
+    kept: Sequence[Kept] | None = None,
 ) -> Cache:  # fmt: skip
     """A cache with pages of their own for at least `capacity` tokens in each of `batch` rows.
 
     Args:
-        config, dtype, page_size, sketches: see `empty_pages`.
+        config, dtype, page_size, kept: see `empty_pages`.
         batch: B.
         capacity: tokens.
         mesh: what the batch is split over, or None.
@@ -97,7 +113,7 @@ def empty_cache(
     Returns: `Cache` with lengths 0.
     """
     P = -(-capacity // page_size)
-    layers = empty_pages(config, batch * P, page_size, dtype, sketches)
+    layers = empty_pages(config, batch * P, page_size, dtype, kept)
     axis = mesh_axis(mesh, "batch", batch)
     # Where the batch is split, each device has the pages of its rows and counts them from 0.
     n_devices = 1
@@ -147,6 +163,32 @@ def packing(slots: Array) -> Packing:
     return Packing(order, places, jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)]))
 
 
+def pack(slots: Array, arrays: Any, mesh: Mesh | None) -> tuple[Any, ...]:
+    """`cu_seqlens` and arrays [B, T, ...] as `Packing` has them, of each group of rows that `mesh` splits B into."""
+
+    def call(slots: Array, arrays: Any) -> tuple[Any, ...]:
+        rows = packing(slots)
+        return rows.cu_seqlens, *jax.tree.map(rows.pack, arrays)
+
+    return per_device(call, mesh, (("batch",),) * 2, ("batch",))(slots, arrays)
+
+
+def unpack(slots: Array, arrays: Any, mesh: Mesh | None) -> Any:
+    """The reverse of `pack`, of the arrays."""
+
+    def call(slots: Array, arrays: Any) -> Any:
+        return jax.tree.map(packing(slots).unpack, arrays)
+
+    return per_device(call, mesh, (("batch",),) * 2, ("batch",))(slots, arrays)
+
+
+def over_context(mesh: Mesh | None, batch: int) -> dict[str, Any]:
+    """What functions of pages are told where `context` splits the pages of a request, nothing where it does not."""
+    if mesh is None or mesh.shape.get("context", 1) == 1:
+        return {}
+    return dict(mesh=mesh, context_axis="context", data_axis=mesh_axis(mesh, "batch", batch))
+
+
 def write(
     pages: hj.IndexCache, keys: Array | hj.QuantizedKeys | None, latents: Array, block_tables: Array, slots: Array,
     lengths: Array, mesh: Mesh | None = None,
@@ -166,6 +208,10 @@ def write(
     """
     if keys is None:
         keys = jnp.zeros((*latents.shape[:2], 0), pages.keys.dtype)
+    if over := over_context(mesh, slots.shape[0]):
+        cu_seqlens, keys, latents = pack(slots, (keys, latents), mesh)
+        before = lengths - jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
+        return hj.append(pages, keys, block_tables, cu_seqlens, before, latents=latents, **over)
 
     def call(
         pages: hj.IndexCache, keys: Array | hj.QuantizedKeys, latents: Array, tables: Array, slots: Array,

@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 import hisa_jax as hj
-from hisa_jax.models.cache import contiguous, packing, write
+from hisa_jax.models.cache import contiguous, over_context, pack, packing, unpack, write
 from hisa_jax.models.config import Config
 from hisa_jax.models.layers import Init, layer_norm, rms_norm
 from hisa_jax.models.rope import rotate
@@ -45,8 +45,8 @@ class Indexer(nnx.Module):
     def __init__(self, config: Config, init: Init):
         E, H, D = config.hidden_size, config.index_n_heads, config.index_head_dim
         self.config = config
-        self.q = init.weight((config.q_lora_rank, H, D), (None, None, None))
-        self.k = init.weight((E, D), (None, None))
+        self.q = init.matrix((config.q_lora_rank, H, D), (None, "index_heads", None), (config.q_lora_rank, 1, D))
+        self.k = init.matrix((E, D), (None, None))
         self.k_norm = init.constant((D,), 1.0)
         self.k_norm_bias = init.constant((D,), 0.0)
         self.w = init.weight((E, H), (None, None), jnp.float32)
@@ -94,14 +94,15 @@ class Attention(nnx.Module):
         E, N, L, R = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         Q, P, V = config.q_lora_rank, config.qk_nope_head_dim, config.v_head_dim
         self.config = config
-        self.q_a = init.weight((E, Q), (None, None))
+        self.q_a = init.matrix((E, Q), (None, "rank"))
         self.q_a_norm = init.constant((Q,), 1.0)
-        self.q_b = init.weight((Q, N, P + R), (None, "heads", None))
-        self.kv_a = init.weight((E, L + R), (None, None))
+        self.q_b = init.matrix((Q, N, P + R), (None, "heads", None), (Q, 1, P + R))
+        self.kv_a = init.matrix((E, L + R), (None, None))
         self.kv_a_norm = init.constant((L,), 1.0)
-        self.k_b = init.weight((L, N, P), (None, "heads", None))
-        self.v_b = init.weight((L, N, V), (None, "heads", None))
-        self.o = init.weight((N, V, E), ("heads", None, None))
+        # Keys and values of a head lie together in the checkpoint's matrix, and blocks go on from one to the other.
+        self.k_b = init.matrix((L, N, P), (None, "heads", None), (L, 1, (P, V)))
+        self.v_b = init.matrix((L, N, V), (None, "heads", None), (L, 1, (P, V)))
+        self.o = init.matrix((N, V, E), ("heads", None, None), (1, V, E))
         is_full = config.indexer_kinds[layer] == "full"
         self.indexer = Indexer(config, init) if is_full else None
 
@@ -138,7 +139,9 @@ class Attention(nnx.Module):
         assert selection is not None  # Config has checked that layer 0 selects
 
         (_, T), S = slots.shape, block_tables.shape[1] * pages.page_size
-        if form == "auto":
+        if form == "auto" and over_context(mesh, 1):
+            form = "absorbed"  # the other one would bring all latents of a request to every device
+        elif form == "auto":
             form = choose_form(config, T, S, selection.indices.shape[-1])
         k_b, v_b, scale = self.k_b[...], self.v_b[...], config.softmax_scale
         if form == "absorbed":
@@ -182,6 +185,13 @@ def select(
 
     Returns: the selection.
     """
+
+    if over := over_context(mesh, slots.shape[0]):
+        # Ranks of tensor parallelism would all select the same: each takes a share of the queries.
+        query_axis = "model" if mesh is not None and mesh.shape.get("model", 1) > 1 else None
+        cu_seqlens, q, w = pack(slots, (q, w), mesh)
+        chosen = hj.select_paged(q, w, pages, block_tables, cu_seqlens, lengths, method, query_axis=query_axis, **over)
+        return unpack(slots, chosen, mesh)
 
     def call(q: Array, w: Array, pages: hj.IndexCache, tables: Array, slots: Array, lengths: Array) -> hj.Selection:
         rows = packing(slots)
@@ -269,8 +279,14 @@ def absorbed(
 
     Returns: as `expanded`.
     """
-    L = k_b.shape[0]
-    q = absorb(q_nope, q_rope, k_b)
+    (L, N, _), q = k_b.shape, absorb(q_nope, q_rope, k_b)
+    if over := over_context(mesh, slots.shape[0]):
+        head_axis = "model" if mesh is not None and "model" in mesh.shape and N % mesh.shape["model"] == 0 else None
+        cu_seqlens, packed, chosen = pack(slots, (q, indices), mesh)
+        out = hj.sparse_mla_paged(
+            packed, pages, chosen, block_tables, cu_seqlens, value_dim=L, scale=scale, head_axis=head_axis, **over
+        )
+        return jnp.einsum("btnl,lnd->btnd", unpack(slots, out, mesh), v_b)
 
     def attend(q: Array, pages: hj.IndexCache, tables: Array, slots: Array, indices: Array) -> Array:
         rows = packing(slots)

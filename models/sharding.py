@@ -11,8 +11,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Axes = Sequence[str | None]
 
-# An axis whose size its mesh axis does not divide is replicated.
-RULES = {"batch": "data", "heads": "model", "experts": "model", "ff": "model", "vocab": "model"}
+# The mesh axes that split an axis: of those that are there as many, from the first on, as together divide its size.
+# Weights are split over `context`, too, whose devices would else have copies; experts over all devices.
+_WEIGHTS = ("model", "context")
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data",),
+    "heads": _WEIGHTS,
+    "index_heads": _WEIGHTS,
+    "rank": _WEIGHTS,
+    "ff": _WEIGHTS,
+    "vocab": _WEIGHTS,
+    "experts": ("model", "data", "context"),
+}
 
 
 def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -38,31 +48,46 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | Non
 def automatic(mesh: Mesh | None) -> Mesh | None:
     """The same mesh with automatic axes, which the models rely on.
 
-    Raises: ValueError: axes other than "data" and "model".
+    Raises: ValueError: axes other than "data", "model" and "context".
     """
     if mesh is None:
         return None
-    if not set(mesh.axis_names) <= {"data", "model"}:
-        raise ValueError(f"mesh has the axes {mesh.axis_names}, wanted 'data', 'model' or both")
+    if not set(mesh.axis_names) <= {"data", "model", "context"}:
+        raise ValueError(f"mesh has the axes {mesh.axis_names}, wanted 'data', 'model' and 'context' or some of them")
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
+def mesh_axes(mesh: Mesh | None, name: str | None, size: int) -> tuple[str, ...]:
+    """Mesh axes over which an axis of that name and size is split, the first the slowest; none if it is not."""
+    found: tuple[str, ...] = ()
+    for axis in RULES.get(name, ()) if name and mesh is not None else ():
+        if mesh is not None and axis in mesh.axis_names and size % mesh.shape[axis] == 0:
+            found, size = (*found, axis), size // mesh.shape[axis]
+    return found
+
+
 def mesh_axis(mesh: Mesh | None, name: str | None, size: int) -> str | None:
-    """Mesh axis over which an axis of that name and size is split, None if it is not."""
-    axis = RULES.get(name) if name else None
-    if mesh is None or axis not in mesh.axis_names or size % mesh.shape[axis]:
-        return None
-    return axis
+    """The one mesh axis over which an axis of that name is split, None if it is not."""
+    found = mesh_axes(mesh, name, size)
+    assert len(found) <= 1, found
+    return found[0] if found else None
 
 
 def sharding_of(mesh: Mesh, shape: Sequence[int], axes: Axes) -> NamedSharding:
     """Placement of an array of that shape whose axes have these names."""
-    return NamedSharding(mesh, PartitionSpec(*(mesh_axis(mesh, n, s) for n, s in zip(axes, shape, strict=True))))
+    return NamedSharding(mesh, spec_of(mesh, shape, axes))
 
 
-def parameter_sharding(mesh: Mesh, parameter: nnx.Variable) -> NamedSharding:
-    """Placement of a parameter, from the axis names it was made with."""
-    return sharding_of(mesh, parameter.get_value().shape, parameter.get_metadata("axes"))
+def spec_of(mesh: Mesh, shape: Sequence[int], axes: Axes) -> PartitionSpec:
+    """The mesh axes that split an array of that shape whose axes have these names."""
+    found = (mesh_axes(mesh, name, size) for name, size in zip(axes, shape, strict=True))
+    return PartitionSpec(*(x[0] if len(x) == 1 else x or None for x in found))
+
+
+def parameter_sharding(mesh: Mesh, parameter: nnx.Variable) -> Any:
+    """Placement of a parameter, from the axis names it was made with: one for each array in its value."""
+    axes = parameter.get_metadata("axes")
+    return jax.tree.map(lambda leaf: sharding_of(mesh, leaf.shape, axes), parameter.get_value())
 
 
 def constrain(x: Array, mesh: Mesh | None, axes: Axes) -> Array:
@@ -95,17 +120,17 @@ def per_device(function: Callable[..., Any], mesh: Mesh | None, in_axes: Sequenc
         return _by_one(function)
 
     def call(*arguments: Any) -> Any:
-        placed: dict[str, str | None] = {}
+        placed: dict[str, tuple[str, ...]] = {}
         for argument, axes in zip(arguments, in_axes, strict=True):
             for leaf in jax.tree.leaves(argument):
                 for i, name in enumerate(axes):
                     if name is not None:
-                        axis = mesh_axis(mesh, name, leaf.shape[i])
+                        found = mesh_axes(mesh, name, leaf.shape[i])
                         # Split everywhere or nowhere: rows and their pages stay together.
-                        placed[name] = axis if axis == placed.get(name, axis) else None
+                        placed[name] = found if found == placed.get(name, found) else ()
 
         def spec(axes: Axes) -> PartitionSpec:
-            return PartitionSpec(*(placed[name] if name else None for name in axes))
+            return PartitionSpec(*(placed[name] or None if name else None for name in axes))
 
         return jax.shard_map(
             function,

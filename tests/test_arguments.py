@@ -161,16 +161,16 @@ OVER = dict(mesh=MESH, context_axis=AXIS)
 ALONE = dict(mesh=Kind(constants("mesh")), context_axis=OPTIONAL_AXIS)  # on one device
 BATCH = dict(q=QUERIES, k=FLOAT, w=WEIGHTS, query_positions=OPTIONAL_INT32, lengths=OPTIONAL_INT32, **OPTIONS)
 TABLES = dict(cache=CACHE, block_tables=Kind((*NOT_ARRAYS, *NOT_INT32, *AXIS_MORE)), lengths=INT32)
-PAGED = dict(q=QUERIES, w=WEIGHTS, cu_seqlens_q=INT32, **TABLES, **OPTIONS)
+GROUPS = dict(data_axis=OPTIONAL_AXIS)
+PAGED = dict(q=QUERIES, w=WEIGHTS, cu_seqlens_q=INT32, **TABLES, **OPTIONS, **GROUPS)
 MLA_OPTIONS = dict(scale=NUMBER, value_dim=INT, sink=OPTIONAL_FLOAT, return_lse=FLAG, implementation=IMPLEMENTATION)
 MLA = dict(q=QUERIES, kv=FLOAT, indices=LIST_INT32, **MLA_OPTIONS)
 MLA_PAGED = dict(q=FLOAT, cache=CACHE, indices=LIST_INT32, block_tables=TABLES["block_tables"], cu_seqlens_q=INT32,
-                 **MLA_OPTIONS)  # fmt: skip
-APPEND = dict(
-    implementation=IMPLEMENTATION, k=FLOAT, cu_seqlens=INT32, latents=Kind(constants(np.ones((5, 8)), 3)), **TABLES
-)
-TRUNCATE = dict(new_lengths=INT32, max_tokens=INT, **TABLES)
-COPIES = dict(cache=CACHE, source=LIST_INT32, target=INT32)
+                 head_axis=OPTIONAL_AXIS, **MLA_OPTIONS, **GROUPS)  # fmt: skip
+APPEND = dict(implementation=IMPLEMENTATION, k=FLOAT, cu_seqlens=INT32, latents=Kind(constants(np.ones((5, 8)), 3)),
+              **TABLES, **GROUPS)  # fmt: skip
+TRUNCATE = dict(new_lengths=INT32, max_tokens=INT, **TABLES, **GROUPS)
+COPIES = dict(cache=CACHE, source=LIST_INT32, target=INT32, **GROUPS)
 positions = dict(query_positions=np.zeros((2, 3), np.int32), lengths=ints(40, 7))
 sink = dict(sink=np.ones((4,), np.float32))
 
@@ -220,10 +220,12 @@ def cases():
     yield Case(hj.copy_pages, copies(), COPIES | ALONE)
     yield Case(hj.copy_pages, copies() | over_context(), COPIES | OVER)
     yield Case(hj.init_cache,
-               dict(n_pages=4, page_size=16, D=8, dtype=F32, sketch="int4", latent_dim=8, latent_dtype=F32),
+               dict(n_pages=4, page_size=16, D=8, dtype=F32, sketch="int4", latent_dim=8, latent_dtype=F32,
+                    block_size=32),
                dict(n_pages=INT, page_size=Kind((*INT.bad, *constants(24, 512))), D=SIZE, dtype=DTYPE,
                     sketch=Kind(constants("int8", 4, ["int4"], True)),
-                    latent_dim=Kind((*NOT_INTS, *constants(0, -1))), latent_dtype=DTYPE))  # fmt: skip
+                    latent_dim=Kind((*NOT_INTS, *constants(0, -1))), latent_dtype=DTYPE,
+                    block_size=Kind((*NOT_INTS, *constants(8, 24, 512)))))  # fmt: skip
     yield Case(hj.quantize_keys, dict(k=np.ones((3, 4), np.float32)),
                dict(k=TO_QUANTIZE, dtype=DTYPE, scale=Kind(constants("e8m0", None, ["ue8m0"]))))  # fmt: skip
     yield Case(hj.quantize_queries, dict(q=np.ones((3, 4), np.float32), w=np.ones((3,), np.float32)),

@@ -57,10 +57,12 @@ def rows() -> Iterator[Row]:
     yield from scan_rows.rows()
     for batch in (1, 32, 128):
         for page_size in (64, 128):
-            yield _decode_paged(dsv32, batch, 128 * K, page_size)
+            yield _decode_paged(dsv32, batch, 128 * K, page_size, dsv32.block_size)
+        yield _decode_paged(dsv32, batch, 128 * K, 64, None)
         yield _decode_flat(dsv32, batch, 128 * K, 64)
     for page_size in (64, 128):
-        yield _append(dsv32, 128, 8 * K, page_size)
+        yield _append(dsv32, 128, 8 * K, page_size, None)
+    yield _append(dsv32, 128, 8 * K, 64, dsv32.block_size)
     yield _hisa(dsv32, 64 * K, dtype="bf16", implementation="triton")
     yield _hisa(dsv32, 64 * K, implementation="triton")
     for implementation in ("mosaic_gpu", "triton"):
@@ -209,13 +211,13 @@ def _pool_and_filter(model: shapes.Model, context: int) -> Row:
     )
 
 
-def _decode_paged(model: shapes.Model, batch: int, context: int, page_size: int) -> Row:
-    """One query a sequence, from pages in random order; block means are those of pages, or come from their sums."""
+def _decode_paged(model: shapes.Model, batch: int, context: int, page_size: int, block_size: int | None) -> Row:
+    """One query a sequence, from pages in random order, which keep means of `block_size`; None: sums are added."""
     P = context // page_size
 
     def make():
         inputs = draw(model, batch, 1, context)
-        cache, tables = paged(inputs, page_size)
+        cache, tables = paged(inputs, page_size, block_size=block_size)
         offsets = jnp.arange(batch + 1, dtype=jnp.int32)
 
         def f(q, w, visible, cache, tables, offsets):
@@ -228,16 +230,18 @@ def _decode_paged(model: shapes.Model, batch: int, context: int, page_size: int)
         return f, (inputs.q[:, 0], inputs.w[:, 0], inputs.visible[:, 0], cache, tables, offsets), check
 
     tokens = batch * model.block_topk * model.block_size
-    # Of pages that are blocks their means are read, in two e4m3 parts; of smaller ones their float32 sums.
-    mean_bytes = 2.0 * model.D + 4.0 if page_size == model.block_size else 4.0 * model.D + 8.0
+    # Means that pages keep are read in two e4m3 parts; where they keep none, their float32 sums.
+    kept_bytes, n_blocks = 2.0 * model.D + 4.0, context // model.block_size
+    mean_bytes = n_blocks * kept_bytes if block_size else P * (4.0 * model.D + 8.0)
+    own = "" if block_size else "_sums"
     return Row(
-        row=f"decode{batch}_paged" if page_size < model.block_size else f"decode{batch}_paged{page_size}",
+        row=f"decode{batch}_paged{own}" if page_size < model.block_size else f"decode{batch}_paged{page_size}",
         make=make,
         shape=model.name,
         context=context,
         queries=batch,
         flop=2.0 * (tokens + batch * context / model.block_size) * model.H * model.D,
-        moved_bytes=tokens * (model.D + 4.0) + batch * P * mean_bytes,
+        moved_bytes=tokens * (model.D + 4.0) + batch * mean_bytes,
     )
 
 
@@ -267,12 +271,12 @@ def _decode_flat(model: shapes.Model, batch: int, context: int, page_size: int) 
     )
 
 
-def _append(model: shapes.Model, batch: int, context: int, page_size: int) -> Row:
+def _append(model: shapes.Model, batch: int, context: int, page_size: int, block_size: int | None) -> Row:
     """A new token each, written in the middle of a page, whose sum is taken anew."""
 
     def make():
         inputs = draw(model, batch, 1, context)
-        cache, tables = paged(inputs, page_size)
+        cache, tables = paged(inputs, page_size, block_size=block_size)
         # Half of the last page is filled.
         lengths = jnp.full((batch,), context - page_size // 2, jnp.int32)
         new = hj.QuantizedKeys(inputs.k[:, 0], inputs.k_scale[:, 0])
@@ -291,7 +295,7 @@ def _append(model: shapes.Model, batch: int, context: int, page_size: int) -> Ro
         return hj.append, (cache, new, tables, offsets, lengths), check
 
     return Row(
-        row=f"append{batch}" if page_size == 64 else f"append{batch}_pages{page_size}",
+        row=f"append{batch}{'_blocks' if block_size else ''}{'' if page_size == 64 else f'_pages{page_size}'}",
         make=make,
         implementation="triton",
         carries=True,

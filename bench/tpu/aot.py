@@ -76,10 +76,10 @@ def compile_for(chip: str, f: Callable, *operands: Any, schedules: bool = True, 
     return Program(CHIPS[chip], compiled, _take_schedules(keep=schedules, of_xla=of_xla))
 
 
-def compile_sharded(chip: str, f: Callable, mesh: Mesh, *operands: Any) -> Program:
-    """Compiles a jitted f, sharded over `pod_mesh(chip, ...)`; the operands carry their shardings."""
+def compile_sharded(chip: str, f: Callable, mesh: Mesh, *operands: Any, **options: Any) -> Program:
+    """Compiles `jax.jit(f, **options)`, sharded over `pod_mesh(chip, ...)`; the operands carry their shardings."""
     with jax.sharding.use_abstract_mesh(abstract_mesh(chip, mesh)):
-        compiled = jax.jit(f).trace(*operands).lower(lowering_platforms=("tpu",)).compile()
+        compiled = jax.jit(f, **options).trace(*operands).lower(lowering_platforms=("tpu",)).compile()
     return Program(CHIPS[chip], compiled, _take_schedules(keep=False))
 
 

@@ -230,5 +230,5 @@ def select(
         return nothing((T,), method, return_scores, False)
     tiles = dispatch.default_tiles()
     selection, has_pages = select_visible(name, operands, own(batch.visible(T)), method, tiles, **options)
-    check_pages(call, has_pages, cache)
+    check_pages(call, has_pages, cache.n_pages)
     return selection

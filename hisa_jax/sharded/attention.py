@@ -1,7 +1,7 @@
 """Sparse attention where latents, or their pages, are split over a mesh axis, the queries on all devices.
 
 Each device attends to the selected tokens that it has. What they exchange is a sum of value_dim floats a query and
-head, weighted by the devices' logsumexps, never latents.
+head, weighted by the devices' logsumexps, never latents. Other axes may split heads, and requests with their pages.
 """
 
 from collections.abc import Callable
@@ -40,15 +40,14 @@ def attend_pages(
     attend: Attend, axes: Axes, q: Array, cache: IndexCache, table: Array, *arrays: Array
 ) -> tuple[Array, Array]:
     """`attend` of (q, cache, table, *arrays) where each device has pages of the cache, and a table of those alone."""
-    context = axes.context
-    assert context is not None
 
     def one_device(q: Array, cache: IndexCache, table: Array, *arrays: Array) -> tuple[Array, Array]:
-        return merge(*attend(q, cache, own_pages(cache, table, context), *arrays), context)
+        found = attend(q, cache, own_pages(cache, table, axes.context), *arrays)
+        return found if axes.context is None else merge(*found, axes.context)
 
-    split, whole = PartitionSpec(context), PartitionSpec()
-    specs = (whole, split, whole, *(whole for _ in arrays))
-    return meshes.on_devices(one_device, axes.mesh, specs, whole)(q, cache, table, *arrays)
+    rows = PartitionSpec(axes.data, axes.heads)
+    specs = (rows, axes.pages, axes.requests, *(axes.requests for _ in arrays))
+    return meshes.on_devices(one_device, axes.mesh, specs, rows)(q, cache, table, *arrays)
 
 
 def merge(out: Array, lse: Array, axis: str) -> tuple[Array, Array]:

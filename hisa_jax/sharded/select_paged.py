@@ -1,7 +1,8 @@
 """Selection from pages on several devices: the pages of each request split, its queries split, or both.
 
 Page p of the cache lies on device p // (n_pages / devices). The blocks of a request go round the devices, stripe by
-stripe, so that requests of any length are balanced.
+stripe, so that requests of any length are balanced. Groups of such devices, each with requests and pages of its own,
+do this at the same time, and nothing passes between them.
 """
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from hisa_jax import dispatch
 from hisa_jax.index_cache import IndexCache, has_all_pages, holds_tokens
-from hisa_jax.layout import Call, last_visible
+from hisa_jax.layout import Call, ascending, last_visible
 from hisa_jax.methods import Method
 from hisa_jax.selection import Selection
 from hisa_jax.sharded.cache import own_pages
@@ -35,13 +36,14 @@ def select_pages(
 
     Args:
         shard: how `axes.context` splits pages; None: every device has all.
-        operands: q, w, cache, block_tables, cu_seqlens_q and lengths, as `select_paged` has them; offsets ascend.
+        operands: q, w, cache, block_tables, cu_seqlens_q and lengths, as `select_paged` has them.
 
-    Returns: the selection, the same on all devices; [R] bool, whether no device lacks a page of a request.
+    Returns: the selection, the same on all devices of a group; [R] bool, whether no device lacks a page of a request.
     """
     implementation = dispatch.IMPLEMENTATIONS[name]
     q, w, *rest = operands
-    T, n_shares = q.shape[0], axes.size(axes.queries)
+    T, n_groups, n_shares = q.shape[0], axes.size(axes.data), axes.size(axes.queries)
+    own_T = T // n_groups  # queries of a group
 
     def one_device(
         q: Array, w: Array, cache: IndexCache, table: Array, offsets: Array, lengths: Array
@@ -50,7 +52,7 @@ def select_pages(
             has_pages = has_all_pages(cache, table, lengths)
         else:
             table, has_pages = _own_table(cache, table, lengths, shard)
-        lengths = jnp.where(has_pages, lengths, 0)
+        lengths, offsets = jnp.where(has_pages, lengths, 0), ascending(offsets, own_T)
         if axes.queries is not None:
             offsets, lengths = _own_queries(offsets, lengths, q.shape[0], axes.queries)
         visible = last_visible(offsets, lengths, q.shape[0])
@@ -62,15 +64,20 @@ def select_pages(
             assert implementation.select_shard is not None  # else it would have been declined
             selection = implementation.select_shard(call, method, tiles, shard, **options)
         if axes.queries is not None:
-            selection = jax.tree.map(lambda x: lax.all_gather(x, axes.queries, axis=0, tiled=True), selection)
+            selection = jax.tree.map(lambda x: lax.all_gather(x, axes.queries, axis=0, tiled=True)[:own_T], selection)
         return selection, has_pages
 
-    missing = -T % n_shares
-    q, w = (jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) for x in (jnp.asarray(q), jnp.asarray(w)))
-    rows, split, whole = PartitionSpec(axes.queries), PartitionSpec(axes.context), PartitionSpec()
-    run = on_devices(one_device, axes.mesh, (rows, rows, split, whole, whole, whole), whole)
-    selection, has_pages = run(*jax.tree.map(lax.stop_gradient, (q, w, *rest)))
-    return jax.tree.map(lambda x: x[:T], selection), has_pages
+    def padded(x: Array) -> Array:
+        """Each group's queries to a multiple of the devices that share them."""
+        groups = jnp.asarray(x).reshape(n_groups, own_T, *x.shape[1:])
+        groups = jnp.pad(groups, ((0, 0), (0, -own_T % n_shares), *((0, 0),) * (x.ndim - 1)))
+        return groups.reshape(-1, *x.shape[1:])
+
+    rows = PartitionSpec(tuple(axis for axis in (axes.data, axes.queries) if axis is not None) or None)
+    of_requests = axes.requests
+    specs = rows, rows, axes.pages, of_requests, of_requests, of_requests
+    run = on_devices(one_device, axes.mesh, specs, of_requests)
+    return run(*jax.tree.map(lax.stop_gradient, (padded(q), padded(w), *rest)))
 
 
 def _own_table(cache: IndexCache, table: Array, lengths: Array, shard: Shard) -> tuple[Array, Array]:

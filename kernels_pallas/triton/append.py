@@ -39,6 +39,7 @@ class PagedKeys(Protocol):
         codes: [n_pages, size, bytes] uint8; `code_scales`: [n_pages, size, groups] bfloat16, the sketch of each key as
             xla/sketch.py has it; or None.
         latents: [n_pages, size, E] or None.
+        marks: [n_pages] int32, and `block_size`: see xla/block_means.py; or None.
     """
 
     keys: Array
@@ -51,6 +52,8 @@ class PagedKeys(Protocol):
     codes: Array | None
     code_scales: Array | None
     latents: Array | None
+    marks: Array | None
+    block_size: int | None
 
 
 def why_not(

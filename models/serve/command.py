@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hisa_jax.checks import optional_packages
+from hisa_jax.command_line import UsageError, demand_at_least
 from hisa_jax.models.chat import load_chat_template
 from hisa_jax.models.config import read_config
 from hisa_jax.models.drafts import lookup
@@ -23,9 +24,6 @@ _LENGTH = 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `serve` takes; needs the extra `serve` to run."""
     parser.set_defaults(run=run)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = "Serves a checkpoint by OpenAI's interface: completions, chat, metrics, and a page to look at."
-    parser.epilog = "example: hisa-jax serve --checkpoint bytes --indexer hisa --port 8000"
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0: any that is free")
@@ -56,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Serves until SIGINT or SIGTERM, then finishes what runs, and cancels what is left after `--grace` seconds."""
+    demand_at_least(options, max_waiting=0, grace=0)
     with optional_packages():
         import uvicorn
 
@@ -66,9 +65,6 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(folder, config.vocab_size)
     template = load_chat_template(folder)
     keys = _keys(options)
-    for name, value, least in (("--max-waiting", options.max_waiting, 0), ("--grace", options.grace, 0)):
-        if value < least:
-            raise ValueError(f"{name} {value}: wanted at least {least}")
     progress = Progress()
     model = load(options, folder, config)
     max_length = min(_LENGTH, config.max_position_embeddings) if options.max_length is None else options.max_length
@@ -111,8 +107,8 @@ def _keys(options: argparse.Namespace) -> list[str]:
     if options.api_key_file is not None:
         found = [line.strip() for line in options.api_key_file.read_text().splitlines() if line.strip()]
         if not found:  # else everybody would be served
-            raise ValueError(f"--api-key-file {options.api_key_file}: has no key")
+            raise UsageError(f"--api-key-file {options.api_key_file}: has no key")
         keys += found
     if not all(keys):
-        raise ValueError("--api-key '': wanted one that is not empty")
+        raise UsageError("--api-key '': wanted one that is not empty")
     return keys

@@ -92,7 +92,7 @@ def test_packed_sequences_keep_the_contract(backend, queries, monkeypatch, reque
     # More blocks than are kept, an empty sequence, one with fewer tokens than a block; 3 rows nobody's.
     lengths_q, lengths_k = [2, 0, 1, 3], [300, 40, 9, 230]
     arrays, cu = _packed(9, lengths_q, lengths_k, 9, 600)
-    monkeypatch.setattr(indexer, "_QUERIES", queries)
+    monkeypatch.setattr(indexer, "QUERIES", queries)
     module, mode = triton, True
     if backend == "mosaic_gpu":
         module, mode = mosaic_gpu, request.getfixturevalue("interpret")

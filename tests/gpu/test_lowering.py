@@ -58,11 +58,15 @@ def test_indexers_lower(backend, B, T, S, H, dtype):
     assert "custom_call" in lower(all_of_them, *_shapes(B, T, S, H, 128, dtype))
 
 
-@pytest.mark.parametrize(("H", "D", "block_size"), [(16, 64, 32), (128, 128, 64), (64, 64, 256)])
-def test_every_head_and_block_size_lowers(H, D, block_size):
+@pytest.mark.parametrize(
+    ("H", "D", "block_size", "block_topk"),
+    [(16, 64, 32, 16), (128, 128, 64, 16), (64, 64, 256, 16), (16, 64, 32, 300)],
+    ids=["small", "many_heads", "long_blocks", "many_blocks"],
+)
+def test_every_head_and_block_size_lowers(H, D, block_size, block_topk):
     def hisa(q, k, k_scale, w, visible):
         return kernel_calls.select_hisa(
-            mosaic_gpu, q, k, k_scale, w, visible, topk=500, block_size=block_size, block_topk=16
+            mosaic_gpu, q, k, k_scale, w, visible, topk=500, block_size=block_size, block_topk=block_topk
         )
 
     assert "custom_call" in lower(hisa, *_shapes(1, 100, 16384, H, D, E4M3))

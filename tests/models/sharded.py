@@ -46,7 +46,7 @@ def tensor_and_data_parallel():
         golden.assert_close(logits, golden.numbers(case)["logits"], golden.LOGITS, case)
         assert per_device_share(model) < most, per_device_share(model)
         gate = model.layers[1].mlp.gate[...]
-        assert {shard.data.shape for shard in gate.addressable_shards} == {(2, *gate.shape[1:])}
+        assert {shard.data.shape for shard in gate.addressable_shards} == {(1, *gate.shape[1:])}
         heads = model.layers[0].attention.q_b[...].sharding.spec
         assert heads == jax.P(None, "model" if case == "dsv32" else None, None), heads
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from hisa_jax.models.__main__ import main
+from hisa_jax.__main__ import main
 from hisa_jax.models.check import command, measures, reading
 from hisa_jax.models.check.report import SHARE
 from tests import oracle

@@ -10,7 +10,7 @@ import pytest
 
 import hisa_jax as hj
 from hisa_jax import models
-from hisa_jax.models.__main__ import main
+from hisa_jax.__main__ import main
 from hisa_jax.models.draws import likeliest
 from hisa_jax.models.generate import pad_left
 from hisa_jax.models.indexers import make_method, read_methods
@@ -200,8 +200,11 @@ def test_the_command_continues_ids_with_any_indexer(capsys, tmp_path):
             ["--prompt", "A", "--indexer", "flat"],
             "indexer is flat, wanted one of dsa, hisa, scan, block-sparse or a file",
         ),
-        (["--prompt", "A", "--indexer", "dsa", "--block-size", "4"], "--indexer: .*block_size"),
-        (["--prompt", "A", "--indexer", "scan", "--block-topk", "4"], "--indexer: .*block_topk"),
+        (
+            ["--prompt", "A", "--indexer", "dsa", "--block-size", "4"],
+            "--block-size 4: --indexer dsa has no such option, .* hisa or",
+        ),
+        (["--prompt", "A", "--indexer", "scan", "--block-topk", "4"], "--block-topk 4: .* it is for --indexer hisa$"),
         (["--prompt", "A", "--indexer", "scan", "--candidates", "4"], r"--indexer: Scan\(candidates=4\): must be at"),
         (
             ["--prompt", "A", "--model-parallel", "99"],
