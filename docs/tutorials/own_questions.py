@@ -12,6 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 from hisa_jax.__main__ import main
