@@ -103,33 +103,37 @@ format: .venv-test/test.stamp
 	.venv-test/bin/ruff check --fix .
 	.venv-test/bin/ruff format .
 
-.venv/demo.stamp: pyproject.toml | .venv/bin/python
-	.venv/bin/python -m pip install --quiet '$(JAX)' -e '.[models,bench]'
+# What is fetched, how large it is and how far it is stands in pip's own lines.
+FOR_THE_DEMO := '.[models,bench]'
+define install
+	@echo "Installing into $(@D): $(1)$(if $(2),; about $(2) to fetch the first time)"
+	@$(@D)/bin/python -m pip install --disable-pip-version-check $(1)
 	@touch $@
+endef
+
+.venv/demo.stamp: pyproject.toml | .venv/bin/python
+	$(call install,'$(JAX)' -e $(FOR_THE_DEMO),210 MB)
 
 .venv-test/test.stamp: pyproject.toml | .venv-test/bin/python
-	.venv-test/bin/python -m pip install --quiet '$(JAX)' -e '.[test]'
-	@touch $@
+	$(call install,'$(JAX)' -e '.[test]')
 
 .venv-test/docs.stamp: pyproject.toml .venv-test/test.stamp
-	.venv-test/bin/python -m pip install --quiet -e '.[docs]'
-	@touch $@
+	$(call install,-e '.[docs]')
 
 .venv-docs/docs.stamp: pyproject.toml | .venv-docs/bin/python
 	.venv-docs/bin/python -m pip install --quiet '$(JAX)' -e '.[docs,tutorials]'
 	@touch $@
 
 .venv-test/serve.stamp: pyproject.toml .venv-test/test.stamp
-	.venv-test/bin/python -m pip install --quiet 'openai>=1.60' 'playwright>=1.49'
-	@touch $@
+	$(call install,'openai>=1.60' 'playwright>=1.49')
 
 .venv-oldest/test.stamp: pyproject.toml | .venv-oldest/bin/python
-	.venv-oldest/bin/python -m pip install --quiet '$(JAX)==$(OLDEST)' -e '.[test]'
-	@touch $@
+	$(call install,'$(JAX)==$(OLDEST)' -e '.[test]')
 
 .venv/bin/python .venv-test/bin/python .venv-docs/bin/python .venv-oldest/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 12) or sys.exit("hisa_jax needs Python 3.12 or newer, $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(@D:/bin=)
+	@echo "Making the virtual environment $(@D:/bin=)"
+	@$(PYTHON) -m venv $(@D:/bin=)
 
 clean:
 	rm -rf .venv .venv-test .venv-docs .venv-oldest build demo_out fuzz_out .pytest_cache .mypy_cache .ruff_cache .hypothesis
