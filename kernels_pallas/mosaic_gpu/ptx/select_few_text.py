@@ -283,7 +283,7 @@ setp.eq.s32 p, n, {shape.k}; @p mov.b32 hi, middle; bra halve;"""
 
 
 def _emit(shape: Shape, position: Callable[[], str]) -> str:
-    """A thread writes what is chosen of its columns, behind what the threads before it choose."""
+    """A thread writes what is chosen of its columns, after what the threads before it choose."""
     k, n = shape.k, shape.n_threads
 
     def store(j: int) -> str:
