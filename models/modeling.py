@@ -14,7 +14,16 @@ from jax.typing import DTypeLike
 
 import hisa_jax as hj
 from hisa_jax.models.block_scaled import VALUE_DTYPE
-from hisa_jax.models.cache import Cache, Kept, empty_cache, empty_pages, kept_for, page_size_of
+from hisa_jax.models.cache import (
+    Cache,
+    Kept,
+    empty_cache,
+    empty_pages,
+    kept_for,
+    page_size_of,
+    pages_sharding,
+    stripe_of,
+)
 from hisa_jax.models.config import Config
 from hisa_jax.models.dsa import Attention, Form, IndexInputs, Table
 from hisa_jax.models.layers import Init, Mlp, rms_norm
@@ -83,12 +92,12 @@ class Layer(nnx.Module):
 
     def __call__(
         self, x: Array, *, table: Table, slots: Array, lengths: Array, pages: hj.IndexCache, block_tables: Array,
-        method: hj.Method, selection: hj.Selection | None, form: Form, mesh: Mesh | None,
+        method: hj.Method, selection: hj.Selection | None, form: Form, mesh: Mesh | None, stripe: int | None = None,
     ) -> tuple[hj.IndexCache, LayerTrace]:  # fmt: skip
         eps = self.config.rms_norm_eps
         attention, pages, selection, inputs = self.attention(
             rms_norm(x, self.attention_norm[...], eps), table=table, slots=slots, lengths=lengths, pages=pages,
-            block_tables=block_tables, method=method, selection=selection, form=form, mesh=mesh,
+            block_tables=block_tables, method=method, selection=selection, form=form, mesh=mesh, stripe=stripe,
         )  # fmt: skip
         x = constrain(x + attention, mesh, HIDDEN)
         normed, experts, expert_weights = rms_norm(x, self.mlp_norm[...], eps), None, None
@@ -112,7 +121,8 @@ class Model(nnx.Module):
         dtype: of weights and activations. Norms, router, index head weights and logits are float32 always.
         weight_dtype: "float8_e4m3fn": all matrices but embedding, router and head are block-scaled and stay so in
             memory, see `models.block_scaled`; None: they are of `dtype`.
-        mesh: with the axes "data", "model" or both, to split the model and its inputs over; None for one device.
+        mesh: to split the model, its inputs and caches over, with some of the axes of `models.make_mesh`; None for
+            one device.
         rngs: for random weights, stream "params".
     """
 
@@ -144,16 +154,25 @@ class Model(nnx.Module):
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """A cache with room for at least `capacity` tokens in each of `batch` rows, for the methods of all phases."""
         dtype = self.embed[...].dtype
-        return empty_cache(self.config, batch, capacity, dtype, self.page_size, self.mesh, self._kept)
+        return empty_cache(self.config, batch, capacity, dtype, self.page_size, self.mesh, self._kept, self.stripe)
 
     def empty_pages(self, n_pages: int) -> tuple[hj.IndexCache, ...]:
-        """Pages of every layer, for the methods of all phases."""
-        return empty_pages(self.config, n_pages, self.page_size, self.embed[...].dtype, self._kept)
+        """Pages of every layer, for the methods of all phases; on a mesh equal parts on the devices of each group."""
+
+        def make() -> tuple[hj.IndexCache, ...]:
+            return empty_pages(self.config, n_pages, self.page_size, self.embed[...].dtype, self._kept)
+
+        return make() if self.mesh is None else jax.jit(make, out_shardings=pages_sharding(self.mesh, n_pages))()
 
     @property
     def page_size(self) -> int:
         """Tokens of a page that every method can read."""
         return page_size_of(itertools.chain(*self._methods()))
+
+    @property
+    def stripe(self) -> int:
+        """Tokens of a row one after the other that one device has, where several share its pages."""
+        return stripe_of(itertools.chain(*self._methods()), self.page_size)
 
     @property
     def _kept(self) -> tuple[Kept, ...]:
@@ -215,7 +234,7 @@ class Model(nnx.Module):
         table = rope_table(self.config, slots if positions is None else positions)
 
         x = constrain(self.embedded(input_ids, is_real), self.mesh, HIDDEN)
-        every: Any = dict(table=table, slots=slots, lengths=lengths, form=form, mesh=self.mesh)
+        every: Any = dict(table=table, slots=slots, lengths=lengths, form=form, mesh=self.mesh, stripe=self.stripe)
         x, pages, traces = self._through_layers(x, cache, phase, trace, every)
         x = rms_norm(x[:, -1:] if last_only else x, self.norm[...], self.config.rms_norm_eps)
         return Output(

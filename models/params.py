@@ -204,7 +204,7 @@ def from_pretrained(
         method: how layers select: `hj.Hisa`, `hj.Dsa`, `hj.Scan` or `hj.BlockSparse`, a sequence or mapping of them by
             layer, or a rule (layer, phase) -> method; None is the checkpoint's own, `config.method`.
         dtype: of weights and activations, float32 or bfloat16. Norms, router and index head weights stay float32.
-        mesh: with the axes "data", "model" or both, see `models.make_mesh`.
+        mesh: with some of the axes of `models.make_mesh`.
         config: instead of the folder's, to change a setting: `read_config(folder, overrides)`.
         weight_dtype: "float8_e4m3fn": matrices that the checkpoint has in F8_E4M3 stay so in memory, with the scales of
             their blocks, and are multiplied from there; logits are the same. None: they are brought to `dtype`.

@@ -1,5 +1,6 @@
 """Where arrays lie on a mesh: named axes of parameters and activations, and the mesh axes that split them."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,12 +12,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Axes = Sequence[str | None]
 
+AXES = "data", "model", "context"
 # The mesh axes that split an axis: of those that are there as many, from the first on, as together divide its size.
 # Weights are split over `context`, too, whose devices would else have copies; experts over all devices.
 _WEIGHTS = ("model", "context")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data",),
-    "heads": _WEIGHTS,
+    "heads": ("model",),
+    "head_weights": _WEIGHTS,
     "index_heads": _WEIGHTS,
     "rank": _WEIGHTS,
     "ff": _WEIGHTS,
@@ -25,24 +28,29 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = 1, model: int = 1, context: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:  # fmt: skip
     """Makes the mesh that the models are split over.
 
     Args:
-        data: devices that each take a part of the batch.
-        model: devices that each take a part of the heads, experts, dense layers and vocabulary.
-        devices: default: the first data * model of all devices.
+        data: groups of devices that each take a part of the batch. Experts are split over the devices of all groups.
+        model: devices of a group that each take a part of the heads, dense layers and vocabulary, and of the index
+            queries.
+        context: devices that each take a part of the pages of each row, and of the weights. They are neighbours.
+        devices: default: the first of all devices.
 
-    Returns: a mesh with the axes "data" and "model".
+    Returns: a mesh with the axes "data", "model" and "context".
     Raises: ValueError: fewer devices than the mesh needs.
     """
-    devices = jax.devices() if devices is None else devices
-    if min(data, model) < 1 or data * model > len(devices):
+    devices, sizes = jax.devices() if devices is None else devices, (data, model, context)
+    if min(sizes) < 1 or math.prod(sizes) > len(devices):
         raise ValueError(
-            f"make_mesh(data={data}, model={model}): wanted at least 1 of each, there are {len(devices)} devices"
+            f"make_mesh(data={data}, model={model}, context={context}): wanted at least 1 of each, there are "
+            f"{len(devices)} devices"
         )
-    grid = np.asarray(devices[: data * model]).reshape(data, model)
-    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    grid = np.asarray(devices[: math.prod(sizes)]).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def automatic(mesh: Mesh | None) -> Mesh | None:
@@ -61,9 +69,15 @@ def mesh_axes(mesh: Mesh | None, name: str | None, size: int) -> tuple[str, ...]
     """Mesh axes over which an axis of that name and size is split, the first the slowest; none if it is not."""
     found: tuple[str, ...] = ()
     for axis in RULES.get(name, ()) if name and mesh is not None else ():
-        if mesh is not None and axis in mesh.axis_names and size % mesh.shape[axis] == 0:
-            found, size = (*found, axis), size // mesh.shape[axis]
+        n_devices = size_of(mesh, axis)
+        if n_devices > 1 and size % n_devices == 0:
+            found, size = (*found, axis), size // n_devices
     return found
+
+
+def size_of(mesh: Mesh | None, axis: str) -> int:
+    """Devices along an axis of a mesh, 1 where there is none."""
+    return 1 if mesh is None else mesh.shape.get(axis, 1)
 
 
 def mesh_axis(mesh: Mesh | None, name: str | None, size: int) -> str | None:

@@ -251,9 +251,13 @@ def cases():
     yield Case(hj.check_processes, dict(call="step"), dict(call=ANYTHING, arrays=ANYTHING))
     yield Case(PagePool, dict(n_pages=4, page_size=16),
                dict(n_pages=INT, page_size=INT, n_devices=Kind((*INT.bad, *constants(3))),
-                    stripe=Kind((*OPTIONAL_INT.bad, *constants(24, 0)))))  # fmt: skip
-    made = pool()
-    yield Case(made.add, dict(request="b"), dict(request=TAKEN))
+                    stripe=Kind((*OPTIONAL_INT.bad, *constants(24, 0))),
+                    n_groups=Kind((*INT.bad, *constants(3)))))  # fmt: skip
+    made, group = pool(), Kind((*SIZE.bad, *constants(1)))
+    yield Case(made.add, dict(request="b"), dict(request=TAKEN, group=group))
+    yield Case(made.n_free_on, dict(group=0), dict(group=group))
+    yield Case(made.n_on, dict(pages=[0, 1], group=0), dict(pages=ANYTHING, group=group))
+    yield Case(made.n_needed_on, dict(n_tokens=1), dict(n_tokens=SIZE))
     yield Case(made.fork, dict(request="a", new="c", length=3),
                dict(request=NAMES, new=TAKEN, length=Kind((*OPTIONAL_INT.bad, *constants(21)))))  # fmt: skip
     yield Case(made.extend, dict(request="a", n_tokens=1), dict(request=NAMES, n_tokens=SIZE))
@@ -262,7 +266,7 @@ def cases():
     yield Case(made.table, dict(requests=["a"], max_pages=2),
                dict(requests=Kind(constants(["a", "nobody"])), max_pages=Kind((*SIZE.bad, *constants(1)))))  # fmt: skip
     yield Case(made.copy, {}, {})
-    for method in (made.pages, made.n_own, made.free):
+    for method in (made.pages, made.n_own, made.n_own_on, made.group, made.free):
         yield Case(method, dict(request="a"), dict(request=NAMES))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.panel import Panel
 from rich.table import Table
@@ -177,6 +178,7 @@ def figure(rows: list[dict[str, Any]], model_rows: list[dict[str, Any]]) -> Figu
         title=f"Answers of a trained model\nabout {first['keys']} lines hidden in {first['context']:,} bytes",
         ylabel="questions answered (more is better)", ylim=(0, 1.15 * first["questions"]),
     )  # fmt: skip
+    answers.yaxis.set_major_locator(MaxNLocator(integer=True))
     for name in NAMES:
         own = [row for row in rows if row["method"] == name]
         speed.plot([row["context"] for row in own], [row["ms_per_query"] for row in own], "o-", color=_COLORS[name])

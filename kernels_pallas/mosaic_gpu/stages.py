@@ -193,15 +193,15 @@ def _refine_scores(call: FlatCall, kept: KeptBlocks, interpret: Interpret) -> tu
 
 def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
     options: Any = dict(topk=topk, n_ctas=n_sms(), interpret=interpret)
-    found = flat_stage.flat(call.operands, call.visible, call.sequences, **options)
-    return found.positions, found.count
+    positions, count, _ = flat_stage.flat(call.operands, call.visible, call.sequences, **options)
+    return positions, count
 
 
 def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
     options: Any = dict(topk=k, has_sort_keys=True, n_ctas=n_sms(), interpret=interpret)
-    found = flat_stage.flat(call.operands, call.visible, call.sequences, **options)
-    assert found.sort_keys is not None
-    return found.sort_keys, found.positions
+    positions, _, sort_keys = flat_stage.flat(call.operands, call.visible, call.sequences, **options)
+    assert sort_keys is not None
+    return sort_keys, positions
 
 
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
