@@ -1,16 +1,22 @@
 """The streaming flat indexer and its merge, interpreted with race detection."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hisa_jax as hj
 from hisa_jax.kernels_pallas import mosaic_gpu
 from hisa_jax.kernels_pallas.flat_call import flatten
 from hisa_jax.kernels_pallas.mosaic_gpu import flat, merge
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_survivors
+from hisa_jax.layout import Call
 from tests import kernel_calls
 from tests.gpu import draw, promises, reference
+from tests.gpu.test_lowering import lower
 from tests.gpu.test_scores import unwritten
 
 E4M3 = jnp.float8_e4m3fn
@@ -21,17 +27,66 @@ def select(q, k, k_scale, w, visible, topk, n_ctas=132, interpret=False):
     batch = kernel_calls.call_of(q, k, k_scale, w, jnp.asarray(visible))
     call = flatten(batch, 8)
     options = dict(topk=topk, n_ctas=n_ctas, interpret=interpret)
-    return batch.unflatten(flat.flat(call.operands, call.visible, call.sequences, **options))
+    return batch.unflatten(flat.flat(call.operands, call.visible, call.sequences, **options)[:2])
 
 
 @pytest.mark.slow
 def test_streaming_in_filtered_tiles_equals_one_piece(interpret, monkeypatch):
     monkeypatch.setattr(flat, "ONE_TILE", 256)
+    monkeypatch.setattr(flat, "MOST_BYTES", 0)  # or few queries would be taken all at once
     monkeypatch.setattr(flat, "STEP", 512)  # rounded up to 1536, three spans of 384 being four steps of a selection
     visible = np.asarray([[3500, 300]], np.int32)
     q, k, scale, w = draw.integers(3, 1, 2, 3500, 16, 64, E4M3, True)
     got = select(q, k, scale, w, visible, 100, 2, interpret)
     promises.check_flat(got, q, k, scale, w, visible, topk=100, token_tolerance=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("topk", "has_sort_keys"), [(100, True), pytest.param(101, False, marks=pytest.mark.exhaustive)]
+)
+def test_few_queries_take_the_best_of_parts_of_their_rows(interpret, monkeypatch, topk, has_sort_keys):
+    """Seven parts, whose best are in two lists, whose best are in one; the last query sees less than a part."""
+    monkeypatch.setattr(flat, "ONE_TILE", 256)
+    monkeypatch.setattr(flat, "PART", 512)
+    visible = np.asarray([[3500, 300]], np.int32)
+    q, k, scale, w = draw.integers(3, 1, 2, 3500, 16, 64, E4M3, True)
+    batch = kernel_calls.call_of(q, k, scale, w, jnp.asarray(visible))
+    call = flatten(batch, 8)
+    options = dict(topk=topk, n_ctas=2, has_sort_keys=has_sort_keys, interpret=interpret)
+    positions, count, sort_keys = flat.flat(call.operands, call.visible, call.sequences, **options)
+    got = batch.unflatten((positions, count))
+    promises.check_flat(got, q, k, scale, w, visible, topk=topk, token_tolerance=1e-9)
+    assert (sort_keys is not None) == has_sort_keys
+    if sort_keys is not None:
+        monkeypatch.setattr(flat, "MOST_BYTES", 0)
+        monkeypatch.setattr(flat, "STEP", 512)
+        _, _, streamed = flat.flat(call.operands, call.visible, call.sequences, **options)
+        np.testing.assert_array_equal(sort_keys, streamed)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("page_size", [None, 64, 128])
+@pytest.mark.parametrize(("T", "context"), [(1, 131072), (32, 131072), (128, 131072), (1, 1 << 20), (128, 1 << 20)])
+def test_few_queries_take_a_kernel_for_scores_and_one_for_each_round(T, context, page_size):
+    """Two rounds up to 128K, three up to 1M: kernels of our own; XLA's are those that say who scores what."""
+
+    def select(q, k, k_scale, w, visible, table, offsets):
+        cache = None
+        if page_size is not None:
+            cache = dataclasses.replace(
+                hj.init_cache(1, page_size, 128, E4M3),
+                keys=k.reshape(-1, page_size, 128),
+                scales=k_scale.reshape(-1, page_size),
+            )
+            call = Call(q=q[:, 0], w=w[:, 0], visible=visible[:, 0], query_offsets=offsets, table=table, cache=cache)
+            return mosaic_gpu.select_flat(call, 2048)
+        return mosaic_gpu.select_flat(kernel_calls.call_of(q, k, k_scale, w, visible), 2048)
+
+    P, i32, f32 = context // (page_size or 64), jnp.int32, jnp.float32
+    arrays = ((T, 1, 64, 128), E4M3), ((T, context, 128), E4M3), ((T, context), f32), ((T, 1, 64), f32), ((T, 1), i32)
+    text = lower(select, *arrays, ((T, P), i32), ((T + 1,), i32))
+    kernels = re.findall(r"custom_call @(?:mosaic_gpu_v2|__gpu\$xla\.gpu\.triton)", text)
+    assert len(kernels) == (3 if context == 131072 else 4)
 
 
 def merge_case(seed, k, W, n_start, limit):
