@@ -41,15 +41,14 @@ def test_streaming_in_filtered_tiles_equals_one_piece(interpret, monkeypatch):
     promises.check_flat(got, q, k, scale, w, visible, topk=100, token_tolerance=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("topk", "has_sort_keys"), [(100, True), pytest.param(101, False, marks=pytest.mark.exhaustive)]
-)
-def test_few_queries_take_the_best_of_parts_of_their_rows(interpret, monkeypatch, topk, has_sort_keys):
-    """Seven parts, whose best are in two lists, whose best are in one; the last query sees less than a part."""
+@pytest.mark.gate("1100-60-False")
+@pytest.mark.parametrize(("S", "topk", "has_sort_keys"), [(1100, 60, False), (3500, 100, True), (3500, 101, False)])
+def test_few_queries_take_the_best_of_parts_of_their_rows(interpret, monkeypatch, S, topk, has_sort_keys):
+    """Of 3500 seven parts, whose best are in two lists, whose best are in one; a query sees less than a part."""
     monkeypatch.setattr(flat, "ONE_TILE", 256)
     monkeypatch.setattr(flat, "PART", 512)
-    visible = np.asarray([[3500, 300]], np.int32)
-    q, k, scale, w = draw.integers(3, 1, 2, 3500, 16, 64, E4M3, True)
+    visible = np.asarray([[S, 300]], np.int32)
+    q, k, scale, w = draw.integers(3, 1, 2, S, 16, 64, E4M3, True)
     batch = kernel_calls.call_of(q, k, scale, w, jnp.asarray(visible))
     call = flatten(batch, 8)
     options = dict(topk=topk, n_ctas=2, has_sort_keys=has_sort_keys, interpret=interpret)
@@ -64,6 +63,7 @@ def test_few_queries_take_the_best_of_parts_of_their_rows(interpret, monkeypatch
         np.testing.assert_array_equal(sort_keys, streamed)
 
 
+@pytest.mark.gate("1-131072-64", "128-1048576-None")
 @pytest.mark.oldest
 @pytest.mark.parametrize("page_size", [None, 64, 128])
 @pytest.mark.parametrize(("T", "context"), [(1, 131072), (32, 131072), (128, 131072), (1, 1 << 20), (128, 1 << 20)])
@@ -145,8 +145,11 @@ def test_merge_on_the_device(hopper, n_start, W, k):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rising", [False, True], ids=["any_order", "each_better_than_all_before"])
-def test_flat_on_the_device(hopper, rising):
-    S = 40000
+@pytest.mark.parametrize("at_once", [False, True])
+def test_flat_on_the_device(hopper, monkeypatch, rising, at_once):
+    S = 40000 if not at_once else 300_000  # three rounds
+    if not at_once:
+        monkeypatch.setattr(flat, "MOST_BYTES", 0)
     visible = np.asarray([[S, S - 1, 30000, flat.STEP, flat.STEP + 1, 2049, 5, 0]], np.int32)
     q, k, scale, w = draw.normal(0, 1, 8, S, 64, 128, E4M3, True)
     if rising:
