@@ -42,12 +42,14 @@ def test_the_demo_shows_rows_and_passages_and_writes_them_and_a_figure(text_file
     last = capsys.readouterr().out
     assert "     1K  flat" in last and last.index("Answers and time") < last.index("answers 8 of 8")
     shown = "".join((*parts, last))
+    shown += " ".join(shown.split())  # also whole sentences, whatever the width
     for wanted in (
         "small.txt",
         "HISA",
         "block-sparse",
         "implementation",
-        "512 (4), 1K (4)",
+        "HISA 512 (4)",
+        "scan 1K (4)",
         "found at",
         ">> p",
         "Answers and time",

@@ -138,7 +138,7 @@ def test_the_command_shows_a_table_and_writes_every_layer(methods, tmp_path, cap
         (["--topk", 0], "--topk 0: wanted at least 1"),
         (["--topk", 129], "--topk 129: wanted at most 128, half of the model's positions"),
         (["--queries", 0], "--queries 0: wanted at least 1"),
-        (["--model-parallel", 99], r"make_mesh\(data=1, model=99\): wanted at least 1 of each"),
+        (["--model-parallel", 99], r"make_mesh\(data=1, model=99, context=1\): wanted at least 1 of each"),
         (["--block-size", 17], "--block-size 17: wanted at most 16, twice topk"),
         (["--json", "/nowhere/check.json"], "--json /nowhere/check.json: /nowhere is no folder"),
         (["--checkpoint", "nowhere"], r"wanted a folder with a config\.json"),

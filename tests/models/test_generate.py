@@ -215,7 +215,7 @@ def test_the_command_continues_ids_with_any_indexer(capsys, tmp_path):
         (["--prompt", "A", "--indexer", "scan", "--candidates", "4"], r"--indexer: Scan\(candidates=4\): must be at"),
         (
             ["--prompt", "A", "--model-parallel", "99"],
-            r"make_mesh\(data=1, model=99\): wanted at least 1 of each, there are 1 devices",
+            r"make_mesh\(data=1, model=99, context=1\): wanted at least 1 of each, there are 1 devices",
         ),
         (["--prompt", "A", "--checkpoint", "nowhere"], r"wanted a folder with a config\.json"),
     ],
