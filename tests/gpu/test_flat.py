@@ -63,7 +63,7 @@ def test_few_queries_take_the_best_of_parts_of_their_rows(interpret, monkeypatch
         np.testing.assert_array_equal(sort_keys, streamed)
 
 
-@pytest.mark.gate("1-131072-64", "128-1048576-None")
+@pytest.mark.gate("1-1048576-64")
 @pytest.mark.oldest
 @pytest.mark.parametrize("page_size", [None, 64, 128])
 @pytest.mark.parametrize(("T", "context"), [(1, 131072), (32, 131072), (128, 131072), (1, 1 << 20), (128, 1 << 20)])
