@@ -53,6 +53,11 @@ COMMANDS = {
     "memory": Command(
         "bench.memory", "peak memory of each method at a long context", "python -m bench memory --method hisa"
     ),
+    "pods": Command(
+        "bench.pods.command",
+        "steps of whole models compiled for whole pods, without a TPU: memory, exchanges, an estimate of the time",
+        "python -m bench pods --rows '*-decode-v5e'",
+    ),
     "pretraining": Command(
         "bench.pretraining",
         "what a checkpoint of the byte model keeps under block means, at ratios of 1 in 2 to 1 in 16",
@@ -72,6 +77,11 @@ COMMANDS = {
         "bench.serve.command",
         "a small continuous-batching server on the paged cache; --verify checks every selection",
         "python -m bench serve --verify",
+    ),
+    "sharded": Command(
+        "bench.sharded",
+        "selections over keys that several GPUs of one host share, beside one GPU, each checked before it is timed",
+        "python -m bench sharded --devices 2 --rows 'scan*'",
     ),
     "tune": Command(
         "bench.gpu.tune",

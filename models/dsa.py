@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 import hisa_jax as hj
-from hisa_jax.models.cache import contiguous, over_context, pack, packing, unpack, write
+from hisa_jax.models.cache import over_context, pack, packing, plain_latents, unpack, write
 from hisa_jax.models.config import Config
 from hisa_jax.models.layers import Init, layer_norm, rms_norm
 from hisa_jax.models.rope import rotate
@@ -96,13 +96,13 @@ class Attention(nnx.Module):
         self.config = config
         self.q_a = init.matrix((E, Q), (None, "rank"))
         self.q_a_norm = init.constant((Q,), 1.0)
-        self.q_b = init.matrix((Q, N, P + R), (None, "heads", None), (Q, 1, P + R))
+        self.q_b = init.matrix((Q, N, P + R), (None, "head_weights", None), (Q, 1, P + R))
         self.kv_a = init.matrix((E, L + R), (None, None))
         self.kv_a_norm = init.constant((L,), 1.0)
         # Keys and values of a head lie together in the checkpoint's matrix, and blocks go on from one to the other.
-        self.k_b = init.matrix((L, N, P), (None, "heads", None), (L, 1, (P, V)))
-        self.v_b = init.matrix((L, N, V), (None, "heads", None), (L, 1, (P, V)))
-        self.o = init.matrix((N, V, E), ("heads", None, None), (1, V, E))
+        self.k_b = init.matrix((L, N, P), (None, "head_weights", None), (L, 1, (P, V)))
+        self.v_b = init.matrix((L, N, V), (None, "head_weights", None), (L, 1, (P, V)))
+        self.o = init.matrix((N, V, E), ("head_weights", None, None), (1, V, E))
         is_full = config.indexer_kinds[layer] == "full"
         self.indexer = Indexer(config, init) if is_full else None
 
@@ -148,8 +148,7 @@ class Attention(nnx.Module):
         if form == "absorbed":
             out = absorbed(q_nope, q_rope, pages, block_tables, slots, selection.indices, k_b, v_b, scale, mesh)
         else:
-            assert pages.latents is not None
-            latents = contiguous(pages.latents, block_tables, lengths, mesh)
+            latents = plain_latents(pages, block_tables, lengths, kv.dtype, mesh)
             out = expanded(q_nope, q_rope, latents, selection.indices, k_b, v_b, scale)
         return self.merge_heads(out), pages, selection, inputs
 
@@ -284,14 +283,16 @@ def absorbed(
 
     Returns: as `expanded`.
     """
-    (L, N, _), q = k_b.shape, absorb(q_nope, q_rope, k_b)
+    (L, N, _), q, heads = k_b.shape, absorb(q_nope, q_rope, k_b), ("batch", None, "heads")
     if over := over_context(mesh, slots.shape[0]):
         head_axis = "model" if size_of(mesh, "model") > 1 and N % size_of(mesh, "model") == 0 else None
-        cu_seqlens, packed, chosen = pack(slots, (q, indices), mesh)
+        cu_seqlens, chosen = pack(slots, (indices,), mesh)
+        packed = per_device(_packed, mesh, (("batch",), heads), ("batch", "heads"))(slots, q)
         out = hj.sparse_mla_paged(
             packed, pages, chosen, block_tables, cu_seqlens, value_dim=L, scale=scale, head_axis=head_axis, **over
         )
-        return jnp.einsum("btnl,lnd->btnd", unpack(slots, out, mesh), v_b)
+        out = per_device(_unpacked, mesh, (("batch",), ("batch", "heads")), heads)(slots, out)
+        return jnp.einsum("btnl,lnd->btnd", out, v_b)
 
     def attend(q: Array, pages: hj.IndexCache, tables: Array, slots: Array, indices: Array) -> Array:
         rows = packing(slots)
@@ -301,9 +302,16 @@ def absorbed(
         assert isinstance(out, Array)  # no logsumexp was asked for
         return rows.unpack(out)
 
-    heads = ("batch", None, "heads")
     attend = per_device(attend, mesh, (heads, *(("batch",),) * 4), heads)
     return jnp.einsum("btnl,lnd->btnd", attend(q, pages, block_tables, slots, indices), v_b)
+
+
+def _packed(slots: Array, x: Array) -> Array:
+    return packing(slots).pack(x)
+
+
+def _unpacked(slots: Array, x: Array) -> Array:
+    return packing(slots).unpack(x)
 
 
 def absorb(q_nope: Array, q_rope: Array, k_b: Array) -> Array:

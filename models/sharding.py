@@ -18,7 +18,8 @@ AXES = "data", "model", "context"
 _WEIGHTS = ("model", "context")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data",),
-    "heads": _WEIGHTS,
+    "heads": ("model",),
+    "head_weights": _WEIGHTS,
     "index_heads": _WEIGHTS,
     "rank": _WEIGHTS,
     "ff": _WEIGHTS,

@@ -5,7 +5,9 @@ a layer's table is that of all layers, moved to its pages. Nothing of a layer's 
 are in place.
 """
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args
 
@@ -15,9 +17,10 @@ from flax import nnx
 from jax import Array, lax
 
 import hisa_jax as hj
-from hisa_jax.models.cache import Cache
+from hisa_jax.models.cache import Cache, pages_sharding
 from hisa_jax.models.modeling import Layer, LayerTrace, Model
 from hisa_jax.models.plan import Phase
+from hisa_jax.models.sharding import mesh_axes, size_of
 from hisa_jax.selection import nothing
 
 
@@ -40,12 +43,22 @@ class Stacked(Model):
         self.embed, self.norm, self.head = model.embed, model.norm, model.head
         self.runs = nnx.List([_stacked([model.layers[first + i] for i in range(n)]) for first, n in runs_of(model)])
 
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
+        """As of the model, but for its layers' pages, which lie in those of their run."""
+        cache = super().empty_cache(batch, capacity)
+        return dataclasses.replace(cache, layers=self.empty_pages(cache.layers[0].n_pages))
+
     def empty_pages(self, n_pages: int) -> tuple[hj.IndexCache, ...]:
-        """Pages of every run, `n_pages` a layer; on a mesh in the order that `table_of_layer` has them."""
-        pages = super().empty_pages(n_pages)
-        return tuple(
-            jax.tree.map(lambda leaf, n=n: jnp.concatenate([leaf] * n), pages[first]) for first, n in runs_of(self)
-        )
+        """Pages of every run, `n_pages` a layer, in the order that `table_of_layer` has them."""
+        of_layers = super().empty_pages
+
+        def make() -> tuple[hj.IndexCache, ...]:
+            pages = of_layers(n_pages)
+            return tuple(
+                jax.tree.map(lambda leaf, n=n: jnp.concatenate([leaf] * n), pages[first]) for first, n in runs_of(self)
+            )
+
+        return jax.jit(make, out_shardings=None if self.mesh is None else pages_sharding(self.mesh, n_pages))()
 
     def _through_layers(
         self, x: Array, cache: Cache, phase: Phase, trace: bool, every: Any
@@ -68,7 +81,8 @@ class Stacked(Model):
         method: hj.Method, every: Any,
     ) -> tuple[Array, hj.IndexCache, hj.Selection]:  # fmt: skip
         graph, weights = nnx.split(layers)
-        n_groups, n_devices = (self.mesh.shape.get(axis, 1) if self.mesh else 1 for axis in ("data", "context"))
+        n_groups = math.prod(size_of(self.mesh, axis) for axis in mesh_axes(self.mesh, "batch", tables.shape[0]))
+        n_devices = size_of(self.mesh, "context")
 
         def one(
             carry: tuple[Array, hj.IndexCache, hj.Selection], layer: tuple[Array, nnx.State]

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(
-    r"= (?P<results>.+?) (?P<kind>all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?P<start>-start)?\("
+    r"= (?P<results>.+?) (?P<kind>all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+    r"(?P<start>-start)?\("
 )
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([0-9,]*)\]")
 _BITS = {"pred": 8, "f8e4m3fn": 8}

@@ -8,7 +8,7 @@ so its heads are split over `model` as far as the attention's kernel takes them 
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from bench.tpu.chips import CHIPS, Chip
 
@@ -22,7 +22,7 @@ class Row:
     """One program: `batch` requests of `context` tokens, each with `queries` new ones among them.
 
     Attributes:
-        model: a name in `hisa_jax.models`; `layers` of them, from the first on, None: all.
+        model: a name in `hisa_jax.models`; `layers`: the first of them and the one after the last, None: all.
         data, model_axis, context_axis: devices of each axis of the mesh.
     """
 
@@ -36,7 +36,7 @@ class Row:
     batch: int
     queries: int = 1
     context: int = CONTEXT
-    layers: int | None = None
+    layers: tuple[int, int] | None = None
 
     @property
     def row(self) -> str:
@@ -57,10 +57,10 @@ class Row:
 
 
 # Requests a group of devices decodes: what the memory that weights leave holds, with a tenth to spare.
-_REQUESTS = {
+_REQUESTS: dict[tuple[str, Weights], dict[str, int]] = {
     ("dsv32", "bf16"): {"v5e": 8, "v5p": 80, "v6e": 24, "v7x": 96},
-    ("dsv32", "e4m3"): {"v5e": 12, "v5p": 88, "v6e": 28, "v7x": 96},
-    ("glm5", "bf16"): {"v5e": 5, "v5p": 60, "v6e": 18, "v7x": 72},
+    ("dsv32", "e4m3"): {"v5e": 12, "v5p": 88, "v6e": 32, "v7x": 96},
+    ("glm5", "bf16"): {"v5e": 5, "v5p": 64, "v6e": 16, "v7x": 72},
 }
 # Devices over which a prompt's heads and pages are split. GLM-5 has 64 heads, V3.2 has 128.
 _PREFILL = {"v5e": (4, 4), "v5p": (4, 2), "v6e": (4, 4), "v7x": (4, 4)}
@@ -71,7 +71,7 @@ def rows() -> Iterator[Row]:
     for (model, weights), requests in _REQUESTS.items():
         for name, chip in CHIPS.items():
             n = devices(chip)
-            own = dict(model=model, weights=weights, chip=name)
+            own: Any = dict(model=model, weights=weights, chip=name)
             yield Row(**own, phase="decode", data=n // 16, context_axis=16, batch=n // 16 * requests[name])
             heads, pages = _PREFILL[name]
             data = n // (heads * pages)

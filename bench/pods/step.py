@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import hisa_jax as hj
@@ -19,7 +19,7 @@ from bench.tpu import aot
 from bench.tpu.chips import CHIPS
 from hisa_jax import dispatch, models
 from hisa_jax.models.cache import Cache
-from hisa_jax.models.sharding import automatic, spec_of
+from hisa_jax.models.sharding import spec_of
 from hisa_jax.models.stacked import Stacked, runs_of
 
 METHOD = hj.Hisa(topk=2048, block_size=128, block_topk=64)
@@ -42,14 +42,22 @@ class Step(NamedTuple):
 
 def config_of(row: Row) -> models.Config:
     config = getattr(models, row.model)()
-    n = row.layers or config.num_hidden_layers
-    kinds = dict(layer_kinds=config.layer_kinds[:n], indexer_kinds=config.indexer_kinds[:n])
-    return dataclasses.replace(config, num_hidden_layers=n, **kinds)
+    first, end = row.layers or (0, config.num_hidden_layers)
+    kinds: Any = dict(layer_kinds=config.layer_kinds[first:end], indexer_kinds=config.indexer_kinds[first:end])
+    return dataclasses.replace(config, num_hidden_layers=end - first, **kinds)
+
+
+def mesh_of(row: Row) -> Mesh:
+    """The row's mesh over all devices of its chip's pod slice."""
+    # Only whole axes of the torus make an axis here: those within a group are one at first.
+    whole = aot.pod_mesh(row.chip, data=row.data, group=row.n_devices // row.data)
+    axes = row.axes
+    return Mesh(whole.devices.reshape(tuple(axes.values())), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
 def compile_step(row: Row, mesh: Mesh) -> Step:
     """Compiles the row's step: greedy tokens, the pages with the new tokens in place of those before, and lengths."""
-    config, mesh = config_of(row), automatic(mesh) or mesh
+    config = config_of(row)
     options: Any = dict(method=METHOD, dtype=jnp.bfloat16, weight_dtype={"e4m3": "float8_e4m3fn"}.get(row.weights))
     model = nnx.eval_shape(lambda: Stacked(models.from_config(config, rngs=nnx.Rngs(0), **options)))
     model.mesh = mesh
@@ -77,7 +85,9 @@ def compile_step(row: Row, mesh: Mesh) -> Step:
     outs = None, jax.tree.map(lambda x: x.format, pages), None
     device = dispatch.Device(platform="tpu", kind=CHIPS[row.chip].kind)
     with mock.patch.object(dispatch.Device, "default", lambda: device):
-        program = aot.compile_sharded(row.chip, step, mesh, *operands, donate_argnums=1, out_shardings=outs)
+        program = aot.compile_sharded(
+            row.chip, step, mesh, *operands, donate_argnums=1, out_shardings=outs, schedules=True
+        )
     runs = tuple(n for _, n in runs_of(model))
     return Step(program, _bytes(state), _bytes(pages), runs)
 

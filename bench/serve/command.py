@@ -28,7 +28,7 @@ from bench import UserError, options
 from bench.records import device
 from bench.serve import contexts, engine_faults
 from bench.serve import faults as serve_faults
-from bench.serve.check import Recorder
+from bench.serve.check import Recorder, is_tie
 from bench.serve.mesh import make_mesh, mesh_sizes
 from hisa_jax import models
 from hisa_jax.models.engine import Draft, Engine, lookup
@@ -114,8 +114,8 @@ def run(args: argparse.Namespace) -> int:
     engine = make_engine(
         args.seed, args.keys, args.rows, args.pages, args.draft, trace=args.verify, method=method, mesh=mesh
     )
-    recorder = Recorder(method) if args.verify else None
-    counts = serve(engine, args.requests, args.seed, recorder, console, args.cancels / 100)
+    recorder, tokens = Recorder(method) if args.verify else None, dict[int, list[int]]()
+    counts = serve(engine, args.requests, args.seed, recorder, console, args.cancels / 100, tokens)
     engine.release()
     engine.pool.check()
     leaked, shape = engine.pool.n_pages - engine.pool.n_free, None if mesh is None else dict(mesh.shape)
@@ -127,10 +127,13 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     if recorder:
         row |= {"selections_checked": recorder.n_checked, "mismatches": len(recorder.mismatches)}
+        if mesh is not None:
+            alone = make_engine(args.seed, args.keys, args.rows, args.pages, args.draft, trace=False, method=method)
+            row |= compared(alone, args.requests, args.seed, tokens, console)
     _print(console, row)
     for mismatch in recorder.mismatches[:3] if recorder else ():
         console.print(mismatch, highlight=False, markup=False)
-    is_right = not leaked and not row.get("mismatches")
+    is_right = not leaked and not row.get("mismatches") and not row.get("other_tokens")
     if args.faults:
         results = [*serve_faults.inject(args.seed, method), *engine_faults.inject(*small_server(args.seed))]
         serve_faults.show(console, results)
@@ -185,11 +188,12 @@ def traffic(n_requests: int, seed: int) -> deque[tuple[list[int], int]]:
 
 
 def serve(
-    engine: Engine, n_requests: int, seed: int, recorder: Recorder | None, console: Console, cancels: float = 0.0
+    engine: Engine, n_requests: int, seed: int, recorder: Recorder | None, console: Console, cancels: float = 0.0,
+    tokens: dict[int, list[int]] | None = None,
 ) -> Counts:  # fmt: skip
     """Serves all requests to their ends; the time is that of the engine, the oracle's left out.
 
-    A share of them is cancelled, each at a random step.
+    A share of them is cancelled, each at a random step. `tokens` takes the new ones of each that is not.
     """
     requests, rng, counts = traffic(n_requests, seed), np.random.default_rng(seed + 1), Counts()
     to_cancel: list[tuple[int, int]] = []
@@ -214,6 +218,8 @@ def serve(
                 recorder.check(report, engine.pool.lengths)
             counts.steps += 1
             counts.finished += len(report.finished)
+            if tokens is not None:
+                tokens |= report.finished
             counts.new_tokens += sum(map(len, report.finished.values()))
             counts.shared_tokens += sum(shared for _, _, shared in report.forks)
             for step in report.steps:
@@ -224,6 +230,17 @@ def serve(
             counts.peak_pages = max(counts.peak_pages, used)
             progress.update(bar, completed=counts.finished + counts.cancelled, description=_state(engine, counts, used))
     return counts
+
+
+def compared(
+    alone: Engine, n_requests: int, seed: int, tokens: dict[int, list[int]], console: Console
+) -> dict[str, int]:  # fmt: skip
+    """The same requests on one device: how many of them have other tokens, and how many part at ties alone."""
+    wanted, prompts = dict[int, list[int]](), [prompt for prompt, _ in traffic(n_requests, seed)]
+    serve(alone, n_requests, seed, None, console, tokens=wanted)
+    parted = [id for id, made in tokens.items() if made != wanted[id]]
+    n_ties = sum(is_tie(alone.model, prompts[id], tokens[id], wanted[id]) for id in parted)
+    return {"tokens_compared": len(tokens), "ties": n_ties, "other_tokens": len(parted) - n_ties}
 
 
 def _state(engine: Engine, counts: Counts, used: int) -> str:
@@ -245,6 +262,11 @@ def _print(console: Console, row: dict[str, Any]) -> None:
     ]
     if "mismatches" in row:
         lines.append(f"{row['selections_checked']} selections against the oracle: {row['mismatches']} mismatches")
+    if "ties" in row:
+        lines.append(
+            f"{row['tokens_compared']} requests against one device: {row['other_tokens']} have other tokens, "
+            f"{row['ties']} part at tokens that are as likely"
+        )
     lines.append(f"{row['leaked_pages']} leaked pages")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

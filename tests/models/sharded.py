@@ -19,7 +19,9 @@ from flax import nnx  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
 from hisa_jax import models  # noqa: E402
+from hisa_jax.models import moe  # noqa: E402
 from hisa_jax.models.check import measures, reading  # noqa: E402
+from hisa_jax.models.stacked import Stacked  # noqa: E402
 from tests.models import golden  # noqa: E402
 
 run = jax.jit(lambda model, tokens, mask=None: model(tokens, mask=mask))
@@ -135,11 +137,23 @@ def save_here_restore_there():
     assert {shard.data.shape for shard in gate.addressable_shards} == {(1, *gate.shape[1:])}
 
 
+def stacked_layers_whose_pages_and_weights_devices_share():
+    """Weights over context, too; few tokens, which every expert multiplies all, and many, which are sorted."""
+    ids, want = golden.ids("dsv32"), golden.numbers("dsv32")["logits"]
+    model = models.from_pretrained(golden.FOLDER / "dsv32", mesh=models.make_mesh(data=2, model=2, context=2))
+    assert per_device_share(model) < 0.5, per_device_share(model)
+    for few in (256, 0):
+        moe._FEW = few
+        stacked = Stacked(model)
+        out = jax.jit(type(stacked).run)(stacked, ids, cache=stacked.empty_cache(*ids.shape))
+        golden.assert_close(out.logits, want, golden.LOGITS, few)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
         tensor_and_data_parallel, explicit_mesh_of_one_axis, quantised_keys_and_hisa, generation, the_self_check,
-        save_here_restore_there, replayed_rollouts,
+        save_here_restore_there, replayed_rollouts, stacked_layers_whose_pages_and_weights_devices_share,
     )
 }  # fmt: skip
 

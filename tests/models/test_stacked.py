@@ -1,11 +1,12 @@
 """A model with stacked layers gives what it gives layer by layer, chunk by chunk."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hisa_jax.models.cache import Cache
 from hisa_jax.models.stacked import Stacked, runs_of, table_of_layer
 
 from . import golden
@@ -16,9 +17,9 @@ def test_a_stacked_model_gives_the_golden_logits_in_chunks(case):
     model, ids = golden.model(case), golden.ids(case)
     stacked = Stacked(model)
     assert sum(n for _, n in runs_of(model)) == model.config.num_hidden_layers > len(stacked.runs)
-    (B, T), P = ids.shape, -(-ids.shape[1] // model.page_size)
-    tables = jnp.arange(B * P, dtype=jnp.int32)[::-1].reshape(B, P)
-    cache = Cache(layers=stacked.empty_pages(B * P), block_tables=tables, lengths=jnp.zeros((B,), jnp.int32))
+    B, T = ids.shape
+    cache = stacked.empty_cache(B, T)
+    cache = dataclasses.replace(cache, block_tables=cache.block_tables[::-1])
     run, found = jax.jit(type(stacked).run), []
     for chunk in (ids[:, : T - 4], ids[:, T - 4 :]):
         out = run(stacked, chunk, cache=cache)
