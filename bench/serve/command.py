@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a request of --config (default: 32K and 128K)",
     )  # fmt: skip
     number("--chunk", 1, 65536, 2048, "prompt tokens of a pass of --config")
-    number("--new", 3, 4096, 16, "tokens that a request of --config makes")
+    number("--new", 5, 4096, 16, "tokens that a request of --config makes")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
 
 
