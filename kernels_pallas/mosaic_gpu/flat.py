@@ -26,16 +26,31 @@ Found = tuple[Array, Array, Array | None]  # positions, ascending, then -1, [T, 
 
 
 def flat(
+    operands: Operands, visible: Array, sequences: Sequences, *, topk: int, n_ctas: int, interpret: Interpret = False
+) -> tuple[Array, Array]:
+    """Keys [S, D], visible [T] -> [T, topk] positions in the sequence, ascending, then -1; [T] count."""
+    positions, count, _ = _flat(operands, visible, sequences, topk, False, n_ctas, interpret)
+    return positions, count
+
+
+def flat_with_sort_keys(
+    operands: Operands, visible: Array, sequences: Sequences, *, topk: int, n_ctas: int, interpret: Interpret = False
+) -> tuple[Array, Array, Array]:
+    """`flat` and the [T, topk] sort keys of what it chose, `INVISIBLE` where nothing is chosen."""
+    positions, count, sort_keys = _flat(operands, visible, sequences, topk, True, n_ctas, interpret)
+    assert sort_keys is not None
+    return positions, count, sort_keys
+
+
+def _flat(
     operands: Operands,
     visible: Array,
     sequences: Sequences,
-    *,
     topk: int,
+    has_sort_keys: bool,
     n_ctas: int,
-    has_sort_keys: bool = False,
-    interpret: Interpret = False,
+    interpret: Interpret,
 ) -> Found:
-    """Keys [S, D], visible [T] -> the best of all visible tokens."""
     T = operands.q.shape[0]
     launch: Any = {"n_ctas": n_ctas, "interpret": interpret}
     operands = operands._replace(k=operands.k[:, None])

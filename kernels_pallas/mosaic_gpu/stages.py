@@ -192,14 +192,12 @@ def _refine_scores(call: FlatCall, kept: KeptBlocks, interpret: Interpret) -> tu
 
 def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
     options: Any = dict(topk=topk, n_ctas=n_sms(), interpret=interpret)
-    positions, count, _ = flat_stage.flat(call.operands, call.visible, call.sequences, **options)
-    return positions, count
+    return flat_stage.flat(call.operands, call.visible, call.sequences, **options)
 
 
 def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
-    options: Any = dict(topk=k, has_sort_keys=True, n_ctas=n_sms(), interpret=interpret)
-    positions, _, sort_keys = flat_stage.flat(call.operands, call.visible, call.sequences, **options)
-    assert sort_keys is not None
+    options: Any = dict(topk=k, n_ctas=n_sms(), interpret=interpret)
+    positions, _, sort_keys = flat_stage.flat_with_sort_keys(call.operands, call.visible, call.sequences, **options)
     return sort_keys, positions
 
 

@@ -9,6 +9,7 @@ from hisa_jax.kernels_pallas import mosaic_gpu
 from hisa_jax.kernels_pallas.flat_call import flatten
 from hisa_jax.kernels_pallas.mosaic_gpu import flat, merge
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_survivors
+from hisa_jax.kernels_pallas.sort_key import score_of
 from tests import kernel_calls
 from tests.gpu import draw, promises, reference
 from tests.gpu.test_scores import unwritten
@@ -17,21 +18,27 @@ E4M3 = jnp.float8_e4m3fn
 INVISIBLE = -(2**31)
 
 
-def select(q, k, k_scale, w, visible, topk, n_ctas=132, interpret=False):
+def select(run, q, k, k_scale, w, visible, topk, n_ctas=132, interpret=False):
     batch = kernel_calls.call_of(q, k, k_scale, w, jnp.asarray(visible))
     call = flatten(batch, 8)
     options = dict(topk=topk, n_ctas=n_ctas, interpret=interpret)
-    return batch.unflatten(flat.flat(call.operands, call.visible, call.sequences, **options))
+    return batch.unflatten(run(call.operands, call.visible, call.sequences, **options))
 
 
 @pytest.mark.slow
-def test_streaming_in_filtered_tiles_equals_one_piece(interpret, monkeypatch):
+@pytest.mark.parametrize(
+    "run", [flat.flat, pytest.param(flat.flat_with_sort_keys, marks=pytest.mark.exhaustive)], ids=["", "sort_keys"]
+)
+def test_streaming_in_filtered_tiles_equals_one_piece(interpret, monkeypatch, run):
     monkeypatch.setattr(flat, "ONE_TILE", 256)
     monkeypatch.setattr(flat, "STEP", 512)  # rounded up to 1536, three spans of 384 being four steps of a selection
     visible = np.asarray([[3500, 300]], np.int32)
     q, k, scale, w = draw.integers(3, 1, 2, 3500, 16, 64, E4M3, True)
-    got = select(q, k, scale, w, visible, 100, 2, interpret)
-    promises.check_flat(got, q, k, scale, w, visible, topk=100, token_tolerance=1e-9)
+    indices, count, *sort_keys = select(run, q, k, scale, w, visible, 100, 2, interpret)
+    promises.check_flat((indices, count), q, k, scale, w, visible, topk=100, token_tolerance=1e-9)
+    scores = reference.token_scores(q[0], k[0], scale[0], w[0])
+    for own in sort_keys:
+        np.testing.assert_array_equal(score_of(own)[0], np.take_along_axis(scores, np.asarray(indices)[0], axis=1))
 
 
 def merge_case(seed, k, W, n_start, limit):
@@ -97,7 +104,7 @@ def test_flat_on_the_device(hopper, rising):
     if rising:
         q, k, w = jnp.ones_like(q), jnp.ones_like(k), jnp.ones_like(w)
         scale = jnp.arange(1, S + 1, dtype=jnp.float32)[None]
-    got = select(q, k, scale, w, visible, 2048)
+    got = select(flat.flat, q, k, scale, w, visible, 2048)
     promises.check_flat(got, q, k, scale, w, visible, topk=2048, token_tolerance=2e-3)
 
 

@@ -3,7 +3,7 @@
 A row's passes wait for each other, and each takes the time of a few instructions, a sum over the CTA and a barrier. So
 there are few passes: scores go to 1024 bins of equal width between the least and the greatest, the bin that holds the
 threshold is listed (some twenty of 8192 normal scores), and ranks of the listed ones say the threshold. Then each
-thread, which has neighbouring columns, writes the chosen of them behind those of the threads before it. Sort keys stay
+thread, which has neighbouring columns, writes the chosen of them after those of the threads before it. Sort keys stay
 in registers from the first pass to the last. A bin that is too long to be listed is halved until it is not.
 """
 
