@@ -1,9 +1,11 @@
 """The command `serve`: loads, compiles, serves until it is told to stop."""
 
 import argparse
+import errno
 import gc
 import logging
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Serves until SIGINT or SIGTERM, then finishes what runs, and cancels what is left after `--grace` seconds."""
-    demand_at_least(options, max_waiting=0, grace=0)
+    demand_at_least(options, rows=1, max_length=1, pages=1, chunk=1, draft=0, max_waiting=0, grace=0, port=0)
+    if options.port > 65535:  # uvicorn would take the lowest 16 bits
+        raise UsageError(f"--port {options.port}: wanted at most 65535")
     with optional_packages():
         import uvicorn
 
@@ -65,9 +69,13 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(folder, config.vocab_size)
     template = load_chat_template(folder)
     keys = _keys(options)
+    room = config.max_position_embeddings
+    max_length = min(_LENGTH, room) if options.max_length is None else options.max_length
+    if max_length > room:
+        raise UsageError(f"--max-length {max_length}: wanted at most {room}, the model's positions")
+    _check_free(options.host, options.port)
     progress = Progress()
     model = load(options, folder, config)
-    max_length = min(_LENGTH, config.max_position_embeddings) if options.max_length is None else options.max_length
     n_pages = options.pages
     if n_pages is None:  # and one more a row, for a copy
         n_pages = options.rows * (-(-max_length // model.page_size) + 1)
@@ -100,6 +108,26 @@ def run(options: argparse.Namespace) -> None:
         signal.signal(one, lambda *_: None)
     Announcing(uvicorn_config).run()
     print(f"stopped: {engine.pool.n_free} of {n_pages} pages are free", flush=True)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises OSError where nothing can listen there: at once, not after minutes of loading and compiling."""
+    what = f"--host {host} --port {port}"
+    try:
+        addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise OSError(f"{what}: {error.strerror}") from error
+    for family, kind, protocol, _, address in addresses:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+        except OSError as error:
+            # Of the addresses of a name, one that this machine lacks is passed over.
+            if len(addresses) == 1 or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise OSError(f"{what}: {error.strerror}") from error
 
 
 def _keys(options: argparse.Namespace) -> list[str]:

@@ -4,6 +4,7 @@ import argparse
 import io
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,10 +65,11 @@ def test_an_error_is_one_line(tmp_path, capsys):
             "--unit 2: --indexer hisa has none, --indexer scan has$",
         ),
         (["--topk", "8", "--indexer", "layers.json"], "--topk: --indexer layers.json is a file, which says all that "),
-        (["--indexer", "flat"], "--indexer is flat, wanted one of dsa, hisa, scan, block-sparse or a file"),
+        (["--indexer", "full"], "--indexer is full, wanted one of dsa, hisa, scan, block-sparse or a file"),
         (["--candidates", "1", "--indexer", "scan"], r"--indexer: Scan\(candidates=1\)"),
         (["--temperature", "-1"], "Sampling: temperature=-1"),
         (["--chunk", "0"], "--chunk 0: wanted at least 1"),
+        (["--indexer", "flat", "--unit", "2"], "--unit 2: --indexer dsa has none, --indexer scan has$"),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "chat"])
@@ -76,6 +78,33 @@ def test_what_cannot_be_meant_as_it_was_typed_is_named_and_ends_with_2(command, 
     assert main([command, "--checkpoint", str(ROOT / "models/bytes"), *prompt, *arguments]) == 2
     said = capsys.readouterr().err
     assert re.search(f"^error: {message}", said, re.MULTILINE) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "status", "wanted"),
+    [
+        ("--port", "99999", 2, "wanted at most 65535"),
+        ("--port", "-1", 2, "wanted at least 0"),
+        ("--rows", "0", 2, "wanted at least 1"),
+        ("--pages", "0", 2, "wanted at least 1"),
+        ("--draft", "-1", 2, "wanted at least 0"),
+        ("--max-length", "99999999", 2, "wanted at most 16384, the model's positions"),
+        ("--host", "203.0.113.1", 1, ".* assign requested address"),
+    ],
+)
+def test_a_server_that_could_not_listen_or_run_is_refused_before_it_loads(option, value, status, wanted, capsys):
+    pytest.importorskip("uvicorn")
+    assert main(["serve", "--checkpoint", str(ROOT / "models/bytes"), "--port", "0", option, value]) == status
+    said = capsys.readouterr().err
+    assert re.search(f"^error: .*{option} {value}.*: {wanted}", said) and said.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_named_before_it_loads(capsys):
+    pytest.importorskip("uvicorn")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", "--checkpoint", str(ROOT / "models/bytes"), "--port", str(port)]) == 1
+    assert capsys.readouterr().err == f"error: --host 127.0.0.1 --port {port}: Address already in use\n"
 
 
 def test_the_modules_are_the_same_program(monkeypatch):
