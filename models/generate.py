@@ -407,7 +407,10 @@ def _checked(
     call, vocabulary = "generate", model.config.vocab_size
     if hasattr(prompts, "__array__"):
         prompts = np.asarray(prompts).tolist()
-    if not isinstance(prompts, Sequence) or isinstance(prompts, str) or not prompts:
+    if isinstance(prompts, str):
+        text = checks.shown(prompts)
+        raise ValueError(f"{call}: prompts is {text}, wanted a list of prompts, as [{text}]")
+    if not isinstance(prompts, Sequence) or not prompts:
         raise ValueError(f"generate: prompts is {checks.shown(prompts)}, wanted a sequence of at least one prompt")
     if all(isinstance(one, int) and not isinstance(one, bool) for one in prompts):
         raise ValueError(

@@ -124,7 +124,7 @@ def test_a_chunk_larger_than_the_model_takes_no_more_memory_than_its_positions()
         ({"seed": 2**63}, "seed=9223372036854775808, wanted an int"),
         ({"max_new_tokens": 10**5000}, "prompt and max_new_tokens make a int tokens"),
         ({"prompts": None}, "prompts is None, wanted a sequence of at least one prompt"),
-        ({"prompts": "text"}, "prompts is 'text'"),
+        ({"prompts": "text"}, r"prompts is 'text', wanted a list of prompts, as \['text'\]"),
         ({"prompts": [1, 2]}, r"prompts\[0\] is 1, wanted a sequence of ints"),
         ({"prompts": np.ones((1, 2))}, r"prompts\[0\]\[0\] is 1\.0, wanted an int"),
     ],
