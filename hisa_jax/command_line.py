@@ -40,6 +40,11 @@ def demand_at_least(options: argparse.Namespace, **least: int) -> None:
             raise UsageError(f"{_flag(name)} {value}: wanted at least {wanted}")
 
 
+def indexer_name(given: str) -> str:
+    """Of NAMES: flat, as the flat indexer is called in tables and by `evaluate`, is dsa."""
+    return "dsa" if given == "flat" else given
+
+
 def given_fields(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of methods that options give, an option a field of its name."""
     fields = sorted({field for name in NAMES for field in _fields(name)})

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hisa_jax.command_line import UsageError, given_fields, method_fields
+from hisa_jax.command_line import UsageError, given_fields, indexer_name, method_fields
 from hisa_jax.models.config import Config
 from hisa_jax.models.indexers import NAMES, make_method, read_methods
 from hisa_jax.models.modeling import Model
@@ -27,7 +27,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--indexer",
         metavar="|".join([*NAMES, "FILE"]),
-        type=_indexer,
+        type=indexer_name,
         help="flat is dsa, too; FILE: per-layer JSON; default: the checkpoint's own",
     )
     command.add_argument("--topk", type=int, help="tokens each query attends to; default: the checkpoint's")
@@ -40,11 +40,6 @@ def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--slopes", metavar="sampled|plain", help="of the virtual head, for scan")
     command.add_argument("--sketch", metavar="int4", help="what is scanned in place of the keys, for scan")
     command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
-
-
-def _indexer(name: str) -> str:
-    """`evaluate`, `check` and the demo call the flat indexer so in their tables."""
-    return "dsa" if name == "flat" else name
 
 
 def method_of(options: argparse.Namespace, config: Config) -> MethodLike:

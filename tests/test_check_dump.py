@@ -146,6 +146,7 @@ def test_a_dump_of_another_form_is_refused_by_name(judge, change, message):
         (("--queries", "0"), "--queries 0: wanted at least 1"),
         (("--tolerance", "-1"), "--tolerance -1.0: wanted at least 0"),
         (("--block-size", "16"), "--block-size 16: --indexer dsa has none, --indexer hisa or block-sparse has"),
+        (("--indexer", "flat", "--unit", "2"), "--unit 2: --indexer dsa has none, --indexer scan has"),
     ],
 )
 def test_arguments_are_checked(judge, arguments, message):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hisa_jax.command_line import UsageError, demand_at_least, method_fields
+from hisa_jax.command_line import UsageError, demand_at_least, indexer_name, method_fields
 from hisa_jax.methods import NAMES, Method
 from hisa_jax.testing.dump import CONTRACT, Dump, Query, guessed, judged, malformed, read_dump, sampled
 
@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "file", type=Path, metavar="FILE",
         help=".npz with q, k, w and indices; k_scale, positions and lengths if there are any",
     )  # fmt: skip
-    parser.add_argument("--indexer", default="dsa", choices=NAMES, help="what it should have selected by")
+    parser.add_argument(
+        "--indexer", default="dsa", choices=NAMES, type=indexer_name, help="what it should have selected by"
+    )
     parser.add_argument("--topk", type=int, help="tokens that a query selects (default: the columns of indices)")
     for name in _FIELDS:
         kind = str if name in ("slopes", "sketch") else int
