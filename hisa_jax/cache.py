@@ -111,7 +111,7 @@ def _no_latents(pages: tuple[int, int], latent_dim: int, dtype: DTypeLike, value
         raise ValueError(f"{call}: latent_value_dim={value_dim}, wanted at most latent_dim={latent_dim}")
     return QuantizedLatents(
         values=jnp.zeros((*pages, value_dim), dtype),
-        scales=jnp.ones((*pages, groups_of_values(call, value_dim)), jnp.float32),
+        scales=jnp.ones((*pages, groups_of_values(call, value_dim, "latent_value_dim")), jnp.float32),
         rope=jnp.zeros((*pages, latent_dim - value_dim), jnp.bfloat16),
     )
 

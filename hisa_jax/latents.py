@@ -44,7 +44,7 @@ class QuantizedLatents:
 
     def dequantize(self) -> Array:
         """Float32 latents, [..., S, V + R]."""
-        grouped = self.values.astype(jnp.float32).reshape(*self.scales.shape, -1)
+        grouped = self.values.astype(jnp.float32).reshape(*self.scales.shape, self.value_dim // self.scales.shape[-1])
         values = (grouped * self.scales[..., None]).reshape(self.values.shape)
         return jnp.concatenate([values, self.rope.astype(jnp.float32)], axis=-1)
 
@@ -72,7 +72,7 @@ class QuantizedLatents:
         return cls(
             values=cast(rows[..., :value_dim], jnp.float8_e4m3fn),
             scales=cast(rows[..., value_dim:end].reshape(*rows.shape[:-1], groups, 4), jnp.float32),
-            rope=cast(rows[..., end:].reshape(*rows.shape[:-1], -1, 2), jnp.bfloat16),
+            rope=cast(rows[..., end:].reshape(*rows.shape[:-1], (rows.shape[-1] - end) // 2, 2), jnp.bfloat16),
         )
 
 
@@ -100,16 +100,16 @@ def quantize_latents(latents: Array, value_dim: int = 512, scale: ScaleFormat = 
     if latents.shape[-1] < value_dim:
         raise ValueError(f"{call}: value_dim={value_dim}, wanted at most {latents.shape[-1]}, latents' last axis")
     groups = n_groups(call, value_dim)
-    grouped = latents[..., :value_dim].reshape(*latents.shape[:-1], groups, -1)
+    grouped = latents[..., :value_dim].reshape(*latents.shape[:-1], groups, value_dim // groups)
     values, scales = quantize_groups(call, "latents", grouped, jnp.float8_e4m3fn, scale)
     rope = latents[..., value_dim:].astype(jnp.bfloat16)
     return QuantizedLatents(values.reshape(*latents.shape[:-1], value_dim), scales, rope)
 
 
-def n_groups(call: str, value_dim: int) -> int:
+def n_groups(call: str, value_dim: int, name: str = "value_dim") -> int:
     """How many scales a token has; raises ValueError unless groups are whole."""
     if value_dim > GROUP and value_dim % GROUP:
-        raise ValueError(f"{call}: value_dim={value_dim}, wanted a multiple of {GROUP}, or less")
+        raise ValueError(f"{call}: {name}={value_dim}, wanted a multiple of {GROUP}, or less")
     return -(-value_dim // GROUP)
 
 
@@ -133,4 +133,4 @@ def check_latents(call: str, name: str, x: "Array | QuantizedLatents", lead: tup
 def _bytes_of(x: Array) -> Array:
     """[..., n] -> [..., n * itemsize] uint8."""
     found = lax.bitcast_convert_type(x, jnp.uint8)
-    return found if x.dtype.itemsize == 1 else found.reshape(*x.shape[:-1], -1)
+    return found if x.dtype.itemsize == 1 else found.reshape(*x.shape[:-1], x.shape[-1] * x.dtype.itemsize)

@@ -33,6 +33,14 @@ def test_a_token_has_656_bytes_and_comes_back_from_them():
     np.testing.assert_array_equal(token[528:].view(jnp.bfloat16), found.rope[1, 2])
 
 
+def test_no_token_at_all_has_a_form_too():
+    found = hj.quantize_latents(jnp.zeros((1, 0, 576)))
+    again = hj.QuantizedLatents.from_bytes(found.to_bytes())
+    assert found.to_bytes().shape == (1, 0, 656) and again.dequantize().shape == found.shape == (1, 0, 576)
+    q, nothing = jnp.ones((1, 2, 3, 576)), jnp.zeros((1, 2, 1), jnp.int32)
+    assert not hj.sparse_mla(q, found, nothing, scale=1.0).any()
+
+
 def test_values_are_within_half_a_step_of_e4m3_and_exact_in_bfloat16():
     kv = jax.random.normal(jax.random.key(1), (64, 300)) * jnp.exp(jax.random.normal(jax.random.key(2), (64, 1)))
     found = quantized(kv, 256)
@@ -103,13 +111,17 @@ def test_pages_keep_them_through_append_copies_and_truncate():
     ("call", "error", "match"),
     [
         (lambda: hj.quantize_latents(jnp.ones((2, 300)), 200), ValueError, "value_dim=200, wanted a multiple of 128"),
-        (lambda: hj.quantize_latents(jnp.ones((2, 8)), 9), ValueError, r"latents is \[2, 8\], wanted value_dim=9"),
+        (lambda: hj.quantize_latents(jnp.ones((2, 8)), 9), ValueError, "value_dim=9, wanted at most 8, latents' last"),
         (lambda: hj.quantize_latents(jnp.ones((2, 8), jnp.int8), 4), TypeError, "latents is int8"),
         (lambda: hj.QuantizedLatents.from_bytes(jnp.zeros((2, 655), jnp.uint8)), ValueError, "528 bytes and 2 a rope"),
         (lambda: hj.QuantizedLatents.from_bytes(jnp.zeros((2, 656))), TypeError, "rows is float32"),
         (
             lambda: hj.init_cache(2, 16, 8, latent_dim=64, latent_dtype=jnp.float8_e4m3fn),
             ValueError, "latent_value_dim=512, wanted at most latent_dim=64",
+        ),
+        (
+            lambda: hj.init_cache(2, 16, 8, latent_dim=300, latent_dtype=jnp.float8_e4m3fn, latent_value_dim=200),
+            ValueError, "latent_value_dim=200, wanted a multiple of 128",
         ),
         (lambda: attend_other(value_dim=16), ValueError, "value_dim=16, wanted 32, as the latents are quantised"),
         (lambda: attend_other(S=3), ValueError, r"kv.scales is \[1, 3, 1\], wanted \[1, 4, 1\]"),
