@@ -3,7 +3,6 @@
 `python -m bench pods` compiles all rows; a row takes a minute of CPU. Here are two layers on four chips.
 """
 
-
 import pytest
 
 from bench.pods import bounds, hlo
@@ -16,9 +15,9 @@ pytestmark = pytest.mark.slow
 
 
 def small(model, weights, chip, **changes):
-    """Two layers with experts on the four chips of the smallest slice, 2,048 tokens of context."""
+    """Two layers with some of their experts on the four chips of the smallest slice, 32K tokens a request."""
     per_chip = CHIPS[chip].devices_per_chip
-    own = dict(phase="decode", data=2, model_axis=per_chip, context_axis=2, batch=4, context=32768, layers=(3, 5))
+    own = dict(phase="decode", data=2, model_axis=per_chip, context_axis=2, batch=4, context=32768, layers=(3, 5), experts=16)
     return Row(model=model, weights=weights, chip=chip, **(own | changes))
 
 
