@@ -78,6 +78,11 @@ COMMANDS = {
         "a small continuous-batching server on the paged cache; --verify checks every selection",
         "python -m bench serve --verify",
     ),
+    "sharded": Command(
+        "bench.sharded",
+        "selections over keys that several GPUs of one host share, beside one GPU, each checked before it is timed",
+        "python -m bench sharded --devices 2 --rows 'scan*'",
+    ),
     "tune": Command(
         "bench.gpu.tune",
         "find the fastest launch configurations on this GPU, for kernels_pallas/tuned.json",

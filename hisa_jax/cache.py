@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
@@ -25,6 +26,8 @@ from hisa_jax.index_cache import (
     check_sketch,
     check_table,
 )
+from hisa_jax.latents import QuantizedLatents
+from hisa_jax.latents import n_groups as groups_of_values
 from hisa_jax.layout import ascending
 from hisa_jax.methods import Sketch
 from hisa_jax.quantize import QuantizedKeys
@@ -45,6 +48,7 @@ def init_cache(
     sketch: Sketch | None = None,
     latent_dim: int | None = None,
     latent_dtype: DTypeLike = jnp.bfloat16,
+    latent_value_dim: int = 512,
     block_size: int | None = None,
 ) -> IndexCache:
     """An empty cache.
@@ -57,7 +61,8 @@ def init_cache(
         sketch: "int4": keep beside each key what `Scan(sketch="int4")` scans in place of it, so that it is read and not
             made: 18 bytes for each 32 numbers, the last of them filled up. None: keys alone.
         latent_dim: size of the attention's keys (576 in DeepSeek-V3.2), to keep them in the same pages; None: not here.
-        latent_dtype: of those, bfloat16 or float32.
+        latent_dtype: of those, bfloat16 or float32; or float8_e4m3fn: they are kept as `QuantizedLatents`.
+        latent_value_dim: how many of their features are then in 8 bits.
         block_size: tokens of the blocks of `Hisa`, if they are several pages: kernels then read their means and add no
             sums, which for pages of 64 and blocks of 128 halves a decoding step of 128 requests. A speed matter only.
 
@@ -73,8 +78,11 @@ def init_cache(
     block_size = block_size_of(call, page_size, dtype.name, block_size)
     if latent_dim is not None:
         checks.integer(call, "latent_dim", latent_dim, 1)
-        latent_dtype = checks.one_dtype(call, "latent_dtype", latent_dtype, ("bfloat16", "float32"))
-    latents = None if latent_dim is None else jnp.zeros((n_pages, page_size, latent_dim), latent_dtype)
+        kinds = ("bfloat16", "float32", "float8_e4m3fn")
+        latent_dtype = checks.one_dtype(call, "latent_dtype", latent_dtype, kinds)
+    latents = (
+        None if latent_dim is None else _no_latents((n_pages, page_size), latent_dim, latent_dtype, latent_value_dim)
+    )
     sums = jnp.zeros((n_pages, D), jnp.float32)
     means, mean_scales = mean_parts(sums, dtype) or (None, None)
     n_bytes, n_groups = sketch_sizes(D)
@@ -94,6 +102,20 @@ def init_cache(
     )
 
 
+def _no_latents(pages: tuple[int, int], latent_dim: int, dtype: DTypeLike, value_dim: int) -> Array | QuantizedLatents:
+    if jnp.dtype(dtype).itemsize > 1:
+        return jnp.zeros((*pages, latent_dim), dtype)
+    call = "init_cache"
+    checks.integer(call, "latent_value_dim", value_dim, 1)
+    if value_dim > latent_dim:
+        raise ValueError(f"{call}: latent_value_dim={value_dim}, wanted at most latent_dim={latent_dim}")
+    return QuantizedLatents(
+        values=jnp.zeros((*pages, value_dim), dtype),
+        scales=jnp.ones((*pages, groups_of_values(call, value_dim)), jnp.float32),
+        rope=jnp.zeros((*pages, latent_dim - value_dim), jnp.bfloat16),
+    )
+
+
 def append(
     cache: IndexCache,
     k: Array | QuantizedKeys,
@@ -101,7 +123,7 @@ def append(
     cu_seqlens: Array,
     lengths: Array,
     *,
-    latents: Array | None = None,
+    latents: Array | QuantizedLatents | None = None,
     mesh: Mesh | None = None,
     context_axis: str | None = None,
     data_axis: str | None = None,
@@ -120,7 +142,7 @@ def append(
         block_tables: [R, P] int32, the pages of each request in order. Pages written to must belong to one request.
         cu_seqlens: [R + 1] int32, where each request's new tokens begin in `k`, from 0, ascending.
         lengths: [R] int32, tokens of each request before.
-        latents: [T, Dk], the new tokens' keys for `sparse_mla`, if the cache keeps them.
+        latents: [T, Dk], the new tokens' keys for `sparse_mla`, if the cache keeps them, in the form in which it does.
         mesh, context_axis: run it on a mesh whose axis splits the cache's pages, in order: each device writes the pages
             that it has, and nothing is exchanged. Any page may lie anywhere. None: on one device.
         data_axis: the mesh axis whose devices are groups of their own, alone or beside `context_axis`. Every array is
@@ -149,8 +171,9 @@ def append(
     (n_pages, size, D), T = cache.keys.shape, (k.values if isinstance(k, QuantizedKeys) else k).shape[0]
     n_own = n_pages if axes is None else n_pages // (n_groups * axes.n_devices)
     problem = dispatch.AppendProblem(
-        n_requests=R // n_groups, n_pages=n_own, page_size=size, D=D, dtype=cache.keys.dtype.name
-    )
+        n_requests=R // n_groups, n_pages=n_own, page_size=size, D=D, dtype=cache.keys.dtype.name,
+        latent_values=cache.latents.value_dim if isinstance(cache.latents, QuantizedLatents) else 0,
+    )  # fmt: skip
     name = dispatch.choose(call, implementation, dispatch.append_reasons(dispatch.Device.default(), problem))
     if 0 in (T, R, block_tables.shape[1]):
         return cache
@@ -237,7 +260,7 @@ def _append(
     k: Array | QuantizedKeys,
     cu_seqlens: Array,
     lengths: Array,
-    latents: Array | None,
+    latents: Array | QuantizedLatents | None,
 ) -> IndexCache:
     values, scales = (k.values, k.scales) if isinstance(k, QuantizedKeys) else (k, None)
     if name == "xla":
@@ -283,7 +306,7 @@ def check_append(
     k: Array | QuantizedKeys,
     cu_seqlens: Array,
     lengths: Array,
-    latents: Array | None,
+    latents: Array | QuantizedLatents | None,
     n_groups: int = 1,
 ) -> int:
     """Raises unless the arguments of `append` fit each other; returns R."""
@@ -302,11 +325,22 @@ def check_append(
         has = "None: the cache keeps none" if cache.latents is None else "an array: the cache keeps them"
         raise ValueError(f"{call}: latents is {'None' if latents is None else 'given'}, wanted {has}")
     if latents is not None and cache.latents is not None:
-        checks.dtype(call, "latents", latents, (cache.latents.dtype.name,))
-        checks.shape(call, "latents", latents, (T, cache.latents.shape[2]), "a row for each of k's")
+        _check_new_latents(call, cache.latents, latents, T)
     why = "a start for each request, and the end" + (" of each group" if n_groups > 1 else "")
     checks.offsets(call, "cu_seqlens", cu_seqlens, (R + n_groups,), T, why, n_groups)
     return R
+
+
+def _check_new_latents(call: str, kept: Array | QuantizedLatents, new: Array | QuantizedLatents, T: int) -> None:
+    """Raises unless new latents are of the form of those that a cache keeps."""
+    is_quantized = isinstance(kept, QuantizedLatents)
+    if is_quantized != isinstance(new, QuantizedLatents):
+        wanted = "QuantizedLatents" if is_quantized else "an array"
+        raise TypeError(f"{call}: latents is {type(new).__name__}, wanted {wanted}, as the cache holds them")
+    names = ["latents.values", "latents.scales", "latents.rope"] if is_quantized else ["latents"]
+    for name, x, pages in zip(names, jax.tree.leaves(new), jax.tree.leaves(kept), strict=True):
+        checks.dtype(call, name, x, (pages.dtype.name,))
+        checks.shape(call, name, x, (T, pages.shape[2]), "a row for each of k's")
 
 
 def check_copies(call: str, cache: IndexCache, source: Array, target: Array) -> None:

@@ -4,11 +4,10 @@ from pathlib import Path
 
 
 def is_checkout(folder: Path, part: str) -> bool:
-    """Whether a folder is a checkout with `part` in it; its pyproject.toml tells, so that no other folder is taken."""
+    """Whether a folder is a checkout that has `part`; by its pyproject.toml, so that no other one is taken for it."""
+    project = folder / "pyproject.toml"
     try:
-        return (folder / part).is_dir() and 'name = "hisa_jax"' in (folder / "pyproject.toml").read_text(
-            errors="replace"
-        )
+        return (folder / part).is_dir() and 'name = "hisa_jax"' in project.read_text(errors="replace")
     except OSError:  # one that may not be read is none
         return False
 

@@ -60,7 +60,7 @@ def method_fields(options: argparse.Namespace, name: str, who: str) -> dict[str,
     for field, value in given.items():
         if field not in _fields(name):
             owners = " or ".join(owner for owner in NAMES if field in _fields(owner))
-            raise UsageError(f"{_flag(field)} {value}: {who} has no such option, it is for --indexer {owners}")
+            raise UsageError(f"{_flag(field)} {value}: {who} has none, --indexer {owners} has")
     return given
 
 

@@ -275,12 +275,13 @@ def default_tiles() -> xla.Tiles:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionProblem:
-    """What the choice of a sparse attention depends on: heads, sizes of key and value, dtype."""
+    """What the choice of a sparse attention depends on: heads, sizes of key and value, dtype, form of the latents."""
 
     N: int
     key_dim: int
     value_dim: int
     dtype: str
+    is_quantized: bool = False
 
 
 def attention(name: str) -> Callable[..., tuple[Array, Array]]:
@@ -309,13 +310,18 @@ def attention_reasons(device: Device, problem: AttentionProblem) -> dict[str, st
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AppendProblem:
-    """What the choice of who writes new tokens depends on: requests, pages and their size, features, dtype of keys."""
+    """What the choice of who writes new tokens depends on: requests, pages and their size, features, dtype of keys.
+
+    Attributes:
+        latent_values: features of latents that are kept in 8 bits.
+    """
 
     n_requests: int
     n_pages: int
     page_size: int
     D: int
     dtype: str
+    latent_values: int = 0
 
 
 def appender(name: str) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from hisa_jax import checks
+from hisa_jax.latents import QuantizedLatents, check_latents
 from hisa_jax.methods import Sketch
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.xla import sketch as sketches
@@ -36,7 +37,8 @@ class IndexCache:
         codes: [n_pages, page_size, bytes] uint8, the keys in 4 bits a number, for scans that read them so, 16 bytes for
             each 32 numbers (xla/sketch.py); None: no sketch is kept.
         code_scales: [n_pages, page_size, groups] bfloat16, of each 32 numbers; else None.
-        latents: [n_pages, page_size, Dk], the keys of `sparse_mla` of the same tokens; None if kept elsewhere.
+        latents: [n_pages, page_size, Dk], the keys of `sparse_mla` of the same tokens, bfloat16, float32 or
+            `QuantizedLatents`; None if kept elsewhere.
         marks: [n_pages] int32, by which a reader knows that such a mean is of the pages that its table names
             (xla/block_means.py); None without a `block_size`.
         block_size: static, tokens of the blocks of several pages whose means are kept; None: of pages alone.
@@ -51,7 +53,7 @@ class IndexCache:
     mean_scales: Array | None
     codes: Array | None
     code_scales: Array | None
-    latents: Array | None
+    latents: Array | QuantizedLatents | None
     marks: Array | None = None
     block_size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -63,7 +65,7 @@ class IndexCache:
         lengths: Array,
         *,
         sketch: Sketch | None = None,
-        latents: Array | None = None,
+        latents: Array | QuantizedLatents | None = None,
         block_size: int | None = None,
     ) -> "IndexCache":
         """A cache of pages that are written already, by a server for instance; `append` keeps it up from then on.
@@ -77,7 +79,8 @@ class IndexCache:
             block_tables: [R, P] int32, the pages of each request in order. Entries past its last token are ignored.
             lengths: [R] int32, tokens of each request. Pages that none of them needs are free.
             sketch: as for `init_cache`.
-            latents: [n_pages, page_size, Dk] bfloat16 or float32, the keys of `sparse_mla`, if the pages hold them.
+            latents: [n_pages, page_size, Dk] bfloat16, float32 or `QuantizedLatents`, the keys of `sparse_mla`, if the
+                pages hold them.
             block_size: as for `init_cache`.
 
         Raises: TypeError: arrays of another dtype, int64 tables for instance. ValueError: arrays of another shape, flat
@@ -102,8 +105,7 @@ class IndexCache:
         check_sketch(call, sketch)
         block_size = block_size_of(call, size, values.dtype.name, block_size)
         if latents is not None:
-            checks.dtype(call, "latents", latents, others)
-            checks.shape(call, "latents", latents, (n, size, "Dk"), "pages as k has them")
+            check_latents(call, "latents", latents, (n, size), "pages as k has them")
         checks.int32(call, "block_tables", block_tables, ("R", "P"), "a flat table is block_tables.reshape(R, -1)")
         R, P = block_tables.shape
         checks.int32(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")
@@ -214,8 +216,7 @@ def check_cache(call: str, cache: IndexCache) -> None:
             checks.dtype(call, f"cache.{name}", part, (wanted,))
             checks.shape(call, f"cache.{name}", part, shape, f"of {n} pages of {size} tokens, as cache.keys has them")
     if cache.latents is not None:
-        checks.dtype(call, "cache.latents", cache.latents, ("bfloat16", "float32"))
-        checks.shape(call, "cache.latents", cache.latents, (n, size, "Dk"), "pages as cache.keys has them")
+        check_latents(call, "cache.latents", cache.latents, (n, size), "pages as cache.keys has them")
 
 
 def check_table(call: str, cache: IndexCache, block_tables: Array, lengths: Array) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,21 @@ QUERIES = 8192  # at a time: what a stage leaves in memory for each of them, 64 
 _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
 
 
+class Eligible(NamedTuple):
+    """Of how many blocks, the first ones, a query has the best: [T] int32 each.
+
+    Attributes: `scored`, 0 where a query keeps all of them; `seen`, there too.
+    """
+
+    scored: Array
+    seen: Array
+
+    def or_all(self, best: Array) -> Array:
+        """[T, m] best of the scored blocks -> all that are seen where none is scored."""
+        first, seen = jnp.arange(best.shape[1], dtype=jnp.int32), self.seen[:, None]
+        return jnp.where(seen <= best.shape[1], jnp.where(first < seen, first, -1), best)
+
+
 class Stages(scan.ScanStages, Protocol):
     """What a backend brings."""
 
@@ -40,14 +55,11 @@ class Stages(scan.ScanStages, Protocol):
         self,
         call: FlatCall,
         means: Means | PageSums | PageMeans,
-        eligible: Array,
+        eligible: Eligible,
         method: Hisa | BlockSparse,
         interpret: Interpret = False,
     ) -> Array:
-        """The best of the first `eligible` [T] blocks: [T, block_topk] int32 ids, ascending, then -1.
-
-        A query with no eligible block gets nothing, or anything.
-        """
+        """The best of the blocks: [T, block_topk] int32 ids, ascending, then -1."""
         ...
 
     def refine(
@@ -130,14 +142,12 @@ class Indexer:
             # [T, 1]: of [T] XLA gathers the tiles' limits inside their concatenation, one after the other: 6 us more.
             eligible = -(-flat.visible // block_size)[:, None]
             first = jnp.arange(m, dtype=jnp.int32)
-            all_eligible = jnp.where(first < eligible, first, -1)
             if means is None:
-                return all_eligible
+                return jnp.where(first < eligible, first, -1)
             keeps_all = eligible <= m
             # A query that keeps all its blocks needs no scores of them.
-            wanted = jnp.where(keeps_all[:, 0], 0, eligible[:, 0])
-            best = self.stages.block_filter(flat, means, wanted, method, interpret)
-            return jnp.where(keeps_all, all_eligible, best)
+            scored = jnp.where(keeps_all[:, 0], 0, eligible[:, 0])
+            return self.stages.block_filter(flat, means, Eligible(scored, eligible[:, 0]), method, interpret)
 
         return kept
 

@@ -95,7 +95,7 @@ def empty_pages(
     Args:
         config: sizes, and the dtype of the index keys.
         n_pages, page_size: pages of a layer, and tokens of a page.
-        dtype: of latents, rope keys, and index keys that are not quantised.
+        dtype: of latents and index keys that are not quantised, and of rope keys beside latents that are not.
         kept: what each layer keeps beside its index keys; None: nothing.
     """
 
@@ -103,7 +103,8 @@ def empty_pages(
         D, key_dtype = (config.index_head_dim, config.index_key_dtype or dtype) if kind == "full" else (0, dtype)
         return hj.init_cache(
             n_pages, page_size, D, key_dtype, **(kept if kind == "full" else Kept())._asdict(),
-            latent_dim=config.kv_lora_rank + config.qk_rope_head_dim, latent_dtype=dtype,
+            latent_dim=config.kv_lora_rank + config.qk_rope_head_dim, latent_dtype=config.latent_dtype or dtype,
+            latent_value_dim=config.kv_lora_rank,
         )  # fmt: skip
 
     kinds = config.indexer_kinds
@@ -208,7 +209,7 @@ def over_context(mesh: Mesh | None, batch: int) -> dict[str, Any]:
 
 
 def write(
-    pages: hj.IndexCache, keys: Array | hj.QuantizedKeys | None, latents: Array, block_tables: Array, slots: Array,
+    pages: hj.IndexCache, keys: Array | hj.QuantizedKeys | None, latents: Any, block_tables: Array, slots: Array,
     lengths: Array, mesh: Mesh | None = None,
 ) -> hj.IndexCache:  # fmt: skip
     """Appends the tokens of a batch to the pages of one layer.
@@ -216,7 +217,7 @@ def write(
     Args:
         pages: of the layer.
         keys: [B, T, D] index keys; None in layers that have none.
-        latents: [B, T, L + R].
+        latents: [B, T, L + R] array, which is quantised if the pages hold `QuantizedLatents`.
         block_tables: [B, P] int32.
         slots: [B, T] int32, -1 for padding.
         lengths: [B] int32, tokens in each row, these among them.
@@ -226,22 +227,33 @@ def write(
     """
     if keys is None:
         keys = jnp.zeros((*latents.shape[:2], 0), pages.keys.dtype)
+    if isinstance(pages.latents, hj.QuantizedLatents):
+        latents = hj.quantize_latents(latents, pages.latents.value_dim)
     if over := over_context(mesh, slots.shape[0]):
         cu_seqlens, keys, latents = pack(slots, (keys, latents), mesh)
         before = lengths - jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
         return hj.append(pages, keys, block_tables, cu_seqlens, before, latents=latents, **over)
 
     def call(
-        pages: hj.IndexCache, keys: Array | hj.QuantizedKeys, latents: Array, tables: Array, slots: Array,
+        pages: hj.IndexCache, keys: Array | hj.QuantizedKeys, latents: Any, tables: Array, slots: Array,
         lengths: Array,
     ) -> hj.IndexCache:  # fmt: skip
         rows = packing(slots)
         before = lengths - jnp.diff(rows.cu_seqlens)
-        new = jax.tree.map(rows.pack, keys)
-        return hj.append(pages, new, tables, rows.cu_seqlens, before, latents=rows.pack(latents))
+        new, new_latents = jax.tree.map(rows.pack, (keys, latents))
+        return hj.append(pages, new, tables, rows.cu_seqlens, before, latents=new_latents)
 
     call = per_device(call, mesh, (("batch",),) * 6, ("batch",))
     return call(pages, keys, latents, block_tables, slots, lengths)
+
+
+def plain_latents(
+    pages: hj.IndexCache, block_tables: Array, lengths: Array, dtype: DTypeLike, mesh: Mesh | None = None
+) -> Array:
+    """The latents of each row in one piece [B, P * page_size, L + R], as for `contiguous`, of any form."""
+    assert pages.latents is not None  # a model's cache holds them
+    found = jax.tree.map(lambda leaf: contiguous(leaf, block_tables, lengths, mesh), pages.latents)
+    return found.dequantize().astype(dtype) if isinstance(found, hj.QuantizedLatents) else found
 
 
 def contiguous(pages: Array, block_tables: Array, lengths: Array, mesh: Mesh | None = None) -> Array:

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     demand_at_least(options, chunk=1, max_length=1)
     folder = locate(options.checkpoint)
     config = read_config(folder, options.override)
-    sampling, tokenizer, template = sampling_of(options), load_tokenizer(folder, config.vocab_size), None
+    sampling, tokenizer = sampling_of(options), load_tokenizer(folder, config.vocab_size)
     template = load_chat_template(folder)
     if template is None:
         raise ValueError(f"{folder}: has no chat template, as chat_template.jinja: generate continues plain text")
@@ -43,13 +43,13 @@ def run(options: argparse.Namespace) -> int:
     length = min(_LENGTH, room) if options.max_length is None else options.max_length
     if length > room:
         raise UsageError(f"--max-length {length}: wanted at most {room}, the model's positions")
-    model, progress = load(options, folder, config), Progress()
+    model = load(options, folder, config)
     # A conversation is what its answer is made from and, one message later, what the next one shares its pages with.
     n_pages = 2 * (-(-length // model.page_size) + 1)
     engine = Engine(
         model, n_pages=n_pages, rows=1, prefill_rows=1, max_length=length, chunk=options.chunk, tokenizer=tokenizer
     )
-    engine.warm_up(progress)
+    engine.warm_up(Progress())
     messages = [] if options.system is None else [{"role": "system", "content": options.system}]
     status = 0
     for said in _messages():

@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 import hisa_jax as hj
-from hisa_jax.models.cache import contiguous, over_context, pack, packing, unpack, write
+from hisa_jax.models.cache import over_context, pack, packing, plain_latents, unpack, write
 from hisa_jax.models.config import Config
 from hisa_jax.models.layers import Init, layer_norm, rms_norm
 from hisa_jax.models.rope import rotate
@@ -148,8 +148,7 @@ class Attention(nnx.Module):
         if form == "absorbed":
             out = absorbed(q_nope, q_rope, pages, block_tables, slots, selection.indices, k_b, v_b, scale, mesh)
         else:
-            assert pages.latents is not None
-            latents = contiguous(pages.latents, block_tables, lengths, mesh)
+            latents = plain_latents(pages, block_tables, lengths, kv.dtype, mesh)
             out = expanded(q_nope, q_rope, latents, selection.indices, k_b, v_b, scale)
         return self.merge_heads(out), pages, selection, inputs
 

@@ -66,7 +66,7 @@ class Engine:
         process_timeout_s: where devices of several processes make the mesh, how long a step waits for the others.
 
     Raises: ValueError: invalid sizes, or those that the mesh does not split; a draft without `n_draft` or the reverse;
-        more tokens than the model has positions; on all processes, that one has another config.
+        more tokens than the model has positions. RuntimeError: on all processes, that one has another config.
     """
 
     def __init__(

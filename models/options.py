@@ -53,7 +53,7 @@ def method_of(options: argparse.Namespace, config: Config) -> MethodLike:
         except FileNotFoundError as error:
             raise UsageError(f"--{error}") from error
     name = options.indexer or ("hisa" if config.use_hisa else "dsa")
-    who = f"--indexer {name}" if options.indexer else f"{name}, the checkpoint's own indexer,"
+    who = f"--indexer {name}" if options.indexer else f"the checkpoint's own indexer, {name},"
     given = method_fields(options, name, who)
     try:
         return make_method(name, config, "--indexer", **given)

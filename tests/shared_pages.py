@@ -22,7 +22,6 @@ jax.config.update("jax_disable_most_optimizations", True)  # what is interpreted
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from jax.experimental.pallas import mosaic_gpu as plgpu  # noqa: E402
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
@@ -42,11 +41,8 @@ METHODS = {
 }
 # A request of nothing, one that lies on one device alone, ends within a page; prefill, drafts and decoding, mixed.
 LENGTHS, NEW = (600, 0, 21, 450), (9, 0, 1, 2)
-INTERPRET = {
-    "mosaic_tpu": pltpu.InterpretParams(uninitialized_memory="nan"),
-    "mosaic_gpu": plgpu.InterpretGPUParams(),
-    "triton": True,
-}
+# The interpreter of Mosaic GPU knows one device: tests/gpu/test_select_shard.py has its stages beside Triton's.
+INTERPRET = {"mosaic_tpu": pltpu.InterpretParams(uninitialized_memory="nan"), "triton": True}
 
 
 def both_branches(predicate, if_true, if_false):

@@ -30,8 +30,9 @@ from bench.quality.ngrams import Ngrams, Task, task
 MODEL = shapes.DSV32
 METHODS = MODEL.methods()
 DEFAULT_CONTEXTS = shapes.CONTEXTS[:5:2]
+_N_CONTEXTS = 2  # of these, by default: the longest that the text has
 _LEAST_S = 1.0  # seconds of timed calls at each context
-_GROWTH = 2.5  # times as long as the last one a context takes, which has 4 times the tokens
+_GROWTH = 2.0  # times as long as the last one a context takes, which has 4 times the tokens
 
 select = jax.jit(hj.select, static_argnames=("method", "return_scores"))
 
@@ -57,7 +58,9 @@ class Result:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    defaults = f"default: {', '.join(map(shapes.label, DEFAULT_CONTEXTS))}, as far as the text goes"
+    defaults = (
+        f"default: the {_N_CONTEXTS} longest of {', '.join(map(shapes.label, DEFAULT_CONTEXTS))} that the text has"
+    )
     parser.add_argument("--text", type=Path, metavar="FILE", help="any text file (default: Python's standard library)")
     parser.add_argument("--context", type=options.context, nargs="+", metavar="N", help=f"tokens ({defaults})")
     parser.add_argument(
@@ -212,13 +215,15 @@ def _check_identical(name: str, method: Any, selection: hj.Selection, flat: hj.S
 
 
 def _read(path: Path | None, contexts: list[int] | None) -> tuple[list[str], list[int]]:
-    """The tokens that are needed and the contexts, ascending; by default those for which a text is long enough."""
+    """The tokens that are needed and the contexts, ascending; by default the longest for which a text has enough."""
     wanted = sorted(set(contexts or DEFAULT_CONTEXTS))
     if path is None:
         tokens = text.standard_library_tokens(wanted[-1])
     else:
         tokens = text.file_tokens(path, at_least=wanted[-1] if contexts else wanted[0])
         wanted = [context for context in wanted if context <= len(tokens)]
+    if not contexts:
+        wanted = wanted[-_N_CONTEXTS:]
     return tokens[: wanted[-1]], wanted
 
 

@@ -17,6 +17,7 @@ from bench.demo.report import NAMES
 from bench.quality.answers import bits_of
 from bench.quality.model import BYTES, load, logits_of
 from bench.quality.variants import Variant, main_variants
+from hisa_jax.models.config import read_config
 from hisa_jax.models.training import tasks
 from hisa_jax.models.training.recipe import HISA
 from hisa_jax.models.training.retrieval import answer, wanted
@@ -121,7 +122,7 @@ def headline(result: Result) -> str:
     return (
         f"1. What a selection is worth. A small trained model reads {result.sample.tokens.size:,} bytes. "
         f"{result.n_keys} lines such as {line} are hidden in them, and it is asked for {questions}. Only the method "
-        "that chooses 256 earlier bytes for each one to attend to changes.\n"
+        f"that chooses {read_config(BYTES).index_topk} earlier bytes for each one to attend to changes.\n"
         "answered: questions whose every digit is right. bits/byte: to code the text, fewer are better. seconds: to "
         "read it all, compiling left out; so short a text shows no speed, part 2 does."
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.panel import Panel
 from rich.table import Table
@@ -103,14 +104,15 @@ def notes(results: "list[Result]") -> Iterator[str]:
         "Places: same last n tokens, beyond the recent ones. The longer n, the easier; its median is "
         f"{', '.join(n_of) or 'unknown, as there were none'}."
     )
-    identical = []
-    for name in ("hisa", "scan"):
-        where = [f"{shapes.label(r.context)} ({r.n_identical[name]})" for r in results if r.n_identical[name]]
-        identical.append(f"{NAMES[name]} {', '.join(where) or 'there were none'}")
-    yield (
-        "Checked: HISA and the scan selected exactly what the flat indexer did for all queries that see at most as "
-        f"many tokens as the method has candidates: {'; '.join(identical)}."
-    )
+    where = [
+        f"{NAMES[name]} {shapes.label(result.context)} ({n})"
+        for result in results for name, n in result.n_identical.items() if n
+    ]  # fmt: skip
+    if where:
+        yield (
+            "Checked: HISA and the scan selected exactly what the flat indexer did for all queries that see at most as "
+            f"many tokens as the method has candidates: {', '.join(where)}."
+        )
 
 
 def passages(tokens: list[str], result: "Result") -> Iterator[Panel]:
@@ -177,6 +179,7 @@ def figure(rows: list[dict[str, Any]], model_rows: list[dict[str, Any]]) -> Figu
         title=f"Answers of a trained model\nabout {first['keys']} lines hidden in {first['context']:,} bytes",
         ylabel="questions answered (more is better)", ylim=(0, 1.15 * first["questions"]),
     )  # fmt: skip
+    answers.yaxis.set_major_locator(MaxNLocator(integer=True))
     for name in NAMES:
         own = [row for row in rows if row["method"] == name]
         speed.plot([row["context"] for row in own], [row["ms_per_query"] for row in own], "o-", color=_COLORS[name])
@@ -184,8 +187,8 @@ def figure(rows: list[dict[str, Any]], model_rows: list[dict[str, Any]]) -> Figu
         end = (own[-1]["context"], own[-1]["ms_per_query"])
         speed.annotate(said, end, (8, 0), textcoords="offset points", va="center", color=_COLORS[name])
     speed.set(
-        title="Time to choose 2048 tokens of a query\n64 heads of 128, vectors made from text", yscale="log",
-        ylabel="ms a query (less is better)", xlabel="context, tokens",
+        title=f"Time to choose {shapes.DSV32.topk} tokens of a query\n64 heads of 128, vectors made from text",
+        ylabel="ms a query (less is better)", xlabel="context, tokens", yscale="log",
     )  # fmt: skip
     speed.yaxis.set_major_formatter("{x:g}")
     speed.set_xscale("log", base=2)

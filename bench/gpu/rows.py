@@ -69,6 +69,8 @@ def rows() -> Iterator[Row]:
         yield _sparse_mla(dsv32, 1, 4096, 64 * K, implementation)
         for batch in (1, 32, 128):
             yield _sparse_mla(dsv32, batch, 1, 8 * K, implementation)
+            yield _sparse_mla(dsv32, batch, 1, 8 * K, implementation, is_quantized=True)
+        yield _sparse_mla(dsv32, 1, 4096, 64 * K, implementation, is_quantized=True)
 
 
 def _hisa(
@@ -306,8 +308,10 @@ def _append(model: shapes.Model, batch: int, context: int, page_size: int, block
     )
 
 
-def _sparse_mla(model: shapes.Model, batch: int, T: int, context: int, implementation: str) -> Row:
-    """The sparse attention over 2048 tokens spread over the context."""
+def _sparse_mla(
+    model: shapes.Model, batch: int, T: int, context: int, implementation: str, *, is_quantized: bool = False
+) -> Row:
+    """The sparse attention over 2048 tokens spread over the context, latents in bfloat16 or in 8 bits."""
     N, E, V, topk = model.mla_heads, model.mla_dim, model.mla_value_dim, model.topk
     options = dict(value_dim=V, scale=E**-0.5)
 
@@ -318,12 +322,14 @@ def _sparse_mla(model: shapes.Model, batch: int, T: int, context: int, implement
         starts = jax.random.randint(keys[2], (batch, T, 1), 0, context // topk)
         indices = (starts + jnp.arange(topk) * (context // topk)).astype(jnp.int32)
         f = lambda *x: hj.sparse_mla(*x, **options, implementation=implementation)  # noqa: E731
-        return f, (q, kv, indices), lambda out: check_attention(out, q, kv, indices, **options)
+        latents = jax.jit(hj.quantize_latents)(kv) if is_quantized else kv
+        plain = latents.dequantize() if isinstance(latents, hj.QuantizedLatents) else kv
+        return f, (q, latents, indices), lambda out: check_attention(out, q, plain, indices, **options)
 
     # Decoding reads the listed tokens; many queries of a prefill read the whole context between them.
     n = batch * T
     return Row(
-        row="sparse_mla" if T > 1 else f"sparse_mla_decode{batch}",
+        row=("sparse_mla" if T > 1 else f"sparse_mla_decode{batch}") + ("_8bit" if is_quantized else ""),
         make=make,
         implementation=implementation,
         shape=model.name,
@@ -331,5 +337,5 @@ def _sparse_mla(model: shapes.Model, batch: int, T: int, context: int, implement
         queries=n,
         dtype="bf16",
         flop=2.0 * n * N * topk * (E + V),
-        moved_bytes=2.0 * (n * N * (E + V) + (n * topk * E if T == 1 else context * E)),
+        moved_bytes=2.0 * n * N * (E + V) + (n * topk if T == 1 else context) * (656.0 if is_quantized else 2.0 * E),
     )

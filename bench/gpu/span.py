@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.profiler import ProfileData
 
-_APART_S = 1e-3  # between two calls, far more than within one
+_APART_S = 4e-3  # between two calls, far more than within one, where the host may be busy with other work
 _WARM_S = 0.05  # of calls before those that count: an idle card clocks down
 
 
@@ -46,13 +46,13 @@ def spans(call: Callable[[], object], n: int = 20) -> Span:
     return spans_of([call], n)[0]
 
 
-def by_jax(run: Callable[[], None]) -> list[Event]:
-    """What runs on the first GPU meanwhile, by JAX's profiler."""
+def by_jax(run: Callable[[], None], planes: str = "/device:GPU:0") -> list[Event]:
+    """What runs meanwhile on the GPUs whose planes begin so, by JAX's profiler."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
         file = next(pathlib.Path(folder).rglob("*.xplane.pb"))
-        return device_events(ProfileData.from_file(str(file)))
+        return device_events(ProfileData.from_file(str(file)), planes)
 
 
 def spans_of(
@@ -89,11 +89,11 @@ def _span(calls: list[list[Event]]) -> Span:
     )
 
 
-def device_events(profile: ProfileData) -> list[Event]:
-    """All that ran on the first GPU's streams, by start."""
-    planes = [plane for plane in profile.planes if plane.name.startswith("/device:GPU:0")]
+def device_events(profile: ProfileData, planes: str = "/device:GPU:0") -> list[Event]:
+    """All that ran on the streams of the GPUs whose planes begin so, by start."""
+    found = [plane for plane in profile.planes if plane.name.startswith(planes)]
     # Lines that are no streams hold the same time again, by module or by the names of the program.
-    lines = [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
+    lines = [line for plane in found for line in plane.lines if line.name.startswith("Stream")]
     return sorted(Event(e.start_ns, e.end_ns, e.name) for line in lines for e in line.events)
 
 

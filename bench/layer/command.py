@@ -8,6 +8,7 @@ whole: what lies between them, and what the compiler makes of all together, is t
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,18 @@ class Bench:
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Checks a row's layer, then times it."""
-        layer, setting = self._layer_of(row.setting), row.setting
+        start, setting = time.perf_counter(), row.setting
+        tell = lambda what: print(f"  {row}: {what} after {time.perf_counter() - start:.0f} s", flush=True)  # noqa: E731
+        layer = self._layer_of(setting)
+        tell("layer made")
         method = make_method(row.method, setting.config)
         f, operands = layer.whole(method)
         call = in_turn(f, operands, lambda result: result.pages)
-        check(layer, call(), method)
+        result = jax.block_until_ready(call())
+        tell("compiled")
+        check(layer, result, method)
+        tell("checked")
+        del result  # its pages are used up by the next call
         calls = {WHOLE: call, **dict(layer.parts_of(method)), **({} if self._common else dict(layer.parts()))}
         times = dict(zip(calls, self._timer(list(calls.values())), strict=True))
         whole, clock = times.pop(WHOLE), clock_mhz()

@@ -10,8 +10,10 @@ from jax import Array
 
 import hisa_jax as hj
 from hisa_jax.models import published
+from hisa_jax.models.cache import kept_for
 from hisa_jax.models.config import Config
 from hisa_jax.models.dsa import Attention, Table
+from hisa_jax.models.indexers import make_method
 from hisa_jax.models.layers import Init
 from hisa_jax.models.rope import rope_table
 
@@ -73,12 +75,14 @@ def make(setting: Setting) -> tuple[nnx.GraphDef, Inputs, hj.IndexCache]:
         block_tables=tables,
     )
 
+    block_size = kept_for([make_method("hisa", config)]).block_size
+
     @jax.jit  # one program, so that keys need not exist in more than 8 bits
     def pages() -> hj.IndexCache:
         keys = jax.random.normal(draws[2], (n_pages, PAGE, config.index_head_dim), BF16)
         latents = jax.random.normal(draws[3], (n_pages, PAGE, L), BF16)
         dtype = config.index_key_dtype
         index_keys = keys if dtype is None else hj.quantize_keys(keys, dtype, config.index_key_scale)
-        return hj.IndexCache.from_pages(index_keys, tables, inputs.lengths - T, latents=latents)
+        return hj.IndexCache.from_pages(index_keys, tables, inputs.lengths - T, latents=latents, block_size=block_size)
 
     return graph, inputs, pages()

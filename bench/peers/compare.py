@@ -39,6 +39,7 @@ KINDS = (
     Kind(r"decode\d+_paged", "hisa_decode", "deep_gemm", 0.9),
     Kind(r"flat_decode\d+_paged", "flat_decode", "deep_gemm", 0.995),
     Kind(r"sparse_mla(_decode\d+)?", "sparse_mla", "flash_mla", 0.99),
+    Kind(r"sparse_mla_decode\d+_8bit", "sparse_mla_8bit", "flash_mla", 0.98),
 )
 
 

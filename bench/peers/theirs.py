@@ -98,6 +98,17 @@ class Theirs:
         options = _taken(f, use_legacy=True, return_log2_lse=False)
         return {"FlashMLA": lambda: f(q, kv, rows, E**-0.5, **options)[0].view(B, T, N, -1)}
 
+    def sparse_mla_8bit(self, operands: tuple, model: shapes.Model) -> dict[str, Call]:
+        """FlashMLA's decoding from a cache in 8 bits, the same bytes in pages of 64."""
+        q, indices, cache = self.tensor(operands[0]), self.tensor(operands[2]), self.tensor(operands[1].to_bytes())
+        (B, _, _, E), S, module = q.shape, cache.shape[1], self.peers.flash_mla
+        cache = cache.view(-1, PAGE, 1, cache.shape[2])
+        first = self.torch.arange(B, dtype=self.torch.int32, device=q.device)[:, None, None] * S
+        rows, (plan, _) = (indices + first).contiguous(), module.get_mla_metadata()
+        f = module.flash_mla_with_kvcache
+        options = _taken(f, softmax_scale=E**-0.5, is_fp8_kvcache=True, indices=rows, use_legacy=True)
+        return {"FlashMLA, 8 bits": lambda: f(q, cache, None, None, model.mla_value_dim, plan, **options)[0]}
+
     def _decode_operands(self, operands: tuple) -> tuple:
         q, w, visible, cache, tables, _ = operands
         keys, scales = self.tensor(cache.keys), self.tensor(cache.scales)

@@ -5,14 +5,11 @@ Pages link to files of the repository as they are read there. On the site such a
 
 import posixpath
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
+import tutorials  # MkDocs looks for it beside this file
 from mkdocs.structure.files import File
-
-sys.path.append(str(Path(__file__).parent))  # hooks are no package
-import tutorials
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = {f"tutorials/{path.stem}.md": path for path in sorted((ROOT / "docs/tutorials").glob("*.py"))}

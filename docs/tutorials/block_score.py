@@ -1,9 +1,10 @@
 # %% [markdown]
 # # A block score of one's own
 #
-# HISA keeps blocks by a score of what stands for each: by default the mean of its keys, scored by the indexer's formula.
-# Both may be functions of one's own. This tutorial tries two on the queries and keys of a trained model, and compares
-# them with the flat indexer. It needs `pip install 'hisa_jax[models]' matplotlib` and a checkout, where the model is.
+# HISA keeps blocks by a score of what stands for each: by default the mean of its keys, scored by the indexer's
+# formula. Both may be functions of one's own. This tutorial tries two on the queries and keys of a trained model, and
+# compares them with the flat indexer. It needs `pip install 'hisa_jax[models]' matplotlib` and a checkout, where the
+# model is.
 
 # %%
 import functools
@@ -21,9 +22,9 @@ from hisa_jax import models
 # %% [markdown]
 # ## What the indexers of a model see
 #
-# `models/bytes` is a small DeepSeek-V3.2 whose tokens are bytes. It reads 1536 bytes of a Python source, and `trace=True`
-# hands out the index queries, keys and head weights of each of its 8 layers. We ask for the selections of every 16th
-# query of the second half.
+# `models/bytes` is a small DeepSeek-V3.2 whose tokens are bytes. It reads 1536 bytes of a Python source, and
+# `trace=True` hands out the index queries, keys and head weights of each of its 8 layers. We ask for the selections of
+# every 16th query of the second half.
 
 # %%
 model = models.from_pretrained("bytes")
@@ -101,13 +102,14 @@ def recall(layer, method):
 found = {name: np.array([recall(layer, method) for layer in layers]) for name, method in methods.items()}
 for name, of_layers in found.items():
     print(f"{name:20}", *(f"{x:.2f}" for x in of_layers), f"  mean {of_layers.mean():.3f}")
+assert min(found, key=lambda name: found[name].mean()) == "bounds (Quest)"
 
 # %%
 figure, axis = plt.subplots(figsize=(8, 3.2))
 for i, (name, of_layers) in enumerate(found.items()):
     axis.bar(np.arange(len(layers)) + 0.27 * (i - 1), of_layers, 0.25, label=name)
-axis.set(xlabel="layer", ylabel="recall of flat's tokens", ylim=(0.4, 1), title="Block scores on a trained model")
-axis.legend(loc="lower left")
+axis.set(xlabel="layer", ylabel="recall of flat's tokens", ylim=(0, 1.3), title="Block scores on a trained model")
+axis.legend(loc="upper center", ncols=3)
 figure.tight_layout()
 plt.show()
 
@@ -117,13 +119,13 @@ plt.show()
 #
 # ## Inside the model
 #
-# Such a method works wherever a method does. Here the model continues the text with it, and reports each layer's recall.
-# It chooses 128 of 256 tokens. The flat indexer, which it is measured against, chooses 128 of all.
+# Such a method works wherever a method does. Here the model continues the text with it, and reports each layer's
+# recall. It chooses 128 of 256 tokens. The flat indexer, which it is measured against, chooses 128 of all.
 
 # %%
 own = hj.Hisa(topk=128, block_size=16, block_topk=16, pool=quarters, block_score=best_quarter)
 result = models.generate(model.with_method(own), [list(text[:768])], 16, chunk=256, report_recall=True)
-print("continued by:", repr(result.texts[0]))
+print("continued by:", bytes(result.tokens[0]))
 print("recall by layer, decoding:", [round(value, 2) for value in result.recall["decode"]])
 
 # %% [markdown]

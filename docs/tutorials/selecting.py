@@ -79,8 +79,8 @@ for name, selection in selections.items():
 
 # %% [markdown]
 # **Recall** is the share of the flat indexer's tokens that a method has, as a mean over queries. All methods find the
-# passages: the mean of such a block is the topic. A single token hardly moves the mean of its block. So HISA and
-# block-sparse miss most of these, and the scan, which looks at every token, finds them. This is the choice between
+# passages: the mean of such a block is the topic. A single token hardly moves the mean of its block. So HISA misses
+# half of these and block-sparse all, and the scan, which looks at every token, finds them. This is the choice between
 # them on real models, too: [quality](../quality.md) has the figures.
 #
 # ## A picture
@@ -138,9 +138,9 @@ print("attention:", out.shape)
 # What can run here, and why the rest cannot:
 
 # %%
-for one in hj.implementations():
-    print(one)
+for name, reason in hj.implementations().items():
+    print(f"{name:12}{reason or 'can'}")
 
 # %% [markdown]
-# Next: [a block score of one's own](block_score.py), or the methods in a model,
-# [from a checkpoint to a served answer](serving.py).
+# Next: [a block score of one's own](block_score.py), or the methods in a model, [from a checkpoint to a served
+# answer](serving.py).

@@ -11,8 +11,8 @@ import re
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import openai
@@ -41,7 +41,7 @@ print(f"each query reads {config.index_topk} that its layer's indexer of {config
 # directly it answers by its own flat indexer, and by HISA: the same weights with another indexer.
 
 # %%
-source = json.decoder.__loader__.get_source("json.decoder")
+source = Path(json.decoder.__file__).read_text()
 lines = source[:800], "\n<<key amber-finch-07 = 48392>>\n", source[800:1400], "\n<<key silver-lamp-21 = 90514>>\n"
 prompt = "".join(lines) + source[1400:1600] + "\n<<ask amber-finch-07 = "
 model = models.from_pretrained(folder)
@@ -91,7 +91,7 @@ print([event.choices[0].text for event in stream])
 #
 # `POST /look` says which tokens flat, HISA, the scan and block-sparse select for one query of a text. The page at the
 # server's address shows the same. We look at the query that has to make the answer's first digit, in the layer whose
-# flat indexer selects most of the wanted line.
+# flat indexer selects the largest share of the wanted line.
 
 
 # %%
@@ -130,7 +130,6 @@ plt.show()
 # %%
 server.terminate()
 print(server.stdout.read(), "exit status", server.wait())
-jax.clear_caches()
 assert server.returncode == 0
 
 # %% [markdown]

@@ -148,14 +148,14 @@ class _Search:
         """The k best of what all devices have found, at positions in the sequence, in units of `stripes`."""
         sort_keys, ids = found
         parts = (sort_keys, topk.INVISIBLE), (stripes.place(ids), -1)
-        shares = [exchange.to_owner(x, fill, self.shard.axis, self.shard.n_devices) for x, fill in parts]
+        sort_keys, places = (exchange.to_owner(x, fill, self.shard.axis, self.shard.n_devices) for x, fill in parts)
         one_stripe_each = self.shard.stripe * self.shard.n_devices >= self.shard.max_keys
 
         def merge(sort_keys: Array, positions: Array, k: int) -> Found:
             positions, sort_keys = self.local.merge(sort_keys, positions, k, interpret=self.interpret)
             return jnp.where(positions >= 0, sort_keys, topk.INVISIBLE), positions
 
-        best = merge(*shares, k) if one_stripe_each else merge_of_any_order(merge, *shares, k)
+        best = merge(sort_keys, places, k) if one_stripe_each else merge_of_any_order(merge, sort_keys, places, k)
         sort_keys, positions = (exchange.from_owners(x, self.shard.axis, ids.shape[0]) for x in best)
         return sort_keys, positions
 

@@ -40,11 +40,14 @@ def run(options: argparse.Namespace) -> int:
     demand_at_least(options, queries=1, topk=1)
     if not options.tolerance >= 0:
         raise UsageError(f"--tolerance {options.tolerance}: wanted at least 0")
-    dump = read_dump(options.file)
+    try:
+        dump = read_dump(options.file)
+    except (ValueError, OSError) as error:  # not a verdict, which 1 is
+        raise UsageError(str(error)) from error
     method = _method(options, dump)
     at = sampled(dump, method.topk, options.queries)
     if not at:
-        raise ValueError(f"{options.file}: no query sees a token")
+        raise UsageError(f"{options.file}: no query sees a token")
     queries = []
     for query in judged(dump, at, method, options.tolerance):
         queries.append(query)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from hisa_jax.latents import QuantizedLatents
 from hisa_jax.layout import IndexCache, Keys, sequence_of_rows
 from hisa_jax.xla import block_means
 from hisa_jax.xla.means import mean, mean_parts, tree_sum
@@ -26,7 +27,7 @@ def write(
     cache: IndexCache,
     values: Array,
     scales: Array | None,
-    latents: Array | None,
+    latents: Array | QuantizedLatents | None,
     block_tables: Array,
     cu_seqlens: Array,
     lengths: Array,
@@ -49,7 +50,7 @@ def write(
         cache,
         keys=put(cache.keys, values),
         scales=None if cache.scales is None or scales is None else put(cache.scales, scales),
-        latents=None if cache.latents is None or latents is None else put(cache.latents, latents),
+        latents=None if latents is None else jax.tree.map(put, cache.latents, latents),
     )
     ends = lengths + jnp.diff(cu_seqlens)
     # Full pages of new tokens, and at most two partial ones a request.

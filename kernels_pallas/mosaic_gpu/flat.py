@@ -5,7 +5,7 @@ by the k-th best so far, and `merge` takes what passes.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -22,12 +22,7 @@ ONE_TILE = 16384  # up to this many tokens are selected from in one piece
 STEP = 13824  # tokens of a tile: bounds the memory to T * STEP sort keys
 
 
-class Found(NamedTuple):
-    """The best of each query: [T, topk] positions in the sequence, ascending, then -1; [T] count; maybe sort keys."""
-
-    positions: Array
-    count: Array
-    sort_keys: Array | None
+Found = tuple[Array, Array, Array | None]  # positions, ascending, then -1, [T, topk]; count, [T]; maybe sort keys
 
 
 def flat(
@@ -83,15 +78,15 @@ def flat(
     best, positions = lax.fori_loop(0, n_turns, two_tiles, result)
     count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     if n_best == topk:
-        return Found(positions, count, best if has_sort_keys else None)
+        return positions, count, best if has_sort_keys else None
     # Rows are whole steps of the selection: the topk of those n_best.
-    columns, count, sort_keys = _best(best, count, topk, has_sort_keys, launch)
+    columns, count, best_keys = _best(best, count, topk, has_sort_keys, launch)
     positions = jnp.take_along_axis(positions, jnp.maximum(columns, 0), axis=1)
-    return Found(jnp.where(columns >= 0, positions, -1), count, sort_keys)
+    return jnp.where(columns >= 0, positions, -1), count, best_keys
 
 
 def _best(x: Array, limit: Array, k: int, has_sort_keys: bool, launch: dict[str, Any]) -> Found:
     """Of rows of sort keys; a row that is chosen whole costs no search where its sort keys are not wanted."""
     if has_sort_keys:
-        return Found(*topk_stage.topk_with_sort_keys(x, limit, k, **launch))
-    return Found(*topk_stage.topk(x, limit, k, **launch), None)
+        return topk_stage.topk_with_sort_keys(x, limit, k, **launch)
+    return *topk_stage.topk(x, limit, k, **launch), None

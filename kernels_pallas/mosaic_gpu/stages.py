@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.flat_call import FlatCall
-from hisa_jax.kernels_pallas.indexer import Means
+from hisa_jax.kernels_pallas.indexer import Eligible, Means
 from hisa_jax.kernels_pallas.mosaic_gpu import flat as flat_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens as list_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as refine_stage
@@ -17,6 +17,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens as refine_tokens_st
 from hisa_jax.kernels_pallas.mosaic_gpu import scan as scan_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import topk_few as few_topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
@@ -70,16 +71,18 @@ def pool_pages(page_sums: PageSums, dtype: DTypeLike, *, interpret: Interpret = 
 def block_filter(
     call: FlatCall,
     means: Means | PageSums | PageMeans,
-    eligible: Array,
+    eligible: Eligible,
     method: Hisa | BlockSparse,
     interpret: Interpret = False,
 ) -> Array:
-    sort_keys, m, n_ctas = _block_sort_keys(call, means, eligible, method, interpret), method.block_topk, n_sms()
+    limit, m = eligible.scored, method.block_topk
+    sort_keys = _block_sort_keys(call, means, limit, method, interpret)
+    if _are_few(sort_keys):
+        # It takes all that a query sees, scored or not, where there is room: no kernel after it puts them there.
+        return few_topk_stage.topk(sort_keys, eligible.seen, m, is_full=True, interpret=interpret)[0]
     if sort_keys.shape[1] <= _NARROW:
-        # A row alone on its multiprocessor takes 9.5 us with one warp, 5.4 with four (1024 to 64).
-        alone = narrow_topk_stage.Config(num_warps=4) if n_ctas > sort_keys.shape[0] else None
-        return narrow_topk_stage.topk(sort_keys, eligible, m, config=alone, interpret=bool(interpret))[0]
-    return topk_stage.topk(sort_keys, eligible, m, n_ctas=n_ctas, interpret=interpret)[0]
+        return eligible.or_all(narrow_topk_stage.topk(sort_keys, limit, m, interpret=bool(interpret))[0])
+    return eligible.or_all(topk_stage.topk(sort_keys, limit, m, n_ctas=n_sms(), interpret=interpret)[0])
 
 
 def best_blocks(
@@ -149,6 +152,8 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
         options: Any = {"n_ctas": n_ctas, "interpret": interpret}
         return refine_stage.refine(call.operands, kept, k_top=topk, config=config or fused, **options)
     sort_keys, limit = _refine_scores(call, kept, interpret)
+    if _are_few(sort_keys):
+        return few_topk_stage.topk(sort_keys, limit, topk, kept, has_forced=False, interpret=interpret)
     return narrow_topk_stage.topk(sort_keys, limit, topk, kept, interpret=bool(interpret))
 
 
@@ -157,6 +162,12 @@ def best_in_blocks(call: FlatCall, block_ids: Array, k: int, block_size: int, in
     x, limit = _refine_scores(call, kept, interpret)
     positions, _, sort_keys = narrow_topk_stage.topk_with_sort_keys(x, limit, k, kept, interpret=bool(interpret))
     return sort_keys, positions
+
+
+def _are_few(sort_keys: Array) -> bool:
+    """Whether each row has a multiprocessor to itself, whose registers hold it."""
+    T, width = sort_keys.shape
+    return n_sms() >= T and width <= few_topk_stage.MAX_WIDTH
 
 
 def _kept(call: FlatCall, block_ids: Array, block_size: int) -> KeptBlocks:
@@ -181,15 +192,15 @@ def _refine_scores(call: FlatCall, kept: KeptBlocks, interpret: Interpret) -> tu
 
 def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
     options: Any = dict(topk=topk, n_ctas=n_sms(), interpret=interpret)
-    found = flat_stage.flat(call.operands, call.visible, call.sequences, **options)
-    return found.positions, found.count
+    positions, count, _ = flat_stage.flat(call.operands, call.visible, call.sequences, **options)
+    return positions, count
 
 
 def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
     options: Any = dict(topk=k, has_sort_keys=True, n_ctas=n_sms(), interpret=interpret)
-    found = flat_stage.flat(call.operands, call.visible, call.sequences, **options)
-    assert found.sort_keys is not None
-    return found.sort_keys, found.positions
+    positions, _, sort_keys = flat_stage.flat(call.operands, call.visible, call.sequences, **options)
+    assert sort_keys is not None
+    return sort_keys, positions
 
 
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:

@@ -144,8 +144,8 @@ def flat_ragged(queries: Queries, ragged: Ragged, tiles: Tiles, *, choice: Choic
     plan = Plan(k=choice.k, tiles=per_core, rows=SUBLANES, span=min(groups, LANES))
     outs = {"chosen": launch.out(launch.rows(in_tiles[0], per_core, *in_tiles[1:]), 1, T // SUBLANES, *in_tiles[1:])}
     if choice.has_sort_keys:
-        sort_keys = launch.rows(in_tiles[0], per_core, SUBLANES, slots)
-        outs["sort_keys"] = launch.out(sort_keys, 1, T // SUBLANES, SUBLANES, slots)
+        in_rows = launch.rows(in_tiles[0], per_core, SUBLANES, slots)
+        outs["sort_keys"] = launch.out(in_rows, 1, T // SUBLANES, SUBLANES, slots)
     flat = Launch(
         body=functools.partial(ragged_body, plan),
         refs=Refs,

@@ -67,7 +67,8 @@ def append_body(cu_seqlens_ref: Ref, lengths_ref: Ref, table_ref: Ref, *refs: Re
         if pages.codes is not None:
             _write_sketch(at, new[0], pages)
         if pages.latents is not None:
-            _copy_rows(at, new[2], pages.latents)
+            for source_ref, target_ref in zip(*map(jax.tree.leaves, (new[2], pages.latents)), strict=True):
+                _copy_rows(at, source_ref, target_ref)
 
 
 def _of(cu_seqlens_ref: Ref, lengths_ref: Ref, r: Array) -> tuple:

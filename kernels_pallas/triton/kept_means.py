@@ -73,7 +73,8 @@ def kept_scores(
     row = lambda *shape: pl.BlockSpec((None, *shape), lambda s, t: (t,) + (0,) * len(shape))  # noqa: E731
     one = pl.BlockSpec((1,), lambda s, t: (t,))
     others = None if means.marks is None else Sums(sums.pages.table, sums.sums, sums.counts)
-    kept = Kept(sums.pages.table, means.means, means.scales, means.marks, others)
+    flat = means.means.reshape(len(means.means), -1)
+    kept = Kept(sums.pages.table, flat, means.scales, means.marks, others)
     return pl.pallas_call(
         functools.partial(kept_scores_body, plan=plan),
         # Query by query: the next one of a request finds its means in L2.

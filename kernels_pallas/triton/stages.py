@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax.kernels_pallas.flat_call import FlatCall
-from hisa_jax.kernels_pallas.indexer import Means
+from hisa_jax.kernels_pallas.indexer import Eligible, Means
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
 from hisa_jax.kernels_pallas.select_shard import ByScore, Found
@@ -37,12 +37,12 @@ _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the b
 def block_filter(
     call: FlatCall,
     means: Means | PageSums | PageMeans,
-    eligible: Array,
+    eligible: Eligible,
     method: Hisa | BlockSparse,
     interpret: Interpret = False,
 ) -> Array:
-    sort_keys = _block_sort_keys(call, means, eligible, method, interpret)
-    return topk_stage.topk(sort_keys, eligible, method.block_topk, interpret=interpret)[0]
+    sort_keys = _block_sort_keys(call, means, eligible.scored, method, interpret)
+    return eligible.or_all(topk_stage.topk(sort_keys, eligible.scored, method.block_topk, interpret=interpret)[0])
 
 
 def best_blocks(

@@ -136,7 +136,7 @@ def _tokens(options: argparse.Namespace, tokenizer: Tokenizer, config: Config, t
         with options.text.open(encoding="utf-8") as file:
             tokens = tokenizer.encode(file.read(_CHARACTERS * context))
     except UnicodeDecodeError:
-        raise UsageError(f"--text {options.text}: wanted a text in UTF-8") from None
+        raise ValueError(f"--text {options.text}: wanted a text in UTF-8") from None
     if len(tokens) < least:
-        raise UsageError(f"--text {options.text}: {len(tokens):,} tokens, wanted at least {least:,}: give more text")
+        raise ValueError(f"--text {options.text}: {len(tokens):,} tokens, wanted at least {least:,}: give more text")
     return tokens[:context]

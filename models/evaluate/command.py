@@ -68,7 +68,10 @@ def run(options: argparse.Namespace) -> int:
     for length in options.lengths or ():
         if not 1 <= length <= config.max_position_embeddings:
             raise UsageError(f"--lengths {length}: wanted 1 to {config.max_position_embeddings}, the model's positions")
-    methods = {name: harness.method_of(name, config) for name in _names(options.indexers, "--indexers")}
+    try:
+        methods = {name: harness.method_of(name, config) for name in _names(options.indexers, "--indexers")}
+    except FileNotFoundError as error:
+        raise UsageError(f"--indexers: {error}") from error
     loaded, missing = _load(options, folder)
     if not loaded["tasks"]:
         raise ValueError("no task can be asked:\n" + "\n".join(_reasons(missing)))

@@ -107,7 +107,7 @@ def _keys(options: argparse.Namespace) -> list[str]:
     if options.api_key_file is not None:
         found = [line.strip() for line in options.api_key_file.read_text().splitlines() if line.strip()]
         if not found:  # else everybody would be served
-            raise UsageError(f"--api-key-file {options.api_key_file}: has no key")
+            raise ValueError(f"--api-key-file {options.api_key_file}: has no key")
         keys += found
     if not all(keys):
         raise UsageError("--api-key '': wanted one that is not empty")

@@ -42,12 +42,14 @@ def test_the_demo_shows_rows_and_passages_and_writes_them_and_a_figure(text_file
     last = capsys.readouterr().out
     assert "     1K  flat" in last and last.index("Answers and time") < last.index("answers 8 of 8")
     shown = "".join((*parts, last))
+    shown += " ".join(shown.split())  # also whole sentences, whatever the width
     for wanted in (
         "small.txt",
         "HISA",
         "block-sparse",
         "implementation",
-        "512 (4), 1K (4)",
+        "HISA 512 (4)",
+        "scan 1K (4)",
         "found at",
         ">> p",
         "Answers and time",
@@ -101,9 +103,10 @@ def test_a_text_without_repeats_has_no_right_answers_and_still_runs(tmp_path, ca
 
 
 def test_a_text_shorter_than_the_default_contexts_is_used_as_far_as_it_goes(text_file, monkeypatch):
-    monkeypatch.setattr(command, "DEFAULT_CONTEXTS", (256, 1024, 2048))
-    tokens, contexts = command._read(text_file, None)
-    assert (len(tokens), contexts) == (1024, [256, 1024])
+    for defaults, wanted in (((256, 1024, 2048), [256, 1024]), ((256, 512, 1024, 2048), [512, 1024])):
+        monkeypatch.setattr(command, "DEFAULT_CONTEXTS", defaults)
+        tokens, contexts = command._read(text_file, None)
+        assert (len(tokens), contexts) == (1024, wanted)
 
 
 def test_a_selection_that_breaks_the_contract_stops_the_demo():
@@ -122,6 +125,7 @@ def test_a_context_that_would_end_too_late_is_left_out_by_name(text_file, monkey
         return capsys.readouterr().out
 
     monkeypatch.setattr(command, "DEFAULT_CONTEXTS", (256, 512, 1024))
+    monkeypatch.setattr(command, "_N_CONTEXTS", 3)
     monkeypatch.setattr(command, "measure", lambda ngrams, context, *_: SimpleNamespace(rows=[context]))
     monkeypatch.setattr(command.demo_model, "read", lambda *_: iter(()))
     for name in ("line", "notes", "passages", "summary", "conclusion", "write"):

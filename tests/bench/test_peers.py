@@ -84,6 +84,7 @@ def test_agreement_of_lists_and_of_attention():
 def test_rows_that_are_compared_are_named_and_have_a_peer():
     parts = {"hisa": "hisa", "flat": "flat", "decode32_paged": "hisa_decode", "flat_decode1_paged": "flat_decode"}
     parts |= {"sparse_mla": "sparse_mla", "sparse_mla_decode128": "sparse_mla"}
+    parts |= {"sparse_mla_decode32_8bit": "sparse_mla_8bit"}
     found = {x.row: kind.part for x in rows() if (kind := kind_of(x))}
     assert parts.items() <= found.items() and "scan" not in found and "hisa_clustered" not in found
     assert kind_of(row(implementation="triton")) is None and kind_of(row(dtype="bf16")) is None

@@ -72,13 +72,21 @@ def test_every_head_and_block_size_lowers(H, D, block_size, block_topk):
     assert "custom_call" in lower(hisa, *_shapes(1, 100, 16384, H, D, E4M3))
 
 
+def quantized_latents(B, S):
+    """Shapes of the latents of `hj.quantize_latents`."""
+    return ((B, S, 512), E4M3), ((B, S, 4), jnp.float32), ((B, S, 64), BF16)
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
 @pytest.mark.parametrize(("B", "T", "S", "N"), [(1, 4096, 65536, 128), (32, 1, 8192, 64)], ids=["prefill", "decode"])
-def test_sparse_mla_lowers(B, T, S, N):
-    def attend(q, kv, indices):
+@pytest.mark.gate("prefill-False", "decode-False", "decode-True")
+def test_sparse_mla_lowers(B, T, S, N, is_quantized):
+    def attend(q, indices, *kv):
+        kv = hj.QuantizedLatents(*kv) if is_quantized else kv[0]
         return sparse_mla(q, kv, indices, value_dim=512, scale=0.1)
 
-    shapes = ((B, T, N, 576), BF16), ((B, S, 576), BF16), ((B, T, 2048), jnp.int32)
-    assert "custom_call" in lower(attend, *shapes)
+    kv = quantized_latents(B, S) if is_quantized else [((B, S, 576), BF16)]
+    assert "custom_call" in lower(attend, ((B, T, N, 576), BF16), ((B, T, 2048), jnp.int32), *kv)
 
 
 def test_refusals_say_why():

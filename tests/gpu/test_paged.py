@@ -147,7 +147,8 @@ def test_means_of_blocks_that_pages_keep_are_read_and_where_they_are_of_other_pa
 ):
     block_size, method = 2 * page_size if page_size > 16 else 64, hj.Hisa(topk=50, block_size=64, block_topk=4)
     method = dataclasses.replace(method, block_size=block_size)
-    requests = draw(**DECODE, page_size=page_size, dtype=dtype, block_size=block_size)
+    decode = DECODE | dict(lengths=[n * block_size // 64 for n in DECODE["lengths"]])
+    requests = draw(**decode, page_size=page_size, dtype=dtype, block_size=block_size)
     wanted, cache = requests.select("xla", method), requests.cache
     # No sum is needed.
     spoilt = dataclasses.replace(requests, cache=dataclasses.replace(cache, sums=cache.sums + 1e9))
