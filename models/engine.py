@@ -31,8 +31,8 @@ from hisa_jax.models.report import Report, Step, Traced
 from hisa_jax.models.request import Request
 from hisa_jax.models.sampling import Sampling, short_form
 from hisa_jax.models.scheduler import Batch, Saved, Scheduler
-from hisa_jax.models.stacked import Stacked
 from hisa_jax.models.sharding import size_of
+from hisa_jax.models.stacked import Stacked
 from hisa_jax.models.streams import Piece, Reader
 from hisa_jax.models.text import Text
 from hisa_jax.models.tokens import Tokenizer
