@@ -309,6 +309,28 @@ def attention_reasons(device: Device, problem: AttentionProblem) -> dict[str, st
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupedProblem:
+    """What the choice of a sparse grouped-query attention depends on: heads, groups, sizes of key and value, blocks."""
+
+    Hq: int
+    G: int
+    D: int
+    V: int
+    dtype: str
+    block_size: int
+
+
+def grouped_attention(name: str) -> Callable[..., tuple[Array, Array]]:
+    """The forward pass of a backend: (q, k, v, lists, *, scale, block_size) -> (out, lse)."""
+    return importlib.import_module(f"hisa_jax.kernels_pallas.{name}.sparse_attention").sparse_attention
+
+
+def grouped_reasons(device: Device, problem: GroupedProblem) -> dict[str, str | None]:
+    """As `reasons`, for the sparse grouped-query attention."""
+    return {"xla": None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AppendProblem:
     """What the choice of who writes new tokens depends on: requests, pages and their size, features, dtype of keys.
 
