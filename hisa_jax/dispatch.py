@@ -327,7 +327,10 @@ def grouped_attention(name: str) -> Callable[..., tuple[Array, Array]]:
 
 def grouped_reasons(device: Device, problem: GroupedProblem) -> dict[str, str | None]:
     """As `reasons`, for the sparse grouped-query attention."""
-    return {"xla": None}
+    if not device.compute_capability:
+        return {"triton": _NO_NVIDIA.format(device.kind), "xla": None}
+    module = importlib.import_module("hisa_jax.kernels_pallas.triton.sparse_attention")
+    return {"triton": module.why_not(device.compute_capability, **dataclasses.asdict(problem)), "xla": None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
