@@ -327,10 +327,19 @@ def grouped_attention(name: str) -> Callable[..., tuple[Array, Array]]:
 
 def grouped_reasons(device: Device, problem: GroupedProblem) -> dict[str, str | None]:
     """As `reasons`, for the sparse grouped-query attention."""
-    if not device.compute_capability:
-        return {"triton": _NO_NVIDIA.format(device.kind), "xla": None}
-    module = importlib.import_module("hisa_jax.kernels_pallas.triton.sparse_attention")
-    return {"triton": module.why_not(device.compute_capability, **dataclasses.asdict(problem)), "xla": None}
+
+    def why_not(name: str, where: str, missing: str) -> str | None:
+        if not where:
+            return missing.format(device.kind)
+        module = importlib.import_module(f"hisa_jax.kernels_pallas.{name}.sparse_attention")
+        return module.why_not(where, **dataclasses.asdict(problem))
+
+    tpu = device.kind if device.platform == "tpu" else ""
+    return {
+        "triton": why_not("triton", device.compute_capability, _NO_NVIDIA),
+        "mosaic_tpu": why_not("mosaic_tpu", tpu, _NO_TPU),
+        "xla": None,
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
