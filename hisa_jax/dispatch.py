@@ -310,7 +310,11 @@ def attention_reasons(device: Device, problem: AttentionProblem) -> dict[str, st
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupedProblem:
-    """What the choice of a sparse grouped-query attention depends on: heads, groups, sizes of key and value, blocks."""
+    """What the choice of a sparse grouped-query attention depends on: heads, groups, sizes of key and value, blocks.
+
+    Attributes:
+        n_listed: entries of all lists of a query.
+    """
 
     Hq: int
     G: int
@@ -318,6 +322,7 @@ class GroupedProblem:
     V: int
     dtype: str
     block_size: int
+    n_listed: int
 
 
 def grouped_attention(name: str) -> Callable[..., tuple[Array, Array]]:

@@ -1,6 +1,7 @@
 """Sparse grouped-query attention over the selected tokens or blocks, contiguous and in pages."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -71,8 +72,8 @@ def sparse_attention(
     _check_q(call, q, ("B", "T", "Hq", "D"))
     _check_kv(call, q, ("k", k), ("v", v), (q.shape[0], "S"), "its first and last axes must equal q's B and D")
     S = k.shape[1]
-    attend = _checked_attention(call, q, k, v, scale, block_size, sink, return_lse, implementation)
     _check_lists(call, q, k.shape[2], indices, query_positions, block_size)
+    attend = _checked_attention(call, q, k, v, indices, scale, block_size, sink, return_lse, implementation)
     n_blocks = -(-S // block_size)
     checks.value(
         (indices >= -1) & (indices < n_blocks),
@@ -127,10 +128,10 @@ def sparse_attention_paged(
     _check_q(call, q, ("T", "Hq", "D"))
     _check_kv(call, q, ("k", k), ("v", v), ("n_pages", "page_size"), "its last axis must equal q's D")
     n_pages, page_size = k.shape[:2]
-    attend = _checked_attention(call, q, k, v, scale, block_size, sink, return_lse, implementation)
+    _check_lists(call, q, k.shape[2], indices, query_positions, block_size)
     if page_size % block_size:
         raise ValueError(f"{call}: block_size={block_size}, wanted a divisor of page_size = {page_size}")
-    _check_lists(call, q, k.shape[2], indices, query_positions, block_size)
+    attend = _checked_attention(call, q, k, v, indices, scale, block_size, sink, return_lse, implementation)
     checks.int32(call, "block_tables", block_tables, ("R", "P"))
     R, P = block_tables.shape
     checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), q.shape[0], "a start for each request, and the end")
@@ -172,7 +173,8 @@ def _check_kv(
 
 
 def _check_lists(call: str, q: Array, G: int, indices: Array, query_positions: Array | None, block_size: int) -> None:
-    """Raises unless lists and positions fit the queries [..., Hq, D]."""
+    """Raises unless lists, their blocks and positions fit the queries [..., Hq, D]."""
+    checks.integer(call, "block_size", block_size, least=1)
     queries: tuple[int, ...] = q.shape[:-2]
     is_grouped = getattr(indices, "ndim", 0) == len(queries) + 2
     wanted: tuple[int | str, ...]
@@ -188,16 +190,21 @@ def _check_lists(call: str, q: Array, G: int, indices: Array, query_positions: A
 
 
 def _checked_attention(
-    call: str, q: Array, k: Array, v: Array, scale: float, block_size: int, sink: Array | None, return_lse: bool,
-    implementation: str,
+    call: str, q: Array, k: Array, v: Array, indices: Array, scale: float, block_size: int, sink: Array | None,
+    return_lse: bool, implementation: str,
 ) -> Any:  # fmt: skip
     """What both forms take besides lists: raises if it does not fit. Returns (q, k, v, lists) -> (out, lse)."""
     checks.finite(call, "scale", scale)
-    checks.integer(call, "block_size", block_size, least=1)
     check_sink(call, sink, q)
     checks.flags(call, return_lse=return_lse)
     problem = dispatch.GroupedProblem(
-        Hq=q.shape[-2], G=k.shape[-2], D=q.shape[-1], V=v.shape[-1], dtype=q.dtype.name, block_size=block_size
+        Hq=q.shape[-2],
+        G=k.shape[-2],
+        D=q.shape[-1],
+        V=v.shape[-1],
+        dtype=q.dtype.name,
+        block_size=block_size,
+        n_listed=math.prod(indices.shape[q.ndim - 2 :]),
     )
     name = dispatch.choose(call, implementation, dispatch.grouped_reasons(dispatch.Device.default(), problem))
 

@@ -26,6 +26,7 @@ from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.xla.sparse_attention import Lists
 
 _ROWS = 16  # of a bfloat16 tile
+_MOST_LISTED = 16384  # lists of two queries lie in scalar memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Config:
 
 
 def why_not(
-    device_kind: str, Hq: int, G: int, D: int, V: int, dtype: DTypeLike, block_size: int
+    device_kind: str, Hq: int, G: int, D: int, V: int, dtype: DTypeLike, block_size: int, n_listed: int
 ) -> str | None:  # fmt: skip
     """None, or why this kernel cannot run a shape."""
     if device_kind not in chips.CHIPS:
@@ -47,6 +48,8 @@ def why_not(
         return f"needs blocks of a multiple of {LANES} tokens up to 1024, not {block_size}"
     if D % LANES or V % LANES or max(D, V) > 512:
         return f"needs keys and values of a multiple of {LANES} up to 512, not {D} and {V}"
+    if n_listed > _MOST_LISTED:
+        return f"needs at most {_MOST_LISTED} blocks in the lists of a query, not {n_listed}"
     return None if Hq <= 256 else f"needs at most 256 heads, not {Hq}"
 
 

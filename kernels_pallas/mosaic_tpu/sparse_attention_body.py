@@ -9,6 +9,7 @@ Groups with fewer blocks than others repeat a block that counts for nothing.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -101,7 +102,7 @@ def sparse_attention_body(plan: Plan, refs: Refs) -> None:
         masks = []
         for i in range(plan.per_step):
             count = block(step, i)[1]
-            pl.when(count < size)(lambda i=i, count=count: clear_values(slot, i, count))
+            pl.when(count < size)(functools.partial(clear_values, slot, i, count))
             masks.append(jnp.where(lax.broadcasted_iota(jnp.int32, (1, size), 1) < count, 1.0, 0.0))
         mask = jnp.concatenate(masks, axis=1)  # [1, per_step * block_size]
         logits = lax.dot_general(

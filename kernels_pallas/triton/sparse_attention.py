@@ -39,7 +39,7 @@ class Config:
 
 
 def why_not(
-    compute_capability: str, Hq: int, G: int, D: int, V: int, dtype: DTypeLike, block_size: int
+    compute_capability: str, Hq: int, G: int, D: int, V: int, dtype: DTypeLike, block_size: int, n_listed: int
 ) -> str | None:  # fmt: skip
     """None, or why this kernel cannot run a shape."""
     if reason := capability.why_not(compute_capability, dtype):

@@ -57,7 +57,7 @@ def test_lowers(B, T, Hq, G, D, block_size):
 
 
 def test_refusals_say_why():
-    shape = dict(Hq=24, G=2, D=256, V=256, dtype=BF16, block_size=128)
+    shape = dict(Hq=24, G=2, D=256, V=256, dtype=BF16, block_size=128, n_listed=32)
     assert why_not("9.0", **shape) is None and why_not("9.0", **{**shape, "block_size": 1}) is None
     assert "needs bfloat16, not float32" in why_not("9.0", **{**shape, "dtype": jnp.float32})
     assert "not 192 and 256" in why_not("9.0", **{**shape, "D": 192})

@@ -35,10 +35,11 @@ def test_attends_to_what_is_listed(grouped, interpret):
 
 
 def test_says_what_it_declines():
-    shape = dict(Hq=24, G=2, D=256, V=256, dtype=BF16, block_size=128)
+    shape = dict(Hq=24, G=2, D=256, V=256, dtype=BF16, block_size=128, n_listed=32)
     assert why_not("TPU v5 lite", **shape) is None
     assert "bfloat16" in why_not("TPU7x", **{**shape, "dtype": jnp.float32})
     assert "multiple of 128 tokens up to 1024, not 1" in why_not("TPU7x", **{**shape, "block_size": 1})
+    assert "at most 16384 blocks" in why_not("TPU7x", **{**shape, "n_listed": 20000})
     assert "not 64 and 256" in why_not("TPU7x", **{**shape, "D": 64})
     assert "this device is 'cpu'" in why_not("cpu", **shape)
 
