@@ -10,9 +10,9 @@ from jax import Array
 
 from hisa_jax import checks, dispatch
 from hisa_jax.attention import check_sink, rows_of_pages, with_sink
+from hisa_jax.layout import BlockLists
 from hisa_jax.sharded import varying
 from hisa_jax.xla import sparse_attention as xla
-from hisa_jax.xla.sparse_attention import Lists
 
 
 def sparse_attention(
@@ -81,7 +81,7 @@ def sparse_attention(
         least=jnp.min(indices, initial=-1),
         most=jnp.max(indices, initial=-1),
     )
-    out, lse = attend(q, k, v, _lists(jnp.asarray(indices), query_positions, block_size, S))
+    out, lse = attend(q, k, v, block_lists(jnp.asarray(indices), query_positions, block_size, S))
     out = with_sink(out, lse, sink)
     return (out, lse) if return_lse else out
 
@@ -135,14 +135,14 @@ def sparse_attention_paged(
     checks.int32(call, "block_tables", block_tables, ("R", "P"))
     R, P = block_tables.shape
     checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), q.shape[0], "a start for each request, and the end")
-    lists = _lists(jnp.asarray(indices)[None], _batched(query_positions), block_size, P * page_size)
+    lists = block_lists(jnp.asarray(indices)[None], _batched(query_positions), block_size, P * page_size)
     in_pages = functools.partial(
         rows_of_pages, n_pages, page_size // block_size, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q
     )
     T, L, K = lists.ids.shape[1:]
     ids = in_pages(lists.ids.reshape(T, L * K)).reshape(1, T, L, K)
     open_block, count = lists.last[0, :, :1], lists.last[..., 1:]
-    lists = Lists(ids, jnp.concatenate([in_pages(open_block)[None], count], axis=2))
+    lists = BlockLists(ids, jnp.concatenate([in_pages(open_block)[None], count], axis=2))
     in_one_piece = (x.reshape(1, -1, *x.shape[2:]) for x in (k, v))
     out, lse = (x[0] for x in attend(q[None], *in_one_piece, lists))
     out = with_sink(out, lse, sink)
@@ -208,7 +208,7 @@ def _checked_attention(
     )
     name = dispatch.choose(call, implementation, dispatch.grouped_reasons(dispatch.Device.default(), problem))
 
-    def attend(q: Array, k: Array, v: Array, lists: Lists) -> tuple[Array, Array]:
+    def attend(q: Array, k: Array, v: Array, lists: BlockLists) -> tuple[Array, Array]:
         if 0 in (*q.shape, *k.shape, *v.shape, *lists.ids.shape):
             return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
         return _attend(*varying.alike(q, k, v, lists), float(scale), int(block_size), name)
@@ -216,7 +216,7 @@ def _checked_attention(
     return attend
 
 
-def _lists(indices: Array, query_positions: Array | None, block_size: int, S: int) -> Lists:
+def block_lists(indices: Array, query_positions: Array | None, block_size: int, S: int) -> BlockLists:
     """[B, T, K] or [B, T, G, K], [B, T] -> the blocks of which something is visible, and the query's last one."""
     ids = indices if indices.ndim == 4 else indices[:, :, None]
     if query_positions is None:
@@ -225,12 +225,12 @@ def _lists(indices: Array, query_positions: Array | None, block_size: int, S: in
         visible = jnp.clip(jnp.asarray(query_positions), -1, S - 1) + 1
     n_visible = -(-visible // block_size)[:, :, None, None]
     ids = jnp.where((ids >= 0) & (ids < n_visible), ids, -1)
-    return Lists(ids, jnp.stack([visible // block_size, visible % block_size], axis=2))
+    return BlockLists(ids, jnp.stack([visible // block_size, visible % block_size], axis=2))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _attend(
-    q: Array, k: Array, v: Array, lists: Lists, scale: float, block_size: int, implementation: str
+    q: Array, k: Array, v: Array, lists: BlockLists, scale: float, block_size: int, implementation: str
 ) -> tuple[Array, Array]:
     """[B, T, Hq, D], [B, S, G, D], [B, S, G, V] -> [B, T, Hq, V], [B, T, Hq] float32."""
     forward = xla.forward if implementation == "xla" else dispatch.grouped_attention(implementation)
@@ -238,7 +238,7 @@ def _attend(
 
 
 def _attend_forward(
-    q: Array, k: Array, v: Array, lists: Lists, scale: float, block_size: int, implementation: str
+    q: Array, k: Array, v: Array, lists: BlockLists, scale: float, block_size: int, implementation: str
 ) -> Any:
     out, lse = _attend(q, k, v, lists, scale, block_size, implementation)
     return (out, lse), (q, k, v, lists, out, lse)

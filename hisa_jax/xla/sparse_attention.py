@@ -5,37 +5,24 @@ backward pass gathers and recomputes tile by tile, too, from the saved logsumexp
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from hisa_jax.layout import BlockLists
 from hisa_jax.sharded import varying
 from hisa_jax.xla.attention import dot, probabilities
 from hisa_jax.xla.query_tiles import QueryTiles
 
 
-class Lists(NamedTuple):
-    """What each query attends to: whole blocks, of which at most one is open.
-
-    Attributes:
-        ids: [B, T, L, K] int32, blocks that exist and of which some token is visible, in any order, or -1; L is the
-            groups, or 1: one list for all.
-        last: [B, T, 2] int32, a block's id and how many of its first tokens count; of all others all tokens do.
-    """
-
-    ids: Array
-    last: Array
-
-
 @functools.partial(jax.jit, static_argnames=("scale", "block_size"))
-def forward(q: Array, k: Array, v: Array, lists: Lists, *, scale: float, block_size: int) -> tuple[Array, Array]:
+def forward(q: Array, k: Array, v: Array, lists: BlockLists, *, scale: float, block_size: int) -> tuple[Array, Array]:
     """[B, T, Hq, D], [B, S, G, D], [B, S, G, V] -> [B, T, Hq, V], and the logsumexp of the logits, [B, T, Hq]."""
     (B, T), G = q.shape[:2], k.shape[2]
     tiles = _tiles(q, k, v, lists, block_size)
 
-    def tile(operands: tuple[Array, Array, Lists]) -> tuple[Array, Array]:
+    def tile(operands: tuple[Array, Array, BlockLists]) -> tuple[Array, Array]:
         b, q, lists = operands
         tokens, is_real = _tokens(lists, G, block_size)
         keys, values = _gather(k, b, tokens, is_real), _gather(v, b, tokens, is_real)
@@ -83,14 +70,14 @@ def backward(
     return tiles.join(d_q, B, T).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
-def _tiles(q: Array, k: Array, v: Array, lists: Lists, block_size: int) -> QueryTiles:
+def _tiles(q: Array, k: Array, v: Array, lists: BlockLists, block_size: int) -> QueryTiles:
     """Tiles by what a query makes: logits, keys and values."""
     G, tokens = k.shape[2], lists.ids.shape[3] * block_size
     return QueryTiles.of(q.shape[1], tokens * (q.shape[2] + G * (k.shape[3] + v.shape[3])))
 
 
-def _cut(tiles: QueryTiles, lists: Lists) -> Lists:
-    return Lists(tiles.cut(lists.ids, -1), tiles.cut(lists.last))
+def _cut(tiles: QueryTiles, lists: BlockLists) -> BlockLists:
+    return BlockLists(tiles.cut(lists.ids, -1), tiles.cut(lists.last))
 
 
 def _groups(G: int) -> Array:
@@ -102,7 +89,7 @@ def _by_group(x: Array, G: int) -> Array:
     return x.reshape(x.shape[0], G, -1, *x.shape[2:])
 
 
-def _tokens(lists: Lists, G: int, block_size: int) -> tuple[Array, Array]:
+def _tokens(lists: BlockLists, G: int, block_size: int) -> tuple[Array, Array]:
     """[t, L, K], [t, 2] -> the tokens of the blocks, [t, G, K * block_size], and which of them count."""
     ids, (last, count) = lists.ids[..., None], (lists.last[:, i, None, None, None] for i in range(2))
     inside = jnp.arange(block_size, dtype=jnp.int32)[None, None, None]

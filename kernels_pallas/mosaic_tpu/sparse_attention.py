@@ -23,7 +23,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES
 from hisa_jax.kernels_pallas.mosaic_tpu.launch import HBM, Launch, pad_axis
 from hisa_jax.kernels_pallas.mosaic_tpu.sparse_attention_body import Plan, Refs, sparse_attention_body
 from hisa_jax.kernels_pallas.types import Interpret
-from hisa_jax.xla.sparse_attention import Lists
+from hisa_jax.layout import BlockLists
 
 _ROWS = 16  # of a bfloat16 tile
 _MOST_LISTED = 16384  # lists of two queries lie in scalar memory
@@ -56,7 +56,7 @@ def why_not(
 @in_32_bits
 @functools.partial(jax.jit, static_argnames=("scale", "block_size", "config", "interpret"))
 def sparse_attention(
-    q: Array, k: Array, v: Array, lists: Lists, *,
+    q: Array, k: Array, v: Array, lists: BlockLists, *,
     scale: float, block_size: int, config: Config | None = None, interpret: Interpret = False
 ) -> tuple[Array, Array]:  # fmt: skip
     """[B, T, Hq, D], [B, S, G, D], [B, S, G, V] -> [B, T, Hq, V] in the dtype of q, [B, T, Hq] float32 lse.

@@ -24,7 +24,7 @@ from hisa_jax.kernels_pallas.bits import in_32_bits
 from hisa_jax.kernels_pallas.triton import capability
 from hisa_jax.kernels_pallas.triton.sparse_attention_body import Inputs, Plan, sparse_attention_body
 from hisa_jax.kernels_pallas.triton.sparse_mla import combine
-from hisa_jax.xla.sparse_attention import Lists
+from hisa_jax.layout import BlockLists
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def sparse_attention(
     q: Array,
     k: Array,
     v: Array,
-    lists: Lists,
+    lists: BlockLists,
     *,
     scale: float,
     block_size: int,

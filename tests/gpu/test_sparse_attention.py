@@ -6,7 +6,7 @@ import pytest
 
 import hisa_jax as hj
 from hisa_jax.kernels_pallas.triton.sparse_attention import Config, heuristic, sparse_attention, why_not
-from hisa_jax.sparse_attention import _lists
+from hisa_jax.sparse_attention import block_lists
 from tests import oracle
 from tests.gpu.test_lowering import lower
 from tests.test_sparse_attention import inputs
@@ -32,7 +32,7 @@ def test_attends_to_what_is_listed(block_size, grouped, config):
         tokens = (ids[ids >= 0][:, None] * block_size + np.arange(block_size)).ravel()
         attended[b, tokens[tokens <= at[b, t]], g] = True
     k, v = (jnp.where(attended[..., None], x, jnp.nan).astype(BF16) for x in (k, v))
-    lists = _lists(jnp.asarray(indices), jnp.asarray(at), block_size, 100)
+    lists = block_lists(jnp.asarray(indices), jnp.asarray(at), block_size, 100)
     out, lse = sparse_attention(
         jnp.asarray(q), k, v, lists, scale=SCALE, block_size=block_size, config=config, interpret=True
     )
@@ -48,7 +48,7 @@ def test_attends_to_what_is_listed(block_size, grouped, config):
 @pytest.mark.gate("prefill-1", "decode-128")
 def test_lowers(B, T, Hq, G, D, block_size):
     def attend(q, k, v, indices, at):
-        lists = _lists(indices, at, block_size, k.shape[1])
+        lists = block_lists(indices, at, block_size, k.shape[1])
         return sparse_attention(q, k, v, lists, scale=0.1, block_size=block_size)
 
     kv = ((B, 131072, G, D), BF16)

@@ -7,7 +7,7 @@ import pytest
 
 from bench.tpu import aot
 from hisa_jax.kernels_pallas.mosaic_tpu.sparse_attention import Config, sparse_attention, why_not
-from hisa_jax.sparse_attention import _lists
+from hisa_jax.sparse_attention import block_lists
 from tests import oracle
 from tests.test_sparse_attention import inputs
 
@@ -26,7 +26,7 @@ def test_attends_to_what_is_listed(grouped, interpret):
         attended[b, tokens[tokens <= at[b, t]], g] = True
     k, v = (jnp.where(attended[..., None], x, jnp.nan).astype(BF16) for x in (k, v))
     out, lse = sparse_attention(
-        jnp.asarray(q), k, v, _lists(jnp.asarray(indices), jnp.asarray(at), 128, 700), scale=0.1, block_size=128,
+        jnp.asarray(q), k, v, block_lists(jnp.asarray(indices), jnp.asarray(at), 128, 700), scale=0.1, block_size=128,
         config=Config(tile_s=256), interpret=interpret,
     )  # fmt: skip
     wanted, wanted_lse = oracle.sparse_attention(q, k, v, indices, 0.1, 128, at)
@@ -52,7 +52,7 @@ def test_compiles(chip, B, T, Hq, G, D):
     def attend(q, k, v, indices, at):
         # A cache that is kept with its groups side by side: no copy of it is made.
         k, v = (x.reshape(B, -1, G, D) for x in (k, v))
-        lists = _lists(indices, at, 128, k.shape[1])
+        lists = block_lists(indices, at, 128, k.shape[1])
         return sparse_attention(q, k, v, lists, scale=D**-0.5, block_size=128)
 
     shapes = ((B, T, Hq, D), BF16), *2 * [((B, 32768, G * D), BF16)], ((B, T, G, 16), jnp.int32), ((B, T), jnp.int32)
