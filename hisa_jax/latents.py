@@ -95,8 +95,10 @@ def quantize_latents(latents: Array, value_dim: int = 512, scale: ScaleFormat = 
     call = "quantize_latents"
     checks.dtype(call, "latents", latents, ("bfloat16", "float32"))
     checks.integer(call, "value_dim", value_dim, 1)
-    if not latents.ndim or latents.shape[-1] < value_dim:
-        raise ValueError(f"{call}: latents is {checks.axes_of(latents)}, wanted value_dim={value_dim} features or more")
+    if not latents.ndim:
+        raise ValueError(f"{call}: latents is {checks.axes_of(latents)}, wanted [..., Dk]")
+    if latents.shape[-1] < value_dim:
+        raise ValueError(f"{call}: value_dim={value_dim}, wanted at most {latents.shape[-1]}, latents' last axis")
     groups = n_groups(call, value_dim)
     grouped = latents[..., :value_dim].reshape(*latents.shape[:-1], groups, -1)
     values, scales = quantize_groups(call, "latents", grouped, jnp.float8_e4m3fn, scale)

@@ -239,14 +239,18 @@ def cases():
     yield Case(hj.copy_pages, copies(), COPIES | ALONE)
     yield Case(hj.copy_pages, copies() | over_context(), COPIES | OVER)
     yield Case(hj.init_cache,
-               dict(n_pages=4, page_size=16, D=8, dtype=F32, sketch="int4", latent_dim=8, latent_dtype=F32,
-                    block_size=32),
+               dict(n_pages=4, page_size=16, D=8, dtype=F32, sketch="int4", latent_dim=8,
+                    latent_dtype=jnp.float8_e4m3fn, latent_value_dim=4, block_size=32),
                dict(n_pages=INT, page_size=Kind((*INT.bad, *constants(24, 512))), D=SIZE, dtype=DTYPE,
                     sketch=Kind(constants("int8", 4, ["int4"], True)),
                     latent_dim=Kind((*NOT_INTS, *constants(0, -1))), latent_dtype=DTYPE,
+                    latent_value_dim=Kind((*NOT_INTS, *constants(0, -1, 9))),
                     block_size=Kind((*NOT_INTS, *constants(8, 24, 512)))))  # fmt: skip
     yield Case(hj.quantize_keys, dict(k=np.ones((3, 4), np.float32)),
                dict(k=TO_QUANTIZE, dtype=DTYPE, scale=Kind(constants("e8m0", None, ["ue8m0"]))))  # fmt: skip
+    yield Case(hj.quantize_latents, dict(latents=np.ones((3, 4), np.float32), value_dim=4),
+               dict(latents=TO_QUANTIZE, value_dim=Kind((*NOT_INTS, *constants(0, -1, 5, 129))),
+                    scale=Kind(constants("e8m0", None, ["ue8m0"]))))  # fmt: skip
     yield Case(hj.quantize_queries, dict(q=np.ones((3, 4), np.float32), w=np.ones((3,), np.float32)),
                dict(q=TO_QUANTIZE, w=WEIGHTS, dtype=DTYPE, scale=Kind(constants("e8m0", None, ["ue8m0"]))))  # fmt: skip
     yield Case(hj.indexer_kl, dict(q=q2, k=k2, w=np.ones((1, 2, 4), np.float32), attention_q=q2, attention_kv=k2,

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
+from hisa_jax.kernels_pallas.mosaic_gpu import sparse_mla as mosaic_gpu
+from hisa_jax.kernels_pallas.mosaic_tpu import sparse_mla as mosaic_tpu
+from hisa_jax.kernels_pallas.triton import sparse_mla as triton
 from tests import oracle
 from tests.test_sparse_mla import inputs
 
@@ -131,3 +134,10 @@ def append_other():
     cache = hj.init_cache(2, 8, 0, latent_dim=48, latent_dtype=jnp.float8_e4m3fn, latent_value_dim=32)
     tables = jnp.zeros((1, 1), jnp.int32), jnp.array([0, 1]), jnp.array([0])
     return hj.append(cache, jnp.ones((1, 0), jnp.bfloat16), *tables, latents=jnp.ones((1, 48), jnp.bfloat16))
+
+
+def test_backends_say_whether_they_read_them():
+    shape: dict = dict(N=64, key_dim=576, value_dim=512, dtype=jnp.bfloat16, is_quantized=True)
+    assert "not quantised" in mosaic_tpu.why_not("TPU v5 lite", **shape)
+    assert "8.9" in triton.why_not("8.0", **shape) and triton.why_not("9.0", **shape) is None
+    assert mosaic_gpu.why_not("9.0", **shape) is None

@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decode-context", type=options.context, default=128 * K, metavar="N", help="tokens of each (default: 128K)"
     )
+    parser.add_argument("--latents-in-8-bits", action="store_true", help="keep latents in 8 bits (docs/latents.md)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
 
 
@@ -77,7 +78,8 @@ class Row:
     @property
     def row(self) -> str:
         x = self.setting
-        return f"{x.model} {x.phase}{x.B if x.T == 1 else ''} {shapes.label(x.context)} {self.method}"
+        form = " 8bit" if x.config.latent_dtype else ""
+        return f"{x.model} {x.phase}{x.B if x.T == 1 else ''} {shapes.label(x.context)}{form} {self.method}"
 
     def __str__(self) -> str:
         return self.row
@@ -86,7 +88,7 @@ class Row:
 def settings(args: argparse.Namespace) -> Iterator[Setting]:
     """What the options ask for; sequences are whole pages, and longer than a chunk."""
     for model in args.models:
-        config = served(MODELS[model]())
+        config = served(MODELS[model](), latents_in_8_bits=args.latents_in_8_bits)
         for context in args.contexts:
             yield setting(model, config, 1, args.chunk, context)
         for batch in args.batches:
@@ -137,7 +139,8 @@ class Bench:
         self._common = {name: ms for name, ms in parts.items() if name not in OF_METHOD}
         return records.device() | {
             "row": row.row, "model": setting.model, "phase": setting.phase, "batch": setting.B, "queries": setting.T,
-            "context": setting.context, "method": row.method, "ms": float(np.median(whole)),
+            "context": setting.context, "latents": setting.config.latent_dtype or "bfloat16", "method": row.method,
+            "ms": float(np.median(whole)),
             "ms_p10": float(np.percentile(whole, 10)), "ms_p90": float(np.percentile(whole, 90)),
             "parts_ms": {name: parts[name] for name in (*PARTS, SPARSE)}, "clock_mhz": clock, "checked": True,
             "timer": "span" if jax.default_backend() == "gpu" else "wall clock",

@@ -52,9 +52,12 @@ class Inputs(NamedTuple):
     block_tables: Array
 
 
-def served(config: Config) -> Config:
+def served(config: Config, *, latents_in_8_bits: bool = False) -> Config:
     """As servers run it: index keys in e4m3, after the rotation that spreads outliers."""
-    return dataclasses.replace(config, index_key_dtype="float8_e4m3fn", index_hadamard=True)
+    latent_dtype: Any = "float8_e4m3fn" if latents_in_8_bits else None
+    return dataclasses.replace(
+        config, index_key_dtype="float8_e4m3fn", index_hadamard=True, latent_dtype=latent_dtype
+    )  # fmt: skip
 
 
 def make(setting: Setting) -> tuple[nnx.GraphDef, Inputs, hj.IndexCache]:
@@ -80,7 +83,9 @@ def make(setting: Setting) -> tuple[nnx.GraphDef, Inputs, hj.IndexCache]:
     @jax.jit  # one program, so that keys need not exist in more than 8 bits
     def pages() -> hj.IndexCache:
         keys = jax.random.normal(draws[2], (n_pages, PAGE, config.index_head_dim), BF16)
-        latents = jax.random.normal(draws[3], (n_pages, PAGE, L), BF16)
+        latents: Any = jax.random.normal(draws[3], (n_pages, PAGE, L), BF16)
+        if config.latent_dtype is not None:
+            latents = hj.quantize_latents(latents, config.kv_lora_rank)
         dtype = config.index_key_dtype
         index_keys = keys if dtype is None else hj.quantize_keys(keys, dtype, config.index_key_scale)
         return hj.IndexCache.from_pages(index_keys, tables, inputs.lengths - T, latents=latents, block_size=block_size)

@@ -57,12 +57,11 @@ def _measure(args: argparse.Namespace, results: list[dict[str, Any]]) -> int:
         raise UserError(f"needs an NVIDIA GPU, this machine has {jax.default_backend()}")
     warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
     peers = packages.load(args.topk_library)
-    if peers.missing:
-        print(packages.advice(peers.missing), flush=True)
-    theirs, timer = Theirs(peers), functools.partial(spans_of, record=events_by_torch(peers.torch))
+    print("\n".join(peers.notes), flush=True)
+    timer = functools.partial(spans_of, record=events_by_torch(peers.torch))
 
     def one(row: Row) -> dict[str, Any]:
-        results.append(measure(row, sides_of(theirs, row), timer))
+        results.append(measure(row, sides_of(Theirs(peers), row), timer))
         peers.torch.cuda.empty_cache()
         return results[-1]
 

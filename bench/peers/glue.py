@@ -11,7 +11,7 @@ _E4M3_MAX = 448.0
 
 
 class Glue:
-    """The functions, compiled.
+    """The functions, compiled for the shapes of one row: torch compiles a function eight times at most.
 
     Args:
         torch: the module.
@@ -19,7 +19,10 @@ class Glue:
     """
 
     def __init__(self, torch: Any, *, compiled: bool = True):
-        wrap = functools.partial(torch.compile, dynamic=False) if compiled else lambda f: f
+        if compiled:
+            torch._dynamo.reset()
+        # With `fullgraph` an error, and no silent run as they are, where that limit is reached after all.
+        wrap = functools.partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda f: f
         for f in (pool, force, pages_of, hide, positions_of):
             setattr(self, f.__name__, wrap(functools.partial(f, torch)))
 

@@ -38,14 +38,14 @@ class Peers(NamedTuple):
     Attributes:
         torch, deep_gemm, flash_mla: modules, None if not installed.
         selectors: top-k by name, `torch.topk` among them.
-        missing: packages that are not installed.
+        notes: a line for each package that is not installed, or does not import, and what to do.
     """
 
     torch: Any
     deep_gemm: Any
     flash_mla: Any
     selectors: dict[str, TopK]
-    missing: tuple[Package, ...]
+    notes: tuple[str, ...]
 
 
 def load(topk_library: Path | None) -> Peers:
@@ -57,11 +57,11 @@ def load(topk_library: Path | None) -> Peers:
 
     Raises: UserError: no torch, no such library.
     """
-    modules = {package.name: _import(package) for package in PACKAGES}
-    missing = tuple(package for package in PACKAGES if modules[package.name] is None)
+    found = {package.name: _import(package) for package in PACKAGES}
+    modules = {name: module for name, (module, _) in found.items()}
     torch = modules[TORCH.name]
     if torch is None:
-        raise UserError(f"needs torch, which all peers run in: {TORCH.get}")
+        raise UserError(f"needs torch, which all peers run in: {found[TORCH.name][1]}")
     selectors: dict[str, TopK] = {"torch.topk": _torch_topk(torch)}
     if modules[SGL_KERNEL.name] is not None:
         selectors["sgl_kernel"] = _sgl_topk(modules[SGL_KERNEL.name])
@@ -69,20 +69,22 @@ def load(topk_library: Path | None) -> Peers:
         if not topk_library.is_file():
             raise UserError(f"--topk-library {topk_library}: no such file")
         if modules[TVM_FFI.name] is None:
-            raise UserError(f"--topk-library needs tvm_ffi: {TVM_FFI.get}")
+            raise UserError(f"--topk-library needs tvm_ffi: {found[TVM_FFI.name][1]}")
         library = modules[TVM_FFI.name].load_module(str(topk_library))
         selectors["sglang topk_v2"] = _ragged_topk(torch, library)
         selectors["sglang topk_v2 paged"] = _paged_topk(torch, library)
-    return Peers(torch, modules[DEEP_GEMM.name], modules[FLASH_MLA.name], selectors, missing)
+    notes = tuple(note for _, note in found.values() if note)
+    return Peers(torch, modules[DEEP_GEMM.name], modules[FLASH_MLA.name], selectors, notes)
 
 
-def advice(missing: tuple[Package, ...]) -> str:
-    """A line for each package that is not installed."""
-    return "\n".join(f"not installed: {x.name} ({x.gives}): {x.get}" for x in missing)
-
-
-def _import(package: Package) -> Any:
-    return importlib.import_module(package.name) if importlib.util.find_spec(package.name) else None
+def _import(package: Package) -> tuple[Any, str]:
+    """The module and "", or None and what to do about it."""
+    if importlib.util.find_spec(package.name) is None:
+        return None, f"not installed: {package.name} ({package.gives}): {package.get}"
+    try:
+        return importlib.import_module(package.name), ""
+    except Exception as error:  # whatever a package demands of the machine when it is imported
+        return None, f"does not import: {package.name} ({package.gives}): {type(error).__name__}: {error}"
 
 
 def _torch_topk(torch: Any) -> TopK:

@@ -20,7 +20,7 @@ Call = Callable[[], Any]
 
 
 class Theirs:
-    """Builds the calls. Each launches its kernels and returns what ours returns first, as a torch tensor."""
+    """Builds the calls of one row. Each launches its kernels and returns what ours returns first, as a torch tensor."""
 
     def __init__(self, peers: Peers):
         self.peers, self.torch = peers, peers.torch

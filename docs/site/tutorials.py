@@ -23,7 +23,8 @@ def page(path: Path, root: Path) -> tuple[str, dict[str, bytes]]:
     notebook = jupytext.read(path, fmt="py:percent")
     if os.environ.get("TUTORIALS", "true") != "false":
         resources = {"metadata": {"path": str(root)}}
-        NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+        client = NotebookClient(notebook, timeout=600, startup_timeout=300, kernel_name="python3", resources=resources)
+        client.execute()
     named = {"unique_key": path.stem, "output_files_dir": "."}
     text, made = MarkdownExporter().from_notebook_node(notebook, resources=named)
     return text, {Path(name).name: content for name, content in made["outputs"].items()}

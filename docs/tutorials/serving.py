@@ -6,6 +6,7 @@
 # indexers read. It needs `pip install 'hisa_jax[serve]' openai matplotlib` and a checkout, where the checkpoint is.
 
 # %%
+import atexit
 import json
 import re
 import subprocess
@@ -58,6 +59,7 @@ print("flat:", models.generate(model, [prompt], sampling=sampling, chunk=256).te
 command = [sys.executable, "-m", "hisa_jax", "serve", "--checkpoint", str(folder), "--port", "0", "--rows", "2"]
 command += ["--max-length", "2048", "--indexer", "hisa", "--block-size", "32", "--block-topk", "32"]
 server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+atexit.register(server.kill)  # whatever goes wrong below
 url = None
 for line in server.stdout:
     print(line, end="")

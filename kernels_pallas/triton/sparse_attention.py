@@ -1,9 +1,9 @@
 """Sparse grouped-query attention, forward: every query attends to the tokens or blocks that are listed for its group.
     o[t, h] = softmax_s(scale * q[t, h] . k[s, g]) @ v[s, g], s in lists[t, g];   lse[t, h] = log sum_s exp(...)
 
-Floor, 4096 queries of 64 heads in 4 groups of 128, 2048 tokens each, bfloat16, on an H200: 0.27 PFLOP / 990 TFLOP/s =
+Floor, 4096 queries of 64 heads in 4 groups of 128, 2048 tokens each, bfloat16, on an H200: 0.27 TFLOP / 990 TFLOP/s =
 0.28 ms. A program reads its query's keys and values for one group, all programs 17 GB: the second level cache binds.
-One sequence of a decode is bound by how many programs there are, 128 by device memory: 1 GB / 4.3 TB/s = 0.25 ms.
+One sequence of a decode is bound by how many programs there are, 128 by device memory: 0.54 GB / 4.3 TB/s = 0.13 ms.
 
 A program takes the heads of one group of one query. Of a list of tokens it gathers `tile_s` rows by pointer; of a list
 of blocks it reads tiles of adjacent rows, and no pointer but the block's first is looked up. With few queries the list

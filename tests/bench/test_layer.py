@@ -42,6 +42,13 @@ def test_decoding_is_checked_and_timed(bench, method):
     assert bench.measure(Row(command.setting("tiny", TINY, 3, 1, 256), method))["row"] == f"tiny decode3 256 {method}"
 
 
+@pytest.mark.exhaustive  # 20 seconds
+def test_latents_in_8_bits_are_checked_and_timed(bench):
+    config = dataclasses.replace(TINY, latent_dtype="float8_e4m3fn")
+    row = bench.measure(Row(command.setting("tiny", config, 1, 8, 512), "hisa"))
+    assert row["row"] == "tiny prefill 512 8bit hisa" and row["latents"] == "float8_e4m3fn"
+
+
 @pytest.mark.exhaustive  # 15 seconds
 def test_what_is_wrong_is_noticed():
     layer, method = Layer(PREFILL), make_method("dsa", TINY)

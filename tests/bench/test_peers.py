@@ -1,7 +1,9 @@
 """The comparison with peers, its logic by fake ones; no GPU, no torch. 3 s in the gate."""
 
+import importlib
 import importlib.util
 import json
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -91,11 +93,22 @@ def test_rows_that_are_compared_are_named_and_have_a_peer():
 
 
 def test_packages_that_are_missing_are_named_with_how_to_get_them(monkeypatch):
+    installed = {"torch": types.SimpleNamespace()}
+
+    def import_module(name):
+        if name == "deep_gemm":
+            raise AssertionError("no CUDA_HOME")
+        return installed[name]
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in ("torch", "deep_gemm") else None)
+    peers = packages.load(None)
+    assert list(peers.selectors) == ["torch.topk"] and peers.deep_gemm is None and peers.flash_mla is None
+    assert len(peers.notes) == 4 and sum("pip install" in note for note in peers.notes) == 3
+    assert "does not import: deep_gemm" in peers.notes[0] and "no CUDA_HOME" in peers.notes[0]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs torch.*pip install torch"):
         packages.load(None)
-    lines = packages.advice(packages.PACKAGES).splitlines()
-    assert len(lines) == len(packages.PACKAGES) and all("pip install" in line for line in lines)
 
 
 def test_a_machine_without_a_gpu_is_a_clear_error(capsys):

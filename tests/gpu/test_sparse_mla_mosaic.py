@@ -59,6 +59,7 @@ def quantized(kv, scale="float32"):
     return latents, latents.dequantize().astype(BF16)
 
 
+@pytest.mark.exhaustive  # 10 seconds
 def test_latents_in_8_bits_interpreted(interpret):
     q, kv, indices = draw(1, 3, 16, 130, 101)
     latents, plain = quantized(kv)
