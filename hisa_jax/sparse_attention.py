@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax import Array
 
 from hisa_jax import checks, dispatch
 from hisa_jax.attention import check_sink, rows_of_pages, with_sink
-from hisa_jax.layout import BlockLists
+from hisa_jax.layout import BlockLists, ascending, sequence_of_rows
 from hisa_jax.sharded import varying
 from hisa_jax.xla import sparse_attention as xla
 
@@ -139,6 +140,8 @@ def sparse_attention_paged(
     in_pages = functools.partial(
         rows_of_pages, n_pages, page_size // block_size, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q
     )
+    if checks.checks_values():
+        _check_pages(call, jnp.asarray(indices), in_pages, cu_seqlens_q)
     T, L, K = lists.ids.shape[1:]
     ids = in_pages(lists.ids.reshape(T, L * K)).reshape(1, T, L, K)
     open_block, count = lists.last[0, :, :1], lists.last[..., 1:]
@@ -147,6 +150,19 @@ def sparse_attention_paged(
     out, lse = (x[0] for x in attend(q[None], *in_one_piece, lists))
     out = with_sink(out, lse, sink)
     return (out, lse) if return_lse else out
+
+
+def _check_pages(call: str, indices: Array, in_pages: Callable[[Array], Array], cu_seqlens_q: Array) -> None:
+    """Raises where a request lists what its table has no page for."""
+    T = indices.shape[0]
+    listed = indices.reshape(T, -1)
+    _, is_real = sequence_of_rows(ascending(jnp.asarray(cu_seqlens_q), T), T)
+    bad = jnp.any((listed != -1) & (in_pages(listed) < 0), axis=1) & is_real
+    checks.value(
+        ~bad,
+        f"{call}: rows {{bad}} of q have indices of no page, wanted -1 or blocks whose page block_tables names",
+        bad=bad,
+    )
 
 
 def _batched(x: Array | None) -> Array | None:

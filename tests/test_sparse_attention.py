@@ -205,6 +205,9 @@ def test_a_bad_argument_is_named_with_what_is_wanted(function, valid, changed, m
         function(**valid(**changed))
 
 
-def test_checked_finds_indices_that_are_no_blocks():
+def test_checked_finds_indices_of_what_is_not_there():
     with pytest.raises(checkify.JaxRuntimeError, match="sparse_attention: indices range from -1 to 40"):
         hj.checked(hj.sparse_attention)(**call(indices=jnp.full((2, 3, 5), 40, I32)))
+    indices = jnp.array([[0, 40, -1], [31, -1, -1], [-1, -1, -1]], I32)  # tables of two pages of 16
+    with pytest.raises(checkify.JaxRuntimeError, match=r"sparse_attention_paged: rows \[ True False False\] of q"):
+        hj.checked(hj.sparse_attention_paged)(**paged(indices=indices))

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 BF16, SCALE = jnp.bfloat16, 0.3
 FORMS = [  # block_size, a list a group, config; 3 heads a group of 16 that a program takes
     pytest.param(1, True, Config(tile_n=16, tile_s=16), id="tokens_a_group"),
-    pytest.param(1, False, Config(tile_n=16, tile_s=16, n_splits=2), id="tokens_split"),
+    pytest.param(1, False, Config(tile_n=16, tile_s=16, n_splits=4), id="tokens_split"),
     pytest.param(32, True, Config(tile_n=16, tile_s=16, n_splits=2), id="blocks_a_group_split"),
     pytest.param(16, False, Config(tile_n=16, tile_s=16), id="blocks"),
 ]
@@ -43,9 +43,11 @@ def test_attends_to_what_is_listed(block_size, grouped, config):
 
 @pytest.mark.parametrize("block_size", [1, 128])
 @pytest.mark.parametrize(
-    ("B", "T", "Hq", "G", "D"), [(1, 4096, 24, 2, 256), (128, 1, 64, 4, 128)], ids=["prefill", "decode"]
+    ("B", "T", "Hq", "G", "D"),
+    [(1, 4096, 24, 2, 256), (128, 1, 64, 4, 128), (1, 1, 24, 2, 256)],
+    ids=["prefill", "decode", "decode_one"],
 )
-@pytest.mark.gate("prefill-1", "decode-128")
+@pytest.mark.gate("prefill-1", "decode-128", "decode_one-1")
 def test_lowers(B, T, Hq, G, D, block_size):
     def attend(q, k, v, indices, at):
         lists = block_lists(indices, at, block_size, k.shape[1])
