@@ -25,13 +25,20 @@ def test_attends_to_what_is_listed(grouped, interpret):
         tokens = (ids[ids >= 0][:, None] * 128 + np.arange(128)).ravel()
         attended[b, tokens[tokens <= at[b, t]], g] = True
     k, v = (jnp.where(attended[..., None], x, jnp.nan).astype(BF16) for x in (k, v))
-    out, lse = sparse_attention(
-        jnp.asarray(q), k, v, block_lists(jnp.asarray(indices), jnp.asarray(at), 128, 700), scale=0.1, block_size=128,
-        config=Config(tile_s=256), interpret=interpret,
-    )  # fmt: skip
+    lists = block_lists(jnp.asarray(indices), jnp.asarray(at), 128, 700)
+    options = dict(scale=0.1, block_size=128, config=Config(tile_s=256), interpret=interpret)
+    out, lse = sparse_attention(jnp.asarray(q), k, v, lists, **options)
     wanted, wanted_lse = oracle.sparse_attention(q, k, v, indices, 0.1, 128, at)
     np.testing.assert_allclose(np.asarray(out, np.float32), wanted, atol=0.02)
     np.testing.assert_allclose(lse, wanted_lse, atol=1e-3)
+    # A NaN that the first group lists stays there.
+    k = k.at[1, 0, 0].set(jnp.nan)
+    poisoned, poisoned_lse = sparse_attention(jnp.asarray(q), k, v, lists, **options)
+    assert (
+        np.isnan(np.asarray(poisoned[1, 1, :3], np.float32)).all()
+        and np.isnan(np.asarray(poisoned_lse[1, 1, :3])).all()
+    )
+    np.testing.assert_array_equal(poisoned[1, 1, 3:], out[1, 1, 3:])
 
 
 def test_says_what_it_declines():

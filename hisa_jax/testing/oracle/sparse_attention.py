@@ -23,12 +23,12 @@ def sparse_attention(
     if indices.ndim == 3:
         indices = np.repeat(indices[:, :, None], G, axis=2)
     out, lse = np.zeros((B, T, Hq, v.shape[3])), np.full((B, T, Hq), -np.inf)
+    ends = np.full((B, T), S) if query_positions is None else np.minimum(np.asarray(query_positions) + 1, S)
     for b, t, h in np.ndindex(B, T, Hq):
         g = h // (Hq // G)
-        end = S if query_positions is None else min(int(query_positions[b, t]) + 1, S)
         first = indices[b, t, g].astype(np.int64) * block_size
         tokens = (first[:, None] + np.arange(block_size)).ravel()
-        tokens = tokens[(tokens >= 0) & (tokens < end)]
+        tokens = tokens[(tokens >= 0) & (tokens < ends[b, t])]
         if len(tokens) == 0:
             continue
         logits = scale * (k[b, tokens, g] @ q[b, t, h])
