@@ -73,7 +73,7 @@ def sparse_attention(
     _check_q(call, q, ("B", "T", "Hq", "D"))
     _check_kv(call, q, ("k", k), ("v", v), (q.shape[0], "S"), "its first and last axes must equal q's B and D")
     S = k.shape[1]
-    _check_lists(call, q, k.shape[2], indices, query_positions, block_size)
+    block_size = _check_lists(call, q, k.shape[2], indices, query_positions, block_size)
     attend = _checked_attention(call, q, k, v, indices, scale, block_size, sink, return_lse, implementation)
     n_blocks = -(-S // block_size)
     checks.value(
@@ -129,7 +129,7 @@ def sparse_attention_paged(
     _check_q(call, q, ("T", "Hq", "D"))
     _check_kv(call, q, ("k", k), ("v", v), ("n_pages", "page_size"), "its last axis must equal q's D")
     n_pages, page_size = k.shape[:2]
-    _check_lists(call, q, k.shape[2], indices, query_positions, block_size)
+    block_size = _check_lists(call, q, k.shape[2], indices, query_positions, block_size)
     if page_size % block_size:
         raise ValueError(f"{call}: block_size={block_size}, wanted a divisor of page_size = {page_size}")
     attend = _checked_attention(call, q, k, v, indices, scale, block_size, sink, return_lse, implementation)
@@ -188,8 +188,8 @@ def _check_kv(
         raise ValueError(f"{call}: q has {Hq} heads, wanted a multiple of the {G} heads of k")
 
 
-def _check_lists(call: str, q: Array, G: int, indices: Array, query_positions: Array | None, block_size: int) -> None:
-    """Raises unless lists, their blocks and positions fit the queries [..., Hq, D]."""
+def _check_lists(call: str, q: Array, G: int, indices: Array, query_positions: Array | None, block_size: int) -> int:
+    """The size of blocks as Python's own; raises unless lists, blocks and positions fit the queries [..., Hq, D]."""
     checks.integer(call, "block_size", block_size, least=1)
     queries: tuple[int, ...] = q.shape[:-2]
     is_grouped = getattr(indices, "ndim", 0) == len(queries) + 2
@@ -200,9 +200,10 @@ def _check_lists(call: str, q: Array, G: int, indices: Array, query_positions: A
         checks.int32(call, "query_positions", query_positions, queries, f"one a query (q is {checks.axes_of(q)})")
     elif block_size > 1:
         raise ValueError(
-            f"{call}: query_positions is None with block_size={block_size}, wanted {checks.axes_of(q[..., 0, 0])} "
-            "int32: a block may hold tokens after a query"
+            f"{call}: query_positions is None with block_size={block_size}, wanted {list(queries)} int32: a block may "
+            "hold tokens after a query"
         )
+    return int(block_size)
 
 
 def _checked_attention(
@@ -227,7 +228,7 @@ def _checked_attention(
     def attend(q: Array, k: Array, v: Array, lists: BlockLists) -> tuple[Array, Array]:
         if 0 in (*q.shape, *k.shape, *v.shape, *lists.ids.shape):
             return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
-        return _attend(*varying.alike(q, k, v, lists), float(scale), int(block_size), name)
+        return _attend(*varying.alike(q, k, v, lists), float(scale), block_size, name)
 
     return attend
 
