@@ -48,7 +48,7 @@ def select(
         lengths: [B] int32, tokens present in each sequence; the keys after them are never read into a result.
             Default: S.
         mesh: run it on these devices, with the keys of each sequence split over them; None: on one. Then S is a
-            multiple of the devices of `context_axis` times the block size, and implementation "xla" or "mosaic_tpu".
+            multiple of the devices of `context_axis` times the block size.
         context_axis: the mesh axis that splits S, in order.
         data_axis: the mesh axis that splits B; None: the whole batch on every device.
         implementation: one that `implementations` lists, or "auto": the first of them that can run here.
