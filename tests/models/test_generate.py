@@ -207,8 +207,8 @@ def test_the_command_continues_ids_with_any_indexer(capsys, tmp_path):
     [
         (["--prompt", "lower case"], "prompt holds byte 108, but the vocabulary has only 101 tokens"),
         (
-            ["--prompt", "A", "--indexer", "flat"],
-            "indexer is flat, wanted one of dsa, hisa, scan, block-sparse or a file",
+            ["--prompt", "A", "--indexer", "full"],
+            "indexer is full, wanted one of dsa, hisa, scan, block-sparse or a file",
         ),
         (["--prompt", "A", "--indexer", "dsa", "--block-size", "4"], "--block-size 4: --indexer dsa has none, --ind"),
         (["--prompt", "A", "--indexer", "scan", "--block-topk", "4"], "--block-topk 4: .* --indexer hisa has$"),
