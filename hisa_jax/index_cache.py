@@ -35,6 +35,8 @@ class IndexCache:
             each 32 numbers (xla/sketch.py); None: no sketch is kept.
         code_scales: [n_pages, page_size, groups] bfloat16, of each 32 numbers; else None.
         latents: [n_pages, page_size, Dk], the keys of `sparse_mla` of the same tokens; None if kept elsewhere.
+        entry_size: tokens that a key stands for, static. Above 1 read "entry" for "token" above: a page has page_size
+            entries.
     """
 
     keys: Array
@@ -47,6 +49,7 @@ class IndexCache:
     codes: Array | None
     code_scales: Array | None
     latents: Array | None
+    entry_size: int = dataclasses.field(default=1, metadata=dict(static=True))
 
     @classmethod
     def from_pages(
@@ -55,6 +58,7 @@ class IndexCache:
         block_tables: Array,
         lengths: Array,
         *,
+        entry_size: int = 1,
         sketch: Sketch | None = None,
         latents: Array | None = None,
     ) -> "IndexCache":
@@ -68,7 +72,7 @@ class IndexCache:
             k: [n_pages, page_size, D], all pages, bfloat16 or float32; `QuantizedKeys` of this shape for 8 bits.
             block_tables: [R, P] int32, the pages of each request in order. Entries past its last token are ignored.
             lengths: [R] int32, tokens of each request. Pages that none of them needs are free.
-            sketch: as for `init_cache`.
+            entry_size, sketch: as for `init_cache`.
             latents: [n_pages, page_size, Dk] bfloat16 or float32, the keys of `sparse_mla`, if the pages hold them.
 
         Raises: TypeError: arrays of another dtype, int64 tables for instance. ValueError: arrays of another shape, flat
@@ -98,6 +102,8 @@ class IndexCache:
         R, P = block_tables.shape
         checks.int32(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")
         values, scales, table, lengths = jax.tree.map(jnp.asarray, (values, scales, block_tables, lengths))
+        checks.integer(call, "entry_size", entry_size, 1)
+        n_keys = lengths // entry_size
         codes, code_scales = (None, None) if sketch is None else sketches.pack(values)
         cache = cls(
             keys=values,
@@ -105,12 +111,13 @@ class IndexCache:
             codes=codes,
             code_scales=code_scales,
             latents=latents,
-            **describe(values, scales, table, lengths)._asdict(),
+            **describe(values, scales, table, n_keys)._asdict(),
+            entry_size=int(entry_size),
         )
-        is_good = (lengths >= 0) & has_all_pages(cache, table, lengths)
+        is_good = (lengths >= 0) & has_all_pages(cache, table, n_keys)
         wanted = (
-            f"wanted for each of its tokens, up to {P * size}, one from 0 to {n - 1} that no table names for another "
-            "place of a sequence"
+            f"wanted for each of its tokens, up to {P * cache.page_tokens}, one from 0 to {n - 1} that no table names "
+            "for another place of a sequence"
         )
         if isinstance(is_good, jax.core.Tracer):
             checks.value(is_good, f"{call}: block_tables lacks pages of requests {{bad}}, {wanted}", bad=~is_good)
@@ -125,11 +132,17 @@ class IndexCache:
 
     @property
     def page_size(self) -> int:
+        """Keys of a page."""
         return self.keys.shape[1]
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page."""
+        return self.page_size * self.entry_size
 
 
 def has_all_pages(cache: IndexCache, block_tables: Array, lengths: Array) -> Array:
-    """[R] bool: whether every token of a request has a page that was written for this place of a sequence."""
+    """[R] bool: whether each of `lengths` [R] keys of a request has a page that was written for its place."""
     P = block_tables.shape[1]
     holds = holds_tokens(cache, block_tables, jnp.arange(P, dtype=jnp.int32), lengths)
     return holds & (lengths <= P * cache.page_size)
@@ -179,6 +192,7 @@ def check_cache(call: str, cache: IndexCache) -> None:
         if part is not None or name in always:
             checks.dtype(call, f"cache.{name}", part, (wanted,))
             checks.shape(call, f"cache.{name}", part, shape, f"of {n} pages of {size} tokens, as cache.keys has them")
+    checks.integer(call, "cache.entry_size", cache.entry_size, 1)
     if cache.latents is not None:
         checks.dtype(call, "cache.latents", cache.latents, ("bfloat16", "float32"))
         checks.shape(call, "cache.latents", cache.latents, (n, size, "Dk"), "pages as cache.keys has them")
@@ -191,8 +205,9 @@ def check_table(call: str, cache: IndexCache, block_tables: Array, lengths: Arra
     R, P = block_tables.shape
     checks.int32(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")
     checks.value(
-        (lengths >= 0) & (lengths <= P * cache.page_size),
-        f"{call}: lengths is {{lengths}}, wanted 0 to {P * cache.page_size}, the tokens that {P} pages hold",
+        (lengths >= 0) & (lengths <= P * cache.page_tokens + cache.entry_size - 1),
+        f"{call}: lengths is {{lengths}}, wanted 0 to {P * cache.page_tokens + cache.entry_size - 1}, the tokens that "
+        f"{P} pages hold",
         lengths=lengths,
     )
     return R

@@ -59,7 +59,7 @@ def select_shard(
 
     n_tokens, own_visible = jnp.clip(lengths - first_key, 0, S), jnp.clip(visible - first_key, 0, S)
     own_call, blocks = dataclasses.replace(call, visible=own_visible, lengths=n_tokens), None
-    if not xla.has_filter(method, shard.max_keys):
+    if not xla.has_filter(method, shard.max_keys, has_budget=False):
         if not isinstance(method, Dsa):
             eligible = -(-visible // method.block_size)
             blocks = _first(eligible, method.block_topk)
