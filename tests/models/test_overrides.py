@@ -11,7 +11,7 @@ import pytest
 import hisa_jax as hj
 from hisa_jax import models
 from hisa_jax.models.__main__ import _parser, main
-from hisa_jax.models.indexers import make_method, read_methods
+from hisa_jax.models.methods import make_method, read_methods
 from hisa_jax.models.options import method_of
 
 from . import golden
