@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hisa_jax as hj
+from hisa_jax.testing.oracle.entries import width
 from hisa_jax.testing.oracle.methods import block_budget
 from tests import draw, oracle
 from tests.draw import Inputs, named
@@ -35,7 +36,7 @@ PLAIN = {
     "scan_units": SCAN_UNITS,
 }
 # Keys that are entries, no activation, a selection a head, blocks by their best token. conftest.py leaves the cases of
-# these names out of the gate; contract_entries.py has some of each there.
+# these names out of the gate; test_entries.py has some of each there.
 FAMILY = {
     "family_pools": hj.Dsa(topk=6, entry_size=4, tail="open"),
     "family_entries": hj.Hisa(topk=8, block_size=4, block_topk=3, entry_size=4, returns="entries"),
@@ -45,9 +46,7 @@ FAMILY = {
     "family_each_head": hj.BlockSparse(
         topk=48, block_size=16, keep_first=0, scored_by="max", activation=None, per_head=True
     ),
-    "family_heads_and_pools": hj.Hisa(
-        topk=4, block_size=2, block_topk=3, entry_size=16, tail="open", per_head=True
-    ),
+    "family_heads_and_pools": hj.Hisa(topk=4, block_size=2, block_topk=3, entry_size=16, tail="open", per_head=True),
 }
 METHODS = PLAIN | FAMILY
 HIERARCHICAL = {"hisa": HISA, "hisa_ratio": RATIO, "block_sparse": BLOCK_SPARSE}
@@ -165,7 +164,7 @@ class SelectionContract(Contract, chex.TestCase):
         q, k, w = draw.inputs(2, 5, 140, 4, 64)
         self.assert_keeps_the_contract(draw.cast(q, dtype), draw.quantized(k, dtype, "float32"), w, PLAIN[method])
 
-    @each_method
+    @each_plain
     def test_weights_may_be_negative(self, method):
         q, k, w = standard()
         got = self.assert_keeps_the_contract(q, k, -np.abs(w), method)
@@ -215,10 +214,10 @@ class SelectionContract(Contract, chex.TestCase):
         positions = everywhere([0, 1, 15, 22, 23, 24, 63, 149])
         got = jax.tree.map(np.asarray, self.select(*standard(), method, query_positions=jnp.asarray(positions)))
         chex.assert_type([got.indices, got.count], np.int32)
-        chex.assert_shape(got.indices, (2, 8, method.topk))
-        for indices, count, scores in zip(
-            got.indices.reshape(16, -1), got.count.reshape(16), got.scores.reshape(16, -1), strict=True
-        ):
+        heads = (4,) if method.per_head else ()
+        chex.assert_shape(got.indices, (2, 8, *heads, width(method)))
+        flat = (x.reshape(-1, x.shape[-1]) for x in (got.indices, got.scores))
+        for indices, scores, count in zip(*flat, got.count.reshape(-1), strict=True):
             self.assertTrue(np.all(np.diff(indices[:count]) > 0))
             self.assertTrue(np.all(indices[count:] == -1))
             self.assertTrue(np.all(np.isneginf(scores[count:])))
@@ -378,7 +377,7 @@ class SelectionContract(Contract, chex.TestCase):
 
     # Consequences.
 
-    @each_method
+    @each_plain
     def test_up_to_topk_visible_tokens_all_are_selected(self, method):
         T = method.topk
         q, k, w = draw.inputs(1, T, T, 4, 32)
@@ -482,7 +481,7 @@ class SelectionContract(Contract, chex.TestCase):
         extra = self.select(q, k, w, method)
         assert_same_bits(hj.Selection(indices=extra.indices, count=extra.count), plain)
 
-    @each_method
+    @each_plain
     @pytest.mark.gate("dsa", "hisa", "block_sparse", "scan")
     @pytest.mark.slow
     def test_topk_may_exceed_the_tokens_and_blocks_there_are(self, method):

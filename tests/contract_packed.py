@@ -85,8 +85,9 @@ class PackedContract(Contract, chex.TestCase):
         n_q, n_k = np.array(SOME_LENGTHS, np.int32)
         queries, keys = np.arange(n_q.max(), dtype=np.int32), np.arange(n_k.max(), dtype=np.int32)
         at_q, at_k = cu_q[:3, None] + queries, cu_k[:3, None] + keys  # [3, T], [3, S]: others' rows after its own
-        positions = np.where(queries < n_q[:, None], (n_k - n_q)[:, None] + queries, -1)
-        options = dict(query_positions=jnp.asarray(positions), lengths=jnp.asarray(n_k))
+        n_tokens = n_k * method.entry_size
+        positions = np.where(queries < n_q[:, None], (n_tokens - n_q)[:, None] + queries, -1)
+        options = dict(query_positions=jnp.asarray(positions), lengths=jnp.asarray(n_tokens))
         q, k, w = (x.take(at, axis=0, mode="clip") for x, at in ((q, at_q), (k, at_k), (w, at_q)))
         padded = self.select(q, k, w, method, **options)
         for r in range(3):

@@ -166,7 +166,9 @@ LISTS = Kind(constants(
     hj.CandidateBlocks(np.zeros((2, 3, 2), np.int32), 0), hj.CandidateBlocks(np.zeros((2, 3, 2), np.int32), "8"),
 ))  # fmt: skip
 LIMITS = dict(candidates=LISTS, budget=OPTIONAL_INT32)
-BATCH = dict(q=QUERIES, k=FLOAT, w=OPTIONAL_WEIGHTS, **LIMITS, query_positions=OPTIONAL_INT32, lengths=OPTIONAL_INT32, **OPTIONS)
+BATCH = dict(
+    q=QUERIES, k=FLOAT, w=OPTIONAL_WEIGHTS, **LIMITS, query_positions=OPTIONAL_INT32, lengths=OPTIONAL_INT32, **OPTIONS
+)
 TABLES = dict(cache=CACHE, block_tables=Kind((*NOT_ARRAYS, *NOT_INT32, *AXIS_MORE)), lengths=INT32)
 PAGED = dict(q=QUERIES, w=OPTIONAL_WEIGHTS, **LIMITS, cu_seqlens_q=INT32, **TABLES, **OPTIONS)
 MLA_OPTIONS = dict(scale=NUMBER, value_dim=INT, sink=OPTIONAL_FLOAT, return_lse=FLAG, implementation=IMPLEMENTATION)
@@ -178,9 +180,7 @@ APPEND = dict(
 )
 TRUNCATE = dict(new_lengths=INT32, max_tokens=INT, **TABLES)
 COPIES = dict(cache=CACHE, source=LIST_INT32, target=INT32)
-positions = dict(
-    query_positions=np.zeros((2, 3), np.int32), lengths=ints(40, 7), budget=np.ones((2, 3), np.int32)
-)
+positions = dict(query_positions=np.zeros((2, 3), np.int32), lengths=ints(40, 7), budget=np.ones((2, 3), np.int32))
 sink = dict(sink=np.ones((4,), np.float32))
 
 

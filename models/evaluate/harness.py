@@ -13,8 +13,8 @@ from hisa_jax.models.check.measures import methods_to_check
 from hisa_jax.models.config import Config, read_config
 from hisa_jax.models.engine import Engine
 from hisa_jax.models.evaluate.scoring import Progress, score
-from hisa_jax.models.methods import NAMES, make_method, read_methods
 from hisa_jax.models.locate import locate
+from hisa_jax.models.methods import NAMES, make_method, read_methods
 from hisa_jax.models.modeling import Model
 from hisa_jax.models.options import DTYPES
 from hisa_jax.models.params import from_pretrained

@@ -67,7 +67,7 @@ class IndexerCache:
 
         Returns: the cache; [B, T, D], in the order of `new`: an entry's key stands at its last token.
         """
-        B, T = local.shape
+        T = local.shape[1]
         n_old = next((x.shape[1] for x in self.rows.values()), 0)
         ordered = pieces.in_order(new, local, T)
         old = self.rows or {name: x[:, :0] for name, x in ordered.items()}

@@ -1,6 +1,5 @@
 """An indexer of the table as a Flax module: what it makes of hidden states, and what it selects by that."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -96,8 +95,8 @@ class Indexer(nnx.Module):
             q_resid: [B, T, Q] latents of the attention's queries, for indexers whose queries are made of them.
             cos, sin: [1 or B, T, n], of each token's position, a number a pair of dims, or those twice in a row, as
                 public code has them; for indexers with RoPE.
-            positions: [B, T] int32, each token's number in its sequence; -1 is padding, anywhere. Default: 0, 1, 2, ...,
-                with a cache from its lengths on. With a cache they must go on from there.
+            positions: [B, T] int32, each token's number in its sequence; -1 is padding, on either side. Default: 0, 1,
+                2, ..., with a cache from its lengths on. With a cache they must go on from there.
             method: how to select; None: as the model does. It must be of the same entries, and for each head or not.
             cache: the sequences so far; None: these tokens are all.
             return_scores, implementation: as for `hj.select`.

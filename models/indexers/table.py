@@ -151,7 +151,12 @@ FAMILIES: dict[str, Family] = {
     "axk2": _lightning("axk2", "A.X-K2", "16 heads of 128, 2048 tokens"),
     "dots3_note": _lightning("dots3_note", "dots3-note", "64 heads of 128, 2048 tokens", pairs="parted"),
     "hy_v4": _lightning(
-        "hy_v4", "HunYuan V4", "16 heads of 128, 2048 tokens", rope="last", eps=1e-5, fixed_eps=False,
+        "hy_v4",
+        "HunYuan V4",
+        "16 heads of 128, 2048 tokens",
+        rope="last",
+        eps=1e-5,
+        fixed_eps=False,
         weights_scaled=True,
     ),
     "mistral_large4": dataclasses.replace(
