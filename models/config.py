@@ -203,8 +203,8 @@ def _demand_built(model_type: Any, source: str) -> None:
     if name in FAMILIES and name not in _FAMILIES:
         built = ", ".join(_FAMILIES)
         raise ValueError(
-            f"{source}: model_type is {model_type!r}, wanted one of {built}: of {FAMILIES[name].title} the indexer alone "
-            f"is built, models.indexers.from_weights('{name}', sizes, weights)"
+            f"{source}: model_type is {model_type!r}, wanted one of {built}: of {FAMILIES[name].title} its indexer is "
+            f"built alone, models.indexers.from_weights('{name}', sizes, weights)"
         )
 
 
