@@ -50,9 +50,10 @@ def family(scene: Scene, form: str) -> Verdict:
     reference, tolerance = with_tolerances(scene, reference)
     options: dict[str, Any] = dict(method=method, implementation=setup.implementation, block_size=size)
     got = made(Call("select_limited", (scene.q, scene.k, scene.scales, w, *arguments.values(), ids), options))
-    found: Any = dict(indices=got.indices, count=got.count, scores=got.scores)
+    found: dict[str, Any] = dict(indices=got.indices, count=got.count, scores=got.scores)
     found |= {} if got.blocks is None else dict(blocks=got.blocks)
-    whys = judge(reference, tolerance, **{name: np.asarray(x) for name, x in found.items()})
+    arrays: dict[str, Any] = {name: np.asarray(x) for name, x in found.items()}
+    whys = judge(reference, tolerance, **arrays)
     rows = np.ndindex(reference.visible.shape)
     wrong = [Wrong(at[0], at[1], f"{method}: {why}") for at, why in zip(rows, whys, strict=True) if why]
     return Verdict(int(np.prod(reference.visible.shape)), wrong)

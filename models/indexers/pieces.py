@@ -17,8 +17,12 @@ def norm(x: Array, kind: str, weight: Array, bias: Array | None, eps: float) -> 
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     # A root and a division, as public code has them: `rsqrt` is less exact.
     x32 = x32 / jnp.sqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    x32 = x32 * (1 + weight.astype(jnp.float32) if kind == "unit" else weight.astype(jnp.float32))
-    return (x32 if bias is None else x32 + bias.astype(jnp.float32)).astype(x.dtype)
+    factor, shift = (
+        None if y is None else y.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + y.shape) for y in (weight, bias)
+    )
+    assert factor is not None
+    x32 = x32 * (1 + factor if kind == "unit" else factor)
+    return (x32 if shift is None else x32 + shift).astype(x.dtype)
 
 
 def turn(x: Array, cos: Array, sin: Array, where: str, pairs: str) -> Array:

@@ -170,7 +170,7 @@ FAMILIES: dict[str, Family] = {
             "q_scale": ("softmax_scaling.scale",),
             "q_bias": ("softmax_scaling.bias",),
         },
-        note="A layer whose `no_rope_layers` is 0 has none: sizes with use_rope=0.",
+        note="layers whose `no_rope_layers` is 0 have no RoPE: sizes with use_rope=0.",
     ),
     "glm5_next": Family(
         title="GLM-5.3-Flash",
@@ -179,7 +179,7 @@ FAMILIES: dict[str, Family] = {
         pooled="gated",
         tensors=_LIGHTNING | {"ape": ("index_kpool_compress_ape",), "gate": ("index_kpool_compress_gate",)},
         method=_pools,
-        note="Transformers lists the tail last in a fixed place, so that -1 may stand before it.",
+        note="there the tail has a fixed place at the end of a list, so that -1 may stand before it.",
     ),
     "deepseek_v4": Family(
         title="DeepSeek-V4 (compressed sparse attention)",
@@ -231,8 +231,8 @@ FAMILIES: dict[str, Family] = {
             "k_norm": ("k_norm.weight",),
         },
         method=_blocks,
-        note="Transformers anchors blocks at slots, so that padding on the left moves them; here they begin with the "
-        "sequence. Its lists are [B, H, T, m], the best block first; here `blocks` are [B, T, H, m] and ascend.",
+        note="there blocks are anchored at slots, so that padding on the left moves them; here they begin with the "
+        "sequence. Lists there are [B, H, T, m], the best block first; here `blocks` are [B, T, H, m] and ascend.",
     ),
 }
 # Names that configs have for the same indexer.

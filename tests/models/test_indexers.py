@@ -13,7 +13,7 @@ import safetensors.numpy
 import hisa_jax as hj
 from hisa_jax import models
 from hisa_jax.models import indexers
-from hisa_jax.models.indexers.table import FAMILIES, SIZES
+from hisa_jax.models.indexers import page
 from hisa_jax.models.rope import rope_table
 from tests.models.golden import FOLDER
 
@@ -186,5 +186,6 @@ def test_the_config_of_a_stack_that_is_not_built_names_its_indexer(model_type):
         models.config_from_keys({"model_type": model_type, "hidden_size": 8})
 
 
-def test_every_size_has_a_row_that_reads_it():
-    assert set(SIZES) >= {"topk", "head_dim", "rope_dim", "eps", "pool"} and len(FAMILIES) == 10
+def test_the_page_is_what_the_table_says():
+    file = FOLDER.parent.parent / "docs" / "indexers.md"
+    assert file.read_text() == page.page(), f"python -m hisa_jax.models.indexers.page > docs/{file.name}"
