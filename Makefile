@@ -2,9 +2,11 @@
 #   PYTHON   the interpreter, 3.12 or newer
 #   JAX      what to install for this machine: 'jax[cuda13]' with an NVIDIA GPU, 'jax[tpu]' on a TPU
 #   ARGS     more arguments: make demo ARGS="--text book.txt --context 8192 65536"
+#   TUTORIALS  false: make docs does not execute them
 PYTHON ?= python3
 JAX ?= jax
 ARGS ?=
+TUTORIALS ?= true
 OLDEST := 0.11.2
 # What XLA has compiled is kept for both workers, the next run and other checkouts, a folder a version.
 CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/hisa_jax/jaxlib-$$($(<D)/bin/python -c 'import jaxlib; print(jaxlib.__version__)')
@@ -92,37 +94,46 @@ lint: .venv-test/test.stamp
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
 
-# The documentation as a site in build/site; seconds. Docstrings are read, nothing of the library is imported.
-docs: .venv-test/docs.stamp
-	NO_MKDOCS_2_WARNING=1 .venv-test/bin/python -m mkdocs build --strict
+# The documentation as a site in build/site. The tutorials are executed: 2.5 minutes of CPU, 5 where nothing was compiled
+# before. Docstrings are read, so without tutorials nothing of the library is imported, and it takes seconds.
+docs: $(if $(filter false,$(TUTORIALS)),.venv-test/docs.stamp,.venv-docs/docs.stamp)
+	TUTORIALS=$(TUTORIALS) NO_MKDOCS_2_WARNING=1 $(ON_CPU) mkdocs build --strict
 
 format: .venv-test/test.stamp
 	.venv-test/bin/ruff check --fix .
 	.venv-test/bin/ruff format .
 
-.venv/demo.stamp: pyproject.toml | .venv/bin/python
-	.venv/bin/python -m pip install --quiet '$(JAX)' -e '.[models,bench]'
+# What is fetched, how large it is and how far it is stands in pip's own lines.
+FOR_THE_DEMO := '.[models,bench]'
+define install
+	@echo "Installing into $(@D): $(1)$(if $(2),; about $(2) to fetch the first time)"
+	@$(@D)/bin/python -m pip install --disable-pip-version-check $(1)
 	@touch $@
+endef
+
+.venv/demo.stamp: pyproject.toml | .venv/bin/python
+	$(call install,'$(JAX)' -e $(FOR_THE_DEMO),210 MB)
 
 .venv-test/test.stamp: pyproject.toml | .venv-test/bin/python
-	.venv-test/bin/python -m pip install --quiet '$(JAX)' -e '.[test]'
-	@touch $@
+	$(call install,'$(JAX)' -e '.[test]')
 
 .venv-test/docs.stamp: pyproject.toml .venv-test/test.stamp
-	.venv-test/bin/python -m pip install --quiet -e '.[docs]'
+	$(call install,-e '.[docs]')
+
+.venv-docs/docs.stamp: pyproject.toml | .venv-docs/bin/python
+	.venv-docs/bin/python -m pip install --quiet '$(JAX)' -e '.[docs,tutorials]'
 	@touch $@
 
 .venv-test/serve.stamp: pyproject.toml .venv-test/test.stamp
-	.venv-test/bin/python -m pip install --quiet 'openai>=1.60' 'playwright>=1.49'
-	@touch $@
+	$(call install,'openai>=1.60' 'playwright>=1.49')
 
 .venv-oldest/test.stamp: pyproject.toml | .venv-oldest/bin/python
-	.venv-oldest/bin/python -m pip install --quiet '$(JAX)==$(OLDEST)' -e '.[test]'
-	@touch $@
+	$(call install,'$(JAX)==$(OLDEST)' -e '.[test]')
 
-.venv/bin/python .venv-test/bin/python .venv-oldest/bin/python:
+.venv/bin/python .venv-test/bin/python .venv-docs/bin/python .venv-oldest/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 12) or sys.exit("hisa_jax needs Python 3.12 or newer, $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(@D:/bin=)
+	@echo "Making the virtual environment $(@D:/bin=)"
+	@$(PYTHON) -m venv $(@D:/bin=)
 
 clean:
-	rm -rf .venv .venv-test .venv-oldest build demo_out fuzz_out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-test .venv-docs .venv-oldest build demo_out fuzz_out .pytest_cache .mypy_cache .ruff_cache .hypothesis

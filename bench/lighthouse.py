@@ -6,6 +6,7 @@ Work grows as (entries / tokens) squared, so (tokens / entries) squared is the m
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 import hisa_jax as hj
-from bench import options, records, timing
+from bench import UserError, options, records, timing
+from bench.gpu.span import spans
 from hisa_jax.lighthouse import dense, forward
 from hisa_jax.lighthouse.selection import select
 from hisa_jax.testing.oracle import lighthouse as oracle
@@ -64,13 +66,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what --json holds there, and measure nothing")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.plot:
+        return _plot(args.json, args.plot)
     worst = check_against_oracle(args.dim, args.dtype)
     print(f"{_ORACLE_TOKENS} tokens: selection that of the oracle, greatest error of an output {worst:.2g}", flush=True)
     layers = [Layer(tokens=n, heads=args.heads, dim=args.dim, dtype=args.dtype) for n in args.contexts]
     return records.measure_all(layers, "*", lambda layer: measure(layer, args.samples), line, args.json)
+
+
+def _plot(rows: Path | None, target: Path) -> int:
+    if rows is None or not rows.is_file():
+        raise UserError(f"--plot: --json is {rows}, wanted a file that a run wrote")
+    from bench.lighthouse_plot import figure  # matplotlib, which measuring does without
+
+    figure(json.loads(rows.read_text())).savefig(target, dpi=150)
+    return 0
 
 
 def check_against_oracle(dim: int, dtype: str) -> float:
@@ -199,16 +213,16 @@ def _with_gradient(f: Call) -> Call:
 
 
 def _times(f: Call, operands: tuple[Array, ...], samples: int) -> list[float]:
-    """Milliseconds a call on the device. All that a call returns is made: nothing of it is left out as unused."""
-
-    def kept(*operands: Array) -> Any:
-        return lax.optimization_barrier(f(*operands[:-1]))
-
-    unused = jnp.zeros((1,), jnp.int32)
+    """Milliseconds of a call on the device: on a GPU from its first kernel to its last, by the profiler."""
     compiled = jax.jit(f)
     jax.block_until_ready(compiled(*operands))
+    if jax.default_backend() == "gpu":
+        return spans(lambda: compiled(*operands), samples).ms
     _, once_ms = timing.once(lambda: compiled(*operands))
-    return timing.device_times(kept, (*operands, unused), samples, run_length=1 if once_ms > _LONG_MS else 16)
+    unused = jnp.zeros((1,), jnp.int32)
+    return timing.device_times(
+        lambda *x: f(*x[:-1]), (*operands, unused), samples, run_length=1 if once_ms > _LONG_MS else 16
+    )
 
 
 def _memory(f: Call, operands: tuple[Array, ...]) -> float | None:

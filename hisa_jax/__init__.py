@@ -1,5 +1,13 @@
 """Choosing tokens for sparse attention, in JAX. These are the public names; README.md shows how to use them."""
 
+import sys
+
+if sys.version_info < (3, 12):  # noqa: UP036  before what older ones cannot read: they would speak of syntax
+    raise ImportError(
+        f"hisa_jax needs Python 3.12 or newer, this is {sys.version.split()[0]}: make a virtual environment with one, "
+        "python3.12 -m venv .venv"
+    )
+
 from hisa_jax.attention import sparse_mla, sparse_mla_paged
 from hisa_jax.cache import append, copy_pages, init_cache, truncate
 from hisa_jax.candidates import CandidateBlocks
@@ -7,6 +15,7 @@ from hisa_jax.checks import checked
 from hisa_jax.compare import Comparison, compare
 from hisa_jax.index_cache import IndexCache
 from hisa_jax.indexer_loss import indexer_kl
+from hisa_jax.latents import QuantizedLatents, quantize_latents
 from hisa_jax.lighthouse.attention import lighthouse_attention, lighthouse_select
 from hisa_jax.lighthouse.method import Lighthouse
 from hisa_jax.lighthouse.selection import LighthouseSelection
@@ -29,6 +38,7 @@ __all__ = [
     "LighthouseSelection",
     "Method",
     "QuantizedKeys",
+    "QuantizedLatents",
     "Scan",
     "Selection",
     "Tiles",
@@ -43,6 +53,7 @@ __all__ = [
     "lighthouse_attention",
     "lighthouse_select",
     "quantize_keys",
+    "quantize_latents",
     "quantize_queries",
     "select",
     "select_packed",

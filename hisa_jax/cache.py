@@ -11,13 +11,23 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from hisa_jax import checks, dispatch
-from hisa_jax.index_cache import IndexCache, check_cache, check_page_size, check_sketch, check_table
+from hisa_jax.index_cache import (
+    IndexCache,
+    block_size_of,
+    check_cache,
+    check_page_size,
+    check_sketch,
+    check_table,
+)
+from hisa_jax.latents import QuantizedLatents
+from hisa_jax.latents import n_groups as groups_of_values
 from hisa_jax.layout import ascending
 from hisa_jax.methods import Sketch
 from hisa_jax.quantize import QuantizedKeys
@@ -40,6 +50,8 @@ def init_cache(
     sketch: Sketch | None = None,
     latent_dim: int | None = None,
     latent_dtype: DTypeLike = jnp.bfloat16,
+    latent_value_dim: int = 512,
+    block_size: int | None = None,
 ) -> IndexCache:
     """An empty cache.
 
@@ -53,7 +65,10 @@ def init_cache(
             made: 18 bytes for each 32 numbers, the last of them filled up. None: keys alone.
         latent_dim: size of the attention's keys (576 in DeepSeek-V3.2), to keep them in the same pages; None: not here.
             Entries have pages of their own.
-        latent_dtype: of those, bfloat16 or float32.
+        latent_dtype: of those, bfloat16 or float32; or float8_e4m3fn: they are kept as `QuantizedLatents`.
+        latent_value_dim: how many of their features are then in 8 bits.
+        block_size: tokens of the blocks of `Hisa`, if they are several pages: kernels then read their means and add no
+            sums, which for pages of 64 and blocks of 128 halves a decoding step of 128 requests. A speed matter only.
 
     Raises: TypeError: a dtype not listed above. ValueError: sizes that are not, another sketch.
     """
@@ -70,10 +85,14 @@ def init_cache(
             f"{call}: latent_dim={latent_dim} with entry_size={entry_size}, wanted None: latents are of tokens, which "
             "a cache of their own keeps"
         )
+    block_size = block_size_of(call, page_size, dtype.name, block_size)
     if latent_dim is not None:
         checks.integer(call, "latent_dim", latent_dim, 1)
-        latent_dtype = checks.one_dtype(call, "latent_dtype", latent_dtype, ("bfloat16", "float32"))
-    latents = None if latent_dim is None else jnp.zeros((n_pages, page_size, latent_dim), latent_dtype)
+        kinds = ("bfloat16", "float32", "float8_e4m3fn")
+        latent_dtype = checks.one_dtype(call, "latent_dtype", latent_dtype, kinds)
+    latents = (
+        None if latent_dim is None else _no_latents((n_pages, page_size), latent_dim, latent_dtype, latent_value_dim)
+    )
     sums = jnp.zeros((n_pages, D), jnp.float32)
     means, mean_scales = mean_parts(sums, dtype) or (None, None)
     n_bytes, n_groups = sketch_sizes(D)
@@ -89,6 +108,22 @@ def init_cache(
         code_scales=None if sketch is None else jnp.zeros((n_pages, page_size, n_groups), jnp.bfloat16),
         latents=latents,
         entry_size=int(entry_size),
+        marks=None if block_size is None else jnp.zeros((n_pages,), jnp.int32),
+        block_size=block_size,
+    )
+
+
+def _no_latents(pages: tuple[int, int], latent_dim: int, dtype: DTypeLike, value_dim: int) -> Array | QuantizedLatents:
+    if jnp.dtype(dtype).itemsize > 1:
+        return jnp.zeros((*pages, latent_dim), dtype)
+    call = "init_cache"
+    checks.integer(call, "latent_value_dim", value_dim, 1)
+    if value_dim > latent_dim:
+        raise ValueError(f"{call}: latent_value_dim={value_dim}, wanted at most latent_dim={latent_dim}")
+    return QuantizedLatents(
+        values=jnp.zeros((*pages, value_dim), dtype),
+        scales=jnp.ones((*pages, groups_of_values(call, value_dim)), jnp.float32),
+        rope=jnp.zeros((*pages, latent_dim - value_dim), jnp.bfloat16),
     )
 
 
@@ -99,9 +134,10 @@ def append(
     cu_seqlens: Array,
     lengths: Array,
     *,
-    latents: Array | None = None,
+    latents: Array | QuantizedLatents | None = None,
     mesh: Mesh | None = None,
     context_axis: str | None = None,
+    data_axis: str | None = None,
     implementation: str = "auto",
 ) -> IndexCache:
     """Appends new tokens to each request.
@@ -118,9 +154,12 @@ def append(
         block_tables: [R, P] int32, the pages of each request in order. Pages written to must belong to one request.
         cu_seqlens: [R + 1] int32, where each request's new tokens begin in `k`, from 0, ascending.
         lengths: [R] int32, tokens of each request before.
-        latents: [T, Dk], the new tokens' keys for `sparse_mla`, if the cache keeps them.
+        latents: [T, Dk], the new tokens' keys for `sparse_mla`, if the cache keeps them, in the form in which it does.
         mesh, context_axis: run it on a mesh whose axis splits the cache's pages, in order: each device writes the pages
             that it has, and nothing is exchanged. Any page may lie anywhere. None: on one device.
+        data_axis: the mesh axis whose devices are groups of their own, alone or beside `context_axis`. Every array is
+            then those of the groups, one after the other along its first axis in equal parts: tokens, requests, and
+            pages, which a group's tables count from 0. Each group's `cu_seqlens` begin with a 0: there are R + groups.
         implementation: "auto", "triton" (one kernel, on NVIDIA GPUs) or "xla"; the same bits, but for the last of a
             partial page's mean.
 
@@ -137,17 +176,19 @@ def append(
     arrays: Any = dict(
         cache=cache, block_tables=block_tables, k=k, cu_seqlens=cu_seqlens, lengths=lengths, latents=latents
     )
-    meshes.check_arrays(call, mesh, dict(context_axis=context_axis), **arrays)
-    R = check_append(call, **arrays)
-    axes = _axes(call, mesh, context_axis, cache)
+    over = dict(context_axis=context_axis, data_axis=data_axis)
+    n_groups = _check_mesh(call, mesh, over, **arrays)
+    R = check_append(call, **arrays, n_groups=n_groups)
+    axes = _axes(call, mesh, over, cache, n_groups)
     (n_pages, size, D), T = cache.keys.shape, (k.values if isinstance(k, QuantizedKeys) else k).shape[0]
-    n_own = n_pages if axes is None else n_pages // axes.n_devices
-    problem = dispatch.AppendProblem(n_requests=R, n_pages=n_own, page_size=size, D=D, dtype=cache.keys.dtype.name)
+    n_own = n_pages if axes is None else n_pages // (n_groups * axes.n_devices)
+    problem = dispatch.AppendProblem(
+        n_requests=R // n_groups, n_pages=n_own, page_size=size, D=D, dtype=cache.keys.dtype.name,
+        latent_values=cache.latents.value_dim if isinstance(cache.latents, QuantizedLatents) else 0,
+    )  # fmt: skip
     name = dispatch.choose(call, implementation, dispatch.append_reasons(dispatch.Device.default(), problem))
     if 0 in (T, R, block_tables.shape[1]):
         return cache
-    if cache.entry_size > 1:
-        arrays |= whole_entries(cache.entry_size, k, cu_seqlens, lengths)._asdict()
     return _on(axes, functools.partial(_append, name), **arrays)
 
 
@@ -160,6 +201,7 @@ def truncate(
     max_tokens: int,
     mesh: Mesh | None = None,
     context_axis: str | None = None,
+    data_axis: str | None = None,
 ) -> IndexCache:
     """Removes the last tokens of requests, rejected speculative ones for instance.
 
@@ -167,16 +209,17 @@ def truncate(
         cache, block_tables: as in `append`.
         lengths: [R] int32, tokens of each request before; `new_lengths`: [R] int32, after; not more.
         max_tokens: how many tokens a request loses at most; static.
-        mesh, context_axis: as for `append`.
+        mesh, context_axis, data_axis: as for `append`.
 
     Returns: the cache, in whose pages sums, counts and means are of the remaining tokens.
     Raises: TypeError, ValueError: arrays that do not fit the cache or each other.
     """
     call = "truncate"
     arrays: Any = dict(cache=cache, block_tables=block_tables, lengths=lengths, new_lengths=new_lengths)
-    meshes.check_arrays(call, mesh, dict(context_axis=context_axis), **arrays)
+    over = dict(context_axis=context_axis, data_axis=data_axis)
+    n_groups = _check_mesh(call, mesh, over, **arrays)
     check_truncation(call, **arrays, max_tokens=max_tokens)
-    axes = _axes(call, mesh, context_axis, cache)
+    axes = _axes(call, mesh, over, cache, n_groups)
     if 0 in block_tables.shape:
         return cache
     r = cache.entry_size
@@ -187,7 +230,13 @@ def truncate(
 
 
 def copy_pages(
-    cache: IndexCache, source: Array, target: Array, *, mesh: Mesh | None = None, context_axis: str | None = None
+    cache: IndexCache,
+    source: Array,
+    target: Array,
+    *,
+    mesh: Mesh | None = None,
+    context_axis: str | None = None,
+    data_axis: str | None = None,
 ) -> IndexCache:
     """Copies whole pages, as before a write to a shared one.
 
@@ -196,19 +245,21 @@ def copy_pages(
         source: [n] int32, pages to copy.
         target: [n] int32, where to. A pair of which either lies outside of [0, n_pages) is no copy, so that n may be
             fixed.
-        mesh, context_axis: as for `append`; a page and its copy must then lie on one device.
+        mesh, context_axis, data_axis: as for `append`; a page and its copy must then lie on one device.
 
     Returns: the cache with those pages.
     Raises: TypeError, ValueError: arrays that are not these.
     """
     call = "copy_pages"
-    meshes.check_arrays(call, mesh, dict(context_axis=context_axis), cache=cache, source=source, target=target)
+    over = dict(context_axis=context_axis, data_axis=data_axis)
+    n_groups = _check_mesh(call, mesh, over, cache=cache, source=source, target=target)
     check_copies(call, cache, source, target)
-    axes = _axes(call, mesh, context_axis, cache)
+    axes = _axes(call, mesh, over, cache, n_groups)
     if axes is None:
         return xla.copy(cache, source, target)
-    n_own = cache.n_pages // axes.n_devices
-    is_copy = (target >= 0) & (target < cache.n_pages)
+    n_pages = cache.n_pages // n_groups
+    n_own = n_pages // axes.n_devices
+    is_copy = (target >= 0) & (target < n_pages)
     checks.value(
         ~is_copy | (source // n_own == target // n_own),
         f"{call}: target is {{target}} for source {{source}}, wanted pages of one device, {n_own} in a row",
@@ -225,8 +276,10 @@ def _append(
     k: Array | QuantizedKeys,
     cu_seqlens: Array,
     lengths: Array,
-    latents: Array | None,
+    latents: Array | QuantizedLatents | None,
 ) -> IndexCache:
+    if cache.entry_size > 1:
+        k, cu_seqlens, lengths = whole_entries(cache.entry_size, k, cu_seqlens, lengths)
     values, scales = (k.values, k.scales) if isinstance(k, QuantizedKeys) else (k, None)
     if name == "xla":
         offsets = ascending(cu_seqlens, values.shape[0])
@@ -242,9 +295,17 @@ def _truncate(
     return xla.recount(cache, block_tables, new_lengths, ends, new_lengths, len(lengths) * most, most)
 
 
-def _axes(call: str, mesh: Mesh | None, context_axis: str | None, cache: IndexCache) -> Axes | None:
+def _check_mesh(call: str, mesh: Mesh | None, axes: dict[str, str | None], **arrays: Any) -> int:
+    """Raises unless mesh, axes and arrays go together; returns how many groups of devices there are."""
+    meshes.check_arrays(call, mesh, axes, **arrays)
+    return meshes.groups(call, mesh, axes["data_axis"], **arrays)
+
+
+def _axes(
+    call: str, mesh: Mesh | None, axes: dict[str, str | None], cache: IndexCache, n_groups: int
+) -> Axes | None:  # fmt: skip
     """What splits the cache's pages, None on one device; raises unless it does."""
-    return None if mesh is None else meshes.page_axes(call, mesh, context_axis, cache)
+    return None if mesh is None else meshes.page_axes(call, mesh, axes, cache, n_groups)
 
 
 def _on(
@@ -263,7 +324,8 @@ def check_append(
     k: Array | QuantizedKeys,
     cu_seqlens: Array,
     lengths: Array,
-    latents: Array | None,
+    latents: Array | QuantizedLatents | None,
+    n_groups: int = 1,
 ) -> int:
     """Raises unless the arguments of `append` fit each other; returns R."""
     R = check_table(call, cache, block_tables, lengths)
@@ -281,10 +343,22 @@ def check_append(
         has = "None: the cache keeps none" if cache.latents is None else "an array: the cache keeps them"
         raise ValueError(f"{call}: latents is {'None' if latents is None else 'given'}, wanted {has}")
     if latents is not None and cache.latents is not None:
-        checks.dtype(call, "latents", latents, (cache.latents.dtype.name,))
-        checks.shape(call, "latents", latents, (T, cache.latents.shape[2]), "a row for each of k's")
-    checks.offsets(call, "cu_seqlens", cu_seqlens, (R + 1,), T, "a start for each request, and the end")
+        _check_new_latents(call, cache.latents, latents, T)
+    why = "a start for each request, and the end" + (" of each group" if n_groups > 1 else "")
+    checks.offsets(call, "cu_seqlens", cu_seqlens, (R + n_groups,), T, why, n_groups)
     return R
+
+
+def _check_new_latents(call: str, kept: Array | QuantizedLatents, new: Array | QuantizedLatents, T: int) -> None:
+    """Raises unless new latents are of the form of those that a cache keeps."""
+    is_quantized = isinstance(kept, QuantizedLatents)
+    if is_quantized != isinstance(new, QuantizedLatents):
+        wanted = "QuantizedLatents" if is_quantized else "an array"
+        raise TypeError(f"{call}: latents is {type(new).__name__}, wanted {wanted}, as the cache holds them")
+    names = ["latents.values", "latents.scales", "latents.rope"] if is_quantized else ["latents"]
+    for name, x, pages in zip(names, jax.tree.leaves(new), jax.tree.leaves(kept), strict=True):
+        checks.dtype(call, name, x, (pages.dtype.name,))
+        checks.shape(call, name, x, (T, pages.shape[2]), "a row for each of k's")
 
 
 def check_copies(call: str, cache: IndexCache, source: Array, target: Array) -> None:

@@ -94,13 +94,15 @@ def check_paged(
     cu_seqlens_q: Array,
     lengths: Array,
     method: Method,
+    n_groups: int = 1,
 ) -> None:
-    """The arguments of `select_paged`, on one device and on several."""
+    """The arguments of `select_paged`, on one device and on several, of one group of them or more."""
     check_cache(call, cache)
     check_method(call, method)
     _queries(call, q, w, ("T",), cache.keys.shape[-1], method, "its last axis must equal the cache's D")
     R = check_table(call, cache, block_tables, lengths)
-    checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + 1,), q.shape[0], "a start for each request, and the end")
+    why = "a start for each request, and the end" + (" of each group" if n_groups > 1 else "")
+    checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + n_groups,), q.shape[0], why, n_groups)
     if method.entry_size != cache.entry_size:
         raise ValueError(
             f"{call}: {method} with a cache of entry_size={cache.entry_size}, wanted entries of as many tokens"

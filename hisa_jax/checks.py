@@ -102,12 +102,19 @@ def int32(call: str, name: str, array: Any, wanted: Sequence[int | str], why: st
     shape(call, name, array, wanted, why)
 
 
-def offsets(call: str, name: str, array: Any, wanted: Sequence[int | str], end: int, why: str = "") -> None:
-    """Raises unless `array` is int32 offsets of the wanted shape; under `checked` they must ascend from 0 to `end`."""
+def offsets(
+    call: str, name: str, array: Any, wanted: Sequence[int | str], end: int, why: str = "", n_groups: int = 1
+) -> None:  # fmt: skip
+    """Raises unless `array` is int32 offsets of the wanted shape; under `checked` they must ascend from 0 to `end`.
+
+    Those of several groups stand one after the other, each group's from 0 to its part of `end`.
+    """
     int32(call, name, array, wanted, why)
+    each, most = jnp.asarray(array).reshape(n_groups, -1), end // n_groups
     value(
-        (jnp.diff(array, prepend=0) >= 0) & (array <= end) & (array[:1] == 0),
-        f"{call}: {name} is {{offsets}}, wanted ascending offsets from 0 to at most {end}",
+        (jnp.diff(each, prepend=0) >= 0) & (each <= most) & (each[:, :1] == 0),
+        f"{call}: {name} is {{offsets}}, wanted ascending offsets from 0 to at most {most}"
+        f"{' in each group' if n_groups > 1 else ''}",
         offsets=array,
     )
 
@@ -166,6 +173,11 @@ def unsplit(call: str, **arguments: Any) -> None:
                     f"{call}: {name} is split over the Explicit mesh axes {axes}, wanted the call inside "
                     "jax.shard_map, or a mesh whose axes are jax.sharding.AxisType.Auto"
                 )
+
+
+def checks_values() -> bool:
+    """Whether this is traced inside of `checked`, for conditions that are work to find."""
+    return _state.checks_values
 
 
 def value(condition: Array, message: str, **values: Array) -> None:

@@ -79,12 +79,15 @@ class Problem:
 
     @classmethod
     def of_pages(
-        cls, q: Array, cache: IndexCache, table: Array, method: Method, *, is_split: bool, limits: Limits | None = None
-    ) -> "Problem":
-        """Of queries [T, H, D] and a table [R, P]; pages of so many keys."""
+        cls, q: Array, cache: IndexCache, table: Array, method: Method, *, is_split: bool, n_groups: int = 1,
+        limits: Limits | None = None,
+    ) -> "Problem":  # fmt: skip
+        """Of queries [T, H, D] and a table [R, P], of which each group of devices has its part; pages of keys."""
         (R, P), problem = table.shape, cls.of(q, Keys(cache.keys, None), method, is_split=is_split, limits=limits)
         size, keeps_sketch = cache.page_size, cache.codes is not None
-        return dataclasses.replace(problem, S=P * size, page_size=size, n_requests=R, keeps_sketch=keeps_sketch)
+        return dataclasses.replace(
+            problem, S=P * size, page_size=size, n_requests=R // n_groups, keeps_sketch=keeps_sketch
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +115,8 @@ def backend(name: str) -> Backend:
 
 def _kernels(name: str, why_not: Callable[[Device, Problem | None], str | None], **options: bool) -> Implementation:
     kernels = Kernels(lambda: backend(name), **options)
-    return Implementation(why_not=why_not, select=kernels.select)
+    shard = functools.partial(select_kernels.select_shard, lambda: backend(name))
+    return Implementation(why_not=why_not, select=kernels.select, select_shard=shard)
 
 
 def _nvidia(name: str) -> Implementation:
@@ -122,8 +126,6 @@ def _nvidia(name: str) -> Implementation:
         module: Any = backend(name)
         if problem is None:
             return module.why_not(device.compute_capability, H=64, D=128, dtype="bfloat16")
-        if problem.is_split:
-            return _NOT_SPLIT
         if reason := _no_kernels(problem) or _no_scan(problem):
             return reason
         if isinstance(problem.method, Scan):
@@ -161,8 +163,6 @@ def _tpu(name: str) -> Implementation:
         if problem is None:
             return module.why_not(device.kind, H=64, D=128, q_dtype="bfloat16", k_dtype="bfloat16")
         method = problem.method
-        if problem.is_split and problem.page_size is not None:
-            return _NOT_SPLIT
         if reason := _no_kernels(problem) or _no_scan(problem):
             return reason
         if isinstance(method, Scan) and (
@@ -186,8 +186,7 @@ def _tpu(name: str) -> Implementation:
         )
 
     # By the schedule HISA takes 1.15 to 1.3 times as long as the flat indexer at 8K; on Hopper, measured, 0.89 times.
-    shard = functools.partial(select_kernels.select_shard, lambda: backend(name))
-    return dataclasses.replace(_kernels(name, why_not, flat_if_all_kept=True), select_shard=shard)
+    return _kernels(name, why_not, flat_if_all_kept=True)
 
 
 def _no_kernels(problem: Problem) -> str | None:
@@ -211,7 +210,7 @@ def _no_scan(problem: Problem) -> str | None:
     if not isinstance(problem.method, Scan):
         return None
     if problem.is_split:
-        return _NOT_SPLIT
+        return "has no kernels for a Scan of keys that are split over devices"
     if problem.returns_blocks:
         return "has no kernels for a Scan with return_blocks=True: they score more tokens than its blocks hold"
     return None
@@ -221,7 +220,6 @@ def _blocks(method: Hisa | BlockSparse, S: int) -> dict[str, int]:
     return {"block_size": method.block_size, "block_topk": method.block_topk, "n_blocks": -(-S // method.block_size)}
 
 
-_NOT_SPLIT = "takes no such keys that are split over devices"
 _NO_NVIDIA = "needs an NVIDIA GPU, this device is {!r}"
 _NO_TPU = "needs a TPU, this device is {!r}"
 
@@ -291,12 +289,13 @@ def default_tiles() -> xla.Tiles:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionProblem:
-    """What the choice of a sparse attention depends on: heads, sizes of key and value, dtype."""
+    """What the choice of a sparse attention depends on: heads, sizes of key and value, dtype, form of the latents."""
 
     N: int
     key_dim: int
     value_dim: int
     dtype: str
+    is_quantized: bool = False
 
 
 def attention(name: str) -> Callable[..., tuple[Array, Array]]:
@@ -325,13 +324,18 @@ def attention_reasons(device: Device, problem: AttentionProblem) -> dict[str, st
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AppendProblem:
-    """What the choice of who writes new tokens depends on: requests, pages and their size, features, dtype of keys."""
+    """What the choice of who writes new tokens depends on: requests, pages and their size, features, dtype of keys.
+
+    Attributes:
+        latent_values: features of latents that are kept in 8 bits.
+    """
 
     n_requests: int
     n_pages: int
     page_size: int
     D: int
     dtype: str
+    latent_values: int = 0
 
 
 def appender(name: str) -> Callable[..., Any]:

@@ -55,7 +55,8 @@ def choose(
     shape, H = call.shape, call.q.shape[-2]
     options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
     inner = as_keys(call, seen, method)
-    if 0 in (*inner.shape, call.n_sequences, call.max_keys):
+    is_empty = 0 in (*inner.shape, call.n_sequences, call.max_keys)
+    if is_empty or (call.table is not None and call.table.shape[0] == 0):
         found = nothing(inner.shape, method, **options)
     else:
         found = run(inner, method, *args, **options)

@@ -9,12 +9,14 @@ import numpy as np
 from jax import Array
 
 from hisa_jax import checks
+from hisa_jax.latents import QuantizedLatents, check_latents
 from hisa_jax.methods import Sketch
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.xla import sketch as sketches
 from hisa_jax.xla.describe import describe
+from hisa_jax.xla.means import n_parts_of
 
-MAX_PAGE_SIZE = 256
+MAX_PAGE_SIZE = MAX_BLOCK_SIZE = 256
 
 
 @jax.tree_util.register_dataclass
@@ -29,12 +31,17 @@ class IndexCache:
         counts: [n_pages] int32, of how many tokens.
         places: [n_pages] int32, which page of its sequence each is, from 0; the same for all that share it. -1: none.
         means: [n_pages, parts, D], the mean of each page in numbers of the keys' dtype that add up to it, for kernels
-            whose blocks are pages: one bfloat16, or two e4m3; None for other dtypes, which they do not take.
+            whose blocks are pages: one bfloat16, or two e4m3; None for other dtypes, which they do not take. With a
+            `block_size`, a page that ends a whole block has the block's mean here.
         mean_scales: [n_pages] float32, of the two e4m3; else None.
         codes: [n_pages, page_size, bytes] uint8, the keys in 4 bits a number, for scans that read them so, 16 bytes for
             each 32 numbers (xla/sketch.py); None: no sketch is kept.
         code_scales: [n_pages, page_size, groups] bfloat16, of each 32 numbers; else None.
-        latents: [n_pages, page_size, Dk], the keys of `sparse_mla` of the same tokens; None if kept elsewhere.
+        latents: [n_pages, page_size, Dk], the keys of `sparse_mla` of the same tokens, bfloat16, float32 or
+            `QuantizedLatents`; None if kept elsewhere.
+        marks: [n_pages] int32, by which a reader knows that such a mean is of the pages that its table names
+            (xla/block_means.py); None without a `block_size`.
+        block_size: static, tokens of the blocks of several pages whose means are kept; None: of pages alone.
         entry_size: tokens that a key stands for, static. Above 1 read "entry" for "token" above: a page has page_size
             entries.
     """
@@ -48,7 +55,9 @@ class IndexCache:
     mean_scales: Array | None
     codes: Array | None
     code_scales: Array | None
-    latents: Array | None
+    latents: Array | QuantizedLatents | None
+    marks: Array | None = None
+    block_size: int | None = dataclasses.field(default=None, metadata={"static": True})
     entry_size: int = dataclasses.field(default=1, metadata=dict(static=True))
 
     @classmethod
@@ -60,7 +69,8 @@ class IndexCache:
         *,
         entry_size: int = 1,
         sketch: Sketch | None = None,
-        latents: Array | None = None,
+        latents: Array | QuantizedLatents | None = None,
+        block_size: int | None = None,
     ) -> "IndexCache":
         """A cache of pages that are written already, by a server for instance; `append` keeps it up from then on.
 
@@ -73,7 +83,9 @@ class IndexCache:
             block_tables: [R, P] int32, the pages of each request in order. Entries past its last token are ignored.
             lengths: [R] int32, tokens of each request. Pages that none of them needs are free.
             entry_size, sketch: as for `init_cache`.
-            latents: [n_pages, page_size, Dk] bfloat16 or float32, the keys of `sparse_mla`, if the pages hold them.
+            latents: [n_pages, page_size, Dk] bfloat16, float32 or `QuantizedLatents`, the keys of `sparse_mla`, if the
+                pages hold them.
+            block_size: as for `init_cache`.
 
         Raises: TypeError: arrays of another dtype, int64 tables for instance. ValueError: arrays of another shape, flat
             tables for instance; outside of jit also a token without a page, and a page that is named for two places of
@@ -95,9 +107,9 @@ class IndexCache:
             checks.dtype(call, "k.scales", scales, ("float32",))
             checks.shape(call, "k.scales", scales, (n, size), "one scale a key")
         check_sketch(call, sketch)
+        block_size = block_size_of(call, size, values.dtype.name, block_size)
         if latents is not None:
-            checks.dtype(call, "latents", latents, others)
-            checks.shape(call, "latents", latents, (n, size, "Dk"), "pages as k has them")
+            check_latents(call, "latents", latents, (n, size), "pages as k has them")
         checks.int32(call, "block_tables", block_tables, ("R", "P"), "a flat table is block_tables.reshape(R, -1)")
         R, P = block_tables.shape
         checks.int32(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")
@@ -111,8 +123,9 @@ class IndexCache:
             codes=codes,
             code_scales=code_scales,
             latents=latents,
-            **describe(values, scales, table, n_keys)._asdict(),
+            block_size=block_size,
             entry_size=int(entry_size),
+            **describe(values, scales, table, n_keys, block_size)._asdict(),
         )
         is_good = (lengths >= 0) & has_all_pages(cache, table, n_keys)
         wanted = (
@@ -163,6 +176,26 @@ def check_page_size(call: str, page_size: int) -> None:
         raise ValueError(f"{call}: page_size={page_size}, wanted a power of two up to {MAX_PAGE_SIZE}")
 
 
+def is_block_size(block_size: int) -> bool:
+    """Whether pages can keep means of blocks of so many tokens."""
+    return 0 < block_size <= MAX_BLOCK_SIZE and block_size & (block_size - 1) == 0
+
+
+def block_size_of(call: str, page_size: int, dtype: str, block_size: int | None) -> int | None:
+    """The blocks of several pages whose means a cache keeps, None for none; raises ValueError for sizes that are none.
+
+    Keys that no kernel takes with means of its own form have none either.
+    """
+    if block_size is None:
+        return None
+    checks.integer(call, "block_size", block_size, page_size)
+    if not is_block_size(block_size):
+        raise ValueError(
+            f"{call}: block_size={block_size}, wanted a power of two from the page's {page_size} to {MAX_BLOCK_SIZE}"
+        )
+    return block_size if block_size > page_size and n_parts_of(dtype) is not None else None
+
+
 def check_sketch(call: str, sketch: Sketch | None) -> None:
     """Raises ValueError unless there is such a sketch, or none is wanted."""
     if sketch is not None and not (isinstance(sketch, str) and sketch in get_args(Sketch)):
@@ -182,11 +215,14 @@ def check_cache(call: str, cache: IndexCache) -> None:
         "scales": ("float32", (n, size)),
         "means": (dtype, (n, "parts", D)),
         "mean_scales": ("float32", (n,)),
+        "marks": ("int32", (n,)),
         "codes": ("uint8", (n, size, sketches.sizes(D)[0])),
         "code_scales": ("bfloat16", (n, size, sketches.sizes(D)[1])),
     }
     no_sketch = cache.codes is None and cache.code_scales is None
     always = ("sums", "counts", "places") if no_sketch else ("sums", "counts", "places", "codes", "code_scales")
+    if block_size_of(call, size, dtype, cache.block_size) is not None:
+        always = (*always, "means", "marks")
     for name, (wanted, shape) in parts.items():
         part = getattr(cache, name)
         if part is not None or name in always:
@@ -194,8 +230,7 @@ def check_cache(call: str, cache: IndexCache) -> None:
             checks.shape(call, f"cache.{name}", part, shape, f"of {n} pages of {size} tokens, as cache.keys has them")
     checks.integer(call, "cache.entry_size", cache.entry_size, 1)
     if cache.latents is not None:
-        checks.dtype(call, "cache.latents", cache.latents, ("bfloat16", "float32"))
-        checks.shape(call, "cache.latents", cache.latents, (n, size, "Dk"), "pages as cache.keys has them")
+        check_latents(call, "cache.latents", cache.latents, (n, size), "pages as cache.keys has them")
 
 
 def check_table(call: str, cache: IndexCache, block_tables: Array, lengths: Array) -> int:

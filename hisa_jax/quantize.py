@@ -53,7 +53,7 @@ def quantize_keys(k: Array, dtype: DTypeLike = jnp.float8_e4m3fn, scale: ScaleFo
     Raises: TypeError: a dtype not listed above. ValueError: a scale format not listed above.
     Source: `act_quant` of DeepSeek-V3.2's inference code: amax floored at 1e-4, scale amax / 448, values clipped.
     """
-    values, scales = _quantize("quantize_keys", "k", k, dtype, scale)
+    values, scales = quantize_groups("quantize_keys", "k", k, dtype, scale)
     return QuantizedKeys(values, scales)
 
 
@@ -73,12 +73,13 @@ def quantize_queries(
     """
     call = "quantize_queries"
     checks.dtype(call, "w", w, ("float32",))
-    values, scales = _quantize(call, "q", q, dtype, scale)
+    values, scales = quantize_groups(call, "q", q, dtype, scale)
     checks.shape(call, "w", w, scales.shape, "q without its last axis")
     return values, w * scales
 
 
-def _quantize(call: str, name: str, x: Array, dtype: DTypeLike, scale: str) -> tuple[Array, Array]:
+def quantize_groups(call: str, name: str, x: Array, dtype: DTypeLike, scale: str) -> tuple[Array, Array]:
+    """[..., D] -> values [..., D] and scales [...], as `quantize_keys` has them."""
     checks.dtype(call, name, x, ("bfloat16", "float32"))
     if not x.ndim:
         raise ValueError(f"{call}: {name} is [], wanted [..., D]")

@@ -34,6 +34,7 @@ def select_paged(
     mesh: Mesh | None = None,
     context_axis: str | None = None,
     query_axis: str | None = None,
+    data_axis: str | None = None,
     stripe: int | None = None,
     implementation: str = "auto",
     return_scores: bool = False,
@@ -62,6 +63,8 @@ def select_paged(
         context_axis: the mesh axis that splits the cache's pages, page p on device p // (n_pages / devices); only
             implementation "xla" takes it. None: every device has all.
         query_axis: the mesh axis that splits the queries, any number of them; None: every device has all.
+        data_axis: the mesh axis whose devices are groups of their own, alone or beside the others, as for `append`:
+            every array is those of the groups, one after the other in equal parts, and so is the selection.
         stripe: tokens in a row that one device of `context_axis` has, whole blocks: page i of a request must lie on
             device i * page_size // stripe % devices, else the request selects nothing. Default: the method's block
             size, or a page where that is larger; a page for `Dsa`.
@@ -82,34 +85,35 @@ def select_paged(
     """
     call = "select_paged"
     arrays: Any = dict(block_tables=block_tables, cu_seqlens_q=cu_seqlens_q, lengths=lengths)
-    axes_given = dict(context_axis=context_axis, query_axis=query_axis)
-    meshes.check_arrays(call, mesh, axes_given, q=q, w=w, cache=cache, **arrays, candidates=candidates, budget=budget)
-    check_paged(call, q, w, cache, **arrays, method=method)
+    over = dict(context_axis=context_axis, query_axis=query_axis, data_axis=data_axis)
+    meshes.check_arrays(call, mesh, over, q=q, w=w, cache=cache, **arrays, candidates=candidates, budget=budget)
+    n_groups = meshes.groups(call, mesh, data_axis, q=q, w=w, cache=cache, **arrays)
+    check_paged(call, q, w, cache, **arrays, method=method, n_groups=n_groups)
     candidates, budget = check_limits(call, q, method, candidates, budget, (1,))
     stripe = check_stripe(call, method, cache, stripe, context_axis, candidates)
     options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
-    limits = Limits(candidates, budget)
+    is_split, limits = context_axis is not None, Limits(candidates, budget)
     problem = dispatch.Problem.of_pages(
-        q, cache, block_tables, method, is_split=context_axis is not None, limits=limits
+        q, cache, block_tables, method, is_split=is_split, n_groups=n_groups, limits=limits
     )
     name = dispatch.choose_select(call, problem, implementation, tiles, **options)
     T, tiles = q.shape[0], tiles or dispatch.default_tiles()
-    axes = None if mesh is None else meshes.page_and_query_axes(call, mesh, context_axis, query_axis, cache)
+    axes = None if mesh is None else meshes.page_axes(call, mesh, over, cache, n_groups)
 
-    shard, run = None, dispatch.IMPLEMENTATIONS[name].select
+    shard, run, seen = None, dispatch.IMPLEMENTATIONS[name].select, jnp.zeros((T,), jnp.int32)
+    offsets = jnp.clip(cu_seqlens_q, 0, T)
     if axes is not None:
         if axes.context is not None:
             shard = Shard(axes.context, axes.n_devices, stripe // method.entry_size, problem.S)
         run = functools.partial(on_mesh.select_pages, name, axes, shard)
-    seen, offsets = jnp.zeros((T,), jnp.int32), ascending(cu_seqlens_q, T)
     if 0 not in (T, *block_tables.shape):
-        n_keys = lengths // method.entry_size
-        if axes is None or shard is None:
-            has_pages = has_all_pages(cache, block_tables, n_keys)
+        if axes is None:
+            offsets = ascending(offsets, T)
+            has_pages = has_all_pages(cache, block_tables, lengths // method.entry_size)
+            seen = last_visible(offsets, jnp.where(has_pages, lengths, 0), T)
         else:
-            has_pages = on_mesh.has_pages(axes, shard, cache, block_tables, n_keys)
-        check_pages(call, has_pages, cache)
-        seen = last_visible(offsets, jnp.where(has_pages, lengths, 0), T)
+            has_pages, seen = on_mesh.seen_tokens(axes, shard, cache, block_tables, offsets, lengths, T)
+        check_pages(call, has_pages, cache.n_pages // n_groups)
     paged = varying.constants(
         Call(
             q=q, w=weights(q, w), visible=seen, query_offsets=offsets, table=block_tables, cache=cache,
@@ -119,10 +123,10 @@ def select_paged(
     return entries.choose(run, paged, seen, method, tiles, **options)
 
 
-def check_pages(call: str, has_pages: Array, cache: IndexCache) -> None:
+def check_pages(call: str, has_pages: Array, n_pages: int) -> None:
     checks.value(
         has_pages,
         f"{call}: block_tables lacks pages of requests {{bad}}, wanted for every token one that was written for its "
-        f"place, from 0 to {cache.n_pages - 1}",
+        f"place, from 0 to {n_pages - 1}",
         bad=~has_pages,
     )

@@ -43,26 +43,32 @@ class FlatCall:
         """[T] int32: which block of all rows is the first of each query's sequence."""
         return self.sequences.key_start_of_queries(self.q.shape[0]) // block_size
 
-    def map_queries(self, f: "Callable[[FlatCall], tuple[Array, ...]]", size: int) -> tuple[Array, ...]:
-        """f over `size` queries at a time, which bounds the memory of what f makes of a query."""
+    def map_queries(self, f: "Callable[..., tuple[Array, ...]]", size: int, *rows: Array) -> tuple[Array, ...]:
+        """f over `size` queries at a time, which bounds the memory of what f makes of a query.
+
+        Args:
+            f: of some queries, as a call, and their rows of `rows`.
+        """
         T = self.q.shape[0]
         n = -(-T // size)
+        if n <= 1:
+            return f(self, *rows)
 
         def chunks(x: Array) -> Array:
             return jnp.pad(x, ((0, n * size - T),) + ((0, 0),) * (x.ndim - 1)).reshape(n, size, *x.shape[1:])
 
-        def one(rows: tuple[Array, ...]) -> tuple[Array, ...]:
-            first, q, w, visible = rows
+        def one(some: tuple[Array, ...]) -> tuple[Array, ...]:
+            first, q, w, visible, *rows = some
             sequences = Sequences(
                 query_starts=jnp.clip(jnp.asarray(self.sequences.query_starts) - first, 0, size),
                 key_starts=jnp.asarray(self.sequences.key_starts),
                 lengths=jnp.asarray(self.sequences.lengths),
                 max_keys=self.sequences.max_keys,
             )
-            return f(dataclasses.replace(self, q=q, w=w, visible=visible, sequences=sequences))
+            return f(dataclasses.replace(self, q=q, w=w, visible=visible, sequences=sequences), *rows)
 
         firsts = jnp.arange(n, dtype=jnp.int32) * size
-        out = lax.map(one, (firsts, chunks(self.q), chunks(self.w), chunks(self.visible)))
+        out = lax.map(one, (firsts, *map(chunks, (self.q, self.w, self.visible, *rows))))
         return jax.tree.map(lambda x: x.reshape(n * size, *x.shape[2:])[:T], out)
 
 

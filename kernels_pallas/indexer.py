@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas import scan
 from hisa_jax.kernels_pallas.flat_call import FlatCall, flatten
-from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, means_of
+from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few, means_of
 from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.layout import Call
@@ -19,8 +19,23 @@ from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 Means = tuple[Array, Array | None]  # [n, parts, D] in the keys' dtype and [n] float32 scale: what `pool` returns
 
-_QUERIES = 8192  # at a time: what a stage leaves in memory for each of them, 64 KB at most, stays below 0.5 GiB
+QUERIES = 8192  # at a time: what a stage leaves in memory for each of them, 64 KB at most, stays below 0.5 GiB
 _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
+
+
+class Eligible(NamedTuple):
+    """Of how many blocks, the first ones, a query has the best: [T] int32 each.
+
+    Attributes: `scored`, 0 where a query keeps all of them; `seen`, there too.
+    """
+
+    scored: Array
+    seen: Array
+
+    def or_all(self, best: Array) -> Array:
+        """[T, m] best of the scored blocks -> all that are seen where none is scored."""
+        first, seen = jnp.arange(best.shape[1], dtype=jnp.int32), self.seen[:, None]
+        return jnp.where(seen <= best.shape[1], jnp.where(first < seen, first, -1), best)
 
 
 class Stages(scan.ScanStages, Protocol):
@@ -40,14 +55,11 @@ class Stages(scan.ScanStages, Protocol):
         self,
         call: FlatCall,
         means: Means | PageSums | PageMeans,
-        eligible: Array,
+        eligible: Eligible,
         method: Hisa | BlockSparse,
         interpret: Interpret = False,
     ) -> Array:
-        """The best of the first `eligible` [T] blocks: [T, block_topk] int32 ids, ascending, then -1.
-
-        A query with no eligible block gets nothing, or anything.
-        """
+        """The best of the blocks: [T, block_topk] int32 ids, ascending, then -1."""
         ...
 
     def refine(
@@ -89,7 +101,7 @@ class Indexer:
                 m = -(-flat.sequences.max_keys // method.block_size)
                 return *self.stages.refine(flat, blocks[:, :m], method, interpret), blocks
 
-            indices, count, blocks = some(flat) if _is_small(flat) else flat.map_queries(some, _QUERIES)
+            indices, count, blocks = flat.map_queries(some, QUERIES)
             return indices, count, blocks
 
     def select_blocks(self, call: Call, method: Hisa | BlockSparse, interpret: Interpret = False) -> Array:
@@ -97,36 +109,26 @@ class Indexer:
         with jax.enable_x64(False):
             flat = flatten(call, method.block_size)
             kept_blocks = self._filter(call, flat, method, interpret)
-            if _is_small(flat):
-                return kept_blocks(flat)
-            return flat.map_queries(lambda flat: (kept_blocks(flat),), _QUERIES)[0]
+            return flat.map_queries(lambda flat: (kept_blocks(flat),), QUERIES)[0]
 
     def select_flat(self, call: Call, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
         """The flat indexer: [T, topk] and [T], as `select_hisa`."""
         with jax.enable_x64(False):
-            flat = self._tokens(call)
-            if _is_small(flat):
-                return self.stages.flat(flat, topk, interpret)
-            indices, count = flat.map_queries(lambda flat: self.stages.flat(flat, topk, interpret), _QUERIES)
+            flat = of_tokens(call)
+            indices, count = flat.map_queries(lambda flat: self.stages.flat(flat, topk, interpret), QUERIES)
             return indices, count
 
     def select_scan(self, call: Call, method: Scan, interpret: Interpret = False) -> tuple[Array, Array]:
         """The scan, of more keys than `candidates`: [T, topk] and [T], as `select_hisa`."""
         with jax.enable_x64(False):
-            flat = self._tokens(call)
+            flat = of_tokens(call)
             if method.sketch is not None:
                 flat = dataclasses.replace(flat, sketch=call.sketch)
             if flat.sequences.max_keys * flat.q.shape[1] <= self.flat_up_to * 64 * method.block_topk:
                 return self.select_flat(call, method.topk, interpret)
             n = scan.queries_at_a_time(method, flat.sequences.max_keys)
-            if flat.q.shape[0] <= n:
-                return scan.select(self.stages, flat, method, interpret)
             indices, count = flat.map_queries(lambda flat: scan.select(self.stages, flat, method, interpret), n)
             return indices, count
-
-    def _tokens(self, call: Call) -> FlatCall:
-        """For stages without blocks."""
-        return flatten(call, _TILED_ROWS if call.cache is None else call.cache.page_size)
 
     def _filter(
         self, call: Call, flat: FlatCall, method: Hisa | BlockSparse, interpret: Interpret
@@ -134,40 +136,39 @@ class Indexer:
         """Pools the keys and returns what maps some of the queries to their kept blocks, [T, block_topk] int32."""
         block_size, m = method.block_size, method.block_topk
         has_filter = flat.sequences.max_keys > m * block_size
-        means: Means | PageSums | PageMeans | None = None
-        if has_filter and flat.pages is not None:
-            assert call.cache is not None
-            means = means_of(flat.pages, block_size, call.cache)
-            if isinstance(means, PageSums) and _writes_means(flat):
-                means = self.stages.pool_pages(means, flat.k.dtype, interpret=interpret)
-        elif has_filter:
-            counts = flat.sequences.tokens_in_blocks(flat.k.shape[0], block_size)
-            means = self.stages.pool(flat.k, flat.k_scale, counts, block_size=block_size, interpret=interpret)
+        means = block_means(self.stages, call, flat, block_size, interpret) if has_filter else None
 
         def kept(flat: FlatCall) -> Array:
             # [T, 1]: of [T] XLA gathers the tiles' limits inside their concatenation, one after the other: 6 us more.
             eligible = -(-flat.visible // block_size)[:, None]
             first = jnp.arange(m, dtype=jnp.int32)
-            all_eligible = jnp.where(first < eligible, first, -1)
             if means is None:
-                return all_eligible
+                return jnp.where(first < eligible, first, -1)
             keeps_all = eligible <= m
             # A query that keeps all its blocks needs no scores of them.
-            wanted = jnp.where(keeps_all[:, 0], 0, eligible[:, 0])
-            best = self.stages.block_filter(flat, means, wanted, method, interpret)
-            return jnp.where(keeps_all, all_eligible, best)
+            scored = jnp.where(keeps_all[:, 0], 0, eligible[:, 0])
+            return self.stages.block_filter(flat, means, Eligible(scored, eligible[:, 0]), method, interpret)
 
         return kept
 
 
-def _is_small(flat: FlatCall) -> bool:
-    return flat.q.shape[0] <= _QUERIES
+def block_means(
+    stages: Stages, call: Call, flat: FlatCall, block_size: int, interpret: Interpret
+) -> Means | PageSums | PageMeans:
+    """Those of all sequences, or what a filter takes them from."""
+    if flat.pages is None:
+        counts = flat.sequences.tokens_in_blocks(flat.k.shape[0], block_size)
+        return stages.pool(flat.k, flat.k_scale, counts, block_size=block_size, interpret=interpret)
+    assert call.cache is not None
+    means = means_of(flat.pages, block_size, call.cache)
+    is_few = is_shared_by_few(len(flat.sequences.lengths), flat.q.shape[0])
+    # Where a block is a page, `scores` finds the means by the table, for many queries, too.
+    if not is_few and (isinstance(means, PageSums) or means.rows is None):
+        sums = means if isinstance(means, PageSums) else means.page_sums
+        return stages.pool_pages(sums, flat.k.dtype, interpret=interpret)
+    return means
 
 
-def _writes_means(flat: FlatCall) -> bool:
-    """Whether to write block means for the queries to share, or to take them from page sums where they are scored.
-
-    On an H200, one query a request of 128K in pages of half a block: 0.153 ms written and 0.147 taken for 128 requests,
-    0.074 and 0.067 for 32.
-    """
-    return 2 * len(flat.sequences.lengths) < flat.q.shape[0]
+def of_tokens(call: Call) -> FlatCall:
+    """For stages without blocks."""
+    return flatten(call, _TILED_ROWS if call.cache is None else call.cache.page_size)

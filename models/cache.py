@@ -8,18 +8,19 @@ tables, one for all layers, map these places to pages: rows may share pages, and
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.sharding import Mesh
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
+from hisa_jax.index_cache import is_block_size
 from hisa_jax.methods import Sketch
 from hisa_jax.models.config import Config
-from hisa_jax.models.sharding import constrain, mesh_axis, per_device
+from hisa_jax.models.sharding import mesh_axis, per_device, size_of
 
 _LARGEST_PAGE = 64
 
@@ -34,7 +35,7 @@ class Cache:
             key. Its keys are the index keys after norm and RoPE, quantised if the config says so; in layers that share
             another layer's selection they have 0 features.
         block_tables: [B, P] int32, the pages of each row in order. On a mesh that splits the batch they are numbers
-            among the pages of the row's own device.
+            among the pages of the row's own group of devices.
         lengths: [B] int32, tokens in each row.
     """
 
@@ -54,57 +55,91 @@ def page_size_of(methods: Iterable[hj.Method]) -> int:
     return math.gcd(_LARGEST_PAGE, *sizes)
 
 
+def stripe_of(methods: Iterable[hj.Method], page_size: int) -> int:
+    """Tokens in a row that one device has where several share the pages of a row: whole blocks of all these methods."""
+    blocks = (page_size if isinstance(method, hj.Dsa) else method.block_size for method in methods)
+    return math.lcm(page_size, *blocks)
+
+
+def pages_sharding(mesh: Mesh, batch: int) -> NamedSharding:
+    """Where the pages of so many rows lie: those of a row on the devices of its group, an equal part on each."""
+    axes = (mesh_axis(mesh, "batch", batch), "context" if size_of(mesh, "context") > 1 else None)
+    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in axes if axis is not None) or None))
+
+
 def sketch_of(methods: Iterable[hj.Method]) -> Sketch | None:
     """What these methods scan in place of the keys, None if all read the keys."""
     return next((method.sketch for method in methods if isinstance(method, hj.Scan) and method.sketch), None)
 
 
+class Kept(NamedTuple):
+    """What a layer keeps beside its index keys, where it has some: see `hj.init_cache`."""
+
+    sketch: Sketch | None = None
+    block_size: int | None = None
+
+
+def kept_for(methods: Iterable[hj.Method]) -> Kept:
+    """What a layer keeps for these methods: means of blocks on GPUs alone, whose kernels read them."""
+    methods = list(methods)
+    sizes = {method.block_size for method in methods if isinstance(method, hj.Hisa | hj.BlockSparse)}
+    can_keep = jax.default_backend() == "gpu" and len(sizes) == 1 and all(map(is_block_size, sizes))
+    return Kept(sketch_of(methods), sizes.pop() if can_keep else None)
+
+
 def empty_pages(
-    config: Config, n_pages: int, page_size: int, dtype: DTypeLike, sketches: Sequence[Sketch | None] | None = None
+    config: Config, n_pages: int, page_size: int, dtype: DTypeLike, kept: Sequence[Kept] | None = None
 ) -> tuple[hj.IndexCache, ...]:
     """Pages of every layer.
 
     Args:
         config: sizes, and the dtype of the index keys.
         n_pages, page_size: pages of a layer, and tokens of a page.
-        dtype: of latents, rope keys, and index keys that are not quantised.
-        sketches: what each layer keeps beside its index keys, where it has some; None: nothing.
+        dtype: of latents and index keys that are not quantised, and of rope keys beside latents that are not.
+        kept: what each layer keeps beside its index keys; None: nothing.
     """
 
-    def pages(kind: str, sketch: Sketch | None) -> hj.IndexCache:
+    def pages(kind: str, kept: Kept) -> hj.IndexCache:
         D, key_dtype = (config.index_head_dim, config.index_key_dtype or dtype) if kind == "full" else (0, dtype)
         return hj.init_cache(
-            n_pages, page_size, D, key_dtype, sketch=sketch if kind == "full" else None,
-            latent_dim=config.kv_lora_rank + config.qk_rope_head_dim, latent_dtype=dtype,
+            n_pages, page_size, D, key_dtype, **(kept if kind == "full" else Kept())._asdict(),
+            latent_dim=config.kv_lora_rank + config.qk_rope_head_dim, latent_dtype=config.latent_dtype or dtype,
+            latent_value_dim=config.kv_lora_rank,
         )  # fmt: skip
 
     kinds = config.indexer_kinds
-    return tuple(pages(*layer) for layer in zip(kinds, sketches or (None,) * len(kinds), strict=True))
+    return tuple(pages(*layer) for layer in zip(kinds, kept or (Kept(),) * len(kinds), strict=True))
 
 
 def empty_cache(
     config: Config, batch: int, capacity: int, dtype: DTypeLike, page_size: int, mesh: Mesh | None = None,
-    sketches: Sequence[Sketch | None] | None = None,
+    kept: Sequence[Kept] | None = None, stripe: int | None = None,
 ) -> Cache:  # fmt: skip
     """A cache with pages of their own for at least `capacity` tokens in each of `batch` rows.
 
     Args:
-        config, dtype, page_size, sketches: see `empty_pages`.
+        config, dtype, page_size, kept: see `empty_pages`.
         batch: B.
         capacity: tokens.
-        mesh: what the batch is split over, or None.
+        mesh: what the batch and the pages of rows are split over, or None.
+        stripe: tokens of a row one after the other that one device has; default: a page.
 
     Returns: `Cache` with lengths 0.
     """
+    n_groups = 1 if mesh_axis(mesh, "batch", batch) is None else size_of(mesh, "data")
+    n_devices, per_stripe = size_of(mesh, "context"), (stripe or page_size) // page_size
     P = -(-capacity // page_size)
-    layers = empty_pages(config, batch * P, page_size, dtype, sketches)
-    axis = mesh_axis(mesh, "batch", batch)
-    # Where the batch is split, each device has the pages of its rows and counts them from 0.
-    n_devices = 1
-    if mesh is not None and axis is not None:
-        n_devices = mesh.shape[axis]
-        layers = jax.tree.map(lambda leaf: constrain(leaf, mesh, ("batch",) + (None,) * (leaf.ndim - 1)), layers)
-    tables = jnp.arange(batch * P, dtype=jnp.int32).reshape(batch, P) % (batch * P // n_devices)
+    if n_devices > 1:  # as many pages of each row on each device
+        P = -(-P // (n_devices * per_stripe)) * n_devices * per_stripe
+    layers = empty_pages(config, batch * P, page_size, dtype, kept)
+    if mesh is not None:
+        layers = lax.with_sharding_constraint(layers, pages_sharding(mesh, batch))
+    # Each group of devices has the pages of its rows and counts them from 0, one device's after the other's.
+    rows, pages = jnp.arange(batch, dtype=jnp.int32) % (batch // n_groups), jnp.arange(P, dtype=jnp.int32)
+    rounds, device = pages // (n_devices * per_stripe), pages // per_stripe % n_devices
+    per_row = P // n_devices  # pages of a row on a device
+    first = device * (batch // n_groups * per_row) + rounds * per_stripe + pages % per_stripe
+    tables = first[None, :] + rows[:, None] * per_row
     return Cache(layers=layers, block_tables=tables, lengths=jnp.zeros((batch,), jnp.int32))
 
 
@@ -147,8 +182,34 @@ def packing(slots: Array) -> Packing:
     return Packing(order, places, jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(sizes, dtype=jnp.int32)]))
 
 
+def pack(slots: Array, arrays: Any, mesh: Mesh | None) -> tuple[Any, ...]:
+    """`cu_seqlens` and arrays [B, T, ...] as `Packing` has them, of each group of rows that `mesh` splits B into."""
+
+    def call(slots: Array, arrays: Any) -> tuple[Any, ...]:
+        rows = packing(slots)
+        return rows.cu_seqlens, *jax.tree.map(rows.pack, arrays)
+
+    return per_device(call, mesh, (("batch",),) * 2, ("batch",))(slots, arrays)
+
+
+def unpack(slots: Array, arrays: Any, mesh: Mesh | None) -> Any:
+    """The reverse of `pack`, of the arrays."""
+
+    def call(slots: Array, arrays: Any) -> Any:
+        return jax.tree.map(packing(slots).unpack, arrays)
+
+    return per_device(call, mesh, (("batch",),) * 2, ("batch",))(slots, arrays)
+
+
+def over_context(mesh: Mesh | None, batch: int) -> dict[str, Any]:
+    """What functions of pages are told where `context` splits the pages of a request, nothing where it does not."""
+    if size_of(mesh, "context") == 1:
+        return {}
+    return dict(mesh=mesh, context_axis="context", data_axis=mesh_axis(mesh, "batch", batch))
+
+
 def write(
-    pages: hj.IndexCache, keys: Array | hj.QuantizedKeys | None, latents: Array, block_tables: Array, slots: Array,
+    pages: hj.IndexCache, keys: Array | hj.QuantizedKeys | None, latents: Any, block_tables: Array, slots: Array,
     lengths: Array, mesh: Mesh | None = None,
 ) -> hj.IndexCache:  # fmt: skip
     """Appends the tokens of a batch to the pages of one layer.
@@ -156,7 +217,7 @@ def write(
     Args:
         pages: of the layer.
         keys: [B, T, D] index keys; None in layers that have none.
-        latents: [B, T, L + R].
+        latents: [B, T, L + R] array, which is quantised if the pages hold `QuantizedLatents`.
         block_tables: [B, P] int32.
         slots: [B, T] int32, -1 for padding.
         lengths: [B] int32, tokens in each row, these among them.
@@ -166,18 +227,33 @@ def write(
     """
     if keys is None:
         keys = jnp.zeros((*latents.shape[:2], 0), pages.keys.dtype)
+    if isinstance(pages.latents, hj.QuantizedLatents):
+        latents = hj.quantize_latents(latents, pages.latents.value_dim)
+    if over := over_context(mesh, slots.shape[0]):
+        cu_seqlens, keys, latents = pack(slots, (keys, latents), mesh)
+        before = lengths - jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
+        return hj.append(pages, keys, block_tables, cu_seqlens, before, latents=latents, **over)
 
     def call(
-        pages: hj.IndexCache, keys: Array | hj.QuantizedKeys, latents: Array, tables: Array, slots: Array,
+        pages: hj.IndexCache, keys: Array | hj.QuantizedKeys, latents: Any, tables: Array, slots: Array,
         lengths: Array,
     ) -> hj.IndexCache:  # fmt: skip
         rows = packing(slots)
         before = lengths - jnp.diff(rows.cu_seqlens)
-        new = jax.tree.map(rows.pack, keys)
-        return hj.append(pages, new, tables, rows.cu_seqlens, before, latents=rows.pack(latents))
+        new, new_latents = jax.tree.map(rows.pack, (keys, latents))
+        return hj.append(pages, new, tables, rows.cu_seqlens, before, latents=new_latents)
 
     call = per_device(call, mesh, (("batch",),) * 6, ("batch",))
     return call(pages, keys, latents, block_tables, slots, lengths)
+
+
+def plain_latents(
+    pages: hj.IndexCache, block_tables: Array, lengths: Array, dtype: DTypeLike, mesh: Mesh | None = None
+) -> Array:
+    """The latents of each row in one piece [B, P * page_size, L + R], as for `contiguous`, of any form."""
+    assert pages.latents is not None  # a model's cache holds them
+    found = jax.tree.map(lambda leaf: contiguous(leaf, block_tables, lengths, mesh), pages.latents)
+    return found.dequantize().astype(dtype) if isinstance(found, hj.QuantizedLatents) else found
 
 
 def contiguous(pages: Array, block_tables: Array, lengths: Array, mesh: Mesh | None = None) -> Array:
@@ -192,11 +268,21 @@ def contiguous(pages: Array, block_tables: Array, lengths: Array, mesh: Mesh | N
     Returns: [B, P * page_size, ...], zeros where a row has no token, whatever its pages, and other ones, hold there.
     """
 
+    is_shared = size_of(mesh, "context") > 1
+
     def call(pages: Array, tables: Array, lengths: Array) -> Array:
         (n_pages, page_size, *rest), (B, P) = pages.shape, tables.shape
+        if is_shared:
+            tables = tables - lax.axis_index("context") * n_pages
         is_page = (tables >= 0) & (tables < n_pages)
         found = pages[jnp.where(is_page, tables, 0)].reshape(B, P * page_size, *rest)
         is_token = jnp.repeat(is_page, page_size, axis=1) & (jnp.arange(P * page_size)[None, :] < lengths[:, None])
-        return jnp.where(is_token.reshape(B, P * page_size, *(1,) * len(rest)), found, jnp.zeros((), found.dtype))
+        own = jnp.where(is_token.reshape(B, P * page_size, *(1,) * len(rest)), found, jnp.zeros((), found.dtype))
+        return lax.psum(own, "context") if is_shared else own  # of each token one device has it, the others 0
 
-    return per_device(call, mesh, (("batch",),) * 3, ("batch",))(pages, block_tables, lengths)
+    if mesh is None or not is_shared:
+        return per_device(call, mesh, (("batch",),) * 3, ("batch",))(pages, block_tables, lengths)
+    rows = PartitionSpec(mesh_axis(mesh, "batch", block_tables.shape[0]))
+    specs = pages_sharding(mesh, block_tables.shape[0]).spec, rows, rows
+    run = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    return run(pages, block_tables, lengths)

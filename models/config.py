@@ -71,6 +71,8 @@ class Config:
         index_key_scale: "ue8m0" rounds their scales up to powers of two, "float32" does not.
         index_hadamard: whether index queries and keys are rotated by a Hadamard matrix, which spreads outliers before
             they are quantised and changes nothing else.
+        latent_dtype: "float8_e4m3fn" keeps the cache's latents in 8 bits, rope keys in bfloat16 (`QuantizedLatents`);
+            None keeps them as they are.
         weight_block_size: rows and columns that share a scale in block-scaled F8_E4M3 weights.
         use_hisa: whether the checkpoint's own method is HISA, as servers are told it; else it is the flat indexer.
         hisa_k_block_size, hisa_block_topk: HISA's tokens a block and blocks kept, its `block_size` and `block_topk`.
@@ -117,6 +119,7 @@ class Config:
     index_key_dtype: Literal["float8_e4m3fn", "int8"] | None = None
     index_key_scale: Literal["float32", "ue8m0"] = "float32"
     index_hadamard: bool = False
+    latent_dtype: Literal["float8_e4m3fn"] | None = None
     use_hisa: bool = False
     hisa_k_block_size: int = 128
     hisa_block_topk: int = 64
@@ -144,6 +147,8 @@ class Config:
         room = self.topk_group * self.n_routed_experts // self.n_group
         demand(self.num_experts_per_tok <= room, "num_experts_per_tok", f"at most the {room} experts in kept groups")
         demand(not self.index_hadamard or dim & (dim - 1) == 0, "index_hadamard", "False unless index_head_dim is 2^n")
+        whole_groups = self.kv_lora_rank < 128 or self.kv_lora_rank % 128 == 0
+        demand(self.latent_dtype is None or whole_groups, "latent_dtype", "None unless 128 divides kv_lora_rank")
         if self.use_hisa:
             kept, size = self.hisa_block_topk, self.hisa_k_block_size
             demand(kept >= 2, "hisa_block_topk", "at least 2: the first block and the query's own are always kept")

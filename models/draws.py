@@ -52,15 +52,18 @@ class LogprobArrays(NamedTuple):
     values: Array
 
 
-def draws_of(samplings: Sequence[Sampling], numbers: Sequence[int], B: int) -> Draws:
-    """Arrays for the first rows of a batch of B; the others take the likeliest token."""
+def draws_of(
+    samplings: Sequence[Sampling], numbers: Sequence[int], B: int, rows: Sequence[int] | None = None
+) -> Draws:  # fmt: skip
+    """Arrays for some rows of a batch of B, by default the first ones; the others take the likeliest token."""
     draws = Draws(
         np.zeros((B, 2), np.uint32), np.zeros(B, np.int32), np.zeros(B, np.float32), np.ones(B, np.float32),
         np.zeros(B, np.float32), np.zeros(B, np.int32), np.int32(kind_of(samplings)),
         np.bool_(any(sampling.logprobs is not None for sampling in samplings)),
     )  # fmt: skip
     largest = float(np.finfo(np.float32).max)
-    for row, (sampling, number) in enumerate(zip(samplings, numbers, strict=True)):
+    rows = range(len(samplings)) if rows is None else rows
+    for row, sampling, number in zip(rows, samplings, numbers, strict=True):
         draws.seeds[row] = (sampling.seed >> 32) & 0xFFFFFFFF, sampling.seed & 0xFFFFFFFF
         draws.numbers[row] = number
         # A tiny one must not become 0, which is another rule.

@@ -16,11 +16,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 import hisa_jax as hj
-from hisa_jax.models.cache import contiguous, packing, write
+from hisa_jax.models.cache import over_context, pack, packing, plain_latents, unpack, write
 from hisa_jax.models.config import Config
 from hisa_jax.models.layers import Init, layer_norm, rms_norm
 from hisa_jax.models.rope import rotate
-from hisa_jax.models.sharding import per_device
+from hisa_jax.models.sharding import mesh_axis, per_device, size_of
 from hisa_jax.selection import selected_mask
 
 Form = Literal["auto", "expanded", "absorbed"]
@@ -45,8 +45,8 @@ class Indexer(nnx.Module):
     def __init__(self, config: Config, init: Init):
         E, H, D = config.hidden_size, config.index_n_heads, config.index_head_dim
         self.config = config
-        self.q = init.weight((config.q_lora_rank, H, D), (None, None, None))
-        self.k = init.weight((E, D), (None, None))
+        self.q = init.matrix((config.q_lora_rank, H, D), (None, "index_heads", None), (config.q_lora_rank, 1, D))
+        self.k = init.matrix((E, D), (None, None))
         self.k_norm = init.constant((D,), 1.0)
         self.k_norm_bias = init.constant((D,), 0.0)
         self.w = init.weight((E, H), (None, None), jnp.float32)
@@ -94,20 +94,21 @@ class Attention(nnx.Module):
         E, N, L, R = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         Q, P, V = config.q_lora_rank, config.qk_nope_head_dim, config.v_head_dim
         self.config = config
-        self.q_a = init.weight((E, Q), (None, None))
+        self.q_a = init.matrix((E, Q), (None, "rank"))
         self.q_a_norm = init.constant((Q,), 1.0)
-        self.q_b = init.weight((Q, N, P + R), (None, "heads", None))
-        self.kv_a = init.weight((E, L + R), (None, None))
+        self.q_b = init.matrix((Q, N, P + R), (None, "head_weights", None), (Q, 1, P + R))
+        self.kv_a = init.matrix((E, L + R), (None, None))
         self.kv_a_norm = init.constant((L,), 1.0)
-        self.k_b = init.weight((L, N, P), (None, "heads", None))
-        self.v_b = init.weight((L, N, V), (None, "heads", None))
-        self.o = init.weight((N, V, E), ("heads", None, None))
+        # Keys and values of a head lie together in the checkpoint's matrix, and blocks go on from one to the other.
+        self.k_b = init.matrix((L, N, P), (None, "head_weights", None), (L, 1, (P, V)))
+        self.v_b = init.matrix((L, N, V), (None, "head_weights", None), (L, 1, (P, V)))
+        self.o = init.matrix((N, V, E), ("head_weights", None, None), (1, V, E))
         is_full = config.indexer_kinds[layer] == "full"
         self.indexer = Indexer(config, init) if is_full else None
 
     def __call__(
         self, x: Array, *, table: Table, slots: Array, lengths: Array, pages: hj.IndexCache, block_tables: Array,
-        method: hj.Method, selection: hj.Selection | None, form: Form, mesh: Mesh | None,
+        method: hj.Method, selection: hj.Selection | None, form: Form, mesh: Mesh | None, stripe: int | None = None,
     ) -> tuple[Array, hj.IndexCache, hj.Selection, IndexInputs | None]:  # fmt: skip
         """Writes the new tokens to the cache, selects, and attends to what is selected.
 
@@ -122,6 +123,7 @@ class Attention(nnx.Module):
             selection: that of the last full layer, for layers that share it.
             form: see `choose_form`.
             mesh: what the model is split over, or None.
+            stripe: as for `select`.
 
         Returns: output [B, T, E]; the pages with the new tokens; the selection; what these tokens brought to it, None
             if shared.
@@ -134,18 +136,19 @@ class Attention(nnx.Module):
         if self.indexer is not None and keys is not None:
             index_q, index_w = self.indexer.queries(q_latent, x, table)
             inputs = index_q, keys, index_w
-            selection = select(index_q, index_w, pages, block_tables, slots, lengths, method, mesh)
+            selection = select(index_q, index_w, pages, block_tables, slots, lengths, method, mesh, stripe)
         assert selection is not None  # Config has checked that layer 0 selects
 
         (_, T), S = slots.shape, block_tables.shape[1] * pages.page_size
-        if form == "auto":
+        if form == "auto" and over_context(mesh, 1):
+            form = "absorbed"  # the other one would bring all latents of a request to every device
+        elif form == "auto":
             form = choose_form(config, T, S, selection.indices.shape[-1])
         k_b, v_b, scale = self.k_b[...], self.v_b[...], config.softmax_scale
         if form == "absorbed":
             out = absorbed(q_nope, q_rope, pages, block_tables, slots, selection.indices, k_b, v_b, scale, mesh)
         else:
-            assert pages.latents is not None
-            latents = contiguous(pages.latents, block_tables, lengths, mesh)
+            latents = plain_latents(pages, block_tables, lengths, kv.dtype, mesh)
             out = expanded(q_nope, q_rope, latents, selection.indices, k_b, v_b, scale)
         return self.merge_heads(out), pages, selection, inputs
 
@@ -168,7 +171,7 @@ class Attention(nnx.Module):
 
 def select(
     q: Array, w: Array, pages: hj.IndexCache, block_tables: Array, slots: Array, lengths: Array, method: hj.Method,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, stripe: int | None = None,
 ) -> hj.Selection:  # fmt: skip
     """`hj.select_paged`, the one line that a method changes, on each device for its part of the batch.
 
@@ -178,10 +181,21 @@ def select(
         slots: [B, T] int32, each query's number in its sequence, -1 for padding.
         lengths: [B] int32, tokens in each sequence, the queries its last ones.
         method: how to select.
-        mesh: what the batch is split over, or None.
+        mesh: what batch, pages of rows, and queries are split over, or None.
+        stripe: tokens of a row one after the other that one device has, where several share its pages; default: as
+            `hj.select_paged`.
 
     Returns: the selection.
     """
+
+    over = over_context(mesh, slots.shape[0]) | (dict(stripe=stripe) if over_context(mesh, 1) else {})
+    if size_of(mesh, "model") > 1:
+        # Ranks of tensor parallelism would all select the same: each takes a share of the queries.
+        over |= dict(mesh=mesh, query_axis="model", data_axis=mesh_axis(mesh, "batch", slots.shape[0]))
+    if over:
+        cu_seqlens, q, w = pack(slots, (q, w), mesh)
+        chosen = hj.select_paged(q, w, pages, block_tables, cu_seqlens, lengths, method, **over)
+        return unpack(slots, chosen, mesh)
 
     def call(q: Array, w: Array, pages: hj.IndexCache, tables: Array, slots: Array, lengths: Array) -> hj.Selection:
         rows = packing(slots)
@@ -269,8 +283,16 @@ def absorbed(
 
     Returns: as `expanded`.
     """
-    L = k_b.shape[0]
-    q = absorb(q_nope, q_rope, k_b)
+    (L, N, _), q, heads = k_b.shape, absorb(q_nope, q_rope, k_b), ("batch", None, "heads")
+    if over := over_context(mesh, slots.shape[0]):
+        head_axis = "model" if size_of(mesh, "model") > 1 and N % size_of(mesh, "model") == 0 else None
+        cu_seqlens, chosen = pack(slots, (indices,), mesh)
+        packed = per_device(_packed, mesh, (("batch",), heads), ("batch", "heads"))(slots, q)
+        out = hj.sparse_mla_paged(
+            packed, pages, chosen, block_tables, cu_seqlens, value_dim=L, scale=scale, head_axis=head_axis, **over
+        )
+        out = per_device(_unpacked, mesh, (("batch",), ("batch", "heads")), heads)(slots, out)
+        return jnp.einsum("btnl,lnd->btnd", out, v_b)
 
     def attend(q: Array, pages: hj.IndexCache, tables: Array, slots: Array, indices: Array) -> Array:
         rows = packing(slots)
@@ -280,9 +302,16 @@ def absorbed(
         assert isinstance(out, Array)  # no logsumexp was asked for
         return rows.unpack(out)
 
-    heads = ("batch", None, "heads")
     attend = per_device(attend, mesh, (heads, *(("batch",),) * 4), heads)
     return jnp.einsum("btnl,lnd->btnd", attend(q, pages, block_tables, slots, indices), v_b)
+
+
+def _packed(slots: Array, x: Array) -> Array:
+    return packing(slots).pack(x)
+
+
+def _unpacked(slots: Array, x: Array) -> Array:
+    return packing(slots).unpack(x)
 
 
 def absorb(q_nope: Array, q_rope: Array, k_b: Array) -> Array:

@@ -2,35 +2,36 @@
 
 All requests share the pages of one cache. A prompt that begins like the tokens of another request, which runs or whose
 pages are still there, forks that request and computes only the rest. `models.scheduler` says which requests run and on
-which pages; here are the compiled programs. With a draft a step verifies several proposed tokens at once and truncates
-those that would not have been taken, so the tokens are the same as without. Whatever fails, a step is done or it is
-not. `models.streams` hands out tokens and text as they come.
+which pages, `models.passes` has the compiled programs. With a draft a step verifies several proposed tokens at once and
+truncates those that would not have been taken, so the tokens are the same as without. Whatever fails, a step is done or
+it is not. `models.streams` hands out tokens and text as they come.
+
+On a mesh requests are spread over "data", and the pages of each over "context". Every process of the mesh has an engine
+of its own, which is told the same and so decides the same; before each pass they make sure of it (`models.agreement`).
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
 
-import hisa_jax as hj
-from hisa_jax.models import checks
-from hisa_jax.models.cache import Cache
+from hisa_jax.models import checks, passes
+from hisa_jax.models.agreement import Agreement
 from hisa_jax.models.drafts import Draft, lookup, propose
-from hisa_jax.models.draws import Draws, LogprobArrays, draws_of, logprobs_if, read_logprobs, take
+from hisa_jax.models.draws import Draws, LogprobArrays, draws_of, read_logprobs
 from hisa_jax.models.generate import phase_graphs
-from hisa_jax.models.modeling import Model, Output
+from hisa_jax.models.modeling import Model
+from hisa_jax.models.passes import Chosen, Pages, Trace
 from hisa_jax.models.plan import Phase
 from hisa_jax.models.prompts import prompt_ids, tokenizer_of
-from hisa_jax.models.replay.record import Rollout
-from hisa_jax.models.replay.recorder import Recorder, Rows, checked_start, logprob_of, rows_of
-from hisa_jax.models.sampling import Logprobs, Sampling, short_form
-from hisa_jax.models.scheduler import Batch, Request, Saved, Scheduler
+from hisa_jax.models.replay.recorder import Recorder, checked_start
+from hisa_jax.models.report import Report, Step, Traced
+from hisa_jax.models.request import Request
+from hisa_jax.models.sampling import Sampling, short_form
+from hisa_jax.models.scheduler import Batch, Saved, Scheduler
+from hisa_jax.models.sharding import size_of
 from hisa_jax.models.streams import Piece, Reader
 from hisa_jax.models.text import Text
 from hisa_jax.models.tokens import Tokenizer
@@ -38,103 +39,21 @@ from hisa_jax.page_pool import PagePool
 
 __all__ = ["Draft", "Engine", "Report", "Step", "Traced", "lookup"]
 
-Pages = tuple[hj.IndexCache, ...]
 _PASSES: dict[Phase, str] = {
     "prefill": "a prompt's chunks", "last_prefill": "a prompt's last chunk", "decode": "a decode step"
 }  # fmt: skip
-
-
-class Traced(NamedTuple):
-    """What one layer selected in a step, and from what.
-
-    Attributes:
-        layer: its number.
-        selection: of [B, T]; the new tokens of a row are its last columns.
-        q, k, w: index queries [B, T, H, D], index keys [B, T, D] and head weights [B, T, H] of the new tokens.
-    """
-
-    layer: int
-    selection: hj.Selection
-    q: Array
-    k: Array | hj.QuantizedKeys
-    w: Array
-
-
-class Trace(NamedTuple):
-    """What a pass tells beside tokens: what was selected from what; what queries and routers chose, for rollouts."""
-
-    inputs: bool
-    choices: bool
-
-
-class Chosen(NamedTuple):
-    """What a pass chose, and the log-probabilities of its tokens, [B, T] or [B, 1]."""
-
-    rows: Rows
-    logprobs: Array
-
-
-class Seen(NamedTuple):
-    """What a pass tells: of each layer that selects (selection, q, k, w), and its choices, if asked for."""
-
-    layers: list
-    chosen: Chosen | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
-    """One forward pass.
-
-    Attributes:
-        phase: "decode", or that of the chunks.
-        requests: of each row.
-        starts, n_new: tokens of each before, and how many went in.
-        n_kept: how many of those stayed; the others were rejected proposals.
-        layers: of those that select, if the engine traces.
-    """
-
-    phase: Phase
-    requests: list[int]
-    starts: list[int]
-    n_new: list[int]
-    n_kept: list[int]
-    layers: tuple[Traced, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-    """What `Engine.step` did. The caller may change it without effect on the engine.
-
-    Attributes:
-        forks: (new request, its donor, tokens shared) of those admitted that share a prefix.
-        steps: forward passes, none to two.
-        finished: new tokens by request.
-        logprobs: of the new tokens of those finished that asked for them.
-        failed: requests that ended without, and why.
-        draft_errors: requests whose draft raised or proposed something that is not a token, and what that was. They go
-            on without proposals.
-        rollouts: of those that finished, if the engine returns selections.
-    """
-
-    forks: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
-    steps: list[Step] = dataclasses.field(default_factory=list)
-    finished: dict[int, list[int]] = dataclasses.field(default_factory=dict)
-    logprobs: dict[int, list[Logprobs]] = dataclasses.field(default_factory=dict)
-    failed: dict[int, str] = dataclasses.field(default_factory=dict)
-    draft_errors: dict[int, str] = dataclasses.field(default_factory=dict)
-    rollouts: dict[int, Rollout] = dataclasses.field(default_factory=dict)
 
 
 class Engine:
     """A model, its pages, and the requests on it. For one thread.
 
     Args:
-        model: on one device; its plan selects by phase.
-        n_pages: pages of each layer, for all requests.
-        rows: requests that decode at a time.
+        model: on one device or a mesh; its plan selects by phase.
+        n_pages: pages of each layer, for all requests. On a mesh each device of "data" and "context" has an equal part.
+        rows: requests that decode at a time; on a mesh as many in each group of "data".
         max_length: tokens that a request may have.
         chunk: prompt tokens a request and step. Chunks are cut as `generate` cuts them, from a prompt's end.
-        prefill_rows: prompts that are read at a time.
+        prefill_rows: prompts that are read at a time, likewise.
         draft: proposes tokens to verify; None decodes one by one.
         n_draft: proposals a request and step.
         max_overtakes: how many requests may be admitted before one that came earlier and waits for pages; 0: none.
@@ -144,16 +63,17 @@ class Engine:
         return_selections: whether reports have a `Rollout` of each request that finishes: of its own queries and those
             of a prefix that it shares. The host keeps `Rollout.bytes_per_token` of each token in the cache.
         selections_from: leaves out what queries at positions before it selected, as for `generate`.
+        process_timeout_s: where devices of several processes make the mesh, how long a step waits for the others.
 
-    Raises: ValueError: invalid sizes, a draft without `n_draft` or the reverse, a model on a mesh, more tokens
-        than it has positions.
+    Raises: ValueError: invalid sizes, or those that the mesh does not split; a draft without `n_draft` or the reverse;
+        more tokens than the model has positions. RuntimeError: on all processes, that one has another config.
     """
 
     def __init__(
         self, model: Model, *, n_pages: int, rows: int = 8, max_length: int = 512, chunk: int = 64,
         prefill_rows: int = 2, draft: Draft | None = None, n_draft: int = 0, max_overtakes: int = 16,
         trace: bool = False, tokenizer: Tokenizer | None = None, return_selections: bool = False,
-        selections_from: int = 0,
+        selections_from: int = 0, process_timeout_s: float = 600.0,
     ) -> None:  # fmt: skip
         sizes = dict(
             n_pages=n_pages, max_length=max_length, rows=rows, prefill_rows=prefill_rows, chunk=chunk,
@@ -168,8 +88,7 @@ class Engine:
             )
         if draft is not None and not callable(draft):
             raise ValueError(f"Engine: draft={checks.shown(draft)}, wanted what can be called, or None")
-        if model.mesh is not None:
-            raise ValueError("Engine: model is on a mesh, wanted one on one device")
+        split = {} if model.mesh is None else _split(model, sizes)
         if max_length > (room := model.config.max_position_embeddings):
             raise ValueError(
                 f"Engine: max_length={checks.shown(max_length)}, wanted at most {room}, the model's positions"
@@ -178,7 +97,11 @@ class Engine:
         self.model, self._trace, self._tokenizer = model, Trace(trace, return_selections), tokenizer
         self._recorder = Recorder(model, start) if return_selections else None
         self._graphs, self._state = phase_graphs(model), nnx.state(model)
-        self.scheduler = Scheduler(**sizes, page_size=model.page_size, programs=self._graphs)
+        self.scheduler = Scheduler(**sizes, page_size=model.page_size, programs=self._graphs, **split)
+        timeout_s = checks.number("Engine", "process_timeout_s", process_timeout_s, 0.001, 86400)
+        self._agreement = Agreement(model.mesh, timeout_s)
+        if model.mesh is not None:
+            self._agreement.check("Engine", **_said(model, sizes, n_draft, trace, return_selections, start))
         self._pages: Pages | None = None
         self._is_in_step = False
         jax.block_until_ready(self.pages)  # more than there is memory for show here
@@ -300,22 +223,20 @@ class Engine:
         # A program a phase; phases of the same methods run the same one.
         phases: tuple[Phase, ...] = ("last_prefill", "prefill")
         reads = {self._graphs[phase]: phase for phase in phases}
-        passes = [(phase, self.scheduler.prefill_rows, self.scheduler.chunk) for phase in reads.values()]
-        passes.append(("decode", self.scheduler.rows, 1 + self._n_draft))
-        for done, (phase, B, T) in enumerate(passes):
+        programs = [(phase, self.scheduler.prefill_rows, self.scheduler.chunk) for phase in reads.values()]
+        programs.append(("decode", self.scheduler.rows, 1 + self._n_draft))
+        for done, (phase, B, T) in enumerate(programs):
             if progress is not None:
-                progress(f"compiling {_PASSES[phase]}", done, len(passes))
+                progress(f"compiling {_PASSES[phase]}", done, len(programs))
             batch = self.scheduler.batch(phase, [], [])
-            arrays = self._place(batch, B, T)
-            run = _verify if done == len(passes) - 1 else _read
-            *_, pages, _ = run(
-                self._state, self.pages, *arrays, draws_of([], [], B), graph=self._graphs[phase], trace=self._trace
-            )
+            draws, run = draws_of([], [], B), passes.verify if done == len(programs) - 1 else passes.read
+            arrays = self._place(batch, B, T, draws)
+            *_, pages, _ = run(self._state, self.pages, *arrays, draws, graph=self._graphs[phase], trace=self._trace)
             self._pages = jax.block_until_ready(pages)
-        nowhere = np.full((2, max(self.scheduler.rows, self.scheduler.prefill_rows)), -1, np.int32)
-        self._pages = jax.block_until_ready(_copy(self.pages, *nowhere))
+        nowhere = self.scheduler.copies_of_groups([], self._most_copies)
+        self._pages = jax.block_until_ready(passes.copy(self.pages, *nowhere, mesh=self.model.mesh))
         if progress is not None:
-            progress("compiled", len(passes), len(passes))
+            progress("compiled", len(programs), len(programs))
 
     def release(self) -> None:
         """Frees the pages of finished requests, which were kept for others that begin alike."""
@@ -350,6 +271,8 @@ class Engine:
         # Those whose last chunk was just read decode in the same step.
         if requests := self.scheduler.decoding():
             report.steps.append(self._decode(requests, report))
+        if not report.steps:
+            self._agreement.check("step", pass_of="nothing")
         for request in [request for request in self.scheduler.running.values() if request.is_finished]:
             report.finished[request.id] = request.tokens[request.n_prompt :]
             if request.sampling.logprobs is not None:
@@ -380,49 +303,50 @@ class Engine:
             raise RuntimeError(f"{call}: called within a step, wanted after it")
 
     def _read(self, batch: Batch, report: Report) -> Step:
-        arrays = self._place(batch, self.scheduler.prefill_rows, self.scheduler.chunk)
-        graph = self._graphs[batch.phase]
-        draws = self._draws(batch, self.scheduler.prefill_rows, [0] * len(batch.requests))
-        out, logprobs, pages, traced = _read(
+        B, graph = self.scheduler.prefill_rows, self._graphs[batch.phase]
+        rows, draws = self.scheduler.rows_of(batch.requests, B), self._draws(batch, B, [0] * len(batch.requests))
+        arrays = self._place(batch, B, self.scheduler.chunk, draws)
+        out, logprobs, pages, traced = passes.read(
             self._state, self.pages, *arrays, draws, graph=graph, trace=self._trace
         )  # fmt: skip
         tokens = np.asarray(out).tolist()  # an error of the device shows here, so before the pages are taken over
         found = jax.device_get(logprobs) if draws.has_logprobs else None
         chosen, n_kept = jax.device_get(traced.chosen), [len(new) for new in batch.news]
         self._pages = pages
-        self._record(batch, n_kept, chosen)
-        for row, (request, made) in enumerate(zip(batch.requests, tokens, strict=False)):
+        self._record(batch, rows, n_kept, chosen)
+        for row, request in zip(rows, batch.requests, strict=True):
             if self.pool.lengths[request.id] == request.n_prompt == len(request.tokens):
                 self._record_made(request, chosen, row, slice(0, 1))
-                self._take(request, made, report, found, row, 0)
-        return self._step(batch, n_kept, traced.layers)
+                self._take(request, tokens[row], report, found, row, 0)
+        return self._step(batch, rows, n_kept, traced.layers)
 
     def _decode(self, requests: list[Request], report: Report) -> Step:
         news = [[request.tokens[-1], *self._proposals(request, report)] for request in requests]
         batch = self.scheduler.batch("decode", requests, news)
-        arrays = self._place(batch, self.scheduler.rows, 1 + self._n_draft)
-        firsts = [1 + self._n_draft - len(new) for new in news]  # columns
-        graph, draws = self._graphs["decode"], self._draws(batch, self.scheduler.rows, firsts)
-        out, n_right, logprobs, pages, traced = _verify(
+        B, T, graph = self.scheduler.rows, 1 + self._n_draft, self._graphs["decode"]
+        firsts = [T - len(new) for new in news]  # columns
+        rows, draws = self.scheduler.rows_of(requests, B), self._draws(batch, B, firsts)
+        arrays = self._place(batch, B, T, draws)
+        out, n_right, logprobs, pages, traced = passes.verify(
             self._state, self.pages, *arrays, draws, graph=graph, trace=self._trace
         )  # fmt: skip
-        tokens, n_kept = np.asarray(out), (1 + np.asarray(n_right))[: len(requests)].tolist()
+        tokens, n_kept = np.asarray(out), (1 + np.asarray(n_right))[rows].tolist()
         found = jax.device_get(logprobs) if draws.has_logprobs else None
         chosen = jax.device_get(traced.chosen)
         self._pages = pages
-        self._record(batch, n_kept, chosen)
-        for row, (request, start, first, kept) in enumerate(zip(*batch[1:3], firsts, n_kept, strict=True)):
+        self._record(batch, rows, n_kept, chosen)
+        for row, request, start, first, kept in zip(rows, *batch[1:3], firsts, n_kept, strict=True):
             self.scheduler.truncate(request, start + kept)
             self._record_made(request, chosen, row, slice(first, first + kept))
             self._take(request, tokens[row, first : first + kept].tolist(), report, found, row, first)
-        return self._step(batch, n_kept, traced.layers)
+        return self._step(batch, rows, n_kept, traced.layers)
 
-    def _record(self, batch: Batch, n_kept: list[int], chosen: Chosen | None) -> None:
+    def _record(self, batch: Batch, rows: list[int], n_kept: list[int], chosen: Chosen | None) -> None:
         """Keeps what the new tokens of a pass chose, but for rejected proposals."""
         if self._recorder is None or chosen is None:
             return
         T = chosen.rows.indices[0].shape[1]
-        for row, (request, start, new, kept) in enumerate(zip(*batch[1:], n_kept, strict=True)):
+        for row, request, start, new, kept in zip(rows, *batch[1:], n_kept, strict=True):
             first = T - len(new)
             self._recorder.write(request.id, start, chosen.rows, row, slice(first, first + kept))
 
@@ -443,7 +367,8 @@ class Engine:
     def _draws(self, batch: Batch, B: int, firsts: list[int]) -> Draws:
         """How each row's tokens are taken; `firsts` are the columns of their first ones."""
         numbers = [request.n_made - first for request, first in zip(batch.requests, firsts, strict=True)]
-        return draws_of([request.sampling for request in batch.requests], numbers, B)
+        rows = self.scheduler.rows_of(batch.requests, B)
+        return draws_of([request.sampling for request in batch.requests], numbers, B, rows)
 
     def _take(
         self, request: Request, tokens: list[int], report: Report, found: LogprobArrays | None, row: int, first: int
@@ -457,21 +382,31 @@ class Engine:
             for i, token in enumerate(request.tokens[request.n_prompt + n_before :], first):
                 request.logprobs.append(read_logprobs(found, row, i, token, n))
 
-    def _place(self, batch: Batch, B: int, T: int) -> tuple[np.ndarray, ...]:
-        """As `Scheduler.place`, and makes the copies."""
+    @property
+    def _most_copies(self) -> int:
+        """Of a pass: the program of copies has one size, whatever their number, so that it compiles once."""
+        return max(self.scheduler.rows, self.scheduler.prefill_rows)
+
+    def _place(self, batch: Batch, B: int, T: int, draws: Draws) -> tuple[np.ndarray, ...]:
+        """As `Scheduler.place`, and makes the copies, once all processes agree on the pass."""
         copies, arrays = self.scheduler.place(batch, B, T)
+        tables, lengths, ids, n_new = arrays
+        self._agreement.check(
+            "step", pass_of=batch.phase, rows=B, tokens=ids, n_new=n_new, lengths=lengths, pages=tables, copies=copies,
+            sampling=draws,
+        )  # fmt: skip
         if copies:
-            # Of one size, whatever their number, so that the program compiles once.
-            pairs = np.full((2, max(self.scheduler.rows, self.scheduler.prefill_rows)), -1, np.int32)
-            pairs[:, : len(copies)] = np.transpose(copies)
-            self._pages = _copy(self.pages, *pairs)
+            pairs = self.scheduler.copies_of_groups(copies, self._most_copies)
+            self._pages = passes.copy(self.pages, *pairs, mesh=self.model.mesh)
         return arrays
 
-    def _step(self, batch: Batch, n_kept: list[int], traced: Any) -> Step:
+    def _step(self, batch: Batch, rows: list[int], n_kept: list[int], traced: Any) -> Step:
         full = [i for i, kind in enumerate(self.model.config.indexer_kinds) if kind == "full"]
         layers = tuple(Traced(i, *layer) for i, layer in zip(full, traced, strict=False))
         ids, n_new = [request.id for request in batch.requests], [len(new) for new in batch.news]
-        return Step(phase=batch.phase, requests=ids, starts=batch.starts, n_new=n_new, n_kept=n_kept, layers=layers)
+        return Step(
+            phase=batch.phase, requests=ids, rows=rows, starts=batch.starts, n_new=n_new, n_kept=n_kept, layers=layers
+        )  # fmt: skip
 
 
 def _are_there(pages: Pages | None) -> bool:
@@ -483,53 +418,22 @@ def _are_there(pages: Pages | None) -> bool:
     return True
 
 
-def _run(
-    state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, graph: nnx.GraphDef,
-    trace: Trace, last_only: bool,
-) -> Output:  # fmt: skip
-    T = ids.shape[1]
-    mask = jnp.arange(T)[None, :] >= T - n_new[:, None]
-    cache = Cache(layers=pages, block_tables=tables, lengths=lengths)
-    return nnx.merge(graph, state).run(ids, cache=cache, mask=mask, last_only=last_only, trace=any(trace))
+def _split(model: Model, sizes: dict[str, int]) -> dict[str, int]:
+    """How a scheduler splits requests and pages on the model's mesh; raises unless the sizes are equal parts."""
+    assert model.mesh is not None
+    groups, devices = size_of(model.mesh, "data"), size_of(model.mesh, "context")
+    for name, parts in (("n_pages", groups * devices), ("rows", groups), ("prefill_rows", groups)):
+        if sizes[name] % parts:
+            axes = "'data' and 'context'" if name == "n_pages" else "'data'"
+            raise ValueError(f"Engine: {name}={sizes[name]}, wanted a multiple of {parts}, the mesh's {axes}")
+    return dict(n_groups=groups, n_devices=devices, stripe=model.stripe)
 
 
-def _seen(out: Output, tokens: Array, trace: Trace) -> Seen:
-    """Of a pass that chose `tokens` [B, T], or [B, 1] after its last one."""
-    layers = [layer for layer in out.layers if trace.inputs and layer.index_inputs is not None]
-    chosen = Chosen(rows_of(out), logprob_of(out.logits, tokens)) if trace.choices else None
-    return Seen([(layer.selection, *(layer.index_inputs or ())) for layer in layers], chosen)
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "trace"), donate_argnames="pages")
-def _read(
-    state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
-    graph: nnx.GraphDef, trace: Trace,
-) -> tuple[Array, LogprobArrays, Pages, Seen]:  # fmt: skip
-    """A chunk of prompts: the token [B, 1] after it, log probabilities if wanted, the pages, what was selected."""
-    out = _run(state, pages, tables, lengths, ids, n_new, graph, trace, last_only=True)
-    tokens = take(out.logits, draws, draws.kind)
-    return tokens, logprobs_if(draws.has_logprobs, out.logits, tokens), out.cache.layers, _seen(out, tokens, trace)
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "trace"), donate_argnames="pages")
-def _verify(
-    state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
-    graph: nnx.GraphDef, trace: Trace,
-) -> tuple[Array, Array, LogprobArrays, Pages, Seen]:  # fmt: skip
-    """The last token and proposals: the token after each [B, T], how many proposals were right [B], log probabilities
-    if wanted, the pages without the others, what was selected."""
-    out = _run(state, pages, tables, lengths, ids, n_new, graph, trace, last_only=False)
-    tokens, T = take(out.logits, draws, draws.kind), ids.shape[1]
-    is_proposal = jnp.arange(1, T)[None, :] > T - n_new[:, None]
-    is_right = jnp.where(is_proposal, ids[:, 1:] == tokens[:, :-1], True)
-    n_right = jnp.sum(jnp.cumprod(is_right, axis=1) * is_proposal, axis=1, dtype=jnp.int32)
-    layers = out.cache.layers
-    if T > 1:
-        kept = lengths + jnp.minimum(n_new, 1 + n_right)
-        layers = tuple(hj.truncate(p, tables, lengths + n_new, kept, max_tokens=T - 1) for p in layers)
-    return tokens, n_right, logprobs_if(draws.has_logprobs, out.logits, tokens), layers, _seen(out, tokens, trace)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _copy(pages: Pages, source: Array, target: Array) -> Pages:
-    return tuple(hj.copy_pages(layer, source, target) for layer in pages)
+def _said(model: Model, sizes: dict[str, int], *options: object) -> dict[str, object]:
+    """What the engines of all processes must have in common, by name."""
+    assert model.mesh is not None
+    config = {f"config.{field}": value for field, value in vars(model.config).items()}
+    layers, phases = range(model.config.num_hidden_layers), get_args(Phase)
+    methods = [model.plan(layer, phase) for layer in layers for phase in phases]
+    mesh = dict(mesh=dict(model.mesh.shape), devices=[device.id for device in model.mesh.devices.flat])
+    return config | sizes | mesh | dict(methods=methods, dtype=str(model.embed[...].dtype), options=options)

@@ -31,8 +31,8 @@ from hisa_jax.models.replay.recorder import (
     put_step,
     rows_of,
 )  # fmt: skip
+from hisa_jax.models.request import Request
 from hisa_jax.models.sampling import MOST_LOGPROBS, Logprobs, Sampling, short_form
-from hisa_jax.models.scheduler import Request
 from hisa_jax.models.streams import Reader
 from hisa_jax.models.text import Text
 from hisa_jax.models.tokens import Tokenizer
@@ -182,9 +182,10 @@ def generate(
         progress("reading prompts", len(chunks), len(chunks))
     middle = time.perf_counter()
     draws = draws_of(samplings, [0] * len(rows), len(rows))
-    made, decode_recall = _empty(requests, steps, model.config.vocab_size, draws), _no_recall(model)
+    room = _room(steps, return_selections)
+    made, decode_recall = _empty(requests, room, model.config.vocab_size, draws), _no_recall(model)
     if return_selections:
-        made = made._replace(choices=empty_steps(model, len(rows), steps, cache.capacity))
+        made = made._replace(choices=empty_steps(model, len(rows), room, cache.capacity))
     pending, piece = logits, _PIECE if has_stop else steps
     for first in range(0, steps, piece):
         if progress is not None:
@@ -270,7 +271,7 @@ class _Made(NamedTuple):
     Attributes:
         n: int32 scalar, how many columns are made.
         token: [B] int32, the last one of each row.
-        tokens: [B, steps] int32, -1 after a stop token or a failure.
+        tokens: [B, steps] int32, -1 after a stop token, a failure or a row's limit.
         is_done, is_failed: [B] bool.
         logprobs: of the tokens; None if nobody asked.
         limits: [B] int32, tokens of each row at most.
@@ -287,6 +288,14 @@ class _Made(NamedTuple):
     limits: Array
     stops: Array
     choices: Steps | None = None
+
+
+def _room(steps: int, has_choices: bool) -> int:
+    """Columns for so many new tokens: of few sizes, as the decoding program is compiled for each.
+
+    Choices take much memory, so they have less to spare.
+    """
+    return -(-steps // _PIECE) * _PIECE if has_choices else max(_PIECE, 1 << (steps - 1).bit_length())
 
 
 def _empty(requests: list[Request], steps: int, vocabulary: int, draws: Draws) -> _Made:
@@ -379,8 +388,9 @@ def _recall(model: Model, out: Output, watch: Watch) -> RecallSums:
         flat = hj.Dsa(topk=model.plan.layers[i].topk)
         q, _, w = layer.index_inputs
         reference = select(
-            q, w, out.cache.layers[i], out.cache.block_tables, out.slots, out.cache.lengths, flat, model.mesh
-        )
+            q, w, out.cache.layers[i], out.cache.block_tables, out.slots, out.cache.lengths, flat, model.mesh,
+            model.stripe,
+        )  # fmt: skip
         chooses = out.slots >= flat.topk  # a query that sees no more than topk tokens selects them all
         recall = jnp.where(chooses, hj.compare(layer.selection, reference).recall, 0)
         sums += RecallSums(

@@ -1,7 +1,7 @@
 """The small pieces all layers are made of: parameters with named axes, norms, the gated MLP."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
+from hisa_jax.models.block_scaled import VALUE_DTYPE, BlockScaled, run_of
 from hisa_jax.models.config import Config
 from hisa_jax.models.sharding import Axes, sharding_of
 
@@ -24,10 +25,11 @@ class Init:
         rngs: stream "params".
         dtype: of weights that do not say theirs.
         mesh: what they are split over by the names of their axes, or None.
+        block: numbers that share a scale, each way, where matrices are block-scaled float8_e4m3fn; None: they are not.
     """
 
-    def __init__(self, rngs: nnx.Rngs, dtype: DTypeLike, mesh: Mesh | None):
-        self.rngs, self.dtype, self.mesh = rngs, jnp.dtype(dtype), mesh
+    def __init__(self, rngs: nnx.Rngs, dtype: DTypeLike, mesh: Mesh | None, block: int | None = None):
+        self.rngs, self.dtype, self.mesh, self.block = rngs, jnp.dtype(dtype), mesh, block
 
     def weight(self, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike | None = None) -> nnx.Param:
         """A random parameter."""
@@ -36,6 +38,23 @@ class Init:
         value = _normal(shape, dtype, sharding)(self.rngs.params())
         return _parameter(value, axes)
 
+    def matrix(
+        self, shape: tuple[int, ...], axes: Axes, runs: Sequence[int | Sequence[int]] | None = None
+    ) -> nnx.Param:
+        """A random parameter that checkpoints may have block-scaled.
+
+        Args:
+            runs: for each axis the sizes that lie together in the checkpoint's matrix, 1 for one that counts matrices
+                or heads. Default: `shape`.
+        """
+        if self.block is None:
+            return self.weight(shape, axes)
+        n = [size // run_of(self.block, run) for size, run in zip(shape, runs or shape, strict=True)]
+        shardings = [None if self.mesh is None else sharding_of(self.mesh, x, axes) for x in (shape, n)]
+        values = _normal(shape, VALUE_DTYPE, shardings[0], 1.0)(self.rngs.params())
+        scales = jnp.full(n, _STD, jnp.float32, device=shardings[1])
+        return _parameter(BlockScaled(values=values, scales=scales, dtype=self.dtype), axes)
+
     def constant(self, shape: tuple[int, ...], value: float) -> nnx.Param:
         """A replicated float32 parameter: scale or bias of a norm or of the router."""
         axes = (None,) * len(shape)
@@ -43,17 +62,19 @@ class Init:
         return _parameter(jnp.full(shape, value, jnp.float32, device=sharding), axes)
 
 
-def _parameter(value: Array, axes: Axes) -> nnx.Param:
+def _parameter(value: Array | BlockScaled, axes: Axes) -> nnx.Param:
     """Under a name of its own: what Flax calls `out_sharding` it reads as axes of whatever mesh `jax.set_mesh` set."""
     return nnx.Param(value, axes=tuple(axes))
 
 
 @functools.lru_cache(maxsize=256)
-def _normal(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding | None) -> Callable[[Array], Array]:
+def _normal(
+    shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding | None, std: float = _STD
+) -> Callable[[Array], Array]:
     """A compiled function from key to weights; models have many weights of few shapes."""
 
     def draw(key: Array) -> Array:
-        return (jax.random.normal(key, shape, jnp.float32) * _STD).astype(dtype)
+        return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
 
     return jax.jit(draw, out_shardings=sharding)
 
@@ -78,9 +99,9 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: Config, width: int, init: Init):
         E = config.hidden_size
-        self.gate = init.weight((E, width), (None, "ff"))
-        self.up = init.weight((E, width), (None, "ff"))
-        self.down = init.weight((width, E), ("ff", None))
+        self.gate = init.matrix((E, width), (None, "ff"))
+        self.up = init.matrix((E, width), (None, "ff"))
+        self.down = init.matrix((width, E), ("ff", None))
 
     def __call__(self, x: Array) -> Array:
         return (jax.nn.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]

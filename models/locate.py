@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from hisa_jax.checkout import is_checkout
 from hisa_jax.models.json_object import read_object, short, shown
 from hisa_jax.models.settings import SETTINGS
 
@@ -52,20 +53,12 @@ def _candidates() -> Iterator[Path]:
     yield Path(__file__).resolve().parent / SHIPPED
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if _is_checkout(folder):
+        if is_checkout(folder, f"models/{SHIPPED}"):
             yield folder / "models" / SHIPPED
     for parent in (here, here.parent):
         for folder in sorted(parent.iterdir()):
-            if _is_checkout(folder):
+            if is_checkout(folder, f"models/{SHIPPED}"):
                 yield folder / "models" / SHIPPED
-
-
-def _is_checkout(folder: Path) -> bool:
-    """By its pyproject.toml, so that no other folder of these names is taken for it."""
-    try:
-        return (folder / "models" / SHIPPED).is_dir() and 'name = "hisa_jax"' in (folder / "pyproject.toml").read_text()
-    except OSError:  # one that may not be read is none
-        return False
 
 
 def _fetched(name: str) -> Path:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from typing import Self, get_args
+import math
+from typing import Any, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,17 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
-from hisa_jax.methods import Sketch
-from hisa_jax.models.cache import Cache, empty_cache, empty_pages, page_size_of, sketch_of
+from hisa_jax.models.block_scaled import VALUE_DTYPE
+from hisa_jax.models.cache import (
+    Cache,
+    Kept,
+    empty_cache,
+    empty_pages,
+    kept_for,
+    page_size_of,
+    pages_sharding,
+    stripe_of,
+)
 from hisa_jax.models.config import Config
 from hisa_jax.models.dsa import Attention, Form, IndexInputs, Table
 from hisa_jax.models.layers import Init, Mlp, rms_norm
@@ -82,12 +92,12 @@ class Layer(nnx.Module):
 
     def __call__(
         self, x: Array, *, table: Table, slots: Array, lengths: Array, pages: hj.IndexCache, block_tables: Array,
-        method: hj.Method, selection: hj.Selection | None, form: Form, mesh: Mesh | None,
+        method: hj.Method, selection: hj.Selection | None, form: Form, mesh: Mesh | None, stripe: int | None = None,
     ) -> tuple[hj.IndexCache, LayerTrace]:  # fmt: skip
         eps = self.config.rms_norm_eps
         attention, pages, selection, inputs = self.attention(
             rms_norm(x, self.attention_norm[...], eps), table=table, slots=slots, lengths=lengths, pages=pages,
-            block_tables=block_tables, method=method, selection=selection, form=form, mesh=mesh,
+            block_tables=block_tables, method=method, selection=selection, form=form, mesh=mesh, stripe=stripe,
         )  # fmt: skip
         x = constrain(x + attention, mesh, HIDDEN)
         normed, experts, expert_weights = rms_norm(x, self.mlp_norm[...], eps), None, None
@@ -109,22 +119,27 @@ class Model(nnx.Module):
         config: sizes and settings.
         method: how layers select, see `make_plan`; None is the checkpoint's own, `config.method`.
         dtype: of weights and activations. Norms, router, index head weights and logits are float32 always.
-        mesh: with the axes "data", "model" or both, to split the model and its inputs over; None for one device.
+        weight_dtype: "float8_e4m3fn": all matrices but embedding, router and head are block-scaled and stay so in
+            memory, see `models.block_scaled`; None: they are of `dtype`.
+        mesh: to split the model, its inputs and caches over, with some of the axes of `models.make_mesh`; None for
+            one device.
         rngs: for random weights, stream "params".
     """
 
     def __init__(
-        self, config: Config, *, method: MethodLike = None, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None,
-        rngs: nnx.Rngs,
+        self, config: Config, *, method: MethodLike = None, dtype: DTypeLike = jnp.float32,
+        weight_dtype: DTypeLike | None = None, mesh: Mesh | None = None, rngs: nnx.Rngs,
     ):  # fmt: skip
         if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"Model: dtype is {jnp.dtype(dtype)}, wanted float32 or bfloat16")
+        if weight_dtype is not None and jnp.dtype(weight_dtype) != VALUE_DTYPE:
+            raise ValueError(f"Model: weight_dtype is {jnp.dtype(weight_dtype)}, wanted {VALUE_DTYPE} or None")
         self.config = config
         self.folder: str | None = None
         self.plan = make_plan(method, config)
         self.mesh = automatic(mesh)
         V, E = config.vocab_size, config.hidden_size
-        init = Init(rngs, dtype, self.mesh)
+        init = Init(rngs, dtype, self.mesh, None if weight_dtype is None else math.gcd(*config.weight_block_size))
         self.embed = init.weight((V, E), ("vocab", None))
         self.layers = nnx.List([Layer(config, i, init) for i in range(config.num_hidden_layers)])
         self.norm = init.constant((E,), 1.0)
@@ -139,11 +154,15 @@ class Model(nnx.Module):
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """A cache with room for at least `capacity` tokens in each of `batch` rows, for the methods of all phases."""
         dtype = self.embed[...].dtype
-        return empty_cache(self.config, batch, capacity, dtype, self.page_size, self.mesh, self._sketches)
+        return empty_cache(self.config, batch, capacity, dtype, self.page_size, self.mesh, self._kept, self.stripe)
 
     def empty_pages(self, n_pages: int) -> tuple[hj.IndexCache, ...]:
-        """Pages of every layer, for the methods of all phases."""
-        return empty_pages(self.config, n_pages, self.page_size, self.embed[...].dtype, self._sketches)
+        """Pages of every layer, for the methods of all phases; on a mesh equal parts on the devices of each group."""
+
+        def make() -> tuple[hj.IndexCache, ...]:
+            return empty_pages(self.config, n_pages, self.page_size, self.embed[...].dtype, self._kept)
+
+        return make() if self.mesh is None else jax.jit(make, out_shardings=pages_sharding(self.mesh, n_pages))()
 
     @property
     def page_size(self) -> int:
@@ -151,9 +170,14 @@ class Model(nnx.Module):
         return page_size_of(itertools.chain(*self._methods()))
 
     @property
-    def _sketches(self) -> tuple[Sketch | None, ...]:
+    def stripe(self) -> int:
+        """Tokens of a row one after the other that one device has, where several share its pages."""
+        return stripe_of(itertools.chain(*self._methods()), self.page_size)
+
+    @property
+    def _kept(self) -> tuple[Kept, ...]:
         """What each layer's pages keep for its methods."""
-        return tuple(map(sketch_of, self._methods()))
+        return tuple(map(kept_for, self._methods()))
 
     def _methods(self) -> list[list[hj.Method]]:
         """Of each layer, those of all phases."""
@@ -210,23 +234,34 @@ class Model(nnx.Module):
         table = rope_table(self.config, slots if positions is None else positions)
 
         x = constrain(self.embedded(input_ids, is_real), self.mesh, HIDDEN)
-        selection, pages, traces = None, [], []
-        for i, layer in enumerate(self.layers):
-            layer_pages, layer_trace = layer(
-                x, table=table, slots=slots, lengths=lengths, pages=cache.layers[i], block_tables=cache.block_tables,
-                method=self.plan(i, phase), selection=selection, form=form, mesh=self.mesh,
-            )  # fmt: skip
-            # A layer without an indexer attends to what the last one before it selected.
-            x, selection = layer_trace.hidden, layer_trace.selection
-            pages.append(layer_pages)
-            if trace:
-                traces.append(layer_trace)
+        every: Any = dict(table=table, slots=slots, lengths=lengths, form=form, mesh=self.mesh, stripe=self.stripe)
+        x, pages, traces = self._through_layers(x, cache, phase, trace, every)
         x = rms_norm(x[:, -1:] if last_only else x, self.norm[...], self.config.rms_norm_eps)
         return Output(
             logits=self.logits(x),
             cache=Cache(layers=tuple(pages), block_tables=cache.block_tables, lengths=lengths), slots=slots,
             layers=tuple(traces),
         )  # fmt: skip
+
+    def _through_layers(
+        self, x: Array, cache: Cache, phase: Phase, trace: bool, every: Any
+    ) -> tuple[Array, list[hj.IndexCache], list[LayerTrace]]:
+        """Hidden states after the last layer, the pages of all, and what happened in each if asked for.
+
+        `every` is what each layer is told alike.
+        """
+        selection, pages, traces = None, [], []
+        for i, layer in enumerate(self.layers):
+            layer_pages, layer_trace = layer(
+                x, pages=cache.layers[i], block_tables=cache.block_tables, method=self.plan(i, phase),
+                selection=selection, **every,
+            )  # fmt: skip
+            # A layer without an indexer attends to what the last one before it selected.
+            x, selection = layer_trace.hidden, layer_trace.selection
+            pages.append(layer_pages)
+            if trace:
+                traces.append(layer_trace)
+        return x, pages, traces
 
     def embedded(self, input_ids: Array, is_real: Array) -> Array:
         """Token ids [B, T] and which of them are no padding [B, T] -> [B, T, E]."""

@@ -1,6 +1,7 @@
 """Mixture of experts: a sigmoid router with limited groups, routed experts, shared experts."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ from jax.sharding import Mesh
 
 from hisa_jax.models.config import Config
 from hisa_jax.models.layers import Init, Mlp
-from hisa_jax.models.sharding import mesh_axis, per_device
+from hisa_jax.models.sharding import mesh_axes, mesh_axis, per_device
 
 # Keeps the division by the chosen experts' scores finite; the value of the published code.
 _SUM_FLOOR = 1e-20
+# Tokens up to which a TPU reads an expert's weights longer than it multiplies all tokens with them.
+_FEW = 256
 
 
 def route(logits: Array, bias: Array, config: Config) -> tuple[Array, Array]:
@@ -51,8 +54,8 @@ def expert_weights(logits: Array, experts: Array, config: Config) -> Array:
 
 
 def routed_experts(
-    x: Array, experts: Array, weights: Array, gate: Array, up: Array, down: Array, *, axis: str | None = None,
-    are_all_here: bool = False,
+    x: Array, experts: Array, weights: Array, gate: Array, up: Array, down: Array, *, axes: Sequence[str] = (),
+    batch_axis: str | None = None, are_routed: bool = False,
 ) -> Array:  # fmt: skip
     """Sum over each token's experts of weight times SwiGLU MLP.
 
@@ -62,33 +65,73 @@ def routed_experts(
         weights: [B, T, K] float32.
         gate, up: [X, E, F] weights of the experts here.
         down: [X, F, E].
-        axis: mesh axis that the experts are split over, inside of shard_map; None if all are here.
-        are_all_here: whether every number is an expert's that is here.
+        axes: mesh axes that the experts are split over, inside of shard_map; none if all are here.
+        batch_axis: the one of them that also splits B: its devices bring their tokens together and share the sums out.
+        are_routed: whether the router chose them, so that each is an expert's number, and none is there twice.
 
     Returns: [B, T, E] in x's dtype.
     """
+    if not axes:
+        return _by_sorted_pairs(x, experts, weights, gate, up, down, None, are_routed).astype(x.dtype)
+    rows = x, experts, weights
+    if batch_axis is not None:
+        rows = jax.tree.map(lambda x: lax.all_gather(x, batch_axis, axis=0, tiled=True), rows)
+    first = lax.axis_index(axes) * gate.shape[0]
+    if rows[0].shape[0] * rows[0].shape[1] <= _FEW:
+        total = _by_expert(*rows, gate, up, down, first)
+    else:
+        total = _by_sorted_pairs(*rows, gate, up, down, first, are_routed)
+    if batch_axis is not None:
+        total = lax.psum_scatter(total, batch_axis, scatter_dimension=0, tiled=True)
+    if others := tuple(axis for axis in axes if axis != batch_axis):
+        total = lax.psum(total, others)
+    return total.astype(x.dtype)
+
+
+def _by_expert(
+    x: Array, experts: Array, weights: Array, gate: Array, up: Array, down: Array, first: Array
+) -> Array:  # fmt: skip
+    """[B, T, E] float32: every expert here takes all tokens, which costs less than to read its weights."""
+    here = first + jnp.arange(gate.shape[0])
+    is_chosen = experts[None] == here[:, None, None, None]  # [X, B, T, K]
+    weight = jnp.sum(jnp.where(is_chosen, weights[None], 0), axis=-1)
+    hidden = jax.nn.silu(jnp.einsum("bte,xef->xbtf", x, gate)) * jnp.einsum("bte,xef->xbtf", x, up)
+    out = jnp.einsum("xbtf,xfe->xbte", hidden, down).astype(jnp.float32)
+    # What is not finite stays with the tokens that chose the expert.
+    return jnp.sum(jnp.where(jnp.any(is_chosen, axis=-1)[..., None], out * weight[..., None], 0), axis=0)
+
+
+def _by_sorted_pairs(
+    x: Array, experts: Array, weights: Array, gate: Array, up: Array, down: Array, first: Array | None,
+    are_routed: bool,
+) -> Array:  # fmt: skip
+    """[B, T, E] float32: each expert here, numbered from `first`, takes its tokens; None: all experts are here."""
     (B, T, E), K, X = x.shape, experts.shape[-1], gate.shape[0]
-    first = 0 if axis is None else lax.axis_index(axis) * X
-    local = experts.reshape(-1) - first
+    local = experts.reshape(-1) - (0 if first is None else first)
     is_here = (local >= 0) & (local < X)
-    # Pairs of token and expert, sorted by expert, those of other devices last.
-    order = jnp.argsort(jnp.where(is_here, local, X))
+    # Pairs of token and expert, sorted by expert, those of other devices last, of which as many as can be here.
+    n_pairs = B * T * (min(K, X) if are_routed else K)
+    order = jnp.argsort(jnp.where(is_here, local, X))[:n_pairs]
     sizes = jnp.sum(local[None, :] == jnp.arange(X)[:, None], axis=1, dtype=jnp.int32)
     tokens = order // K
     rows = x.reshape(B * T, E)[tokens]
-    if not are_all_here:
+    if first is not None or not are_routed:
         # What the products below make of the others is unspecified, and so is their gradient: it must end here.
         rows = jnp.where((jnp.arange(order.shape[0]) < jnp.sum(sizes))[:, None], rows, 0)
     hidden = jax.nn.silu(lax.ragged_dot(rows, gate, sizes)) * lax.ragged_dot(rows, up, sizes)
     out = lax.ragged_dot(hidden, down, sizes).astype(jnp.float32)
     # Back to the tokens by a gather, whose sums have one order; those of a scatter have none on a GPU.
-    places = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype), unique_indices=True)
+    places = jnp.zeros((B * T * K,), order.dtype)
+    places = places.at[order].set(jnp.arange(n_pairs, dtype=order.dtype), unique_indices=True).reshape(B, T, K)
+    is_here = is_here.reshape(B, T, K)
     # Rows beyond the sizes are unspecified, so they are replaced, not scaled.
-    out = jnp.where(is_here.reshape(B, T, K, 1), out[places].reshape(B, T, K, E), 0)
-    total = jnp.sum(out * weights[..., None], axis=2)
-    if axis is not None:
-        total = lax.psum(total, axis)
-    return total.astype(x.dtype)
+    if first is None:
+        return jnp.sum(jnp.where(is_here[..., None], out[places], 0) * weights[..., None], axis=2)
+    # Few of a token's experts are here, so all of them together would be mostly zeros.
+    total = jnp.zeros((B, T, E), jnp.float32)
+    for k in range(K):
+        total += jnp.where(is_here[..., k, None], out[places[..., k]], 0) * weights[..., k, None]
+    return total
 
 
 class Moe(nnx.Module):
@@ -99,9 +142,9 @@ class Moe(nnx.Module):
         self.config = config
         self.router = init.weight((E, X), (None, None), jnp.float32)
         self.router_bias = init.constant((X,), 0.0)
-        self.gate = init.weight((X, E, F), ("experts", None, None))
-        self.up = init.weight((X, E, F), ("experts", None, None))
-        self.down = init.weight((X, F, E), ("experts", None, None))
+        self.gate = init.matrix((X, E, F), ("experts", None, None), (1, E, F))
+        self.up = init.matrix((X, E, F), ("experts", None, None), (1, E, F))
+        self.down = init.matrix((X, F, E), ("experts", None, None), (1, F, E))
         self.shared = Mlp(config, F * config.n_shared_experts, init)
 
     def __call__(self, x: Array, mesh: Mesh | None = None, experts: Array | None = None) -> tuple[Array, Array, Array]:
@@ -112,13 +155,12 @@ class Moe(nnx.Module):
         else:
             weights = expert_weights(self._logits(x), experts, self.config)
         tokens, split = ("batch", None, None), ("experts", None, None)
-        axis = mesh_axis(mesh, "experts", self.config.n_routed_experts)
-        apply = per_device(
-            functools.partial(routed_experts, axis=axis, are_all_here=is_own and axis is None),
-            mesh,
-            (tokens, tokens, tokens, split, split, split),
-            tokens,
+        axes = mesh_axes(mesh, "experts", self.config.n_routed_experts)
+        batch_axis = mesh_axis(mesh, "batch", x.shape[0])
+        own = functools.partial(
+            routed_experts, axes=axes, batch_axis=batch_axis if batch_axis in axes else None, are_routed=is_own
         )
+        apply = per_device(own, mesh, (tokens, tokens, tokens, split, split, split), tokens)
         out = apply(x, experts, weights, self.gate[...], self.up[...], self.down[...])
         return out + self.shared(x), experts, weights
 

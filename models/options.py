@@ -1,12 +1,12 @@
 """Options that several commands share: which checkpoint, by which indexer, and how tokens are taken."""
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from hisa_jax.command_line import UsageError, given_fields, method_fields
 from hisa_jax.models.config import Config
 from hisa_jax.models.methods import NAMES, make_method, read_methods
 from hisa_jax.models.modeling import Model
@@ -28,7 +28,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
         "--indexer", metavar="|".join([*NAMES, "FILE"]), help="FILE: per-layer JSON; default: the checkpoint's own"
     )
     command.add_argument("--topk", type=int, help="tokens each query attends to; default: the checkpoint's")
-    command.add_argument("--block-size", type=int, help="tokens a block")
+    command.add_argument("--block-size", type=int, help="tokens a block, for hisa and block-sparse")
     command.add_argument("--block-topk", type=int, help="blocks kept, for hisa")
     command.add_argument("--block-ratio", type=int, help="for hisa: one block in so many is kept, up to --block-topk")
     command.add_argument("--candidates", type=int, help="tokens scored exactly, for scan; default: 4 times topk")
@@ -40,14 +40,25 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 
 def method_of(options: argparse.Namespace, config: Config) -> MethodLike:
-    """The method that the options name. Raises ValueError: one that there is not, fields that it does not have."""
+    """The method that the options name.
+
+    Raises: UsageError: one that there is not, options that it does not have or take. ValueError: a file that is none.
+    """
     if options.indexer not in (None, *NAMES):
-        return read_methods(options.indexer, config)
-    fields = {field.name for method in NAMES.values() for field in dataclasses.fields(method)}
-    # What a method does not have is refused there, by name, if it was given.
-    given = {name: value for name in sorted(fields) if (value := getattr(options, name, None)) is not None}
-    own = "hisa" if config.use_hisa else "dsa"
-    return make_method(options.indexer or own, config, "--indexer", **given)
+        if given := given_fields(options):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(f"{flags}: --indexer {options.indexer} is a file, which says all that its layers have")
+        try:
+            return read_methods(options.indexer, config)
+        except FileNotFoundError as error:
+            raise UsageError(f"--{error}") from error
+    name = options.indexer or ("hisa" if config.use_hisa else "dsa")
+    who = f"--indexer {name}" if options.indexer else f"the checkpoint's own indexer, {name},"
+    given = method_fields(options, name, who)
+    try:
+        return make_method(name, config, "--indexer", **given)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def load(options: argparse.Namespace, folder: Path, config: Config, mesh: Mesh | None = None) -> Model:
@@ -71,9 +82,12 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:
-    """What `add_sampling` took."""
-    return Sampling(
-        max_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
-        min_p=options.min_p, seed=options.seed, stop=tuple(options.stop or ()), stop_ids=tuple(options.stop_id or ()),
-        logprobs=options.logprobs, ignore_eos=options.ignore_eos,
-    )  # fmt: skip
+    """What `add_sampling` took. Raises UsageError: a value that `Sampling` does not take."""
+    try:
+        return Sampling(
+            max_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
+            top_k=options.top_k, min_p=options.min_p, seed=options.seed, stop=tuple(options.stop or ()),
+            stop_ids=tuple(options.stop_id or ()), logprobs=options.logprobs, ignore_eos=options.ignore_eos,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UsageError(str(error)) from error

@@ -1,6 +1,7 @@
 """The table from checkpoint keys to parameters and layouts, and loading by it."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,15 +15,17 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from hisa_jax import checks
+from hisa_jax.models.block_scaled import BlockScaled
 from hisa_jax.models.config import Config, read_config
 from hisa_jax.models.locate import locate
 from hisa_jax.models.modeling import Model
 from hisa_jax.models.plan import MethodLike
 from hisa_jax.models.safetensors_io import SCALE_SUFFIX, CheckpointError, Reader
-from hisa_jax.models.sharding import parameter_sharding
+from hisa_jax.models.sharding import sharding_of
 
 ParameterPath = tuple[Any, ...]
 Layout = Callable[[np.ndarray], np.ndarray]
+Values = Callable[[str, tuple[slice, ...]], np.ndarray]  # of a tensor's name, the part at an index, in the layout here
 
 _LAYER = re.compile(r"model\.layers\.(?P<layer>\d{1,9})\.(?P<indexer>self_attn\.indexer\.)?", re.ASCII)
 _MOST_NAMED = 1000
@@ -162,6 +165,7 @@ def from_config(
     rngs: nnx.Rngs,
     method: MethodLike = None,
     dtype: DTypeLike = jnp.float32,
+    weight_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
 ) -> Model:
     """Makes a model with random weights, each made where it will lie.
@@ -170,12 +174,13 @@ def from_config(
         config: sizes and settings; `models.dsv32()` and the like, or `models.read_config`.
         rngs: stream "params".
         method, dtype, mesh: as for `from_pretrained`.
+        weight_dtype: "float8_e4m3fn": matrices are block-scaled as published ones are; None: of `dtype`.
 
     Returns: the model. Under `nnx.eval_shape` it takes no memory.
     Raises: as `from_pretrained`, for method and mesh.
     """
 
-    return Model(config, method=method, dtype=dtype, mesh=mesh, rngs=rngs)
+    return Model(config, method=method, dtype=dtype, weight_dtype=weight_dtype, mesh=mesh, rngs=rngs)
 
 
 def from_pretrained(
@@ -185,6 +190,7 @@ def from_pretrained(
     mesh: Mesh | None = None,
     *,
     config: Config | None = None,
+    weight_dtype: DTypeLike | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """Loads a checkpoint: config.json, and safetensors in one file or in shards with an index.
@@ -198,14 +204,16 @@ def from_pretrained(
         method: how layers select: `hj.Hisa`, `hj.Dsa`, `hj.Scan` or `hj.BlockSparse`, a sequence or mapping of them by
             layer, or a rule (layer, phase) -> method; None is the checkpoint's own, `config.method`.
         dtype: of weights and activations, float32 or bfloat16. Norms, router and index head weights stay float32.
-        mesh: with the axes "data", "model" or both, see `models.make_mesh`.
+        mesh: with some of the axes of `models.make_mesh`.
         config: instead of the folder's, to change a setting: `read_config(folder, overrides)`.
+        weight_dtype: "float8_e4m3fn": matrices that the checkpoint has in F8_E4M3 stay so in memory, with the scales of
+            their blocks, and are multiplied from there; logits are the same. None: they are brought to `dtype`.
         progress: is told what is read, how many parameters of how many, as `models.progress.Progress`.
 
     Returns: the model.
     Raises: TypeError: a config that is none. FileNotFoundError: a file missing. ValueError: one that does not fit, or
-        a method that does not; as `CheckpointError`: a tensor missing, left over, of another shape, cut short or
-        corrupt, by name and file.
+        a method that does not, a weight_dtype that no tensor has; as `CheckpointError`: a tensor missing, left over,
+        of another shape, cut short or corrupt, by name and file.
     """
     wanted = "a Config, as models.read_config(folder, overrides) gives"
     checks.instance("from_pretrained", "config", config, Config | None, wanted)
@@ -215,7 +223,10 @@ def from_pretrained(
     _check_keys(reader, config)
     table = parameter_table(config)
     # Shapes alone: no parameter takes memory before it is read.
-    model = nnx.eval_shape(lambda: Model(config, method=method, dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0)))
+    options: Any = dict(method=method, dtype=dtype, weight_dtype=weight_dtype, mesh=mesh)
+    model = nnx.eval_shape(lambda: Model(config, **options, rngs=nnx.Rngs(0)))
+    if weight_dtype is not None and not any(map(reader.is_block_scaled, reader)):
+        raise ValueError(f"from_pretrained: weight_dtype={weight_dtype!r}, but {folder} holds no F8_E4M3 tensor")
     model.folder = str(folder.absolute())  # the working directory may change
     graph, state = nnx.split(model)
     parameters, loaded = list(nnx.to_flat_state(state)), list[tuple[ParameterPath, Any]]()
@@ -275,29 +286,46 @@ def is_skipped(key: str, config: Config) -> bool:
     return match["indexer"] is not None and config.indexer_kinds[layer] == "shared"
 
 
-def _load(reader: Reader, source: Source, parameter: nnx.Variable, mesh: Mesh | None) -> jax.Array:
-    shape, dtype = parameter.get_value().shape, parameter.get_value().dtype
-    parts: dict[str, np.ndarray] = {}
+def _load(reader: Reader, source: Source, parameter: nnx.Variable, mesh: Mesh | None) -> jax.Array | BlockScaled:
+    value, axes = parameter.get_value(), parameter.get_metadata("axes")
 
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        """A device's part. Devices with the same part share one copy in host memory."""
-        index = (slice(None),) * len(shape) if index is None else index
-        if str(index) not in parts:
-            parts[str(index)] = _part(reader, source, index, dtype)
-        return parts[str(index)]
+    def place(shape: tuple[int, ...], values: Values) -> jax.Array:
+        parts: dict[str, np.ndarray] = {}
 
-    if mesh is None:
-        return jnp.asarray(read(None))
-    return jax.make_array_from_callback(shape, parameter_sharding(mesh, parameter), read)
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            """A device's part. Devices with the same part share one copy in host memory."""
+            index = (slice(None),) * len(shape) if index is None else index
+            if str(index) not in parts:
+                parts[str(index)] = _part(source, index, values)
+            return parts[str(index)]
+
+        if mesh is None:
+            return jnp.asarray(read(None))
+        return jax.make_array_from_callback(shape, sharding_of(mesh, shape, axes), read)
+
+    weights = functools.partial(_values, reader, source.layout, value.dtype)
+    if not isinstance(value, BlockScaled) or not all(map(reader.is_block_scaled, source.keys)):
+        return place(value.shape, weights)
+    runs = [size // n for size, n in zip(value.shape, value.scales.shape, strict=True)]
+    one_of_each_run = tuple(slice(None, None, run) for run in runs[1 if source.is_stacked else 0 :])
+
+    def kept(key: str, index: tuple[slice, ...]) -> np.ndarray:
+        weights(key, index)  # raises for what is not finite
+        return np.array(source.layout(reader.raw(key))[index], order="C")
+
+    def scales(key: str, index: tuple[slice, ...]) -> np.ndarray:
+        return np.array(source.layout(reader.scales(key))[one_of_each_run][index], order="C")
+
+    return dataclasses.replace(value, values=place(value.shape, kept), scales=place(value.scales.shape, scales))
 
 
-def _part(reader: Reader, source: Source, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+def _part(source: Source, index: tuple[slice, ...], values: Values) -> np.ndarray:
     if not source.is_stacked:
-        return _values(reader, source.keys[0], source.layout, index, dtype)
-    return np.stack([_values(reader, key, source.layout, index[1:], dtype) for key in source.keys[index[0]]])
+        return values(source.keys[0], index)
+    return np.stack([values(key, index[1:]) for key in source.keys[index[0]]])
 
 
-def _values(reader: Reader, key: str, layout: Layout, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+def _values(reader: Reader, layout: Layout, dtype: np.dtype, key: str, index: tuple[slice, ...]) -> np.ndarray:
     # A copy even where nothing is converted: an array must not change with the file it was read from.
     with np.errstate(over="ignore"):  # refused below
         values = np.array(layout(reader.tensor(key))[index], dtype, order="C")

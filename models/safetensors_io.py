@@ -157,7 +157,8 @@ class Reader:
     ):
         self.folder, self.block_size, self.is_skipped = Path(folder), block_size, is_skipped
         self._maps: dict[Path, np.ndarray] = {}
-        self._dequantized = ("", np.empty(0))
+        self._dequantized: tuple[str, np.ndarray] = ("", np.empty(0))
+        self._scales: tuple[str, np.ndarray] = ("", np.empty(0))
         index = self.folder / _INDEX
         entries = self._from_index(index) if index.exists() else self._from_one_file()
         self.entries = self._unpacked(entries)
@@ -253,14 +254,28 @@ class Reader:
         Returns: an array of its shape.
         Raises: CheckpointError: the scale is missing, has another shape than blocks, or is no positive number.
         """
-        if self.entries[name].dtype != "F8_E4M3":
+        if not self.is_block_scaled(name):
             return self.raw(name)
         # Each device's part is asked for in turn, and two parameters are made of kv_b_proj.
         if self._dequantized[0] != name:
-            self._dequantized = (name, self._dequantize(name))
+            values, scales = self.raw(name).astype(np.float32), self.scales(name)
+            with np.errstate(over="ignore"):  # what is not finite is refused where the values are used
+                values *= scales
+            values.flags.writeable = False
+            self._dequantized = (name, values)
         return self._dequantized[1]
 
-    def _dequantize(self, name: str) -> np.ndarray:
+    def is_block_scaled(self, name: str) -> bool:
+        """Whether a tensor is F8_E4M3, which has scales."""
+        return self.entries[name].dtype == "F8_E4M3"
+
+    def scales(self, name: str) -> np.ndarray:
+        """The scale of every number of an F8_E4M3 tensor, float32 of its shape; raises as `tensor`."""
+        if self._scales[0] != name:
+            self._scales = (name, self._checked_scales(name))
+        return self._scales[1]
+
+    def _checked_scales(self, name: str) -> np.ndarray:
         scale_name = name + SCALE_SUFFIX
         shape = self.shape(name)
         if len(shape) != 2:
@@ -273,21 +288,19 @@ class Reader:
                 f"{self.where(scale_name)}: is {list(self.shape(scale_name))}, wanted {list(blocks)}: one scale for "
                 f"each {' x '.join(map(str, self.block_size))} block of {list(shape)}"
             )
-        values, scales = self.raw(name).astype(np.float32), self.raw(scale_name).astype(np.float32)
+        scales = self.raw(scale_name).astype(np.float32)
         if (bad := scales[~(np.isfinite(scales) & (scales >= 0))]).size:
             raise CheckpointError(f"{self.where(scale_name)}: holds {bad[0]}, wanted positive numbers: corrupt")
         has_zeros = not scales.all()
         for axis, block in enumerate(self.block_size):
             scales = scales.repeat(block, axis=axis)
-        scales = scales[: values.shape[0], : values.shape[1]]
-        if has_zeros and ((scales == 0) & (values != 0)).any():
+        scales = scales[: shape[0], : shape[1]]
+        if has_zeros and ((scales == 0) & (self.raw(name) != 0)).any():
             raise CheckpointError(
                 f"{self.where(scale_name)}: holds 0 for a block of other values, wanted a positive number: corrupt"
             )
-        with np.errstate(over="ignore"):  # what is not finite is refused where the values are used
-            values *= scales
-        values.flags.writeable = False
-        return values
+        scales.flags.writeable = False
+        return scales
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -4,88 +4,25 @@ It counts tokens and page numbers and never touches an array of the device. A re
 for it and all running ones to their ends. Requests are admitted in the order they came, but one that waits for pages is
 overtaken by those that fit, up to a limit. Finished requests keep their pages until others need them: a new request
 whose prompt begins alike shares them. Such a request, running or finished, is called its donor.
+
+On a mesh the requests are spread over groups of devices, which have equal parts of the rows and pages. A request goes
+to the group that has most of its prefix, of those to the one with fewest requests. Pages of a request go round the
+devices of its group, so they must suffice on each of them.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from hisa_jax.models.checks import shown
 from hisa_jax.models.plan import Phase
-from hisa_jax.models.sampling import Logprobs, Sampling
+from hisa_jax.models.request import Request
+from hisa_jax.models.sampling import Sampling
 from hisa_jax.models.text import Text
 from hisa_jax.page_pool import PagePool
-
-FinishReason = Literal["stop", "length", "failed", "cancelled"]
-
-
-@dataclasses.dataclass(kw_only=True, eq=False)
-class Request:
-    """A request.
-
-    Attributes:
-        id: its number.
-        tokens: begins with the prompt.
-        n_prompt: how many of them that are.
-        end: how many tokens there may be.
-        stop_ids: tokens that end it.
-        sampling: how its tokens are taken.
-        text: what its new tokens say, if a text may end it.
-        logprobs: of each new token, if asked for.
-        error: why it ended without success, if it did.
-        is_cancelled: whether the caller ended it.
-        must_copy: whether it shares a part of a page, which one of the two will have to copy.
-        n_overtaken: how many requests that came after it were admitted before it.
-    """
-
-    id: int
-    tokens: list[int]
-    n_prompt: int
-    end: int
-    stop_ids: frozenset[int]
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    text: Text | None = None
-    logprobs: list[Logprobs] = dataclasses.field(default_factory=list)
-    error: str | None = None
-    is_cancelled: bool = False
-    must_copy: bool = False
-    n_overtaken: int = 0
-
-    @property
-    def n_known(self) -> int:
-        """Tokens to read before decoding: the prompt, and what it had made if its pages were lost."""
-        return max(self.n_prompt, len(self.tokens) - 1)
-
-    @property
-    def n_made(self) -> int:
-        return len(self.tokens) - self.n_prompt
-
-    @property
-    def ends_in_stop_token(self) -> bool:
-        return self.n_made > 0 and self.tokens[-1] in self.stop_ids
-
-    @property
-    def is_finished(self) -> bool:
-        return self.finish_reason in ("stop", "length")
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why it ended; None while it runs or waits."""
-        if self.error is not None:
-            return "failed"
-        if self.is_cancelled:
-            return "cancelled"
-        if self.ends_in_stop_token or (self.text is not None and self.text.is_stopped):
-            return "stop"
-        return "length" if len(self.tokens) >= self.end else None
-
-    def add(self, token: int) -> None:
-        """Adds a new token. Raises ValueError: one that the tokenizer cannot decode, where a text may end it."""
-        self.tokens.append(token)
-        if self.text is not None and token not in self.stop_ids:
-            self.text = self.text.read(token)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,17 +75,38 @@ class Saved(NamedTuple):
     marks: list[tuple[Request, int, Text | None, bool, int]]
 
 
+@dataclasses.dataclass
+class _Room:
+    """What running requests of a group have: `held` pages, `to_come` more on each device, and how many they are."""
+
+    held: set[int]
+    to_come: np.ndarray
+    n_running: int
+
+
+class _Place(NamedTuple):
+    """Where a request is admitted: the donor in this group whose `pages` it shares, and pages of its own, a device."""
+
+    group: int
+    donor: int | None
+    shared: int
+    pages: list[int]
+    own: np.ndarray
+
+
 class Scheduler:
     """Requests and their pages.
 
     Args:
         n_pages, page_size: of the cache.
         max_length: tokens that a request may have.
-        rows: requests that run at a time.
-        prefill_rows: prompts that are read in one pass.
+        rows: requests that run at a time, in all groups.
+        prefill_rows: prompts that are read in one pass, in all groups.
         chunk: prompt tokens a request and pass.
         max_overtakes: how often a request that waits for pages is overtaken. Then it is admitted before all others.
         programs: what each phase runs. Equal ones cache a token alike, and their requests share a pass.
+        n_groups, n_devices, stripe: groups of devices, devices that share the pages of a request, and tokens in a row
+            on one of them, as `PagePool` has them.
 
     Attributes:
         pool: who holds which page.
@@ -160,9 +118,10 @@ class Scheduler:
 
     def __init__(
         self, *, n_pages: int, page_size: int, max_length: int, rows: int, prefill_rows: int, chunk: int,
-        max_overtakes: int, programs: Mapping[Phase, Hashable],
+        max_overtakes: int, programs: Mapping[Phase, Hashable], n_groups: int = 1, n_devices: int = 1,
+        stripe: int | None = None,
     ) -> None:  # fmt: skip
-        self.pool = PagePool(n_pages, page_size)
+        self.pool = PagePool(n_pages, page_size, n_devices=n_devices, stripe=stripe, n_groups=n_groups)
         self.max_length, self.max_pages = max_length, -(-max_length // page_size)
         self.rows, self.prefill_rows, self.chunk = rows, prefill_rows, chunk
         self.max_overtakes, self.programs = max_overtakes, programs
@@ -177,12 +136,13 @@ class Scheduler:
         text: Text | None = None,
     ) -> int:  # fmt: skip
         """Queues a prompt; its number. Raises ValueError: more tokens or pages than there will ever be."""
-        end, n_pages = len(tokens) + max_new_tokens, self.pool.n_pages
-        needed = self._n_pages(end) + 1  # one more than its tokens fill: that of a copy
+        end, n_pages = len(tokens) + max_new_tokens, self.pool.n_pages // (self.pool.n_groups * self.pool.n_devices)
+        needed = max(self.pool.n_needed_on(end)) + 1  # one more than its tokens fill: that of a copy
         if end > self.max_length or needed > n_pages:
+            where = " of a device" if self.pool.n_groups * self.pool.n_devices > 1 else ""
             raise ValueError(
-                f"submit: prompt and max_new_tokens make {shown(end)} tokens in {shown(needed)} pages, wanted at most "
-                f"max_length={self.max_length} in {n_pages}"
+                f"submit: prompt and max_new_tokens make {shown(end)} tokens in {shown(needed)} pages{where}, wanted "
+                f"at most max_length={self.max_length} in {n_pages}"
             )
         id, self.n_submitted = self.n_submitted, self.n_submitted + 1
         self.waiting[id] = Request(
@@ -198,35 +158,30 @@ class Scheduler:
         """
         forks: list[tuple[int, int, int]] = []
         too_big: list[Request] = []
-        held = {page for id in self.running for page in self.pool.pages(id)}
-        to_come = sum(map(self._pages_to_come, self.running.values()))
+        rooms = [self._room(group) for group in range(self.pool.n_groups)]
         for request in list(self.waiting.values()):
             if len(self.running) == self.rows or len(too_big) > self.max_overtakes:
                 break
-            # What it shares takes no page, but one that it shares in part will be copied, which takes another.
-            donor, shared = self._longest_prefix(request)
-            shared_pages = [] if donor is None else self.pool.pages(donor)[: self._n_pages(shared)]
-            must_copy = shared % self.pool.page_size > 0
-            own = self._n_pages(request.end) - len(shared_pages) + must_copy
-            # Only counted: no donor loses its pages before it is known that they are enough.
-            if to_come + own > self.pool.n_pages - len(held.union(shared_pages)):
+            if (place := self._find_place(request, rooms)) is None:
                 too_big.append(request)
                 if request.n_overtaken >= self.max_overtakes:
                     break
                 continue
             del self.waiting[request.id]
-            if donor is None:
-                self.pool.add(request.id)
+            room = rooms[place.group]
+            if place.donor is None:
+                self.pool.add(request.id, place.group)
             else:
-                self.pool.fork(donor, request.id, shared)
-                forks.append((request.id, donor, shared))
-                if donor in self.donors:
-                    self.donors[donor] = self.donors.pop(donor)  # the last one used
-            request.must_copy = must_copy
+                self.pool.fork(place.donor, request.id, place.shared)
+                forks.append((request.id, place.donor, place.shared))
+                if place.donor in self.donors:
+                    self.donors[place.donor] = self.donors.pop(place.donor)  # the last one used
+            request.must_copy = place.shared % self.pool.page_size > 0
             self.running[request.id] = request
-            held.update(shared_pages)
-            to_come += own
-            self._make_room(to_come)
+            room.held.update(place.pages)
+            room.to_come += place.own
+            room.n_running += 1
+            self._make_room(place.group, room.to_come)
             for other in too_big:
                 other.n_overtaken += 1
             if any(other.n_overtaken >= self.max_overtakes for other in too_big):
@@ -240,9 +195,14 @@ class Scheduler:
             return None
         phases, chunks = zip(*map(self._chunk, unread), strict=True)
         # A pass runs one program, so requests wait whose phase has another one.
-        program = self.programs[phases[0]]
-        rows = [row for row, phase in enumerate(phases) if self.programs[phase] == program][: self.prefill_rows]
-        return self.batch(phases[0], [unread[row] for row in rows], [chunks[row] for row in rows])
+        program, most = self.programs[phases[0]], self.prefill_rows // self.pool.n_groups
+        chosen, n_chosen = list[int](), Counter[int]()
+        for i, phase in enumerate(phases):
+            group = self.pool.group(unread[i].id)
+            if self.programs[phase] == program and n_chosen[group] < most:
+                chosen.append(i)
+                n_chosen[group] += 1
+        return self.batch(phases[0], [unread[i] for i in chosen], [chunks[i] for i in chosen])
 
     def decoding(self) -> list[Request]:
         """Requests whose next token is to be made."""
@@ -260,16 +220,37 @@ class Scheduler:
             B, T: sizes of the arrays.
 
         Returns: copies of pages to make first; int32 arrays: block tables [B, max_pages], tokens in the cache [B], new
-            tokens [B, T], which fill the last columns, and how many each row has [B].
+            tokens [B, T], which fill the last columns, and how many each row has [B]. Requests are in their `rows_of`;
+            tables count pages from the first one of the group.
         """
         lengths, ids, n_new = np.zeros(B, np.int32), np.zeros((B, T), np.int32), np.zeros(B, np.int32)
         tables = np.full((B, self.max_pages), -1, np.int32)
-        copies = []
-        for row, (request, start, new) in enumerate(zip(*batch[1:], strict=True)):
+        copies, rows = [], self.rows_of(batch.requests, B)
+        for row, request, start, new in zip(rows, *batch[1:], strict=True):
             lengths[row], ids[row, T - len(new) :], n_new[row] = start, new, len(new)
             copies += self.extend(request, len(new))
-        tables[: len(batch.requests)] = self.pool.table([request.id for request in batch.requests], self.max_pages)
+        for row, request in zip(rows, batch.requests, strict=True):
+            pages = np.array(self.pool.pages(request.id), np.int32)
+            tables[row, : len(pages)] = pages % (self.pool.n_pages // self.pool.n_groups)
         return copies, (tables, lengths, ids, n_new)
+
+    def rows_of(self, requests: Sequence[Request], B: int) -> list[int]:
+        """The row of each request in a pass of B rows, of which each group has as many, in order."""
+        n_before, rows = Counter[int](), list[int]()
+        for request in requests:
+            group = self.pool.group(request.id)
+            rows.append(group * (B // self.pool.n_groups) + n_before[group])
+            n_before[group] += 1
+        return rows
+
+    def copies_of_groups(self, copies: Sequence[tuple[int, int]], n: int) -> np.ndarray:
+        """Copies of pages as [2, n] int32, those of each group in its part, counted from its first page, then -1."""
+        n_groups, pairs, n_before = self.pool.n_groups, np.full((2, n), -1, np.int32), Counter[int]()
+        for pair in copies:
+            group, own = pair[1] // (self.pool.n_pages // n_groups), np.array(pair) % (self.pool.n_pages // n_groups)
+            pairs[:, group * (n // n_groups) + n_before[group]] = own
+            n_before[group] += 1
+        return pairs
 
     def extend(self, request: Request, n_tokens: int) -> list[tuple[int, int]]:
         """Makes room for new tokens; copies of pages to make first."""
@@ -377,27 +358,64 @@ class Scheduler:
     def _n_pages(self, n_tokens: int) -> int:
         return -(-n_tokens // self.pool.page_size)
 
-    def _pages_to_come(self, request: Request) -> int:
-        return self._n_pages(request.end) - self._n_pages(self.pool.lengths[request.id]) + request.must_copy
+    def _room(self, group: int) -> "_Room":
+        """What running requests of a group have and will take."""
+        running = [request for request in self.running.values() if self.pool.group(request.id) == group]
+        held = {page for request in running for page in self.pool.pages(request.id)}
+        none = np.zeros(self.pool.n_devices, int)
+        to_come = sum((self._still_needed(r.end, self.pool.lengths[r.id], r.must_copy) for r in running), none)
+        return _Room(held, to_come, len(running))
 
-    def _make_room(self, n_pages: int) -> None:
-        """Drops donors, oldest use first, as far as needed: first those with pages of their own, then any."""
+    def _find_place(self, request: Request, rooms: list["_Room"]) -> "_Place | None":
+        """Where a request can be admitted, None if nowhere. Only counted: no donor loses its pages before it is known
+        that they are enough."""
+        options = [
+            (-shared, room.n_running, group, donor)
+            for group, room in enumerate(rooms)
+            if room.n_running < self.rows // self.pool.n_groups
+            for donor, shared in [self._longest_prefix(request, group)]
+        ]
+        n_pages = self.pool.n_pages // (self.pool.n_groups * self.pool.n_devices)
+        for less, _, group, donor in sorted(options, key=lambda option: option[:3]):
+            # What it shares takes no page, but one that it shares in part will be copied, which takes another.
+            shared, room = -less, rooms[group]
+            pages = [] if donor is None else self.pool.pages(donor)[: self._n_pages(shared)]
+            own = self._still_needed(request.end, shared, shared % self.pool.page_size > 0)
+            held = np.array(self.pool.n_on(room.held.union(pages), group))
+            if (room.to_come + own <= n_pages - held).all():
+                return _Place(group, donor, shared, pages, own)
+        return None
+
+    def _still_needed(self, end: int, n_tokens: int, must_copy: bool) -> np.ndarray:
+        """Pages on each device that a request takes to its end, which has so many tokens."""
+        needed, size = self.pool.n_needed_on, self.pool.page_size
+        to_come = np.subtract(needed(end), needed(n_tokens))
+        if must_copy:  # the page that its last token is in
+            to_come += np.subtract(needed(n_tokens), needed(n_tokens // size * size))
+        return to_come
+
+    def _make_room(self, group: int, n_pages: np.ndarray) -> None:
+        """Drops a group's donors, oldest use first, as far as needed: first those with pages of their own, then any."""
         for has_own in (True, False):
-            for id in list(self.donors):
-                if self.pool.n_free >= n_pages:
+            for id in [id for id in self.donors if self.pool.group(id) == group]:
+                is_short = np.array(self.pool.n_free_on(group)) < n_pages
+                if not is_short.any():
                     return
-                if not has_own or self.pool.n_own(id):
+                if not has_own or np.array(self.pool.n_own_on(id))[is_short].any():
                     self._drop_donor(id)
 
     def _drop_donor(self, id: int) -> None:
         del self.donors[id]
         self.pool.free(id)
 
-    def _longest_prefix(self, request: Request) -> tuple[int | None, int]:
-        """The donor with the most of its first tokens in the cache, and how many; None for less than a page."""
+    def _longest_prefix(self, request: Request, group: int) -> tuple[int | None, int]:
+        """The donor of a group with the most of its first tokens in the cache, and how many; None for less than a
+        page."""
         size, prompt = self.pool.page_size, request.tokens[: request.n_prompt]
         best, most = None, 0
         for known in (*self.donors.values(), *self.running.values()):
+            if self.pool.group(known.id) != group:
+                continue
             n = min(self.pool.lengths[known.id], self.sharing.limit(request.n_prompt, known.n_prompt))
             if n < size or n <= most or known.tokens[:size] != prompt[:size]:
                 continue

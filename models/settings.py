@@ -102,6 +102,7 @@ SETTINGS = {
     "lora_norm_eps": _EPS,
     "index_norm_eps": _EPS,
     "index_key_dtype": one_of("float8_e4m3fn", "int8"),
+    "latent_dtype": one_of("float8_e4m3fn"),
     "index_key_scale": one_of("float32", "ue8m0"),
     "index_hadamard": FLAG,
     "use_hisa": FLAG,

@@ -2,8 +2,8 @@
 
 import dataclasses
 
+from hisa_jax.models.request import FinishReason, Request
 from hisa_jax.models.sampling import Logprobs
-from hisa_jax.models.scheduler import FinishReason, Request
 from hisa_jax.models.text import Text
 from hisa_jax.models.tokens import Tokenizer
 

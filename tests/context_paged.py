@@ -317,6 +317,52 @@ def sparse_mla_over_pages_is_that_of_one_device_and_exchanges_one_sum():
     assert sum(n for *_, n in found) == N * (V + 2) * q.shape[0], found
 
 
+def groups_serve_each_as_one_device(n_groups=2):
+    """Each of ranks that share queries and heads, and devices that share pages; returns what is exchanged."""
+    over = dict(data_axis="data", context_axis="context")
+    devices = jax.devices()[: 4 * n_groups]
+    mesh = jax.make_mesh((n_groups, 2, 2), ("data", "model", "context"), devices=devices)
+    one, tables = laid_out(2, STRIPE)
+    (q, w, cu), lengths, rng, N, V = queries(), served()[3], np.random.default_rng(3), 4, 16
+    k, latents = keys(rng, 700, "bfloat16"), jnp.asarray(rng.normal(size=(700, LATENT)), jnp.float32)
+    table, own = tables[::-1], lengths[::-1]
+    other = append(jax.tree.map(jnp.zeros_like, one), k, table, offsets(own), own * 0, latents=latents)
+    groups = (q, w, one, tables, cu, lengths), (q[::-1], w, other, table, offsets([*NEW.values()][::-1]), own)
+    groups = groups[:n_groups]
+    select = functools.partial(hj.select_paged, method=METHODS["hisa"], return_scores=True, return_blocks=True)
+    attend = functools.partial(hj.sparse_mla_paged, value_dim=V, scale=0.2)
+
+    def step(q, w, cache, tables, offsets, lengths, new, sizes, source, target, **axes):
+        """Selects, attends, copies a page, forgets tokens, and appends others."""
+        shares = dict(query_axis="model", stripe=STRIPE) if axes else {}
+        selection = select(q, w, cache, tables, offsets, lengths, **axes, **shares)
+        heads = jnp.tile(q[:, :1, :LATENT].astype(jnp.float32), (1, N, 1)) * jnp.arange(1, N + 1)[None, :, None]
+        shares = dict(head_axis="model") if axes else {}
+        out = attend(heads, cache, selection.indices, tables, offsets, **axes, **shares)
+        cache = hj.copy_pages(cache, source, target, **axes)
+        cache = hj.truncate(cache, tables, lengths, jnp.maximum(lengths - 3, 0), max_tokens=3, **axes)
+        cache = hj.append(cache, new, tables, sizes, jnp.maximum(lengths - 3, 0), latents=heads[:, 0], **axes)
+        return selection, out, cache
+
+    run, new = jax.jit(step, static_argnames=("mesh", *over)), keys(rng, q.shape[0], "bfloat16")
+    more = new, offsets([2, 0, 3, 4, 1]), tables[:1, 2], table[-1:, -1]
+    wanted = jax.tree.map(lambda *x: jnp.concatenate(x), *(run(*group, *more) for group in groups))
+    arrays = [
+        jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *each)
+        for each in zip(*((*group, *more) for group in groups), strict=True)
+    ]
+    arrays = [split(x, mesh, ("data", "context") if i == 2 else "data") for i, x in enumerate(arrays)]
+    compiled = run.lower(*arrays, mesh=mesh, **over).compile()
+    got = compiled(*arrays)
+    same((got[0], got[2]), (wanted[0], wanted[2]))
+    np.testing.assert_allclose(got[1], wanted[1], rtol=1e-5, atol=1e-6)
+    return sorted(collectives(compiled))
+
+
+def groups_exchange_no_more_than_one():
+    assert groups_serve_each_as_one_device(1) == groups_serve_each_as_one_device(2)
+
+
 @contextlib.contextmanager
 def raises(message):
     try:

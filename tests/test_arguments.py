@@ -170,16 +170,16 @@ BATCH = dict(
     q=QUERIES, k=FLOAT, w=OPTIONAL_WEIGHTS, **LIMITS, query_positions=OPTIONAL_INT32, lengths=OPTIONAL_INT32, **OPTIONS
 )
 TABLES = dict(cache=CACHE, block_tables=Kind((*NOT_ARRAYS, *NOT_INT32, *AXIS_MORE)), lengths=INT32)
-PAGED = dict(q=QUERIES, w=OPTIONAL_WEIGHTS, **LIMITS, cu_seqlens_q=INT32, **TABLES, **OPTIONS)
+GROUPS = dict(data_axis=OPTIONAL_AXIS)
+PAGED = dict(q=QUERIES, w=OPTIONAL_WEIGHTS, **LIMITS, cu_seqlens_q=INT32, **TABLES, **OPTIONS, **GROUPS)
 MLA_OPTIONS = dict(scale=NUMBER, value_dim=INT, sink=OPTIONAL_FLOAT, return_lse=FLAG, implementation=IMPLEMENTATION)
 MLA = dict(q=QUERIES, kv=FLOAT, indices=LIST_INT32, **MLA_OPTIONS)
 MLA_PAGED = dict(q=FLOAT, cache=CACHE, indices=LIST_INT32, block_tables=TABLES["block_tables"], cu_seqlens_q=INT32,
-                 **MLA_OPTIONS)  # fmt: skip
-APPEND = dict(
-    implementation=IMPLEMENTATION, k=FLOAT, cu_seqlens=INT32, latents=Kind(constants(np.ones((5, 8)), 3)), **TABLES
-)
-TRUNCATE = dict(new_lengths=INT32, max_tokens=INT, **TABLES)
-COPIES = dict(cache=CACHE, source=LIST_INT32, target=INT32)
+                 head_axis=OPTIONAL_AXIS, **MLA_OPTIONS, **GROUPS)  # fmt: skip
+APPEND = dict(implementation=IMPLEMENTATION, k=FLOAT, cu_seqlens=INT32, latents=Kind(constants(np.ones((5, 8)), 3)),
+              **TABLES, **GROUPS)  # fmt: skip
+TRUNCATE = dict(new_lengths=INT32, max_tokens=INT, **TABLES, **GROUPS)
+COPIES = dict(cache=CACHE, source=LIST_INT32, target=INT32, **GROUPS)
 positions = dict(query_positions=np.zeros((2, 3), np.int32), lengths=ints(40, 7), budget=np.ones((2, 3), np.int32))
 sink = dict(sink=np.ones((4,), np.float32))
 
@@ -231,13 +231,19 @@ def cases():
     yield Case(hj.copy_pages, copies(), COPIES | ALONE)
     yield Case(hj.copy_pages, copies() | over_context(), COPIES | OVER)
     yield Case(hj.init_cache,
-               dict(n_pages=4, page_size=16, D=8, dtype=F32, sketch="int4", latent_dim=8, latent_dtype=F32),
+               dict(n_pages=4, page_size=16, D=8, dtype=F32, sketch="int4", latent_dim=8,
+                    latent_dtype=jnp.float8_e4m3fn, latent_value_dim=4, block_size=32),
                dict(n_pages=INT, page_size=Kind((*INT.bad, *constants(24, 512))), D=SIZE, dtype=DTYPE,
                     entry_size=Kind((*INT.bad, *constants(4))),  # beside latents
                     sketch=Kind(constants("int8", 4, ["int4"], True)),
-                    latent_dim=Kind((*NOT_INTS, *constants(0, -1))), latent_dtype=DTYPE))  # fmt: skip
+                    latent_dim=Kind((*NOT_INTS, *constants(0, -1))), latent_dtype=DTYPE,
+                    latent_value_dim=Kind((*NOT_INTS, *constants(0, -1, 9))),
+                    block_size=Kind((*NOT_INTS, *constants(8, 24, 512)))))  # fmt: skip
     yield Case(hj.quantize_keys, dict(k=np.ones((3, 4), np.float32)),
                dict(k=TO_QUANTIZE, dtype=DTYPE, scale=Kind(constants("e8m0", None, ["ue8m0"]))))  # fmt: skip
+    yield Case(hj.quantize_latents, dict(latents=np.ones((3, 4), np.float32), value_dim=4),
+               dict(latents=TO_QUANTIZE, value_dim=Kind((*NOT_INTS, *constants(0, -1, 5, 129))),
+                    scale=Kind(constants("e8m0", None, ["ue8m0"]))))  # fmt: skip
     yield Case(hj.quantize_queries, dict(q=np.ones((3, 4), np.float32), w=np.ones((3,), np.float32)),
                dict(q=TO_QUANTIZE, w=WEIGHTS, dtype=DTYPE, scale=Kind(constants("e8m0", None, ["ue8m0"]))))  # fmt: skip
     yield Case(hj.indexer_kl, dict(q=q2, k=k2, w=np.ones((1, 2, 4), np.float32), attention_q=q2, attention_kv=k2,
@@ -261,9 +267,13 @@ def cases():
     yield Case(hj.check_processes, dict(call="step"), dict(call=ANYTHING, arrays=ANYTHING))
     yield Case(PagePool, dict(n_pages=4, page_size=16),
                dict(n_pages=INT, page_size=INT, n_devices=Kind((*INT.bad, *constants(3))),
-                    stripe=Kind((*OPTIONAL_INT.bad, *constants(24, 0)))))  # fmt: skip
-    made = pool()
-    yield Case(made.add, dict(request="b"), dict(request=TAKEN))
+                    stripe=Kind((*OPTIONAL_INT.bad, *constants(24, 0))),
+                    n_groups=Kind((*INT.bad, *constants(3)))))  # fmt: skip
+    made, group = pool(), Kind((*SIZE.bad, *constants(1)))
+    yield Case(made.add, dict(request="b"), dict(request=TAKEN, group=group))
+    yield Case(made.n_free_on, dict(group=0), dict(group=group))
+    yield Case(made.n_on, dict(pages=[0, 1], group=0), dict(pages=ANYTHING, group=group))
+    yield Case(made.n_needed_on, dict(n_tokens=1), dict(n_tokens=SIZE))
     yield Case(made.fork, dict(request="a", new="c", length=3),
                dict(request=NAMES, new=TAKEN, length=Kind((*OPTIONAL_INT.bad, *constants(21)))))  # fmt: skip
     yield Case(made.extend, dict(request="a", n_tokens=1), dict(request=NAMES, n_tokens=SIZE))
@@ -272,7 +282,7 @@ def cases():
     yield Case(made.table, dict(requests=["a"], max_pages=2),
                dict(requests=Kind(constants(["a", "nobody"])), max_pages=Kind((*SIZE.bad, *constants(1)))))  # fmt: skip
     yield Case(made.copy, {}, {})
-    for method in (made.pages, made.n_own, made.free):
+    for method in (made.pages, made.n_own, made.n_own_on, made.group, made.free):
         yield Case(method, dict(request="a"), dict(request=NAMES))
 
 

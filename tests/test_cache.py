@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import hisa_jax as hj
 from hisa_jax.page_pool import OutOfPages, PagePool
-from hisa_jax.xla import sketch
+from hisa_jax.xla import block_means, sketch
 from hisa_jax.xla.means import mean_parts
 from tests import draw
 
@@ -30,6 +30,8 @@ METHODS = {
 append = jax.jit(hj.append, donate_argnums=0)
 truncate = functools.partial(hj.truncate, max_tokens=P * PAGE)
 pack = jax.jit(sketch.pack)
+parts_of = jax.jit(lambda means, dtype: mean_parts(means, dtype) or (None, None), static_argnums=1)
+mark_of, marks_joined = jax.jit(block_means.mark_of), jax.jit(lambda marks: block_means.joined([marks]))
 select_paged = jax.jit(
     functools.partial(hj.select_paged, return_scores=True), static_argnames=("method", "return_blocks")
 )
@@ -77,7 +79,7 @@ class Requests:
 
     def __init__(self, dtype):
         self.dtype, self.pool = dtype, PagePool(N_PAGES, PAGE)
-        self.cache = hj.init_cache(N_PAGES, PAGE, D, dtype, sketch="int4")
+        self.cache = hj.init_cache(N_PAGES, PAGE, D, dtype, sketch="int4", block_size=2 * PAGE)
         self.rng = np.random.default_rng(0)
         self.held: dict = {}
 
@@ -149,9 +151,26 @@ class Requests:
                 assert counts[page] == len(tokens) or (counts[page] > len(tokens) and length < (nth + 1) * PAGE)
                 present = np.where(np.arange(PAGE)[:, None] < counts[page], content[page], np.float32(0))
                 np.testing.assert_array_equal(sums[page], tree_sum(present))
-        # For every page, also those that were copied, truncated or given back.
-        wanted = mean_parts(sums / np.maximum(counts, 1).astype(np.float32)[:, None], self.dtype) or (None, None)
-        jax.tree.map(np.testing.assert_array_equal, (self.cache.means, self.cache.mean_scales), wanted)
+        # For every page, also those that were copied, truncated or given back, but those that end a whole block.
+        n_of_page = np.maximum(counts, 1).astype(np.float32)
+        self.check_means(~((places % 2 == 1) & (counts == PAGE)), sums / n_of_page[:, None])
+        pages = [
+            self.pool.table([name], P)[0][: length // (2 * PAGE) * 2] for name, length in self.pool.lengths.items()
+        ]
+        first, last = np.concatenate([[], *pages]).astype(int).reshape(-1, 2).T
+        of_blocks = np.zeros_like(sums)
+        of_blocks[last] = (sums[first] + sums[last]) / np.float32(2 * PAGE)
+        self.check_means(last, of_blocks)
+        if (kept := self.cache.marks) is not None:
+            marks = np.asarray(mark_of(self.cache.sums, self.cache.counts))
+            np.testing.assert_array_equal(np.asarray(kept)[places % 2 == 0], marks[places % 2 == 0])
+            np.testing.assert_array_equal(np.asarray(kept)[last], np.asarray(marks_joined(marks))[first])
+
+    def check_means(self, of, means):
+        """[N_PAGES, D] float32: those `of` some pages are what the cache keeps."""
+        for got, wanted in zip((self.cache.means, self.cache.mean_scales), parts_of(means, self.dtype), strict=True):
+            if wanted is not None:
+                np.testing.assert_array_equal(np.asarray(got)[of], np.asarray(wanted)[of])
 
     def check_selection(self, method, n_queries=5):
         """The last tokens of every request select from pages what they select from one piece, bit for bit."""

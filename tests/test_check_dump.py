@@ -145,7 +145,7 @@ def test_a_dump_of_another_form_is_refused_by_name(judge, change, message):
     [
         (("--queries", "0"), "--queries 0: wanted at least 1"),
         (("--tolerance", "-1"), "--tolerance -1.0: wanted at least 0"),
-        (("--block-size", "16"), "--block-size: --indexer dsa has none"),
+        (("--block-size", "16"), "--block-size 16: --indexer dsa has none, --indexer hisa or block-sparse has"),
     ],
 )
 def test_arguments_are_checked(judge, arguments, message):

@@ -36,6 +36,8 @@ PROMISES = {
         "what_others_hold_leaves_no_trace",
         "same_bits_for_8_bits_and_for_stripes_of_two_blocks",
     ),
+    "groups": ("groups_serve_each_as_one_device",),
+    "groups_exchange": ("groups_exchange_no_more_than_one",),
     "ranks": (
         "ranks_that_share_the_queries_select_the_same_and_exchange_the_chosen",
         "ranks_that_share_the_queries_may_each_be_devices_that_share_the_pages",
@@ -44,7 +46,7 @@ PROMISES = {
 
 
 @pytest.mark.slow
-@pytest.mark.gate("copies", "selection", "bytes", "ranks")
+@pytest.mark.gate("copies", "selection", "bytes", "groups", "ranks")
 @pytest.mark.parametrize("promises", PROMISES)
 def test_pages_on_eight_devices_serve_as_on_one(promises):
     command = [sys.executable, "-W", "error", "-m", "tests.context_paged", *PROMISES[promises]]
@@ -99,7 +101,9 @@ def test_a_mesh_may_be_one_device(axes):
             r"select_paged: context_axis='x', wanted one of the mesh's axes \('context',\)",
         ),
         (dict(query_axis="x"), "select_paged: query_axis='x', wanted one of"),
-        (dict(context_axis=None), "mesh= without context_axis or query_axis, wanted one of its axes"),
+        (dict(context_axis=None), "mesh= without context_axis or query_axis or data_axis, wanted one of its axes"),
+        (dict(query_axis="context"), "query_axis='context', data_axis=None, wanted different axes"),
+        (dict(data_axis="x"), "data_axis='x', wanted one of"),
         (dict(stripe=48), "select_paged: stripe=48, wanted a multiple of 32, of whole blocks"),
         (dict(method=hj.Dsa(topk=4), stripe=24), "stripe=24, wanted a multiple of 16"),
         (dict(method=hj.Hisa(topk=4, block_size=24, block_topk=2)), "with pages of 16 tokens, wanted a block_size"),
@@ -122,6 +126,21 @@ def test_pages_that_devices_do_not_share_equally_are_refused():
     ):
         with pytest.raises(ValueError, match="the cache's n_pages = 8, wanted a multiple of 3 for context_axis"):
             call(**over)
+
+
+def test_arrays_that_groups_do_not_share_equally_are_refused():
+    mesh = jax.sharding.AbstractMesh((2, 3), ("data", "context"))
+    cache, one = hj.init_cache(12, 16, 32), jnp.array([[0]], jnp.int32)
+    over = dict(mesh=mesh, data_axis="data")
+    k, lengths, starts = jnp.ones((2, 32), jnp.bfloat16), jnp.array([0, 0]), jnp.array([0, 1, 0, 1])
+    with pytest.raises(
+        ValueError, match=r"append: block_tables is \[1, 1\], wanted a multiple of 2 first for data_axis"
+    ):
+        hj.append(cache, k, one, starts, lengths, **over)
+    with pytest.raises(ValueError, match=r"cu_seqlens is \[2\], wanted \[4\]: a start for each .* end of each group"):
+        hj.append(cache, k, jnp.concatenate([one, one]), starts[:2], lengths, **over)
+    with pytest.raises(ValueError, match="n_pages = 10, wanted a multiple of 6 for context_axis='context'"):
+        hj.copy_pages(hj.init_cache(10, 16, 32), lengths, lengths, **over, context_axis="context")
 
 
 def test_a_pool_takes_the_pages_of_a_request_from_devices_in_turn():

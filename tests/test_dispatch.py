@@ -135,7 +135,7 @@ def test_kernels_decline_the_scans_that_are_xlas_alone():
         (problem, None),
         (with_blocks, cases[1][1]),
         (dataclasses.replace(problem, is_packed=True), "has a Scan of batches alone, not of packed queries or pages"),
-        (dataclasses.replace(problem, is_split=True), "takes no such keys that are split over devices"),
+        (dataclasses.replace(problem, is_split=True), "has no kernels for a Scan of keys that are split over devices"),
         (dataclasses.replace(problem, method=hj.Scan(unit=32)), "needs units of up to 16 tokens, not 32"),
     ):
         assert dispatch.reasons(tpu, case)["mosaic_tpu"] == sentence

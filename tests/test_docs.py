@@ -1,8 +1,10 @@
 """The documentation runs, and there is some for every public name."""
 
 import ast
+import contextlib
 import doctest
 import inspect
+import io
 import pathlib
 import re
 
@@ -61,15 +63,19 @@ def test_examples_of_public_functions_run(name):
 @pytest.mark.parametrize(
     "page", [
         "README.md", "docs/serving.md", "docs/research.md", "docs/integrations.md", "docs/conformance.md",
-        "docs/lighthouse.md", "docs/indexers.md",
+        "docs/lighthouse.md", "docs/latents.md", "docs/indexers.md",
     ],
 )  # fmt: skip
 def test_the_examples_of_a_page_run(page):
     code = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert code, f"{page} shows no Python"
     namespace: dict = {}
-    for block in code:
-        exec(compile(block, page, "exec"), namespace)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for block in code:
+            exec(compile(block, page, "exec"), namespace)
+    shown = [float(line) for line in re.findall(r"^[\d.]+$", printed.getvalue(), re.MULTILINE)]
+    for figure in re.findall(r"^print\(.*\)  # (0\.\d+)", "\n".join(code), re.MULTILINE):
+        assert figure in [f"{value:.{len(figure) - 2}f}" for value in shown]
 
 
 def test_links_lead_somewhere():

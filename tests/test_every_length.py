@@ -31,7 +31,7 @@ def two_requests(n, cache, before):
 @functools.cache
 def caches():
     """Of two requests of 0, 1, ... N tokens that were written at once: what all others must be like."""
-    write = lambda n: two_requests(n, hj.init_cache(6, PAGE, D), 0)  # noqa: E731
+    write = lambda n: two_requests(n, hj.init_cache(6, PAGE, D, block_size=2 * PAGE), 0)  # noqa: E731
     return jax.jit(jax.vmap(write))(jnp.arange(N + 1, dtype=jnp.int32))
 
 

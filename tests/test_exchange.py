@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from hisa_jax.sharded import exchange
 from hisa_jax.sharded.attention import merge
+from hisa_jax.sharded.select_kernels import merge_of_any_order
+from hisa_jax.xla import topk
 
 
 def test_attention_to_parts_merges_to_attention_to_all():
@@ -36,3 +39,24 @@ def test_each_device_gets_what_all_have_found_for_its_queries_and_all_get_what_i
     back = jax.vmap(lambda x: exchange.from_owners(x, "devices", T), axis_name="devices")(own)
     for device in range(n):
         np.testing.assert_array_equal(back[device], found.swapaxes(0, 1).reshape(T, -1))
+
+
+@pytest.mark.parametrize("n_scores", [5, 10**6], ids=["tied", "all_different"])
+def test_the_lowest_positions_win_ties_of_a_merge_whose_first_columns_do(n_scores):
+    """Devices' lists ascend, one after the other they do not; rows with holes, with few candidates, and with none."""
+    rng, n, j, k = np.random.default_rng(0), 3, 40, 30
+    positions = np.sort(
+        rng.permuted(np.tile(np.arange(n * j * 2), (6, 1)), axis=1)[:, : n * j].reshape(6, n, j), axis=2
+    )
+    sort_keys = rng.integers(-n_scores, n_scores, (6, n, j))
+    sort_keys[3, :, 10:], sort_keys[4, :, 5:], sort_keys[5] = topk.INVISIBLE, topk.INVISIBLE, topk.INVISIBLE
+    arrays = [jnp.asarray(x.reshape(6, -1), jnp.int32) for x in (sort_keys, positions)]
+    arrays[1] = jnp.where(arrays[0] > topk.INVISIBLE, arrays[1], -1)
+
+    def by_column(sort_keys, positions, k):
+        best, columns = topk.topk_in_order(sort_keys, None, k)
+        chosen = jnp.take_along_axis(positions, jnp.maximum(columns, 0), axis=1)
+        return best, jnp.where(columns >= 0, chosen, -1)
+
+    got, wanted = merge_of_any_order(by_column, *arrays, k), topk.topk_of_any_order(*arrays, k)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)

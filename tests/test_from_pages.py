@@ -19,10 +19,10 @@ LENGTHS = np.array([61, 20, 1], np.int32)
 FULL = np.array([0, 3, 6])
 
 
-def appended(dtype, sketch=None):
+def appended(dtype, sketch=None, block_size=None):
     """The same by `append`, request by request, and 7 where no token is."""
     k = draw.inputs(3, 1, 64, 1, D, seed=2).k
-    cache = hj.init_cache(N_PAGES, PAGE, D, dtype, sketch=sketch)
+    cache = hj.init_cache(N_PAGES, PAGE, D, dtype, sketch=sketch, block_size=block_size)
     cache = dataclasses.replace(cache, keys=jnp.full_like(cache.keys, 7))
     k[1, :PAGE] = k[0, :PAGE]
     new = jnp.concatenate([jnp.asarray(k[r, : LENGTHS[r]]) for r in (0, 1, 2)])
@@ -39,8 +39,9 @@ def of_pages(cache, table=TABLE, lengths=LENGTHS, **options):
 @pytest.mark.parametrize("sketch", [None, "int4"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float8_e4m3fn", "int8"])
 def test_pages_say_what_append_has_written(dtype, sketch):
-    wanted = appended(dtype, sketch)
-    eager, jitted = of_pages(wanted, sketch=sketch), jax.jit(lambda cache: of_pages(cache, sketch=sketch))(wanted)
+    options = dict(sketch=sketch, block_size=2 * PAGE if sketch is None else None)
+    wanted = appended(dtype, **options)
+    eager, jitted = of_pages(wanted, **options), jax.jit(lambda cache: of_pages(cache, **options))(wanted)
     assert eager.keys is wanted.keys, "the keys were copied"
     for got in (eager, jitted):
         for field in dataclasses.fields(hj.IndexCache):

@@ -17,12 +17,12 @@ SHARDED = "selections_are_those_of_one_device", "sparse_mla_is_that_of_one_devic
 PAGED = "pages_on_all_processes_serve_as_on_one"
 
 
-def run(n, *promises):
+def run(n, *promises, module="tests.processes"):
     """(exit status, output) of each of n processes; fails if one has not ended in time."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.processes", str(port), str(n)]
+    command = [sys.executable, "-m", module, str(port), str(n)]
     started = [
         subprocess.Popen(
             [*command, str(i), *promises], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.panel import Panel
 from rich.table import Table
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 
 NAMES = {"dsa": "flat", "hisa": "HISA", "scan": "scan", "block-sparse": "block-sparse"}
 _COLORS = {"dsa": "#444444", "hisa": "#0b6fb8", "scan": "#2e8b57", "block-sparse": "#d9781c"}
-_MEASURES = {"recall": "-", "places_kept": "--"}
-_N_PASSAGES = 3
+_SCORED = {
+    "dsa": "all tokens, all heads", "hisa": "tokens of the best blocks", "scan": "all tokens, few heads",
+    "block-sparse": "means of blocks",
+}  # fmt: skip
+_N_PASSAGES = 2
 _AROUND = 12  # tokens shown on each side of a place
 
 
@@ -31,45 +35,61 @@ def headline(path: Path | None, n_tokens: int, contexts: list[int], n_queries: i
     source = "the Python standard library's sources" if path is None else str(path)
     labels = ", ".join(map(shapes.label, contexts))
     return (
-        f"Text: {source}, {n_tokens:,} tokens, in contexts of {labels}. Queries and keys: hashed n-grams of the text "
-        f"itself, no trained model; up to {n_queries} queries in the last 4096 positions."
+        f"2. What a selection costs, at the shape of DeepSeek-V3.2's indexer: 64 heads of 128, {shapes.DSV32.topk} "
+        f"tokens chosen. Text: {source}, {n_tokens:,} tokens, in contexts of {labels}. Its queries and keys are hashed "
+        f"n-grams of the text, not a model's; up to {n_queries} queries in the last 4096 positions.\n"
+        "ms/query: to choose one query's tokens, exact top-k included, compiling left out. faster: than flat, calls in "
+        "turns. as flat: the share of flat's tokens that were chosen, too. places: the share of the earlier places "
+        "with the same words that were chosen; the vectors are tuned so that flat finds them all. Their speed is that "
+        "of a model's vectors. Their shares are not: what a selection is worth, part 1 says."
     )
 
 
-def table(results: "list[Result]") -> Table:
-    title = "Indexing, and its quality against the flat indexer"
-    result = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, show_edge=False)
-    for column in ("context", "method", "ms/query", "speedup", "recall", "IoU", "mass", "kept"):
-        result.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-    for at_context in results:
-        for row in at_context.rows:
-            result.add_row(*_cells(row), style="bold" if row["method"] == "scan" else "")
-        result.add_section()
-    return result
+HEADER = f"{'context':>7}  {'method':<14}{'ms/query':>9}{'faster':>9}{'as flat':>9}{'places':>8}"
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    kept = row["places_kept"]
-    return [
-        shapes.label(row["context"]), NAMES[row["method"]], f"{row['ms_per_query']:.2f}",
-        f"{1 / row['time_to_flat']:.2f}x", f"{row['recall']:.3f}", f"{row['iou']:.3f}", f"{row['mass']:.3f}",
-        "-" if kept is None else f"{kept:.0%}",
-    ]  # fmt: skip
+def line(row: dict[str, Any]) -> str:
+    """A row under `HEADER`."""
+    kept = "-" if row["places_kept"] is None else f"{row['places_kept']:.0%}"
+    return (
+        f"{shapes.label(row['context']):>7}  {NAMES[row['method']]:<14}{row['ms_per_query']:>9.2f}"
+        f"{_faster(row):>9}{row['recall']:>9.3f}{kept:>8}"
+    )
+
+
+def _faster(row: dict[str, Any]) -> str:
+    return f"{1 / row['time_to_flat']:.1f}x"
 
 
 def summary(rows: list[dict[str, Any]], model_rows: list[dict[str, Any]]) -> Table:
-    """Time and answers side by side: the longest context's rows, and the trained model's."""
-    result = Table(title="Time and answers", title_justify="left", box=box.SIMPLE, pad_edge=False, show_edge=False)
-    context, at = shapes.label(rows[0]["context"]), f"{model_rows[0]['context']:,} bytes"
-    for column in ("method", f"speedup at {context}", f"kept at {context}", f"questions answered at {at}"):
-        result.add_column(column, justify="left" if column == "method" else "right")
+    """Answers and time side by side: the trained model's rows, and those of the longest context."""
+    result = Table(title="Answers and time", title_justify="left", box=box.SIMPLE, pad_edge=False, show_edge=False)
+    context = shapes.label(rows[0]["context"])
+    for column in ("method", "scores", "answered", f"faster at {context}"):
+        result.add_column(column, justify="right" if column[0] in "af" else "left")
     for row, of_model in zip(rows, model_rows, strict=True):
-        *_, kept = cells = _cells(row)
-        result.add_row(
-            NAMES[row["method"]], cells[3], kept, f"{of_model['right']} of {of_model['questions']}",
-            style="bold" if row["method"] == "scan" else "",
-        )  # fmt: skip
+        answered = f"{of_model['right']} of {of_model['questions']}"
+        result.add_row(NAMES[row["method"]], _SCORED[row["method"]], answered, _faster(row))
     return result
+
+
+def conclusion(rows: list[dict[str, Any]], model_rows: list[dict[str, Any]]) -> str:
+    """The summary in sentences, with its figures."""
+    right, faster = ({row["method"]: row for row in of} for of in (model_rows, rows))
+    asked, context = right["dsa"]["questions"], shapes.label(rows[0]["context"])
+
+    def answers(name: str) -> str:
+        return f"answers {right[name]['right']} of {asked}"
+
+    return (
+        f"Flat scores every token with every head and {answers('dsa')}: the yardstick, and the slowest at long "
+        f"contexts. The scan leaves out heads, not tokens: {_faster(faster['scan'])} at {context}, and it "
+        f"{answers('scan')}. HISA leaves out the tokens of blocks whose mean scores low: {_faster(faster['hisa'])}, "
+        f"and it {answers('hisa')}. How much of that is lost depends on the model: a line can vanish in the mean of "
+        f"its block. Block-sparse takes whole blocks by their means and looks at no token: "
+        f"{_faster(faster['block-sparse'])}, and it {answers('block-sparse')}. So faster alone says nothing. "
+        "On your own model: hisa-jax check --checkpoint DIR --text FILE"
+    )
 
 
 def notes(results: "list[Result]") -> Iterator[str]:
@@ -77,22 +97,22 @@ def notes(results: "list[Result]") -> Iterator[str]:
     ways = sorted({row["implementation"] for result in results for row in result.rows})
     yield (
         f"Ran: implementation {', '.join(ways)}, the first that can, on {here['device']} with {here['cpu_cores']} "
-        f"CPU cores, jax {here['jax']}. Times: medians of calls in turns, exact top-k included, compiling not."
+        f"CPU cores, jax {here['jax']}."
     )
-    yield "Recall, IoU, mass: of the flat indexer's tokens, and of their score, what was selected, too."
     n_of = [f"{shapes.label(r.context)}: {r.rows[0]['median_n']:.0f}" for r in results if r.rows[0]["median_n"]]
     yield (
-        "Kept: share of the right answers that were selected, the earlier places with the same last n tokens beyond "
-        f"the recent ones. The longer n, the easier; its median is {', '.join(n_of) or 'unknown, as there were none'}."
+        "Places: same last n tokens, beyond the recent ones. The longer n, the easier; its median is "
+        f"{', '.join(n_of) or 'unknown, as there were none'}."
     )
-    identical = []
-    for name in ("hisa", "scan"):
-        where = [f"{shapes.label(r.context)} ({r.n_identical[name]})" for r in results if r.n_identical[name]]
-        identical.append(f"{NAMES[name]} {', '.join(where) or 'there were none'}")
-    yield (
-        "Checked: HISA and the scan selected exactly what the flat indexer did for all queries that see at most as "
-        f"many tokens as the method has candidates: {'; '.join(identical)}."
-    )
+    where = [
+        f"{NAMES[name]} {shapes.label(result.context)} ({n})"
+        for result in results for name, n in result.n_identical.items() if n
+    ]  # fmt: skip
+    if where:
+        yield (
+            "Checked: HISA and the scan selected exactly what the flat indexer did for all queries that see at most as "
+            f"many tokens as the method has candidates: {', '.join(where)}."
+        )
 
 
 def passages(tokens: list[str], result: "Result") -> Iterator[Panel]:
@@ -122,9 +142,10 @@ def _joined(tokens: list[str], first: int, end: int) -> str:
 
 
 def _best_place(result: "Result", i: int) -> int | None:
-    """Where query i's best found place beyond the recent tokens is, if it is a right answer."""
-    indices, scores = np.asarray(result.scan.indices)[0, i], np.asarray(result.scan.scores)[0, i]
-    far = (indices >= 0) & (indices <= result.task.positions[i] - result.recent)
+    """Of what the scan found for query i beyond the recent tokens, the place of the best score, if a right answer."""
+    indices, scores = np.asarray(result.flat.indices)[0, i], np.asarray(result.flat.scores)[0, i]
+    far = np.isin(indices, np.asarray(result.scan.indices)[0, i]) & (indices >= 0)
+    far &= indices <= result.task.positions[i] - result.recent
     if not far.any():
         return None
     best = int(indices[np.argmax(np.where(far, scores, -np.inf))])
@@ -134,39 +155,49 @@ def _best_place(result: "Result", i: int) -> int | None:
 def write(
     folder: Path, path: Path | None, seed: int, rows: list[dict[str, Any]], model_rows: list[dict[str, Any]]
 ) -> tuple[Path, Path]:
-    """Writes demo.json, all rows, and demo.png, those of the indexers."""
+    """Writes demo.json, all rows, and demo.png, answers and time."""
     source = "standard library" if path is None else path.name
     data = {"text": source, "seed": seed, **device(), "rows": rows + model_rows}
     json_path, png_path = folder / "demo.json", folder / "demo.png"
     json_path.write_text(json.dumps(data, indent=1) + "\n")
-    figure(rows).savefig(png_path, dpi=150)
+    figure(rows, model_rows).savefig(png_path, dpi=150)
     return json_path, png_path
 
 
-def figure(rows: list[dict[str, Any]]) -> Figure:
-    """Speed and quality against context. Not by pyplot: no state, no display."""
+def figure(rows: list[dict[str, Any]], model_rows: list[dict[str, Any]]) -> Figure:
+    """Answers beside time against context, each line named where it ends. Not by pyplot: no state, no display."""
     result = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(result)
-    speed, quality = result.subplots(1, 2)
+    answers, speed = result.subplots(1, 2, width_ratios=(2, 3))
+    first = model_rows[0]
+    names = [NAMES[row["method"]] for row in model_rows]
+    bars = answers.bar(
+        names, [row["right"] for row in model_rows], color=[_COLORS[row["method"]] for row in model_rows]
+    )
+    answers.bar_label(bars, [f"{row['right']} of {row['questions']}" for row in model_rows], padding=2)
+    answers.set(
+        title=f"Answers of a trained model\nabout {first['keys']} lines hidden in {first['context']:,} bytes",
+        ylabel="questions answered (more is better)", ylim=(0, 1.15 * first["questions"]),
+    )  # fmt: skip
+    answers.yaxis.set_major_locator(MaxNLocator(integer=True))
     for name in NAMES:
         own = [row for row in rows if row["method"] == name]
-        contexts = [row["context"] for row in own]
-        speed.plot(contexts, [row["ms_per_query"] for row in own], "o-", color=_COLORS[name], label=NAMES[name])
-        for measure, style in _MEASURES.items():
-            if (name, measure) == ("dsa", "recall"):
-                continue  # it is 1, the others' yardstick
-            label = f"{NAMES[name]}, {measure.replace('_', ' ')}"
-            values = [np.nan if row[measure] is None else row[measure] for row in own]
-            quality.plot(contexts, values, "o" + style, color=_COLORS[name], label=label)
-    speed.set(title="Time of indexing", ylabel="ms per query, top-k included", yscale="log")
+        speed.plot([row["context"] for row in own], [row["ms_per_query"] for row in own], "o-", color=_COLORS[name])
+        said = NAMES[name] if name == "dsa" else f"{NAMES[name]}: {_faster(own[-1])} as fast"
+        end = (own[-1]["context"], own[-1]["ms_per_query"])
+        speed.annotate(said, end, (8, 0), textcoords="offset points", va="center", color=_COLORS[name])
+    speed.set(
+        title=f"Time to choose {shapes.DSV32.topk} tokens of a query\n64 heads of 128, vectors made from text",
+        ylabel="ms a query (less is better)", xlabel="context, tokens", yscale="log",
+    )  # fmt: skip
     speed.yaxis.set_major_formatter("{x:g}")
-    quality.set(title="Quality", ylabel="share", ylim=(0, 1.05))
-    for axes in (speed, quality):
-        axes.set_xscale("log", base=2)
-        ticks = sorted({row["context"] for row in rows})
-        axes.set_xticks(ticks, map(shapes.label, ticks))
-        axes.minorticks_off()
-        axes.set_xlabel("context, tokens")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize="small", handlelength=4)
+    speed.set_xscale("log", base=2)
+    ticks = sorted({row["context"] for row in rows})
+    speed.set_xticks(ticks, map(shapes.label, ticks))
+    speed.minorticks_off()
+    speed.set_xlim(ticks[0] / 1.3, ticks[-1] * max(4, (ticks[-1] / ticks[0]) ** 0.6))  # room for the names
+    for axes in (answers, speed):
+        axes.grid(alpha=0.3, axis="y")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
     return result

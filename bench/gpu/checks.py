@@ -14,7 +14,7 @@ CHECKED = 6  # queries whose results are compared
 TOKENS, BLOCKS = 2e-3, 2e-2
 
 
-def scores_of(q: Array, k: Array | np.ndarray, k_scale: Array | None, w: Array) -> np.ndarray:
+def scores_of(q: Array, k: Array | np.ndarray, k_scale: Array | np.ndarray | None, w: Array) -> np.ndarray:
     """[H, D], [s, D], [s] or None, [H] -> [s] float32."""
     products = np.maximum(np.asarray(k, np.float32) @ np.asarray(q, np.float32).T, 0) @ np.asarray(w, np.float32)
     return products if k_scale is None else products * np.asarray(k_scale)

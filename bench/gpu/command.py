@@ -10,10 +10,8 @@ or of device memory where that is the larger.
 import argparse
 import pathlib
 import warnings
-from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bench import UserError, shapes
@@ -21,7 +19,7 @@ from bench.gpu.row import Row
 from bench.gpu.rows import rows
 from bench.gpu.span import clock_mhz, spans
 from bench.records import measure_all
-from bench.timing import device_times
+from bench.timing import device_times, in_turn
 
 _KERNELS = 8  # of a row, those that take longest are written down
 
@@ -46,7 +44,7 @@ def measure(row: Row, samples: int) -> dict:
 
     times = device_times(f, operands, samples, carries=row.carries)
     clock = clock_mhz()
-    span = spans(_in_turn(f, operands) if row.carries else lambda: compiled(*operands))
+    span = spans(in_turn(f, operands) if row.carries else lambda: compiled(*operands))
     ms = float(np.median(times))
     p10, p90 = (float(x) for x in np.percentile(times, [10, 90]))
     span_p10, span_p90 = (float(x) for x in np.percentile(span.ms, [10, 90]))
@@ -66,18 +64,6 @@ def measure(row: Row, samples: int) -> dict:
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-
-
-def _in_turn(f: Callable, operands: tuple) -> Callable[[], object]:
-    """A call of the compiled f, which uses its first operand up and returns the next call's."""
-    compiled = jax.jit(f, donate_argnums=0)
-    state = [jax.tree.map(jnp.copy, operands[0])]
-
-    def call() -> object:
-        state[0] = compiled(state[0], *operands[1:])
-        return state[0]
-
-    return call
 
 
 def _line(x: dict) -> str:

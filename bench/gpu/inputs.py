@@ -9,8 +9,7 @@ from jax.typing import DTypeLike
 
 from bench import shapes
 from hisa_jax.layout import IndexCache
-from hisa_jax.xla.means import mean_parts
-from hisa_jax.xla.sketch import pack
+from hisa_jax.quantize import QuantizedKeys
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 DTYPES: dict[str, DTypeLike] = {"e4m3": E4M3, "bf16": BF16}
@@ -43,30 +42,22 @@ def draw(model: shapes.Model, B: int, T: int, S: int, dtype: DTypeLike = E4M3, c
     return Inputs(q.astype(dtype), k.astype(dtype), k_scale, w, visible)
 
 
-def paged(inputs: Inputs, page_size: int, *, has_sketch: bool = False) -> tuple[IndexCache, Array]:
-    """The keys in pages of random order, and their table [B, P]."""
+def paged(
+    inputs: Inputs, page_size: int, *, has_sketch: bool = False, block_size: int | None = None
+) -> tuple[IndexCache, Array]:
+    """The keys in pages of random order, and their table [B, P]; `block_size` as for `init_cache`."""
     B, S, D = inputs.k.shape
     n_pages = B * S // page_size
     table = jax.random.permutation(jax.random.key(7), n_pages).astype(jnp.int32)
     order = jnp.argsort(table)  # which piece of the sequences is in each page
     k = inputs.k.reshape(n_pages, page_size, D)[order]
-    scales = inputs.k_scale.reshape(n_pages, page_size)[order]
-    sums = jax.jit(lambda k, scales: jnp.sum(k.astype(jnp.float32) * scales[:, :, None], axis=1))(k, scales)
-    counts = jnp.full((n_pages,), page_size, jnp.int32)
-    places = (order % (S // page_size)).astype(jnp.int32)
-    parts = mean_parts(sums / page_size, k.dtype)
-    assert parts is not None
-    codes, code_scales = jax.jit(pack)(k) if has_sketch else (None, None)
-    cache = IndexCache(
-        keys=k,
-        scales=scales,
-        sums=sums,
-        counts=counts,
-        places=places,
-        means=parts[0],
-        mean_scales=parts[1],
-        codes=codes,
-        code_scales=code_scales,
-        latents=None,
-    )
-    return cache, table.reshape(B, -1)
+    scales = None if inputs.k_scale is None else inputs.k_scale.reshape(n_pages, page_size)[order]
+    table = table.reshape(B, -1)
+
+    @jax.jit
+    def cache_of(k: Array, scales: Array | None) -> IndexCache:
+        keys = k if scales is None else QuantizedKeys(k, scales)
+        options: Any = dict(sketch="int4" if has_sketch else None, block_size=block_size)
+        return IndexCache.from_pages(keys, table, jnp.full((B,), S, jnp.int32), **options)
+
+    return cache_of(k, scales), table

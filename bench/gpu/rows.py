@@ -57,16 +57,20 @@ def rows() -> Iterator[Row]:
     yield from scan_rows.rows()
     for batch in (1, 32, 128):
         for page_size in (64, 128):
-            yield _decode_paged(dsv32, batch, 128 * K, page_size)
+            yield _decode_paged(dsv32, batch, 128 * K, page_size, dsv32.block_size)
+        yield _decode_paged(dsv32, batch, 128 * K, 64, None)
         yield _decode_flat(dsv32, batch, 128 * K, 64)
     for page_size in (64, 128):
-        yield _append(dsv32, 128, 8 * K, page_size)
+        yield _append(dsv32, 128, 8 * K, page_size, None)
+    yield _append(dsv32, 128, 8 * K, 64, dsv32.block_size)
     yield _hisa(dsv32, 64 * K, dtype="bf16", implementation="triton")
     yield _hisa(dsv32, 64 * K, implementation="triton")
     for implementation in ("mosaic_gpu", "triton"):
         yield _sparse_mla(dsv32, 1, 4096, 64 * K, implementation)
         for batch in (1, 32, 128):
             yield _sparse_mla(dsv32, batch, 1, 8 * K, implementation)
+            yield _sparse_mla(dsv32, batch, 1, 8 * K, implementation, is_quantized=True)
+        yield _sparse_mla(dsv32, 1, 4096, 64 * K, implementation, is_quantized=True)
 
 
 def _hisa(
@@ -209,13 +213,13 @@ def _pool_and_filter(model: shapes.Model, context: int) -> Row:
     )
 
 
-def _decode_paged(model: shapes.Model, batch: int, context: int, page_size: int) -> Row:
-    """One query a sequence, from pages in random order; block means are those of pages, or come from their sums."""
+def _decode_paged(model: shapes.Model, batch: int, context: int, page_size: int, block_size: int | None) -> Row:
+    """One query a sequence, from pages in random order, which keep means of `block_size`; None: sums are added."""
     P = context // page_size
 
     def make():
         inputs = draw(model, batch, 1, context)
-        cache, tables = paged(inputs, page_size)
+        cache, tables = paged(inputs, page_size, block_size=block_size)
         offsets = jnp.arange(batch + 1, dtype=jnp.int32)
 
         def f(q, w, visible, cache, tables, offsets):
@@ -228,16 +232,18 @@ def _decode_paged(model: shapes.Model, batch: int, context: int, page_size: int)
         return f, (inputs.q[:, 0], inputs.w[:, 0], inputs.visible[:, 0], cache, tables, offsets), check
 
     tokens = batch * model.block_topk * model.block_size
-    # Of pages that are blocks their means are read, in two e4m3 parts; of smaller ones their float32 sums.
-    mean_bytes = 2.0 * model.D + 4.0 if page_size == model.block_size else 4.0 * model.D + 8.0
+    # Means that pages keep are read in two e4m3 parts; where they keep none, their float32 sums.
+    kept_bytes, n_blocks = 2.0 * model.D + 4.0, context // model.block_size
+    mean_bytes = n_blocks * kept_bytes if block_size else P * (4.0 * model.D + 8.0)
+    own = "" if block_size else "_sums"
     return Row(
-        row=f"decode{batch}_paged" if page_size < model.block_size else f"decode{batch}_paged{page_size}",
+        row=f"decode{batch}_paged{own}" if page_size < model.block_size else f"decode{batch}_paged{page_size}",
         make=make,
         shape=model.name,
         context=context,
         queries=batch,
         flop=2.0 * (tokens + batch * context / model.block_size) * model.H * model.D,
-        moved_bytes=tokens * (model.D + 4.0) + batch * P * mean_bytes,
+        moved_bytes=tokens * (model.D + 4.0) + batch * mean_bytes,
     )
 
 
@@ -267,12 +273,12 @@ def _decode_flat(model: shapes.Model, batch: int, context: int, page_size: int) 
     )
 
 
-def _append(model: shapes.Model, batch: int, context: int, page_size: int) -> Row:
+def _append(model: shapes.Model, batch: int, context: int, page_size: int, block_size: int | None) -> Row:
     """A new token each, written in the middle of a page, whose sum is taken anew."""
 
     def make():
         inputs = draw(model, batch, 1, context)
-        cache, tables = paged(inputs, page_size)
+        cache, tables = paged(inputs, page_size, block_size=block_size)
         # Half of the last page is filled.
         lengths = jnp.full((batch,), context - page_size // 2, jnp.int32)
         new = hj.QuantizedKeys(inputs.k[:, 0], inputs.k_scale[:, 0])
@@ -291,7 +297,7 @@ def _append(model: shapes.Model, batch: int, context: int, page_size: int) -> Ro
         return hj.append, (cache, new, tables, offsets, lengths), check
 
     return Row(
-        row=f"append{batch}" if page_size == 64 else f"append{batch}_pages{page_size}",
+        row=f"append{batch}{'_blocks' if block_size else ''}{'' if page_size == 64 else f'_pages{page_size}'}",
         make=make,
         implementation="triton",
         carries=True,
@@ -302,8 +308,10 @@ def _append(model: shapes.Model, batch: int, context: int, page_size: int) -> Ro
     )
 
 
-def _sparse_mla(model: shapes.Model, batch: int, T: int, context: int, implementation: str) -> Row:
-    """The sparse attention over 2048 tokens spread over the context."""
+def _sparse_mla(
+    model: shapes.Model, batch: int, T: int, context: int, implementation: str, *, is_quantized: bool = False
+) -> Row:
+    """The sparse attention over 2048 tokens spread over the context, latents in bfloat16 or in 8 bits."""
     N, E, V, topk = model.mla_heads, model.mla_dim, model.mla_value_dim, model.topk
     options = dict(value_dim=V, scale=E**-0.5)
 
@@ -314,12 +322,14 @@ def _sparse_mla(model: shapes.Model, batch: int, T: int, context: int, implement
         starts = jax.random.randint(keys[2], (batch, T, 1), 0, context // topk)
         indices = (starts + jnp.arange(topk) * (context // topk)).astype(jnp.int32)
         f = lambda *x: hj.sparse_mla(*x, **options, implementation=implementation)  # noqa: E731
-        return f, (q, kv, indices), lambda out: check_attention(out, q, kv, indices, **options)
+        latents = jax.jit(hj.quantize_latents)(kv) if is_quantized else kv
+        plain = latents.dequantize() if isinstance(latents, hj.QuantizedLatents) else kv
+        return f, (q, latents, indices), lambda out: check_attention(out, q, plain, indices, **options)
 
     # Decoding reads the listed tokens; many queries of a prefill read the whole context between them.
     n = batch * T
     return Row(
-        row="sparse_mla" if T > 1 else f"sparse_mla_decode{batch}",
+        row=("sparse_mla" if T > 1 else f"sparse_mla_decode{batch}") + ("_8bit" if is_quantized else ""),
         make=make,
         implementation=implementation,
         shape=model.name,
@@ -327,5 +337,5 @@ def _sparse_mla(model: shapes.Model, batch: int, T: int, context: int, implement
         queries=n,
         dtype="bf16",
         flop=2.0 * n * N * topk * (E + V),
-        moved_bytes=2.0 * (n * N * (E + V) + (n * topk * E if T == 1 else context * E)),
+        moved_bytes=2.0 * n * N * (E + V) + (n * topk if T == 1 else context) * (656.0 if is_quantized else 2.0 * E),
     )

@@ -8,14 +8,14 @@ import pathlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.profiler import ProfileData
 
-_APART_S = 1e-3  # between two calls, far more than within one
+_APART_S = 4e-3  # between two calls, far more than within one, where the host may be busy with other work
 _WARM_S = 0.05  # of calls before those that count: an idle card clocks down
 
 
@@ -43,18 +43,44 @@ def spans(call: Callable[[], object], n: int = 20) -> Span:
 
     Raises: RuntimeError: the profiler saw another number of calls than were made.
     """
-    end = time.perf_counter() + _WARM_S
-    while time.perf_counter() < end:
-        jax.block_until_ready(call())
+    return spans_of([call], n)[0]
+
+
+def by_jax(run: Callable[[], None], planes: str = "/device:GPU:0") -> list[Event]:
+    """What runs meanwhile on the GPUs whose planes begin so, by JAX's profiler."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
+            run()
+        file = next(pathlib.Path(folder).rglob("*.xplane.pb"))
+        return device_events(ProfileData.from_file(str(file)), planes)
+
+
+def spans_of(
+    calls: Sequence[Callable[[], object]], n: int = 20, record: Callable[[Callable[[], None]], list[Event]] = by_jax
+) -> list[Span]:
+    """`spans` of each, by one run of the profiler, which takes a second to start and to read.
+
+    Args:
+        record: runs what it is given and returns the events, by their start.
+    """
+    for call in calls:
+        end = time.perf_counter() + _WARM_S
+        while time.perf_counter() < end:
+            jax.block_until_ready(call())
+
+    def run() -> None:
+        for call in calls:
             for _ in range(n):
                 jax.block_until_ready(call())
                 time.sleep(_APART_S)
-        file = next(pathlib.Path(folder).rglob("*.xplane.pb"))
-        calls = calls_of(device_events(ProfileData.from_file(str(file))))
-    if len(calls) != n:
-        raise RuntimeError(f"spans: the profiler saw {len(calls)} calls, wanted the {n} that were made")
+
+    seen = calls_of(record(run))
+    if len(seen) != n * len(calls):
+        raise RuntimeError(f"spans: the profiler saw {len(seen)} calls, wanted the {n * len(calls)} that were made")
+    return [_span(seen[i * n : (i + 1) * n]) for i in range(len(calls))]
+
+
+def _span(calls: list[list[Event]]) -> Span:
     names = {event.name for events in calls for event in events}
     each = {x: float(np.median([sum(e.end - e.start for e in c if e.name == x) for c in calls])) / 1e6 for x in names}
     return Span(
@@ -63,11 +89,11 @@ def spans(call: Callable[[], object], n: int = 20) -> Span:
     )
 
 
-def device_events(profile: ProfileData) -> list[Event]:
-    """All that ran on the first GPU's streams, by start."""
-    planes = [plane for plane in profile.planes if plane.name.startswith("/device:GPU:0")]
+def device_events(profile: ProfileData, planes: str = "/device:GPU:0") -> list[Event]:
+    """All that ran on the streams of the GPUs whose planes begin so, by start."""
+    found = [plane for plane in profile.planes if plane.name.startswith(planes)]
     # Lines that are no streams hold the same time again, by module or by the names of the program.
-    lines = [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
+    lines = [line for plane in found for line in plane.lines if line.name.startswith("Stream")]
     return sorted(Event(e.start_ns, e.end_ns, e.name) for line in lines for e in line.events)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,10 +77,12 @@ def _dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def logits_of(stacked: Stacked, tokens: np.ndarray, variant: Variant) -> Array:
-    """uint8 [B, T] -> float32 [B, T, V]."""
-    for x in _hidden(stacked, tokens, variant, see=False):
-        last = x[0]
+def logits_of(
+    stacked: Stacked, tokens: np.ndarray, variant: Variant, after_layer: Callable[[Array], object] = lambda _: None
+) -> Array:
+    """uint8 [B, T] -> float32 [B, T, V]; `after_layer` is given what each layer makes."""
+    for last, _ in _hidden(stacked, tokens, variant, see=False):
+        after_layer(last)
     return _logits(last, stacked.norm, stacked.embed.T if stacked.head is None else stacked.head,
                    stacked.config.rms_norm_eps)  # fmt: skip
 

@@ -46,8 +46,8 @@ class Recorder:
             if not isinstance(k, hj.QuantizedKeys):
                 ones: Any = np.ones(k.shape[:2], np.float32)
                 k = hj.QuantizedKeys(k, ones)
-            rows = zip(step.requests, step.starts, step.n_new, step.n_kept, strict=True)
-            for row, (request, start, n_new, n_kept) in enumerate(rows):
+            rows = zip(step.rows, step.requests, step.starts, step.n_new, step.n_kept, strict=True)
+            for row, request, start, n_new, n_kept in rows:
                 new = slice(q.shape[1] - n_new, None)
                 own = hj.QuantizedKeys(k.values[row, new], k.scales[row, new])
                 before = self._keys.get((request, traced.layer), _first(own, 0))

@@ -17,6 +17,7 @@ from flax import nnx
 
 from bench.serve.faults import Result
 from hisa_jax import models
+from hisa_jax.models import passes
 from hisa_jax.models.engine import Engine, Report
 
 Prompts = Sequence[list[int]]
@@ -28,16 +29,16 @@ _NO_PROMPTS: tuple[Any, ...] = (
 
 @contextlib.contextmanager
 def failing(name: str, error: BaseException, *, is_late: bool = False, nth: int = 1) -> Iterator[None]:
-    """A program of `models.engine` raises at its nth call.
+    """A program of `models.passes` raises at its nth call.
 
     Args:
-        name: "_read", "_verify" or "_copy".
+        name: "read", "verify" or "copy".
         error: what is raised.
         is_late: after the program has run, so that the pages which it was given are lost; else before.
         nth: from 1.
     """
     # Patched in the module, where the engine looks it up at each call.
-    real, calls = getattr(models.engine, name), itertools.count(1)
+    real, calls = getattr(passes, name), itertools.count(1)
 
     def program(*arguments: Any, **options: Any) -> Any:
         if next(calls) != nth:
@@ -46,7 +47,7 @@ def failing(name: str, error: BaseException, *, is_late: bool = False, nth: int 
             real(*arguments, **options)
         raise error
 
-    with mock.patch.object(models.engine, name, program):
+    with mock.patch.object(passes, name, program):
         yield
 
 
@@ -146,7 +147,7 @@ def inject(make: Callable[..., Engine], prompts: Prompts, n_new: int) -> Iterato
 
 
 def _in_steps(traffic: Traffic) -> Iterator[Result]:
-    for where, name, nth in (("a prompt's chunk", "_read", 3), ("a decode step", "_verify", 3), ("a copy", "_copy", 1)):
+    for where, name, nth in (("a prompt's chunk", "read", 3), ("a decode step", "verify", 3), ("a copy", "copy", 1)):
         for is_late in (False, True):
             with failing(name, _OUT_OF_MEMORY, is_late=is_late, nth=nth):
                 run = traffic.start(traffic.make()).finish()

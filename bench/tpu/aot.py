@@ -76,16 +76,24 @@ def compile_for(chip: str, f: Callable, *operands: Any, schedules: bool = True, 
     return Program(CHIPS[chip], compiled, _take_schedules(keep=schedules, of_xla=of_xla))
 
 
-def compile_sharded(chip: str, f: Callable, mesh: Mesh, *operands: Any) -> Program:
-    """Compiles a jitted f, sharded over `pod_mesh(chip, ...)`; the operands carry their shardings."""
+def compile_sharded(
+    chip: str, f: Callable, mesh: Mesh, *operands: Any, schedules: bool = False, **options: Any
+) -> Program:
+    """Compiles `jax.jit(f, **options)`, sharded over `pod_mesh(chip, ...)`; the operands carry their shardings."""
+    _take_schedules(keep=False)  # what a compile that failed has left
     with jax.sharding.use_abstract_mesh(abstract_mesh(chip, mesh)):
-        compiled = jax.jit(f).trace(*operands).lower(lowering_platforms=("tpu",)).compile()
-    return Program(CHIPS[chip], compiled, _take_schedules(keep=False))
+        compiled = jax.jit(f, **options).trace(*operands).lower(lowering_platforms=("tpu",)).compile()
+    return Program(CHIPS[chip], compiled, _take_schedules(keep=schedules))
 
 
 def pod_mesh(chip: str, **axes: int) -> Mesh:
     """A mesh over all devices of the chip's pod slice, e.g. data=32, context=8."""
     return topologies.make_mesh(_topology(CHIPS[chip].pod), tuple(axes.values()), tuple(axes))
+
+
+def small_mesh(chip: str, **axes: int) -> Mesh:
+    """The same over the smallest slice that can be described: four chips."""
+    return topologies.make_mesh(_topology(CHIPS[chip].topology), tuple(axes.values()), tuple(axes))
 
 
 def abstract_mesh(chip: str, mesh: Mesh | None = None) -> AbstractMesh:

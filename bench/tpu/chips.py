@@ -25,6 +25,8 @@ class Chip:
         vmem_bytes: per TensorCore, all of it; a kernel can use a little less.
         mxus, mxu_size, rows_per_cycle: bf16.
         granule_bytes: unit of a DMA's size in the compiler's listing.
+        ici_bytes_per_s: that a device sends over all its links to other chips; half of what is published, which counts
+            both directions.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Chip:
     mxus: int
     mxu_size: int
     rows_per_cycle: int
+    ici_bytes_per_s: float
     granule_bytes: int = 32
 
     @property
@@ -60,21 +63,22 @@ _MIB = 1 << 20
 V5E = Chip(
     name="v5e", kind="TPU v5 lite", accelerator="v5litepod-4", topology="v5e:2x2", pod="v5e:16x16", pod_chips=256,
     bf16_flops=197e12, int8_ops=394e12, fp8_flops=0, hbm_bytes_per_s=819e9, hbm_bytes=16 * _GIB,
-    vmem_bytes=128 * _MIB, mxus=4, mxu_size=128, rows_per_cycle=1,
+    vmem_bytes=128 * _MIB, mxus=4, mxu_size=128, rows_per_cycle=1, ici_bytes_per_s=400e9 / 2,
 )  # fmt: skip
 V5P = Chip(
     name="v5p", kind="TPU v5", accelerator="v5p-8", topology="v5p:2x2x1", pod="v5p:4x4x8", pod_chips=128,
     cores_per_device=2, bf16_flops=459e12 / 2, int8_ops=918e12 / 2, fp8_flops=0, hbm_bytes_per_s=2765e9 / 2,
-    hbm_bytes=95 * _GIB, vmem_bytes=64 * _MIB, mxus=4, mxu_size=128, rows_per_cycle=1,
+    hbm_bytes=95 * _GIB, vmem_bytes=64 * _MIB, mxus=4, mxu_size=128, rows_per_cycle=1, ici_bytes_per_s=1200e9 / 2,
 )  # fmt: skip
 V6E = Chip(
     name="v6e", kind="TPU v6 lite", accelerator="v6e-4", topology="v6e:2x2", pod="v6e:16x16", pod_chips=256,
     bf16_flops=918e12, int8_ops=1836e12, fp8_flops=0, hbm_bytes_per_s=1638e9, hbm_bytes=32 * _GIB,
-    vmem_bytes=128 * _MIB, mxus=2, mxu_size=256, rows_per_cycle=2,
+    vmem_bytes=128 * _MIB, mxus=2, mxu_size=256, rows_per_cycle=2, ici_bytes_per_s=800e9 / 2,
 )  # fmt: skip
 V7X = Chip(
     name="v7x", kind="TPU7x", accelerator="tpu7x-8", topology="tpu7x:2x2x1", pod="tpu7x:4x4x8", pod_chips=128,
     devices_per_chip=2, bf16_flops=2307e12 / 2, int8_ops=0, fp8_flops=4614e12 / 2, hbm_bytes_per_s=7380e9 / 2,
     hbm_bytes=96 * _GIB, vmem_bytes=64 * _MIB, mxus=2, mxu_size=256, rows_per_cycle=2,
+    ici_bytes_per_s=1200e9 / 2 / 2,
 )  # fmt: skip
 CHIPS = {chip.name: chip for chip in (V5E, V5P, V6E, V7X)}

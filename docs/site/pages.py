@@ -1,4 +1,4 @@
-"""What the site needs beyond the pages of docs: those of the root, and links that lead out of it.
+"""What the site needs beyond the pages of docs: those of the root, tutorials, and links that lead out of it.
 
 Pages link to files of the repository as they are read there. On the site such a link becomes the file's name.
 """
@@ -8,25 +8,34 @@ import re
 from pathlib import Path
 from typing import Any
 
+import tutorials  # MkDocs looks for it beside this file
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
-# Page of the site -> file of the root.
-PAGES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+TUTORIALS = {f"tutorials/{path.stem}.md": path for path in sorted((ROOT / "docs/tutorials").glob("*.py"))}
+# Page of the site -> file of the repository.
+PAGES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"} | {
+    page: str(path.relative_to(ROOT)) for page, path in TUTORIALS.items()
+}
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)]*)?\)")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds the pages of the root."""
+    """Adds the pages of the root, and the tutorials with their pictures."""
     for page, source in PAGES.items():
-        files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+        content, pictures = (ROOT / source).read_text(), dict[str, bytes]()
+        if page in TUTORIALS:
+            content, pictures = tutorials.page(TUTORIALS[page], ROOT)
+        files.append(File.generated(config, page, content=content))
+        for name, picture in pictures.items():
+            files.append(File.generated(config, posixpath.join(posixpath.dirname(page), name), content=picture))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Leads links to where their target is on the site, or names the file where it is not."""
     here = PAGES.get(page.file.src_uri)
-    folder = "" if here else posixpath.dirname(f"docs/{page.file.src_uri}")
+    folder = posixpath.dirname(here if here else f"docs/{page.file.src_uri}")
     pages = {source: name for name, source in PAGES.items()}
 
     def moved(match: re.Match[str]) -> str:

@@ -230,7 +230,8 @@ def select(
     if 0 in (T, *table.shape):
         return nothing((T,), method, return_scores, False)
     has_pages = has_all_pages(cache, table, lengths)
-    check_pages(call, has_pages, cache)
+    check_pages(call, has_pages, cache.n_pages)
+    offsets = ascending(offsets, T)
     # It may not fall from one query of a request to the next: kernels read as far as the last one sees.
     r, is_real = sequence_of_rows(offsets, T)
     visible = jnp.where(is_real & has_pages[r], own(batch.visible(T)), 0)

@@ -112,7 +112,8 @@ def placed(picked: tuple[Array, ...], shape: tuple[int, ...], method: Lighthouse
     ]
     presence = [jnp.repeat(mask, pool, axis=-1) for mask in is_picked] + [jnp.ones((B, G, n_tiles, in_tile[-1]), bool)]
     # Of each level, how many present entries are before each of its windows, and before the tile's end.
-    before = [jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - mask.astype(jnp.int32) for mask in presence]
+    before = [jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - mask.astype(jnp.int32) for mask in presence[:-1]]
+    before.append(_iota(presence[-1].shape, -1))
     totals = [*(method.tile * pool for _ in picked), in_tile[-1]]
 
     def place(level: int) -> Array:

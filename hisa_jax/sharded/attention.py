@@ -1,16 +1,22 @@
 """Sparse attention where latents, or their pages, are split over a mesh axis, the queries on all devices.
 
 Each device attends to the selected tokens that it has. What they exchange is a sum of value_dim floats a query and
-head, weighted by the devices' logsumexps, never latents.
+head, weighted by the devices' logsumexps, never latents. Other axes may split heads, and requests with their pages.
+
+A device looks at the entries of a list that are its own, brought together: as many of them as an equal share and a
+quarter more, and as many again where a list has more, until all are seen. So it reads latents and multiplies in
+proportion to what it has, and no distribution of the selected tokens is wrong.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+from hisa_jax.latents import QuantizedLatents
 from hisa_jax.layout import IndexCache
 from hisa_jax.sharded import meshes
 from hisa_jax.sharded.cache import own_pages
@@ -18,13 +24,17 @@ from hisa_jax.sharded.meshes import Axes
 
 Attend = Callable[..., tuple[Array, Array]]
 
+_TILE = 128  # entries: whole tiles of every kernel
 
-def attend_batch(attend: Attend, axes: Axes, q: Array, kv: Array, indices: Array) -> tuple[Array, Array]:
+
+def attend_batch(
+    attend: Attend, axes: Axes, q: Array, kv: Array | QuantizedLatents, indices: Array
+) -> tuple[Array, Array]:
     """`attend` on a mesh: q and indices on all devices of the context axis, kv split. Differentiable."""
     context = axes.context
     assert context is not None
 
-    def one_device(q: Array, kv: Array, indices: Array) -> tuple[Array, Array]:
+    def one_device(q: Array, kv: Array | QuantizedLatents, indices: Array) -> tuple[Array, Array]:
         S = kv.shape[1]
         first = lax.axis_index(context) * S
         own = jnp.where((indices >= first) & (indices < first + S), indices - first, -1)
@@ -40,15 +50,57 @@ def attend_pages(
     attend: Attend, axes: Axes, q: Array, cache: IndexCache, table: Array, *arrays: Array
 ) -> tuple[Array, Array]:
     """`attend` of (q, cache, table, *arrays) where each device has pages of the cache, and a table of those alone."""
-    context = axes.context
-    assert context is not None
 
     def one_device(q: Array, cache: IndexCache, table: Array, *arrays: Array) -> tuple[Array, Array]:
-        return merge(*attend(q, cache, own_pages(cache, table, context), *arrays), context)
+        found = attend(q, cache, own_pages(cache, table, axes.context), *arrays)
+        return found if axes.context is None else merge(*found, axes.context)
 
-    split, whole = PartitionSpec(context), PartitionSpec()
-    specs = (whole, split, whole, *(whole for _ in arrays))
-    return meshes.on_devices(one_device, axes.mesh, specs, whole)(q, cache, table, *arrays)
+    rows = PartitionSpec(axes.data, axes.heads)
+    specs = (rows, axes.pages, axes.requests, *(axes.requests for _ in arrays))
+    return meshes.on_devices(one_device, axes.mesh, specs, rows)(q, cache, table, *arrays)
+
+
+def part_of(K: int, n_devices: int) -> int | None:
+    """Of lists of K the entries that one of so many devices attends to at a time; None: all."""
+    part = -(-5 * K // (4 * n_devices * _TILE)) * _TILE
+    return part if part < K else None
+
+
+def attend_in_parts(
+    attend: Attend, part: int, q: Array, kv: Array | QuantizedLatents, indices: Array
+) -> tuple[Array, Array]:
+    """`attend` of (q, kv, indices) to the entries [B, T, K] that are real, so many of each list at a time.
+
+    As many times as the longest list needs; a device whose lists are empty does it once, to nothing.
+    """
+    last, K = np.iinfo(np.int32).max, indices.shape[2]
+    is_real = (indices >= 0) & (indices < kv.shape[1])
+    most = jnp.max(jnp.sum(is_real, axis=2, dtype=jnp.int32))
+    # Brought together by a sort, which is the fastest way on a TPU, and keeps what is listed twice.
+    listed = jnp.pad(jnp.where(is_real, indices, last), ((0, 0), (0, 0), (0, -K % part)), constant_values=last)
+    listed = jnp.sort(listed, axis=2)
+    listed = jnp.where(listed < last, listed, -1)
+    first = attend(q, kv, listed[:, :, :part])
+
+    def others(out: Array, lse: Array) -> tuple[Array, Array]:
+        def add(i: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
+            nth = lax.dynamic_slice_in_dim(listed, i * part, part, axis=2)
+            return _of_both(so_far, attend(q, kv, nth))
+
+        total, lse = lax.fori_loop(1, (most + part - 1) // part, add, (out.astype(jnp.float32), lse))
+        return total.astype(out.dtype), lse
+
+    return lax.cond(most > part, others, lambda *found: found, *first)
+
+
+def _of_both(some: tuple[Array, Array], others: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Attention to two sets of tokens from that to each, values [B, T, N, V] and logsumexps [B, T, N] float32."""
+    highest = jnp.maximum(some[1], others[1])
+    finite = jnp.where(jnp.isneginf(highest), 0, highest)
+    weights = [jnp.exp(lse - finite) for _, lse in (some, others)]
+    total = weights[0] + weights[1]
+    values = sum(out * weight[..., None] for (out, _), weight in zip((some, others), weights, strict=True))
+    return values / jnp.where(total > 0, total, 1)[..., None], highest + jnp.log(total)
 
 
 def merge(out: Array, lse: Array, axis: str) -> tuple[Array, Array]:

@@ -1,27 +1,41 @@
 """What the functions over several devices share: how they run on a mesh, and checks of its axes."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax import Array
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hisa_jax import checks
 from hisa_jax.layout import IndexCache
 
 
 class Axes(NamedTuple):
-    """A mesh, and its axes that split keys or pages (`context`), a batch (`data`) or queries; None: none does."""
+    """A mesh, and its axes that split keys or pages (`context`), a batch or groups of requests (`data`), queries, or
+    heads of the attention; None: none does."""
 
     mesh: Mesh
     context: str | None = None
     data: str | None = None
     queries: str | None = None
+    heads: str | None = None
 
     @property
     def n_devices(self) -> int:
         """That split keys or pages."""
         return self.size(self.context)
+
+    @property
+    def pages(self) -> PartitionSpec:
+        """How the pages of a cache are split: those of a group together, over the devices of the group."""
+        return PartitionSpec(tuple(axis for axis in (self.data, self.context) if axis is not None) or None)
+
+    @property
+    def requests(self) -> PartitionSpec:
+        """How what belongs to requests is split: to the devices of their group."""
+        return PartitionSpec(self.data)
 
     def size(self, axis: str | None) -> int:
         return 1 if axis is None else self.mesh.shape[axis]
@@ -49,18 +63,43 @@ def batch_axes(
     return Axes(mesh, context, data)
 
 
-def page_axes(call: str, mesh: Mesh, context: str | None, cache: IndexCache) -> Axes:
-    """The axis that splits a cache's pages; raises unless it does."""
-    _check_context_axis(call, mesh, context, cache.n_pages, "the cache's n_pages")
-    return Axes(mesh, context)
-
-
-def page_and_query_axes(call: str, mesh: Mesh, context: str | None, queries: str | None, cache: IndexCache) -> Axes:
-    """The axes that split a cache's pages and any number of queries, one or both; raises unless they do."""
-    axes = Axes(mesh) if context is None else page_axes(call, mesh, context, cache)
+def page_axes(
+    call: str, mesh: Mesh, axes: dict[str, str | None], cache: IndexCache, n_groups: int, N: int = 0
+) -> Axes:  # fmt: skip
+    """The axes that split a cache's pages in groups and over devices, any number of queries, and N heads, as far as
+    they are given; raises unless they do."""
+    context, queries, heads = (axes.get(name) for name in ("context_axis", "query_axis", "head_axis"))
+    if context is not None:
+        check_axis(call, "context_axis", mesh, context, cache.n_pages, "the cache's n_pages", unit=n_groups)
     if queries is not None:
         check_axis(call, "query_axis", mesh, queries, 0, "")
-    return axes._replace(queries=queries)
+    if heads is not None:
+        check_axis(call, "head_axis", mesh, heads, N, "q's N")
+    given = [axis for axis in axes.values() if axis is not None]
+    if len(set(given)) < len(given):
+        raise ValueError(
+            f"{call}: {', '.join(f'{name}={axis!r}' for name, axis in axes.items())}, wanted different axes"
+        )
+    return Axes(mesh, context, axes.get("data_axis"), queries, heads)
+
+
+def groups(call: str, mesh: Mesh | None, data: str | None, **arrays: Any) -> int:
+    """How many groups of devices `data_axis` makes; raises unless it splits the first axis of every array."""
+    if mesh is None or data is None:
+        return 1
+    check_axis(call, "data_axis", mesh, data, 0, "")
+    n_groups: int = mesh.shape[data]
+    for name, array in arrays.items():
+        for shape in map(jax.numpy.shape, filter(_has_axes, jax.tree.leaves(array))):
+            if shape[0] % n_groups:
+                raise ValueError(
+                    f"{call}: {name} is {list(shape)}, wanted a multiple of {n_groups} first for data_axis={data!r}"
+                )
+    return n_groups
+
+
+def _has_axes(leaf: Any) -> bool:
+    return len(getattr(leaf, "shape", ())) > 0
 
 
 def _check_context_axis(call: str, mesh: Mesh, axis: str | None, size: int, what: str, unit: int = 1) -> None:
@@ -79,12 +118,30 @@ def on_devices(one_device: Callable[..., Any], mesh: Mesh, in_specs: Any, out_sp
 
     That what is gathered is the same everywhere is known to the caller, not to the checker.
     """
-    run = jax.shard_map(one_device, mesh=automatic(mesh), in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    auto = automatic(mesh)
+    per_device = jax.shard_map(one_device, mesh=auto, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def run(*operands: Any) -> Any:
+        return per_device(*jax.tree.map(functools.partial(_placed, auto), in_specs, operands))
+
     # Checkify gives the errors that it carries through a shard_map one of each device, and then cannot read them beside
     # others (jax 0.12). A function with a batching rule of its own it leaves alone.
     opaque = jax.custom_batching.custom_vmap(jax.jit(run))
     opaque.def_vmap(_cannot_be_batched)
     return opaque
+
+
+def _placed(mesh: Mesh, spec: PartitionSpec, operand: Any) -> Any:
+    """Arrays whose type says where they lie, on a mesh with Explicit axes, put to where the specs want them.
+
+    `jax.shard_map` takes the type at its word, and cannot lower the program where it differs.
+    """
+
+    def place(leaf: Array) -> Array:
+        is_explicit = not jax.typeof(leaf).sharding.mesh.empty
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec)) if is_explicit else leaf
+
+    return jax.tree.map(place, operand)
 
 
 def _cannot_be_batched(*_: Any) -> Any:

@@ -1,7 +1,8 @@
 """Selection from pages on several devices: the pages of each request split, its queries split, or both.
 
 Page p of the cache lies on device p // (n_pages / devices). The blocks of a request go round the devices, stripe by
-stripe, so that requests of any length are balanced.
+stripe, so that requests of any length are balanced. Groups of such devices, each with requests and pages of its own,
+do this at the same time, and nothing passes between them.
 """
 
 from typing import NamedTuple
@@ -13,8 +14,8 @@ from jax.sharding import PartitionSpec
 
 from hisa_jax import dispatch
 from hisa_jax.candidates import CandidateBlocks
-from hisa_jax.index_cache import IndexCache, holds_tokens
-from hisa_jax.layout import Call
+from hisa_jax.index_cache import IndexCache, has_all_pages, holds_tokens
+from hisa_jax.layout import Call, ascending, last_visible
 from hisa_jax.methods import Method
 from hisa_jax.selection import Selection
 from hisa_jax.sharded.cache import own_pages
@@ -40,13 +41,14 @@ def select_pages(
         shard: how `axes.context` splits pages; None: every device has all.
         call: all queries and pages; of a request that lacks a page queries see nothing.
 
-    Returns: the selection, the same on all devices.
+    Returns: the selection, the same on all devices of a group.
     """
     implementation = dispatch.IMPLEMENTATIONS[name]
-    T, n_shares = call.q.shape[0], axes.size(axes.queries)
+    n_groups, n_shares = axes.size(axes.data), axes.size(axes.queries)
+    own_T = call.q.shape[0] // n_groups  # queries of a group
 
     def one_device(rows: _Rows, cache: IndexCache, table: Array, offsets: Array) -> Selection:
-        t = rows.q.shape[0]
+        t, offsets = rows.q.shape[0], ascending(offsets, own_T)
         if shard is not None:
             table = _own_table(cache, table, shard)
         if axes.queries is not None:
@@ -59,16 +61,20 @@ def select_pages(
             assert implementation.select_shard is not None  # else it would have been declined
             selection = implementation.select_shard(own, method, tiles, shard, **options)
         if axes.queries is not None:
-            selection = jax.tree.map(lambda x: lax.all_gather(x, axes.queries, axis=0, tiled=True), selection)
+            selection = jax.tree.map(lambda x: lax.all_gather(x, axes.queries, axis=0, tiled=True)[:own_T], selection)
         return selection
 
-    # Padding sees nothing.
-    padded = _Rows(call.q, call.w, call.visible, call.candidates, call.budget)
-    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, -T % n_shares), *((0, 0),) * (x.ndim - 1))), padded)
-    rows, split, whole = PartitionSpec(axes.queries), PartitionSpec(axes.context), PartitionSpec()
-    run = on_devices(one_device, axes.mesh, (rows, split, whole, whole), whole)
-    selection = run(padded, call.cache, call.table, call.query_offsets)
-    return jax.tree.map(lambda x: x[:T], selection)
+    def padded(x: Array) -> Array:
+        """Each group's queries to a multiple of the devices that share them; padding sees nothing."""
+        groups = x.reshape(n_groups, own_T, *x.shape[1:])
+        groups = jnp.pad(groups, ((0, 0), (0, -own_T % n_shares), *((0, 0),) * (x.ndim - 1)))
+        return groups.reshape(-1, *x.shape[1:])
+
+    of_queries = _Rows(call.q, call.w, call.visible, call.candidates, call.budget)
+    rows = PartitionSpec(tuple(axis for axis in (axes.data, axes.queries) if axis is not None) or None)
+    specs = rows, axes.pages, axes.requests, axes.requests
+    run = on_devices(one_device, axes.mesh, specs, axes.requests)
+    return run(jax.tree.map(padded, of_queries), call.cache, call.table, call.query_offsets)
 
 
 class _Rows(NamedTuple):
@@ -81,18 +87,29 @@ class _Rows(NamedTuple):
     budget: Array | None
 
 
-def has_pages(axes: Axes, shard: Shard, cache: IndexCache, table: Array, lengths: Array) -> Array:
-    """[R] bool, the same on all devices: whether none of them lacks a page of a request of `lengths` [R] keys."""
+def seen_tokens(
+    axes: Axes, shard: Shard | None, cache: IndexCache, table: Array, offsets: Array, lengths: Array, T: int
+) -> tuple[Array, Array]:
+    """Which requests have all their pages, and the tokens that each query sees, none of a request that has not.
 
-    def one_device(cache: IndexCache, table: Array, lengths: Array) -> Array:
-        own, pages = _own_table(cache, table, shard), _own_pages(cache, shard)
-        holds = holds_tokens(cache, own, pages.place(jnp.arange(own.shape[1], dtype=jnp.int32)), lengths)
-        return ~(lax.psum(~holds, shard.axis) > 0) & (lengths <= table.shape[1] * cache.page_size)
+    `offsets` and `lengths` count tokens, as `select_paged` has them. Returns [R] bool and [T] int32, the same on all
+    devices of a group.
+    """
+    own_T = T // axes.size(axes.data)
 
-    split, whole = PartitionSpec(axes.context), PartitionSpec()
-    return on_devices(one_device, axes.mesh, (split, whole, whole), whole)(
-        *jax.tree.map(lax.stop_gradient, (cache, table, lengths))
-    )
+    def one_device(cache: IndexCache, table: Array, offsets: Array, lengths: Array) -> tuple[Array, Array]:
+        n_keys = lengths // cache.entry_size
+        if shard is None:
+            has_pages = has_all_pages(cache, table, n_keys)
+        else:
+            own, pages = _own_table(cache, table, shard), _own_pages(cache, shard)
+            holds = holds_tokens(cache, own, pages.place(jnp.arange(own.shape[1], dtype=jnp.int32)), n_keys)
+            has_pages = ~(lax.psum(~holds, shard.axis) > 0) & (n_keys <= table.shape[1] * cache.page_size)
+        return has_pages, last_visible(ascending(offsets, own_T), jnp.where(has_pages, lengths, 0), own_T)
+
+    specs = axes.pages, axes.requests, axes.requests, axes.requests
+    run = on_devices(one_device, axes.mesh, specs, axes.requests)
+    return run(*jax.tree.map(lax.stop_gradient, (cache, table, offsets, lengths)))
 
 
 def _own_pages(cache: IndexCache, shard: Shard) -> Stripes:

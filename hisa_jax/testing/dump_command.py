@@ -1,19 +1,16 @@
 """The command `hisa-jax check-dump`: arguments, the judgement, what it prints."""
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from hisa_jax.command_line import UsageError, demand_at_least, method_fields
 from hisa_jax.methods import NAMES, Method
 from hisa_jax.testing.dump import CONTRACT, Dump, Query, guessed, judged, malformed, read_dump, sampled
 
-_EXAMPLE = """example:
-  np.savez("dump.npz", q=q, k=k, w=w, indices=indices)     # [T, H, D], [S, D], [T, H], [T, topk]
-  hisa-jax check-dump dump.npz"""
 _FIELDS = ("block_size", "block_topk", "block_ratio", "candidates", "exact_heads", "unit", "slopes", "sketch")
 _GUESSED_FROM = 16  # queries
 _EXPLAINED = 0.9  # less of the selected tokens is no explanation
@@ -22,7 +19,6 @@ _EXPLAINED = 0.9  # less of the selected tokens is no explanation
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `check-dump` takes."""
     parser.set_defaults(run=run)
-    parser.epilog, parser.formatter_class = _EXAMPLE, argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "file", type=Path, metavar="FILE",
         help=".npz with q, k, w and indices; k_scale, positions and lengths if there are any",
@@ -41,17 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Judges a dump; 1 if it breaks the contract."""
-    for name in ("queries", "topk"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: wanted at least 1")
+    demand_at_least(options, queries=1, topk=1)
     if not options.tolerance >= 0:
-        raise ValueError(f"--tolerance {options.tolerance}: wanted at least 0")
-    dump = read_dump(options.file)
+        raise UsageError(f"--tolerance {options.tolerance}: wanted at least 0")
+    try:
+        dump = read_dump(options.file)
+    except (ValueError, OSError) as error:  # not a verdict, which 1 is
+        raise UsageError(str(error)) from error
     method = _method(options, dump)
     at = sampled(dump, method.topk, options.queries)
     if not at:
-        raise ValueError(f"{options.file}: no query sees a token")
+        raise UsageError(f"{options.file}: no query sees a token")
     queries = []
     for query in judged(dump, at, method, options.tolerance):
         queries.append(query)
@@ -64,12 +60,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _method(options: argparse.Namespace, dump: Dump) -> Method:
-    given = {name: value for name in _FIELDS if (value := getattr(options, name)) is not None}
-    kind = NAMES[options.indexer]
-    for name in given:
-        if name not in {field.name for field in dataclasses.fields(kind)}:
-            raise ValueError(f"--{name.replace('_', '-')}: --indexer {options.indexer} has none")
-    return kind(topk=options.topk or dump.indices.shape[2], **given)
+    given = {"topk": dump.indices.shape[2]} | method_fields(options, options.indexer, f"--indexer {options.indexer}")
+    try:
+        return NAMES[options.indexer](**given)
+    except ValueError as error:
+        raise UsageError(f"--indexer {options.indexer}: {error}") from error
 
 
 def report(

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from hisa_jax.latents import QuantizedLatents
 from hisa_jax.layout import IndexCache, Keys, ascending, sequence_of_rows
 from hisa_jax.quantize import QuantizedKeys
+from hisa_jax.xla import block_means
 from hisa_jax.xla.means import mean, mean_parts, tree_sum
 from hisa_jax.xla.sketch import pack
 
@@ -50,7 +52,7 @@ def write(
     cache: IndexCache,
     values: Array,
     scales: Array | None,
-    latents: Array | None,
+    latents: Array | QuantizedLatents | None,
     block_tables: Array,
     cu_seqlens: Array,
     lengths: Array,
@@ -73,7 +75,7 @@ def write(
         cache,
         keys=put(cache.keys, values),
         scales=None if cache.scales is None or scales is None else put(cache.scales, scales),
-        latents=None if cache.latents is None or latents is None else put(cache.latents, latents),
+        latents=None if latents is None else jax.tree.map(put, cache.latents, latents),
     )
     ends = lengths + jnp.diff(cu_seqlens)
     # Full pages of new tokens, and at most two partial ones a request.
@@ -100,16 +102,25 @@ def recount(
     content = jnp.minimum(page, cache.n_pages - 1)
     keys = Keys(cache.keys[content], None if cache.scales is None else cache.scales[content])
     sums = tree_sum(keys.dequantised(jnp.arange(size, dtype=jnp.int32)[None, :] < counts[:, None]))
-    means, mean_scales = mean_parts(mean(sums, counts), cache.keys.dtype) or (None, None)
 
     def put(leaf: Array, new: Array) -> Array:
         return leaf.at[page].set(new, mode="drop")
 
+    cache = dataclasses.replace(
+        cache, sums=put(cache.sums, sums), counts=put(cache.counts, counts), places=put(cache.places, page_index)
+    )
+    kept = mean(sums, counts)
+    if cache.marks is not None and cache.block_size is not None:
+        n_before = cache.block_size // size - 1
+        earlier = page_index[:, None] + jnp.arange(-n_before, 0, dtype=jnp.int32)[None, :]
+        pages = _page_of(cache, block_tables, r[:, None], earlier)
+        marks = put(cache.marks, block_means.mark_of(sums, counts))
+        before = block_means.before(pages, cache.sums, cache.counts, marks)
+        kept, marks = block_means.kept(sums, counts, page_index % (n_before + 1) == n_before, before, size)
+        cache = dataclasses.replace(cache, marks=put(cache.marks, marks))
+    means, mean_scales = mean_parts(kept, cache.keys.dtype) or (None, None)
     return dataclasses.replace(
         cache,
-        sums=put(cache.sums, sums),
-        counts=put(cache.counts, counts),
-        places=put(cache.places, page_index),
         means=None if cache.means is None or means is None else put(cache.means, means),
         mean_scales=None if cache.mean_scales is None or mean_scales is None else put(cache.mean_scales, mean_scales),
     )

@@ -5,24 +5,29 @@ backward pass gathers and recomputes tile by tile, too, from the saved logsumexp
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
+from hisa_jax.latents import QuantizedLatents
 from hisa_jax.sharded import varying
 from hisa_jax.xla.query_tiles import QueryTiles
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "value_dim"))
-def forward(q: Array, kv: Array, indices: Array, *, scale: float, value_dim: int) -> tuple[Array, Array]:
+def forward(
+    q: Array, kv: Array | QuantizedLatents, indices: Array, *, scale: float, value_dim: int
+) -> tuple[Array, Array]:
     """[B, T, N, Dk], [B, S, Dk], [B, T, K] -> [B, T, N, value_dim], and the logsumexp of the logits, [B, T, N]."""
     (B, T, N, _), K = q.shape, indices.shape[2]
     tiles = QueryTiles.of(T, N * K)  # the logits: few queries when heads and tokens are many
 
     def tile(operands: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         b, q, indices = operands
-        selected, is_real = _gather(kv, b, indices)
+        selected, is_real = _gather(kv, b, indices, q.dtype)
         logits = _logits(q, selected, is_real, scale)
         lse = jax.nn.logsumexp(logits, axis=-1)  # [t, N]
         p = _probabilities(logits, lse)
@@ -34,8 +39,8 @@ def forward(q: Array, kv: Array, indices: Array, *, scale: float, value_dim: int
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def backward(
-    scale: float, value_dim: int, saved: tuple[Array, ...], gradients: tuple[Array, Array]
-) -> tuple[Array, Array]:
+    scale: float, value_dim: int, saved: tuple, gradients: tuple[Array, Array]
+) -> tuple[Array, Array | QuantizedLatents]:
     """The gradient of a softmax by its saved logsumexp, as in FlashAttention-2 (arXiv 2307.08691), section 3.1."""
     q, kv, indices, out, lse = saved
     d_out, d_lse = gradients
@@ -44,14 +49,16 @@ def backward(
     # d logits = p * (d p - delta): delta gathers what the normalisation and the logsumexp pass on.
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse  # [B, T, N]
 
-    def tile(d_kv: Array, operands: tuple[Array, ...]) -> tuple[Array, Array]:
+    def tile(d_kv: Any, operands: tuple[Array, ...]) -> tuple[Any, Array]:
         b, q, indices, lse, d_out, delta = operands
-        selected, is_real = _gather(kv, b, indices)
+        selected, is_real = _gather(kv, b, indices, q.dtype)
         p = _probabilities(_logits(q, selected, is_real, scale), lse)
         d_p = _dot("tnv,tkv->tnk", d_out, selected[..., :value_dim])
         # Where nothing is selected the caller may pass on NaN: the gradient of a logsumexp of -inf, for instance.
         d_logits = jnp.where(is_real[:, None, :], p * (d_p - delta[..., None]) * scale, 0)
         d_q = _dot("tnk,tkd->tnd", d_logits, selected)
+        if isinstance(kv, QuantizedLatents):  # constants: no gradient goes through them
+            return d_kv, d_q
         d_selected = _dot("tnk,tnd->tkd", d_logits, q)
         d_selected = d_selected.at[..., :value_dim].add(_dot("tnk,tnv->tkv", p, d_out))
         return d_kv.at[b, jnp.where(is_real, indices, -1)].add(
@@ -66,15 +73,18 @@ def backward(
         tiles.cut(d_out),
         tiles.cut(delta),
     )
-    d_kv, d_q = lax.scan(tile, varying.like(jnp.zeros(kv.shape, jnp.float32), saved), parts)
-    return tiles.join(d_q, B, T).astype(q.dtype), d_kv.astype(kv.dtype)
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), kv)
+    d_kv, d_q = lax.scan(tile, varying.like(start, saved), parts)
+    return tiles.join(d_q, B, T).astype(q.dtype), jax.tree.map(lambda d, x: d.astype(x.dtype), d_kv, kv)
 
 
-def _gather(kv: Array, b: Array, indices: Array) -> tuple[Array, Array]:
+def _gather(kv: Array | QuantizedLatents, b: Array, indices: Array, dtype: DTypeLike) -> tuple[Array, Array]:
     """[B, S, Dk], [], [t, K] -> the selected tokens [t, K, Dk] and which of them are real [t, K]."""
     S = kv.shape[1]
     is_real = (indices >= 0) & (indices < S)
-    selected = kv[b, jnp.clip(indices, 0, S - 1)]
+    selected = jax.tree.map(lambda x: x[b, jnp.clip(indices, 0, S - 1)], kv)
+    if isinstance(selected, QuantizedLatents):
+        selected = selected.dequantize().astype(dtype)
     # A token that no query selected may hold NaN, which a probability of 0 would not hide.
     return jnp.where(is_real[..., None], selected, 0), is_real
 

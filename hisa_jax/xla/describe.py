@@ -8,22 +8,26 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from hisa_jax.xla import block_means
 from hisa_jax.xla.means import mean, mean_parts, tree_sum
 
 _NUMBERS = 1 << 24  # of keys at a time, which are float32 then
 
 
 class Description(NamedTuple):
-    """`sums`, `counts`, `places`, `means` and `mean_scales` of an IndexCache."""
+    """`sums`, `counts`, `places`, `means`, `mean_scales` and `marks` of an IndexCache."""
 
     sums: Array
     counts: Array
     places: Array
     means: Array | None
     mean_scales: Array | None
+    marks: Array | None
 
 
-def describe(values: Array, scales: Array | None, block_tables: Array, lengths: Array) -> Description:
+def describe(
+    values: Array, scales: Array | None, block_tables: Array, lengths: Array, block_size: int | None = None
+) -> Description:
     """[n_pages, page_size, D], [n_pages, page_size], [R, P], [R] -> what they say.
 
     A page that requests share holds as many tokens as the one with the most in it. Named for two places, it has the
@@ -46,5 +50,16 @@ def describe(values: Array, scales: Array | None, block_tables: Array, lengths: 
         return tree_sum(jnp.where(jnp.arange(size, dtype=jnp.int32)[:, None] < count, keys, 0))
 
     sums = lax.map(total, (values, scales, counts), batch_size=max(_NUMBERS // max(size * D, 1), 1))
-    means, mean_scales = mean_parts(mean(sums, counts), values.dtype) or (None, None)
-    return Description(sums, counts, places, means, mean_scales)
+    marks, own_means = None, mean(sums, counts)
+    if block_size is not None:
+        n_before = block_size // size - 1
+        # Whatever pages are named before one by several tables: the marks say which.
+        earlier = index[:, None] + jnp.arange(-n_before, 0, dtype=jnp.int32)[None, :]
+        named = jnp.where(earlier >= 0, block_tables[:, jnp.maximum(earlier, 0)], -1)
+        before = jnp.full((n_pages, n_before), -1, jnp.int32).at[page].max(named, mode="drop")
+        ends_block = (places >= 0) & (places % (n_before + 1) == n_before)
+        own_means, marks = block_means.kept(
+            sums, counts, ends_block, block_means.before(before, sums, counts, block_means.mark_of(sums, counts)), size
+        )
+    means, mean_scales = mean_parts(own_means, values.dtype) or (None, None)
+    return Description(sums, counts, places, means, mean_scales, marks)

@@ -30,12 +30,17 @@ def mean(total: Array, counts: Array) -> Array:
     return total / (divisor if total.ndim == 1 else divisor[..., None])
 
 
+def n_parts_of(dtype: DTypeLike) -> int | None:
+    """How many numbers of the keys' dtype make up a mean for the kernels' block filter; None: they take none."""
+    return {"bfloat16": 1, "float8_e4m3fn": 2}.get(jnp.dtype(dtype).name)
+
+
 def mean_parts(means: Array, dtype: DTypeLike) -> tuple[Array, Array | None] | None:
     """[..., D] float32 means in the numbers that the kernels' block filter multiplies for keys of a dtype, or None.
 
     Returns: [..., parts, D], and of two e4m3 parts the scale [...] float32, as `split` gives them.
     """
-    n_parts = {"bfloat16": 1, "float8_e4m3fn": 2}.get(jnp.dtype(dtype).name)
+    n_parts = n_parts_of(dtype)
     if n_parts is None:
         return None
     parts, scale = split(means, n_parts, dtype)

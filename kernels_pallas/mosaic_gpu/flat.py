@@ -22,10 +22,20 @@ ONE_TILE = 16384  # up to this many tokens are selected from in one piece
 STEP = 13824  # tokens of a tile: bounds the memory to T * STEP sort keys
 
 
+Found = tuple[Array, Array, Array | None]  # positions, ascending, then -1, [T, topk]; count, [T]; maybe sort keys
+
+
 def flat(
-    operands: Operands, visible: Array, sequences: Sequences, *, topk: int, n_ctas: int, interpret: Interpret = False
-) -> tuple[Array, Array]:
-    """Keys [S, D], visible [T] -> [T, topk] positions in the sequence, ascending, then -1; [T] count."""
+    operands: Operands,
+    visible: Array,
+    sequences: Sequences,
+    *,
+    topk: int,
+    n_ctas: int,
+    has_sort_keys: bool = False,
+    interpret: Interpret = False,
+) -> Found:
+    """Keys [S, D], visible [T] -> the best of all visible tokens."""
     T = operands.q.shape[0]
     launch: Any = {"n_ctas": n_ctas, "interpret": interpret}
     operands = operands._replace(k=operands.k[:, None])
@@ -40,7 +50,7 @@ def flat(
     if sequences.max_keys <= max(ONE_TILE, 2 * topk) <= topk_stage.MAX_WIDTH:
         # Whole steps of a selection, also where a span is less.
         x = sort_keys(jnp.zeros((1,), jnp.int32), -(-sequences.max_keys // COLUMNS) * COLUMNS)
-        return topk_stage.topk(x, visible, topk, **launch)
+        return _best(x, visible, topk, has_sort_keys, launch)
 
     n_best = -(-topk // COLUMNS) * COLUMNS
     # Whole spans, and whole steps of a selection: a tile's result must not reach into the next tile.
@@ -68,8 +78,15 @@ def flat(
     best, positions = lax.fori_loop(0, n_turns, two_tiles, result)
     count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     if n_best == topk:
-        return positions, count
+        return positions, count, best if has_sort_keys else None
     # Rows are whole steps of the selection: the topk of those n_best.
-    columns, count = topk_stage.topk(best, count, topk, **launch)
+    columns, count, best_keys = _best(best, count, topk, has_sort_keys, launch)
     positions = jnp.take_along_axis(positions, jnp.maximum(columns, 0), axis=1)
-    return jnp.where(columns >= 0, positions, -1), count
+    return jnp.where(columns >= 0, positions, -1), count, best_keys
+
+
+def _best(x: Array, limit: Array, k: int, has_sort_keys: bool, launch: dict[str, Any]) -> Found:
+    """Of rows of sort keys; a row that is chosen whole costs no search where its sort keys are not wanted."""
+    if has_sort_keys:
+        return topk_stage.topk_with_sort_keys(x, limit, k, **launch)
+    return *topk_stage.topk(x, limit, k, **launch), None

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.mosaic_gpu import refine_body
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS, SCRATCH_WORDS
-from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import META, PAGES_A_COPY, Inputs, Plan, Smem
+from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import META, WORDS_A_COPY, Inputs, Plan, Smem
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import RESERVED_BYTES, SMEM_BYTES
 from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
 from hisa_jax.kernels_pallas.pages import Pages
@@ -151,7 +151,7 @@ def pages_of(kept: KeptBlocks, pages: Pages) -> Array:
 
 def _n_listed(n: int) -> int:
     """Whole copies of page numbers."""
-    unit = 32 if n <= PAGES_A_COPY else PAGES_A_COPY
+    unit = 32 if n <= WORDS_A_COPY else WORDS_A_COPY
     return -(-n // unit) * unit
 
 
@@ -209,7 +209,7 @@ def smem_of(plan: Plan) -> Smem:
         meta=smem((2, plan.m + META), jnp.int32),
         pages=None if plan.page_size is None else smem((2, plan.n_listed), jnp.int32),
         q_free=barrier(num_arrivals=plan.n_score + plan.selects, num_barriers=2),
-        q_full=barrier(num_arrivals=3 + plan.n_page_copies, num_barriers=2),
+        q_full=barrier(num_arrivals=2 + plan.n_list_copies, num_barriers=2),
         q=smem((2, plan.H, plan.D), plan.dtype, transforms=tile),
         scale=smem((plan.ring, plan.tile_s), jnp.float32) if plan.has_scale else None,
         w=smem((2, max(plan.H, 32)), jnp.float32),  # copies go to multiples of 128 bytes

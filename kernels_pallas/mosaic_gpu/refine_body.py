@@ -32,7 +32,7 @@ from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
 from hisa_jax.kernels_pallas.types import Ref
 
 META = 4  # words after the block ids of a query: number of tiles, visible, first block of the sequence, 0
-PAGES_A_COPY = 256  # the most elements an axis that a copy takes
+WORDS_A_COPY = 256  # at most
 _NOWHERE = 2**30  # a position beyond what any query sees
 
 
@@ -80,8 +80,9 @@ class Plan:
         return self.tile_s // self.part
 
     @property
-    def n_page_copies(self) -> int:
-        return -(-self.n_listed // PAGES_A_COPY)
+    def n_list_copies(self) -> int:
+        """Of what a query lists: its blocks with what is known of it, and its pages."""
+        return -(-(self.m + META) // WORDS_A_COPY) + -(-self.n_listed // WORDS_A_COPY)
 
     @property
     def tile_transforms(self) -> tuple:
@@ -194,11 +195,13 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
 def copy_query(plan: Plan, gmem: Inputs, smem: Smem, t: Array, slot: Array) -> None:
     """All that is known of query t, to one barrier: block ids, pages, heads, weights."""
     full = smem.q_full.at[slot]
-    plgpu.copy_gmem_to_smem(gmem.meta.at[t], smem.meta.at[slot], full)
-    if gmem.pages is not None and smem.pages is not None:
-        for first in range(0, plan.n_listed, PAGES_A_COPY):
-            some = pl.ds(first, min(plan.n_listed, PAGES_A_COPY))
-            plgpu.copy_gmem_to_smem(gmem.pages.at[t, some], smem.pages.at[slot, some], full)
+    for source, target in ((gmem.meta, smem.meta), (gmem.pages, smem.pages)):
+        if source is None or target is None:
+            continue
+        n = source.shape[1]
+        for first in range(0, n, WORDS_A_COPY):
+            some = pl.ds(first, min(n - first, WORDS_A_COPY))
+            plgpu.copy_gmem_to_smem(source.at[t, some], target.at[slot, some], full)
     whole = t // plan.n_parts
     plgpu.copy_gmem_to_smem(gmem.q.at[whole], smem.q.at[slot], full)
     plgpu.copy_gmem_to_smem(gmem.w.at[whole], smem.w.at[slot, pl.ds(0, plan.H)], full)

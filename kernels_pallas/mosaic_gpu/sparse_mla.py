@@ -8,6 +8,9 @@ most of the 4.9 ms is stages (copy, scores, softmax, values) that wait for each 
 
 A CTA takes 64 heads of a query, one CTA an SM, persistent over queries. Warp-groups: one that copies, one that scores,
 two with half of the value columns each. With few queries (decode) lists are split and `combine` adds up the parts.
+
+Latents in 8 bits are 656 bytes a token in place of 1152; the warp-group that copies makes them bfloat16 on the way. A
+tile of 64 tokens takes a warp of it about 1000 instructions, where products of a tile take 2176 cycles.
 """
 
 import dataclasses
@@ -36,6 +39,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import (
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import tiled
 from hisa_jax.kernels_pallas.triton.sparse_mla import combine
 from hisa_jax.kernels_pallas.types import Interpret
+from hisa_jax.latents import QuantizedLatents
 
 _PAIR = SLOTS * TOKENS  # what a list is a multiple of: every query starts at the first slot
 
@@ -45,9 +49,12 @@ class Config:
     """How the work is divided: it changes the speed and the last bits, nothing else."""
 
     n_splits: int = 1  # parts of a query's list
+    prefetches: bool = False  # asks for rows in L2 while their slot is in use
 
 
-def why_not(compute_capability: str, N: int, key_dim: int, value_dim: int, dtype: DTypeLike) -> str | None:
+def why_not(
+    compute_capability: str, N: int, key_dim: int, value_dim: int, dtype: DTypeLike, is_quantized: bool = False
+) -> str | None:
     """None, or why this kernel cannot run a shape."""
     if compute_capability != "9.0":
         return f"needs compute capability 9.0 (Hopper), this device has {compute_capability or 'none'}"
@@ -58,20 +65,21 @@ def why_not(compute_capability: str, N: int, key_dim: int, value_dim: int, dtype
     return None if N in (16, 32, 64, 128) else f"needs 16, 32, 64 or 128 heads, not {N}"
 
 
-def heuristic(n_queries: int, N: int, K: int, n_ctas: int = 132) -> Config:
+def heuristic(n_queries: int, N: int, K: int, n_ctas: int = 132, is_quantized: bool = False) -> Config:
     """Splits the token list until every multiprocessor has work, but into no less than a pair of tiles."""
     items = n_queries * -(-N // HEADS)
     n_splits = 1
     while items * n_splits * 2 <= n_ctas and K // (2 * n_splits) >= _PAIR:
         n_splits *= 2
-    return Config(n_splits=n_splits)
+    # Of rows that go through registers only a few are in flight.
+    return Config(n_splits=n_splits, prefetches=is_quantized)
 
 
 @in_32_bits
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "n_ctas", "interpret"))
 def sparse_mla(
     q: Array,
-    kv: Array,
+    kv: Array | QuantizedLatents,
     indices: Array,
     *,
     value_dim: int,
@@ -83,15 +91,17 @@ def sparse_mla(
     """[B, T, N, E], [B, S, E], [B, T, K] int32 -> [B, T, N, value_dim] in the dtype of q, [B, T, N] float32 lse.
 
     Args:
+        kv: bfloat16, or in 8 bits.
         indices: token positions in any order; any that is not one of 0 .. S - 1 stands for none. A token listed twice
             counts twice. A query with none gives zeros and an lse of -inf.
         n_ctas: how many persistent CTAs; the SMs of the device.
     """
     (B, T, N, E), S, K = q.shape, kv.shape[1], indices.shape[2]
-    config = config or heuristic(B * T, N, K, n_ctas)
+    config = config or heuristic(B * T, N, K, n_ctas, isinstance(kv, QuantizedLatents))
     n_splits, groups = config.n_splits, -(-N // HEADS)
     indices = indices.reshape(B * T, K)
     q = jnp.pad(q.reshape(B * T, N, E), ((0, 0), (0, groups * HEADS - N), (0, 0)))
+    kv = jax.tree.map(lambda x: x.reshape(B * S, x.shape[2]), kv)
     plan = Plan(
         T=B * T,
         queries=T,
@@ -100,6 +110,7 @@ def sparse_mla(
         n_splits=n_splits,
         pairs=-(-K // (_PAIR * n_splits)),
         scale=scale,
+        prefetches=config.prefetches,
         n_ctas=min(n_ctas, n_splits * B * T * groups),
         interpret=interpret,
     )
@@ -108,7 +119,7 @@ def sparse_mla(
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS, value_dim), o_dtype),
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS), jnp.float32),
     ]
-    partial, lse = _launch(plan, out_type, Inputs(pairs_of(indices, plan), indices, q, kv.reshape(B * S, E)))
+    partial, lse = _launch(plan, out_type, Inputs(pairs_of(indices, plan), indices, q, kv))
     o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse)
     return o[:, :N].astype(q.dtype).reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
 
@@ -130,7 +141,7 @@ def _launch(plan: Plan, out_type: list, inputs: Inputs) -> list[Array]:
         grid_names=("cta",),
         num_threads=4,
         thread_name="warpgroup",
-        scratch_types=[_smem(inputs.kv.dtype, bool(plan.interpret))],
+        scratch_types=[_smem(inputs.q.dtype, bool(plan.interpret))],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="sparse_mla",
         interpret=plan.interpret,

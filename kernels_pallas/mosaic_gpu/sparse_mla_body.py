@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -12,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_rows as gather
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import sparse_mla
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_latents import gather_latents
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import (
     BARRIER_WORDS,
     ROWS_PER_WARP,
@@ -19,12 +21,14 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import (
     gather_rows,
     load_lane_word,
     load_word,
+    prefetch_rows,
     store_bias,
 )
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.sparse_mla import PER_HEAD
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import release, wait_all
 from hisa_jax.kernels_pallas.types import Ref
+from hisa_jax.latents import GROUP, QuantizedLatents
 
 HEADS = 64  # of one query a CTA takes: the rows of a product
 SLOTS, TOKENS = 2, 64  # of a tile
@@ -52,6 +56,7 @@ class Plan:
     n_splits: int
     pairs: int  # of tiles a split
     scale: float
+    prefetches: bool
     n_ctas: int
     interpret: object
 
@@ -76,7 +81,7 @@ class Inputs(NamedTuple):
     n_pairs: Ref  # [n_splits * T] int32, of tiles of each part of a list
     indices: Ref  # [T, K] int32
     q: Ref  # [T, groups * 64, E]
-    kv: Ref  # [B * S, E]
+    kv: Ref | QuantizedLatents  # [B * S, E], or refs of its parts
 
 
 class Smem(NamedTuple):
@@ -111,10 +116,13 @@ def sparse_mla_body(plan: Plan, gmem: Inputs, o_gmem: Ref, lse_gmem: Ref, smem: 
     # A tile's probabilities take the place of its last 64 key columns, which are no value: there is no room for them
     # elsewhere. The output and the softmax's sums stay in registers from a query's first tile to its last.
     #
+    # Latents in 8 bits go through registers of the loader, which writes them in bfloat16: the rest is the same.
+    #
     # In interpret mode, which cannot run PTX, `load_interpreted` loads and `k_full` stands for `landed`.
     role = lax.axis_index("warpgroup")
     pl.when(role < SCORES)(lambda: add_values(plan, role, gmem.n_pairs, o_gmem, smem))
-    pl.when(role == SCORES)(lambda: score(plan, gmem.n_pairs, lse_gmem, smem))
+    is_quantized = isinstance(gmem.kv, QuantizedLatents)
+    pl.when(role == SCORES)(lambda: score(plan, gmem.n_pairs, lse_gmem, smem, is_quantized))
     load = load_interpreted if plan.interpret else load_keys
     pl.when(role == LOAD)(lambda: load(plan, gmem, smem))
 
@@ -141,8 +149,14 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
             def one_tile(j, index):
                 slot, landed = j % SLOTS, smem.landed_at(j % SLOTS * len(PARTS) + part)
                 row = jnp.where((index >= 0) & (index < plan.keys), first_row + index, -1)
+                if plan.prefetches:
+                    prefetch(gmem.kv, row, part)
                 plgpu.barrier_wait(smem.k_free.at[landed.row])
-                gather_rows(gmem.kv, row, TileRows(smem.k, slot, first), PARTS[part], landed)
+                tile = TileRows(smem.k, slot, first)
+                if isinstance(gmem.kv, QuantizedLatents):
+                    gather_latents(gmem.kv, row, tile, *groups_of(part), landed)
+                else:
+                    gather_rows(gmem.kv, row, tile, PARTS[part], landed)
                 if part == 0:
                     store_bias(Row(smem.bias, slot, TOKENS), first, row, landed)
                 # The next tile's index, so that it is there when its slot is.
@@ -160,6 +174,23 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
         pl.when(warp // 2 == 1)(lambda: one_part(1, first, warp < 0))
 
 
+def prefetch(kv: Ref | QuantizedLatents, row: Array, part: int) -> None:
+    """Asks for what a part of a tile reads, while its slot is still in use."""
+    if not isinstance(kv, QuantizedLatents):
+        prefetch_rows(kv, row, PARTS[part])
+        return
+    groups, has_rope = groups_of(part)
+    prefetch_rows(kv.values, row, [(group * GROUP, GROUP) for group in groups])
+    if has_rope:
+        prefetch_rows(kv.rope, row, [(0, KEY_DIM - VALUE_DIM)])
+
+
+def groups_of(part: int) -> tuple[tuple[int, ...], bool]:
+    """Of latents in 8 bits, a part's groups of values that share a scale, and whether it has their rope part."""
+    first = [start for start, _ in PARTS[part]]
+    return tuple(start // GROUP for start in first if start < VALUE_DIM), VALUE_DIM in first
+
+
 def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
     """`load_keys` in jnp, for interpret mode, which cannot run PTX."""
     cta = lax.axis_index("cta")
@@ -168,7 +199,7 @@ def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
         split, t, head, n_pairs_index = plan.item(cta, i)
         plgpu.barrier_wait(smem.q_free)
         plgpu.copy_gmem_to_smem(gmem.q.at[t, pl.ds(head, HEADS)], smem.q.at[0], smem.q_full)
-        indices, kv = gmem.indices[t], gmem.kv[...]
+        indices, kv = gmem.indices[t], jax.tree.map(lambda ref: ref[...], gmem.kv)
 
         def one_pair(pair, _):
             for slot in range(SLOTS):
@@ -178,7 +209,7 @@ def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 row = t // plan.queries * plan.keys + jnp.where(there, index, 0)
                 for part in range(len(PARTS)):
                     plgpu.barrier_wait(smem.k_free.at[slot * len(PARTS) + part])
-                smem.k[slot] = jnp.where(there[:, None], kv[row], 0).astype(kv.dtype)
+                smem.k[slot] = jnp.where(there[:, None], rows_of(kv, row), 0).astype(smem.k.dtype)
                 smem.bias[slot] = jnp.where(there, 0.0, -jnp.inf)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(smem.k_full.at[slot])
@@ -191,13 +222,19 @@ def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
     plgpu.barrier_wait(smem.q_free)
 
 
-def score(plan: Plan, n_pairs_gmem: Ref, lse_gmem: Ref, smem: Smem) -> None:
+def rows_of(kv: Array | QuantizedLatents, row: Array) -> Array:
+    """kv[row], what latents in 8 bits are."""
+    found = jax.tree.map(lambda x: x[row], kv)
+    return found.dequantize() if isinstance(found, QuantizedLatents) else found
+
+
+def score(plan: Plan, n_pairs_gmem: Ref, lse_gmem: Ref, smem: Smem, is_quantized: bool) -> None:
     """Probabilities of each tile, and by how much they make the earlier ones decay."""
     plgpu.set_max_registers(SCORE_REGISTERS, action="decrease")
     cta = lax.axis_index("cta")
     if not plan.interpret:
-        # Every lane of two warps; the bias arrives with the first part.
-        gather.init_landed(smem.landed, (4 * ROWS_PER_WARP, 2 * ROWS_PER_WARP) * SLOTS)
+        # Every lane of two warps. The bias arrives with the first part, a rope part beside values of 8 bits by itself.
+        gather.init_landed(smem.landed, (4 * ROWS_PER_WARP, (2 + 2 * is_quantized) * ROWS_PER_WARP) * SLOTS)
         sparse_mla.unclaim(smem.turn)
         plgpu.barrier_arrive(smem.ready)
     plgpu.barrier_arrive(smem.q_free)

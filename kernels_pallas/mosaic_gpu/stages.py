@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.flat_call import FlatCall
-from hisa_jax.kernels_pallas.indexer import Means
+from hisa_jax.kernels_pallas.indexer import Eligible, Means
 from hisa_jax.kernels_pallas.mosaic_gpu import flat as flat_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens as list_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as refine_stage
@@ -17,13 +17,15 @@ from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens as refine_tokens_st
 from hisa_jax.kernels_pallas.mosaic_gpu import scan as scan_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import topk_few as few_topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
-from hisa_jax.kernels_pallas.pages import PageMeans, PageSums
-from hisa_jax.kernels_pallas.sequences import Rows, Sequences
-from hisa_jax.kernels_pallas.triton import page_means
+from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
+from hisa_jax.kernels_pallas.select_shard import ByScore, Found
+from hisa_jax.kernels_pallas.sequences import Rows
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE
+from hisa_jax.kernels_pallas.triton import kept_means, page_means
 from hisa_jax.kernels_pallas.triton import pool as pool_stage
-from hisa_jax.kernels_pallas.triton import scores as narrow_scores_stage
 from hisa_jax.kernels_pallas.triton import stages as triton_stages
 from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
 from hisa_jax.kernels_pallas.triton.stages import kth, scan_heads
@@ -32,12 +34,11 @@ from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
-    "block_filter", "flat", "kth", "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads",
-    "scan_masks", "scan_sort_keys",
+    "best_blocks", "best_columns", "best_in_blocks", "best_tokens", "block_filter", "flat", "kth", "list_tokens",
+    "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
 ]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
-_FEW = 2  # queries a request
 _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
 _DEFAULT_SMS = 132  # of every Hopper GPU sold as H100 SXM, H200 or GH200, where no GPU can be asked
 
@@ -70,78 +71,136 @@ def pool_pages(page_sums: PageSums, dtype: DTypeLike, *, interpret: Interpret = 
 def block_filter(
     call: FlatCall,
     means: Means | PageSums | PageMeans,
-    eligible: Array,
+    eligible: Eligible,
     method: Hisa | BlockSparse,
     interpret: Interpret = False,
 ) -> Array:
+    limit, m = eligible.scored, method.block_topk
+    sort_keys = _block_sort_keys(call, means, limit, method, interpret)
+    if _are_few(sort_keys):
+        # It takes all that a query sees, scored or not, where there is room: no kernel after it puts them there.
+        return few_topk_stage.topk(sort_keys, eligible.seen, m, is_full=True, interpret=interpret)[0]
+    if sort_keys.shape[1] <= _NARROW:
+        return eligible.or_all(narrow_topk_stage.topk(sort_keys, limit, m, interpret=bool(interpret))[0])
+    return eligible.or_all(topk_stage.topk(sort_keys, limit, m, n_ctas=n_sms(), interpret=interpret)[0])
+
+
+def best_blocks(
+    call: FlatCall,
+    means: Means | PageSums | PageMeans,
+    eligible: Array,
+    blocks: ByScore,
+    interpret: Interpret = False,
+) -> Found:
+    sort_keys = _block_sort_keys(call, means, eligible, blocks, interpret)
+    return best_columns(sort_keys, eligible, blocks.block_topk, interpret)
+
+
+def _block_sort_keys(
+    call: FlatCall,
+    means: Means | PageSums | PageMeans,
+    eligible: Array,
+    method: Hisa | BlockSparse | ByScore,
+    interpret: Interpret,
+) -> Array:
+    """[T, n] of the first `eligible` [T] blocks of each query."""
     q, w, sequences = call.q, call.w, call.sequences.blocks(method.block_size)
-    T, m, n_ctas = q.shape[0], method.block_topk, n_sms()
+    T, n_ctas = q.shape[0], n_sms()
     columns = Columns(limit=eligible, n=sequences.max_keys, keep_first=method.keep_first, keep_last=method.keep_last)
     if isinstance(means, PageSums):
         first_block = sequences.key_start_of_queries(T)
-        sort_keys = page_means.page_scores(q, w, means, first_block, columns, interpret=bool(interpret))
-    elif isinstance(means, PageMeans) and _FEW * len(sequences.lengths) >= T:
-        operands = Operands(q, w, means.means, means.scales, means.rows)
-        sort_keys = _few_on_pages(operands, columns, sequences, interpret=bool(interpret))
+        return page_means.page_scores(q, w, means, first_block, columns, interpret=bool(interpret))
+    if isinstance(means, PageMeans) and is_shared_by_few(len(sequences.lengths), T):
+        first_block, kept = sequences.key_start_of_queries(T), kept_means.heuristic(T, sequences.max_keys, n_ctas)
+        options: Any = {"config": kept, "interpret": bool(interpret)}
+        return kept_means.kept_scores(q, w, means, first_block, columns, **options)
+    pages = means.rows if isinstance(means, PageMeans) else None
+    parts, scale = (means.means, means.scales) if isinstance(means, PageMeans) else means
+    rows, sequences = (None, sequences) if pages else sequences.aligned(parts.shape[0], _TILED_ROWS)
+    if rows is not None:
+        parts, scale = parts[rows], None if scale is None else scale[rows]
+    operands = Operands(q, w, parts, scale, pages)
+    config = scores_stage.heuristic(
+        scores_stage.Sizes.of(operands), sequences.max_keys, n_ctas, n_keys=2 if pages else 1
+    )
+    tiles = sequences.query_tiles(T, config.tile_t, eligible, COLUMNS)
+    columns = dataclasses.replace(columns, tiles=tiles, n=sequences.max_keys)
+    return scores_stage.scores(operands, columns, config=config, n_ctas=n_ctas, interpret=interpret)
+
+
+def best_columns(x: Array, limit: Array, k: int, interpret: Interpret = False) -> Found:
+    if x.shape[1] <= _NARROW:
+        columns, _, sort_keys = narrow_topk_stage.topk_with_sort_keys(x, limit, k, interpret=bool(interpret))
     else:
-        pages = means.rows if isinstance(means, PageMeans) else None
-        parts, scale = (means.means, means.scales) if isinstance(means, PageMeans) else means
-        rows, sequences = (None, sequences) if pages else sequences.aligned(parts.shape[0], _TILED_ROWS)
-        if rows is not None:
-            parts, scale = parts[rows], None if scale is None else scale[rows]
-        operands = Operands(q, w, parts, scale, pages)
-        config = scores_stage.heuristic(
-            scores_stage.Sizes.of(operands), sequences.max_keys, n_ctas, n_keys=2 if pages else 1
-        )
-        tiles = sequences.query_tiles(T, config.tile_t, eligible, COLUMNS)
-        columns = dataclasses.replace(columns, tiles=tiles, n=sequences.max_keys)
-        sort_keys = scores_stage.scores(operands, columns, config=config, n_ctas=n_ctas, interpret=interpret)
-    if sort_keys.shape[1] <= _NARROW:
-        # A row alone on its multiprocessor takes 9.5 us with one warp, 5.4 with four (1024 to 64).
-        alone = narrow_topk_stage.Config(num_warps=4) if n_ctas > T else None
-        return narrow_topk_stage.topk(sort_keys, eligible, m, config=alone, interpret=bool(interpret))[0]
-    return topk_stage.topk(sort_keys, eligible, m, n_ctas=n_ctas, interpret=interpret)[0]
-
-
-def _few_on_pages(operands: Operands, columns: Columns, sequences: Sequences, *, interpret: bool) -> Array:
-    """Sort keys of the scores of page means that so few queries share that fetching them is what takes time.
-
-    Threads fetch scattered rows faster than the copy engine, which wants one command a row: 0.028 ms for 128 requests
-    of 128K where `scores` takes 0.045, 0.018 for 32 by either.
-    """
-    T, H, _ = operands.q.shape
-    config = narrow_scores_stage.Config(tile_s=narrow_scores_stage.heuristic(H).tile_s, tile_t=1)
-    n = columns.n if columns.n <= _NARROW else -(-columns.n // COLUMNS) * COLUMNS
-    columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, 1, columns.limit, COLUMNS), n=n)
-    return narrow_scores_stage.scores(operands, columns, config=config, interpret=interpret)
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % COLUMNS)), constant_values=INVISIBLE)
+        columns, _, sort_keys = topk_stage.topk_with_sort_keys(x, limit, k, n_ctas=n_sms(), interpret=interpret)
+    return sort_keys, columns
 
 
 def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret = False) -> tuple[Array, Array]:
     """`refine.refine`, or its scores and then `topk`, where queries are fewer than CTAs or outgrow shared memory."""
     (T, H, D), m, itemsize, n_ctas = call.q.shape, block_ids.shape[1], call.k.dtype.itemsize, n_sms()
-    block_size, topk, pages, operands = method.block_size, method.topk, call.pages, call.operands
-    kept = KeptBlocks(ids=block_ids, visible=call.visible, first=call.first_blocks(block_size), size=block_size)
-    options: Any = {"n_ctas": n_ctas, "interpret": interpret}
-    apart = refine_stage.Config(tile_s=128 if H <= 64 else 64, n_score=4 if H <= 64 else 2, ring=4)
-    n_parts = refine_stage.split(T, m, block_size, apart, n_ctas)
+    block_size, topk, pages = method.block_size, method.topk, call.pages
+    kept = _kept(call, block_ids, block_size)
+    n_parts = refine_stage.split(T, m, block_size, _apart(H), n_ctas)
     page_size = None if pages is None else pages.size
     fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size)
     if fused is not None and n_parts == 1:
         shape = dict(H=H, D=D, m=m, block_size=block_size, itemsize=itemsize)
         # Those found for keys in one piece leave no room for the pages' numbers.
         config = tuned(refine_stage.Config, "mosaic_gpu.refine", **shape) if pages is None else None
-        return refine_stage.refine(operands, kept, k_top=topk, config=config or fused, **options)
-    sort_keys = refine_stage.refine_scores(operands, kept, config=apart, n_parts=n_parts, **options)
-    if n_parts > 1:
-        limit = jnp.full_like(call.visible, m * block_size)  # parts write every column
-    else:
-        limit = jnp.sum(block_ids >= 0, axis=1, dtype=jnp.int32) * block_size
+        options: Any = {"n_ctas": n_ctas, "interpret": interpret}
+        return refine_stage.refine(call.operands, kept, k_top=topk, config=config or fused, **options)
+    sort_keys, limit = _refine_scores(call, kept, interpret)
+    if _are_few(sort_keys):
+        return few_topk_stage.topk(sort_keys, limit, topk, kept, has_forced=False, interpret=interpret)
     return narrow_topk_stage.topk(sort_keys, limit, topk, kept, interpret=bool(interpret))
+
+
+def best_in_blocks(call: FlatCall, block_ids: Array, k: int, block_size: int, interpret: Interpret = False) -> Found:
+    kept = _kept(call, block_ids, block_size)
+    x, limit = _refine_scores(call, kept, interpret)
+    positions, _, sort_keys = narrow_topk_stage.topk_with_sort_keys(x, limit, k, kept, interpret=bool(interpret))
+    return sort_keys, positions
+
+
+def _are_few(sort_keys: Array) -> bool:
+    """Whether each row has a multiprocessor to itself, whose registers hold it."""
+    T, width = sort_keys.shape
+    return n_sms() >= T and width <= few_topk_stage.MAX_WIDTH
+
+
+def _kept(call: FlatCall, block_ids: Array, block_size: int) -> KeptBlocks:
+    return KeptBlocks(ids=block_ids, visible=call.visible, first=call.first_blocks(block_size), size=block_size)
+
+
+def _apart(H: int) -> refine_stage.Config:
+    """Where scores are not selected from in the same kernel."""
+    return refine_stage.Config(tile_s=128 if H <= 64 else 64, n_score=4 if H <= 64 else 2, ring=4)
+
+
+def _refine_scores(call: FlatCall, kept: KeptBlocks, interpret: Interpret) -> tuple[Array, Array]:
+    """Sort keys of the kept blocks' tokens, and [T] int32, how many columns of a row are written."""
+    (T, H, _), m, n_ctas = call.q.shape, kept.ids.shape[1], n_sms()
+    n_parts = refine_stage.split(T, m, kept.size, _apart(H), n_ctas)
+    options: Any = {"n_parts": n_parts, "n_ctas": n_ctas, "interpret": interpret}
+    sort_keys = refine_stage.refine_scores(call.operands, kept, config=_apart(H), **options)
+    if n_parts > 1:
+        return sort_keys, jnp.full_like(call.visible, m * kept.size)  # parts write every column
+    return sort_keys, jnp.sum(kept.ids >= 0, axis=1, dtype=jnp.int32) * kept.size
 
 
 def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
     options: Any = dict(topk=topk, n_ctas=n_sms(), interpret=interpret)
-    return flat_stage.flat(call.operands, call.visible, call.sequences, **options)
+    positions, count, _ = flat_stage.flat(call.operands, call.visible, call.sequences, **options)
+    return positions, count
+
+
+def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
+    options: Any = dict(topk=k, has_sort_keys=True, n_ctas=n_sms(), interpret=interpret)
+    positions, _, sort_keys = flat_stage.flat(call.operands, call.visible, call.sequences, **options)
+    assert sort_keys is not None
+    return sort_keys, positions
 
 
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:

@@ -124,7 +124,7 @@ def flat_ragged(queries: Queries, ragged: Ragged, tiles: Tiles, *, choice: Choic
     Args:
         ragged: its blocks are what is copied at a time, 128 or 256 keys.
 
-    Returns: [T, k] int32, ascending, then -1.
+    Returns: [T, k] int32, ascending, then -1; maybe their sort keys, anything where there is none.
     """
     keys, unit = ragged.keys, ragged.block_size
     (H, D), page_size = queries.q.shape[1:], keys.values.shape[1]
@@ -142,7 +142,10 @@ def flat_ragged(queries: Queries, ragged: Ragged, tiles: Tiles, *, choice: Choic
     if keys.scales is not None:
         buffers["scale_vmem"] = pltpu.VMEM((2, GROUP * per_block, page_size), jnp.float32)
     plan = Plan(k=choice.k, tiles=per_core, rows=SUBLANES, span=min(groups, LANES))
-    chosen = launch.rows(in_tiles[0], per_core, *in_tiles[1:])
+    outs = {"chosen": launch.out(launch.rows(in_tiles[0], per_core, *in_tiles[1:]), 1, T // SUBLANES, *in_tiles[1:])}
+    if choice.has_sort_keys:
+        in_rows = launch.rows(in_tiles[0], per_core, SUBLANES, slots)
+        outs["sort_keys"] = launch.out(in_rows, 1, T // SUBLANES, SUBLANES, slots)
     flat = Launch(
         body=functools.partial(ragged_body, plan),
         refs=Refs,
@@ -156,13 +159,15 @@ def flat_ragged(queries: Queries, ragged: Ragged, tiles: Tiles, *, choice: Choic
             "k": (keys.values, HBM),
             "scale": (keys.scales, HBM),
         },
-        outs={"chosen": launch.out(chosen, 1, T // SUBLANES, *in_tiles[1:])},
+        outs=outs,
         scratch=buffers,
-        vmem_bytes=config.vmem_bytes(H, D, S, choice.k, queries.q.dtype.itemsize) + 8 * GROUP * per_block * LANES,
+        vmem_bytes=config.vmem_bytes(H, D, S, choice.k, queries.q.dtype.itemsize)
+        + 8 * (GROUP * per_block * LANES + choice.has_sort_keys * tile_t * slots),
         interpret=choice.interpret,
     )
-    (out,) = launch.by_sequence(flat, tiles)()
-    return (tiles.scatter(from_tiles(out[0])[None, :, : choice.k]),)
+    chosen, *sort_keys = launch.by_sequence(flat, tiles)()
+    found = from_tiles(chosen[0]), *(x.reshape(T, slots) for x in sort_keys)
+    return tuple(tiles.scatter(x[None, :, : choice.k]) for x in found)
 
 
 def scratch(H: int, tile_t: int, tile_s: int, groups: int) -> dict[str, Ref]:

@@ -35,8 +35,12 @@ class Config:
     tile_s: int = 1024  # tokens a step: 22,300 cycles a query on v5e with 512, 21,800 with 1024
 
 
-def why_not(device_kind: str, N: int, key_dim: int, value_dim: int, dtype: DTypeLike) -> str | None:
+def why_not(
+    device_kind: str, N: int, key_dim: int, value_dim: int, dtype: DTypeLike, is_quantized: bool = False
+) -> str | None:
     """None, or why this kernel cannot run a shape."""
+    if is_quantized:
+        return "needs latents that are not quantised"
     if device_kind not in chips.CHIPS:
         return f"needs a TPU v5e, v5p, v6e or v7x, this device is {device_kind!r}"
     if jnp.dtype(dtype) != jnp.dtype(jnp.bfloat16):

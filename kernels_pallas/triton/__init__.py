@@ -6,17 +6,18 @@ JAX has deprecated this lowering (it warns when such a kernel is compiled), so i
 from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.indexer import Indexer
+from hisa_jax.kernels_pallas.select_shard import SelectShard
 from hisa_jax.kernels_pallas.triton import capability, refine, stages
 from hisa_jax.kernels_pallas.triton.topk import MAX_WIDTH
 from hisa_jax.kernels_pallas.triton.topk import why_not as why_not_width
 
-__all__ = ["select_blocks", "select_flat", "select_hisa", "select_scan", "why_not"]
+__all__ = ["select_blocks", "select_flat", "select_hisa", "select_scan", "select_shard", "why_not"]
 
 _MAX_TOPK = MAX_WIDTH // 2
 
 _indexer = Indexer(stages)
 select_hisa, select_flat, select_blocks = _indexer.select_hisa, _indexer.select_flat, _indexer.select_blocks
-select_scan = _indexer.select_scan
+select_scan, select_shard = _indexer.select_scan, SelectShard(stages)
 
 
 def why_not(

@@ -9,6 +9,7 @@ import functools
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -19,13 +20,14 @@ from hisa_jax.kernels_pallas.triton import capability
 from hisa_jax.kernels_pallas.triton.append_body import append_body
 from hisa_jax.kernels_pallas.triton.pool import is_addressable
 from hisa_jax.kernels_pallas.types import Ref
+from hisa_jax.latents import QuantizedLatents
 
 _MAX_REQUESTS = 4096
 _MIN_PAGE, _MAX_D = 16, 512
 # Mostly 10 to 16 us with 2 to 16 warps, whatever the page; one of 128 does not fit the registers of one warp: 44.
 _NUM_WARPS = 8
 
-New = tuple[Array, Array | None, Array | None]  # keys [T, D], scales [T], latents [T, E]
+New = tuple[Array, Array | None, Array | QuantizedLatents | None]  # keys [T, D], scales [T], latents [T, E]
 
 
 class PagedKeys(Protocol):
@@ -38,7 +40,8 @@ class PagedKeys(Protocol):
             parts; None where no kernel reads them.
         codes: [n_pages, size, bytes] uint8; `code_scales`: [n_pages, size, groups] bfloat16, the sketch of each key as
             xla/sketch.py has it; or None.
-        latents: [n_pages, size, E] or None.
+        latents: [n_pages, size, E], in 8 bits or not, or None.
+        marks: [n_pages] int32, and `block_size`: see xla/block_means.py; or None.
     """
 
     keys: Array
@@ -50,21 +53,31 @@ class PagedKeys(Protocol):
     mean_scales: Array | None
     codes: Array | None
     code_scales: Array | None
-    latents: Array | None
+    latents: Array | QuantizedLatents | None
+    marks: Array | None
+    block_size: int | None
 
 
 def why_not(
-    compute_capability: str, *, n_requests: int, n_pages: int, page_size: int, D: int, dtype: DTypeLike
-) -> str | None:
-    """None if the kernel can append to such pages, or the sentence that says why not."""
-    if reason := capability.why_not(compute_capability, dtype):
-        return reason
+    compute_capability: str, *, n_requests: int, n_pages: int, page_size: int, D: int, dtype: DTypeLike,
+    latent_values: int = 0,
+) -> str | None:  # fmt: skip
+    """None if the kernel can append to such pages, or the sentence that says why not.
+
+    Args:
+        latent_values: features of latents that are kept in 8 bits.
+    """
+    for kind in (dtype, jnp.float8_e4m3fn) if latent_values else (dtype,):
+        if reason := capability.why_not(compute_capability, kind):
+            return reason
     if not 16 <= D <= _MAX_D or D & (D - 1):
         return f"needs keys of 16 to {_MAX_D} features, a power of two, not {D}"
     if page_size < _MIN_PAGE:
         return f"needs pages of {_MIN_PAGE} tokens or more, not {page_size}"
     if n_requests > _MAX_REQUESTS:
         return f"needs at most {_MAX_REQUESTS} requests, not {n_requests}"
+    if not is_addressable(size := n_pages * page_size * latent_values, jnp.float8_e4m3fn):
+        return f"needs at most {2**31} bytes of 8-bit latents, not {size}"
     size = n_pages * page_size * D
     return None if is_addressable(size, dtype) else f"needs at most {2**31} bytes of 8-bit keys, not {size}"
 

@@ -21,7 +21,7 @@ from hisa_jax.kernels_pallas.triton.page_means_body import Plan, Queries, Sums, 
 from hisa_jax.kernels_pallas.triton.pool import parts_of
 from hisa_jax.kernels_pallas.types import Ref
 
-_COLUMNS = 512  # wide rows of sort keys are read in whole steps of so many
+COLUMNS = 512  # wide rows of sort keys are read in whole steps of so many
 _TILE_S = TILED_BLOCKS  # blocks a program, the fewest that the tensor core takes: one query has to keep a GPU busy
 _NUM_WARPS = 4
 
@@ -59,7 +59,7 @@ def page_scores(
             or, beyond its whole 512, not written.
     """
     T, H, D = q.shape
-    step = _COLUMNS if columns.n > _COLUMNS else _TILE_S
+    step = COLUMNS if columns.n > COLUMNS else _TILE_S
     width = -(-columns.n // step) * step
     row = lambda *shape: pl.BlockSpec((None, *shape), lambda s, t: (t,) + (0,) * len(shape))  # noqa: E731
     one = pl.BlockSpec((1,), lambda s, t: (t,))

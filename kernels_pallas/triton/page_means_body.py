@@ -46,7 +46,7 @@ def pool_pages_body(refs: Sums, o_ref: Ref, scale_ref: Ref, *, plan: Plan) -> No
     # The loads of a page's sums depend on the table alone, so those of all pages of a block can be in flight together.
     # out: [tile_s, parts, D], [tile_s].
     blocks = pl.program_id(0) * o_ref.shape[0] + jnp.arange(o_ref.shape[0], dtype=jnp.int32)
-    parts, scale = split(_means(refs, blocks, plan), plan.n_parts, o_ref.dtype)
+    parts, scale = split(means_of_blocks(refs, blocks, plan.per_block, plan.n_pages), plan.n_parts, o_ref.dtype)
     if scale is not None:
         scale_ref[...] = scale
     for part, rounded in enumerate(parts):
@@ -66,7 +66,7 @@ def page_scores_body(
 
     @pl.when(column < limit)
     def _score():
-        means = _means(refs, query.first_block[0] + candidate, plan)
+        means = means_of_blocks(refs, query.first_block[0] + candidate, plan.per_block, plan.n_pages)
         parts, scale = split(means, plan.n_parts, query.q.dtype)
         sort_key = sort_key_of(score(parts, query.q[...], query.w[...], scale))
         sort_key = jnp.where(candidate < keep_first, FORCED, sort_key)
@@ -79,7 +79,7 @@ def page_scores_body(
         o_ref[pl.ds(column, tile_s)] = jnp.full((tile_s,), INVISIBLE, jnp.int32)
 
 
-def _means(refs: Sums, blocks: Array, plan: Plan) -> Array:
+def means_of_blocks(refs: Sums, blocks: Array, per_block: int, n_pages: int) -> Array:
     """[s] blocks -> [s, D] float32; blocks after the table's end get the mean of any pages."""
     columns = jnp.arange(refs.sums.shape[1], dtype=jnp.int32)
 
@@ -88,8 +88,8 @@ def _means(refs: Sums, blocks: Array, plan: Plan) -> Array:
         if n > 1:
             pair = of_pages(first, n // 2), of_pages(first + n // 2, n // 2)
             return pair[0][0] + pair[1][0], pair[0][1] + pair[1][1]
-        page_index = jnp.minimum(blocks * plan.per_block + first, refs.table.shape[0] - 1)
-        page = jnp.clip(plt.load(refs.table.at[page_index]), 0, plan.n_pages - 1)
+        page_index = jnp.minimum(blocks * per_block + first, refs.table.shape[0] - 1)
+        page = jnp.clip(plt.load(refs.table.at[page_index]), 0, n_pages - 1)
         return plt.load(refs.sums.at[page[:, None], columns[None, :]]), plt.load(refs.counts.at[page])
 
-    return mean(*of_pages(0, plan.per_block))
+    return mean(*of_pages(0, per_block))

@@ -31,11 +31,11 @@ def is_addressable(size: int, dtype: DTypeLike) -> bool:
     return jnp.dtype(dtype).itemsize > 1 or size <= 2**31
 
 
-def check_addressable(k: Array) -> None:
+def check_addressable(k: Array, name: str = "k") -> None:
     """Raises ValueError: keys that a kernel cannot address whole."""
     if not is_addressable(k.size, k.dtype):
         raise ValueError(
-            f"triton: k has {k.size} elements of one byte, wanted at most {2**31} in all of a batch or cache, "
+            f"triton: {name} has {k.size} elements of one byte, wanted at most {2**31} in all of a batch or cache, "
             'or implementation="xla"'
         )
 

@@ -4,6 +4,9 @@
 Floor, 4096 queries of dsv32 (128 heads, 576 / 512, 2048 tokens) in bfloat16 on an H200: 2.3 PFLOP / 990 TFLOP/s = 2.4
 ms. A program takes 32 heads of one query and gathers 64 rows of kv at a time by pointer. With few queries (decode)
 the list is split over `n_splits` programs, whose partial results `combine` adds up by their log-sum-exps.
+
+Latents in 8 bits are 656 bytes a token in place of 1152. A tile's values are multiplied by their scales and rounded to
+bfloat16, in registers, then all is as before.
 """
 
 import dataclasses
@@ -18,8 +21,10 @@ from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.bits import in_32_bits
 from hisa_jax.kernels_pallas.triton import capability
+from hisa_jax.kernels_pallas.triton.pool import check_addressable
 from hisa_jax.kernels_pallas.triton.sparse_mla_body import Inputs, Plan, sparse_mla_body
 from hisa_jax.kernels_pallas.tuning import tuned
+from hisa_jax.latents import QuantizedLatents
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,10 +38,13 @@ class Config:
     num_stages: int = 2
 
 
-def why_not(compute_capability: str, N: int, key_dim: int, value_dim: int, dtype: DTypeLike) -> str | None:
+def why_not(
+    compute_capability: str, N: int, key_dim: int, value_dim: int, dtype: DTypeLike, is_quantized: bool = False
+) -> str | None:
     """None, or why this kernel cannot run a shape."""
-    if reason := capability.why_not(compute_capability, dtype):
-        return reason
+    for kind in (dtype, jnp.float8_e4m3fn) if is_quantized else (dtype,):
+        if reason := capability.why_not(compute_capability, kind):
+            return reason
     if jnp.dtype(dtype) != jnp.dtype(jnp.bfloat16):
         return f"needs bfloat16, not {jnp.dtype(dtype).name}"
     if value_dim & (value_dim - 1) or (key_dim - value_dim) & (key_dim - value_dim - 1) or key_dim < value_dim + 16:
@@ -61,7 +69,7 @@ def heuristic(n_queries: int, N: int, K: int, tiles: Config | None = None, n_sms
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale", "config", "interpret"))
 def sparse_mla(
     q: Array,
-    kv: Array,
+    kv: Array | QuantizedLatents,
     indices: Array,
     *,
     value_dim: int,
@@ -72,12 +80,15 @@ def sparse_mla(
     """[B, T, N, E], [B, S, E], [B, T, K] int32 -> [B, T, N, value_dim] in the dtype of q, [B, T, N] float32 lse.
 
     Args:
+        kv: bfloat16, or in 8 bits.
         indices: token positions in any order; any that is not one of 0 .. S - 1 stands for none. A token listed twice
             counts twice. A query with none gives zeros and an lse of -inf.
     """
     (B, T, N, E), S, K = q.shape, kv.shape[1], indices.shape[2]
     if config is None:
         tiles = tuned(Config, "triton.sparse_mla", N=N, key_dim=E, value_dim=value_dim)
+        if isinstance(kv, QuantizedLatents):  # with 4 warps conversions spill registers
+            tiles = Config(tile_n=min(32, pl.next_power_of_2(N)), num_warps=8)
         config = heuristic(B * T, N, K, tiles)
     tile_n, n_splits = config.tile_n, config.n_splits
     # Whole tiles of heads: before jax 0.12 nothing keeps a program from the rows after the last head.
@@ -86,9 +97,12 @@ def sparse_mla(
     per_split = -(-K // (n_splits * config.tile_s)) * config.tile_s
     indices = jnp.pad(indices.reshape(B * T, K), ((0, 0), (0, n_splits * per_split - K)), constant_values=-1)
     out = lambda *shape: pl.BlockSpec((None, None, tile_n, *shape), lambda t, n, i: (i, t, n, *(0 for _ in shape)))  # noqa: E731
+    if isinstance(kv, QuantizedLatents):
+        check_addressable(kv.values, "kv")
+    kv = jax.tree.map(lambda x: x.reshape(B * S, x.shape[2]), kv)
     in_specs = Inputs(
         q=pl.BlockSpec((None, tile_n, E), lambda t, n, i: (t, n, 0)),
-        kv=pl.BlockSpec((B * S, E), lambda t, n, i: (0, 0)),
+        kv=jax.tree.map(lambda x: pl.BlockSpec(x.shape, lambda t, n, i: (0, 0)), kv),
         indices=pl.BlockSpec((None, per_split), lambda t, n, i: (t, i)),
     )
     plan = Plan(queries=T, keys=S, scale=scale, tile_s=config.tile_s, value_dim=value_dim)
@@ -104,7 +118,7 @@ def sparse_mla(
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="sparse_mla",
         interpret=interpret,
-    )(Inputs(q, kv.reshape(B * S, E), indices))
+    )(Inputs(q, kv, indices))
     o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse)
     return o[:, :N].astype(q.dtype).reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
 

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax.kernels_pallas.flat_call import FlatCall
-from hisa_jax.kernels_pallas.indexer import Means
+from hisa_jax.kernels_pallas.indexer import Eligible, Means
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
-from hisa_jax.kernels_pallas.pages import PageMeans, PageSums
+from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
+from hisa_jax.kernels_pallas.select_shard import ByScore, Found
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
+from hisa_jax.kernels_pallas.triton import kept_means
 from hisa_jax.kernels_pallas.triton import list_tokens as list_stage
 from hisa_jax.kernels_pallas.triton import refine as refine_stage
 from hisa_jax.kernels_pallas.triton import refine_tokens as refine_tokens_stage
@@ -25,8 +27,8 @@ from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
-    "block_filter", "flat", "kth", "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads",
-    "scan_masks", "scan_sort_keys",
+    "best_blocks", "best_columns", "best_in_blocks", "best_tokens", "block_filter", "flat", "kth", "list_tokens",
+    "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
 ]  # fmt: skip
 
 _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the best so far, less those
@@ -35,24 +37,68 @@ _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the b
 def block_filter(
     call: FlatCall,
     means: Means | PageSums | PageMeans,
-    eligible: Array,
+    eligible: Eligible,
     method: Hisa | BlockSparse,
     interpret: Interpret = False,
 ) -> Array:
+    sort_keys = _block_sort_keys(call, means, eligible.scored, method, interpret)
+    return eligible.or_all(topk_stage.topk(sort_keys, eligible.scored, method.block_topk, interpret=interpret)[0])
+
+
+def best_blocks(
+    call: FlatCall,
+    means: Means | PageSums | PageMeans,
+    eligible: Array,
+    blocks: ByScore,
+    interpret: Interpret = False,
+) -> Found:
+    sort_keys = _block_sort_keys(call, means, eligible, blocks, interpret)
+    return best_columns(sort_keys, eligible, blocks.block_topk, interpret)
+
+
+def best_columns(x: Array, limit: Array, k: int, interpret: Interpret = False) -> Found:
+    columns, _, sort_keys = topk_stage.topk_with_sort_keys(x, limit, k, interpret=bool(interpret))
+    return sort_keys, columns
+
+
+def _block_sort_keys(
+    call: FlatCall,
+    means: Means | PageSums | PageMeans,
+    eligible: Array,
+    method: Hisa | BlockSparse | ByScore,
+    interpret: Interpret,
+) -> Array:
+    """[T, n] of the first `eligible` [T] blocks of each query."""
     q, w, sequences = call.q, call.w, call.sequences.blocks(method.block_size)
     config, T = scores_stage.heuristic(q.shape[1]), q.shape[0]
     columns = Columns(limit=eligible, n=sequences.max_keys, keep_first=method.keep_first, keep_last=method.keep_last)
+    first_block = sequences.key_start_of_queries(T)
     if isinstance(means, PageSums):
-        sort_keys = page_scores(q, w, means, sequences.key_start_of_queries(T), columns, interpret=interpret)
-    else:
-        parts = (means.means, means.scales, means.rows) if isinstance(means, PageMeans) else means
-        columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, config.tile_t, eligible))
-        sort_keys = scores_stage.scores(Operands(q, w, *parts), columns, config=config, interpret=interpret)
-    return topk_stage.topk(sort_keys, eligible, method.block_topk, interpret=interpret)[0]
+        return page_scores(q, w, means, first_block, columns, interpret=interpret)
+    if isinstance(means, PageMeans) and is_shared_by_few(len(sequences.lengths), T):
+        kept = kept_means.heuristic(T, sequences.max_keys)
+        return kept_means.kept_scores(q, w, means, first_block, columns, config=kept, interpret=interpret)
+    parts = (means.means, means.scales, means.rows) if isinstance(means, PageMeans) else means
+    columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, config.tile_t, eligible))
+    return scores_stage.scores(Operands(q, w, *parts), columns, config=config, interpret=interpret)
 
 
 def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret = False) -> tuple[Array, Array]:
-    (_, H, D), itemsize, block_size, pages = call.q.shape, call.k.dtype.itemsize, method.block_size, call.pages
+    sort_keys, limit, kept = _refine_scores(call, block_ids, method.block_size, interpret)
+    return topk_stage.topk(sort_keys, limit, method.topk, kept, interpret=interpret)
+
+
+def best_in_blocks(call: FlatCall, block_ids: Array, k: int, block_size: int, interpret: Interpret = False) -> Found:
+    x, limit, kept = _refine_scores(call, block_ids, block_size, interpret)
+    positions, _, sort_keys = topk_stage.topk_with_sort_keys(x, limit, k, kept, interpret=bool(interpret))
+    return sort_keys, positions
+
+
+def _refine_scores(
+    call: FlatCall, block_ids: Array, block_size: int, interpret: Interpret
+) -> tuple[Array, Array, KeptBlocks]:
+    """Sort keys of the kept blocks' tokens; [T] int32, how many columns of a row are written; what they stand for."""
+    (_, H, D), itemsize, pages = call.q.shape, call.k.dtype.itemsize, call.pages
     config = tuned(
         refine_stage.Config, "triton.refine", H=H, D=D, block_size=block_size, itemsize=itemsize
     ) or refine_stage.heuristic(H, block_size)
@@ -61,11 +107,22 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
     kept = KeptBlocks(ids=block_ids, visible=call.visible, first=call.first_blocks(block_size), size=block_size)
     sort_keys = refine_stage.refine_scores(call.operands, kept, config=config, interpret=interpret)
     limit = jnp.sum(block_ids >= 0, axis=1, dtype=jnp.int32) * block_size
-    return topk_stage.topk(sort_keys, limit, method.topk, kept, interpret=interpret)
+    return sort_keys, limit, kept
 
 
 def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
-    """A streaming top-k over tiles of tokens."""
+    positions, count, _ = _flat(call, topk, False, interpret)
+    return positions, count
+
+
+def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
+    positions, _, sort_keys = _flat(call, k, True, interpret)
+    assert sort_keys is not None
+    return sort_keys, positions
+
+
+def _flat(call: FlatCall, topk: int, has_sort_keys: bool, interpret: Interpret) -> tuple[Array, Array, Array | None]:
+    """Positions, count and, where they are wanted, sort keys of the best, by a streaming top-k over tiles of tokens."""
     (T, H, _), sequences, visible = call.q.shape, call.sequences, call.visible
     config = scores_stage.heuristic(H)
     tiles = sequences.query_tiles(T, config.tile_t, visible)
@@ -79,7 +136,9 @@ def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array
 
     if sequences.max_keys <= width:
         x = sort_keys(jnp.zeros((1,), jnp.int32), sequences.max_keys)
-        return topk_stage.topk(x, visible, topk, interpret=interpret)
+        if has_sort_keys:
+            return topk_stage.topk_with_sort_keys(x, visible, topk, interpret=bool(interpret))
+        return *topk_stage.topk(x, visible, topk, interpret=bool(interpret)), None
     step = (width - topk) // config.tile_s * config.tile_s
 
     def one_tile(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -87,8 +146,8 @@ def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array
         return tuple(topk_stage.merge_topk(*best, sort_keys(start, step), start, visible, interpret=interpret))
 
     nothing = jnp.full((T, topk), INVISIBLE, jnp.int32), jnp.full((T, topk), -1, jnp.int32)
-    _, positions = lax.fori_loop(0, (jnp.max(visible) + step - 1) // step, one_tile, nothing)
-    return positions, jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    best, positions = lax.fori_loop(0, (jnp.max(visible) + step - 1) // step, one_tile, nothing)
+    return positions, jnp.sum(positions >= 0, axis=1, dtype=jnp.int32), best
 
 
 def scan_heads(call: FlatCall, method: Scan, interpret: Interpret = False) -> ScanHeads:

@@ -47,7 +47,6 @@ def heuristic(width: int) -> Config:
     return Config(num_warps=min(max(pl.next_power_of_2(width) // 1024, 1), 32))
 
 
-@functools.partial(jax.jit, static_argnames=("k", "config", "interpret"))
 def topk(
     x: Array,
     limit: Array,
@@ -63,8 +62,30 @@ def topk(
         limit: columns from here on are no candidates, whatever they hold.
         kept: column c is then token kept.ids[c // size] * size + c % size of the sequence.
     """
+    columns, count = _launch(x, limit, k, kept, False, config, interpret)
+    return columns, count
+
+
+def topk_with_sort_keys(
+    x: Array, limit: Array, k: int, kept: KeptBlocks | None = None, *, interpret: bool = False
+) -> tuple[Array, Array, Array]:
+    """`topk` and the [T, k] sort keys of what it chose, `INVISIBLE` where nothing is chosen."""
+    columns, count, sort_keys = _launch(x, limit, k, kept, True, None, interpret)
+    return columns, count, sort_keys
+
+
+@functools.partial(jax.jit, static_argnames=("k", "has_sort_keys", "config", "interpret"))
+def _launch(
+    x: Array,
+    limit: Array,
+    k: int,
+    kept: KeptBlocks | None,
+    has_sort_keys: bool,
+    config: Config | None,
+    interpret: bool,
+) -> list[Array]:
     T, W = x.shape
-    config = config or heuristic(W)
+    config, rows = config or heuristic(W), jax.ShapeDtypeStruct((T, k), jnp.int32)
     one = pl.BlockSpec((1,), lambda t: (t,))
     inputs = TopkInputs(x, limit, None if kept is None else kept.ids)
     in_specs = TopkInputs(_row(W), one, None if kept is None else _row(kept.ids.shape[1]))
@@ -72,8 +93,8 @@ def topk(
         functools.partial(topk_body, k=k, block_size=1 if kept is None else kept.size),
         grid=(T,),
         in_specs=[in_specs],
-        out_specs=[_row(k), one],
-        out_shape=[jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)],
+        out_specs=[_row(k), one, *[_row(k)] * has_sort_keys],
+        out_shape=[rows, jax.ShapeDtypeStruct((T,), jnp.int32), *[rows] * has_sort_keys],
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
         name="hisa_topk",
         interpret=interpret,

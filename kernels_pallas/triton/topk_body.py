@@ -41,11 +41,11 @@ class KthInputs(NamedTuple):
     rank: Ref  # [1]
 
 
-def topk_body(refs: TopkInputs, o_ref: Ref, count_ref: Ref, *, k: int, block_size: int) -> None:
+def topk_body(refs: TopkInputs, o_ref: Ref, count_ref: Ref, *sort_keys_ref: Ref, k: int, block_size: int) -> None:
     # One program, one row:   load once -> 6 to 9 counts over registers find the threshold -> one scan -> masked stores
     #
     # A thread keeps its sort keys in registers from the load to the store; each count ends in a sum over the program,
-    # for which its warps wait for each other. out: [k], [1].
+    # for which its warps wait for each other. out: [k], [1], maybe [k] sort keys.
     columns, x = _load(refs.x, refs.limit[0])
     chosen, slots, count = choose(x, k)
     positions = columns
@@ -55,6 +55,9 @@ def topk_body(refs: TopkInputs, o_ref: Ref, count_ref: Ref, *, k: int, block_siz
         positions = block_id * block_size + columns % block_size
     plt.store(o_ref.at[slots], positions, mask=chosen)
     _fill(o_ref, count, k, -1)
+    for o_sort_keys_ref in sort_keys_ref:
+        plt.store(o_sort_keys_ref.at[slots], x, mask=chosen)
+        _fill(o_sort_keys_ref, count, k, INVISIBLE)
     count_ref[0] = count
 
 

@@ -1,4 +1,4 @@
-"""The command `python -m hisa_jax.models check`: arguments, what it refuses, a progress bar, the report."""
+"""The command `check`: arguments, what it refuses, a progress bar, the report."""
 
 import argparse
 import math
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import hisa_jax as hj
+from hisa_jax.command_line import UsageError, demand_at_least
 from hisa_jax.models.check import report
 from hisa_jax.models.check.measures import Measured, fewest_candidates, measure, methods_to_check, scan_ranks
 from hisa_jax.models.check.reading import read, sampled_positions
@@ -62,17 +63,14 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    for name, least in (("context", 1), ("topk", 1), ("queries", 1), ("block_size", 1), ("chunk", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: wanted at least {least}")
+    demand_at_least(options, context=1, topk=1, queries=1, block_size=1, chunk=1)
     if options.json and not options.json.parent.is_dir():  # before the run, not after it
-        raise ValueError(f"--json {options.json}: {options.json.parent} is no folder")
+        raise UsageError(f"--json {options.json}: {options.json.parent} is no folder")
     folder = locate(options.checkpoint)
     config = read_config(folder, options.override)
     topk = config.index_topk if options.topk is None else options.topk
     if options.block_size is not None and options.block_size > 2 * topk:
-        raise ValueError(f"--block-size {options.block_size}: wanted at most {2 * topk}, twice topk")
+        raise UsageError(f"--block-size {options.block_size}: wanted at most {2 * topk}, twice topk")
     methods = methods_to_check(topk, options.block_size)
     tokens = _tokens(options, load_tokenizer(folder, config.vocab_size), config, topk)
     mesh = None if options.model_parallel == 1 else make_mesh(1, options.model_parallel)
@@ -127,12 +125,12 @@ def _tokens(options: argparse.Namespace, tokenizer: Tokenizer, config: Config, t
     """Ids of as much of the text as is to be read."""
     longest, wanted = config.max_position_embeddings, options.context
     if wanted is not None and wanted > longest:
-        raise ValueError(f"--context {wanted}: wanted at most {longest}, the positions of the model")
+        raise UsageError(f"--context {wanted}: wanted at most {longest}, the positions of the model")
     if wanted is not None and wanted < 2 * topk:
-        raise ValueError(f"--context {wanted}: wanted at least {2 * topk}, twice topk, else there is little to choose")
+        raise UsageError(f"--context {wanted}: wanted at least {2 * topk}, twice topk, else there is little to choose")
     context = min(longest, _TIMES_TOPK * topk) if wanted is None else wanted
     if context < 2 * topk:
-        raise ValueError(f"--topk {topk}: wanted at most {longest // 2}, half of the model's positions")
+        raise UsageError(f"--topk {topk}: wanted at most {longest // 2}, half of the model's positions")
     least = 2 * topk if wanted is None else wanted
     try:
         with options.text.open(encoding="utf-8") as file:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 import hisa_jax as hj
-from hisa_jax.models.cache import Cache, contiguous
+from hisa_jax.models.cache import Cache, contiguous, plain_latents
 from hisa_jax.models.dsa import absorb
 from hisa_jax.models.layers import rms_norm
 from hisa_jax.models.modeling import Model
@@ -106,10 +106,10 @@ def _read_chunk(
 def _cached(cache: Cache, layer: int, S: int) -> tuple[Array | hj.QuantizedKeys, Array]:
     """[1, S, D] index keys and [1, S, C] latents of a layer."""
     pages = cache.layers[layer]
-    assert pages.latents is not None  # a model's cache holds them
 
     def of(leaf: Array) -> Array:
         return contiguous(leaf, cache.block_tables, cache.lengths)[:, :S]
 
     keys = of(pages.keys)
-    return keys if pages.scales is None else hj.QuantizedKeys(keys, of(pages.scales)), of(pages.latents)
+    latents = plain_latents(pages, cache.block_tables, cache.lengths, jnp.float32)[:, :S]
+    return keys if pages.scales is None else hj.QuantizedKeys(keys, of(pages.scales)), latents

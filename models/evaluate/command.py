@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from hisa_jax.checks import optional_packages
+from hisa_jax.command_line import UsageError, demand_at_least
 from hisa_jax.models.config import read_config
 from hisa_jax.models.evaluate import needles, results
 from hisa_jax.models.locate import locate
@@ -22,14 +23,11 @@ from hisa_jax.models.tokens import load_tokenizer
 
 TASKS = Path(__file__).parent / "tasks"
 _NEEDLES = "needles"
-_EXAMPLE = """example:
-  hisa-jax evaluate --checkpoint bytes --tasks needles --indexers flat,hisa,scan --lengths 2048 8192 --limit 20"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `evaluate` takes; needs lm_eval to run."""
     parser.set_defaults(run=run)
-    parser.epilog, parser.formatter_class = _EXAMPLE, argparse.RawDescriptionHelpFormatter
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help=CHECKPOINT)
     parser.add_argument(
         "--tasks", required=True, metavar="NAMES",
@@ -58,11 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Asks, shows; 1 if a task could not be asked."""
-    for name, least in (("limit", 0), ("batch", 1), ("chunk", 1)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name} {getattr(options, name)}: wanted at least {least}")
+    demand_at_least(options, limit=0, batch=1, chunk=1)
     if options.json and not options.json.parent.is_dir():  # before the run, not after it
-        raise ValueError(f"--json {options.json}: {options.json.parent} is no folder")
+        raise UsageError(f"--json {options.json}: {options.json.parent} is no folder")
     with optional_packages():
         from hisa_jax.models.evaluate import harness
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -71,8 +67,11 @@ def run(options: argparse.Namespace) -> int:
     load_tokenizer(folder, config.vocab_size)  # refused before the weights are read
     for length in options.lengths or ():
         if not 1 <= length <= config.max_position_embeddings:
-            raise ValueError(f"--lengths {length}: wanted 1 to {config.max_position_embeddings}, the model's positions")
-    methods = {name: harness.method_of(name, config) for name in _names(options.indexers, "--indexers")}
+            raise UsageError(f"--lengths {length}: wanted 1 to {config.max_position_embeddings}, the model's positions")
+    try:
+        methods = {name: harness.method_of(name, config) for name in _names(options.indexers, "--indexers")}
+    except FileNotFoundError as error:
+        raise UsageError(f"--indexers: {error}") from error
     loaded, missing = _load(options, folder)
     if not loaded["tasks"]:
         raise ValueError("no task can be asked:\n" + "\n".join(_reasons(missing)))
@@ -106,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
 def _names(text: str, option: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"{option} {text}: wanted different names with commas between")
+        raise UsageError(f"{option} {text}: wanted different names with commas between")
     return names
 
 

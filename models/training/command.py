@@ -1,21 +1,23 @@
-"""The command `python -m hisa_jax.models train`: arguments, a progress bar, and what it says at the end."""
+"""The command `train`: arguments, a progress bar, and what it says at the end."""
 
 import argparse
 from pathlib import Path
 
 from hisa_jax.models.params import from_pretrained
+from hisa_jax.models.training.arms import ARMS
 from hisa_jax.models.training.loop import CURVES, MODEL, Row, Settings, train
 from hisa_jax.models.training.recipe import RECIPES
 from hisa_jax.models.training.text import load_corpus, read_corpus
 from hisa_jax.models.training.weights import weights_of
 
+_RECIPES = RECIPES | ARMS
 _PRINTED = 50  # steps between lines where the bar is not seen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `train` takes; needs matplotlib and rich (the extra `bench`) to run."""
     parser.set_defaults(run=run)
-    parser.add_argument("--recipe", choices=RECIPES, default="bytes", help="default: %(default)s")
+    parser.add_argument("--recipe", choices=_RECIPES, default="bytes", help="default: %(default)s")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the run; a run there is resumed")
     parser.add_argument("--corpus", type=Path, metavar="FILE", help="that `data` wrote (default: this machine's text)")
     parser.add_argument("--start", type=Path, metavar="DIR", help="checkpoint to begin with (default: random weights)")
@@ -34,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
     from hisa_jax.models.training.curves import draw
 
     console = Console()
-    recipe = RECIPES[options.recipe](options.seed)
+    recipe = _RECIPES[options.recipe](options.seed)
     corpus = read_corpus() if options.corpus is None else load_corpus(options.corpus)
     start = None if options.start is None else weights_of(from_pretrained(options.start))
     settings = Settings(

@@ -1,6 +1,7 @@
 """The main job, end to end on a small text, and what it says when it cannot work."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,21 +22,37 @@ def text_file(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_demo_shows_a_table_and_passages_and_writes_rows_and_a_figure(text_file, tmp_path, capsys):
+def test_the_demo_shows_rows_and_passages_and_writes_them_and_a_figure(text_file, tmp_path, capsys, monkeypatch):
+    measure, parts = command.measure, []
+
+    def watched(*given):
+        parts.append(capsys.readouterr().out)
+        return measure(*given)
+
+    monkeypatch.setattr(command, "measure", watched)
     arguments = ["--context", "1024", "512", "--queries", "4", "--repeats", "2", "--out", str(tmp_path / "new" / "out")]
     arguments += ["--model-context", "1024"]
     assert main(["demo", "--text", str(text_file), *arguments]) == 0
 
-    shown = capsys.readouterr().out
+    # A row is shown before the next one is begun, and what a column means before its rows.
+    of_model, first = parts
+    assert of_model.index("answered: ") < of_model.index("\nflat ") < of_model.index("\nblock-sparse ")
+    assert of_model.index("places: ") > of_model.index("\nblock-sparse ") and "    512  flat" not in of_model
+    assert "    512  flat" in first and "    512  block-sparse" in first and "     1K  flat" not in first
+    last = capsys.readouterr().out
+    assert "     1K  flat" in last and last.index("Answers and time") < last.index("answers 8 of 8")
+    shown = "".join((*parts, last))
+    shown += " ".join(shown.split())  # also whole sentences, whatever the width
     for wanted in (
         "small.txt",
         "HISA",
         "block-sparse",
         "implementation",
-        "512 (4), 1K (4)",
+        "HISA 512 (4)",
+        "scan 1K (4)",
         "found at",
         ">> p",
-        "Time and answers",
+        "Answers and time",
         "8 of 8",
     ):
         assert wanted in shown
@@ -86,9 +103,10 @@ def test_a_text_without_repeats_has_no_right_answers_and_still_runs(tmp_path, ca
 
 
 def test_a_text_shorter_than_the_default_contexts_is_used_as_far_as_it_goes(text_file, monkeypatch):
-    monkeypatch.setattr(command, "DEFAULT_CONTEXTS", (256, 1024, 2048))
-    tokens, contexts = command._read(text_file, None)
-    assert (len(tokens), contexts) == (1024, [256, 1024])
+    for defaults, wanted in (((256, 1024, 2048), [256, 1024]), ((256, 512, 1024, 2048), [512, 1024])):
+        monkeypatch.setattr(command, "DEFAULT_CONTEXTS", defaults)
+        tokens, contexts = command._read(text_file, None)
+        assert (len(tokens), contexts) == (1024, wanted)
 
 
 def test_a_selection_that_breaks_the_contract_stops_the_demo():
@@ -99,6 +117,23 @@ def test_a_selection_that_breaks_the_contract_stops_the_demo():
         assert command._check_identical(name, method, same, other, np.array([n])) == 0
         with pytest.raises(RuntimeError, match=f"{name} differs .* against the contract"):
             command._check_identical(name, method, same, other, np.array([n - 1]))
+
+
+def test_a_context_that_would_end_too_late_is_left_out_by_name(text_file, monkeypatch, capsys):
+    def run(*arguments: str) -> str:
+        assert main(["demo", "--text", str(text_file), "--out", str(text_file.parent), *arguments]) == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(command, "DEFAULT_CONTEXTS", (256, 512, 1024))
+    monkeypatch.setattr(command, "_N_CONTEXTS", 3)
+    monkeypatch.setattr(command, "measure", lambda ngrams, context, *_: SimpleNamespace(rows=[context]))
+    monkeypatch.setattr(command.demo_model, "read", lambda *_: iter(()))
+    for name in ("line", "notes", "passages", "summary", "conclusion", "write"):
+        monkeypatch.setattr(command.report, name, lambda *given: [str(given[0])])
+    monkeypatch.setattr(command.demo_model, "found", lambda _: "")
+    assert "Left out" not in run("--minutes", "3") and "Left out" not in run("--minutes", "1e-9", "--context", "256")
+    said = " ".join(run("--minutes", "1e-9").split())
+    assert "Left out, for want of time (--minutes 1e-09): 512, 1K. --context 512 1024 takes as long as needed" in said
 
 
 @pytest.mark.parametrize(

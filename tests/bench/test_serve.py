@@ -52,7 +52,7 @@ def step(request, start, n_kept, rng, wrong=False):
     if wrong:
         selection.indices[0, 1, start + 1] = start + 2
     return Step(
-        phase="decode", requests=[request], starts=[start], n_new=[2], n_kept=[n_kept],
+        phase="decode", requests=[request], rows=[0], starts=[start], n_new=[2], n_kept=[n_kept],
         layers=(Traced(0, selection, q, k, w),),
     )  # fmt: skip
 

@@ -38,7 +38,7 @@ class Step:
         return append_stage.append(self.cache, (k, scales, self.latents), *arrays, interpret=True)
 
 
-def draw(dtype, lengths, sizes, page_size, *, D=64, latent_dim=None, sketch=None, scale="ue8m0", seed=0):
+def draw(dtype, lengths, sizes, page_size, *, D=64, scale="ue8m0", seed=0, latent_dim=None, **options):
     """Normal keys. With scales of powers of two no product is rounded, so that no compiler can fuse it with a sum."""
     rng = np.random.default_rng(seed)
     R, lengths = len(lengths), np.asarray(lengths, np.int32)
@@ -54,7 +54,7 @@ def draw(dtype, lengths, sizes, page_size, *, D=64, latent_dim=None, sketch=None
         return None if latent_dim is None else jnp.asarray(rng.normal(size=(n, latent_dim)), BF16)
 
     cache = hj.append(
-        hj.init_cache(n_pages, page_size, D, dtype, sketch=sketch, latent_dim=latent_dim),
+        hj.init_cache(n_pages, page_size, D, dtype, latent_dim=latent_dim, **options),
         keys(lengths.sum()),
         jnp.asarray(tables),
         jnp.asarray(np.cumsum([0, *lengths]), jnp.int32),
@@ -68,22 +68,34 @@ def draw(dtype, lengths, sizes, page_size, *, D=64, latent_dim=None, sketch=None
 
 
 def assert_same(got, wanted):
-    for field in dataclasses.fields(wanted):
-        x, y = getattr(got, field.name), getattr(wanted, field.name)
-        assert (x is None) == (y is None), field.name
-        if x is not None:
-            bits = f"uint{8 * x.dtype.itemsize}"
-            np.testing.assert_array_equal(np.asarray(x).view(bits), np.asarray(y).view(bits), err_msg=field.name)
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for (path, x), y in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
+        bits = f"uint{8 * x.dtype.itemsize}"
+        np.testing.assert_array_equal(np.asarray(x).view(bits), np.asarray(y).view(bits), err_msg=str(path))
 
 
 # Within a page; to its end; over several; nothing; into an empty request; one that begins a page.
 LENGTHS, SIZES = [40, 31, 5, 64, 0, 32], [3, 1, 70, 0, 33, 1]
+# Ends of blocks of two and four pages: with one new token, with pages written before it in the same call, not yet.
+ENDS_OF_BLOCKS = [63, 40, 127, 90, 0], [1, 90, 1, 37, 64]
 
 
 @pytest.mark.gate("bfloat16", "float8_e4m3fn")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernel_writes_what_xla_writes(dtype):
     step = draw(dtype, LENGTHS, SIZES, 32, latent_dim=40, sketch="int4")
+    assert_same(step.append_interpreted(), step.append("xla"))
+
+
+@pytest.mark.gate("float8_e4m3fn-64")
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_the_kernel_keeps_the_means_of_blocks_that_xla_keeps(dtype, block_size):
+    step = draw(dtype, *ENDS_OF_BLOCKS, 32, block_size=block_size)
+    got, wanted = step.append_interpreted(), step.append("xla")
+    assert_same(got, wanted)
+    # Whatever is no page is in no block.
+    step = dataclasses.replace(step, tables=step.tables.at[1, 2].set(-1).at[4, 0].set(10**6))
     assert_same(step.append_interpreted(), step.append("xla"))
 
 
@@ -163,16 +175,17 @@ def test_refusals_say_why(change, reason):
 
 @pytest.mark.oldest
 @pytest.mark.parametrize(
-    ("dtype", "T", "R", "P", "page_size", "latent_dim", "sketch"),
+    ("dtype", "T", "R", "P", "page_size", "latent_dim", "sketch", "block_size"),
     [
-        (E4M3, 128, 128, 1024, 64, None, None),
-        (E4M3, 32, 32, 1024, 128, None, "int4"),
-        (BF16, 4096, 8, 512, 64, 576, None),
+        (E4M3, 128, 128, 1024, 64, None, None, None),
+        (E4M3, 32, 32, 1024, 128, None, "int4", None),
+        (BF16, 4096, 8, 512, 64, 576, None, 128),
     ],
-    ids=["decode", "page_is_a_block_with_sketch", "prefill_with_latents"],
+    ids=["decode", "page_is_a_block_with_sketch", "prefill_with_latents_and_blocks"],
 )
-def test_it_lowers(dtype, T, R, P, page_size, latent_dim, sketch):
-    cache = jax.eval_shape(lambda: hj.init_cache(R * P, page_size, 128, dtype, sketch=sketch, latent_dim=latent_dim))
+def test_it_lowers(dtype, T, R, P, page_size, latent_dim, sketch, block_size):
+    options = dict(sketch=sketch, latent_dim=latent_dim, block_size=block_size)
+    cache = jax.eval_shape(lambda: hj.init_cache(R * P, page_size, 128, dtype, **options))
     leaves, structure = jax.tree.flatten(cache)
 
     def append(*arrays):
@@ -189,9 +202,9 @@ def test_it_lowers(dtype, T, R, P, page_size, latent_dim, sketch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("page_size", [16, 64, 128])
+@pytest.mark.parametrize(("page_size", "block_size"), [(16, 128), (64, 128), (64, None), (128, None)])
 @pytest.mark.parametrize("scale", ["float32", "ue8m0"])
-def test_on_the_device(dtype, page_size, scale):
+def test_on_the_device(dtype, page_size, block_size, scale):
     if jax.default_backend() != "gpu":
         pytest.skip("needs an NVIDIA GPU")
     rng = np.random.default_rng(page_size)
@@ -200,7 +213,8 @@ def test_on_the_device(dtype, page_size, scale):
         ([777], [1]),
         (rng.integers(0, 3000, 9), [700, 1, 0, 300, 128, 1, 1, 5, 64]),  # prefill chunks among it
     ):
-        step = draw(dtype, lengths, sizes, page_size, D=128, latent_dim=576, sketch="int4", scale=scale)
+        options = dict(latent_dim=576, sketch="int4", block_size=block_size, scale=scale)
+        step = draw(dtype, lengths, sizes, page_size, D=128, **options)
         got, wanted = step.append("triton"), step.append("xla")
         assert_same(got, step.append("triton"))
         if wanted.means is not None:

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hisa_jax as hj
 from hisa_jax.kernels_pallas import indexer, mosaic_gpu, triton
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as mosaic_refine
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as mosaic_topk
@@ -92,7 +93,7 @@ def test_packed_sequences_keep_the_contract(backend, queries, monkeypatch, reque
     # More blocks than are kept, an empty sequence, one with fewer tokens than a block; 3 rows nobody's.
     lengths_q, lengths_k = [2, 0, 1, 3], [300, 40, 9, 230]
     arrays, cu = _packed(9, lengths_q, lengths_k, 9, 600)
-    monkeypatch.setattr(indexer, "_QUERIES", queries)
+    monkeypatch.setattr(indexer, "QUERIES", queries)
     module, mode = triton, True
     if backend == "mosaic_gpu":
         module, mode = mosaic_gpu, request.getfixturevalue("interpret")
@@ -170,22 +171,30 @@ def test_triton_topk_breaks_ties_from_the_left():
 
 
 @pytest.mark.parametrize("n_splits", [1, 3])
-def test_sparse_mla_is_a_softmax_over_the_chosen(n_splits):
+@pytest.mark.parametrize("is_quantized", [False, True])
+@pytest.mark.gate("False-1", "False-3", "True-3")
+def test_sparse_mla_is_a_softmax_over_the_chosen(n_splits, is_quantized):
     rng = np.random.default_rng(8)
-    q, kv = rng.standard_normal((1, 2, 16, 80)), rng.standard_normal((1, 70, 80))
+    V = 256 if is_quantized else 64  # in 8 bits two groups, of unlike scales
+    q, kv = rng.standard_normal((1, 2, 16, V + 16)), rng.standard_normal((1, 70, V + 16))
+    kv[..., :64] *= 3
     indices = np.stack([rng.permutation(70)[:40] for _ in range(2)])[None].astype(np.int32)
     indices[0, 1, 5:] = -1
     config = Config(tile_n=16, tile_s=16, n_splits=n_splits)
     q, kv = jnp.asarray(q, BF16), jnp.asarray(kv, BF16)
-    o, lse = sparse_mla(q, kv, jnp.asarray(indices), value_dim=64, scale=0.1, config=config, interpret=True)
+    latents = kv
+    if is_quantized:
+        latents = hj.quantize_latents(kv, V, "float32")
+        kv = latents.dequantize()
+    o, lse = sparse_mla(q, latents, jnp.asarray(indices), value_dim=V, scale=0.02, config=config, interpret=True)
     qf, kvf = np.asarray(q, np.float64), np.asarray(kv, np.float64)
     for t in range(2):
         rows = kvf[0, indices[0, t][indices[0, t] >= 0]]
-        logits = 0.1 * qf[0, t] @ rows.T
+        logits = 0.02 * qf[0, t] @ rows.T
         p = np.exp(logits)
-        np.testing.assert_allclose(np.asarray(lse[0, t]), np.log(p.sum(1)), atol=2e-3)
+        np.testing.assert_allclose(np.asarray(lse[0, t]), np.log(p.sum(1)), atol=4e-3)
         np.testing.assert_allclose(
-            np.asarray(o[0, t], np.float32), (p / p.sum(1, keepdims=True)) @ rows[:, :64], atol=2e-2
+            np.asarray(o[0, t], np.float32), (p / p.sum(1, keepdims=True)) @ rows[:, :V], atol=4e-2
         )
 
 

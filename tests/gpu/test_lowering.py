@@ -58,23 +58,35 @@ def test_indexers_lower(backend, B, T, S, H, dtype):
     assert "custom_call" in lower(all_of_them, *_shapes(B, T, S, H, 128, dtype))
 
 
-@pytest.mark.parametrize(("H", "D", "block_size"), [(16, 64, 32), (128, 128, 64), (64, 64, 256)])
-def test_every_head_and_block_size_lowers(H, D, block_size):
+@pytest.mark.parametrize(
+    ("H", "D", "block_size", "block_topk"),
+    [(16, 64, 32, 16), (128, 128, 64, 16), (64, 64, 256, 16), (16, 64, 32, 300)],
+    ids=["small", "many_heads", "long_blocks", "many_blocks"],
+)
+def test_every_head_and_block_size_lowers(H, D, block_size, block_topk):
     def hisa(q, k, k_scale, w, visible):
         return kernel_calls.select_hisa(
-            mosaic_gpu, q, k, k_scale, w, visible, topk=500, block_size=block_size, block_topk=16
+            mosaic_gpu, q, k, k_scale, w, visible, topk=500, block_size=block_size, block_topk=block_topk
         )
 
     assert "custom_call" in lower(hisa, *_shapes(1, 100, 16384, H, D, E4M3))
 
 
+def quantized_latents(B, S):
+    """Shapes of the latents of `hj.quantize_latents`."""
+    return ((B, S, 512), E4M3), ((B, S, 4), jnp.float32), ((B, S, 64), BF16)
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
 @pytest.mark.parametrize(("B", "T", "S", "N"), [(1, 4096, 65536, 128), (32, 1, 8192, 64)], ids=["prefill", "decode"])
-def test_sparse_mla_lowers(B, T, S, N):
-    def attend(q, kv, indices):
+@pytest.mark.gate("prefill-False", "decode-False", "decode-True")
+def test_sparse_mla_lowers(B, T, S, N, is_quantized):
+    def attend(q, indices, *kv):
+        kv = hj.QuantizedLatents(*kv) if is_quantized else kv[0]
         return sparse_mla(q, kv, indices, value_dim=512, scale=0.1)
 
-    shapes = ((B, T, N, 576), BF16), ((B, S, 576), BF16), ((B, T, 2048), jnp.int32)
-    assert "custom_call" in lower(attend, *shapes)
+    kv = quantized_latents(B, S) if is_quantized else [((B, S, 576), BF16)]
+    assert "custom_call" in lower(attend, ((B, T, N, 576), BF16), ((B, T, 2048), jnp.int32), *kv)
 
 
 def test_refusals_say_why():

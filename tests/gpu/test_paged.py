@@ -43,7 +43,7 @@ class Requests:
         return hj.select_paged(*arrays, method, implementation=implementation, **options)
 
 
-def draw(lengths, queries, page_size, dtype, *, H=16, D=64, normal=False, seed=0, sketch=None):
+def draw(lengths, queries, page_size, dtype, *, H=16, D=64, normal=False, seed=0, sketch=None, block_size=None):
     """Whole numbers, whose sums are exact, or normal data."""
     rng = np.random.default_rng(seed)
     lengths, queries = np.asarray(lengths, np.int32), np.asarray(queries)
@@ -60,7 +60,7 @@ def draw(lengths, queries, page_size, dtype, *, H=16, D=64, normal=False, seed=0
     if dtype == E4M3:
         k_scale = jnp.asarray(2.0 ** rng.integers(-1, 2, N), jnp.float32)
     cache = hj.append(
-        hj.init_cache(n_pages, page_size, D, dtype, sketch=sketch),
+        hj.init_cache(n_pages, page_size, D, dtype, sketch=sketch, block_size=block_size),
         k if k_scale is None else hj.QuantizedKeys(k, k_scale),
         jnp.asarray(tables),
         jnp.asarray(np.cumsum([0, *lengths]), jnp.int32),
@@ -125,6 +125,44 @@ def test_pages_give_what_xla_gives(implementation, page_size, block_size, dtype,
     assert_same(requests.select(implementation, method), requests.select("xla", method))
 
 
+@pytest.mark.parametrize(
+    ("implementation", "page_size", "dtype"),
+    [
+        pytest.param(name, page_size, dtype, id=f"{name}-{page_size}", marks=marks)
+        for name, marks, page_size, dtype in (
+            ("triton_interpreted", (), 16, BF16),
+            ("mosaic_gpu_interpreted", pytest.mark.exhaustive, 32, E4M3),
+            ("triton", pytest.mark.gpu, 16, BF16),
+            ("triton", pytest.mark.gpu, 32, E4M3),
+            ("mosaic_gpu", pytest.mark.gpu, 32, E4M3),
+            ("mosaic_gpu", pytest.mark.gpu, 64, BF16),
+        )
+    ],
+    indirect=["implementation"],
+)
+def test_means_of_blocks_that_pages_keep_are_read_and_where_they_are_of_other_pages_are_not(
+    implementation,  # noqa: F811
+    page_size,
+    dtype,
+):
+    block_size, method = 2 * page_size if page_size > 16 else 64, hj.Hisa(topk=50, block_size=64, block_topk=4)
+    method = dataclasses.replace(method, block_size=block_size)
+    decode = DECODE | dict(lengths=[n * block_size // 64 for n in DECODE["lengths"]])
+    requests = draw(**decode, page_size=page_size, dtype=dtype, block_size=block_size)
+    wanted, cache = requests.select("xla", method), requests.cache
+    # No sum is needed.
+    spoilt = dataclasses.replace(requests, cache=dataclasses.replace(cache, sums=cache.sums + 1e9))
+    assert_same(spoilt.select(implementation, method), wanted)
+    # The first page of a block is another one, of other keys: so is the mean.
+    free = [page for page in range(cache.n_pages) if page not in requests.tables.ravel().tolist()][:1]
+    cache = hj.copy_pages(cache, requests.tables[1, :1], jnp.asarray(free))
+    cache = dataclasses.replace(cache, places=cache.places.at[free[0]].set(4))
+    other = dataclasses.replace(requests, cache=cache, tables=requests.tables.at[0, 4].set(free[0]))
+    before, wanted = wanted, other.select("xla", method)
+    assert (wanted.blocks != before.blocks).any()
+    assert_same(other.select(implementation, method), wanted)
+
+
 def test_a_request_that_lacks_a_page_selects_nothing_and_the_others_are_right(implementation):  # noqa: F811
     requests, method = draw(**PREFILL_AND_DECODE, page_size=32, dtype=BF16), METHODS["hisa"](32)
     requests = dataclasses.replace(requests, tables=requests.tables.at[0, 3].set(requests.cache.n_pages))
@@ -135,7 +173,7 @@ def test_a_request_that_lacks_a_page_selects_nothing_and_the_others_are_right(im
 
 def test_some_queries_at_a_time_give_the_same(implementation, monkeypatch):  # noqa: F811
     requests, method = draw(**PREFILL_AND_DECODE, page_size=32, dtype=E4M3), METHODS["hisa"](64)
-    monkeypatch.setattr(indexer, "_QUERIES", 4)
+    monkeypatch.setattr(indexer, "QUERIES", 4)
     jax.clear_caches()  # of what was traced for more at a time
     assert_same(requests.select(implementation, method), requests.select("xla", method))
 

@@ -6,8 +6,10 @@ import subprocess
 
 import pytest
 
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_latents
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop_text import OPERANDS, loop_ptx
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_shape import Shape
+from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import KEY_DIM, LOAD_REGISTERS, VALUE_DIM
 
 ADDRESSES = {"LIMITS", "O", "THRESHOLDS", "MASKS"}  # in device memory, of 64 bits
 MOST_REGISTERS = 160  # a thread of three warp-groups that score
@@ -31,21 +33,26 @@ SHAPES = {
 }
 
 
-def entry(shape):
-    """The loop as a kernel of its own, whose parameters are what it is given."""
-    types = {name: 64 if name in ADDRESSES else 32 for name in OPERANDS}
+def entry(text, types, limits):
+    """PTX as a kernel of its own, whose parameters are what it is given; `types`: their bits."""
     parameters = ", ".join(f".param .u{bits} p_{name}" for name, bits in types.items())
     loads = "\n".join(f".reg .b{bits} o_{name}; ld.param.u{bits} o_{name}, [p_{name}];" for name, bits in types.items())
-    body = re.sub(r"\$([A-Z_]+)", r"o_\1", loop_ptx(shape))
+    body = re.sub(r"\$([A-Z_]+)", r"o_\1", text)
     head = ".version 8.3\n.target sm_90a\n.address_size 64"
-    return f"{head}\n.visible .entry loop({parameters}) .maxntid 384, 1, 1 {{\n{loads}\n{body}\nret;\n}}\n"
+    return f"{head}\n.visible .entry loop({parameters}) {limits} {{\n{loads}\n{body}\nret;\n}}\n"
 
 
 @pytest.fixture(params=SHAPES, scope="module")
 def compiled(request, tmp_path_factory):
     """What ptxas says, and the instructions in order."""
     folder = tmp_path_factory.mktemp(request.param)
-    (folder / "loop.ptx").write_text(entry(SHAPES[request.param]))
+    types = {name: 64 if name in ADDRESSES else 32 for name in OPERANDS}
+    return assembled(folder, entry(loop_ptx(SHAPES[request.param]), types, ".maxntid 384, 1, 1"))
+
+
+def assembled(folder, text):
+    """What ptxas says, and the instructions in order."""
+    (folder / "loop.ptx").write_text(text)
     command = ["ptxas", "-arch=sm_90a", "-O3", "-v", "loop.ptx", "-o", "loop.cubin"]
     said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
     command = ["nvdisasm", "-c", "loop.cubin"]
@@ -68,3 +75,35 @@ def test_products_are_not_serialized_and_registers_not_spilled(compiled):
     assert "0 bytes spill stores, 0 bytes spill loads" in said, said
     registers = re.search(r"Used (\d+) registers", said)
     assert registers is not None and int(registers[1]) <= MOST_REGISTERS, said
+
+
+def test_a_slot_is_handed_back_after_what_was_loaded_from_it_is_there(compiled):
+    """An arrival is not ordered after loads: a load still on its way would read what the copy engine writes next."""
+    _, instructions = compiled
+    on_the_way: dict[str, str] = {}  # register -> the load that writes it
+    n_arrivals = 0
+    for x in instructions:
+        opcode, _, rest = x.partition(" ")
+        written, _, others = rest.partition(",")
+        # A register that is read is there, and with it all that its load brings.
+        read = set(re.findall(r"\bR\d+\b", rest if opcode.startswith(("ST", "SYNCS")) else others))
+        ended = {load for register, load in on_the_way.items() if register in read}
+        on_the_way = {register: load for register, load in on_the_way.items() if load not in ended}
+        if opcode.startswith("LDS"):
+            words = {"LDS.64": 2, "LDS.128": 4, "LDSM.16.M88.4": 4}.get(opcode, 1)
+            on_the_way |= {f"R{int(written[1:]) + i}": x for i in range(words)}
+        elif opcode.startswith("SYNCS.ARRIVE"):
+            n_arrivals += 1
+            assert not on_the_way, f"an arrival may pass {sorted(set(on_the_way.values()))}"
+    assert n_arrivals == 2, n_arrivals
+
+
+@pytest.mark.parametrize(("groups", "has_rope"), [((0, 2), False), ((1, 3), True)])
+def test_the_loader_of_latents_in_8_bits_keeps_its_registers(tmp_path, groups, has_rope):
+    types = {name: 64 if name in ("VALUES", "SCALES", "ROPE") else 32 for name in gather_latents.OPERANDS}
+    text = gather_latents.latents_text(2 * KEY_DIM, VALUE_DIM // 128, groups, has_rope)
+    said, instructions = assembled(tmp_path, entry(text, types, f".maxnreg {LOAD_REGISTERS}"))
+    assert "0 bytes spill stores, 0 bytes spill loads" in said, said
+    loads = [i for i, x in enumerate(instructions) if x.startswith("LDG.E.NA.128")]
+    first_store = next(i for i, x in enumerate(instructions) if x.startswith("STS.128"))
+    assert len(loads) == 16 and sum(i < first_store for i in loads) >= 4, "few rows are in flight together"

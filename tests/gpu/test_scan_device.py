@@ -12,7 +12,7 @@ from jax import lax
 import hisa_jax as hj
 from hisa_jax import dispatch
 from hisa_jax.kernels_pallas.flat_call import flatten
-from hisa_jax.kernels_pallas.sort_key import score_of
+from hisa_jax.kernels_pallas.sort_key import score_of, sort_key_of
 from hisa_jax.kernels_pallas.triton.topk_body import KTH_SLACK
 from tests import kernel_calls
 from tests.gpu import draw
@@ -247,3 +247,19 @@ def test_stages_are_those_interpreted(backend, dtype):
 
 def _on(x, device):
     return jax.tree.map(lambda leaf: jax.device_put(leaf, device), x)
+
+
+def test_masks_do_not_depend_on_when_copies_arrive(backend):
+    """1M by 8 rows a query: a slot's thresholds were read while the copies of the next tile of keys overwrote them."""
+    T, S, stages = 1024, 1 << 20, dispatch.backend(backend).stages
+    arrays = draw.normal(5, 1, T, S, 64, 128, E4M3, True)
+
+    @jax.jit
+    def masks(q, k, scale, w):
+        call = flatten(kernel_calls.call_of(q, k, scale, w, jnp.arange(S - T + 1, S + 1, dtype=jnp.int32)[None]), 8)
+        threshold = jnp.full((T,), sort_key_of(jnp.float32(0)))
+        # Words before the queries' own positions: what a query does not see may be anything.
+        return stages.scan_masks(call, stages.scan_heads(call, METHOD), threshold, METHOD)[:, : (S - T) // 32]
+
+    first = np.asarray(masks(*arrays))
+    assert all(np.array_equal(first, masks(*arrays)) for _ in range(8))

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hisa_jax as hj
 from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla import Config, heuristic, sparse_mla, why_not
-from tests.gpu.test_lowering import lower
+from tests.gpu.test_lowering import lower, quantized_latents
 
 BF16, SCALE = jnp.bfloat16, 576**-0.5
 
@@ -41,14 +42,28 @@ def expected(q, kv, indices):
     return p / p.sum(1, keepdims=True) @ rows[:, :512], np.log(p.sum(1)) + logits.max(1)
 
 
-def check(q, kv, indices, **options):
-    o, lse = sparse_mla(q, kv, jnp.asarray(indices), value_dim=512, scale=SCALE, **options)
+def check(q, kv, indices, latents=None, **options):
+    kv_given = kv if latents is None else latents
+    o, lse = sparse_mla(q, kv_given, jnp.asarray(indices), value_dim=512, scale=SCALE, **options)
     assert o.dtype == q.dtype and o.shape == (*q.shape[:3], 512) and lse.shape == q.shape[:3]
     o, lse = np.asarray(o, np.float64), np.asarray(lse)
     for b, t in np.ndindex(*indices.shape[:2]):
         want_o, want_lse = expected(np.asarray(q[b, t], np.float32), np.asarray(kv[b], np.float32), indices[b, t])
         assert np.linalg.norm(o[b, t] - want_o) <= 1e-2 * np.linalg.norm(want_o), (b, t)
         np.testing.assert_allclose(lse[b, t], want_lse, atol=1e-3, err_msg=f"query {b}, {t}")
+
+
+def quantized(kv, scale="float32"):
+    """The same in 8 bits, and what they are in bfloat16."""
+    latents = hj.quantize_latents(kv, scale=scale)
+    return latents, latents.dequantize().astype(BF16)
+
+
+@pytest.mark.exhaustive  # 10 seconds
+def test_latents_in_8_bits_interpreted(interpret):
+    q, kv, indices = draw(1, 3, 16, 130, 101)
+    latents, plain = quantized(kv)
+    check(q, plain, indices, latents=latents, config=Config(n_splits=1), n_ctas=1, interpret=interpret)
 
 
 @pytest.mark.parametrize("n_splits", [1, 2])
@@ -78,6 +93,21 @@ def test_lowers(B, T, S, N, K):
     assert "custom_call" in lower(attend, *shapes)
 
 
+def test_prefetches_lower():
+    def attend(q, kv, indices):
+        return sparse_mla(q, kv, indices, value_dim=512, scale=SCALE, config=Config(prefetches=True))
+
+    assert "custom_call" in lower(attend, ((8, 1, 64, 576), BF16), ((8, 99, 576), BF16), ((8, 1, 256), jnp.int32))
+
+
+def test_latents_in_8_bits_lower():
+    def attend(q, indices, *latents):
+        return sparse_mla(q, hj.QuantizedLatents(*latents), indices, value_dim=512, scale=SCALE)
+
+    shapes = ((128, 1, 128, 576), BF16), ((128, 1, 2048), jnp.int32), *quantized_latents(128, 8192)
+    assert "custom_call" in lower(attend, *shapes)
+
+
 def test_refusals_say_why():
     shape = {"N": 128, "key_dim": 576, "value_dim": 512, "dtype": BF16}
     assert why_not("9.0", **shape) is None
@@ -100,6 +130,32 @@ def test_every_multiprocessor_has_work():
 )
 def test_on_device(gpu, B, T, N, S, K):
     check(*draw(B, T, N, S, K))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("B", "T", "N", "S", "K"), [(2, 9, 128, 3000, 2048), (1, 150, 64, 5000, 777), (3, 5, 32, 100, 33)]
+)
+@pytest.mark.parametrize("scale", ["ue8m0", "float32"])
+def test_latents_in_8_bits_on_device(gpu, B, T, N, S, K, scale):
+    q, kv, indices = draw(B, T, N, S, K)
+    latents, plain = quantized(kv * jnp.exp(jnp.arange(S) % 9 - 4)[None, :, None].astype(BF16), scale)
+    check(q / 50, plain, indices, latents=latents)
+
+
+@pytest.mark.gpu
+def test_every_number_of_8_bits_and_nan_on_device(gpu):
+    """Subnormal ones, too; NaN of a token that a query chooses makes its output NaN, that of others nothing."""
+    numbers = np.tile(np.arange(256, dtype=np.uint8), 2)
+    numbers[numbers % 128 == 127] = 0
+    values = np.stack([np.roll(numbers, shift) for shift in range(64)])
+    values = jnp.asarray(np.concatenate([values, np.full((1, 512), 127, np.uint8)])).view(jnp.float8_e4m3fn)[None]
+    latents = hj.QuantizedLatents(values, jnp.full((1, 65, 4), 2.0**-6), jnp.ones((1, 65, 64), BF16))
+    q = jax.random.normal(jax.random.key(0), (1, 2, 64, 576), BF16) / 8
+    indices = np.stack([np.arange(64), np.r_[np.arange(63), 64]])[None].astype(np.int32)
+    check(q[:, :1], latents.dequantize().astype(BF16), indices[:, :1], latents=latents)
+    o, _ = sparse_mla(q, latents, jnp.asarray(indices), value_dim=512, scale=SCALE)
+    assert np.isnan(np.asarray(o[0, 1], np.float32)).all() and np.isfinite(np.asarray(o[0, 0], np.float32)).all()
 
 
 @pytest.mark.gpu

@@ -70,8 +70,8 @@ def by_phase(layer, phase):
 
 
 @functools.cache
-def model(method=HISA, kinds=("dense", "sparse")):
-    """Layers that select, those called sparse with experts; weights large enough that tokens differ."""
+def model(method=HISA, kinds=("dense", "sparse"), mesh=None):
+    """Layers that select, those called sparse with experts; weights large enough that tokens differ, on any mesh."""
     config = models.Config(
         model_type="glm_moe_dsa", vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32,
         moe_intermediate_size=16, num_hidden_layers=len(kinds), num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16,
@@ -80,7 +80,7 @@ def model(method=HISA, kinds=("dense", "sparse")):
         routed_scaling_factor=1.0, rms_norm_eps=1e-6, rope_theta=100.0, max_position_embeddings=96,
         layer_kinds=kinds, indexer_kinds=("full",) * len(kinds), eos_token_ids=STOPS,
     )  # fmt: skip
-    made = models.from_config(config, rngs=nnx.Rngs(3), method=method)
+    made = models.from_config(config, rngs=nnx.Rngs(3), method=method, mesh=mesh)
     graph, state = nnx.split(made)
     return nnx.merge(graph, jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, state))
 

@@ -19,7 +19,9 @@ from flax import nnx  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
 from hisa_jax import models  # noqa: E402
+from hisa_jax.models import moe  # noqa: E402
 from hisa_jax.models.check import measures, reading  # noqa: E402
+from hisa_jax.models.stacked import Stacked  # noqa: E402
 from tests.models import golden  # noqa: E402
 
 run = jax.jit(lambda model, tokens, mask=None: model(tokens, mask=mask))
@@ -40,13 +42,13 @@ def logits_on(case, mesh, method=None):
 
 
 def tensor_and_data_parallel():
-    """dsv32 has 4 heads and 8 experts, so model=4 splits both; glm5 has 5 heads, which stay whole."""
+    """dsv32 has 4 heads, so model=4 splits them; glm5 has 5, which stay whole. The 8 experts lie one on a device."""
     for case, most in (("dsv32", 0.6), ("glm5", 0.75)):
         model, logits = logits_on(case, models.make_mesh(data=2, model=4))
         golden.assert_close(logits, golden.numbers(case)["logits"], golden.LOGITS, case)
         assert per_device_share(model) < most, per_device_share(model)
         gate = model.layers[1].mlp.gate[...]
-        assert {shard.data.shape for shard in gate.addressable_shards} == {(2, *gate.shape[1:])}
+        assert {shard.data.shape for shard in gate.addressable_shards} == {(1, *gate.shape[1:])}
         heads = model.layers[0].attention.q_b[...].sharding.spec
         assert heads == jax.P(None, "model" if case == "dsv32" else None, None), heads
 
@@ -135,11 +137,23 @@ def save_here_restore_there():
     assert {shard.data.shape for shard in gate.addressable_shards} == {(1, *gate.shape[1:])}
 
 
+def stacked_layers_whose_pages_and_weights_devices_share():
+    """Weights over context, too; few tokens, which every expert multiplies all, and many, which are sorted."""
+    ids, want = golden.ids("dsv32"), golden.numbers("dsv32")["logits"]
+    model = models.from_pretrained(golden.FOLDER / "dsv32", mesh=models.make_mesh(data=2, model=2, context=2))
+    assert per_device_share(model) < 0.5, per_device_share(model)
+    for few in (256, 0):
+        moe._FEW = few
+        stacked = Stacked(model)
+        out = jax.jit(type(stacked).run)(stacked, ids, cache=stacked.empty_cache(*ids.shape))
+        golden.assert_close(out.logits, want, golden.LOGITS, few)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
         tensor_and_data_parallel, explicit_mesh_of_one_axis, quantised_keys_and_hisa, generation, the_self_check,
-        save_here_restore_there, replayed_rollouts,
+        save_here_restore_there, replayed_rollouts, stacked_layers_whose_pages_and_weights_devices_share,
     )
 }  # fmt: skip
 

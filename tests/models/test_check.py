@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from hisa_jax.models.__main__ import main
+from hisa_jax.__main__ import main
 from hisa_jax.models.check import command, measures, reading
 from hisa_jax.models.check.report import SHARE
 from tests import oracle
@@ -138,7 +138,7 @@ def test_the_command_shows_a_table_and_writes_every_layer(methods, tmp_path, cap
         (["--topk", 0], "--topk 0: wanted at least 1"),
         (["--topk", 129], "--topk 129: wanted at most 128, half of the model's positions"),
         (["--queries", 0], "--queries 0: wanted at least 1"),
-        (["--model-parallel", 99], r"make_mesh\(data=1, model=99\): wanted at least 1 of each"),
+        (["--model-parallel", 99], r"make_mesh\(data=1, model=99, context=1\): wanted at least 1 of each"),
         (["--block-size", 17], "--block-size 17: wanted at most 16, twice topk"),
         (["--json", "/nowhere/check.json"], "--json /nowhere/check.json: /nowhere is no folder"),
         (["--checkpoint", "nowhere"], r"wanted a folder with a config\.json"),
@@ -146,7 +146,7 @@ def test_the_command_shows_a_table_and_writes_every_layer(methods, tmp_path, cap
 )
 def test_what_it_refuses_is_named(arguments, message, tmp_path, capsys):
     (tmp_path / "text").write_text(TEXT)
-    assert check("--text", tmp_path / "text", *arguments) == 1
+    assert check("--text", tmp_path / "text", *arguments) == (2 if message.startswith("--") else 1)
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and re.search(message, captured.err)
 

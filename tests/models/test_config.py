@@ -129,6 +129,8 @@ def test_settings_of_the_index_keys_are_checked():
         ({"index_key_dtype": "float16"}, "one of float8_e4m3fn, int8"),
         ({"index_key_scale": "bf16"}, "one of float32, ue8m0"),
         ({"index_hadamard": True, "index_head_dim": 24}, "False unless index_head_dim is 2"),
+        ({"latent_dtype": "int8"}, "float8_e4m3fn"),
+        ({"latent_dtype": "float8_e4m3fn", "kv_lora_rank": 200}, "None unless 128 divides kv_lora_rank"),
     ]:
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(config, **change)

@@ -41,7 +41,7 @@ def submit(engine, traffic):
 
 def places():
     """Where a step may fail: in every program, before it runs or after; on the host, before anything ran or between."""
-    for name in ("_read", "_verify", "_copy"):
+    for name in ("read", "verify", "copy"):
         for is_late in (False, True):
             yield functools.partial(failing, name, is_late=is_late)
     for owner, name in ((Scheduler, "admit"), (PagePool, "extend"), (PagePool, "truncate"), (Scheduler, "finish")):
@@ -96,7 +96,7 @@ def test_a_donor_whose_pages_an_undone_step_has_written_to_serves_nobody(traffic
         e.step()
     assert donor in e.scheduler.donors
     prompt = e.submit([7] * 36, 8, ())
-    with failing("_verify", ERROR), pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+    with failing("verify", ERROR), pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         e.step()
     assert donor not in e.scheduler.donors and e.scheduler.waiting.keys() == {prompt}
     e.pool.check()
@@ -112,7 +112,7 @@ def test_one_who_shares_a_page_with_a_shorter_one_gets_its_tokens_after_a_step_w
     rng = np.random.default_rng(0)
     long, short = rng.integers(0, POISON, 19).tolist(), rng.integers(0, POISON, 6).tolist()
     tokens = []
-    for fault in (contextlib.nullcontext(), failing("_verify", ERROR)):
+    for fault in (contextlib.nullcontext(), failing("verify", ERROR)):
         e = serving.engine()
         e.submit(decodes, 16, ())
         while not any(len(request.tokens) > request.n_prompt for request in e.scheduler.running.values()):
@@ -142,7 +142,7 @@ def test_an_error_of_the_device_that_shows_after_the_call_loses_pages_and_no_tok
     wanted = submit(e, traffic[:4])
     tokens = e.step().finished
     with (
-        mock.patch("hisa_jax.models.engine._read", broken),
+        mock.patch("hisa_jax.models.passes.read", broken),
         pytest.raises(jax.errors.JaxRuntimeError, match="device failed"),
     ):
         while True:

@@ -43,7 +43,7 @@ def test_a_request_goes_on_by_the_method_of_each_phase_after_its_pages_were_lost
         if engine.is_idle:
             break
         try:
-            with failing("_verify", RuntimeError("lost"), is_late=True, nth=1 if i % 9 == 8 else 2):
+            with failing("verify", RuntimeError("lost"), is_late=True, nth=1 if i % 9 == 8 else 2):
                 tokens |= engine.step().finished
         except RuntimeError:
             n_lost += 1

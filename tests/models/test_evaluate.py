@@ -116,7 +116,7 @@ def test_what_is_no_number_a_question_is_left_out_and_rulers_lengths_are_lengths
 
 def test_without_lm_eval_the_command_names_its_extra(capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
-    assert main(["evaluate", "--checkpoint", str(BYTES), "--tasks", "needles"]) == 2
+    assert main(["evaluate", "--checkpoint", str(BYTES), "--tasks", "needles"]) == 1
     assert "pip install 'hisa_jax[evaluate]'" in capsys.readouterr().err
     assert main(["evaluate", "--checkpoint", str(BYTES), "--tasks", "needles", "--batch", "0"]) == 2
     assert "--batch 0: wanted at least 1" in capsys.readouterr().err

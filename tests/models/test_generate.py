@@ -10,9 +10,9 @@ import pytest
 
 import hisa_jax as hj
 from hisa_jax import models
-from hisa_jax.models.__main__ import main
+from hisa_jax.__main__ import main
 from hisa_jax.models.draws import likeliest
-from hisa_jax.models.generate import pad_left
+from hisa_jax.models.generate import _decode, _room, pad_left
 from hisa_jax.models.methods import make_method, read_methods
 from hisa_jax.models.tokens import Bytes, load_tokenizer
 
@@ -37,6 +37,16 @@ def test_a_batch_of_unequal_prompts_continues_each_as_if_alone(greedy):
 def test_it_counts_and_times(greedy):
     assert greedy.prompt_tokens == 22 and greedy.recall == {}
     assert greedy.prefill_rate > 0 and greedy.decode_rate > 0
+
+
+def test_another_number_of_new_tokens_runs_the_same_programs(greedy):
+    found, programs = {}, set()
+    for n in (3, 2):
+        found[n] = models.generate(golden.model("glm5"), PROMPTS, n, chunk=8).tokens
+        programs.add(_decode._cache_size())
+    assert found == {3: greedy.tokens, 2: [row[:2] for row in greedy.tokens]} and len(programs) == 1
+    assert [_room(n, False) for n in (1, 32, 33, 100, 1000)] == [32, 32, 64, 128, 1024]
+    assert [_room(n, True) for n in (1, 33, 65, 513)] == [32, 64, 96, 544]
 
 
 @pytest.mark.slow
@@ -200,24 +210,24 @@ def test_the_command_continues_ids_with_any_indexer(capsys, tmp_path):
             ["--prompt", "A", "--indexer", "flat"],
             "indexer is flat, wanted one of dsa, hisa, scan, block-sparse or a file",
         ),
-        (["--prompt", "A", "--indexer", "dsa", "--block-size", "4"], "--indexer: .*block_size"),
-        (["--prompt", "A", "--indexer", "scan", "--block-topk", "4"], "--indexer: .*block_topk"),
+        (["--prompt", "A", "--indexer", "dsa", "--block-size", "4"], "--block-size 4: --indexer dsa has none, --ind"),
+        (["--prompt", "A", "--indexer", "scan", "--block-topk", "4"], "--block-topk 4: .* --indexer hisa has$"),
         (["--prompt", "A", "--indexer", "scan", "--candidates", "4"], r"--indexer: Scan\(candidates=4\): must be at"),
         (
             ["--prompt", "A", "--model-parallel", "99"],
-            r"make_mesh\(data=1, model=99\): wanted at least 1 of each, there are 1 devices",
+            r"make_mesh\(data=1, model=99, context=1\): wanted at least 1 of each, there are 1 devices",
         ),
         (["--prompt", "A", "--checkpoint", "nowhere"], r"wanted a folder with a config\.json"),
     ],
 )
 def test_the_command_says_what_is_wrong(capsys, arguments, message):
-    assert command(*arguments) == 1
+    assert command(*arguments) == (2 if "--indexer" in arguments else 1)
     err = capsys.readouterr().err
     assert err.startswith("error: ") and re.search(message, err)
 
 
 def test_the_command_runs_as_a_module(capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "hisa_jax.models.__main__")
+    monkeypatch.delitem(sys.modules, "hisa_jax.models.__main__", raising=False)
     monkeypatch.setattr(sys, "argv", ["hisa_jax.models", "generate", "--help"])
     with pytest.raises(SystemExit) as status:
         runpy.run_module("hisa_jax.models", run_name="__main__", alter_sys=True)
@@ -305,11 +315,14 @@ def test_a_tokenizer_that_fails_at_a_text_says_so_by_name(tmp_path):
     "options, message",
     [
         (["--prompt-ids", "1,x"], "--prompt-ids: '1,x', wanted token ids"),
-        (["--prompt-ids", "1", "--data-parallel", "0"], "make_mesh(data=0, model=1): wanted at least 1 of each"),
-        (["--prompt-ids", "1", "--data-parallel", "-1", "--model-parallel", "-1"], "wanted at least 1 of each"),
+        (["--prompt-ids", "1", "--data-parallel", "0"], "--data-parallel 0: wanted at least 1"),
+        (
+            ["--prompt-ids", "1", "--data-parallel", "-1", "--model-parallel", "-1"],
+            "--data-parallel -1: wanted at least 1",
+        ),
         (["--prompt-ids", "1", "--seed", str(2**64)], "Sampling: seed="),
     ],
 )
 def test_the_command_refuses_options_by_name(capsys, options, message):
-    assert command(*options) == 1
+    assert command(*options) == 2
     assert message in capsys.readouterr().err

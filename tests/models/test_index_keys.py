@@ -54,6 +54,18 @@ def test_quantised_index_keys_are_cached_as_such():
     golden.assert_close(second.logits, whole.logits[:, 20:], golden.LOGITS)
 
 
+@pytest.mark.exhaustive  # 10 seconds
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+def test_latents_in_8_bits_are_cached_as_such_and_attended_to_by_both_forms(form):
+    model, tokens = golden.with_config("dsv32", latent_dtype="float8_e4m3fn"), golden.ids("dsv32")
+    first = model.run(tokens[:, :20], cache=model.empty_cache(2, 40), form=form)
+    latents = first.cache.layers[0].latents
+    assert isinstance(latents, hj.QuantizedLatents) and latents.values.dtype == jnp.float8_e4m3fn
+    found = model.run(tokens[:, 20:], cache=first.cache, form=form, trace=True).layers[0].attention
+    plain = np.asarray(golden.output("dsv32").layers[0].attention[:, 20:])
+    assert 1e-3 < np.linalg.norm(found - plain) / np.linalg.norm(plain) < 0.06
+
+
 def test_the_published_scale_format_is_read_with_the_checkpoint():
     assert golden.model("fp8_loader").config.index_key_scale == "ue8m0"
     first, *_ = empty_pages(golden.model("fp8_loader").config, 1, 4, jnp.float32)

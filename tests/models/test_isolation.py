@@ -15,7 +15,7 @@ from flax import nnx
 
 import hisa_jax as hj
 from hisa_jax import models
-from hisa_jax.models.cache import Cache, contiguous, empty_pages, sketch_of
+from hisa_jax.models.cache import Cache, contiguous, empty_pages, kept_for
 from hisa_jax.models.dsa import expanded
 
 from . import golden
@@ -70,9 +70,9 @@ def tokens(case):
 def prompts(case, form):
     """A cache with both rows' tokens in it, by way of a padded batch."""
     net = model(case)
-    sketches = [sketch_of([CASES[case][2]])] * len(CASES[case][1])
+    kept = [kept_for([CASES[case][2]])] * len(CASES[case][1])
     cache = Cache(
-        layers=empty_pages(net.config, PAGES, PAGE, jnp.float32, sketches), block_tables=jnp.asarray(TABLES),
+        layers=empty_pages(net.config, PAGES, PAGE, jnp.float32, kept), block_tables=jnp.asarray(TABLES),
         lengths=jnp.zeros((2,), jnp.int32),
     )  # fmt: skip
     return call(net, tokens(case)[:, :WIDTH], cache, np.arange(WIDTH) < np.array(LENGTHS)[:, None], form).cache

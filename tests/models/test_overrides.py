@@ -3,6 +3,7 @@
 About 2 s: one small model is loaded.
 """
 
+import argparse
 import json
 import shutil
 
@@ -10,9 +11,9 @@ import pytest
 
 import hisa_jax as hj
 from hisa_jax import models
-from hisa_jax.models.__main__ import _parser, main
+from hisa_jax.__main__ import main
 from hisa_jax.models.methods import make_method, read_methods
-from hisa_jax.models.options import method_of
+from hisa_jax.models.options import add_model, method_of
 
 from . import golden
 
@@ -124,12 +125,13 @@ def test_commands_choose_by_the_checkpoints_method_unless_told_otherwise(publish
     folder, other = str(published()), tmp_path / "layers.json"
     other.write_text('{"1": {"indexer": "dsa"}}')
     config = models.read_config(folder, KEYS)
-    command = ["generate", "--checkpoint", folder, "--prompt", "x"]
+    parser = argparse.ArgumentParser()
+    add_model(parser)
     for more, want in [
         ([], HISA), (["--indexer", "hisa"], HISA), (["--indexer", "dsa"], hj.Dsa(topk=8)),
         (["--block-topk", "5"], hj.Hisa(topk=8, block_size=4, block_topk=5)),
     ]:  # fmt: skip
-        assert method_of(_parser().parse_args(command + more), config) == want
+        assert method_of(parser.parse_args(["--checkpoint", folder, *more]), config) == want
     assert read_methods(other, config) == (HISA, hj.Dsa(topk=8), HISA)
     assert make_method("hisa", models.read_config(folder, {"index_topk": 2048})) == hj.Hisa(topk=2048)
 

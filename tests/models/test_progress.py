@@ -5,8 +5,8 @@ import io
 import pytest
 
 from hisa_jax import models
+from hisa_jax.__main__ import main
 from hisa_jax.models import progress as module
-from hisa_jax.models.__main__ import main
 from hisa_jax.models.progress import Progress
 
 from . import golden

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from hisa_jax.models import scheduler as module
-from hisa_jax.models.scheduler import Request, Scheduler, Sharing
+from hisa_jax.models.request import Request
+from hisa_jax.models.scheduler import Scheduler, Sharing
 
 SIZE = 4  # tokens of a page
 
@@ -276,3 +277,81 @@ def test_what_was_undone_is_as_it_was_but_for_donors_whose_pages_may_be_overwrit
     assert n_undone > 100 and n_lost > 20
     s.start_over()
     assert not s.running and not s.donors and s.pool.n_free == s.pool.n_pages
+
+
+def groups(n_pages, n_groups=2, n_devices=1, stripe=SIZE, **sizes):
+    return scheduler(n_pages, n_groups=n_groups, n_devices=n_devices, stripe=stripe, **sizes)
+
+
+def test_requests_go_to_the_group_that_has_their_prefix_else_to_the_one_with_fewest():
+    s = groups(40, rows=4, prefill_rows=2)
+    finished(s, 1, 9)
+    for id, first in ((2, 1), (5, 1), (3, 3), (4, 4)):
+        submit(s, id, 9, first=first)
+    assert s.admit() == [(2, 1, 8), (5, 1, 8)]  # whose prefix is in group 0, where no row is left then
+    assert [s.pool.group(id) for id in (2, 5, 3, 4)] == [0, 0, 1, 1]
+    submit(s, 6, 9, first=1)
+    assert s.admit() == [] and 6 in s.waiting  # no row anywhere
+    batch = s.next_chunks()
+    assert [r.id for r in batch.requests] == [2, 3] and s.rows_of(batch.requests, 2) == [0, 1]
+    running = list(s.running.values())
+    assert dict(zip([r.id for r in running], s.rows_of(running, 4), strict=True)) == {2: 0, 3: 2, 4: 3, 5: 1}
+    copies, (tables, *_) = s.place(batch, 2, 5)
+    s.pool.check()
+    assert not copies and (tables < 20).all() and (tables[:, :2] >= 0).any()
+    for row, request in enumerate(batch.requests):  # counted from the first page of the group
+        pages = s.pool.pages(request.id)
+        assert [page - 20 * row for page in pages] == tables[row, : len(pages)].tolist()
+    pairs = s.copies_of_groups([(22, 25), (3, 4), (30, 31)], 8)
+    assert pairs.T.tolist() == [[3, 4], *[[-1, -1]] * 3, [2, 5], [10, 11], *[[-1, -1]] * 2]
+
+
+def test_a_device_without_pages_lets_requests_wait_though_others_have_some():
+    """Four devices of 3 pages: a request's first page lies on the first one, whatever its length."""
+    s = groups(12, n_groups=1, n_devices=4)
+    for id in range(1, 5):
+        submit(s, id, 3)
+    submit(s, 5, 2 * SIZE, n_new=2 * SIZE, first=50)
+    s.admit()
+    for request in s.running.values():
+        read(s, request)
+    assert [*s.running] == [1, 2, 3] and s.pool.n_free_on(0) == [0, 3, 3, 3]
+    assert s.drop(2) and s.pool.n_free_on(0) == [1, 3, 3, 3]
+    s.finish(s.running[1])  # kept for others, but given up for whom it suffices
+    s.admit()
+    assert [*s.running] == [3, 4, 5] and not s.donors
+    for request in list(s.running.values()):
+        read(s, request)
+        s.drop(request.id)
+    s.release()
+    assert s.pool.n_free_on(0) == [3, 3, 3, 3]
+    with pytest.raises(ValueError, match=r"make 33 tokens in 4 pages of a device, wanted at most max_length=64 in 3"):
+        s.submit([0] * 32, 1, frozenset())
+    assert s.submit([0] * 31, 1, frozenset()) == 0
+
+
+def test_requests_come_and_go_at_random_and_no_device_is_over_committed():
+    rng = np.random.default_rng(0)
+    s, ids = groups(36, n_groups=2, n_devices=3, stripe=2 * SIZE, rows=6), iter(range(10_000))
+    for _ in range(1500):
+        act = rng.integers(5)
+        if act == 0 and len(s.waiting) < 4:
+            submit(s, next(ids), int(rng.integers(1, 30)), n_new=int(rng.integers(1, 8)), first=int(rng.integers(1, 4)))
+        elif act == 1:
+            s.admit()
+        elif s.running:
+            request = list(s.running.values())[rng.integers(len(s.running))]
+            length = s.pool.lengths[request.id]
+            if act == 2 and rng.random() < 0.2:
+                s.drop(request.id)
+            elif length < request.end:
+                s.extend(request, int(rng.integers(1, request.end - length + 1)))  # never out of pages
+            else:
+                s.finish(request)
+        s.pool.check()
+        assert max([0, *(s.rows_of(list(s.running.values()), 6))]) < 6
+    assert next(ids) > 200
+    for id in list(s.running):
+        s.drop(id)
+    s.release()
+    assert s.pool.n_free == 36

@@ -13,8 +13,7 @@ import pytest
 
 from bench.serve.engine_faults import failing
 from hisa_jax import models
-from hisa_jax.models import Sampling
-from hisa_jax.models import engine as engine_module
+from hisa_jax.models import Sampling, passes
 from hisa_jax.models.async_engine import AsyncEngine, BusyError, ClosedError
 from hisa_jax.models.scheduler import Scheduler
 from hisa_jax.models.tokens import Bytes
@@ -92,7 +91,7 @@ def test_streams_that_are_read_in_any_order_have_the_tokens_and_text_of_each_req
 def test_a_stream_whose_step_fails_may_be_begun_anew(traffic):
     e = engine()
     id = e.submit(traffic[1][0], sampling=traffic[1][1])
-    with failing("_verify", ERROR, is_late=True, nth=2), pytest.raises(RuntimeError, match="EXHAUSTED"):
+    with failing("verify", ERROR, is_late=True, nth=2), pytest.raises(RuntimeError, match="EXHAUSTED"):
         list(e.stream(id))
     assert joined(list(e.stream(id))) == wanted(traffic[1])
 
@@ -137,7 +136,7 @@ def test_many_coroutines_get_what_each_gets_alone_while_others_go_away_and_steps
     async def run():
         e = engine()
         async with AsyncEngine(e) as serving_engine:
-            with failing("_verify", ERROR, is_late=True, nth=3):
+            with failing("verify", ERROR, is_late=True, nth=3):
                 streams = [await serving_engine.submit(one[0], sampling=one[1]) for one in traffic * 2]
                 return e, await asyncio.gather(
                     *(read(one, 1 + i % 2 if i % 5 == 4 else None) for i, one in enumerate(streams))
@@ -184,11 +183,11 @@ def test_a_fault_that_stays_ends_its_requests_by_its_name_and_others_are_served_
             def broken(*arguments, **options):
                 raise ERROR
 
-            real, engine_module._read = engine_module._read, broken
+            real, passes.read = passes.read, broken
             try:
                 failed = await read(await serving_engine.submit(traffic[0][0], 3))
             finally:
-                engine_module._read = real
+                passes.read = real
             return failed, await read(await serving_engine.submit(traffic[0][0], sampling=traffic[0][1]))
 
     (failed,), served = asyncio.run(run())
@@ -199,10 +198,10 @@ def test_a_fault_that_stays_ends_its_requests_by_its_name_and_others_are_served_
 def test_after_a_warm_up_no_request_compiles_and_no_page_was_written(traffic):
     e, told = engine(), []
     e.warm_up(lambda *what: told.append(what))
-    sizes = [getattr(engine_module, name)._cache_size() for name in ("_read", "_verify", "_copy")]
+    sizes = [getattr(passes, name)._cache_size() for name in ("read", "verify", "copy")]
     assert not any(int(layer.counts.sum()) for layer in e.pages)
     ids = [e.submit(one[0], sampling=one[1]) for one in traffic]
     assert len({id: joined(list(e.stream(id))) for id in ids[:1]}) == 1
     serving.finish(e)
-    assert sizes == [getattr(engine_module, name)._cache_size() for name in ("_read", "_verify", "_copy")]
+    assert sizes == [getattr(passes, name)._cache_size() for name in ("read", "verify", "copy")]
     assert [done for _, done, _ in told] == [*range(len(told))] and told[-1][0] == "compiled"

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 MODEL = shapes.DSV32
 CONTEXT = 131072
 COLLECTIVES = re.compile(r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+KINDS = ("all-to-all", "all-gather", "all-reduce")
 METHOD = dict(topk=MODEL.topk, block_size=MODEL.block_size, block_topk=MODEL.block_topk)
 
 
@@ -191,21 +192,49 @@ def test_decode_from_pages_shares_requests(chip, dtype, monkeypatch):
     assert program.temp_bytes < 2 * means + (32 << 20)
 
 
-@pytest.mark.exhaustive
-def test_pages_shared_by_devices_exchange_candidates_alone(monkeypatch):
-    """32 requests of 128K tokens whose pages lie on 16 devices; the rest of the pod has copies. By XLA."""
-    chip, n_context = "v5e", 16
+def on_shared_pages(chip, monkeypatch, method, implementation, queries=1):
+    """A step of 32 requests of 128K tokens whose pages lie on 16 devices; the rest of the pod has copies."""
     if reason := aot.why_not():
         pytest.skip(reason)
+    n_context = 16
     mesh = aot.pod_mesh(chip, data=devices(chip) // n_context, context=n_context)
-    operands = paged_step(mesh, chip, monkeypatch, "bfloat16", 1, P("context"), P())
-    over = dict(mesh=mesh, context_axis="context")
-    select = functools.partial(hj.select_paged, method=MODEL.methods()["hisa"], **over)
-    program = aot.compile_sharded(chip, select, mesh, *operands)
+    operands = paged_step(mesh, chip, monkeypatch, "bfloat16", 1, P("context"), P(), queries)
+    over = dict(mesh=mesh, context_axis="context", implementation=implementation)
+    select = functools.partial(hj.select_paged, method=MODEL.methods()[method], **over)
+    return aot.compile_sharded(chip, select, mesh, *operands)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("chip", "method", "queries"),
+    [("v5e", "hisa", 1), ("v6e", "hisa", 128), ("v5e", "dsa", 1)],
+    ids=["decode", "chunks", "flat"],
+)
+def test_kernels_over_shared_pages_exchange_candidates_alone(chip, method, queries, monkeypatch):
+    """No operand of a kernel is gathered: what crosses are int32 candidates, and the merged."""
+    program = on_shared_pages(chip, monkeypatch, method, "auto", queries)
+    rows, n_blocks = R * queries, MODEL.block_topk if method == "hisa" else 0
+    found = exchanged(program)
+    assert {dtype for _, dtype, _ in found} <= {"s32", "u32"}
+    sent, merged, checked = (sum(n for kind, _, n in found if kind == k) for k in KINDS)
+    assert sent == 2 * 16 * (rows // 16) * (n_blocks + MODEL.topk), found
+    # Sort keys of blocks, and of tokens where no scores are asked for, stay where they are merged.
+    assert merged <= 2 * rows * (n_blocks + MODEL.topk) and checked <= R, found
+    stages = (
+        ("hisa_block_filter", "hisa_refine", "hisa_merge") if method == "hisa" else ("dsa_select_flat", "hisa_merge")
+    )
+    assert all(stage in program.compiled.as_text() for stage in stages)
+    keys = R * CONTEXT // 16 * MODEL.D * 2
+    assert program.temp_bytes < keys + 12 * rows * MODEL.topk * 4, "the candidates, and what tiles hold"
+
+
+@pytest.mark.exhaustive
+def test_pages_shared_by_devices_exchange_candidates_alone(monkeypatch):
+    """The same by XLA."""
+    program = on_shared_pages("v5e", monkeypatch, "hisa", "xla")
     for _, dtype, n in exchanged(program):
         assert dtype in ("s32", "u32") and n <= R * MODEL.topk
-    keys = R * CONTEXT // n_context * MODEL.D * 2
-    assert program.temp_bytes < keys, "the candidates, and a tile's scores"
+    assert program.temp_bytes < R * CONTEXT // 16 * MODEL.D * 2, "the candidates, and a tile's scores"
 
 
 @pytest.mark.exhaustive

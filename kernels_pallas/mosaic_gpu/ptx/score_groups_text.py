@@ -93,6 +93,12 @@ def load_queries(shape: Shape) -> str:
     return "\n".join(lines)
 
 
+def loaded_of_queries(shape: Shape) -> list[str]:
+    """The registers that `load_queries` loads."""
+    names = ("threshold", "limit") if shape.filters else ("limit",)
+    return [f"{name}{i}" for name in names for i in queries_of_lane(shape)]
+
+
 def sum_half(shape: Shape, acc: list[str], half: int) -> str:
     """s<half>_<r>_<i> = the sum over the rows of query i of weight * product, relu but for the first `n_linear`."""
     assert shape.rows is not None

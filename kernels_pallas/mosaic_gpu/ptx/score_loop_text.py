@@ -18,7 +18,6 @@ OPERANDS = (
 _DECLARATIONS = """.reg .pred upper1, upper2; .reg .b64 limits, o, thresholds, masks;
 .reg .f32 s0_0, s0_1, s1_0, s1_1, t0, t1, t2, t3, x, scale;
 .reg .b32 limit, limit_next, threshold, threshold_next, sort_key;"""
-_RELEASE = "mbarrier.arrive.release.cta.shared::cta.b64 _, [free], 1;"  # 128 a warp-group, as Pallas counts arrivals
 
 
 def loop_ptx(shape: Shape) -> str:
@@ -51,11 +50,13 @@ def loop_ptx(shape: Shape) -> str:
             lines.append(_weights(shape, heads))
         is_final = i + 1 == len(shape.units)
         if is_final:
+            lines += [groups.load_queries(shape)] if is_grouped else []
             lines.append(_pin(shape))
         lines.append(f"wgmma.wait_group.sync.aligned {0 if is_final else 1};")
         if is_final:
-            # The tensor core has read all heads, and the rest is in registers: the slot may be filled again.
-            lines += [groups.load_queries(shape), _RELEASE] if is_grouped else [_RELEASE]
+            # The tensor core has read all heads, and the rest is in registers: the slot may be filled again. Weights
+            # are, or the sums before this would not be there.
+            lines.append(_arrive("free", groups.loaded_of_queries(shape) if is_grouped else []))
         lines.append(groups.sum_half(shape, acc[half], half) if is_grouped else _sum(acc[half], half, heads == 0))
         if i + 2 < len(shape.units):
             lines.append(_product(shape, a, acc, shape.units[i + 2]))
@@ -115,19 +116,27 @@ shr.u32 t, u, 5; mul.wide.u32 masks, t, 4; add.u64 masks, masks, $MASKS;"""
 
 
 def _hand_back(shape: Shape, a: list[list[str]]) -> str:
-    """The tile goes back once all of it is in registers.
-
-    An arrival is not ordered after the thread's own loads where the copy engine is what writes next: the last of them
-    then read the next tile. So the barrier's address takes all that was loaded, times a zero ptxas does not know.
-    """
+    """The tile goes back once all of it is in registers."""
     loaded = [*a[0], *a[1]]
     if shape.has_scale:
         loaded += ["scale"] if shape.rows is None else groups.scales(shape)
-    lines = [f"mov.b32 t, {loaded.pop()};"]
-    lines += [f"xor.b32 t, t, {register};" for register in loaded]
-    lines.append("shr.u32 u, $COUNT, 31; and.b32 t, t, u; add.u32 t, t, $K_FREE;")
-    lines.append("mbarrier.arrive.release.cta.shared::cta.b64 _, [t], 1;")
-    return "\n".join(lines)
+    return _arrive("$K_FREE", loaded)
+
+
+def _arrive(barrier: str, loaded: list[str]) -> str:
+    """Arrives when what was loaded from shared memory is in registers: the copy engine may write there next.
+
+    An arrival is not ordered after the thread's own loads. A load that waits for a burst of copies then reads what
+    is written next: at 1M, with 8 rows a query, 1 word in 100 of the last seven slots before a new tile of keys. So
+    the barrier's address takes all that was loaded, times a zero that ptxas does not know.
+    """
+    lines = [f"mov.b32 t, {loaded[0]};"] if loaded else []
+    lines += [f"xor.b32 t, t, {register};" for register in loaded[1:]]
+    lines.append(
+        f"shr.u32 u, $COUNT, 31; and.b32 t, t, u; add.u32 t, t, {barrier};" if loaded else f"mov.b32 t, {barrier};"
+    )
+    # 128 a warp-group, as Pallas counts arrivals.
+    return "\n".join([*lines, "mbarrier.arrive.release.cta.shared::cta.b64 _, [t], 1;"])
 
 
 def _next_query(shape: Shape) -> str:

@@ -72,7 +72,7 @@ def test_rollouts_are_the_same_after_steps_that_were_undone_and_pages_that_were_
     wanted = models.generate(
         serving.model(method), prompts, serving.N_NEW, chunk=serving.CHUNK, stop_ids=(), return_selections=True
     ).rollout
-    places = [functools.partial(failing, name, is_late=late) for name in ("_read", "_verify") for late in (False, True)]
+    places = [functools.partial(failing, name, is_late=late) for name in ("read", "verify") for late in (False, True)]
     for owner, name in ((Scheduler, "truncate"), (Scheduler, "finish"), (models.engine.Recorder, "write")):
         places.append(lambda error, owner=owner, name=name: mock.patch.object(owner, name, side_effect=error))
     engine, rng = serving.engine(serving.model(method), return_selections=True), np.random.default_rng(0)

@@ -1,12 +1,13 @@
 """64 streaming clients for minutes, of which a fifth go away: python -m tests.models.serve.soak, or make soak.
 
 Each asks the byte model for one of some answers that another engine made before, one by one, without a draft. Wanted:
-every whole answer is that one, no request and no page is left, and /health answers within 100 ms all the while. Needs
-httpx.
+every whole answer is that one, no request and no page is left, and /health answers within 100 ms all the while. Beside
+it an application that does nothing else is asked the same way: what it takes is the machine's. Needs httpx.
 """
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -107,6 +108,34 @@ async def client(url: str, known: list, until: float, share: float, seed: int, c
                     counts.wrong.append((body, text, wanted, reason))
 
 
+@contextlib.contextmanager
+def bare() -> Iterator[str]:
+    """Where an application listens that has /health alone."""
+    command = [sys.executable, "-m", "tests.models.serve.bare"]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def asking(url: str) -> subprocess.Popen:
+    """A process that asks /health until its input ends."""
+    command = [sys.executable, "-m", "tests.models.serve.health", url]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def told(times: list[float]) -> str:
+    """How long answers took, and which were slow: to tell a start from a stall."""
+    quick = np.percentile(times, (50, 99, 99.9))
+    slow = {i: round(ms) for i, ms in enumerate(times) if ms > HEALTH_MS}
+    return (
+        f"{len(times)} times, {quick[0]:.1f} ms (median), {quick[1]:.1f} (99 %), {quick[2]:.1f} (99.9 %), "
+        f"{max(times):.1f} at most, {len(slow)} times over {HEALTH_MS} ms: {slow}"
+    )
+
+
 def metric(text: str, name: str) -> float:
     return float(next(line for line in text.splitlines() if line.startswith(f"{name} ")).split()[1])
 
@@ -121,11 +150,8 @@ def main() -> int:
     options = parser.parse_args()
     known, counts = answers(options.answers, options.longest), Counts()
     sizes = ("--rows", 16, "--max-length", LENGTH, "--chunk", CHUNK, "--dtype", "float32", "--draft", 2, "--pages", 120)
-    with served("--checkpoint", MODEL, *sizes, "--max-waiting", 64) as server:
-        health = subprocess.Popen(
-            [sys.executable, "-m", "tests.models.serve.health", server.url], cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+    with served("--checkpoint", MODEL, *sizes, "--max-waiting", 64) as server, bare() as url:
+        asked = [asking(server.url), asking(url)]
         until = time.monotonic() + options.seconds
 
         async def run() -> None:
@@ -142,20 +168,15 @@ def main() -> int:
             await working
 
         asyncio.run(run())
-        times = json.loads(health.communicate()[0])
+        times, of_bare = (json.loads(process.communicate()[0]) for process in asked)
         text = httpx.get(f"{server.url}/metrics").text
         left = metric(text, "hisa_jax_requests_running") + metric(text, "hisa_jax_requests_waiting")
         status, are_pages_free = server.stop()
-        first, quick = np.percentile(counts.first_ms, (50, 99)), np.percentile(times, (50, 99, 99.9))
-        slow = {
-            i: round(t) for i, t in enumerate(times) if t > HEALTH_MS
-        }  # which of them, to tell a start from a stall
+        first = np.percentile(counts.first_ms, (50, 99))
         print(f"{counts.whole} whole answers, {len(counts.wrong)} wrong; {counts.left} left by their clients")
         print(f"first event after {first[0]:.0f} ms (median), {first[1]:.0f} ms (99 %)")
-        print(
-            f"/health: {len(times)} times, {quick[0]:.1f} ms (median), {quick[1]:.1f} (99 %), {quick[2]:.1f} (99.9 %)"
-        )
-        print(f"/health: {max(times):.1f} ms at most, {len(slow)} times over {HEALTH_MS} ms: {slow}")
+        print(f"/health {told(times)}")
+        print(f"/health of an application that does nothing else {told(of_bare)}")
         print(f"requests left {left:.0f}, all pages free: {are_pages_free}, exit status {status}")
         for name in ("shared_tokens", "proposals_accepted", "proposals", "step_faults"):
             print(f"{name} {metric(text, f'hisa_jax_{name}_total'):.0f}")

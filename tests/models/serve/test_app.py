@@ -8,8 +8,7 @@ from unittest import mock
 import pytest
 
 from bench.serve.engine_faults import failing
-from hisa_jax import models
-from hisa_jax.models import Sampling
+from hisa_jax.models import Sampling, passes
 from hisa_jax.models.tokens import Bytes
 
 from .. import serving
@@ -203,11 +202,11 @@ def test_a_full_queue_is_429_and_a_server_that_stops_503():
 
 def test_a_fault_that_stays_is_500_and_the_next_request_is_served(client, wanted, caplog):
     with (
-        failing("_read", RuntimeError("out of memory"), nth=1),
-        failing("_verify", RuntimeError("out of memory"), nth=2),
+        failing("read", RuntimeError("out of memory"), nth=1),
+        failing("verify", RuntimeError("out of memory"), nth=2),
     ):
         assert ask(client, prompt=PROMPTS[0]).json()["choices"][0]["text"] == wanted[0][0]  # done again
-    with mock.patch.object(models.engine, "_read", side_effect=RuntimeError("broken")):
+    with mock.patch.object(passes, "read", side_effect=RuntimeError("broken")):
         response = ask(client, prompt=PROMPTS[0])
         assert response.status_code == 500 and "failed: RuntimeError: broken" in response.json()["error"]["message"]
         *_, told = ask(client, prompt=PROMPTS[0], stream=True).text.strip().split("\n\n")

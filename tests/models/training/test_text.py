@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from hisa_jax.models.__main__ import main
+from hisa_jax.__main__ import main
 from hisa_jax.models.training import text
 from hisa_jax.models.training.text import load_corpus, read_corpus, save_corpus, why_not
 from tests.models.training.folders import many_files, prose, write_files

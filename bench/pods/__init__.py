@@ -1,0 +1,1 @@
+"""Whole models on whole pods, compiled for TPUs on a machine without one."""

@@ -1,0 +1,65 @@
+"""Selection from one row of sort keys in device memory by a whole CTA, in PTX: for rows so few that each has a CTA.
+
+A row's passes wait for each other, and each takes the time of a few instructions, a sum over the CTA and a barrier. So
+there are few passes: scores go to 1024 bins of equal width between the least and the greatest, the bin that holds the
+threshold is listed (some twenty of 8192 normal scores), and ranks of the listed ones say the threshold. Then each
+thread, which has neighbouring columns, writes the chosen of them behind those of the threads before it. Sort keys stay
+in registers from the first pass to the last. A bin that is too long to be listed is halved until it is not.
+"""
+
+from jax import Array
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SPLAT, address_of
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import Shape, select_ptx
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import Output
+from hisa_jax.kernels_pallas.types import Ref
+
+
+def shape_of(width: int, k: int) -> Shape:
+    """A thread has as few columns as make its own work less than what it waits for the others."""
+    each = 8 if width <= 2048 else 16 if width <= 16384 else 32
+    n_threads = next((n for n in (128, 256, 512) if n * each >= width), 1024)
+    return Shape(width=width, k=k, each=each, n_threads=n_threads)
+
+
+def block_position(block_size: int, n_ids: int) -> str:
+    """PTX: the token that a thread's first column stands for; all its columns are of one block."""
+    shift = block_size.bit_length() - 1
+    return f"""shr.u32 t, column, {shift}; min.u32 t, t, {n_ids - 1}; mul.wide.u32 word, t, 4; add.s64 word, word, $IDS;
+ld.global.b32 base, [word]; shl.b32 base, base, {shift}; and.b32 t, column, {block_size - 1}; add.s32 base, base, t;"""
+
+
+def own_position() -> str:
+    """PTX: columns stand for themselves."""
+    return "mov.b32 base, column;"
+
+
+def choose(shape: Shape, x: Ref, limit: Array, ids: Ref | None, block_size: int, smem: Ref, out: Output) -> None:
+    """Writes the best of the first `limit` sort keys of x[out.t]; runs on all threads of the CTA.
+
+    Args:
+        x: [T, shape.width] int32; `ids`: [T, m] int32 blocks that columns are of, None: columns are their positions.
+        smem: [shape.smem_bytes / 4] int32.
+    """
+    n_ids = 0 if ids is None else ids.shape[1]
+    ptx = select_ptx(shape, own_position if ids is None else lambda: block_position(block_size, n_ids))
+    refs = [x, x if ids is None else ids, out.positions, out.count, smem]
+
+    @plgpu.inline_mgpu(arg_types=(REF,) * len(refs) + (SPLAT,) * 2)
+    def run(_ctx, x, ids, o, count, smem, limit, t):
+        row = t.registers.item()
+        utils.inline_ptx(
+            ptx,
+            address_of(x, row, shape.width),
+            limit.registers.item(),
+            address_of(ids, row, n_ids or shape.width),
+            address_of(o, row, shape.k),
+            address_of(count, row, 1),
+            utils.memref_ptr(smem),
+            has_side_effects=True,
+            convergent=True,
+        )
+
+    run(*refs, limit, out.t)

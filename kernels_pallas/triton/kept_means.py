@@ -1,0 +1,92 @@
+"""Scores of block means that pages keep, for so few queries that fetching the means is what takes time.
+    x[t, c] = sort_key(scale * sum_h w[t, h] * relu(q[t, h] . sum_p means[page that ends block c, p]))     float32 sums
+
+Floor, 128 requests of 128K in blocks of 128 on an H200: 34 MB in e4m3 / 4.3 TB/s = 8 us. Threads fetch scattered rows
+faster than the copy engine, which wants one command a row. Of a block of several pages, the marks of all are read too,
+4 bytes a page: they say whether the mean is that of these pages (xla/block_means.py). If it is not, it is taken from
+their sums, 16 blocks at a time: what `page_scores` does for all.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from hisa_jax.kernels_pallas.operands import Columns
+from hisa_jax.kernels_pallas.pages import TILED_BLOCKS, PageMeans
+from hisa_jax.kernels_pallas.triton.kept_means_body import Kept, Plan, kept_scores_body
+from hisa_jax.kernels_pallas.triton.page_means import COLUMNS
+from hisa_jax.kernels_pallas.triton.page_means_body import Queries, Sums
+from hisa_jax.kernels_pallas.types import Ref
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Launch sizes: they change the speed, never the result."""
+
+    tile_s: int = TILED_BLOCKS  # blocks a program, a multiple of 16
+    num_warps: int = 4
+
+
+def heuristic(T: int, n_blocks: int, n_sms: int = 132) -> Config:
+    """Tiles as large as leave every multiprocessor three programs: one's waits are the others' work.
+
+    64 blocks are the fewest for the tensor core's newer instructions, and 4 such programs fit a multiprocessor.
+    """
+    return Config(tile_s=next((n for n in (64, 32) if T * n_blocks >= 3 * n * n_sms), TILED_BLOCKS))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def kept_scores(
+    q: Array,
+    w: Array,
+    means: PageMeans,
+    first_block: Array,
+    columns: Columns,
+    *,
+    config: Config,
+    interpret: bool = False,
+) -> Array:
+    """[T, H, D], [T, H], means, [T] -> [T, columns.n padded] int32 sort keys of the scores of block means, as `scores`.
+
+    Args:
+        first_block: where the blocks of each query's request begin.
+        columns: blocks of each query; `tiles` and `first` are not used. Those at or beyond its limit are `INVISIBLE`
+            or, beyond its whole 512, not written.
+    """
+    T, H, D = q.shape
+    sums, tile_s = means.page_sums, config.tile_s
+    step = COLUMNS if columns.n > COLUMNS else tile_s
+    width = -(-columns.n // step) * step
+    plan = Plan(
+        tile_s=tile_s,
+        step=step,
+        per_block=sums.per_block,
+        n_pages=sums.pages.n_pages,
+        keep_first=columns.keep_first,
+        keep_last=columns.keep_last,
+    )
+    row = lambda *shape: pl.BlockSpec((None, *shape), lambda s, t: (t,) + (0,) * len(shape))  # noqa: E731
+    one = pl.BlockSpec((1,), lambda s, t: (t,))
+    others = None if means.marks is None else Sums(sums.pages.table, sums.sums, sums.counts)
+    flat = means.means.reshape(len(means.means), -1)
+    kept = Kept(sums.pages.table, flat, means.scales, means.marks, others)
+    return pl.pallas_call(
+        functools.partial(kept_scores_body, plan=plan),
+        # Query by query: the next one of a request finds its means in L2.
+        grid=(width // tile_s, T),
+        in_specs=[Queries(row(H, D), row(H), one, one), jax.tree.map(_whole, kept)],
+        out_specs=row(width),
+        out_shape=jax.ShapeDtypeStruct((T, width), jnp.int32),
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        name="hisa_kept_scores",
+        interpret=interpret,
+    )(Queries(q, w, columns.limit, first_block), kept)
+
+
+def _whole(x: Array) -> Ref:
+    return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)

@@ -1,0 +1,116 @@
+"""Device code of `kept_scores`."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from hisa_jax.kernels_pallas.pages import TILED_BLOCKS
+from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
+from hisa_jax.kernels_pallas.triton.page_means_body import Queries, Sums, means_of_blocks
+from hisa_jax.kernels_pallas.types import Ref
+from hisa_jax.xla.block_means import joined
+from hisa_jax.xla.means import split
+
+
+class Kept(NamedTuple):
+    """What pages keep, whole."""
+
+    table: Ref  # [n_blocks * per_block], pages of all requests
+    means: Ref  # [n_pages, parts * D]
+    scales: Ref | None  # [n_pages]
+    marks: Ref | None  # [n_pages]; None where a block is a page
+    sums: Sums | None  # likewise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The static numbers of a launch."""
+
+    tile_s: int
+    step: int  # a reader of the result takes so many columns at a time
+    per_block: int  # pages of a block, a power of two
+    n_pages: int
+    keep_first: int
+    keep_last: int
+
+
+def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> None:
+    # One program, one query:   table -> the page that ends each of `tile_s` blocks -> its mean -> product with heads
+    #                                 -> the other pages -> all marks -> do they fit?  no: sums -> mean -> product
+    #
+    # Memory is waited for three times: for the query's numbers, the table, and all else at once. A mean that does not
+    # fit is rare (a page that follows different pages in two tables), so a few blocks at a time will do, and no branch
+    # but that one has its registers. out: [width].
+    column, limit, first_block = pl.program_id(0) * plan.tile_s, query.limit[0], query.first_block[0]
+    H, D = query.q.shape
+
+    def pages_of(first: Array, n: int) -> tuple[Array, list[Array]]:
+        """n candidates and their pages in order."""
+        candidate = first + jnp.arange(n, dtype=jnp.int32)
+        block = jnp.minimum(first_block + candidate, refs.table.shape[0] // plan.per_block - 1)
+        return candidate, [_page(refs.table, block * plan.per_block + i, plan.n_pages) for i in range(plan.per_block)]
+
+    def is_other(candidate: Array, pages: list[Array]) -> Array:
+        """Whether the mean that the last page keeps is not that of the block, though it is needed."""
+        if refs.marks is None:
+            return jnp.zeros(candidate.shape, jnp.bool_)
+        *marks, kept = (plt.load(refs.marks.at[page]) for page in pages)
+        is_scored = (candidate >= plan.keep_first) & (candidate < limit - plan.keep_last)
+        return is_scored & (joined(marks) != kept)
+
+    def store(candidate: Array, scores: Array, mask: Array) -> None:
+        sort_key = jnp.where(candidate < plan.keep_first, FORCED, sort_key_of(scores))
+        sort_key = jnp.where(candidate >= limit - plan.keep_last, FORCED, sort_key)
+        plt.store(o_ref.at[candidate], jnp.where(candidate < limit, sort_key, INVISIBLE), mask=mask)
+
+    def score_from_sums(i: Array, carry: None) -> None:
+        assert refs.sums is not None
+        candidate, pages = pages_of(column + i * TILED_BLOCKS, TILED_BLOCKS)
+        means = means_of_blocks(refs.sums, first_block + candidate, plan.per_block, plan.n_pages)
+        parts, scale = split(means, refs.means.shape[1] // D, query.q.dtype)
+        # Eleven bits hold what two e4m3 numbers do, but for the last bits of a few.
+        scores = _score(sum(map(_wide, parts[1:]), _wide(parts[0])), _wide(query.q[...]), query.w[...])
+        store(candidate, scores if scale is None else scores * scale, is_other(candidate, pages))
+
+    @pl.when(column < limit)
+    def _score_kept():
+        candidate, pages = pages_of(column, plan.tile_s)
+        # Asked for in this order: what is waited for longest comes first, and nothing waits in between.
+        columns = jnp.arange(refs.means.shape[1], dtype=jnp.int32)
+        means = plt.load(refs.means.at[pages[-1][:, None], columns[None, :]])
+        heads, w = query.q[...], query.w[...]
+        scale = None if refs.scales is None else plt.load(refs.scales.at[pages[-1]])
+        other = is_other(candidate, pages)
+        # Parts lie one behind the other: the product with as many copies of the heads is the sum of theirs.
+        copies = jnp.broadcast_to(_wide(heads)[:, None, :], (H, len(columns) // D, D)).reshape(H, -1)
+        scores = _score(_wide(means), copies, w)
+        store(candidate, scores if scale is None else scores * scale, ~other)
+        if refs.sums is not None:
+            pl.when(jnp.max(other.astype(jnp.int32)) > 0)(
+                lambda: lax.fori_loop(0, plan.tile_s // TILED_BLOCKS, score_from_sums, None)
+            )
+
+    # The selection reads whole steps of columns: up to the end of the last one they must say that nothing is there.
+    @pl.when((column >= limit) & (column < lax.div(limit + (plan.step - 1), jnp.int32(plan.step)) * plan.step))
+    def _fill():
+        o_ref[pl.ds(column, plan.tile_s)] = jnp.full((plan.tile_s,), INVISIBLE, jnp.int32)
+
+
+def _wide(x: Array) -> Array:
+    """e4m3 numbers as float16, which Triton has products for on Hopper's tensor cores."""
+    return x if x.dtype == jnp.bfloat16 else x.astype(jnp.float16)
+
+
+def _score(means: Array, heads: Array, w: Array) -> Array:
+    """[s, K], [H, K], [H] -> [s] float32. Means are the second operand: they reach shared memory as they are loaded."""
+    products = lax.dot_general(heads, means, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    # A select, not a maximum, which Triton lowers to one that drops NaN.
+    return jnp.sum(jnp.where(products < 0.0, 0.0, products) * w[:, None], axis=0)
+
+
+def _page(table_ref: Ref, i: Array, n_pages: int) -> Array:
+    return jnp.clip(plt.load(table_ref.at[i]), 0, n_pages - 1)

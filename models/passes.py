@@ -1,0 +1,114 @@
+"""The compiled passes of an engine: a chunk of prompts, a decode step that verifies proposals, copies of pages."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import hisa_jax as hj
+from hisa_jax.models.cache import Cache, pages_sharding
+from hisa_jax.models.draws import Draws, LogprobArrays, logprobs_if, take
+from hisa_jax.models.modeling import Model, Output
+from hisa_jax.models.replay.recorder import Rows, logprob_of, rows_of
+from hisa_jax.models.sharding import size_of
+
+Pages = tuple[hj.IndexCache, ...]
+
+
+class Trace(NamedTuple):
+    """What a pass tells beside tokens: what was selected from what; what queries and routers chose, for rollouts."""
+
+    inputs: bool
+    choices: bool
+
+
+class Chosen(NamedTuple):
+    """What a pass chose, and the log-probabilities of its tokens, [B, T] or [B, 1]."""
+
+    rows: Rows
+    logprobs: Array
+
+
+class Seen(NamedTuple):
+    """What a pass tells: of each layer that selects (selection, q, k, w), and its choices, if asked for."""
+
+    layers: list
+    chosen: Chosen | None
+
+
+def _run(
+    model: Model, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, trace: Trace, last_only: bool
+) -> Output:  # fmt: skip
+    T = ids.shape[1]
+    mask = jnp.arange(T)[None, :] >= T - n_new[:, None]
+    cache = Cache(layers=pages, block_tables=tables, lengths=lengths)
+    return model.run(ids, cache=cache, mask=mask, last_only=last_only, trace=any(trace))
+
+
+def _seen(out: Output, tokens: Array, trace: Trace) -> Seen:
+    """Of a pass that chose `tokens` [B, T], or [B, 1] after its last one."""
+    layers = [layer for layer in out.layers if trace.inputs and layer.index_inputs is not None]
+    chosen = Chosen(rows_of(out), logprob_of(out.logits, tokens)) if trace.choices else None
+    return Seen([(layer.selection, *(layer.index_inputs or ())) for layer in layers], chosen)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "trace"), donate_argnames="pages")
+def read(
+    state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
+    graph: nnx.GraphDef, trace: Trace,
+) -> tuple[Array, LogprobArrays, Pages, Seen]:  # fmt: skip
+    """A chunk of prompts: the token [B, 1] after it, log probabilities if wanted, the pages, what was selected."""
+    model = nnx.merge(graph, state)
+    out = _run(model, pages, tables, lengths, ids, n_new, trace, last_only=True)
+    tokens = take(out.logits, draws, draws.kind)
+    logprobs = logprobs_if(draws.has_logprobs, out.logits, tokens)
+    tokens, logprobs, seen = _on_all(model.mesh, (tokens, logprobs, _seen(out, tokens, trace)))
+    return tokens, logprobs, _where_they_were(model.mesh, out.cache.layers), seen
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "trace"), donate_argnames="pages")
+def verify(
+    state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
+    graph: nnx.GraphDef, trace: Trace,
+) -> tuple[Array, Array, LogprobArrays, Pages, Seen]:  # fmt: skip
+    """The last token and proposals: the token after each [B, T], how many proposals were right [B], log probabilities
+    if wanted, the pages without the others, what was selected."""
+    model = nnx.merge(graph, state)
+    out = _run(model, pages, tables, lengths, ids, n_new, trace, last_only=False)
+    tokens, T = take(out.logits, draws, draws.kind), ids.shape[1]
+    is_proposal = jnp.arange(1, T)[None, :] > T - n_new[:, None]
+    is_right = jnp.where(is_proposal, ids[:, 1:] == tokens[:, :-1], True)
+    n_right = jnp.sum(jnp.cumprod(is_right, axis=1) * is_proposal, axis=1, dtype=jnp.int32)
+    layers = out.cache.layers
+    if T > 1:
+        kept, over = lengths + jnp.minimum(n_new, 1 + n_right), _over(model.mesh)
+        layers = tuple(hj.truncate(p, tables, lengths + n_new, kept, max_tokens=T - 1, **over) for p in layers)
+    logprobs, seen = logprobs_if(draws.has_logprobs, out.logits, tokens), _seen(out, tokens, trace)
+    tokens, n_right, logprobs, seen = _on_all(model.mesh, (tokens, n_right, logprobs, seen))
+    return tokens, n_right, logprobs, _where_they_were(model.mesh, layers), seen
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+def copy(pages: Pages, source: Array, target: Array, *, mesh: Mesh | None) -> Pages:
+    """Copies pages [n] of each group to others of the same device; -1 is no page."""
+    return _where_they_were(mesh, tuple(hj.copy_pages(layer, source, target, **_over(mesh)) for layer in pages))
+
+
+def _over(mesh: Mesh | None) -> dict[str, Any]:
+    """How functions of pages split those of an engine on a mesh: arguments by name, none if nothing is split."""
+    axes = {f"{axis}_axis": axis for axis in ("data", "context") if size_of(mesh, axis) > 1}
+    return dict(mesh=mesh, **axes) if axes else {}
+
+
+def _on_all[Tree](mesh: Mesh | None, tree: Tree) -> Tree:
+    """What the host reads, whole on every device, since a process can read only what its own devices have."""
+    return tree if mesh is None else lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def _where_they_were(mesh: Mesh | None, pages: Pages) -> Pages:
+    """Pages on the devices that they came from, so that their memory can be taken over."""
+    return pages if mesh is None else lax.with_sharding_constraint(pages, pages_sharding(mesh, pages[0].n_pages))

@@ -1,0 +1,255 @@
+"""Runs PTX of one CTA in NumPy: the part of the language that our texts without a Pallas interpreter are written in.
+
+Warps run one after the other, in any order, from barrier to barrier; the threads of a warp take a step at a time, so
+branches must be taken by all of them or by none. Shared memory is watched: what a thread
+has written, or another one reads, since the last barrier may not be touched by others, but for atomics among
+themselves. Registers hold anything before they are written, and so does memory.
+"""
+
+import operator
+import re
+
+import numpy as np
+
+_COMPARE = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+}
+_INTEGER = {"add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "mul": np.multiply}
+_BITS = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+_TYPES = {"s32": np.int32, "u32": np.uint32, "b32": np.uint32, "f32": np.float32, "s64": np.int64, "b64": np.int64}
+_ATOMIC = -2  # in place of a thread
+
+
+class Race(AssertionError):
+    """Two threads at one word of shared memory without a barrier between them."""
+
+
+class Machine:
+    """A CTA of n threads.
+
+    Args:
+        text: PTX, whose operands are registers that `operands` gives to all threads, addresses as bytes.
+        memory: [words] uint32, device memory; `smem_bytes`: of shared memory, which begins with anything.
+    """
+
+    def __init__(self, text, n, operands, memory, smem_bytes, seed=0):
+        self.n, self.memory, self.rng = n, memory, np.random.default_rng(seed)
+        self.smem = self.anything(smem_bytes // 4)
+        self.written_by, self.read_by = (np.full(len(self.smem), -1) for _ in range(2))
+        self.code, self.labels = self._parsed(text)
+        self.warps = [_Warp(self, first, operands) for first in range(0, n, 32)]
+        self.n_barriers = 0
+
+    @property
+    def steps(self):
+        """Of the warp that took most."""
+        return max(warp.steps for warp in self.warps)
+
+    def run(self):
+        while True:
+            at_barrier = {self.warps[i].run() for i in self.rng.permutation(len(self.warps))}
+            assert len(at_barrier) == 1, "some warps end before a barrier of others"
+            if not at_barrier.pop():
+                return
+            self.n_barriers += 1
+            self.written_by[:], self.read_by[:] = -1, -1
+
+    def anything(self, n):
+        return self.rng.integers(0, 2**32, n, dtype=np.uint32)
+
+    @staticmethod
+    def _parsed(text):
+        code, labels = [], {}
+        for line in re.sub(r"//[^\n]*", "", text).strip().removeprefix("{").removesuffix("}").split(";"):
+            statement = line.strip()
+            while label := re.match(r"(\w+):\s*", statement):
+                labels[label[1]] = len(code)
+                statement = statement[label.end() :]
+            if statement and not statement.startswith(".reg"):
+                guard = re.match(r"@(!?)(\w+)\s+", statement)
+                op, _, rest = statement[guard.end() if guard else 0 :].partition(" ")
+                code.append(
+                    (guard and (guard[1] == "!", guard[2]), op, re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest))
+                )
+        return code, labels
+
+
+class _Warp:
+    def __init__(self, cta, first, operands):
+        self.cta, self.n, self.at, self.steps = cta, 32, 0, 0
+        self.threads = first + np.arange(32)
+        self.registers = {name: np.full(32, value, np.int64) for name, value in operands.items()}
+        self.registers |= {"%tid.x": self.threads, "%laneid": np.arange(32)}
+
+    def run(self, most=100_000):
+        """To the next barrier, or to the end: whether to a barrier."""
+        while self.at < len(self.cta.code):
+            self.steps += 1
+            assert self.steps < most, "it does not end"
+            guard, op, args = self.cta.code[self.at]
+            mask = np.ones(32, bool)
+            if guard:
+                mask = self.registers[guard[1]] != guard[0]
+            self.at += 1
+            name, *parts = op.split(".")
+            if name == "bra":
+                assert mask.all() or not mask.any(), f"threads part at a branch to {args[0]}"
+                self.at = self.cta.labels[args[0]] if mask.all() else self.at
+            elif name == "bar":
+                assert int(args[1]) == self.cta.n
+                return True
+            else:
+                self._step(name, parts, args, mask)
+        return False
+
+    def _value(self, arg, kind):
+        if arg.startswith("0f"):
+            return np.full(self.n, np.uint32(int(arg[2:], 16)).view(np.float32))
+        if re.fullmatch(r"-?\d+", arg):
+            return np.full(self.n, int(arg), np.int64).astype(_TYPES[kind])
+        if arg not in self.registers:
+            self.registers[arg] = self.cta.anything(self.n)
+        value = self.registers[arg]
+        if value.dtype == bool:
+            return value
+        if kind == "f32":
+            return value if value.dtype == np.float32 else value.astype(np.uint32).view(np.float32)
+        if value.dtype == np.float32:
+            value = value.view(np.uint32)
+        return value.astype(_TYPES[kind])
+
+    def _set(self, name, value, mask):
+        old = self.registers.get(name)
+        if old is None or mask.all():
+            old = value
+        elif old.dtype != value.dtype:
+            old = self._value(name, {v: k for k, v in _TYPES.items()}[value.dtype.type])
+        self.registers[name] = np.where(mask, value, old)
+
+    def _step(self, name, parts, args, mask):
+        kind = parts[-1] if parts else ""
+        if name == "setp":
+            value = _COMPARE[parts[0]](self._value(args[1], kind), self._value(args[2], kind))
+            if parts[1] == "and":
+                value = value & self.registers[args[3]]
+            self._set(args[0], value, mask)
+        elif kind == "pred" and name != "vote":
+            self._set(
+                args[0],
+                {"and": np.logical_and, "or": np.logical_or}[name](*(self.registers[x] for x in args[1:])),
+                mask,
+            )
+        elif name in ("ld", "st"):
+            self._move(name, parts, args, mask)
+        elif name in ("red", "atom"):
+            self._add(args, mask, returns=name == "atom")
+        elif name == "redux":
+            assert mask.all()
+            value = self._value(args[1], kind)
+            self._set(args[0], np.full(32, _INTEGER[parts[1]].reduce(value, dtype=value.dtype)), mask)
+        elif name == "vote":
+            self._set(args[0], np.full(32, self.registers[args[1]].any()), mask)
+        elif name == "shfl":
+            out, ok = args[0].split("|")
+            lane, by = np.arange(32), int(args[2])
+            value = self._value(args[1], "b32")
+            self._set(out, np.where(lane >= by, np.roll(value, by), value), mask)
+            self._set(ok, lane >= by, mask)
+        elif name == "cvt":
+            x = np.nan_to_num(np.trunc(self._value(args[1], "f32").astype(np.float64)), nan=0.0)
+            self._set(args[0], np.clip(x, 0, 2**32 - 1).astype(np.uint32), mask)
+        else:
+            self._set(args[0], self._arithmetic(name, parts, args, kind), mask)
+
+    def _arithmetic(self, name, parts, args, kind):
+        with np.errstate(all="ignore"):
+            if name == "mul" and parts[0] == "wide":
+                return self._value(args[1], kind).astype(np.int64) * self._value(args[2], kind).astype(np.int64)
+            if name == "bfind":
+                return np.array([int(x).bit_length() - 1 for x in self._value(args[1], "u32")], np.int64).astype(
+                    np.uint32
+                )
+            if name in ("mad", "fma"):
+                wide = np.int64 if parts[0] == "wide" else np.float64 if name == "fma" else _TYPES[kind]
+                a, b = (self._value(arg, kind).astype(wide) for arg in args[1:3])
+                return (a * b + self._value(args[3], "s64" if wide is np.int64 else kind)).astype(
+                    np.float32 if name == "fma" else wide
+                )
+            if name == "mov":
+                return self._value(args[1], kind)
+            if name == "selp":
+                return np.where(self.registers[args[3]], self._value(args[1], kind), self._value(args[2], kind))
+            a, b = self._value(args[1], kind), self._value(args[2], "u32" if name in ("shl", "shr") else kind)
+            if name == "shl":
+                return a << b
+            if name == "shr":
+                return a >> b.astype(a.dtype)
+            if name == "div":
+                return a / b
+            return (_INTEGER | _BITS)[name](a, b)
+
+    def _words(self, address):
+        base, _, offset = address.strip("[]").partition("+")
+        at = self._value(base, "s64") + int(offset or 0)
+        return at
+
+    def _move(self, name, parts, args, mask):
+        where, vector = args if name == "st" else args[::-1]
+        names = re.findall(r"\w+", vector) if vector.startswith("{") else [vector]
+        at, is_shared = self._words(where), "shared" in parts
+        assert (at[mask] % (4 * len(names)) == 0).all(), "not aligned"
+        memory = self.cta.smem if is_shared else self.cta.memory
+        assert ((at[mask] >= 0) & (at[mask] // 4 + len(names) <= len(memory))).all(), f"outside of memory: {args}"
+        for i, register in enumerate(names):
+            words = np.where(mask, at // 4 + i, 0)
+            if is_shared:
+                self._watch(
+                    words, mask, writes=name == "st", values=self._value(register, "b32") if name == "st" else None
+                )
+            if name == "ld":
+                self._set(register, memory[words], mask)
+            else:
+                memory[words[mask]] = self._value(register, "b32")[mask]
+
+    def _watch(self, words, mask, *, writes, values=None):
+        who, words, written_by, read_by = self.threads[mask], words[mask], self.cta.written_by, self.cta.read_by
+        others = (written_by[words] != -1) & (written_by[words] != who)
+        if writes:
+            others |= (read_by[words] != -1) & (read_by[words] != who)
+            # The same value from several threads is no race.
+            others &= self.cta.smem[words] != values[mask]
+            order = np.argsort(words, kind="stable")
+            same = words[order][1:] == words[order][:-1]
+            if (same & (values[mask][order][1:] != values[mask][order][:-1])).any():
+                raise Race(f"several threads write words {words[order][1:][same][:4]}")
+            written_by[words] = who
+        else:
+            # Several readers: of them any stands for all, who are not the writer to come.
+            several = np.bincount(words, minlength=len(read_by))[words] > 1
+            seen = read_by[words]
+            read_by[words] = np.where(several | ((seen != -1) & (seen != who)), self.cta.n, who)
+        if others.any():
+            raise Race(f"word {words[others][0]}: thread {who[others][0]} and {written_by[words[others][0]]}")
+
+    def _add(self, args, mask, *, returns):
+        where, amount = args[-2:]
+        words = np.where(mask, self._words(where) // 4, 0)
+        for writer in (self.cta.written_by, self.cta.read_by):
+            seen = writer[words[mask]]
+            if ((seen != -1) & (seen != _ATOMIC)).any():
+                raise Race(f"atomics and others at words {words[mask][:4]}")
+        self.cta.written_by[words[mask]] = _ATOMIC
+        # In any order.
+        order = self.cta.rng.permutation(np.flatnonzero(mask))
+        before = np.zeros(self.n, np.uint32)
+        amounts = self._value(amount, "u32")
+        for thread in order:
+            before[thread] = self.cta.smem[words[thread]]
+            self.cta.smem[words[thread]] += amounts[thread]
+        if returns:
+            self._set(args[0], before, mask)
