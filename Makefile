@@ -21,7 +21,7 @@ TESTS = $(ON_CPU) pytest -n 2 --dist worksteal
 KERNEL_TESTS = JAX_PLATFORMS=cpu NPROC=32 $(<D)/bin/python -m pytest -n 2 --dist worksteal tests/gpu tests/tpu
 CORE := --ignore=tests/gpu --ignore=tests/tpu
 
-.PHONY: demo check test pytest fuzz test-integrations test-oldest test-oldest-exhaustive test-exhaustive mutants test-serve soak lint docs format clean
+.PHONY: demo check test pytest fuzz test-integrations test-oldest test-oldest-exhaustive test-exhaustive mutants test-serve soak soak-mesh lint docs format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -88,6 +88,11 @@ OLDEST_CORE := $(addprefix tests/,test_docs.py test_golden.py test_cache.py test
 test-oldest-exhaustive: .venv-oldest/test.stamp
 	$(FAST) $(TESTS) -m "not slow" --each-value $(OLDEST_CORE)
 	$(FAST) $(KERNEL_TESTS) -m "not slow and not exhaustive" --each-value
+
+# An engine on 8 emulated devices: 500 requests with shared prefixes and drafts, 15 in a hundred cancelled, every
+# selection against the oracle, tokens against one device, and no page lost. 10 minutes on two cores.
+soak-mesh: .venv-test/test.stamp
+	$(FAST) $(ON_CPU) bench serve --mesh data=2,model=2,context=2 --requests 500 --cancels 15 --verify $(ARGS)
 
 lint: .venv-test/test.stamp
 	.venv-test/bin/ruff check .

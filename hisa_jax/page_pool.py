@@ -90,8 +90,9 @@ class PagePool:
     def n_on(self, pages: Iterable[int], group: int) -> list[int]:
         """How many of some pages lie on each device of a group."""
         self._check_group("PagePool.n_on", group)
-        counts = collections.Counter(page // self._per_device for page in pages)
-        return [counts[group * self.n_devices + device] for device in range(self.n_devices)]
+        devices = np.fromiter(pages, np.int64) // self._per_device
+        counts = np.bincount(devices, minlength=len(self._free)).tolist()
+        return counts[group * self.n_devices :][: self.n_devices]
 
     def n_needed_on(self, n_tokens: int) -> list[int]:
         """Pages that a request of so many tokens has on each device of its group."""

@@ -66,7 +66,7 @@ def select(
         budget: [B, T] int32, or [B, 1] for all queries of a sequence: how many keys a query chooses at most, up to the
             `topk` that shapes go by; what is always kept stays. None: topk.
         mesh: run it on these devices, with the keys of each sequence split over them; None: on one. Then S is a
-            multiple of the devices of `context_axis` times the block size, and implementation "xla" or "mosaic_tpu".
+            multiple of the devices of `context_axis` times the block size.
         context_axis: the mesh axis that splits S, in order.
         data_axis: the mesh axis that splits B; None: the whole batch on every device.
         implementation: one that `implementations` lists, or "auto": the first of them that can run here.

@@ -60,8 +60,8 @@ def select_paged(
             pages it has, and devices exchange candidates. Over `query_axis` each device indexes an equal share of the
             queries, from all pages, and selections are gathered, 4 bytes a chosen token: for ranks of tensor
             parallelism, which would all do the same. Both axes may be used together.
-        context_axis: the mesh axis that splits the cache's pages, page p on device p // (n_pages / devices); only
-            implementation "xla" takes it. None: every device has all.
+        context_axis: the mesh axis that splits the cache's pages, page p on device p // (n_pages / devices). None:
+            every device has all.
         query_axis: the mesh axis that splits the queries, any number of them; None: every device has all.
         data_axis: the mesh axis whose devices are groups of their own, alone or beside the others, as for `append`:
             every array is those of the groups, one after the other in equal parts, and so is the selection.

@@ -64,12 +64,19 @@ class KeptBlocks:
         visible: [T] int32, tokens of its sequence that the query sees.
         first: [T] int32, where the query's sequence begins among the rows of all, in blocks.
         size: tokens of a block.
+        count: [T] int32, how many of them are real, where that is known without looking.
     """
 
     ids: Array
     visible: Array
     first: Array
     size: int = dataclasses.field(metadata=_STATIC)
+    count: Array | None = None
+
+    @property
+    def n_real(self) -> Array:
+        """[T] int32."""
+        return jnp.sum(self.ids >= 0, axis=1, dtype=jnp.int32) if self.count is None else self.count
 
 
 @jax.tree_util.register_dataclass

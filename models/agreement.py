@@ -55,9 +55,11 @@ class Agreement:
         try:
             self._client.wait_at_barrier(place, int(self._timeout_s * 1000), self._processes)
         except Exception as error:
+            missing = self._missing(place)
+            what = f"processes {missing}" if missing else "this process"
             raise RuntimeError(
-                f"{call}: processes {self._missing(place)} did not come within {self._timeout_s:g} s, wanted all of "
-                f"{self._processes}: each must be told the same requests and make the same steps"
+                f"{call}: {what} did not come within {self._timeout_s:g} s, wanted all of {self._processes}: each must "
+                "be told the same requests and make the same steps"
             ) from error
         everyone = self._read(place)
         if own == self._processes[0] and self._n_rounds > 1:  # all have read what was said before

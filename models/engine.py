@@ -32,6 +32,7 @@ from hisa_jax.models.request import Request
 from hisa_jax.models.sampling import Sampling, short_form
 from hisa_jax.models.scheduler import Batch, Saved, Scheduler
 from hisa_jax.models.sharding import size_of
+from hisa_jax.models.stacked import Stacked
 from hisa_jax.models.streams import Piece, Reader
 from hisa_jax.models.text import Text
 from hisa_jax.models.tokens import Tokenizer
@@ -88,6 +89,8 @@ class Engine:
             )
         if draft is not None and not callable(draft):
             raise ValueError(f"Engine: draft={checks.shown(draft)}, wanted what can be called, or None")
+        if isinstance(model, Stacked):
+            raise ValueError("Engine: model is Stacked, wanted the one it was made of: pages are copied layer by layer")
         split = {} if model.mesh is None else _split(model, sizes)
         if max_length > (room := model.config.max_position_embeddings):
             raise ValueError(

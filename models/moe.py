@@ -9,9 +9,12 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh
 
+from hisa_jax.models.block_scaled import BlockScaled
 from hisa_jax.models.config import Config
 from hisa_jax.models.layers import Init, Mlp
 from hisa_jax.models.sharding import mesh_axes, mesh_axis, per_device
+
+Weights = Array | BlockScaled
 
 # Keeps the division by the chosen experts' scores finite; the value of the published code.
 _SUM_FLOOR = 1e-20
@@ -54,7 +57,7 @@ def expert_weights(logits: Array, experts: Array, config: Config) -> Array:
 
 
 def routed_experts(
-    x: Array, experts: Array, weights: Array, gate: Array, up: Array, down: Array, *, axes: Sequence[str] = (),
+    x: Array, experts: Array, weights: Array, gate: Weights, up: Weights, down: Weights, *, axes: Sequence[str] = (),
     batch_axis: str | None = None, are_routed: bool = False,
 ) -> Array:  # fmt: skip
     """Sum over each token's experts of weight times SwiGLU MLP.
@@ -72,7 +75,8 @@ def routed_experts(
     Returns: [B, T, E] in x's dtype.
     """
     if not axes:
-        return _by_sorted_pairs(x, experts, weights, gate, up, down, None, are_routed).astype(x.dtype)
+        wide = gate[...], up[...], down[...]
+        return _by_sorted_pairs(x, experts, weights, *wide, None, are_routed).astype(x.dtype)
     rows = x, experts, weights
     if batch_axis is not None:
         rows = jax.tree.map(lambda x: lax.all_gather(x, batch_axis, axis=0, tiled=True), rows)
@@ -80,7 +84,7 @@ def routed_experts(
     if rows[0].shape[0] * rows[0].shape[1] <= _FEW:
         total = _by_expert(*rows, gate, up, down, first)
     else:
-        total = _by_sorted_pairs(*rows, gate, up, down, first, are_routed)
+        total = _by_sorted_pairs(*rows, gate[...], up[...], down[...], first, are_routed)
     if batch_axis is not None:
         total = lax.psum_scatter(total, batch_axis, scatter_dimension=0, tiled=True)
     if others := tuple(axis for axis in axes if axis != batch_axis):
@@ -89,16 +93,23 @@ def routed_experts(
 
 
 def _by_expert(
-    x: Array, experts: Array, weights: Array, gate: Array, up: Array, down: Array, first: Array
+    x: Array, experts: Array, weights: Array, gate: Weights, up: Weights, down: Weights, first: Array
 ) -> Array:  # fmt: skip
     """[B, T, E] float32: every expert here takes all tokens, which costs less than to read its weights."""
-    here = first + jnp.arange(gate.shape[0])
-    is_chosen = experts[None] == here[:, None, None, None]  # [X, B, T, K]
-    weight = jnp.sum(jnp.where(is_chosen, weights[None], 0), axis=-1)
-    hidden = jax.nn.silu(jnp.einsum("bte,xef->xbtf", x, gate)) * jnp.einsum("bte,xef->xbtf", x, up)
-    out = jnp.einsum("xbtf,xfe->xbte", hidden, down).astype(jnp.float32)
-    # What is not finite stays with the tokens that chose the expert.
-    return jnp.sum(jnp.where(jnp.any(is_chosen, axis=-1)[..., None], out * weight[..., None], 0), axis=0)
+
+    def add(total: Array, one: tuple[Array, Weights, Weights, Weights]) -> tuple[Array, None]:
+        # One after the other, so that of 8-bit weights a matrix at a time is made wide.
+        number, gate, up, down = one[0], *(weight[...] for weight in one[1:])
+        is_chosen = experts == number
+        weight = jnp.sum(jnp.where(is_chosen, weights, 0), axis=-1)
+        out = ((jax.nn.silu(x @ gate) * (x @ up)) @ down).astype(jnp.float32)
+        # What is not finite stays with the tokens that chose the expert.
+        own = jnp.where(jnp.any(is_chosen, axis=-1)[..., None], out * weight[..., None], 0)
+        return total + own, None
+
+    n = gate.shape[0]
+    numbers = first + jnp.arange(n, dtype=experts.dtype)
+    return lax.scan(add, jnp.zeros(x.shape, jnp.float32), (numbers, gate, up, down), unroll=n == 1)[0]
 
 
 def _by_sorted_pairs(
@@ -161,7 +172,7 @@ class Moe(nnx.Module):
             routed_experts, axes=axes, batch_axis=batch_axis if batch_axis in axes else None, are_routed=is_own
         )
         apply = per_device(own, mesh, (tokens, tokens, tokens, split, split, split), tokens)
-        out = apply(x, experts, weights, self.gate[...], self.up[...], self.down[...])
+        out = apply(x, experts, weights, *(weight.get_value() for weight in (self.gate, self.up, self.down)))
         return out + self.shared(x), experts, weights
 
     def choose(self, x: Array) -> tuple[Array, Array]:

@@ -77,20 +77,24 @@ class Saved(NamedTuple):
 
 @dataclasses.dataclass
 class _Room:
-    """What running requests of a group have: `held` pages, `to_come` more on each device, and how many they are."""
+    """What running requests of a group have: the pages `held`, their number on each device, pages `to_come` on each,
+    and how many requests there are."""
 
     held: set[int]
+    n_held: np.ndarray
     to_come: np.ndarray
     n_running: int
 
 
 class _Place(NamedTuple):
-    """Where a request is admitted: the donor in this group whose `pages` it shares, and pages of its own, a device."""
+    """Where a request is admitted: the donor in this group with whom it shares so many tokens in some pages; of these
+    on each device those that no running one holds yet, and the pages of its own."""
 
     group: int
     donor: int | None
     shared: int
-    pages: list[int]
+    shared_pages: list[int]
+    n_more_held: np.ndarray
     own: np.ndarray
 
 
@@ -158,6 +162,8 @@ class Scheduler:
         """
         forks: list[tuple[int, int, int]] = []
         too_big: list[Request] = []
+        if not self.waiting or len(self.running) == self.rows:
+            return forks
         rooms = [self._room(group) for group in range(self.pool.n_groups)]
         for request in list(self.waiting.values()):
             if len(self.running) == self.rows or len(too_big) > self.max_overtakes:
@@ -178,7 +184,8 @@ class Scheduler:
                     self.donors[place.donor] = self.donors.pop(place.donor)  # the last one used
             request.must_copy = place.shared % self.pool.page_size > 0
             self.running[request.id] = request
-            room.held.update(place.pages)
+            room.held.update(place.shared_pages)
+            room.n_held += place.n_more_held
             room.to_come += place.own
             room.n_running += 1
             self._make_room(place.group, room.to_come)
@@ -364,7 +371,7 @@ class Scheduler:
         held = {page for request in running for page in self.pool.pages(request.id)}
         none = np.zeros(self.pool.n_devices, int)
         to_come = sum((self._still_needed(r.end, self.pool.lengths[r.id], r.must_copy) for r in running), none)
-        return _Room(held, to_come, len(running))
+        return _Room(held, np.array(self.pool.n_on(held, group)), to_come, len(running))
 
     def _find_place(self, request: Request, rooms: list["_Room"]) -> "_Place | None":
         """Where a request can be admitted, None if nowhere. Only counted: no donor loses its pages before it is known
@@ -381,9 +388,9 @@ class Scheduler:
             shared, room = -less, rooms[group]
             pages = [] if donor is None else self.pool.pages(donor)[: self._n_pages(shared)]
             own = self._still_needed(request.end, shared, shared % self.pool.page_size > 0)
-            held = np.array(self.pool.n_on(room.held.union(pages), group))
-            if (room.to_come + own <= n_pages - held).all():
-                return _Place(group, donor, shared, pages, own)
+            more = np.array(self.pool.n_on((page for page in pages if page not in room.held), group))
+            if (room.to_come + own <= n_pages - room.n_held - more).all():
+                return _Place(group, donor, shared, pages, more, own)
         return None
 
     def _still_needed(self, end: int, n_tokens: int, must_copy: bool) -> np.ndarray:

@@ -72,7 +72,7 @@ def near(got, wanted, dtype="float32"):
         np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), **tolerance)
 
 
-def paged(dtype):
+def paged(dtype, latent_dtype):
     """Two requests, of which one has no query, in pages of the devices in turn, and the arrays of a call."""
     q, kv = inputs(dtype)
     pool = PagePool(DEVICES * 22, PAGE, n_devices=DEVICES, stripe=PAGE)
@@ -80,16 +80,17 @@ def paged(dtype):
         pool.add(r)
         pool.extend(r, length)
     tables = jnp.asarray(pool.table(range(2), 84))
-    cache = hj.init_cache(pool.n_pages, PAGE, D=0, latent_dim=LATENT, latent_dtype=dtype)
-    cache = hj.append(
-        cache, jnp.zeros((S, 0), jnp.bfloat16), tables, jnp.array([0, S, S]), jnp.array([0, 0]), latents=kv
-    )
+    cache = hj.init_cache(pool.n_pages, PAGE, D=0, latent_dim=LATENT, latent_dtype=latent_dtype, latent_value_dim=VALUE)
+    if latent_dtype != dtype:
+        kv = hj.quantize_latents(kv, value_dim=VALUE)
+    k, new, before = jnp.zeros((S, 0), jnp.bfloat16), jnp.array([0, S, S]), jnp.array([0, 0])
+    cache = hj.append(cache, k, tables, new, before, latents=kv)
     return q, cache, tables, jnp.array([0, T, T], jnp.int32)
 
 
-def attend_to_pages(implementation, indices, dtype):
+def attend_to_pages(implementation, indices, dtype, latent_dtype=None):
     """On four devices and, by XLA, on one; and the program, compiled and before."""
-    q, cache, *where = paged(dtype)
+    q, cache, *where = paged(dtype, latent_dtype or dtype)
     run = jax.jit(functools.partial(hj.sparse_mla_paged, implementation=implementation, **OVER, **OPTIONS))
     lowered = run.lower(q, cache, indices, *where)
     compiled = lowered.compile()
@@ -105,6 +106,11 @@ def pages_by_any_distribution(implementation):
     found = collectives(compiled)
     assert {kind for kind, *_ in found} == {"all-reduce"}, found
     assert sum(n for *_, n in found) == N * (VALUE + 2) * T, found
+
+
+def pages_in_8_bits(implementation):
+    got, wanted, *_ = attend_to_pages(implementation, lists(IN_PAGES), "bfloat16", "float8_e4m3fn")
+    near(got, wanted, "bfloat16")
 
 
 def pages_spread_evenly(implementation):

@@ -96,7 +96,7 @@ def check(backend, name, n_devices=2, stripe=BLOCK, dtype="bfloat16", most=1, **
     run = jax.jit(functools.partial(hj.select_paged, method=method, implementation=backend, **axes, **options))
     compiled = run.lower(*arrays).compile()
     jax.tree.map(np.testing.assert_array_equal, compiled(*arrays), wanted)
-    assert wanted.count.max() == method.topk and wanted.count[-1] == 0
+    assert wanted.count.max() > method.topk - BLOCK and wanted.count[-1] == 0
     return compiled
 
 

@@ -38,6 +38,7 @@ def test_parts_of_any_number_are_all_of_them(n_own):
 PROMISES = {
     "xla": (
         "pages_by_any_distribution",
+        "pages_in_8_bits",
         "latents_in_one_piece_and_their_gradients",
         "a_device_reads_its_share_of_the_latents",
     ),

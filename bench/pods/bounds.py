@@ -30,9 +30,10 @@ def most_moved_bytes(row: Row, config: models.Config) -> float:
     layer += gathered(n_pages, 3 * 4 * T // row.model_axis * chosen) + gathered(row.model_axis, 4 * T * chosen)
     # Queries of all heads to the devices with the pages, and a sum of values a query and head back, a weight with it.
     layer += gathered(n_pages, 2 * T * N * (L + R)) + 2 * gathered(n_pages, 4 * T * N * (L + 2))
-    # All new tokens to the experts, and their sums back: added up on all devices where a device's share of the tokens
-    # is no multiple of eight, which the compiler does not cut a sum into.
-    experts = gathered(n_data, row.tokens * (2 * E + 8 * config.num_experts_per_tok + 2 * 4 * E))
+    # All new tokens to the experts, and their sums back. The compiler cuts a sum in pieces of eight tokens, so where a
+    # group's are no multiple of that it is added up on all devices.
+    sums = 1 if T % 8 == 0 else 2
+    experts = gathered(n_data, row.tokens * (2 * E + 8 * config.num_experts_per_tok + sums * 4 * E))
     experts += 2 * gathered(n_all, 4 * T * E)
     n_sparse = config.layer_kinds.count("sparse")
     outer = 2 * gathered(n_all, 2 * T * E) + 64 * row.tokens

@@ -22,7 +22,8 @@ class Row:
     """One program: `batch` requests of `context` tokens, each with `queries` new ones among them.
 
     Attributes:
-        model: a name in `hisa_jax.models`; `layers`: the first of them and the one after the last, None: all.
+        model: a name in `hisa_jax.models`.
+        layers: the first of them and the one after the last, None: all; `experts`: of a layer, None: all.
         data, model_axis, context_axis: devices of each axis of the mesh.
     """
 
@@ -37,6 +38,7 @@ class Row:
     queries: int = 1
     context: int = CONTEXT
     layers: tuple[int, int] | None = None
+    experts: int | None = None
 
     @property
     def row(self) -> str:

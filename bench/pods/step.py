@@ -44,7 +44,8 @@ def config_of(row: Row) -> models.Config:
     config = getattr(models, row.model)()
     first, end = row.layers or (0, config.num_hidden_layers)
     kinds: Any = dict(layer_kinds=config.layer_kinds[first:end], indexer_kinds=config.indexer_kinds[first:end])
-    return dataclasses.replace(config, num_hidden_layers=end - first, **kinds)
+    experts = row.experts or config.n_routed_experts
+    return dataclasses.replace(config, num_hidden_layers=end - first, n_routed_experts=experts, **kinds)
 
 
 def mesh_of(row: Row) -> Mesh:

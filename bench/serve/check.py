@@ -4,17 +4,20 @@ The recorder keeps each request's index keys in one piece, as the model made the
 with its donor's, rejected tokens go. So a page that was mixed up, overwritten or pooled wrongly shows in a selection.
 """
 
-from collections.abc import Container, Hashable
+from collections.abc import Container, Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import hisa_jax as hj
+from hisa_jax.models import Model
 from hisa_jax.models.engine import Report, Step
 from tests import oracle
 
 _TOLERANCE = 1e-5  # of float32 sums, relative to a query's scores
+_TIE = 1e-3  # of logits of a few units, which sums in another order may exchange
 
 
 class Recorder:
@@ -63,6 +66,13 @@ class Recorder:
                 except AssertionError as error:
                     self.mismatches.append(f"request {request}, layer {traced.layer}, {step.phase}: {error}")
                 self._keys[request, traced.layer] = _first(keys, start + n_kept)
+
+
+def is_tie(model: Model, prompt: Sequence[int], tokens: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether two continuations of a prompt part at tokens that are as likely to within rounding."""
+    n = next(i for i, (one, other) in enumerate(zip(tokens, others, strict=False)) if one != other)
+    logits = model(jnp.array([[*prompt, *others[:n]]], jnp.int32))[0, -1]
+    return bool(abs(logits[tokens[n]] - logits[others[n]]) < _TIE)
 
 
 def _first(keys: hj.QuantizedKeys, n: int) -> hj.QuantizedKeys:

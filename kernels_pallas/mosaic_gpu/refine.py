@@ -123,6 +123,7 @@ def refine_scores(
         ids=jnp.pad(kept.ids, ((0, 0), (0, missing)), constant_values=-1).reshape(T * n_parts, -1),
         visible=jnp.repeat(kept.visible, n_parts),
         first=jnp.repeat(kept.first, n_parts),
+        count=kept.count if n_parts == 1 else None,
     )
     plan = _plan_of(operands, kept, None, config, min(n_ctas, T * n_parts), interpret)
     out_type = [jax.ShapeDtypeStruct((plan.T, plan.width), jnp.int32)]
@@ -134,8 +135,7 @@ def meta_of(kept: KeptBlocks, plan: Plan) -> Array:
     if plan.n_parts > 1:
         n_tiles = jnp.full_like(kept.visible, plan.width // plan.tile_s)
     else:
-        n_kept = jnp.sum(kept.ids >= 0, axis=1, dtype=jnp.int32)
-        n_tiles = (n_kept * plan.block_size + plan.columns - 1) // plan.columns * (plan.columns // plan.tile_s)
+        n_tiles = (kept.n_real * plan.block_size + plan.columns - 1) // plan.columns * (plan.columns // plan.tile_s)
         # A query that keeps all it sees needs no scores.
         n_tiles = jnp.where(kept.visible <= (plan.k_top or 0), 0, n_tiles)
     block_ids = jnp.pad(kept.ids, ((0, 0), (0, plan.m - kept.ids.shape[1])), constant_values=-1)
@@ -185,7 +185,10 @@ def _plan_of(
 
 def _launch(body: Ref, plan: Plan, out_type: list, operands: Operands, kept: KeptBlocks) -> list[Array]:
     q, w, k, k_scale, pages = operands
-    listed = None if pages is None else pages_of(kept, pages)
+    meta = meta_of(kept, plan)
+    if pages is not None:
+        # One array, so that one kernel of XLA makes it.
+        meta = jnp.concatenate([meta, pages_of(kept, pages)], axis=1)
     return plgpu.kernel(
         functools.partial(body, plan),
         out_type=out_type,
@@ -196,7 +199,7 @@ def _launch(body: Ref, plan: Plan, out_type: list, operands: Operands, kept: Kep
         scratch_types=[smem_of(plan)],
         kernel_name="hisa_refine",
         interpret=plan.interpret,
-    )(Inputs(meta_of(kept, plan), listed, q, w, k, k_scale))
+    )(Inputs(meta, q, w, k, k_scale))
 
 
 def smem_of(plan: Plan) -> Smem:

@@ -96,8 +96,7 @@ class Plan:
 class Inputs(NamedTuple):
     """Arrays in device memory, whole; T counts parts of queries, too."""
 
-    meta: Ref  # [T, m + META] int32
-    pages: Ref | None  # [T, n_listed] int32, for keys in pages
+    meta: Ref  # [T, m + META + n_listed] int32: what is known of a query, then for keys in pages those of its blocks
     q: Ref  # [T / n_parts, H, D]
     w: Ref  # [T / n_parts, H]
     k: Ref  # [S, D]
@@ -195,13 +194,12 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
 def copy_query(plan: Plan, gmem: Inputs, smem: Smem, t: Array, slot: Array) -> None:
     """All that is known of query t, to one barrier: block ids, pages, heads, weights."""
     full = smem.q_full.at[slot]
-    for source, target in ((gmem.meta, smem.meta), (gmem.pages, smem.pages)):
-        if source is None or target is None:
-            continue
-        n = source.shape[1]
+    lists: list[tuple[Ref, int, int]] = [(smem.meta, 0, plan.m + META), (smem.pages, plan.m + META, plan.n_listed)]
+    for target, begin, n in lists:
         for first in range(0, n, WORDS_A_COPY):
-            some = pl.ds(first, min(n - first, WORDS_A_COPY))
-            plgpu.copy_gmem_to_smem(source.at[t, some], target.at[slot, some], full)
+            size = min(n - first, WORDS_A_COPY)
+            source = gmem.meta.at[t, pl.ds(begin + first, size)]
+            plgpu.copy_gmem_to_smem(source, target.at[slot, pl.ds(first, size)], full)
     whole = t // plan.n_parts
     plgpu.copy_gmem_to_smem(gmem.q.at[whole], smem.q.at[slot], full)
     plgpu.copy_gmem_to_smem(gmem.w.at[whole], smem.w.at[slot, pl.ds(0, plan.H)], full)

@@ -102,5 +102,5 @@ def refine_tokens(
         scratch_types=[smem],
         kernel_name="hisa_refine_tokens",
         interpret=interpret,
-    )(Inputs(jnp.pad(meta, ((0, 0), (_META - META, 0))), None, q, w, k, k_scale, tokens, rows))
+    )(Inputs(jnp.pad(meta, ((0, 0), (_META - META, 0))), q, w, k, k_scale, tokens, rows))
     return positions, n_chosen

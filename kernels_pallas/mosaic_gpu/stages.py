@@ -141,7 +141,8 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
     """`refine.refine`, or its scores and then `topk`, where queries are fewer than CTAs or outgrow shared memory."""
     (T, H, D), m, itemsize, n_ctas = call.q.shape, block_ids.shape[1], call.k.dtype.itemsize, n_sms()
     block_size, topk, pages = method.block_size, method.topk, call.pages
-    kept = _kept(call, block_ids, block_size)
+    # A query has as many kept blocks as it sees, as far as the filter keeps so many.
+    kept = dataclasses.replace(_kept(call, block_ids, block_size), count=jnp.minimum(-(-call.visible // block_size), m))
     n_parts = refine_stage.split(T, m, block_size, _apart(H), n_ctas)
     page_size = None if pages is None else pages.size
     fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size)
@@ -187,19 +188,17 @@ def _refine_scores(call: FlatCall, kept: KeptBlocks, interpret: Interpret) -> tu
     sort_keys = refine_stage.refine_scores(call.operands, kept, config=_apart(H), **options)
     if n_parts > 1:
         return sort_keys, jnp.full_like(call.visible, m * kept.size)  # parts write every column
-    return sort_keys, jnp.sum(kept.ids >= 0, axis=1, dtype=jnp.int32) * kept.size
+    return sort_keys, kept.n_real * kept.size
 
 
 def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
     options: Any = dict(topk=topk, n_ctas=n_sms(), interpret=interpret)
-    positions, count, _ = flat_stage.flat(call.operands, call.visible, call.sequences, **options)
-    return positions, count
+    return flat_stage.flat(call.operands, call.visible, call.sequences, **options)
 
 
 def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
-    options: Any = dict(topk=k, has_sort_keys=True, n_ctas=n_sms(), interpret=interpret)
-    positions, _, sort_keys = flat_stage.flat(call.operands, call.visible, call.sequences, **options)
-    assert sort_keys is not None
+    options: Any = dict(topk=k, n_ctas=n_sms(), interpret=interpret)
+    positions, _, sort_keys = flat_stage.flat_with_sort_keys(call.operands, call.visible, call.sequences, **options)
     return sort_keys, positions
 
 

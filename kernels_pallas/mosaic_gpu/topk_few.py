@@ -6,6 +6,7 @@ Floor, one row of 8192 on an H200: 32 KB from L2 are 1 us of waiting, and as muc
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_few, select_row
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import Shape
+from hisa_jax.kernels_pallas.mosaic_gpu.topk_body import Outputs
 from hisa_jax.kernels_pallas.operands import KeptBlocks
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret, Ref
@@ -21,7 +24,16 @@ from hisa_jax.kernels_pallas.types import Interpret, Ref
 MAX_WIDTH = 16384  # 16 sort keys and their bins a thread of 1024, which has 64 registers
 
 
-@functools.partial(jax.jit, static_argnames=("k", "is_full", "has_forced", "interpret"))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """The static numbers of a launch."""
+
+    shape: Shape
+    n_parts: int  # rows of a query
+    block_size: int  # of blocks that columns are of
+    interpret: object
+
+
 def topk(
     x: Array,
     limit: Array,
@@ -41,14 +53,59 @@ def topk(
         is_full: all columns before the limit are candidates, and of k at most no sort key is looked at.
         has_forced: whether some sort keys may be `FORCED`.
     """
+    ids, size = (None, 1) if kept is None else (kept.ids, kept.size)
+    options: dict[str, Any] = dict(is_full=is_full, has_forced=has_forced, block_size=size, interpret=interpret)
+    return _launch(x, limit, ids, k, **options)[:2]
+
+
+def topk_of_parts(x: Array, limit: Array, k: int, *, part: int, interpret: Interpret = False) -> tuple[Array, Array]:
+    """[T, n * part] sort keys, none forced, [T] -> the k best of each part of a row: [T, n * k] columns and sort keys.
+
+    Columns ascend in each part; where there are fewer, -1 and `INVISIBLE`.
+    """
+    T, W = x.shape
+    n = W // part
+    options: dict[str, Any] = dict(n_parts=n, has_forced=False, has_sort_keys=True, interpret=interpret)
+    columns, _, sort_keys = _launch(x.reshape(T * n, part), limit, None, k, **options)
+    assert sort_keys is not None
+    return columns.reshape(T, n * k), sort_keys.reshape(T, n * k)
+
+
+def topk_of_listed(
+    x: Array, listed: Array, k: int, *, has_sort_keys: bool = False, interpret: Interpret = False
+) -> tuple[Array, Array, Array | None]:
+    """[T, W] sort keys, none forced, and what columns stand for -> of the k best [T, k], count [T], sort keys."""
+    limit = jnp.full(len(x), x.shape[1], jnp.int32)
+    options: dict[str, Any] = dict(is_listed=True, has_forced=False, has_sort_keys=has_sort_keys, interpret=interpret)
+    return _launch(x, limit, listed, k, **options)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "k", "n_parts", "block_size", "is_full", "is_listed", "has_forced", "has_sort_keys", "interpret",
+    ),
+)  # fmt: skip
+def _launch(
+    x: Array,
+    limit: Array,
+    ids: Array | None,
+    k: int,
+    *,
+    n_parts: int = 1,
+    block_size: int = 1,
+    interpret: Interpret,
+    **flags: bool,
+) -> tuple[Array, Array, Array | None]:
     T, W = x.shape
     if W % 4 or W > MAX_WIDTH:
         raise ValueError(f"topk: x has rows of {W} sort keys, wanted a multiple of 4 up to {MAX_WIDTH}")
-    shape = dataclasses.replace(select_few.shape_of(W, k), is_full=is_full, has_forced=has_forced)
-    ids, size = (None, 1) if kept is None else (kept.ids, kept.size)
-    columns, count = plgpu.kernel(
-        functools.partial(_body, shape, size, interpret),
-        out_type=[jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)],
+    shape = dataclasses.replace(select_few.shape_of(W, k), **flags)
+    plan = _Plan(shape=shape, n_parts=n_parts, block_size=block_size, interpret=interpret)
+    rows, count = jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)
+    return plgpu.kernel(
+        functools.partial(_body, plan),
+        out_type=[Outputs(rows, count, rows if shape.has_sort_keys else None)],
         grid=(T,),
         grid_names=("row",),
         num_threads=1 if interpret else shape.n_threads // 128,
@@ -56,31 +113,25 @@ def topk(
         scratch_types=[plgpu.SMEM((shape.smem_bytes // 4,), jnp.int32)],
         kernel_name="hisa_topk",
         interpret=interpret,
-    )(limit, ids, x)
-    return columns, count
+    )(limit, ids, x)[0]
 
 
-def _body(
-    shape: Shape,
-    block_size: int,
-    interpret: Interpret,
-    limit_gmem: Ref,
-    ids_gmem: Ref | None,
-    x_gmem: Ref,
-    o_gmem: Ref,
-    count_gmem: Ref,
-    smem: Ref,
-) -> None:
+def _body(plan: _Plan, limit_gmem: Ref, ids_gmem: Ref | None, x_gmem: Ref, out: Outputs, smem: Ref) -> None:
     # One CTA, one row:   sort keys -> registers -> range -> bins -> the bin of the threshold -> threshold -> o, count
-    t = lax.axis_index("row")
-    out, limit = select_row.Output(t, o_gmem, count_gmem), limit_gmem[t]
-    if not interpret:
-        select_few.choose(shape, x_gmem, limit, ids_gmem, block_size, smem, out)
+    #
+    # A row may be a part of a query's: its columns are then counted from where the part begins.
+    t, shape = lax.axis_index("row"), plan.shape
+    query, first = (t, jnp.int32(0)) if plan.n_parts == 1 else (t // plan.n_parts, t % plan.n_parts * shape.width)
+    limit, output = limit_gmem[query] - first, select_row.Output(t, *out)
+    if not plan.interpret:
+        ids = None if ids_gmem is None else Row(ids_gmem, t, ids_gmem.shape[1])
+        select_few.choose(shape, Row(x_gmem, t, shape.width), limit, first, ids, plan.block_size, smem, output)
         return
     columns = jnp.arange(shape.width, dtype=jnp.int32)
-    positions = columns
+    positions = columns + first
     if ids_gmem is not None:
         ids = ids_gmem[t]
-        positions = ids[jnp.minimum(columns // block_size, ids.shape[0] - 1)] * block_size + columns % block_size
+        of_block = jnp.minimum(columns // plan.block_size, ids.shape[0] - 1)
+        positions = ids if shape.is_listed else ids[of_block] * plan.block_size + columns % plan.block_size
     sort_keys = jnp.where(shape.is_full & (limit <= shape.k), 0, x_gmem[t])
-    select_row.choose_reference(jnp.where(columns < limit, sort_keys, INVISIBLE), positions, out)
+    select_row.choose_reference(jnp.where(columns < limit, sort_keys, INVISIBLE), positions, output)

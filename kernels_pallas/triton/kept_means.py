@@ -33,11 +33,15 @@ class Config:
 
 
 def heuristic(T: int, n_blocks: int, n_sms: int = 132) -> Config:
-    """Tiles as large as leave every multiprocessor three programs: one's waits are the others' work.
+    """Tiles as large as keep most multiprocessors busy, where there are many: of 128 blocks, or of few.
 
-    64 blocks are the fewest for the tensor core's newer instructions, and 4 such programs fit a multiprocessor.
+    Where a program has as many blocks as threads, Triton loads a scale and a mark once. Of fewer it lets each thread
+    load all that its part of the product needs: in tiles of 64 these were most of what passed through L1, 0.028 ms for
+    128 requests of 128K in pages of 128.
     """
-    return Config(tile_s=next((n for n in (64, 32) if T * n_blocks >= 3 * n * n_sms), TILED_BLOCKS))
+    if T * n_blocks >= 128 * n_sms:
+        return Config(tile_s=128)
+    return Config(tile_s=32 if T * n_blocks >= 3 * 32 * n_sms else TILED_BLOCKS)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))

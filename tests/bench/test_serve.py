@@ -1,14 +1,20 @@
 """The server bench: it runs, and its check can fail."""
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 
 import hisa_jax as hj
 from bench.__main__ import main
+from bench.serve import contexts
 from bench.serve.check import Recorder
-from bench.serve.command import METHOD, traffic
+from bench.serve.command import CONFIG, METHOD, METHODS, traffic
 from hisa_jax.models.engine import Report, Step, Traced
 
 
@@ -74,3 +80,55 @@ def test_traffic_shares_prefixes_and_is_the_same_for_a_seed():
     assert requests == traffic(50, seed=3) != traffic(50, seed=4)
     starts = {tuple(prompt[:12]) for prompt, _ in requests}
     assert len(starts) < 10
+
+
+@pytest.mark.exhaustive  # tests/models/meshes.py serves on meshes, too; half a minute of CPU
+def test_a_small_run_on_emulated_devices_is_right_and_leaks_nothing(tmp_path):
+    out = tmp_path / "serve.json"
+    run = ["serve", "--mesh", "data=2,context=2", "--requests", "5", "--rows", "2", "--cancels", "20", "--verify"]
+    command = [sys.executable, "-m", "bench", *run, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads(out.read_text())
+    assert row["mesh"] == {"data": 2, "model": 1, "context": 2} and row["finished"] + row["cancelled"] == 5
+    assert row["mismatches"] == row["leaked_pages"] == 0 < row["selections_checked"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mesh", "data=2,x=3"], "'data=2,x=3', wanted sizes of data, model, context"),
+        (["--mesh", "data=0"], "'data=0', wanted sizes of"),
+        (["--mesh", "data=512,model=8"], "--mesh: make_mesh(data=512, model=8, context=1): wanted at least 1 of each"),
+        (["--config", "glm-5", "--verify"], "--config with --verify or --faults, wanted them without"),
+        (["--config", "glm-5", "--layers", "79"], "--layers=79, wanted 1 to 78"),
+        (["--config", "deepseek-v3.2", "--contexts", "200000"], "--contexts=200000, wanted at most 163840"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(options, message, capsys):
+    jax.devices()  # started with the devices that there are
+    try:
+        assert main(["serve", *options]) != 0
+    except SystemExit as error:
+        assert error.code == 2
+    assert message in " ".join("".join(capsys.readouterr()).split())
+
+
+def test_the_first_layers_of_a_published_model_are_served_as_servers_have_them():
+    config = contexts.cut(contexts.CONFIGS["deepseek-v3.2"](), 4)
+    assert config.layer_kinds == ("dense", "dense", "dense", "sparse") and config.index_key_dtype == "float8_e4m3fn"
+    assert (config.index_n_heads, config.index_head_dim, config.num_attention_heads) == (64, 128, 128)
+
+
+@pytest.mark.exhaustive  # three engines of a tiny model
+def test_every_method_is_measured_at_every_context(tmp_path, monkeypatch):
+    monkeypatch.setitem(contexts.CONFIGS, "glm-5", lambda: dataclasses.replace(CONFIG, index_topk=24))
+    monkeypatch.setattr(contexts, "make_method", lambda name, config: METHODS.get(name, hj.Dsa(topk=24)))
+    out = tmp_path / "rows.json"
+    sizes = ["--layers", "2", "--contexts", "160", "96", "--rows", "2", "--chunk", "32", "--new", "5"]
+    assert main(["serve", "--config", "glm-5", *sizes, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert [(row["context"], row["indexer"]) for row in rows] == [
+        (context, method) for context in (160, 96) for method in ("dsa", "hisa", "scan")
+    ]
+    assert all(row["time_to_first_token_s"] > row["time_per_output_token_s"] > 0 for row in rows)

@@ -1,37 +1,98 @@
 """The streaming flat indexer and its merge, interpreted with race detection."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hisa_jax as hj
 from hisa_jax.kernels_pallas import mosaic_gpu
 from hisa_jax.kernels_pallas.flat_call import flatten
 from hisa_jax.kernels_pallas.mosaic_gpu import flat, merge
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_survivors
+from hisa_jax.kernels_pallas.sort_key import score_of
+from hisa_jax.layout import Call
 from tests import kernel_calls
 from tests.gpu import draw, promises, reference
+from tests.gpu.test_lowering import lower
 from tests.gpu.test_scores import unwritten
 
 E4M3 = jnp.float8_e4m3fn
 INVISIBLE = -(2**31)
 
 
-def select(q, k, k_scale, w, visible, topk, n_ctas=132, interpret=False):
+def select(run, q, k, k_scale, w, visible, topk, n_ctas=132, interpret=False):
     batch = kernel_calls.call_of(q, k, k_scale, w, jnp.asarray(visible))
     call = flatten(batch, 8)
     options = dict(topk=topk, n_ctas=n_ctas, interpret=interpret)
-    return batch.unflatten(flat.flat(call.operands, call.visible, call.sequences, **options))
+    return batch.unflatten(run(call.operands, call.visible, call.sequences, **options))
 
 
 @pytest.mark.slow
-def test_streaming_in_filtered_tiles_equals_one_piece(interpret, monkeypatch):
+@pytest.mark.parametrize(
+    "run", [flat.flat, pytest.param(flat.flat_with_sort_keys, marks=pytest.mark.exhaustive)], ids=["", "sort_keys"]
+)
+def test_streaming_in_filtered_tiles_equals_one_piece(interpret, monkeypatch, run):
     monkeypatch.setattr(flat, "ONE_TILE", 256)
+    monkeypatch.setattr(flat, "MOST_BYTES", 0)  # or few queries would be taken all at once
     monkeypatch.setattr(flat, "STEP", 512)  # rounded up to 1536, three spans of 384 being four steps of a selection
     visible = np.asarray([[3500, 300]], np.int32)
     q, k, scale, w = draw.integers(3, 1, 2, 3500, 16, 64, E4M3, True)
-    got = select(q, k, scale, w, visible, 100, 2, interpret)
-    promises.check_flat(got, q, k, scale, w, visible, topk=100, token_tolerance=1e-9)
+    indices, count, *sort_keys = select(run, q, k, scale, w, visible, 100, 2, interpret)
+    promises.check_flat((indices, count), q, k, scale, w, visible, topk=100, token_tolerance=1e-9)
+    scores = reference.token_scores(q[0], k[0], scale[0], w[0])
+    for own in sort_keys:
+        np.testing.assert_array_equal(score_of(own)[0], np.take_along_axis(scores, np.asarray(indices)[0], axis=1))
+
+
+@pytest.mark.gate("1100-60-False")
+@pytest.mark.parametrize(("S", "topk", "has_sort_keys"), [(1100, 60, False), (3500, 100, True), (3500, 101, False)])
+def test_few_queries_take_the_best_of_parts_of_their_rows(interpret, monkeypatch, S, topk, has_sort_keys):
+    """Of 3500 seven parts, whose best are in two lists, whose best are in one; a query sees less than a part."""
+    monkeypatch.setattr(flat, "ONE_TILE", 256)
+    monkeypatch.setattr(flat, "PART", 512)
+    visible = np.asarray([[S, 300]], np.int32)
+    q, k, scale, w = draw.integers(3, 1, 2, S, 16, 64, E4M3, True)
+    batch = kernel_calls.call_of(q, k, scale, w, jnp.asarray(visible))
+    call = flatten(batch, 8)
+    run, options = flat.flat_with_sort_keys if has_sort_keys else flat.flat, dict(n_ctas=2, interpret=interpret)
+    positions, count, *sort_keys = run(call.operands, call.visible, call.sequences, topk=topk, **options)
+    got = batch.unflatten((positions, count))
+    promises.check_flat(got, q, k, scale, w, visible, topk=topk, token_tolerance=1e-9)
+    if has_sort_keys:
+        monkeypatch.setattr(flat, "MOST_BYTES", 0)
+        monkeypatch.setattr(flat, "STEP", 512)
+        _, _, streamed = run(call.operands, call.visible, call.sequences, topk=topk, **options)
+        np.testing.assert_array_equal(sort_keys[0], streamed)
+
+
+@pytest.mark.gate("1-1048576-64")
+@pytest.mark.oldest
+@pytest.mark.parametrize("page_size", [None, 64, 128])
+@pytest.mark.parametrize(("T", "context"), [(1, 131072), (32, 131072), (128, 131072), (1, 1 << 20), (128, 1 << 20)])
+def test_few_queries_take_a_kernel_for_scores_and_one_for_each_round(T, context, page_size):
+    """Two rounds up to 128K, three up to 1M: kernels of our own; XLA's are those that say who scores what."""
+
+    def select(q, k, k_scale, w, visible, table, offsets):
+        cache = None
+        if page_size is not None:
+            cache = dataclasses.replace(
+                hj.init_cache(1, page_size, 128, E4M3),
+                keys=k.reshape(-1, page_size, 128),
+                scales=k_scale.reshape(-1, page_size),
+            )
+            call = Call(q=q[:, 0], w=w[:, 0], visible=visible[:, 0], query_offsets=offsets, table=table, cache=cache)
+            return mosaic_gpu.select_flat(call, 2048)
+        return mosaic_gpu.select_flat(kernel_calls.call_of(q, k, k_scale, w, visible), 2048)
+
+    P, i32, f32 = context // (page_size or 64), jnp.int32, jnp.float32
+    arrays = ((T, 1, 64, 128), E4M3), ((T, context, 128), E4M3), ((T, context), f32), ((T, 1, 64), f32), ((T, 1), i32)
+    text = lower(select, *arrays, ((T, P), i32), ((T + 1,), i32))
+    kernels = re.findall(r"custom_call @(?:mosaic_gpu_v2|__gpu\$xla\.gpu\.triton)", text)
+    assert len(kernels) == (3 if context == 131072 else 4)
 
 
 def merge_case(seed, k, W, n_start, limit):
@@ -90,14 +151,17 @@ def test_merge_on_the_device(hopper, n_start, W, k):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rising", [False, True], ids=["any_order", "each_better_than_all_before"])
-def test_flat_on_the_device(hopper, rising):
-    S = 40000
+@pytest.mark.parametrize("at_once", [False, True])
+def test_flat_on_the_device(hopper, monkeypatch, rising, at_once):
+    S = 40000 if not at_once else 300_000  # three rounds
+    if not at_once:
+        monkeypatch.setattr(flat, "MOST_BYTES", 0)
     visible = np.asarray([[S, S - 1, 30000, flat.STEP, flat.STEP + 1, 2049, 5, 0]], np.int32)
     q, k, scale, w = draw.normal(0, 1, 8, S, 64, 128, E4M3, True)
     if rising:
         q, k, w = jnp.ones_like(q), jnp.ones_like(k), jnp.ones_like(w)
         scale = jnp.arange(1, S + 1, dtype=jnp.float32)[None]
-    got = select(q, k, scale, w, visible, 2048)
+    got = select(flat.flat, q, k, scale, w, visible, 2048)
     promises.check_flat(got, q, k, scale, w, visible, topk=2048, token_tolerance=2e-3)
 
 

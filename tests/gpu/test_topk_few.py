@@ -54,16 +54,18 @@ def rows(W, k, seed=0):
     return out
 
 
-def chosen(x, limit, k, ids):
+def chosen(x, limit, k, ids, first=0):
     """[k] positions and how many, by sorting."""
     x = np.where(np.arange(len(x)) < limit, x, INVISIBLE).astype(np.int64)
     there = np.flatnonzero(x > INVISIBLE)
     columns = np.sort(there[np.lexsort((there, -x[there]))][:k])
-    positions = columns if ids is None else ids[columns // BLOCK] * BLOCK + columns % BLOCK
+    positions = columns + first
+    if ids is not None:
+        positions = ids[columns] if len(ids) == len(x) else ids[columns // BLOCK] * BLOCK + columns % BLOCK
     return np.append(positions, np.full(k - len(columns), -1)), len(columns)
 
 
-def machine(x, limit, k, ids, **options):
+def machine(x, limit, k, ids, first=0, **options):
     """One that runs a row, and where in its memory the result is."""
     shape = dataclasses.replace(select_few.shape_of(len(x), k), **options)
     position = select_few.own_position
@@ -74,17 +76,21 @@ def machine(x, limit, k, ids, **options):
         text = text.replace(f"${i}", f"o_{OPERANDS[i]}")
     table = np.zeros(4, np.int32) if ids is None else ids
     start = len(x) + len(table)
-    memory = np.concatenate([x, table, np.full(k + 1, 77)]).astype(np.int32).view(np.uint32)
-    addresses = dict(X=0, IDS=4 * len(x), O=4 * start, COUNT=4 * (start + k), SMEM=0, LIMIT=limit)
+    memory = np.concatenate([x, table, np.full(2 * k + 1, 77)]).astype(np.int32).view(np.uint32)
+    addresses = dict(X=0, IDS=4 * len(x), O=4 * start, COUNT=4 * (start + k), SMEM=0, LIMIT=limit, FIRST=first)
+    addresses["SORT_KEYS"] = 4 * (start + k + 1)
     operands = {f"o_{name}": value for name, value in addresses.items()}
     return Machine(text, shape.n_threads, operands, memory, shape.smem_bytes), start
 
 
-def assert_chooses(x, limit, k, ids=None, **options):
-    run, start = machine(x, limit, k, ids, **options)
+def assert_chooses(x, limit, k, ids=None, first=0, **options):
+    run, start = machine(x, limit, k, ids, first, **options)
     run.run()
     result = run.memory[start:].view(np.int32)
-    positions, count = chosen(x, limit, k, ids)
+    positions, count = chosen(x, limit, k, ids, first)
+    if options.get("has_sort_keys"):
+        columns, _ = chosen(x, limit, k, None)
+        np.testing.assert_array_equal(result[k + 1 :], np.where(columns < 0, INVISIBLE, x[columns]))
     np.testing.assert_array_equal(result[:k], positions)
     assert result[k] == count
     return run
@@ -97,13 +103,22 @@ def test_blocks_are_chosen_from_any_scores(name):
     assert_chooses(x, limit, 64, has_forced=True)
 
 
-@pytest.mark.gate("normal", "few values", "one far away", "limit half")
+@pytest.mark.gate("normal", "few values")
 @pytest.mark.parametrize("name", [name for name in rows(8192, 2048) if "forced" not in name])
 def test_tokens_are_chosen_from_any_scores(name):
     """Of 64 kept blocks, 2048 tokens: four warp-groups."""
     x, limit = rows(8192, 2048)[name]
     ids = np.random.default_rng(1).permutation(1000)[:64].astype(np.int32)
     assert_chooses(x, limit, 2048, ids, has_forced=False)
+
+
+@pytest.mark.parametrize("name", ["normal", "few values", "limit half", "limit few"])
+def test_parts_of_rows_and_lists(name):
+    x, limit = rows(1024, 64)[name]
+    assert_chooses(x, limit, 64, first=3 * 1024, has_sort_keys=True, has_forced=False)
+    listed = np.random.default_rng(1).permutation(10**6)[:1024].astype(np.int32)
+    for has_sort_keys in (False, True):
+        assert_chooses(x, limit, 64, listed, is_listed=True, has_sort_keys=has_sort_keys, has_forced=False)
 
 
 @pytest.mark.exhaustive
@@ -165,6 +180,7 @@ def assert_kernel_chooses(W, k, with_blocks, interpret):
         assert got[1][t] == count, name
 
 
+@pytest.mark.gate("True")
 @pytest.mark.parametrize("with_blocks", [False, True])
 def test_interpreted(with_blocks):
     assert_kernel_chooses(512, 64, with_blocks, plgpu.InterpretGPUParams(detect_races=True))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hisa_jax import models
 from hisa_jax.models.stacked import Stacked, runs_of, table_of_layer
 
 from . import golden
@@ -28,6 +29,8 @@ def test_a_stacked_model_gives_the_golden_logits_in_chunks(case):
     golden.assert_close(jnp.concatenate(found, axis=1), golden.numbers(case)["logits"], golden.LOGITS)
     with pytest.raises(ValueError, match="trace=True, wanted a model of single layers"):
         stacked.run(ids, cache=cache, trace=True)
+    with pytest.raises(ValueError, match="Engine: model is Stacked, wanted the one it was made of"):
+        models.Engine(stacked, n_pages=8)
 
 
 def test_layers_have_pages_of_their_own_on_the_device_of_the_page():

@@ -143,6 +143,7 @@ def test_xla_exchanges_candidates_alone(monkeypatch):
     assert program.temp_bytes < max(32 * keys, 160 << 20), "nothing of [T, S]"
 
 
+MLA = 128, 576, 512  # heads, sizes of key and value
 R, PAGE = 32, 128  # requests a device, or devices that share their pages, has; tokens of a page
 
 
@@ -235,6 +236,33 @@ def test_pages_shared_by_devices_exchange_candidates_alone(monkeypatch):
     for _, dtype, n in exchanged(program):
         assert dtype in ("s32", "u32") and n <= R * MODEL.topk
     assert program.temp_bytes < R * CONTEXT // 16 * MODEL.D * 2, "the candidates, and a tile's scores"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("chip", "T"), [("v5e", 32), ("v6e", 512)], ids=["decode", "chunks"])
+def test_attention_over_shared_pages_exchanges_one_sum(chip, T, monkeypatch):
+    """Latents of 32 requests of 128K tokens on 16 devices, each of which attends to 256 entries at a time."""
+    if reason := aot.why_not():
+        pytest.skip(reason)
+    monkeypatch.setattr(dispatch.Device, "default", lambda: dispatch.Device(platform="tpu", kind=CHIPS[chip].kind))
+    mesh, n_pages, (N, key_dim, V) = aot.pod_mesh(chip, data=devices(chip) // 16, context=16), CONTEXT // PAGE, MLA
+
+    def sharded(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+    cache = jax.eval_shape(lambda: hj.init_cache(R * n_pages, PAGE, 0, latent_dim=key_dim))
+    cache = jax.tree.map(lambda leaf: sharded(leaf.shape, leaf.dtype, "context"), cache)
+    ints = (sharded(shape, jnp.int32) for shape in ((T, MODEL.topk), (R, n_pages), (R + 1,)))
+    over = dict(mesh=mesh, context_axis="context", implementation="auto", scale=0.1, value_dim=V)
+    attend = functools.partial(hj.sparse_mla_paged, **over)
+    program = aot.compile_sharded(chip, attend, mesh, sharded((T, N, key_dim), jnp.bfloat16), cache, *ints)
+    found = exchanged(program)
+    assert {(kind, dtype) for kind, dtype, _ in found} == {("all-reduce", "f32")}
+    assert sum(n for *_, n in found) == T * N * (V + 2)
+    # Its list of entries is a part: no kernel is handed one of topk.
+    text = program.compiled.as_text()
+    calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
+    assert calls and not any(f"{MODEL.topk}]" in line for line in calls)
 
 
 @pytest.mark.exhaustive

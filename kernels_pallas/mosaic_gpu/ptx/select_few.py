@@ -3,7 +3,7 @@
 A row's passes wait for each other, and each takes the time of a few instructions, a sum over the CTA and a barrier. So
 there are few passes: scores go to 1024 bins of equal width between the least and the greatest, the bin that holds the
 threshold is listed (some twenty of 8192 normal scores), and ranks of the listed ones say the threshold. Then each
-thread, which has neighbouring columns, writes the chosen of them behind those of the threads before it. Sort keys stay
+thread, which has neighbouring columns, writes the chosen of them after those of the threads before it. Sort keys stay
 in registers from the first pass to the last. A bin that is too long to be listed is halved until it is not.
 """
 
@@ -11,7 +11,7 @@ from jax import Array
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SPLAT, address_of
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SPLAT, Row, address_of
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import Shape, select_ptx
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import Output
 from hisa_jax.kernels_pallas.types import Ref
@@ -32,34 +32,44 @@ ld.global.b32 base, [word]; shl.b32 base, base, {shift}; and.b32 t, column, {blo
 
 
 def own_position() -> str:
-    """PTX: columns stand for themselves."""
-    return "mov.b32 base, column;"
+    """PTX: columns stand for themselves, counted from $FIRST."""
+    return "add.s32 base, column, $FIRST;"
 
 
-def choose(shape: Shape, x: Ref, limit: Array, ids: Ref | None, block_size: int, smem: Ref, out: Output) -> None:
-    """Writes the best of the first `limit` sort keys of x[out.t]; runs on all threads of the CTA.
+def choose(
+    shape: Shape, x: Row, limit: Array, first: Array, ids: Row | None, block_size: int, smem: Ref, out: Output
+) -> None:
+    """Writes the best of the first `limit` sort keys of a row; runs on all threads of the CTA.
 
     Args:
-        x: [T, shape.width] int32; `ids`: [T, m] int32 blocks that columns are of, None: columns are their positions.
+        x: of shape.width sort keys. first: what column 0 stands for, without `ids`.
+        ids: blocks that columns are of, or, if shape.is_listed, what each stands for.
         smem: [shape.smem_bytes / 4] int32.
     """
-    n_ids = 0 if ids is None else ids.shape[1]
-    ptx = select_ptx(shape, own_position if ids is None else lambda: block_position(block_size, n_ids))
-    refs = [x, x if ids is None else ids, out.positions, out.count, smem]
+    position = own_position
+    if ids is not None:
+        n_ids = ids.width
+        position = lambda: block_position(block_size, n_ids)  # noqa: E731
+    ptx, ids = select_ptx(shape, position), ids or x
+    refs = [x.ref, ids.ref, out.positions, out.count, smem] + ([] if out.sort_keys is None else [out.sort_keys])
+    scalars = [x.row, ids.row, limit, first, out.t]
 
-    @plgpu.inline_mgpu(arg_types=(REF,) * len(refs) + (SPLAT,) * 2)
-    def run(_ctx, x, ids, o, count, smem, limit, t):
-        row = t.registers.item()
+    @plgpu.inline_mgpu(arg_types=(*(REF for _ in refs), *(SPLAT for _ in scalars)))
+    def run(_ctx, keys, listed, o, count, smem, *rest):
+        *o_sort_keys, row, ids_row, limit, first, t = rest
+        row, ids_row, limit, first, t = (x.registers.item() for x in (row, ids_row, limit, first, t))
         utils.inline_ptx(
             ptx,
-            address_of(x, row, shape.width),
-            limit.registers.item(),
-            address_of(ids, row, n_ids or shape.width),
-            address_of(o, row, shape.k),
-            address_of(count, row, 1),
+            address_of(keys, row, x.width),
+            limit,
+            first,
+            address_of(listed, ids_row, ids.width),
+            address_of(o, t, shape.k),
+            address_of(count, t, 1),
             utils.memref_ptr(smem),
+            *(address_of(each, t, shape.k) for each in o_sort_keys),
             has_side_effects=True,
             convergent=True,
         )
 
-    run(*refs, limit, out.t)
+    run(*refs, *scalars)

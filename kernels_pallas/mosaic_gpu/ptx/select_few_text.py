@@ -10,7 +10,7 @@ from collections.abc import Callable
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import scope
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 
-OPERANDS = ("X", "LIMIT", "IDS", "O", "COUNT", "SMEM")
+OPERANDS = ("X", "LIMIT", "FIRST", "IDS", "O", "COUNT", "SMEM", "SORT_KEYS")
 BINS = 1024
 _CHUNK = 4  # sort keys that a thread loads at a time
 _PAD = 16  # bytes between rows of a thread's sort keys in shared memory: 8 threads then read 32 banks
@@ -27,6 +27,8 @@ class Shape:
         each: neighbouring columns of a thread, 8, 16 or 32; `n_threads`: 128, 256, 512 or 1024.
         has_forced: whether some sort keys may be `FORCED`.
         is_full: columns before the limit are all candidates: where k or fewer are, no sort key is looked at.
+        is_listed: what columns stand for is listed at $IDS, one by one.
+        has_sort_keys: whether those of the chosen are written, too, to $SORT_KEYS.
     """
 
     width: int
@@ -35,6 +37,8 @@ class Shape:
     n_threads: int
     has_forced: bool = True
     is_full: bool = False
+    is_listed: bool = False
+    has_sort_keys: bool = False
 
     # Bytes of shared memory: where each part begins. Parts of warps: range, bins, listed, chosen; two of a
     # bisection; ties.
@@ -68,7 +72,7 @@ def select_ptx(shape: Shape, position: Callable[[], str]) -> str:
 
     Args:
         position: PTX that turns `column`, a thread's first, into `base`, what it stands for; $IDS is a row to look it
-            up in.
+            up in, $FIRST a number to add. Not of listed columns.
     """
     text = f""".reg .pred p, q, s; .reg .b32 tid, lane, warp, at, t, u, n, low, high, column, base, rank, pick, c, slot;
 .reg .b32 key, v<{shape.each}>, b<{shape.each}>, h<8>, e, g, thr, lo, hi, middle, room, tie, i, visible, total, buffer;
@@ -283,11 +287,16 @@ setp.eq.s32 p, n, {shape.k}; @p mov.b32 hi, middle; bra halve;"""
 
 
 def _emit(shape: Shape, position: Callable[[], str]) -> str:
-    """A thread writes what is chosen of its columns, behind what the threads before it choose."""
+    """A thread writes what is chosen of its columns, after what the threads before it choose."""
     k, n = shape.k, shape.n_threads
 
     def store(j: int) -> str:
-        return f"""add.s32 t, base, {j}; mad.wide.u32 word, slot, 4, $O; @p st.global.b32 [word], t;
+        what, keys = f"add.s32 t, base, {j};", ""
+        if shape.is_listed:
+            what = f"mov.b32 t, b{j};"
+        if shape.has_sort_keys:
+            keys = f"mad.wide.u32 word, slot, 4, $SORT_KEYS; @p st.global.b32 [word], v{j};"
+        return f"""{what} mad.wide.u32 word, slot, 4, $O; @p st.global.b32 [word], t; {keys}
 @p add.s32 slot, slot, 1;"""
 
     def count(j: int) -> str:
@@ -297,12 +306,21 @@ def _emit(shape: Shape, position: Callable[[], str]) -> str:
         return f"""setp.eq.s32 q, v{j}, thr; setp.lt.and.s32 s, tie, room, q; setp.gt.s32 p, v{j}, thr; or.pred p, p, s;
 {store(j)} @q add.s32 tie, tie, 1;"""
 
+    find = position()
+    if shape.is_listed:
+        # All on their way before the first is stored.
+        each = _each(shape, lambda j: f"setp.ge.s32 p, v{j}, thr; @p ld.global.b32 b{j}, [word+{4 * j}];")
+        find = f"mul.wide.u32 word, column, 4; add.s64 word, word, $IDS;\n{each}"
+    empty = "mul.wide.s32 word, t, 4; add.s64 word, word, $O; @p st.global.b32 [word], u;"
+    if shape.has_sort_keys:
+        empty += f" mul.wide.s32 word, t, 4; add.s64 word, word, $SORT_KEYS; @p st.global.b32 [word], {INVISIBLE};"
+
     # Where more than k reach the threshold, the first of those that are at it are chosen, as many as there is room for:
     # both kinds are counted, those above in the low half.
     return f"""mov.b32 n, 0;
 {_each(shape, lambda j: f"setp.ge.s32 p, v{j}, thr; @p add.s32 n, n, 1;")}
 {_before(shape, 3, "n")}
-{position()}
+{find}
 mov.b32 slot, e; setp.gt.s32 p, total, {k}; @p bra ties;
 {_each(shape, lambda j: f"setp.ge.s32 p, v{j}, thr; {store(j)}")}
 bra fill;
@@ -316,4 +334,4 @@ fill: min.s32 c, visible, {k}; setp.eq.u32 p, tid, 0; mov.b64 word, $COUNT; @p s
 mov.b32 i, 0; mov.b32 u, -1;
 more: setp.ge.s32 p, c, {k}; @p bra out; setp.ge.s32 p, i, {k}; @p bra out;
 add.s32 t, tid, i; setp.ge.s32 p, t, c; setp.lt.and.s32 p, t, {k}, p;
-mul.wide.s32 word, t, 4; add.s64 word, word, $O; @p st.global.b32 [word], u; add.s32 i, i, {n}; bra more;"""
+{empty} add.s32 i, i, {n}; bra more;"""
