@@ -36,8 +36,13 @@ import hisa_jax as hj
 from hisa_jax.models import indexers
 
 shapes = {
-    "wq_b.weight": (4 * 16, 24), "wk.weight": (16, 40), "k_norm.weight": (16,), "k_norm.bias": (16,),
-    "weights_proj.weight": (4, 40), "index_kpool_compress_ape": (4, 16), "index_kpool_compress_gate": (16, 40),
+    "wq_b.weight": (4 * 16, 24),
+    "wk.weight": (16, 40),
+    "k_norm.weight": (16,),
+    "k_norm.bias": (16,),
+    "weights_proj.weight": (4, 40),
+    "index_kpool_compress_ape": (4, 16),
+    "index_kpool_compress_gate": (16, 40),
 }
 weights = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
 indexer = indexers.from_weights("glm5_next", dict(index_topk=8, index_kpool=4), weights)
