@@ -25,6 +25,7 @@ from hisa_jax.select import implementations, select, select_packed
 from hisa_jax.select_paged import select_paged
 from hisa_jax.selection import Selection
 from hisa_jax.sharded.processes import check_processes
+from hisa_jax.sparse_attention import sparse_attention, sparse_attention_paged
 from hisa_jax.xla.select import Tiles
 
 __all__ = [
@@ -58,6 +59,8 @@ __all__ = [
     "select",
     "select_packed",
     "select_paged",
+    "sparse_attention",
+    "sparse_attention_paged",
     "sparse_mla",
     "sparse_mla_paged",
     "truncate",

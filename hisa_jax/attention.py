@@ -242,7 +242,7 @@ def check_rows(
     T, n_pages = indices.shape[0] // n_groups, cache.n_pages // n_groups
 
     def is_wrong(indices: Array, table: Array, offsets: Array) -> Array:
-        rows = _rows(n_pages, cache.page_size, indices, table, offsets)
+        rows = rows_of_pages(n_pages, cache.page_size, indices, table, offsets)
         _, is_real = sequence_of_rows(ascending(offsets, T), T)
         return jnp.any((indices != -1) & (rows < 0) & is_real[:, None], axis=1)
 
@@ -258,10 +258,11 @@ def check_rows(
 
 def latent_rows(cache: IndexCache, indices: Array, block_tables: Array, cu_seqlens_q: Array) -> Array:
     """[T, K] positions in requests -> [T, K] int32 rows of the cache's latents in one piece, -1 where there is none."""
-    return _rows(cache.n_pages, cache.page_size, indices, block_tables, cu_seqlens_q)
+    return rows_of_pages(cache.n_pages, cache.page_size, indices, block_tables, cu_seqlens_q)
 
 
-def _rows(n_pages: int, size: int, indices: Array, block_tables: Array, cu_seqlens_q: Array) -> Array:
+def rows_of_pages(n_pages: int, size: int, indices: Array, block_tables: Array, cu_seqlens_q: Array) -> Array:
+    """[T, K] positions in requests -> [T, K] int32 rows of all pages, of `size` rows each, or -1: there is none."""
     if 0 in block_tables.shape:
         return jnp.full(indices.shape, -1, jnp.int32)
     P, T = block_tables.shape[1], indices.shape[0]

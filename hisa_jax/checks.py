@@ -38,7 +38,8 @@ def checked[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 
     Args:
         function: anything traceable that calls `select`, `select_packed`, `select_paged`, `sparse_mla`,
-            `sparse_mla_paged`, `lighthouse_attention`, `append`, `truncate` or `copy_pages`, jitted or not.
+            `sparse_mla_paged`, `sparse_attention`, `sparse_attention_paged`, `lighthouse_attention`, `append`,
+            `truncate` or `copy_pages`, jitted or not.
 
     Returns: a function of the same arguments that raises `jax.experimental.checkify.JaxRuntimeError`, which names the
         argument, and otherwise returns what `function` returns. It waits for the result; call it outside of jit. What

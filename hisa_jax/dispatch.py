@@ -323,6 +323,45 @@ def attention_reasons(device: Device, problem: AttentionProblem) -> dict[str, st
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupedProblem:
+    """What the choice of a sparse grouped-query attention depends on: heads, groups, sizes of key and value, blocks.
+
+    Attributes:
+        n_listed: entries of all lists of a query.
+    """
+
+    Hq: int
+    G: int
+    D: int
+    V: int
+    dtype: str
+    block_size: int
+    n_listed: int
+
+
+def grouped_attention(name: str) -> Callable[..., tuple[Array, Array]]:
+    """The forward pass of a backend: (q, k, v, lists, *, scale, block_size) -> (out, lse)."""
+    return importlib.import_module(f"hisa_jax.kernels_pallas.{name}.sparse_attention").sparse_attention
+
+
+def grouped_reasons(device: Device, problem: GroupedProblem) -> dict[str, str | None]:
+    """As `reasons`, for the sparse grouped-query attention."""
+
+    def why_not(name: str, where: str, missing: str) -> str | None:
+        if not where:
+            return missing.format(device.kind)
+        module = importlib.import_module(f"hisa_jax.kernels_pallas.{name}.sparse_attention")
+        return module.why_not(where, **dataclasses.asdict(problem))
+
+    tpu = device.kind if device.platform == "tpu" else ""
+    return {
+        "triton": why_not("triton", device.compute_capability, _NO_NVIDIA),
+        "mosaic_tpu": why_not("mosaic_tpu", tpu, _NO_TPU),
+        "xla": None,
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AppendProblem:
     """What the choice of who writes new tokens depends on: requests, pages and their size, features, dtype of keys.
 

@@ -61,6 +61,19 @@ class Keys(NamedTuple):
         return jnp.where(present[..., None], values, 0)
 
 
+class BlockLists(NamedTuple):
+    """What each query of an attention attends to: whole blocks, of which at most one is open. Tokens are blocks of one.
+
+    Attributes:
+        ids: [B, T, L, K] int32, blocks that exist and of which some token is visible, in any order, or -1; L is the
+            groups of heads, or 1: one list for all.
+        last: [B, T, 2] int32, a block's id and how many of its first tokens count; of all others all tokens do.
+    """
+
+    ids: Array
+    last: Array
+
+
 class Sketched(NamedTuple):
     """Index keys in 4 bits, as pages keep them (xla/sketch.py).
 

@@ -32,7 +32,8 @@ class Call(NamedTuple):
 
 ON_ONE_DEVICE = (
     *(f"{select}_{method}" for select in ("select", "select_packed", "select_paged") for method in METHODS),
-    "select_without_scores", "sparse_mla", "sparse_mla_paged", "indexer_kl", "indexer_kl_of_all", "append", "truncate",
+    "select_without_scores", "sparse_mla", "sparse_mla_paged", "sparse_attention",
+    "sparse_attention_paged", "indexer_kl", "indexer_kl_of_all", "append", "truncate",
     "copy_pages", "init_cache", "quantize_keys", "quantize_queries", "compare",
 )  # fmt: skip
 ON_A_MESH = (
@@ -66,6 +67,10 @@ def every() -> dict[str, Call]:
     paged = packed_q, packed_w, cache, tables, cu_q, after
     mla_paged = mla_q.reshape(-1, N, LATENT), cache, indices.reshape(-1, K), tables, cu_q
 
+    grouped_q, *kv = (jnp.asarray(rng.normal(size=(B, *n, 8)), jnp.float32) for n in ((T, 4), (S, 2), (S, 2)))
+    kv_pages = (x[0, : S // PAGE_SIZE * PAGE_SIZE].reshape(-1, PAGE_SIZE, 2, 8) for x in kv)
+    grouped_paged = grouped_q.reshape(-1, 4, 8), *kv_pages, indices.reshape(-1, K), positions.reshape(-1), tables, cu_q
+
     on_mesh = dict(mesh=jax.make_mesh((1,), ("data",)), context_axis="data")
     attend = dict(scale=0.3, value_dim=VALUE, return_lse=True)
     hisa = dict(method=METHODS["hisa"], tiles=TILES, return_scores=True, return_blocks=True)
@@ -78,6 +83,8 @@ def every() -> dict[str, Call]:
             (mla_q, latents, indices, sink),
         ),
         "sparse_mla_paged": Call(_with_gradient(functools.partial(hj.sparse_mla_paged, **attend)), mla_paged),
+        "sparse_attention": Call(_with_gradient(_attend), (grouped_q, *kv, indices, positions, jnp.zeros((4,)))),
+        "sparse_attention_paged": Call(_with_gradient(_attend_pages), grouped_paged),
         "indexer_kl": Call(
             _with_gradient(lambda *arrays: hj.indexer_kl(*arrays[:-1], scale=0.3, indices=arrays[-1])),
             (q, k, w, mla_q, latents, indices),
@@ -116,6 +123,16 @@ def every() -> dict[str, Call]:
 
 def _select(q, k, w, lengths, query_positions, **options):
     return hj.select(q, k, w, lengths=lengths, query_positions=query_positions, **options)
+
+
+def _attend(q, k, v, indices, query_positions, sink):
+    options = dict(scale=0.3, block_size=2, query_positions=query_positions, sink=sink, return_lse=True)
+    return hj.sparse_attention(q, k, v, indices, **options)
+
+
+def _attend_pages(q, k, v, indices, query_positions, block_tables, cu_seqlens_q):
+    options = dict(scale=0.3, block_size=2, query_positions=query_positions, return_lse=True)
+    return hj.sparse_attention_paged(q, k, v, indices, block_tables, cu_seqlens_q, **options)
 
 
 def _append(cache, k, block_tables, cu_seqlens, lengths, latents, **options):

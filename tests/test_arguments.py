@@ -140,6 +140,19 @@ def mla_paged():
                 block_tables=ints([0, 1], [2, -1]), cu_seqlens_q=ints(0, 2, 3), scale=0.1, value_dim=16)  # fmt: skip
 
 
+def grouped():
+    kv = np.ones((2, 40, 2, 16), np.float32)
+    return dict(q=np.ones((2, 3, 4, 16), np.float32), k=kv, v=kv, indices=np.zeros((2, 3, 5), np.int32), scale=0.1,
+                query_positions=np.zeros((2, 3), np.int32))  # fmt: skip
+
+
+def grouped_paged():
+    pages = np.ones((4, 16, 2, 16), np.float32)
+    return dict(q=np.ones((3, 4, 16), np.float32), k=pages, v=pages, indices=np.zeros((3, 5), np.int32), scale=0.1,
+                query_positions=ints(0, 1, 2), block_tables=ints([0, 1], [2, -1]),
+                cu_seqlens_q=ints(0, 2, 3))  # fmt: skip
+
+
 def new_tokens():
     return dict(cache=pages(), k=np.ones((5, 8), np.float32), block_tables=ints([0, 1], [2, -1]),
                 cu_seqlens=ints(0, 2, 5), lengths=ints(0, 0))  # fmt: skip
@@ -176,6 +189,10 @@ MLA_OPTIONS = dict(scale=NUMBER, value_dim=INT, sink=OPTIONAL_FLOAT, return_lse=
 MLA = dict(q=QUERIES, kv=FLOAT, indices=LIST_INT32, **MLA_OPTIONS)
 MLA_PAGED = dict(q=FLOAT, cache=CACHE, indices=LIST_INT32, block_tables=TABLES["block_tables"], cu_seqlens_q=INT32,
                  head_axis=OPTIONAL_AXIS, **MLA_OPTIONS, **GROUPS)  # fmt: skip
+GROUPED = dict(q=QUERIES, k=FLOAT, v=QUERIES, indices=Kind((*NOT_ARRAYS, *NOT_INT32)), scale=NUMBER, block_size=INT,
+               query_positions=OPTIONAL_INT32, sink=OPTIONAL_FLOAT, return_lse=FLAG,
+               implementation=IMPLEMENTATION)  # fmt: skip
+GROUPED_PAGED = GROUPED | dict(block_tables=TABLES["block_tables"], cu_seqlens_q=INT32)
 APPEND = dict(implementation=IMPLEMENTATION, k=FLOAT, cu_seqlens=INT32, latents=Kind(constants(np.ones((5, 8)), 3)),
               **TABLES, **GROUPS)  # fmt: skip
 TRUNCATE = dict(new_lengths=INT32, max_tokens=INT, **TABLES, **GROUPS)
@@ -224,6 +241,8 @@ def cases():
     yield Case(hj.sparse_mla, mla() | sink | over_context(), MLA | OVER | dict(data_axis=OPTIONAL_AXIS))
     yield Case(hj.sparse_mla_paged, mla_paged() | sink, MLA_PAGED | ALONE)
     yield Case(hj.sparse_mla_paged, mla_paged() | sink | over_context(), MLA_PAGED | OVER)
+    yield Case(hj.sparse_attention, grouped() | sink, GROUPED)
+    yield Case(hj.sparse_attention_paged, grouped_paged() | sink, GROUPED_PAGED)
     yield Case(hj.append, new_tokens(), APPEND | ALONE)
     yield Case(hj.append, new_tokens() | over_context(), APPEND | OVER)
     yield Case(hj.truncate, lost_tokens(), TRUNCATE | ALONE)

@@ -107,7 +107,10 @@ MODES = {
 }
 NAMES = (*calls.ON_ONE_DEVICE, *calls.ON_A_MESH)
 # Of these the gate runs others that are alike in the same mode.
-REPEATS = ("select_block_sparse", "select_paged_block_sparse", "select_scan", "select_without_scores")
+REPEATS = (
+    "select_block_sparse", "select_paged_block_sparse", "select_scan", "select_without_scores",
+    "sparse_attention_paged",
+)  # fmt: skip
 
 
 def cases(is_in_gate: Callable[[int, str], bool]) -> list[Any]:

@@ -30,8 +30,8 @@ def forward(
         selected, is_real = _gather(kv, b, indices, q.dtype)
         logits = _logits(q, selected, is_real, scale)
         lse = jax.nn.logsumexp(logits, axis=-1)  # [t, N]
-        p = _probabilities(logits, lse)
-        return _dot("tnk,tkv->tnv", p, selected[..., :value_dim]).astype(q.dtype), lse
+        p = probabilities(logits, lse)
+        return dot("tnk,tkv->tnv", p, selected[..., :value_dim]).astype(q.dtype), lse
 
     out, lse = lax.map(tile, (tiles.sequences(B), tiles.cut(q), tiles.cut(indices, -1)))
     return tiles.join(out, B, T), tiles.join(lse, B, T)
@@ -52,15 +52,15 @@ def backward(
     def tile(d_kv: Any, operands: tuple[Array, ...]) -> tuple[Any, Array]:
         b, q, indices, lse, d_out, delta = operands
         selected, is_real = _gather(kv, b, indices, q.dtype)
-        p = _probabilities(_logits(q, selected, is_real, scale), lse)
-        d_p = _dot("tnv,tkv->tnk", d_out, selected[..., :value_dim])
+        p = probabilities(_logits(q, selected, is_real, scale), lse)
+        d_p = dot("tnv,tkv->tnk", d_out, selected[..., :value_dim])
         # Where nothing is selected the caller may pass on NaN: the gradient of a logsumexp of -inf, for instance.
         d_logits = jnp.where(is_real[:, None, :], p * (d_p - delta[..., None]) * scale, 0)
-        d_q = _dot("tnk,tkd->tnd", d_logits, selected)
+        d_q = dot("tnk,tkd->tnd", d_logits, selected)
         if isinstance(kv, QuantizedLatents):  # constants: no gradient goes through them
             return d_kv, d_q
-        d_selected = _dot("tnk,tnd->tkd", d_logits, q)
-        d_selected = d_selected.at[..., :value_dim].add(_dot("tnk,tnv->tkv", p, d_out))
+        d_selected = dot("tnk,tnd->tkd", d_logits, q)
+        d_selected = d_selected.at[..., :value_dim].add(dot("tnk,tnv->tkv", p, d_out))
         return d_kv.at[b, jnp.where(is_real, indices, -1)].add(
             d_selected, mode="drop", wrap_negative_indices=False
         ), d_q
@@ -90,16 +90,16 @@ def _gather(kv: Array | QuantizedLatents, b: Array, indices: Array, dtype: DType
 
 
 def _logits(q: Array, selected: Array, is_real: Array, scale: float) -> Array:
-    logits = _dot("tnd,tkd->tnk", q, selected) * scale
+    logits = dot("tnd,tkd->tnk", q, selected) * scale
     return jnp.where(is_real[:, None, :], logits, -jnp.inf)
 
 
-def _probabilities(logits: Array, lse: Array) -> Array:
+def probabilities(logits: Array, lse: Array) -> Array:
     """exp(logits - lse), and 0 in rows where nothing is selected."""
     return jnp.exp(logits - jnp.where(jnp.isneginf(lse), 0, lse)[..., None])
 
 
-def _dot(formula: str, a: Array, b: Array) -> Array:
+def dot(formula: str, a: Array, b: Array) -> Array:
     """A float32 sum of products; beside bfloat16 values, probabilities and gradients enter as bfloat16."""
     if jnp.bfloat16 in (a.dtype, b.dtype):
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)

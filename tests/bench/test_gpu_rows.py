@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import shapes
-from bench.gpu import scan_checks, scan_rows
+from bench.gpu import attention_rows, scan_checks, scan_rows
 from bench.gpu.rows import rows
 from hisa_jax.kernels_pallas.triton import stages
 
@@ -65,3 +65,20 @@ def test_a_whole_scan_passes_its_check_and_a_damaged_one_does_not(interpreted):
     indices[..., 3] = indices[..., 2] + 1  # of no merit
     with pytest.raises(AssertionError):
         check((np.sort(indices, axis=-1), out[1]))
+
+
+@pytest.mark.unoptimised
+@pytest.mark.parametrize("what", ["tokens", "blocks", "dense"])
+@pytest.mark.gate("blocks")
+def test_attention_passes_its_check_and_a_damaged_one_does_not(what):
+    shape = attention_rows.Shape(Hq=4, G=2, D=16, topk=32, block_size=8)
+    if what == "dense":
+        row = attention_rows.dense(shape, 2, 3, 131, implementation="xla")
+    else:
+        size = shape.block_size if what == "blocks" else 1
+        row = attention_rows.sparse(shape, 2, 3, 131, block_size=size, implementation="xla")
+    f, operands, check = row.make()
+    out = np.asarray(jax.jit(f)(*operands))
+    check(out)
+    with pytest.raises(AssertionError):
+        check(damaged(out))

@@ -9,8 +9,9 @@ import pytest
 import hisa_jax as hj
 from bench.tpu import aot
 from hisa_jax.kernels_pallas import mosaic_tpu
+from hisa_jax.kernels_pallas.mosaic_tpu.sparse_attention import sparse_attention
 from hisa_jax.kernels_pallas.mosaic_tpu.sparse_mla import sparse_mla
-from hisa_jax.layout import Call
+from hisa_jax.layout import BlockLists, Call
 from tests import kernel_calls
 
 pytestmark = pytest.mark.oldest
@@ -36,6 +37,7 @@ def of_requests(*keys):
 
 
 MLA = shaped(1, 64, 128, 576, dtype=BF16), shaped(1, S, 576, dtype=BF16)
+GROUPED = 2 * [shaped(1, S, 2, 128, dtype=BF16)]
 PAGES = shaped(70, H, D, dtype=BF16), shaped(70, H, dtype=F32), shaped(70), shaped(R, P), shaped(R + 1)
 PACKED = (*of_requests(S), shaped(R + 1), shaped(R + 1))
 
@@ -62,6 +64,10 @@ CASES = {
     "hisa_packed": (packed(functools.partial(kernel_calls.select_hisa, mosaic_tpu), **HISA), PACKED),
     "flat_paged": (paged(mosaic_tpu.select_flat, 500), PAGES),
     "hisa_paged": (paged(mosaic_tpu.select_hisa, hj.Hisa(**HISA)), PAGES),
+    "sparse_attention": (
+        lambda q, k, v, *lists: sparse_attention(q, k, v, BlockLists(*lists), scale=0.1, block_size=128),
+        (shaped(1, 64, 32, 128, dtype=BF16), *GROUPED, shaped(1, 64, 2, 16), shaped(1, 64, 2)),
+    ),
     "sparse_mla": (lambda *arrays: sparse_mla(*arrays, value_dim=512, scale=0.1), (*MLA, shaped(1, 64, 2048))),
 }
 

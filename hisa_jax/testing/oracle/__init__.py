@@ -7,6 +7,7 @@ from .compare import assert_same_selection
 from .methods import OracleSelection, select, select_packed
 from .quantize import dequantize, quantize_keys, quantize_queries
 from .scores import block_means, token_scores
+from .sparse_attention import sparse_attention
 from .sparse_mla import sparse_mla
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "quantize_queries",
     "select",
     "select_packed",
+    "sparse_attention",
     "sparse_mla",
     "token_scores",
 ]
