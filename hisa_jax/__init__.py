@@ -10,6 +10,7 @@ if sys.version_info < (3, 12):  # noqa: UP036  before what older ones cannot rea
 
 from hisa_jax.attention import sparse_mla, sparse_mla_paged
 from hisa_jax.cache import append, copy_pages, init_cache, truncate
+from hisa_jax.candidates import CandidateBlocks
 from hisa_jax.checks import checked
 from hisa_jax.compare import Comparison, compare
 from hisa_jax.index_cache import IndexCache
@@ -29,6 +30,7 @@ from hisa_jax.xla.select import Tiles
 
 __all__ = [
     "BlockSparse",
+    "CandidateBlocks",
     "Comparison",
     "Dsa",
     "Hisa",

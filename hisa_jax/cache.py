@@ -35,6 +35,7 @@ from hisa_jax.sharded import cache as on_mesh
 from hisa_jax.sharded import meshes
 from hisa_jax.sharded.meshes import Axes
 from hisa_jax.xla import append as xla
+from hisa_jax.xla.append import whole_entries
 from hisa_jax.xla.means import mean_parts
 from hisa_jax.xla.sketch import sizes as sketch_sizes
 
@@ -45,6 +46,7 @@ def init_cache(
     D: int,
     dtype: DTypeLike = jnp.bfloat16,
     *,
+    entry_size: int = 1,
     sketch: Sketch | None = None,
     latent_dim: int | None = None,
     latent_dtype: DTypeLike = jnp.bfloat16,
@@ -55,12 +57,14 @@ def init_cache(
 
     Args:
         n_pages: pages there are for all requests.
-        page_size: tokens of a page, a power of two up to 256; to be used with blocks of so many tokens or a multiple.
+        page_size: keys of a page, a power of two up to 256; to be used with blocks of so many keys or a multiple.
+        entry_size: tokens that a key stands for. A page then has page_size entries, so page_size * entry_size tokens.
         D: size of an index key; 0 for the latents of a layer that has no indexer of its own.
         dtype: of the keys: bfloat16, float32, or float8_e4m3fn or int8, which come with a scale a token.
         sketch: "int4": keep beside each key what `Scan(sketch="int4")` scans in place of it, so that it is read and not
             made: 18 bytes for each 32 numbers, the last of them filled up. None: keys alone.
         latent_dim: size of the attention's keys (576 in DeepSeek-V3.2), to keep them in the same pages; None: not here.
+            Entries have pages of their own.
         latent_dtype: of those, bfloat16 or float32; or float8_e4m3fn: they are kept as `QuantizedLatents`.
         latent_value_dim: how many of their features are then in 8 bits.
         block_size: tokens of the blocks of `Hisa`, if they are several pages: kernels then read their means and add no
@@ -75,6 +79,12 @@ def init_cache(
     checks.integer(call, "D", D, 0)
     dtype = checks.one_dtype(call, "dtype", dtype, checks.KEY_DTYPES)
     check_sketch(call, sketch)
+    checks.integer(call, "entry_size", entry_size, 1)
+    if entry_size > 1 and latent_dim is not None:
+        raise ValueError(
+            f"{call}: latent_dim={latent_dim} with entry_size={entry_size}, wanted None: latents are of tokens, which "
+            "a cache of their own keeps"
+        )
     block_size = block_size_of(call, page_size, dtype.name, block_size)
     if latent_dim is not None:
         checks.integer(call, "latent_dim", latent_dim, 1)
@@ -97,6 +107,7 @@ def init_cache(
         codes=None if sketch is None else jnp.zeros((n_pages, page_size, n_bytes), jnp.uint8),
         code_scales=None if sketch is None else jnp.zeros((n_pages, page_size, n_groups), jnp.bfloat16),
         latents=latents,
+        entry_size=int(entry_size),
         marks=None if block_size is None else jnp.zeros((n_pages,), jnp.int32),
         block_size=block_size,
     )
@@ -138,7 +149,8 @@ def append(
     Args:
         cache: the pages of all requests.
         k: [T, D] new index keys of all requests, one request's after the other's, in the cache's dtype;
-            `QuantizedKeys` for 8 bits.
+            `QuantizedKeys` for 8 bits. With an `entry_size` an entry is written when its last token arrives, from the
+            row of that token; rows of other tokens are ignored.
         block_tables: [R, P] int32, the pages of each request in order. Pages written to must belong to one request.
         cu_seqlens: [R + 1] int32, where each request's new tokens begin in `k`, from 0, ascending.
         lengths: [R] int32, tokens of each request before.
@@ -210,6 +222,10 @@ def truncate(
     axes = _axes(call, mesh, over, cache, n_groups)
     if 0 in block_tables.shape:
         return cache
+    r = cache.entry_size
+    if r > 1:
+        arrays |= dict(lengths=lengths // r, new_lengths=new_lengths // r)
+        max_tokens = max_tokens // r + 1
     return _on(axes, functools.partial(_truncate, max_tokens), **arrays)
 
 
@@ -262,6 +278,8 @@ def _append(
     lengths: Array,
     latents: Array | QuantizedLatents | None,
 ) -> IndexCache:
+    if cache.entry_size > 1:
+        k, cu_seqlens, lengths = whole_entries(cache.entry_size, k, cu_seqlens, lengths)
     values, scales = (k.values, k.scales) if isinstance(k, QuantizedKeys) else (k, None)
     if name == "xla":
         offsets = ascending(cu_seqlens, values.shape[0])

@@ -83,7 +83,8 @@ def _compare(selection: Selection, reference: Selection) -> Comparison:
     n_either = n_reference + selection.count.astype(jnp.float32) - n_both
     mass = None
     if reference.scores is not None:
-        score = jnp.maximum(reference.scores, 0)  # relu of the -inf that fills up is 0
+        # Relu of the -inf that fills up is 0; tokens of an open tail, which nothing chose, have infinity.
+        score = jnp.where(reference.scores == jnp.inf, 0.0, jnp.maximum(reference.scores, 0))
         mass = _share(jnp.sum(jnp.where(both, score, 0), axis=-1), jnp.sum(score, axis=-1))
     return Comparison(
         recall=_share(n_both, n_reference), iou=_share(n_both, n_either), mass=mass, is_real=reference.count > 0

@@ -10,7 +10,7 @@ import jax
 from jax import Array
 
 from hisa_jax.check_select import check_options
-from hisa_jax.layout import IndexCache, Keys
+from hisa_jax.layout import IndexCache, Keys, Limits
 from hisa_jax.methods import BlockSparse, Hisa, Method, Scan, name_of
 from hisa_jax.pallas import Backend, Kernels
 from hisa_jax.selection import Selection
@@ -48,7 +48,7 @@ class Problem:
 
     `is_packed` tells sequences of any lengths from a batch, `page_size` pages from contiguous keys, of `n_requests`;
     `is_split`, whether keys are split over devices; `returns_blocks`, whether the kept blocks are asked for;
-    `keeps_sketch`, whether the pages do.
+    `keeps_sketch`, whether the pages do; `limits`, by what the choice is limited.
     """
 
     H: int
@@ -63,23 +63,30 @@ class Problem:
     is_split: bool = False
     returns_blocks: bool = False
     keeps_sketch: bool = False
+    limits: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, q: Any, keys: Keys, method: Method, *, is_split: bool = False) -> "Problem":
+    def of(
+        cls, q: Any, keys: Keys, method: Method, *, is_split: bool = False, limits: Limits | None = None
+    ) -> "Problem":
         """Of queries [B, T, H, D] and keys [B, S, D], or packed without B; shapes and dtypes do."""
         (H, D), (S, _) = q.shape[-2:], keys.values.shape[-2:]
-        dtypes = dict(q_dtype=q.dtype.name, k_dtype=keys.values.dtype.name)
-        return cls(H=H, D=D, S=S, method=method, is_packed=len(q.shape) == 3, is_split=is_split, **dtypes)
+        rest: Any = dict(q_dtype=q.dtype.name, k_dtype=keys.values.dtype.name)
+        if limits is not None:
+            rest["limits"] = tuple(name for name, given in limits._asdict().items() if given is not None)
+        H = 1 if method.per_head else H  # heads are queries then
+        return cls(H=H, D=D, S=S, method=method, is_packed=len(q.shape) == 3, is_split=is_split, **rest)
 
     @classmethod
     def of_pages(
-        cls, q: Array, cache: IndexCache, table: Array, method: Method, *, is_split: bool, n_groups: int = 1
+        cls, q: Array, cache: IndexCache, table: Array, method: Method, *, is_split: bool, n_groups: int = 1,
+        limits: Limits | None = None,
     ) -> "Problem":  # fmt: skip
-        """Of queries [T, H, D] and a table [R, P], of which each group of devices has its part."""
-        (R, P), problem = table.shape, cls.of(q, Keys(cache.keys, None), method, is_split=is_split)
-        S, keeps_sketch = P * cache.page_size, cache.codes is not None
+        """Of queries [T, H, D] and a table [R, P], of which each group of devices has its part; pages of keys."""
+        (R, P), problem = table.shape, cls.of(q, Keys(cache.keys, None), method, is_split=is_split, limits=limits)
+        size, keeps_sketch = cache.page_size, cache.codes is not None
         return dataclasses.replace(
-            problem, S=S, page_size=cache.page_size, n_requests=R // n_groups, keeps_sketch=keeps_sketch
+            problem, S=P * size, page_size=size, n_requests=R // n_groups, keeps_sketch=keeps_sketch
         )
 
 
@@ -119,7 +126,7 @@ def _nvidia(name: str) -> Implementation:
         module: Any = backend(name)
         if problem is None:
             return module.why_not(device.compute_capability, H=64, D=128, dtype="bfloat16")
-        if reason := _no_kernels(problem.method) or _no_scan(problem):
+        if reason := _no_kernels(problem) or _no_scan(problem):
             return reason
         if isinstance(problem.method, Scan):
             scan: Any = importlib.import_module("hisa_jax.kernels_pallas.scan")
@@ -156,7 +163,7 @@ def _tpu(name: str) -> Implementation:
         if problem is None:
             return module.why_not(device.kind, H=64, D=128, q_dtype="bfloat16", k_dtype="bfloat16")
         method = problem.method
-        if reason := _no_kernels(method) or _no_scan(problem):
+        if reason := _no_kernels(problem) or _no_scan(problem):
             return reason
         if isinstance(method, Scan) and (
             reason := module.why_not_scan(problem.D, problem.k_dtype, method, problem.S, not problem.is_packed)
@@ -182,12 +189,19 @@ def _tpu(name: str) -> Implementation:
     return _kernels(name, why_not, flat_if_all_kept=True)
 
 
-def _no_kernels(method: Method) -> str | None:
+def _no_kernels(problem: Problem) -> str | None:
+    """None, or what of the method or the call no kernels can do, by name."""
+    method = problem.method
     if isinstance(method, Hisa) and method.block_ratio > 1:
         return f"has no kernels for a Hisa of block_ratio={method.block_ratio}"
-    if not isinstance(method, Scan):
-        for name, function in method.given().items():
-            return f"has no kernels for a {type(method).__name__} of {name}={name_of(function)}"
+    for name, function in method.given().items():
+        return f"has no kernels for a {type(method).__name__} of {name}={name_of(function)}"
+    if method.activation is None:
+        return f"has no kernels for a {type(method).__name__} of activation=None"
+    if isinstance(method, BlockSparse) and method.scored_by == "max":
+        return "has no kernels for a BlockSparse of scored_by='max'"
+    for name in problem.limits:
+        return f"has no kernels for {name}"
     return None
 
 

@@ -42,6 +42,8 @@ class IndexCache:
         marks: [n_pages] int32, by which a reader knows that such a mean is of the pages that its table names
             (xla/block_means.py); None without a `block_size`.
         block_size: static, tokens of the blocks of several pages whose means are kept; None: of pages alone.
+        entry_size: tokens that a key stands for, static. Above 1 read "entry" for "token" above: a page has page_size
+            entries.
     """
 
     keys: Array
@@ -56,6 +58,7 @@ class IndexCache:
     latents: Array | QuantizedLatents | None
     marks: Array | None = None
     block_size: int | None = dataclasses.field(default=None, metadata={"static": True})
+    entry_size: int = dataclasses.field(default=1, metadata=dict(static=True))
 
     @classmethod
     def from_pages(
@@ -64,6 +67,7 @@ class IndexCache:
         block_tables: Array,
         lengths: Array,
         *,
+        entry_size: int = 1,
         sketch: Sketch | None = None,
         latents: Array | QuantizedLatents | None = None,
         block_size: int | None = None,
@@ -78,7 +82,7 @@ class IndexCache:
             k: [n_pages, page_size, D], all pages, bfloat16 or float32; `QuantizedKeys` of this shape for 8 bits.
             block_tables: [R, P] int32, the pages of each request in order. Entries past its last token are ignored.
             lengths: [R] int32, tokens of each request. Pages that none of them needs are free.
-            sketch: as for `init_cache`.
+            entry_size, sketch: as for `init_cache`.
             latents: [n_pages, page_size, Dk] bfloat16, float32 or `QuantizedLatents`, the keys of `sparse_mla`, if the
                 pages hold them.
             block_size: as for `init_cache`.
@@ -110,6 +114,8 @@ class IndexCache:
         R, P = block_tables.shape
         checks.int32(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")
         values, scales, table, lengths = jax.tree.map(jnp.asarray, (values, scales, block_tables, lengths))
+        checks.integer(call, "entry_size", entry_size, 1)
+        n_keys = lengths // entry_size
         codes, code_scales = (None, None) if sketch is None else sketches.pack(values)
         cache = cls(
             keys=values,
@@ -118,12 +124,13 @@ class IndexCache:
             code_scales=code_scales,
             latents=latents,
             block_size=block_size,
-            **describe(values, scales, table, lengths, block_size)._asdict(),
+            entry_size=int(entry_size),
+            **describe(values, scales, table, n_keys, block_size)._asdict(),
         )
-        is_good = (lengths >= 0) & has_all_pages(cache, table, lengths)
+        is_good = (lengths >= 0) & has_all_pages(cache, table, n_keys)
         wanted = (
-            f"wanted for each of its tokens, up to {P * size}, one from 0 to {n - 1} that no table names for another "
-            "place of a sequence"
+            f"wanted for each of its tokens, up to {P * cache.page_tokens}, one from 0 to {n - 1} that no table names "
+            "for another place of a sequence"
         )
         if isinstance(is_good, jax.core.Tracer):
             checks.value(is_good, f"{call}: block_tables lacks pages of requests {{bad}}, {wanted}", bad=~is_good)
@@ -138,11 +145,17 @@ class IndexCache:
 
     @property
     def page_size(self) -> int:
+        """Keys of a page."""
         return self.keys.shape[1]
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page."""
+        return self.page_size * self.entry_size
 
 
 def has_all_pages(cache: IndexCache, block_tables: Array, lengths: Array) -> Array:
-    """[R] bool: whether every token of a request has a page that was written for this place of a sequence."""
+    """[R] bool: whether each of `lengths` [R] keys of a request has a page that was written for its place."""
     P = block_tables.shape[1]
     holds = holds_tokens(cache, block_tables, jnp.arange(P, dtype=jnp.int32), lengths)
     return holds & (lengths <= P * cache.page_size)
@@ -215,6 +228,7 @@ def check_cache(call: str, cache: IndexCache) -> None:
         if part is not None or name in always:
             checks.dtype(call, f"cache.{name}", part, (wanted,))
             checks.shape(call, f"cache.{name}", part, shape, f"of {n} pages of {size} tokens, as cache.keys has them")
+    checks.integer(call, "cache.entry_size", cache.entry_size, 1)
     if cache.latents is not None:
         check_latents(call, "cache.latents", cache.latents, (n, size), "pages as cache.keys has them")
 
@@ -226,8 +240,9 @@ def check_table(call: str, cache: IndexCache, block_tables: Array, lengths: Arra
     R, P = block_tables.shape
     checks.int32(call, "lengths", lengths, (R,), f"one length a request (block_tables is [{R}, {P}])")
     checks.value(
-        (lengths >= 0) & (lengths <= P * cache.page_size),
-        f"{call}: lengths is {{lengths}}, wanted 0 to {P * cache.page_size}, the tokens that {P} pages hold",
+        (lengths >= 0) & (lengths <= P * cache.page_tokens + cache.entry_size - 1),
+        f"{call}: lengths is {{lengths}}, wanted 0 to {P * cache.page_tokens + cache.entry_size - 1}, the tokens that "
+        f"{P} pages hold",
         lengths=lengths,
     )
     return R

@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from hisa_jax.candidates import CandidateBlocks
 from hisa_jax.index_cache import IndexCache
 from hisa_jax.xla import sketch
 from hisa_jax.xla.means import mean, tree_sum
@@ -200,6 +201,16 @@ class Queries(NamedTuple):
     visible: Array
 
 
+class Limits(NamedTuple):
+    """What limits the choice of queries in rows, beside what they see; None: nothing does.
+
+    Attributes: `candidates`: the blocks [t, m] to choose from, ascending, then -1; `budget`: [t] int32, how many keys.
+    """
+
+    candidates: CandidateBlocks | None
+    budget: Array | None
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
@@ -217,6 +228,8 @@ class Call:
         key_offsets: [R + 1] int32, the same of packed keys; else None.
         table: [R, P] int32, pages of each sequence in order, for keys in pages; else None.
         cache: those pages; else None.
+        candidates: blocks [B, T, m] or [T, m] to choose from, ascending, then -1; None: whatever a query sees.
+        budget: [B, T] or [T] int32, how many keys a query chooses at most; None: topk.
     """
 
     q: Array
@@ -228,6 +241,8 @@ class Call:
     key_offsets: Array | None = None
     table: Array | None = None
     cache: IndexCache | None = None
+    candidates: CandidateBlocks | None = None
+    budget: Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -251,6 +266,15 @@ class Call:
         """All queries in rows."""
         H, D = self.q.shape[-2:]
         return Queries(self.q.reshape(-1, H, D), self.w.reshape(-1, H), self.visible.reshape(-1))
+
+    @property
+    def limits(self) -> Limits:
+        """Those of all queries in rows."""
+        n = len(self.shape)
+        listed, budget = self.candidates, self.budget
+        if listed is not None:
+            listed = dataclasses.replace(listed, ids=listed.ids.reshape(-1, *listed.ids.shape[n:]))
+        return Limits(listed, None if budget is None else budget.reshape(-1))
 
     @property
     def keys(self) -> Keys:

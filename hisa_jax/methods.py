@@ -32,10 +32,40 @@ def name_of(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-class _Functions:
-    """What methods share that take functions of the caller's own in place of formulas."""
+Activation = Literal["relu"]
+Tail = Literal["open"]
+Returns = Literal["tokens", "entries"]
+ScoredBy = Literal["mean", "max"]
 
-    functions: ClassVar[tuple[str, ...]] = ()  # the attributes that are such functions, or None
+
+def one_of(method: object, name: str, choices: Any, or_none: bool = False) -> None:
+    """Raises ValueError unless an attribute is one of a Literal's values, or None where that is one."""
+    value, values = getattr(method, name), get_args(choices)
+    if not (value is None and or_none) and not (isinstance(value, str) and value in values):
+        wanted = f"{'None or ' if or_none else ''}one of {', '.join(values)}"
+        raise ValueError(f"{type(method).__name__}({name}={value!r}): must be {wanted}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class _Indexer:
+    """What a key stands for and how it is scored: what all methods share.
+
+    Attributes:
+        entry_size: tokens that a key stands for, its entry: r adjacent ones, from a multiple of r on. A query sees an
+            entry if it sees all of its tokens. `topk` and every other number of a method count entries.
+        tail: "open": the visible tokens after the last whole entry, up to r - 1 of them, follow the chosen in
+            `indices`. None: they are left out.
+        returns: "tokens": `indices` are the tokens of the chosen entries. "entries": the entries themselves.
+        activation: "relu", or None: products of queries and keys are weighted and summed as they are.
+        per_head: choose for each head by its own scores, without weights; a head is then an axis of the selection.
+    """
+
+    functions: ClassVar[tuple[str, ...]] = ()  # the attributes that are functions of the caller's own, or None
+    entry_size: int = 1
+    tail: Tail | None = None
+    returns: Returns = "tokens"
+    activation: Activation | None = "relu"
+    per_head: bool = False
 
     def given(self) -> dict[str, Callable[..., Array]]:
         """The functions that there are."""
@@ -52,24 +82,50 @@ class _Functions:
             except TypeError:
                 raise TypeError(f"{call}: must be hashable, since methods are static under jit") from None
 
+    def check_entries(self) -> None:
+        """Raises unless what a key stands for, and how it is scored, go together."""
+        kind = type(self).__name__
+        at_least(self, "entry_size", 1)
+        one_of(self, "tail", Tail, or_none=True)
+        one_of(self, "returns", Returns)
+        one_of(self, "activation", Activation, or_none=True)
+        if not isinstance(self.per_head, bool | np.bool_):
+            raise TypeError(f"{kind}(per_head={self.per_head!r}): must be a bool, not {type(self.per_head).__name__}")
+        object.__setattr__(self, "per_head", bool(self.per_head))
+        if self.tail and self.entry_size == 1:
+            raise ValueError(f"{kind}(tail={self.tail!r}): wanted an entry_size above 1: one token leaves none open")
+        if self.returns == "entries" and self.entry_size == 1:
+            raise ValueError(f"{kind}(returns='entries'): wanted an entry_size above 1: of one token they are tokens")
+        if self.returns == "entries" and self.tail:
+            raise ValueError(f"{kind}(tail={self.tail!r}, returns='entries'): the tail's tokens are no entries")
+        scores = [name for name in self.functions if name.endswith("score")]
+        if self.activation is None and scores and set(scores) <= set(self.given()):
+            raise ValueError(
+                f"{kind}(activation=None) with functions for {' and '.join(scores)}: no score is left to have one"
+            )
+
     def __repr__(self) -> str:
-        fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]
-        shown = {field.name: repr(getattr(self, field.name)) for field in fields if field.name not in self.functions}
-        shown |= {name: name_of(function) for name, function in self.given().items()}
+        fields: Any = dataclasses.fields(self)
+        usual = {field.name: field.default for field in dataclasses.fields(_Indexer)} | dict.fromkeys(self.functions)
+        values = {f.name: getattr(self, f.name) for f in sorted(fields, key=lambda field: field.name in usual)}
+        shown = {name: value for name, value in values.items() if name not in usual or value != usual[name]}
+        shown = {name: name_of(value) if name in self.functions else repr(value) for name, value in shown.items()}
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class Dsa(_Functions):
+class Dsa(_Indexer):
     """The flat, exact indexer: scores every visible token and keeps the best `topk`.
 
     Attributes:
         topk: tokens chosen for each query, k in the papers.
         token_score: a function of one's own in place of the indexer's score: q [H, D], keys [s, D] and w [H], all
             float32, -> [s] floats, each of its own key alone. None: the indexer's. docs/research.md has the rules.
+        entry_size, tail, returns, activation, per_head: of every method; docs/contract.md has them.
 
-    Raises: TypeError: an attribute that is not an int, a function that is none. ValueError: an attribute out of range.
+    Raises: TypeError: an attribute that is not an int, a function that is none. ValueError: an attribute out of range,
+        two that mean nothing together.
     Source: DeepSeek-V3.2's lightning indexer.
     """
 
@@ -81,10 +137,11 @@ class Dsa(_Functions):
     def __post_init__(self) -> None:
         at_least(self, "topk", 1)
         self.check_functions()
+        self.check_entries()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class _Blocks(_Functions):
+class _Blocks(_Indexer):
     """What the two methods that choose blocks share."""
 
     has_blocks: ClassVar[bool] = True
@@ -98,9 +155,13 @@ class _Blocks(_Functions):
 
     def __post_init__(self) -> None:
         self.check_functions()
+        self.check_entries()
         at_least(self, "topk", 1)
         at_least(self, "block_size", 1)
         at_least(self, "keep_first", 0)
+        self.check_keep_last()
+
+    def check_keep_last(self) -> None:
         at_least(self, "keep_last", 1, ": the block of the query itself holds future tokens, its mean may not decide")
 
 
@@ -123,6 +184,7 @@ class Hisa(_Blocks):
         block_score: one's own score of blocks: q [H, D], what stands for them [s, E] and w [H], all float32, -> [s]
             floats, each of its own block alone. None: the indexer's. docs/research.md has the rules of all three.
         token_score: the same of tokens, as `Dsa` has it.
+        entry_size, tail, returns, activation, per_head: as for `Dsa`.
 
     Raises: TypeError: an attribute that is not an int, a function that is none. ValueError: an attribute out of range,
         more blocks always kept than `block_topk`, or kept blocks that hold fewer tokens than `topk`.
@@ -155,17 +217,25 @@ class Hisa(_Blocks):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class BlockSparse(_Blocks):
-    """The block-sparse baseline: all visible tokens of the best topk / block_size blocks.
+    """The block-sparse indexer: all visible tokens of the best topk / block_size blocks.
 
     Attributes: those of `Hisa`, but for `block_ratio` and `token_score`; `block_topk` follows from `topk`.
+        scored_by: "mean": a block scores what the mean of its keys does. "max": what the best of its visible tokens
+            does, so that `keep_last` may be 0.
 
     Raises: TypeError: an attribute that is not an int, a function that is none. ValueError: an attribute out of range,
-        a `topk` that is not a multiple of `block_size`, or more blocks always kept than topk / block_size.
-    Source: the baseline of HISA, arXiv 2603.28458, section 4.
+        a `topk` that is not a multiple of `block_size`, or more blocks always kept than topk / block_size; `scored_by`
+        "max" with `pool` or `block_score`.
+    Source: the baseline of HISA, arXiv 2603.28458, section 4; by "max" MiniMax-M3's indexer.
     """
 
+    scored_by: ScoredBy = "mean"
+
     def __post_init__(self) -> None:
+        one_of(self, "scored_by", ScoredBy)
         super().__post_init__()
+        for name in self.given() if self.scored_by == "max" else ():
+            raise ValueError(f"BlockSparse(scored_by='max', {name}=...): the best token's score leaves {name} no use")
         if self.topk % self.block_size:
             raise ValueError(f"BlockSparse(topk={self.topk}): must be a multiple of block_size = {self.block_size}")
         forced = self.keep_first + self.keep_last
@@ -174,6 +244,11 @@ class BlockSparse(_Blocks):
                 f"BlockSparse(topk={self.topk}): keeps topk / block_size = {self.block_topk} blocks, must be at least "
                 f"keep_first + keep_last = {forced}, since those blocks are always kept"
             )
+
+    def check_keep_last(self) -> None:
+        if self.scored_by == "mean":
+            super().check_keep_last()
+        at_least(self, "keep_last", 0)
 
     @property
     def block_topk(self) -> int:
@@ -187,8 +262,8 @@ _MAX_UNIT = 128  # tiles of keys are whole units
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scan:
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Scan(_Indexer):
     """The scan: a few heads score every token, then the exact indexer chooses among the best by them.
 
     The scan score of token s for query t is the indexer's with a few of its heads, those in E, as they are, and the
@@ -216,6 +291,7 @@ class Scan:
             scale for each 32 (sketch.py); None: the keys.
         keep_first: units at the start that are always kept; they count towards `candidates`.
         keep_last: units at the end of what a query sees that are always kept, its own one among them.
+        entry_size, tail, returns: as for `Dsa`. There is no scan without an activation, nor of one head.
 
     Raises: TypeError: an attribute of another type. ValueError: an attribute out of range, `candidates` that are no
         whole units or fewer than `topk`, or more units always kept than there are candidates.
@@ -233,16 +309,19 @@ class Scan:
 
     def __post_init__(self) -> None:
         at_least(self, "topk", 1)
+        self.check_entries()
+        if self.activation is None:
+            raise ValueError("Scan(activation=None): heads that are summed as they are scan as one: Dsa is as fast")
+        if self.per_head:
+            raise ValueError("Scan(per_head=True): a head by itself leaves no others to be scanned as one")
         at_least(self, "exact_heads", 0)
         at_least(self, "unit", 1)
         at_least(self, "keep_first", 0)
         at_least(self, "keep_last", 1, ": a query's own unit may be partial, so that it must always count")
         if self.unit & (self.unit - 1) or self.unit > _MAX_UNIT:
             raise ValueError(f"Scan(unit={self.unit}): must be a power of two up to {_MAX_UNIT}")
-        if self.slopes not in get_args(Slopes):
-            raise ValueError(f"Scan(slopes={self.slopes!r}): must be one of {', '.join(get_args(Slopes))}")
-        if self.sketch is not None and self.sketch not in get_args(Sketch):
-            raise ValueError(f"Scan(sketch={self.sketch!r}): must be None or one of {', '.join(get_args(Sketch))}")
+        one_of(self, "slopes", Slopes)
+        one_of(self, "sketch", Sketch, or_none=True)
         if self.candidates is None:
             # The value that stands for None, so that methods which mean the same are equal.
             object.__setattr__(self, "candidates", -(-4 * self.topk // self.unit) * self.unit)

@@ -7,14 +7,24 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from hisa_jax import checks, dispatch
-from hisa_jax.check_select import check_batch, check_packed, check_question
-from hisa_jax.layout import Call, ascending, last_visible, visible_tokens
+from hisa_jax import checks, dispatch, entries
+from hisa_jax.candidates import CandidateBlocks
+from hisa_jax.check_select import (
+    check_batch,
+    check_limits,
+    check_method,
+    check_packed,
+    check_question,
+    unit_of,
+    weights,
+)
+from hisa_jax.entries import most_tokens
+from hisa_jax.layout import Call, Limits, ascending, last_visible, visible_tokens
 from hisa_jax.lighthouse import attention as lighthouse
 from hisa_jax.lighthouse.method import Lighthouse
-from hisa_jax.methods import Dsa, Method
+from hisa_jax.methods import Method
 from hisa_jax.quantize import QuantizedKeys
-from hisa_jax.selection import Selection, nothing
+from hisa_jax.selection import Selection
 from hisa_jax.sharded import meshes, varying
 from hisa_jax.sharded.select import select_batch
 from hisa_jax.xla import select as xla
@@ -23,11 +33,13 @@ from hisa_jax.xla import select as xla
 def select(
     q: Array,
     k: Array | QuantizedKeys,
-    w: Array,
+    w: Array | None,
     method: Method,
     *,
     query_positions: Array | None = None,
     lengths: Array | None = None,
+    candidates: CandidateBlocks | None = None,
+    budget: Array | None = None,
     mesh: Mesh | None = None,
     context_axis: str | None = None,
     data_axis: str | None = None,
@@ -40,13 +52,19 @@ def select(
 
     Args:
         q: [B, T, H, D] index queries, bfloat16, float32, float8_e4m3fn or int8.
-        k: [B, S, D] index keys, of any of these dtypes, or `QuantizedKeys` of that shape.
-        w: [B, T, H] float32 head weights of any sign, every scale factor already in them.
+        k: [B, S, D] index keys, of any of these dtypes, or `QuantizedKeys` of that shape; with an `entry_size` a key
+            an entry.
+        w: [B, T, H] float32 head weights of any sign, every scale factor already in them. None: ones, and where each
+            head chooses by itself there are none.
         method: `Dsa`, `Scan`, `Hisa` or `BlockSparse`; static under jit, in `static_argnames` or not.
         query_positions: [B, T] int32, position of each query in its sequence; -1 marks padding, which selects nothing.
             Default: the queries are the last T of the `lengths` tokens.
         lengths: [B] int32, tokens present in each sequence; the keys after them are never read into a result.
-            Default: S.
+            Default: S. With an `entry_size` the tokens of S whole entries, given `query_positions` an open tail, too.
+        candidates: blocks [B, T, m] that alone are scored, for `Dsa`; where each head chooses by itself they may be
+            [B, T, H, m]. None: all that is visible.
+        budget: [B, T] int32, or [B, 1] for all queries of a sequence: how many keys a query chooses at most, up to the
+            `topk` that shapes go by; what is always kept stays. None: topk.
         mesh: run it on these devices, with the keys of each sequence split over them; None: on one. Then S is a
             multiple of the devices of `context_axis` times the block size.
         context_axis: the mesh axis that splits S, in order.
@@ -57,7 +75,8 @@ def select(
         tiles: sizes that trade memory for speed; for implementation "xla" only.
 
     Returns: `Selection`: `indices` [B, T, topk] int32, ascending, then -1; `count` [B, T] int32, how many are real.
-        It carries no gradient. With a mesh it is that of one device, by "xla" bit for bit, the same on all devices of
+        With a `tail` they are [B, T, topk * entry_size + entry_size - 1]; with `per_head` T becomes T, H. It carries
+        no gradient. With a mesh it is that of one device, by "xla" bit for bit, the same on all devices of
         `context_axis`.
     Raises:
         TypeError: a dtype not listed above; a method that is none.
@@ -73,37 +92,47 @@ def select(
         (1, 16, 128)
     """
     call = "select"
-    arrays = dict(q=q, k=k, w=w, query_positions=query_positions, lengths=lengths)
+    arrays = dict(q=q, k=k, w=w, query_positions=query_positions, lengths=lengths, candidates=candidates, budget=budget)
     meshes.check_arrays(call, mesh, dict(context_axis=context_axis, data_axis=data_axis), **arrays)
-    keys = check_batch(call, q, k, w, query_positions, lengths)
+    check_method(call, method)
+    keys = check_batch(call, q, k, w, method, query_positions, lengths)
+    listed, budget = check_limits(call, q, method, candidates, budget, (q.shape[0], 1))
     (B, T, _, _), S = q.shape, keys.values.shape[1]
     options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
-    problem = dispatch.Problem.of(q, keys, method, is_split=mesh is not None)
+    problem = dispatch.Problem.of(q, keys, method, is_split=mesh is not None, limits=Limits(listed, budget))
     name = dispatch.choose_select(call, problem, implementation, tiles, **options)
     run = dispatch.IMPLEMENTATIONS[name].select
     if mesh is not None:
-        unit = 1 if isinstance(method, Dsa) else method.block_size
-        axes = meshes.batch_axes(call, mesh, context_axis, data_axis, "k's S", S, B, unit)
+        axes = meshes.batch_axes(call, mesh, context_axis, data_axis, "k's S", S, B, unit_of(method, listed))
         run = functools.partial(select_batch, name, axes)
 
-    lengths = jnp.full((B,), S, jnp.int32) if lengths is None else jnp.clip(lengths, 0, S)
+    most = most_tokens(S, method)
+    if lengths is None:
+        lengths = jnp.full((B,), S * method.entry_size if query_positions is None else most, jnp.int32)
+    lengths = jnp.clip(lengths, 0, most)
     if query_positions is None:
         query_positions = lengths[:, None] - T + jnp.arange(T, dtype=jnp.int32)[None, :]
-    visible = visible_tokens(query_positions, lengths[:, None])
-    if 0 in (B, T, S):
-        return nothing((B, T), method, return_scores, return_blocks)
-    batch = varying.constants(Call(q=q, w=w, visible=visible, k=keys, lengths=lengths))
-    return run(batch, method, tiles or dispatch.default_tiles(), **options)
+    seen = visible_tokens(query_positions, lengths[:, None])
+    batch = varying.constants(
+        Call(
+            q=q, w=weights(q, w), visible=seen, k=keys, lengths=lengths // method.entry_size, candidates=listed,
+            budget=budget,
+        )
+    )  # fmt: skip
+    return entries.choose(run, batch, seen, method, tiles or dispatch.default_tiles(), **options)
 
 
 def select_packed(
     q: Array,
     k: Array | QuantizedKeys,
-    w: Array,
+    w: Array | None,
     cu_seqlens_q: Array,
     cu_seqlens_k: Array,
     method: Method,
     *,
+    lengths: Array | None = None,
+    candidates: CandidateBlocks | None = None,
+    budget: Array | None = None,
     implementation: str = "auto",
     return_scores: bool = False,
     return_blocks: bool = False,
@@ -118,9 +147,11 @@ def select_packed(
     Args:
         q: [T, H, D] index queries of all sequences.
         k: [N, D] index keys of all sequences, or `QuantizedKeys` of that shape.
-        w: [T, H] float32.
+        w: [T, H] float32, or None.
         cu_seqlens_q: [R + 1] int32, from 0, ascending.
         cu_seqlens_k: [R + 1] int32, from 0, ascending.
+        lengths: [R] int32, tokens of each sequence; default: those of its keys, which with an `entry_size` are entries.
+        candidates: [T, m], or with `per_head` [T, H, m]; budget: [T] int32, or [1]; both as for `select`.
         method, implementation, return_scores, return_blocks, tiles: as for `select`.
 
     Returns: `Selection` of [T] queries.
@@ -132,20 +163,30 @@ def select_packed(
         [93, 94]
     """
     call = "select_packed"
-    checks.unsplit(call, q=q, k=k, w=w, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    keys = check_packed(call, q, k, w, cu_seqlens_q, cu_seqlens_k)
+    checks.unsplit(
+        call, q=q, k=k, w=w, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, lengths=lengths,
+        candidates=candidates, budget=budget,
+    )  # fmt: skip
+    check_method(call, method)
+    keys = check_packed(call, q, k, w, cu_seqlens_q, cu_seqlens_k, method, lengths)
+    listed, budget = check_limits(call, q, method, candidates, budget, (1,))
     T, N = q.shape[0], keys.values.shape[0]
     options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
-    name = dispatch.choose_select(call, dispatch.Problem.of(q, keys, method), implementation, tiles, **options)
-    if cu_seqlens_q.shape[0] == 1 or 0 in (T, N):
-        return nothing((T,), method, return_scores, return_blocks)
+    problem = dispatch.Problem.of(q, keys, method, limits=Limits(listed, budget))
+    name = dispatch.choose_select(call, problem, implementation, tiles, **options)
 
     query_offsets, key_offsets = ascending(cu_seqlens_q, T), ascending(cu_seqlens_k, N)
-    lengths = jnp.diff(key_offsets)
-    visible = last_visible(query_offsets, lengths, T)
-    offsets: Any = dict(query_offsets=query_offsets, key_offsets=key_offsets)
-    packed = varying.constants(Call(q=q, w=w, visible=visible, k=keys, lengths=lengths, **offsets))
-    return dispatch.IMPLEMENTATIONS[name].select(packed, method, tiles or dispatch.default_tiles(), **options)
+    n_keys = jnp.diff(key_offsets)
+    lengths = n_keys * method.entry_size if lengths is None else jnp.clip(lengths, 0, most_tokens(n_keys, method))
+    seen = last_visible(query_offsets, lengths, T) if cu_seqlens_q.shape[0] > 1 else jnp.zeros((T,), jnp.int32)
+    packed = varying.constants(
+        Call(
+            q=q, w=weights(q, w), visible=seen, k=keys, lengths=lengths // method.entry_size,
+            query_offsets=query_offsets, key_offsets=key_offsets, candidates=listed, budget=budget,
+        )
+    )  # fmt: skip
+    run = dispatch.IMPLEMENTATIONS[name].select
+    return entries.choose(run, packed, seen, method, tiles or dispatch.default_tiles(), **options)
 
 
 def implementations(

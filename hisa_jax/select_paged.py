@@ -1,17 +1,19 @@
 """Selection from a paged cache, on one device or on a mesh."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from hisa_jax import checks, dispatch
-from hisa_jax.check_select import check_paged, check_stripe
+from hisa_jax import checks, dispatch, entries
+from hisa_jax.candidates import CandidateBlocks
+from hisa_jax.check_select import check_limits, check_paged, check_stripe, weights
 from hisa_jax.index_cache import IndexCache, has_all_pages
-from hisa_jax.layout import Call, ascending, last_visible, sequence_of_rows
+from hisa_jax.layout import Call, Limits, ascending, last_visible
 from hisa_jax.methods import Method
-from hisa_jax.selection import Selection, nothing
+from hisa_jax.selection import Selection
 from hisa_jax.sharded import meshes, varying
 from hisa_jax.sharded import select_paged as on_mesh
 from hisa_jax.sharded.stripes import Shard
@@ -20,13 +22,15 @@ from hisa_jax.xla import select as xla
 
 def select_paged(
     q: Array,
-    w: Array,
+    w: Array | None,
     cache: IndexCache,
     block_tables: Array,
     cu_seqlens_q: Array,
     lengths: Array,
     method: Method,
     *,
+    candidates: CandidateBlocks | None = None,
+    budget: Array | None = None,
     mesh: Mesh | None = None,
     context_axis: str | None = None,
     query_axis: str | None = None,
@@ -45,12 +49,13 @@ def select_paged(
 
     Args:
         q: [T, H, D] index queries of all requests, one request's after the other's; any number of each, 0 too.
-        w: [T, H] float32, every scale factor in them.
+        w: [T, H] float32, every scale factor in them, or None.
         cache: the pages of all requests.
         block_tables: [R, P] int32, the pages of each request in order. Entries past its last token are ignored.
         cu_seqlens_q: [R + 1] int32, where each request's queries begin, from 0, ascending.
         lengths: [R] int32, tokens of each request, the queries among them.
-        method: `Hisa` and `BlockSparse` need a block_size that is a multiple of the page size.
+        method: of the cache's `entry_size`; `Hisa` and `BlockSparse` need a block_size of whole pages.
+        candidates: [T, m], or with `per_head` [T, H, m]; budget: [T] int32, or [1]; both as for `select`.
         mesh: run it on these devices; None: on one. Over `context_axis` each device scores the blocks and tokens whose
             pages it has, and devices exchange candidates. Over `query_axis` each device indexes an equal share of the
             queries, from all pages, and selections are gathered, 4 bytes a chosen token: for ranks of tensor
@@ -81,55 +86,41 @@ def select_paged(
     call = "select_paged"
     arrays: Any = dict(block_tables=block_tables, cu_seqlens_q=cu_seqlens_q, lengths=lengths)
     over = dict(context_axis=context_axis, query_axis=query_axis, data_axis=data_axis)
-    meshes.check_arrays(call, mesh, over, q=q, w=w, cache=cache, **arrays)
+    meshes.check_arrays(call, mesh, over, q=q, w=w, cache=cache, **arrays, candidates=candidates, budget=budget)
     n_groups = meshes.groups(call, mesh, data_axis, q=q, w=w, cache=cache, **arrays)
     check_paged(call, q, w, cache, **arrays, method=method, n_groups=n_groups)
-    stripe = check_stripe(call, method, cache, stripe, context_axis)
+    candidates, budget = check_limits(call, q, method, candidates, budget, (1,))
+    stripe = check_stripe(call, method, cache, stripe, context_axis, candidates)
     options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
-    is_split = context_axis is not None
-    problem = dispatch.Problem.of_pages(q, cache, block_tables, method, is_split=is_split, n_groups=n_groups)
+    is_split, limits = context_axis is not None, Limits(candidates, budget)
+    problem = dispatch.Problem.of_pages(
+        q, cache, block_tables, method, is_split=is_split, n_groups=n_groups, limits=limits
+    )
     name = dispatch.choose_select(call, problem, implementation, tiles, **options)
     T, tiles = q.shape[0], tiles or dispatch.default_tiles()
     axes = None if mesh is None else meshes.page_axes(call, mesh, over, cache, n_groups)
-    if 0 in (T, *block_tables.shape):
-        return nothing((T,), method, return_scores, return_blocks)
 
-    operands = q, w, cache, block_tables, cu_seqlens_q, lengths
-    if axes is None:
-        selection, has_pages = select_visible(name, operands, None, method, tiles, **options)
-    else:
-        shard = None if axes.context is None else Shard(axes.context, axes.n_devices, stripe, problem.S)
-        selection, has_pages = on_mesh.select_pages(name, axes, shard, operands, method, tiles, **options)
-    check_pages(call, has_pages, cache.n_pages // n_groups)
-    return selection
-
-
-def select_visible(
-    name: str,
-    operands: tuple[Array, Array, IndexCache, Array, Array, Array],
-    visible: Array | None,
-    method: Method,
-    tiles: xla.Tiles,
-    **options: Any,
-) -> tuple[Selection, Array]:
-    """The selection on one device by the named implementation, and whether requests have all their pages, [R] bool.
-
-    Args:
-        operands: q, w, cache, block_tables, cu_seqlens_q and lengths, as `select_paged` has them.
-        visible: [T] int32, tokens of its request that each query sees, up to its length. It may not fall from one query
-            of a request to the next: kernels read as far as the last one sees. None: queries are the last tokens.
-    """
-    q, w, cache, block_tables, offsets, lengths = operands
-    T = q.shape[0]
-    offsets = ascending(offsets, T)
-    has_pages = has_all_pages(cache, block_tables, lengths)
-    if visible is None:
-        visible = last_visible(offsets, jnp.where(has_pages, lengths, 0), T)
-    else:
-        r, is_real = sequence_of_rows(offsets, T)
-        visible = jnp.where(is_real & has_pages[r], visible, 0)
-    call = Call(q=q, w=w, visible=visible, query_offsets=offsets, table=block_tables, cache=cache)
-    return dispatch.IMPLEMENTATIONS[name].select(varying.constants(call), method, tiles, **options), has_pages
+    shard, run, seen = None, dispatch.IMPLEMENTATIONS[name].select, jnp.zeros((T,), jnp.int32)
+    offsets = jnp.clip(cu_seqlens_q, 0, T)
+    if axes is not None:
+        if axes.context is not None:
+            shard = Shard(axes.context, axes.n_devices, stripe // method.entry_size, problem.S)
+        run = functools.partial(on_mesh.select_pages, name, axes, shard)
+    if 0 not in (T, *block_tables.shape):
+        if axes is None:
+            offsets = ascending(offsets, T)
+            has_pages = has_all_pages(cache, block_tables, lengths // method.entry_size)
+            seen = last_visible(offsets, jnp.where(has_pages, lengths, 0), T)
+        else:
+            has_pages, seen = on_mesh.seen_tokens(axes, shard, cache, block_tables, offsets, lengths, T)
+        check_pages(call, has_pages, cache.n_pages // n_groups)
+    paged = varying.constants(
+        Call(
+            q=q, w=weights(q, w), visible=seen, query_offsets=offsets, table=block_tables, cache=cache,
+            candidates=candidates, budget=budget,
+        )
+    )  # fmt: skip
+    return entries.choose(run, paged, seen, method, tiles, **options)
 
 
 def check_pages(call: str, has_pages: Array, n_pages: int) -> None:

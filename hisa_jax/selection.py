@@ -13,12 +13,14 @@ from hisa_jax.methods import Dsa, Method
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The tokens each query may attend to. Leading axes are [B, T], or [T] for a packed batch.
+    """The tokens each query may attend to. Leading axes are [B, T], or [T] for a packed batch, and H with `per_head`.
 
     Attributes:
-        indices: [..., topk] int32, chosen positions in their sequence, ascending, then -1.
+        indices: [..., topk] int32, chosen positions in their sequence, ascending, then -1. With an `entry_size` r there
+            are topk * r, with a tail r - 1 more; entries by their numbers if the method `returns` these.
         count: [...] int32, how many of `indices` are real.
-        scores: [..., topk] float32, the indexer's score of each chosen token, -inf after them; None unless asked for.
+        scores: [..., topk] float32, the indexer's score of each chosen token, or of its entry, infinity for those of
+            the tail, -inf after them; None unless asked for.
         blocks: [..., block_topk] int32, the kept blocks, ascending, then -1; None unless asked for.
     """
 

@@ -132,6 +132,7 @@ class Config:
             if not holds:
                 raise ValueError(f"Config({name}={shown(getattr(self, name))}): must be {wanted}")
 
+        _demand_built(self.model_type, "Config")
         _demand_rules(self, settings.FIELDS)
         demand(self.yarn is None or isinstance(self.yarn, Yarn), "yarn", "a Yarn or None")
 
@@ -198,6 +199,20 @@ def read_config(folder: str | Path, overrides: Overrides | None = None) -> Confi
     return config if stop_ids is None else dataclasses.replace(config, eos_token_ids=stop_ids)
 
 
+def _demand_built(model_type: Any, source: str) -> None:
+    """Raises ValueError for a model of which the indexer is built alone, and says which module that is."""
+    # Its package imports this file.
+    from hisa_jax.models.indexers.table import ALIASES, FAMILIES
+
+    name = ALIASES.get(model_type, model_type) if isinstance(model_type, str) else None
+    if name in FAMILIES and name not in _FAMILIES:
+        built = ", ".join(_FAMILIES)
+        raise ValueError(
+            f"{source}: model_type is {model_type!r}, wanted one of {built}: of {FAMILIES[name].title} its indexer is "
+            f"built alone, models.indexers.from_weights('{name}', sizes, weights)"
+        )
+
+
 def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
     """Makes a `Config` of the keys of a config.json, in the style of published ones or of the transformers package.
 
@@ -209,6 +224,7 @@ def config_from_keys(keys: Mapping[str, Any], source: str = "config") -> Config:
     Raises: ValueError: a key missing or of a value that `settings.py` does not have it take, sizes that do not fit
         together, a setting that is not built.
     """
+    _demand_built(keys.get("model_type"), source)
     values = settings.present(keys, settings.SETTINGS, source)
     if "model_type" not in values:
         raise ValueError(f"{source}: lacks model_type")

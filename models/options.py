@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from hisa_jax.command_line import UsageError, given_fields, indexer_name, method_fields
 from hisa_jax.models.config import Config
-from hisa_jax.models.indexers import NAMES, make_method, read_methods
+from hisa_jax.models.methods import NAMES, make_method, read_methods
 from hisa_jax.models.modeling import Model
 from hisa_jax.models.overrides import add_override
 from hisa_jax.models.params import from_pretrained

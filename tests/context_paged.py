@@ -157,6 +157,40 @@ def same_bits_for_the_other_methods():
         check(METHODS[name], *served(), stripe=STRIPE, **OVER)
 
 
+def same_bits_for_entries_heads_lists_and_budgets():
+    """Pages of 16 entries of 4 tokens: 64 tokens."""
+    r, rng = 4, np.random.default_rng(0)
+    pool = PagePool(8 * PER_DEVICE, PAGE * r, n_devices=8, stripe=STRIPE * r)
+    one = hj.init_cache(8 * PER_DEVICE, PAGE, D, jnp.bfloat16, entry_size=r)
+    eight, before = split(one), np.zeros(3, np.int32)
+    for name in "abc":
+        pool.add(name)
+    for ends in ([301, 3, 95], [1203, 7, 130]):
+        for name, end in zip("abc", ends, strict=True):
+            pool.extend(name, end - pool.lengths[name])
+        table, sizes = jnp.asarray(pool.table("abc", 24)), np.array(ends) - before
+        k = jnp.asarray(rng.normal(size=(1100, D)), jnp.bfloat16)
+        one = append(one, k, table, offsets(sizes), jnp.asarray(before))
+        eight = append_split(eight, k, table, offsets(sizes), jnp.asarray(before))
+        same(eight, one)
+        before = np.array(ends, np.int32)
+    q, _, w = (jnp.asarray(x[0]) for x in draw.inputs(1, 13, 1, H, D, dtype="bfloat16"))
+    cu, lengths = offsets([7, 1, 5]), jnp.asarray(before)
+    lists, budget = (jnp.asarray(rng.integers(-1, 30, shape), jnp.int32) for shape in ((13, 9), (13,)))
+    for method in (
+        hj.Dsa(topk=12, entry_size=r, tail="open"),
+        hj.BlockSparse(topk=64, block_size=32, entry_size=r, keep_first=0, scored_by="max", per_head=True),
+        hj.Hisa(topk=12, block_size=32, block_topk=3, entry_size=r, tail="open", per_head=True),
+    ):
+        given = dict(budget=budget, return_scores=True, return_blocks=method.has_blocks)
+        given |= dict(candidates=hj.CandidateBlocks(lists, 8)) if isinstance(method, hj.Dsa) else {}
+        arrays = q, None if method.per_head else w
+        rest = table, cu, lengths, method
+        wanted = hj.select_paged(*arrays, one, *rest, **given)
+        same(hj.select_paged(*arrays, eight, *rest, stripe=STRIPE * r, **given, **OVER), wanted)
+        same(hj.select_paged(*arrays, one, *rest, mesh=MESH, query_axis="context", **given), wanted)
+
+
 def same_bits_for_8_bits_and_for_stripes_of_two_blocks():
     check(METHODS["hisa"], *served("float8_e4m3fn"), **OVER)
     one, tables = laid_out(8, 2 * STRIPE)

@@ -108,6 +108,27 @@ def what_other_devices_hold_leaves_no_trace_in_the_flat_indexer():
     what_other_devices_hold_leaves_no_trace("dsa", "bfloat16")
 
 
+def same_bits_for_entries_heads_lists_and_budgets():
+    rng = np.random.default_rng(0)
+    q, keys, w = inputs("float32")
+    lists = jnp.asarray(rng.integers(-1, 64, (B, T, 9)), jnp.int32)
+    budget = jnp.asarray(rng.integers(0, 30, (B, T)), jnp.int32)
+    axes = dict(mesh=mesh(2, 4), context_axis="context", data_axis="data")
+    for method in (
+        hj.Dsa(topk=12, entry_size=4, tail="open"),
+        hj.BlockSparse(topk=64, block_size=16, keep_first=0, scored_by="max", activation=None, per_head=True),
+        hj.Hisa(topk=12, block_size=16, block_topk=3, entry_size=16, tail="open", per_head=True),
+        hj.Scan(topk=12, candidates=64, exact_heads=1, unit=8, entry_size=8, returns="entries"),
+    ):
+        given = dict(lengths=jnp.array([S * method.entry_size - 1, 70 * method.entry_size], jnp.int32), budget=budget)
+        given |= dict(candidates=hj.CandidateBlocks(lists, 8)) if isinstance(method, hj.Dsa) else {}
+        options = dict(method=method, return_scores=True, return_blocks=method.has_blocks)
+        weights = None if method.per_head else w
+        wanted = jax.jit(functools.partial(hj.select, **options))(q, keys, weights, **given)
+        got = jax.jit(functools.partial(hj.select, **options, **axes))(q, keys, weights, **given)
+        jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
 def only_candidates_are_exchanged():
     """Of a query: sort key and id of each device's best to whom merges them, and the merged to all."""
     method, n_queries = METHODS["hisa"], 24  # 22 in equal shares
@@ -196,6 +217,7 @@ PARTS = {
         lighthouse_has_them_for_any_number_of_devices,
         lighthouse_selects_the_same_where_jax_splits_it,
         same_bits_for_the_other_methods,
+        same_bits_for_entries_heads_lists_and_budgets,
         same_bits_for_other_dtypes,
         what_other_devices_hold_leaves_no_trace_in_the_flat_indexer,
     ),

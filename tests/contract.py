@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hisa_jax as hj
+from hisa_jax.testing.oracle.entries import width
 from hisa_jax.testing.oracle.methods import block_budget
 from tests import draw, oracle
 from tests.draw import Inputs, named
@@ -26,7 +27,7 @@ BLOCK_SPARSE = hj.BlockSparse(topk=64, block_size=16)
 RATIO = hj.Hisa(topk=24, block_size=16, block_topk=7, block_ratio=2)
 SCAN = hj.Scan(topk=24, candidates=48, exact_heads=1)
 SCAN_UNITS = hj.Scan(topk=24, candidates=64, exact_heads=0, unit=8)
-METHODS = {
+PLAIN = {
     "dsa": DSA,
     "hisa": HISA,
     "hisa_ratio": RATIO,
@@ -34,8 +35,23 @@ METHODS = {
     "scan": SCAN,
     "scan_units": SCAN_UNITS,
 }
+# Keys that are entries, no activation, a selection a head, blocks by their best token. conftest.py leaves the cases of
+# these names out of the gate; test_entries.py has some of each there.
+FAMILY = {
+    "family_pools": hj.Dsa(topk=6, entry_size=4, tail="open"),
+    "family_entries": hj.Hisa(topk=8, block_size=4, block_topk=3, entry_size=4, returns="entries"),
+    "family_scanned_pools": hj.Scan(topk=6, candidates=12, exact_heads=1, entry_size=8, tail="open"),
+    "family_linear": hj.Hisa(topk=24, block_size=16, block_topk=4, activation=None),
+    "family_block_max": hj.BlockSparse(topk=64, block_size=16, keep_first=0, keep_last=0, scored_by="max"),
+    "family_each_head": hj.BlockSparse(
+        topk=48, block_size=16, keep_first=0, scored_by="max", activation=None, per_head=True
+    ),
+    "family_heads_and_pools": hj.Hisa(topk=4, block_size=2, block_topk=3, entry_size=16, tail="open", per_head=True),
+}
+METHODS = PLAIN | FAMILY
 HIERARCHICAL = {"hisa": HISA, "hisa_ratio": RATIO, "block_sparse": BLOCK_SPARSE}
 each_method = parameterized.named_parameters(METHODS.items())
+each_plain = parameterized.named_parameters(PLAIN.items())
 each_hierarchical = parameterized.named_parameters(HIERARCHICAL.items())
 
 
@@ -69,7 +85,7 @@ class Contract(parameterized.TestCase):
     def select(self, q, k, w, method, **options) -> hj.Selection:
         """Selects with all that can be asked for."""
         options = dict(return_scores=True, return_blocks=method.has_blocks) | options
-        q, k, w = jax.tree.map(jnp.asarray, (q, k, w))
+        q, k, w = jax.tree.map(jnp.asarray, (q, k, None if method.per_head else w))
         return hj.select(q, k, w, method, implementation=self.implementation, **options)
 
     def assert_agrees(self, got: hj.Selection, reference: oracle.OracleSelection, tolerance: float = TOLERANCE) -> None:
@@ -86,11 +102,11 @@ class Contract(parameterized.TestCase):
 class SelectionContract(Contract, chex.TestCase):
     """Section 2 of the contract, in its order."""
 
-    @parameterized.product(shape=list(draw.SHAPES), method=list(METHODS))
+    @parameterized.product(shape=list(draw.SHAPES), method=list(PLAIN))
     @pytest.mark.gate(*range(0, 36, 7), 6, 24, 30)  # every shape and method once; the flat indexer in most
     @pytest.mark.optimised
     def test_selects_what_the_oracle_selects(self, shape, method):
-        self.assert_keeps_the_contract(*draw.inputs(*draw.SHAPES[shape]), METHODS[method])
+        self.assert_keeps_the_contract(*draw.inputs(*draw.SHAPES[shape]), PLAIN[method])
 
     @each_method
     @pytest.mark.gate("hisa")
@@ -113,24 +129,24 @@ class SelectionContract(Contract, chex.TestCase):
     def test_scores_are_the_formula_for_heads_sizes_and_dtypes_together(self, heads, size, dtype, method):
         # Every number, size and dtype by some method. One by one they are in the exhaustive run.
         inputs = draw.inputs(1, 4, 150, draw.HEADS[heads], draw.SIZES[size], dtype=dtype)
-        self.assert_keeps_the_contract(*inputs, METHODS[method])
+        self.assert_keeps_the_contract(*inputs, PLAIN[method])
 
     @parameterized.product(heads=list(draw.HEADS), method=["dsa", "hisa"])
     @pytest.mark.exhaustive
     @pytest.mark.slow
     def test_scores_are_the_formula_for_every_number_of_heads(self, heads, method):
-        self.assert_keeps_the_contract(*draw.inputs(1, 4, 150, draw.HEADS[heads], 32), METHODS[method])
+        self.assert_keeps_the_contract(*draw.inputs(1, 4, 150, draw.HEADS[heads], 32), PLAIN[method])
 
     @parameterized.product(size=list(draw.SIZES), method=["dsa", "hisa"])
     @pytest.mark.exhaustive
     @pytest.mark.slow
     def test_scores_are_the_formula_for_every_head_size(self, size, method):
-        self.assert_keeps_the_contract(*draw.inputs(1, 4, 150, 4, draw.SIZES[size]), METHODS[method])
+        self.assert_keeps_the_contract(*draw.inputs(1, 4, 150, 4, draw.SIZES[size]), PLAIN[method])
 
-    @parameterized.product(dtype=list(draw.DTYPES), method=list(METHODS))
+    @parameterized.product(dtype=list(draw.DTYPES), method=list(PLAIN))
     @pytest.mark.exhaustive
     def test_scores_are_the_formula_for_every_dtype(self, dtype, method):
-        self.assert_keeps_the_contract(*draw.inputs(2, 5, 140, 4, 64, dtype=dtype), METHODS[method])
+        self.assert_keeps_the_contract(*draw.inputs(2, 5, 140, 4, 64, dtype=dtype), PLAIN[method])
 
     @parameterized.product(
         q_dtype=["float32", "bfloat16", "float8_e4m3fn", "int8"],
@@ -146,9 +162,9 @@ class SelectionContract(Contract, chex.TestCase):
     @parameterized.product(dtype=["float8_e4m3fn", "int8"], method=["dsa", "block_sparse"])
     def test_every_method_takes_key_scales(self, dtype, method):
         q, k, w = draw.inputs(2, 5, 140, 4, 64)
-        self.assert_keeps_the_contract(draw.cast(q, dtype), draw.quantized(k, dtype, "float32"), w, METHODS[method])
+        self.assert_keeps_the_contract(draw.cast(q, dtype), draw.quantized(k, dtype, "float32"), w, PLAIN[method])
 
-    @each_method
+    @each_plain
     def test_weights_may_be_negative(self, method):
         q, k, w = standard()
         got = self.assert_keeps_the_contract(q, k, -np.abs(w), method)
@@ -179,10 +195,10 @@ class SelectionContract(Contract, chex.TestCase):
         explicit = self.select(q, k, w, method, query_positions=jnp.asarray(positions), lengths=jnp.asarray(lengths))
         assert_same_bits(self.select(q, k, w, method, lengths=jnp.asarray(lengths)), explicit)
 
-    @parameterized.product(method=list(METHODS), length=[0, 1, 15, 16, 17, 63, 64, 65, 149])
+    @parameterized.product(method=list(PLAIN), length=[0, 1, 15, 16, 17, 63, 64, 65, 149])
     @pytest.mark.check
     def test_lengths_at_block_edges(self, method, length):
-        self.assert_keeps_the_contract(*standard(), METHODS[method], lengths=np.array([length, 150], np.int32))
+        self.assert_keeps_the_contract(*standard(), PLAIN[method], lengths=np.array([length, 150], np.int32))
 
     @each_method
     def test_impossible_lengths_and_positions_are_clipped(self, method):
@@ -198,10 +214,10 @@ class SelectionContract(Contract, chex.TestCase):
         positions = everywhere([0, 1, 15, 22, 23, 24, 63, 149])
         got = jax.tree.map(np.asarray, self.select(*standard(), method, query_positions=jnp.asarray(positions)))
         chex.assert_type([got.indices, got.count], np.int32)
-        chex.assert_shape(got.indices, (2, 8, method.topk))
-        for indices, count, scores in zip(
-            got.indices.reshape(16, -1), got.count.reshape(16), got.scores.reshape(16, -1), strict=True
-        ):
+        heads = (4,) if method.per_head else ()
+        chex.assert_shape(got.indices, (2, 8, *heads, width(method)))
+        flat = (x.reshape(-1, x.shape[-1]) for x in (got.indices, got.scores))
+        for indices, scores, count in zip(*flat, got.count.reshape(-1), strict=True):
             self.assertTrue(np.all(np.diff(indices[:count]) > 0))
             self.assertTrue(np.all(indices[count:] == -1))
             self.assertTrue(np.all(np.isneginf(scores[count:])))
@@ -227,7 +243,7 @@ class SelectionContract(Contract, chex.TestCase):
         positions = data.draw(st.lists(st.integers(-2, S + 2), min_size=B * T, max_size=B * T))
         lengths = data.draw(st.lists(st.integers(-1, S + 1), min_size=B, max_size=B))
         options = dict(query_positions=np.array(positions, np.int32).reshape(B, T), lengths=np.array(lengths, np.int32))
-        for method in METHODS.values():
+        for method in PLAIN.values():
             self.assert_keeps_the_contract(q, k, w, method, **options)
 
     # Ties, NaN, infinity.
@@ -238,17 +254,17 @@ class SelectionContract(Contract, chex.TestCase):
     @pytest.mark.gate("standard")
     def test_ties_go_to_the_lower_position(self, B, T, S, H, D):
         q, k, w = draw.equal_scores(B, T, S, H, D)
-        for method in METHODS.values():
+        for method in PLAIN.values():
             # Float32 scores are not the oracle's to the last bit; that they are equal is what matters here.
             got = dataclasses.replace(self.select(q, k, w, method), scores=None)
             self.assert_agrees(got, oracle.select(q, k, w, method), tolerance=0.0)
 
-    @parameterized.product(seed=[0, 1, 2], method=list(METHODS))
+    @parameterized.product(seed=[0, 1, 2], method=list(PLAIN))
     @pytest.mark.check
     def test_partial_ties_go_to_the_lower_position_and_block(self, seed, method):
         # Whole numbers and blocks of 16: sums and means are exact, so the oracle's choice is the only right one.
         q, k, w = draw.few_scores(*STANDARD, seed=seed)
-        self.assert_keeps_the_contract(q, k, w, METHODS[method], tolerance=0.0)
+        self.assert_keeps_the_contract(q, k, w, PLAIN[method], tolerance=0.0)
 
     @pytest.mark.slow
     def test_negative_zero_ties_with_zero(self):
@@ -271,14 +287,14 @@ class SelectionContract(Contract, chex.TestCase):
         got = self.select(q, k, w, hj.Dsa(topk=140))
         self.assertFalse(np.isin([3, 40, 100, 149], got.indices[0, -1]).any())
 
-    @parameterized.product(where=["q", "k", "w"], value=[np.nan, np.inf, -np.inf], method=list(METHODS))
+    @parameterized.product(where=["q", "k", "w"], value=[np.nan, np.inf, -np.inf], method=list(PLAIN))
     def test_any_input_may_hold_nan_or_infinity(self, where, value, method):
         arrays = standard()._asdict()
         arrays[where] = arrays[where].copy()
         arrays[where][0, 1] = value
         arrays[where][0, -1, ..., 0] = value
         # The values are what is tested, not scores near the threshold: finite ones differ by more than rounding.
-        self.assert_keeps_the_contract(**arrays, method=METHODS[method])
+        self.assert_keeps_the_contract(**arrays, method=PLAIN[method])
 
     @each_method
     def test_minus_infinity_is_chosen_when_nothing_better_is_left_and_never_if_invisible(self, method):
@@ -361,7 +377,7 @@ class SelectionContract(Contract, chex.TestCase):
 
     # Consequences.
 
-    @each_method
+    @each_plain
     def test_up_to_topk_visible_tokens_all_are_selected(self, method):
         T = method.topk
         q, k, w = draw.inputs(1, T, T, 4, 32)
@@ -413,7 +429,7 @@ class SelectionContract(Contract, chex.TestCase):
     @pytest.mark.slow
     @pytest.mark.optimised
     def test_prefill_chunks_do_not_change_the_selection(self, method, dtype):
-        S, method = 150, METHODS[method]
+        S, method = 150, PLAIN[method]
         q, k, w = draw.inputs(1, S, S, 8, 64, dtype=dtype)
         whole = self.select(q, k, w, method)
         for start, end in itertools.pairwise((0, 1, 17, 64, 150)):  # a single query, block edges and their neighbours
@@ -421,13 +437,13 @@ class SelectionContract(Contract, chex.TestCase):
             part = self.select(q[:, start:end], k[:, :end], w[:, start:end], method)
             assert_same_bits(part, rows(whole, slice(None), slice(start, end)))
 
-    @parameterized.product(method=list(METHODS), heads=[1, 64])
+    @parameterized.product(method=list(PLAIN), heads=[1, 64])
     @pytest.mark.gate(2, 9)  # HISA and the scan
     @pytest.mark.slow
     @pytest.mark.optimised
     def test_one_token_at_a_time_gives_the_selection_of_one_shot(self, method, heads):
         # As in decoding: one static buffer of keys, filled up to the length.
-        S, method = 140, METHODS[method]
+        S, method = 140, PLAIN[method]
         q, k, w = draw.inputs(1, S, S, heads, 64, dtype="bfloat16")
         whole = self.select(q, k, w, method)
         buffer = np.zeros((1, 400, 64), k.dtype)
@@ -465,7 +481,7 @@ class SelectionContract(Contract, chex.TestCase):
         extra = self.select(q, k, w, method)
         assert_same_bits(hj.Selection(indices=extra.indices, count=extra.count), plain)
 
-    @each_method
+    @each_plain
     @pytest.mark.gate("dsa", "hisa", "block_sparse", "scan")
     @pytest.mark.slow
     def test_topk_may_exceed_the_tokens_and_blocks_there_are(self, method):
@@ -482,7 +498,7 @@ class SelectionContract(Contract, chex.TestCase):
     def test_empty_batches_give_empty_selections(self, B, T, S):
         q, k, w = draw.inputs(B, T, S, 4, 32)
         positions = jnp.zeros((B, T), jnp.int32)
-        for method in METHODS.values():
+        for method in PLAIN.values():
             got = self.select(q, k, w, method, query_positions=positions)
             chex.assert_shape(got.indices, (B, T, method.topk))
             self.assertTrue(np.all(np.asarray(got.indices) == -1))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import hisa_jax as hj
 from tests import draw, oracle
-from tests.contract import HISA, METHODS, Contract, assert_same_bits, each_method, rows
+from tests.contract import HISA, PLAIN, Contract, assert_same_bits, each_method, rows
 from tests.draw import Inputs
 
 SOME_LENGTHS = [7, 30, 2], [90, 170, 41]
@@ -25,7 +25,7 @@ class PackedContract(Contract, chex.TestCase):
     def select_packed(self, q, k, w, cu_seqlens_q, cu_seqlens_k, method, **options) -> hj.Selection:
         """Selects with all that can be asked for."""
         options = dict(return_scores=True, return_blocks=method.has_blocks) | options
-        arrays = jax.tree.map(jnp.asarray, (q, k, w, cu_seqlens_q, cu_seqlens_k))
+        arrays = jax.tree.map(jnp.asarray, (q, k, None if method.per_head else w, cu_seqlens_q, cu_seqlens_k))
         return hj.select_packed(*arrays, method, implementation=self.implementation, **options)
 
     @staticmethod
@@ -46,12 +46,12 @@ class PackedContract(Contract, chex.TestCase):
             ([0, 4, 0], [0, 50, 70]),  # no queries, no keys
             ([1] * 12, [15, 16, 17, 31, 32, 33, 1, 2, 100, 64, 65, 63]),  # a decode batch
         ],
-        method=list(METHODS),
+        method=list(PLAIN),
     )
     @pytest.mark.check
     def test_a_packed_batch_gives_what_the_oracle_gives(self, lengths, method):
         inputs, cu_q, cu_k = self.packed(*lengths)
-        method = METHODS[method]
+        method = PLAIN[method]
         got = self.select_packed(*inputs, cu_q, cu_k, method)
         self.assert_agrees(got, oracle.select_packed(*inputs, cu_q, cu_k, method))
 
@@ -85,8 +85,9 @@ class PackedContract(Contract, chex.TestCase):
         n_q, n_k = np.array(SOME_LENGTHS, np.int32)
         queries, keys = np.arange(n_q.max(), dtype=np.int32), np.arange(n_k.max(), dtype=np.int32)
         at_q, at_k = cu_q[:3, None] + queries, cu_k[:3, None] + keys  # [3, T], [3, S]: others' rows after its own
-        positions = np.where(queries < n_q[:, None], (n_k - n_q)[:, None] + queries, -1)
-        options = dict(query_positions=jnp.asarray(positions), lengths=jnp.asarray(n_k))
+        n_tokens = n_k * method.entry_size
+        positions = np.where(queries < n_q[:, None], (n_tokens - n_q)[:, None] + queries, -1)
+        options = dict(query_positions=jnp.asarray(positions), lengths=jnp.asarray(n_tokens))
         q, k, w = (x.take(at, axis=0, mode="clip") for x, at in ((q, at_q), (k, at_k), (w, at_q)))
         padded = self.select(q, k, w, method, **options)
         for r in range(3):
@@ -106,13 +107,13 @@ class PackedContract(Contract, chex.TestCase):
         got = self.select_packed(*inputs, cu_q, cu_k, method)
         self.assert_agrees(got, oracle.select_packed(*inputs, cu_q, cu_k, method))
 
-    @parameterized.product(scale=["float32", "ue8m0"], method=list(METHODS))
+    @parameterized.product(scale=["float32", "ue8m0"], method=list(PLAIN))
     @pytest.mark.gate(7, 10)
     def test_packed_keys_may_be_quantized(self, scale, method):
         inputs, cu_q, cu_k = self.packed([3, 8], [40, 190])
         keys = draw.quantized(inputs.k, "float8_e4m3fn", scale)
-        got = self.select_packed(inputs.q, keys, inputs.w, cu_q, cu_k, METHODS[method])
-        self.assert_agrees(got, oracle.select_packed(inputs.q, keys, inputs.w, cu_q, cu_k, METHODS[method]))
+        got = self.select_packed(inputs.q, keys, inputs.w, cu_q, cu_k, PLAIN[method])
+        self.assert_agrees(got, oracle.select_packed(inputs.q, keys, inputs.w, cu_q, cu_k, PLAIN[method]))
 
     @settings(max_examples=25)
     @given(
@@ -122,7 +123,7 @@ class PackedContract(Contract, chex.TestCase):
     @pytest.mark.slow
     def test_any_lengths_can_be_packed(self, lengths_q, lengths_k):
         (q, k, w), cu_q, cu_k = self.packed(lengths_q, lengths_k)
-        for method in METHODS.values():
+        for method in PLAIN.values():
             got = self.select_packed(q, k, w, cu_q, cu_k, method)
             self.assert_agrees(got, oracle.select_packed(q, k, w, cu_q, cu_k, method))
 
@@ -130,7 +131,7 @@ class PackedContract(Contract, chex.TestCase):
         (q, k, w), _, _ = self.packed([], [])
         for cu_q, cu_k in (([5, 2, 27], [0, 60, 120]), ([0, 9, 900], [0, 60, 4000]), ([0, 9, 27], [0, -60, 120])):
             cu_q, cu_k = (np.pad(cu_seqlens, (0, 10), "edge").astype(np.int32) for cu_seqlens in (cu_q, cu_k))
-            for method in METHODS.values():
+            for method in PLAIN.values():
                 got = self.select_packed(q, k, w, cu_q, cu_k, method)
                 indices = np.asarray(got.indices)
                 self.assertTrue(np.all((indices >= -1) & (indices < 512)))

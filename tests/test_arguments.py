@@ -69,6 +69,7 @@ FLOAT = Kind((*NOT_ARRAYS, *NOT_FLOAT, *SHAPES))
 QUERIES = Kind((*NOT_ARRAYS, *NOT_FLOAT, *AXIS_MORE))
 OPTIONAL_FLOAT = Kind((*OPTIONAL, *NOT_FLOAT, *SHAPES))
 WEIGHTS = Kind((*FLOAT.bad, cast(ml_dtypes.bfloat16)))
+OPTIONAL_WEIGHTS = Kind((*OPTIONAL_FLOAT.bad, cast(ml_dtypes.bfloat16)))
 TO_QUANTIZE = Kind((*NOT_ARRAYS, *NOT_FLOAT, cast(np.int8), lambda x: np.asarray(x).reshape(-1)[0].reshape(())))
 METHOD = Kind(constants(None, "hisa", hj.Hisa, 64))
 FLAG = Kind(constants(None, 1, "yes", np.ones(2)))
@@ -126,7 +127,7 @@ def pages(latent_dim=None):
 def paged():
     return dict(q=np.ones((3, 4, 8), np.float32), w=np.ones((3, 4), np.float32), cache=pages(),
                 block_tables=ints([0, 1], [2, -1]), cu_seqlens_q=ints(0, 2, 3), lengths=ints(0, 0),
-                method=DSA)  # fmt: skip
+                budget=ints(1, 1, 1), method=DSA)  # fmt: skip
 
 
 def mla():
@@ -172,10 +173,18 @@ def over_context(**more):
 
 OVER = dict(mesh=MESH, context_axis=AXIS)
 ALONE = dict(mesh=Kind(constants("mesh")), context_axis=OPTIONAL_AXIS)  # on one device
-BATCH = dict(q=QUERIES, k=FLOAT, w=WEIGHTS, query_positions=OPTIONAL_INT32, lengths=OPTIONAL_INT32, **OPTIONS)
+LISTS = Kind(constants(
+    3, np.zeros((2, 3, 2), np.int32), hj.CandidateBlocks(None), hj.CandidateBlocks(np.zeros((2, 3, 2))),
+    hj.CandidateBlocks(np.zeros((7, 3, 2), np.int32)), hj.CandidateBlocks(np.zeros((2, 3, 0), np.int32)),
+    hj.CandidateBlocks(np.zeros((2, 3, 2), np.int32), 0), hj.CandidateBlocks(np.zeros((2, 3, 2), np.int32), "8"),
+))  # fmt: skip
+LIMITS = dict(candidates=LISTS, budget=OPTIONAL_INT32)
+BATCH = dict(
+    q=QUERIES, k=FLOAT, w=OPTIONAL_WEIGHTS, **LIMITS, query_positions=OPTIONAL_INT32, lengths=OPTIONAL_INT32, **OPTIONS
+)
 TABLES = dict(cache=CACHE, block_tables=Kind((*NOT_ARRAYS, *NOT_INT32, *AXIS_MORE)), lengths=INT32)
 GROUPS = dict(data_axis=OPTIONAL_AXIS)
-PAGED = dict(q=QUERIES, w=WEIGHTS, cu_seqlens_q=INT32, **TABLES, **OPTIONS, **GROUPS)
+PAGED = dict(q=QUERIES, w=OPTIONAL_WEIGHTS, **LIMITS, cu_seqlens_q=INT32, **TABLES, **OPTIONS, **GROUPS)
 MLA_OPTIONS = dict(scale=NUMBER, value_dim=INT, sink=OPTIONAL_FLOAT, return_lse=FLAG, implementation=IMPLEMENTATION)
 MLA = dict(q=QUERIES, kv=FLOAT, indices=LIST_INT32, **MLA_OPTIONS)
 MLA_PAGED = dict(q=FLOAT, cache=CACHE, indices=LIST_INT32, block_tables=TABLES["block_tables"], cu_seqlens_q=INT32,
@@ -188,7 +197,7 @@ APPEND = dict(implementation=IMPLEMENTATION, k=FLOAT, cu_seqlens=INT32, latents=
               **TABLES, **GROUPS)  # fmt: skip
 TRUNCATE = dict(new_lengths=INT32, max_tokens=INT, **TABLES, **GROUPS)
 COPIES = dict(cache=CACHE, source=LIST_INT32, target=INT32, **GROUPS)
-positions = dict(query_positions=np.zeros((2, 3), np.int32), lengths=ints(40, 7))
+positions = dict(query_positions=np.zeros((2, 3), np.int32), lengths=ints(40, 7), budget=np.ones((2, 3), np.int32))
 sink = dict(sink=np.ones((4,), np.float32))
 
 
@@ -220,8 +229,10 @@ def cases():
     yield Case(
         hj.select_packed,
         dict(q=np.ones((3, 4, 16), np.float32), k=np.ones((40, 16), np.float32), w=np.ones((3, 4), np.float32),
-             cu_seqlens_q=ints(0, 1, 3), cu_seqlens_k=ints(0, 20, 40), method=DSA),
-        dict(q=QUERIES, k=FLOAT, w=WEIGHTS, cu_seqlens_q=LIST_INT32, cu_seqlens_k=INT32, **OPTIONS),
+             cu_seqlens_q=ints(0, 1, 3), cu_seqlens_k=ints(0, 20, 40), method=DSA, lengths=ints(20, 20),
+             budget=ints(1, 1, 1)),
+        dict(q=QUERIES, k=FLOAT, w=OPTIONAL_WEIGHTS, cu_seqlens_q=LIST_INT32, cu_seqlens_k=INT32,
+             lengths=OPTIONAL_INT32, **LIMITS, **OPTIONS),
     )  # fmt: skip
     yield Case(hj.select_paged, paged(), PAGED | ALONE | dict(query_axis=OPTIONAL_AXIS, stripe=OPTIONAL_INT))
     yield Case(hj.select_paged, paged() | over_context(),
@@ -242,6 +253,7 @@ def cases():
                dict(n_pages=4, page_size=16, D=8, dtype=F32, sketch="int4", latent_dim=8,
                     latent_dtype=jnp.float8_e4m3fn, latent_value_dim=4, block_size=32),
                dict(n_pages=INT, page_size=Kind((*INT.bad, *constants(24, 512))), D=SIZE, dtype=DTYPE,
+                    entry_size=Kind((*INT.bad, *constants(4))),  # beside latents
                     sketch=Kind(constants("int8", 4, ["int4"], True)),
                     latent_dim=Kind((*NOT_INTS, *constants(0, -1))), latent_dtype=DTYPE,
                     latent_value_dim=Kind((*NOT_INTS, *constants(0, -1, 9))),

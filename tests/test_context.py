@@ -15,7 +15,7 @@ from tests import draw
 
 @pytest.mark.slow
 @pytest.mark.gate("some")
-@pytest.mark.parametrize(("part", "n_promises"), {"some": 6, "others": 5}.items(), ids=["some", "others"])
+@pytest.mark.parametrize(("part", "n_promises"), {"some": 6, "others": 6}.items(), ids=["some", "others"])
 def test_a_selection_over_eight_devices_is_that_of_one(part, n_promises):
     command = [sys.executable, "-W", "error", "-m", "tests.context_parallel", part]
     done = subprocess.run(

@@ -29,6 +29,7 @@ PROMISES = {
     ),
     "others": (
         "same_bits_for_the_other_methods",
+        "same_bits_for_entries_heads_lists_and_budgets",
         "such_ranks_may_select_by_the_flat_indexer",
     ),
     "layouts": (

@@ -8,18 +8,18 @@ from absl.testing import parameterized
 
 import hisa_jax as hj
 from tests import contract, contract_packed, draw, oracle
-from tests.contract import METHODS, assert_same_bits
+from tests.contract import PLAIN, assert_same_bits
 
 
 class XlaSelectionTest(contract.SelectionContract):
     implementation = "xla"
 
-    @parameterized.product(tiles=[(3, 128), (1, 1024), (64, 128)], method=list(METHODS))
+    @parameterized.product(tiles=[(3, 128), (1, 1024), (64, 128)], method=list(PLAIN))
     @pytest.mark.gate(1, 11)  # HISA and the scan, each by a size of its own
     @pytest.mark.slow
     @pytest.mark.optimised
     def test_tile_sizes_do_not_change_the_selection(self, tiles, method):
-        (queries, keys), method = tiles, METHODS[method]
+        (queries, keys), method = tiles, PLAIN[method]
         q, k, w = draw.inputs(2, 11, 700, 8, 64, dtype="bfloat16")
         options = dict(lengths=jnp.array([700, 333]))
         wanted = self.select(q, k, w, method, **options)
@@ -58,7 +58,7 @@ def test_a_query_of_no_sequence_costs_no_scores():
 
 @pytest.mark.slow
 @pytest.mark.gate("dsa", "hisa_ratio", "scan")
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", PLAIN.values(), ids=PLAIN)
 def test_the_form_for_accelerators_selects_the_same(method, monkeypatch):
     """Off the CPU all queries of a tile are scored in one product; that form must be right here, too."""
     q, k, w = draw.inputs(2, 11, 300, 4, 32)

@@ -22,7 +22,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench import UserError, options
-from bench.fuzz import draw, mla, repro
+from bench.fuzz import draw, entries, mla, repro
 from bench.fuzz import judges as fuzz_judges
 from bench.fuzz import setups as fuzz_setups
 from bench.fuzz import shrink as fuzz_shrink
@@ -123,7 +123,7 @@ def judge_case(setup: Setup | MlaSetup, seed: int, i: int, counts: Counts, out: 
     """Draws case i and lets each judge of its share look at every form."""
     rng = np.random.default_rng([seed, i])
     drawn = int(rng.integers(2**31))
-    judges: dict[str, Judge] = fuzz_judges.JUDGES if isinstance(setup, Setup) else mla.JUDGES
+    judges: dict[str, Judge] = fuzz_judges.JUDGES | entries.JUDGES if isinstance(setup, Setup) else mla.JUDGES
     scene: Any = draw.scene(setup, drawn) if isinstance(setup, Setup) else mla.scene(setup, drawn)
     counts.cases += 1
     for name, judge in judges.items():

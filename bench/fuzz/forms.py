@@ -34,6 +34,15 @@ def select(q, k, scales, w, positions, lengths, *, method, implementation, devic
     return hj.select(q, keys_of(k, scales), w, method, **options, **over(devices))
 
 
+@functools.partial(jax.jit, static_argnames=("method", "implementation", "block_size"))
+def select_limited(q, k, scales, w, positions, lengths, budget, ids, *, method, implementation, block_size):
+    """As `select`, with budgets [R, T] and lists [R, T, m] or None, of blocks of `block_size`; w may be None."""
+    options = dict(query_positions=positions, lengths=lengths, budget=budget, implementation=implementation)
+    options |= dict(return_scores=True, return_blocks=method.has_blocks)
+    listed = None if ids is None else hj.CandidateBlocks(ids, block_size)
+    return hj.select(q, keys_of(k, scales), w, method, candidates=listed, **options)
+
+
 @functools.partial(jax.jit, static_argnames=("method", "implementation"))
 def select_packed(q, k, scales, w, cu_seqlens_q, cu_seqlens_k, *, method, implementation):
     """A packed batch: [T, H, D], [N, D], [N] or None, [T, H], [R + 1], [R + 1]."""
@@ -110,6 +119,7 @@ def sparse_mla_paged(q, latents, indices, sink, tables, cu_seqlens_q, *, scale, 
 
 FORMS: dict[str, Callable[..., Any]] = {
     "select": select,
+    "select_limited": select_limited,
     "select_packed": select_packed,
     "select_paged": select_paged,
     "sparse_mla": sparse_mla,

@@ -51,7 +51,7 @@ class Judge(NamedTuple):
 def contract(scene: Scene, form: str) -> Verdict:
     """The oracle's tokens, scores and blocks, up to near-ties; padding selects nothing."""
     found, is_row = run(scene, form), scene.is_row
-    reference, tolerance = _with_tolerances(scene, scene.reference())
+    reference, tolerance = with_tolerances(scene, scene.reference())
     wrong = []
     if _why_not(found, reference, tolerance, ...):
         for r, t in np.argwhere(is_row):
@@ -63,7 +63,7 @@ def contract(scene: Scene, form: str) -> Verdict:
     return Verdict(int(is_row.sum()), wrong)
 
 
-def _with_tolerances(scene: Scene, reference: oracle.OracleSelection) -> tuple[oracle.OracleSelection, float]:
+def with_tolerances(scene: Scene, reference: oracle.OracleSelection) -> tuple[oracle.OracleSelection, float]:
     """The reference, its scales such that one tolerance allows what either score needs."""
     is_xla = scene.setup.implementation == "xla"
     tolerance = TOLERANCE if is_xla else KERNEL_TOLERANCE

@@ -111,11 +111,11 @@ class Scene:
 
     def reference(self) -> oracle.OracleSelection:
         """The oracle's selection, with the tolerance of each score."""
-        keys: Any = self.k if self.scales is None else _Keys(self.k, self.scales)
+        keys: Any = self.k if self.scales is None else Keys(self.k, self.scales)
         return oracle.select(self.q, keys, self.w, self.setup.method, self.query_positions, self.n_k)
 
 
-class _Keys(NamedTuple):
+class Keys(NamedTuple):
     values: Array
     scales: Array
 

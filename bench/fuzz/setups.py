@@ -113,6 +113,7 @@ def _xla() -> list[Setup | MlaSetup]:
             e4m3, e4m3, "ue8m0", page_size=4,
         ),
         setup(hj.Dsa(topk=24), f32, page_size=64),
+        setup(hj.BlockSparse(topk=48, block_size=16, keep_first=0, keep_last=0, scored_by="max"), f32),
         setup(hj.Hisa(topk=24, block_size=16, block_topk=6, keep_first=2, keep_last=3), bf16),
         MlaSetup(dtype=bf16, page_size=4),
         # More keys than are sampled, so that they are taken at steps.
@@ -120,6 +121,11 @@ def _xla() -> list[Setup | MlaSetup]:
         setup(hj.BlockSparse(topk=48, block_size=8, keep_first=0, keep_last=2), int8, int8, "float32", page_size=8),
         setup(hj.Hisa(topk=7, block_size=8, block_topk=5, keep_first=0), int8, page_size=1),
         setup(hj.Dsa(topk=1), bf16, page_size=32),
+        setup(hj.Hisa(topk=20, block_size=16, block_topk=4, activation=None), bf16, page_size=8),
+        setup(
+            hj.BlockSparse(topk=36, block_size=12, keep_first=2, scored_by="max", activation=None),
+            e4m3, e4m3, "float32", page_size=2, S=600,
+        ),
         setup(
             hj.Scan(topk=24, candidates=40, unit=2, exact_heads=1, slopes="plain", sketch="int4"),
             bf16, e4m3, "float32", D=40,

@@ -23,7 +23,7 @@ from bench.layer.parts import Layer
 from bench.layer.setting import MODELS, PAGE, Setting, served
 from bench.timing import in_turn, once
 from hisa_jax.models.config import Config
-from hisa_jax.models.indexers import make_method
+from hisa_jax.models.methods import make_method
 
 METHODS = ("dsa", "hisa", "scan")
 PARTS = ("project", "indexer", "append", "select", "attention", "output")

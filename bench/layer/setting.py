@@ -13,8 +13,8 @@ from hisa_jax.models import published
 from hisa_jax.models.cache import kept_for
 from hisa_jax.models.config import Config
 from hisa_jax.models.dsa import Attention, Table
-from hisa_jax.models.indexers import make_method
 from hisa_jax.models.layers import Init
+from hisa_jax.models.methods import make_method
 from hisa_jax.models.rope import rope_table
 
 MODELS = {"dsv32": published.dsv32, "glm5": published.glm5}

@@ -28,7 +28,7 @@ from bench.records import device
 from hisa_jax import models
 from hisa_jax.models.config import Config
 from hisa_jax.models.engine import Engine
-from hisa_jax.models.indexers import make_method
+from hisa_jax.models.methods import make_method
 from hisa_jax.models.sharding import size_of
 
 CONFIGS = {"deepseek-v3.2": models.dsv32, "glm-5": models.glm5}

@@ -18,7 +18,7 @@ from jax import Array, lax
 
 import hisa_jax as hj
 from hisa_jax import checks
-from hisa_jax.check_select import check_method
+from hisa_jax.check_select import check_plain
 
 DEFINITION = "dsa_topk_indexer_fp8_h64_d128_topk2048_ps64"
 _FLAT = hj.Dsa(topk=2048)
@@ -61,7 +61,7 @@ def dsa_topk_indexer(
         [[16, 17, 18, 19, 20, 21, 22, 23, 0, 1, 2, -1]]
     """
     call = "dsa_topk_indexer"
-    check_method(call, method)
+    check_plain(call, method)
     checks.dtype(call, "q_index_fp8", q_index_fp8, ("float8_e4m3fn",))
     checks.shape(call, "q_index_fp8", q_index_fp8, ("B", "H", "D"))
     B, H, D = q_index_fp8.shape
@@ -111,7 +111,7 @@ def entry(method: hj.Method = _FLAT) -> Callable[..., Any]:
         tensor on the same device. Contiguous tensors on a GPU are not copied. The first call of a shape compiles.
     Raises: TypeError: no method; ModuleNotFoundError: no PyTorch.
     """
-    check_method("entry", method)
+    check_plain("entry", method)
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -144,7 +144,7 @@ def solution(method: hj.Method = _FLAT, author: str = "hisa_jax") -> dict[str, A
     Returns: what `flashinfer_bench.Solution` takes; its main.py imports this package, which must be installed there.
     Raises: TypeError: no method. ValueError: another topk, functions of one's own.
     """
-    check_method("solution", method)
+    check_plain("solution", method)
     if method.topk != _FLAT.topk:
         raise ValueError(f"solution: method is {method}, wanted topk = {_FLAT.topk}, as the definition has it")
     if not isinstance(method, hj.Scan) and method.given():

@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 import hisa_jax as hj
-from hisa_jax.check_select import check_method
+from hisa_jax.check_select import check_plain
 from hisa_jax.integrations import rows
 from hisa_jax.selection import selected_mask
 
@@ -75,7 +75,7 @@ def indexer_class(
         `indexer_use_approx_top_k`, tokens out of order by load-balanced context parallelism.
     Source: written for MaxText 0.2.5.
     """
-    check_method("integrations.maxtext", method)
+    check_plain("integrations.maxtext", method)
     batch_axes = tuple(batch_axes)
     known = () if mesh is None else mesh.axis_names
     if (mesh is not None and not batch_axes) or not set(batch_axes) <= set(known):

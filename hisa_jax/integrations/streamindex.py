@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from hisa_jax import checks, dispatch
-from hisa_jax.check_select import check_method, check_paged
-from hisa_jax.index_cache import MAX_PAGE_SIZE, IndexCache
+from hisa_jax.check_select import check_paged, check_plain
+from hisa_jax.index_cache import MAX_PAGE_SIZE, IndexCache, has_all_pages
 from hisa_jax.integrations import records
-from hisa_jax.layout import ascending, sequence_of_rows
+from hisa_jax.layout import Call, ascending, sequence_of_rows
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method
 from hisa_jax.quantize import QuantizedKeys
-from hisa_jax.select_paged import check_pages, select_visible
+from hisa_jax.select_paged import check_pages
 from hisa_jax.selection import Selection, nothing
+from hisa_jax.sharded import varying
 
 _TILE_SIZES = ("num_kv_pages_per_block", "num_queries_per_block", "vmem_limit_bytes", "decode_req_batch_size")
 
@@ -155,7 +156,7 @@ def index_cache(
     """
     checks.integer("index_cache", "D", D, 1)
     if method is not None:
-        check_method("index_cache", method)
+        check_plain("index_cache", method)
     return _index_cache("index_cache", cache_kv, block_tables, lengths, D, method, dtype, kv_layout)
 
 
@@ -210,7 +211,7 @@ def select(
     batch.check(call)
     checks.integer(call, "k", k, 1)
     method = Dsa(topk=k) if method is None else method
-    check_method(call, method)
+    check_plain(call, method)
     if method.topk != k:
         raise ValueError(f"{call}: k={k} with {method}, wanted a method of topk={k}")
 
@@ -228,7 +229,12 @@ def select(
     name = dispatch.choose_select(call, problem, implementation, None, **options)
     if 0 in (T, *table.shape):
         return nothing((T,), method, return_scores, False)
-    tiles = dispatch.default_tiles()
-    selection, has_pages = select_visible(name, operands, own(batch.visible(T)), method, tiles, **options)
+    has_pages = has_all_pages(cache, table, lengths)
     check_pages(call, has_pages, cache.n_pages)
-    return selection
+    offsets = ascending(offsets, T)
+    # It may not fall from one query of a request to the next: kernels read as far as the last one sees.
+    r, is_real = sequence_of_rows(offsets, T)
+    visible = jnp.where(is_real & has_pages[r], own(batch.visible(T)), 0)
+    paged = Call(q=q, w=operands[1], visible=visible, query_offsets=offsets, table=table, cache=cache)
+    run = dispatch.IMPLEMENTATIONS[name].select
+    return run(varying.constants(paged), method, dispatch.default_tiles(), **options)

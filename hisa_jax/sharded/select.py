@@ -7,6 +7,7 @@ all. `select_xla.py` and `select_kernels.py` have what one device does.
 
 import functools
 
+import jax
 from jax.sharding import PartitionSpec
 
 from hisa_jax import dispatch
@@ -34,5 +35,6 @@ def select_batch(
         return_blocks=return_blocks,
     )
     rows, split = PartitionSpec(axes.data), PartitionSpec(axes.data, axes.context)
-    specs = Call(q=rows, w=rows, visible=rows, k=split, lengths=rows)  # type: ignore[arg-type]
+    limits = jax.tree.map(lambda _: rows, dict(candidates=call.candidates, budget=call.budget))
+    specs = Call(q=rows, w=rows, visible=rows, k=split, lengths=rows, **limits)  # type: ignore[arg-type]
     return meshes.on_devices(one_device, axes.mesh, (specs,), rows)(call)

@@ -56,7 +56,7 @@ def select_shard(
     search = _Search(call, shard, shard.stripes(), backend().select_shard, interpret)
     visible = call.queries.visible
     k, blocks = min(method.topk, shard.max_keys), None
-    if not xla.has_filter(method, shard.max_keys):
+    if not xla.has_filter(method, shard.max_keys, has_budget=False):
         if not isinstance(method, Dsa):
             blocks = stages.first_positions(-(-visible // method.block_size), method.block_topk)
         found = search.best_tokens(k)

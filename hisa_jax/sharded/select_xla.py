@@ -12,12 +12,13 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
+from hisa_jax.candidates import CandidateBlocks
 from hisa_jax.layout import Call, Contiguous, Keys, Queries
 from hisa_jax.methods import BlockSparse, Dsa, Method, Scan
 from hisa_jax.selection import Selection
 from hisa_jax.sharded import exchange
 from hisa_jax.sharded.stripes import Shard, Stripes
-from hisa_jax.xla import own, scan, stages, topk
+from hisa_jax.xla import own, scan, stages, topk, units
 from hisa_jax.xla import select as xla
 from hisa_jax.xla.stages import Candidates
 
@@ -32,9 +33,14 @@ def select_shard(
         shard: which those are.
     """
     search = _Search(call, tiles, shard, shard.stripes())
-    chosen, blocks = (
-        search.flat(method) if not xla.has_filter(method, shard.max_keys) else search.filtered(method, return_scores)
-    )
+    listed, (budget, block_budget) = call.limits.candidates, xla.budgets(call.limits, method)
+    if listed is not None:
+        chosen, blocks = search.listed(listed, method), None
+    elif xla.has_filter(method, shard.max_keys, block_budget is not None):
+        chosen, blocks = search.filtered(method, block_budget, return_scores)
+    else:
+        chosen, blocks = search.flat(method)
+    chosen = xla.within_budget(chosen, budget)
     return call.unflatten(xla.selection_of(chosen, method, blocks, return_scores, return_blocks))
 
 
@@ -90,22 +96,37 @@ class _Search:
 
         return self.merged(self.best(find, own_k), self.tokens, k), blocks
 
-    def filtered(self, method: Method, return_scores: bool) -> tuple[Candidates, Array]:
-        """The best tokens of the kept blocks or units, and those."""
+    def filtered(self, method: Method, budget: Array | None, return_scores: bool) -> tuple[Candidates, Array]:
+        """The best tokens of the kept blocks or units, and those; `budget`: of blocks."""
         assert not isinstance(method, Dsa)
-        block_size, n_blocks = method.block_size, self.call.max_keys // method.block_size
-        block_stripes, visible = self.tokens._replace(size=self.tokens.size // block_size), self.call.queries.visible
-        m, k = min(method.block_topk, n_blocks), min(method.topk, self.shard.max_keys)
+        block_size, visible = method.block_size, self.call.queries.visible
+        m, block_stripes = min(method.block_topk, self.call.max_keys // block_size), self.stripes_of(block_size)
         if isinstance(method, Scan):
             found = self._scanned(method, m, block_stripes)
+        elif isinstance(method, BlockSparse) and method.scored_by == "max":
+            found = self._best_blocks(method, m, block_stripes)
         else:
             found = self._best_means(method, m, block_stripes)
         found = self.merged(found, block_stripes, method.block_topk)
-        blocks = stages.kept_of(found, -(-visible // block_size), method)
+        blocks = stages.kept_of(found, -(-visible // block_size), method, budget)
         if isinstance(method, BlockSparse) and not return_scores:
             positions, seen = stages.tokens_of(blocks, visible, block_size)
             return xla.unscored(jnp.where(seen, positions, -1)), blocks
-        # The kept blocks of this device first, ascending.
+        return self.refined(blocks, block_size, method), blocks
+
+    def listed(self, listed: CandidateBlocks, method: Method) -> Candidates:
+        """The best tokens of the listed blocks."""
+        return self.refined(listed.ids, listed.block_size, method)
+
+    def stripes_of(self, block_size: int) -> Stripes:
+        """Which blocks are this device's."""
+        return self.tokens._replace(size=self.tokens.size // block_size)
+
+    def refined(self, blocks: Array, block_size: int, method: Method) -> Candidates:
+        """The best tokens of some blocks, [T, m] ascending, then -1."""
+        n_blocks, block_stripes = self.call.max_keys // block_size, self.stripes_of(block_size)
+        m, k = min(blocks.shape[1], n_blocks), min(method.topk, self.shard.max_keys)
+        # The blocks of this device first, ascending.
         is_own = (blocks >= 0) & block_stripes.owns(blocks)
         own_blocks = jnp.sort(jnp.where(is_own, block_stripes.own(blocks), n_blocks), axis=1)[:, :m]
         own_blocks = jnp.where(own_blocks < n_blocks, own_blocks, -1)
@@ -115,7 +136,14 @@ class _Search:
             sequence, tile_s = self.call.sequence(r), self.tiles.keys
             return stages.refine(self.own(tile), sequence, block_ids, block_size, own_k, tile_s, score)
 
-        return self.merged(self.best(refine, own_k, own_blocks), self.tokens, k), blocks
+        return self.merged(self.best(refine, own_k, own_blocks), self.tokens, k)
+
+    def _best_blocks(self, method: BlockSparse, m: int, block_stripes: Stripes) -> Candidates:
+        def find(tile: Queries, r: Array) -> Candidates:
+            eligible, where = -(-tile.visible // method.block_size), (self.call.sequence(r), method, m)
+            return units.best_blocks(self.own(tile), eligible, *where, self.tiles.keys, block_stripes.place)
+
+        return self.best(find, m)
 
     def _best_means(self, method: xla.WithMeans, m: int, block_stripes: Stripes) -> Candidates:
         means_of, score = self._means_of(method), own.score_of(method, "block_score", stages.scores)

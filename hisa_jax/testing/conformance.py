@@ -125,7 +125,9 @@ def _prepared(
         raise TypeError(f"{call}: function is {type(function).__name__}, wanted what can be called")
     if not isinstance(method, Method):
         raise TypeError(f"{call}: method is {type(method).__name__}, wanted Dsa, Hisa, BlockSparse or Scan")
-    if getattr(method, "given", dict)():
+    if method.entry_size > 1 or method.per_head:
+        raise ValueError(f"{call}: method is {method}, wanted one whose keys are tokens, for all heads together")
+    if method.given():
         raise ValueError(
             f"{call}: method is {method}, wanted one without functions of its own: no reference knows them"
         )

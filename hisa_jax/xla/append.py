@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from hisa_jax.latents import QuantizedLatents
-from hisa_jax.layout import IndexCache, Keys, sequence_of_rows
+from hisa_jax.layout import IndexCache, Keys, ascending, sequence_of_rows
+from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.xla import block_means
 from hisa_jax.xla.means import mean, mean_parts, tree_sum
 from hisa_jax.xla.sketch import pack
@@ -20,6 +22,29 @@ def copy(cache: IndexCache, source: Array, target: Array) -> IndexCache:
     is_copy = (source >= 0) & (source < cache.n_pages) & (target >= 0)
     source, target = jnp.where(is_copy, source, 0), jnp.where(is_copy, target, cache.n_pages)
     return jax.tree.map(lambda leaf: leaf.at[target].set(leaf[source], mode="drop"), cache)
+
+
+class NewKeys(NamedTuple):
+    """New keys [T, D] of R requests: `cu_seqlens` [R + 1], where each one's begin; `lengths` [R], its keys before."""
+
+    k: Array | QuantizedKeys
+    cu_seqlens: Array
+    lengths: Array
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def whole_entries(entry_size: int, k: Array | QuantizedKeys, cu_seqlens: Array, lengths: Array) -> NewKeys:
+    """The entries that new tokens complete: of tokens with a row of `k` each, and before them `lengths` [R] tokens."""
+    T, R = k.shape[0], lengths.shape[0]
+    offsets = ascending(cu_seqlens, T)
+    before = lengths // entry_size
+    n_new = (lengths + jnp.diff(offsets)) // entry_size - before
+    starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(n_new, dtype=jnp.int32)])
+    n = min(T, T // entry_size + R)
+    r, _ = sequence_of_rows(starts, n)
+    nth = before[r] + jnp.arange(n, dtype=jnp.int32) - starts[r]
+    rows = jnp.clip(offsets[r] + (nth + 1) * entry_size - 1 - lengths[r], 0, T - 1)
+    return NewKeys(jax.tree.map(lambda x: x[rows], k), starts, before)
 
 
 @jax.jit

@@ -4,6 +4,7 @@ They stand at the three places where a method has a formula, and nowhere else: t
 stay the library's. So whatever such a function returns, the contract holds, with its scores in the indexer's place.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,15 +15,15 @@ from hisa_jax.layout import Keys, Sequence
 from hisa_jax.methods import BlockSparse, Hisa, Method, name_of
 from hisa_jax.sharded import varying
 
-Score = Callable[[Array, Keys, Array], Array]  # [H, D], s keys, [H] -> [s] float32
+Score = Callable[..., Array]  # (query, keys, weights): [H, D], s keys, [H] -> [s] float32
 _BLOCKS = 32  # pooled at a time: their keys are gathered
 
 
 def score_of(method: Method, name: str, default: Score) -> Score:
-    """The method's function of this name, as the stages call a score; `default` if it has none."""
+    """The method's function of this name, as the stages call a score; if it has none, `default` by its activation."""
     function = getattr(method, name, None)
     if function is None:
-        return default
+        return default if method.activation else functools.partial(default, activation=None)
 
     def score(q: Array, keys: Keys, w: Array) -> Array:
         values = _values(keys)

@@ -18,14 +18,12 @@ from jax import Array, lax
 
 from hisa_jax.layout import Keys, Paged, Queries, Sequence
 from hisa_jax.methods import Scan, Sketch
-from hisa_jax.sharded import varying
-from hisa_jax.xla import stages, topk
+from hisa_jax.xla import stages, topk, units
 from hisa_jax.xla.sketch import int4
 from hisa_jax.xla.stages import Candidates
 
 N_SAMPLES = 256
 N_BEST = 32
-_TILES = 8  # of keys between two top-ks: each looks at all of its units, whatever it throws away
 _KEYS = 4  # tiles of the other stages make one of these: a product with one head is cheaper than what surrounds it
 
 
@@ -142,46 +140,14 @@ def best_units(
         eligible: [t] int32, units that each query sees, also elsewhere than in `sequence`.
         place: maps units of `sequence` to their places among all, where it is a part.
     """
-    t, unit = visible.shape[0], method.unit
     tile_s = min(_KEYS * tile_s, -(-sequence.max_keys // stages.LANES) * stages.LANES)
-    n_tiles = min(-(-sequence.max_keys // tile_s), _TILES)
-    width = n_tiles * tile_s
     is_forced = stages.forced_blocks(eligible, method)
 
-    def tile_sort_key(start: Array) -> Array:
-        """[t, tile_s / unit] int32: the scores of the units from token `start` on."""
-        keys, positions = scanned_tile(sequence, method.sketch, start, tile_s)
-        seen = (positions >= start)[None, :] & (positions[None, :] < visible[:, None])
-        sort_key = jnp.where(seen, topk.sort_key_of(scores(heads, keys)), topk.INVISIBLE)
+    def scored(start: Array, size: int) -> tuple[Array, Array]:
+        keys, positions = scanned_tile(sequence, method.sketch, start, size)
+        return topk.sort_key_of(scores(heads, keys)), positions
 
-        def moved(sort_key: Array) -> Array:
-            sort_key = jnp.pad(sort_key, ((0, 0), (0, tile_s)), constant_values=topk.INVISIBLE)
-            return lax.dynamic_slice_in_dim(sort_key, start - positions[0], tile_s, axis=1)
-
-        # The last tile may begin before `start`, so that it ends with the keys.
-        sort_key = lax.cond(positions[0] < start, moved, lambda sort_key: sort_key, sort_key)
-        sort_key = jnp.max(sort_key.reshape(t, -1, unit), axis=2)
-        units = start // unit + jnp.broadcast_to(jnp.arange(tile_s // unit, dtype=jnp.int32), sort_key.shape)
-        return jnp.where(is_forced(place(units)) & (sort_key > topk.INVISIBLE), topk.FORCED, sort_key)
-
-    def candidates(i: Array) -> Candidates:
-        start = i * width
-
-        def put(j: Array, sort_key: Array) -> Array:
-            return lax.dynamic_update_slice_in_dim(
-                sort_key, tile_sort_key(start + j * tile_s), j * (tile_s // unit), axis=1
-            )
-
-        n_seen = jnp.clip(-(-(jnp.max(visible) - start) // tile_s), 0, n_tiles)
-        none = varying.like(jnp.full((t, width // unit), topk.INVISIBLE, jnp.int32), heads)
-        sort_key = lax.fori_loop(0, n_seen, put, none)
-        found, columns = topk.topk_in_order(sort_key, None, min(m, width // unit))
-        return Candidates(found, jnp.where(columns >= 0, start // unit + columns, -1))
-
-    max_spans = -(-sequence.max_keys // width)
-    if max_spans == 1:
-        return candidates(jnp.int32(0))
-    return stages.stream_topk(candidates, -(-jnp.max(visible) // width), max_spans, m, t)
+    return units.best(scored, visible, sequence.max_keys, method.unit, m, tile_s, lambda ids: is_forced(place(ids)))
 
 
 def scanned_tile(sequence: Sequence, sketch: Sketch | None, start: Array, size: int) -> tuple[Keys, Array]:

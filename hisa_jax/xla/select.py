@@ -6,17 +6,17 @@ Batches, packed batches and pages are one thing here: R sequences, each with its
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax.layout import LANES, Call, Contiguous, Keys, PagedMeans, Queries, Sequence
+from hisa_jax.layout import LANES, Call, Contiguous, Keys, Limits, PagedMeans, Queries, Sequence
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan, at_least, least_blocks
 from hisa_jax.selection import Selection, nothing
 from hisa_jax.sharded import varying
-from hisa_jax.xla import own, scan, stages, topk
+from hisa_jax.xla import own, scan, stages, topk, units
 from hisa_jax.xla.stages import Candidates
 
 
@@ -52,25 +52,28 @@ def select(call: Call, method: Method, tiles: Tiles, *, return_scores: bool, ret
     """The selection of all queries of a call, with leading axes `call.shape`."""
     means_of = _means_of(call, method, tiles)
 
-    def select_tile(queries: Queries, r: Array) -> Selection:
+    def select_tile(queries: Queries, r: Array, limits: Limits) -> Selection:
         means = means_of(r) if means_of else None
-        return _select_tile(queries, call.sequence(r), means, method, tiles.keys, return_scores, return_blocks)
+        return _select_tile(queries, call.sequence(r), means, method, tiles.keys, limits, return_scores, return_blocks)
 
     empty = functools.partial(nothing, method=method, return_scores=return_scores, return_blocks=return_blocks)
     # No more rows than the sequences have on average: in decoding each has one.
     n_rows = -(-call.queries.q.shape[0] // call.n_sequences)
-    selection = over_tiles(select_tile, call, min(tiles.queries, n_rows), empty)
+    selection = over_tiles(select_tile, call, min(tiles.queries, n_rows), empty, call.limits)
     return call.unflatten(selection)
 
 
-def has_filter(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse | Scan]:
+def has_filter(method: Method, max_keys: int, has_budget: bool) -> TypeGuard[Hisa | BlockSparse | Scan]:
     """False where no query can see blocks that it does not keep: there the method is the flat indexer by contract."""
+    if isinstance(method, BlockSparse) and has_budget:
+        return True
     return not isinstance(method, Dsa) and max_keys > least_blocks(method) * method.block_size
 
 
-def has_means(method: Method, max_keys: int) -> TypeGuard[Hisa | BlockSparse]:
+def has_means(method: Method, max_keys: int, has_budget: bool) -> TypeGuard[Hisa | BlockSparse]:
     """Whether block means choose the blocks."""
-    return has_filter(method, max_keys) and not isinstance(method, Scan)
+    by_means = isinstance(method, Hisa) or (isinstance(method, BlockSparse) and method.scored_by == "mean")
+    return by_means and has_filter(method, max_keys, has_budget)
 
 
 SequenceOf = Callable[[Array], Sequence]
@@ -79,7 +82,7 @@ WithMeans = Hisa | BlockSparse  # methods that choose blocks by their means
 
 def _means_of(call: Call, method: Method, tiles: Tiles) -> SequenceOf | None:
     """What gives sequence r its block means: pooled here, or from what its pages keep. None where none are needed."""
-    if not has_means(method, call.max_keys):
+    if not has_means(method, call.max_keys, call.budget is not None):
         return None
     max_blocks = -(-call.max_keys // method.block_size)
     if method.pool is not None:
@@ -103,12 +106,12 @@ def over_tiles[Found](
     call: Call,
     t: int,
     nothing: Callable[[tuple[int]], Found],
-    *rows_of_tile: Array,
+    *rows_of_tile: Any,
 ) -> Found:
     """What each query of a call finds, with a row a query; a loop over tiles of t queries of one sequence.
 
     Args:
-        select_tile: gets a tile, the number of its sequence, and the tile's rows of `rows_of_tile`, [T, ...] each.
+        select_tile: gets a tile, the number of its sequence, and the tile's rows of `rows_of_tile`, trees of [T, ...].
         nothing: gives what so many queries find where there is nothing.
     """
     queries, query_starts = call.queries, jnp.asarray(call.query_starts)
@@ -123,7 +126,7 @@ def over_tiles[Found](
         is_real = rows < query_starts[r + 1]
         rows = jnp.minimum(rows, T - 1)
         own = Queries(queries.q[rows], queries.w[rows], jnp.where(is_real, queries.visible[rows], 0))
-        tile = select_tile(own, r, *(x[rows] for x in rows_of_tile))
+        tile = select_tile(own, r, *jax.tree.map(lambda x: x[rows], rows_of_tile))
         # What a tile writes after its sequence, the next tile overwrites.
         return jax.tree.map(lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, first, axis=0), done, tile)
 
@@ -151,6 +154,7 @@ def _select_tile(
     means: Sequence | None,
     method: Method,
     tile_s: int,
+    limits: Limits,
     return_scores: bool,
     return_blocks: bool,
 ) -> Selection:
@@ -158,23 +162,28 @@ def _select_tile(
 
     `means` are the sequence's block means, or None where none are needed.
     """
-    k = min(method.topk, sequence.max_keys)
+    k, listed, (budget, block_budget) = min(method.topk, sequence.max_keys), limits.candidates, budgets(limits, method)
     score = own.score_of(method, "token_score", stages.scores)
     blocks = None
     if not isinstance(method, Dsa):
-        if not has_filter(method, sequence.max_keys):
+        if not has_filter(method, sequence.max_keys, block_budget is not None):
             blocks = stages.first_positions(-(-queries.visible // method.block_size), method.block_topk)
         elif isinstance(method, Scan):
             blocks = scan.scan(queries, sequence, method, tile_s)
+        elif means is not None:
+            blocks = stages.block_filter(queries, means, method, tile_s, block_budget)
         else:
-            assert means is not None
-            blocks = stages.block_filter(queries, means, method, tile_s)
+            assert isinstance(method, BlockSparse)
+            blocks = units.block_maxima(queries, sequence, method, tile_s, block_budget)
 
     def all_visible() -> Candidates:
         return unscored(stages.first_positions(queries.visible, k))
 
     def best() -> Candidates:
-        if blocks is None or not has_filter(method, sequence.max_keys):
+        if listed is not None:
+            own_k = min(k, listed.ids.shape[1] * listed.block_size)
+            return stages.refine(queries, sequence, listed.ids, listed.block_size, own_k, tile_s, score)
+        if blocks is None or not has_filter(method, sequence.max_keys, block_budget is not None):
             return stages.flat(queries, sequence, k, tile_s, score=score)
         if isinstance(method, BlockSparse) and not return_scores:
             # Only the last kept block, the query's own, has invisible tokens: they leave no hole.
@@ -182,8 +191,28 @@ def _select_tile(
             return unscored(jnp.where(seen, positions, -1))
         return stages.refine(queries, sequence, blocks, method.block_size, k, tile_s, score)
 
-    chosen = best() if return_scores else lax.cond(jnp.all(queries.visible <= k), all_visible, best)
+    if return_scores or listed is not None or block_budget is not None:
+        chosen = within_budget(best(), budget)
+    else:
+        most = k if budget is None else jnp.minimum(budget, k)
+        chosen = lax.cond(jnp.all(queries.visible <= most), all_visible, lambda: within_budget(best(), budget))
     return selection_of(chosen, method, blocks, return_scores, return_blocks)
+
+
+def budgets(limits: Limits, method: Method) -> tuple[Array | None, Array | None]:
+    """The budget of keys that are chosen in the end, and that of blocks that are kept, in keys: a method has one."""
+    return (None, limits.budget) if isinstance(method, BlockSparse) else (limits.budget, None)
+
+
+def within_budget(chosen: Candidates, budget: Array | None) -> Candidates:
+    """The best `budget` [t] int32 of the chosen of each query, [t, k] ascending."""
+    if budget is None:
+        return chosen
+    k = chosen.positions.shape[1]
+    mask = topk.chosen_mask(chosen.sort_key, jnp.clip(budget, 0, k))
+    columns, filled = topk.columns_of(topk.words_of(mask), k)
+    sort_key, positions = (jnp.take_along_axis(x, columns, axis=1) for x in chosen)
+    return Candidates(jnp.where(filled, sort_key, topk.INVISIBLE), jnp.where(filled, positions, -1))
 
 
 def selection_of(

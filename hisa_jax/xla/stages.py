@@ -3,6 +3,7 @@
     pool          mean key of each block
     block_filter  the best block_topk blocks of each query, by the score of their means
     scan          in place of both: the best units of tokens by a few heads in place of all (scan.py)
+    units         in place of both: the best blocks by the best of their tokens (units.py)
     refine        the best topk tokens inside them, by the token scores
     flat          the best topk of all tokens: the indexer that the others replace
 
@@ -20,7 +21,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from hisa_jax.layout import LANES, Keys, Queries, Sequence
-from hisa_jax.methods import BlockSparse, Hisa, Scan, least_blocks
+from hisa_jax.methods import Activation, BlockSparse, Hisa, Scan, least_blocks
 from hisa_jax.sharded import varying
 from hisa_jax.xla import own, topk
 from hisa_jax.xla.means import mean, tree_sum
@@ -54,12 +55,12 @@ def pool(keys: Keys, starts: Array, counts: Array, block_size: int, tile_n: int)
     return mean(sums, counts)
 
 
-def scores(q: Array, keys: Keys, w: Array) -> Array:
-    """Scores of some keys for one query: scale[s] * sum_h w[h] * relu(q[h] . k[s]).
+def scores(q: Array, keys: Keys, w: Array, activation: Activation | None = "relu") -> Array:
+    """Scores of some keys for one query: scale[s] * sum_h w[h] * relu(q[h] . k[s]), or without the relu.
 
     [H, D], [s, D], [H] -> [s] float32. Products are exact and sums in float32: 8-bit operands are exact in bfloat16.
     """
-    return head_sum(head_products(q, keys), keys, w)
+    return head_sum(head_products(q, keys), keys, w, activation)
 
 
 def head_products(q: Array, keys: Keys) -> Array:
@@ -82,10 +83,11 @@ def product_dtype(q: DTypeLike, k: DTypeLike) -> DTypeLike:
     return jnp.float32 if jnp.float32 in (q, k) else jnp.bfloat16
 
 
-def head_sum(products: Array, keys: Keys, w: Array) -> Array:
+def head_sum(products: Array, keys: Keys, w: Array, activation: Activation | None = "relu") -> Array:
     """[H, s] products of heads and keys, [H] -> [s] float32 scores."""
+    products = jnp.maximum(products, 0) if activation else products
     # The head sum as a matrix product: XLA's CPU reduction over heads takes as long as the products.
-    total = jnp.einsum("hs,h->s", jnp.maximum(products, 0), w, precision=lax.Precision.HIGHEST)
+    total = jnp.einsum("hs,h->s", products, w, precision=lax.Precision.HIGHEST)
     return total if keys.scales is None else total * keys.scales
 
 
@@ -165,11 +167,13 @@ def flat(
     return stream_topk(candidates, _cdiv(jnp.max(visible), tile_s), max_tiles, k, t)
 
 
-def block_filter(queries: Queries, means: Sequence, method: Hisa | BlockSparse, tile_n: int) -> Array:
+def block_filter(
+    queries: Queries, means: Sequence, method: Hisa | BlockSparse, tile_n: int, budget: Array | None = None
+) -> Array:
     """The blocks each query keeps: the best of the eligible ones, the first and the last always among them.
 
-    `means` are the sequence's block means, scored `tile_n` at a time. Returns [t, block_topk] int32 block ids,
-    ascending, then -1.
+    `means` are the sequence's block means, scored `tile_n` at a time; `budget` is that of `kept_of`. Returns
+    [t, block_topk] int32 block ids, ascending, then -1.
     Source: HISA, arXiv 2603.28458, stage 1.
     """
     m = min(method.block_topk, means.max_keys)
@@ -178,20 +182,32 @@ def block_filter(queries: Queries, means: Sequence, method: Hisa | BlockSparse, 
 
     def filtered() -> Array:
         score = own.score_of(method, "block_score", scores)
-        return kept_of(flat(queries._replace(visible=eligible), means, m, tile_n, forced, score), eligible, method)
+        best = flat(queries._replace(visible=eligible), means, m, tile_n, forced, score)
+        return kept_of(best, eligible, method, budget)
 
-    keeps_all = jnp.all(eligible <= least_blocks(method))
+    keeps_all = jnp.all(eligible <= surely_kept(method, budget))
     return lax.cond(keeps_all, lambda: first_positions(eligible, method.block_topk), filtered)
 
 
-def kept_of(best: Candidates, eligible: Array, method: Hisa | BlockSparse | Scan) -> Array:
+def surely_kept(method: Hisa | BlockSparse | Scan, budget: Array | None) -> int | Array:
+    """Up to how many blocks a query keeps all that it sees, as `least_blocks`; [t] int32 with budgets."""
+    if budget is None:
+        return least_blocks(method)
+    return jnp.clip(budget // method.block_size, method.keep_first + method.keep_last, method.block_topk)
+
+
+def kept_of(best: Candidates, eligible: Array, method: Hisa | BlockSparse | Scan, budget: Array | None = None) -> Array:
     """Of the best blocks of each query, [t, m] ascending, those that it keeps: fewer where `block_ratio` says so.
 
-    `eligible` [t] int32 are the blocks that it sees. Returns [t, block_topk] int32 block ids, ascending, then -1.
+    `eligible` [t] int32 are the blocks that it sees. With a `budget` [t] int32 of keys, as many as fit into it, and
+    those always kept. Returns [t, block_topk] int32 block ids, ascending, then -1.
     """
     block_ids, m = best.positions, best.positions.shape[1]
-    if isinstance(method, Hisa) and method.block_ratio > 1:
-        n = jnp.maximum(_cdiv(eligible, method.block_ratio), least_blocks(method))
+    has_ratio = isinstance(method, Hisa) and method.block_ratio > 1
+    if has_ratio or budget is not None:
+        n = surely_kept(method, budget)
+        if isinstance(method, Hisa):
+            n = jnp.maximum(_cdiv(eligible, method.block_ratio), n)
         columns, filled = topk.columns_of(topk.words_of(topk.chosen_mask(best.sort_key, jnp.minimum(n, m))), m)
         block_ids = jnp.where(filled, jnp.take_along_axis(block_ids, columns, axis=1), -1)
     return jnp.pad(block_ids, ((0, 0), (0, method.block_topk - m)), constant_values=-1)

@@ -13,8 +13,8 @@ from hisa_jax.models.check.measures import methods_to_check
 from hisa_jax.models.config import Config, read_config
 from hisa_jax.models.engine import Engine
 from hisa_jax.models.evaluate.scoring import Progress, score
-from hisa_jax.models.indexers import NAMES, make_method, read_methods
 from hisa_jax.models.locate import locate
+from hisa_jax.models.methods import NAMES, make_method, read_methods
 from hisa_jax.models.modeling import Model
 from hisa_jax.models.options import DTYPES
 from hisa_jax.models.params import from_pretrained
@@ -41,7 +41,7 @@ def method_of(indexer: str, config: Config) -> MethodLike:
 
     Args:
         indexer: "flat" or "dsa", "hisa", "scan", "block-sparse": at the sizes of `check` for the checkpoint's topk,
-            so HISA and the scan score four times topk tokens. Else a file, see `indexers.py`.
+            so HISA and the scan score four times topk tokens. Else a file, see `models/methods.py`.
         config: of the model.
 
     Raises: FileNotFoundError: neither a name nor a file. ValueError: as `read_methods`; block-sparse at a topk without

@@ -12,7 +12,7 @@ from bench.layer.command import PARTS, Bench, Row
 from bench.layer.parts import Layer
 from bench.layer.setting import served
 from hisa_jax.models import published
-from hisa_jax.models.indexers import make_method
+from hisa_jax.models.methods import make_method
 
 TINY = dataclasses.replace(
     served(published.dsv32()), hidden_size=32, num_attention_heads=2, q_lora_rank=16, kv_lora_rank=16,

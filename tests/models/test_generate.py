@@ -13,7 +13,7 @@ from hisa_jax import models
 from hisa_jax.__main__ import main
 from hisa_jax.models.draws import likeliest
 from hisa_jax.models.generate import _decode, _room, pad_left
-from hisa_jax.models.indexers import make_method, read_methods
+from hisa_jax.models.methods import make_method, read_methods
 from hisa_jax.models.tokens import Bytes, load_tokenizer
 
 from . import golden, serving

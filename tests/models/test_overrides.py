@@ -12,7 +12,7 @@ import pytest
 import hisa_jax as hj
 from hisa_jax import models
 from hisa_jax.__main__ import main
-from hisa_jax.models.indexers import make_method, read_methods
+from hisa_jax.models.methods import make_method, read_methods
 from hisa_jax.models.options import add_model, method_of
 
 from . import golden

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import entries
 from .methods import OracleSelection, best_of, block_budget, block_size_of, candidates, forced_blocks, has_blocks
 from .scan import slack
 
@@ -24,10 +25,16 @@ GUESSES = 1000  # sets of kept blocks tried for one query whose implementation d
 
 
 class Query(NamedTuple):
-    """One query of the reference, with the tolerances in units of its scores."""
+    """One query of the reference, with the tolerances in units of its scores. Where keys are entries, so are tokens.
+
+    Attributes: `tokens`: that it sees; `topk`, `kept_limit`: how many it chooses at most, and how many blocks it keeps.
+    """
 
     topk: int
+    kept_limit: int
     visible: int
+    tokens: int
+    listed: np.ndarray | None
     token_scores: np.ndarray
     block_scores: np.ndarray
     blocks: np.ndarray
@@ -50,7 +57,7 @@ def assert_same_selection(
     """Raises AssertionError at the first query whose selection is not the reference's.
 
     Args:
-        indices, count: [.., topk] and [..] int32, as an implementation returned them.
+        indices, count: [.., topk] and [..] int32, as an implementation returned them; entries as the method hands out.
         reference: the oracle's answer to the same input.
         tolerance: relative to each query's scores; float32 sums need about 1e-5, exact data 0.0.
         scores: [.., topk], the implementation's scores of its tokens, if it gave them; held to the same tolerance.
@@ -81,8 +88,8 @@ def judge(
 
 
 def _assert_shapes(arrays: dict, reference: OracleSelection) -> None:
-    leading, topk = reference.visible.shape, reference.method.topk
-    for name, wanted in {"indices": (*leading, topk), "count": leading, "scores": (*leading, topk)}.items():
+    leading, width = reference.visible.shape, entries.width(reference.method)
+    for name, wanted in {"indices": (*leading, width), "count": leading, "scores": (*leading, width)}.items():
         if name in arrays and arrays[name].shape != wanted:
             raise AssertionError(f"{name} is {list(arrays[name].shape)}, wanted {list(wanted)}")
     for name in {"indices", "count", "blocks"} & set(arrays):
@@ -96,8 +103,11 @@ def _query(reference: OracleSelection, at: tuple, tolerance: float, may_keep_mor
     scanned = reference.scanned[at]
     unsure = 0.0 if scanned is None else slack(scanned, tolerance, reference.token_scale[at])
     return Query(
-        topk=reference.method.topk,
+        topk=int(reference.limit[at]),
+        kept_limit=int(reference.kept_limit[at]),
         visible=int(reference.visible[at]),
+        tokens=int(reference.tokens[at]),
+        listed=reference.listed[at],
         token_scores=reference.token_scores[at],
         block_scores=reference.block_scores[at],
         blocks=reference.blocks[at],
@@ -109,7 +119,8 @@ def _query(reference: OracleSelection, at: tuple, tolerance: float, may_keep_mor
 
 
 def _heading(reference: OracleSelection, at: tuple, count, query: Query, tolerance: float) -> str:
-    where = ", ".join(f"{axis}={i}" for axis, i in zip("bt"[-len(at) :], at, strict=True))
+    axes = "bth" if getattr(query.method, "per_head", False) else "bt"
+    where = ", ".join(f"{axis}={i}" for axis, i in zip(axes[-len(at) :], at, strict=True))
     return (
         f"query ({where}): position {reference.positions[at]}, {query.visible} visible tokens, count {count}; "
         f"{query.method}\ntolerance {tolerance:g}: tokens may lie {query.token_slack:.3g} from the threshold"
@@ -121,11 +132,16 @@ def _heading(reference: OracleSelection, at: tuple, count, query: Query, toleran
 
 
 def _why_broken(query: Query, indices, count, scores=None, blocks=None) -> str | None:
-    wanted = min(query.topk, len(candidates(query.blocks, query.visible, query.method)))
-    why = _why_not_a_list("token", indices, int(count), query.visible)
+    wanted = min(query.topk, len(candidates(query.blocks, query.visible, query.method, query.listed)))
+    by_tokens = entries.by_tokens(query.method)
+    why = _why_not_a_list("token", indices, int(count), query.tokens if by_tokens else query.visible)
+    why = why or entries.why_not_whole(indices, int(count), query.tokens, query.method)
     if why:
         return why
-    chosen = indices[: int(count)]
+    indices, count, scores, why = entries.folded(indices, int(count), scores, query.tokens, query.method)
+    if why:
+        return why
+    chosen = indices[:count]
     # Only the last eligible block can be partial and it is always kept, so all kept sets hold equally many tokens.
     if len(chosen) != wanted:
         return f"{len(chosen)} tokens were chosen, wanted min(topk, visible candidates) = {wanted}"
@@ -242,7 +258,7 @@ def _why_not_kept(query: Query, kept) -> str | None:
         )
     for j in sorted(sure - kept):
         return f"block {j} was left out with score {scores[j]:.9g}, block threshold {threshold:.9g}"
-    wanted = block_budget(query.method, len(scores))
+    wanted = block_budget(query.method, len(scores), query.kept_limit)
     if len(kept) != wanted:
         return f"{len(kept)} blocks were kept, wanted {wanted}: {_short(np.array(sorted(kept)))}"
     return None
@@ -250,7 +266,7 @@ def _why_not_kept(query: Query, kept) -> str | None:
 
 def _why_not_best(query: Query, chosen, kept) -> str | None:
     """Whether `chosen` are the best of the visible tokens in `kept`, up to near-ties."""
-    scores, items = query.token_scores, candidates(kept, query.visible, query.method)
+    scores, items = query.token_scores, candidates(kept, query.visible, query.method, query.listed)
     foreign = np.setdiff1d(chosen, items)
     if len(foreign):
         token = foreign[0]

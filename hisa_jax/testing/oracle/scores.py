@@ -1,6 +1,6 @@
 """Token scores and block means.
 
-    I[t, s] = k_scale[s] * sum_h w[t, h] * relu(q[t, h] . k[s])
+    I[t, s] = k_scale[s] * sum_h w[t, h] * relu(q[t, h] . k[s])        or without the relu
 
 Every score is the same sequence of float64 operations wherever its key stands and whatever stands beside it. So equal
 keys tie exactly, and a score does not change when the queries are cut into chunks: a BLAS product promises neither.
@@ -16,12 +16,12 @@ def float64(x) -> np.ndarray:
     return np.asarray(x).astype(np.float64)
 
 
-def token_scores(q, k, w, k_scale=None) -> np.ndarray:
+def token_scores(q, k, w, k_scale=None, activation: str | None = "relu") -> np.ndarray:
     """[T, H, D], [S, D], [T, H], [S] -> [T, S] float64. NaN stays NaN here: it becomes -inf where tokens are chosen."""
     q, k, w = float64(q), float64(k), float64(w)
     (T, H, _), S = q.shape, k.shape[0]
     step = max(1, TILE // max(1, H * S))
-    parts = [_scores(q[t : t + step], k, w[t : t + step]) for t in range(0, T, step)]
+    parts = [_scores(q[t : t + step], k, w[t : t + step], activation) for t in range(0, T, step)]
     scores = np.concatenate(parts) if parts else np.zeros((0, S))
     with np.errstate(invalid="ignore", over="ignore"):
         return scores if k_scale is None else scores * float64(k_scale)
@@ -44,13 +44,14 @@ def block_means(k, k_scale, block_size: int, length: int) -> np.ndarray:
     return means
 
 
-def _scores(q, k, w) -> np.ndarray:
+def _scores(q, k, w, activation) -> np.ndarray:
     T, H, D = q.shape
     with np.errstate(invalid="ignore", over="ignore"):
-        relu = np.maximum(dots(q.reshape(T * H, D), k), 0).reshape(T, H, -1)  # NaN goes through
-        total = np.zeros((T, k.shape[0]))
+        products = dots(q.reshape(T * H, D), k)
+        products = np.maximum(products, 0) if activation == "relu" else products  # NaN goes through
+        products, total = products.reshape(T, H, -1), np.zeros((T, k.shape[0]))
         for h in range(H):
-            total += w[:, h, None] * relu[:, h]
+            total += w[:, h, None] * products[:, h]
     return total
 
 

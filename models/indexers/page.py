@@ -1,0 +1,154 @@
+"""Writes docs/indexers.md from the table, so that the page says what the modules do.
+
+python -m hisa_jax.models.indexers.page > docs/indexers.md
+"""
+
+import textwrap
+from collections.abc import Iterator
+
+import hisa_jax as hj
+from hisa_jax.models.indexers.table import FAMILIES, Family
+
+# The sizes that the models publish, by which the page shows their methods.
+PUBLISHED: dict[str, dict[str, int]] = {
+    **{name: dict(topk=2048) for name in FAMILIES},
+    "glm5_next": dict(topk=2048, pool=4),
+    "deepseek_v4": dict(topk=512, pool=4),
+    "qwen4_exp": dict(budget=2048, pool=4),
+    "minimax_m3": dict(block_size=128, blocks_kept=16, local_blocks=1),
+}
+
+_HEAD = """# Indexers of other models
+
+Models whose attention is sparse choose by indexers that differ in a few things: what their queries and keys are made
+of, how many tokens a key stands for, what is done to a product, and what is handed on. Each is a row of a table
+([models/indexers/table.py](../models/indexers/table.py)) and a method of [the contract](contract.md), so HISA and the
+scan work on all of them, in batches, packed batches, pages, and over a mesh. `hisa_jax.models.indexers.page` writes
+this page from that table.
+
+An indexer is a Flax module, made of the tensors of a checkpoint. Of GLM-5.3-Flash, with tiny sizes:
+
+```python
+import jax.numpy as jnp
+import numpy as np
+
+import hisa_jax as hj
+from hisa_jax.models import indexers
+
+shapes = {
+    "wq_b.weight": (4 * 16, 24),
+    "wk.weight": (16, 40),
+    "k_norm.weight": (16,),
+    "k_norm.bias": (16,),
+    "weights_proj.weight": (4, 40),
+    "index_kpool_compress_ape": (4, 16),
+    "index_kpool_compress_gate": (16, 40),
+}
+weights = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+indexer = indexers.from_weights("glm5_next", dict(index_topk=8, index_kpool=4), weights)
+hidden, latents = jnp.ones((1, 30, 40)), jnp.ones((1, 30, 24))  # of the attention: its input, its queries' latents
+found = indexer(hidden, latents)
+assert found.selection.indices.shape == (1, 30, 8 + 4 - 1)  # the tokens of 2 pools, then those of the open one
+
+hisa = hj.Hisa(topk=2, block_size=2, block_topk=3, entry_size=4, tail="open")  # over pools: blocks of 2 of them
+found = indexer(hidden, latents, method=hisa)
+
+cache = indexer.init_cache(batch=1, capacity=64, room=4)  # of which up to 4 tokens at a time may be taken back
+found = indexer(hidden, latents, cache=cache)
+cache = found.cache.truncate(found.cache.lengths - 2)
+```
+
+Indexers with RoPE want `cos` and `sin` of each token's position, too. Sizes may be those of config.json; the number of
+heads follows from the tensors.
+
+## Models
+"""
+
+_TAIL = """
+`models.from_pretrained` builds the whole stack of the first two. For a config.json of the others it names the module.
+
+## By hand
+
+The contract takes queries and keys as they are; `hj.select` needs no module. Numbers of a method count keys, which are
+entries where `entry_size` is above 1.
+
+| what | how |
+|---|---|
+| pools of 4, their members handed on, then the open pool's tokens | `hj.Dsa(topk=512, entry_size=4, tail="open")` |
+| HISA over pools | `hj.Hisa(topk=512, block_size=32, block_topk=64, entry_size=4, tail="open")` |
+| the scan over pools | `hj.Scan(topk=512, entry_size=4, tail="open")` |
+| windows of 4 by their numbers, for compressed attention | `hj.Dsa(topk=512, entry_size=4, returns="entries")` |
+| no activation | `hj.Dsa(activation=None)` |
+| no head weights | `hj.select(q, k, None, method)` |
+| a choice a head | `hj.Dsa(topk=2048, per_head=True)`: `indices` [B, T, H, topk] |
+| blocks by their best token | `hj.BlockSparse(scored_by="max", keep_first=0)`; `return_blocks=True` has the blocks |
+| a published list alone, for `Dsa` | `hj.select(..., candidates=hj.CandidateBlocks(blocks, 8))` |
+| fewer than `topk`, for each query or sequence | `hj.select(..., budget=budget)` |
+
+DeepSeek-V4.1 chooses in two levels. A source layer publishes blocks of 8, 2048 of them:
+`hj.BlockSparse(topk=16384, block_size=8, keep_first=0, scored_by="max")` with `return_blocks=True`. Later layers choose
+inside: `hj.Dsa(topk=512)` with `candidates=hj.CandidateBlocks(blocks, 8)`.
+
+Keys of entries have a cache of their own: `hj.init_cache(..., entry_size=4)`. `append` takes a row a token and writes
+an entry when its last token arrives, from that token's row. Lengths count tokens everywhere; so does `truncate`.
+
+## Left and right padding
+
+A sequence begins with its first token, at position 0, wherever padding stands: entries and blocks start there. Rows
+with fewer visible entries than are wanted hold -1 after them.
+
+## What kernels take
+
+Entries, pools and tails are the kernels' as tokens are, and so is a call without weights. They decline, by name,
+`activation=None`, `scored_by="max"`, candidates and budgets. With `per_head` a head is a query of one head: backends
+whose kernels want more heads decline that by its number. Implementation `xla` takes all.
+"""
+
+
+def _line(model_type: str, family: Family) -> str:
+    queries = {
+        "latents": "latents of the queries", "hidden": "hidden states", "normed": "hidden states, normed",
+    }[family.queries]  # fmt: skip
+    key = {"layer": "LayerNorm", "rms": "RMSNorm", "unit": "RMSNorm, 1 + weight"}[family.key_norm]
+    keys = {
+        None: key,
+        "gated": f"{key} of each; the pool's by the softmax of gates",
+        "windows": f"two windows by the softmax of gates, {key}",
+        "mean": f"mean of the pool, {key}",
+    }[family.pooled]
+    pairs = "neighbours" if family.pairs != "halves" else "halves"
+    rope = f"{family.rope}, {pairs}" if family.rope else "none"
+    weights = "yes" if family.weighs else "none"
+    return f"| `{model_type}` | {family.title} | {family.published} | {queries} | {keys} | {rope} | {weights} |"
+
+
+def _lines() -> Iterator[str]:
+    yield _HEAD
+    yield "| model_type | model | as published | queries of | keys | RoPE: dims, pairs | weights |"
+    yield "|---|---|---|---|---|---|---|"
+    yield from (_line(model_type, family) for model_type, family in FAMILIES.items())
+    yield ""
+    yield "| model_type | the method, as published | tensors |"
+    yield "|---|---|---|"
+    for model_type, family in FAMILIES.items():
+        method: hj.Method = family.method(PUBLISHED[model_type])
+        tensors = ", ".join(f"`{names[0]}`" for names in family.tensors.values())
+        yield f"| `{model_type}` | `hj.{method}` | {tensors} |"
+    notes = [(model_type, family.note) for model_type, family in FAMILIES.items() if family.note]
+    yield ""
+    yield "Where a model's public code, read in transformers 5.24, does otherwise, or needs something said:"
+    yield ""
+    for model_type, note in notes:
+        first, *rest = textwrap.wrap(f"`{model_type}`: {note}", 118, break_on_hyphens=False)
+        yield f"- {first}"
+        yield from (f"  {line}" for line in rest)
+    yield _TAIL.rstrip()
+
+
+def page() -> str:
+    """The text of docs/indexers.md."""
+    return "\n".join(_lines()) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
