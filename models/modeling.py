@@ -30,7 +30,7 @@ from hisa_jax.models.layers import Init, Mlp, rms_norm
 from hisa_jax.models.moe import Moe
 from hisa_jax.models.plan import MethodLike, Phase, make_plan
 from hisa_jax.models.rope import rope_table
-from hisa_jax.models.sharding import automatic, constrain
+from hisa_jax.models.sharding import automatic, check_axes_around, constrain
 
 HIDDEN = ("batch", None, None)
 """Axes of hidden states [B, T, E], as `constrain` takes them."""
@@ -233,6 +233,7 @@ class Model(nnx.Module):
         slots = jnp.where(is_real, slots, -1)
         table = rope_table(self.config, slots if positions is None else positions)
 
+        check_axes_around(self.mesh)
         x = constrain(self.embedded(input_ids, is_real), self.mesh, HIDDEN)
         every: Any = dict(table=table, slots=slots, lengths=lengths, form=form, mesh=self.mesh, stripe=self.stripe)
         x, pages, traces = self._through_layers(x, cache, phase, trace, every)

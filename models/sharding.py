@@ -105,18 +105,21 @@ def parameter_sharding(mesh: Mesh, parameter: nnx.Variable) -> Any:
 
 
 def constrain(x: Array, mesh: Mesh | None, axes: Axes) -> Array:
-    """Tells the compiler where an activation lies; without a mesh does nothing.
-
-    Raises: ValueError: `jax.set_mesh` has set Explicit axes, under which JAX takes no such advice.
-    """
+    """Tells the compiler where an activation lies; without a mesh does nothing. Raises as `check_axes_around`."""
     if mesh is None:
         return x
-    if explicit := jax.sharding.get_abstract_mesh().explicit_axes:
+    check_axes_around(mesh)
+    return jax.lax.with_sharding_constraint(x, sharding_of(mesh, x.shape, axes))
+
+
+def check_axes_around(mesh: Mesh | None) -> None:
+    """Raises ValueError if `jax.set_mesh` has set Explicit axes around a model of this mesh, which takes none."""
+    explicit = jax.sharding.get_abstract_mesh().explicit_axes
+    if mesh is not None and explicit:
         raise ValueError(
             f"Model: jax.set_mesh has set a mesh with the Explicit axes {explicit}, wanted Auto ones or no mesh around "
             "a model that has a mesh of its own"
         )
-    return jax.lax.with_sharding_constraint(x, sharding_of(mesh, x.shape, axes))
 
 
 def per_device(function: Callable[..., Any], mesh: Mesh | None, in_axes: Sequence[Axes], out_axes: Axes) -> Callable:

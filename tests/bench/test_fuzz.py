@@ -70,8 +70,8 @@ def pages_in_the_order_of_their_ids(monkeypatch):
 def latents_of_no_token(monkeypatch):
     right = attention._gather
 
-    def gather(kv, b, indices):
-        return kv[b, jnp.clip(indices, 0, kv.shape[1] - 1)], right(kv, b, indices)[1]
+    def gather(kv, b, indices, dtype):
+        return kv[b, jnp.clip(indices, 0, kv.shape[1] - 1)], right(kv, b, indices, dtype)[1]
 
     monkeypatch.setattr(attention, "_gather", gather)
     return setups.MlaSetup(R=2, T=3, S=16, N=2, K=5, key_dim=6, value_dim=4, page_size=8)

@@ -32,7 +32,9 @@ def test_eight_devices_give_what_one_gives(checks):
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"make_mesh\(data=4096, model=2\): wanted at least 1 of each, there are"):
+    with pytest.raises(
+        ValueError, match=r"make_mesh\(data=4096, model=2, context=1\): wanted at least 1 of each, there are"
+    ):
         models.make_mesh(4096, 2)
     with pytest.raises(ValueError, match=r"mesh has the axes \('tp',\), wanted 'data', 'model' and 'context' or some"):
         models.from_pretrained(ROOT / "tests/golden/glm5", mesh=jax.make_mesh((1,), ("tp",)))
