@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
 def bytes_per_token(dtype: str, D: int, page_size: int) -> dict[str, float]:
     """What a token's key, its sketch and its share of the page's sum, means and counts take in a cache."""
     cache = jax.eval_shape(lambda: hj.init_cache(1, page_size, D, dtype, sketch="int4"))
-    sizes = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
+    arrays = [field.name for field in dataclasses.fields(cache) if not field.metadata.get("static")]
+    sizes = {name: getattr(cache, name) for name in arrays}
     taken = {name: leaf.size * leaf.dtype.itemsize / page_size for name, leaf in sizes.items() if leaf is not None}
     key, sketch = (
         sum(taken.pop(name, 0) for name in names) for names in (("keys", "scales"), ("codes", "code_scales"))

@@ -40,7 +40,6 @@ def as_keys(call: Call, seen: Array, method: Method) -> Call:
 def choose(
     run: Callable[..., Selection],
     call: Call,
-    seen: Array,
     method: Method,
     *args: Any,
     return_scores: bool,
@@ -49,10 +48,9 @@ def choose(
     """The selection of a call by `run`, an implementation's `select`.
 
     Args:
-        call: with entries for keys; its `visible` is worked out here.
-        seen: [*call.shape] int32, tokens that each query sees.
+        call: with entries for keys, but its `visible` counts tokens.
     """
-    shape, H = call.shape, call.q.shape[-2]
+    shape, H, seen = call.shape, call.q.shape[-2], call.visible
     options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
     inner = as_keys(call, seen, method)
     is_empty = 0 in (*inner.shape, call.n_sequences, call.max_keys)

@@ -119,7 +119,7 @@ def select(
             budget=budget,
         )
     )  # fmt: skip
-    return entries.choose(run, batch, seen, method, tiles or dispatch.default_tiles(), **options)
+    return entries.choose(run, batch, method, tiles or dispatch.default_tiles(), **options)
 
 
 def select_packed(
@@ -186,7 +186,7 @@ def select_packed(
         )
     )  # fmt: skip
     run = dispatch.IMPLEMENTATIONS[name].select
-    return entries.choose(run, packed, seen, method, tiles or dispatch.default_tiles(), **options)
+    return entries.choose(run, packed, method, tiles or dispatch.default_tiles(), **options)
 
 
 def implementations(

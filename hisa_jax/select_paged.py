@@ -120,7 +120,7 @@ def select_paged(
             candidates=candidates, budget=budget,
         )
     )  # fmt: skip
-    return entries.choose(run, paged, seen, method, tiles, **options)
+    return entries.choose(run, paged, method, tiles, **options)
 
 
 def check_pages(call: str, has_pages: Array, n_pages: int) -> None:

@@ -207,8 +207,10 @@ def paged(
             return np.broadcast_to(~is_seen.any(1).reshape((-1,) + (1,) * (leaf.ndim - 1)), leaf.shape)
         return np.zeros(leaf.shape, bool)
 
-    leaves = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
-    masks = hj.IndexCache(**{n: None if leaf is None else mask(n, leaf) for n, leaf in leaves.items()})
+    masks = dataclasses.replace(
+        cache,
+        **{name: mask(name, getattr(cache, name)) for name in arrays_of(cache) if getattr(cache, name) is not None},
+    )
     unseen_rows = np.append(is_poisoned, True)[np.repeat(np.arange(5), [*n_queries, 2])]
     q = jnp.asarray(draw.cast(q, dtype))
     visible = [n - m + 1 + np.arange(m) for m, n in zip(n_queries, lengths, strict=True)]
@@ -251,17 +253,22 @@ class Written:
         return self._append(cache, k, *arrays, latents=latents)
 
 
+def arrays_of(cache: hj.IndexCache) -> list[str]:
+    """The fields that are arrays, or None."""
+    return [field.name for field in dataclasses.fields(cache) if not field.metadata.get("static")]
+
+
 def assert_same_pages(got: hj.IndexCache, wanted: hj.IndexCache, pages: list[int], *, present: bool = False) -> None:
     """Bit for bit what some pages hold; of keys, sketches and latents only tokens that are `present`, if so asked."""
     there = np.arange(PAGE)[None] < np.asarray(wanted.counts)[pages][:, None]
-    for field in dataclasses.fields(wanted):
-        x, y = getattr(got, field.name), getattr(wanted, field.name)
+    for name in arrays_of(wanted):
+        x, y = getattr(got, name), getattr(wanted, name)
         if x is None:
             continue
         x, y = (np.asarray(leaf)[pages].view(f"uint{8 * leaf.dtype.itemsize}") for leaf in (x, y))
-        if present and field.name in ("keys", "scales", "codes", "code_scales", "latents"):
+        if present and name in ("keys", "scales", "codes", "code_scales", "latents"):
             x, y = x[there], y[there]
-        np.testing.assert_array_equal(x, y, err_msg=field.name)
+        np.testing.assert_array_equal(x, y, err_msg=name)
 
 
 def assert_nan_stays_in_its_page(append: Append, dtype: str) -> None:
