@@ -1,7 +1,7 @@
 """What a checkpoint of the byte model keeps under block means: answers, bits and recall at ratios of 1 in 2 to 1 in 16.
 
 A ratio is how many tokens of the context there are for each that HISA scores exactly. Made for the arms of
-`hisa_jax.models.training.arms`, whose tables stand in docs/lighthouse.md. A part that is done is written at once.
+`hisa_jax.models.training.arms`: see docs/lighthouse.md. A part that is done is written at once.
 """
 
 import argparse
@@ -12,11 +12,11 @@ from typing import Any
 import hisa_jax as hj
 from bench import UserError, options
 from bench.quality.agreement import agreement_rows
-from bench.quality.answers import bits_rows, multikey_rows, multikey_samples, needle_rows
+from bench.quality.answers import bits_rows, most_keys, multikey_rows, multikey_samples, needle_rows
+from bench.quality.command import corpus_of
 from bench.quality.model import load
 from bench.quality.variants import FLAT, Variant
 from bench.records import device, plain
-from hisa_jax.models.training.text import load_corpus, read_corpus
 
 RATIOS = (16, 8, 4, 2)
 _DENSE = "dense"
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.checkpoint.is_dir():
         raise UserError(f"--checkpoint {args.checkpoint}: no such folder")
     stacked = load(args.checkpoint)
-    corpus = read_corpus() if args.corpus is None else load_corpus(args.corpus)
+    corpus = corpus_of(args.corpus)
     topk, n, context = stacked.config.index_topk, args.samples, args.context
     flat, *others = variants(topk, context)
     rows: list[dict[str, Any]] = []
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         add("needle", variant.name, needle_rows(stacked, corpus, variant, context, _DEPTHS, -(-n // 4)))
         bits = bits_rows(stacked, corpus, variant, context, n)[-1]
         add("bits", variant.name, [{name: x for name, x in bits.items() if name != "by_window"}])
-    samples = multikey_samples(corpus, context, -(-n // 4), max(args.keys))
+    samples = multikey_samples(corpus, context, -(-n // 4), most_keys(context, args.keys))
     found = agreement_rows(stacked, samples, flat, (flat, *others[:-1]), args.queries, topk)
     add("layers", "", [row for row in found if row["measure"] in _MEASURES and row["method"] != FLAT])
     return 0

@@ -38,15 +38,15 @@ class ByScore:
 class Stages(indexer.Stages, Protocol):
     """What a backend brings beside the stages of the indexer."""
 
-    def best_blocks(
+    def block_sort_keys(
         self,
         call: FlatCall,
         means: Means | PageSums | PageMeans,
         eligible: Array,
         blocks: ByScore,
         interpret: Interpret = False,
-    ) -> Found:
-        """The best of the first `eligible` [T] blocks."""
+    ) -> Array:
+        """[T, n] sort keys of the first `eligible` [T] blocks."""
         ...
 
     def best_in_blocks(
@@ -77,7 +77,8 @@ class SelectShard:
             means = indexer.block_means(self.stages, call, flat, block_size, interpret)
 
             def some(flat: FlatCall, eligible: Array) -> Found:
-                return self.stages.best_blocks(flat, means, eligible, blocks, interpret)
+                sort_keys = self.stages.block_sort_keys(flat, means, eligible, blocks, interpret)
+                return self.stages.best_columns(sort_keys, eligible, k, interpret)
 
             return _of(*flat.map_queries(some, indexer.QUERIES, eligible))
 

@@ -1,28 +1,19 @@
 """Keys sharded over devices: tests/context_parallel.py on 8 emulated ones, and what is refused."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import hisa_jax as hj
-from tests import draw
+from tests import draw, emulated
 
 
 @pytest.mark.slow
 @pytest.mark.gate("some")
 @pytest.mark.parametrize(("part", "n_promises"), {"some": 6, "others": 6}.items(), ids=["some", "others"])
 def test_a_selection_over_eight_devices_is_that_of_one(part, n_promises):
-    command = [sys.executable, "-W", "error", "-m", "tests.context_parallel", part]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=900, env=os.environ | {"JAX_PLATFORMS": "cpu"}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("kept:") == n_promises
+    emulated.assert_kept("tests.context_parallel", part, n=n_promises)
 
 
 METHODS = {

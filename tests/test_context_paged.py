@@ -1,9 +1,6 @@
 """Pages split over devices: tests/context_paged.py on 8 emulated ones, one of them, and what is refused."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +10,7 @@ import pytest
 import hisa_jax as hj
 from hisa_jax.page_pool import OutOfPages, PagePool
 from hisa_jax.sharded.stripes import Stripes
+from tests import emulated
 
 # What they promise; not imported from there, since that module configures JAX.
 PROMISES = {
@@ -49,12 +47,7 @@ PROMISES = {
 @pytest.mark.gate("copies", "selection", "bytes", "groups", "ranks")
 @pytest.mark.parametrize("promises", PROMISES)
 def test_pages_on_eight_devices_serve_as_on_one(promises):
-    command = [sys.executable, "-W", "error", "-m", "tests.context_paged", *PROMISES[promises]]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=900, env=os.environ | {"JAX_PLATFORMS": "cpu"}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("kept:") == len(PROMISES[promises])
+    emulated.assert_kept("tests.context_paged", *PROMISES[promises], n=len(PROMISES[promises]))
 
 
 def test_every_place_is_one_devices_and_is_found_among_its_own():

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.checkpoint.is_dir():
         raise UserError(f"--checkpoint {args.checkpoint}: no such folder")
     size = _size(args)
-    stacked, corpus = load(args.checkpoint), _corpus(args.corpus)
+    stacked, corpus = load(args.checkpoint), corpus_of(args.corpus)
     config = stacked.config
     contexts = args.contexts or [c for c in CONTEXTS if c <= config.max_position_embeddings]
     _check(contexts, config.max_position_embeddings, corpus)
@@ -120,7 +120,8 @@ def _size(args: argparse.Namespace) -> Size:
     return dataclasses.replace(size, **changed)
 
 
-def _corpus(path: Path | None) -> Corpus:
+def corpus_of(path: Path | None) -> Corpus:
+    """That of a file, or this machine's text. Raises: UserError: it cannot be read, or is none."""
     try:
         return read_corpus() if path is None else load_corpus(path)
     except (OSError, ValueError) as error:

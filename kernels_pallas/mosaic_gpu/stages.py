@@ -34,8 +34,8 @@ from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
-    "best_blocks", "best_columns", "best_in_blocks", "best_tokens", "block_filter", "flat", "kth", "list_tokens",
-    "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
+    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
+    "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
 ]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
@@ -76,7 +76,7 @@ def block_filter(
     interpret: Interpret = False,
 ) -> Array:
     limit, m = eligible.scored, method.block_topk
-    sort_keys = _block_sort_keys(call, means, limit, method, interpret)
+    sort_keys = block_sort_keys(call, means, limit, method, interpret)
     if _are_few(sort_keys):
         # It takes all that a query sees, scored or not, where there is room: no kernel after it puts them there.
         return few_topk_stage.topk(sort_keys, eligible.seen, m, is_full=True, interpret=interpret)[0]
@@ -85,25 +85,13 @@ def block_filter(
     return eligible.or_all(topk_stage.topk(sort_keys, limit, m, n_ctas=n_sms(), interpret=interpret)[0])
 
 
-def best_blocks(
-    call: FlatCall,
-    means: Means | PageSums | PageMeans,
-    eligible: Array,
-    blocks: ByScore,
-    interpret: Interpret = False,
-) -> Found:
-    sort_keys = _block_sort_keys(call, means, eligible, blocks, interpret)
-    return best_columns(sort_keys, eligible, blocks.block_topk, interpret)
-
-
-def _block_sort_keys(
+def block_sort_keys(
     call: FlatCall,
     means: Means | PageSums | PageMeans,
     eligible: Array,
     method: Hisa | BlockSparse | ByScore,
-    interpret: Interpret,
+    interpret: Interpret = False,
 ) -> Array:
-    """[T, n] of the first `eligible` [T] blocks of each query."""
     q, w, sequences = call.q, call.w, call.sequences.blocks(method.block_size)
     T, n_ctas = q.shape[0], n_sms()
     columns = Columns(limit=eligible, n=sequences.max_keys, keep_first=method.keep_first, keep_last=method.keep_last)

@@ -27,8 +27,8 @@ from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
-    "best_blocks", "best_columns", "best_in_blocks", "best_tokens", "block_filter", "flat", "kth", "list_tokens",
-    "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
+    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
+    "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
 ]  # fmt: skip
 
 _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the best so far, less those
@@ -41,19 +41,8 @@ def block_filter(
     method: Hisa | BlockSparse,
     interpret: Interpret = False,
 ) -> Array:
-    sort_keys = _block_sort_keys(call, means, eligible.scored, method, interpret)
+    sort_keys = block_sort_keys(call, means, eligible.scored, method, interpret)
     return eligible.or_all(topk_stage.topk(sort_keys, eligible.scored, method.block_topk, interpret=interpret)[0])
-
-
-def best_blocks(
-    call: FlatCall,
-    means: Means | PageSums | PageMeans,
-    eligible: Array,
-    blocks: ByScore,
-    interpret: Interpret = False,
-) -> Found:
-    sort_keys = _block_sort_keys(call, means, eligible, blocks, interpret)
-    return best_columns(sort_keys, eligible, blocks.block_topk, interpret)
 
 
 def best_columns(x: Array, limit: Array, k: int, interpret: Interpret = False) -> Found:
@@ -61,14 +50,13 @@ def best_columns(x: Array, limit: Array, k: int, interpret: Interpret = False) -
     return sort_keys, columns
 
 
-def _block_sort_keys(
+def block_sort_keys(
     call: FlatCall,
     means: Means | PageSums | PageMeans,
     eligible: Array,
     method: Hisa | BlockSparse | ByScore,
-    interpret: Interpret,
+    interpret: Interpret = False,
 ) -> Array:
-    """[T, n] of the first `eligible` [T] blocks of each query."""
     q, w, sequences = call.q, call.w, call.sequences.blocks(method.block_size)
     config, T = scores_stage.heuristic(q.shape[1]), q.shape[0]
     columns = Columns(limit=eligible, n=sequences.max_keys, keep_first=method.keep_first, keep_last=method.keep_last)

@@ -1,7 +1,7 @@
 """The arms of an experiment: does training on pooled keys make block means better summaries?
 
 All begin with the same weights, short texts read densely, then differ in the attention of the stage at 16K. A third of
-`byte_recipe`'s bytes: after fewer short texts the model answers no question that block means could lose.
+`byte_recipe`'s bytes: after fewer short texts the model would answer no question, which block means could then lose.
 
     dense             16K by dense attention
     lighthouse        16K by Lighthouse for 62.5 % of the steps, then dense

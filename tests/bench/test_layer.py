@@ -27,6 +27,7 @@ def bench():
     return Bench(command.timer())
 
 
+@pytest.mark.exhaustive  # 10 seconds
 def test_a_layer_is_checked_and_timed_whole_and_by_part(bench):
     row = bench.measure(Row(PREFILL, "hisa"))
     assert row["checked"] and row["timer"] == "wall clock" and row["ms_p10"] <= row["ms"] <= row["ms_p90"]

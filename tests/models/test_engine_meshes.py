@@ -1,14 +1,11 @@
 """Engines on meshes: tests/models/meshes.py on 8 emulated devices, tests/models/engine_processes.py on localhost."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import pytest
 
 from hisa_jax import models
 from hisa_jax.models.engine import Engine
+from tests import emulated
 
 from .. import test_processes
 from . import serving
@@ -33,12 +30,7 @@ PROMISES = {
 @pytest.mark.parametrize("promises", PROMISES)
 def test_an_engine_on_eight_devices_serves_as_on_one(promises):
     """Some 10 s of CPU for the small one, a minute and more for the others."""
-    command = [sys.executable, "-W", "error", "-m", "tests.models.meshes", *PROMISES[promises]]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=1800, env=os.environ | {"JAX_PLATFORMS": "cpu"}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("kept:") == len(PROMISES[promises])
+    emulated.assert_kept("tests.models.meshes", *PROMISES[promises], n=len(PROMISES[promises]), timeout_s=1800)
 
 
 def run(n, *promises):

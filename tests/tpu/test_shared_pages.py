@@ -1,10 +1,8 @@
 """Pages that emulated devices share, searched by the TPU kernels: tests/shared_pages.py, a minute a case and more."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests import emulated
 
 PROMISES = {
     "two": ("hisa_over_two_devices",),
@@ -18,8 +16,6 @@ PROMISES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("promises", PROMISES)
 def test_pages_shared_by_emulated_devices_keep_the_contract(promises):
-    command = [sys.executable, "-W", "error", "-m", "tests.shared_pages", "mosaic_tpu", *PROMISES[promises]]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("kept:") == len(PROMISES[promises])
+    emulated.assert_kept(
+        "tests.shared_pages", "mosaic_tpu", *PROMISES[promises], n=len(PROMISES[promises]), timeout_s=1800
+    )
