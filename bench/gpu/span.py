@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.profiler import ProfileData
 
-_APART_S = 20e-3  # between two calls, far more than within one, where the host may be busy with other work
+_APART_S = 4e-3  # between two calls, far more than within one, where the host may be busy with other work
 _WARM_S = 0.05  # of calls before those that count: an idle card clocks down
 
 
