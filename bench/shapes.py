@@ -61,8 +61,8 @@ DSV32 = Model(
 )  # fmt: skip
 GLM5 = dataclasses.replace(DSV32, name="glm5", H=32, mla_heads=64, max_context=202_752)
 GLM52 = dataclasses.replace(GLM5, name="glm52", max_context=1_048_576)
-# Indexers over pools of 4 tokens, of which 2048 tokens are chosen; sources: models/indexers/table.py. HISA's blocks have
-# the 128 tokens of the paper. What attends to the tokens is no matter of theirs.
+# Indexers over pools of 4 tokens that choose 2048 tokens; sources: models/indexers/table.py. HISA's blocks have the 128
+# tokens of the paper. What attends to the tokens is no matter of theirs.
 GLM53_FLASH = dataclasses.replace(GLM52, name="glm53-flash", topk=512, block_size=32, entry_size=4)
 QSA = dataclasses.replace(GLM53_FLASH, name="qsa", H=4)
 MODELS = {model.name: model for model in (DSV32, GLM5, GLM52)}
