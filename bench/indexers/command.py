@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 import hisa_jax as hj
 from bench import UserError, options
@@ -30,11 +29,11 @@ from bench.quality.model import BYTES, load
 from bench.records import device, plain
 from bench.smollm2.training import load as load_leaves
 from bench.smollm2.training import save as save_leaves
-from hisa_jax.models.training.batches import held_out_windows
 from hisa_jax.models.training.text import Corpus
 
 PARTS = ("train", "pools", "composed")
 _KEYS = 32  # statements of a sample, about 16 of which it asks
+_COMPARED = 2  # samples whose choices are compared
 _LEAST_POOLED = 8  # entries of a block, which hold the 32 tokens of the model's HISA
 
 
@@ -46,9 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("indexers_out"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--models", choices=SIZES, nargs="+", default=list(SIZES), help="whose indexers over pools")
     parser.add_argument("--context", type=whole(1024, 16384), default=4096, metavar="N", help="default: %(default)s")
-    parser.add_argument("--samples", type=whole(1, 1000), default=2, metavar="N", help="with questions, and of text")
+    parser.add_argument("--samples", type=whole(1, 1000), default=2, metavar="N", help="of text with questions")
     parser.add_argument("--queries", type=whole(8, 4096), default=256, metavar="N", help="compared in a sample")
     parser.add_argument("--steps", type=whole(1, 100_000), default=300, metavar="N", help="of training")
+    parser.add_argument("--minutes", type=options.positive, metavar="M", help="an indexer: no rule begins later")
     parser.add_argument("--window", type=whole(512, 16384), default=2048, metavar="N", help="tokens of a step")
 
 
@@ -92,7 +92,7 @@ def of_pools(topk: int, H: int, r: int) -> tuple[Rule, ...]:
     """Flat, HISA and the scan over pools of r tokens, of indexers with H heads."""
     keys: dict[str, Any] = dict(topk=topk // r, entry_size=r, tail="open")
     blocks = 4 * topk // r // _LEAST_POOLED
-    scans = [(exact, times) for exact in (0, 1, 4) for times in (2, 4) if exact < H]
+    scans = ((0, 4), (1, 2), (1, 4), (2, 2)) if H < 8 else ((0, 4), (1, 4), (4, 2), (4, 4))
     return (
         Rule(name="flat", method=hj.Dsa(**keys)),
         Rule(name="HISA", method=hj.Hisa(**keys, block_size=_LEAST_POOLED, block_topk=blocks)),
@@ -112,19 +112,20 @@ def compare(
 ) -> None:  # fmt: skip
     """Recall of all rules, then answers and bits of each, and, given the heads, what it costs."""
     samples = multikey_samples(corpus, args.context, args.samples, min(_KEYS, args.context // 80))
-    windows = held_out_windows(corpus, args.context, args.samples)
     if jax.default_backend() == "gpu":  # a CPU has no core to spare
         runner.prepare(args.context, tuple(rules))
-    start = time.monotonic()
-    flat: np.ndarray | None = None
-    recalls = measure.recalls(runner, samples, rules, args.queries)
+    start, flat = time.monotonic(), None
+    recalls = measure.recalls(runner, samples[:_COMPARED], rules, args.queries)
     for rule, row in zip(rules, recalls, strict=True):
-        found = measure.bits(runner, windows, rule)
-        flat = found if flat is None else flat
+        if args.minutes is not None and time.monotonic() - start > 60 * args.minutes:
+            print(f"{indexer}: {rule.name} and what follows it are left out, for want of time")
+            break
+        found = measure.read(runner, samples, rule)
+        flat = flat or found
         cost = measure.costs(rule, args.context, H) if H else {}
         add({
-            "part": "composed" if H else "pools", "indexer": indexer, **row, **measure.over(found, flat),
-            **measure.answers(runner, samples, rule), **cost, "seconds": time.monotonic() - start,
+            "part": "composed" if H else "pools", "indexer": indexer, **row, **measure.beside(found, flat), **cost,
+            "seconds": time.monotonic() - start,
         })  # fmt: skip
 
 

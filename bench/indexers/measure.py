@@ -1,10 +1,11 @@
 """Rows of a rule: what it keeps of the flat choice, answers and bits of the model that runs by it, its cost."""
 
+import collections
 import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,9 @@ def recalls(runner: Runner, samples: Sequence[Sample], rules: Sequence[Rule], n_
     Of two kinds of queries: groups of neighbours, evenly over the last half of the text, and groups that predict bytes
     of answers. A row a rule: means over layers, and the least one.
     """
-    reference, found = rules[0], dict[tuple[str, str], list[list[float]]]()
+    reference = rules[0]
+    found: dict[tuple[str, str, int], list[float]] = collections.defaultdict(list)
+    by_entries = {rule.name: dataclasses.replace(rule, method=_of_entries(rule.method)).unnamed() for rule in rules}
     for sample in samples:
         text, asking = _groups(sample, n_queries)
         rows = np.concatenate([text, asking])
@@ -39,22 +42,26 @@ def recalls(runner: Runner, samples: Sequence[Sample], rules: Sequence[Rule], n_
         for at, (_, seen) in enumerate(runner.layers(sample.tokens[None], reference)):
             assert seen is not None
             here = Asked(seen.q[:, rows], seen.w[:, rows], jnp.asarray(rows)[None])
-            wanted = None
+            started = {
+                rule.name: runner.programs.start(
+                    ("recall", by_entries[rule.name], role), _choose_of(by_entries[rule.name], role), here, seen.k,
+                    before.get(rule.name),
+                )
+                for rule in rules if (role := rule.role(at)) != "take over"
+            }  # fmt: skip
+            for name, program in started.items():
+                before[name] = program.result()(here, seen.k, before.get(name))
             for rule in rules:
-                by_entries = dataclasses.replace(rule, method=_of_entries(rule.method))
-                chosen = _choose(by_entries.unnamed(), rule.role(at), here, seen.k, before.get(rule.name))
-                before[rule.name] = chosen
-                wanted = chosen.indices if wanted is None else wanted
-                recall = np.asarray(hj.compare(_selection(chosen.indices), _selection(wanted)).recall)[0]
-                for kind, part in (("text", recall[: text.size]), ("asking", recall[text.size :])):
-                    layers = found.setdefault((rule.name, kind), [])
-                    layers += [[]] * (at + 1 - len(layers))
-                    layers[at] = layers[at] + part.tolist()
+                wanted, chosen = (_selection(before[name].indices) for name in (reference.name, rule.name))
+                recall = np.asarray(hj.compare(chosen, wanted).recall)[0].tolist()
+                found[rule.name, "text", at] += recall[: text.size]
+                found[rule.name, "asking", at] += recall[text.size :]
+    layers = range(runner.stacked.config.num_hidden_layers)
     made = []
     for rule in rules:
         row: Row = {"method": rule.name}
         for kind in ("text", "asking"):
-            by_layer = [float(np.mean(x)) for x in found[rule.name, kind]]
+            by_layer = [float(np.mean(found[rule.name, kind, at])) for at in layers]
             row |= {f"recall_{kind}": float(np.mean(by_layer)), f"worst_{kind}": min(by_layer)}
             row[f"by_layer_{kind}"] = by_layer
         made.append(row)
@@ -80,37 +87,43 @@ def _of_entries(method: hj.Method) -> hj.Method:
     return method if method.entry_size == 1 else dataclasses.replace(method, tail=None, returns="entries")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _choose(rule: Rule, role: Role, asked: Asked, k: Array, before: Published | None) -> Published:
-    return choose(rule, role, asked, k, before)
+@functools.cache
+def _choose_of(rule: Rule, role: Role) -> Any:
+    return jax.jit(functools.partial(choose, rule, role))
 
 
 def _selection(indices: Array) -> hj.Selection:
     return hj.Selection(indices=indices, count=jnp.sum(indices >= 0, axis=-1, dtype=jnp.int32))
 
 
-def answers(runner: Runner, samples: Sequence[Sample], rule: Rule) -> Row:
-    """Which questions are answered right: every byte the likeliest one, those before it given."""
-    right: list[bool] = []
+class Read(NamedTuple):
+    """What a model that runs by a rule makes of samples: bits a byte of the text [n], and which answers are right."""
+
+    bits: np.ndarray
+    right: list[bool]
+
+
+def read(runner: Runner, samples: Sequence[Sample], rule: Rule) -> Read:
+    """Bits of the second half of each sample up to its questions, statements and all, and its answers.
+
+    An answer is right if every byte of it is the likeliest one, those before it given.
+    """
+    bits, right = [], list[bool]()
     for sample in samples:
-        likeliest = np.asarray(jnp.argmax(runner.logits(sample.tokens[None], rule), axis=-1))
-        right += answered(likeliest[0], sample)
-    return {"right": sum(right), "questions": len(right)}
+        logits, start = runner.logits(sample.tokens[None], rule), min(q.start for q in sample.questions)
+        of_bytes = np.asarray(bits_of(logits, jnp.asarray(sample.tokens[None])), np.float64)[0]
+        bits.append(of_bytes[len(sample.tokens) // 2 : start - 1].mean())
+        right += answered(np.asarray(jnp.argmax(logits, axis=-1))[0], sample)
+    return Read(np.array(bits), right)
 
 
-def bits(runner: Runner, windows: np.ndarray, rule: Rule) -> np.ndarray:
-    """uint8 [n, T] -> [n]: bits a byte of each window's second half, where choices differ most."""
-    found = [
-        np.asarray(bits_of(runner.logits(window[None], rule), jnp.asarray(window[None])), np.float64)
-        for window in windows
-    ]
-    return np.concatenate(found)[:, windows.shape[1] // 2 :].mean(axis=1)
-
-
-def over(ours: np.ndarray, flat: np.ndarray) -> Row:
-    """Bits more than the flat rule's, paired by window, with a 95 % interval."""
-    middle, low, _ = statistics.mean(ours - flat)
-    return {"bits": float(ours.mean()), "bits_over": middle, "bits_interval": middle - low}
+def beside(ours: Read, flat: Read) -> Row:
+    """Bits more than the flat rule's, paired by sample, with a 95 % interval; right answers."""
+    middle, low, _ = statistics.mean(ours.bits - flat.bits)
+    return {
+        "bits": float(ours.bits.mean()), "bits_over": middle, "bits_interval": middle - low,
+        "right": sum(ours.right), "questions": len(ours.right),
+    }  # fmt: skip
 
 
 def costs(rule: Rule, context: int, H: int) -> Row:

@@ -1,6 +1,5 @@
 """The byte model with a rule in place of its selection: by its own indexers, or by indexers over pools beside them."""
 
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+import hisa_jax as hj
 from bench.indexers.rules import Asked, Published, Role, Rule, choose
 from bench.quality.model import attended, logits_from
 from bench.smollm2.programs import Programs
@@ -84,6 +84,7 @@ class Runner:
 
     def __init__(self, stacked: Stacked, pools: Pools | None = None):
         self.stacked, self.pools, self.programs = stacked, pools, Programs()
+        self._layers: dict[tuple[Rule, Role], Any] = {}
 
     def logits(self, tokens: np.ndarray, rule: Rule) -> Array:
         """uint8 [1, T] -> float32 [1, T, V]."""
@@ -115,14 +116,18 @@ class Runner:
         return jax.tree.map(lambda leaf: leaf[at], self.stacked.layers), own, x, before
 
     def _program(self, rule: Rule, role: Role, args: tuple[Any, ...]) -> Any:
-        return self.programs.start((rule.unnamed(), role), self._layer(rule, role), *args)
+        layer = self._layer(rule, role)
+        return self.programs.start(layer, layer, *args)
 
     def _layer(self, rule: Rule, role: Role) -> Any:
-        graph = None if self.pools is None else self.pools.graph
-        return _layer_of(self.stacked.config, self.stacked.graph, graph, rule.unnamed(), role)
+        # Who takes over does not choose, so that all rules share that program.
+        how = Rule(name="", method=hj.Dsa()) if role == "take over" else rule.unnamed()
+        if (how, role) not in self._layers:
+            graph = None if self.pools is None else self.pools.graph
+            self._layers[how, role] = _layer_of(self.stacked.config, self.stacked.graph, graph, how, role)
+        return self._layers[how, role]
 
 
-@functools.cache
 def _layer_of(config: Config, graph: nnx.GraphDef[Layer], pools: Any, rule: Rule, role: Role) -> Any:
     """(weights of a layer, of its indexer over pools or None, x, what a layer before handed on) -> the same, seen."""
 

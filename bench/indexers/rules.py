@@ -169,7 +169,6 @@ def composed(topk: int, block_size: int, block_topk: int, H: int, router_block: 
             rule(name=f"{name}, a quarter of the heads", heads=few),
             rule(name=f"{name}, shared by 4 queries", group=4),
             rule(name=f"{name}, shared by 2 layers", layers=2),
-            rule(name=f"{name}, shared by 4 layers", layers=4),
             rule(name=f"{name}, a list for 4 layers", lists=4),
         ]
         if name == "flat":

@@ -20,7 +20,7 @@ from bench.indexers.model import Pools, of_pools
 from hisa_jax.models.dsa import Attention, Projections, Table
 from hisa_jax.models.rope import rope_table
 from hisa_jax.models.training import forward
-from hisa_jax.models.training.batches import Batches
+from hisa_jax.models.training.batches import Batches, prefetched
 from hisa_jax.models.training.sparse import kl_target
 from hisa_jax.models.training.text import Corpus
 from hisa_jax.models.training.weights import Stacked
@@ -65,8 +65,8 @@ def train(
 
     layers = jax.tree.map(jnp.copy, pools.layers)
     moments = step_of.init(layers)
-    for i in range(recipe.steps):
-        tokens = jnp.asarray(batches(i).tokens[:, : recipe.T], jnp.int32)
+    for i, batch in enumerate(prefetched(batches, 0, recipe.steps)):
+        tokens = jnp.asarray(batch.tokens[:, : recipe.T], jnp.int32)
         rng = np.random.default_rng([recipe.seed, i])
         rows = np.sort(rng.choice(np.arange(_EARLIEST, recipe.T), recipe.queries, replace=False)).astype(np.int32)
         layers, moments, loss = step(layers, moments, stacked, tokens, jnp.asarray(rows))
