@@ -2,6 +2,7 @@
 
     train       indexers over pools of 4 tokens for every layer, into --out/MODEL_TYPE.npz
     pools       flat, HISA and the scan over these pools
+    random      the same over pools at 1M tokens, of random normal queries and keys at published sizes
     composed    flat, HISA and the scan of the model's own indexers, each alone and with each option (rules.py)
 
 Rows go to --out/indexers.json, a table to the screen and to --out/indexers.md.
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 
 import hisa_jax as hj
-from bench import UserError, options
+from bench import UserError, options, shapes
 from bench.indexers import measure, training
 from bench.indexers.model import SIZES, Pools, Runner, random_pools
 from bench.indexers.rules import Rule, composed
@@ -31,10 +32,11 @@ from bench.smollm2.training import load as load_leaves
 from bench.smollm2.training import save as save_leaves
 from hisa_jax.models.training.text import Corpus
 
-PARTS = ("train", "pools", "composed")
+PARTS = ("train", "pools", "random", "composed")
 _KEYS = 32  # statements of a sample, about 16 of which it asks
 _COMPARED = 2  # samples whose choices are compared
-_LEAST_POOLED = 8  # entries of a block, which hold the 32 tokens of the model's HISA
+_RANDOM = 2**20  # tokens of random data
+_POOLED = 8  # entries of a block, which hold the 32 tokens of the model's HISA
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
         if "pools" in args.part:
             pools = Pools(pools.graph, load_leaves(file, pools.layers))
             compare(args, Runner(stacked, pools), corpus, of_pools(topk, *SIZES[model_type][::2]), model_type, add)
+    for model in (shapes.GLM53_FLASH, shapes.QSA) if "random" in args.part else ():
+        for row in measure.random_recalls(model, of_pools(model.topk * 4, model.H, 4, model.block_size), _RANDOM, 16):
+            add({"part": "random", "indexer": f"{model.name}, random", **row})
     if "composed" in args.part:
         # One in 16 tokens of the longest context is a router's block at 128K, as published; here of fewer tokens.
         rules = composed(topk, 32, topk * 4 // 32, H, router_block=128)
@@ -88,14 +93,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def of_pools(topk: int, H: int, r: int) -> tuple[Rule, ...]:
-    """Flat, HISA and the scan over pools of r tokens, of indexers with H heads."""
+def of_pools(topk: int, H: int, r: int, block_size: int = _POOLED) -> tuple[Rule, ...]:
+    """Flat, HISA with 4 topk candidates and the scan over pools of r tokens, of indexers with H heads."""
     keys: dict[str, Any] = dict(topk=topk // r, entry_size=r, tail="open")
-    blocks = 4 * topk // r // _LEAST_POOLED
+    blocks = 4 * topk // r // block_size
     scans = ((0, 4), (1, 2), (1, 4), (2, 2)) if H < 8 else ((0, 4), (1, 4), (4, 2), (4, 4))
     return (
         Rule(name="flat", method=hj.Dsa(**keys)),
-        Rule(name="HISA", method=hj.Hisa(**keys, block_size=_LEAST_POOLED, block_topk=blocks)),
+        Rule(name="HISA", method=hj.Hisa(**keys, block_size=block_size, block_topk=blocks)),
         *(
             Rule(
                 name=f"scan, {exact} exact heads, {times} k",

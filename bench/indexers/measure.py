@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,8 @@ import numpy as np
 from jax import Array
 
 import hisa_jax as hj
+from bench import shapes
+from bench.gpu.inputs import draw
 from bench.indexers.model import Runner
 from bench.indexers.rules import Asked, Published, Role, Rule, choose, cost
 from bench.quality.answers import bits_of
@@ -66,6 +68,19 @@ def recalls(runner: Runner, samples: Sequence[Sample], rules: Sequence[Rule], n_
             row[f"by_layer_{kind}"] = by_layer
         made.append(row)
     return made
+
+
+def random_recalls(model: shapes.Model, rules: Sequence[Rule], context: int, n: int) -> Iterator[Row]:
+    """The share of the first rule's entries that each rule finds, of the last n queries of random normal data."""
+    q, k, _, w, _ = draw(model, 1, n, context // model.entry_size, jnp.float32)
+    here = Asked(q, w, jnp.arange(context - n, context, dtype=jnp.int32)[None])
+    wanted = None
+    for rule in rules:
+        by_entries = dataclasses.replace(rule, method=_of_entries(rule.method)).unnamed()
+        found = _selection(_choose_of(by_entries, "choose")(here, k, None).indices)
+        wanted = wanted or found
+        recall = np.asarray(hj.compare(found, wanted).recall)
+        yield {"method": rule.name, "recall": float(recall.mean()), "worst_query": float(recall.min()), "queries": n}
 
 
 def _groups(sample: Sample, n: int) -> tuple[np.ndarray, np.ndarray]:

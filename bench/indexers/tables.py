@@ -24,6 +24,9 @@ def tables(rows: Sequence[Row]) -> str:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """Lines of one table; costs where the rows have them."""
+    if "worst_query" in rows[0]:
+        lines = ["| rule | recall, mean / worst query |", "|---|--:|"]
+        return lines + [f"| {row['method']} | {row['recall']:.3f} / {row['worst_query']:.3f} |" for row in rows]
     columns = ["rule", "recall of text", "of questions", "bits over flat", "answers"]
     if has_costs := "cost" in rows[0]:
         columns[1:1] = ["cost", "at 128K"]
