@@ -35,6 +35,7 @@ from hisa_jax.models.training.text import Corpus
 PARTS = ("train", "pools", "random", "composed")
 _KEYS = 32  # statements of a sample, about 16 of which it asks
 _COMPARED = 2  # samples whose choices are compared
+_NAMES = ("part", "indexer", "method")  # of a row
 _RANDOM = 2**20  # tokens of random data
 _POOLED = 8  # entries of a block, which hold the 32 tokens of the model's HISA
 
@@ -69,7 +70,11 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
 
     def add(row: dict[str, Any]) -> None:
-        rows.append(row)
+        same = [x for x in rows if "method" in row and all(x.get(name) == row[name] for name in _NAMES)]
+        if same:
+            same[0].update(row)
+        else:
+            rows.append(row)
         print(" ".join(f"{name}={_short(x)}" for name, x in row.items() if not isinstance(x, list)), flush=True)
         (args.out / "indexers.json").write_text(json.dumps(about | {"rows": plain(rows, digits=5)}, indent=1) + "\n")
         (args.out / "indexers.md").write_text(tables(rows))
@@ -119,19 +124,22 @@ def compare(
     samples = multikey_samples(corpus, args.context, args.samples, min(_KEYS, args.context // 80))
     if jax.default_backend() == "gpu":  # a CPU has no core to spare
         runner.prepare(args.context, tuple(rules))
-    start, flat = time.monotonic(), None
-    recalls = measure.recalls(runner, samples[:_COMPARED], rules, args.queries)
-    for rule, row in zip(rules, recalls, strict=True):
+
+    def name(rule: Rule) -> dict[str, Any]:
+        return {"part": "composed" if H else "pools", "indexer": indexer, "method": rule.name}
+
+    start, flat, measured = time.monotonic(), None, list[Rule]()
+    for rule in rules:
         if args.minutes is not None and time.monotonic() - start > 60 * args.minutes:
             print(f"{indexer}: {rule.name} and what follows it are left out, for want of time")
             break
         found = measure.read(runner, samples, rule)
         flat = flat or found
         cost = measure.costs(rule, args.context, H) if H else {}
-        add({
-            "part": "composed" if H else "pools", "indexer": indexer, **row, **measure.beside(found, flat), **cost,
-            "seconds": time.monotonic() - start,
-        })  # fmt: skip
+        add({**name(rule), **measure.beside(found, flat), **cost, "seconds": time.monotonic() - start})
+        measured.append(rule)
+    for rule, row in zip(measured, measure.recalls(runner, samples[:_COMPARED], measured, args.queries), strict=True):
+        add({**name(rule), **row})
 
 
 def _report(add: Any, model_type: str, step: int, kl: float) -> None:

@@ -16,7 +16,7 @@ import hisa_jax as hj
 from bench import shapes
 from bench.gpu.inputs import draw
 from bench.indexers.model import Runner
-from bench.indexers.rules import Asked, Published, Role, Rule, choose, cost
+from bench.indexers.rules import READS, Asked, Published, Role, Rule, choose, cost
 from bench.quality.answers import bits_of
 from hisa_jax.models.evaluate import statistics
 from hisa_jax.models.training.retrieval import answered
@@ -32,7 +32,7 @@ def recalls(runner: Runner, samples: Sequence[Sample], rules: Sequence[Rule], n_
     """The share of the first rule's choice that each other one has, at the hidden states of the model that runs by it.
 
     Of two kinds of queries: groups of neighbours, evenly over the last half of the text, and groups that predict bytes
-    of answers. A row a rule: means over layers, and the least one.
+    of answers. In their order: means over layers, and the least one.
     """
     reference = rules[0]
     found: dict[tuple[str, str, int], list[float]] = collections.defaultdict(list)
@@ -47,12 +47,14 @@ def recalls(runner: Runner, samples: Sequence[Sample], rules: Sequence[Rule], n_
             started = {
                 rule.name: runner.programs.start(
                     ("recall", by_entries[rule.name], role), _choose_of(by_entries[rule.name], role), here, seen.k,
-                    before.get(rule.name),
+                    before[rule.name] if role in READS else None,
                 )
                 for rule in rules if (role := rule.role(at)) != "take over"
             }  # fmt: skip
-            for name, program in started.items():
-                before[name] = program.result()(here, seen.k, before.get(name))
+            for rule in rules:
+                if rule.name in started:
+                    published = before[rule.name] if rule.role(at) in READS else None
+                    before[rule.name] = started[rule.name].result()(here, seen.k, published)
             for rule in rules:
                 wanted, chosen = (_selection(before[name].indices) for name in (reference.name, rule.name))
                 recall = np.asarray(hj.compare(chosen, wanted).recall)[0].tolist()
@@ -61,7 +63,7 @@ def recalls(runner: Runner, samples: Sequence[Sample], rules: Sequence[Rule], n_
     layers = range(runner.stacked.config.num_hidden_layers)
     made = []
     for rule in rules:
-        row: Row = {"method": rule.name}
+        row: Row = {}
         for kind in ("text", "asking"):
             by_layer = [float(np.mean(found[rule.name, kind, at])) for at in layers]
             row |= {f"recall_{kind}": float(np.mean(by_layer)), f"worst_{kind}": min(by_layer)}

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 import hisa_jax as hj
-from bench.indexers.rules import Asked, Published, Role, Rule, choose
+from bench.indexers.rules import READS, Asked, Published, Role, Rule, choose
 from bench.quality.model import attended, logits_from
 from bench.smollm2.programs import Programs
 from hisa_jax.models import indexers
@@ -69,7 +69,7 @@ def random_pools(model_type: str, config: Config, seed: int) -> Pools:
 def of_pools(graph: Any, state: Any, x: Array, made: Projections, table: Table) -> Seen:
     """What an indexer over pools makes of a layer's input, with the factor of its scores in w."""
     indexer = nnx.merge(graph, state)
-    found = indexer(x, made.q_latent, *table)
+    found = indexer(x, made.q_latent, *table, implementation="xla")
     w = jnp.ones(found.q.shape[:3], jnp.float32) if found.w is None else found.w
     return Seen(found.q, w * indexer.scale, found.k)
 
@@ -96,8 +96,9 @@ class Runner:
         x = self.stacked.embed[jnp.asarray(tokens, jnp.int32)]
         before: Published | None = None
         for at in range(self.stacked.config.num_hidden_layers):
-            args = self._args(at, x, before)
-            x, before, seen = self._program(rule, rule.role(at), args).result()(*args)
+            role = rule.role(at)
+            args = self._args(at, x, before if role in READS else None)
+            x, before, seen = self._program(rule, role, args).result()(*args)
             yield x, seen
 
     def prepare(self, T: int, rules: tuple[Rule, ...]) -> None:
@@ -107,9 +108,10 @@ class Runner:
         for rule in rules:
             before = None
             for at in range(config.num_hidden_layers):
-                args = self._args(at, x, before)
-                self._program(rule, rule.role(at), args)
-                before = jax.eval_shape(self._layer(rule, rule.role(at)), *args)[1]
+                if (role := rule.role(at)) not in [rule.role(earlier) for earlier in range(at)]:
+                    args = self._args(at, x, before if role in READS else None)
+                    self._program(rule, role, args)
+                    before = jax.eval_shape(self._layer(rule, role), *args)[1]
 
     def _args(self, at: int, x: Any, before: Any) -> tuple[Any, ...]:
         own = None if self.pools is None else jax.tree.map(lambda leaf: leaf[at], self.pools.layers)

@@ -18,6 +18,7 @@ from jax import Array
 import hisa_jax as hj
 
 Role = Literal["choose", "publish", "look up", "take over"]
+READS = ("look up", "take over")  # those that depend on what a layer before hands on
 _LISTED = 4  # times topk: candidates that are published, or that routed heads find for all heads
 _SHARED = 2  # times topk: candidates of a proxy
 _PUBLISHED_BLOCK = 8  # of the flat indexer's list, as DeepSeek-V4.1 publishes it
@@ -146,7 +147,8 @@ def _among(rule: Rule, asked: Asked, k: Array, blocks: Array, block_size: int) -
 
 
 def _select(asked: Asked, k: Array, method: hj.Method, **options: Any) -> hj.Selection:
-    return hj.select(asked.q, k, asked.w, method, query_positions=asked.positions, **options)
+    # By one implementation, so that rules differ in what they say alone.
+    return hj.select(asked.q, k, asked.w, method, query_positions=asked.positions, implementation="xla", **options)
 
 
 def _list_block(method: hj.Method) -> int:

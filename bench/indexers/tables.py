@@ -33,14 +33,18 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines = [f"| {' | '.join(columns)} |", f"|---{'|--:' * (len(columns) - 1)}|"]
     for row in rows:
         cells = [
-            f"{row['recall_text']:.3f} / {row['worst_text']:.3f}",
-            f"{row['recall_asking']:.3f} / {row['worst_asking']:.3f}",
-            _over(row), f"{row['right']} of {row['questions']}",
+            _recall(row, "text"), _recall(row, "asking"), _over(row), f"{row['right']} of {row['questions']}",
         ]  # fmt: skip
         if has_costs:
             cells[:0] = [f"{row['cost']:.3f}", f"{row['cost_128K']:.3f}"]
         lines.append(f"| {row['method']} | {' | '.join(cells)} |")
     return lines
+
+
+def _recall(row: Row, kind: str) -> str:
+    """Of all layers, and of the worst one."""
+    known = f"recall_{kind}" in row
+    return f"{row[f'recall_{kind}']:.3f} / {row[f'worst_{kind}']:.3f}" if known else ""
 
 
 def _over(row: Row) -> str:

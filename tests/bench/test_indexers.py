@@ -132,6 +132,7 @@ def test_the_command_writes_rows_and_a_table(stacked, monkeypatch, tmp_path):
     monkeypatch.setattr(command, "composed", lambda *_, **__: composed(16, 8, 8, 2, router_block=16)[:2])
     monkeypatch.setattr(command, "of_pools", lambda *_, of_pools=command.of_pools: of_pools(64, 4, 4)[:2])
     sizes = ["--context", "1024", "--samples", "1", "--queries", "8", "--steps", "2", "--window", "512"]
+    sizes += ["--part", "train", "pools", "composed"]
     assert main(["indexers", "--corpus", str(corpus), "--out", str(tmp_path), "--models", "qwen4_exp", *sizes]) == 0
     rows = json.loads((tmp_path / "indexers.json").read_text())["rows"]
     assert [row["part"] for row in rows] == ["train"] * 2 + ["pools"] * 2 + ["composed"] * 2
