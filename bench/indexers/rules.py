@@ -9,7 +9,6 @@ Everything here is put together from `hj.select` and its candidates.
 """
 
 import dataclasses
-import functools
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -163,19 +162,24 @@ def composed(topk: int, block_size: int, block_topk: int, H: int, router_block: 
         "HISA": hj.Hisa(topk=topk, block_size=block_size, block_topk=block_topk),
         "scan": hj.Scan(topk=topk),
     }
-    few, found = max(H // 4, 1), []
-    for name, method in methods.items():
-        rule = functools.partial(Rule, method=method, router_block=router_block)
-        found += [
-            rule(name=name),
-            rule(name=f"{name}, a quarter of the heads", heads=few),
-            rule(name=f"{name}, shared by 4 queries", group=4),
-            rule(name=f"{name}, shared by 2 layers", layers=2),
-            rule(name=f"{name}, a list for 4 layers", lists=4),
-        ]
-        if name == "flat":
-            found.append(rule(name=f"{name}, a quarter of the heads, then all", heads=few, rescores=True))
-    return tuple(found)
+    few = max(H // 4, 1)
+    ways: dict[str, dict[str, Any]] = {
+        "": {},
+        ", shared by 4 queries": dict(group=4),
+        ", a list for 4 layers": dict(lists=4),
+        ", a quarter of the heads": dict(heads=few),
+        ", shared by 2 layers": dict(layers=2),
+    }
+    found = [
+        Rule(name=f"{name}{way}", method=method, router_block=router_block, **options)
+        for way, options in ways.items()
+        for name, method in methods.items()
+    ]
+    two_stages = Rule(
+        name="flat, a quarter of the heads, then all", method=methods["flat"], heads=few, rescores=True,
+        router_block=router_block,
+    )  # fmt: skip
+    return (*found[:3], two_stages, *found[3:])
 
 
 def cost(rule: Rule, S: int, H: int) -> float:
