@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax import Array
 
+from hisa_jax import kernel_heads
 from hisa_jax.check_select import check_options
 from hisa_jax.layout import IndexCache, Keys, Limits
 from hisa_jax.methods import BlockSparse, Hisa, Method, Scan, name_of
@@ -128,10 +129,11 @@ def _nvidia(name: str) -> Implementation:
             return module.why_not(device.compute_capability, H=64, D=128, dtype="bfloat16")
         if reason := _no_kernels(problem) or _no_scan(problem):
             return reason
-        if isinstance(problem.method, Scan):
+        if isinstance(problem.method, Scan) and not kernel_heads.is_flat(problem.method, problem.H):
             scan: Any = importlib.import_module("hisa_jax.kernels_pallas.scan")
-            if reason := scan.why_not(problem.method, problem.keeps_sketch):
-                return reason
+            if reason := scan.why_not(kernel_heads.of_heads(problem.H, problem.method), problem.keeps_sketch):
+                times = kernel_heads.n_heads(problem.H, problem.method) // problem.H
+                return reason if times == 1 else f"takes each of {problem.H} heads for {times}, and {reason}"
         if problem.q_dtype != problem.k_dtype:
             return f"needs queries and keys of one dtype, not {problem.q_dtype} and {problem.k_dtype}"
         method = problem.method
@@ -143,7 +145,7 @@ def _nvidia(name: str) -> Implementation:
                 return reason
         return module.why_not(
             device.compute_capability,
-            H=problem.H,
+            H=kernel_heads.n_heads(problem.H, problem.method),
             D=problem.D,
             dtype=problem.k_dtype,
             # A block-sparse selection takes its tokens from the blocks, not by a top-k.
@@ -174,7 +176,7 @@ def _tpu(name: str) -> Implementation:
             blocks = {"block_size": method.block_size, "block_topk": method.block_topk}
         return module.why_not(
             device.kind,
-            H=problem.H,
+            H=kernel_heads.n_heads(problem.H, problem.method),
             D=problem.D,
             q_dtype=problem.q_dtype,
             k_dtype=problem.k_dtype,
@@ -196,8 +198,8 @@ def _no_kernels(problem: Problem) -> str | None:
         return f"has no kernels for a Hisa of block_ratio={method.block_ratio}"
     for name, function in method.given().items():
         return f"has no kernels for a {type(method).__name__} of {name}={name_of(function)}"
-    if method.activation is None:
-        return f"has no kernels for a {type(method).__name__} of activation=None"
+    if reason := kernel_heads.why_not(problem.H, problem.q_dtype, method):
+        return reason
     if isinstance(method, BlockSparse) and method.scored_by == "max":
         return "has no kernels for a BlockSparse of scored_by='max'"
     for name in problem.limits:

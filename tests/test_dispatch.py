@@ -10,6 +10,7 @@ import pytest
 
 import hisa_jax as hj
 from hisa_jax import dispatch
+from hisa_jax.layout import Keys
 
 pytestmark = pytest.mark.check
 
@@ -139,6 +140,38 @@ def test_kernels_decline_the_scans_that_are_xlas_alone():
         (dataclasses.replace(problem, method=hj.Scan(unit=32)), "needs units of up to 16 tokens, not 32"),
     ):
         assert dispatch.reasons(tpu, case)["mosaic_tpu"] == sentence
+
+
+def test_kernels_take_few_heads_by_repeating_them():
+    hopper = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
+    tpu = dispatch.Device(platform="tpu", kind="TPU v6e")
+    linear, too_many = hj.Dsa(activation=None), "needs at most 64 heads for a Dsa of activation=None, not 128"
+    wanted = "needs 16, 32, 64 or 128 heads of size 64 or 128, not {} of 128"
+    opposite = "has no kernels for a Dsa of activation=None with int8 queries: -128 has no opposite"
+    flat, many = (
+        hj.Scan(exact_heads=4),
+        "takes each of 4 heads for 4, and needs at most 14 exact heads of a Scan, not 16",
+    )
+    for method, H, dtype, sentence in (
+        (hj.Dsa(), 1, "bfloat16", None),
+        (hj.Hisa(), 8, "bfloat16", None),
+        (hj.Dsa(), 12, "bfloat16", wanted.format(12)),
+        (hj.Dsa(per_head=True), 12, "bfloat16", None),
+        (linear, 4, "bfloat16", None),
+        (linear, 64, "float8_e4m3fn", None),
+        (linear, 24, "bfloat16", wanted.format(48)),
+        (linear, 128, "bfloat16", too_many),
+        (linear, 64, "int8", opposite),
+        (hj.Scan(exact_heads=3), 4, "bfloat16", None),
+        (flat, 4, "bfloat16", None),
+        (dataclasses.replace(flat, sketch="int4"), 4, "bfloat16", many),
+    ):
+        q, keys = jax.ShapeDtypeStruct((1, 8, H, 128), dtype), Keys(jax.ShapeDtypeStruct((1, 65536, 128), dtype), None)
+        problem = dispatch.Problem.of(q, keys, method)
+        problem = dataclasses.replace(problem, keeps_sketch=True)
+        assert dispatch.reasons(hopper, problem)["mosaic_gpu"] == sentence
+        if sentence != many:
+            assert dispatch.reasons(tpu, problem)["mosaic_tpu"] == sentence
 
 
 def test_hoppers_attention_is_first_where_its_64_heads_are_full():

@@ -1,11 +1,13 @@
-"""Keys that are entries, by the Triton kernels, interpreted."""
+"""What indexers differ in, by the Triton kernels, interpreted."""
 
 import pytest
 
 from tests import kernel_entries
 
+CASES = kernel_entries.entries(32) | kernel_entries.heads(32)
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("method", kernel_entries.methods(32))
-def test_kernels_take_entries(method, monkeypatch):
-    kernel_entries.check(monkeypatch, "triton", 32, method, True)
+
+@pytest.mark.gate("four_heads_over_pools")
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_take_what_indexers_differ_in(case, monkeypatch):
+    kernel_entries.check(monkeypatch, "triton", 32, CASES[case], True)
