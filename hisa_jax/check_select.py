@@ -108,7 +108,8 @@ def check_paged(
             f"{call}: {method} with a cache of entry_size={cache.entry_size}, wanted entries of as many tokens"
         )
     size = cache.page_size
-    if isinstance(method, Hisa | BlockSparse) and method.block_size % size:
+    by_means = isinstance(method, Hisa) or (isinstance(method, BlockSparse) and method.scored_by == "mean")
+    if by_means and method.block_size % size:
         raise ValueError(
             f"{call}: {method} with pages of {size} {_keys_of(method)}, wanted a block_size that is a multiple of them"
         )

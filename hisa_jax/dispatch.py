@@ -138,6 +138,8 @@ def _nvidia(name: str) -> Implementation:
             return f"needs queries and keys of one dtype, not {problem.q_dtype} and {problem.k_dtype}"
         method = problem.method
         blocks = _blocks(method, problem.S) if isinstance(method, Hisa | BlockSparse) else {}
+        if _by_best_token(method):
+            del blocks["block_size"]  # of any size
         if problem.page_size is not None:
             unit = blocks.get("block_size", problem.page_size)
             pages: Any = importlib.import_module("hisa_jax.kernels_pallas.pages")
@@ -167,8 +169,12 @@ def _tpu(name: str) -> Implementation:
         method = problem.method
         if reason := _no_kernels(problem) or _no_scan(problem):
             return reason
-        if isinstance(method, Scan) and (
-            reason := module.why_not_scan(problem.D, problem.k_dtype, method, problem.S, not problem.is_packed)
+        if _by_best_token(method):
+            return "has no kernels for a BlockSparse of scored_by='max'"
+        if (
+            isinstance(method, Scan)
+            and not kernel_heads.is_flat(method, problem.H)
+            and (reason := module.why_not_scan(problem.D, problem.k_dtype, method, problem.S, not problem.is_packed))
         ):
             return reason
         blocks = {}
@@ -200,8 +206,8 @@ def _no_kernels(problem: Problem) -> str | None:
         return f"has no kernels for a {type(method).__name__} of {name}={name_of(function)}"
     if reason := kernel_heads.why_not(problem.H, problem.q_dtype, method):
         return reason
-    if isinstance(method, BlockSparse) and method.scored_by == "max":
-        return "has no kernels for a BlockSparse of scored_by='max'"
+    if _by_best_token(method) and problem.is_split:
+        return "has no kernels for a BlockSparse of scored_by='max' of keys that are split over devices"
     for name in problem.limits:
         return f"has no kernels for {name}"
     return None
@@ -216,6 +222,10 @@ def _no_scan(problem: Problem) -> str | None:
     if problem.returns_blocks:
         return "has no kernels for a Scan with return_blocks=True: they score more tokens than its blocks hold"
     return None
+
+
+def _by_best_token(method: Method) -> bool:
+    return isinstance(method, BlockSparse) and method.scored_by == "max"
 
 
 def _blocks(method: Hisa | BlockSparse, S: int) -> dict[str, int]:

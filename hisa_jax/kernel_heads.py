@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from hisa_jax.layout import Call
-from hisa_jax.methods import Method, Scan
+from hisa_jax.methods import BlockSparse, Method, Scan
 
 LEAST = 16  # rows of the tensor cores' products
 
@@ -40,6 +40,8 @@ def is_flat(method: Method, H: int) -> bool:
 def as_kernels_take(call: Call, method: Method) -> tuple[Call, Method]:
     """A call with heads for kernels, and the method that means the same of these."""
     H, q, w = call.q.shape[-2], call.q, call.w
+    if _stays(H, method):
+        return call, method
     if method.activation is None:
         q, w = jnp.concatenate([q, -q], axis=-2), jnp.concatenate([w, -w], axis=-1)
     times = n_heads(H, method) // q.shape[-2]
@@ -54,8 +56,13 @@ def of_heads(H: int, method: Method) -> Method:
     Those of one head are side by side and of one size, so that all or none are exact.
     """
     if not isinstance(method, Scan):
-        return method
+        return dataclasses.replace(method, activation="relu")
     return dataclasses.replace(method, exact_heads=method.exact_heads * (n_heads(H, method) // H))
+
+
+def _stays(H: int, method: Method) -> bool:
+    """Whether there is a kernel for a head by itself."""
+    return H == 1 and isinstance(method, BlockSparse) and method.scored_by == "max"
 
 
 def _signed(H: int, method: Method) -> int:

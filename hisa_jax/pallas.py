@@ -53,6 +53,7 @@ class Kernels:
         if not visible.size or not call.max_keys:  # nothing for a kernel to do
             return xla.select(call, method, tiles, return_scores=return_scores, return_blocks=return_blocks)
         scan_is_flat = kernel_heads.is_flat(method, call.q.shape[-2])
+        activation = method.activation
         heads, method = kernel_heads.as_kernels_take(call, method)
         keeps_all = not isinstance(method, Dsa) and call.max_keys <= method.block_topk * method.block_size
         is_flat = isinstance(method, Scan) or (isinstance(method, Hisa) and self.flat_if_all_kept)
@@ -68,7 +69,7 @@ class Kernels:
         else:
             blocks = backend.select_blocks(heads, method, self.interpret)
             indices, count = tokens_of_blocks(blocks, visible, method)
-        scores = _scores_of_chosen(call, indices, method.activation) if return_scores else None
+        scores = _scores_of_chosen(call, indices, activation) if return_scores else None
         selection = Selection(indices=indices, count=count, scores=scores, blocks=blocks if return_blocks else None)
         return call.unflatten(selection)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from hisa_jax.kernels_pallas import scan
+from hisa_jax.kernels_pallas import scan, units
 from hisa_jax.kernels_pallas.flat_call import FlatCall, flatten
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few, means_of
 from hisa_jax.kernels_pallas.sequences import Rows
@@ -38,7 +38,7 @@ class Eligible(NamedTuple):
         return jnp.where(seen <= best.shape[1], jnp.where(first < seen, first, -1), best)
 
 
-class Stages(scan.ScanStages, Protocol):
+class Stages(scan.ScanStages, units.UnitStages, Protocol):
     """What a backend brings."""
 
     def pool(
@@ -107,6 +107,8 @@ class Indexer:
     def select_blocks(self, call: Call, method: Hisa | BlockSparse, interpret: Interpret = False) -> Array:
         """The block filter alone: [T, block_topk] int32 block ids, ascending, then -1."""
         with jax.enable_x64(False):
+            if isinstance(method, BlockSparse) and method.scored_by == "max":
+                return self._by_best_token(of_tokens(call), method, interpret)
             flat = flatten(call, method.block_size)
             kept_blocks = self._filter(call, flat, method, interpret)
             return flat.map_queries(lambda flat: (kept_blocks(flat),), QUERIES)[0]
@@ -129,6 +131,10 @@ class Indexer:
             n = scan.queries_at_a_time(method, flat.sequences.max_keys)
             indices, count = flat.map_queries(lambda flat: scan.select(self.stages, flat, method, interpret), n)
             return indices, count
+
+    def _by_best_token(self, flat: FlatCall, method: BlockSparse, interpret: Interpret) -> Array:
+        n = units.queries_at_a_time(flat.sequences.max_keys, units.unit_of(method, flat.q.shape[1]))
+        return flat.map_queries(lambda flat: (units.best_blocks(self.stages, flat, method, interpret),), n)[0]
 
     def _filter(
         self, call: Call, flat: FlatCall, method: Hisa | BlockSparse, interpret: Interpret

@@ -41,6 +41,18 @@ def heads(size):
     }
 
 
+def best_tokens(size):
+    """Blocks by their best token: of a head by itself, and of several."""
+    small = dict(topk=2 * size, keep_first=0, scored_by="max")
+    return {
+        "each_head_by_its_best_token": Case(
+            hj.BlockSparse(block_size=size, activation=None, per_head=True, **small), H=2
+        ),
+        "small_blocks_by_their_best_token": Case(hj.BlockSparse(block_size=8, keep_last=0, **small)),
+        "odd_blocks_of_one_head": Case(hj.BlockSparse(topk=60, block_size=12, scored_by="max"), H=1),
+    }  # fmt: skip
+
+
 def check(monkeypatch, name, size, case, interpret):
     """Two sequences of which one ends with an entry's third token; pages of `size` keys."""
     kernels = Kernels(lambda: dispatch.backend(name), flat_if_all_kept=name == "mosaic_tpu", interpret=interpret)

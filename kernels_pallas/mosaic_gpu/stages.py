@@ -36,6 +36,7 @@ from hisa_jax.methods import BlockSparse, Hisa, Scan
 __all__ = [
     "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
     "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
+    "units",
 ]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
@@ -223,3 +224,16 @@ def refine_tokens(
     first_row = call.sequences.key_start_of_queries(T)
     options: Any = dict(k_top=topk, config=config, n_ctas=n_ctas, interpret=interpret)
     return refine_tokens_stage.refine_tokens(call.operands, tokens, count, first_row, **options)
+
+
+def units(call: FlatCall, method: BlockSparse, interpret: Interpret = False) -> Array:
+    """By the kernel of `scores`; of queries with one head by Triton's, which sums over no heads."""
+    (T, H, _), sequences, n_ctas = call.q.shape, call.sequences, n_sms()
+    if H == 1:
+        return triton_stages.units(call, method, bool(interpret))
+    operands, n = call.operands._replace(k=call.k[:, None]), -(-sequences.max_keys // COLUMNS) * COLUMNS
+    config = scores_stage.heuristic(scores_stage.Sizes.of(operands), n, n_ctas, n_score=3)
+    tiles = sequences.query_tiles(T, config.tile_t, call.visible, COLUMNS)
+    columns = Columns(limit=call.visible, tiles=tiles, n=n)
+    sort_keys: Array = scores_stage.scores(operands, columns, config=config, n_ctas=n_ctas, interpret=interpret)
+    return sort_keys

@@ -20,15 +20,18 @@ from hisa_jax.kernels_pallas.triton import scan_heads as scan_heads_stage
 from hisa_jax.kernels_pallas.triton import scan_sketch as sketch_stage
 from hisa_jax.kernels_pallas.triton import scores as scores_stage
 from hisa_jax.kernels_pallas.triton import topk as topk_stage
+from hisa_jax.kernels_pallas.triton import units as units_stage
 from hisa_jax.kernels_pallas.triton.page_means import page_scores, pool_pages
 from hisa_jax.kernels_pallas.triton.pool import pool
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
+from hisa_jax.kernels_pallas.units import unit_of
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
     "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
     "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
+    "units",
 ]  # fmt: skip
 
 _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the best so far, less those
@@ -182,6 +185,18 @@ def refine_tokens(
     sort_keys = refine_tokens_stage.refine_tokens_scores(call.operands, tokens, count, _first(call), **options)
     listed = KeptBlocks(ids=tokens, visible=call.visible, first=jnp.zeros_like(count), size=1)
     return topk_stage.topk(sort_keys, count, topk, listed, interpret=bool(interpret))
+
+
+def units(call: FlatCall, method: BlockSparse, interpret: Interpret = False) -> Array:
+    (T, H, _), sequences, options = call.q.shape, call.sequences, dict(interpret=bool(interpret))
+    n_sequences, n_tiles = len(sequences.lengths), -(-sequences.max_keys // scan_stage.TILE_S)
+    config = scan_stage.heuristic(T, n_sequences, 1, n_tiles) if H == 1 else scores_stage.heuristic(H)
+    tiles = sequences.query_tiles(T, config.tile_t, call.visible)
+    columns = Columns(limit=call.visible, n=sequences.max_keys, tiles=tiles)
+    if H == 1:
+        unit, has_relu = unit_of(method, H), method.activation is not None
+        return units_stage.units(call.operands, columns, unit=unit, has_relu=has_relu, config=config, **options)
+    return scores_stage.scores(call.operands._replace(k=call.k[:, None]), columns, config=config, **options)
 
 
 def _first(call: FlatCall) -> Array:

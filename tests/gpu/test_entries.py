@@ -4,10 +4,10 @@ import pytest
 
 from tests import kernel_entries
 
-CASES = kernel_entries.entries(32) | kernel_entries.heads(32)
+CASES = kernel_entries.entries(32) | kernel_entries.heads(32) | kernel_entries.best_tokens(32)
 
 
-@pytest.mark.gate("four_heads_over_pools")
+@pytest.mark.gate("four_heads_over_pools", "each_head_by_its_best_token")
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_take_what_indexers_differ_in(case, monkeypatch):
     kernel_entries.check(monkeypatch, "triton", 32, CASES[case], True)
