@@ -12,7 +12,7 @@ from jax import Array
 from hisa_jax import kernel_heads
 from hisa_jax.check_select import check_options
 from hisa_jax.layout import IndexCache, Keys, Limits
-from hisa_jax.methods import BlockSparse, Hisa, Method, Scan, name_of
+from hisa_jax.methods import BlockSparse, Hisa, Method, Scan, is_by_best_token, name_of
 from hisa_jax.pallas import Backend, Kernels
 from hisa_jax.selection import Selection
 from hisa_jax.sharded import select_kernels, select_xla, varying
@@ -138,7 +138,7 @@ def _nvidia(name: str) -> Implementation:
             return f"needs queries and keys of one dtype, not {problem.q_dtype} and {problem.k_dtype}"
         method = problem.method
         blocks = _blocks(method, problem.S) if isinstance(method, Hisa | BlockSparse) else {}
-        if _by_best_token(method):
+        if is_by_best_token(method):
             del blocks["block_size"]  # of any size
         if problem.page_size is not None:
             unit = blocks.get("block_size", problem.page_size)
@@ -169,7 +169,7 @@ def _tpu(name: str) -> Implementation:
         method = problem.method
         if reason := _no_kernels(problem) or _no_scan(problem):
             return reason
-        if _by_best_token(method):
+        if is_by_best_token(method):
             return "has no kernels for a BlockSparse of scored_by='max'"
         if (
             isinstance(method, Scan)
@@ -206,7 +206,7 @@ def _no_kernels(problem: Problem) -> str | None:
         return f"has no kernels for a {type(method).__name__} of {name}={name_of(function)}"
     if reason := kernel_heads.why_not(problem.H, problem.q_dtype, method):
         return reason
-    if _by_best_token(method) and problem.is_split:
+    if is_by_best_token(method) and problem.is_split:
         return "has no kernels for a BlockSparse of scored_by='max' of keys that are split over devices"
     for name in problem.limits:
         return f"has no kernels for {name}"
@@ -222,10 +222,6 @@ def _no_scan(problem: Problem) -> str | None:
     if problem.returns_blocks:
         return "has no kernels for a Scan with return_blocks=True: they score more tokens than its blocks hold"
     return None
-
-
-def _by_best_token(method: Method) -> bool:
-    return isinstance(method, BlockSparse) and method.scored_by == "max"
 
 
 def _blocks(method: Hisa | BlockSparse, S: int) -> dict[str, int]:

@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from hisa_jax.layout import Call
-from hisa_jax.methods import BlockSparse, Method, Scan
+from hisa_jax.methods import Method, Scan, is_by_best_token
 
 LEAST = 16  # rows of the tensor cores' products
 
@@ -62,7 +62,7 @@ def of_heads(H: int, method: Method) -> Method:
 
 def _stays(H: int, method: Method) -> bool:
     """Whether there is a kernel for a head by itself."""
-    return H == 1 and isinstance(method, BlockSparse) and method.scored_by == "max"
+    return H == 1 and is_by_best_token(method)
 
 
 def _signed(H: int, method: Method) -> int:

@@ -351,6 +351,11 @@ Method = Hisa | Dsa | BlockSparse | Scan
 NAMES = {"dsa": Dsa, "hisa": Hisa, "scan": Scan, "block-sparse": BlockSparse}  # on command lines and in files
 
 
+def is_by_best_token(method: Method) -> bool:
+    """Whether a block scores what the best of its visible tokens does."""
+    return isinstance(method, BlockSparse) and method.scored_by == "max"
+
+
 def least_blocks(method: Hisa | BlockSparse | Scan) -> int:
     """Up to how many blocks a query keeps all that it sees; beyond it keeps at least so many."""
     if not isinstance(method, Hisa) or method.block_ratio == 1:

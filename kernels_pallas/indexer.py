@@ -15,7 +15,7 @@ from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few,
 from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.layout import Call
-from hisa_jax.methods import BlockSparse, Hisa, Scan
+from hisa_jax.methods import BlockSparse, Hisa, Scan, is_by_best_token
 
 Means = tuple[Array, Array | None]  # [n, parts, D] in the keys' dtype and [n] float32 scale: what `pool` returns
 
@@ -107,7 +107,7 @@ class Indexer:
     def select_blocks(self, call: Call, method: Hisa | BlockSparse, interpret: Interpret = False) -> Array:
         """The block filter alone: [T, block_topk] int32 block ids, ascending, then -1."""
         with jax.enable_x64(False):
-            if isinstance(method, BlockSparse) and method.scored_by == "max":
+            if isinstance(method, BlockSparse) and is_by_best_token(method):
                 return self._by_best_token(of_tokens(call), method, interpret)
             flat = flatten(call, method.block_size)
             kept_blocks = self._filter(call, flat, method, interpret)

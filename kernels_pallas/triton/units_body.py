@@ -37,7 +37,7 @@ class Plan:
 
 
 def units_body(refs: Inputs, o_ref: Ref, *, plan: Plan) -> None:
-    # One program:   queries [tile_t, D] stay   x   tile after tile of 128 keys   ->   128 / unit maxima a query and tile
+    # One program:   queries [tile_t, D] stay   x   tile after tile of 128 keys   ->   maxima
     #
     # The product has keys for rows, so a maximum goes down its columns: over a thread's own registers first. Scores are
     # compared as float32 numbers, NaN as -inf, and only the maxima become sort keys. out: [T, units].
