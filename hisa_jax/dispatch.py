@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,8 +11,8 @@ from jax import Array
 
 from hisa_jax import kernel_heads
 from hisa_jax.check_select import check_options
-from hisa_jax.layout import IndexCache, Keys, Limits
-from hisa_jax.methods import BlockSparse, Hisa, Method, Scan, is_by_best_token, name_of
+from hisa_jax.layout import NO_LIMITS, IndexCache, Keys, Limits
+from hisa_jax.methods import BlockSparse, Hisa, Method, Scan, has_ratio, is_by_best_token, name_of
 from hisa_jax.pallas import Backend, Kernels
 from hisa_jax.selection import Selection
 from hisa_jax.sharded import select_kernels, select_xla, varying
@@ -49,7 +49,8 @@ class Problem:
 
     `is_packed` tells sequences of any lengths from a batch, `page_size` pages from contiguous keys, of `n_requests`;
     `is_split`, whether keys are split over devices; `returns_blocks`, whether the kept blocks are asked for;
-    `keeps_sketch`, whether the pages do; `limits`, by what the choice is limited.
+    `keeps_sketch`, whether the pages do; `n_listed`, how many keys a query's list may name, 0 without lists;
+    `has_budget`, whether queries have one.
     """
 
     H: int
@@ -64,31 +65,38 @@ class Problem:
     is_split: bool = False
     returns_blocks: bool = False
     keeps_sketch: bool = False
-    limits: tuple[str, ...] = ()
+    n_listed: int = 0
+    has_budget: bool = False
 
     @classmethod
     def of(
-        cls, q: Any, keys: Keys, method: Method, *, is_split: bool = False, limits: Limits | None = None
+        cls,
+        q: Any,
+        keys: Keys,
+        method: Method,
+        *,
+        S: int | None = None,
+        is_split: bool = False,
+        limits: Limits = NO_LIMITS,
     ) -> "Problem":
         """Of queries [B, T, H, D] and keys [B, S, D], or packed without B; shapes and dtypes do."""
-        (H, D), (S, _) = q.shape[-2:], keys.values.shape[-2:]
-        rest: Any = dict(q_dtype=q.dtype.name, k_dtype=keys.values.dtype.name)
-        if limits is not None:
-            rest["limits"] = tuple(name for name, given in limits._asdict().items() if given is not None)
+        H, D = q.shape[-2:]
+        S = keys.values.shape[-2] if S is None else S
+        rest: Any = dict(q_dtype=q.dtype.name, k_dtype=keys.values.dtype.name, has_budget=limits.budget is not None)
+        if (listed := limits.candidates) is not None:
+            rest["n_listed"] = min(listed.ids.shape[-1], -(-S // listed.block_size)) * listed.block_size
         H = 1 if method.per_head else H  # heads are queries then
         return cls(H=H, D=D, S=S, method=method, is_packed=len(q.shape) == 3, is_split=is_split, **rest)
 
     @classmethod
     def of_pages(
         cls, q: Array, cache: IndexCache, table: Array, method: Method, *, is_split: bool, n_groups: int = 1,
-        limits: Limits | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> "Problem":  # fmt: skip
         """Of queries [T, H, D] and a table [R, P], of which each group of devices has its part; pages of keys."""
-        (R, P), problem = table.shape, cls.of(q, Keys(cache.keys, None), method, is_split=is_split, limits=limits)
-        size, keeps_sketch = cache.page_size, cache.codes is not None
-        return dataclasses.replace(
-            problem, S=P * size, page_size=size, n_requests=R // n_groups, keeps_sketch=keeps_sketch
-        )
+        (R, P), size, keeps_sketch = table.shape, cache.page_size, cache.codes is not None
+        problem = cls.of(q, Keys(cache.keys, None), method, S=P * size, is_split=is_split, limits=limits)
+        return dataclasses.replace(problem, page_size=size, n_requests=R // n_groups, keeps_sketch=keeps_sketch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +142,9 @@ def _nvidia(name: str) -> Implementation:
             if reason := scan.why_not(kernel_heads.of_heads(problem.H, problem.method), problem.keeps_sketch):
                 times = kernel_heads.n_heads(problem.H, problem.method) // problem.H
                 return reason if times == 1 else f"takes each of {problem.H} heads for {times}, and {reason}"
+        lists: Any = importlib.import_module("hisa_jax.kernels_pallas.lists")
+        if reason := lists.why_not(problem.n_listed):
+            return reason
         if problem.q_dtype != problem.k_dtype:
             return f"needs queries and keys of one dtype, not {problem.q_dtype} and {problem.k_dtype}"
         method = problem.method
@@ -171,6 +182,10 @@ def _tpu(name: str) -> Implementation:
             return reason
         if is_by_best_token(method):
             return "has no kernels for a BlockSparse of scored_by='max'"
+        if problem.n_listed:
+            return "has no kernels for candidates"
+        if problem.has_budget and isinstance(method, Scan):
+            return "has no kernels for a budget of a Scan"
         if (
             isinstance(method, Scan)
             and not kernel_heads.is_flat(method, problem.H)
@@ -200,17 +215,27 @@ def _tpu(name: str) -> Implementation:
 def _no_kernels(problem: Problem) -> str | None:
     """None, or what of the method or the call no kernels can do, by name."""
     method = problem.method
-    if isinstance(method, Hisa) and method.block_ratio > 1:
-        return f"has no kernels for a Hisa of block_ratio={method.block_ratio}"
     for name, function in method.given().items():
         return f"has no kernels for a {type(method).__name__} of {name}={name_of(function)}"
     if reason := kernel_heads.why_not(problem.H, problem.q_dtype, method):
         return reason
-    if is_by_best_token(method) and problem.is_split:
-        return "has no kernels for a BlockSparse of scored_by='max' of keys that are split over devices"
-    for name in problem.limits:
-        return f"has no kernels for {name}"
+    what = next(_of_one_device(problem), None)
+    if what is not None and problem.is_split:
+        return f"has no kernels for {what} of keys that are split over devices"
     return None
+
+
+def _of_one_device(problem: Problem) -> Iterator[str]:
+    """What there is of it that no kernels do with keys that are split over devices."""
+    method = problem.method
+    if isinstance(method, Hisa) and has_ratio(method):
+        yield f"a Hisa of block_ratio={method.block_ratio}"
+    if is_by_best_token(method):
+        yield "a BlockSparse of scored_by='max'"
+    if problem.n_listed:
+        yield "candidates"
+    if problem.has_budget:
+        yield "a budget"
 
 
 def _no_scan(problem: Problem) -> str | None:

@@ -21,11 +21,18 @@ _SCORED_QUERIES = 16  # at a time: their chosen keys are gathered
 
 
 class Backend(Protocol):
-    """What kernels_pallas/README.md promises of every backend: results have a row a query."""
+    """What kernels_pallas/README.md promises of every backend: results have a row a query.
 
-    def select_hisa(self, call: Call, method: Hisa, interpret: Any = False) -> tuple[Array, Array, Array]: ...
+    Of a call's limits they heed `candidates`, which is the flat indexer's, and a `budget` of tokens.
+    """
+
+    def select_hisa(
+        self, call: Call, method: Hisa, interpret: Any = False, n_kept: Array | None = None
+    ) -> tuple[Array, Array, Array]: ...
     def select_flat(self, call: Call, topk: int, interpret: Any = False) -> tuple[Array, Array]: ...
-    def select_blocks(self, call: Call, method: BlockSparse, interpret: Any = False) -> Array: ...
+    def select_blocks(
+        self, call: Call, method: BlockSparse, interpret: Any = False, n_kept: Array | None = None
+    ) -> Array: ...
     def select_scan(self, call: Call, method: Scan, interpret: Any = False) -> tuple[Array, Array]: ...
 
 
@@ -53,22 +60,23 @@ class Kernels:
         if not visible.size or not call.max_keys:  # nothing for a kernel to do
             return xla.select(call, method, tiles, return_scores=return_scores, return_blocks=return_blocks)
         scan_is_flat = kernel_heads.is_flat(method, call.q.shape[-2])
-        activation = method.activation
+        activation, (_, block_budget) = method.activation, xla.budgets(call.limits, method)
         heads, method = kernel_heads.as_kernels_take(call, method)
-        keeps_all = not isinstance(method, Dsa) and call.max_keys <= method.block_topk * method.block_size
         is_flat = isinstance(method, Scan) or (isinstance(method, Hisa) and self.flat_if_all_kept)
         blocks = None
-        if isinstance(method, Dsa) or scan_is_flat or (keeps_all and is_flat):
+        if isinstance(method, Dsa) or scan_is_flat or (is_flat and not xla.has_filter(method, call.max_keys, False)):
             indices, count = backend.select_flat(heads, method.topk, self.interpret)
             if isinstance(method, Hisa):
                 blocks = stages.first_positions(-(-visible // method.block_size), method.block_topk)
-        elif isinstance(method, Hisa):
-            indices, count, blocks = backend.select_hisa(heads, method, self.interpret)
         elif isinstance(method, Scan):
             indices, count = backend.select_scan(heads, method, self.interpret)
         else:
-            blocks = backend.select_blocks(heads, method, self.interpret)
-            indices, count = tokens_of_blocks(blocks, visible, method)
+            n_kept = stages.how_many_kept(-(-visible // method.block_size), method, block_budget)
+            if isinstance(method, Hisa):
+                indices, count, blocks = backend.select_hisa(heads, method, self.interpret, n_kept)
+            else:
+                blocks = backend.select_blocks(heads, method, self.interpret, n_kept)
+                indices, count = tokens_of_blocks(blocks, visible, method)
         scores = _scores_of_chosen(call, indices, activation) if return_scores else None
         selection = Selection(indices=indices, count=count, scores=scores, blocks=blocks if return_blocks else None)
         return call.unflatten(selection)

@@ -53,6 +53,21 @@ def best_tokens(size):
     }  # fmt: skip
 
 
+def limits(size):
+    """Published lists, budgets of tokens and of blocks, and a ratio of blocks."""
+    return {
+        "list_of_tokens": Case(hj.Dsa(topk=12), listed=1),
+        "list_of_blocks_and_budget": Case(hj.Dsa(topk=40), listed=8, has_budget=True),
+        "list_a_head": Case(hj.Dsa(topk=10, per_head=True), H=2, listed=4),
+        "budget_of_hisa": Case(hj.Hisa(topk=40, block_size=size, block_topk=3), has_budget=True),
+        "budget_of_blocks": Case(hj.BlockSparse(topk=3 * size, block_size=size), has_budget=True),
+        "budget_of_best_tokens": Case(
+            hj.BlockSparse(topk=64, block_size=8, keep_first=0, keep_last=0, scored_by="max"), has_budget=True
+        ),
+        "ratio": Case(hj.Hisa(topk=2 * size, block_size=size, block_topk=4, block_ratio=2)),
+    }  # fmt: skip
+
+
 def check(monkeypatch, name, size, case, interpret):
     """Two sequences of which one ends with an entry's third token; pages of `size` keys."""
     kernels = Kernels(lambda: dispatch.backend(name), flat_if_all_kept=name == "mosaic_tpu", interpret=interpret)
