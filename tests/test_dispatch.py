@@ -99,7 +99,7 @@ def test_kernels_decline_what_is_xlas_alone():
     }
     sentences = {
         hj.Hisa(): None,
-        hj.Hisa(block_ratio=4): "has no kernels for a Hisa of block_ratio=4",
+        hj.Hisa(block_ratio=4): None,
         hj.Hisa(pool=len): "has no kernels for a Hisa of pool=len",
         hj.Hisa(block_score=max): "has no kernels for a Hisa of block_score=max",
         hj.Hisa(token_score=min): "has no kernels for a Hisa of token_score=min",
@@ -140,6 +140,22 @@ def test_kernels_decline_the_scans_that_are_xlas_alone():
         (dataclasses.replace(problem, method=hj.Scan(unit=32)), "needs units of up to 16 tokens, not 32"),
     ):
         assert dispatch.reasons(tpu, case)["mosaic_tpu"] == sentence
+
+
+def test_gpu_kernels_take_lists_and_blocks_by_their_best_token_up_to_a_row():
+    hopper = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
+    source = hj.BlockSparse(topk=16384, block_size=8, scored_by="max")
+    for S, n_listed, method, sentence in (
+        (1 << 17, 0, source, None),
+        (1 << 19, 0, source, "needs at most 32768 candidates a row, not 65536"),
+        (1 << 17, 16384, hj.Dsa(), None),
+        (1 << 17, 40000, hj.Dsa(), "needs lists of at most 32768 candidates, not 40000"),
+    ):
+        problem = dispatch.Problem(
+            H=32, D=128, S=S, q_dtype="bfloat16", k_dtype="bfloat16", method=method, n_listed=n_listed
+        )
+        reasons = dispatch.reasons(hopper, problem)
+        assert reasons["mosaic_gpu"] == reasons["triton"] == sentence
 
 
 def test_kernels_take_few_heads_by_repeating_them():
