@@ -26,7 +26,7 @@ def units(
 ) -> Array:
     """-> [T, n] int32 sort keys of units of keys: a power of two up to 128. `columns` counts keys.
 
-    What is of no visible key is `INVISIBLE` or, beyond a query's whole tile, not written.
+    From the unit on that begins with an invisible key they may be anything.
     """
     q, w, k, k_scale, pages = operands
     T, _, D = q.shape

@@ -8,7 +8,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
+from hisa_jax.kernels_pallas.sort_key import sort_key_of
 from hisa_jax.kernels_pallas.triton.scan_body import TILE_S, rows_of
 from hisa_jax.kernels_pallas.types import Ref
 
@@ -67,11 +67,9 @@ def units_body(refs: Inputs, o_ref: Ref, *, plan: Plan) -> None:
             x = x * plt.load(refs.k_scale.at[rows])[:, None]
         x = jnp.where((tokens[:, None] < limit) & (x == x), x, -jnp.inf)
         best = jnp.max(x.reshape(TILE_S // unit, unit, plan.tile_t), axis=1)
-        # A unit is visible if its first key is.
         columns = lax.div(first, jnp.int32(unit)) + of_tile
-        sort_key = jnp.where((columns * unit)[:, None] < limit, sort_key_of(best), INVISIBLE)
-        mask = jnp.broadcast_to(there[None, :], sort_key.shape)
-        plt.store(o_ref.at[rows_out, columns[:, None]], sort_key, mask=mask)
+        mask = jnp.broadcast_to(there[None, :], best.shape)
+        plt.store(o_ref.at[rows_out, columns[:, None]], sort_key_of(best), mask=mask)
 
     n = jnp.clip(lax.div(most - chunk + (TILE_S - 1), jnp.int32(TILE_S)), 0, plan.n_tiles)
     lax.fori_loop(0, n, one_tile, None)

@@ -12,6 +12,7 @@ import hisa_jax as hj
 from hisa_jax.kernels_pallas import mosaic_gpu, triton
 from hisa_jax.kernels_pallas.triton import topk as triton_topk
 from hisa_jax.pallas import tokens_of_blocks
+from hisa_jax.xla import stages
 from tests import draw, kernel_calls, oracle
 from tests.gpu import reference
 
@@ -23,13 +24,15 @@ POSITIONS = np.array([[-1, 0, 40, 250, 255]], np.int32)
 def test_blocks_of_one_head_score_what_their_best_visible_token_does(dtype):
     # NaN in a key, products of both signs, and blocks of which a tile has several and no whole number.
     method = hj.BlockSparse(topk=96, block_size=24, keep_first=0, scored_by="max", activation=None)
+    budget = np.array([[96, 96, 0, 96, 60]], np.int32)
     q, k, w = draw.few_scores(1, 5, 256, 1, 64)
     q, k = draw.cast(q, dtype), draw.cast(k, dtype)
     k[0, 7], k[0, 100:110, 3] = np.nan, np.nan
     call = kernel_calls.call_of(*map(jnp.asarray, (q, k)), None, *map(jnp.asarray, (w, POSITIONS + 1)))
-    blocks = triton.select_blocks(call, method, True)
+    n_kept = stages.how_many_kept(-(-call.queries.visible // 24), method, jnp.asarray(budget[0]))
+    blocks = triton.select_blocks(call, method, True, n_kept)
     got = call.unflatten(tokens_of_blocks(blocks, call.queries.visible, method))
-    wanted = oracle.select(q, k, w, method, query_positions=POSITIONS)
+    wanted = oracle.select(q, k, w, method, query_positions=POSITIONS, budget=budget)
     oracle.assert_same_selection(*map(np.asarray, got), wanted, 0.0)
 
 
