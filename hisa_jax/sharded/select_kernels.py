@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from hisa_jax import kernel_heads
 from hisa_jax.layout import Call
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.pallas import tokens_of_blocks
@@ -59,6 +60,7 @@ def select_shard(
         call: all queries, and of each sequence the keys, or the pages in its table, that this device has.
         shard: which those are.
     """
+    call, method = kernel_heads.as_kernels_take(call, method)
     search = _Search(call, shard, shard.stripes(), backend().select_shard, interpret)
     visible = call.queries.visible
     k, blocks = min(method.topk, shard.max_keys), None
