@@ -87,7 +87,11 @@ def _in_turn(q: Array, k: Array, v: Array, scale: float) -> Array:
         """[B, S, heads, E] -> [B * G, 1, S, heads / G, E]."""
         return x.reshape(B, S, G, -1, x.shape[-1]).swapaxes(1, 2).reshape(B * G, 1, S, -1, x.shape[-1])
 
-    out = lax.map(lambda each: causal_attention(*each, scale), tuple(map(split, (q, k, v))))
+    def one(each: tuple[Array, Array, Array]) -> Array:
+        q, k, v = each
+        return causal_attention(q, k, v, scale)
+
+    out = lax.map(one, (split(q), split(k), split(v)))
     return out.reshape(B, G, S, H // G, -1).swapaxes(1, 2).reshape(B, S, H, -1)
 
 
