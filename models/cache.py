@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
@@ -80,6 +81,11 @@ def pages_sharding(mesh: Mesh, batch: int) -> NamedSharding:
     """Where the pages of so many rows lie: those of a row on the devices of its group, an equal part on each."""
     axes = (mesh_axis(mesh, "batch", batch), "context" if size_of(mesh, "context") > 1 else None)
     return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in axes if axis is not None) or None))
+
+
+def row_after_row(x: jax.ShapeDtypeStruct, where: Sharding) -> Format:
+    """The last axis of an array innermost in memory, also where the compiler would have it otherwise."""
+    return Format(Layout(tuple(range(x.ndim))), where)
 
 
 def sketch_of(methods: Iterable[hj.Method]) -> Sketch | None:

@@ -105,6 +105,7 @@ class Engine:
         self._agreement = Agreement(model.mesh, timeout_s)
         if model.mesh is not None:
             self._agreement.check("Engine", **_said(model, sizes, n_draft, trace, return_selections, start))
+        self._formats = passes.formats_of(model, self.pool.n_pages)
         self._pages: Pages | None = None
         self._is_in_step = False
         jax.block_until_ready(self.pages)  # more than there is memory for show here
@@ -118,7 +119,7 @@ class Engine:
     def pages(self) -> Pages:
         """What the pages hold; empty ones at first, and after they were lost."""
         if self._pages is None:
-            self._pages = self.model.empty_pages(self.pool.n_pages)
+            self._pages = passes.empty(self.model, self.pool.n_pages, self._formats)
         return self._pages
 
     @property
@@ -234,10 +235,13 @@ class Engine:
             batch = self.scheduler.batch(phase, [], [])
             draws, run = draws_of([], [], B), passes.verify if done == len(programs) - 1 else passes.read
             arrays = self._place(batch, B, T, draws)
-            *_, pages, _ = run(self._state, self.pages, *arrays, draws, graph=self._graphs[phase], trace=self._trace)
+            static: Any = dict(graph=self._graphs[phase], trace=self._trace, formats=self._formats)
+            *_, pages, _ = run(self._state, self.pages, *arrays, draws, **static)
             self._pages = jax.block_until_ready(pages)
         nowhere = self.scheduler.copies_of_groups([], self._most_copies)
-        self._pages = jax.block_until_ready(passes.copy(self.pages, *nowhere, mesh=self.model.mesh))
+        self._pages = jax.block_until_ready(
+            passes.copy(self.pages, *nowhere, mesh=self.model.mesh, formats=self._formats)
+        )
         if progress is not None:
             progress("compiled", len(programs), len(programs))
 
@@ -310,7 +314,7 @@ class Engine:
         rows, draws = self.scheduler.rows_of(batch.requests, B), self._draws(batch, B, [0] * len(batch.requests))
         arrays = self._place(batch, B, self.scheduler.chunk, draws)
         out, logprobs, pages, traced = passes.read(
-            self._state, self.pages, *arrays, draws, graph=graph, trace=self._trace
+            self._state, self.pages, *arrays, draws, graph=graph, trace=self._trace, formats=self._formats
         )  # fmt: skip
         tokens = np.asarray(out).tolist()  # an error of the device shows here, so before the pages are taken over
         found = jax.device_get(logprobs) if draws.has_logprobs else None
@@ -331,7 +335,7 @@ class Engine:
         rows, draws = self.scheduler.rows_of(requests, B), self._draws(batch, B, firsts)
         arrays = self._place(batch, B, T, draws)
         out, n_right, logprobs, pages, traced = passes.verify(
-            self._state, self.pages, *arrays, draws, graph=graph, trace=self._trace
+            self._state, self.pages, *arrays, draws, graph=graph, trace=self._trace, formats=self._formats
         )  # fmt: skip
         tokens, n_kept = np.asarray(out), (1 + np.asarray(n_right))[rows].tolist()
         found = jax.device_get(logprobs) if draws.has_logprobs else None
@@ -400,7 +404,7 @@ class Engine:
         )  # fmt: skip
         if copies:
             pairs = self.scheduler.copies_of_groups(copies, self._most_copies)
-            self._pages = passes.copy(self.pages, *pairs, mesh=self.model.mesh)
+            self._pages = passes.copy(self.pages, *pairs, mesh=self.model.mesh, formats=self._formats)
         return arrays
 
     def _step(self, batch: Batch, rows: list[int], n_kept: list[int], traced: Any) -> Step:

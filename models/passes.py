@@ -1,16 +1,22 @@
-"""The compiled passes of an engine: a chunk of prompts, a decode step that verifies proposals, copies of pages."""
+"""The compiled passes of an engine: a chunk of prompts, a decode step that verifies proposals, copies of pages.
+
+Each writes the pages where they are. On a TPU that takes saying how they lie: left to itself the compiler would turn
+latents of 576 numbers around, all of the cache, for each pass and back.
+"""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental.layout import Format
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 import hisa_jax as hj
-from hisa_jax.models.cache import Cache, pages_sharding
+from hisa_jax.models.cache import Cache, pages_sharding, row_after_row
 from hisa_jax.models.draws import Draws, LogprobArrays, logprobs_if, take
 from hisa_jax.models.modeling import Model, Output
 from hisa_jax.models.replay.recorder import Rows, logprob_of, rows_of
@@ -40,6 +46,62 @@ class Seen(NamedTuple):
     chosen: Chosen | None
 
 
+class Formats(NamedTuple):
+    """How each array of the pages lies in memory, and on which devices."""
+
+    structure: Any
+    leaves: tuple[Format, ...]
+
+    @property
+    def tree(self) -> Any:
+        return jax.tree.unflatten(self.structure, self.leaves)
+
+
+def formats_of(model: Model, n_pages: int) -> Formats | None:
+    """How the pages of an engine shall lie; None where the compiler leaves them as they are."""
+    if jax.default_backend() != "tpu":
+        return None
+    where: Sharding = SingleDeviceSharding(min(model.embed[...].devices(), key=lambda device: device.id))
+    if model.mesh is not None:
+        where = pages_sharding(model.mesh, n_pages)
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: model.empty_pages(n_pages)))
+    return Formats(structure, tuple(row_after_row(leaf, where) for leaf in leaves))
+
+
+def empty(model: Model, n_pages: int, formats: Formats | None) -> Pages:
+    """Pages without a token."""
+    make = functools.partial(model.empty_pages, n_pages)
+    return make() if formats is None else jax.jit(make, out_shardings=formats.tree)()
+
+
+class _Pass:
+    """A function of pages, compiled for those that lie as its argument `formats` says.
+
+    Args:
+        function: is given `pages`, whose memory its results may take.
+        outs: puts the formats of the pages among those of its results, None for the others.
+        static: arguments that are no arrays.
+    """
+
+    def __init__(self, function: Callable[..., Any], outs: Callable[[Any], Any], static: tuple[str, ...]):
+        functools.update_wrapper(self, function)
+        self.program = functools.cache(functools.partial(_program, function, outs, static))
+
+    def __call__(self, *arrays: Any, formats: Formats | None = None, **static: Any) -> Any:
+        return self.program(formats)(*arrays, **static)
+
+
+def _program(
+    function: Callable[..., Any], outs: Callable[[Any], Any], static: tuple[str, ...], formats: Formats | None
+) -> Any:
+    where = {} if formats is None else dict(out_shardings=outs(formats.tree))
+    return jax.jit(function, static_argnames=static, donate_argnames="pages", **where)
+
+
+def _compiled(outs: Callable[[Any], Any], *static: str) -> Callable[[Callable[..., Any]], _Pass]:
+    return lambda function: _Pass(function, outs, static)
+
+
 def _run(
     model: Model, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, trace: Trace, last_only: bool
 ) -> Output:  # fmt: skip
@@ -56,7 +118,7 @@ def _seen(out: Output, tokens: Array, trace: Trace) -> Seen:
     return Seen([(layer.selection, *(layer.index_inputs or ())) for layer in layers], chosen)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "trace"), donate_argnames="pages")
+@_compiled(lambda pages: (None, None, pages, None), "graph", "trace")
 def read(
     state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
     graph: nnx.GraphDef, trace: Trace,
@@ -70,7 +132,7 @@ def read(
     return tokens, logprobs, _where_they_were(model.mesh, out.cache.layers), seen
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "trace"), donate_argnames="pages")
+@_compiled(lambda pages: (None, None, None, pages, None), "graph", "trace")
 def verify(
     state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
     graph: nnx.GraphDef, trace: Trace,
@@ -92,7 +154,7 @@ def verify(
     return tokens, n_right, logprobs, _where_they_were(model.mesh, layers), seen
 
 
-@functools.partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+@_compiled(lambda pages: pages, "mesh")
 def copy(pages: Pages, source: Array, target: Array, *, mesh: Mesh | None) -> Pages:
     """Copies pages [n] of each group to others of the same device; -1 is no page."""
     return _where_they_were(mesh, tuple(hj.copy_pages(layer, source, target, **_over(mesh)) for layer in pages))

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,7 +17,7 @@ from bench.pods.rows import Row
 from bench.tpu import aot
 from bench.tpu.chips import CHIPS
 from hisa_jax import dispatch, models
-from hisa_jax.models.cache import Cache
+from hisa_jax.models.cache import Cache, row_after_row
 from hisa_jax.models.sharding import spec_of
 from hisa_jax.models.stacked import Stacked, runs_of
 
@@ -106,8 +105,8 @@ def _placed(parameter: nnx.Variable, mesh: Mesh) -> nnx.Variable:
 
 
 def _page(x: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Row after row: left to itself the compiler would turn latents of 576 numbers around for each step, and back."""
-    where = Format(Layout(tuple(range(x.ndim))), NamedSharding(mesh, P(("data", "context"))))
+    """As an engine's pages lie on a TPU."""
+    where = row_after_row(x, NamedSharding(mesh, P(("data", "context"))))
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 

@@ -40,6 +40,8 @@ def merge(sort_keys: Array, positions: Array, k: int, *, interpret: Interpret = 
     Positions ascend along a row as far as there are candidates, so the lowest win ties.
     """
     T, W = sort_keys.shape
+    # What devices sent is a reshape away from tiles, one that the v7x does not have: XLA is to make rows of it first.
+    sort_keys, positions = lax.optimization_barrier((sort_keys, positions))
     groups, slots, tiles = padded_groups(W), -(-k // SLOTS) * SLOTS, tiles_of(W, k)
     rows = -(-T // (tiles * SUBLANES)) * tiles * SUBLANES
     n = jnp.pad(jnp.sum(sort_keys != INVISIBLE, axis=1, dtype=jnp.int32), (0, rows - T)).reshape(-1, SUBLANES, 1)

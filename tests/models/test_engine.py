@@ -1,7 +1,9 @@
 """Continuous batching: whatever happens around a request, its tokens are those that it gets alone."""
 
 import dataclasses
+from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 
@@ -69,6 +71,20 @@ def test_tokens_are_the_same_on_pages_of_another_size():
     engine = serving.engine(serving.model().with_page_size(2), n_pages=48)
     wanted = {engine.submit(prompt, serving.N_NEW, ()): tokens for prompt, tokens in zip(prompts, alone, strict=True)}
     assert serving.finish(engine) == (wanted, {}) and engine.pool.page_size == 2
+
+
+@pytest.mark.exhaustive
+def test_pages_lie_row_after_row_where_the_platform_is_a_tpu():
+    """Said by their formats, which every pass keeps; here on a CPU that is taken for one."""
+    prompts = serving.requests(8, seed=4)
+    alone = serving.alone(tuple(map(tuple, prompts)), stop_ids=())
+    with mock.patch.object(jax, "default_backend", lambda: "tpu"):
+        engine = serving.engine()
+    wanted = {engine.submit(prompt, serving.N_NEW, ()): tokens for prompt, tokens in zip(prompts, alone, strict=True)}
+    assert serving.finish(engine) == (wanted, {})
+    formats = [leaf.format.layout.major_to_minor for leaf in jax.tree.leaves(engine.pages)]
+    assert formats == [tuple(range(leaf.ndim)) for leaf in jax.tree.leaves(engine.pages)]
+    assert engine.pages[0].latents.committed and not serving.engine().pages[0].latents.committed
 
 
 @pytest.mark.exhaustive
