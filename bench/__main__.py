@@ -86,7 +86,7 @@ COMMANDS = {
     "sharded": Command(
         "bench.sharded",
         "selections and attention where several GPUs share the keys, beside one GPU, each checked before it is timed",
-        "python -m bench sharded --devices 2 --rows 'scan*'",
+        "python -m bench sharded --devices 2 --rows 'hisa*'",
     ),
     "tune": Command(
         "bench.gpu.tune",
