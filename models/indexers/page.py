@@ -100,6 +100,9 @@ DeepSeek-V4.1 chooses in two levels. A source layer publishes blocks of 8, 2048 
 `hj.BlockSparse(topk=16384, block_size=8, keep_first=0, scored_by="max")` with `return_blocks=True`. Later layers choose
 inside: `hj.Dsa(topk=512)` with `candidates=hj.CandidateBlocks(blocks, 8)`.
 
+How fast HISA and the scan are over pools at 1M tokens, what they find, and what goes together with other ways to score
+less: [together.md](together.md).
+
 Keys of entries have a cache of their own: `hj.init_cache(..., entry_size=4)`. `append` takes a row a token and writes
 an entry when its last token arrives, from that token's row. Lengths count tokens everywhere; so does `truncate`.
 
