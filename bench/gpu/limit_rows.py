@@ -53,7 +53,15 @@ def units(
         return f, (inputs.q, inputs.k, inputs.visible - 1), lambda out: check_units(out, inputs, method)
 
     flop = 2.0 * T * context * model.H * model.D
-    return _row("units" if method.per_head else "units_source", model, context, T, make, flop=flop, implementation=implementation)
+    return _row(
+        "units" if method.per_head else "units_source",
+        model,
+        context,
+        T,
+        make,
+        flop=flop,
+        implementation=implementation,
+    )
 
 
 def units_decode(model: shapes.Model, method: hj.BlockSparse, batch: int, context: int) -> Row:
