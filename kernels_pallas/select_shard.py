@@ -43,6 +43,8 @@ class SelectShard:
     """One device's part of a selection, by one backend; see ../README.md. Tracing is that of `Indexer`."""
 
     stages: Stages
+    # Between two H200 an exchange takes some 70 us however little it sends, in which 16 MiB are sent, too.
+    most_to_all: int = 16 * 2**20
 
     def best_blocks(self, call: Call, eligible: Array, k: int, block_size: int, interpret: Interpret = False) -> Found:
         """The best blocks by score alone, none forced, of the first `eligible` [T]."""

@@ -72,8 +72,8 @@ def rows() -> Iterator[Row]:
             yield _sparse_mla(dsv32, batch, 1, 8 * K, implementation, is_quantized=True)
         yield _sparse_mla(dsv32, 1, 4096, 64 * K, implementation, is_quantized=True)
     yield from attention_rows.rows()
-    yield from limit_rows.rows()
     yield from entry_rows.rows()
+    yield from limit_rows.rows()
 
 
 def _hisa(
