@@ -25,14 +25,16 @@ SOURCE = hj.BlockSparse(topk=16384, block_size=8, keep_first=0, scored_by="max")
 
 
 def rows() -> Iterator[Row]:
-    for context in (64 * K, 128 * K):
-        yield units(M3, EACH_HEAD, context)
-    for batch in (1, 32, 128):
+    yield units(M3, EACH_HEAD, 128 * K)
+    yield units_decode(M3, EACH_HEAD, 32, 128 * K)
+    yield listed(V41, SOURCE, 1, 4096, 128 * K)
+    yield units(V41, SOURCE, 128 * K)
+    yield units(M3, EACH_HEAD, 64 * K)
+    for batch in (1, 128):
         yield units_decode(M3, EACH_HEAD, batch, 128 * K)
-    for implementation in ("mosaic_gpu", "triton"):
-        yield units(V41, SOURCE, 128 * K, implementation=implementation)
-        yield listed(V41, SOURCE, 1, 4096, 128 * K, implementation=implementation)
     yield listed(V41, SOURCE, 32, 1, 128 * K)
+    yield units(V41, SOURCE, 128 * K, implementation="triton")
+    yield listed(V41, SOURCE, 1, 4096, 128 * K, implementation="triton")
     yield budget(shapes.DSV32, 64 * K)
     yield ratio(shapes.DSV32, 64 * K)
 

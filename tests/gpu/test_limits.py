@@ -28,9 +28,9 @@ def test_blocks_of_one_head_score_what_their_best_visible_token_does(dtype):
     budget = np.array([[96, 96, 0, 96, 60]], np.int32)
     rng, (q, w) = np.random.default_rng(0), (np.zeros((1, 5, 1, 64)), np.ones((1, 5, 1), np.float32))
     q[..., 3], k = 1, rng.integers(-4, 5, (1, 256, 64))
-    k[0, :24, 3], k[0, 240:, 3], k[0, 251, 3], k[0, 55, 3] = -9, -6, 9, 8
+    k[0, :24, 3], k[0, 48:72, 3], k[0, 240:, 3], k[0, 251, 3], k[0, 55, 3] = -9, -9, -6, 9, 8
     q, k = draw.cast(q, dtype), draw.cast(k, dtype)
-    k[0, 60] = np.nan
+    k[0, 53] = np.nan  # of the unit of the best
     call = kernel_calls.call_of(*map(jnp.asarray, (q, k)), None, *map(jnp.asarray, (w, POSITIONS + 1)))
     n_kept = stages.how_many_kept(-(-call.queries.visible // 24), method, jnp.asarray(budget[0]))
     blocks = triton.select_blocks(call, method, True, n_kept)
