@@ -194,15 +194,25 @@ def _listed_scores(call: FlatCall, tokens: Array, count: Array, interpret: Inter
 
 
 def units(call: FlatCall, method: BlockSparse, interpret: Interpret = False) -> Array:
-    (T, H, _), sequences, options = call.q.shape, call.sequences, dict(interpret=bool(interpret))
-    n_sequences, n_tiles = len(sequences.lengths), -(-sequences.max_keys // scan_stage.TILE_S)
-    config = scan_stage.heuristic(T, n_sequences, 1, n_tiles) if H == 1 else scores_stage.heuristic(H)
-    tiles = sequences.query_tiles(T, config.tile_t, call.visible)
-    columns = Columns(limit=call.visible, n=sequences.max_keys, tiles=tiles)
-    if H == 1:
-        unit, has_relu = unit_of(method, H), method.activation is not None
-        return units_stage.units(call.operands, columns, unit=unit, has_relu=has_relu, config=config, **options)
-    return scores_stage.scores(call.operands._replace(k=call.k[:, None]), columns, config=config, **options)
+    (T, H, _), sequences = call.q.shape, call.sequences
+
+    def columns(tile_t: int) -> Columns:
+        tiles = sequences.query_tiles(T, tile_t, call.visible)
+        return Columns(limit=call.visible, n=sequences.max_keys, tiles=tiles)
+
+    if H > 1:
+        config, operands = scores_stage.heuristic(H), call.operands._replace(k=call.k[:, None])
+        return scores_stage.scores(operands, columns(config.tile_t), config=config, interpret=bool(interpret))
+    scanned = scan_stage.heuristic(T, len(sequences.lengths), 1, -(-sequences.max_keys // scan_stage.TILE_S))
+    return units_stage.units(
+        call.operands,
+        columns(scanned.tile_t),
+        unit=unit_of(method, H),
+        has_relu=method.activation is not None,
+        is_weighted=not method.per_head,
+        config=dataclasses.replace(scanned, num_stages=2),  # two programs fit a multiprocessor, of three stages one
+        interpret=bool(interpret),
+    )
 
 
 def within(sort_keys: Array, ids: Array, most: Array, interpret: Interpret = False) -> Array:

@@ -20,9 +20,16 @@ from hisa_jax.kernels_pallas.triton.scan import Config
 from hisa_jax.kernels_pallas.triton.units_body import TILE_S, Inputs, Plan, units_body
 
 
-@functools.partial(jax.jit, static_argnames=("unit", "has_relu", "config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("unit", "has_relu", "is_weighted", "config", "interpret"))
 def units(
-    operands: Operands, columns: Columns, *, unit: int, has_relu: bool, config: Config, interpret: bool = False
+    operands: Operands,
+    columns: Columns,
+    *,
+    unit: int,
+    has_relu: bool,
+    is_weighted: bool = True,
+    config: Config,
+    interpret: bool = False,
 ) -> Array:
     """-> [T, n] int32 sort keys of units of keys: a power of two up to 128. `columns` counts keys.
 
@@ -35,7 +42,7 @@ def units(
     n_tiles = -(-columns.n // TILE_S)
     inputs = Inputs(
         q=q.reshape(T, D),
-        w=w.reshape(T),
+        w=w.reshape(T) if is_weighted else None,
         limit=columns.limit,
         tiles=columns.tiles,
         k=k,
