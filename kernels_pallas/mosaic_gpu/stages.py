@@ -79,7 +79,9 @@ def block_filter(
     sort_keys = block_sort_keys(call, means, limit, method, interpret)
     if _are_few(sort_keys):
         # It takes all that a query sees, scored or not, where there is room: no kernel after it puts them there.
-        return few_topk_stage.topk(sort_keys, eligible.seen, m, is_full=True, interpret=interpret)[0]
+        # What a query sees is counted in tokens as it came: no kernel before it makes blocks of them.
+        options: Any = dict(per_column=method.block_size, is_full=True, interpret=interpret)
+        return few_topk_stage.topk(sort_keys, call.visible, m, **options)[0]
     if sort_keys.shape[1] <= _NARROW:
         return eligible.or_all(narrow_topk_stage.topk(sort_keys, limit, m, interpret=bool(interpret))[0])
     return eligible.or_all(topk_stage.topk(sort_keys, limit, m, n_ctas=n_sms(), interpret=interpret)[0])
@@ -134,7 +136,8 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
     n_parts = refine_stage.split(T, m, block_size, _apart(H), n_ctas)
     page_size = None if pages is None else pages.size
     fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size)
-    if fused is not None and n_parts == 1:
+    # With a query a CTA there is no next one to be scored while the best are selected, by one warp-group alone.
+    if fused is not None and (n_ctas < T or (n_parts == 1 and m * block_size > few_topk_stage.MAX_WIDTH)):
         shape = dict(H=H, D=D, m=m, block_size=block_size, itemsize=itemsize)
         # Those found for keys in one piece leave no room for the pages' numbers.
         config = tuned(refine_stage.Config, "mosaic_gpu.refine", **shape) if pages is None else None
@@ -142,7 +145,10 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
         return refine_stage.refine(call.operands, kept, k_top=topk, config=config or fused, **options)
     sort_keys, limit = _refine_scores(call, kept, interpret)
     if _are_few(sort_keys):
-        return few_topk_stage.topk(sort_keys, limit, topk, kept, has_forced=False, interpret=interpret)
+        # Parts write every column. A whole query that does not keep as many blocks as there may be keeps all it sees,
+        # so that a column is a position.
+        seen = call.visible if n_parts == 1 else None
+        return few_topk_stage.topk(sort_keys, seen, topk, kept, has_forced=False, interpret=interpret)
     return narrow_topk_stage.topk(sort_keys, limit, topk, kept, interpret=bool(interpret))
 
 

@@ -75,7 +75,9 @@ def kept_scores(
         keep_last=columns.keep_last,
     )
     row = lambda *shape: pl.BlockSpec((None, *shape), lambda s, t: (t,) + (0,) * len(shape))  # noqa: E731
-    one = pl.BlockSpec((1,), lambda s, t: (t,))
+    # What is known of a query in one array, so that one kernel of XLA makes it.
+    numbers = jnp.stack([columns.limit, first_block], axis=1)
+    number = lambda i: pl.BlockSpec((None, 1), lambda s, t: (t, i))  # noqa: E731
     others = None if means.marks is None else Sums(sums.pages.table, sums.sums, sums.counts)
     flat = means.means.reshape(len(means.means), -1)
     kept = Kept(sums.pages.table, flat, means.scales, means.marks, others)
@@ -83,13 +85,13 @@ def kept_scores(
         functools.partial(kept_scores_body, plan=plan),
         # Query by query: the next one of a request finds its means in L2.
         grid=(width // tile_s, T),
-        in_specs=[Queries(row(H, D), row(H), one, one), jax.tree.map(_whole, kept)],
+        in_specs=[Queries(row(H, D), row(H), number(0), number(1)), jax.tree.map(_whole, kept)],
         out_specs=row(width),
         out_shape=jax.ShapeDtypeStruct((T, width), jnp.int32),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
         name="hisa_kept_scores",
         interpret=interpret,
-    )(Queries(q, w, columns.limit, first_block), kept)
+    )(Queries(q, w, numbers, numbers), kept)
 
 
 def _whole(x: Array) -> Ref:
