@@ -101,12 +101,20 @@ def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> N
 
 
 def _score(parts: Sequence[Array], heads: Array, w: Array) -> Array:
-    """Means [s, D] in parts, [H, D], [H] -> [s] float32."""
-    products = jnp.zeros((parts[0].shape[0], heads.shape[0]), jnp.float32)
+    """Means [s, D] in parts, [H, D], [H] -> [s] float32.
+
+    A product has 64 rows or more: means, whose heads are then summed within a thread, or the heads of few means.
+    """
+    s, H = parts[0].shape[0], heads.shape[0]
+    rows_are_means = s >= 64
+    products = jnp.zeros((s, H) if rows_are_means else (H, s), jnp.float32)
     for part in parts:
-        products = product(part, heads, products)
+        products = product(part, heads, products) if rows_are_means else product(heads, part, products)
     # A select, not a maximum, which Triton lowers to one that drops NaN.
-    return jnp.sum(jnp.where(products < 0.0, 0.0, products) * w[None, :], axis=1)
+    products = jnp.where(products < 0.0, 0.0, products)
+    if rows_are_means:
+        return jnp.sum(products * w[None, :], axis=1)
+    return jnp.sum(products * w[:, None], axis=0)
 
 
 def _page(table_ref: Ref, i: Array, n_pages: int) -> Array:
