@@ -10,6 +10,7 @@ Floor, 1 and 32 queries over 128K in e4m3 each on an H200: 17 and 550 MB / 4.3 T
 that each wait for memory, about 20 us by the times of their parts. As a whole that is a prediction, not measured.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -135,6 +136,8 @@ def _of_few(
     # Spans of two warp-groups fill parts. Several are on their way: a span is soon scored for one query.
     sizes = scores_stage.Sizes.of(operands)
     config = scores_stage.heuristic(sizes, n, launch["n_ctas"], n_score=2, n_keys=4)
+    # No more queries a tile than a sequence has on average: a tile is of one sequence.
+    config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // len(sequences.lengths))))
     tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
     x = scores_stage.scores(operands, Columns(limit=visible, tiles=tiles, n=n), config=config, **launch)
     # More than are wanted do no harm, and rows are then whole copies of 16 bytes.

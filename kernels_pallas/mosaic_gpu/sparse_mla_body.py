@@ -312,7 +312,7 @@ def add_values(plan: Plan, half: Array, n_pairs_gmem: Ref, o_gmem: Ref, smem: Sm
             if plan.interpret:
                 o = scaled(o)
             else:  # rarely does any maximum of a warp's rows move
-                o = lax.cond(sparse_mla.any_decay(decay) > 0, scaled, lambda o: o, o)
+                o = lax.cond(sparse_mla.any_decay(decay, total) > 0, scaled, lambda o: o, o)
                 sparse_mla.let_first(smem.turn)
             p = smem.k.at[slot, :, pl.ds(VALUE_DIM, TOKENS)]
             values = [smem.k.at[slot, :, columns(part)] for part in range(2)]
