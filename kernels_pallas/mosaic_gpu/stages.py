@@ -28,17 +28,18 @@ from hisa_jax.kernels_pallas.triton import kept_means, page_means
 from hisa_jax.kernels_pallas.triton import pool as pool_stage
 from hisa_jax.kernels_pallas.triton import stages as triton_stages
 from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
-from hisa_jax.kernels_pallas.triton.stages import kth, scan_heads
+from hisa_jax.kernels_pallas.triton.stages import kth, list_best, scan_heads
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
     "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
-    "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
+    "list_best", "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
 ]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
+_FLAT_REQUESTS = 4  # of so few the flat indexer's launches take less time than the scan's, whatever they read
 _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
 _DEFAULT_SMS = 132  # of every Hopper GPU sold as H100 SXM, H200 or GH200, where no GPU can be asked
 
@@ -184,6 +185,13 @@ def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array
     return flat_stage.flat(call.operands, call.visible, call.sequences, **options)
 
 
+def is_flat_of_few(call: FlatCall, topk: int) -> bool:
+    """Whether a scan reads what the flat indexer does in one piece, or hardly less: the keys, or few sketches."""
+    sequences = call.sequences
+    is_few = flat_stage.is_for_few(call.q.shape[0], sequences.max_keys, topk, n_sms())
+    return is_few and (call.sketch is None or len(sequences.lengths) <= _FLAT_REQUESTS)
+
+
 def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
     options: Any = dict(topk=k, n_ctas=n_sms(), interpret=interpret)
     positions, _, sort_keys = flat_stage.flat_with_sort_keys(call.operands, call.visible, call.sequences, **options)
@@ -218,8 +226,13 @@ def refine_tokens(
     """`refine_tokens.refine_tokens`, or Triton's, where queries are fewer than CTAs or it cannot run the shape."""
     (T, H, D), n_ctas = call.q.shape, n_sms()
     config = refine_tokens_stage.heuristic(H, D, tokens.shape[1], call.k.dtype.itemsize)
+    options: Any
+    if T <= n_ctas and tokens.shape[1] <= few_topk_stage.MAX_WIDTH:
+        sort_keys = triton_stages.listed_sort_keys(call, tokens, count, bool(interpret))
+        options = dict(limit=count, interpret=interpret)
+        return few_topk_stage.topk_of_listed(sort_keys, tokens, topk, **options)[:2]
     if config is None or n_ctas > T:
         return triton_stages.refine_tokens(call, tokens, count, topk, bool(interpret))
     first_row = call.sequences.key_start_of_queries(T)
-    options: Any = dict(k_top=topk, config=config, n_ctas=n_ctas, interpret=interpret)
+    options = dict(k_top=topk, config=config, n_ctas=n_ctas, interpret=interpret)
     return refine_tokens_stage.refine_tokens(call.operands, tokens, count, first_row, **options)

@@ -9,9 +9,11 @@ from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.indexer import Eligible, Means
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
+from hisa_jax.kernels_pallas.scan import Ask
 from hisa_jax.kernels_pallas.select_shard import ByScore, Found
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.triton import kept_means
+from hisa_jax.kernels_pallas.triton import list_best as list_best_stage
 from hisa_jax.kernels_pallas.triton import list_tokens as list_stage
 from hisa_jax.kernels_pallas.triton import refine as refine_stage
 from hisa_jax.kernels_pallas.triton import refine_tokens as refine_tokens_stage
@@ -28,7 +30,7 @@ from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
     "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
-    "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
+    "list_best", "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
 ]  # fmt: skip
 
 _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the best so far, less those
@@ -173,15 +175,27 @@ def list_tokens(
     return list_stage.list_tokens(masks, visible, capacity, ties, interpret=bool(interpret))
 
 
+def list_best(
+    sort_keys: Array, visible: Array, ask: Ask, method: Scan, interpret: Interpret = False
+) -> tuple[Array, Array]:
+    forced = dict(keep_first=method.keep_first, keep_last=method.keep_last)
+    return list_best_stage.list_best(sort_keys, visible, **ask._asdict(), **forced, interpret=bool(interpret))
+
+
 def refine_tokens(
     call: FlatCall, tokens: Array, count: Array, topk: int, interpret: Interpret = False
 ) -> tuple[Array, Array]:
+    sort_keys = listed_sort_keys(call, tokens, count, interpret)
+    listed = KeptBlocks(ids=tokens, visible=call.visible, first=jnp.zeros_like(count), size=1)
+    return topk_stage.topk(sort_keys, count, topk, listed, interpret=bool(interpret))
+
+
+def listed_sort_keys(call: FlatCall, tokens: Array, count: Array, interpret: Interpret = False) -> Array:
+    """[T, capacity] int32: sort keys of the exact scores of listed tokens; from `count` on they may be anything."""
     (T, H, _), capacity = call.q.shape, tokens.shape[1]
     config = refine_tokens_stage.heuristic(T, H, capacity)
     options = dict(config=config, interpret=bool(interpret))
-    sort_keys = refine_tokens_stage.refine_tokens_scores(call.operands, tokens, count, _first(call), **options)
-    listed = KeptBlocks(ids=tokens, visible=call.visible, first=jnp.zeros_like(count), size=1)
-    return topk_stage.topk(sort_keys, count, topk, listed, interpret=bool(interpret))
+    return refine_tokens_stage.refine_tokens_scores(call.operands, tokens, count, _first(call), **options)
 
 
 def _first(call: FlatCall) -> Array:

@@ -36,9 +36,11 @@ E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 SHAPE = draw.Shape(2, 5, 700, 16, 64)  # of it every form but pages is one program a dtype
 
 
-@pytest.fixture(autouse=True)
-def short_lists(monkeypatch):
-    """128 tokens, and every fourth key is sampled."""
+@pytest.fixture(autouse=True, params=["many", pytest.param("few", marks=pytest.mark.exhaustive)])
+def short_lists(request, monkeypatch):
+    """128 tokens, and every fourth key is sampled. Queries as few as here have all their sort keys written, or not."""
+    if request.param == "many":
+        monkeypatch.setattr(scan, "FEW", 0)
     monkeypatch.setattr(scan, "_LISTED", 128)
     monkeypatch.setattr(scan, "_RANK", 16)
     assert scan.capacity(80) == 128 and scan.sample_step(80, 700) == 4
@@ -274,7 +276,8 @@ def test_where_the_flat_indexer_is_faster_it_scores_every_token(monkeypatch, S, 
     class Stages:
         flat = staticmethod(lambda call, topk, interpret: (topk, "flat"))
 
-    monkeypatch.setattr(scan, "select", lambda stages, call, method, interpret: (method.topk, "scan"))
+    for name in ("select", "select_few"):
+        monkeypatch.setattr(scan, name, lambda stages, call, method, interpret: (method.topk, "scan"))
     q, k, w = jnp.zeros((1, 4, H, 128), BF16), jnp.zeros((1, S, 128), BF16), jnp.zeros((1, 4, H))
     call = Call(q=q, w=w, visible=jnp.full((1, 4), S, jnp.int32), k=Keys(k, None))
     got = Indexer(Stages, flat_up_to=2.5).select_scan(call, hj.Scan())
