@@ -35,7 +35,8 @@ from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
     "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
-    "list_best", "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
+    "list_best", "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks",
+    "scan_sort_keys",
 ]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
@@ -227,7 +228,7 @@ def refine_tokens(
     (T, H, D), n_ctas = call.q.shape, n_sms()
     config = refine_tokens_stage.heuristic(H, D, tokens.shape[1], call.k.dtype.itemsize)
     options: Any
-    if T <= n_ctas and tokens.shape[1] <= few_topk_stage.MAX_WIDTH:
+    if n_ctas >= T and tokens.shape[1] <= few_topk_stage.MAX_WIDTH:
         sort_keys = triton_stages.listed_sort_keys(call, tokens, count, bool(interpret))
         options = dict(limit=count, interpret=interpret)
         return few_topk_stage.topk_of_listed(sort_keys, tokens, topk, **options)[:2]

@@ -83,11 +83,11 @@ def list_best_body(refs: Inputs, o_ref: Ref, count_ref: Ref, *, plan: Plan) -> N
     threshold = jnp.where(takes_all, low, by_samples(jnp.int32(plan.rank)))
     count = list_all(threshold)
 
-    def is_open(state: tuple[Array, ...]) -> Array:
+    def is_open(state: tuple) -> Array:
         low, high, _, count, _ = state
         return ((count < least) | (count > plan.most)) & (low < high)
 
-    def narrow(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def narrow(state: tuple) -> tuple:
         """Too many reach `low`, too few `high` + 1: in turn the samples and the middle say what is tried between."""
         low, high, threshold, count, i = state
         reached = jnp.sum((samples() >= threshold).astype(jnp.int32)).astype(jnp.float32)
