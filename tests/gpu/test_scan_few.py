@@ -38,7 +38,8 @@ def rows():
 def check(interpret):
     names, scores, limits = zip(*rows(), strict=True)
     sort_keys = sort_key_of(jnp.asarray(np.stack(scores), jnp.float32))
-    tokens, counts = map(np.asarray, list_best(sort_keys, jnp.asarray(limits, jnp.int32), **OPTIONS, interpret=interpret))
+    lists = list_best(sort_keys, jnp.asarray(limits, jnp.int32), **OPTIONS, interpret=interpret)
+    tokens, counts = map(np.asarray, lists)
     for name, x, n, got, count in zip(names, np.asarray(sort_keys), limits, tokens, counts, strict=True):
         listed = got[:count]
         assert min(n, LEAST) <= count <= MOST and (got[count:] == -1).all(), name
