@@ -15,6 +15,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens as list_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as refine_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens as refine_tokens_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scan as scan_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import scan_sketch as sketch_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk_few as few_topk_stage
@@ -200,8 +201,17 @@ def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
 
 
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
+    """`scan.scan_sort_keys`; of sketches `scan_sketch.scan_sort_keys`, or Triton's for samples and what it declines."""
     if call.sketch is not None:
-        return triton_stages.scan_sort_keys(call, heads, step, bool(interpret))
+        (T, R, D), pages, sequences = heads.q.shape, call.pages, call.sequences
+        reason = sketch_stage.why_not(D, heads.q.dtype.itemsize, None if pages is None else pages.size)
+        if step > 1 or pages is None or reason is not None:
+            return triton_stages.scan_sort_keys(call, heads, step, bool(interpret))
+        config = sketch_stage.heuristic(T, len(sequences.lengths), R, sequences.max_keys, n_sms())
+        tiles = sequences.query_tiles(T, config.tile_t, call.visible, sketch_stage.STEP)
+        columns = Columns(limit=call.visible, n=sequences.max_keys, tiles=tiles)
+        sketched: Any = (call.sketch.codes, call.sketch.code_scales, call.k_scale, pages)
+        return sketch_stage.scan_sort_keys(*sketched, heads, columns, config=config, interpret=interpret)
     return scan_stage.scan_sort_keys(call, heads, step, n_ctas=n_sms(), interpret=interpret)
 
 
