@@ -58,7 +58,8 @@ BACKENDS = {
 def select(request, monkeypatch):
     """`hj.select` on interpreted kernels; no race may have been found by the end."""
     interpret_pallas_call.reset_gpu_interpret_mode_state()
-    monkeypatch.setattr(mosaic_gpu.stages, "n_sms", lambda: 3)
+    # As many that few queries have one each, or fewer than there are queries.
+    monkeypatch.setattr(mosaic_gpu.stages, "n_sms", lambda: 16 if scan.FEW else 3)
     # Its flat indexer is faster at sizes that an interpreter can run.
     monkeypatch.setattr(mosaic_gpu, "select_scan", Indexer(mosaic_gpu.stages).select_scan)
     assert 64 * METHOD.block_topk < SHAPE.S * SHAPE.H
