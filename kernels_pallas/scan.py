@@ -38,6 +38,7 @@ _DEVIATIONS = 5  # standard ones of a count, by which more are aimed at than are
 _BYTES = 2**30  # of what all queries at a time leave in memory
 FEW = 132  # queries: of these each has a multiprocessor for its list
 _FEW_BYTES = 2**29  # of their sort keys
+_FEW_SAMPLES = 16384  # of each: what registers of a multiprocessor hold
 
 Lists = tuple[Array, Array]  # [T, capacity] int32 tokens, ascending, then -1; [T] int32, how many
 
@@ -112,9 +113,9 @@ def capacity(candidates: int) -> int:
     return -(-(candidates + candidates // 2) // _LISTED) * _LISTED
 
 
-def sample_step(candidates: int, max_keys: int) -> int:
+def sample_step(candidates: int, max_keys: int, max_samples: int = _MAX_SAMPLES) -> int:
     """Of how many keys one is sampled: a power of two."""
-    least = -(-max_keys // _MAX_SAMPLES)
+    least = -(-max_keys // max_samples)
     return max(1 << (max(candidates // _RANK, 1).bit_length() - 1), 1 << (least - 1).bit_length())
 
 
@@ -141,8 +142,9 @@ class Ask(NamedTuple):
     step: int
 
 
-def ask_of(method: Scan, max_keys: int) -> Ask:
-    m, most, step = method.block_topk, capacity(method.block_topk), sample_step(method.block_topk, max_keys)
+def ask_of(method: Scan, max_keys: int, max_samples: int = _MAX_SAMPLES) -> Ask:
+    m, most = method.block_topk, capacity(method.block_topk)
+    step = sample_step(m, max_keys, max_samples)
     rank = min(math.ceil(m / step + _DEVIATIONS * math.sqrt(m / step)), (m + most) // (2 * step))
     return Ask(m, most, rank, step)
 
@@ -156,7 +158,7 @@ def select_few(stages: ScanStages, call: FlatCall, method: Scan, interpret: Inte
     """`select` of queries so few that the sort keys of all keys are written."""
     heads = stages.scan_heads(call, method, interpret)
     sort_keys = stages.scan_sort_keys(call, heads, 1, interpret)
-    ask = ask_of(method, call.sequences.max_keys)
+    ask = ask_of(method, call.sequences.max_keys, _FEW_SAMPLES)
     lists = stages.list_best(sort_keys, call.visible, ask, method, interpret)
     return stages.refine_tokens(call, *lists, method.topk, interpret)
 

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.indexer import Eligible, Means
 from hisa_jax.kernels_pallas.mosaic_gpu import flat as flat_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import list_best as list_best_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens as list_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as refine_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens as refine_tokens_stage
@@ -22,6 +23,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu import topk_few as few_topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
+from hisa_jax.kernels_pallas.scan import Ask
 from hisa_jax.kernels_pallas.select_shard import ByScore, Found
 from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
@@ -29,7 +31,7 @@ from hisa_jax.kernels_pallas.triton import kept_means, page_means
 from hisa_jax.kernels_pallas.triton import pool as pool_stage
 from hisa_jax.kernels_pallas.triton import stages as triton_stages
 from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
-from hisa_jax.kernels_pallas.triton.stages import kth, list_best, scan_heads
+from hisa_jax.kernels_pallas.triton.stages import kth, scan_heads
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan
@@ -229,6 +231,16 @@ def list_tokens(
     if ties is not None or capacity > list_stage.MAX_CAPACITY:
         return triton_stages.list_tokens(masks, visible, capacity, ties, bool(interpret))
     return list_stage.list_tokens(masks, visible, capacity, n_ctas=n_sms(), interpret=interpret)
+
+
+def list_best(
+    sort_keys: Array, visible: Array, ask: Ask, method: Scan, interpret: Interpret = False
+) -> tuple[Array, Array]:
+    """`list_best.list_best`, or Triton's for rows that it declines."""
+    if list_best_stage.why_not(sort_keys.shape[1], ask.step):
+        return triton_stages.list_best(sort_keys, visible, ask, method, bool(interpret))
+    options: Any = dict(keep_first=method.keep_first, keep_last=method.keep_last, interpret=interpret)
+    return list_best_stage.list_best(sort_keys, visible, **ask._asdict(), **options)
 
 
 def refine_tokens(

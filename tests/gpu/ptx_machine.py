@@ -159,7 +159,10 @@ class _Warp:
             value = self._value(args[1], kind)
             self._set(args[0], np.full(32, _INTEGER[parts[1]].reduce(value, dtype=value.dtype)), mask)
         elif name == "vote":
-            self._set(args[0], np.full(32, self.registers[args[1]].any()), mask)
+            votes = self.registers[args[1]]
+            is_ballot = parts[1] == "ballot"
+            value = np.uint32(np.packbits(votes, bitorder="little").view(np.uint32)[0]) if is_ballot else votes.any()
+            self._set(args[0], np.full(32, value), mask)
         elif name == "shfl":
             lane, by = np.arange(32), int(args[2])
             value = self._value(args[1], "b32")
@@ -194,6 +197,10 @@ class _Warp:
                 return low | high << 32
             if name == "neg":
                 return -self._value(args[1], kind)
+            if name == "not":
+                return ~self._value(args[1], kind)
+            if name == "popc":
+                return np.bitwise_count(self._value(args[1], "u32")).astype(np.uint32)
             if name == "max" and kind == "f32" and "NaN" not in parts:
                 return np.fmax(*(self._value(arg, kind) for arg in args[1:]))
             if name == "mov":
@@ -202,7 +209,7 @@ class _Warp:
                 return np.where(self.registers[args[3]], self._value(args[1], kind), self._value(args[2], kind))
             a, b = self._value(args[1], kind), self._value(args[2], "u32" if name in ("shl", "shr") else kind)
             if name == "shl":
-                return a << b
+                return np.where(b < 32, a << np.minimum(b, 31), 0).astype(a.dtype)
             if name == "shr":
                 return a >> b.astype(a.dtype)
             if name == "div":

@@ -3,17 +3,25 @@
 Lists of rows of all kinds are one program, compiled in some 4 s; whole selections are `exhaustive`.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hisa_jax.kernels_pallas.mosaic_gpu import list_best as mosaic_list
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_best import sample_of
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_best_text import OPERANDS, Row, list_ptx
 from hisa_jax.kernels_pallas.sort_key import sort_key_of
-from hisa_jax.kernels_pallas.triton.list_best import list_best
+from hisa_jax.kernels_pallas.triton import list_best as triton_list
+from tests.gpu.ptx_machine import Machine
 from tests.gpu.test_lowering import lower
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-WIDTH, LEAST, MOST = 1000, 80, 128
-OPTIONS = dict(least=LEAST, most=MOST, rank=26, step=4, keep_first=2, keep_last=3)
+WIDTH, LEAST, MOST = 1024, 80, 128
+FORCED_OPTIONS = dict(keep_first=2, keep_last=3)
+OPTIONS = dict(least=LEAST, most=MOST, rank=26, step=4) | FORCED_OPTIONS
 
 
 def rows():
@@ -35,11 +43,11 @@ def rows():
     yield "the first and the last are worst", np.where(np.abs(np.arange(WIDTH) - 500) > 490, -99, normal), WIDTH
 
 
-def check(interpret):
+def check(list_best):
+    """A function of sort keys and limits."""
     names, scores, limits = zip(*rows(), strict=True)
     sort_keys = sort_key_of(jnp.asarray(np.stack(scores), jnp.float32))
-    lists = list_best(sort_keys, jnp.asarray(limits, jnp.int32), **OPTIONS, interpret=interpret)
-    tokens, counts = map(np.asarray, lists)
+    tokens, counts = map(np.asarray, list_best(sort_keys, jnp.asarray(limits, jnp.int32)))
     for name, x, n, got, count in zip(names, np.asarray(sort_keys), limits, tokens, counts, strict=True):
         listed = got[:count]
         assert min(n, LEAST) <= count <= MOST and (got[count:] == -1).all(), name
@@ -57,15 +65,64 @@ def check(interpret):
             np.testing.assert_array_equal(others[x[others] == at], tied[: (x[others] == at).sum()], err_msg=name)
 
 
+def by_machine(sort_keys, limits):
+    """The PTX, a row after the other."""
+    given = {name: value for name, value in OPTIONS.items() if name != "rank"}
+    sample = sample_of(-(-WIDTH // OPTIONS["step"]), OPTIONS["rank"])
+    row = Row(width=WIDTH, **given, sample=sample)
+    text = list_ptx(row)
+    for i in reversed(range(len(OPERANDS))):
+        text = text.replace(f"${i}", OPERANDS[i].lower() + "_")
+    lists = []
+    for x, limit in zip(np.asarray(sort_keys), np.asarray(limits), strict=True):
+        memory = np.concatenate([x.view(np.uint32), np.full(MOST + 8, 0xDEAD, np.uint32)])
+        at = dict(x_=0, limit_=int(limit), o_=4 * WIDTH, count_=4 * (WIDTH + MOST), smem_=0)
+        cta = Machine(text, sample.n_threads, at, memory, row.smem_bytes)
+        cta.run()
+        got = cta.memory[WIDTH:].view(np.int32)
+        assert (got[MOST + 1 :] == 0xDEAD).all()
+        lists.append((got[:MOST], got[MOST]))
+    return tuple(map(np.stack, zip(*lists, strict=True)))
+
+
 def test_a_list_has_the_best_and_of_those_that_tie_the_first():
-    check(interpret=True)
+    check(functools.partial(triton_list.list_best, **OPTIONS, interpret=True))
+
+
+def test_the_machine_lists_them_too():
+    check(by_machine)
+
+
+@pytest.mark.exhaustive
+def test_the_kernel_around_it(interpret):
+    check(functools.partial(mosaic_list.list_best, **OPTIONS, interpret=interpret))
 
 
 @pytest.mark.gpu
-def test_a_list_on_the_device():
-    check(interpret=False)
+@pytest.mark.parametrize("stage", [triton_list, mosaic_list], ids=["triton", "mosaic_gpu"])
+def test_on_the_device(stage):
+    check(functools.partial(stage.list_best, **OPTIONS))
 
 
-def test_lists_lower():
-    lists = lambda x, limit: list_best(x, limit, **OPTIONS | dict(least=8192, most=12288, rank=626, step=16))  # noqa: E731
-    assert "hisa_list_best" in lower(lists, ((128, 131072), jnp.int32), ((128,), jnp.int32))
+@pytest.mark.gpu
+@pytest.mark.parametrize("W", [131072, 1 << 19])
+def test_both_list_the_same_of_long_rows(W):
+    """Where samples tell enough, thresholds are the same but for the slack of Triton's."""
+    x = sort_key_of(jax.random.normal(jax.random.key(0), (132, W)))
+    limit = jnp.asarray(np.random.default_rng(0).integers(1, W, 132), jnp.int32).at[0].set(W)
+    options = dict(least=8192, most=12288, rank=max(626 * 131072 // W, 200), step=16 * W // 131072) | FORCED_OPTIONS
+    tokens, count = (np.asarray(out) for out in mosaic_list.list_best(x, limit, **options))
+    x = np.asarray(x)
+    for t, n in enumerate(np.asarray(limit)):
+        listed = tokens[t, : count[t]]
+        assert min(n, 8192) <= count[t] <= 12288 and (np.diff(listed) > 0).all() and (tokens[t, count[t] :] == -1).all()
+        inner = listed[(listed >= 2) & (listed < n - 3)]
+        left = np.setdiff1d(np.arange(2, n - 3), inner)
+        assert not len(left) or x[t, left].max() < x[t, inner].min()
+
+
+@pytest.mark.parametrize("stage", [triton_list, mosaic_list], ids=["triton", "mosaic_gpu"])
+def test_lists_lower(stage):
+    options = OPTIONS | dict(least=8192, most=12288, rank=626, step=16)
+    text = lower(functools.partial(stage.list_best, **options), ((128, 131072), jnp.int32), ((128,), jnp.int32))
+    assert "custom_call" in text
