@@ -140,7 +140,8 @@ count: ld.shared.b32 key, [at];
 {_below(str(row.keep_first), "g")} or.b32 key, key, g;
 sub.s32 t, $LIMIT, {row.keep_last}; {_below("t", "g")} not.b32 g, g; or.b32 key, key, g;
 {_below("$LIMIT", "g")} and.b32 key, key, g; st.shared.b32 [at], key; popc.b32 g, key; add.s32 n, n, g;
-add.u32 at, at, 4; add.s32 column, column, {WORD}; add.s32 i, i, 1; setp.lt.s32 p, i, {row.words_a_thread}; @p bra count;
+add.u32 at, at, 4; add.s32 column, column, {WORD}; add.s32 i, i, 1;
+setp.lt.s32 p, i, {row.words_a_thread}; @p bra count;
 {before(row.sample, _COUNTED, "n")}"""
 
 
@@ -150,7 +151,7 @@ def _look_again(row: Row) -> str:
     Then more tie at `lo` than there is room for. Those above it are marked apart, then those that reach it (mode 1 and
     2): of the ones that tie the first are listed.
     """
-    half = f"""shr.s32 thr, lo, 1; shr.s32 t, hi, 1; add.s32 thr, thr, t; or.b32 t, lo, hi; and.b32 t, t, 1;
+    half = """shr.s32 thr, lo, 1; shr.s32 t, hi, 1; add.s32 thr, thr, t; or.b32 t, lo, hi; and.b32 t, t, 1;
 add.s32 thr, thr, t;"""
     return f"""setp.eq.s32 p, mode, 2; @p bra choose; setp.eq.s32 p, mode, 1; @p bra above;
 setp.gt.s32 p, total, {row.most}; setp.lt.s32 q, total, least; or.pred s, p, q; @!s bra write;
