@@ -15,6 +15,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu import list_best as list_best_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens as list_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as refine_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens as refine_tokens_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens_few as refine_few_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scan as scan_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scan_sketch as sketch_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
@@ -246,12 +247,12 @@ def list_best(
 def refine_tokens(
     call: FlatCall, tokens: Array, count: Array, topk: int, interpret: Interpret = False
 ) -> tuple[Array, Array]:
-    """`refine_tokens.refine_tokens`, or Triton's, where queries are fewer than CTAs or it cannot run the shape."""
-    (T, H, D), n_ctas = call.q.shape, n_sms()
-    config = refine_tokens_stage.heuristic(H, D, tokens.shape[1], call.k.dtype.itemsize)
+    """`refine_tokens.refine_tokens`; where queries are fewer than CTAs, scores and then `topk_few`."""
+    (T, H, D), n_ctas, itemsize = call.q.shape, n_sms(), call.k.dtype.itemsize
+    config = refine_tokens_stage.heuristic(H, D, tokens.shape[1], itemsize)
     options: Any
     if n_ctas >= T and tokens.shape[1] <= few_topk_stage.MAX_WIDTH:
-        sort_keys = triton_stages.listed_sort_keys(call, tokens, count, bool(interpret))
+        sort_keys = _listed_sort_keys(call, tokens, count, interpret)
         options = dict(limit=count, interpret=interpret)
         return few_topk_stage.topk_of_listed(sort_keys, tokens, topk, **options)[:2]
     if config is None or n_ctas > T:
@@ -259,3 +260,13 @@ def refine_tokens(
     first_row = call.sequences.key_start_of_queries(T)
     options = dict(k_top=topk, config=config, n_ctas=n_ctas, interpret=interpret)
     return refine_tokens_stage.refine_tokens(call.operands, tokens, count, first_row, **options)
+
+
+def _listed_sort_keys(call: FlatCall, tokens: Array, count: Array, interpret: Interpret) -> Array:
+    """`refine_tokens_few.refine_tokens_scores`, or Triton's of what that declines."""
+    T, H, D = call.q.shape
+    if refine_few_stage.why_not(H, D, call.k.dtype.itemsize):
+        return triton_stages.listed_sort_keys(call, tokens, count, bool(interpret))
+    first, steps = call.sequences.key_start_of_queries(T), refine_few_stage.heuristic(T, tokens.shape[1], n_sms())
+    lists = tokens, count, first
+    return refine_few_stage.refine_tokens_scores(call.operands, *lists, steps=steps, interpret=interpret)

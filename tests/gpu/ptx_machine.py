@@ -220,16 +220,15 @@ class _Warp:
         """Products of 8-bit registers and shared memory, the part of one warp: made when they are waited for."""
         if "mma_async" in op:
             n, (sums, codes, desc, adds) = int(re.search(r"m64n(\d+)k32\.f32\.e4m3\.e4m3", op)[1]), args[:4]
-            assert self.registers[adds].all(), "sums that begin anew"
             registers = (re.findall(r"\w+", x) for x in (sums, codes))
-            self.in_flight.append((n, *registers, int(self.registers[desc][0])))
+            self.in_flight.append((n, *registers, int(self.registers[desc][0]), bool(self.registers[adds].all())))
         elif "wait_group" in op:
             assert args == ["0"]
             for product in self.in_flight:
                 self._multiply_one(*product)
             self.in_flight = []
 
-    def _multiply_one(self, n, sums, codes, desc):
+    def _multiply_one(self, n, sums, codes, desc, adds):
         g, c, e4m3 = np.arange(32) // 4, np.arange(32) % 4, ml_dtypes.float8_e4m3fn
         a = np.zeros((16, 32), np.uint8)
         for i, name in enumerate(codes):
@@ -244,8 +243,8 @@ class _Warp:
         product = a.view(e4m3).astype(np.float64) @ b.view(e4m3).astype(np.float64).T
         for i, name in enumerate(sums):
             row, own = g + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * c + i % 2
-            total = self._value(name, "f32") + product[row, own]
-            self.registers[name] = total.astype(np.float32)
+            before = self._value(name, "f32") if adds else 0
+            self.registers[name] = (before + product[row, own]).astype(np.float32)
 
     def _words(self, address):
         base, _, offset = address.strip("[]").partition("+")

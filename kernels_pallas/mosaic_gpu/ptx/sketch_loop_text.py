@@ -11,7 +11,7 @@ one a group, and zero where a number is of another group.
 
 import dataclasses
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import scope
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import SORT_KEY, scope
 
 OPERANDS = (
     *("CODES", "CODE_SCALES", "K_SCALE", "TABLE", "Q", "W", "O"),
@@ -298,11 +298,7 @@ shfl.sync.bfly.b32 t3, t3, 2, 0x1f, -1; add.f32 x, t1, t3;"""
         )
         if shape.has_scale:
             lines.append(f"mul.f32 x, x, ks{s};")
-        # The maximum drops NaN; the addition makes -0.0, which must tie with 0.0, positive.
-        lines.append(
-            f"""max.f32 x, x, 0fFF800000; add.f32 x, x, 0f00000000; mov.b32 sort_key, x;
-shr.s32 t, sort_key, 31; and.b32 t, t, {2**31 - 1}; xor.b32 sort_key, sort_key, t;"""
-        )
+        lines.append(SORT_KEY)
         guard = f"setp.gt.s32 p, $N_QUERIES, {query}; @p " if query else ""
         lines.append(f"{guard}st.global.b32 [o+{4 * query * shape.out_columns}], sort_key;")
     return "\n".join(lines)
