@@ -65,10 +65,11 @@ def list_ptx(row: Row) -> str:
     """Lists the best of the first $LIMIT of the row at $X to $O, ascending, then -1; how many to $COUNT."""
     return scope(
         f"""{registers(row.sample)}
-.reg .pred leads; .reg .b32 mode, into, least, x<{WORD}>;
+.reg .pred leads; .reg .b32 mode, into, least, stride, x<{WORD}>;
 {_sample(row)}
 {threshold_ptx(row.sample)}
-emit: mov.b32 lo, {INVISIBLE + 1}; mov.b32 hi, {FORCED}; mov.b32 mode, 0; mov.b32 into, 0; setp.eq.u32 leads, lane, 0;
+emit: mov.b32 lo, {INVISIBLE + 1}; mov.b32 hi, {FORCED}; mov.b32 mode, 0; mov.b32 into, 0;
+mov.b32 stride, {1 << 14}; setp.eq.u32 leads, lane, 0;
 min.s32 least, $LIMIT, {row.least}; setp.le.s32 p, $LIMIT, {row.most}; @p mov.b32 thr, lo;
 {_mark(row)}
 {_count(row)}
@@ -146,17 +147,19 @@ setp.lt.s32 p, i, {row.words_a_thread}; @p bra count;
 
 
 def _look_again(row: Row) -> str:
-    """Too many or too few: the middle of what is left between is tried, until no sort key is.
+    """Too many or too few: another threshold is tried, until no sort key is left between the bounds.
 
-    Then more tie at `lo` than there is room for. Those above it are marked apart, then those that reach it (mode 1 and
-    2): of the ones that tie the first are listed.
+    The first one is hardly ever far off, so steps from it begin small, four times as far each time, but no farther than
+    the middle. At the end more tie at `lo` than there is room for. Those above it are marked apart, then those that
+    reach it (mode 1 and 2): of the ones that tie the first are listed.
     """
-    half = """shr.s32 thr, lo, 1; shr.s32 t, hi, 1; add.s32 thr, thr, t; or.b32 t, lo, hi; and.b32 t, t, 1;
-add.s32 thr, thr, t;"""
+    middle = """shr.s32 middle, lo, 1; shr.s32 t, hi, 1; add.s32 middle, middle, t; or.b32 t, lo, hi; and.b32 t, t, 1;
+add.s32 middle, middle, t; sub.s32 t, middle, lo; sub.s32 u, hi, middle; min.u32 t, t, stride; min.u32 u, u, stride;
+@p add.s32 thr, lo, t; @!p sub.s32 thr, hi, u; shl.b32 stride, stride, 2;"""
     return f"""setp.eq.s32 p, mode, 2; @p bra choose; setp.eq.s32 p, mode, 1; @p bra above;
 setp.gt.s32 p, total, {row.most}; setp.lt.s32 q, total, least; or.pred s, p, q; @!s bra write;
-@p mov.b32 lo, thr; @q sub.s32 hi, thr, 1; setp.lt.s32 p, lo, hi; @!p bra tied;
-{half} bra mark;
+@p mov.b32 lo, thr; @q sub.s32 hi, thr, 1; setp.lt.s32 q, lo, hi; @!q bra tied;
+min.u32 stride, stride, {1 << 28}; {middle} bra mark;
 tied: mov.b32 mode, 1; add.s32 thr, lo, 1; mov.b32 into, {row.bits_bytes}; bra mark;
 above: mov.b32 mode, 2; sub.s32 room, {row.least}, total; mov.b32 thr, lo; mov.b32 into, 0; bra mark;
 choose: {_own_words(row)}

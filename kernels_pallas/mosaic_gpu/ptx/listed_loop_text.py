@@ -41,7 +41,7 @@ class Shape:
 
     @property
     def rows_at(self) -> int:
-        """Where in shared memory the rows of the tokens are, behind the heads."""
+        """Where in shared memory the rows of the tokens are, after the heads."""
         return self.H * ROW_BYTES
 
     @property
