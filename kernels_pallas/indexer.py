@@ -82,13 +82,12 @@ class Indexer:
     Attributes:
         flat_up_to: a scan with 64 heads of at most so many times its candidates is the flat indexer, which scores all
             of them and is faster there; with fewer heads of more.
-        is_flat_of_few: whether the scan of a call, of some topk, is the flat indexer since that is faster for so few
-            queries.
+        way_of_scan: how a call is scanned, by topk.
     """
 
     stages: Stages
     flat_up_to: float = 1.0
-    is_flat_of_few: Callable[[FlatCall, int], bool] = lambda call, topk: False
+    way_of_scan: Callable[[FlatCall, int], scan.Way] = scan.way_of
 
     def select_hisa(self, call: Call, method: Hisa, interpret: Interpret = False) -> tuple[Array, Array, Array]:
         """The hierarchical indexer.
@@ -129,9 +128,10 @@ class Indexer:
                 flat = dataclasses.replace(flat, sketch=call.sketch)
             if flat.sequences.max_keys * flat.q.shape[1] <= self.flat_up_to * 64 * method.block_topk:
                 return self.select_flat(call, method.topk, interpret)
-            if self.is_flat_of_few(flat, method.topk):
+            way = self.way_of_scan(flat, method.topk)
+            if way == "flat":
                 return self.select_flat(call, method.topk, interpret)
-            if scan.is_for_few(flat.q.shape[0], flat.sequences.max_keys):
+            if way == "lists":
                 return scan.select_few(self.stages, flat, method, interpret)
             n = scan.queries_at_a_time(method, flat.sequences.max_keys)
             indices, count = flat.map_queries(lambda flat: scan.select(self.stages, flat, method, interpret), n)

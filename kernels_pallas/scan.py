@@ -18,7 +18,7 @@ misleads. So few launches are left, and the host waits for none:
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -40,6 +40,8 @@ FEW = 132  # queries: of these each has a multiprocessor for its list
 _FEW_BYTES = 2**29  # of their sort keys
 _FEW_SAMPLES = 16384  # of each: what registers of a multiprocessor hold
 
+# How a call is scanned: as the flat indexer does, which is faster; `select_few`; `select`.
+Way = Literal["flat", "lists", "samples"]
 Lists = tuple[Array, Array]  # [T, capacity] int32 tokens, ascending, then -1; [T] int32, how many
 
 
@@ -149,9 +151,11 @@ def ask_of(method: Scan, max_keys: int, max_samples: int = _MAX_SAMPLES) -> Ask:
     return Ask(m, most, rank, step)
 
 
-def is_for_few(T: int, max_keys: int) -> bool:
-    """Whether queries are so few that the sort keys of all keys are written."""
-    return T <= FEW and 4 * T * max_keys <= _FEW_BYTES
+def way_of(call: FlatCall, topk: int) -> Way:
+    """By lists from the sort keys of all keys, where queries are so few that these are written, or by samples."""
+    del topk
+    T = call.q.shape[0]
+    return "lists" if T <= FEW and 4 * T * call.sequences.max_keys <= _FEW_BYTES else "samples"
 
 
 def select_few(stages: ScanStages, call: FlatCall, method: Scan, interpret: Interpret = False) -> tuple[Array, Array]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from hisa_jax.kernels_pallas import scan
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.indexer import Eligible, Means
 from hisa_jax.kernels_pallas.mosaic_gpu import flat as flat_stage
@@ -45,6 +46,7 @@ __all__ = [
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
 _FLAT_REQUESTS = 4  # of so few the flat indexer's launches take less time than the scan's, whatever they read
+_QUERIES_OF_ONE, _QUERIES_A_REQUEST = 16, 4  # up to so many the flat indexer's products take less time than its reading
 _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
 _DEFAULT_SMS = 132  # of every Hopper GPU sold as H100 SXM, H200 or GH200, where no GPU can be asked
 
@@ -190,11 +192,17 @@ def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array
     return flat_stage.flat(call.operands, call.visible, call.sequences, **options)
 
 
-def is_flat_of_few(call: FlatCall, topk: int) -> bool:
-    """Whether a scan reads what the flat indexer does in one piece, or hardly less: the keys, or few sketches."""
-    sequences = call.sequences
-    is_few = flat_stage.is_for_few(call.q.shape[0], sequences.max_keys, topk, n_sms())
-    return is_few and (call.sketch is None or len(sequences.lengths) <= _FLAT_REQUESTS)
+def way_of_scan(call: FlatCall, topk: int) -> scan.Way:
+    """Few queries of few requests are the flat indexer's: it reads what a scan does, or hardly more, in fewer launches.
+
+    So are few queries of many requests by the keys. Many of one request would wait for its products.
+    """
+    T, R = call.q.shape[0], len(call.sequences.lengths)
+    is_reading = max(_QUERIES_OF_ONE, _QUERIES_A_REQUEST * R) >= T and (call.sketch is None or R <= _FLAT_REQUESTS)
+    if is_reading and flat_stage.is_for_few(T, call.sequences.max_keys, topk, n_sms()):
+        return "flat"
+    # Scans by keys leave rows for whole groups of queries, 8 times as many as those of single ones.
+    return "samples" if call.sketch is None else scan.way_of(call, topk)
 
 
 def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:

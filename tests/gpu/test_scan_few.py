@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.mosaic_gpu import list_best as mosaic_list
+from hisa_jax.kernels_pallas.mosaic_gpu import stages
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_best import sample_of
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_best_text import OPERANDS, Row, list_ptx
+from hisa_jax.kernels_pallas.sequences import Sequences
 from hisa_jax.kernels_pallas.sort_key import sort_key_of
 from hisa_jax.kernels_pallas.triton import list_best as triton_list
 from tests.gpu.ptx_machine import Machine
@@ -126,3 +129,23 @@ def test_lists_lower(stage):
     options = OPTIONS | dict(least=8192, most=12288, rank=626, step=16)
     text = lower(functools.partial(stage.list_best, **options), ((128, 131072), jnp.int32), ((128,), jnp.int32))
     assert "custom_call" in text
+
+
+@pytest.mark.parametrize(
+    ("n_requests", "n_queries", "sketch", "way"),
+    [
+        (1, 1, False, "flat"), (32, 1, False, "flat"), (32, 4, False, "flat"), (1, 16, False, "flat"),
+        (1, 128, False, "samples"), (133, 1, False, "samples"), (4, 1, True, "flat"), (5, 1, True, "lists"),
+        (32, 4, True, "lists"), (1, 128, True, "lists"), (133, 1, True, "samples"),
+    ],
+)  # fmt: skip
+def test_which_way_hopper_scans(monkeypatch, n_requests, n_queries, sketch, way):
+    monkeypatch.setattr(stages, "n_sms", lambda: 132)
+    T, S = n_requests * n_queries, 131072
+    starts = np.arange(n_requests, dtype=np.int32)
+    sequences = Sequences(
+        query_starts=np.append(starts * n_queries, T), key_starts=starts * S, lengths=starts * 0 + S, max_keys=S
+    )
+    none = jnp.zeros((T, 64, 128), jnp.float8_e4m3fn)
+    call = FlatCall(q=none, w=none, visible=none, k=none, k_scale=None, sequences=sequences, sketch=sketch or None)
+    assert stages.way_of_scan(call, 2048) == way
