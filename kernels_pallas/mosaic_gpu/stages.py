@@ -25,7 +25,6 @@ from hisa_jax.kernels_pallas.mosaic_gpu import topk_few as few_topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
-from hisa_jax.kernels_pallas.scan import Ask
 from hisa_jax.kernels_pallas.select_shard import ByScore, Found
 from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
@@ -243,7 +242,7 @@ def list_tokens(
 
 
 def list_best(
-    sort_keys: Array, visible: Array, ask: Ask, method: Scan, interpret: Interpret = False
+    sort_keys: Array, visible: Array, ask: scan.Ask, method: Scan, interpret: Interpret = False
 ) -> tuple[Array, Array]:
     """`list_best.list_best`, or Triton's for rows that it declines."""
     if list_best_stage.why_not(sort_keys.shape[1], ask.step):

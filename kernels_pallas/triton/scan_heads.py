@@ -21,12 +21,13 @@ from hisa_jax.methods import Scan
 # 4096 queries of 64K with 64 heads, in one kernel, ms: 0.235 with 4 warps; 0.31 with 8, spilled registers and 2.9 with
 # 2. Products of 128 heads with 4 would spill as those of 64 with 2.
 _HEADS_A_WARP = 16
-_FEW = 132  # queries: programs that run at once whatever they hold
-_WARPS_OF_FEW = 8
+_WARPS_IN_ONE = 8  # of slopes and heads in one: with 4 registers are spilled
 
 
-@functools.partial(jax.jit, static_argnames=("method", "interpret"))
-def scan_heads(operands: Operands, visible: Array, first: Array, method: Scan, *, interpret: bool = False) -> ScanHeads:
+@functools.partial(jax.jit, static_argnames=("method", "in_one", "interpret"))
+def scan_heads(
+    operands: Operands, visible: Array, first: Array, method: Scan, *, in_one: bool = False, interpret: bool = False
+) -> ScanHeads:
     """The heads of `Scan`, at most 16 rows: v in bfloat16, of e4m3 keys in two numbers and a scale.
 
     Args:
@@ -39,9 +40,9 @@ def scan_heads(operands: Operands, visible: Array, first: Array, method: Scan, *
     n = n_linear + method.exact_heads
     R = max(pl.next_power_of_2(n), 2)
     slopes, samples, sample_specs, num_warps = None, None, None, _warps(H)
-    if method.slopes == "sampled" and T <= _FEW:
+    if method.slopes == "sampled" and in_one:
         samples, sample_specs = _samples(operands, visible, first)
-        num_warps = _WARPS_OF_FEW
+        num_warps = max(_warps(H), _WARPS_IN_ONE)
     elif method.slopes == "sampled":
         slopes = _slopes(operands, visible, first, interpret)
     page_size = None if operands.pages is None else operands.pages.size

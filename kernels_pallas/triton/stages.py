@@ -5,11 +5,11 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array, lax
 
+from hisa_jax.kernels_pallas import scan
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.indexer import Eligible, Means
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
-from hisa_jax.kernels_pallas.scan import Ask
 from hisa_jax.kernels_pallas.select_shard import ByScore, Found
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.triton import kept_means
@@ -142,7 +142,8 @@ def _flat(call: FlatCall, topk: int, has_sort_keys: bool, interpret: Interpret) 
 
 
 def scan_heads(call: FlatCall, method: Scan, interpret: Interpret = False) -> ScanHeads:
-    return scan_heads_stage.scan_heads(call.operands, call.visible, _first(call), method, interpret=bool(interpret))
+    options = dict(in_one=call.q.shape[0] <= scan.FEW, interpret=bool(interpret))
+    return scan_heads_stage.scan_heads(call.operands, call.visible, _first(call), method, **options)
 
 
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
@@ -177,7 +178,7 @@ def list_tokens(
 
 
 def list_best(
-    sort_keys: Array, visible: Array, ask: Ask, method: Scan, interpret: Interpret = False
+    sort_keys: Array, visible: Array, ask: scan.Ask, method: Scan, interpret: Interpret = False
 ) -> tuple[Array, Array]:
     forced = dict(keep_first=method.keep_first, keep_last=method.keep_last)
     return list_best_stage.list_best(sort_keys, visible, **ask._asdict(), **forced, interpret=bool(interpret))

@@ -96,7 +96,6 @@ def test_the_machine_lists_them_too():
     check(by_machine)
 
 
-@pytest.mark.exhaustive
 def test_the_kernel_around_it(interpret):
     check(functools.partial(mosaic_list.list_best, **OPTIONS, interpret=interpret))
 
