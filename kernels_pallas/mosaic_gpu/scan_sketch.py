@@ -68,6 +68,7 @@ def scan_sort_keys(
     pages: Pages,
     heads: ScanHeads,
     columns: Columns,
+    first: Array | None = None,
     *,
     config: Config,
     interpret: Interpret = False,
@@ -76,9 +77,12 @@ def scan_sort_keys(
 
     Args:
         columns: which queries and keys go together. What is at or beyond a query's limit may be anything.
+        first: [T] int32, the row of the first key of each query's sequence. Where `columns` have no tiles and a CTA one
+            query, it takes the place of tiles: no kernel has to make them.
     """
     (T, R, _), n = heads.q.shape, -(-columns.n // STEP) * STEP
-    assert columns.tiles is not None
+    if columns.tiles is None and (first is None or config.tile_t > 1):
+        raise ValueError("scan_sort_keys: without tiles of queries it needs `first`, and a query a CTA")
     shape = Shape(
         queries=config.tile_t,
         rows=R,
@@ -90,11 +94,13 @@ def scan_sort_keys(
         has_scale=k_scale is not None,
         out_columns=n,
     )
-    inputs = Inputs(heads.q, heads.w, columns.tiles, codes, code_scales, k_scale, pages.table)
+    tiles = columns.tiles
+    of_query = (columns.limit, first) if tiles is None else (None, None)
+    inputs = Inputs(heads.q, heads.w, tiles, *of_query, codes, code_scales, k_scale, pages.table)
     return plgpu.kernel(
         functools.partial(_body, shape, config, interpret),
         out_type=[jax.ShapeDtypeStruct((T, n), jnp.int32)],
-        grid=(columns.tiles.shape[0], -(-n // (STEP * config.steps))),
+        grid=(T if tiles is None else tiles.shape[0], -(-n // (STEP * config.steps))),
         grid_names=("tile", "part"),
         num_threads=1,
         thread_name="warpgroup",
@@ -110,7 +116,10 @@ def _body(shape: Shape, config: Config, interpret: Interpret, refs: Inputs, o_gm
     #
     # Four CTAs of a multiprocessor hide each other's waits; a warp has 4.8 KB on their way. out: [T, n].
     tile, part = lax.axis_index("tile"), lax.axis_index("part")
-    query, n_queries, row, most = (refs.tiles[tile, i] for i in range(4))
+    if refs.tiles is None:
+        query, n_queries, row, most = tile, jnp.int32(1), refs.first[tile], refs.limit[tile]
+    else:
+        query, n_queries, row, most = (refs.tiles[tile, i] for i in range(4))
     token = part * (config.steps * STEP)
     steps = jnp.clip((jnp.minimum(most, shape.out_columns) - token + (STEP - 1)) // STEP, 0, config.steps)
     steps = jnp.where(n_queries > 0, steps, 0)

@@ -218,10 +218,12 @@ def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Inter
         if step > 1 or pages is None or reason is not None:
             return triton_stages.scan_sort_keys(call, heads, step, bool(interpret))
         config = sketch_stage.heuristic(T, len(sequences.lengths), R, sequences.max_keys, n_sms())
-        tiles = sequences.query_tiles(T, config.tile_t, call.visible, sketch_stage.STEP)
+        tiles, first = None, sequences.key_start_of_queries(T)
+        if config.tile_t > 1:
+            tiles, first = sequences.query_tiles(T, config.tile_t, call.visible, sketch_stage.STEP), None
         columns = Columns(limit=call.visible, n=sequences.max_keys, tiles=tiles)
         sketched: Any = (call.sketch.codes, call.sketch.code_scales, call.k_scale, pages)
-        return sketch_stage.scan_sort_keys(*sketched, heads, columns, config=config, interpret=interpret)
+        return sketch_stage.scan_sort_keys(*sketched, heads, columns, first, config=config, interpret=interpret)
     return scan_stage.scan_sort_keys(call, heads, step, n_ctas=n_sms(), interpret=interpret)
 
 

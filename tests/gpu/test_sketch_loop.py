@@ -33,8 +33,12 @@ def columns_of(given, config):
 
 def launched(given, config, interpret):
     sketches = given.operands.k, given.operands.code_scales, given.operands.k_scale, given.operands.pages
+    columns, first = columns_of(given, config), None
+    if config.tile_t == 1:
+        columns = dataclasses.replace(columns, tiles=None)
+        first = given.flat.sequences.key_start_of_queries(len(given.visible))
     options = dict(config=config, interpret=interpret)
-    return scan_sketch.scan_sort_keys(*sketches, given.heads, columns_of(given, config), **options)
+    return scan_sketch.scan_sort_keys(*sketches, given.heads, columns, first, **options)
 
 
 def check(given, got):
@@ -119,9 +123,11 @@ def test_it_lowers(T, R):
 
     def scan(codes, code_scales, k_scale, table, q, w, limit, tiles):
         heads = ScanHeads(q=q, w=w, n_linear=2, n=R)
-        columns = Columns(limit=limit, n=P * size, tiles=tiles)
+        of_tiles = dict(tiles=tiles) if config.tile_t > 1 else {}
+        columns = Columns(limit=limit, n=P * size, **of_tiles)
         pages = Pages(table=table, size=size, n_pages=n)
-        return scan_sketch.scan_sort_keys(codes, code_scales, k_scale, pages, heads, columns, config=config)
+        arrays = codes, code_scales, k_scale, pages, heads, columns, None if of_tiles else limit
+        return scan_sketch.scan_sort_keys(*arrays, config=config)
 
     keys = ((n * size, 64), jnp.uint8), ((n * size, 4), BF16), ((n * size,), f32), ((n,), i32)
     queries = ((T, R, 128), E4M3), ((T, R), f32), ((T,), i32), ((T, 4), i32)
@@ -130,5 +136,10 @@ def test_it_lowers(T, R):
 
 def test_what_it_declines():
     assert scan_sketch.why_not(128, 1, 32) is None
+    with pytest.raises(ValueError, match="a query a CTA"):
+        given = requests([4, 1, 0], 8, 6, 2)
+        columns = Columns(limit=given.flat.visible, n=384)
+        arrays = given.operands.k, given.operands.code_scales, None, given.operands.pages, given.heads, columns
+        scan_sketch.scan_sort_keys(*arrays, config=scan_sketch.Config(tile_t=2, steps=1))
     for D, itemsize, page_size in ((64, 1, 64), (128, 2, 64), (128, 1, 16), (128, 1, None)):
         assert "needs" in scan_sketch.why_not(D, itemsize, page_size)

@@ -22,7 +22,9 @@ class Inputs(NamedTuple):
 
     q: Ref  # [T, rows, 128] float8_e4m3fn
     w: Ref  # [T, rows] float32
-    tiles: Ref  # [n, 4] int32, as of `Sequences.query_tiles`
+    tiles: Ref | None  # [n, 4] int32, as of `Sequences.query_tiles`; None: each query by itself
+    limit: Ref | None  # [T] int32, tokens of each query, and the row of the first of them, if there are no tiles
+    first: Ref | None
     codes: Ref  # [S, 64] uint8
     code_scales: Ref  # [S, 4] bfloat16
     k_scale: Ref | None  # [S] float32
