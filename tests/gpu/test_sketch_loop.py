@@ -94,9 +94,10 @@ def test_the_machine_has_the_sort_keys_of_whole_numbers(n_queries, R, n, n_linea
 
 
 @pytest.mark.exhaustive
-def test_the_kernel_around_it(interpret):
+@pytest.mark.parametrize("tile_t", [1, 2])
+def test_the_kernel_around_it(interpret, tile_t):
     given = requests([4, 1, 0], 8, 6, 2)
-    check(given, launched(given, scan_sketch.Config(tile_t=2, steps=2), interpret))
+    check(given, launched(given, scan_sketch.Config(tile_t=tile_t, steps=2), interpret))
 
 
 @pytest.mark.gpu
