@@ -20,6 +20,7 @@ from hisa_jax.kernels_pallas.operands import Operands
 from hisa_jax.kernels_pallas.sort_key import sort_key_of
 from hisa_jax.kernels_pallas.types import Interpret, Ref
 
+COLUMNS = 2 * STEP  # lists are multiples of this
 _RESIDENT = 4  # CTAs of a multiprocessor at a time
 _MOST_STEPS = 16  # of a CTA: rows of all its tokens are looked up at once
 
@@ -34,7 +35,7 @@ def why_not(H: int, D: int, itemsize: int) -> str | None:
 def heuristic(T: int, capacity: int, n_ctas: int) -> int:
     """Steps of 64 tokens a CTA, an even number: as many CTAs as run at a time, where lists are full."""
     parts = max(_RESIDENT * n_ctas // T, 1)
-    return min(max(-(-capacity // (2 * STEP * parts)), 1) * 2, _MOST_STEPS)
+    return min(max(-(-capacity // (COLUMNS * parts)), 1) * 2, _MOST_STEPS)
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "interpret"))
@@ -49,8 +50,8 @@ def refine_tokens_scores(
     (T, H, D), capacity = q.shape, tokens.shape[1]
     if reason := why_not(H, D, k.dtype.itemsize):
         raise ValueError(f"refine_tokens: q is [{T}, {H}, {D}]: {reason}")
-    if capacity % (2 * STEP) or steps % 2:
-        raise ValueError(f"refine_tokens: lists of {capacity}, {steps} steps, wanted multiples of {2 * STEP} and 2")
+    if capacity % COLUMNS or steps % 2:
+        raise ValueError(f"refine_tokens: lists of {capacity}, {steps} steps, wanted multiples of {COLUMNS} and 2")
     shape = Shape(
         H=H,
         steps=steps,

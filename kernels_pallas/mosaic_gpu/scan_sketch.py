@@ -117,6 +117,7 @@ def _body(shape: Shape, config: Config, interpret: Interpret, refs: Inputs, o_gm
     # Four CTAs of a multiprocessor hide each other's waits; a warp has 4.8 KB on their way. out: [T, n].
     tile, part = lax.axis_index("tile"), lax.axis_index("part")
     if refs.tiles is None:
+        assert refs.first is not None and refs.limit is not None
         query, n_queries, row, most = tile, jnp.int32(1), refs.first[tile], refs.limit[tile]
     else:
         query, n_queries, row, most = (refs.tiles[tile, i] for i in range(4))

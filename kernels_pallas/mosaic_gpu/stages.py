@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas import scan
 from hisa_jax.kernels_pallas.flat_call import FlatCall
-from hisa_jax.kernels_pallas.indexer import Eligible, Means
+from hisa_jax.kernels_pallas.indexer import ByScore, Eligible, Means
 from hisa_jax.kernels_pallas.mosaic_gpu import flat as flat_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import list_best as list_best_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens as list_stage
@@ -25,22 +25,22 @@ from hisa_jax.kernels_pallas.mosaic_gpu import topk_few as few_topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
-from hisa_jax.kernels_pallas.select_shard import ByScore, Found
+from hisa_jax.kernels_pallas.select_shard import Found
 from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.triton import kept_means, page_means
 from hisa_jax.kernels_pallas.triton import pool as pool_stage
 from hisa_jax.kernels_pallas.triton import stages as triton_stages
 from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
-from hisa_jax.kernels_pallas.triton.stages import kth, scan_heads
+from hisa_jax.kernels_pallas.triton.stages import kth, scan_heads, within, within_budget
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
-from hisa_jax.methods import BlockSparse, Hisa, Scan
+from hisa_jax.methods import BlockSparse, Hisa, Scan, has_ratio
 
 __all__ = [
     "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
     "list_best", "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks",
-    "scan_sort_keys",
+    "scan_sort_keys", "units", "within", "within_budget",
 ]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
@@ -136,8 +136,10 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
     """`refine.refine`, or its scores and then `topk`, where queries are fewer than CTAs or outgrow shared memory."""
     (T, H, D), m, itemsize, n_ctas = call.q.shape, block_ids.shape[1], call.k.dtype.itemsize, n_sms()
     block_size, topk, pages = method.block_size, method.topk, call.pages
-    # A query has as many kept blocks as it sees, as far as the filter keeps so many.
-    kept = dataclasses.replace(_kept(call, block_ids, block_size), count=jnp.minimum(-(-call.visible // block_size), m))
+    kept = _kept(call, block_ids, block_size)
+    if not has_ratio(method):
+        # A query has as many kept blocks as it sees, as far as the filter keeps so many.
+        kept = dataclasses.replace(kept, count=jnp.minimum(-(-call.visible // block_size), m))
     n_parts = refine_stage.split(T, m, block_size, _apart(H), n_ctas)
     page_size = None if pages is None else pages.size
     fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size)
@@ -218,10 +220,12 @@ def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Inter
         if step > 1 or pages is None or reason is not None:
             return triton_stages.scan_sort_keys(call, heads, step, bool(interpret))
         config = sketch_stage.heuristic(T, len(sequences.lengths), R, sequences.max_keys, n_sms())
-        tiles, first = None, sequences.key_start_of_queries(T)
+        columns, first = Columns(limit=call.visible, n=sequences.max_keys), None
         if config.tile_t > 1:
-            tiles, first = sequences.query_tiles(T, config.tile_t, call.visible, sketch_stage.STEP), None
-        columns = Columns(limit=call.visible, n=sequences.max_keys, tiles=tiles)
+            tiles = sequences.query_tiles(T, config.tile_t, call.visible, sketch_stage.STEP)
+            columns = dataclasses.replace(columns, tiles=tiles)
+        else:
+            first = sequences.key_start_of_queries(T)
         sketched: Any = (call.sketch.codes, call.sketch.code_scales, call.k_scale, pages)
         return sketch_stage.scan_sort_keys(*sketched, heads, columns, first, config=config, interpret=interpret)
     return scan_stage.scan_sort_keys(call, heads, step, n_ctas=n_sms(), interpret=interpret)
@@ -261,7 +265,7 @@ def refine_tokens(
     config = refine_tokens_stage.heuristic(H, D, tokens.shape[1], itemsize)
     options: Any
     if n_ctas >= T and tokens.shape[1] <= few_topk_stage.MAX_WIDTH:
-        sort_keys = _listed_sort_keys(call, tokens, count, interpret)
+        sort_keys, tokens = _listed_scores(call, tokens, count, interpret)
         options = dict(limit=count, interpret=interpret)
         return few_topk_stage.topk_of_listed(sort_keys, tokens, topk, **options)[:2]
     if config is None or n_ctas > T:
@@ -271,11 +275,26 @@ def refine_tokens(
     return refine_tokens_stage.refine_tokens(call.operands, tokens, count, first_row, **options)
 
 
-def _listed_sort_keys(call: FlatCall, tokens: Array, count: Array, interpret: Interpret) -> Array:
-    """`refine_tokens_few.refine_tokens_scores`, or Triton's of what that declines."""
+def _listed_scores(call: FlatCall, tokens: Array, count: Array, interpret: Interpret) -> tuple[Array, Array]:
+    """`refine_tokens_few.refine_tokens_scores`, or Triton's of what that declines; and tokens in as many columns."""
     T, H, D = call.q.shape
     if refine_few_stage.why_not(H, D, call.k.dtype.itemsize):
-        return triton_stages.listed_sort_keys(call, tokens, count, bool(interpret))
+        sort_keys, listed = triton_stages.listed_scores(call, tokens, count, bool(interpret))
+        return sort_keys, listed.ids
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % refine_few_stage.COLUMNS)), constant_values=-1)
     first, steps = call.sequences.key_start_of_queries(T), refine_few_stage.heuristic(T, tokens.shape[1], n_sms())
     lists = tokens, count, first
-    return refine_few_stage.refine_tokens_scores(call.operands, *lists, steps=steps, interpret=interpret)
+    return refine_few_stage.refine_tokens_scores(call.operands, *lists, steps=steps, interpret=interpret), tokens
+
+
+def units(call: FlatCall, method: BlockSparse, interpret: Interpret = False) -> Array:
+    """By the kernel of `scores`; of queries with one head by Triton's, which sums over no heads."""
+    (T, H, _), sequences, n_ctas = call.q.shape, call.sequences, n_sms()
+    if H == 1:
+        return triton_stages.units(call, method, bool(interpret))
+    operands, n = call.operands._replace(k=call.k[:, None]), -(-sequences.max_keys // COLUMNS) * COLUMNS
+    config = scores_stage.heuristic(scores_stage.Sizes.of(operands), n, n_ctas, n_score=3)
+    tiles = sequences.query_tiles(T, config.tile_t, call.visible, COLUMNS)
+    columns = Columns(limit=call.visible, tiles=tiles, n=n)
+    sort_keys: Array = scores_stage.scores(operands, columns, config=config, n_ctas=n_ctas, interpret=interpret)
+    return sort_keys
