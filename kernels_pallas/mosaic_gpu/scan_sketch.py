@@ -95,8 +95,8 @@ def scan_sort_keys(
         out_columns=n,
     )
     tiles = columns.tiles
-    of_query = (columns.limit, first) if tiles is None else (None, None)
-    inputs = Inputs(heads.q, heads.w, tiles, *of_query, codes, code_scales, k_scale, pages.table)
+    limit, first = (columns.limit, first) if tiles is None else (None, None)
+    inputs = Inputs(heads.q, heads.w, tiles, limit, first, codes, code_scales, k_scale, pages.table)
     return plgpu.kernel(
         functools.partial(_body, shape, config, interpret),
         out_type=[jax.ShapeDtypeStruct((T, n), jnp.int32)],
