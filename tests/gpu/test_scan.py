@@ -36,11 +36,10 @@ E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 SHAPE = draw.Shape(2, 5, 700, 16, 64)  # of it every form but pages is one program a dtype
 
 
-@pytest.fixture(autouse=True, params=["many", pytest.param("few", marks=pytest.mark.exhaustive)])
-def short_lists(request, monkeypatch):
-    """128 tokens, and every fourth key is sampled. Queries as few as here have all their sort keys written, or not."""
-    if request.param == "many":
-        monkeypatch.setattr(scan, "FEW", 0)
+@pytest.fixture(autouse=True)
+def short_lists(monkeypatch):
+    """128 tokens, and every fourth key is sampled. No queries are few: these are those of test_scan_lists.py."""
+    monkeypatch.setattr(scan, "FEW", 0)
     monkeypatch.setattr(scan, "_LISTED", 128)
     monkeypatch.setattr(scan, "_RANK", 16)
     assert scan.capacity(80) == 128 and scan.sample_step(80, 700) == 4
