@@ -103,10 +103,12 @@ class Indexer:
     Attributes:
         flat_up_to: a scan with 64 heads of at most so many times its candidates is the flat indexer, which scores all
             of them and is faster there; with fewer heads of more.
+        way_of_scan: how a call is scanned, by topk.
     """
 
     stages: Stages
     flat_up_to: float = 1.0
+    way_of_scan: Callable[[FlatCall, int], scan.Way] = scan.way_of
 
     def select_hisa(
         self, call: Call, method: Hisa, interpret: Interpret = False, n_kept: Array | None = None
@@ -166,6 +168,11 @@ class Indexer:
                 flat = dataclasses.replace(flat, sketch=call.sketch)
             if flat.sequences.max_keys * flat.q.shape[1] <= self.flat_up_to * 64 * method.block_topk:
                 return self.select_flat(call, method.topk, interpret)
+            way = self.way_of_scan(flat, method.topk)
+            if way == "flat":
+                return self.select_flat(call, method.topk, interpret)
+            if way == "lists":
+                return self._within_budget(call, flat, scan.select_few(self.stages, flat, method, interpret), interpret)
             n = scan.queries_at_a_time(method, flat.sequences.max_keys)
             indices, count = flat.map_queries(lambda flat: scan.select(self.stages, flat, method, interpret), n)
             return self._within_budget(call, flat, (indices, count), interpret)

@@ -75,11 +75,21 @@ def topk_of_parts(x: Array, limit: Array, k: int, *, part: int, interpret: Inter
 
 
 def topk_of_listed(
-    x: Array, listed: Array, k: int, *, has_sort_keys: bool = False, interpret: Interpret = False
+    x: Array,
+    listed: Array,
+    k: int,
+    *,
+    limit: Array | None = None,
+    has_sort_keys: bool = False,
+    interpret: Interpret = False,
 ) -> tuple[Array, Array, Array | None]:
-    """[T, W] sort keys, none forced, and what columns stand for -> of the k best [T, k], count [T], sort keys."""
+    """[T, W] sort keys, none forced, and what columns stand for -> of the k best [T, k], count [T], sort keys.
+
+    Args:
+        limit: [T] int32, columns from here on are no candidates, whatever they hold; None: all are.
+    """
     options: dict[str, Any] = dict(is_listed=True, has_forced=False, has_sort_keys=has_sort_keys, interpret=interpret)
-    return _launch(x, None, listed, k, **options)
+    return _launch(x, limit, listed, k, **options)
 
 
 @functools.partial(

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array, lax
 
+from hisa_jax.kernels_pallas import scan
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.indexer import ByScore, Eligible, Means
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
@@ -12,6 +13,7 @@ from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
 from hisa_jax.kernels_pallas.select_shard import Found
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.triton import kept_means
+from hisa_jax.kernels_pallas.triton import list_best as list_best_stage
 from hisa_jax.kernels_pallas.triton import list_tokens as list_stage
 from hisa_jax.kernels_pallas.triton import refine as refine_stage
 from hisa_jax.kernels_pallas.triton import refine_tokens as refine_tokens_stage
@@ -30,8 +32,8 @@ from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
     "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
-    "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
-    "units", "within", "within_budget",
+    "list_best", "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks",
+    "scan_sort_keys", "units", "within", "within_budget",
 ]  # fmt: skip
 
 _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the best so far, less those
@@ -142,7 +144,8 @@ def _flat(call: FlatCall, topk: int, has_sort_keys: bool, interpret: Interpret) 
 
 
 def scan_heads(call: FlatCall, method: Scan, interpret: Interpret = False) -> ScanHeads:
-    return scan_heads_stage.scan_heads(call.operands, call.visible, _first(call), method, interpret=bool(interpret))
+    options = dict(in_one=call.q.shape[0] <= scan.FEW, interpret=bool(interpret))
+    return scan_heads_stage.scan_heads(call.operands, call.visible, _first(call), method, **options)
 
 
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
@@ -176,14 +179,21 @@ def list_tokens(
     return list_stage.list_tokens(masks, visible, capacity, ties, interpret=bool(interpret))
 
 
+def list_best(
+    sort_keys: Array, visible: Array, ask: scan.Ask, method: Scan, interpret: Interpret = False
+) -> tuple[Array, Array]:
+    forced = dict(keep_first=method.keep_first, keep_last=method.keep_last)
+    return list_best_stage.list_best(sort_keys, visible, **ask._asdict(), **forced, interpret=bool(interpret))
+
+
 def refine_tokens(
     call: FlatCall, tokens: Array, count: Array, topk: int, interpret: Interpret = False
 ) -> tuple[Array, Array]:
-    sort_keys, listed = _listed_scores(call, tokens, count, interpret)
+    sort_keys, listed = listed_scores(call, tokens, count, interpret)
     return topk_stage.topk(sort_keys, count, topk, listed, interpret=bool(interpret))
 
 
-def _listed_scores(call: FlatCall, tokens: Array, count: Array, interpret: Interpret) -> tuple[Array, KeptBlocks]:
+def listed_scores(call: FlatCall, tokens: Array, count: Array, interpret: Interpret) -> tuple[Array, KeptBlocks]:
     """Sort keys of listed tokens, [T, capacity], and what their columns stand for."""
     T, H, _ = call.q.shape
     config = refine_tokens_stage.heuristic(T, H, tokens.shape[1])
@@ -225,7 +235,7 @@ def within_budget(
     call: FlatCall, tokens: Array, count: Array, most: Array, interpret: Interpret = False
 ) -> tuple[Array, Array]:
     k = tokens.shape[1]
-    sort_keys, listed = _listed_scores(call, tokens, count, interpret)
+    sort_keys, listed = listed_scores(call, tokens, count, interpret)
     return topk_stage.topk(sort_keys, count, k, listed, most, interpret=bool(interpret))
 
 

@@ -9,6 +9,7 @@ themselves. Registers hold anything before they are written, and so does memory.
 import operator
 import re
 
+import ml_dtypes
 import numpy as np
 
 _COMPARE = {
@@ -82,6 +83,7 @@ class Machine:
 class _Warp:
     def __init__(self, cta, first, operands):
         self.cta, self.n, self.at, self.steps = cta, 32, 0, 0
+        self.in_flight = []
         self.threads = first + np.arange(32)
         self.registers = {name: np.full(32, value, np.int64) for name, value in operands.items()}
         self.registers |= {"%tid.x": self.threads, "%laneid": np.arange(32)}
@@ -103,6 +105,10 @@ class _Warp:
             elif name == "bar":
                 assert int(args[1]) == self.cta.n
                 return True
+            elif name == "wgmma":
+                self._multiply(op, args)
+            elif name == "fence":
+                pass
             else:
                 self._step(name, parts, args, mask)
         return False
@@ -110,8 +116,8 @@ class _Warp:
     def _value(self, arg, kind):
         if arg.startswith("0f"):
             return np.full(self.n, np.uint32(int(arg[2:], 16)).view(np.float32))
-        if re.fullmatch(r"-?\d+", arg):
-            return np.full(self.n, int(arg), np.int64).astype(_TYPES[kind])
+        if re.fullmatch(r"-?\d+|0x[0-9a-f]+", arg):
+            return np.full(self.n, int(arg, 0), np.int64).astype(_TYPES[kind])
         if arg not in self.registers:
             self.registers[arg] = self.cta.anything(self.n)
         value = self.registers[arg]
@@ -153,11 +159,17 @@ class _Warp:
             value = self._value(args[1], kind)
             self._set(args[0], np.full(32, _INTEGER[parts[1]].reduce(value, dtype=value.dtype)), mask)
         elif name == "vote":
-            self._set(args[0], np.full(32, self.registers[args[1]].any()), mask)
+            votes = self.registers[args[1]]
+            is_ballot = parts[1] == "ballot"
+            value = np.uint32(np.packbits(votes, bitorder="little").view(np.uint32)[0]) if is_ballot else votes.any()
+            self._set(args[0], np.full(32, value), mask)
         elif name == "shfl":
-            out, ok = args[0].split("|")
             lane, by = np.arange(32), int(args[2])
             value = self._value(args[1], "b32")
+            if parts[1] == "bfly":
+                self._set(args[0], value[lane ^ by], mask)
+                return
+            out, ok = args[0].split("|")
             self._set(out, np.where(lane >= by, np.roll(value, by), value), mask)
             self._set(ok, lane >= by, mask)
         elif name == "cvt":
@@ -180,18 +192,59 @@ class _Warp:
                 return (a * b + self._value(args[3], "s64" if wide is np.int64 else kind)).astype(
                     np.float32 if name == "fma" else wide
                 )
+            if name == "mov" and args[1].startswith("{"):
+                low, high = (self._value(word, "u32").astype(np.int64) for word in re.findall(r"\w+", args[1]))
+                return low | high << 32
+            if name == "neg":
+                return -self._value(args[1], kind)
+            if name == "not":
+                return ~self._value(args[1], kind)
+            if name == "popc":
+                return np.bitwise_count(self._value(args[1], "u32")).astype(np.uint32)
+            if name == "max" and kind == "f32" and "NaN" not in parts:
+                return np.fmax(*(self._value(arg, kind) for arg in args[1:]))
             if name == "mov":
                 return self._value(args[1], kind)
             if name == "selp":
                 return np.where(self.registers[args[3]], self._value(args[1], kind), self._value(args[2], kind))
             a, b = self._value(args[1], kind), self._value(args[2], "u32" if name in ("shl", "shr") else kind)
             if name == "shl":
-                return a << b
+                return np.where(b < 32, a << np.minimum(b, 31), 0).astype(a.dtype)
             if name == "shr":
                 return a >> b.astype(a.dtype)
             if name == "div":
                 return a / b
             return (_INTEGER | _BITS)[name](a, b)
+
+    def _multiply(self, op, args):
+        """Products of 8-bit registers and shared memory, the part of one warp: made when they are waited for."""
+        if "mma_async" in op:
+            n, (sums, codes, desc, adds) = int(re.search(r"m64n(\d+)k32\.f32\.e4m3\.e4m3", op)[1]), args[:4]
+            registers = (re.findall(r"\w+", x) for x in (sums, codes))
+            self.in_flight.append((n, *registers, int(self.registers[desc][0]), bool(self.registers[adds].all())))
+        elif "wait_group" in op:
+            assert args == ["0"]
+            for product in self.in_flight:
+                self._multiply_one(*product)
+            self.in_flight = []
+
+    def _multiply_one(self, n, sums, codes, desc, adds):
+        g, c, e4m3 = np.arange(32) // 4, np.arange(32) % 4, ml_dtypes.float8_e4m3fn
+        a = np.zeros((16, 32), np.uint8)
+        for i, name in enumerate(codes):
+            a.reshape(16, 8, 4)[g + 8 * (i % 2), c + 4 * (i // 2)] = (
+                self._value(name, "u32").view(np.uint8).reshape(32, 4)
+            )
+        # Columns are rows of 128 bytes, eight of them a tile whose chunks of 16 bytes are swizzled.
+        assert desc >> 62 & 3 == 1, "another swizzle"
+        column, byte = np.arange(n)[:, None], np.arange(32)[None, :]
+        at = ((desc & 0x3FFF) << 4) + (column // 8) * ((desc >> 32 & 0x3FFF) << 4) + column % 8 * 128 + byte
+        b = self.cta.smem.view(np.uint8)[at ^ ((at >> 7 & 7) << 4)]
+        product = a.view(e4m3).astype(np.float64) @ b.view(e4m3).astype(np.float64).T
+        for i, name in enumerate(sums):
+            row, own = g + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * c + i % 2
+            before = self._value(name, "f32") if adds else 0
+            self.registers[name] = (before + product[row, own]).astype(np.float32)
 
     def _words(self, address):
         base, _, offset = address.strip("[]").partition("+")

@@ -6,6 +6,7 @@ there are four products, two at a time. Where a slot holds several queries, scor
 """
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import score_groups_text as groups
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import SORT_KEY
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_shape import KEYS_PER_WARPGROUP, Shape
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 
@@ -228,11 +229,7 @@ shfl.sync.bfly.b32 t0, t0, 2, 0x1f, -1; add.f32 x, t1, t0;""",
     ]
     if shape.has_scale:
         lines.append("mul.f32 x, x, scale;")
-    # The maximum drops NaN; the addition makes -0.0, which must tie with 0.0, positive.
-    lines.append(
-        f"""max.f32 x, x, 0fFF800000; add.f32 x, x, 0f00000000; mov.b32 sort_key, x;
-shr.s32 t, sort_key, 31; and.b32 t, t, {2**31 - 1}; xor.b32 sort_key, sort_key, t;"""
-    )
+    lines.append(SORT_KEY)
     if shape.keep_first:
         lines.append(f"setp.lt.s32 p, candidate, {shape.keep_first}; selp.b32 sort_key, {FORCED}, sort_key, p;")
     if shape.keep_last:
