@@ -116,7 +116,7 @@ def sparse_mla_body(plan: Plan, gmem: Inputs, o_gmem: Ref, lse_gmem: Ref, smem: 
     # A tile's probabilities take the place of its last 64 key columns, which are no value: there is no room for them
     # elsewhere. The output and the softmax's sums stay in registers from a query's first tile to its last.
     #
-    # Latents in 8 bits go through registers of the loader, which writes them in bfloat16: the rest is the same.
+    # Latents in 8 bits land in their slot, where the loader writes them anew in bfloat16: the rest is the same.
     #
     # In interpret mode, which cannot run PTX, `load_interpreted` loads and `k_full` stands for `landed`.
     role = lax.axis_index("warpgroup")
@@ -181,6 +181,7 @@ def prefetch(kv: Ref | QuantizedLatents, row: Array, part: int) -> None:
         return
     groups, has_rope = groups_of(part)
     prefetch_rows(kv.values, row, [(group * GROUP, GROUP) for group in groups])
+    prefetch_rows(kv.scales, row, [(0, kv.scales.shape[1])])
     if has_rope:
         prefetch_rows(kv.rope, row, [(0, KEY_DIM - VALUE_DIM)])
 
