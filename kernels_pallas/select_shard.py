@@ -13,6 +13,7 @@ from jax import Array
 from hisa_jax.kernels_pallas import indexer
 from hisa_jax.kernels_pallas.flat_call import FlatCall, flatten
 from hisa_jax.kernels_pallas.indexer import Means
+from hisa_jax.kernels_pallas.operands import KeyBlocks
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret
@@ -41,7 +42,7 @@ class Stages(indexer.Stages, Protocol):
     def block_sort_keys(
         self,
         call: FlatCall,
-        means: Means | PageSums | PageMeans,
+        means: Means | KeyBlocks | PageSums | PageMeans,
         eligible: Array,
         blocks: ByScore,
         interpret: Interpret = False,

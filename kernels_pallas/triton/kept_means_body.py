@@ -73,7 +73,7 @@ def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> N
         means = means_of_blocks(refs.sums, first_block + candidate, plan.per_block, plan.n_pages)
         parts, scale = split(means, refs.means.shape[1] // D, query.q.dtype)
         # Eleven bits hold what two e4m3 numbers do, but for the last bits of a few.
-        scores = _score(sum(map(_wide, parts[1:]), _wide(parts[0])), _wide(query.q[...]), query.w[...])
+        scores = _score(sum(map(wide, parts[1:]), wide(parts[0])), wide(query.q[...]), query.w[...])
         store(candidate, scores if scale is None else scores * scale, is_other(candidate, pages))
 
     @pl.when(column < limit)
@@ -86,8 +86,8 @@ def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> N
         scale = None if refs.scales is None else plt.load(refs.scales.at[pages[-1]])
         other = is_other(candidate, pages)
         # Parts lie one behind the other: the product with as many copies of the heads is the sum of theirs.
-        copies = jnp.broadcast_to(_wide(heads)[:, None, :], (H, len(columns) // D, D)).reshape(H, -1)
-        scores = _score(_wide(means), copies, w)
+        copies = jnp.broadcast_to(wide(heads)[:, None, :], (H, len(columns) // D, D)).reshape(H, -1)
+        scores = _score(wide(means), copies, w)
         store(candidate, scores if scale is None else scores * scale, ~other)
         if refs.sums is not None:
             pl.when(jnp.max(other.astype(jnp.int32)) > 0)(
@@ -100,7 +100,7 @@ def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> N
         o_ref[pl.ds(column, plan.tile_s)] = jnp.full((plan.tile_s,), INVISIBLE, jnp.int32)
 
 
-def _wide(x: Array) -> Array:
+def wide(x: Array) -> Array:
     """e4m3 numbers as float16, which Triton has products for on Hopper's tensor cores."""
     return x if x.dtype == jnp.bfloat16 else x.astype(jnp.float16)
 
