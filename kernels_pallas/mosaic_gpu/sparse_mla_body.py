@@ -59,6 +59,7 @@ class Plan:
     pairs: int  # of tiles a split
     scale: float
     prefetches: bool
+    keeps: bool
     n_ctas: int
     interpret: object
 
@@ -175,7 +176,7 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 if isinstance(gmem.kv, QuantizedLatents):
                     gather_latents(gmem.kv, row, tile, *groups_of(part), landed)
                 else:
-                    gather_rows(gmem.kv, row, tile, PARTS[part], landed)
+                    gather_rows(gmem.kv, row, tile, PARTS[part], landed, plan.keeps)
                 if part == 0:
                     store_bias(Row(smem.bias, slot, TOKENS), first, row, landed)
                 # The next tile's index, so that it is there when its slot is.
