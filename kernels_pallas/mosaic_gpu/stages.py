@@ -35,8 +35,8 @@ from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
-    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
-    "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
+    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth", "list_tokens",
+    "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
 ]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512

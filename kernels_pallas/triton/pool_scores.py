@@ -26,8 +26,8 @@ _FEW = 4  # queries a sequence
 
 
 def pools_where_scored(n_sequences: int, T: int, k: Array) -> bool:
-    """Whether T queries of so many sequences are few enough for this to be the faster way from keys [S, D] to scores."""
-    return T <= _FEW * n_sequences and is_addressable(k.size, k.dtype)
+    """Whether T queries of so many sequences are so few that this is the faster way from keys [S, D] to scores."""
+    return _FEW * n_sequences >= T and is_addressable(k.size, k.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))

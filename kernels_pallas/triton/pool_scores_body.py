@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
 from hisa_jax.kernels_pallas.triton.kept_means_body import wide

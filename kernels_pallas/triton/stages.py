@@ -28,8 +28,8 @@ from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
-    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
-    "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
+    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth", "list_tokens",
+    "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
 ]  # fmt: skip
 
 _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the best so far, less those

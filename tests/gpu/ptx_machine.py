@@ -24,7 +24,15 @@ _COMPARE = {
 }
 _INTEGER = {"add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "mul": np.multiply}
 _BITS = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-_TYPES = {"s32": np.int32, "u32": np.uint32, "b32": np.uint32, "f32": np.float32, "s64": np.int64, "u64": np.int64, "b64": np.int64}
+_TYPES = {
+    "s32": np.int32,
+    "u32": np.uint32,
+    "b32": np.uint32,
+    "f32": np.float32,
+    "s64": np.int64,
+    "u64": np.int64,
+    "b64": np.int64,
+}
 _ATOMIC = -2  # in place of a thread
 
 

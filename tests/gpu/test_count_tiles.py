@@ -16,7 +16,9 @@ def lists(K, seed=0):
         row = np.full(K, -1, np.int32)
         row[:n] = rng.integers(0, KEYS, n)
         if n < K:
-            row[n : n + 20] = rng.choice([-1, KEYS, np.iinfo(np.int32).min, np.iinfo(np.int32).max], len(row[n : n + 20]))
+            row[n : n + 20] = rng.choice(
+                [-1, KEYS, np.iinfo(np.int32).min, np.iinfo(np.int32).max], len(row[n : n + 20])
+            )
         yield row
 
 

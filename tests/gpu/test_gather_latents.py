@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_latents import OPERANDS, latents_text
-
 from tests.gpu.ptx_machine import Machine, Race
 
 V, ROPE, E, ROWS, TILES = 512, 64, 576, 32, 1024

@@ -6,7 +6,7 @@ from jax import Array
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SCALAR, SPLAT, address_of, i32, numbered, scalar
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SCALAR, SPLAT, address_of, i32, scalar, scope
 from hisa_jax.kernels_pallas.types import Ref
 
 _LOADS = 8  # on their way together: 256 indices, so that a full list takes one wait for memory
@@ -15,7 +15,7 @@ OPERANDS = ("TILES", "INDICES", "FIRST", "END")
 
 
 def count_tiles(indices: Ref, t: Array, first: Array, end: Array, keys: int, pair: int) -> Array:
-    """Tiles from indices[t, first] to the last of indices[t, :end] that names one of `keys` rows: whole pairs, one at least.
+    """Tiles from indices[t, first] to the last of indices[t, :end] that names one of `keys` rows, in pairs, one at least.
 
     Args:
         pair: tokens of a pair of tiles, a power of two.
@@ -24,10 +24,10 @@ def count_tiles(indices: Ref, t: Array, first: Array, end: Array, keys: int, pai
 
     @plgpu.inline_mgpu(arg_types=(REF,) + (SPLAT,) * 3, return_type=SCALAR)
     def count(_ctx, indices, t, first, end):
-        row, ptx = address_of(indices, t.registers.item(), K), "{" + numbered(tiles_text(keys, pair), OPERANDS) + "}"
-        limits = first.registers.item(), end.registers.item()
-        options = dict(result_types=i32(), has_side_effects=True, convergent=True)
-        return scalar(utils.inline_ptx(ptx, row, *limits, **options))
+        row, limits = address_of(indices, t.registers.item(), K), (first.registers.item(), end.registers.item())
+        ptx = scope(tiles_text(keys, pair), OPERANDS)
+        word = utils.inline_ptx(ptx, row, *limits, result_types=i32(), has_side_effects=True, convergent=True)
+        return scalar(word)
 
     return count(indices, t, first, end)
 
@@ -35,8 +35,10 @@ def count_tiles(indices: Ref, t: Array, first: Array, end: Array, keys: int, pai
 @functools.cache
 def tiles_text(keys: int, pair: int) -> str:
     """$INDICES: a row in device memory, $FIRST, $END: columns of it; $TILES: the result, the same in all lanes."""
-    lines = [f""".reg .pred p, q; .reg .b32 lane, at, i, last, x<{_LOADS}>; .reg .b64 a; mov.u32 lane, %laneid;
-mov.b32 last, -1; add.s32 at, $END, lane; sub.s32 at, at, {32 * _LOADS}; again:"""]
+    lines = [
+        f""".reg .pred p, q; .reg .b32 lane, at, i, last, x<{_LOADS}>; .reg .b64 a; mov.u32 lane, %laneid;
+mov.b32 last, -1; add.s32 at, $END, lane; sub.s32 at, at, {32 * _LOADS}; again:"""
+    ]
     # From the end backwards: as a rule the last index is real. What lies before the first column is not looked at.
     for j in range(_LOADS):
         lines.append(f"""add.s32 i, at, {32 * j}; setp.ge.s32 p, i, $FIRST; mul.wide.s32 a, i, 4;

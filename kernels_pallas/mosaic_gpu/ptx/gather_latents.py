@@ -2,9 +2,9 @@
 
 As `gather_rows`, but what is copied is half as long as what the tensor core reads, and lies where its first half will:
 all copies of a tile are on their way together, without a register. When they have landed, lanes read 8 rows of a group
-of values and write over them: 8 e4m3 numbers become a chunk of 16 bytes. An e4m3 number, its bits moved by four places, is a bfloat16
-number that is 2^-120 of it, a subnormal one too. So two products give the value: by 2^120, which is exact, and by the
-scale in bfloat16. The rope part is bfloat16 already and is copied to its place.
+of values and write over them: 8 e4m3 numbers become a chunk of 16 bytes. An e4m3 number, its bits moved by four places,
+is a bfloat16 number that is 2^-120 of it, a subnormal one too. So two products give the value: by 2^120, which is
+exact, and by the scale in bfloat16. The rope part is bfloat16 already and is copied to its place.
 """
 
 import functools
@@ -79,8 +79,8 @@ def latents_text(row_bytes: int, n_groups: int, groups: tuple[int, ...], has_rop
     """
     block_bytes = _BLOCK * row_bytes
     lines = [
-        """.reg .pred p, q; .reg .b32 lane, c, r, row, from, t, bad, s, copied, read0, read1, stored0, stored1, big;"""
-        f""".reg .b32 x, y, u, v<16>, s<{n_groups}>; .reg .b64 a, source; mov.u32 lane, %laneid; mov.b32 big, 0x7b807b80;
+        f""".reg .pred p, q; .reg .b32 lane, c, r, row, from, t, bad, s, copied, read0, read1, stored0, stored1, big, x, y,
+u, v<16>, s<{n_groups}>; .reg .b64 a, source; mov.u32 lane, %laneid; mov.b32 big, 0x7b807b80;
 and.b32 c, lane, {_LANES - 1}; shr.u32 from, lane, {_LANES.bit_length() - 1};"""
     ]
     # A lane holds the scales of its own row.
