@@ -15,7 +15,7 @@ OPERANDS = ("TILES", "INDICES", "FIRST", "END")
 
 
 def count_tiles(indices: Ref, t: Array, first: Array, end: Array, keys: int, pair: int) -> Array:
-    """Tiles from indices[t, first] to the last of indices[t, :end] that names one of `keys` rows, in pairs, one at least.
+    """Tiles from indices[t, first] to the last of indices[t, :end] that names one of `keys` rows, in pairs, not 0.
 
     Args:
         pair: tokens of a pair of tiles, a power of two.

@@ -79,8 +79,8 @@ def latents_text(row_bytes: int, n_groups: int, groups: tuple[int, ...], has_rop
     """
     block_bytes = _BLOCK * row_bytes
     lines = [
-        f""".reg .pred p, q; .reg .b32 lane, c, r, row, from, t, bad, s, copied, read0, read1, stored0, stored1, big, x, y,
-u, v<16>, s<{n_groups}>; .reg .b64 a, source; mov.u32 lane, %laneid; mov.b32 big, 0x7b807b80;
+        f""".reg .pred p, q; .reg .b32 lane, c, r, row, from, t, bad, s, copied, read0, read1, stored0, stored1, big;
+.reg .b32 x, y, u, v<16>, s<{n_groups}>; .reg .b64 a, source; mov.u32 lane, %laneid; mov.b32 big, 0x7b807b80;
 and.b32 c, lane, {_LANES - 1}; shr.u32 from, lane, {_LANES.bit_length() - 1};"""
     ]
     # A lane holds the scales of its own row.
