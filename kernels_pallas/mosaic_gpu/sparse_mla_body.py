@@ -206,10 +206,10 @@ def prefetch(kv: Ref | QuantizedLatents, row: Array, part: int) -> None:
         prefetch_rows(kv.rope, row, [(0, KEY_DIM - VALUE_DIM)])
 
 
-def groups_of(part: int) -> tuple[tuple[int, ...], bool]:
+def groups_of(part: int) -> tuple[tuple[int, int], bool]:
     """Of latents in 8 bits, a part's groups of values that share a scale, and whether it has their rope part."""
     first = [start for start, _ in PARTS[part]]
-    return tuple(start // GROUP for start in first if start < VALUE_DIM), VALUE_DIM in first
+    return (first[0] // GROUP, first[1] // GROUP), VALUE_DIM in first
 
 
 def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:

@@ -81,7 +81,7 @@ class Machine:
     @staticmethod
     def _parsed(text):
         code, labels = [], {}
-        for line in re.sub(r"//[^\n]*", "", text).strip().removeprefix("{").removesuffix("}").split(";"):
+        for line in re.sub(r"//[^\n]*|\.pragma[^;]*;", "", text).strip().removeprefix("{").removesuffix("}").split(";"):
             statement = line.strip()
             while label := re.match(r"(\w+):\s*", statement):
                 labels[label[1]] = len(code)
@@ -283,10 +283,10 @@ class _Warp:
             self._arrive(args[0])
         elif parts[1] == "commit_group":
             self.copies.append([])
-        elif parts[1] == "wait_group":
+        elif parts[1] in ("wait_group", "wait_all"):
             # The last list is of those that are in no group yet.
-            n = len(self.copies) - 1 - int(args[0])
-            landed, self.copies = self.copies[:n], self.copies[n:]
+            n = len(self.copies) - 1 - int(args[0]) if args else len(self.copies)
+            landed, self.copies = self.copies[:n], self.copies[n:] or [[]]
             for words, values in (copy for group in landed for copy in group):
                 for i in range(4):
                     self._watch(words + i, np.ones(32, bool), writes=True, values=values[i])

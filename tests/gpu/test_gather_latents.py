@@ -64,7 +64,7 @@ def test_values_are_those_of_the_latents(groups, has_rope):
     assert machine.arrivals == {0: 32 * (1 + has_rope)}
 
 
-@pytest.mark.parametrize("missing", ["bar.warp.sync -1;", "cp.async.wait_group 1;", "cp.async.wait_group 0;"])
+@pytest.mark.parametrize("missing", ["bar.warp.sync -1;", "cp.async.wait_all;"])
 def test_the_machine_sees_what_is_missing(missing):
     text = latents_text(2 * E, 4, (0, 2), False)
     assert missing in text
