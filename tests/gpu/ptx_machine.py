@@ -178,7 +178,7 @@ class _Warp:
             self._copy(parts, args, mask)
         elif name == "mbarrier":
             self._arrive(args[-1])
-        elif name == "fence":
+        elif name in ("fence", "createpolicy"):
             pass
         elif name == "shfl" and parts[1] == "idx":
             self._set(args[0], self._value(args[1], "b32")[self._value(args[2], "u32") & 31], mask)
