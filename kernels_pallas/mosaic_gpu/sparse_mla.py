@@ -42,10 +42,6 @@ from hisa_jax.kernels_pallas.triton.sparse_mla import combine
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.latents import QuantizedLatents
 
-# Up to so many lists a CTA, all roles count what each holds: one launch in place of three. With more a fusion counts
-# once, where counting would hold up each role 0.4 us a list.
-_COUNTED = 8
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -53,7 +49,6 @@ class Config:
 
     n_splits: int = 1  # parts of a query's list
     prefetches: bool = False  # asks for rows in L2 while their slot is in use
-    keeps: bool = False  # asks L2 to evict other data before rows
 
 
 def why_not(
@@ -115,7 +110,6 @@ def sparse_mla(
         pairs=-(-K // (PAIR * n_splits)),
         scale=scale,
         prefetches=config.prefetches,
-        keeps=config.keeps,
         n_ctas=min(n_ctas, n_splits * B * T * groups),
         interpret=interpret,
     )
@@ -124,9 +118,9 @@ def sparse_mla(
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS, value_dim), o_dtype),
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS), jnp.float32),
     ]
-    # Of parts of lists a fusion counts, too: with what adds them up, these are launches enough for XLA to make a graph.
-    counts = n_splits == 1 and plan.n_items <= _COUNTED * plan.n_ctas
-    n_pairs = None if counts else pairs_of(indices, plan)
+    # The loader counts what lists hold: one launch in place of three. Of parts of lists fusions do: with those that add
+    # the parts up they are enough for XLA to make a graph of them, without which each launch waits for the host.
+    n_pairs = None if n_splits == 1 else pairs_of(indices, plan)
     partial, lse = _launch(plan, out_type, Inputs(n_pairs, indices, q, kv))
     o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse)
     return o[:, :N].astype(q.dtype).reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
@@ -166,7 +160,8 @@ def _smem(dtype: DTypeLike, interpret: bool) -> Smem:
         k=smem((SLOTS, TOKENS, KEY_DIM), dtype, transforms=tile),
         landed=None if interpret else smem((SLOTS * len(PARTS), BARRIER_WORDS), jnp.int32),
         p_full=barrier(num_barriers=SLOTS),
-        q_free=barrier(),
+        n_tiles=smem((1,), jnp.int32),
+        q_free=barrier(num_arrivals=3),
         q_full=barrier(),
         q=smem((1, HEADS, KEY_DIM), dtype, transforms=tile),
         ready=None if interpret else barrier(),

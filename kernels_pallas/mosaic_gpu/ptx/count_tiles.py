@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SCALAR, SPLAT, address_of, i32, scalar, scope
 from hisa_jax.kernels_pallas.types import Ref
 
-_LOADS = 8  # on their way together: 256 indices, so that a full list takes one wait for memory
+_LOADS = 16  # on their way together: a full list takes one wait for memory, an empty one of 2048 four
 
 OPERANDS = ("TILES", "INDICES", "FIRST", "END")
 

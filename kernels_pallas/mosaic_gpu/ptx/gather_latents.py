@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS, ROWS_PER_WARP, TileRows
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS, HINT, KEEP, ROWS_PER_WARP, TileRows
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import NOUNROLL, REF, SPLAT, Row, address_of, i32, scope
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import tiled
 from hisa_jax.latents import GROUP, QuantizedLatents
@@ -80,7 +80,7 @@ def latents_text(row_bytes: int, n_groups: int, groups: tuple[int, int], has_rop
     to_next_group = (groups[1] - groups[0]) * group_bytes
     lines = [
         f""".reg .pred p, q, more; .reg .b32 lane, c, r, row, from, t, bad, s, copied, read0, read1, stored0, stored1, big;
-.reg .b32 at, at1, next, place, x, y, u, v<8>, n<8>, s<2>; .reg .b64 a, source, rope; mov.u32 lane, %laneid;
+.reg .b32 at, at1, next, place, x, y, u, v<8>, n<8>, s<2>; .reg .b64 a, source, rope; mov.u32 lane, %laneid; {KEEP}
 and.b32 c, lane, {_LANES - 1}; shr.u32 from, lane, {_LANES.bit_length() - 1}; mov.b32 big, 0x7b807b80;"""
     ]
     # A lane holds the scales of its own row.
@@ -98,14 +98,15 @@ mul.wide.u32 source, c, 16; add.u64 rope, source, $ROPE; add.u64 source, source,
     lines.append(f"""mov.b32 at, 0; mov.b32 place, from; copy: {NOUNROLL}
 add.u32 at1, at, stored1; add.u32 t, at, copied;""")
     lines.append("add.u32 u, at, stored0;" if has_rope else "")
+    copy = f"cp.async.cg.shared.global{HINT}"
     for i in range(_BLOCK // _ROWS):
         lines.append(f"""add.u32 r, place, {i * _ROWS}; shfl.sync.idx.b32 row, $ROW, r, 31, -1; setp.lt.s32 p, row, 0;
 mad.wide.s32 a, row, {n_groups * GROUP}, source;""")
         for group in groups:
-            lines.append(f"cp.async.cg.shared.global [t+{_offset(i, group)}], [a+{group * GROUP}], 16, p;")
+            lines.append(f"{copy} [t+{_offset(i, group)}], [a+{group * GROUP}], 16, p, policy;")
         if has_rope:
             lines.append(f"""mad.wide.s32 a, row, {_ROPE_BYTES}, rope;
-cp.async.cg.shared.global [{("u", "at1")[i]}+{_offset(i, n_groups)}], [a], 16, p;""")
+{copy} [{("u", "at1")[i]}+{_offset(i, n_groups)}], [a], 16, p, policy;""")
     lines.append(f"""add.u32 place, place, {_BLOCK}; add.u32 at, at, {block_bytes};
 setp.lt.u32 p, at, {ROWS_PER_WARP // _BLOCK * block_bytes}; @p bra.uni copy;""")
     if has_rope:  # `noinc`: the arrival counts as one of those that the barrier was made for

@@ -26,6 +26,8 @@ from hisa_jax.kernels_pallas.types import Ref
 ROWS_PER_WARP = 32  # one a lane
 BARRIER_WORDS = 2
 _CHUNK = 16  # bytes a lane copies at a time
+# For a copy that asks L2 to evict other data first.
+HINT, KEEP = ".L2::cache_hint", ".reg .b64 policy; createpolicy.fractional.L2::evict_last.b64 policy, 1.0;"
 _LINE = 128  # bytes that come to L2 together
 _BLOCK = 8  # rows that the swizzle repeats after
 _UNROLLED = 4  # of more copies of a block a loop is made: the code of a tile is to stay in the caches of instructions
@@ -185,12 +187,12 @@ def rows_text(row_bytes: int, pieces: tuple[tuple[int, int], ...], keeps: bool) 
     """$0: source, $1: 32 rows in shared memory, $2: the lane's row number, $3: barrier; pieces in chunks."""
     block_bytes, n_blocks = _BLOCK * row_bytes, ROWS_PER_WARP // _BLOCK
     lines = [
-        """.reg .pred p; .reg .b32 lane, c, row, from, r, at, place, to; .reg .b64 a, policy; mov.u32 lane, %laneid;
+        """.reg .pred p; .reg .b32 lane, c, row, from, r, at, place, to; .reg .b64 a; mov.u32 lane, %laneid;
 mov.b32 at, $1; mov.b32 place, 0;"""
     ]
-    hint, policy = (".L2::cache_hint", ", policy") if keeps else ("", "")
+    hint, policy = (HINT, ", policy") if keeps else ("", "")
     if keeps:
-        lines.append("createpolicy.fractional.L2::evict_last.b64 policy, 1.0;")
+        lines.append(KEEP)
     # Pieces of one width share rows and addresses. The swizzle repeats every 8 rows: so many addresses are kept.
     widths = {width: [first for first, n in pieces if n == width] for _, width in pieces}
     for width, firsts in widths.items():  # in chunks; an instruction copies `width` of each of `rows` rows
