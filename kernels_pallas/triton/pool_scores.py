@@ -3,7 +3,7 @@
 
 Floor, a request of 128K in e4m3 on an H200: 17.3 MB / 4.3 TB/s = 4 us, for 32 of them 129 us. `pool` and `scores` read
 the keys once, too, but write means, 2 parts a block, and read them: a launch more, and as many bytes as 2 % of the
-keys. Here a program takes a block, and means stay in its registers.
+keys. Here a program takes a few blocks, and means stay in its registers.
 """
 
 import functools
@@ -22,7 +22,8 @@ from hisa_jax.kernels_pallas.triton.pool_scores_body import Inputs, Plan, pool_s
 
 TILE_T = 8  # queries of a sequence that a block is read once for
 _NUM_WARPS = 4
-_FEW = 4  # queries a sequence
+_PROGRAMS = 512  # at least, where there are so many blocks: four a multiprocessor
+_FEW = 2  # queries a sequence
 
 
 def pools_where_scored(n_sequences: int, T: int, k: Array) -> bool:
@@ -41,8 +42,12 @@ def pool_scores(q: Array, w: Array, blocks: KeyBlocks, columns: Columns, *, inte
     assert columns.tiles is not None
     step = COLUMNS if columns.n > COLUMNS else TILED_BLOCKS
     width = -(-columns.n // step) * step
+    # As many blocks a program as keep all multiprocessors busy: a program reads the queries once for all of them.
+    most = columns.tiles.shape[0] * columns.n // _PROGRAMS
+    n_blocks = max(n for n in (1, 2, 4, 8, 16) if n <= max(most, 1))
     plan = Plan(
         block_size=blocks.size,
+        n_blocks=n_blocks,
         step=step,
         n_parts=parts_of(blocks.k.dtype),
         keep_first=columns.keep_first,
@@ -52,7 +57,7 @@ def pool_scores(q: Array, w: Array, blocks: KeyBlocks, columns: Columns, *, inte
     whole = lambda x: pl.BlockSpec(x.shape, lambda t, s: (0,) * x.ndim)  # noqa: E731
     return pl.pallas_call(
         functools.partial(pool_scores_body, plan=plan),
-        grid=(columns.tiles.shape[0], width),
+        grid=(columns.tiles.shape[0], width // n_blocks),
         in_specs=[jax.tree.map(whole, inputs)],
         out_specs=pl.BlockSpec((q.shape[0], width), lambda t, s: (0, 0)),
         out_shape=jax.ShapeDtypeStruct((q.shape[0], width), jnp.int32),

@@ -1,4 +1,4 @@
-"""Device code of `pool_scores`: one block a program."""
+"""Device code of `pool_scores`: a few blocks a program."""
 
 import dataclasses
 from typing import NamedTuple
@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
 from hisa_jax.kernels_pallas.triton.kept_means_body import wide
@@ -13,7 +14,7 @@ from hisa_jax.kernels_pallas.triton.pool_body import mean_of_block
 from hisa_jax.kernels_pallas.types import Ref
 from hisa_jax.xla.means import split
 
-_COPIES = 16  # of a mean: the fewest columns of a product
+_COLUMNS = 16  # the fewest of a product
 
 
 class Inputs(NamedTuple):
@@ -33,6 +34,7 @@ class Plan:
     """The static numbers of a launch."""
 
     block_size: int
+    n_blocks: int  # a program, a power of two up to 16
     step: int  # a reader of the result takes so many columns at a time
     n_parts: int
     keep_first: int
@@ -40,30 +42,37 @@ class Plan:
 
 
 def pool_scores_body(refs: Inputs, o_ref: Ref, *, plan: Plan) -> None:
-    # One program, one block:   tiles of rows -> mean -> parts, each copied 16 times -> query after query: product with
-    #                           the heads [H, 16] -> their sum -> o[t, block]
+    # One program, `n_blocks` blocks:   tiles of rows -> mean -> its parts, a row of [16, D] each -> the next block
+    #                                   query after query: product with the heads [H, 16] -> their sum -> o[t, blocks]
     #
     # Keys are read once for all queries of a tile, and means are never in device memory. They have the bits of those of
-    # `pool`. Few queries leave the tensor core idle, so 16 columns for one cost nothing.
-    tile, column = pl.program_id(0), pl.program_id(1)
+    # `pool`. Programs with fewer blocks than the 16 columns of a product fill up with the last one.
+    tile, column = pl.program_id(0), pl.program_id(1) * plan.n_blocks
     first_query, n_queries, first_block, most = (refs.tiles[tile, field] for field in range(4))
-    step = jnp.int32(plan.step)
+    step, lane = jnp.int32(plan.step), jnp.arange(_COLUMNS, dtype=jnp.int32)
+    candidate = column + jnp.minimum(lane, plan.n_blocks - 1)
 
     @pl.when(column < most)
     def _score():
-        block = first_block + column
-        mean = mean_of_block(refs.k, refs.k_scale, refs.counts[block], block * plan.block_size, plan.block_size)
-        parts, scale = split(mean, plan.n_parts, refs.q.dtype)
-        parts = [jnp.broadcast_to(wide(part)[None, :], (_COPIES, part.shape[0])) for part in parts]
+        def one_block(i: Array, means: tuple[Array, ...]) -> tuple[Array, ...]:
+            block = first_block + jnp.minimum(column + i, most - 1)
+            mean = mean_of_block(refs.k, refs.k_scale, refs.counts[block], block * plan.block_size, plan.block_size)
+            parts, scale = split(mean, plan.n_parts, refs.q.dtype)
+            *rows, scales = means
+            rows = [jnp.where((lane >= i)[:, None], wide(x)[None, :], y) for x, y in zip(parts, rows, strict=True)]
+            return *rows, jnp.where(lane >= i, 1.0 if scale is None else scale, scales)
+
+        D = refs.q.shape[2]
+        nothing = [wide(jnp.zeros((_COLUMNS, D), refs.q.dtype)) for _ in range(plan.n_parts)]
+        *parts, scales = lax.fori_loop(0, plan.n_blocks, one_block, (*nothing, jnp.ones((_COLUMNS,), jnp.float32)))
 
         def one_query(i: Array, _: None) -> None:
             t = first_query + i
             limit = refs.limit[t]
-            score = _score_of(parts, wide(refs.q[t]), refs.w[t])
-            # All copies have the same score.
-            sort_key = jnp.max(sort_key_of(score if scale is None else score * scale))
-            is_forced = (column < plan.keep_first) | (column >= limit - plan.keep_last)
-            o_ref[t, column] = jnp.where(column < limit, jnp.where(is_forced, FORCED, sort_key), INVISIBLE)
+            sort_key = sort_key_of(_score_of(parts, wide(refs.q[t]), refs.w[t]) * scales)
+            is_forced = (candidate < plan.keep_first) | (candidate >= limit - plan.keep_last)
+            sort_key = jnp.where(candidate < limit, jnp.where(is_forced, FORCED, sort_key), INVISIBLE)
+            plt.store(o_ref.at[t, candidate], sort_key)
 
         lax.fori_loop(0, n_queries, one_query, None)
 
@@ -71,7 +80,7 @@ def pool_scores_body(refs: Inputs, o_ref: Ref, *, plan: Plan) -> None:
     @pl.when((column >= most) & (column < lax.div(most + (step - 1), step) * step))
     def _fill():
         def one_query(i: Array, _: None) -> None:
-            o_ref[first_query + i, column] = jnp.int32(INVISIBLE)
+            plt.store(o_ref.at[first_query + i, candidate], jnp.full((_COLUMNS,), INVISIBLE, jnp.int32))
 
         lax.fori_loop(0, n_queries, one_query, None)
 

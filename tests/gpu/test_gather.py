@@ -23,7 +23,9 @@ def latents(n, seed=0):
 
 def in_rows(smem, width=E):
     """[32, width] bfloat16 as the tensor core finds them, by the swizzle of 128 bytes."""
-    blocks = smem.view(ml_dtypes.bfloat16).reshape(ROWS // 8, width // 64, 8, 8, 8)  # tiles of 8 rows, 8 chunks of 8 values
+    blocks = smem.view(ml_dtypes.bfloat16).reshape(
+        ROWS // 8, width // 64, 8, 8, 8
+    )  # tiles of 8 rows, 8 chunks of 8 values
     rows = np.arange(8)[:, None]
     chunks = blocks[:, :, rows, np.arange(8)[None, :] ^ rows]
     return chunks.transpose(0, 2, 1, 3, 4).reshape(ROWS, width)
@@ -87,7 +89,9 @@ def test_rows_are_those_of_the_source(width, pieces, keeps):
     for i, name in enumerate(("source", "tile", "row_operand", "landed")):
         text = text.replace(f"${i}", name)
     operands = dict(source=0, tile=TILES, row_operand=row, landed=0)
-    machine = Machine("{" + text + "cp.async.wait_all; }", 32, operands, source.view(np.uint32).reshape(-1), TILES + 64 * width)
+    machine = Machine(
+        "{" + text + "cp.async.wait_all; }", 32, operands, source.view(np.uint32).reshape(-1), TILES + 64 * width
+    )
     machine.run()
     columns = np.concatenate([np.arange(first, first + n) for first, n in pieces])
     wanted = np.where(row[:, None] < 0, 0, source[row]).astype(source.dtype)

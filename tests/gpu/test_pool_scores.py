@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hisa_jax.kernels_pallas import indexer, triton
 from hisa_jax.kernels_pallas.flat_call import flatten
 from hisa_jax.kernels_pallas.operands import KeyBlocks
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
+from hisa_jax.kernels_pallas.triton import pool_scores
 from hisa_jax.kernels_pallas.triton.pool import pool
 from hisa_jax.kernels_pallas.triton.pool_scores import pools_where_scored
 from tests import kernel_calls
@@ -19,6 +21,14 @@ from tests.gpu.test_lowering import BF16, E4M3, lower
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 BLOCK = 32
+
+
+@pytest.fixture
+def gpu():
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+
+
 METHOD = hj.Hisa(topk=50, block_size=BLOCK, block_topk=4)
 
 
@@ -59,8 +69,9 @@ def check(of, close=False, interpret=True):
 
 @pytest.mark.gate("e4m3")  # 2 seconds a case, as the next
 @pytest.mark.parametrize("dtype", [E4M3, BF16], ids=["e4m3", "bf16"])
-def test_one_pass_and_two_give_the_same_scores(dtype):
-    """Requests of all lengths, one of none; more queries than a tile has."""
+def test_one_pass_and_two_give_the_same_scores(dtype, monkeypatch):
+    """Requests of all lengths, one of none; more queries than a tile has; several blocks a program."""
+    monkeypatch.setattr(pool_scores, "_PROGRAMS", {E4M3: 12, BF16: 1}[dtype])
     check(call(3, 9, 300, dtype, lengths=[300, 0, 77]))
 
 

@@ -79,8 +79,8 @@ def latents_text(row_bytes: int, n_groups: int, groups: tuple[int, int], has_rop
     block_bytes, group_bytes = _BLOCK * row_bytes, 2 * 128 * _BLOCK
     to_next_group = (groups[1] - groups[0]) * group_bytes
     lines = [
-        f""".reg .pred p, q, more; .reg .b32 lane, c, r, row, from, t, bad, s, copied, read0, read1, stored0, stored1, big;
-.reg .b32 at, at1, next, place, x, y, u, v<8>, n<8>, s<2>; .reg .b64 a, source, rope; mov.u32 lane, %laneid; {KEEP}
+        f""".reg .pred p, q, more; .reg .b32 lane, c, r, row, from, t, bad, s, copied, read0, read1, stored0, stored1;
+.reg .b32 big, at, at1, next, place, x, y, u, v<8>, n<8>, s<2>; .reg .b64 a, source, rope; mov.u32 lane, %laneid; {KEEP}
 and.b32 c, lane, {_LANES - 1}; shr.u32 from, lane, {_LANES.bit_length() - 1}; mov.b32 big, 0x7b807b80;"""
     ]
     # A lane holds the scales of its own row.
@@ -168,4 +168,3 @@ def _pair_text(target: str, word: str, selector: int) -> str:
     """Two of a word's e4m3 bytes -> `target`, a pair of bfloat16, times 2^120 and the scale `s`."""
     return f"""prmt.b32 y, {word}, 0, {selector:#x}; shr.u32 t, y, 4; and.b32 t, t, 0x07f007f0;
 lop3.b32 t, t, y, 0x80008000, 0xf8; mul.rn.bf16x2 t, t, big; mul.rn.bf16x2 {target}, t, s;"""
-

@@ -19,7 +19,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import NOUNROLL, REF, SCALAR, SPLAT, Row, address_of, i32, scalar, scope
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import (
+    NOUNROLL,
+    REF,
+    SCALAR,
+    SPLAT,
+    Row,
+    address_of,
+    i32,
+    scalar,
+    scope,
+)
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import tiled
 from hisa_jax.kernels_pallas.types import Ref
 
