@@ -23,9 +23,8 @@ def latents(n, seed=0):
 
 def in_rows(smem, width=E):
     """[32, width] bfloat16 as the tensor core finds them, by the swizzle of 128 bytes."""
-    blocks = smem.view(ml_dtypes.bfloat16).reshape(
-        ROWS // 8, width // 64, 8, 8, 8
-    )  # tiles of 8 rows, 8 chunks of 8 values
+    # Tiles of 8 rows of 8 chunks of 8 values.
+    blocks = smem.view(ml_dtypes.bfloat16).reshape(ROWS // 8, width // 64, 8, 8, 8)
     rows = np.arange(8)[:, None]
     chunks = blocks[:, :, rows, np.arange(8)[None, :] ^ rows]
     return chunks.transpose(0, 2, 1, 3, 4).reshape(ROWS, width)
