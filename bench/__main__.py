@@ -80,7 +80,7 @@ COMMANDS = {
     ),
     "sharded": Command(
         "bench.sharded",
-        "selections over keys that several GPUs of one host share, beside one GPU, each checked before it is timed",
+        "selections and attention where several GPUs share the keys, beside one GPU, each checked before it is timed",
         "python -m bench sharded --devices 2 --rows 'scan*'",
     ),
     "tune": Command(

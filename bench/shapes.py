@@ -4,6 +4,7 @@ Sources: the config.json of DeepSeek-V3.2, GLM-5 and GLM-5.2; block size and blo
 """
 
 import dataclasses
+from typing import Any
 
 import hisa_jax as hj
 
@@ -17,7 +18,7 @@ class Model:
 
     Attributes:
         H, D: index heads and their size.
-        topk, block_size, block_topk: those of `Hisa`.
+        topk, block_size, block_topk: those of `Hisa`, which count entries of `entry_size` tokens.
         mla_heads, mla_dim, mla_value_dim: heads of the sparse attention, size of a key (latent and rope), of a value.
         max_context: tokens the model is published for.
     """
@@ -32,14 +33,16 @@ class Model:
     topk: int
     block_size: int
     block_topk: int
+    entry_size: int = 1
 
     def methods(self) -> dict[str, hj.Method]:
         """The methods by the names that tables and options use, the flat one first."""
+        keys: Any = dict(topk=self.topk, entry_size=self.entry_size, tail="open" if self.entry_size > 1 else None)
         return {
-            "dsa": hj.Dsa(topk=self.topk),
-            "hisa": hj.Hisa(topk=self.topk, block_size=self.block_size, block_topk=self.block_topk),
-            "scan": hj.Scan(topk=self.topk),
-            "block-sparse": hj.BlockSparse(topk=self.topk, block_size=self.block_size),
+            "dsa": hj.Dsa(**keys),
+            "hisa": hj.Hisa(**keys, block_size=self.block_size, block_topk=self.block_topk),
+            "scan": hj.Scan(**keys),
+            "block-sparse": hj.BlockSparse(**keys, block_size=self.block_size),
         }
 
 
@@ -58,6 +61,10 @@ DSV32 = Model(
 )  # fmt: skip
 GLM5 = dataclasses.replace(DSV32, name="glm5", H=32, mla_heads=64, max_context=202_752)
 GLM52 = dataclasses.replace(GLM5, name="glm52", max_context=1_048_576)
+# Indexers over pools of 4 tokens, of which 2048 tokens are chosen; sources: models/indexers/table.py. HISA's blocks have
+# the 128 tokens of the paper. What attends to the tokens is no matter of theirs.
+GLM53_FLASH = dataclasses.replace(GLM52, name="glm53-flash", topk=512, block_size=32, entry_size=4)
+QSA = dataclasses.replace(GLM53_FLASH, name="qsa", H=4)
 MODELS = {model.name: model for model in (DSV32, GLM5, GLM52)}
 
 PREFILL = Phase(name="prefill", B=1, T=4096)

@@ -1,17 +1,19 @@
-"""`python -m bench sharded`: selections over keys that several GPUs of one host share, beside one GPU.
+"""`python -m bench sharded`: selections and attention where several GPUs of one host share the keys, beside one GPU.
 
 A row is a method, a context and a number of queries, on 1 GPU with all keys, on 1 with the share that one of several
 has, and on 2, 4, 8, ... with all. A time is that of one call, from the first kernel on any GPU to the last on any, by
-the profiler. What several select is compared with what one selects before it is timed.
+the profiler. What several give is compared with what one gives before it is timed.
 """
 
 import argparse
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
@@ -27,7 +29,9 @@ from bench.pods.hlo import collectives
 _AXIS = "context"
 _SAME = 0.998  # of the tokens, the least: near the cut Hopper's sums of e4m3 products may differ, block means too
 _COMPARED = 256  # queries of a sequence
+_NEAR = 0.02  # of the largest output, attention in bfloat16: the most that a part's rounding may change
 _METHODS = ("dsa", "hisa", "scan")
+_ATTENTION = "sparse_mla"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,29 +75,38 @@ def rows(devices: tuple[int, ...]) -> list[Row]:
         *((128 * K, batch, 1) for batch in (1, 32, 128)),
         (1024 * K, 1, 1),
     ]
+    attention = [(128 * K, 1, 4096), *((8 * K, batch, 1) for batch in (1, 32, 128))]
     return [
         Row(method=method, context=context, batch=batch, queries=queries, devices=devices)
-        for context, batch, queries in sizes
-        for method in _METHODS
+        for method in (*_METHODS, _ATTENTION)
+        for context, batch, queries in (attention if method == _ATTENTION else sizes)
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """What a row runs: a function over `inputs`, of which those numbered in `split` lie over the devices."""
+
+    inputs: tuple[Any, ...]
+    split: tuple[int, ...]
+    on: Callable[[Mesh | None], Any]  # jitted, for this mesh; None: one device has them all
+    share: Callable[[int], tuple[Any, ...]]  # the inputs of one device of so many
+    agree: Callable[[np.ndarray, np.ndarray], float]  # of what was got and wanted; raises where they differ
 
 
 def measure(row: Row, samples: int) -> dict[str, Any]:
     """Milliseconds on one GPU with all keys and with a share, and on several; bytes that each sends."""
-    method = shapes.DSV32.methods()[row.method]
-    inputs = draw(shapes.DSV32, row.batch, row.queries, row.context)
-    whole = _select(method, None)
-    wanted = np.asarray(jax.block_until_ready(whole(*inputs)).indices)
-    calls, results = [functools.partial(whole, *inputs)], []
+    case = _attention(row) if row.method == _ATTENTION else _selection(row)
+    whole = case.on(None)
+    wanted = np.asarray(whole(*case.inputs))
+    calls, results = [functools.partial(whole, *case.inputs)], []
     for n in row.devices:
         mesh = Mesh(np.array(jax.devices()[:n]), (_AXIS,))
-        placed = _placed(inputs, mesh)
-        compiled = _select(method, mesh).lower(*placed).compile()
-        same = _same(np.asarray(compiled(*placed).indices), wanted)
-        if same < _SAME:
-            raise AssertionError(f"{n} devices select {same:.4f} of the tokens of one, wanted {_SAME}")
-        share = _share(inputs, n)
-        calls += [functools.partial(whole, *share), functools.partial(compiled, *placed)]
+        split, everywhere = NamedSharding(mesh, P(None, _AXIS)), NamedSharding(mesh, P())
+        placed = [jax.device_put(x, split if at in case.split else everywhere) for at, x in enumerate(case.inputs)]
+        compiled = case.on(mesh).lower(*placed).compile()
+        same = case.agree(np.asarray(compiled(*placed)), wanted)
+        calls += [functools.partial(whole, *case.share(n)), functools.partial(compiled, *placed)]
         moved = sum(x.moved_bytes for x in collectives(compiled.as_text(), n, ()))
         results.append({"devices": n, "same": same, "exchanged_bytes": moved})
     record = functools.partial(by_jax, planes="/device:GPU:")
@@ -116,32 +129,65 @@ def line(result: dict[str, Any]) -> str:
     return f"{result['row']:<22} 1: {result['ms']:.3f} ms, {', '.join(several)}"
 
 
-def _select(method: hj.Method, mesh: Mesh | None) -> Any:
-    """Jitted over `Inputs`; `mesh` splits the keys, None: one device has them all."""
+def _selection(row: Row) -> _Case:
+    """The indexer; its keys are split, and are e4m3 with scales."""
+    method = shapes.DSV32.methods()[row.method]
+    inputs = draw(shapes.DSV32, row.batch, row.queries, row.context)
 
-    def f(q: Array, k: Array, k_scale: Array, w: Array, visible: Array) -> hj.Selection:
-        split: dict[str, Any] = {} if mesh is None else {"mesh": mesh, "context_axis": _AXIS}
-        keys = hj.QuantizedKeys(k, k_scale)
-        return hj.select(q, keys, w, method, query_positions=visible - 1, implementation="mosaic_gpu", **split)
+    def on(mesh: Mesh | None) -> Any:
+        def f(q: Array, k: Array, k_scale: Array, w: Array, visible: Array) -> Array:
+            options: Any = dict(query_positions=visible - 1, implementation="mosaic_gpu") | _over(mesh)
+            return hj.select(q, hj.QuantizedKeys(k, k_scale), w, method, **options).indices
 
-    return jax.jit(f)
+        return jax.jit(f)
 
+    def share(n: int) -> Inputs:
+        # The first n-th of the keys, which every query sees as far as there are any.
+        S = row.context // n
+        q, k, k_scale, w, visible = inputs
+        return Inputs(q, k[:, :S], k_scale[:, :S], w, jnp.minimum(visible, S))
 
-def _placed(inputs: Inputs, mesh: Mesh) -> Inputs:
-    split, everywhere = NamedSharding(mesh, P(None, _AXIS)), NamedSharding(mesh, P())
-    return Inputs(*(jax.device_put(x, split if at in (1, 2) else everywhere) for at, x in enumerate(inputs)))
-
-
-def _share(inputs: Inputs, n: int) -> Inputs:
-    """The first n-th of the keys, which every query sees as far as there are any."""
-    S = inputs.k.shape[1] // n
-    visible = jax.numpy.minimum(inputs.visible, S)
-    return Inputs(inputs.q, inputs.k[:, :S], inputs.k_scale[:, :S], inputs.w, visible)
+    return _Case(inputs, (1, 2), on, share, _share_of_tokens)
 
 
-def _same(got: np.ndarray, wanted: np.ndarray) -> float:
+def _attention(row: Row) -> _Case:
+    """Sparse MLA of 128 heads; latents are split. A device of n attends to an n-th of each list of 2048."""
+    model, topk = shapes.DSV32, shapes.DSV32.topk
+    keys = jax.random.split(jax.random.key(3), 3)
+    q = jax.random.normal(keys[0], (row.batch, row.queries, model.mla_heads, model.mla_dim), jnp.bfloat16)
+    kv = jax.random.normal(keys[1], (row.batch, row.context, model.mla_dim), jnp.bfloat16)
+    starts = jax.random.randint(keys[2], (row.batch, row.queries, 1), 0, row.context // topk)
+    indices = (starts + jnp.arange(topk) * (row.context // topk)).astype(jnp.int32)
+
+    def on(mesh: Mesh | None) -> Any:
+        options: Any = dict(value_dim=model.mla_value_dim, scale=model.mla_dim**-0.5, implementation="mosaic_gpu")
+        return jax.jit(lambda q, kv, indices: hj.sparse_mla(q, kv, indices, **options, **_over(mesh)))
+
+    def share(n: int) -> tuple[Array, Array, Array]:
+        return q, kv[:, : row.context // n], indices[:, :, : topk // n]
+
+    return _Case((q, kv, indices), (1,), on, share, _distance)
+
+
+def _over(mesh: Mesh | None) -> dict[str, Any]:
+    return {} if mesh is None else {"mesh": mesh, "context_axis": _AXIS}
+
+
+def _share_of_tokens(got: np.ndarray, wanted: np.ndarray) -> float:
     """[B, T, K] token lists, -1 after the last: the share of the wanted tokens that were got, of some queries."""
     some = np.linspace(0, got.shape[1] - 1, min(got.shape[1], _COMPARED)).astype(int)
     lists = [x[:, some].reshape(-1, x.shape[2]) for x in (got, wanted)]
     found = sum(np.isin(b[b >= 0], a[a >= 0]).sum() for a, b in zip(*lists, strict=True))
-    return float(found / (lists[1] >= 0).sum())
+    same = float(found / (lists[1] >= 0).sum())
+    if same < _SAME:
+        raise AssertionError(f"several devices select {same:.4f} of the tokens of one, wanted {_SAME}")
+    return same
+
+
+def _distance(got: np.ndarray, wanted: np.ndarray) -> float:
+    """[B, T, N, V] outputs: 1 less the largest difference, as a part of the largest output."""
+    got, wanted = got.astype(np.float32), wanted.astype(np.float32)
+    difference = float(np.max(np.abs(got - wanted)) / np.max(np.abs(wanted)))
+    if not difference <= _NEAR:
+        raise AssertionError(f"outputs of several devices differ by {difference:.4f} of the largest, wanted {_NEAR}")
+    return 1 - difference

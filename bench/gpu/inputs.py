@@ -43,9 +43,14 @@ def draw(model: shapes.Model, B: int, T: int, S: int, dtype: DTypeLike = E4M3, c
 
 
 def paged(
-    inputs: Inputs, page_size: int, *, has_sketch: bool = False, block_size: int | None = None
+    inputs: Inputs,
+    page_size: int,
+    *,
+    has_sketch: bool = False,
+    block_size: int | None = None,
+    entry_size: int = 1,
 ) -> tuple[IndexCache, Array]:
-    """The keys in pages of random order, and their table [B, P]; `block_size` as for `init_cache`."""
+    """The keys in pages of random order, and their table [B, P]; `block_size` and `entry_size` as for `init_cache`."""
     B, S, D = inputs.k.shape
     n_pages = B * S // page_size
     table = jax.random.permutation(jax.random.key(7), n_pages).astype(jnp.int32)
@@ -57,7 +62,7 @@ def paged(
     @jax.jit
     def cache_of(k: Array, scales: Array | None) -> IndexCache:
         keys = k if scales is None else QuantizedKeys(k, scales)
-        options: Any = dict(sketch="int4" if has_sketch else None, block_size=block_size)
-        return IndexCache.from_pages(keys, table, jnp.full((B,), S, jnp.int32), **options)
+        options: Any = dict(sketch="int4" if has_sketch else None, block_size=block_size, entry_size=entry_size)
+        return IndexCache.from_pages(keys, table, jnp.full((B,), S * entry_size, jnp.int32), **options)
 
     return cache_of(k, scales), table

@@ -24,7 +24,7 @@ from hisa_jax.models.modeling import Layer
 from hisa_jax.models.params import from_pretrained, parameter_table
 from hisa_jax.models.rope import rope_table
 from hisa_jax.models.safetensors_io import Reader
-from hisa_jax.models.training.forward import heads_of, layer_forward
+from hisa_jax.models.training.forward import dense, heads_of, layer_forward
 from hisa_jax.models.training.weights import Skeleton, Stacked, weights_of
 from hisa_jax.selection import selected_mask
 
@@ -107,6 +107,8 @@ def _layer(
     graph: nnx.GraphDef[Layer], state: nnx.State, x: Array, table: Table, variant: Variant, see: bool
 ) -> tuple[Array, Seen | None]:
     def attend(attention: Attention, x: Array, table: Table, made: Projections) -> tuple[Array, Seen | None]:
+        if not see and variant.takes_all(x.shape[1]):
+            return dense(attention, x, table, made)
         assert attention.indexer is not None  # `Skeleton` has checked that every layer has one
         q, w = attention.indexer.queries(made.q_latent, x, table)
         k = attention.indexer.keys(x, table)

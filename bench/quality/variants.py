@@ -38,6 +38,10 @@ class Variant:
         method = hj.Dsa(topk=self.method.topk) if layer in self.flat_layers else self.method
         return dataclasses.replace(self, name="", method=method, flat_layers=())
 
+    def takes_all(self, n_tokens: int) -> bool:
+        """Whether every query attends to all tokens up to its own: then nothing needs scoring."""
+        return isinstance(self.method, hj.Dsa) and self.method.topk >= n_tokens
+
     def select(self, q: Array, k: Array, w: Array, **options: Any) -> hj.Selection:
         """[B, T, H, D], [B, S, D], [B, T, H] -> the selection of one layer, `flat_last` left aside.
 

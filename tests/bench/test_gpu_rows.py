@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import shapes
-from bench.gpu import attention_rows, scan_checks, scan_rows
+from bench.gpu import attention_rows, entry_rows, scan_checks, scan_rows
 from bench.gpu.rows import rows
 from hisa_jax.kernels_pallas.triton import stages
 
@@ -82,3 +82,22 @@ def test_attention_passes_its_check_and_a_damaged_one_does_not(what):
     check(out)
     with pytest.raises(AssertionError):
         check(damaged(out))
+
+
+@pytest.mark.unoptimised
+@pytest.mark.parametrize("name", ["dsa", "hisa", "scan"])
+@pytest.mark.parametrize("is_decoding", [False, True])
+@pytest.mark.exhaustive
+def test_pools_pass_their_checks_and_damaged_ones_do_not(interpreted, name, is_decoding):
+    model = dataclasses.replace(TINY, H=4, topk=32, block_size=16, entry_size=4)
+    method, options = model.methods()[name], dict(implementation="xla")
+    row = (
+        entry_rows.decode(model, method, 2, 1024, **options)
+        if is_decoding
+        else entry_rows.prefill(model, method, 1027, T=7, **options)
+    )
+    f, operands, check = row.make()
+    out = jax.tree.map(np.asarray, jax.jit(f)(*operands))
+    check(out)
+    with pytest.raises(AssertionError):
+        check((damaged(out[0]), *out[1:]))

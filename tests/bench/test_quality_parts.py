@@ -64,6 +64,14 @@ def test_logits_are_those_of_the_forward_pass_that_trains(stacked, variant):
     np.testing.assert_allclose(model.logits_of(stacked, tokens, variant), wanted, atol=1e-4)
 
 
+def test_a_variant_that_selects_all_attends_densely(stacked):
+    """A second; the selection of all tokens, which it does without, gives the same."""
+    tokens, all_ = sequences(24), Variant(name="all", method=hj.Dsa(topk=24))
+    assert all_.takes_all(24) and not all_.takes_all(25) and not HISA_VARIANT.takes_all(8)
+    wanted, _ = training.forward(stacked, jnp.asarray(tokens, jnp.int32), training.dense)
+    np.testing.assert_allclose(model.logits_of(stacked, tokens, all_), wanted, atol=1e-4)
+
+
 @pytest.mark.exhaustive
 def test_queries_in_chunks_select_and_attend_as_in_one(stacked, monkeypatch):
     variant = dataclasses.replace(HISA_VARIANT, flat_last=40)
