@@ -38,7 +38,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import (
     Smem,
 )
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import tiled
-from hisa_jax.kernels_pallas.triton.sparse_mla import combine
+from hisa_jax.kernels_pallas.triton.combine import combine
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.latents import QuantizedLatents
 
@@ -118,21 +118,10 @@ def sparse_mla(
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS, value_dim), o_dtype),
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS), jnp.float32),
     ]
-    # The loader counts what lists hold: one launch in place of three. Of parts of lists fusions do: with those that add
-    # the parts up they are enough for XLA to make a graph of them, without which each launch waits for the host.
-    n_pairs = None if n_splits == 1 else pairs_of(indices, plan)
-    partial, lse = _launch(plan, out_type, Inputs(n_pairs, indices, q, kv))
-    o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse)
-    return o[:, :N].astype(q.dtype).reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
-
-
-def pairs_of(indices: Array, plan: Plan) -> Array:
-    """[n_splits * T] int32: pairs of tiles up to the last token of each list, one at least, so that all roles agree."""
-    K = indices.shape[1]
-    is_real = (indices >= 0) & (indices < plan.keys)
-    used = jnp.max(jnp.where(is_real, jnp.arange(1, K + 1, dtype=jnp.int32)[None, :], 0), axis=1)
-    first = jnp.arange(plan.n_splits, dtype=jnp.int32)[:, None] * plan.pairs
-    return jnp.clip((used[None, :] + PAIR - 1) // PAIR - first, 1, plan.pairs).reshape(-1)
+    # No fusion before it: this kernel's launch takes the host 25 us, which the device would wait for after one.
+    partial, lse = _launch(plan, out_type, Inputs(indices, q, kv))
+    o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse, q.dtype, bool(interpret))
+    return o[:, :N].reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
 
 
 def _launch(plan: Plan, out_type: list, inputs: Inputs) -> list[Array]:

@@ -21,7 +21,6 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import (
     TileRows,
     gather_rows,
     load_lane_word,
-    load_word,
     prefetch_rows,
     store_bias,
 )
@@ -80,7 +79,6 @@ class Plan:
 class Inputs(NamedTuple):
     """Arrays in device memory, whole."""
 
-    n_pairs: Ref | None  # [n_splits * T] int32, of tiles of each part of a list; None: the loader counts
     indices: Ref  # [T, K] int32
     q: Ref  # [T, groups * 64, E]
     kv: Ref | QuantizedLatents  # [B * S, E], or refs of its parts
@@ -132,9 +130,6 @@ def sparse_mla_body(plan: Plan, gmem: Inputs, o_gmem: Ref, lse_gmem: Ref, smem: 
 
 def tiles_of(plan: Plan, gmem: Inputs, split: Array, t: Array) -> Array:
     """Tiles up to the last token of a part of a list, in pairs, one at least: what all roles agree on."""
-    if gmem.n_pairs is not None:
-        i = split * plan.T + t
-        return SLOTS * (gmem.n_pairs[i] if plan.interpret else load_word(gmem.n_pairs, i))
     K, first = gmem.indices.shape[1], split * plan.pairs * PAIR
     end = jnp.minimum(first + plan.pairs * PAIR, K)
     if not plan.interpret:
