@@ -43,6 +43,18 @@ _BLOCK = 8  # rows that the swizzle repeats after
 _UNROLLED = 4  # of more copies of a block a loop is made: the code of a tile is to stay in the caches of instructions
 
 
+def load_word(ref: Ref, i: Array) -> Array:
+    """ref[i], int32 in device memory, for a warp by itself."""
+
+    @plgpu.inline_mgpu(arg_types=(REF, SPLAT), return_type=SCALAR)
+    def load(_ctx, ref, i):
+        pointer = address_of(ref, i.registers.item(), 1)
+        word = utils.inline_ptx("ld.global.nc.b32 $0, [$1];", pointer, result_types=i32(), has_side_effects=True)
+        return scalar(word)
+
+    return load(ref, i)
+
+
 def load_lane_word(ref: Ref, t: Array, column: Array) -> Array:
     """ref[t, column + lane], int32 in device memory; -1 beyond its last column."""
     K = ref.shape[1]
