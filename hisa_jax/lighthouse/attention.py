@@ -40,8 +40,7 @@ def lighthouse_select(
         k: [B, T, G, D] keys, same dtype; H is a multiple of G. The score of queries is the best of a key head's group.
         method: `Lighthouse`; its windows and tiles divide T.
         v: [B, T, G, V] values, for scorer="dilated" alone, which then wants T to be a multiple of 4.
-        mesh: run it on these devices, each sequence split over them in whole tiles; None: on one. Not with
-            scorer="dilated".
+        mesh: run it on these devices, each sequence split over them in whole tiles; None: on one.
         context_axis: the mesh axis that splits T, in order.
         data_axis: the mesh axis that splits B; None: the whole batch on every device.
         implementation: that of the dilated scorer's attention, as for `lighthouse_attention`.
@@ -104,7 +103,7 @@ def lighthouse_attention(
             first that can run here. `implementations` says why one cannot.
 
     Returns: [B, T, H, V] in q's dtype. Differentiable in q, k and v by reverse mode; the selection carries no
-        gradient. With a mesh, by "xla", it is that of one device bit for bit, its gradients are to rounding.
+        gradient. With a mesh, by "xla" on CPUs, it and its gradients are those of one device bit for bit.
     Raises: as `lighthouse_select`.
     Source: Lighthouse Attention, arXiv 2605.06554.
     Example:
@@ -158,9 +157,10 @@ def implementations(q: Any, k: Any) -> dict[str, str | None]:
 def _select(
     q: Array, k: Array, v: Array | None, method: Lighthouse, options: Options, axes: Axes | None
 ) -> LighthouseSelection:
-    arrays = lax.stop_gradient((q, k) if v is None or method.scorer == "norm" else (q, k, v))
+    arrays: tuple[Array, ...] = (q, k) if v is None or method.scorer == "norm" else (q, k, v)
+    arrays = lax.stop_gradient(arrays)
     if axes is not None:
-        return sharded.select_on(axes, *arrays[:2], method, options)
+        return sharded.select_on(axes, arrays, method, options)
     arrays = varying.alike(*arrays)
     return select(*strengths(*arrays, method=method, options=options), method)
 
@@ -208,10 +208,7 @@ def _axes(
     if mesh is None:
         return None
     B, T = q.shape[:2]
-    axes = meshes.batch_axes(call, mesh, context, data, "q's T", T, B, T // method.n_tiles)
-    if method.scorer == "dilated":
-        raise ValueError(f"{call}: mesh= with scorer='dilated', wanted scorer='norm': its attention is over all tokens")
-    return axes
+    return meshes.batch_axes(call, mesh, context, data, "q's T", T, B, T // method.n_tiles)
 
 
 def _options(call: str, q: Array, v: Array, implementation: str) -> Options:

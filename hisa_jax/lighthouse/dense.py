@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from hisa_jax import dispatch
+from hisa_jax.lighthouse import sums
 from hisa_jax.xla.causal import causal_attention
 
 _ROWS = 128  # sub-sequences are made a multiple of it for kernels
@@ -71,9 +72,27 @@ def attention(name: str, scale: float) -> Callable[[Array, Array, Array], Array]
             return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
         if name == "splash":
             return splash(q, k, v, scale)
+        if sums.is_in_one_order():
+            return _in_turn(q, k, v, scale)
         return causal_attention(q, k, v, scale)
 
     return run
+
+
+def _in_turn(q: Array, k: Array, v: Array, scale: float) -> Array:
+    """One sequence and key head at a time: products of one shape, however many of them a device of a mesh has."""
+    (B, S, H, _), G = q.shape, k.shape[2]
+
+    def split(x: Array) -> Array:
+        """[B, S, heads, E] -> [B * G, 1, S, heads / G, E]."""
+        return x.reshape(B, S, G, -1, x.shape[-1]).swapaxes(1, 2).reshape(B * G, 1, S, -1, x.shape[-1])
+
+    def one(each: tuple[Array, Array, Array]) -> Array:
+        q, k, v = each
+        return causal_attention(q, k, v, scale)
+
+    out = lax.map(one, (split(q), split(k), split(v)))
+    return out.reshape(B, G, S, H // G, -1).swapaxes(1, 2).reshape(B, S, H, -1)
 
 
 def splash(q: Array, k: Array, v: Array, scale: float, interpret: bool = False) -> Array:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from hisa_jax.lighthouse.method import DILATION, Lighthouse
+from hisa_jax.lighthouse.sums import total
 
 Attend = Callable[[Array, Array, Array], Array]
 
@@ -43,5 +44,5 @@ def _strength(x: Array, G: int) -> Array:
     """[B, T, H, D] -> [B, T, G]: the largest squared norm among the heads of a group."""
     B, T, H, _ = x.shape
     # Not the root: it would make ties of numbers that differ.
-    squares = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)
+    squares = total(jnp.square(x.astype(jnp.float32)), -1)
     return jnp.max(jnp.where(jnp.isnan(squares), -1.0, squares).reshape(B, T, G, H // G), axis=-1)

@@ -26,11 +26,11 @@ from hisa_jax.sharded import meshes
 from hisa_jax.sharded.meshes import Axes
 
 
-def select_on(axes: Axes, q: Array, k: Array, method: Lighthouse, options: Options) -> LighthouseSelection:
-    """The selection by queries and keys that are split over the mesh."""
+def select_on(axes: Axes, arrays: tuple[Array, ...], method: Lighthouse, options: Options) -> LighthouseSelection:
+    """The selection by queries and keys, and the dilated scorer's by values, that are split over the mesh."""
 
-    def one_device(q: Array, k: Array) -> LighthouseSelection:
-        a, b = strengths(q, k, method=method, options=options)
+    def one_device(*arrays: Array) -> LighthouseSelection:
+        a, b = _strengths(axes, arrays, method, options)
         own = picks(a, b, method.n_tiles // axes.n_devices, method)
         # A few numbers a tile; where they put the windows every device works out for all.
         every = jax.tree.map(lambda x: lax.all_gather(x, axes.context, axis=2, tiled=True), own)
@@ -38,7 +38,19 @@ def select_on(axes: Axes, q: Array, k: Array, method: Lighthouse, options: Optio
         return placed(every, (B, T * axes.n_devices, G), method)
 
     split, rows = PartitionSpec(axes.data, axes.context), PartitionSpec(axes.data)
-    return meshes.on_devices(one_device, axes.mesh, (split, split), rows)(q, k)
+    return meshes.on_devices(one_device, axes.mesh, (split,) * len(arrays), rows)(*arrays)
+
+
+def _strengths(
+    axes: Axes, arrays: tuple[Array, ...], method: Lighthouse, options: Options
+) -> tuple[Array, Array]:  # fmt: skip
+    """Scores of this device's tokens, two [B, T, G]; the dilated scorer's attention is over all tokens, by heads."""
+    if method.scorer == "norm":
+        return strengths(*arrays, method=method, options=options)
+    shares = _Shares.of(axes, arrays[1].shape[2])
+    found = strengths(*map(shares.by_heads, arrays), method=method, options=options)
+    a, b = jnp.split(shares.by_tokens(jnp.stack(found, axis=-1)), 2, axis=-1)
+    return a[..., 0], b[..., 0]
 
 
 def attend_on(axes: Axes) -> Callable[..., Array]:
@@ -68,36 +80,68 @@ def _one_device(
     method: Lighthouse, options: Options,
 ) -> Array:  # fmt: skip
     """Tokens of this device [B, T, ...], all entries [B, S, G], its windows' places by level -> [B, T, H, V]."""
-    axis, n = axes.context, axes.n_devices
-    assert axis is not None  # the caller has checked
-    (_, T, H, _), G, S = q.shape, k.shape[2], entries.shape[1]
+    (_, T, H, _), G, S, n = q.shape, k.shape[2], entries.shape[1], axes.n_devices
+    shares = _Shares.of(axes, G)
     pyramid = method.pyramid(T)
     pieces = _Pieces.of(entries, method, n)
-    own = lax.axis_index(axis)
+    own = lax.axis_index(shares.axis)
     start = pieces.start(own)
     here = _local(_row_range(entries, start, pieces.size, pieces.length(own)), method.pyramid(T * n), pyramid, own)
     placed = jnp.concatenate(slots, axis=1)
     placed = jnp.where(placed >= 0, placed - start, -1)
 
-    # Groups of heads in equal shares; where devices are more than groups, some get none of them.
-    share = -(-G // n)
-    extra = share * n - G
-    to_all, to_own = pieces.maps(_share(pieces.added, extra, own, share), S)
+    to_all, to_own = pieces.maps(shares.own(pieces.added, own), S)
 
     def exchanged(x: Array) -> Array:
         """[B, own places, heads of G groups, E] -> [B, S, heads of this device's groups, E]."""
-        B, _, heads, E = x.shape
-        x = jnp.pad(x.reshape(B, -1, G, heads // G * E), ((0, 0), (0, 0), (0, extra), (0, 0)))
-        x = lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
-        x = gather(x, to_all, to_own, Pyramid(pieces.size * n, 1, 1))
-        return x.reshape(B, S, share * heads // G, E)
+        x = shares.by_heads(x)
+        B, places, heads, E = x.shape
+        x = gather(x.reshape(B, places, shares.size, -1), to_all, to_own, Pyramid(places, 1, 1))
+        return x.reshape(B, S, heads, E)
 
     q, k, v = operands(q, k, v, here, placed, positions, pyramid, options.rotate)
     out = attention(exchanged(q), exchanged(k), exchanged(v), options)
     B, V = out.shape[0], out.shape[-1]
-    out = gather(out.reshape(B, S, share, -1), to_own, to_all, Pyramid(S, 1, 1))
-    out = lax.all_to_all(out, axis, split_axis=1, concat_axis=2, tiled=True)[:, :, :G]
-    return results(out.reshape(B, pieces.size, H, V), here, placed, pyramid, axis)
+    out = shares.by_tokens(gather(out.reshape(B, S, shares.size, -1), to_own, to_all, Pyramid(S, 1, 1)))
+    return results(out.reshape(B, pieces.size, H, V), here, placed, pyramid, shares.axis)
+
+
+class _Shares(NamedTuple):
+    """How groups of heads are distributed over the `n` devices of an axis: `size` each, at the end some get none."""
+
+    axis: str
+    n: int
+    groups: int
+
+    @classmethod
+    def of(cls, axes: Axes, groups: int) -> "_Shares":
+        assert axes.context is not None  # the caller has checked
+        return cls(axes.context, axes.n_devices, groups)
+
+    @property
+    def size(self) -> int:
+        return -(-self.groups // self.n)
+
+    def by_heads(self, x: Array) -> Array:
+        """[B, own places, heads of all groups, E] -> [B, places of all devices, heads of this device's groups, E]."""
+        B, _, heads, E = x.shape
+        each = heads // self.groups
+        x = self._padded(x.reshape(B, -1, self.groups, each * E), 2)
+        x = lax.all_to_all(x, self.axis, split_axis=2, concat_axis=1, tiled=True)
+        return x.reshape(B, -1, self.size * each, E)
+
+    def by_tokens(self, x: Array) -> Array:
+        """[B, places of all devices, groups of this one, E] -> [B, own places, all groups, E]."""
+        return lax.all_to_all(x, self.axis, split_axis=1, concat_axis=2, tiled=True)[:, :, : self.groups]
+
+    def own(self, x: Array, device: Array) -> Array:
+        """[B, G] -> [B, size] of a device."""
+        return lax.dynamic_slice_in_dim(self._padded(x, 1), device * self.size, self.size, axis=1)
+
+    def _padded(self, x: Array, axis: int) -> Array:
+        more = [(0, 0)] * x.ndim
+        more[axis] = (0, self.size * self.n - self.groups)
+        return jnp.pad(x, more)
 
 
 class _Pieces(NamedTuple):
@@ -154,8 +198,3 @@ def _local(entries: Array, whole: Pyramid, own: Pyramid, device: Array) -> Array
     for start, own_start, size in zip(whole.starts, own.starts, own.sizes, strict=True):
         found = jnp.where(entries >= start, entries - start - device * size + own_start, found)
     return found
-
-
-def _share(x: Array, extra: int, device: Array, size: int) -> Array:
-    """[B, G], padded by 0 -> [B, size] of this device."""
-    return lax.dynamic_slice_in_dim(jnp.pad(x, ((0, 0), (0, extra))), device * size, size, axis=1)

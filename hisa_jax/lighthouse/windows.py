@@ -23,6 +23,7 @@ import numpy as np
 from jax import Array, lax
 
 from hisa_jax.lighthouse.method import Pyramid
+from hisa_jax.lighthouse.sums import total
 from hisa_jax.xla.causal import wide_dtype
 
 
@@ -78,7 +79,7 @@ def _spread_backward(pyramid: Pyramid, axis: str | None, entries: Array, d: Arra
         # A window reaches from its last token through all but the last of the next window.
         cut = _wide(d).reshape(B, -1, width, G, E)
         lasts.append(cut[:, :, -1])
-        rests.append(jnp.sum(cut[:, :, :-1], axis=2))
+        rests.append(total(cut[:, :, :-1], 2))
     after = [jnp.zeros_like(rest[:, :1]) for rest in rests]
     if axis is not None and rests:
         firsts = jnp.concatenate([rest[:, :1] for rest in rests], axis=1)
@@ -100,7 +101,7 @@ def by_level(slots: Array, pyramid: Pyramid) -> list[Array]:
 def _mean(x: Array, width: int) -> Array:
     B, T, G, E = x.shape
     # From the tokens, not from the means of the level below: one pass makes all levels.
-    return jnp.mean(_wide(x).reshape(B, T // width, width, G, E), axis=2).astype(x.dtype)
+    return (total(_wide(x).reshape(B, T // width, width, G, E), 2) / width).astype(x.dtype)
 
 
 def _wide(x: Array) -> Array:

@@ -43,5 +43,22 @@ def _tile(operands: tuple[Array, Array], *, k: Array, v: Array, scale: float) ->
     is_visible = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :] <= at[:, None]
     logits = scale * jnp.einsum("btgrd,bsgd->bgrts", q, k, preferred_element_type=wide)
     logits = jnp.where(is_visible[None, None, None], logits, jnp.finfo(wide).min)
-    p = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    p = _softmax(logits).astype(v.dtype)
     return jnp.einsum("bgrts,bsgv->btgrv", p, v)
+
+
+@jax.custom_jvp
+def _softmax(logits: Array) -> Array:
+    """Over the last axis.
+
+    `jax.nn.softmax` divides by the sums, each for many numbers. XLA makes that a product with the inverse or leaves it,
+    by what is around it: on a mesh other than on one device, and then their gradients are not of the same bits.
+    """
+    e = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    return e * (1 / jnp.sum(e, axis=-1, keepdims=True))
+
+
+@_softmax.defjvp
+def _softmax_derivative(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    p, (d,) = _softmax(*primals), tangents
+    return p, p * (d - jnp.sum(p * d, axis=-1, keepdims=True))
