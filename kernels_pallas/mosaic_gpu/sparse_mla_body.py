@@ -21,6 +21,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import (
     TileRows,
     gather_rows,
     load_lane_word,
+    load_word,
     prefetch_rows,
     store_bias,
 )
@@ -79,6 +80,7 @@ class Plan:
 class Inputs(NamedTuple):
     """Arrays in device memory, whole."""
 
+    n_pairs: Ref | None  # [n_splits * T] int32, of tiles of each part of a list; None: all roles count for themselves
     indices: Ref  # [T, K] int32
     q: Ref  # [T, groups * 64, E]
     kv: Ref | QuantizedLatents  # [B * S, E], or refs of its parts
@@ -92,10 +94,9 @@ class Smem(NamedTuple):
     k_free: Ref  # barriers [2 * parts of columns], of both warp-groups that add values
     k_full: Ref  # barriers [2], in interpret mode alone
     k: Ref  # [2, 64, E]
-    n_tiles: Ref  # [1] of the item whose queries have arrived
     landed: Ref  # [2 * parts, BARRIER_WORDS] barriers made in PTX, of the lanes that copy
     p_full: Ref  # barriers [2], of the warp-group that scores
-    q_free: Ref  # barrier, of all but the loader: the queries may be written over, and `n_tiles`
+    q_free: Ref  # barrier, of the warp-group that scores
     q_full: Ref  # barrier, of the copy
     q: Ref  # [1, 64, E]
     ready: Ref  # barrier: `landed` has been made
@@ -121,15 +122,21 @@ def sparse_mla_body(plan: Plan, gmem: Inputs, o_gmem: Ref, lse_gmem: Ref, smem: 
     #
     # In interpret mode, which cannot run PTX, `load_interpreted` loads and `k_full` stands for `landed`.
     role = lax.axis_index("warpgroup")
-    pl.when(role < SCORES)(lambda: add_values(plan, role, o_gmem, smem))
-    is_quantized = isinstance(gmem.kv, QuantizedLatents)
-    pl.when(role == SCORES)(lambda: score(plan, lse_gmem, smem, is_quantized))
+    pl.when(role < SCORES)(lambda: add_values(plan, role, gmem, o_gmem, smem))
+    pl.when(role == SCORES)(lambda: score(plan, gmem, lse_gmem, smem))
     load = load_interpreted if plan.interpret else load_keys
     pl.when(role == LOAD)(lambda: load(plan, gmem, smem))
 
 
-def tiles_of(plan: Plan, gmem: Inputs, split: Array, t: Array) -> Array:
-    """Tiles up to the last token of a part of a list, in pairs, one at least: what all roles agree on."""
+def tiles_of(plan: Plan, gmem: Inputs, split: Array, t: Array, by_warp: bool = False) -> Array:
+    """Tiles up to the last token of a part of a list, in pairs, one at least: what all roles agree on.
+
+    Args:
+        by_warp: for a warp by itself.
+    """
+    if gmem.n_pairs is not None:
+        i = split * plan.T + t
+        return SLOTS * (load_word(gmem.n_pairs, i) if by_warp else gmem.n_pairs[i])
     K, first = gmem.indices.shape[1], split * plan.pairs * PAIR
     end = jnp.minimum(first + plan.pairs * PAIR, K)
     if not plan.interpret:
@@ -153,8 +160,10 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
             column = split * plan.pairs * PAIR + first
             fetch = lambda j: load_lane_word(gmem.indices, t, column + j * TOKENS)  # noqa: E731
 
-            # Both wait for memory while slots are still in use.
-            first_index, n_tiles = fetch(0), tiles_of(plan, gmem, split, t)
+            @pl.when(brings_queries)
+            def _queries():
+                plgpu.barrier_wait(smem.q_free)
+                plgpu.copy_gmem_to_smem(gmem.q.at[t, pl.ds(head, HEADS)], smem.q.at[0], smem.q_full)
 
             def one_tile(j, index):
                 slot, landed = j % SLOTS, smem.landed_at(j % SLOTS * len(PARTS) + part)
@@ -169,18 +178,10 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                     gather_rows(gmem.kv, row, tile, PARTS[part], landed, keeps=True)
                 if part == 0:
                     store_bias(Row(smem.bias, slot, TOKENS), first, row, landed)
-
-                # After the first tile: its slot is free before the queries of the item before are.
-                @pl.when(brings_queries & (j == 0))
-                def _queries():
-                    plgpu.barrier_wait(smem.q_free)
-                    sparse_mla.store_word(smem.n_tiles, n_tiles)
-                    plgpu.copy_gmem_to_smem(gmem.q.at[t, pl.ds(head, HEADS)], smem.q.at[0], smem.q_full)
-
                 # The next tile's index, so that it is there when its slot is.
                 return fetch(j + 1)
 
-            lax.fori_loop(0, n_tiles, one_tile, first_index)
+            lax.fori_loop(0, tiles_of(plan, gmem, split, t, by_warp=True), one_tile, fetch(0))
             return _
 
         lax.fori_loop(0, plan.items(cta), one_item, None)
@@ -217,9 +218,6 @@ def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
     def one_item(i, _):
         split, t, head = plan.item(cta, i)
         plgpu.barrier_wait(smem.q_free)
-        n_tiles = tiles_of(plan, gmem, split, t)
-        smem.n_tiles[0] = n_tiles
-        plgpu.commit_smem()
         plgpu.copy_gmem_to_smem(gmem.q.at[t, pl.ds(head, HEADS)], smem.q.at[0], smem.q_full)
         indices, kv = gmem.indices[t], jax.tree.map(lambda ref: ref[...], gmem.kv)
 
@@ -237,17 +235,11 @@ def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 plgpu.barrier_arrive(smem.k_full.at[slot])
             return _
 
-        return lax.fori_loop(0, n_tiles // SLOTS, one_pair, _)
+        return lax.fori_loop(0, tiles_of(plan, gmem, split, t) // SLOTS, one_pair, _)
 
     lax.fori_loop(0, plan.items(cta), one_item, None)
     wait_all(smem.k_free, SLOTS * len(PARTS))
     plgpu.barrier_wait(smem.q_free)
-
-
-def arrived(plan: Plan, smem: Smem) -> Array:
-    """Waits for the next item's queries; its number of tiles."""
-    plgpu.barrier_wait(smem.q_full)
-    return smem.n_tiles[0] if plan.interpret else sparse_mla.load_word(smem.n_tiles)
 
 
 def rows_of(kv: Array | QuantizedLatents, row: Array) -> Array:
@@ -256,10 +248,10 @@ def rows_of(kv: Array | QuantizedLatents, row: Array) -> Array:
     return found.dequantize() if isinstance(found, QuantizedLatents) else found
 
 
-def score(plan: Plan, lse_gmem: Ref, smem: Smem, is_quantized: bool) -> None:
+def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
     """Probabilities of each tile, and by how much they make the earlier ones decay."""
     plgpu.set_max_registers(SCORE_REGISTERS, action="decrease")
-    cta = lax.axis_index("cta")
+    cta, is_quantized = lax.axis_index("cta"), isinstance(gmem.kv, QuantizedLatents)
     if not plan.interpret:
         # Every lane of two warps. The bias arrives with the first part, a rope part beside values of 8 bits by itself.
         gather.init_landed(smem.landed, (4 * ROWS_PER_WARP, (2 + 2 * is_quantized) * ROWS_PER_WARP) * SLOTS)
@@ -270,7 +262,8 @@ def score(plan: Plan, lse_gmem: Ref, smem: Smem, is_quantized: bool) -> None:
 
     def one_item(i, n_before):
         split, t, head = plan.item(cta, i)
-        n_tiles = arrived(plan, smem)
+        n_tiles = tiles_of(plan, gmem, split, t)
+        plgpu.barrier_wait(smem.q_full)
 
         def one_tile(j, carry):
             (highest, total), slot = carry, j % SLOTS
@@ -319,14 +312,13 @@ def score(plan: Plan, lse_gmem: Ref, smem: Smem, is_quantized: bool) -> None:
     lax.fori_loop(0, plan.items(cta), one_item, jnp.int32(0))
 
 
-def add_values(plan: Plan, half: Array, o_gmem: Ref, smem: Smem) -> None:
+def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -> None:
     """Half of the value columns of the output."""
     plgpu.set_max_registers(VALUE_REGISTERS, action="increase")
     cta = lax.axis_index("cta")
     columns = lambda part: pl.ds((half * 2 + part) * QUARTER, QUARTER)  # noqa: E731
     for barrier in range(SLOTS * len(PARTS)):
         plgpu.barrier_arrive(smem.k_free.at[barrier])
-    plgpu.barrier_arrive(smem.q_free)
 
     def one_item(i, _):
         split, t, head = plan.item(cta, i)
@@ -349,8 +341,7 @@ def add_values(plan: Plan, half: Array, o_gmem: Ref, smem: Smem) -> None:
 
         zeros = plgpu.layout_cast(jnp.zeros((HEADS, QUARTER), jnp.float32), plgpu.Layout.WGMMA)
         nothing = plgpu.layout_cast(jnp.zeros((HEADS,), jnp.float32), PER_HEAD)
-        n_tiles = arrived(plan, smem)
-        release(plan, smem.q_free)
+        n_tiles = tiles_of(plan, gmem, split, t)
         *o, total = lax.fori_loop(0, n_tiles, one_tile, (zeros, zeros, nothing))
         # A query without tokens has a total of 0, and zeros for an output.
         share = 1.0 / jnp.where(total > 0, total, 1.0)

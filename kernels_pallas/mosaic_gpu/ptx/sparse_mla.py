@@ -120,27 +120,6 @@ def let_first(turn_smem: Ref) -> None:
     wait(turn_smem)
 
 
-def store_word(ref: Ref, word: Array) -> None:
-    """ref[0] = word, by each lane of a warp: so by the one, too, whose arrival at a barrier shows it."""
-
-    @plgpu.inline_mgpu(arg_types=(REF, SPLAT))
-    def store(_ctx, ref, word):
-        _ptx("st.volatile.shared.b32 [$0], $1;", utils.memref_ptr(ref), word.registers.item())
-
-    store(ref, word)
-
-
-def load_word(ref: Ref) -> Array:
-    """ref[0], in a form of which ptxas knows that all lanes have the same."""
-    ptx = "{ .reg .b32 x; ld.volatile.shared.b32 x, [$1]; redux.sync.max.s32 $0, x, -1; }"
-
-    @plgpu.inline_mgpu(arg_types=(REF,), return_type=SCALAR)
-    def load(_ctx, ref):
-        return scalar(_ptx(ptx, utils.memref_ptr(ref), result_types=i32(), convergent=True))
-
-    return load(ref)
-
-
 def _two_rows(values: FragmentedArray) -> list[ir.Value]:
     """Of an array with a value a head: a thread's two, of rows 8 apart, the same in four lanes."""
     return [vector.extract(register, dynamic_position=[], static_position=[0]) for register in values.registers.flat]
