@@ -53,6 +53,7 @@ class Config:
 
     n_splits: int = 1  # parts of a query's list
     prefetches: bool = False  # asks for rows in L2 while their slot is in use
+    keeps: bool = True  # asks L2 to evict other data before rows
 
 
 def why_not(
@@ -114,6 +115,7 @@ def sparse_mla(
         pairs=-(-K // (PAIR * n_splits)),
         scale=scale,
         prefetches=config.prefetches,
+        keeps=config.keeps,
         n_ctas=min(n_ctas, n_splits * B * T * groups),
         interpret=interpret,
     )

@@ -59,6 +59,7 @@ class Plan:
     pairs: int  # of tiles a split
     scale: float
     prefetches: bool
+    keeps: bool
     n_ctas: int
     interpret: object
 
@@ -175,7 +176,7 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 if isinstance(gmem.kv, QuantizedLatents):
                     gather_latents(gmem.kv, row, tile, *groups_of(part), landed)
                 else:
-                    gather_rows(gmem.kv, row, tile, PARTS[part], landed, keeps=True)
+                    gather_rows(gmem.kv, row, tile, PARTS[part], landed, plan.keeps)
                 if part == 0:
                     store_bias(Row(smem.bias, slot, TOKENS), first, row, landed)
                 # The next tile's index, so that it is there when its slot is.
@@ -205,10 +206,10 @@ def prefetch(kv: Ref | QuantizedLatents, row: Array, part: int) -> None:
         prefetch_rows(kv.rope, row, [(0, KEY_DIM - VALUE_DIM)])
 
 
-def groups_of(part: int) -> tuple[tuple[int, int], bool]:
+def groups_of(part: int) -> tuple[tuple[int, ...], bool]:
     """Of latents in 8 bits, a part's groups of values that share a scale, and whether it has their rope part."""
     first = [start for start, _ in PARTS[part]]
-    return (first[0] // GROUP, first[1] // GROUP), VALUE_DIM in first
+    return tuple(start // GROUP for start in first if start < VALUE_DIM), VALUE_DIM in first
 
 
 def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:

@@ -6,7 +6,7 @@ from jax import Array
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SCALAR, SPLAT, address_of, i32, numbered, scalar
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SCALAR, SPLAT, address_of, i32, scalar, scope
 from hisa_jax.kernels_pallas.types import Ref
 
 _LOADS = 8  # on their way together: 256 indices, so that a full list takes one wait for memory
@@ -24,10 +24,10 @@ def count_tiles(indices: Ref, t: Array, first: Array, end: Array, keys: int, pai
 
     @plgpu.inline_mgpu(arg_types=(REF,) + (SPLAT,) * 3, return_type=SCALAR)
     def count(_ctx, indices, t, first, end):
-        row, ptx = address_of(indices, t.registers.item(), K), "{" + numbered(tiles_text(keys, pair), OPERANDS) + "}"
-        limits = first.registers.item(), end.registers.item()
-        options = dict(result_types=i32(), has_side_effects=True, convergent=True)
-        return scalar(utils.inline_ptx(ptx, row, *limits, **options))
+        row, limits = address_of(indices, t.registers.item(), K), (first.registers.item(), end.registers.item())
+        ptx = scope(tiles_text(keys, pair), OPERANDS)
+        word = utils.inline_ptx(ptx, row, *limits, result_types=i32(), has_side_effects=True, convergent=True)
+        return scalar(word)
 
     return count(indices, t, first, end)
 
