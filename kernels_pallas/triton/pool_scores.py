@@ -23,12 +23,13 @@ from hisa_jax.kernels_pallas.triton.pool_scores_body import Inputs, Plan, pool_s
 TILE_T = 8  # queries of a sequence that a block is read once for
 _NUM_WARPS = 4
 _PROGRAMS = 512  # at least, where there are so many blocks: four a multiprocessor
+_FEW = 2  # queries a sequence
 _MOST_KEYS = 131_072  # of all sequences: with more of them `pool`, which does nothing else, reads faster
 
 
 def pools_where_scored(n_sequences: int, T: int, k: Array) -> bool:
     """Whether T queries of so many sequences are so few that this is the faster way from keys [S, D] to scores."""
-    return n_sequences >= T and k.shape[0] <= _MOST_KEYS and is_addressable(k.size, k.dtype)
+    return _FEW * n_sequences >= T and k.shape[0] <= _MOST_KEYS and is_addressable(k.size, k.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))

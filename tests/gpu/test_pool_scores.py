@@ -102,7 +102,7 @@ def test_a_filter_for_few_queries_takes_keys(monkeypatch):
 def test_where_it_is_taken():
     k = jnp.zeros((1 << 17, 1), BF16)
     assert pools_where_scored(1, 1, k) and pools_where_scored(32, 32, k)
-    assert not pools_where_scored(1, 2, k) and not pools_where_scored(1, 1, jnp.zeros((1 << 18, 1), BF16))
+    assert not pools_where_scored(1, 3, k) and not pools_where_scored(1, 1, jnp.zeros((1 << 18, 1), BF16))
 
 
 @pytest.mark.parametrize("dtype", [E4M3, BF16], ids=["e4m3", "bf16"])
