@@ -28,6 +28,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS
 from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import (
     HEADS,
     KEY_DIM,
+    PAIR,
     PARTS,
     SLOTS,
     TOKENS,
@@ -41,7 +42,9 @@ from hisa_jax.kernels_pallas.triton.sparse_mla import combine
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.latents import QuantizedLatents
 
-_PAIR = SLOTS * TOKENS  # what a list is a multiple of: every query starts at the first slot
+# Up to so many lists a CTA, all roles count what each holds: one launch in place of three. With more a fusion counts
+# once, where counting would hold up each role 0.4 us a list.
+_COUNTED = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,7 @@ class Config:
 
     n_splits: int = 1  # parts of a query's list
     prefetches: bool = False  # asks for rows in L2 while their slot is in use
+    keeps: bool = True  # asks L2 to evict other data before rows
 
 
 def why_not(
@@ -69,7 +73,7 @@ def heuristic(n_queries: int, N: int, K: int, n_ctas: int = 132, is_quantized: b
     """Splits the token list until every multiprocessor has work, but into no less than a pair of tiles."""
     items = n_queries * -(-N // HEADS)
     n_splits = 1
-    while items * n_splits * 2 <= n_ctas and K // (2 * n_splits) >= _PAIR:
+    while items * n_splits * 2 <= n_ctas and K // (2 * n_splits) >= PAIR:
         n_splits *= 2
     # Of rows that go through registers only a few are in flight.
     return Config(n_splits=n_splits, prefetches=is_quantized)
@@ -108,9 +112,10 @@ def sparse_mla(
         keys=S,
         groups=groups,
         n_splits=n_splits,
-        pairs=-(-K // (_PAIR * n_splits)),
+        pairs=-(-K // (PAIR * n_splits)),
         scale=scale,
         prefetches=config.prefetches,
+        keeps=config.keeps,
         n_ctas=min(n_ctas, n_splits * B * T * groups),
         interpret=interpret,
     )
@@ -119,7 +124,10 @@ def sparse_mla(
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS, value_dim), o_dtype),
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS), jnp.float32),
     ]
-    partial, lse = _launch(plan, out_type, Inputs(pairs_of(indices, plan), indices, q, kv))
+    # Of parts of lists a fusion counts, too: with what adds them up, these are launches enough for XLA to make a graph.
+    counts = n_splits == 1 and plan.n_items <= _COUNTED * plan.n_ctas
+    n_pairs = None if counts else pairs_of(indices, plan)
+    partial, lse = _launch(plan, out_type, Inputs(n_pairs, indices, q, kv))
     o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse)
     return o[:, :N].astype(q.dtype).reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
 
@@ -130,7 +138,7 @@ def pairs_of(indices: Array, plan: Plan) -> Array:
     is_real = (indices >= 0) & (indices < plan.keys)
     used = jnp.max(jnp.where(is_real, jnp.arange(1, K + 1, dtype=jnp.int32)[None, :], 0), axis=1)
     first = jnp.arange(plan.n_splits, dtype=jnp.int32)[:, None] * plan.pairs
-    return jnp.clip((used[None, :] + _PAIR - 1) // _PAIR - first, 1, plan.pairs).reshape(-1)
+    return jnp.clip((used[None, :] + PAIR - 1) // PAIR - first, 1, plan.pairs).reshape(-1)
 
 
 def _launch(plan: Plan, out_type: list, inputs: Inputs) -> list[Array]:

@@ -23,23 +23,24 @@ from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk_few as few_topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
-from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
+from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, KeyBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
 from hisa_jax.kernels_pallas.select_shard import Found
 from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
-from hisa_jax.kernels_pallas.triton import kept_means, page_means
+from hisa_jax.kernels_pallas.triton import kept_means, page_means, pool_scores
 from hisa_jax.kernels_pallas.triton import pool as pool_stage
 from hisa_jax.kernels_pallas.triton import stages as triton_stages
 from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
+from hisa_jax.kernels_pallas.triton.pool_scores import pools_where_scored
 from hisa_jax.kernels_pallas.triton.stages import kth, scan_heads, within, within_budget
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan, has_ratio
 
 __all__ = [
-    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
-    "list_best", "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks",
+    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth", "list_best",
+    "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_heads", "scan_masks",
     "scan_sort_keys", "units", "within", "within_budget",
 ]  # fmt: skip
 
@@ -77,7 +78,7 @@ def pool_pages(page_sums: PageSums, dtype: DTypeLike, *, interpret: Interpret = 
 
 def block_filter(
     call: FlatCall,
-    means: Means | PageSums | PageMeans,
+    means: Means | KeyBlocks | PageSums | PageMeans,
     eligible: Eligible,
     method: Hisa | BlockSparse,
     interpret: Interpret = False,
@@ -96,7 +97,7 @@ def block_filter(
 
 def block_sort_keys(
     call: FlatCall,
-    means: Means | PageSums | PageMeans,
+    means: Means | KeyBlocks | PageSums | PageMeans,
     eligible: Array,
     method: Hisa | BlockSparse | ByScore,
     interpret: Interpret = False,
@@ -104,6 +105,9 @@ def block_sort_keys(
     q, w, sequences = call.q, call.w, call.sequences.blocks(method.block_size)
     T, n_ctas = q.shape[0], n_sms()
     columns = Columns(limit=eligible, n=sequences.max_keys, keep_first=method.keep_first, keep_last=method.keep_last)
+    if isinstance(means, KeyBlocks):
+        columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, pool_scores.TILE_T, eligible))
+        return pool_scores.pool_scores(q, w, means, columns, interpret=bool(interpret))
     if isinstance(means, PageSums):
         first_block = sequences.key_start_of_queries(T)
         return page_means.page_scores(q, w, means, first_block, columns, interpret=bool(interpret))

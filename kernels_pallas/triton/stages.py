@@ -8,7 +8,7 @@ from jax import Array, lax
 from hisa_jax.kernels_pallas import scan
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.indexer import ByScore, Eligible, Means
-from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
+from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, KeyBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
 from hisa_jax.kernels_pallas.select_shard import Found
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
@@ -25,14 +25,15 @@ from hisa_jax.kernels_pallas.triton import topk as topk_stage
 from hisa_jax.kernels_pallas.triton import units as units_stage
 from hisa_jax.kernels_pallas.triton.page_means import page_scores, pool_pages
 from hisa_jax.kernels_pallas.triton.pool import pool
+from hisa_jax.kernels_pallas.triton.pool_scores import TILE_T, pool_scores, pools_where_scored
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.kernels_pallas.units import unit_of
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
-    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
-    "list_best", "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks",
+    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth", "list_best",
+    "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_heads", "scan_masks",
     "scan_sort_keys", "units", "within", "within_budget",
 ]  # fmt: skip
 
@@ -41,7 +42,7 @@ _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the b
 
 def block_filter(
     call: FlatCall,
-    means: Means | PageSums | PageMeans,
+    means: Means | KeyBlocks | PageSums | PageMeans,
     eligible: Eligible,
     method: Hisa | BlockSparse,
     interpret: Interpret = False,
@@ -57,7 +58,7 @@ def best_columns(x: Array, limit: Array, k: int, interpret: Interpret = False) -
 
 def block_sort_keys(
     call: FlatCall,
-    means: Means | PageSums | PageMeans,
+    means: Means | KeyBlocks | PageSums | PageMeans,
     eligible: Array,
     method: Hisa | BlockSparse | ByScore,
     interpret: Interpret = False,
@@ -66,6 +67,9 @@ def block_sort_keys(
     config, T = scores_stage.heuristic(q.shape[1]), q.shape[0]
     columns = Columns(limit=eligible, n=sequences.max_keys, keep_first=method.keep_first, keep_last=method.keep_last)
     first_block = sequences.key_start_of_queries(T)
+    if isinstance(means, KeyBlocks):
+        columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, TILE_T, eligible))
+        return pool_scores(q, w, means, columns, interpret=interpret)
     if isinstance(means, PageSums):
         return page_scores(q, w, means, first_block, columns, interpret=interpret)
     if isinstance(means, PageMeans) and is_shared_by_few(len(sequences.lengths), T):

@@ -104,9 +104,11 @@ def test_the_loader_of_latents_in_8_bits_keeps_its_registers(tmp_path, groups, h
     text = gather_latents.latents_text(2 * KEY_DIM, VALUE_DIM // 128, groups, has_rope)
     said, instructions = assembled(tmp_path, entry(text, types, f".maxnreg {LOAD_REGISTERS}"))
     assert "0 bytes spill stores, 0 bytes spill loads" in said, said
-    loads = [i for i, x in enumerate(instructions) if x.startswith("LDG.E.NA.128")]
-    first_store = next(i for i, x in enumerate(instructions) if x.startswith("STS.128"))
-    assert len(loads) == 16 and sum(i < first_store for i in loads) >= 4, "few rows are in flight together"
+    copies = [i for i, x in enumerate(instructions) if x.startswith("LDGSTS.E.BYPASS.128")]
+    first_wait = next(i for i, x in enumerate(instructions) if x.startswith("DEPBAR"))
+    assert len(copies) == 16 + 8 * has_rope and copies[-1] < first_wait, "not all rows are on their way together"
+    scales = next(i for i, x in enumerate(instructions) if x.startswith("LDG.E.CONSTANT"))
+    assert scales < first_wait
 
 
 @pytest.mark.parametrize(

@@ -67,17 +67,25 @@ class TileRows(NamedTuple):
     first: Array
 
 
-def gather_rows(source: Ref, row: Array, target: TileRows, columns: Sequence[tuple[int, int]], landed: Row) -> None:
+def gather_rows(
+    source: Ref,
+    row: Array,
+    target: TileRows,
+    columns: Sequence[tuple[int, int]],
+    landed: Row,
+    keeps: bool = False,
+) -> None:
     """Starts copying the lanes' rows of `source` [*, E] to a target, zeros for row -1.
 
     Each of the 32 lanes arrives at the barrier `landed` when its copies have landed.
 
     Args:
         columns: pieces as (first column, how many), each 128, 256 or 512 bytes wide.
+        keeps: asks L2 to evict other data first.
     """
     E, dtype, rows = source.shape[1], source.dtype, target.tiles.shape[1]
     each = _CHUNK // dtype.itemsize
-    ptx = _gather_ptx(E * dtype.itemsize, tuple((start // each, n // each) for start, n in columns))
+    ptx = _gather_ptx(E * dtype.itemsize, tuple((start // each, n // each) for start, n in columns), keeps)
 
     @plgpu.inline_mgpu(arg_types=(REF, plgpu.RefType(tiled(E, dtype)), REF, SPLAT, SPLAT, SPLAT, SPLAT))
     def gather(_ctx, source, tiles, barriers, row, slot, first, barrier):
@@ -171,10 +179,13 @@ fence.proxy.async.shared::cta; }"""
 
 
 @functools.cache
-def _gather_ptx(row_bytes: int, pieces: tuple[tuple[int, int], ...]) -> str:
+def _gather_ptx(row_bytes: int, pieces: tuple[tuple[int, int], ...], keeps: bool) -> str:
     """$0: source, $1: 32 rows in shared memory, $2: the lane's row number, $3: barrier; pieces in chunks."""
     tile_row = 8 * row_bytes  # bytes of 8 rows
     lines = [".reg .pred p; .reg .b32 lane, c, base, row, from, r, x<8>; .reg .b64 a, source; mov.u32 lane, %laneid;"]
+    hint, policy = (".L2::cache_hint", ", policy") if keeps else ("", "")
+    if keeps:
+        lines.append(".reg .b64 policy; createpolicy.fractional.L2::evict_last.b64 policy, 1.0;")
     for first, width in pieces:  # in chunks; an instruction copies `width` of each of `rows` rows
         rows = 32 // width
         lines.append(f"""and.b32 c, lane, {width - 1}; add.u32 c, c, {first}; mul.wide.u32 source, c, 16;
@@ -190,7 +201,7 @@ add.u32 x{i}, x{i}, r; add.u32 x{i}, x{i}, base;"""
         lines += [
             f"""add.u32 r, from, {i * rows}; shfl.sync.idx.b32 row, $2, r, 31, -1; setp.lt.s32 p, row, 0;
 mad.wide.s32 a, row, {row_bytes}, source;
-cp.async.cg.shared.global [x{i % (8 // rows)}+{i * rows // 8 * tile_row}], [a], 16, p;"""
+cp.async.cg.shared.global{hint} [x{i % (8 // rows)}+{i * rows // 8 * tile_row}], [a], 16, p{policy};"""
             for i in range(ROWS_PER_WARP // rows)
         ]
     # `noinc`: the arrival counts as one of those that the barrier was made for.
