@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from bench.pods.hlo import Collective
 from bench.pods.rows import Row
-from bench.pods.step import METHOD
 from hisa_jax import models
 
 _SLACK = 1.25
@@ -26,7 +25,7 @@ def most_moved_bytes(row: Row, config: models.Config) -> float:
     layer += gathered(n_all, 2 * T * (2 * config.q_lora_rank + config.index_n_heads * config.index_head_dim))
     # What was selected: sort key and position of each candidate and what is kept of them, blocks likewise; on ranks
     # that share queries the selection.
-    chosen = config.index_topk + METHOD.block_topk
+    chosen = config.index_topk + row.method.block_topk
     layer += gathered(n_pages, 3 * 4 * T // row.model_axis * chosen) + gathered(row.model_axis, 4 * T * chosen)
     # Queries of all heads to the devices with the pages, and a sum of values a query and head back, a weight with it.
     layer += gathered(n_pages, 2 * T * N * (L + R)) + 2 * gathered(n_pages, 4 * T * N * (L + 2))

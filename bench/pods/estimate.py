@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from bench import shapes
 from bench.pods.hlo import Collective
 from bench.pods.rows import Row
-from bench.pods.step import METHOD, Step
+from bench.pods.step import Step
 from bench.tpu import cost
 from bench.tpu.chips import CHIPS, Chip
 from hisa_jax import models
@@ -45,7 +45,7 @@ def _weights(row: Row, config: models.Config, step: Step, chip: Chip) -> float:
 
 def _selection(row: Row, config: models.Config, chip: Chip) -> float:
     """Means of all blocks and keys of those that are kept, read or multiplied with index queries."""
-    kept, n_blocks = METHOD.block_topk * METHOD.block_size, row.context // METHOD.block_size
+    kept, n_blocks = row.method.block_topk * row.method.block_size, row.context // row.method.block_size
     own = row.tokens / row.data / (row.model_axis * row.context_axis)  # queries, as if of the whole context
     flop = 2 * own * config.index_n_heads * config.index_head_dim * (kept + n_blocks)
     requests = row.batch / row.data / row.context_axis
@@ -55,7 +55,7 @@ def _selection(row: Row, config: models.Config, chip: Chip) -> float:
 
 def _attention(row: Row, config: models.Config, step: Step, chip: Chip) -> float:
     """Of blocks of 128 tokens that hold the chosen ones, as many on each device of `context`."""
-    blocks = max(METHOD.block_topk // row.context_axis, _STEP // METHOD.block_size)
+    blocks = max(row.method.block_topk // row.context_axis, _STEP // row.method.block_size)
     model = dataclasses.replace(
         shapes.DSV32, mla_heads=config.num_attention_heads // row.model_axis, block_topk=blocks,
         mla_dim=config.kv_lora_rank + config.qk_rope_head_dim, mla_value_dim=config.kv_lora_rank,

@@ -10,9 +10,11 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import hisa_jax as hj
 from bench.tpu.chips import CHIPS, Chip
 
 CONTEXT = 131_072
+METHOD = hj.Hisa(topk=2048, block_size=128, block_topk=64)
 Phase = Literal["decode", "prefill"]
 Weights = Literal["bf16", "e4m3"]
 
@@ -37,6 +39,7 @@ class Row:
     batch: int
     queries: int = 1
     context: int = CONTEXT
+    method: hj.Hisa = METHOD
     layers: tuple[int, int] | None = None
     experts: int | None = None
 

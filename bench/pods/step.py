@@ -21,8 +21,6 @@ from hisa_jax.models.cache import Cache, row_after_row
 from hisa_jax.models.sharding import spec_of
 from hisa_jax.models.stacked import Stacked, runs_of
 
-METHOD = hj.Hisa(topk=2048, block_size=128, block_topk=64)
-
 
 class Step(NamedTuple):
     """A compiled step.
@@ -55,10 +53,10 @@ def mesh_of(row: Row) -> Mesh:
     return Mesh(whole.devices.reshape(tuple(axes.values())), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
-def compile_step(row: Row, mesh: Mesh) -> Step:
+def compile_step(row: Row, mesh: Mesh, *, schedules: bool = True) -> Step:
     """Compiles the row's step: greedy tokens, the pages with the new tokens in place of those before, and lengths."""
     config = config_of(row)
-    options: Any = dict(method=METHOD, dtype=jnp.bfloat16, weight_dtype={"e4m3": "float8_e4m3fn"}.get(row.weights))
+    options: Any = dict(method=row.method, dtype=jnp.bfloat16, weight_dtype={"e4m3": "float8_e4m3fn"}.get(row.weights))
     model = nnx.eval_shape(lambda: Stacked(models.from_config(config, rngs=nnx.Rngs(0), **options)))
     model.mesh = mesh
     graph, state = nnx.split(model)
@@ -86,7 +84,7 @@ def compile_step(row: Row, mesh: Mesh) -> Step:
     device = dispatch.Device(platform="tpu", kind=CHIPS[row.chip].kind)
     with mock.patch.object(dispatch.Device, "default", lambda: device):
         program = aot.compile_sharded(
-            row.chip, step, mesh, *operands, donate_argnums=1, out_shardings=outs, schedules=True
+            row.chip, step, mesh, *operands, donate_argnums=1, out_shardings=outs, schedules=schedules
         )
     runs = tuple(n for _, n in runs_of(model))
     return Step(program, _bytes(state), _bytes(pages), runs)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from bench.pods.step import METHOD
+from bench.pods.rows import METHOD
 from bench.tpu import aot
 from bench.tpu.chips import CHIPS
 from hisa_jax import dispatch, models

@@ -72,6 +72,7 @@ def test_prefill_shares_sequences_and_queries(chip):
     assert memory.temp_size_in_bytes < keys + queries, "nothing of [T, S]"
 
 
+@pytest.mark.exhaustive  # in the gate test_pod_steps.py compiles a step of whole layers
 def test_decode_shares_sequences(chip):
     n = devices(chip)
     mesh = aot.pod_mesh(chip, data=n, context=1)
