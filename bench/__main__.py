@@ -35,6 +35,11 @@ COMMANDS = {
         "the table and the plot of the README from rows that gpu measured",
         "python -m bench gpu-report --json rows.json",
     ),
+    "indexers": Command(
+        "bench.indexers.command",
+        "HISA and the scan over pools, and with other ways to score less, in the byte model",
+        "python -m bench indexers --part composed --context 4096",
+    ),
     "tpu": Command(
         "bench.tpu.command",
         "the TPU kernels by the compiler's schedule, without a TPU; with one, measured: --run",
@@ -81,7 +86,7 @@ COMMANDS = {
     "sharded": Command(
         "bench.sharded",
         "selections and attention where several GPUs share the keys, beside one GPU, each checked before it is timed",
-        "python -m bench sharded --devices 2 --rows 'scan*'",
+        "python -m bench sharded --devices 2 --rows 'hisa*'",
     ),
     "tune": Command(
         "bench.gpu.tune",

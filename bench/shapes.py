@@ -19,6 +19,7 @@ class Model:
     Attributes:
         H, D: index heads and their size.
         topk, block_size, block_topk: those of `Hisa`, which count entries of `entry_size` tokens.
+        weighs: whether the index heads have weights.
         mla_heads, mla_dim, mla_value_dim: heads of the sparse attention, size of a key (latent and rope), of a value.
         max_context: tokens the model is published for.
     """
@@ -34,6 +35,7 @@ class Model:
     block_size: int
     block_topk: int
     entry_size: int = 1
+    weighs: bool = True
 
     def methods(self) -> dict[str, hj.Method]:
         """The methods by the names that tables and options use, the flat one first."""
@@ -61,10 +63,10 @@ DSV32 = Model(
 )  # fmt: skip
 GLM5 = dataclasses.replace(DSV32, name="glm5", H=32, mla_heads=64, max_context=202_752)
 GLM52 = dataclasses.replace(GLM5, name="glm52", max_context=1_048_576)
-# Indexers over pools of 4 tokens, of which 2048 tokens are chosen; sources: models/indexers/table.py. HISA's blocks have
-# the 128 tokens of the paper. What attends to the tokens is no matter of theirs.
+# Indexers over pools of 4 tokens that choose 2048 tokens; sources: models/indexers/table.py. HISA's blocks have the 128
+# tokens of the paper. What attends to the tokens is no matter of theirs.
 GLM53_FLASH = dataclasses.replace(GLM52, name="glm53-flash", topk=512, block_size=32, entry_size=4)
-QSA = dataclasses.replace(GLM53_FLASH, name="qsa", H=4)
+QSA = dataclasses.replace(GLM53_FLASH, name="qsa", H=4, weighs=False)
 MODELS = {model.name: model for model in (DSV32, GLM5, GLM52)}
 
 PREFILL = Phase(name="prefill", B=1, T=4096)

@@ -30,7 +30,8 @@ _AXIS = "context"
 _SAME = 0.998  # of the tokens, the least: near the cut Hopper's sums of e4m3 products may differ, block means too
 _COMPARED = 256  # queries of a sequence
 _NEAR = 0.02  # of the largest output, attention in bfloat16: the most that a part's rounding may change
-_METHODS = ("dsa", "hisa", "scan")
+_METHODS = ("dsa", "hisa")  # a scan of keys that are split has no kernels
+_LISTED = 12  # kernels of a row, those that take longest
 _ATTENTION = "sparse_mla"
 
 
@@ -99,7 +100,8 @@ def measure(row: Row, samples: int) -> dict[str, Any]:
     case = _attention(row) if row.method == _ATTENTION else _selection(row)
     whole = case.on(None)
     wanted = np.asarray(whole(*case.inputs))
-    calls, results = [functools.partial(whole, *case.inputs)], []
+    results: list[dict[str, Any]] = []
+    calls = [functools.partial(whole, *case.inputs)]
     for n in row.devices:
         mesh = Mesh(np.array(jax.devices()[:n]), (_AXIS,))
         split, everywhere = NamedSharding(mesh, P(None, _AXIS)), NamedSharding(mesh, P())
@@ -110,13 +112,14 @@ def measure(row: Row, samples: int) -> dict[str, Any]:
         moved = sum(x.moved_bytes for x in collectives(compiled.as_text(), n, ()))
         results.append({"devices": n, "same": same, "exchanged_bytes": moved})
     record = functools.partial(by_jax, planes="/device:GPU:")
-    one, *others = ([float(x) for x in span.ms] for span in spans_of(calls, samples, record))
-    for result, share_ms, ms in zip(results, others[::2], others[1::2], strict=True):
-        middle = float(np.median(ms))
-        result |= {"ms": middle, "p10": float(np.percentile(ms, 10)), "p90": float(np.percentile(ms, 90))}
-        result |= {"share_ms": float(np.median(share_ms)), "of_one": middle / float(np.median(one))}
+    one, *others = spans_of(calls, samples, record)
+    one_ms = float(np.median(one.ms))
+    for result, share, span in zip(results, others[::2], others[1::2], strict=True):
+        low, ms, high = (float(x) for x in np.percentile(span.ms, (10, 50, 90)))
+        result |= {"ms": ms, "p10": low, "p90": high, "share_ms": float(np.median(share.ms)), "of_one": ms / one_ms}
+        result |= {"kernels": dict(list(span.kernels.items())[:_LISTED])}  # of all devices together
     named = {"row": row.row, **dataclasses.asdict(row)}
-    return records.device() | named | {"ms": float(np.median(one)), "several": results, "checked": True}
+    return records.device() | named | {"ms": one_ms, "several": results, "checked": True}
 
 
 def line(result: dict[str, Any]) -> str:

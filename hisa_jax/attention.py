@@ -55,10 +55,10 @@ def sparse_mla(
 
     Returns: [B, T, N, value_dim] in q's dtype, zeros where nothing is selected; with `return_lse` also [B, T, N]
         float32, -inf there. Differentiable in `q`, `kv` and `sink` by reverse mode, `return_lse` too; the gradient to
-        `QuantizedLatents` is 0. What a row holds
-        that a query does not select, NaN too, changes no bit of the query's output or of any gradient, and the row's
-        own gradient from it is 0. With a mesh the same up to rounding, on all devices of `context_axis`: each device's
-        part is rounded to q's dtype, and 4 * N * (value_dim + 2) bytes a query are reduced over them.
+        `QuantizedLatents` is 0. What a row holds that a query does not select, NaN too, changes no bit of the query's
+        output or of any gradient, and the row's own gradient from it is 0. With a mesh the same up to rounding, on all
+        devices of `context_axis`: each device's part is rounded to q's dtype, and a sum of 4 * N * (value_dim + 2)
+        bytes a query goes over them; of many queries, parts and results in q's dtype.
     Raises: TypeError: a dtype or a number not listed above. ValueError: shapes that do not fit; a scale that is not
         finite; an implementation that cannot run here; a mesh without the axes, or whose axes do not split the shapes.
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (absorbed form); the sink as in FlashMLA.

@@ -16,7 +16,7 @@ from hisa_jax.candidates import CandidateBlocks
 from hisa_jax.entries import most_tokens
 from hisa_jax.index_cache import IndexCache, check_cache, check_table
 from hisa_jax.layout import Keys
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan, is_by_best_token
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.xla.select import Tiles
 
@@ -108,7 +108,8 @@ def check_paged(
             f"{call}: {method} with a cache of entry_size={cache.entry_size}, wanted entries of as many tokens"
         )
     size = cache.page_size
-    if isinstance(method, Hisa | BlockSparse) and method.block_size % size:
+    has_means = not is_by_best_token(method)
+    if isinstance(method, Hisa | BlockSparse) and has_means and method.block_size % size:
         raise ValueError(
             f"{call}: {method} with pages of {size} {_keys_of(method)}, wanted a block_size that is a multiple of them"
         )

@@ -3,15 +3,16 @@
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax import Array
 
+from hisa_jax import kernel_heads
 from hisa_jax.check_select import check_options
-from hisa_jax.layout import IndexCache, Keys, Limits
-from hisa_jax.methods import BlockSparse, Hisa, Method, Scan, name_of
+from hisa_jax.layout import NO_LIMITS, IndexCache, Keys, Limits
+from hisa_jax.methods import BlockSparse, Hisa, Method, Scan, has_ratio, is_by_best_token, name_of
 from hisa_jax.pallas import Backend, Kernels
 from hisa_jax.selection import Selection
 from hisa_jax.sharded import select_kernels, select_xla, varying
@@ -48,7 +49,8 @@ class Problem:
 
     `is_packed` tells sequences of any lengths from a batch, `page_size` pages from contiguous keys, of `n_requests`;
     `is_split`, whether keys are split over devices; `returns_blocks`, whether the kept blocks are asked for;
-    `keeps_sketch`, whether the pages do; `limits`, by what the choice is limited.
+    `keeps_sketch`, whether the pages do; `n_listed`, how many keys a query's list may name, 0 without lists;
+    `has_budget`, whether queries have one.
     """
 
     H: int
@@ -63,31 +65,38 @@ class Problem:
     is_split: bool = False
     returns_blocks: bool = False
     keeps_sketch: bool = False
-    limits: tuple[str, ...] = ()
+    n_listed: int = 0
+    has_budget: bool = False
 
     @classmethod
     def of(
-        cls, q: Any, keys: Keys, method: Method, *, is_split: bool = False, limits: Limits | None = None
+        cls,
+        q: Any,
+        keys: Keys,
+        method: Method,
+        *,
+        S: int | None = None,
+        is_split: bool = False,
+        limits: Limits = NO_LIMITS,
     ) -> "Problem":
         """Of queries [B, T, H, D] and keys [B, S, D], or packed without B; shapes and dtypes do."""
-        (H, D), (S, _) = q.shape[-2:], keys.values.shape[-2:]
-        rest: Any = dict(q_dtype=q.dtype.name, k_dtype=keys.values.dtype.name)
-        if limits is not None:
-            rest["limits"] = tuple(name for name, given in limits._asdict().items() if given is not None)
+        H, D = q.shape[-2:]
+        S = keys.values.shape[-2] if S is None else S
+        rest: Any = dict(q_dtype=q.dtype.name, k_dtype=keys.values.dtype.name, has_budget=limits.budget is not None)
+        if (listed := limits.candidates) is not None:
+            rest["n_listed"] = min(listed.ids.shape[-1], -(-S // listed.block_size)) * listed.block_size
         H = 1 if method.per_head else H  # heads are queries then
         return cls(H=H, D=D, S=S, method=method, is_packed=len(q.shape) == 3, is_split=is_split, **rest)
 
     @classmethod
     def of_pages(
         cls, q: Array, cache: IndexCache, table: Array, method: Method, *, is_split: bool, n_groups: int = 1,
-        limits: Limits | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> "Problem":  # fmt: skip
         """Of queries [T, H, D] and a table [R, P], of which each group of devices has its part; pages of keys."""
-        (R, P), problem = table.shape, cls.of(q, Keys(cache.keys, None), method, is_split=is_split, limits=limits)
-        size, keeps_sketch = cache.page_size, cache.codes is not None
-        return dataclasses.replace(
-            problem, S=P * size, page_size=size, n_requests=R // n_groups, keeps_sketch=keeps_sketch
-        )
+        (R, P), size, keeps_sketch = table.shape, cache.page_size, cache.codes is not None
+        problem = cls.of(q, Keys(cache.keys, None), method, S=P * size, is_split=is_split, limits=limits)
+        return dataclasses.replace(problem, page_size=size, n_requests=R // n_groups, keeps_sketch=keeps_sketch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,14 +137,20 @@ def _nvidia(name: str) -> Implementation:
             return module.why_not(device.compute_capability, H=64, D=128, dtype="bfloat16")
         if reason := _no_kernels(problem) or _no_scan(problem):
             return reason
-        if isinstance(problem.method, Scan):
+        if isinstance(problem.method, Scan) and not kernel_heads.is_flat(problem.method, problem.H):
             scan: Any = importlib.import_module("hisa_jax.kernels_pallas.scan")
-            if reason := scan.why_not(problem.method, problem.keeps_sketch):
-                return reason
+            if reason := scan.why_not(kernel_heads.of_heads(problem.H, problem.method), problem.keeps_sketch):
+                times = kernel_heads.n_heads(problem.H, problem.method) // problem.H
+                return reason if times == 1 else f"takes each of {problem.H} heads for {times}, and {reason}"
+        lists: Any = importlib.import_module("hisa_jax.kernels_pallas.lists")
+        if reason := lists.why_not(problem.n_listed):
+            return reason
         if problem.q_dtype != problem.k_dtype:
             return f"needs queries and keys of one dtype, not {problem.q_dtype} and {problem.k_dtype}"
         method = problem.method
         blocks = _blocks(method, problem.S) if isinstance(method, Hisa | BlockSparse) else {}
+        if is_by_best_token(method):
+            del blocks["block_size"]  # of any size
         if problem.page_size is not None:
             unit = blocks.get("block_size", problem.page_size)
             pages: Any = importlib.import_module("hisa_jax.kernels_pallas.pages")
@@ -143,7 +158,7 @@ def _nvidia(name: str) -> Implementation:
                 return reason
         return module.why_not(
             device.compute_capability,
-            H=problem.H,
+            H=kernel_heads.n_heads(problem.H, problem.method),
             D=problem.D,
             dtype=problem.k_dtype,
             # A block-sparse selection takes its tokens from the blocks, not by a top-k.
@@ -165,8 +180,16 @@ def _tpu(name: str) -> Implementation:
         method = problem.method
         if reason := _no_kernels(problem) or _no_scan(problem):
             return reason
-        if isinstance(method, Scan) and (
-            reason := module.why_not_scan(problem.D, problem.k_dtype, method, problem.S, not problem.is_packed)
+        if is_by_best_token(method):
+            return "has no kernels for a BlockSparse of scored_by='max'"
+        if problem.n_listed:
+            return "has no kernels for candidates"
+        if problem.has_budget and isinstance(method, Scan):
+            return "has no kernels for a budget of a Scan"
+        if (
+            isinstance(method, Scan)
+            and not kernel_heads.is_flat(method, problem.H)
+            and (reason := module.why_not_scan(problem.D, problem.k_dtype, method, problem.S, not problem.is_packed))
         ):
             return reason
         blocks = {}
@@ -174,7 +197,7 @@ def _tpu(name: str) -> Implementation:
             blocks = {"block_size": method.block_size, "block_topk": method.block_topk}
         return module.why_not(
             device.kind,
-            H=problem.H,
+            H=kernel_heads.n_heads(problem.H, problem.method),
             D=problem.D,
             q_dtype=problem.q_dtype,
             k_dtype=problem.k_dtype,
@@ -192,17 +215,27 @@ def _tpu(name: str) -> Implementation:
 def _no_kernels(problem: Problem) -> str | None:
     """None, or what of the method or the call no kernels can do, by name."""
     method = problem.method
-    if isinstance(method, Hisa) and method.block_ratio > 1:
-        return f"has no kernels for a Hisa of block_ratio={method.block_ratio}"
     for name, function in method.given().items():
         return f"has no kernels for a {type(method).__name__} of {name}={name_of(function)}"
-    if method.activation is None:
-        return f"has no kernels for a {type(method).__name__} of activation=None"
-    if isinstance(method, BlockSparse) and method.scored_by == "max":
-        return "has no kernels for a BlockSparse of scored_by='max'"
-    for name in problem.limits:
-        return f"has no kernels for {name}"
+    if reason := kernel_heads.why_not(problem.H, problem.q_dtype, method):
+        return reason
+    what = next(_of_one_device(problem), None)
+    if what is not None and problem.is_split:
+        return f"has no kernels for {what} of keys that are split over devices"
     return None
+
+
+def _of_one_device(problem: Problem) -> Iterator[str]:
+    """What there is of it that no kernels do with keys that are split over devices."""
+    method = problem.method
+    if isinstance(method, Hisa) and has_ratio(method):
+        yield f"a Hisa of block_ratio={method.block_ratio}"
+    if is_by_best_token(method):
+        yield "a BlockSparse of scored_by='max'"
+    if problem.n_listed:
+        yield "candidates"
+    if problem.has_budget:
+        yield "a budget"
 
 
 def _no_scan(problem: Problem) -> str | None:

@@ -211,6 +211,9 @@ class Limits(NamedTuple):
     budget: Array | None
 
 
+NO_LIMITS = Limits(None, None)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:

@@ -351,9 +351,19 @@ Method = Hisa | Dsa | BlockSparse | Scan
 NAMES = {"dsa": Dsa, "hisa": Hisa, "scan": Scan, "block-sparse": BlockSparse}  # on command lines and in files
 
 
+def has_ratio(method: Method) -> bool:
+    """Whether how many blocks are kept depends on how many a query sees."""
+    return isinstance(method, Hisa) and method.block_ratio > 1
+
+
+def is_by_best_token(method: Method) -> bool:
+    """Whether a block scores what the best of its visible tokens does."""
+    return isinstance(method, BlockSparse) and method.scored_by == "max"
+
+
 def least_blocks(method: Hisa | BlockSparse | Scan) -> int:
     """Up to how many blocks a query keeps all that it sees; beyond it keeps at least so many."""
-    if not isinstance(method, Hisa) or method.block_ratio == 1:
+    if not isinstance(method, Hisa) or not has_ratio(method):
         return method.block_topk
     # The last block may hold a single token; the others are full.
     holding_topk = -(-(method.topk - 1) // method.block_size) + 1

@@ -54,7 +54,7 @@ def select_paged(
         block_tables: [R, P] int32, the pages of each request in order. Entries past its last token are ignored.
         cu_seqlens_q: [R + 1] int32, where each request's queries begin, from 0, ascending.
         lengths: [R] int32, tokens of each request, the queries among them.
-        method: of the cache's `entry_size`; `Hisa` and `BlockSparse` need a block_size of whole pages.
+        method: of the cache's `entry_size`; where block means choose, blocks are whole pages.
         candidates: [T, m], or with `per_head` [T, H, m]; budget: [T] int32, or [1]; both as for `select`.
         mesh: run it on these devices; None: on one. Over `context_axis` each device scores the blocks and tokens whose
             pages it has, and devices exchange candidates. Over `query_axis` each device indexes an equal share of the

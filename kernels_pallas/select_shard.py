@@ -12,8 +12,7 @@ from jax import Array
 
 from hisa_jax.kernels_pallas import indexer
 from hisa_jax.kernels_pallas.flat_call import FlatCall, flatten
-from hisa_jax.kernels_pallas.indexer import Means
-from hisa_jax.kernels_pallas.pages import PageMeans, PageSums
+from hisa_jax.kernels_pallas.indexer import ByScore
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.layout import Call
@@ -25,29 +24,8 @@ Found = tuple[Array, Array]
 _MAX_WIDTH = 32768  # candidates that a row is merged from at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class ByScore:
-    """A block filter by score alone: which blocks are always kept, all devices know without one."""
-
-    block_size: int
-    block_topk: int
-    keep_first: int = 0
-    keep_last: int = 0
-
-
 class Stages(indexer.Stages, Protocol):
     """What a backend brings beside the stages of the indexer."""
-
-    def block_sort_keys(
-        self,
-        call: FlatCall,
-        means: Means | PageSums | PageMeans,
-        eligible: Array,
-        blocks: ByScore,
-        interpret: Interpret = False,
-    ) -> Array:
-        """[T, n] sort keys of the first `eligible` [T] blocks."""
-        ...
 
     def best_in_blocks(
         self, call: FlatCall, block_ids: Array, k: int, block_size: int, interpret: Interpret = False
@@ -59,16 +37,14 @@ class Stages(indexer.Stages, Protocol):
         """The best of all visible tokens."""
         ...
 
-    def best_columns(self, x: Array, limit: Array, k: int, interpret: Interpret = False) -> Found:
-        """The best of the first `limit` [T] columns of rows of sort keys, up to 32,768 of them."""
-        ...
-
 
 @dataclasses.dataclass(frozen=True)
 class SelectShard:
     """One device's part of a selection, by one backend; see ../README.md. Tracing is that of `Indexer`."""
 
     stages: Stages
+    # Between two H200 an exchange takes some 70 us however little it sends, in which 16 MiB are sent, too.
+    most_to_all: int = 16 * 2**20
 
     def best_blocks(self, call: Call, eligible: Array, k: int, block_size: int, interpret: Interpret = False) -> Found:
         """The best blocks by score alone, none forced, of the first `eligible` [T]."""

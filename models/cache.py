@@ -17,8 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 import hisa_jax as hj
-from hisa_jax.index_cache import is_block_size
+from hisa_jax.index_cache import check_page_size, is_block_size
 from hisa_jax.methods import Sketch
+from hisa_jax.models.checks import whole
 from hisa_jax.models.config import Config
 from hisa_jax.models.sharding import mesh_axis, per_device, size_of
 
@@ -49,10 +50,24 @@ class Cache:
         return self.block_tables.shape[1] * self.layers[0].page_size
 
 
-def page_size_of(methods: Iterable[hj.Method]) -> int:
-    """The largest page that the blocks of all these methods are made of; units of a scan may cross pages."""
-    sizes = (method.block_size for method in methods if isinstance(method, hj.Hisa | hj.BlockSparse))
-    return math.gcd(_LARGEST_PAGE, *sizes)
+def page_size_of(methods: Iterable[hj.Method], wanted: int | None = None) -> int:
+    """Tokens of a page that the blocks of all these methods are made of; units of a scan may cross pages.
+
+    Args:
+        methods: that read the pages.
+        wanted: None: the largest up to 64.
+
+    Raises: ValueError: `wanted` is no power of two, or a block is no whole pages of so many tokens.
+    """
+    blocks = [method for method in methods if isinstance(method, hj.Hisa | hj.BlockSparse)]
+    if wanted is None:
+        return math.gcd(_LARGEST_PAGE, *(method.block_size for method in blocks))
+    wanted = whole("Model", "page_size", wanted)
+    check_page_size("Model", wanted)
+    for method in blocks:
+        if method.block_size % wanted:
+            raise ValueError(f"Model: page_size={wanted} with {method}, wanted a divisor of its block_size")
+    return wanted
 
 
 def stripe_of(methods: Iterable[hj.Method], page_size: int) -> int:

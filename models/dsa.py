@@ -6,7 +6,7 @@ latent space and reads the selected latents alone: decoding, and prefill of long
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +146,7 @@ class Attention(nnx.Module):
             form = choose_form(config, T, S, selection.indices.shape[-1])
         k_b, v_b, scale = self.k_b[...], self.v_b[...], config.softmax_scale
         if form == "absorbed":
-            out = absorbed(q_nope, q_rope, pages, block_tables, slots, selection.indices, k_b, v_b, scale, mesh)
+            out = absorbed(q_nope, q_rope, pages, block_tables, selection.indices, k_b, v_b, scale, mesh)
         else:
             latents = plain_latents(pages, block_tables, lengths, kv.dtype, mesh)
             out = expanded(q_nope, q_rope, latents, selection.indices, k_b, v_b, scale)
@@ -266,7 +266,6 @@ def absorbed(
     q_rope: Array,
     pages: hj.IndexCache,
     block_tables: Array,
-    slots: Array,
     indices: Array,
     k_b: Array,
     v_b: Array,
@@ -278,40 +277,28 @@ def absorbed(
     Args:
         q_nope, q_rope, indices, k_b, v_b, scale: as for `expanded`.
         pages, block_tables: that hold the latents and rope keys.
-        slots: [B, T] int32, -1 for padding.
         mesh: what batch and heads are split over, or None.
 
     Returns: as `expanded`.
     """
     (L, N, _), q, heads = k_b.shape, absorb(q_nope, q_rope, k_b), ("batch", None, "heads")
-    if over := over_context(mesh, slots.shape[0]):
-        head_axis = "model" if size_of(mesh, "model") > 1 and N % size_of(mesh, "model") == 0 else None
-        cu_seqlens, chosen = pack(slots, (indices,), mesh)
-        packed = per_device(_packed, mesh, (("batch",), heads), ("batch", "heads"))(slots, q)
-        out = hj.sparse_mla_paged(
-            packed, pages, chosen, block_tables, cu_seqlens, value_dim=L, scale=scale, head_axis=head_axis, **over
-        )
-        out = per_device(_unpacked, mesh, (("batch",), ("batch", "heads")), heads)(slots, out)
-        return jnp.einsum("btnl,lnd->btnd", out, v_b)
 
-    def attend(q: Array, pages: hj.IndexCache, tables: Array, slots: Array, indices: Array) -> Array:
-        rows = packing(slots)
-        out = hj.sparse_mla_paged(
-            rows.pack(q), pages, rows.pack(indices), tables, rows.cu_seqlens, value_dim=L, scale=scale
-        )
+    def attend(q: Array, pages: hj.IndexCache, tables: Array, indices: Array, **over: Any) -> Array:
+        # Padding selects nothing, so it counts as a query of its row: packing would move all heads' queries.
+        B, T = indices.shape[:2]
+        n_groups = 1 if over.get("data_axis") is None else size_of(mesh, over["data_axis"])
+        starts = jnp.tile(jnp.arange(B // n_groups + 1, dtype=jnp.int32) * T, n_groups)
+        flat, chosen = (x.reshape(B * T, *x.shape[2:]) for x in (q, indices))
+        out = hj.sparse_mla_paged(flat, pages, chosen, tables, starts, value_dim=L, scale=scale, **over)
         assert isinstance(out, Array)  # no logsumexp was asked for
-        return rows.unpack(out)
+        return out.reshape(B, T, *out.shape[1:])
 
-    attend = per_device(attend, mesh, (heads, *(("batch",),) * 4), heads)
-    return jnp.einsum("btnl,lnd->btnd", attend(q, pages, block_tables, slots, indices), v_b)
-
-
-def _packed(slots: Array, x: Array) -> Array:
-    return packing(slots).pack(x)
-
-
-def _unpacked(slots: Array, x: Array) -> Array:
-    return packing(slots).unpack(x)
+    if over := over_context(mesh, indices.shape[0]):
+        head_axis = "model" if size_of(mesh, "model") > 1 and N % size_of(mesh, "model") == 0 else None
+        out = attend(q, pages, block_tables, indices, head_axis=head_axis, **over)
+    else:
+        out = per_device(attend, mesh, (heads, *(("batch",),) * 3), heads)(q, pages, block_tables, indices)
+    return jnp.einsum("btnl,lnd->btnd", out, v_b)
 
 
 def absorb(q_nope: Array, q_rope: Array, k_b: Array) -> Array:

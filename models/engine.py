@@ -439,4 +439,5 @@ def _said(model: Model, sizes: dict[str, int], *options: object) -> dict[str, ob
     layers, phases = range(model.config.num_hidden_layers), get_args(Phase)
     methods = [model.plan(layer, phase) for layer in layers for phase in phases]
     mesh = dict(mesh=dict(model.mesh.shape), devices=[device.id for device in model.mesh.devices.flat])
-    return config | sizes | mesh | dict(methods=methods, dtype=str(model.embed[...].dtype), options=options)
+    own = dict(methods=methods, page_size=model.page_size, dtype=str(model.embed[...].dtype), options=options)
+    return config | sizes | mesh | own

@@ -136,6 +136,7 @@ class Model(nnx.Module):
             raise ValueError(f"Model: weight_dtype is {jnp.dtype(weight_dtype)}, wanted {VALUE_DTYPE} or None")
         self.config = config
         self.folder: str | None = None
+        self._page_size: int | None = None
         self.plan = make_plan(method, config)
         self.mesh = automatic(mesh)
         V, E = config.vocab_size, config.hidden_size
@@ -149,6 +150,15 @@ class Model(nnx.Module):
         """The same model with another method; the two share their weights."""
         other = nnx.merge(*nnx.split(self))  # other modules around the same arrays
         other.plan = make_plan(method, self.config)
+        return other
+
+    def with_page_size(self, page_size: int) -> Self:
+        """The same model with pages of so many tokens in its caches, by default up to 64; the two share their weights.
+
+        Raises: ValueError: no power of two up to 256, or a method's blocks are no whole pages.
+        """
+        other = nnx.merge(*nnx.split(self))
+        other._page_size = page_size_of(itertools.chain(*self._methods()), page_size)
         return other
 
     def empty_cache(self, batch: int, capacity: int) -> Cache:
@@ -167,7 +177,7 @@ class Model(nnx.Module):
     @property
     def page_size(self) -> int:
         """Tokens of a page that every method can read."""
-        return page_size_of(itertools.chain(*self._methods()))
+        return page_size_of(itertools.chain(*self._methods()), self._page_size)
 
     @property
     def stripe(self) -> int:

@@ -40,6 +40,7 @@ class Stacked(Model):
 
     def __init__(self, model: Model):
         self.config, self.folder, self.plan, self.mesh = model.config, model.folder, model.plan, model.mesh
+        self._page_size = model._page_size
         self.embed, self.norm, self.head = model.embed, model.norm, model.head
         self.runs = nnx.List([_stacked([model.layers[first + i] for i in range(n)]) for first, n in runs_of(model)])
 

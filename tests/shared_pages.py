@@ -126,12 +126,17 @@ def the_other_methods(backend):
 
 
 def candidates_alone_are_exchanged(backend):
-    """Of a query: sort key and id of each device's best to whom merges them, and the merged to all."""
-    method, T = METHODS["hisa"], -(-(sum(NEW) + 1) // 2) * 2
+    """Of a query: sort key and id of each device's best to whom merges them, and the merged to all; on GPUs to all."""
+    method, T = METHODS["hisa"], sum(NEW) + 1
     found = collectives(check(backend, "hisa"))
     assert {dtype for _, dtype, _ in found} == {"s32"}, found
     # Sort keys and ids both ways: scores are asked for, and forced blocks are known to all.
     own_m, m, k = 3, method.block_topk - 2, method.topk
+    if dispatch.backend(backend).select_shard.most_to_all:
+        assert "all-to-all" not in {kind for kind, *_ in found}, found
+        assert sum(n for kind, _, n in found if kind == "all-gather") == 2 * 2 * T * (own_m + k), found
+        return
+    T = -(-T // 2) * 2
     assert sum(n for kind, _, n in found if kind == "all-to-all") == 2 * T * (own_m + k), found
     assert sum(n for kind, _, n in found if kind == "all-gather") <= 2 * T * (m + k), found
 

@@ -10,6 +10,7 @@ import pytest
 
 import hisa_jax as hj
 from hisa_jax import dispatch
+from hisa_jax.layout import Keys
 
 pytestmark = pytest.mark.check
 
@@ -98,7 +99,7 @@ def test_kernels_decline_what_is_xlas_alone():
     }
     sentences = {
         hj.Hisa(): None,
-        hj.Hisa(block_ratio=4): "has no kernels for a Hisa of block_ratio=4",
+        hj.Hisa(block_ratio=4): None,
         hj.Hisa(pool=len): "has no kernels for a Hisa of pool=len",
         hj.Hisa(block_score=max): "has no kernels for a Hisa of block_score=max",
         hj.Hisa(token_score=min): "has no kernels for a Hisa of token_score=min",
@@ -139,6 +140,54 @@ def test_kernels_decline_the_scans_that_are_xlas_alone():
         (dataclasses.replace(problem, method=hj.Scan(unit=32)), "needs units of up to 16 tokens, not 32"),
     ):
         assert dispatch.reasons(tpu, case)["mosaic_tpu"] == sentence
+
+
+def test_gpu_kernels_take_lists_and_blocks_by_their_best_token_up_to_a_row():
+    hopper = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
+    source = hj.BlockSparse(topk=16384, block_size=8, scored_by="max")
+    for S, n_listed, method, sentence in (
+        (1 << 17, 0, source, None),
+        (1 << 19, 0, source, "needs at most 32768 candidates a row, not 65536"),
+        (1 << 17, 16384, hj.Dsa(), None),
+        (1 << 17, 40000, hj.Dsa(), "needs lists of at most 32768 candidates, not 40000"),
+    ):
+        problem = dispatch.Problem(
+            H=32, D=128, S=S, q_dtype="bfloat16", k_dtype="bfloat16", method=method, n_listed=n_listed
+        )
+        reasons = dispatch.reasons(hopper, problem)
+        assert reasons["mosaic_gpu"] == reasons["triton"] == sentence
+
+
+def test_kernels_take_few_heads_by_repeating_them():
+    hopper = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
+    tpu = dispatch.Device(platform="tpu", kind="TPU v6e")
+    linear, too_many = hj.Dsa(activation=None), "needs at most 64 heads for a Dsa of activation=None, not 128"
+    wanted = "needs 16, 32, 64 or 128 heads of size 64 or 128, not {} of 128"
+    opposite = "has no kernels for a Dsa of activation=None with int8 queries: -128 has no opposite"
+    flat, many = (
+        hj.Scan(exact_heads=4),
+        "takes each of 4 heads for 4, and needs at most 14 exact heads of a Scan, not 16",
+    )
+    for method, H, dtype, sentence in (
+        (hj.Dsa(), 1, "bfloat16", None),
+        (hj.Hisa(), 8, "bfloat16", None),
+        (hj.Dsa(), 12, "bfloat16", wanted.format(12)),
+        (hj.Dsa(per_head=True), 12, "bfloat16", None),
+        (linear, 4, "bfloat16", None),
+        (linear, 64, "float8_e4m3fn", None),
+        (linear, 24, "bfloat16", wanted.format(48)),
+        (linear, 128, "bfloat16", too_many),
+        (linear, 64, "int8", opposite),
+        (hj.Scan(exact_heads=3), 4, "bfloat16", None),
+        (flat, 4, "bfloat16", None),
+        (dataclasses.replace(flat, sketch="int4"), 4, "bfloat16", many),
+    ):
+        q, keys = jax.ShapeDtypeStruct((1, 8, H, 128), dtype), Keys(jax.ShapeDtypeStruct((1, 65536, 128), dtype), None)
+        problem = dispatch.Problem.of(q, keys, method)
+        problem = dataclasses.replace(problem, keeps_sketch=True)
+        assert dispatch.reasons(hopper, problem)["mosaic_gpu"] == sentence
+        if sentence != many:
+            assert dispatch.reasons(tpu, problem)["mosaic_tpu"] == sentence
 
 
 def test_hoppers_attention_is_first_where_its_64_heads_are_full():

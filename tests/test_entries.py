@@ -1,5 +1,6 @@
 """Entries of several tokens, heads that choose by themselves, blocks by their best token, lists and budgets."""
 
+import dataclasses
 import functools
 import re
 
@@ -246,22 +247,29 @@ def test_calls_that_mean_nothing_say_so():
         hj.select_paged(q[0, :1], w[0, :1], cache, table, one, jnp.array([8]), hj.Dsa(topk=4))
 
 
+NO_TPU = "has no kernels for a BlockSparse of scored_by='max'"
+
+
 @pytest.mark.parametrize(
-    ("method", "limits", "reason"),
+    ("method", "limits", "split", "on_tpu"),
     [
-        (hj.Dsa(activation=None), (), "has no kernels for a Dsa of activation=None"),
-        (hj.BlockSparse(scored_by="max"), (), "has no kernels for a BlockSparse of scored_by='max'"),
-        (hj.Dsa(), ("candidates",), "has no kernels for candidates"),
-        (hj.Dsa(), ("budget",), "has no kernels for budget"),
-        (hj.Dsa(topk=512, entry_size=4, tail="open"), (), None),
+        (hj.Dsa(activation=None), {}, None, None),
+        (hj.Dsa(topk=512, entry_size=4, tail="open"), {}, None, None),
+        (hj.Hisa(block_ratio=4), {}, "a Hisa of block_ratio=4", None),
+        (hj.BlockSparse(scored_by="max"), {}, "a BlockSparse of scored_by='max'", NO_TPU),
+        (hj.Dsa(), dict(n_listed=4096), "candidates", "has no kernels for candidates"),
+        (hj.Dsa(), dict(has_budget=True), "a budget", None),
     ],
 )
-def test_kernels_decline_by_name(method, limits, reason):
+def test_kernels_decline_by_name(method, limits, split, on_tpu):
     problem = dispatch.Problem(
-        H=64, D=128, S=8192, q_dtype="bfloat16", k_dtype="bfloat16", method=method, limits=limits
-    )
+        H=64, D=128, S=8192, q_dtype="bfloat16", k_dtype="bfloat16", method=method, **limits
+    )  # fmt: skip
     h200 = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
     v6e = dispatch.Device(platform="tpu", kind="TPU v6 lite")
-    for device, name in ((h200, "mosaic_gpu"), (h200, "triton"), (v6e, "mosaic_tpu")):
+    over_devices = split and f"has no kernels for {split} of keys that are split over devices"
+    for device, name, reason in ((h200, "mosaic_gpu", None), (h200, "triton", None), (v6e, "mosaic_tpu", on_tpu)):
         assert dispatch.IMPLEMENTATIONS[name].why_not(device, problem) == reason, name
+        is_split = dataclasses.replace(problem, is_split=True)
+        assert dispatch.IMPLEMENTATIONS[name].why_not(device, is_split) == over_devices, name
     assert dispatch.IMPLEMENTATIONS["xla"].why_not(h200, problem) is None

@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hisa_jax.sharded import exchange
-from hisa_jax.sharded.attention import merge
+from hisa_jax.sharded import attention, exchange
 from hisa_jax.sharded.select_kernels import merge_of_any_order
 from hisa_jax.xla import topk
 
 
-def test_attention_to_parts_merges_to_attention_to_all():
+@pytest.mark.parametrize("many_bytes", [0, 2**20], ids=["each_a_share", "few_queries"])
+def test_attention_to_parts_merges_to_attention_to_all(many_bytes, monkeypatch):
     """By their logsumexps; a device without a token counts for nothing, a query that nobody has one for gives zeros."""
+    monkeypatch.setattr(attention, "_MANY_BYTES", many_bytes)
     rng = np.random.default_rng(0)
     logits, values = rng.normal(scale=20, size=(4, 3, 5)), rng.normal(size=(4, 5, 7))  # devices, heads, tokens
     logits[1], logits[:, 2] = -np.inf, -np.inf
@@ -22,7 +23,7 @@ def test_attention_to_parts_merges_to_attention_to_all():
         wanted = np.nan_to_num(np.einsum("dns,dsv->nv", p, values) / p.sum((0, 2))[:, None])
         wanted_lse = np.log(p.sum((0, 2)))
     arrays = (jnp.asarray(x[:, None, None], jnp.float32) for x in (out, lse))
-    got, got_lse = jax.vmap(lambda out, lse: merge(out, lse, "devices"), axis_name="devices")(*arrays)
+    got, got_lse = jax.vmap(lambda out, lse: attention.merge(out, lse, "devices"), axis_name="devices")(*arrays)
     for device in range(4):  # all have the same
         np.testing.assert_allclose(got[device, 0, 0], wanted, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(got_lse[device, 0, 0], wanted_lse, rtol=1e-5)

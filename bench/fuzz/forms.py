@@ -43,6 +43,61 @@ def select_limited(q, k, scales, w, positions, lengths, budget, ids, *, method, 
     return hj.select(q, keys_of(k, scales), w, method, candidates=listed, **options)
 
 
+@functools.partial(jax.jit, static_argnames=("method", "implementation", "block_size"))
+def select_limited_packed(
+    q, k, scales, w, cu_seqlens_q, cu_seqlens_k, lengths, budget, ids, *, method, implementation, block_size
+):
+    """As `select_packed`, of so many tokens [R], with budgets [T] and lists [T, m] or None; w may be None."""
+    options = dict(lengths=lengths, budget=budget, implementation=implementation)
+    options |= dict(return_scores=True, return_blocks=method.has_blocks)
+    listed = None if ids is None else hj.CandidateBlocks(ids, block_size)
+    return hj.select_packed(q, keys_of(k, scales), w, cu_seqlens_q, cu_seqlens_k, method, candidates=listed, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("n_pages", "page_size", "method", "implementation", "block_size"))
+def select_limited_paged(
+    q,
+    w,
+    table,
+    cu_seqlens_q,
+    lengths,
+    keys,
+    first,
+    budget,
+    ids,
+    *,
+    n_pages,
+    page_size,
+    method,
+    implementation,
+    block_size,
+):
+    """From pages of entries: keys ([N, D], scales [N] or None), packed, whose rows tokens bring when they are the last
+    of an entry; `first` [R] tokens are appended by themselves. The rest as `select_limited_packed`.
+    """
+    k, scales = keys
+    r, n_rows = method.entry_size, k.shape[0] * method.entry_size + q.shape[0] * method.entry_size
+    cache = hj.init_cache(n_pages, page_size, k.shape[1], k.dtype, entry_size=r)
+    # Rows of the packed keys: of each sequence its whole entries.
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths // r, dtype=jnp.int32)])
+
+    def tokens(begin, end):
+        """Those of each request, packed, and their offsets."""
+        offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(end - begin, dtype=jnp.int32)])
+        row = jnp.arange(n_rows, dtype=jnp.int32)
+        request = jnp.clip(jnp.searchsorted(offsets, row, side="right") - 1, 0, len(lengths) - 1)
+        entry = starts[request] + (begin[request] + row - offsets[request]) // r
+        entry = jnp.clip(entry, 0, k.shape[0] - 1)
+        return keys_of(k[entry], None if scales is None else scales[entry]), offsets
+
+    for begin, end in ((jnp.zeros_like(first), first), (first, lengths)):
+        new, offsets = tokens(begin, end)
+        cache = hj.append(cache, new, table, offsets, begin)
+    options = dict(budget=budget, implementation=implementation, return_scores=True, return_blocks=method.has_blocks)
+    listed = None if ids is None else hj.CandidateBlocks(ids, block_size)
+    return hj.select_paged(q, w, cache, table, cu_seqlens_q, lengths, method, candidates=listed, **options)
+
+
 @functools.partial(jax.jit, static_argnames=("method", "implementation"))
 def select_packed(q, k, scales, w, cu_seqlens_q, cu_seqlens_k, *, method, implementation):
     """A packed batch: [T, H, D], [N, D], [N] or None, [T, H], [R + 1], [R + 1]."""
@@ -120,6 +175,8 @@ def sparse_mla_paged(q, latents, indices, sink, tables, cu_seqlens_q, *, scale, 
 FORMS: dict[str, Callable[..., Any]] = {
     "select": select,
     "select_limited": select_limited,
+    "select_limited_packed": select_limited_packed,
+    "select_limited_paged": select_limited_paged,
     "select_packed": select_packed,
     "select_paged": select_paged,
     "sparse_mla": sparse_mla,

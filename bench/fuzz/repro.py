@@ -15,6 +15,9 @@ from bench.fuzz.scene import Array, Call, Scene
 _LITERAL = 400  # numbers of an array that is written out; larger ones are in the .npz beside the program
 _PARTS = {
     "select": ("over", "keys_of", "select"),
+    "select_limited": ("keys_of", "select_limited"),
+    "select_limited_packed": ("keys_of", "select_limited_packed"),
+    "select_limited_paged": ("keys_of", "select_limited_paged"),
     "select_packed": ("keys_of", "select_packed"),
     "select_paged": ("over", "keys_of", "written", "select_from", "select_paged"),
     "sparse_mla": ("sparse_mla",),
@@ -45,9 +48,9 @@ def write(scene: Any, form: str, name: str, judge: Judge, title: str, folder: Pa
     if scene.setup.implementation != "xla":
         lines += [
             "",
-            "from bench import fuzz_setups  # noqa: E402",
+            "from bench.fuzz import setups  # noqa: E402",
             "",
-            f"fuzz_setups.interpret({scene.setup.implementation!r})",
+            f"setups.interpret({scene.setup.implementation!r})",
         ]
     if scene.setup.__dict__.get("devices", 1) > 1:
         lines += ["", f'jax.config.update("jax_num_cpu_devices", {scene.setup.devices})']

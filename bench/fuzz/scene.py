@@ -163,11 +163,9 @@ def call_of(scene: Scene, form: str, filler: float | None = None, *, method: Any
             q, w = filled(q, scene.visible > 0, filler), filled(w, scene.visible > 0, filler)
             k, scales = filled(k, is_key, filler), None if scales is None else filled(scales, is_key, filler)
         return Call(form, (q, k, scales, w, scene.query_positions, scene.n_k), options)
-    q, w = (_packed(x, scene.n_q, setup.R * setup.T + PADDING, filler) for x in (scene.q, scene.w))
+    q, w = (packed(x, scene.n_q, setup.R * setup.T + PADDING, filler) for x in (scene.q, scene.w))
     if form == "select_packed":
-        keys = (
-            None if x is None else _packed(x, scene.n_k, setup.R * setup.S, filler) for x in (scene.k, scene.scales)
-        )
+        keys = (None if x is None else packed(x, scene.n_k, setup.R * setup.S, filler) for x in (scene.k, scene.scales))
         return Call(form, (q, *keys, w, offsets(scene.n_q), offsets(scene.n_k)), options)
     n_pages, tables, life = _life(scene, filler)
     options |= dict(n_pages=n_pages, page_size=setup.page_size)
@@ -212,7 +210,7 @@ def _life(scene: Scene, filler: float | None) -> tuple[int, Array, tuple[Any, ..
 
     def keys(pick: Any, sizes: Array) -> tuple[Array, Array | None]:
         parts = (None if x is None else np.stack([pick(x[r], r) for r in range(R)]) for x in (scene.k, scales))
-        values, its_scales = (None if x is None else _packed(x, sizes, R * S, filler) for x in parts)
+        values, its_scales = (None if x is None else packed(x, sizes, R * S, filler) for x in parts)
         assert values is not None
         return values, its_scales
 
@@ -239,22 +237,22 @@ def bounded(filler: float, dtype: Any) -> float:
     return 127.0 if dtype == np.int8 and not np.isfinite(filler) else filler
 
 
-def _packed(x: Array, sizes: Array, total: int, filler: float | None) -> Array:
+def packed(x: Array, sizes: Array, total: int, filler: float | None = None) -> Array:
     """[R, n, ..], [R] -> [total, ..]: the first of each request, request after request, then padding."""
     value = 1.0 if filler is None else bounded(filler, x.dtype)
-    packed = np.full((total, *x.shape[2:]), value).astype(x.dtype)
+    rows = np.full((total, *x.shape[2:]), value).astype(x.dtype)
     at = offsets(sizes)
     for r, n in enumerate(sizes):
-        packed[at[r] : at[r + 1]] = x[r, :n]
-    return packed
+        rows[at[r] : at[r + 1]] = x[r, :n]
+    return rows
 
 
-def _unpacked(scene: Scene, packed: Array | None) -> Any:
+def _unpacked(scene: Scene, found: Array | None) -> Any:
     """[total, ..] -> [R, T, ..], 0 in rows that are not queries."""
-    if packed is None:
+    if found is None:
         return None
     at, T = offsets(scene.n_q), scene.setup.T
-    rows = np.zeros((scene.setup.R, T, *packed.shape[1:]), packed.dtype)
+    rows = np.zeros((scene.setup.R, T, *found.shape[1:]), found.dtype)
     for r, n in enumerate(scene.n_q):
-        rows[r, :n] = packed[at[r] : at[r + 1]]
+        rows[r, :n] = found[at[r] : at[r + 1]]
     return rows

@@ -36,7 +36,7 @@ def draw(model: shapes.Model, B: int, T: int, S: int, dtype: DTypeLike = E4M3, c
         k = k + jnp.repeat(topics, 512, axis=0)
         asked = jax.random.randint(keys[5], (T // 512 + 1, model.H), 0, S // 512)
         q = q + 0.5 * topics[jnp.repeat(asked, 512, axis=0)[:T]]
-    w = 0.01 * jax.random.normal(keys[2], (B, T, model.H))
+    w = 0.01 * jax.random.normal(keys[2], (B, T, model.H)) if model.weighs else jnp.ones((B, T, model.H))
     k_scale = jnp.exp(0.1 * jax.random.normal(keys[3], (B, S))) if dtype == E4M3 else None
     visible = jnp.broadcast_to(jnp.arange(S - T + 1, S + 1, dtype=jnp.int32), (B, T))
     return Inputs(q.astype(dtype), k.astype(dtype), k_scale, w, visible)

@@ -10,7 +10,7 @@ from jax import Array, lax
 
 import hisa_jax as hj
 from bench import shapes
-from bench.gpu import attention_rows, entry_rows, scan_rows
+from bench.gpu import attention_rows, entry_rows, limit_rows, scan_rows
 from bench.gpu.checks import (
     CHECKED,
     block_means,
@@ -73,6 +73,7 @@ def rows() -> Iterator[Row]:
         yield _sparse_mla(dsv32, 1, 4096, 64 * K, implementation, is_quantized=True)
     yield from attention_rows.rows()
     yield from entry_rows.rows()
+    yield from limit_rows.rows()
 
 
 def _hisa(

@@ -15,7 +15,9 @@ import jax
 import numpy as np
 from jax.profiler import ProfileData
 
-_APART_S = 4e-3  # between two calls, far more than within one, where the host may be busy with other work
+from bench.timing import once
+
+_APART_S = 4e-3  # between two calls, at least, far more than within one, where the host may be busy with other work
 _WARM_S = 0.05  # of calls before those that count: an idle card clocks down
 
 
@@ -63,18 +65,21 @@ def spans_of(
     Args:
         record: runs what it is given and returns the events, by their start.
     """
+    apart = _APART_S
     for call in calls:
-        end = time.perf_counter() + _WARM_S
+        end, took = time.perf_counter() + _WARM_S, 0.0
         while time.perf_counter() < end:
-            jax.block_until_ready(call())
+            _, took = once(call)
+        # A long call has the host start kernels all through it, and waits the longer for a host that is busy.
+        apart = max(apart, 2e-3 * took)
 
     def run() -> None:
         for call in calls:
             for _ in range(n):
                 jax.block_until_ready(call())
-                time.sleep(_APART_S)
+                time.sleep(apart)
 
-    seen = calls_of(record(run))
+    seen = calls_of(record(run), apart)
     if len(seen) != n * len(calls):
         raise RuntimeError(f"spans: the profiler saw {len(seen)} calls, wanted the {n * len(calls)} that were made")
     return [_span(seen[i * n : (i + 1) * n]) for i in range(len(calls))]
@@ -97,12 +102,12 @@ def device_events(profile: ProfileData, planes: str = "/device:GPU:0") -> list[E
     return sorted(Event(e.start_ns, e.end_ns, e.name) for line in lines for e in line.events)
 
 
-def calls_of(events: list[Event]) -> list[list[Event]]:
+def calls_of(events: list[Event], apart: float = _APART_S) -> list[list[Event]]:
     """Events that are less than half of the pause between calls apart belong to one call."""
     calls: list[list[Event]] = []
     end = -np.inf
     for event in events:
-        if event.start - end > _APART_S * 1e9 / 2:
+        if event.start - end > apart * 1e9 / 2:
             calls.append([])
         calls[-1].append(event)
         end = max(end, event.end)

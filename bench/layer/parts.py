@@ -121,7 +121,7 @@ class Layer:
     def _attention(self, x: Inputs, given: dsa.Projections, pages: hj.IndexCache, indices: Array) -> Array:
         layer, scale = self._layer(x.state), self.setting.config.softmax_scale
         return dsa.absorbed(
-            given.q_nope, given.q_rope, pages, x.block_tables, x.slots, indices, layer.k_b[...], layer.v_b[...], scale
+            given.q_nope, given.q_rope, pages, x.block_tables, indices, layer.k_b[...], layer.v_b[...], scale
         )
 
     def _output(self, state: Any, values: Array) -> Array:

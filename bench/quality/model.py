@@ -83,8 +83,13 @@ def logits_of(
     """uint8 [B, T] -> float32 [B, T, V]; `after_layer` is given what each layer makes."""
     for last, _ in _hidden(stacked, tokens, variant, see=False):
         after_layer(last)
-    return _logits(last, stacked.norm, stacked.embed.T if stacked.head is None else stacked.head,
-                   stacked.config.rms_norm_eps)  # fmt: skip
+    return logits_from(stacked, last)
+
+
+def logits_from(stacked: Stacked, x: Array) -> Array:
+    """Of what the last layer makes [B, T, E], float32 [B, T, V]."""
+    head = stacked.embed.T if stacked.head is None else stacked.head
+    return _logits(x, stacked.norm, head, stacked.config.rms_norm_eps)
 
 
 def layers_of(stacked: Stacked, tokens: np.ndarray, variant: Variant) -> Iterator[Seen]:
@@ -114,7 +119,7 @@ def _layer(
         k = attention.indexer.keys(x, table)
         assert isinstance(k, Array)
         indices = _selected(variant, q, k, w)
-        return _attended(attention, made, indices), Seen(q, k, w, indices) if see else None
+        return attended(attention, made, indices), Seen(q, k, w, indices) if see else None
 
     return layer_forward(nnx.merge(graph, state), x, table, attend)
 
@@ -133,7 +138,7 @@ def _selected(variant: Variant, q: Array, k: Array, w: Array) -> Array:
     return jnp.concatenate(parts, axis=1)
 
 
-def _attended(attention: Attention, made: Projections, indices: Array) -> Array:
+def attended(attention: Attention, made: Projections, indices: Array) -> Array:
     """Heads' values [B, T, N, V] of the selected tokens."""
     config = attention.config
     k_b, v_b, scale, L = attention.k_b[...], attention.v_b[...], config.softmax_scale, config.kv_lora_rank

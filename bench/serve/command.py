@@ -93,6 +93,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--contexts", type=options.context, nargs="+", default=[32 * 1024, 128 * 1024], metavar="N",
         help="tokens of a request of --config (default: 32K and 128K)",
     )  # fmt: skip
+    parser.add_argument(
+        "--methods", choices=contexts.METHODS, nargs="+", default=contexts.METHODS,
+        help="what selects with --config, one after the other (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--page-size", type=int, choices=(64, 128), help="tokens of a page of --config (default: 64)")
     number("--chunk", 1, 65536, 2048, "prompt tokens of a pass of --config")
     number("--new", 5, 4096, 16, "tokens that a request of --config makes")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
@@ -104,8 +109,11 @@ def run(args: argparse.Namespace) -> int:
     if args.config is not None:
         if args.verify or args.faults:
             raise UserError("--config with --verify or --faults, wanted them without: the oracle is not made for it")
-        load = contexts.Load(context=0, requests=args.rows, n_new=args.new, chunk=args.chunk)
-        return contexts.run(args.config, args.layers, args.contexts, load, mesh, args.seed, args.out, console)
+        load = contexts.Load(context=0, requests=args.rows, n_new=args.new, chunk=args.chunk, page_size=args.page_size)
+        sizes = args.config, args.layers, args.contexts, args.methods
+        return contexts.run(*sizes, load, mesh, args.seed, args.out, console)
+    if args.page_size is not None:
+        raise UserError(f"--page-size={args.page_size} without --config, wanted one of its models")
     method = METHODS[args.indexer]
     if args.sketch is not None:
         if not isinstance(method, hj.Scan):

@@ -11,7 +11,7 @@ one decode step is also looked at by the profiler: the first device's kernels, a
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,21 @@ _KERNELS_SHOWN = 6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Load:
-    """What is served: so many requests in each group of devices, of a context: prompt and `n_new` tokens."""
+    """What is served: so many requests in each group of devices, of a context: prompt and `n_new` tokens.
+
+    Pages are of `page_size` tokens, None: of as many as the model has by itself.
+    """
 
     context: int
     requests: int
     n_new: int
     chunk: int
+    page_size: int | None = None
 
 
 def run(
-    name: str, layers: int, contexts: list[int], load: Load, mesh: Mesh | None, seed: int, out: Path | None,
-    console: Console,
+    name: str, layers: int, contexts: list[int], methods: Sequence[str], load: Load, mesh: Mesh | None, seed: int,
+    out: Path | None, console: Console,
 ) -> int:  # fmt: skip
     """Every method at every context, a line each; `load.context` is replaced."""
     config = cut(CONFIGS[name](), layers)
@@ -57,8 +61,10 @@ def run(
     model = models.from_config(config, rngs=nnx.Rngs(seed), dtype=jnp.bfloat16, mesh=mesh)
     rows: list[dict[str, Any]] = []
     for context in contexts:
-        for method in METHODS:
+        for method in methods:
             made = model.with_method(make_method(method, config))
+            if load.page_size is not None:
+                made = made.with_page_size(load.page_size)
             row = measured(made, dataclasses.replace(load, context=context), seed)
             shape = None if mesh is None else dict(mesh.shape)
             what = {"row": "serve_contexts", "config": name, "layers": layers, "indexer": method, "mesh": shape}
@@ -98,7 +104,7 @@ def measured(model: models.Model, load: Load, seed: int) -> dict[str, Any]:
         kernels = kernels_of(engine)
     step_s = float(np.median(seconds))
     return {
-        **dataclasses.asdict(load), "page_size": model.page_size, "time_to_first_token_s": first_s,
+        **dataclasses.asdict(load) | {"page_size": model.page_size}, "time_to_first_token_s": first_s,
         "prompt_tokens_per_s": len(prompts[0]) / first_s, "requests_together": n_together,
         "time_per_output_token_s": step_s, "tokens_per_s": n_together / step_s, "kernels_ms": kernels,
     }  # fmt: skip

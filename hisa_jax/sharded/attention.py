@@ -1,6 +1,6 @@
 """Sparse attention where latents, or their pages, are split over a mesh axis, the queries on all devices.
 
-Each device attends to the selected tokens that it has. What they exchange is a sum of value_dim floats a query and
+Each device attends to the selected tokens that it has. What they exchange is a sum of value_dim numbers a query and
 head, weighted by the devices' logsumexps, never latents. Other axes may split heads, and requests with their pages.
 
 A device looks at the entries of a list that are its own, brought together: as many of them as an equal share and a
@@ -25,6 +25,7 @@ from hisa_jax.sharded.meshes import Axes
 Attend = Callable[..., tuple[Array, Array]]
 
 _TILE = 128  # entries: whole tiles of every kernel
+_MANY_BYTES = 32 * 2**20  # of a device's values in float32: from there on bytes count, not how often they are sent
 
 
 def attend_batch(
@@ -105,6 +106,8 @@ def _of_both(some: tuple[Array, Array], others: tuple[Array, Array]) -> tuple[Ar
 
 def merge(out: Array, lse: Array, axis: str) -> tuple[Array, Array]:
     """Attention to all tokens from that to each device's own, [B, T, N, V] and [B, T, N] float32; inside shard_map."""
+    if 4 * out.size >= _MANY_BYTES:
+        return _merge_in_shares(out, lse, axis)
     # What is subtracted from every logsumexp changes no result, so no gradient goes through it.
     highest = lax.pmax(lax.stop_gradient(lse), axis)
     # Where no device has a token every logsumexp is -inf: 0 stands for it, so that the weights are 0 and not NaN.
@@ -115,3 +118,30 @@ def merge(out: Array, lse: Array, axis: str) -> tuple[Array, Array]:
     values, weights = total[..., :-1], total[..., -1]
     merged = values / jnp.where(weights > 0, weights, 1)[..., None]
     return merged.astype(out.dtype), highest + jnp.log(weights)
+
+
+def _merge_in_shares(out: Array, lse: Array, axis: str) -> tuple[Array, Array]:
+    """`merge` of many queries: each device merges an equal share of them, in float32, and all get its results.
+
+    What is sent is in `out`'s dtype both times, half of the bytes of a sum in float32 where that is bfloat16.
+    """
+    n, shape = lax.axis_size(axis), lse.shape
+    missing = -(shape[0] * shape[1]) % n
+
+    def of_own_queries(x: Array) -> Array:
+        """[B, T, ...] on each device -> [n, B * T / n, ...], what all have of this device's queries."""
+        rows = x.reshape(-1, *x.shape[2:])
+        rows = jnp.pad(rows, ((0, missing), *((0, 0) for _ in rows.shape[1:])))
+        return lax.all_to_all(rows.reshape(n, -1, *rows.shape[1:]), axis, split_axis=0, concat_axis=0, tiled=True)
+
+    def to_all(x: Array) -> Array:
+        rows = lax.all_gather(x, axis, axis=0, tiled=True)
+        return rows[: shape[0] * shape[1]].reshape(*shape[:2], *x.shape[1:])
+
+    out, lse = of_own_queries(out), of_own_queries(lse)
+    highest = jnp.max(lax.stop_gradient(lse), axis=0, keepdims=True)
+    weight = jnp.exp(lse - jnp.where(jnp.isneginf(highest), 0, highest))
+    total = jnp.sum(weight, axis=0)
+    values = jnp.sum(out.astype(jnp.float32) * weight[..., None], axis=0)
+    merged = values / jnp.where(total > 0, total, 1)[..., None]
+    return to_all(merged.astype(out.dtype)), to_all(highest[0] + jnp.log(total))

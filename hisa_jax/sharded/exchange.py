@@ -1,7 +1,8 @@
-"""How devices share what each has found for all queries: every device merges an equal share of them.
+"""How devices share what each has found for all queries. All of it runs inside `jax.shard_map`.
 
-Each sends what it has found for the others' queries and gets what they have found for its own, which is `devices` times
-less to send and to hold than all candidates everywhere. Both run inside `jax.shard_map`.
+Every device merges an equal share of the queries: each sends what it has found for the others' queries and gets what
+they have found for its own, which is `devices` times less to send and to hold than all candidates everywhere. Where
+that is little, `to_all` saves the second exchange: all merge everything.
 """
 
 import jax.numpy as jnp
@@ -18,3 +19,8 @@ def to_owner(rows: Array, fill: int, axis: str, n_devices: int) -> Array:
 def from_owners(share: Array, axis: str, T: int) -> Array:
     """[T / n, k] of each device's queries -> [T, k] of all, on all."""
     return lax.all_gather(share, axis, axis=0, tiled=True)[:T]
+
+
+def to_all(rows: Array, axis: str) -> Array:
+    """[T, j] on each device -> [T, n * j] of all, on all."""
+    return lax.all_gather(rows, axis, axis=1, tiled=True)

@@ -1,7 +1,7 @@
 """One device's part of a selection over several by kernels: its candidates and their sort keys, exchanged and merged.
 
-Each device merges an equal share of the queries (`exchange.py`). As in `select_xla.py`, keys in one piece are stripes
-of which there is one a device, and all results have a row a query.
+Each device merges an equal share of the queries, or all of few (`exchange.py`). As in `select_xla.py`, keys in one
+piece are stripes of which there is one a device, and all results have a row a query.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from hisa_jax import kernel_heads
 from hisa_jax.layout import Call
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.pallas import tokens_of_blocks
@@ -27,7 +28,13 @@ Merge = Callable[[Array, Array, int], tuple[Array, Array]]
 
 
 class Local(Protocol):
-    """What kernels_pallas/README.md promises of `select_shard`."""
+    """What kernels_pallas/README.md promises of `select_shard`.
+
+    Attributes: `most_to_all`, bytes of candidates of all devices up to which a second exchange takes longer than to
+        send all of them to all.
+    """
+
+    most_to_all: int
 
     def best_blocks(self, call: Call, eligible: Array, k: int, block_size: int, interpret: Any = False) -> Found: ...
     def best_in_blocks(self, call: Call, ids: Array, k: int, block_size: int, interpret: Any = False) -> Found: ...
@@ -53,6 +60,7 @@ def select_shard(
         call: all queries, and of each sequence the keys, or the pages in its table, that this device has.
         shard: which those are.
     """
+    call, method = kernel_heads.as_kernels_take(call, method)
     search = _Search(call, shard, shard.stripes(), backend().select_shard, interpret)
     visible = call.queries.visible
     k, blocks = min(method.topk, shard.max_keys), None
@@ -146,17 +154,23 @@ class _Search:
 
     def _merged(self, found: Found, stripes: Stripes, k: int) -> Found:
         """The k best of what all devices have found, at positions in the sequence, in units of `stripes`."""
-        sort_keys, ids = found
-        parts = (sort_keys, topk.INVISIBLE), (stripes.place(ids), -1)
-        sort_keys, places = (exchange.to_owner(x, fill, self.shard.axis, self.shard.n_devices) for x, fill in parts)
-        one_stripe_each = self.shard.stripe * self.shard.n_devices >= self.shard.max_keys
+        sort_keys, places, (axis, n) = found[0], stripes.place(found[1]), (self.shard.axis, self.shard.n_devices)
+        T, goes_to_all = places.shape[0], n * (sort_keys.nbytes + places.nbytes) <= self.local.most_to_all
+        if goes_to_all:
+            sort_keys, places = (exchange.to_all(x, axis) for x in (sort_keys, places))
+        else:
+            parts = (sort_keys, topk.INVISIBLE), (places, -1)
+            sort_keys, places = (exchange.to_owner(x, fill, axis, n) for x, fill in parts)
+        one_stripe_each = self.shard.stripe * n >= self.shard.max_keys
 
         def merge(sort_keys: Array, positions: Array, k: int) -> Found:
             positions, sort_keys = self.local.merge(sort_keys, positions, k, interpret=self.interpret)
             return jnp.where(positions >= 0, sort_keys, topk.INVISIBLE), positions
 
         best = merge(sort_keys, places, k) if one_stripe_each else merge_of_any_order(merge, sort_keys, places, k)
-        sort_keys, positions = (exchange.from_owners(x, self.shard.axis, ids.shape[0]) for x in best)
+        if goes_to_all:
+            return best
+        sort_keys, positions = (exchange.from_owners(x, axis, T) for x in best)
         return sort_keys, positions
 
 

@@ -206,13 +206,7 @@ def budgets(limits: Limits, method: Method) -> tuple[Array | None, Array | None]
 
 def within_budget(chosen: Candidates, budget: Array | None) -> Candidates:
     """The best `budget` [t] int32 of the chosen of each query, [t, k] ascending."""
-    if budget is None:
-        return chosen
-    k = chosen.positions.shape[1]
-    mask = topk.chosen_mask(chosen.sort_key, jnp.clip(budget, 0, k))
-    columns, filled = topk.columns_of(topk.words_of(mask), k)
-    sort_key, positions = (jnp.take_along_axis(x, columns, axis=1) for x in chosen)
-    return Candidates(jnp.where(filled, sort_key, topk.INVISIBLE), jnp.where(filled, positions, -1))
+    return chosen if budget is None else Candidates(*topk.within(*chosen, budget))
 
 
 def selection_of(

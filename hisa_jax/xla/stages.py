@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from hisa_jax.layout import LANES, Keys, Queries, Sequence
-from hisa_jax.methods import Activation, BlockSparse, Hisa, Scan, least_blocks
+from hisa_jax.methods import Activation, BlockSparse, Hisa, Scan, has_ratio, least_blocks
 from hisa_jax.sharded import varying
 from hisa_jax.xla import own, topk
 from hisa_jax.xla.means import mean, tree_sum
@@ -196,6 +196,16 @@ def surely_kept(method: Hisa | BlockSparse | Scan, budget: Array | None) -> int 
     return jnp.clip(budget // method.block_size, method.keep_first + method.keep_last, method.block_topk)
 
 
+def how_many_kept(eligible: Array, method: Hisa | BlockSparse | Scan, budget: Array | None) -> Array | None:
+    """[t] int32, how many of the `eligible` [t] blocks a query keeps at most; None: `block_topk`."""
+    if not has_ratio(method) and budget is None:
+        return None
+    n = surely_kept(method, budget)
+    if isinstance(method, Hisa):
+        n = jnp.maximum(_cdiv(eligible, method.block_ratio), n)
+    return jnp.minimum(n, method.block_topk)
+
+
 def kept_of(best: Candidates, eligible: Array, method: Hisa | BlockSparse | Scan, budget: Array | None = None) -> Array:
     """Of the best blocks of each query, [t, m] ascending, those that it keeps: fewer where `block_ratio` says so.
 
@@ -203,13 +213,9 @@ def kept_of(best: Candidates, eligible: Array, method: Hisa | BlockSparse | Scan
     those always kept. Returns [t, block_topk] int32 block ids, ascending, then -1.
     """
     block_ids, m = best.positions, best.positions.shape[1]
-    has_ratio = isinstance(method, Hisa) and method.block_ratio > 1
-    if has_ratio or budget is not None:
-        n = surely_kept(method, budget)
-        if isinstance(method, Hisa):
-            n = jnp.maximum(_cdiv(eligible, method.block_ratio), n)
-        columns, filled = topk.columns_of(topk.words_of(topk.chosen_mask(best.sort_key, jnp.minimum(n, m))), m)
-        block_ids = jnp.where(filled, jnp.take_along_axis(block_ids, columns, axis=1), -1)
+    n = how_many_kept(eligible, method, budget)
+    if n is not None:
+        _, block_ids = topk.within(*best, n)
     return jnp.pad(block_ids, ((0, 0), (0, method.block_topk - m)), constant_values=-1)
 
 

@@ -190,6 +190,14 @@ def _take(sort_key: Array, words: Array, k: int) -> tuple[Array, Array]:
     return jnp.where(filled, jnp.take_along_axis(sort_key, columns, axis=1), INVISIBLE), jnp.where(filled, columns, -1)
 
 
+def within(sort_key: Array, ids: Array, most: Array) -> tuple[Array, Array]:
+    """Of rows [T, k] the best `most` [T] int32, in the order in which they stand; `INVISIBLE` and -1 after them."""
+    k = ids.shape[1]
+    columns, filled = columns_of(words_of(chosen_mask(sort_key, jnp.clip(most, 0, k))), k)
+    sort_key, ids = (jnp.take_along_axis(x, columns, axis=1) for x in (sort_key, ids))
+    return jnp.where(filled, sort_key, INVISIBLE), jnp.where(filled, ids, -1)
+
+
 def topk_of_any_order(sort_key: Array, positions: Array, k: int) -> tuple[Array, Array]:
     """As `topk_in_order`, where the candidates of a row stand in any order; the chosen come out ascending."""
     columns, filled = columns_of(words_of(chosen_mask(sort_key, k, positions)), k)

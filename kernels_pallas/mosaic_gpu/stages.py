@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.flat_call import FlatCall
-from hisa_jax.kernels_pallas.indexer import Eligible, Means
+from hisa_jax.kernels_pallas.indexer import ByScore, Eligible, Means
 from hisa_jax.kernels_pallas.mosaic_gpu import flat as flat_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens as list_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as refine_stage
@@ -21,21 +21,22 @@ from hisa_jax.kernels_pallas.mosaic_gpu import topk_few as few_topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
-from hisa_jax.kernels_pallas.select_shard import ByScore, Found
+from hisa_jax.kernels_pallas.select_shard import Found
 from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.triton import kept_means, page_means
 from hisa_jax.kernels_pallas.triton import pool as pool_stage
 from hisa_jax.kernels_pallas.triton import stages as triton_stages
 from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
-from hisa_jax.kernels_pallas.triton.stages import kth, scan_heads
+from hisa_jax.kernels_pallas.triton.stages import kth, scan_heads, within, within_budget
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
-from hisa_jax.methods import BlockSparse, Hisa, Scan
+from hisa_jax.methods import BlockSparse, Hisa, Scan, has_ratio
 
 __all__ = [
     "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
     "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
+    "units", "within", "within_budget",
 ]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
@@ -129,8 +130,10 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
     """`refine.refine`, or its scores and then `topk`, where queries are fewer than CTAs or outgrow shared memory."""
     (T, H, D), m, itemsize, n_ctas = call.q.shape, block_ids.shape[1], call.k.dtype.itemsize, n_sms()
     block_size, topk, pages = method.block_size, method.topk, call.pages
-    # A query has as many kept blocks as it sees, as far as the filter keeps so many.
-    kept = dataclasses.replace(_kept(call, block_ids, block_size), count=jnp.minimum(-(-call.visible // block_size), m))
+    kept = _kept(call, block_ids, block_size)
+    if not has_ratio(method):
+        # A query has as many kept blocks as it sees, as far as the filter keeps so many.
+        kept = dataclasses.replace(kept, count=jnp.minimum(-(-call.visible // block_size), m))
     n_parts = refine_stage.split(T, m, block_size, _apart(H), n_ctas)
     page_size = None if pages is None else pages.size
     fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size)
@@ -223,3 +226,16 @@ def refine_tokens(
     first_row = call.sequences.key_start_of_queries(T)
     options: Any = dict(k_top=topk, config=config, n_ctas=n_ctas, interpret=interpret)
     return refine_tokens_stage.refine_tokens(call.operands, tokens, count, first_row, **options)
+
+
+def units(call: FlatCall, method: BlockSparse, interpret: Interpret = False) -> Array:
+    """By the kernel of `scores`; of queries with one head by Triton's, which sums over no heads."""
+    (T, H, _), sequences, n_ctas = call.q.shape, call.sequences, n_sms()
+    if H == 1:
+        return triton_stages.units(call, method, bool(interpret))
+    operands, n = call.operands._replace(k=call.k[:, None]), -(-sequences.max_keys // COLUMNS) * COLUMNS
+    config = scores_stage.heuristic(scores_stage.Sizes.of(operands), n, n_ctas, n_score=3)
+    tiles = sequences.query_tiles(T, config.tile_t, call.visible, COLUMNS)
+    columns = Columns(limit=call.visible, tiles=tiles, n=n)
+    sort_keys: Array = scores_stage.scores(operands, columns, config=config, n_ctas=n_ctas, interpret=interpret)
+    return sort_keys

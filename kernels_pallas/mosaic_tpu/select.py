@@ -19,54 +19,77 @@ from hisa_jax.kernels_pallas.mosaic_tpu.pool_body import parts_of
 from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import Found, few_rows, nothing_like, put, take, where_rows
 from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged, of_call
 from hisa_jax.kernels_pallas.sequences import Rows
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.layout import Call, Queries
 from hisa_jax.methods import BlockSparse, Hisa
+from hisa_jax.xla import topk
 
 _WIDE = 16  # queries of a packed sequence from which tiles of 32 are worth their padding
 
 
 @functools.partial(jax.jit, static_argnames=("method", "interpret"))
-def select_hisa(call: Call, method: Hisa, interpret: Interpret = False) -> tuple[Array, Array, Array]:
+def select_hisa(
+    call: Call, method: Hisa, interpret: Interpret = False, n_kept: Array | None = None
+) -> tuple[Array, Array, Array]:
     """The hierarchical indexer.
+
+    Args:
+        n_kept: [T] int32, up to `block_topk` blocks that each query keeps; None: as many as these.
 
     Returns: [T, topk] int32 positions, ascending, then -1; [T] int32 count; [T, block_topk] int32 block ids, likewise;
         a row for each of `call.queries`.
     """
     with jax.enable_x64(False):  # see bits.py
         queries, ragged = of_call(call, method.block_size)
-        blocks = kept_blocks(queries, ragged, of_blocks(method, interpret))
+        blocks = kept_blocks(queries, ragged, of_blocks(method, interpret), n_kept)
         n_visible = candidates(blocks, queries.visible, ragged.block_size)
         own = queries._replace(visible=n_visible), ragged, blocks[:, : ragged.max_blocks]
-        (chosen,) = best_tokens(*own, Choice(k=method.topk, interpret=interpret))
-        if not ragged.is_batch:  # whose rows are all in tiles
-            chosen = jnp.where(n_visible[:, None] > 0, chosen, -1)
-        return _first(call, chosen, jnp.minimum(n_visible, method.topk), blocks)
+        found = best_tokens(*own, _choice(call, method.topk, interpret))
+        n_visible, blocks = _first(call, n_visible, blocks)
+        return *_chosen(call, _first(call, *found), n_visible), blocks
 
 
 @functools.partial(jax.jit, static_argnames=("method", "interpret"))
-def select_blocks(call: Call, method: Hisa | BlockSparse, interpret: Interpret = False) -> Array:
+def select_blocks(
+    call: Call, method: Hisa | BlockSparse, interpret: Interpret = False, n_kept: Array | None = None
+) -> Array:
     """The block filter alone: [T, block_topk] int32 block ids, ascending, then -1."""
     with jax.enable_x64(False):
         queries, ragged = of_call(call, method.block_size)
-        return _first(call, kept_blocks(queries, ragged, of_blocks(method, interpret)))[0]
+        return _first(call, kept_blocks(queries, ragged, of_blocks(method, interpret), n_kept))[0]
 
 
 @functools.partial(jax.jit, static_argnames=("topk", "interpret"))
 def select_flat(call: Call, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
     """The flat indexer: [T, topk] int32 positions, ascending, then -1; [T] int32 count."""
-    choice = Choice(k=topk, interpret=interpret)
+    choice = _choice(call, topk, interpret)
     with jax.enable_x64(False):
         if call.query_offsets is None:
             assert call.k is not None
-            (chosen,) = flat.flat(Queries(call.q, call.w, call.visible), call.k, choice=choice)
-            return chosen.reshape(-1, topk), jnp.clip(call.queries.visible, 0, min(topk, call.max_keys))
+            found = flat.flat(Queries(call.q, call.w, call.visible), call.k, choice=choice)
+            n = jnp.clip(call.queries.visible, 0, call.max_keys)
+            return _chosen(call, tuple(x.reshape(-1, topk) for x in found), n)
         # The blocks of the record are what is copied at a time, 128 or 256 keys.
         queries, ragged = of_call(call, LANES if call.cache is None else max(LANES, call.cache.page_size))
         seen = queries._replace(visible=jnp.clip(queries.visible, 0, ragged.max_keys))
-        (chosen,) = best_of_all(seen, ragged, choice)
-        chosen = jnp.where(seen.visible[:, None] > 0, chosen, -1)
-        return _first(call, chosen, jnp.minimum(seen.visible, topk))
+        found = best_of_all(seen, ragged, choice)
+        return _chosen(call, _first(call, *found), *_first(call, seen.visible))
+
+
+def _choice(call: Call, k: int, interpret: Interpret) -> Choice:
+    """Of tokens; a budget takes the best of them by their sort keys."""
+    return Choice(k=k, has_sort_keys=call.budget is not None, interpret=interpret)
+
+
+def _chosen(call: Call, found: Found, n: Array) -> tuple[Array, Array]:
+    """The selection of queries that have n [T] candidates each; one without gets anything."""
+    chosen = jnp.where(n[:, None] > 0, found[0], -1)
+    budget = call.limits.budget
+    if budget is None:
+        return chosen, jnp.minimum(n, chosen.shape[1])
+    _, chosen = topk.within(jnp.where(chosen >= 0, found[1], INVISIBLE), chosen, budget)
+    return chosen, jnp.sum(chosen >= 0, axis=1, dtype=jnp.int32)
 
 
 def of_blocks(method: Hisa | BlockSparse, interpret: Interpret) -> Choice:
@@ -75,18 +98,25 @@ def of_blocks(method: Hisa | BlockSparse, interpret: Interpret) -> Choice:
     return Choice(k=method.block_topk, keep_first=first, keep_last=last, interpret=interpret)
 
 
-def kept_blocks(queries: Queries, ragged: Ragged, choice: Choice) -> Array:
-    """The block filter: [T, k] int32, ascending, then -1."""
+def kept_blocks(queries: Queries, ragged: Ragged, choice: Choice, n_kept: Array | None = None) -> Array:
+    """The block filter: [T, k] int32, ascending, then -1; of each query `n_kept` [T] of them, None: k."""
     every = jnp.arange(choice.k, dtype=jnp.int32)
     eligible = -(-queries.visible // ragged.block_size)
     all_eligible = jnp.where(every < eligible[:, None], every, -1)
-    if ragged.max_blocks <= choice.k:
+    if n_kept is None and ragged.max_blocks <= choice.k:
         return all_eligible
     # A query that keeps all its blocks needs no scores of them, nor a sequence of such queries its means.
-    keeps_all = eligible <= choice.k
-    is_long = ragged.lengths > choice.k * ragged.block_size
-    ragged = dataclasses.replace(ragged, lengths=jnp.where(is_long, ragged.lengths, 0))
-    (best,) = best_blocks(queries, ragged, jnp.where(keeps_all, 0, eligible), choice)
+    if n_kept is None:
+        keeps_all = eligible <= choice.k
+        is_long = ragged.lengths > choice.k * ragged.block_size
+        ragged = dataclasses.replace(ragged, lengths=jnp.where(is_long, ragged.lengths, 0))
+        (best,) = best_blocks(queries, ragged, jnp.where(keeps_all, 0, eligible), choice)
+    else:
+        n_kept = jnp.pad(n_kept, (0, eligible.shape[0] - n_kept.shape[0]))
+        keeps_all = eligible <= n_kept
+        some = dataclasses.replace(choice, has_sort_keys=True)
+        best, sort_keys = best_blocks(queries, ragged, jnp.where(keeps_all, 0, eligible), some)
+        _, best = topk.within(jnp.where(best >= 0, sort_keys, INVISIBLE), best, n_kept)
     return jnp.where(keeps_all[:, None], all_eligible, best)
 
 

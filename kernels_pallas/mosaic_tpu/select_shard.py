@@ -19,7 +19,9 @@ from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.layout import Call, Queries
 
-__all__ = ["best_blocks", "best_in_blocks", "best_tokens", "merge"]
+__all__ = ["best_blocks", "best_in_blocks", "best_tokens", "merge", "most_to_all"]
+
+most_to_all = 0  # bytes: exchanges between TPUs take microseconds
 
 # [T, k] int32 each, a row a query: sort keys, `INVISIBLE` where there is none; ids or positions, ascending, then -1.
 # A query without a candidate gets anything.

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax.kernels_pallas.flat_call import FlatCall
-from hisa_jax.kernels_pallas.indexer import Eligible, Means
+from hisa_jax.kernels_pallas.indexer import ByScore, Eligible, Means
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
-from hisa_jax.kernels_pallas.select_shard import ByScore, Found
+from hisa_jax.kernels_pallas.select_shard import Found
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.triton import kept_means
 from hisa_jax.kernels_pallas.triton import list_tokens as list_stage
@@ -20,15 +20,18 @@ from hisa_jax.kernels_pallas.triton import scan_heads as scan_heads_stage
 from hisa_jax.kernels_pallas.triton import scan_sketch as sketch_stage
 from hisa_jax.kernels_pallas.triton import scores as scores_stage
 from hisa_jax.kernels_pallas.triton import topk as topk_stage
+from hisa_jax.kernels_pallas.triton import units as units_stage
 from hisa_jax.kernels_pallas.triton.page_means import page_scores, pool_pages
 from hisa_jax.kernels_pallas.triton.pool import pool
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
+from hisa_jax.kernels_pallas.units import unit_of
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
     "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
     "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
+    "units", "within", "within_budget",
 ]  # fmt: skip
 
 _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the best so far, less those
@@ -176,12 +179,44 @@ def list_tokens(
 def refine_tokens(
     call: FlatCall, tokens: Array, count: Array, topk: int, interpret: Interpret = False
 ) -> tuple[Array, Array]:
-    (T, H, _), capacity = call.q.shape, tokens.shape[1]
-    config = refine_tokens_stage.heuristic(T, H, capacity)
+    sort_keys, listed = _listed_scores(call, tokens, count, interpret)
+    return topk_stage.topk(sort_keys, count, topk, listed, interpret=bool(interpret))
+
+
+def _listed_scores(call: FlatCall, tokens: Array, count: Array, interpret: Interpret) -> tuple[Array, KeptBlocks]:
+    """Sort keys of listed tokens, [T, capacity], and what their columns stand for."""
+    T, H, _ = call.q.shape
+    config = refine_tokens_stage.heuristic(T, H, tokens.shape[1])
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % config.tile_s)), constant_values=-1)
     options = dict(config=config, interpret=bool(interpret))
     sort_keys = refine_tokens_stage.refine_tokens_scores(call.operands, tokens, count, _first(call), **options)
-    listed = KeptBlocks(ids=tokens, visible=call.visible, first=jnp.zeros_like(count), size=1)
-    return topk_stage.topk(sort_keys, count, topk, listed, interpret=bool(interpret))
+    return sort_keys, KeptBlocks(ids=tokens, visible=call.visible, first=jnp.zeros_like(count), size=1)
+
+
+def units(call: FlatCall, method: BlockSparse, interpret: Interpret = False) -> Array:
+    (T, H, _), sequences, options = call.q.shape, call.sequences, dict(interpret=bool(interpret))
+    n_sequences, n_tiles = len(sequences.lengths), -(-sequences.max_keys // scan_stage.TILE_S)
+    config = scan_stage.heuristic(T, n_sequences, 1, n_tiles) if H == 1 else scores_stage.heuristic(H)
+    tiles = sequences.query_tiles(T, config.tile_t, call.visible)
+    columns = Columns(limit=call.visible, n=sequences.max_keys, tiles=tiles)
+    if H == 1:
+        unit, has_relu = unit_of(method, H), method.activation is not None
+        return units_stage.units(call.operands, columns, unit=unit, has_relu=has_relu, config=config, **options)
+    return scores_stage.scores(call.operands._replace(k=call.k[:, None]), columns, config=config, **options)
+
+
+def within(sort_keys: Array, ids: Array, most: Array, interpret: Interpret = False) -> Array:
+    n = jnp.sum(ids >= 0, axis=1, dtype=jnp.int32)
+    listed = KeptBlocks(ids=ids, visible=n, first=n, size=1)
+    return topk_stage.topk(sort_keys, n, ids.shape[1], listed, most, interpret=bool(interpret))[0]
+
+
+def within_budget(
+    call: FlatCall, tokens: Array, count: Array, most: Array, interpret: Interpret = False
+) -> tuple[Array, Array]:
+    k = tokens.shape[1]
+    sort_keys, listed = _listed_scores(call, tokens, count, interpret)
+    return topk_stage.topk(sort_keys, count, k, listed, most, interpret=bool(interpret))
 
 
 def _first(call: FlatCall) -> Array:

@@ -52,6 +52,7 @@ def topk(
     limit: Array,
     k: int,
     kept: KeptBlocks | None = None,
+    most: Array | None = None,
     *,
     config: Config | None = None,
     interpret: bool = False,
@@ -61,8 +62,9 @@ def topk(
     Args:
         limit: columns from here on are no candidates, whatever they hold.
         kept: column c is then token kept.ids[c // size] * size + c % size of the sequence.
+        most: [T] int32, up to k of them are chosen in a row; None: k.
     """
-    columns, count = _launch(x, limit, k, kept, False, config, interpret)
+    columns, count = _launch(x, limit, k, kept, most, False, config, interpret)
     return columns, count
 
 
@@ -70,7 +72,7 @@ def topk_with_sort_keys(
     x: Array, limit: Array, k: int, kept: KeptBlocks | None = None, *, interpret: bool = False
 ) -> tuple[Array, Array, Array]:
     """`topk` and the [T, k] sort keys of what it chose, `INVISIBLE` where nothing is chosen."""
-    columns, count, sort_keys = _launch(x, limit, k, kept, True, None, interpret)
+    columns, count, sort_keys = _launch(x, limit, k, kept, None, True, None, interpret)
     return columns, count, sort_keys
 
 
@@ -80,6 +82,7 @@ def _launch(
     limit: Array,
     k: int,
     kept: KeptBlocks | None,
+    most: Array | None,
     has_sort_keys: bool,
     config: Config | None,
     interpret: bool,
@@ -87,8 +90,10 @@ def _launch(
     T, W = x.shape
     config, rows = config or heuristic(W), jax.ShapeDtypeStruct((T, k), jnp.int32)
     one = pl.BlockSpec((1,), lambda t: (t,))
-    inputs = TopkInputs(x, limit, None if kept is None else kept.ids)
-    in_specs = TopkInputs(_row(W), one, None if kept is None else _row(kept.ids.shape[1]))
+    inputs = TopkInputs(x, limit, None if kept is None else kept.ids, most)
+    in_specs = TopkInputs(
+        _row(W), one, None if kept is None else _row(kept.ids.shape[1]), None if most is None else one
+    )
     return pl.pallas_call(
         functools.partial(topk_body, k=k, block_size=1 if kept is None else kept.size),
         grid=(T,),

@@ -21,6 +21,7 @@ class TopkInputs(NamedTuple):
     x: Ref  # [W] sort keys
     limit: Ref  # [1]
     block_ids: Ref | None  # [m]
+    most: Ref | None = None  # [1]
 
 
 class MergeInputs(NamedTuple):
@@ -47,7 +48,7 @@ def topk_body(refs: TopkInputs, o_ref: Ref, count_ref: Ref, *sort_keys_ref: Ref,
     # A thread keeps its sort keys in registers from the load to the store; each count ends in a sum over the program,
     # for which its warps wait for each other. out: [k], [1], maybe [k] sort keys.
     columns, x = _load(refs.x, refs.limit[0])
-    chosen, slots, count = choose(x, k)
+    chosen, slots, count = choose(x, k if refs.most is None else jnp.clip(refs.most[0], 0, k))
     positions = columns
     if refs.block_ids is not None:
         block = jnp.where(chosen, columns // block_size, 0)
@@ -113,7 +114,7 @@ def threshold_of(parts: tuple[Array, ...], k: int | Array, slack: int | Array = 
     return find_threshold(count_at_least, lowest, highest, n, k, slack=slack), n
 
 
-def choose(x: Array, k: int) -> tuple[Array, Array, Array]:
+def choose(x: Array, k: int | Array) -> tuple[Array, Array, Array]:
     """[W] sort keys -> [W] bool, chosen; [W] int32, the slot of each chosen; how many are chosen."""
     threshold, n = threshold_of((x,), k)
     visible = x > INVISIBLE

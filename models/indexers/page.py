@@ -5,8 +5,10 @@ python -m hisa_jax.models.indexers.page > docs/indexers.md
 
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 import hisa_jax as hj
+from hisa_jax import dispatch
 from hisa_jax.models.indexers.table import FAMILIES, Family
 
 # The sizes that the models publish, by which the page shows their methods.
@@ -16,6 +18,15 @@ PUBLISHED: dict[str, dict[str, int]] = {
     "deepseek_v4": dict(topk=512, pool=4),
     "qwen4_exp": dict(budget=2048, pool=4),
     "minimax_m3": dict(block_size=128, blocks_kept=16, local_blocks=1),
+}
+
+_SOURCE = hj.BlockSparse(topk=16384, block_size=8, keep_first=0, scored_by="max")
+_TOKENS = 131072
+_H200 = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
+_DEVICES = {
+    "mosaic_gpu": _H200,
+    "triton": _H200,
+    "mosaic_tpu": dispatch.Device(platform="tpu", kind="TPU v6 lite"),
 }
 
 _HEAD = """# Indexers of other models
@@ -99,9 +110,24 @@ with fewer visible entries than are wanted hold -1 after them.
 
 ## What kernels take
 
-Entries, pools and tails are the kernels' as tokens are, and so is a call without weights. They decline, by name,
-`activation=None`, `scored_by="max"`, candidates and budgets. With `per_head` a head is a query of one head: backends
-whose kernels want more heads decline that by its number. Implementation `xla` takes all.
+By `hj.implementations`, for batches of bfloat16 with 131,072 tokens, on an H200 and a TPU v6e:
+"""
+
+_KERNELS = """
+Pools, tails and calls without weights are the kernels' as tokens are. What else differs costs this:
+
+- **Few heads.** Fewer than 16 are repeated until there are 16, each with its share of its weight. Where reading keys
+  takes the time, as in decoding, that is free.
+- **A choice a head.** A head is a query of one head, so that it is repeated 16 times.
+- **No activation.** x = relu(x) - relu(-x): a head becomes two, up to 64 of them, but not in int8.
+- **The best token of a block**, on GPUs. A head by itself has a kernel that sums over no heads (`hisa_units`). Of
+  several heads the sort keys of all tokens are written, and the best of each block read from them.
+- **Lists**, on GPUs. Blocks of any size become tokens, whose rows are gathered as a scan's candidates are; a list may
+  name up to 32,768.
+- **Budgets.** On GPUs the chosen tokens are scored once more, and each query takes its best. On TPUs their sort keys
+  tell; there a scan has no budget. Budgets of blocks, and HISA's `block_ratio`, go by the blocks' sort keys.
+
+Keys that are split over devices have the first three by kernels, and the others by `xla`, which takes all everywhere.
 """
 
 
@@ -120,6 +146,23 @@ def _line(model_type: str, family: Family) -> str:
     rope = f"{family.rope}, {pairs}" if family.rope else "none"
     weights = "yes" if family.weighs else "none"
     return f"| `{model_type}` | {family.title} | {family.published} | {queries} | {keys} | {rope} | {weights} |"
+
+
+def _kernel_lines() -> Iterator[str]:
+    """Who takes which model, and why the others do not."""
+    methods = {
+        model_type: (family.method(PUBLISHED[model_type]), int(family.published.split()[0]), 0)
+        for model_type, family in FAMILIES.items()
+    }
+    methods["DeepSeek-V4.1, source"] = _SOURCE, 32, 0
+    methods["DeepSeek-V4.1, later"] = hj.Dsa(topk=512), 32, _SOURCE.topk
+    for model_type, (method, H, n_listed) in methods.items():
+        S = _TOKENS // method.entry_size
+        arrays: Any = dict(q_dtype="bfloat16", k_dtype="bfloat16", H=1 if method.per_head else H, D=128, S=S)
+        problem = dispatch.Problem(method=method, n_listed=n_listed, **arrays)
+        reasons = [dispatch.reasons(device, problem)[name] for name, device in _DEVICES.items()]
+        what = f"`{model_type}`" if model_type in FAMILIES else model_type
+        yield f"| {what} | {' | '.join(reason or 'yes' for reason in reasons)} |"
 
 
 def _lines() -> Iterator[str]:
@@ -142,7 +185,11 @@ def _lines() -> Iterator[str]:
         first, *rest = textwrap.wrap(f"`{model_type}`: {note}", 118, break_on_hyphens=False)
         yield f"- {first}"
         yield from (f"  {line}" for line in rest)
-    yield _TAIL.rstrip()
+    yield _TAIL
+    yield "| model_type | `mosaic_gpu` | `triton` | `mosaic_tpu` |"
+    yield "|---|---|---|---|"
+    yield from _kernel_lines()
+    yield _KERNELS.rstrip()
 
 
 def page() -> str:

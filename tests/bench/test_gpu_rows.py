@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+import hisa_jax as hj
 from bench import shapes
-from bench.gpu import attention_rows, entry_rows, scan_checks, scan_rows
+from bench.gpu import attention_rows, entry_rows, limit_rows, scan_checks, scan_rows
 from bench.gpu.rows import rows
 from hisa_jax.kernels_pallas.triton import stages
 
@@ -65,6 +66,24 @@ def test_a_whole_scan_passes_its_check_and_a_damaged_one_does_not(interpreted):
     indices[..., 3] = indices[..., 2] + 1  # of no merit
     with pytest.raises(AssertionError):
         check((np.sort(indices, axis=-1), out[1]))
+
+
+@pytest.mark.unoptimised
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("what", ["each_head", "source", "listed"])
+def test_rows_of_other_indexers_pass_their_checks_and_damaged_ones_do_not(what):
+    small = dict(topk=64, block_size=16, keep_first=0, scored_by="max")
+    methods = {"each_head": hj.BlockSparse(activation=None, per_head=True, **small)}
+    method, options = methods.get(what, hj.BlockSparse(**small)), dict(T=5, implementation="xla")
+    if what == "listed":
+        row = limit_rows.listed(TINY, method, 1, context=256, **options)
+    else:
+        row = limit_rows.units(TINY, method, 256, **options)
+    f, operands, check = row.make()
+    out = jax.tree.map(np.asarray, jax.jit(f)(*operands))
+    check(out)
+    with pytest.raises(AssertionError):
+        check(jax.tree.map(lambda x: np.sort(np.where(x == x.max(), x.min(), x), axis=-1), out))
 
 
 @pytest.mark.unoptimised

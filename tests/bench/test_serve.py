@@ -102,6 +102,8 @@ def test_a_small_run_on_emulated_devices_is_right_and_leaks_nothing(tmp_path):
         (["--mesh", "data=512,model=8"], "--mesh: make_mesh(data=512, model=8, context=1): wanted at least 1 of each"),
         (["--config", "glm-5", "--verify"], "--config with --verify or --faults, wanted them without"),
         (["--config", "glm-5", "--layers", "79"], "--layers=79, wanted 1 to 78"),
+        (["--config", "glm-5", "--page-size", "96"], "--page-size: invalid choice: 96 (choose from 64, 128)"),
+        (["--page-size", "128"], "--page-size=128 without --config"),
         (["--config", "deepseek-v3.2", "--contexts", "200000"], "--contexts=200000, wanted at most 163840"),
     ],
 )

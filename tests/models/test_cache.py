@@ -26,6 +26,28 @@ def test_pages_are_parts_of_every_block_and_whatever_size_for_the_others():
     flat, scan = hj.Dsa(), hj.Scan(unit=2)
     assert page_size_of([flat, scan]) == 64
     assert page_size_of([flat, scan, hj.Hisa(), hj.Hisa(block_size=48)]) == 16
+    assert page_size_of([flat, scan, hj.Hisa()], 128) == 128
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (96, "Model: page_size=96, wanted a power of two up to 256"),
+        (0, "Model: page_size=0, wanted an int of at least 1"),
+        (8, r"Model: page_size=8 with Hisa\(.*\), wanted a divisor of its block_size"),
+    ],
+)
+def test_pages_of_other_sizes_are_refused(size, message):
+    with pytest.raises(ValueError, match=message):
+        golden.model("glm5").with_method(HISA).with_page_size(size)
+
+
+def test_a_model_with_other_pages_shares_its_weights_and_keeps_them_with_another_method():
+    model = golden.model("glm5").with_method(HISA)
+    other = model.with_page_size(2)
+    assert (model.page_size, other.page_size, other.with_method(hj.Dsa(topk=8)).page_size) == (4, 2, 2)
+    assert other.embed[...] is model.embed[...]
+    assert jax.eval_shape(lambda: other.empty_cache(1, 8)).layers[0].keys.shape[:2] == (4, 2)
 
 
 def test_layers_keep_what_the_methods_of_some_phase_scan():

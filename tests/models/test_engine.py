@@ -62,6 +62,16 @@ def test_tokens_by_a_scan_are_those_of_each_request_alone():
 
 
 @pytest.mark.exhaustive
+def test_tokens_are_the_same_on_pages_of_another_size():
+    """Of half a block; 48 of them hold what 24 of the others do."""
+    prompts = serving.requests(8, seed=4)
+    alone = serving.alone(tuple(map(tuple, prompts)), stop_ids=())
+    engine = serving.engine(serving.model().with_page_size(2), n_pages=48)
+    wanted = {engine.submit(prompt, serving.N_NEW, ()): tokens for prompt, tokens in zip(prompts, alone, strict=True)}
+    assert serving.finish(engine) == (wanted, {}) and engine.pool.page_size == 2
+
+
+@pytest.mark.exhaustive
 def test_tokens_by_scores_of_ones_own_are_those_of_each_request_alone():
     """And not those by the indexer's."""
     method = dataclasses.replace(serving.HISA, **FUNCTIONS)

@@ -1,0 +1,160 @@
+"""Rows of a rule: what it keeps of the flat choice, answers and bits of the model that runs by it, its cost."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import hisa_jax as hj
+from bench import shapes
+from bench.gpu.inputs import draw
+from bench.indexers.model import Runner
+from bench.indexers.rules import READS, Asked, Published, Role, Rule, choose, cost
+from bench.quality.answers import bits_of
+from hisa_jax.models.evaluate import statistics
+from hisa_jax.models.training.retrieval import answered
+from hisa_jax.models.training.samples import Sample
+
+Row = dict[str, Any]
+_GROUP = 8  # neighbouring queries that are compared together: whole groups of every rule
+# (context, heads, selected tokens) of the model whose cost is shown beside: DeepSeek-V3.2's.
+_REAL = (131_072, 64, 2048)
+
+
+def recalls(runner: Runner, samples: Sequence[Sample], rules: Sequence[Rule], n_queries: int) -> list[Row]:
+    """The share of the first rule's choice that each other one has, at the hidden states of the model that runs by it.
+
+    Of two kinds of queries: groups of neighbours, evenly over the last half of the text, and groups that predict bytes
+    of answers. In their order: means over layers, and the least one.
+    """
+    reference = rules[0]
+    found: dict[tuple[str, str, int], list[float]] = collections.defaultdict(list)
+    by_entries = {rule.name: dataclasses.replace(rule, method=_of_entries(rule.method)).unnamed() for rule in rules}
+    for sample in samples:
+        text, asking = _groups(sample, n_queries)
+        rows = np.concatenate([text, asking])
+        before: dict[str, Published] = {}
+        for at, (_, seen) in enumerate(runner.layers(sample.tokens[None], reference)):
+            assert seen is not None
+            here = Asked(seen.q[:, rows], seen.w[:, rows], jnp.asarray(rows)[None])
+            started = {
+                rule.name: runner.programs.start(
+                    ("recall", by_entries[rule.name], role), _choose_of(by_entries[rule.name], role), here, seen.k,
+                    before[rule.name] if role in READS else None,
+                )
+                for rule in rules if (role := rule.role(at)) != "take over"
+            }  # fmt: skip
+            for rule in rules:
+                if rule.name in started:
+                    published = before[rule.name] if rule.role(at) in READS else None
+                    before[rule.name] = started[rule.name].result()(here, seen.k, published)
+            for rule in rules:
+                wanted, chosen = (_selection(before[name].indices) for name in (reference.name, rule.name))
+                recall = np.asarray(hj.compare(chosen, wanted).recall)[0].tolist()
+                found[rule.name, "text", at] += recall[: text.size]
+                found[rule.name, "asking", at] += recall[text.size :]
+    layers = range(runner.stacked.config.num_hidden_layers)
+    made = []
+    for rule in rules:
+        row: Row = {}
+        for kind in ("text", "asking"):
+            by_layer = [float(np.mean(found[rule.name, kind, at])) for at in layers]
+            row |= {f"recall_{kind}": float(np.mean(by_layer)), f"worst_{kind}": min(by_layer)}
+            row[f"by_layer_{kind}"] = by_layer
+        made.append(row)
+    return made
+
+
+def random_recalls(model: shapes.Model, rules: Sequence[Rule], context: int, n: int) -> Iterator[Row]:
+    """The share of the first rule's entries that each rule finds, of the last n queries of random normal data."""
+    q, k, _, w, _ = draw(model, 1, n, context // model.entry_size, jnp.float32)
+    here = Asked(q, w, jnp.arange(context - n, context, dtype=jnp.int32)[None])
+    wanted = None
+    for rule in rules:
+        by_entries = dataclasses.replace(rule, method=_of_entries(rule.method)).unnamed()
+        found = _selection(_choose_of(by_entries, "choose")(here, k, None).indices)
+        wanted = wanted or found
+        recall = np.asarray(hj.compare(found, wanted).recall)
+        yield {"method": rule.name, "recall": float(recall.mean()), "worst_query": float(recall.min()), "queries": n}
+
+
+def _groups(sample: Sample, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of text, and of groups that predict bytes of answers; whole groups, ascending, int32."""
+    T = len(sample.tokens)
+    start = min(question.start for question in sample.questions)
+    text = np.unique(np.linspace(T // 2 // _GROUP, start // _GROUP - 1, max(n // _GROUP, 1)).astype(int))
+    asked = itertools.chain.from_iterable(range(q.answer - 1, q.stop - 1) for q in sample.questions)
+    asking = np.unique([position // _GROUP for position in asked])
+    return _members(text), _members(asking[(asking + 1) * _GROUP <= T])
+
+
+def _members(groups: np.ndarray) -> np.ndarray:
+    return (groups[:, None] * _GROUP + np.arange(_GROUP)).ravel().astype(np.int32)
+
+
+def _of_entries(method: hj.Method) -> hj.Method:
+    """The same that hands out entries: their tokens and the tail would count, too."""
+    return method if method.entry_size == 1 else dataclasses.replace(method, tail=None, returns="entries")
+
+
+@functools.cache
+def _choose_of(rule: Rule, role: Role) -> Any:
+    return jax.jit(functools.partial(choose, rule, role))
+
+
+def _selection(indices: Array) -> hj.Selection:
+    return hj.Selection(indices=indices, count=jnp.sum(indices >= 0, axis=-1, dtype=jnp.int32))
+
+
+class Read(NamedTuple):
+    """What a model that runs by a rule makes of samples: bits a byte of the text [n], and which answers are right."""
+
+    bits: np.ndarray
+    right: list[bool]
+
+
+def read(runner: Runner, samples: Sequence[Sample], rule: Rule) -> Read:
+    """Bits of the second half of each sample up to its questions, statements and all, and its answers.
+
+    An answer is right if every byte of it is the likeliest one, those before it given.
+    """
+    bits, right = [], list[bool]()
+    for sample in samples:
+        logits, start = runner.logits(sample.tokens[None], rule), min(q.start for q in sample.questions)
+        of_bytes = np.asarray(bits_of(logits, jnp.asarray(sample.tokens[None])), np.float64)[0]
+        bits.append(of_bytes[len(sample.tokens) // 2 : start - 1].mean())
+        right += answered(np.asarray(jnp.argmax(logits, axis=-1))[0], sample)
+    return Read(np.array(bits), right)
+
+
+def beside(ours: Read, flat: Read) -> Row:
+    """Bits more than the flat rule's, paired by sample, with a 95 % interval; right answers."""
+    middle, low, _ = statistics.mean(ours.bits - flat.bits)
+    return {
+        "bits": float(ours.bits.mean()), "bits_over": middle, "bits_interval": middle - low,
+        "right": sum(ours.right), "questions": len(ours.right),
+    }  # fmt: skip
+
+
+def costs(rule: Rule, context: int, H: int) -> Row:
+    """In head products of the flat indexer: here, and of the same rule at DeepSeek-V3.2's sizes and 128K."""
+    S, heads, topk = _REAL
+    return {"cost": cost(rule, context, H), "cost_128K": cost(_at_real_size(rule, heads, topk), S, heads)}
+
+
+def _at_real_size(rule: Rule, H: int, topk: int) -> Rule:
+    """HISA's blocks and the scan's heads as published; of heads that are chosen the same share."""
+    method: hj.Method = hj.Dsa(topk=topk)
+    if isinstance(rule.method, hj.Hisa):
+        method = hj.Hisa(topk=topk)
+    elif isinstance(rule.method, hj.Scan):
+        method = hj.Scan(topk=topk)
+    heads = None if rule.heads is None else H // 4
+    return dataclasses.replace(rule, method=method, heads=heads, router_block=1024)
