@@ -173,6 +173,17 @@ def test_means_of_blocks_that_pages_keep_are_read_and_where_they_are_of_other_pa
     assert_same(other.select(implementation, method), wanted)
 
 
+@pytest.mark.exhaustive  # 40 s a case
+@pytest.mark.parametrize("implementation", ["mosaic_gpu_interpreted"], indirect=True)
+@pytest.mark.parametrize("block_topk", [4, 16], ids=["whole", "parts"])
+def test_queries_that_have_a_multiprocessor_each_choose_as_many_do(implementation, block_topk, monkeypatch):  # noqa: F811
+    """Whole queries have 512 columns or fewer; some keep all that they see, of one the last block is not full."""
+    monkeypatch.setattr(mosaic_gpu.stages, "n_sms", lambda: 16)
+    method = hj.Hisa(topk=50, block_size=64, block_topk=block_topk)
+    requests = draw(**DECODE | dict(lengths=[1300, 333, 0, 21, 250]), page_size=32, dtype=E4M3, block_size=64)
+    assert_same(requests.select(implementation, method), requests.select("xla", method))
+
+
 def test_a_request_that_lacks_a_page_selects_nothing_and_the_others_are_right(implementation):  # noqa: F811
     requests, method = draw(**PREFILL_AND_DECODE, page_size=32, dtype=BF16), METHODS["hisa"](32)
     requests = dataclasses.replace(requests, tables=requests.tables.at[0, 3].set(requests.cache.n_pages))

@@ -6,14 +6,12 @@ engine writes next. That was a wrong result once (docs/gpu.md). Here the machine
 
 import re
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 import hisa_jax as hj
 from hisa_jax.kernels_pallas import mosaic_gpu
 from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla import sparse_mla
-from hisa_jax.layout import Call
 from tests import kernel_calls
 from tests.gpu import whole_kernels
 from tests.gpu.test_lowering import BF16, E4M3
@@ -125,17 +123,9 @@ def _indexers(T, S, H, dtype):
 
 def _decode(R, page_size):
     """HISA and the flat indexer, one query of each of R requests of 128K."""
-    P, i32 = 131072 // page_size, jnp.int32
-    cache = jax.eval_shape(lambda: hj.init_cache(R * P, page_size, 128, E4M3, block_size=128))
-    leaves, structure = jax.tree.flatten(cache)
-
-    def call(q, w, visible, table, offsets, *leaves):
-        cache = jax.tree.unflatten(structure, leaves)
-        call = Call(q=q, w=w, visible=visible, query_offsets=offsets, table=table, cache=cache)
-        return mosaic_gpu.select_hisa(call, hj.Hisa(topk=2048)), mosaic_gpu.select_flat(call, 2048)
-
-    of_queries = ((R, 64, 128), E4M3), ((R, 64), jnp.float32), ((R,), i32)
-    return call, *of_queries, ((R, P), i32), ((R + 1,), i32), *((x.shape, x.dtype) for x in leaves)
+    hisa, *shapes = whole_kernels.decode("hisa", R, page_size)
+    flat, *_ = whole_kernels.decode("flat", R, page_size)
+    return lambda *x: (hisa(*x), flat(*x)), *shapes
 
 
 def _attention(T, heads):

@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import core
 
-from tests.gpu.test_lowering import lower
+import hisa_jax as hj
+from hisa_jax.kernels_pallas import mosaic_gpu
+from hisa_jax.layout import Call
+from tests.gpu.test_lowering import E4M3, lower
 
 _STUB = """int cuInit(unsigned flags) { return 0; }
 int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
@@ -40,14 +44,35 @@ def why_not() -> str | None:
     missing = [tool for tool in ("cc", "ptxas", "nvdisasm") if shutil.which(tool) is None]
     if missing:
         return f"needs {', '.join(missing)} on the path"
-    return None if _plugin() else "needs jax's CUDA 13 plugin"
+    return None if plugin() else "needs jax's CUDA 13 plugin"
 
 
-def _plugin() -> Path | None:
+def plugin() -> Path | None:
     if importlib.util.find_spec("jax_plugins") is None:
         return None
     spec = importlib.util.find_spec("jax_plugins.xla_cuda13")
     return None if spec is None or spec.origin is None else Path(spec.origin).parent / "xla_cuda_plugin.so"
+
+
+def make_stub(folder: Path) -> None:
+    """A driver for who has `folder` in LD_LIBRARY_PATH."""
+    (folder / "stub.c").write_text(_STUB)
+    subprocess.run(["cc", "-shared", "-fPIC", "stub.c", "-o", "libcuda.so.1"], cwd=folder, check=True)
+
+
+def decode(method, R, page_size):
+    """A step of one query of each of R requests of 128K, and the shapes and dtypes that it takes."""
+    P, i32 = 131072 // page_size, jnp.int32
+    cache = jax.eval_shape(lambda: hj.init_cache(R * P, page_size, 128, E4M3, block_size=128))
+    leaves, structure = jax.tree.flatten(cache)
+
+    def step(q, w, visible, table, offsets, *leaves):
+        cache = jax.tree.unflatten(structure, leaves)
+        call = Call(q=q, w=w, visible=visible, query_offsets=offsets, table=table, cache=cache)
+        return mosaic_gpu.select_flat(call, 2048) if method == "flat" else mosaic_gpu.select_hisa(call, hj.Hisa())
+
+    of_queries = ((R, 64, 128), E4M3), ((R, 64), jnp.float32), ((R,), i32)
+    return step, *of_queries, ((R, P), i32), ((R + 1,), i32), *((x.shape, x.dtype) for x in leaves)
 
 
 class Instruction(NamedTuple):
@@ -75,8 +100,7 @@ def compiled(folder: Path, f, *shapes) -> list[Program]:
     core.KNOWN_KERNELS.clear()
     jax.clear_caches()  # a kernel that was lowered before is not lowered again
     lower(f, *shapes)
-    (folder / "stub.c").write_text(_STUB)
-    subprocess.run(["cc", "-shared", "-fPIC", "stub.c", "-o", "libcuda.so.1"], cwd=folder, check=True)
+    make_stub(folder)
     return [_program(folder, i, module) for i, module in enumerate(core.KNOWN_KERNELS.values())]
 
 
@@ -85,7 +109,7 @@ def _program(folder: Path, i: int, module: bytes) -> Program:
     to = folder / str(i)
     to.mkdir()
     dump = {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_TO": str(to), "LD_LIBRARY_PATH": str(folder)}
-    command = [sys.executable, "-c", _COMPILE, str(_plugin()), str(folder / f"{i}.module")]
+    command = [sys.executable, "-c", _COMPILE, str(plugin()), str(folder / f"{i}.module")]
     subprocess.run(command, env={**os.environ, **dump}, capture_output=True, check=True)
     (ptx,) = to.glob("*.ptx")
     command = ["ptxas", "-arch=sm_90a", "-O3", "-v", str(ptx), "-o", str(to / "cubin")]
