@@ -22,7 +22,7 @@ from tests.gpu.ptx_machine import Machine
 from tests.gpu.test_lowering import lower
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-WIDTH, LEAST, MOST = 1056, 80, 128  # no whole number of what a warp marks at a time
+WIDTH, LEAST, MOST = 1024, 80, 128
 FORCED_OPTIONS = dict(keep_first=2, keep_last=3)
 OPTIONS = dict(least=LEAST, most=MOST, rank=26, step=4) | FORCED_OPTIONS
 
