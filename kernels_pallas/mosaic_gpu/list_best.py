@@ -34,7 +34,6 @@ def why_not(width: int, step: int) -> str | None:
 def list_best(
     x: Array,
     limit: Array,
-    samples: Array | None = None,
     *,
     least: int,
     most: int,
@@ -51,7 +50,6 @@ def list_best(
 
     Args:
         limit: columns from here on are no candidates, whatever they hold.
-        samples: [T, W / step], every `step`-th sort key; None: they are picked from x, a line of memory for each two.
         rank: of the first threshold among every `step`-th sort key.
         keep_first, keep_last: so many first and last candidates are listed whatever their sort keys.
     """
@@ -59,16 +57,7 @@ def list_best(
     if reason := why_not(W, step):
         raise ValueError(f"list_best: x is [{T}, {W}]: {reason}")
     sample = sample_of(-(-W // step), rank)
-    row = Row(
-        width=W,
-        step=step,
-        apart=step if samples is None else 1,
-        least=least,
-        most=most,
-        keep_first=keep_first,
-        keep_last=keep_last,
-        sample=sample,
-    )
+    row = Row(width=W, step=step, least=least, most=most, keep_first=keep_first, keep_last=keep_last, sample=sample)
     tokens, count = plgpu.kernel(
         functools.partial(_body, row, interpret),
         out_type=[jax.ShapeDtypeStruct((T, most), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)],
@@ -79,19 +68,12 @@ def list_best(
         scratch_types=[plgpu.SMEM((row.smem_bytes // 4,), jnp.int32)],
         kernel_name="hisa_list_best",
         interpret=interpret,
-    )(jnp.minimum(limit, W), x, samples)
+    )(jnp.minimum(limit, W), x)
     return tokens, count
 
 
 def _body(
-    row: Row,
-    interpret: Interpret,
-    limit_gmem: Ref,
-    x_gmem: Ref,
-    samples_gmem: Ref | None,
-    tokens_gmem: Ref,
-    count_gmem: Ref,
-    smem: Ref,
+    row: Row, interpret: Interpret, limit_gmem: Ref, x_gmem: Ref, tokens_gmem: Ref, count_gmem: Ref, smem: Ref
 ) -> None:
     # One CTA, one row:   every 16th sort key -> registers -> threshold -> all of them -> bits -> sums -> tokens, count
     #
@@ -99,9 +81,7 @@ def _body(
     t = lax.axis_index("row")
     limit = limit_gmem[t]
     if not interpret:
-        own = inline.Row(x_gmem, t, row.width)
-        samples = own if samples_gmem is None else inline.Row(samples_gmem, t, samples_gmem.shape[1])
-        list_row(row, own, samples, limit, tokens_gmem, count_gmem, smem)
+        list_row(row, inline.Row(x_gmem, t, row.width), limit, tokens_gmem, count_gmem, smem)
         return
     # Exactly the best `least`, where the chip may list some more.
     column = jnp.arange(row.width, dtype=jnp.int32)
