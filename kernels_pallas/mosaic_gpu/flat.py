@@ -31,7 +31,6 @@ ONE_TILE = 16384  # up to this many tokens are selected from in one piece
 STEP = 13824  # tokens of a tile: bounds the memory to T * STEP sort keys
 PART = 16384  # columns of a row of few queries that are selected from at a time
 MOST_BYTES = 1 << 29  # of the sort keys of few queries
-_GROUPS_OF_FEW = 3  # warp-groups that score for few queries
 
 
 Found = tuple[Array, Array, Array | None]  # positions, ascending, then -1, [T, topk]; count, [T]; maybe sort keys
@@ -134,9 +133,9 @@ def _of_few(
 ) -> Found:
     """`flat` by all sort keys, in whole parts of a row."""
     T, n, interpret = operands.q.shape[0], _parts(sequences.max_keys) * PART, launch["interpret"]
-    # Several spans are on their way: a span is soon scored for one query.
+    # Spans of two warp-groups fill parts. Several are on their way: a span is soon scored for one query.
     sizes = scores_stage.Sizes.of(operands)
-    config = scores_stage.heuristic(sizes, n, launch["n_ctas"], n_score=_GROUPS_OF_FEW, n_keys=4)
+    config = scores_stage.heuristic(sizes, n, launch["n_ctas"], n_score=2, n_keys=4)
     # No more queries a tile than a sequence has on average: a tile is of one sequence.
     config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // len(sequences.lengths))))
     tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_few, select_row
@@ -63,14 +62,16 @@ def topk(
 
 
 def topk_of_parts(x: Array, limit: Array, k: int, *, part: int, interpret: Interpret = False) -> tuple[Array, Array]:
-    """[T, W] sort keys, none forced, [T] -> of each whole part of a row the k best: [T, n * k] columns and sort keys.
+    """[T, n * part] sort keys, none forced, [T] -> the k best of each part of a row: [T, n * k] columns and sort keys.
 
     Columns ascend in each part; where there are fewer, -1 and `INVISIBLE`.
     """
-    options: dict[str, Any] = dict(part=part, has_forced=False, has_sort_keys=True, interpret=interpret)
-    columns, _, sort_keys = _launch(x, limit, None, k, **options)
+    T, W = x.shape
+    n = W // part
+    options: dict[str, Any] = dict(n_parts=n, has_forced=False, has_sort_keys=True, interpret=interpret)
+    columns, _, sort_keys = _launch(x.reshape(T * n, part), limit, None, k, **options)
     assert sort_keys is not None
-    return columns.reshape(len(x), -1), sort_keys.reshape(len(x), -1)
+    return columns.reshape(T, n * k), sort_keys.reshape(T, n * k)
 
 
 def topk_of_listed(
@@ -94,7 +95,7 @@ def topk_of_listed(
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "k", "part", "per_column", "block_size", "is_full", "is_listed", "has_forced", "has_sort_keys", "interpret",
+        "k", "n_parts", "per_column", "block_size", "is_full", "is_listed", "has_forced", "has_sort_keys", "interpret",
     ),
 )  # fmt: skip
 def _launch(
@@ -103,15 +104,14 @@ def _launch(
     ids: Array | None,
     k: int,
     *,
-    part: int | None = None,
+    n_parts: int = 1,
     per_column: int = 1,
     block_size: int = 1,
     interpret: Interpret,
     **flags: bool,
 ) -> tuple[Array, Array, Array | None]:
-    n_parts = 1 if part is None else x.shape[1] // part
-    T, W = x.shape[0] * n_parts, part or x.shape[1]
-    if x.shape[1] % 4 or W % 4 or W > MAX_WIDTH:
+    T, W = x.shape
+    if W % 4 or W > MAX_WIDTH:
         raise ValueError(f"topk: x has rows of {W} sort keys, wanted a multiple of 4 up to {MAX_WIDTH}")
     shape = dataclasses.replace(select_few.shape_of(W, k), **flags)
     plan = _Plan(shape=shape, n_parts=n_parts, per_column=per_column, block_size=block_size, interpret=interpret)
@@ -141,7 +141,7 @@ def _body(plan: _Plan, limit_gmem: Ref | None, ids_gmem: Ref | None, x_gmem: Ref
     limit, output = limit - first, select_row.Output(t, *out)
     if not plan.interpret:
         ids = None if ids_gmem is None else Row(ids_gmem, t, ids_gmem.shape[1])
-        select_few.choose(shape, Row(x_gmem, query, x_gmem.shape[1]), limit, first, ids, plan.block_size, smem, output)
+        select_few.choose(shape, Row(x_gmem, t, shape.width), limit, first, ids, plan.block_size, smem, output)
         return
     columns = jnp.arange(shape.width, dtype=jnp.int32)
     positions = columns + first
@@ -149,5 +149,5 @@ def _body(plan: _Plan, limit_gmem: Ref | None, ids_gmem: Ref | None, x_gmem: Ref
         ids = ids_gmem[t]
         of_block = jnp.minimum(columns // plan.block_size, ids.shape[0] - 1)
         positions = ids if shape.is_listed else ids[of_block] * plan.block_size + columns % plan.block_size
-    sort_keys = jnp.where(shape.is_full & (limit <= shape.k), 0, x_gmem[query, pl.ds(first, shape.width)])
+    sort_keys = jnp.where(shape.is_full & (limit <= shape.k), 0, x_gmem[t])
     select_row.choose_reference(jnp.where(columns < limit, sort_keys, INVISIBLE), positions, output)

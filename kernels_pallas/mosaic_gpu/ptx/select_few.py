@@ -42,7 +42,7 @@ def choose(
     """Writes the best of the first `limit` sort keys of a row; runs on all threads of the CTA.
 
     Args:
-        x: whose sort keys from `first` on these are, shape.width; `first` is what column 0 stands for, without `ids`.
+        x: of shape.width sort keys. first: what column 0 stands for, without `ids`.
         ids: blocks that columns are of, or, if shape.is_listed, what each stands for.
         smem: [shape.smem_bytes / 4] int32.
     """
@@ -60,7 +60,7 @@ def choose(
         row, ids_row, limit, first, t = (x.registers.item() for x in (row, ids_row, limit, first, t))
         utils.inline_ptx(
             ptx,
-            address_of(keys, row, x.width, first),
+            address_of(keys, row, x.width),
             limit,
             first,
             address_of(listed, ids_row, ids.width),
