@@ -37,6 +37,7 @@ _RANK = 512  # of the threshold among the samples, where there may be so many: c
 _DEVIATIONS = 5  # standard ones of a count, by which more are aimed at than are wanted
 _BYTES = 2**30  # of what all queries at a time leave in memory
 FEW = 132  # queries: of these each has a multiprocessor for its list
+_FEW_KEYS = 2**19  # of a sequence: the bits of as many fit into shared memory twice
 _FEW_BYTES = 2**29  # of their sort keys
 _FEW_SAMPLES = 16384  # of each: what registers of a multiprocessor hold
 
@@ -154,8 +155,8 @@ def ask_of(method: Scan, max_keys: int, max_samples: int = _MAX_SAMPLES) -> Ask:
 def way_of(call: FlatCall, topk: int) -> Way:
     """By lists from the sort keys of all keys, where queries are so few that these are written, or by samples."""
     del topk
-    T = call.q.shape[0]
-    return "lists" if T <= FEW and 4 * T * call.sequences.max_keys <= _FEW_BYTES else "samples"
+    T, n = call.q.shape[0], call.sequences.max_keys
+    return "lists" if T <= FEW and n <= _FEW_KEYS and 4 * T * n <= _FEW_BYTES else "samples"
 
 
 def select_few(stages: ScanStages, call: FlatCall, method: Scan, interpret: Interpret = False) -> tuple[Array, Array]:
