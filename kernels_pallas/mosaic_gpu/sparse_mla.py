@@ -4,13 +4,13 @@
 Floor, 4096 queries of dsv32 (128 heads, 576 / 512, 2048 tokens), H200: tensor cores 2.3 PFLOP / 990 TFLOP/s = 2.4 ms;
 L2 to the SMs 19.3 GB (each group of 64 heads reads the tokens) = 2.5 ms at the 7.5 TB/s that gathering alone reaches;
 shared memory 2.8 ms (320 KB of operands and copies a tile of 64 tokens, at 128 B a cycle). None of them is the limit:
-most of the 4.9 ms is stages (copy, scores, softmax, values) that wait for each other, with two slots for tiles.
+most of the 4.3 ms is stages (copy, scores, softmax, values) that wait for each other, with two slots for tiles.
 
 A CTA takes 64 heads of a query, one CTA an SM, persistent over queries. Warp-groups: one that copies, one that scores,
 two with half of the value columns each. With few queries (decode) lists are split and `combine` adds up the parts.
 
-Latents in 8 bits are 656 bytes a token in place of 1152; the warp-group that copies makes them bfloat16 on the way. A
-tile of 64 tokens takes a warp of it about 1000 instructions, where products of a tile take 2176 cycles.
+Latents in 8 bits are 656 bytes a token in place of 1152; the warp-group that copies makes them bfloat16 in their slot.
+A tile of 64 tokens takes a warp of it 1165 instructions, and 8750 cycles, where products of a tile take 2176.
 """
 
 import dataclasses
@@ -52,8 +52,6 @@ class Config:
     """How the work is divided: it changes the speed and the last bits, nothing else."""
 
     n_splits: int = 1  # parts of a query's list
-    prefetches: bool = False  # asks for rows in L2 while their slot is in use
-    keeps: bool = True  # asks L2 to evict other data before rows
 
 
 def why_not(
@@ -69,14 +67,13 @@ def why_not(
     return None if N in (16, 32, 64, 128) else f"needs 16, 32, 64 or 128 heads, not {N}"
 
 
-def heuristic(n_queries: int, N: int, K: int, n_ctas: int = 132, is_quantized: bool = False) -> Config:
+def heuristic(n_queries: int, N: int, K: int, n_ctas: int = 132) -> Config:
     """Splits the token list until every multiprocessor has work, but into no less than a pair of tiles."""
     items = n_queries * -(-N // HEADS)
     n_splits = 1
     while items * n_splits * 2 <= n_ctas and K // (2 * n_splits) >= PAIR:
         n_splits *= 2
-    # Of rows that go through registers only a few are in flight.
-    return Config(n_splits=n_splits, prefetches=is_quantized)
+    return Config(n_splits=n_splits)
 
 
 @in_32_bits
@@ -101,7 +98,7 @@ def sparse_mla(
         n_ctas: how many persistent CTAs; the SMs of the device.
     """
     (B, T, N, E), S, K = q.shape, kv.shape[1], indices.shape[2]
-    config = config or heuristic(B * T, N, K, n_ctas, isinstance(kv, QuantizedLatents))
+    config = config or heuristic(B * T, N, K, n_ctas)
     n_splits, groups = config.n_splits, -(-N // HEADS)
     indices = indices.reshape(B * T, K)
     q = jnp.pad(q.reshape(B * T, N, E), ((0, 0), (0, groups * HEADS - N), (0, 0)))
@@ -114,8 +111,6 @@ def sparse_mla(
         n_splits=n_splits,
         pairs=-(-K // (PAIR * n_splits)),
         scale=scale,
-        prefetches=config.prefetches,
-        keeps=config.keeps,
         n_ctas=min(n_ctas, n_splits * B * T * groups),
         interpret=interpret,
     )

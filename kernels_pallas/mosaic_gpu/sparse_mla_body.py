@@ -22,7 +22,6 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import (
     gather_rows,
     load_lane_word,
     load_word,
-    prefetch_rows,
     store_bias,
 )
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
@@ -58,8 +57,6 @@ class Plan:
     n_splits: int
     pairs: int  # of tiles a split
     scale: float
-    prefetches: bool
-    keeps: bool
     n_ctas: int
     interpret: object
 
@@ -169,14 +166,12 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
             def one_tile(j, index):
                 slot, landed = j % SLOTS, smem.landed_at(j % SLOTS * len(PARTS) + part)
                 row = jnp.where((index >= 0) & (index < plan.keys), first_row + index, -1)
-                if plan.prefetches:
-                    prefetch(gmem.kv, row, part)
                 plgpu.barrier_wait(smem.k_free.at[landed.row])
                 tile = TileRows(smem.k, slot, first)
                 if isinstance(gmem.kv, QuantizedLatents):
                     gather_latents(gmem.kv, row, tile, *groups_of(part), landed)
                 else:
-                    gather_rows(gmem.kv, row, tile, PARTS[part], landed, plan.keeps)
+                    gather_rows(gmem.kv, row, tile, PARTS[part], landed, keeps=True)
                 if part == 0:
                     store_bias(Row(smem.bias, slot, TOKENS), first, row, landed)
                 # The next tile's index, so that it is there when its slot is.
@@ -192,18 +187,6 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
         first = warp % 2 * ROWS_PER_WARP
         pl.when(warp // 2 == 0)(lambda: one_part(0, first, warp == 0))
         pl.when(warp // 2 == 1)(lambda: one_part(1, first, warp < 0))
-
-
-def prefetch(kv: Ref | QuantizedLatents, row: Array, part: int) -> None:
-    """Asks for what a part of a tile reads, while its slot is still in use."""
-    if not isinstance(kv, QuantizedLatents):
-        prefetch_rows(kv, row, PARTS[part])
-        return
-    groups, has_rope = groups_of(part)
-    prefetch_rows(kv.values, row, [(group * GROUP, GROUP) for group in groups])
-    prefetch_rows(kv.scales, row, [(0, kv.scales.shape[1])])
-    if has_rope:
-        prefetch_rows(kv.rope, row, [(0, KEY_DIM - VALUE_DIM)])
 
 
 def groups_of(part: int) -> tuple[tuple[int, ...], bool]:

@@ -93,13 +93,6 @@ def test_lowers(B, T, S, N, K):
     assert "custom_call" in lower(attend, *shapes)
 
 
-def test_prefetches_lower():
-    def attend(q, kv, indices):
-        return sparse_mla(q, kv, indices, value_dim=512, scale=SCALE, config=Config(prefetches=True))
-
-    assert "custom_call" in lower(attend, ((8, 1, 64, 576), BF16), ((8, 99, 576), BF16), ((8, 1, 256), jnp.int32))
-
-
 def test_latents_in_8_bits_lower():
     def attend(q, indices, *latents):
         return sparse_mla(q, hj.QuantizedLatents(*latents), indices, value_dim=512, scale=SCALE)
@@ -140,8 +133,9 @@ def test_on_device(gpu, B, T, N, S, K):
 def test_latents_in_8_bits_on_device(gpu, B, T, N, S, K, scale):
     q, kv, indices = draw(B, T, N, S, K)
     latents, plain = quantized(kv * jnp.exp(jnp.arange(S) % 9 - 4)[None, :, None].astype(BF16), scale)
-    # Scales that are no powers of two are rounded before the product here, in `plain` after it.
-    check(q / 50, plain, indices, latents=latents, lse_error=1e-3 if scale == "ue8m0" else 4e-3)
+    # A scale that is no power of two is rounded to bfloat16 first: 2^-9 of what its group gives to a logit, and logits
+    # are up to 5 here. `plain` rounds products alone.
+    check(q / 50, plain, indices, latents=latents, lse_error=1e-3 if scale == "ue8m0" else 5 * 2**-9)
 
 
 @pytest.mark.gpu

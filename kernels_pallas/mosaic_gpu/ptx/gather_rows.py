@@ -26,7 +26,6 @@ from hisa_jax.kernels_pallas.types import Ref
 ROWS_PER_WARP = 32  # one a lane
 BARRIER_WORDS = 2
 _CHUNK = 16  # bytes a lane copies at a time
-_LINE = 128  # bytes that come to L2 together
 
 
 def load_word(ref: Ref, i: Array) -> Array:
@@ -102,24 +101,6 @@ def gather_rows(
         )
 
     gather(source, target.tiles, landed.ref, row, target.slot, target.first, landed.row)
-
-
-def prefetch_rows(source: Ref, row: Array, columns: Sequence[tuple[int, int]]) -> None:
-    """Asks for the lanes' rows of `source` [*, E] in L2, none for row -1.
-
-    Args:
-        columns: pieces as for `gather_rows`.
-    """
-    size, E = source.dtype.itemsize, source.shape[1]
-    at = [byte for first, n in columns for byte in range(first * size, (first + n) * size, _LINE)]
-    lines = " ".join(f"@p prefetch.global.L2 [a+{byte}];" for byte in at)
-    ptx = f"{{ .reg .pred p; .reg .b64 a; setp.ge.s32 p, $1, 0; mad.wide.s32 a, $1, {E * size}, $0; {lines} }}"
-
-    @plgpu.inline_mgpu(arg_types=(REF, SPLAT))
-    def prefetch(_ctx, source, row):
-        utils.inline_ptx(ptx, utils.memref_ptr(source), row.registers.item(), has_side_effects=True)
-
-    prefetch(source, row)
 
 
 def gather_scales(scales: Ref, row: Array, target: Row, first: Array) -> None:
