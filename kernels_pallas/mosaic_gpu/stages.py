@@ -142,14 +142,14 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
     """`refine.refine`, or its scores and then `topk`, where queries are fewer than CTAs or outgrow shared memory."""
     (T, H, D), m, itemsize, n_ctas = call.q.shape, block_ids.shape[1], call.k.dtype.itemsize, n_sms()
     block_size, topk, pages = method.block_size, method.topk, call.pages
-    kept, n_parts = _kept(call, block_ids, block_size), refine_stage.split(T, m, block_size, _apart(H), n_ctas)
+    kept = _kept(call, block_ids, block_size)
     if not has_ratio(method):
         # A query has as many kept blocks as it sees, as far as the filter keeps so many.
         kept = dataclasses.replace(kept, count=jnp.minimum(-(-call.visible // block_size), m))
+    n_parts = refine_stage.split(T, m, block_size, _apart(H), n_ctas)
     page_size = None if pages is None else pages.size
     fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size)
-    # With a query a CTA there is no next one to be scored while the best are selected, by one warp-group alone.
-    if fused is not None and (n_ctas < T or (n_parts == 1 and m * block_size > few_topk_stage.MAX_WIDTH)):
+    if fused is not None and n_parts == 1:
         shape = dict(H=H, D=D, m=m, block_size=block_size, itemsize=itemsize)
         # Those found for keys in one piece leave no room for the pages' numbers.
         config = tuned(refine_stage.Config, "mosaic_gpu.refine", **shape) if pages is None else None
@@ -157,11 +157,8 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
         return refine_stage.refine(call.operands, kept, k_top=topk, config=config or fused, **options)
     sort_keys, limit = _refine_scores(call, kept, interpret)
     if _are_few(sort_keys):
-        # A query with fewer blocks than it may keep has all that it sees, so that its columns are positions. Parts of
-        # queries write every column.
-        ends = limit if has_ratio(method) else call.visible
-        last = ends if n_parts == 1 else None
-        return few_topk_stage.topk(sort_keys, last, topk, kept, has_forced=False, interpret=interpret)
+        written = limit if n_parts == 1 else None  # parts write every column
+        return few_topk_stage.topk(sort_keys, written, topk, kept, has_forced=False, interpret=interpret)
     return narrow_topk_stage.topk(sort_keys, limit, topk, kept, interpret=bool(interpret))
 
 

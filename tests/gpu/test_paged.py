@@ -177,7 +177,7 @@ def test_means_of_blocks_that_pages_keep_are_read_and_where_they_are_of_other_pa
 @pytest.mark.parametrize("implementation", ["mosaic_gpu_interpreted"], indirect=True)
 @pytest.mark.parametrize("block_topk", [4, 16], ids=["whole", "parts"])
 def test_queries_that_have_a_multiprocessor_each_choose_as_many_do(implementation, block_topk, monkeypatch):  # noqa: F811
-    """Whole queries have 512 columns or fewer; some keep all that they see, of one the last block is not full."""
+    """Whole ones are selected from where they are scored; some keep all they see, of one the last block is not full."""
     monkeypatch.setattr(mosaic_gpu.stages, "n_sms", lambda: 16)
     method = hj.Hisa(topk=50, block_size=64, block_topk=block_topk)
     requests = draw(**DECODE | dict(lengths=[1300, 333, 0, 21, 250]), page_size=32, dtype=E4M3, block_size=64)
