@@ -17,8 +17,10 @@ ON_CPU = JAX_PLATFORMS=cpu $(CACHED) $(<D)/bin/python -m
 FAST := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 TESTS = $(ON_CPU) pytest -n 2 --dist worksteal
 # Interpreted, each waiting warp-group of a GPU kernel blocks a thread of XLA: on two cores' worth of them the kernel
-# stands still. Programs that call back into Python are never kept.
-KERNEL_TESTS = JAX_PLATFORMS=cpu NPROC=32 $(<D)/bin/python -m pytest -n 2 --dist worksteal tests/gpu tests/tpu
+# stands still. Where libtpu writes its schedules, a new folder each time, is part of what a program is kept under once
+# it is loaded: nothing is kept of processes that run tests/tpu.
+KERNEL_TESTS = JAX_PLATFORMS=cpu NPROC=32 $(<D)/bin/python -m pytest -n 2 --dist worksteal
+KERNELS := tests/gpu tests/tpu
 CORE := --ignore=tests/gpu --ignore=tests/tpu
 
 .PHONY: demo check test pytest fuzz test-integrations test-oldest test-oldest-exhaustive test-exhaustive mutants test-serve soak soak-mesh lint docs format clean
@@ -31,13 +33,14 @@ demo: .venv/demo.stamp
 check: lint
 check: .venv-test/test.stamp
 	$(FAST) $(TESTS) -m check $(CORE) $(ARGS)
-	$(KERNEL_TESTS) -m check
+	$(KERNEL_TESTS) -m check $(KERNELS)
 
 test: pytest fuzz
 
 pytest: .venv-test/test.stamp
 	$(FAST) $(TESTS) -m "not exhaustive" $(CORE) --cov --cov-report= $(ARGS)
-	$(KERNEL_TESTS) -m "not exhaustive" --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=95
+	NPROC=32 $(TESTS) -m "not exhaustive" tests/gpu --cov --cov-append --cov-report=
+	$(KERNEL_TESTS) -m "not exhaustive" tests/tpu --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=95
 
 fuzz: .venv-test/test.stamp
 	$(ON_CPU) bench fuzz --minutes 0.5
@@ -48,7 +51,7 @@ OF_THE_LIBRARY := $(wildcard tests/test_*.py) tests/oracle
 test-exhaustive: .venv-test/test.stamp
 	$(TESTS) $(OF_THE_LIBRARY)
 	$(FAST) $(TESTS) -m exhaustive tests/models tests/bench
-	$(KERNEL_TESTS) -m exhaustive
+	$(KERNEL_TESTS) -m exhaustive $(KERNELS)
 	$(MUTANTS)
 	$(MAKE) test-oldest-exhaustive
 
@@ -79,7 +82,7 @@ test-integrations:
 # one of the models on a mesh, a kernel a backend interpreted, every kernel lowered.
 test-oldest: .venv-oldest/test.stamp
 	$(FAST) $(TESTS) -m "(check or oldest) and not exhaustive" $(CORE) $(ARGS)
-	$(FAST) $(KERNEL_TESTS) -m "(check or oldest) and not exhaustive"
+	$(FAST) $(KERNEL_TESTS) -m "(check or oldest) and not exhaustive" $(KERNELS)
 
 # Each value of a test's parameters there.
 OLDEST_CORE := $(addprefix tests/,test_docs.py test_golden.py test_cache.py test_checked.py test_context.py test_context_paged.py \
@@ -87,7 +90,7 @@ OLDEST_CORE := $(addprefix tests/,test_docs.py test_golden.py test_cache.py test
 	models/test_sharding.py models/test_checkpoint.py models/test_loader.py)
 test-oldest-exhaustive: .venv-oldest/test.stamp
 	$(FAST) $(TESTS) -m "not slow" --each-value $(OLDEST_CORE)
-	$(FAST) $(KERNEL_TESTS) -m "not slow and not exhaustive" --each-value
+	$(FAST) $(KERNEL_TESTS) -m "not slow and not exhaustive" --each-value $(KERNELS)
 
 # An engine on 8 emulated devices: 500 requests with shared prefixes and drafts, 15 in a hundred cancelled, every
 # selection against the oracle, tokens against one device, and no page lost. 10 minutes on two cores.

@@ -1,7 +1,8 @@
 """What a checkpoint of the byte model keeps under block means: answers, bits and recall at ratios of 1 in 2 to 1 in 16.
 
-A ratio is how many tokens of the context there are for each that HISA scores exactly. Made for the arms of
-`hisa_jax.models.training.arms`: see docs/lighthouse.md. A part that is done is written at once.
+A ratio is how many tokens of the context there are for each that HISA scores exactly. "More bits" are those beyond the
+flat indexer's, window by window. Made for the arms of `hisa_jax.models.training.arms`: see docs/lighthouse.md. A part
+that is done is written at once.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from bench.quality.agreement import agreement_rows
 from bench.quality.answers import bits_rows, most_keys, multikey_rows, multikey_samples, needle_rows
 from bench.quality.command import corpus_of
 from bench.quality.model import load
+from bench.quality.tables import excess
 from bench.quality.variants import FLAT, Variant
 from bench.records import device, plain
 
@@ -57,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     topk, n, context = stacked.config.index_topk, args.samples, args.context
     flat, *others = variants(topk, context)
     rows: list[dict[str, Any]] = []
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
 
     def add(part: str, method: str, found: list[dict[str, Any]]) -> None:
         rows.extend({"part": part, "context": context, "method": method} | row for row in found)
@@ -68,8 +72,10 @@ def run(args: argparse.Namespace) -> int:
     for variant in (flat, *others):
         add("multikey", variant.name, multikey_rows(stacked, corpus, variant, context, n, args.keys))
         add("needle", variant.name, needle_rows(stacked, corpus, variant, context, _DEPTHS, -(-n // 4)))
-        bits = bits_rows(stacked, corpus, variant, context, n)[-1]
-        add("bits", variant.name, [{name: x for name, x in bits.items() if name != "by_window"}])
+        add("bits", variant.name, bits_rows(stacked, corpus, variant, context, n)[-1:])
+        more = None if variant == flat else excess(rows, variant.name, part="bits")
+        if more is not None:
+            add("more bits", variant.name, [dict(zip(("bits", "low", "high"), more, strict=True))])
     samples = multikey_samples(corpus, context, -(-n // 4), most_keys(context, args.keys))
     found = agreement_rows(stacked, samples, flat, (flat, *others[:-1]), args.queries, topk)
     add("layers", "", [row for row in found if row["measure"] in _MEASURES and row["method"] != FLAT])

@@ -41,7 +41,7 @@ class FlatCall:
 
     def first_blocks(self, block_size: int) -> Array:
         """[T] int32: which block of all rows is the first of each query's sequence."""
-        return self.sequences.key_start_of_queries(self.q.shape[0]) // block_size
+        return self.sequences.blocks(block_size).key_start_of_queries(self.q.shape[0])
 
     def map_queries(self, f: "Callable[..., tuple[Array, ...]]", size: int, *rows: Array) -> tuple[Array, ...]:
         """f over `size` queries at a time, which bounds the memory of what f makes of a query.

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas import lists, scan, units
 from hisa_jax.kernels_pallas.flat_call import FlatCall, flatten
+from hisa_jax.kernels_pallas.operands import KeyBlocks
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few, means_of
 from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.types import Interpret
@@ -57,6 +58,10 @@ class Stages(scan.ScanStages, units.UnitStages, lists.ListStages, Protocol):
         """Mean key of each block over the `counts` [S // block_size] tokens present in it."""
         ...
 
+    def pools_where_scored(self, n_sequences: int, T: int, k: Array) -> bool:
+        """Whether `block_filter` should take means of keys [S, D] itself, for T queries of so many sequences."""
+        ...
+
     def pool_pages(self, page_sums: PageSums, dtype: DTypeLike, *, interpret: Interpret = False) -> Means:
         """Mean key of each block from its pages' sums, as `pool` gives them for keys of `dtype`."""
         ...
@@ -64,7 +69,7 @@ class Stages(scan.ScanStages, units.UnitStages, lists.ListStages, Protocol):
     def block_filter(
         self,
         call: FlatCall,
-        means: Means | PageSums | PageMeans,
+        means: Means | KeyBlocks | PageSums | PageMeans,
         eligible: Eligible,
         method: Hisa | BlockSparse,
         interpret: Interpret = False,
@@ -75,7 +80,7 @@ class Stages(scan.ScanStages, units.UnitStages, lists.ListStages, Protocol):
     def block_sort_keys(
         self,
         call: FlatCall,
-        means: Means | PageSums | PageMeans,
+        means: Means | KeyBlocks | PageSums | PageMeans,
         eligible: Array,
         method: Hisa | BlockSparse | ByScore,
         interpret: Interpret = False,
@@ -103,10 +108,12 @@ class Indexer:
     Attributes:
         flat_up_to: a scan with 64 heads of at most so many times its candidates is the flat indexer, which scores all
             of them and is faster there; with fewer heads of more.
+        way_of_scan: how a call is scanned, by topk.
     """
 
     stages: Stages
     flat_up_to: float = 1.0
+    way_of_scan: Callable[[FlatCall, int], scan.Way] = scan.way_of
 
     def select_hisa(
         self, call: Call, method: Hisa, interpret: Interpret = False, n_kept: Array | None = None
@@ -166,6 +173,11 @@ class Indexer:
                 flat = dataclasses.replace(flat, sketch=call.sketch)
             if flat.sequences.max_keys * flat.q.shape[1] <= self.flat_up_to * 64 * method.block_topk:
                 return self.select_flat(call, method.topk, interpret)
+            way = self.way_of_scan(flat, method.topk)
+            if way == "flat":
+                return self.select_flat(call, method.topk, interpret)
+            if way == "lists":
+                return self._within_budget(call, flat, scan.select_few(self.stages, flat, method, interpret), interpret)
             n = scan.queries_at_a_time(method, flat.sequences.max_keys)
             indices, count = flat.map_queries(lambda flat: scan.select(self.stages, flat, method, interpret), n)
             return self._within_budget(call, flat, (indices, count), interpret)
@@ -232,10 +244,12 @@ def _given(rows: Array | None) -> tuple[Array, ...]:
 
 def block_means(
     stages: Stages, call: Call, flat: FlatCall, block_size: int, interpret: Interpret
-) -> Means | PageSums | PageMeans:
+) -> Means | KeyBlocks | PageSums | PageMeans:
     """Those of all sequences, or what a filter takes them from."""
     if flat.pages is None:
         counts = flat.sequences.tokens_in_blocks(flat.k.shape[0], block_size)
+        if stages.pools_where_scored(len(flat.sequences.lengths), flat.q.shape[0], flat.k):
+            return KeyBlocks(k=flat.k, k_scale=flat.k_scale, counts=counts, size=block_size)
         return stages.pool(flat.k, flat.k_scale, counts, block_size=block_size, interpret=interpret)
     assert call.cache is not None
     means = means_of(flat.pages, block_size, call.cache)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from hisa_jax.kernels_pallas.pages import Pages
@@ -52,6 +53,23 @@ class Columns:
     keep_first: int = dataclasses.field(default=0, metadata=_STATIC)
     keep_last: int = dataclasses.field(default=0, metadata=_STATIC)
     threshold: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeyBlocks:
+    """The block means of all sequences, not yet taken.
+
+    Attributes:
+        k: [S, D]; k_scale: [S] float32, or None where every scale is 1. Sequences begin with a block.
+        counts: [S // size] int32, tokens present in each block, the first ones.
+        size: tokens of a block.
+    """
+
+    k: Array
+    k_scale: Array | None
+    counts: Array | np.ndarray
+    size: int = dataclasses.field(metadata=_STATIC)
 
 
 @jax.tree_util.register_dataclass

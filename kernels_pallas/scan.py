@@ -8,19 +8,24 @@
 
 A sample tells within a few percent how many keys reach a threshold. So a query has all that do if they are at least the
 `candidates` it is to have and at most half as many more. Otherwise other thresholds are tried (`_search`).
+
+A few queries have their scan scores of all keys written: then `list_best` samples these, and looks again where a sample
+misleads. So few launches are left, and the host waits for none:
+
+    scan_heads, scan_sort_keys of every key, list_best, refine_tokens
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.operands import ScanHeads
-from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
+from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, halfway
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import Scan
 
@@ -31,7 +36,13 @@ _MAX_SAMPLES = 32768  # of a query: what `kth` takes
 _RANK = 512  # of the threshold among the samples, where there may be so many: counts then err by a twentieth
 _DEVIATIONS = 5  # standard ones of a count, by which more are aimed at than are wanted
 _BYTES = 2**30  # of what all queries at a time leave in memory
+FEW = 132  # queries: of these each has a multiprocessor for its list
+_FEW_KEYS = 2**19  # of a sequence: the bits of as many fit into shared memory twice
+_FEW_BYTES = 2**29  # of their sort keys
+_FEW_SAMPLES = 16384  # of each: what registers of a multiprocessor hold
 
+# How a call is scanned: as the flat indexer does, which is faster; `select_few`; `select`.
+Way = Literal["flat", "lists", "samples"]
 Lists = tuple[Array, Array]  # [T, capacity] int32 tokens, ascending, then -1; [T] int32, how many
 
 
@@ -44,6 +55,12 @@ class ScanStages(Protocol):
 
     def scan_sort_keys(self, call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
         """Sort keys of the scan scores of every `step`-th key of its sequence: [T, n] int32; unseen ones: anything."""
+        ...
+
+    def list_best(
+        self, sort_keys: Array, visible: Array, ask: "Ask", method: Scan, interpret: Interpret = False
+    ) -> Lists:
+        """Of few queries, the tokens of the best of all sort keys, [T, n], and those that are always kept."""
         ...
 
     def kth(self, sort_keys: Array, limit: Array, rank: Array, interpret: Interpret = False) -> Array:
@@ -99,9 +116,9 @@ def capacity(candidates: int) -> int:
     return -(-(candidates + candidates // 2) // _LISTED) * _LISTED
 
 
-def sample_step(candidates: int, max_keys: int) -> int:
+def sample_step(candidates: int, max_keys: int, max_samples: int = _MAX_SAMPLES) -> int:
     """Of how many keys one is sampled: a power of two."""
-    least = -(-max_keys // _MAX_SAMPLES)
+    least = -(-max_keys // max_samples)
     return max(1 << (max(candidates // _RANK, 1).bit_length() - 1), 1 << (least - 1).bit_length())
 
 
@@ -116,10 +133,45 @@ def queries_at_a_time(method: Scan, max_keys: int) -> int:
     return 1 << (max(_BYTES // each, 1).bit_length() - 1)
 
 
+class Ask(NamedTuple):
+    """How many tokens a query is to have: `least` at least, if it sees so many, and `most` at most.
+
+    Attributes: the first threshold is the `rank`-th best of the sort keys of every `step`-th key.
+    """
+
+    least: int
+    most: int
+    rank: int
+    step: int
+
+
+def ask_of(method: Scan, max_keys: int, max_samples: int = _MAX_SAMPLES) -> Ask:
+    m, most = method.block_topk, capacity(method.block_topk)
+    step = sample_step(m, max_keys, max_samples)
+    rank = min(math.ceil(m / step + _DEVIATIONS * math.sqrt(m / step)), (m + most) // (2 * step))
+    return Ask(m, most, rank, step)
+
+
+def way_of(call: FlatCall, topk: int) -> Way:
+    """By lists from the sort keys of all keys, where queries are so few that these are written, or by samples."""
+    del topk
+    T, n = call.q.shape[0], call.sequences.max_keys
+    return "lists" if T <= FEW and n <= _FEW_KEYS and 4 * T * n <= _FEW_BYTES else "samples"
+
+
+def select_few(stages: ScanStages, call: FlatCall, method: Scan, interpret: Interpret = False) -> tuple[Array, Array]:
+    """`select` of queries so few that the sort keys of all keys are written."""
+    heads = stages.scan_heads(call, method, interpret)
+    sort_keys = stages.scan_sort_keys(call, heads, 1, interpret)
+    ask = ask_of(method, call.sequences.max_keys, _FEW_SAMPLES)
+    lists = stages.list_best(sort_keys, call.visible, ask, method, interpret)
+    return stages.refine_tokens(call, *lists, method.topk, interpret)
+
+
 def select(stages: ScanStages, call: FlatCall, method: Scan, interpret: Interpret = False) -> tuple[Array, Array]:
     """The selection of a scan that is not the flat indexer: [T, topk] int32, ascending, then -1; [T] int32 count."""
-    m, visible, max_keys = method.block_topk, call.visible, call.sequences.max_keys
-    most, step = capacity(m), sample_step(m, max_keys)
+    visible = call.visible
+    m, most, rank, step = ask_of(method, call.sequences.max_keys)
     heads = stages.scan_heads(call, method, interpret)
     n_samples = -(-visible // step)
     samples = stages.scan_sort_keys(call, heads, step, interpret)
@@ -130,7 +182,6 @@ def select(stages: ScanStages, call: FlatCall, method: Scan, interpret: Interpre
     def marked(call: FlatCall, threshold: Array) -> Array:
         return stages.scan_masks(call, heads, threshold, method, interpret)
 
-    rank = min(math.ceil(m / step + _DEVIATIONS * math.sqrt(m / step)), (m + most) // (2 * step))
     takes_all = (visible <= most) | (n_samples < rank)
     threshold = jnp.where(takes_all, INVISIBLE + 1, threshold_of(jnp.full_like(visible, rank)))
     lists = stages.list_tokens(marked(call, threshold), visible, most, interpret=interpret)
@@ -188,8 +239,7 @@ def _search(
         goes_on = is_open(state)
         aim = search.rank_of(threshold).astype(jnp.float32) * ((least + most) / 2) / jnp.maximum(count, 1)
         by_samples = search.threshold_of(jnp.maximum(aim.astype(jnp.int32), 1))
-        halfway = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up, without overflow
-        guess = jnp.where(i % 2 == 0, jnp.clip(by_samples, low + 1, high), halfway)
+        guess = jnp.where(i % 2 == 0, jnp.clip(by_samples, low + 1, high), halfway(low, high))
         threshold = jnp.where(goes_on, guess, threshold)
         again = dataclasses.replace(call, visible=jnp.where(goes_on, visible, 0))
         masks = search.marked(again, threshold)

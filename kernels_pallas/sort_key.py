@@ -12,11 +12,16 @@ from jax import Array, lax
 
 from hisa_jax.xla.topk import FORCED, INVISIBLE, score_of, sort_key_of
 
-__all__ = ["FORCED", "INVISIBLE", "find_threshold", "narrow_search", "score_of", "sort_key_of"]
+__all__ = ["FORCED", "INVISIBLE", "find_threshold", "halfway", "narrow_search", "score_of", "sort_key_of"]
 
 # Bounds of the threshold, how many reach the lower one, two weights, which bound moved last, steps so far.
 Search = tuple[Array, Array, Array, Array, Array, Array, Array]
 _GUESSES = 24  # then halving alone, so that no input takes more than 24 + 32 counts
+
+
+def halfway(low: Array, high: Array) -> Array:
+    """The middle of two sort keys, rounded up, without overflow."""
+    return (low >> 1) + (high >> 1) + ((low | high) & 1)
 
 
 def narrow_search(
@@ -27,11 +32,10 @@ def narrow_search(
 ) -> Search:
     """One pass of `find_threshold`; a search that is over stays as it is, so that many may go on side by side."""
     low, high, n_low, above, below, side, step = state
-    halfway = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up, without overflow
     a, b = score_of(low, bitcast), score_of(high, bitcast)
     guess = sort_key_of(a + (b - a) * (above / (above + below)), bitcast)
     # The sort key of a NaN is that of -inf: an infinite or forced bound falls back to halving.
-    guess = jnp.where((guess <= low) | (guess > high) | (step >= _GUESSES), halfway, guess)
+    guess = jnp.where((guess <= low) | (guess > high) | (step >= _GUESSES), halfway(low, high), guess)
     passed = count_at_least(guess)
     enough = passed >= k
     moved = jnp.where(enough, jnp.int32(1), jnp.int32(-1))

@@ -15,13 +15,11 @@ from typing import Any, get_args
 
 import jax
 import numpy as np
-from flax import nnx
 
 from hisa_jax.models import checks, passes
 from hisa_jax.models.agreement import Agreement
 from hisa_jax.models.drafts import Draft, lookup, propose
 from hisa_jax.models.draws import Draws, LogprobArrays, draws_of, read_logprobs
-from hisa_jax.models.generate import phase_graphs
 from hisa_jax.models.modeling import Model
 from hisa_jax.models.passes import Chosen, Pages, Trace
 from hisa_jax.models.plan import Phase
@@ -34,6 +32,7 @@ from hisa_jax.models.scheduler import Batch, Saved, Scheduler
 from hisa_jax.models.sharding import size_of
 from hisa_jax.models.stacked import Stacked
 from hisa_jax.models.streams import Piece, Reader
+from hisa_jax.models.structure import structures_of, weights_of
 from hisa_jax.models.text import Text
 from hisa_jax.models.tokens import Tokenizer
 from hisa_jax.page_pool import PagePool
@@ -99,8 +98,8 @@ class Engine:
         start = checked_start("Engine", selections_from, return_selections)
         self.model, self._trace, self._tokenizer = model, Trace(trace, return_selections), tokenizer
         self._recorder = Recorder(model, start) if return_selections else None
-        self._graphs, self._state = phase_graphs(model), nnx.state(model)
-        self.scheduler = Scheduler(**sizes, page_size=model.page_size, programs=self._graphs, **split)
+        self._structures, self._weights = structures_of(model), weights_of(model)
+        self.scheduler = Scheduler(**sizes, page_size=model.page_size, programs=self._structures, **split)
         timeout_s = checks.number("Engine", "process_timeout_s", process_timeout_s, 0.001, 86400)
         self._agreement = Agreement(model.mesh, timeout_s)
         if model.mesh is not None:
@@ -226,7 +225,7 @@ class Engine:
         self._demand_no_step("warm_up")
         # A program a phase; phases of the same methods run the same one.
         phases: tuple[Phase, ...] = ("last_prefill", "prefill")
-        reads = {self._graphs[phase]: phase for phase in phases}
+        reads = {self._structures[phase]: phase for phase in phases}
         programs = [(phase, self.scheduler.prefill_rows, self.scheduler.chunk) for phase in reads.values()]
         programs.append(("decode", self.scheduler.rows, 1 + self._n_draft))
         for done, (phase, B, T) in enumerate(programs):
@@ -235,8 +234,8 @@ class Engine:
             batch = self.scheduler.batch(phase, [], [])
             draws, run = draws_of([], [], B), passes.verify if done == len(programs) - 1 else passes.read
             arrays = self._place(batch, B, T, draws)
-            static: Any = dict(graph=self._graphs[phase], trace=self._trace, formats=self._formats)
-            *_, pages, _ = run(self._state, self.pages, *arrays, draws, **static)
+            static: Any = dict(structure=self._structures[phase], trace=self._trace, formats=self._formats)
+            *_, pages, _ = run(self._weights, self.pages, *arrays, draws, **static)
             self._pages = jax.block_until_ready(pages)
         nowhere = self.scheduler.copies_of_groups([], self._most_copies)
         self._pages = jax.block_until_ready(
@@ -310,11 +309,11 @@ class Engine:
             raise RuntimeError(f"{call}: called within a step, wanted after it")
 
     def _read(self, batch: Batch, report: Report) -> Step:
-        B, graph = self.scheduler.prefill_rows, self._graphs[batch.phase]
+        B, structure = self.scheduler.prefill_rows, self._structures[batch.phase]
         rows, draws = self.scheduler.rows_of(batch.requests, B), self._draws(batch, B, [0] * len(batch.requests))
         arrays = self._place(batch, B, self.scheduler.chunk, draws)
         out, logprobs, pages, traced = passes.read(
-            self._state, self.pages, *arrays, draws, graph=graph, trace=self._trace, formats=self._formats
+            self._weights, self.pages, *arrays, draws, structure=structure, trace=self._trace, formats=self._formats
         )  # fmt: skip
         tokens = np.asarray(out).tolist()  # an error of the device shows here, so before the pages are taken over
         found = jax.device_get(logprobs) if draws.has_logprobs else None
@@ -330,12 +329,12 @@ class Engine:
     def _decode(self, requests: list[Request], report: Report) -> Step:
         news = [[request.tokens[-1], *self._proposals(request, report)] for request in requests]
         batch = self.scheduler.batch("decode", requests, news)
-        B, T, graph = self.scheduler.rows, 1 + self._n_draft, self._graphs["decode"]
+        B, T, structure = self.scheduler.rows, 1 + self._n_draft, self._structures["decode"]
         firsts = [T - len(new) for new in news]  # columns
         rows, draws = self.scheduler.rows_of(requests, B), self._draws(batch, B, firsts)
         arrays = self._place(batch, B, T, draws)
         out, n_right, logprobs, pages, traced = passes.verify(
-            self._state, self.pages, *arrays, draws, graph=graph, trace=self._trace, formats=self._formats
+            self._weights, self.pages, *arrays, draws, structure=structure, trace=self._trace, formats=self._formats
         )  # fmt: skip
         tokens, n_kept = np.asarray(out), (1 + np.asarray(n_right))[rows].tolist()
         found = jax.device_get(logprobs) if draws.has_logprobs else None

@@ -4,12 +4,11 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array, lax
 
 import hisa_jax as hj
@@ -34,6 +33,7 @@ from hisa_jax.models.replay.recorder import (
 from hisa_jax.models.request import Request
 from hisa_jax.models.sampling import MOST_LOGPROBS, Logprobs, Sampling, short_form
 from hisa_jax.models.streams import Reader
+from hisa_jax.models.structure import Structure, structures_of, weights_of
 from hisa_jax.models.text import Text
 from hisa_jax.models.tokens import Tokenizer
 
@@ -160,7 +160,7 @@ def generate(
     # Whole chunks, so that prompts of about the same length run the same compiled programs; no more than there can be.
     capacity = -(-(max(map(len, rows)) + steps) // chunk) * chunk
     capacity = min(capacity, model.config.max_position_embeddings)
-    graphs, state = phase_graphs(model), nnx.state(model)
+    structures, weights = structures_of(model), weights_of(model)
 
     start = time.perf_counter()
     cache, recall = model.empty_cache(len(rows), capacity), {}
@@ -172,7 +172,7 @@ def generate(
         part = slice(first, first + chunks.step)
         phase: Phase = "last_prefill" if first == chunks[-1] else "prefill"
         logits, cache, sums, chosen = _prefill(
-            state, cache, ids[:, part], mask[:, part], graph=graphs[phase], watch=watch
+            weights, cache, ids[:, part], mask[:, part], structure=structures[phase], watch=watch
         )  # fmt: skip
         prefill_recall += sums
         if recorder is not None and chosen is not None:
@@ -192,7 +192,8 @@ def generate(
             progress("making tokens", first, steps)
         until = np.int32(min(first + piece, steps))
         cache, made, sums = _decode(
-            state, cache, pending, made, draws, until, graph=graphs["decode"], kind=int(draws.kind), watch=watch,
+            weights, cache, pending, made, draws, until,
+            structure=structures["decode"], kind=int(draws.kind), watch=watch,
         )  # fmt: skip
         pending, decode_recall = None, decode_recall + sums
         _read(requests, made)
@@ -219,13 +220,6 @@ def generate(
         logprobs=_logprobs(requests, made), prompt_tokens=sum(map(len, rows)), prefill_seconds=middle - start,
         decode_seconds=end - middle, recall=recall, rollout=rollout,
     )  # fmt: skip
-
-
-def phase_graphs(model: Model) -> dict[Phase, nnx.GraphDef]:
-    """The model with the methods of each phase, a rule asked once: phases of the same methods run the same program."""
-    layers = range(model.config.num_hidden_layers)
-    phases: tuple[Phase, ...] = get_args(Phase)
-    return {phase: nnx.graphdef(model.with_method([model.plan(i, phase) for i in layers])) for phase in phases}
 
 
 def pad_left(prompts: Sequence[Sequence[int]], multiple: int) -> tuple[Array, Array]:
@@ -255,12 +249,12 @@ class Watch(NamedTuple):
     choices: bool
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "watch"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("structure", "watch"), donate_argnames="cache")
 def _prefill(
-    state: nnx.State, cache: Cache, ids: Array, mask: Array, *, graph: nnx.GraphDef, watch: Watch
+    weights: list[Array], cache: Cache, ids: Array, mask: Array, *, structure: Structure, watch: Watch
 ) -> tuple[Array, Cache, RecallSums, Rows | None]:
     """One chunk: logits [B, V] of its last column, the cache with its tokens, what was chosen."""
-    model = nnx.merge(graph, state)
+    model = structure.merge(weights)
     out = model.run(ids, cache=cache, mask=mask, last_only=True, trace=any(watch))
     return out.logits[:, 0], out.cache, _recall(model, out, watch), rows_of(out) if watch.choices else None
 
@@ -313,13 +307,13 @@ def _empty(requests: list[Request], steps: int, vocabulary: int, draws: Draws) -
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "kind", "watch"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("structure", "kind", "watch"), donate_argnames="cache")
 def _decode(
-    state: nnx.State, cache: Cache, logits: Array | None, made: _Made, draws: Draws, until: Array, *,
-    graph: nnx.GraphDef, kind: int, watch: Watch,
+    weights: list[Array], cache: Cache, logits: Array | None, made: _Made, draws: Draws, until: Array, *,
+    structure: Structure, kind: int, watch: Watch,
 ) -> tuple[Cache, _Made, RecallSums]:  # fmt: skip
     """Makes tokens until there are so many or all rows are done. `logits` [B, V] are the prompt's last, then None."""
-    model = nnx.merge(graph, state)
+    model = structure.merge(weights)
 
     def put(made: _Made, logits: Array, rows: Rows | None) -> _Made:
         token = take(logits[:, None], draws._replace(numbers=draws.numbers + made.n), kind)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array, lax
 from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
@@ -21,6 +20,7 @@ from hisa_jax.models.draws import Draws, LogprobArrays, logprobs_if, take
 from hisa_jax.models.modeling import Model, Output
 from hisa_jax.models.replay.recorder import Rows, logprob_of, rows_of
 from hisa_jax.models.sharding import size_of
+from hisa_jax.models.structure import Structure
 
 Pages = tuple[hj.IndexCache, ...]
 
@@ -118,13 +118,13 @@ def _seen(out: Output, tokens: Array, trace: Trace) -> Seen:
     return Seen([(layer.selection, *(layer.index_inputs or ())) for layer in layers], chosen)
 
 
-@_compiled(lambda pages: (None, None, pages, None), "graph", "trace")
+@_compiled(lambda pages: (None, None, pages, None), "structure", "trace")
 def read(
-    state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
-    graph: nnx.GraphDef, trace: Trace,
+    weights: list[Array], pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
+    structure: Structure, trace: Trace,
 ) -> tuple[Array, LogprobArrays, Pages, Seen]:  # fmt: skip
     """A chunk of prompts: the token [B, 1] after it, log probabilities if wanted, the pages, what was selected."""
-    model = nnx.merge(graph, state)
+    model = structure.merge(weights)
     out = _run(model, pages, tables, lengths, ids, n_new, trace, last_only=True)
     tokens = take(out.logits, draws, draws.kind)
     logprobs = logprobs_if(draws.has_logprobs, out.logits, tokens)
@@ -132,14 +132,14 @@ def read(
     return tokens, logprobs, _where_they_were(model.mesh, out.cache.layers), seen
 
 
-@_compiled(lambda pages: (None, None, None, pages, None), "graph", "trace")
+@_compiled(lambda pages: (None, None, None, pages, None), "structure", "trace")
 def verify(
-    state: nnx.State, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
-    graph: nnx.GraphDef, trace: Trace,
+    weights: list[Array], pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
+    structure: Structure, trace: Trace,
 ) -> tuple[Array, Array, LogprobArrays, Pages, Seen]:  # fmt: skip
     """The last token and proposals: the token after each [B, T], how many proposals were right [B], log probabilities
     if wanted, the pages without the others, what was selected."""
-    model = nnx.merge(graph, state)
+    model = structure.merge(weights)
     out = _run(model, pages, tables, lengths, ids, n_new, trace, last_only=False)
     tokens, T = take(out.logits, draws, draws.kind), ids.shape[1]
     is_proposal = jnp.arange(1, T)[None, :] > T - n_new[:, None]

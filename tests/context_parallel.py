@@ -66,7 +66,7 @@ def check(method, data, context, dtype="float32", lengths=(S, S), query_position
 
 
 # Which are in the gate, each on a mesh; the others take the same ways or, from pages, are in context_paged.py.
-SOME = {"dsa": (1, 8), "hisa_ratio": (2, 4), "scan": (1, 8)}
+SOME = {"dsa": (1, 8), "hisa_ratio": (2, 4)}
 OTHERS = {name: (1, 8) for name in METHODS if SOME.get(name) != (1, 8)}
 
 

@@ -59,6 +59,7 @@ def limits(size):
         "list_of_tokens": Case(hj.Dsa(topk=12), listed=1),
         "list_of_blocks_and_budget": Case(hj.Dsa(topk=40), listed=8, has_budget=True),
         "list_a_head": Case(hj.Dsa(topk=10, per_head=True), H=2, listed=4),
+        "budget_of_tokens": Case(hj.Dsa(topk=40), has_budget=True),
         "budget_of_hisa": Case(hj.Hisa(topk=40, block_size=size, block_topk=3), has_budget=True),
         "budget_of_blocks": Case(hj.BlockSparse(topk=3 * size, block_size=size), has_budget=True),
         "budget_of_best_tokens": Case(

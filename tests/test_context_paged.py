@@ -17,9 +17,7 @@ PROMISES = {
     "copies": ("a_copy_stays_on_its_device",),
     "selection": (
         "pages_on_eight_devices_hold_what_one_would",
-        "same_bits_for_every_filter",
-    ),
-    "bytes": (
+        "same_bits_for_the_scan",
         "only_candidates_are_exchanged",
         "writing_exchanges_nothing",
         "sparse_mla_over_pages_is_that_of_one_device_and_exchanges_one_sum",
@@ -32,19 +30,20 @@ PROMISES = {
     ),
     "layouts": (
         "what_others_hold_leaves_no_trace",
+        "pages_of_8_bits_hold_what_one_device_would",
         "same_bits_for_8_bits_and_for_stripes_of_two_blocks",
     ),
-    "groups": ("groups_serve_each_as_one_device",),
-    "groups_exchange": ("groups_exchange_no_more_than_one",),
-    "ranks": (
+    "groups": (
+        "groups_serve_each_as_one_device",
         "ranks_that_share_the_queries_select_the_same_and_exchange_the_chosen",
         "ranks_that_share_the_queries_may_each_be_devices_that_share_the_pages",
     ),
+    "groups_exchange": ("groups_exchange_no_more_than_one",),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.gate("copies", "selection", "bytes", "groups", "ranks")
+@pytest.mark.gate("copies", "selection", "groups")
 @pytest.mark.parametrize("promises", PROMISES)
 def test_pages_on_eight_devices_serve_as_on_one(promises):
     emulated.assert_kept("tests.context_paged", *PROMISES[promises], n=len(PROMISES[promises]))

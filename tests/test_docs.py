@@ -64,6 +64,7 @@ def test_examples_of_public_functions_run(name):
     "page", [
         "README.md", "docs/serving.md", "docs/research.md", "docs/integrations.md", "docs/conformance.md",
         "docs/lighthouse.md", "docs/latents.md", "docs/attention.md", "docs/indexers.md",
+        "docs/together.md",
     ],
 )  # fmt: skip
 def test_the_examples_of_a_page_run(page):

@@ -177,6 +177,17 @@ def test_packed_batches_and_pages_select_alike(name):
     jax.tree.map(np.testing.assert_array_equal, pages, got)
 
 
+@pytest.mark.exhaustive
+def test_blocks_by_their_best_token_may_be_parts_of_pages():
+    method = FAMILY["family_block_max"]  # of 16
+    arrays, cu_q, cu_k, lengths = packed(method, [150, 81, 3], [5, 3, 1])
+    got = selected(hj.select_packed, *arrays, cu_q, cu_k, method=method, lengths=lengths)
+    q, k, w = arrays
+    cache, table = pages_of(method, k, cu_k, lengths, page_size=64)
+    paged = functools.partial(hj.select_paged, cache=cache, block_tables=table, lengths=jnp.asarray(lengths))
+    jax.tree.map(np.testing.assert_array_equal, selected(paged, q, w, cu_seqlens_q=cu_q, method=method), got)
+
+
 def test_a_fork_and_what_it_grew_from_share_pages():
     method = hj.Dsa(topk=3, entry_size=4, tail="open")
     k = jnp.asarray(draw.inputs(1, 1, 40, 1, D).k[0])

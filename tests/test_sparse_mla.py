@@ -140,8 +140,8 @@ class SparseMlaTest(chex.TestCase):
 
         arguments = (0, 1, 2) if with_sink else (0, 1)
         with jax.numpy_rank_promotion("allow"):
-            got = jax.grad(functools.partial(loss, sparse), arguments)(q, kv, sink)
-            wanted = jax.grad(functools.partial(loss, reference), arguments)(q, kv, sink)
+            got = jax.jit(jax.grad(functools.partial(loss, sparse), arguments))(q, kv, sink)
+            wanted = jax.jit(jax.grad(functools.partial(loss, reference), arguments))(q, kv, sink)
         chex.assert_trees_all_close(got, wanted, rtol=2e-4, atol=2e-4)
 
     def test_memory_of_both_passes_is_that_of_a_tile(self):

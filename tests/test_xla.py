@@ -7,11 +7,11 @@ import pytest
 from absl.testing import parameterized
 
 import hisa_jax as hj
-from tests import contract, contract_packed, draw, oracle
+from tests import contract, contract_consequences, contract_packed, draw, oracle
 from tests.contract import PLAIN, assert_same_bits
 
 
-class XlaSelectionTest(contract.SelectionContract):
+class XlaSelectionTest(contract.SelectionContract, contract_consequences.ConsequencesContract):
     implementation = "xla"
 
     @parameterized.product(tiles=[(3, 128), (1, 1024), (64, 128)], method=list(PLAIN))

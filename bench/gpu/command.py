@@ -17,7 +17,7 @@ import numpy as np
 from bench import UserError, shapes
 from bench.gpu.row import Row
 from bench.gpu.rows import rows
-from bench.gpu.span import clock_mhz, spans
+from bench.gpu.span import AS_A_GRAPH, clock_mhz, spans
 from bench.records import measure_all
 from bench.timing import device_times, in_turn
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(row: Row, samples: int) -> dict:
     f, operands, check = row.make()
-    compiled = jax.jit(f)
+    compiled = jax.jit(f, compiler_options=AS_A_GRAPH)
     check(jax.tree.map(np.asarray, compiled(*operands)))
 
     times = device_times(f, operands, samples, carries=row.carries)

@@ -14,8 +14,8 @@ from bench.gpu.checks import check_flat, check_hisa
 from bench.gpu.inputs import E4M3, Inputs, draw, paged
 from bench.gpu.row import K, Row
 from bench.gpu.scan_checks import check_scan
-
-_LEAST_HEADS = 16  # of a kernel's product
+from hisa_jax import kernel_heads
+from hisa_jax.layout import Call, Keys
 
 
 def rows() -> Iterator[Row]:
@@ -114,20 +114,19 @@ def check(out: Any, inputs: Inputs, model: shapes.Model, method: hj.Method) -> N
     if isinstance(method, hj.Hisa):
         check_hisa((*found, blocks), by_entries, model)
     elif isinstance(method, hj.Scan):
-        check_scan(found, by_entries, dataclasses.replace(method, entry_size=1, tail=None))
+        call = Call(q=inputs.q, w=inputs.w, visible=by_entries.visible, k=Keys(inputs.k, inputs.k_scale))
+        heads, by_heads = kernel_heads.as_kernels_take(call, dataclasses.replace(method, entry_size=1, tail=None))
+        assert isinstance(by_heads, hj.Scan)
+        check_scan(found, by_entries._replace(q=heads.q, w=heads.w), by_heads)
     else:
         check_flat(found, by_entries, model.topk)
 
 
 def _draw(model: shapes.Model, B: int, T: int, context: int) -> Inputs:
-    """Keys of entries, `visible` in tokens. Heads that a product of kernels wants beside the model's own are zeros."""
+    """Keys of entries, `visible` in tokens."""
     inputs = draw(model, B, T, context // model.entry_size, E4M3)
-    missing = (0, max(_LEAST_HEADS - model.H, 0))
-    return inputs._replace(
-        q=jnp.pad(inputs.q, ((0, 0), (0, 0), missing, (0, 0))),
-        w=jnp.pad(inputs.w, ((0, 0), (0, 0), missing)),
-        visible=jnp.broadcast_to(jnp.arange(context - T + 1, context + 1, dtype=jnp.int32), (B, T)),
-    )
+    seen = jnp.arange(context - T + 1, context + 1, dtype=jnp.int32)
+    return inputs._replace(visible=jnp.broadcast_to(seen, (B, T)))
 
 
 def _scan(model: shapes.Model) -> hj.Scan:

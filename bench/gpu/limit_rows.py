@@ -25,15 +25,16 @@ SOURCE = hj.BlockSparse(topk=16384, block_size=8, keep_first=0, scored_by="max")
 
 
 def rows() -> Iterator[Row]:
-    for context in (64 * K, 128 * K):
-        yield units(M3, EACH_HEAD, context)
-    yield units(M3, EACH_HEAD, 64 * K, implementation="xla")
-    for batch in (1, 32, 128):
+    yield units(M3, EACH_HEAD, 128 * K)
+    yield units_decode(M3, EACH_HEAD, 32, 128 * K)
+    yield listed(V41, SOURCE, 1, 4096, 128 * K)
+    yield units(V41, SOURCE, 128 * K)
+    yield units(M3, EACH_HEAD, 64 * K)
+    for batch in (1, 128):
         yield units_decode(M3, EACH_HEAD, batch, 128 * K)
-    for implementation in ("mosaic_gpu", "triton"):
-        yield units(V41, SOURCE, 128 * K, implementation=implementation)
-        yield listed(V41, SOURCE, 1, 4096, 128 * K, implementation=implementation)
     yield listed(V41, SOURCE, 32, 1, 128 * K)
+    yield units(V41, SOURCE, 128 * K, implementation="triton")
+    yield listed(V41, SOURCE, 1, 4096, 128 * K, implementation="triton")
     yield budget(shapes.DSV32, 64 * K)
     yield ratio(shapes.DSV32, 64 * K)
 
@@ -54,7 +55,15 @@ def units(
         return f, (inputs.q, inputs.k, inputs.visible - 1), lambda out: check_units(out, inputs, method)
 
     flop = 2.0 * T * context * model.H * model.D
-    return _row("units", model, context, T, make, flop=flop, implementation=implementation)
+    return _row(
+        "units" if method.per_head else "units_source",
+        model,
+        context,
+        T,
+        make,
+        flop=flop,
+        implementation=implementation,
+    )
 
 
 def units_decode(model: shapes.Model, method: hj.BlockSparse, batch: int, context: int) -> Row:

@@ -52,6 +52,8 @@ def rows() -> Iterator[Row]:
     yield _refine_scores(dsv32, 64 * K)
     yield _topk(8192, dsv32.topk)
     yield _pool_and_filter(dsv32, 64 * K)
+    for context in (16 * K, 64 * K):
+        yield _pool_and_filter(dsv32, context, T=1)
     for context in (8 * K, 16 * K, 32 * K, 64 * K, 128 * K):
         yield _flat(dsv32, context)
     yield from scan_rows.rows()
@@ -66,11 +68,13 @@ def rows() -> Iterator[Row]:
     yield _hisa(dsv32, 64 * K, dtype="bf16", implementation="triton")
     yield _hisa(dsv32, 64 * K, implementation="triton")
     for implementation in ("mosaic_gpu", "triton"):
-        yield _sparse_mla(dsv32, 1, 4096, 64 * K, implementation)
+        for model in (dsv32, glm5):
+            yield _sparse_mla(model, 1, 4096, 64 * K, implementation)
         for batch in (1, 32, 128):
             yield _sparse_mla(dsv32, batch, 1, 8 * K, implementation)
             yield _sparse_mla(dsv32, batch, 1, 8 * K, implementation, is_quantized=True)
-        yield _sparse_mla(dsv32, 1, 4096, 64 * K, implementation, is_quantized=True)
+        for model in (dsv32, glm5):
+            yield _sparse_mla(model, 1, 4096, 64 * K, implementation, is_quantized=True)
     yield from attention_rows.rows()
     yield from entry_rows.rows()
     yield from limit_rows.rows()
@@ -186,9 +190,8 @@ def _topk(width: int, k: int) -> Row:
     return Row(row="topk", make=make, shape=f"{width}_to_{k}", context=width, queries=T, moved_bytes=moved_bytes)
 
 
-def _pool_and_filter(model: shapes.Model, context: int) -> Row:
+def _pool_and_filter(model: shapes.Model, context: int, T: int = 4096) -> Row:
     """Stage 1 from the keys to the kept blocks."""
-    T = 4096
 
     def make():
         inputs = draw(model, 1, T, context)
@@ -206,7 +209,7 @@ def _pool_and_filter(model: shapes.Model, context: int) -> Row:
         return f, inputs, check
 
     return Row(
-        row="pool_and_block_filter",
+        row="pool_and_block_filter" if T > 1 else "pool_and_block_filter_decode1",
         make=make,
         shape=model.name,
         context=context,

@@ -33,7 +33,7 @@ from bench.smollm2.training import save as save_leaves
 from hisa_jax.models.training.text import Corpus
 
 PARTS = ("train", "pools", "random", "composed")
-_KEYS = 32  # statements of a sample, about 16 of which it asks
+_KEYS = 32  # statements of a sample, of which it asks for 16; fewer in a short one
 _COMPARED = 2  # samples whose choices are compared
 _NAMES = ("part", "indexer", "method")  # of a row
 _RANDOM = 2**20  # tokens of random data
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         for row in measure.random_recalls(model, of_pools(model.topk * 4, model.H, 4, model.block_size), _RANDOM, 16):
             add({"part": "random", "indexer": f"{model.name}, random", **row})
     if "composed" in args.part:
-        # One in 16 tokens of the longest context is a router's block at 128K, as published; here of fewer tokens.
+        # MISA's router pools 1024 tokens, of 128K; the model's longest context is an eighth of that.
         rules = composed(topk, 32, topk * 4 // 32, H, router_block=128)
         compare(args, Runner(stacked), corpus, rules, "own", add, H)
     return 0
@@ -120,7 +120,7 @@ def compare(
     args: argparse.Namespace, runner: Runner, corpus: Corpus, rules: Sequence[Rule], indexer: str, add: Any,
     H: int | None = None,
 ) -> None:  # fmt: skip
-    """Recall of all rules, then answers and bits of each, and, given the heads, what it costs."""
+    """Answers and bits of each rule and, given the heads, what it costs; then the recall of all."""
     samples = multikey_samples(corpus, args.context, args.samples, min(_KEYS, args.context // 80))
     if jax.default_backend() == "gpu":  # a CPU has no core to spare
         runner.prepare(args.context, tuple(rules))

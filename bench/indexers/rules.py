@@ -113,7 +113,8 @@ def routed(asked: Asked, k: Array, heads: int, block: int) -> Asked:
     n, D = k.shape[1] // block, k.shape[2]
     means = jnp.mean(k[:, : n * block].astype(jnp.float32).reshape(1, n, block, D), axis=2)
     products = jnp.maximum(jnp.einsum("bthd,bnd->bthn", q.astype(jnp.float32), means), 0)
-    seen = (jnp.arange(n, dtype=jnp.int32) + 1) * block <= positions[..., None] + 1
+    ends = (jnp.arange(n, dtype=jnp.int32)[None, None, :] + 1) * block
+    seen = ends <= positions[..., None] + 1
     worth = jnp.abs(w) * jnp.sum(jnp.where(seen[:, :, None, :], products, 0), axis=-1)
     best = jnp.sort(jnp.argsort(-worth, axis=-1, stable=True)[..., :heads], axis=-1)
     return Asked(jnp.take_along_axis(q, best[..., None], axis=2), jnp.take_along_axis(w, best, axis=2), positions)
@@ -134,7 +135,7 @@ def _grouped(rule: Rule, asked: Asked, k: Array) -> Array:
         positions[:, ::g] - 1,
     )
     found = _select(proxies, k, dataclasses.replace(rule.method, topk=_SHARED * rule.method.topk)).indices
-    own = positions[:, ::g, None] + jnp.arange(g, dtype=jnp.int32)
+    own = positions[:, ::g, None] + jnp.arange(g, dtype=jnp.int32)[None, None, :]
     listed = jnp.repeat(jnp.concatenate([found, own], axis=-1), g, axis=1)
     return _among(rule, asked, k, listed, 1)
 

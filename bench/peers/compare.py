@@ -9,7 +9,7 @@ import numpy as np
 
 from bench import records, shapes
 from bench.gpu.row import Row
-from bench.gpu.span import Event, Span, clock_mhz
+from bench.gpu.span import AS_A_GRAPH, Event, Span, clock_mhz
 
 _ROUNDS = 2  # of both sides in turn: a card's clock falls under load
 _COMPARED = 64  # queries whose lists are compared
@@ -70,7 +70,7 @@ def measure(row: Row, theirs: Callable[[tuple], dict[str, Callable[[], Side]]], 
     kind = kind_of(row)
     assert kind is not None  # rows that no peer has are left out before
     f, operands, check = row.make()
-    compiled = jax.jit(f)
+    compiled = jax.jit(f, compiler_options=AS_A_GRAPH)
     out = jax.tree.map(np.asarray, compiled(*operands))
     check(out)
     ours, failed, agrees = np.asarray(jax.tree.leaves(out)[0]), {}, {}

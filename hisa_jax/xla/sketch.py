@@ -53,7 +53,7 @@ def packed_halves(low: Array, high: Array) -> tuple[Array, Array]:
 def unpack(codes: Array, scales: Array, D: int, dtype: DTypeLike) -> Array:
     """What `int4` gives of keys of a dtype, [..., D], from what `pack` does."""
     by_group = codes.reshape(*scales.shape, 1, HALF)
-    shifts = jnp.array([[0], [4]], jnp.uint8).reshape((1,) * scales.ndim + (2, 1))
+    shifts = (jnp.arange(2, dtype=jnp.uint8) * 4).reshape((1,) * scales.ndim + (2, 1))
     numbers = ((by_group >> shifts) & 15).astype(jnp.int32) - ZERO
     return _numbers(numbers.reshape(*scales.shape, GROUP), scales.astype(jnp.float32), D, dtype)
 

@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.mosaic_gpu import refine_body
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import N_LANES
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS, SCRATCH_WORDS
 from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import META, WORDS_A_COPY, Inputs, Plan, Smem
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import RESERVED_BYTES, SMEM_BYTES
@@ -53,7 +54,8 @@ class Config:
         width = -(-m * block_size // self.columns) * self.columns
         tiles = self.ring * self.tile_s * (D * itemsize + 4)
         words = m + META + 32 + (0 if page_size is None else _n_listed(m * block_size // page_size))
-        return tiles + 2 * H * (D * itemsize + 4) + 2 * 4 * words + self.n_sort_keys * 4 * width + RESERVED_BYTES
+        others = 4 * (2 * words + self.n_sort_keys * width + self.n_score * N_LANES)
+        return tiles + 2 * H * (D * itemsize + 4) + others + RESERVED_BYTES
 
 
 def why_not(H: int, D: int, block_size: int, dtype: DTypeLike, page_size: int | None = None) -> str | None:
@@ -211,6 +213,7 @@ def smem_of(plan: Plan) -> Smem:
         k=smem((plan.ring, plan.tile_s, plan.D), plan.dtype, transforms=tile),
         meta=smem((2, plan.m + META), jnp.int32),
         pages=None if plan.page_size is None else smem((2, plan.n_listed), jnp.int32),
+        pin=smem((plan.n_score, N_LANES), jnp.float32) if plan.has_scale else None,
         q_free=barrier(num_arrivals=plan.n_score + plan.selects, num_barriers=2),
         q_full=barrier(num_arrivals=2 + plan.n_list_copies, num_barriers=2),
         q=smem((2, plan.H, plan.D), plan.dtype, transforms=tile),

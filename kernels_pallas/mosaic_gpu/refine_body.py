@@ -115,6 +115,7 @@ class Smem(NamedTuple):
     landed: Ref = None  # [ring, BARRIER_WORDS], in place of `k_full` where rows are gathered
     meta: Ref = None  # [2, m + META]
     pages: Ref | None = None  # [2, n_listed]
+    pin: Ref | None = None  # [n_score, 128] float32, never read
     q_free: Ref = None  # of those that score, and of the one that selects
     q_full: Ref = None  # of a query's copies: meta, pages, q, w
     q: Ref = None  # [2, H, D]
@@ -245,9 +246,17 @@ def score(
                 wait(slot, laps + j // plan.ring)
             if smem.scale is not None:
                 scale = load_lanes(smem.scale, slot, plan.tile_s, plan.interpret)
+
+            def pin_scale() -> None:
+                # An arrival is not ordered after the thread's own loads, which could read what is copied next. A store
+                # of what was loaded is not moved beyond the wait for the product, and waits for the load itself.
+                if smem.pin is not None and not plan.interpret:
+                    store_lanes(smem.pin, group, jnp.int32(0), plan.tile_s, scale, plan.interpret)
+
             # The tile goes back as soon as the product has read it; the head sum needs registers alone.
             give_back = lambda: release(plan, smem.k_free.at[slot])  # noqa: E731
-            scores = multiply_and_sum([smem.k.at[slot]], smem.q.at[query_slot], w, give_back, plan.interpret)
+            operands = [smem.k.at[slot]], smem.q.at[query_slot], w
+            scores = multiply_and_sum(*operands, give_back, plan.interpret, meanwhile=pin_scale)
             # One scale a key, after the sum: 2 instructions a product (maximum, multiply-add) instead of 3.
             if smem.scale is not None:
                 scores = scores * scale

@@ -165,7 +165,6 @@ def launch(
     )
     table = None if pages is None else pages.table
     limit, threshold = (None, None) if shape.rows else (columns.limit, columns.threshold)
-    items, n_seen = (None, None) if n_items <= n_ctas else _items(columns.tiles, columns.first, config.span, n_spans)
     return plgpu.kernel(
         functools.partial(scores_body, plan),
         out_type=[out_type],
@@ -176,21 +175,7 @@ def launch(
         scratch_types=[_smem(plan)],
         kernel_name="hisa_scores" if shape.rows is None else "hisa_scan",
         interpret=interpret,
-    )(Inputs(columns.tiles, limit, columns.first, q, w, table, k, k_scale, threshold, items, n_seen))[0]
-
-
-def _items(tiles: Array, first_column: Array, span: int, n_spans: int) -> tuple[Array, Array]:
-    """[n_tiles * n_spans, 2] int32, tile and span of each item that some query sees, in order; [1] int32, how many.
-
-    CTAs take turns. Were there items of no work among these, some CTAs would meet more of them than others: at 8K with
-    as many queries as half of the keys a quarter of the time.
-    """
-    _, n_queries, _, most = tiles.T
-    n_seen = jnp.where(n_queries > 0, jnp.clip(-(-(most - first_column[0]) // span), 0, n_spans), 0)
-    ends = jnp.cumsum(n_seen)
-    item = jnp.arange(len(tiles) * n_spans, dtype=jnp.int32)
-    tile = jnp.minimum(jnp.sum(item[:, None] >= ends, axis=1, dtype=jnp.int32), len(tiles) - 1)
-    return jnp.stack([tile, item - (ends - n_seen)[tile]], axis=1), ends[-1:]
+    )(Inputs(columns.tiles, limit, columns.first, q, w, table, k, k_scale, threshold))[0]
 
 
 def _smem(plan: Plan) -> Smem:

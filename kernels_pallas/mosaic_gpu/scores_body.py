@@ -1,6 +1,7 @@
 """Device code of `scores`: one warp-group loads, the others score, each its own tile of keys."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -20,7 +21,6 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_shape import KEYS_PER_WARPGROU
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import (
     LOADER_REGISTERS,
     one_warp,
-    release,
     share_registers,
     tiled,
     wait_all,
@@ -76,8 +76,6 @@ class Inputs(NamedTuple):
     k: Ref  # [S, parts, D]
     k_scale: Ref | None  # [S]
     threshold: Ref | None  # [T]
-    items: Ref | None  # [n, 2], tile and span of those that a query sees; None: of all tiles and spans
-    n_items: Ref | None  # [1], how many
 
 
 class Outputs(NamedTuple):
@@ -93,71 +91,92 @@ def scores_body(plan: Plan, gmem: Inputs, out: Outputs, smem: Smem) -> None:
     #   (1 warp)       k_free[slot]            q_free[slot]           in registers: product, relu, head sum, store
     #           <----  as soon as loaded       as soon as read <----
     #
-    # CTAs are persistent: each has a list of items, a span of keys for a tile of queries. The loader runs ahead of the
+    # CTAs are persistent: each has some items, a span of keys for a tile of queries. The loader runs ahead of the
     # others by `ring` queries and `n_keys` spans, across items, so that no item starts with an empty pipeline. Keys go
     # back as soon as they are in registers: the next span is on its way while queries stream past this one.
     role = lax.axis_index("warpgroup")
-    items = _Items(plan, gmem)
     # Two branches of one condition: only so does ptxas give each role the registers that it asks for.
     lax.cond(
         role < plan.n_score,
-        lambda: score(plan, items, role, PerQuery(gmem.limit, gmem.threshold, *out), smem),
-        lambda: load(plan, items, gmem, smem),
+        lambda: score(plan, gmem, role, PerQuery(gmem.limit, gmem.threshold, *out), smem),
+        lambda: load(plan, gmem, smem),
     )
 
 
-class _Items:
-    """The work of a CTA: items cta, cta + n_ctas, ..., an item being a tile of queries and a span of keys."""
+class Work(NamedTuple):
+    """An item: a span of keys for a tile of queries that see some of it."""
 
-    def __init__(self, plan: Plan, gmem: Inputs) -> None:
-        self.plan, self.tiles_gmem, self.items_gmem = plan, gmem.tiles, gmem.items
-        self.cta = lax.axis_index("cta")
-        n_items = gmem.tiles.shape[0] * plan.n_spans if gmem.n_items is None else gmem.n_items[0]
-        self.n = (n_items - self.cta + plan.n_ctas - 1) // plan.n_ctas
-        self.first_column = gmem.first_column[0]
-
-    def __call__(self, i: Array) -> tuple[Array, Array, Array, Array]:
-        """First query, how many (0 if none sees this span), column of the result and first key row."""
-        item = self.cta + i * self.plan.n_ctas
-        # Spans of one tile of queries are neighbours, so CTAs that run together read the same queries from L2.
-        if self.items_gmem is None:
-            tile, span = lax.div(item, self.plan.n_spans), lax.rem(item, self.plan.n_spans)
-        else:
-            tile, span = self.items_gmem[item, 0], self.items_gmem[item, 1]
-        column = span * (KEYS_PER_WARPGROUP * self.plan.n_score)
-        first, n, key_row, most = (self.tiles_gmem[tile, field] for field in range(4))
-        n = jnp.where(self.first_column + column < most, n, 0)
-        return first, n, column, key_row + self.first_column + column
+    first: Array  # query
+    n: Array  # queries, at least 1
+    column: Array  # of the result, where the span's first key goes
+    key_row: Array  # of the span's first key
 
 
-def load(plan: Plan, items: _Items, gmem: Inputs, smem: Smem) -> None:
+Carry = tuple[Array, Array]  # items, and queries of items, that this CTA has met so far
+
+
+def each_item(plan: Plan, gmem: Inputs, f: Callable[[Work, Carry], None]) -> Carry:
+    """Runs f for every item of this CTA: of all items in order, tile by tile, each CTA has every `n_ctas`th.
+
+    Spans that no query of a tile sees are not counted: else some CTAs would meet more of them than others, at 8K with
+    as many queries as half of the keys a quarter of the time.
+    """
+    cta, width, n_tiles = lax.axis_index("cta"), KEYS_PER_WARPGROUP * plan.n_score, gmem.tiles.shape[0]
+    first_column = gmem.first_column[0]
+
+    def one_tile(tile: Array, state: tuple[Array, Carry]) -> tuple[Array, Carry]:
+        begin, carry = state
+        first, n, key_row, most = (gmem.tiles[tile, field] for field in range(4))
+        n_seen = lax.div(jnp.maximum(most - first_column, 0) + (width - 1), jnp.int32(width))
+        n_seen = jnp.where(n > 0, jnp.minimum(n_seen, plan.n_spans), 0)
+
+        def one_span(i: Array, carry: Carry) -> Carry:
+            # Spans of one tile of queries are neighbours, so CTAs that run together read the same queries from L2.
+            column = (begin + i * plan.n_ctas) * width
+            f(Work(first, n, column, key_row + first_column + column), carry)
+            return carry[0] + 1, carry[1] + n
+
+        n_mine = lax.div(jnp.maximum(n_seen - begin, 0) + (plan.n_ctas - 1), jnp.int32(plan.n_ctas))
+        carry = lax.fori_loop(0, n_mine, one_span, carry)
+        # The next tile's first span is for the CTA after the one that has this tile's last.
+        begin = begin - lax.rem(n_seen, jnp.int32(plan.n_ctas))
+        return jnp.where(begin < 0, begin + plan.n_ctas, begin), carry
+
+    nothing = jnp.int32(0), jnp.int32(0)
+    if plan.n_ctas < n_tiles * plan.n_spans:
+        return lax.fori_loop(0, n_tiles, one_tile, (cta, nothing))[1]
+    # A CTA has one item at most, and need not look for it.
+    return one_tile(lax.div(cta, jnp.int32(plan.n_spans)), (lax.rem(cta, jnp.int32(plan.n_spans)), nothing))[1]
+
+
+def load(plan: Plan, gmem: Inputs, smem: Smem) -> None:
     """Brings each item's span of keys, then its queries one by one."""
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
-    def one_item(i, n_before):
-        first, n, _, key_row = items(i)
-        slot = i % plan.n_keys
+    def one_item(work: Work, met: Carry) -> None:
+        slot = lax.rem(met[0], jnp.int32(plan.n_keys))
+        # Pages are looked up while the slot is still in use.
+        rows = [] if plan.gathers else _rows_of_copies(plan, gmem.table, work.key_row)
         plgpu.barrier_wait(smem.k_free.at[slot])
         if not plan.gathers:
-            _copy_keys(plan, gmem, smem, slot, key_row)
+            _copy_keys(plan, gmem, smem, slot, rows)
         elif plan.interpret:
-            _gather_keys_interpreted(plan, gmem, smem, slot, key_row)
+            _gather_keys_interpreted(plan, gmem, smem, slot, work.key_row)
         else:
             source, target = Source(gmem.k, gmem.k_scale, gmem.table), Target(smem.k, smem.scale, smem.k_full)
-            copy_rows(source, target, slot, key_row, n)
+            copy_rows(source, target, slot, work.key_row)
 
         def one_query(j, _):
-            slot, t = (n_before + j) % plan.loop.ring, first + j
+            slot, t = (met[1] + j) % plan.loop.ring, work.first + j
             plgpu.barrier_wait(smem.q_free.at[slot])
             plgpu.copy_gmem_to_smem(gmem.q.at[t], smem.q.at[slot], smem.q_full.at[slot])
             plgpu.copy_gmem_to_smem(gmem.w.at[t], smem.w.at[slot, pl.ds(0, gmem.w.shape[1])], smem.q_full.at[slot])
             return _
 
-        lax.fori_loop(0, n, one_query, None)
-        return n_before + n
+        lax.fori_loop(0, work.n, one_query, None)
 
     def all_items() -> None:
-        lax.fori_loop(0, items.n, one_item, jnp.int32(0))
+        each_item(plan, gmem, one_item)
         wait_all(smem.k_free, plan.n_keys)
         wait_all(smem.q_free, plan.loop.ring)
 
@@ -165,17 +184,15 @@ def load(plan: Plan, items: _Items, gmem: Inputs, smem: Smem) -> None:
     all_items() if plan.gathers and plan.interpret else one_warp(all_items)
 
 
-def _copy_keys(plan: Plan, gmem: Inputs, smem: Smem, slot: Array, key_row: Array) -> None:
+def _copy_keys(plan: Plan, gmem: Inputs, smem: Smem, slot: Array, rows: list[Ref]) -> None:
     """A span of keys in runs of rows, each a copy: whole tiles, or what is in one page."""
-    for group in range(plan.n_score):
-        tile = slot * plan.n_score + group
-        for first_of_copy in range(0, KEYS_PER_WARPGROUP, plan.part):
-            rows = _key_rows(plan, gmem.table, key_row, group * KEYS_PER_WARPGROUP + first_of_copy)
-            there = pl.ds(first_of_copy, plan.part)
-            for part in range(plan.loop.n_parts):
-                plgpu.copy_gmem_to_smem(gmem.k.at[rows, part], smem.k.at[tile, part, there], smem.k_full.at[slot])
-            if gmem.k_scale is not None and smem.scale is not None:
-                plgpu.copy_gmem_to_smem(gmem.k_scale.at[rows], smem.scale.at[tile, there], smem.k_full.at[slot])
+    per_tile = KEYS_PER_WARPGROUP // plan.part
+    for i, copy in enumerate(rows):
+        tile, there = slot * plan.n_score + i // per_tile, pl.ds(i % per_tile * plan.part, plan.part)
+        for part in range(plan.loop.n_parts):
+            plgpu.copy_gmem_to_smem(gmem.k.at[copy, part], smem.k.at[tile, part, there], smem.k_full.at[slot])
+        if gmem.k_scale is not None and smem.scale is not None:
+            plgpu.copy_gmem_to_smem(gmem.k_scale.at[copy], smem.scale.at[tile, there], smem.k_full.at[slot])
 
 
 def _gather_keys_interpreted(plan: Plan, gmem: Inputs, smem: Smem, slot: Array, key_row: Array) -> None:
@@ -193,19 +210,24 @@ def _gather_keys_interpreted(plan: Plan, gmem: Inputs, smem: Smem, slot: Array, 
     plgpu.barrier_arrive(smem.k_full.at[slot])
 
 
-def _key_rows(plan: Plan, table_gmem: Ref, key_row: Array, offset: int) -> Ref:
-    """Where a copy's rows are in k: those from key_row + offset on. A visible multiple of 8: tiled copies must know."""
+def _rows_of_copies(plan: Plan, table_gmem: Ref, key_row: Array) -> list[Ref]:
+    """Where the rows of each copy of a span are in k. A visible multiple of 8: tiled copies must know."""
+    offsets = range(0, KEYS_PER_WARPGROUP * plan.n_score, plan.part)
     if plan.pages is None:
-        return pl.ds((key_row // 8 + offset // 8) * 8, KEYS_PER_WARPGROUP)
+        return [pl.ds((key_row // 8 + offset // 8) * 8, plan.part) for offset in offsets]
     size, n_pages = plan.pages
-    row = key_row + offset
-    # The last tile reaches beyond the table: no query sees what is read there.
-    page = table_gmem[jnp.minimum(row // size, table_gmem.shape[0] - 1)]
-    page = jnp.minimum(jnp.maximum(page, 0), n_pages - 1)
-    return pl.ds((page * (size // plan.part) + row % size // plan.part) * plan.part, plan.part)
+
+    def rows(offset: int) -> Ref:
+        row = key_row + offset
+        # The last tile reaches beyond the table: no query sees what is read there.
+        page = table_gmem[jnp.minimum(row // size, table_gmem.shape[0] - 1)]
+        page = jnp.minimum(jnp.maximum(page, 0), n_pages - 1)
+        return pl.ds((page * (size // plan.part) + row % size // plan.part) * plan.part, plan.part)
+
+    return [rows(offset) for offset in offsets]
 
 
-def score(plan: Plan, items: _Items, group: Array, per_query: PerQuery, smem: Smem) -> None:
+def score(plan: Plan, gmem: Inputs, group: Array, per_query: PerQuery, smem: Smem) -> None:
     """Sort keys of this warp-group's tile of each span."""
     plgpu.set_max_registers(share_registers(plan.n_score, LOADER_REGISTERS), action="increase")
     # Nothing is in use yet: every buffer is handed to the loader once.
@@ -214,31 +236,23 @@ def score(plan: Plan, items: _Items, group: Array, per_query: PerQuery, smem: Sm
     for slot in range(plan.loop.ring):
         plgpu.barrier_arrive(smem.q_free.at[slot])
 
-    def one_item(i, n_before):
-        first, n, column, _ = items(i)
-        slot = i % plan.n_keys
-        column = column + group * KEYS_PER_WARPGROUP
+    def one_item(work: Work, met: Carry) -> None:
+        slot = lax.rem(met[0], jnp.int32(plan.n_keys))
+        column = work.column + group * KEYS_PER_WARPGROUP
         plgpu.barrier_wait(smem.k_full.at[slot])
         item = Item(
             group=group,
             key_slot=slot,
             tile=slot * plan.n_score + group,
-            n=n,
-            n_before=n_before,
-            first=first,
+            n=work.n,
+            n_before=met[1],
+            first=work.first,
             column=column,
-            candidate=items.first_column + column,
+            candidate=gmem.first_column[0] + column,
         )
+        if plan.interpret:
+            score_queries_reference(plan.loop, item, smem, per_query, plan.interpret)
+        else:
+            score_queries(plan.loop, item, smem, per_query, plan.tile_transforms)
 
-        @pl.when(n > 0)
-        def _queries():
-            if plan.interpret:
-                score_queries_reference(plan.loop, item, smem, per_query, plan.interpret)
-            else:
-                score_queries(plan.loop, item, smem, per_query, plan.tile_transforms)
-
-        # A span that no query of the tile sees is handed on all the same, so that every role counts the same phases.
-        pl.when(n == 0)(lambda: release(plan, smem.k_free.at[slot]))
-        return n_before + n
-
-    lax.fori_loop(0, items.n, one_item, jnp.int32(0))
+    each_item(plan, gmem, one_item)

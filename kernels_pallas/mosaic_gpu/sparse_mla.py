@@ -4,13 +4,13 @@
 Floor, 4096 queries of dsv32 (128 heads, 576 / 512, 2048 tokens), H200: tensor cores 2.3 PFLOP / 990 TFLOP/s = 2.4 ms;
 L2 to the SMs 19.3 GB (each group of 64 heads reads the tokens) = 2.5 ms at the 7.5 TB/s that gathering alone reaches;
 shared memory 2.8 ms (320 KB of operands and copies a tile of 64 tokens, at 128 B a cycle). None of them is the limit:
-most of the 4.9 ms is stages (copy, scores, softmax, values) that wait for each other, with two slots for tiles.
+most of the 4.3 ms is stages (copy, scores, softmax, values) that wait for each other, with two slots for tiles.
 
 A CTA takes 64 heads of a query, one CTA an SM, persistent over queries. Warp-groups: one that copies, one that scores,
 two with half of the value columns each. With few queries (decode) lists are split and `combine` adds up the parts.
 
-Latents in 8 bits are 656 bytes a token in place of 1152; the warp-group that copies makes them bfloat16 on the way. A
-tile of 64 tokens takes a warp of it about 1000 instructions, where products of a tile take 2176 cycles.
+Latents in 8 bits are 656 bytes a token in place of 1152; the warp-group that copies makes them bfloat16 in their slot.
+A tile of 64 tokens takes a warp of it 1165 instructions, and 8750 cycles, where products of a tile take 2176.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS
 from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import (
     HEADS,
     KEY_DIM,
+    PAIR,
     PARTS,
     SLOTS,
     TOKENS,
@@ -41,7 +42,9 @@ from hisa_jax.kernels_pallas.triton.sparse_mla import combine
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.latents import QuantizedLatents
 
-_PAIR = SLOTS * TOKENS  # what a list is a multiple of: every query starts at the first slot
+# Up to so many lists a CTA, all roles count what each holds: one launch in place of three. With more a fusion counts
+# once, where counting would hold up each role 0.4 us a list.
+_COUNTED = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,6 @@ class Config:
     """How the work is divided: it changes the speed and the last bits, nothing else."""
 
     n_splits: int = 1  # parts of a query's list
-    prefetches: bool = False  # asks for rows in L2 while their slot is in use
 
 
 def why_not(
@@ -65,14 +67,13 @@ def why_not(
     return None if N in (16, 32, 64, 128) else f"needs 16, 32, 64 or 128 heads, not {N}"
 
 
-def heuristic(n_queries: int, N: int, K: int, n_ctas: int = 132, is_quantized: bool = False) -> Config:
+def heuristic(n_queries: int, N: int, K: int, n_ctas: int = 132) -> Config:
     """Splits the token list until every multiprocessor has work, but into no less than a pair of tiles."""
     items = n_queries * -(-N // HEADS)
     n_splits = 1
-    while items * n_splits * 2 <= n_ctas and K // (2 * n_splits) >= _PAIR:
+    while items * n_splits * 2 <= n_ctas and K // (2 * n_splits) >= PAIR:
         n_splits *= 2
-    # Of rows that go through registers only a few are in flight.
-    return Config(n_splits=n_splits, prefetches=is_quantized)
+    return Config(n_splits=n_splits)
 
 
 @in_32_bits
@@ -97,7 +98,7 @@ def sparse_mla(
         n_ctas: how many persistent CTAs; the SMs of the device.
     """
     (B, T, N, E), S, K = q.shape, kv.shape[1], indices.shape[2]
-    config = config or heuristic(B * T, N, K, n_ctas, isinstance(kv, QuantizedLatents))
+    config = config or heuristic(B * T, N, K, n_ctas)
     n_splits, groups = config.n_splits, -(-N // HEADS)
     indices = indices.reshape(B * T, K)
     q = jnp.pad(q.reshape(B * T, N, E), ((0, 0), (0, groups * HEADS - N), (0, 0)))
@@ -108,9 +109,8 @@ def sparse_mla(
         keys=S,
         groups=groups,
         n_splits=n_splits,
-        pairs=-(-K // (_PAIR * n_splits)),
+        pairs=-(-K // (PAIR * n_splits)),
         scale=scale,
-        prefetches=config.prefetches,
         n_ctas=min(n_ctas, n_splits * B * T * groups),
         interpret=interpret,
     )
@@ -119,7 +119,10 @@ def sparse_mla(
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS, value_dim), o_dtype),
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS), jnp.float32),
     ]
-    partial, lse = _launch(plan, out_type, Inputs(pairs_of(indices, plan), indices, q, kv))
+    # Of parts of lists a fusion counts, too: with what adds them up, these are launches enough for XLA to make a graph.
+    counts = n_splits == 1 and plan.n_items <= _COUNTED * plan.n_ctas
+    n_pairs = None if counts else pairs_of(indices, plan)
+    partial, lse = _launch(plan, out_type, Inputs(n_pairs, indices, q, kv))
     o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse)
     return o[:, :N].astype(q.dtype).reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
 
@@ -130,7 +133,7 @@ def pairs_of(indices: Array, plan: Plan) -> Array:
     is_real = (indices >= 0) & (indices < plan.keys)
     used = jnp.max(jnp.where(is_real, jnp.arange(1, K + 1, dtype=jnp.int32)[None, :], 0), axis=1)
     first = jnp.arange(plan.n_splits, dtype=jnp.int32)[:, None] * plan.pairs
-    return jnp.clip((used[None, :] + _PAIR - 1) // _PAIR - first, 1, plan.pairs).reshape(-1)
+    return jnp.clip((used[None, :] + PAIR - 1) // PAIR - first, 1, plan.pairs).reshape(-1)
 
 
 def _launch(plan: Plan, out_type: list, inputs: Inputs) -> list[Array]:

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_rows as gather
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import sparse_mla
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.count_tiles import count_tiles
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_latents import gather_latents
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import (
     BARRIER_WORDS,
@@ -21,7 +22,6 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import (
     gather_rows,
     load_lane_word,
     load_word,
-    prefetch_rows,
     store_bias,
 )
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
@@ -32,6 +32,7 @@ from hisa_jax.latents import GROUP, QuantizedLatents
 
 HEADS = 64  # of one query a CTA takes: the rows of a product
 SLOTS, TOKENS = 2, 64  # of a tile
+PAIR = SLOTS * TOKENS  # what a list is a multiple of: every query starts at the first slot
 KEY_DIM, VALUE_DIM = 576, 512
 HALF = VALUE_DIM // 2  # value columns a warp-group: 128 accumulators a thread
 QUARTER = HALF // 2  # columns a product: ptxas refuses 256 in a kernel launched with 128 registers a thread
@@ -56,7 +57,6 @@ class Plan:
     n_splits: int
     pairs: int  # of tiles a split
     scale: float
-    prefetches: bool
     n_ctas: int
     interpret: object
 
@@ -68,17 +68,17 @@ class Plan:
         """How many items this CTA has: cta, cta + n_ctas, ..."""
         return (self.n_items - cta + self.n_ctas - 1) // self.n_ctas
 
-    def item(self, cta: Array, i: Array) -> tuple[Array, Array, Array, Array]:
-        """Split, query, first head, and index in n_pairs. Groups of a query are neighbours: L2 serves all but one."""
+    def item(self, cta: Array, i: Array) -> tuple[Array, Array, Array]:
+        """Split, query and first head. Groups of a query are neighbours: L2 serves all but one."""
         item = cta + i * self.n_ctas
         part = item // self.groups
-        return part // self.T, part % self.T, item % self.groups * HEADS, part
+        return part // self.T, part % self.T, item % self.groups * HEADS
 
 
 class Inputs(NamedTuple):
     """Arrays in device memory, whole."""
 
-    n_pairs: Ref  # [n_splits * T] int32, of tiles of each part of a list
+    n_pairs: Ref | None  # [n_splits * T] int32, of tiles of each part of a list; None: all roles count for themselves
     indices: Ref  # [T, K] int32
     q: Ref  # [T, groups * 64, E]
     kv: Ref | QuantizedLatents  # [B * S, E], or refs of its parts
@@ -116,15 +116,32 @@ def sparse_mla_body(plan: Plan, gmem: Inputs, o_gmem: Ref, lse_gmem: Ref, smem: 
     # A tile's probabilities take the place of its last 64 key columns, which are no value: there is no room for them
     # elsewhere. The output and the softmax's sums stay in registers from a query's first tile to its last.
     #
-    # Latents in 8 bits go through registers of the loader, which writes them in bfloat16: the rest is the same.
+    # Latents in 8 bits land in their slot, where the loader writes them anew in bfloat16: the rest is the same.
     #
     # In interpret mode, which cannot run PTX, `load_interpreted` loads and `k_full` stands for `landed`.
     role = lax.axis_index("warpgroup")
-    pl.when(role < SCORES)(lambda: add_values(plan, role, gmem.n_pairs, o_gmem, smem))
-    is_quantized = isinstance(gmem.kv, QuantizedLatents)
-    pl.when(role == SCORES)(lambda: score(plan, gmem.n_pairs, lse_gmem, smem, is_quantized))
+    pl.when(role < SCORES)(lambda: add_values(plan, role, gmem, o_gmem, smem))
+    pl.when(role == SCORES)(lambda: score(plan, gmem, lse_gmem, smem))
     load = load_interpreted if plan.interpret else load_keys
     pl.when(role == LOAD)(lambda: load(plan, gmem, smem))
+
+
+def tiles_of(plan: Plan, gmem: Inputs, split: Array, t: Array, by_warp: bool = False) -> Array:
+    """Tiles up to the last token of a part of a list, in pairs, one at least: what all roles agree on.
+
+    Args:
+        by_warp: for a warp by itself.
+    """
+    if gmem.n_pairs is not None:
+        i = split * plan.T + t
+        return SLOTS * (load_word(gmem.n_pairs, i) if by_warp else gmem.n_pairs[i])
+    K, first = gmem.indices.shape[1], split * plan.pairs * PAIR
+    end = jnp.minimum(first + plan.pairs * PAIR, K)
+    if not plan.interpret:
+        return count_tiles(gmem.indices, t, first, end, plan.keys, PAIR)
+    index, column = gmem.indices[t], jnp.arange(K, dtype=jnp.int32)
+    is_real = (index >= 0) & (index < plan.keys) & (column < end)
+    return SLOTS * (jnp.maximum(jnp.max(jnp.where(is_real, column, first)) - first, 0) // PAIR + 1)
 
 
 def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
@@ -136,9 +153,9 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
         plgpu.barrier_wait(smem.ready)
 
         def one_item(i, _):
-            split, t, head, n_pairs_index = plan.item(cta, i)
+            split, t, head = plan.item(cta, i)
             first_row = t // plan.queries * plan.keys
-            column = split * plan.pairs * SLOTS * TOKENS + first
+            column = split * plan.pairs * PAIR + first
             fetch = lambda j: load_lane_word(gmem.indices, t, column + j * TOKENS)  # noqa: E731
 
             @pl.when(brings_queries)
@@ -149,20 +166,18 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
             def one_tile(j, index):
                 slot, landed = j % SLOTS, smem.landed_at(j % SLOTS * len(PARTS) + part)
                 row = jnp.where((index >= 0) & (index < plan.keys), first_row + index, -1)
-                if plan.prefetches:
-                    prefetch(gmem.kv, row, part)
                 plgpu.barrier_wait(smem.k_free.at[landed.row])
                 tile = TileRows(smem.k, slot, first)
                 if isinstance(gmem.kv, QuantizedLatents):
                     gather_latents(gmem.kv, row, tile, *groups_of(part), landed)
                 else:
-                    gather_rows(gmem.kv, row, tile, PARTS[part], landed)
+                    gather_rows(gmem.kv, row, tile, PARTS[part], landed, keeps=True)
                 if part == 0:
                     store_bias(Row(smem.bias, slot, TOKENS), first, row, landed)
                 # The next tile's index, so that it is there when its slot is.
                 return fetch(j + 1)
 
-            lax.fori_loop(0, SLOTS * load_word(gmem.n_pairs, n_pairs_index), one_tile, fetch(0))
+            lax.fori_loop(0, tiles_of(plan, gmem, split, t, by_warp=True), one_tile, fetch(0))
             return _
 
         lax.fori_loop(0, plan.items(cta), one_item, None)
@@ -172,17 +187,6 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
         first = warp % 2 * ROWS_PER_WARP
         pl.when(warp // 2 == 0)(lambda: one_part(0, first, warp == 0))
         pl.when(warp // 2 == 1)(lambda: one_part(1, first, warp < 0))
-
-
-def prefetch(kv: Ref | QuantizedLatents, row: Array, part: int) -> None:
-    """Asks for what a part of a tile reads, while its slot is still in use."""
-    if not isinstance(kv, QuantizedLatents):
-        prefetch_rows(kv, row, PARTS[part])
-        return
-    groups, has_rope = groups_of(part)
-    prefetch_rows(kv.values, row, [(group * GROUP, GROUP) for group in groups])
-    if has_rope:
-        prefetch_rows(kv.rope, row, [(0, KEY_DIM - VALUE_DIM)])
 
 
 def groups_of(part: int) -> tuple[tuple[int, ...], bool]:
@@ -196,14 +200,14 @@ def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
     cta = lax.axis_index("cta")
 
     def one_item(i, _):
-        split, t, head, n_pairs_index = plan.item(cta, i)
+        split, t, head = plan.item(cta, i)
         plgpu.barrier_wait(smem.q_free)
         plgpu.copy_gmem_to_smem(gmem.q.at[t, pl.ds(head, HEADS)], smem.q.at[0], smem.q_full)
         indices, kv = gmem.indices[t], jax.tree.map(lambda ref: ref[...], gmem.kv)
 
         def one_pair(pair, _):
             for slot in range(SLOTS):
-                column = ((split * plan.pairs + pair) * SLOTS + slot) * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
+                column = (split * plan.pairs + pair) * PAIR + slot * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
                 index = jnp.where(column < indices.shape[0], indices[jnp.minimum(column, indices.shape[0] - 1)], -1)
                 there = (index >= 0) & (index < plan.keys)
                 row = t // plan.queries * plan.keys + jnp.where(there, index, 0)
@@ -215,7 +219,7 @@ def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 plgpu.barrier_arrive(smem.k_full.at[slot])
             return _
 
-        return lax.fori_loop(0, gmem.n_pairs[n_pairs_index], one_pair, _)
+        return lax.fori_loop(0, tiles_of(plan, gmem, split, t) // SLOTS, one_pair, _)
 
     lax.fori_loop(0, plan.items(cta), one_item, None)
     wait_all(smem.k_free, SLOTS * len(PARTS))
@@ -228,10 +232,10 @@ def rows_of(kv: Array | QuantizedLatents, row: Array) -> Array:
     return found.dequantize() if isinstance(found, QuantizedLatents) else found
 
 
-def score(plan: Plan, n_pairs_gmem: Ref, lse_gmem: Ref, smem: Smem, is_quantized: bool) -> None:
+def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
     """Probabilities of each tile, and by how much they make the earlier ones decay."""
     plgpu.set_max_registers(SCORE_REGISTERS, action="decrease")
-    cta = lax.axis_index("cta")
+    cta, is_quantized = lax.axis_index("cta"), isinstance(gmem.kv, QuantizedLatents)
     if not plan.interpret:
         # Every lane of two warps. The bias arrives with the first part, a rope part beside values of 8 bits by itself.
         gather.init_landed(smem.landed, (4 * ROWS_PER_WARP, (2 + 2 * is_quantized) * ROWS_PER_WARP) * SLOTS)
@@ -241,8 +245,8 @@ def score(plan: Plan, n_pairs_gmem: Ref, lse_gmem: Ref, smem: Smem, is_quantized
     row = lambda value: plgpu.layout_cast(jnp.full((HEADS,), value, jnp.float32), PER_HEAD)  # noqa: E731
 
     def one_item(i, n_before):
-        split, t, head, n_pairs_index = plan.item(cta, i)
-        n_tiles = SLOTS * n_pairs_gmem[n_pairs_index]
+        split, t, head = plan.item(cta, i)
+        n_tiles = tiles_of(plan, gmem, split, t)
         plgpu.barrier_wait(smem.q_full)
 
         def one_tile(j, carry):
@@ -292,7 +296,7 @@ def score(plan: Plan, n_pairs_gmem: Ref, lse_gmem: Ref, smem: Smem, is_quantized
     lax.fori_loop(0, plan.items(cta), one_item, jnp.int32(0))
 
 
-def add_values(plan: Plan, half: Array, n_pairs_gmem: Ref, o_gmem: Ref, smem: Smem) -> None:
+def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -> None:
     """Half of the value columns of the output."""
     plgpu.set_max_registers(VALUE_REGISTERS, action="increase")
     cta = lax.axis_index("cta")
@@ -301,7 +305,7 @@ def add_values(plan: Plan, half: Array, n_pairs_gmem: Ref, o_gmem: Ref, smem: Sm
         plgpu.barrier_arrive(smem.k_free.at[barrier])
 
     def one_item(i, _):
-        split, t, head, n_pairs_index = plan.item(cta, i)
+        split, t, head = plan.item(cta, i)
 
         def one_tile(j, carry):
             o, slot = carry[:-1], j % SLOTS
@@ -312,7 +316,7 @@ def add_values(plan: Plan, half: Array, n_pairs_gmem: Ref, o_gmem: Ref, smem: Sm
             if plan.interpret:
                 o = scaled(o)
             else:  # rarely does any maximum of a warp's rows move
-                o = lax.cond(sparse_mla.any_decay(decay) > 0, scaled, lambda o: o, o)
+                o = lax.cond(sparse_mla.any_decay(decay, total) > 0, scaled, lambda o: o, o)
                 sparse_mla.let_first(smem.turn)
             p = smem.k.at[slot, :, pl.ds(VALUE_DIM, TOKENS)]
             values = [smem.k.at[slot, :, columns(part)] for part in range(2)]
@@ -321,7 +325,8 @@ def add_values(plan: Plan, half: Array, n_pairs_gmem: Ref, o_gmem: Ref, smem: Sm
 
         zeros = plgpu.layout_cast(jnp.zeros((HEADS, QUARTER), jnp.float32), plgpu.Layout.WGMMA)
         nothing = plgpu.layout_cast(jnp.zeros((HEADS,), jnp.float32), PER_HEAD)
-        *o, total = lax.fori_loop(0, SLOTS * n_pairs_gmem[n_pairs_index], one_tile, (zeros, zeros, nothing))
+        n_tiles = tiles_of(plan, gmem, split, t)
+        *o, total = lax.fori_loop(0, n_tiles, one_tile, (zeros, zeros, nothing))
         # A query without tokens has a total of 0, and zeros for an output.
         share = 1.0 / jnp.where(total > 0, total, 1.0)
         for part, x in enumerate(o):

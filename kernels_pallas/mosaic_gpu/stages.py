@@ -8,38 +8,45 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from hisa_jax.kernels_pallas import scan
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.indexer import ByScore, Eligible, Means
 from hisa_jax.kernels_pallas.mosaic_gpu import flat as flat_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import list_best as list_best_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens as list_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as refine_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens as refine_tokens_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens_few as refine_few_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scan as scan_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import scan_sketch as sketch_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk_few as few_topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
-from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
+from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, KeyBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
 from hisa_jax.kernels_pallas.select_shard import Found
 from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
-from hisa_jax.kernels_pallas.triton import kept_means, page_means
+from hisa_jax.kernels_pallas.triton import kept_means, page_means, pool_scores
 from hisa_jax.kernels_pallas.triton import pool as pool_stage
 from hisa_jax.kernels_pallas.triton import stages as triton_stages
 from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
+from hisa_jax.kernels_pallas.triton.pool_scores import pools_where_scored
 from hisa_jax.kernels_pallas.triton.stages import kth, scan_heads, within, within_budget
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan, has_ratio
 
 __all__ = [
-    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
-    "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
-    "units", "within", "within_budget",
+    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth", "list_best",
+    "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_heads", "scan_masks",
+    "scan_sort_keys", "units", "within", "within_budget",
 ]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
+_FLAT_REQUESTS = 4  # of 128K on an H200, us: of 4 the flat indexer 52 and the scan of sketches 58, of 8 75 and 69
+_QUERIES_OF_ONE, _QUERIES_A_REQUEST = 16, 4  # up to so many the flat indexer's products take less time than its reading
 _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
 _DEFAULT_SMS = 132  # of every Hopper GPU sold as H100 SXM, H200 or GH200, where no GPU can be asked
 
@@ -71,7 +78,7 @@ def pool_pages(page_sums: PageSums, dtype: DTypeLike, *, interpret: Interpret = 
 
 def block_filter(
     call: FlatCall,
-    means: Means | PageSums | PageMeans,
+    means: Means | KeyBlocks | PageSums | PageMeans,
     eligible: Eligible,
     method: Hisa | BlockSparse,
     interpret: Interpret = False,
@@ -80,7 +87,9 @@ def block_filter(
     sort_keys = block_sort_keys(call, means, limit, method, interpret)
     if _are_few(sort_keys):
         # It takes all that a query sees, scored or not, where there is room: no kernel after it puts them there.
-        return few_topk_stage.topk(sort_keys, eligible.seen, m, is_full=True, interpret=interpret)[0]
+        # What a query sees is counted in tokens as it came: no kernel before it makes blocks of them.
+        options: Any = dict(per_column=method.block_size, is_full=True, interpret=interpret)
+        return few_topk_stage.topk(sort_keys, call.visible, m, **options)[0]
     if sort_keys.shape[1] <= _NARROW:
         return eligible.or_all(narrow_topk_stage.topk(sort_keys, limit, m, interpret=bool(interpret))[0])
     return eligible.or_all(topk_stage.topk(sort_keys, limit, m, n_ctas=n_sms(), interpret=interpret)[0])
@@ -88,7 +97,7 @@ def block_filter(
 
 def block_sort_keys(
     call: FlatCall,
-    means: Means | PageSums | PageMeans,
+    means: Means | KeyBlocks | PageSums | PageMeans,
     eligible: Array,
     method: Hisa | BlockSparse | ByScore,
     interpret: Interpret = False,
@@ -96,6 +105,9 @@ def block_sort_keys(
     q, w, sequences = call.q, call.w, call.sequences.blocks(method.block_size)
     T, n_ctas = q.shape[0], n_sms()
     columns = Columns(limit=eligible, n=sequences.max_keys, keep_first=method.keep_first, keep_last=method.keep_last)
+    if isinstance(means, KeyBlocks):
+        columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, pool_scores.TILE_T, eligible))
+        return pool_scores.pool_scores(q, w, means, columns, interpret=bool(interpret))
     if isinstance(means, PageSums):
         first_block = sequences.key_start_of_queries(T)
         return page_means.page_scores(q, w, means, first_block, columns, interpret=bool(interpret))
@@ -145,7 +157,8 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
         return refine_stage.refine(call.operands, kept, k_top=topk, config=config or fused, **options)
     sort_keys, limit = _refine_scores(call, kept, interpret)
     if _are_few(sort_keys):
-        return few_topk_stage.topk(sort_keys, limit, topk, kept, has_forced=False, interpret=interpret)
+        written = limit if n_parts == 1 else None  # parts write every column
+        return few_topk_stage.topk(sort_keys, written, topk, kept, has_forced=False, interpret=interpret)
     return narrow_topk_stage.topk(sort_keys, limit, topk, kept, interpret=bool(interpret))
 
 
@@ -187,6 +200,19 @@ def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array
     return flat_stage.flat(call.operands, call.visible, call.sequences, **options)
 
 
+def way_of_scan(call: FlatCall, topk: int) -> scan.Way:
+    """Few queries of few requests are the flat indexer's: it reads what a scan does, or hardly more, in fewer launches.
+
+    So are few queries of many requests by the keys. Many of one request would wait for its products.
+    """
+    T, R = call.q.shape[0], len(call.sequences.lengths)
+    is_reading = max(_QUERIES_OF_ONE, _QUERIES_A_REQUEST * R) >= T and (call.sketch is None or R <= _FLAT_REQUESTS)
+    if is_reading and flat_stage.is_for_few(T, call.sequences.max_keys, topk, n_sms()):
+        return "flat"
+    # Scans by keys leave rows for whole groups of queries, 8 times as many as those of single ones.
+    return "samples" if call.sketch is None else scan.way_of(call, topk)
+
+
 def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
     options: Any = dict(topk=k, n_ctas=n_sms(), interpret=interpret)
     positions, _, sort_keys = flat_stage.flat_with_sort_keys(call.operands, call.visible, call.sequences, **options)
@@ -194,8 +220,21 @@ def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
 
 
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
+    """`scan.scan_sort_keys`; of sketches `scan_sketch.scan_sort_keys`, or Triton's for samples and what it declines."""
     if call.sketch is not None:
-        return triton_stages.scan_sort_keys(call, heads, step, bool(interpret))
+        (T, R, D), pages, sequences = heads.q.shape, call.pages, call.sequences
+        reason = sketch_stage.why_not(D, heads.q.dtype.itemsize, None if pages is None else pages.size)
+        if step > 1 or pages is None or reason is not None:
+            return triton_stages.scan_sort_keys(call, heads, step, bool(interpret))
+        config = sketch_stage.heuristic(T, len(sequences.lengths), R, sequences.max_keys, n_sms())
+        columns, first = Columns(limit=call.visible, n=sequences.max_keys), None
+        if config.tile_t > 1:
+            tiles = sequences.query_tiles(T, config.tile_t, call.visible, sketch_stage.STEP)
+            columns = dataclasses.replace(columns, tiles=tiles)
+        else:
+            first = sequences.key_start_of_queries(T)
+        sketched: Any = (call.sketch.codes, call.sketch.code_scales, call.k_scale, pages)
+        return sketch_stage.scan_sort_keys(*sketched, heads, columns, first, config=config, interpret=interpret)
     return scan_stage.scan_sort_keys(call, heads, step, n_ctas=n_sms(), interpret=interpret)
 
 
@@ -215,17 +254,44 @@ def list_tokens(
     return list_stage.list_tokens(masks, visible, capacity, n_ctas=n_sms(), interpret=interpret)
 
 
+def list_best(
+    sort_keys: Array, visible: Array, ask: scan.Ask, method: Scan, interpret: Interpret = False
+) -> tuple[Array, Array]:
+    """`list_best.list_best`, or Triton's for rows that it declines."""
+    if list_best_stage.why_not(sort_keys.shape[1], ask.step):
+        return triton_stages.list_best(sort_keys, visible, ask, method, bool(interpret))
+    options: Any = dict(keep_first=method.keep_first, keep_last=method.keep_last, interpret=interpret)
+    return list_best_stage.list_best(sort_keys, visible, **ask._asdict(), **options)
+
+
 def refine_tokens(
     call: FlatCall, tokens: Array, count: Array, topk: int, interpret: Interpret = False
 ) -> tuple[Array, Array]:
-    """`refine_tokens.refine_tokens`, or Triton's, where queries are fewer than CTAs or it cannot run the shape."""
-    (T, H, D), n_ctas = call.q.shape, n_sms()
-    config = refine_tokens_stage.heuristic(H, D, tokens.shape[1], call.k.dtype.itemsize)
+    """`refine_tokens.refine_tokens`; where queries are fewer than CTAs, scores and then `topk_few`."""
+    (T, H, D), n_ctas, itemsize = call.q.shape, n_sms(), call.k.dtype.itemsize
+    config = refine_tokens_stage.heuristic(H, D, tokens.shape[1], itemsize)
+    options: Any
+    if n_ctas >= T and tokens.shape[1] <= few_topk_stage.MAX_WIDTH:
+        sort_keys, tokens = _listed_scores(call, tokens, count, interpret)
+        options = dict(limit=count, interpret=interpret)
+        return few_topk_stage.topk_of_listed(sort_keys, tokens, topk, **options)[:2]
     if config is None or n_ctas > T:
         return triton_stages.refine_tokens(call, tokens, count, topk, bool(interpret))
     first_row = call.sequences.key_start_of_queries(T)
-    options: Any = dict(k_top=topk, config=config, n_ctas=n_ctas, interpret=interpret)
+    options = dict(k_top=topk, config=config, n_ctas=n_ctas, interpret=interpret)
     return refine_tokens_stage.refine_tokens(call.operands, tokens, count, first_row, **options)
+
+
+def _listed_scores(call: FlatCall, tokens: Array, count: Array, interpret: Interpret) -> tuple[Array, Array]:
+    """`refine_tokens_few.refine_tokens_scores`, or Triton's of what that declines; and tokens in as many columns."""
+    T, H, D = call.q.shape
+    if refine_few_stage.why_not(H, D, call.k.dtype.itemsize):
+        sort_keys, listed = triton_stages.listed_scores(call, tokens, count, bool(interpret))
+        return sort_keys, listed.ids
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % refine_few_stage.COLUMNS)), constant_values=-1)
+    first, steps = call.sequences.key_start_of_queries(T), refine_few_stage.heuristic(T, tokens.shape[1], n_sms())
+    lists = tokens, count, first
+    return refine_few_stage.refine_tokens_scores(call.operands, *lists, steps=steps, interpret=interpret), tokens
 
 
 def units(call: FlatCall, method: BlockSparse, interpret: Interpret = False) -> Array:

@@ -30,16 +30,18 @@ class _Plan:
 
     shape: Shape
     n_parts: int  # rows of a query
+    per_column: int  # what a limit counts of each column
     block_size: int  # of blocks that columns are of
     interpret: object
 
 
 def topk(
     x: Array,
-    limit: Array,
+    limit: Array | None,
     k: int,
     kept: KeptBlocks | None = None,
     *,
+    per_column: int = 1,
     is_full: bool = False,
     has_forced: bool = True,
     interpret: Interpret = False,
@@ -48,13 +50,14 @@ def topk(
 
     Args:
         x: W is a multiple of 4.
-        limit: columns from here on are no candidates, whatever they hold.
+        limit: columns from limit / per_column on, rounded up, are no candidates, whatever they hold; None: all are.
         kept: column c is then token kept.ids[c // size] * size + c % size of the sequence.
         is_full: all columns before the limit are candidates, and of k at most no sort key is looked at.
         has_forced: whether some sort keys may be `FORCED`.
     """
     ids, size = (None, 1) if kept is None else (kept.ids, kept.size)
     options: dict[str, Any] = dict(is_full=is_full, has_forced=has_forced, block_size=size, interpret=interpret)
+    options["per_column"] = per_column
     return _launch(x, limit, ids, k, **options)[:2]
 
 
@@ -72,10 +75,19 @@ def topk_of_parts(x: Array, limit: Array, k: int, *, part: int, interpret: Inter
 
 
 def topk_of_listed(
-    x: Array, listed: Array, k: int, *, has_sort_keys: bool = False, interpret: Interpret = False
+    x: Array,
+    listed: Array,
+    k: int,
+    *,
+    limit: Array | None = None,
+    has_sort_keys: bool = False,
+    interpret: Interpret = False,
 ) -> tuple[Array, Array, Array | None]:
-    """[T, W] sort keys, none forced, and what columns stand for -> of the k best [T, k], count [T], sort keys."""
-    limit = jnp.full(len(x), x.shape[1], jnp.int32)
+    """[T, W] sort keys, none forced, and what columns stand for -> of the k best [T, k], count [T], sort keys.
+
+    Args:
+        limit: [T] int32, columns from here on are no candidates, whatever they hold; None: all are.
+    """
     options: dict[str, Any] = dict(is_listed=True, has_forced=False, has_sort_keys=has_sort_keys, interpret=interpret)
     return _launch(x, limit, listed, k, **options)
 
@@ -83,16 +95,17 @@ def topk_of_listed(
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "k", "n_parts", "block_size", "is_full", "is_listed", "has_forced", "has_sort_keys", "interpret",
+        "k", "n_parts", "per_column", "block_size", "is_full", "is_listed", "has_forced", "has_sort_keys", "interpret",
     ),
 )  # fmt: skip
 def _launch(
     x: Array,
-    limit: Array,
+    limit: Array | None,
     ids: Array | None,
     k: int,
     *,
     n_parts: int = 1,
+    per_column: int = 1,
     block_size: int = 1,
     interpret: Interpret,
     **flags: bool,
@@ -101,7 +114,7 @@ def _launch(
     if W % 4 or W > MAX_WIDTH:
         raise ValueError(f"topk: x has rows of {W} sort keys, wanted a multiple of 4 up to {MAX_WIDTH}")
     shape = dataclasses.replace(select_few.shape_of(W, k), **flags)
-    plan = _Plan(shape=shape, n_parts=n_parts, block_size=block_size, interpret=interpret)
+    plan = _Plan(shape=shape, n_parts=n_parts, per_column=per_column, block_size=block_size, interpret=interpret)
     rows, count = jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)
     return plgpu.kernel(
         functools.partial(_body, plan),
@@ -116,13 +129,16 @@ def _launch(
     )(limit, ids, x)[0]
 
 
-def _body(plan: _Plan, limit_gmem: Ref, ids_gmem: Ref | None, x_gmem: Ref, out: Outputs, smem: Ref) -> None:
+def _body(plan: _Plan, limit_gmem: Ref | None, ids_gmem: Ref | None, x_gmem: Ref, out: Outputs, smem: Ref) -> None:
     # One CTA, one row:   sort keys -> registers -> range -> bins -> the bin of the threshold -> threshold -> o, count
     #
     # A row may be a part of a query's: its columns are then counted from where the part begins.
     t, shape = lax.axis_index("row"), plan.shape
     query, first = (t, jnp.int32(0)) if plan.n_parts == 1 else (t // plan.n_parts, t % plan.n_parts * shape.width)
-    limit, output = limit_gmem[query] - first, select_row.Output(t, *out)
+    limit = jnp.int32(shape.width) if limit_gmem is None else limit_gmem[query]
+    if plan.per_column > 1:
+        limit = lax.div(limit + (plan.per_column - 1), jnp.int32(plan.per_column))
+    limit, output = limit - first, select_row.Output(t, *out)
     if not plan.interpret:
         ids = None if ids_gmem is None else Row(ids_gmem, t, ids_gmem.shape[1])
         select_few.choose(shape, Row(x_gmem, t, shape.width), limit, first, ids, plan.block_size, smem, output)

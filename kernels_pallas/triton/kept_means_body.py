@@ -1,6 +1,7 @@
 """Device code of `kept_scores`."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.experimental.pallas import triton as plt
 from hisa_jax.kernels_pallas.pages import TILED_BLOCKS
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
 from hisa_jax.kernels_pallas.triton.page_means_body import Queries, Sums, means_of_blocks
+from hisa_jax.kernels_pallas.triton.product import product
 from hisa_jax.kernels_pallas.types import Ref
 from hisa_jax.xla.block_means import joined
 from hisa_jax.xla.means import split
@@ -46,7 +48,7 @@ def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> N
     # fit is rare (a page that follows different pages in two tables), so a few blocks at a time will do, and no branch
     # but that one has its registers. out: [width].
     column, limit, first_block = pl.program_id(0) * plan.tile_s, query.limit[0], query.first_block[0]
-    H, D = query.q.shape
+    D = query.q.shape[1]
 
     def pages_of(first: Array, n: int) -> tuple[Array, list[Array]]:
         """n candidates and their pages in order."""
@@ -72,22 +74,20 @@ def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> N
         candidate, pages = pages_of(column + i * TILED_BLOCKS, TILED_BLOCKS)
         means = means_of_blocks(refs.sums, first_block + candidate, plan.per_block, plan.n_pages)
         parts, scale = split(means, refs.means.shape[1] // D, query.q.dtype)
-        # Eleven bits hold what two e4m3 numbers do, but for the last bits of a few.
-        scores = _score(sum(map(_wide, parts[1:]), _wide(parts[0])), _wide(query.q[...]), query.w[...])
+        scores = _score(parts, query.q[...], query.w[...])
         store(candidate, scores if scale is None else scores * scale, is_other(candidate, pages))
 
     @pl.when(column < limit)
     def _score_kept():
         candidate, pages = pages_of(column, plan.tile_s)
         # Asked for in this order: what is waited for longest comes first, and nothing waits in between.
-        columns = jnp.arange(refs.means.shape[1], dtype=jnp.int32)
-        means = plt.load(refs.means.at[pages[-1][:, None], columns[None, :]])
+        columns = jnp.arange(D, dtype=jnp.int32)
+        parts = range(0, refs.means.shape[1], D)
+        means = [plt.load(refs.means.at[pages[-1][:, None], first + columns[None, :]]) for first in parts]
         heads, w = query.q[...], query.w[...]
         scale = None if refs.scales is None else plt.load(refs.scales.at[pages[-1]])
         other = is_other(candidate, pages)
-        # Parts lie one behind the other: the product with as many copies of the heads is the sum of theirs.
-        copies = jnp.broadcast_to(_wide(heads)[:, None, :], (H, len(columns) // D, D)).reshape(H, -1)
-        scores = _score(_wide(means), copies, w)
+        scores = _score(means, heads, w)
         store(candidate, scores if scale is None else scores * scale, ~other)
         if refs.sums is not None:
             pl.when(jnp.max(other.astype(jnp.int32)) > 0)(
@@ -100,16 +100,21 @@ def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> N
         o_ref[pl.ds(column, plan.tile_s)] = jnp.full((plan.tile_s,), INVISIBLE, jnp.int32)
 
 
-def _wide(x: Array) -> Array:
-    """e4m3 numbers as float16, which Triton has products for on Hopper's tensor cores."""
-    return x if x.dtype == jnp.bfloat16 else x.astype(jnp.float16)
+def _score(parts: Sequence[Array], heads: Array, w: Array) -> Array:
+    """Means [s, D] in parts, [H, D], [H] -> [s] float32.
 
-
-def _score(means: Array, heads: Array, w: Array) -> Array:
-    """[s, K], [H, K], [H] -> [s] float32. Means are the second operand: they reach shared memory as they are loaded."""
-    products = lax.dot_general(heads, means, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    A product has 64 rows or more: means, whose heads are then summed within a thread, or the heads of few means.
+    """
+    s, H = parts[0].shape[0], heads.shape[0]
+    rows_are_means = s >= 64
+    products = jnp.zeros((s, H) if rows_are_means else (H, s), jnp.float32)
+    for part in parts:
+        products = product(part, heads, products) if rows_are_means else product(heads, part, products)
     # A select, not a maximum, which Triton lowers to one that drops NaN.
-    return jnp.sum(jnp.where(products < 0.0, 0.0, products) * w[:, None], axis=0)
+    products = jnp.where(products < 0.0, 0.0, products)
+    if rows_are_means:
+        return jnp.sum(products * w[None, :], axis=1)
+    return jnp.sum(products * w[:, None], axis=0)
 
 
 def _page(table_ref: Ref, i: Array, n_pages: int) -> Array:

@@ -26,7 +26,7 @@ def list_tokens_body(refs: Inputs, o_ref: Ref, count_ref: Ref, *, tile: int) -> 
     #                           -> every word writes its lowest bit, then its next one, until the fullest is empty
     #
     # A word a lane, so a step writes as many tokens as words have bits left. out: [capacity], [1].
-    n_words, capacity = refs.masks.shape[0], o_ref.shape[0]
+    n_words = refs.masks.shape[0]
     limit = refs.limit[0]
     n_used = jnp.minimum(lax.shift_right_logical(limit + (WORD - 1), jnp.int32(5)), n_words)
     lanes = jnp.arange(tile, dtype=jnp.int32)
@@ -41,34 +41,45 @@ def list_tokens_body(refs: Inputs, o_ref: Ref, count_ref: Ref, *, tile: int) -> 
             tied = plt.load(refs.at_least.at[word], mask=there, other=0) & ~marked
             n_own = lax.population_count(tied)
             before = n_tied + jnp.cumsum(n_own) - n_own
-            marked = marked | _lowest(tied, jnp.clip(refs.room[0] - before, 0, n_own))
+            marked = marked | lowest_bits(tied, jnp.clip(refs.room[0] - before, 0, n_own))
             n_tied = n_tied + jnp.sum(n_own)
-        n_own = lax.population_count(marked)
-        slot = n_listed + jnp.cumsum(n_own) - n_own
-
-        def one_bit(j: Array, rest: Array) -> Array:
-            # The slot of a word that is empty is its last one or the next word's first: interpret mode writes there.
-            at = slot + jnp.minimum(j, jnp.maximum(n_own - 1, 0))
-            token = word * WORD + lax.population_count((rest & -rest) - 1)
-            plt.store(o_ref.at[at], token, mask=(j < n_own) & (at < capacity))
-            return rest & (rest - 1)
-
-        lax.fori_loop(0, jnp.max(n_own), one_bit, marked)
-        return n_listed + jnp.sum(n_own), n_tied
+        return n_listed + write_bits(o_ref, n_listed, word, marked), n_tied
 
     n_tiles = lax.div(n_used + (tile - 1), jnp.int32(tile))
     count, _ = lax.fori_loop(0, n_tiles, some, (jnp.int32(0), jnp.int32(0)))
     count_ref[0] = count
+    fill(o_ref, count)
 
-    def fill(i: Array, _: None) -> None:
+
+def write_bits(o_ref: Ref, first: Array, word: Array, marked: Array) -> Array:
+    """Writes the numbers of set bits, of each word one after the other, from slot `first` on; returns how many."""
+    n_own = lax.population_count(marked)
+    slot = first + jnp.cumsum(n_own) - n_own
+
+    def one_bit(j: Array, rest: Array) -> Array:
+        # The slot of a word that is empty is its last one or the next word's first: interpret mode writes there.
+        at = slot + jnp.minimum(j, jnp.maximum(n_own - 1, 0))
+        token = word * WORD + lax.population_count((rest & -rest) - 1)
+        plt.store(o_ref.at[at], token, mask=(j < n_own) & (at < o_ref.shape[0]))
+        return rest & (rest - 1)
+
+    lax.fori_loop(0, jnp.max(n_own), one_bit, marked)
+    return jnp.sum(n_own)
+
+
+def fill(o_ref: Ref, count: Array) -> None:
+    """-1 after a list of `count`."""
+    capacity = o_ref.shape[0]
+
+    def some(i: Array, _: None) -> None:
         at = i * _FILL + jnp.arange(_FILL, dtype=jnp.int32)
         plt.store(o_ref.at[at], jnp.full((_FILL,), -1, jnp.int32), mask=(at >= count) & (at < capacity))
 
     first = lax.div(jnp.minimum(count, capacity), jnp.int32(_FILL))
-    lax.fori_loop(first, -(-capacity // _FILL), fill, None)
+    lax.fori_loop(first, -(-capacity // _FILL), some, None)
 
 
-def _lowest(words: Array, n: Array) -> Array:
+def lowest_bits(words: Array, n: Array) -> Array:
     """The n lowest set bits of each word."""
 
     def one_bit(j: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -21,10 +21,13 @@ from hisa_jax.methods import Scan
 # 4096 queries of 64K with 64 heads, in one kernel, ms: 0.235 with 4 warps; 0.31 with 8, spilled registers and 2.9 with
 # 2. Products of 128 heads with 4 would spill as those of 64 with 2.
 _HEADS_A_WARP = 16
+_WARPS_IN_ONE = 8  # of slopes and heads in one: with 4 registers are spilled
 
 
-@functools.partial(jax.jit, static_argnames=("method", "interpret"))
-def scan_heads(operands: Operands, visible: Array, first: Array, method: Scan, *, interpret: bool = False) -> ScanHeads:
+@functools.partial(jax.jit, static_argnames=("method", "in_one", "interpret"))
+def scan_heads(
+    operands: Operands, visible: Array, first: Array, method: Scan, *, in_one: bool = False, interpret: bool = False
+) -> ScanHeads:
     """The heads of `Scan`, at most 16 rows: v in bfloat16, of e4m3 keys in two numbers and a scale.
 
     Args:
@@ -36,40 +39,56 @@ def scan_heads(operands: Operands, visible: Array, first: Array, method: Scan, *
     n_linear = parts_of(k.dtype)
     n = n_linear + method.exact_heads
     R = max(pl.next_power_of_2(n), 2)
-    slopes = None if method.slopes == "plain" else _slopes(operands, visible, first, interpret)
+    slopes, samples, sample_specs, num_warps = None, None, None, _warps(H)
+    if method.slopes == "sampled" and in_one:
+        samples, sample_specs = _samples(operands, visible, first)
+        num_warps = max(_warps(H), _WARPS_IN_ONE)
+    elif method.slopes == "sampled":
+        slopes = _slopes(operands, visible, first, interpret)
+    page_size = None if operands.pages is None else operands.pages.size
     rows, weights = pl.pallas_call(
-        functools.partial(scan_heads_body, plan=Plan(n_exact=method.exact_heads, n_linear=n_linear)),
+        functools.partial(
+            scan_heads_body, plan=Plan(n_exact=method.exact_heads, n_linear=n_linear, page_size=page_size)
+        ),
         grid=(T,),
-        in_specs=[HeadInputs(_row(H, D), _row(H), None if slopes is None else _row(H))],
+        in_specs=[HeadInputs(_row(H, D), _row(H), None if slopes is None else _row(H), sample_specs)],
         out_specs=[_row(R, D), _row(R)],
         out_shape=[jax.ShapeDtypeStruct((T, R, D), k.dtype), jax.ShapeDtypeStruct((T, R), jnp.float32)],
-        compiler_params=_params(H),
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=1),
         name="hisa_scan_heads",
         interpret=interpret,
-    )(HeadInputs(q, w, slopes))
+    )(HeadInputs(q, w, slopes, samples))
     return ScanHeads(q=rows, w=weights, n_linear=n_linear, n=n)
 
 
 def _slopes(operands: Operands, visible: Array, first: Array, interpret: bool) -> Array:
     """[T, H] float32: at which share of a query's best samples each head is open.
 
-    A kernel of its own: in one with the heads fewer programs fit, which took 0.22 ms where these two take 0.17.
+    A kernel of its own: in one with the heads fewer programs fit, which took 0.22 ms where these two take 0.17. Of few
+    queries all programs fit, and one launch is less than two.
     """
+    (T, H, _), (samples, specs) = operands.q.shape, _samples(operands, visible, first)
+    return pl.pallas_call(
+        functools.partial(slopes_body, page_size=None if operands.pages is None else operands.pages.size),
+        grid=(T,),
+        in_specs=[specs],
+        out_specs=_row(H),
+        out_shape=jax.ShapeDtypeStruct((T, H), jnp.float32),
+        compiler_params=plt.CompilerParams(num_warps=_warps(H), num_stages=1),
+        name="hisa_scan_slopes",
+        interpret=interpret,
+    )(samples)
+
+
+def _samples(operands: Operands, visible: Array, first: Array) -> tuple[SlopeInputs, SlopeInputs]:
+    """What slopes are sampled from, and how a program of one query sees it."""
     q, w, k, k_scale, pages = operands
-    T, H, D = q.shape
+    _, H, D = q.shape
     table = None if pages is None else pages.table
     one = pl.BlockSpec((1,), lambda t: (t,))
     whole = lambda x: None if x is None else pl.BlockSpec(x.shape, lambda t: (0,) * x.ndim)  # noqa: E731
-    return pl.pallas_call(
-        functools.partial(slopes_body, page_size=None if pages is None else pages.size),
-        grid=(T,),
-        in_specs=[SlopeInputs(_row(H, D), _row(H), one, one, whole(k), whole(table), whole(k_scale))],
-        out_specs=_row(H),
-        out_shape=jax.ShapeDtypeStruct((T, H), jnp.float32),
-        compiler_params=_params(H),
-        name="hisa_scan_slopes",
-        interpret=interpret,
-    )(SlopeInputs(q, w, visible, first, k, table, k_scale))
+    specs = SlopeInputs(_row(H, D), _row(H), one, one, whole(k), whole(table), whole(k_scale))
+    return SlopeInputs(q, w, visible, first, k, table, k_scale), specs
 
 
 def _row(*shape: int) -> pl.BlockSpec:
@@ -77,5 +96,5 @@ def _row(*shape: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, *shape), lambda t: (t,) + (0,) * len(shape))
 
 
-def _params(H: int) -> plt.CompilerParams:
-    return plt.CompilerParams(num_warps=max(H // _HEADS_A_WARP, 4), num_stages=1)
+def _warps(H: int) -> int:
+    return max(H // _HEADS_A_WARP, 4)

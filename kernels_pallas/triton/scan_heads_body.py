@@ -21,7 +21,8 @@ class HeadInputs(NamedTuple):
 
     q: Ref  # [H, D]
     w: Ref  # [H]
-    slopes: Ref | None  # [H]; None: all are 1
+    slopes: Ref | None  # [H]; None: from samples, or without these 1
+    samples: "SlopeInputs | None"
 
 
 class SlopeInputs(NamedTuple):
@@ -42,6 +43,7 @@ class Plan:
 
     n_exact: int
     n_linear: int  # rows of the virtual head
+    page_size: int | None = None  # of sampled keys
 
 
 def scan_heads_body(refs: HeadInputs, o_q_ref: Ref, o_w_ref: Ref, *, plan: Plan) -> None:
@@ -52,7 +54,10 @@ def scan_heads_body(refs: HeadInputs, o_q_ref: Ref, o_w_ref: Ref, *, plan: Plan)
     heads, w = refs.q[...], refs.w[...]
     q = heads.astype(jnp.float32)
     is_exact, slot = _exact_heads(q, w, plan.n_exact)
-    slopes = jnp.ones_like(w) if refs.slopes is None else refs.slopes[...]
+    if refs.samples is not None:
+        slopes = _slopes(refs.samples, plan.page_size)
+    else:
+        slopes = jnp.ones_like(w) if refs.slopes is None else refs.slopes[...]
     # Neither weight nor query of an exact head: 0 times infinity is NaN.
     weights = jnp.where(is_exact, 0.0, w * slopes)
     v = jnp.sum(weights[:, None] * jnp.where(is_exact[:, None], 0.0, q), axis=0)
@@ -92,7 +97,12 @@ def _exact_heads(q: Array, w: Array, n: int) -> tuple[Array, Array]:
 def slopes_body(refs: SlopeInputs, o_ref: Ref, *, page_size: int | None) -> None:
     # One program, one query:   sampled keys x heads -> their scores, the 32 best -> how often each head is open there
     #
-    # The products [256, H] stay in registers from the scores to the counts. out: [H].
+    # out: [H].
+    o_ref[...] = _slopes(refs, page_size)
+
+
+def _slopes(refs: SlopeInputs, page_size: int | None) -> Array:
+    """[H] float32. The products [256, H] stay in registers from the scores to the counts."""
     heads, w = refs.q[...], refs.w[...]
     visible, columns = refs.visible[0], jnp.arange(refs.k.shape[1], dtype=jnp.int32)
     # The least power of two that leaves at most 256: the bit length of (visible - 1) / 256.
@@ -108,4 +118,4 @@ def slopes_body(refs: SlopeInputs, o_ref: Ref, *, page_size: int | None) -> None
     is_best, _, n_best = choose(jnp.where(there, sort_key_of(score), INVISIBLE), _N_BEST)
     is_open = (products > 0.0) & is_best[:, None]
     n_open = jnp.sum(is_open.astype(jnp.int32), axis=0)
-    o_ref[...] = n_open.astype(jnp.float32) / jnp.maximum(n_best, 1).astype(jnp.float32)
+    return n_open.astype(jnp.float32) / jnp.maximum(n_best, 1).astype(jnp.float32)

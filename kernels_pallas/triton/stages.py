@@ -5,13 +5,15 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array, lax
 
+from hisa_jax.kernels_pallas import scan
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.indexer import ByScore, Eligible, Means
-from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, Operands, ScanHeads
+from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, KeyBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
 from hisa_jax.kernels_pallas.select_shard import Found
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.triton import kept_means
+from hisa_jax.kernels_pallas.triton import list_best as list_best_stage
 from hisa_jax.kernels_pallas.triton import list_tokens as list_stage
 from hisa_jax.kernels_pallas.triton import refine as refine_stage
 from hisa_jax.kernels_pallas.triton import refine_tokens as refine_tokens_stage
@@ -23,15 +25,16 @@ from hisa_jax.kernels_pallas.triton import topk as topk_stage
 from hisa_jax.kernels_pallas.triton import units as units_stage
 from hisa_jax.kernels_pallas.triton.page_means import page_scores, pool_pages
 from hisa_jax.kernels_pallas.triton.pool import pool
+from hisa_jax.kernels_pallas.triton.pool_scores import TILE_T, pool_scores, pools_where_scored
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.kernels_pallas.units import unit_of
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
-    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
-    "list_tokens", "pool", "pool_pages", "refine", "refine_tokens", "scan_heads", "scan_masks", "scan_sort_keys",
-    "units", "within", "within_budget",
+    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth", "list_best",
+    "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_heads", "scan_masks",
+    "scan_sort_keys", "units", "within", "within_budget",
 ]  # fmt: skip
 
 _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the best so far, less those
@@ -39,7 +42,7 @@ _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the b
 
 def block_filter(
     call: FlatCall,
-    means: Means | PageSums | PageMeans,
+    means: Means | KeyBlocks | PageSums | PageMeans,
     eligible: Eligible,
     method: Hisa | BlockSparse,
     interpret: Interpret = False,
@@ -55,7 +58,7 @@ def best_columns(x: Array, limit: Array, k: int, interpret: Interpret = False) -
 
 def block_sort_keys(
     call: FlatCall,
-    means: Means | PageSums | PageMeans,
+    means: Means | KeyBlocks | PageSums | PageMeans,
     eligible: Array,
     method: Hisa | BlockSparse | ByScore,
     interpret: Interpret = False,
@@ -64,6 +67,9 @@ def block_sort_keys(
     config, T = scores_stage.heuristic(q.shape[1]), q.shape[0]
     columns = Columns(limit=eligible, n=sequences.max_keys, keep_first=method.keep_first, keep_last=method.keep_last)
     first_block = sequences.key_start_of_queries(T)
+    if isinstance(means, KeyBlocks):
+        columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, TILE_T, eligible))
+        return pool_scores(q, w, means, columns, interpret=interpret)
     if isinstance(means, PageSums):
         return page_scores(q, w, means, first_block, columns, interpret=interpret)
     if isinstance(means, PageMeans) and is_shared_by_few(len(sequences.lengths), T):
@@ -142,7 +148,8 @@ def _flat(call: FlatCall, topk: int, has_sort_keys: bool, interpret: Interpret) 
 
 
 def scan_heads(call: FlatCall, method: Scan, interpret: Interpret = False) -> ScanHeads:
-    return scan_heads_stage.scan_heads(call.operands, call.visible, _first(call), method, interpret=bool(interpret))
+    options = dict(in_one=call.q.shape[0] <= scan.FEW, interpret=bool(interpret))
+    return scan_heads_stage.scan_heads(call.operands, call.visible, _first(call), method, **options)
 
 
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
@@ -176,14 +183,21 @@ def list_tokens(
     return list_stage.list_tokens(masks, visible, capacity, ties, interpret=bool(interpret))
 
 
+def list_best(
+    sort_keys: Array, visible: Array, ask: scan.Ask, method: Scan, interpret: Interpret = False
+) -> tuple[Array, Array]:
+    forced = dict(keep_first=method.keep_first, keep_last=method.keep_last)
+    return list_best_stage.list_best(sort_keys, visible, **ask._asdict(), **forced, interpret=bool(interpret))
+
+
 def refine_tokens(
     call: FlatCall, tokens: Array, count: Array, topk: int, interpret: Interpret = False
 ) -> tuple[Array, Array]:
-    sort_keys, listed = _listed_scores(call, tokens, count, interpret)
+    sort_keys, listed = listed_scores(call, tokens, count, interpret)
     return topk_stage.topk(sort_keys, count, topk, listed, interpret=bool(interpret))
 
 
-def _listed_scores(call: FlatCall, tokens: Array, count: Array, interpret: Interpret) -> tuple[Array, KeptBlocks]:
+def listed_scores(call: FlatCall, tokens: Array, count: Array, interpret: Interpret) -> tuple[Array, KeptBlocks]:
     """Sort keys of listed tokens, [T, capacity], and what their columns stand for."""
     T, H, _ = call.q.shape
     config = refine_tokens_stage.heuristic(T, H, tokens.shape[1])
@@ -194,15 +208,25 @@ def _listed_scores(call: FlatCall, tokens: Array, count: Array, interpret: Inter
 
 
 def units(call: FlatCall, method: BlockSparse, interpret: Interpret = False) -> Array:
-    (T, H, _), sequences, options = call.q.shape, call.sequences, dict(interpret=bool(interpret))
-    n_sequences, n_tiles = len(sequences.lengths), -(-sequences.max_keys // scan_stage.TILE_S)
-    config = scan_stage.heuristic(T, n_sequences, 1, n_tiles) if H == 1 else scores_stage.heuristic(H)
-    tiles = sequences.query_tiles(T, config.tile_t, call.visible)
-    columns = Columns(limit=call.visible, n=sequences.max_keys, tiles=tiles)
-    if H == 1:
-        unit, has_relu = unit_of(method, H), method.activation is not None
-        return units_stage.units(call.operands, columns, unit=unit, has_relu=has_relu, config=config, **options)
-    return scores_stage.scores(call.operands._replace(k=call.k[:, None]), columns, config=config, **options)
+    (T, H, _), sequences = call.q.shape, call.sequences
+
+    def columns(tile_t: int) -> Columns:
+        tiles = sequences.query_tiles(T, tile_t, call.visible)
+        return Columns(limit=call.visible, n=sequences.max_keys, tiles=tiles)
+
+    if H > 1:
+        config, operands = scores_stage.heuristic(H), call.operands._replace(k=call.k[:, None])
+        return scores_stage.scores(operands, columns(config.tile_t), config=config, interpret=bool(interpret))
+    scanned = scan_stage.heuristic(T, len(sequences.lengths), 1, -(-sequences.max_keys // scan_stage.TILE_S))
+    return units_stage.units(
+        call.operands,
+        columns(scanned.tile_t),
+        unit=unit_of(method, H),
+        has_relu=method.activation is not None,
+        is_weighted=not method.per_head,
+        config=dataclasses.replace(scanned, num_stages=2),  # two programs fit a multiprocessor, of three stages one
+        interpret=bool(interpret),
+    )
 
 
 def within(sort_keys: Array, ids: Array, most: Array, interpret: Interpret = False) -> Array:
@@ -215,7 +239,7 @@ def within_budget(
     call: FlatCall, tokens: Array, count: Array, most: Array, interpret: Interpret = False
 ) -> tuple[Array, Array]:
     k = tokens.shape[1]
-    sort_keys, listed = _listed_scores(call, tokens, count, interpret)
+    sort_keys, listed = listed_scores(call, tokens, count, interpret)
     return topk_stage.topk(sort_keys, count, k, listed, most, interpret=bool(interpret))
 
 

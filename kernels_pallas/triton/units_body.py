@@ -1,6 +1,7 @@
 """Device code of `units`: a tile of queries against tile after tile of keys, and the best of each unit of these."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ class Inputs(NamedTuple):
     """Arrays in device memory, whole."""
 
     q: Ref  # [T, D]
-    w: Ref  # [T]
+    w: Ref | None  # [T]
     limit: Ref  # [T]
     tiles: Ref  # [n_tiles, 4]
     k: Ref  # [S, D]
@@ -39,37 +40,45 @@ class Plan:
 def units_body(refs: Inputs, o_ref: Ref, *, plan: Plan) -> None:
     # One program:   queries [tile_t, D] stay   x   tile after tile of 128 keys   ->   maxima
     #
-    # The product has keys for rows, so a maximum goes down its columns: over a thread's own registers first. Scores are
-    # compared as float32 numbers, NaN as -inf, and only the maxima become sort keys. out: [T, units].
+    # The product has queries for rows, so that a maximum over keys is one over a thread's own registers, then over four
+    # threads; with keys for rows it took 160 shuffles a tile. Scores are compared as float32 numbers, NaN as -inf, and
+    # only the maxima become sort keys. Tiles that all queries see whole come first and need no comparison with limits.
+    # out: [T, units].
     tile, unit = pl.program_id(0), plan.unit
     first_query, n_queries, first_row, most = (refs.tiles[tile, field] for field in range(4))
     i = jnp.arange(plan.tile_t, dtype=jnp.int32)
     there = i < n_queries
     t = jnp.minimum(first_query + jnp.where(there, i, 0), refs.limit.shape[0] - 1)
     # Interpret mode writes a masked row anew with what it held: one beyond the last it drops.
-    rows_out = jnp.where(there, t, o_ref.shape[0])[None, :]
-    limit = plt.load(refs.limit.at[t], mask=there, other=0)[None, :]
+    rows_out = jnp.where(there, t, o_ref.shape[0])[:, None]
+    limit = plt.load(refs.limit.at[t])
     features = jnp.arange(refs.k.shape[1], dtype=jnp.int32)
-    q, w = plt.load(refs.q.at[t[:, None], features[None, :]]), plt.load(refs.w.at[t])[None, :]
+    q = plt.load(refs.q.at[t[:, None], features[None, :]])
+    w = None if refs.w is None else plt.load(refs.w.at[t])[:, None]
     inside, of_tile = jnp.arange(TILE_S, dtype=jnp.int32), jnp.arange(TILE_S // unit, dtype=jnp.int32)
     chunk = pl.program_id(1) * (plan.n_tiles * TILE_S)
 
-    def one_tile(i: Array, _: None) -> None:
+    def one_tile(i: Array, _: None, is_whole: bool) -> None:
         first = chunk + i * TILE_S
         tokens = first + inside
         rows = rows_of(refs.k, refs.table, first_row + tokens, plan.page_size)
         k = plt.load(refs.k.at[rows[:, None], features[None, :]])
-        x = lax.dot_general(k, q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        x = lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         if plan.has_relu:
             x = jnp.where(x < 0.0, 0.0, x)  # a select, not a maximum, which Triton lowers to one that drops NaN
-        x = x * w
+        if w is not None:
+            x = x * w
         if refs.k_scale is not None:
-            x = x * plt.load(refs.k_scale.at[rows])[:, None]
-        x = jnp.where((tokens[:, None] < limit) & (x == x), x, -jnp.inf)
-        best = jnp.max(x.reshape(TILE_S // unit, unit, plan.tile_t), axis=1)
-        columns = lax.div(first, jnp.int32(unit)) + of_tile
-        mask = jnp.broadcast_to(there[None, :], best.shape)
-        plt.store(o_ref.at[rows_out, columns[:, None]], sort_key_of(best), mask=mask)
+            x = x * plt.load(refs.k_scale.at[rows])[None, :]
+        x = jnp.where(x == x, x, -jnp.inf)
+        if not is_whole:
+            x = jnp.where(tokens[None, :] < limit[:, None], x, -jnp.inf)
+        best = jnp.max(x.reshape(plan.tile_t, TILE_S // unit, unit), axis=2)
+        columns = (lax.div(first, jnp.int32(unit)) + of_tile)[None, :]
+        mask = jnp.broadcast_to(there[:, None], best.shape)
+        plt.store(o_ref.at[rows_out, columns], sort_key_of(best), mask=mask)
 
     n = jnp.clip(lax.div(most - chunk + (TILE_S - 1), jnp.int32(TILE_S)), 0, plan.n_tiles)
-    lax.fori_loop(0, n, one_tile, None)
+    n_whole = jnp.clip(lax.div(jnp.min(limit) - chunk, jnp.int32(TILE_S)), 0, n)
+    lax.fori_loop(0, n_whole, functools.partial(one_tile, is_whole=True), None)
+    lax.fori_loop(n_whole, n, functools.partial(one_tile, is_whole=False), None)

@@ -10,14 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
 from hisa_jax.models import checks
 from hisa_jax.models.cache import Cache
-from hisa_jax.models.generate import phase_graphs
 from hisa_jax.models.modeling import Model
 from hisa_jax.models.plan import Phase
+from hisa_jax.models.structure import Structure, structures_of, weights_of
 
 _LOGIT_BYTES = 2**28  # of logits at a time
 _LEAST_WIDTH = 16  # columns of a pass: fewer are filled up, so that few programs are compiled
@@ -100,7 +99,7 @@ class _Reader:
 
     def __init__(self, model: Model, rows: int, chunk: int, phase: Phase):
         self._model, self._rows, self._chunk = model, rows, chunk
-        self._graphs, self._state, self._phase = phase_graphs(model), nnx.state(model), phase
+        self._structures, self._weights, self._phase = structures_of(model), weights_of(model), phase
         fits = _LOGIT_BYTES // (4 * rows * model.config.vocab_size)
         self._most_scored = max(_LEAST_WIDTH, min(chunk, 1 << max(fits, 1).bit_length() - 1))
 
@@ -127,9 +126,9 @@ class _Reader:
         cache = self._model.empty_cache(self._rows, capacity)
         step = min(self._chunk, width)
         for first in range(0, width, step):
-            graph = self._graphs["last_prefill" if first + step >= width else "prefill"]
+            structure = self._structures["last_prefill" if first + step >= width else "prefill"]
             at = slice(first, first + step)
-            logits, cache = _read(self._state, cache, ids[:, at], mask[:, at], graph=graph)
+            logits, cache = _read(self._weights, cache, ids[:, at], mask[:, at], structure=structure)
         return logits, cache
 
     def _continuations(self, logits: Array, cache: Cache, continuations: Sequence[Sequence[int]]) -> list[Scored]:
@@ -146,7 +145,7 @@ class _Reader:
             fill = ((0, 0), (0, max(0, first + width - inputs.shape[1])))
             ids, wanted = (np.pad(x[:, first : first + width], fill, constant_values=-1) for x in (inputs, targets))
             more, are_likeliest, cache = _read_and_score(
-                self._state, cache, np.maximum(ids, 0), wanted, graph=self._graphs[self._phase]
+                self._weights, cache, np.maximum(ids, 0), wanted, structure=self._structures[self._phase]
             )
             total += np.asarray(more, np.float64)
             is_likeliest &= np.asarray(are_likeliest)
@@ -160,19 +159,19 @@ def _width(n: int, most: int) -> int:
     return min(most, max(_LEAST_WIDTH, 1 << (n - 1).bit_length() if n > 1 else 1))
 
 
-@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
-def _read(state: nnx.State, cache: Cache, ids: Array, mask: Array, *, graph: nnx.GraphDef) -> tuple[Array, Cache]:
+@functools.partial(jax.jit, static_argnames="structure", donate_argnames="cache")
+def _read(weights: list[Array], cache: Cache, ids: Array, mask: Array, *, structure: Structure) -> tuple[Array, Cache]:
     """Logits [rows, V] of the last column, the cache with these tokens."""
-    out = nnx.merge(graph, state).run(ids, cache=cache, mask=mask, last_only=True)
+    out = structure.merge(weights).run(ids, cache=cache, mask=mask, last_only=True)
     return out.logits[:, 0], out.cache
 
 
-@functools.partial(jax.jit, static_argnames="graph")  # the cache of the context is read again
+@functools.partial(jax.jit, static_argnames="structure")  # the cache of the context is read again
 def _read_and_score(
-    state: nnx.State, cache: Cache, ids: Array, targets: Array, *, graph: nnx.GraphDef
+    weights: list[Array], cache: Cache, ids: Array, targets: Array, *, structure: Structure
 ) -> tuple[Array, Array, Cache]:
     """[rows, T] tokens and those that come after each, -1 for none: as `_score`, and the cache with these tokens."""
-    out = nnx.merge(graph, state).run(ids, cache=cache, mask=targets >= 0)
+    out = structure.merge(weights).run(ids, cache=cache, mask=targets >= 0)
     return *_score(out.logits, targets), out.cache
 
 

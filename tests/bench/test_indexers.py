@@ -111,6 +111,18 @@ def test_a_model_by_the_flat_rule_is_the_model(stacked):
 
 
 @pytest.mark.exhaustive
+def test_what_was_prepared_is_all_that_runs(stacked):
+    runner, tokens = Runner(stacked), np.zeros((1, 96), np.uint8)
+    method = hj.Hisa(topk=16, block_size=8, block_topk=8)
+    rules = [Rule(name="", method=method, lists=2), Rule(name="", method=method, layers=2)]
+    runner.prepare(96, tuple(rules))
+    n = len(runner.programs.made)
+    for rule in rules:
+        assert np.isfinite(runner.logits(tokens, rule)).all()
+    assert len(runner.programs.made) == n == 4
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model_type", SIZES)
 def test_indexers_over_pools_learn_where_the_attention_looks(stacked, model_type):
     recipe = training.Recipe(T=256, queries=16, steps=20, rate=1e-2)

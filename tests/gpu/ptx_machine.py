@@ -3,12 +3,15 @@
 Warps run one after the other, in any order, from barrier to barrier; the threads of a warp take a step at a time, so
 branches must be taken by all of them or by none. Shared memory is watched: what a thread
 has written, or another one reads, since the last barrier may not be touched by others, but for atomics among
-themselves. Registers hold anything before they are written, and so does memory.
+themselves. Registers hold anything before they are written, and so does memory. A copy by `cp.async` lands when it is
+waited for, and is then a write of the thread that asked for it.
 """
 
+import collections
 import operator
 import re
 
+import ml_dtypes
 import numpy as np
 
 _COMPARE = {
@@ -21,7 +24,15 @@ _COMPARE = {
 }
 _INTEGER = {"add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "mul": np.multiply}
 _BITS = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-_TYPES = {"s32": np.int32, "u32": np.uint32, "b32": np.uint32, "f32": np.float32, "s64": np.int64, "b64": np.int64}
+_TYPES = {
+    "s32": np.int32,
+    "u32": np.uint32,
+    "b32": np.uint32,
+    "f32": np.float32,
+    "s64": np.int64,
+    "u64": np.int64,
+    "b64": np.int64,
+}
 _ATOMIC = -2  # in place of a thread
 
 
@@ -40,10 +51,11 @@ class Machine:
     def __init__(self, text, n, operands, memory, smem_bytes, seed=0):
         self.n, self.memory, self.rng = n, memory, np.random.default_rng(seed)
         self.smem = self.anything(smem_bytes // 4)
-        self.written_by, self.read_by = (np.full(len(self.smem), -1) for _ in range(2))
+        self.forget()
         self.code, self.labels = self._parsed(text)
         self.warps = [_Warp(self, first, operands) for first in range(0, n, 32)]
         self.n_barriers = 0
+        self.arrivals: collections.Counter = collections.Counter()  # at mbarriers, by address
 
     @property
     def steps(self):
@@ -57,7 +69,11 @@ class Machine:
             if not at_barrier.pop():
                 return
             self.n_barriers += 1
-            self.written_by[:], self.read_by[:] = -1, -1
+            self.forget()
+
+    def forget(self):
+        """Who has touched which word: behind a barrier it does not matter."""
+        self.written_by, self.read_by = (np.full(len(self.smem), -1) for _ in range(2))
 
     def anything(self, n):
         return self.rng.integers(0, 2**32, n, dtype=np.uint32)
@@ -65,7 +81,7 @@ class Machine:
     @staticmethod
     def _parsed(text):
         code, labels = [], {}
-        for line in re.sub(r"//[^\n]*", "", text).strip().removeprefix("{").removesuffix("}").split(";"):
+        for line in re.sub(r"//[^\n]*|\.pragma[^;]*;", "", text).strip().removeprefix("{").removesuffix("}").split(";"):
             statement = line.strip()
             while label := re.match(r"(\w+):\s*", statement):
                 labels[label[1]] = len(code)
@@ -82,6 +98,8 @@ class Machine:
 class _Warp:
     def __init__(self, cta, first, operands):
         self.cta, self.n, self.at, self.steps = cta, 32, 0, 0
+        self.in_flight = []
+        self.copies = [[]]  # asked for and not waited for, by group
         self.threads = first + np.arange(32)
         self.registers = {name: np.full(32, value, np.int64) for name, value in operands.items()}
         self.registers |= {"%tid.x": self.threads, "%laneid": np.arange(32)}
@@ -100,9 +118,16 @@ class _Warp:
             if name == "bra":
                 assert mask.all() or not mask.any(), f"threads part at a branch to {args[0]}"
                 self.at = self.cta.labels[args[0]] if mask.all() else self.at
+            elif name == "bar" and parts[0] == "warp":
+                assert self.cta.n == 32, "other warps go on"
+                self.cta.forget()
             elif name == "bar":
                 assert int(args[1]) == self.cta.n
                 return True
+            elif name == "wgmma":
+                self._multiply(op, args)
+            elif name == "fence":
+                pass
             else:
                 self._step(name, parts, args, mask)
         return False
@@ -110,8 +135,8 @@ class _Warp:
     def _value(self, arg, kind):
         if arg.startswith("0f"):
             return np.full(self.n, np.uint32(int(arg[2:], 16)).view(np.float32))
-        if re.fullmatch(r"-?\d+", arg):
-            return np.full(self.n, int(arg), np.int64).astype(_TYPES[kind])
+        if re.fullmatch(r"-?\d+|0x[0-9a-f]+", arg):
+            return np.full(self.n, int(arg, 0), np.int64).astype(_TYPES[kind])
         if arg not in self.registers:
             self.registers[arg] = self.cta.anything(self.n)
         value = self.registers[arg]
@@ -153,13 +178,30 @@ class _Warp:
             value = self._value(args[1], kind)
             self._set(args[0], np.full(32, _INTEGER[parts[1]].reduce(value, dtype=value.dtype)), mask)
         elif name == "vote":
-            self._set(args[0], np.full(32, self.registers[args[1]].any()), mask)
+            votes = self.registers[args[1]]
+            is_ballot = parts[1] == "ballot"
+            value = np.uint32(np.packbits(votes, bitorder="little").view(np.uint32)[0]) if is_ballot else votes.any()
+            self._set(args[0], np.full(32, value), mask)
+        elif name == "cp":
+            self._copy(parts, args, mask)
+        elif name == "mbarrier":
+            self._arrive(args[-1])
+        elif name in ("fence", "createpolicy"):
+            pass
+        elif name == "shfl" and parts[1] == "idx":
+            self._set(args[0], self._value(args[1], "b32")[self._value(args[2], "u32") & 31], mask)
         elif name == "shfl":
-            out, ok = args[0].split("|")
             lane, by = np.arange(32), int(args[2])
             value = self._value(args[1], "b32")
+            if parts[1] == "bfly":
+                self._set(args[0], value[lane ^ by], mask)
+                return
+            out, ok = args[0].split("|")
             self._set(out, np.where(lane >= by, np.roll(value, by), value), mask)
             self._set(ok, lane >= by, mask)
+        elif name == "cvt" and "bf16x2" in parts:
+            high, low = (self._value(arg, "f32").astype(ml_dtypes.bfloat16) for arg in args[1:])
+            self._set(args[0], _joined(high, low), mask)
         elif name == "cvt":
             x = np.nan_to_num(np.trunc(self._value(args[1], "f32").astype(np.float64)), nan=0.0)
             self._set(args[0], np.clip(x, 0, 2**32 - 1).astype(np.uint32), mask)
@@ -180,18 +222,69 @@ class _Warp:
                 return (a * b + self._value(args[3], "s64" if wide is np.int64 else kind)).astype(
                     np.float32 if name == "fma" else wide
                 )
+            if name == "mov" and args[1].startswith("{"):
+                low, high = (self._value(word, "u32").astype(np.int64) for word in re.findall(r"\w+", args[1]))
+                return low | high << 32
+            if name == "neg":
+                return -self._value(args[1], kind)
+            if name == "not":
+                return ~self._value(args[1], kind)
+            if name == "popc":
+                return np.bitwise_count(self._value(args[1], "u32")).astype(np.uint32)
+            if name == "max" and kind == "f32" and "NaN" not in parts:
+                return np.fmax(*(self._value(arg, kind) for arg in args[1:]))
+            if name == "prmt":
+                return _permuted(*(self._value(arg, "u32") for arg in args[1:]))
+            if name == "lop3":
+                a, b, c = (self._value(arg, "u32") for arg in args[1:4])
+                table = int(args[4], 0)
+                chosen = [(a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in range(8)]
+                return np.bitwise_or.reduce([x for i, x in enumerate(chosen) if table >> i & 1])
+            if kind == "bf16x2":
+                a, b = (self._value(arg, "u32").view(ml_dtypes.bfloat16).astype(np.float32) for arg in args[1:])
+                return {"mul": np.multiply}[name](a, b).astype(ml_dtypes.bfloat16).view(np.uint32)
             if name == "mov":
                 return self._value(args[1], kind)
             if name == "selp":
                 return np.where(self.registers[args[3]], self._value(args[1], kind), self._value(args[2], kind))
             a, b = self._value(args[1], kind), self._value(args[2], "u32" if name in ("shl", "shr") else kind)
             if name == "shl":
-                return a << b
+                return np.where(b < 32, a << np.minimum(b, 31), 0).astype(a.dtype)
             if name == "shr":
                 return a >> b.astype(a.dtype)
             if name == "div":
                 return a / b
             return (_INTEGER | _BITS)[name](a, b)
+
+    def _multiply(self, op, args):
+        """Products of 8-bit registers and shared memory, the part of one warp: made when they are waited for."""
+        if "mma_async" in op:
+            n, (sums, codes, desc, adds) = int(re.search(r"m64n(\d+)k32\.f32\.e4m3\.e4m3", op)[1]), args[:4]
+            registers = (re.findall(r"\w+", x) for x in (sums, codes))
+            self.in_flight.append((n, *registers, int(self.registers[desc][0]), bool(self.registers[adds].all())))
+        elif "wait_group" in op:
+            assert args == ["0"]
+            for product in self.in_flight:
+                self._multiply_one(*product)
+            self.in_flight = []
+
+    def _multiply_one(self, n, sums, codes, desc, adds):
+        g, c, e4m3 = np.arange(32) // 4, np.arange(32) % 4, ml_dtypes.float8_e4m3fn
+        a = np.zeros((16, 32), np.uint8)
+        for i, name in enumerate(codes):
+            a.reshape(16, 8, 4)[g + 8 * (i % 2), c + 4 * (i // 2)] = (
+                self._value(name, "u32").view(np.uint8).reshape(32, 4)
+            )
+        # Columns are rows of 128 bytes, eight of them a tile whose chunks of 16 bytes are swizzled.
+        assert desc >> 62 & 3 == 1, "another swizzle"
+        column, byte = np.arange(n)[:, None], np.arange(32)[None, :]
+        at = ((desc & 0x3FFF) << 4) + (column // 8) * ((desc >> 32 & 0x3FFF) << 4) + column % 8 * 128 + byte
+        b = self.cta.smem.view(np.uint8)[at ^ ((at >> 7 & 7) << 4)]
+        product = a.view(e4m3).astype(np.float64) @ b.view(e4m3).astype(np.float64).T
+        for i, name in enumerate(sums):
+            row, own = g + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * c + i % 2
+            before = self._value(name, "f32") if adds else 0
+            self.registers[name] = (before + product[row, own]).astype(np.float32)
 
     def _words(self, address):
         base, _, offset = address.strip("[]").partition("+")
@@ -236,6 +329,35 @@ class _Warp:
         if others.any():
             raise Race(f"word {words[others][0]}: thread {who[others][0]} and {written_by[words[others][0]]}")
 
+    def _copy(self, parts, args, mask):
+        """Of 16 bytes a thread, zeros where a predicate says so; or what becomes of such copies."""
+        if parts[1] == "mbarrier":
+            self._arrive(args[0])
+        elif parts[1] == "commit_group":
+            self.copies.append([])
+        elif parts[1] in ("wait_group", "wait_all"):
+            # The last list is of those that are in no group yet.
+            n = len(self.copies) - 1 - int(args[0]) if args else len(self.copies)
+            landed, self.copies = self.copies[:n], self.copies[n:] or [[]]
+            for words, values in (copy for group in landed for copy in group):
+                for i in range(4):
+                    self._watch(words + i, np.ones(32, bool), writes=True, values=values[i])
+                    self.cta.smem[words + i] = values[i]
+        else:
+            assert mask.all() and int(args[2]) == 16
+            to, source = (self._words(arg) for arg in args[:2])
+            ignored = self.registers[args[3]]
+            assert (to % 16 == 0).all() and (source[~ignored] % 16 == 0).all(), "not aligned"
+            assert ((to >= 0) & (to // 4 + 4 <= len(self.cta.smem))).all(), f"outside of memory: {args}"
+            at = np.where(ignored, 0, source // 4)
+            assert ((at >= 0) & (at + 4 <= len(self.cta.memory))).all(), f"outside of memory: {args}"
+            values = [np.where(ignored, 0, self.cta.memory[at + i]).astype(np.uint32) for i in range(4)]
+            self.copies[-1].append((to // 4, values))
+
+    def _arrive(self, where):
+        for address in self._words(where):
+            self.cta.arrivals[int(address)] += 1
+
     def _add(self, args, mask, *, returns):
         where, amount = args[-2:]
         words = np.where(mask, self._words(where) // 4, 0)
@@ -253,3 +375,15 @@ class _Warp:
             self.cta.smem[words[thread]] += amounts[thread]
         if returns:
             self._set(args[0], before, mask)
+
+
+def _joined(high, low):
+    """Two arrays of 16 bits -> one of 32."""
+    return (high.view(np.uint16).astype(np.uint32) << 16) | low.view(np.uint16)
+
+
+def _permuted(a, b, selector):
+    """Bytes of a and then b, by a selector's digits."""
+    both = (b.astype(np.uint64) << 32) | a
+    byte = [both >> (8 * (selector >> 4 * i & 7).astype(np.uint64)) & 0xFF for i in range(4)]
+    return np.bitwise_or.reduce([x << np.uint64(8 * i) for i, x in enumerate(byte)]).astype(np.uint32)

@@ -33,7 +33,7 @@ CASES = [  # block_size, block_topk, topk, dtype, has_scale, visible [B, T], S
 ]
 
 
-@pytest.mark.gate("batch_few_visible_and_none", "ragged_tail_bf16")
+@pytest.mark.gate("batch_few_visible_and_none")  # tails and bfloat16: test_select.py
 @pytest.mark.parametrize(("block_size", "block_topk", "topk", "dtype", "has_scale", "visible", "S"), CASES)
 def test_mosaic_hisa_keeps_the_contract(interpret, block_size, block_topk, topk, dtype, has_scale, visible, S):
     visible = np.asarray(visible, np.int32)

@@ -22,12 +22,15 @@ POSITIONS = np.array([[-1, 0, 40, 250, 255]], np.int32)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 @pytest.mark.gate("bfloat16")
 def test_blocks_of_one_head_score_what_their_best_visible_token_does(dtype):
-    # NaN in a key, products of both signs, and blocks of which a tile has several and no whole number.
-    method = hj.BlockSparse(topk=96, block_size=24, keep_first=0, scored_by="max", activation=None)
+    # Blocks of which a tile has several and no whole number. The first one, always kept, scores least. One is the best
+    # although it has NaN, and the last one is for who sees its token 251.
+    method = hj.BlockSparse(topk=96, block_size=24, keep_last=0, scored_by="max", activation=None)
     budget = np.array([[96, 96, 0, 96, 60]], np.int32)
-    q, k, w = draw.few_scores(1, 5, 256, 1, 64)
+    rng, (q, w) = np.random.default_rng(0), (np.zeros((1, 5, 1, 64)), np.ones((1, 5, 1), np.float32))
+    q[..., 3], k = 1, rng.integers(-4, 5, (1, 256, 64))
+    k[0, :24, 3], k[0, 48:72, 3], k[0, 240:, 3], k[0, 251, 3], k[0, 55, 3] = -9, -9, -6, 9, 8
     q, k = draw.cast(q, dtype), draw.cast(k, dtype)
-    k[0, 7], k[0, 100:110, 3] = np.nan, np.nan
+    k[0, 53] = np.nan  # of the unit of the best
     call = kernel_calls.call_of(*map(jnp.asarray, (q, k)), None, *map(jnp.asarray, (w, POSITIONS + 1)))
     n_kept = stages.how_many_kept(-(-call.queries.visible // 24), method, jnp.asarray(budget[0]))
     blocks = triton.select_blocks(call, method, True, n_kept)

@@ -39,6 +39,11 @@ def _shapes(B, T, S, H, D, dtype):
     return ((B, T, H, D), dtype), ((B, S, D), dtype), ((B, S), f32), ((B, T, H), f32), ((B, T), i32)
 
 
+@pytest.mark.gate(  # each shape by each backend, in turn in both formats
+    "mosaic_gpu-dsv32_64k-e4m3", "mosaic_gpu-glm5_128k-bf16", "mosaic_gpu-decode_32-e4m3", "mosaic_gpu-odd-bf16",
+    "mosaic_gpu-odd_blocks-e4m3", "triton-dsv32_64k-bf16", "triton-glm5_128k-e4m3", "triton-decode_32-bf16",
+    "triton-odd-e4m3", "triton-odd_blocks-bf16",
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [E4M3, BF16], ids=["e4m3", "bf16"])
 @pytest.mark.parametrize(
     ("B", "T", "S", "H"),

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_latents
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_latents, listed_loop_text, sketch_loop_text
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop_text import OPERANDS, loop_ptx
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_shape import Shape
 from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import KEY_DIM, LOAD_REGISTERS, VALUE_DIM
@@ -104,6 +104,43 @@ def test_the_loader_of_latents_in_8_bits_keeps_its_registers(tmp_path, groups, h
     text = gather_latents.latents_text(2 * KEY_DIM, VALUE_DIM // 128, groups, has_rope)
     said, instructions = assembled(tmp_path, entry(text, types, f".maxnreg {LOAD_REGISTERS}"))
     assert "0 bytes spill stores, 0 bytes spill loads" in said, said
-    loads = [i for i, x in enumerate(instructions) if x.startswith("LDG.E.NA.128")]
-    first_store = next(i for i, x in enumerate(instructions) if x.startswith("STS.128"))
-    assert len(loads) == 16 and sum(i < first_store for i in loads) >= 4, "few rows are in flight together"
+    copies = [i for i, x in enumerate(instructions) if x.startswith("LDGSTS.E.BYPASS.128")]
+    first_wait = next(i for i, x in enumerate(instructions) if x.startswith("DEPBAR"))
+    assert len(copies) == 16 + 8 * has_rope and copies[-1] < first_wait, "not all rows are on their way together"
+    scales = next(i for i, x in enumerate(instructions) if x.startswith("LDG.E.CONSTANT"))
+    assert scales < first_wait
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "words"),
+    [
+        (
+            sketch_loop_text,
+            sketch_loop_text.Shape(
+                queries=1, rows=8, n=6, n_linear=2, page_size=64, n_pages=65536, table_size=65536, has_scale=True,
+                out_columns=131072,
+            ),
+            {"SMEM", "ROW", "START", "STEPS", "N_QUERIES"},
+        ),
+        (
+            listed_loop_text,
+            listed_loop_text.Shape(
+                H=64, steps=16, page_size=64, n_pages=65536, table_size=65536, n_rows=1 << 22, capacity=12288,
+                has_scale=True,
+            ),
+            {"SMEM", "ROW", "START", "STEPS"},
+        ),
+    ],
+    ids=["sketches", "listed"],
+)  # fmt: skip
+def test_four_warp_groups_run_at_once_and_have_two_steps_on_their_way(tmp_path, text, shape, words):
+    names = text.OPERANDS
+    ptx = re.sub(r"\$(\d+)", lambda number: f"${names[int(number[1])]}", text.loop_ptx(shape))
+    types = {name: 32 if name in words else 64 for name in names}
+    said, instructions = assembled(tmp_path, entry(ptx, types, ".maxntid 128, 1, 1"))
+    assert "serialize" not in said.lower() and "0 bytes spill stores, 0 bytes spill loads" in said, said
+    registers = re.search(r"Used (\d+) registers", said)
+    assert registers is not None and int(registers[1]) <= 128, said
+    # Of two steps before the loop, and of two in it.
+    loads = sum(re.match(r"LDG\.[A-Z.]*128", x) is not None for x in instructions)
+    assert loads >= 16, loads

@@ -38,7 +38,8 @@ SHAPE = draw.Shape(2, 5, 700, 16, 64)  # of it every form but pages is one progr
 
 @pytest.fixture(autouse=True)
 def short_lists(monkeypatch):
-    """128 tokens, and every fourth key is sampled."""
+    """128 tokens, and every fourth key is sampled. No queries are few: these are those of test_scan_lists.py."""
+    monkeypatch.setattr(scan, "FEW", 0)
     monkeypatch.setattr(scan, "_LISTED", 128)
     monkeypatch.setattr(scan, "_RANK", 16)
     assert scan.capacity(80) == 128 and scan.sample_step(80, 700) == 4
@@ -56,7 +57,8 @@ BACKENDS = {
 def select(request, monkeypatch):
     """`hj.select` on interpreted kernels; no race may have been found by the end."""
     interpret_pallas_call.reset_gpu_interpret_mode_state()
-    monkeypatch.setattr(mosaic_gpu.stages, "n_sms", lambda: 3)
+    # As many that few queries have one each, or fewer than there are queries.
+    monkeypatch.setattr(mosaic_gpu.stages, "n_sms", lambda: 16 if scan.FEW else 3)
     # Its flat indexer is faster at sizes that an interpreter can run.
     monkeypatch.setattr(mosaic_gpu, "select_scan", Indexer(mosaic_gpu.stages).select_scan)
     assert 64 * METHOD.block_topk < SHAPE.S * SHAPE.H
@@ -274,7 +276,8 @@ def test_where_the_flat_indexer_is_faster_it_scores_every_token(monkeypatch, S, 
     class Stages:
         flat = staticmethod(lambda call, topk, interpret: (topk, "flat"))
 
-    monkeypatch.setattr(scan, "select", lambda stages, call, method, interpret: (method.topk, "scan"))
+    for name in ("select", "select_few"):
+        monkeypatch.setattr(scan, name, lambda stages, call, method, interpret: (method.topk, "scan"))
     q, k, w = jnp.zeros((1, 4, H, 128), BF16), jnp.zeros((1, S, 128), BF16), jnp.zeros((1, 4, H))
     call = Call(q=q, w=w, visible=jnp.full((1, 4), S, jnp.int32), k=Keys(k, None))
     got = Indexer(Stages, flat_up_to=2.5).select_scan(call, hj.Scan())

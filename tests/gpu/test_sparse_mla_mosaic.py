@@ -42,7 +42,7 @@ def expected(q, kv, indices):
     return p / p.sum(1, keepdims=True) @ rows[:, :512], np.log(p.sum(1)) + logits.max(1)
 
 
-def check(q, kv, indices, latents=None, **options):
+def check(q, kv, indices, latents=None, lse_error=1e-3, **options):
     kv_given = kv if latents is None else latents
     o, lse = sparse_mla(q, kv_given, jnp.asarray(indices), value_dim=512, scale=SCALE, **options)
     assert o.dtype == q.dtype and o.shape == (*q.shape[:3], 512) and lse.shape == q.shape[:3]
@@ -50,7 +50,7 @@ def check(q, kv, indices, latents=None, **options):
     for b, t in np.ndindex(*indices.shape[:2]):
         want_o, want_lse = expected(np.asarray(q[b, t], np.float32), np.asarray(kv[b], np.float32), indices[b, t])
         assert np.linalg.norm(o[b, t] - want_o) <= 1e-2 * np.linalg.norm(want_o), (b, t)
-        np.testing.assert_allclose(lse[b, t], want_lse, atol=1e-3, err_msg=f"query {b}, {t}")
+        np.testing.assert_allclose(lse[b, t], want_lse, atol=lse_error, err_msg=f"query {b}, {t}")
 
 
 def quantized(kv, scale="float32"):
@@ -93,13 +93,6 @@ def test_lowers(B, T, S, N, K):
     assert "custom_call" in lower(attend, *shapes)
 
 
-def test_prefetches_lower():
-    def attend(q, kv, indices):
-        return sparse_mla(q, kv, indices, value_dim=512, scale=SCALE, config=Config(prefetches=True))
-
-    assert "custom_call" in lower(attend, ((8, 1, 64, 576), BF16), ((8, 99, 576), BF16), ((8, 1, 256), jnp.int32))
-
-
 def test_latents_in_8_bits_lower():
     def attend(q, indices, *latents):
         return sparse_mla(q, hj.QuantizedLatents(*latents), indices, value_dim=512, scale=SCALE)
@@ -140,7 +133,9 @@ def test_on_device(gpu, B, T, N, S, K):
 def test_latents_in_8_bits_on_device(gpu, B, T, N, S, K, scale):
     q, kv, indices = draw(B, T, N, S, K)
     latents, plain = quantized(kv * jnp.exp(jnp.arange(S) % 9 - 4)[None, :, None].astype(BF16), scale)
-    check(q / 50, plain, indices, latents=latents)
+    # A scale that is no power of two is rounded to bfloat16 first: 2^-9 of what its group gives to a logit, and logits
+    # are up to 5 here. `plain` rounds products alone.
+    check(q / 50, plain, indices, latents=latents, lse_error=1e-3 if scale == "ue8m0" else 5 * 2**-9)
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import functools
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -46,6 +47,12 @@ def with_config(case, **changes):
 @functools.cache
 def output(case, form="auto"):
     return model(case).run(ids(case), trace=True, form=form)
+
+
+@functools.partial(jax.jit, static_argnames="phase")
+def run(model, tokens, cache=None, *, phase="prefill"):
+    """`model.run` as one program: for shapes that no other test has, whose operations would each be compiled."""
+    return model.run(tokens, cache=cache, phase=phase)
 
 
 def ids(case):

@@ -132,7 +132,7 @@ def test_an_error_of_the_device_that_shows_after_the_call_loses_pages_and_no_tok
     def refuse(_):
         raise ValueError("the device failed")
 
-    def broken(state, pages, *arrays, graph, trace, formats):
+    def broken(weights, pages, *arrays, structure, trace, formats):
         def run(pages):
             return jax.pure_callback(refuse, jax.ShapeDtypeStruct((2, 1), jnp.int32), pages[0].counts), None, pages, []
 

@@ -47,9 +47,9 @@ def test_quantised_index_keys_are_cached_as_such():
     settings = {"index_key_dtype": "float8_e4m3fn", "index_hadamard": True}
     model = golden.with_config("dsv32", **settings)
     tokens = golden.ids("dsv32")
-    whole = model.run(tokens)
-    first = model.run(tokens[:, :20], cache=model.empty_cache(2, 40))
-    second = model.run(tokens[:, 20:], cache=first.cache)
+    whole = golden.run(model, tokens)
+    first = golden.run(model, tokens[:, :20], model.empty_cache(2, 40))
+    second = golden.run(model, tokens[:, 20:], first.cache)
     assert second.cache.layers[0].keys.dtype == jnp.float8_e4m3fn
     golden.assert_close(second.logits, whole.logits[:, 20:], golden.LOGITS)
 

@@ -1,4 +1,7 @@
-"""Every plausible porting mistake fails a golden check: each is made here, in our code, on purpose."""
+"""Every plausible porting mistake fails a golden check: each is made here, in our code, on purpose.
+
+As the mistakes of tests/mutants they are made in the exhaustive run: 20 s.
+"""
 
 import dataclasses
 
@@ -16,7 +19,7 @@ from hisa_jax.models.cache import contiguous
 
 from . import golden
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 def failures(case, model):

@@ -18,6 +18,10 @@ ROOT = Path(__file__).parents[2]
     [
         pytest.param(["tensor_and_data_parallel", "explicit_mesh_of_one_axis"], marks=pytest.mark.oldest),
         pytest.param(["generation", "save_here_restore_there"], marks=pytest.mark.slow),
+        pytest.param(
+            ["tensor_and_data_parallel_where_heads_stay_whole", "explicit_mesh_of_the_batch"],
+            marks=pytest.mark.exhaustive,
+        ),
         pytest.param(["quantised_keys_and_hisa", "the_self_check"], marks=pytest.mark.exhaustive),
         pytest.param(["replayed_rollouts"], marks=pytest.mark.exhaustive),
     ],

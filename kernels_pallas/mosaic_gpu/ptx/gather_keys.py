@@ -21,7 +21,7 @@ from hisa_jax.kernels_pallas.types import Ref
 PAD = 16  # bytes: rows must begin at a multiple of so many
 _WARP = 32
 # What the $NAMEs of the text stand for, in order.
-_OPERANDS = ("TABLE", "ROWS", "SCALES", "KEYS", "SCALES_SMEM", "BARRIER", "FIRST", "WANTED")
+_OPERANDS = ("TABLE", "ROWS", "SCALES", "KEYS", "SCALES_SMEM", "BARRIER", "FIRST")
 
 
 class Source(NamedTuple):
@@ -40,22 +40,18 @@ class Target(NamedTuple):
     full: Ref  # barriers, one a slot
 
 
-def copy_rows(source: Source, target: Target, slot: Array, first: Array, wanted: Array) -> None:
-    """Starts copying the rows that table[first], table[first + 1], ... name to a slot, and arrives at its barrier.
-
-    Args:
-        wanted: int32, 0 to copy nothing and only arrive.
-    """
+def copy_rows(source: Source, target: Target, slot: Array, first: Array) -> None:
+    """Starts copying the rows that table[first], table[first + 1], ... name to a slot, and arrives at its barrier."""
     (n_rows, parts, D), n_slots = source.rows.shape, target.full.shape[0]
     n, has_scale = target.rows.shape[0] * target.rows.shape[1] // n_slots, source.scales is not None
     row_bytes = parts * D * jnp.dtype(source.rows.dtype).itemsize
     ptx = copy_ptx(n, row_bytes, n_rows, source.table.shape[0], has_scale)
     refs = [source.rows, target.rows, source.table] + ([source.scales, target.scales] if has_scale else [])
-    scalars = [barrier_address(target.full), slot, first, wanted]
+    scalars = [barrier_address(target.full), slot, first]
 
     @plgpu.inline_mgpu(arg_types=(*(REF for _ in refs), *(SPLAT for _ in scalars)))
     def copy(_ctx, rows, tiles, table, *rest):
-        barrier, slot, first, wanted = (x.registers.item() for x in rest[-len(scalars) :])
+        barrier, slot, first = (x.registers.item() for x in rest[-len(scalars) :])
         row = arith.muli(slot, utils.c(n, i32()))
         scales, scale_tiles = rest[:2] if has_scale else (table, tiles)
         operands = {
@@ -66,7 +62,6 @@ def copy_rows(source: Source, target: Target, slot: Array, first: Array, wanted:
             "SCALES_SMEM": address_of(scale_tiles, row, 1),
             "BARRIER": arith.addi(barrier, arith.muli(slot, utils.c(8, i32()))),
             "FIRST": first,
-            "WANTED": wanted,
         }
         utils.inline_ptx(ptx, *(operands[name] for name in _OPERANDS), has_side_effects=True, convergent=True)
 
@@ -79,14 +74,13 @@ def copy_ptx(n: int, row_bytes: int, n_rows: int, table_size: int, has_scale: bo
     each = range(n // _WARP)
     names = lambda name: ", ".join(f"{name}{i}" for i in each)  # noqa: E731
     lines = [
-        f""".reg .pred p; .reg .b32 lane, at, bytes, {names("row")}; .reg .f32 {names("scale")}; .reg .b64 a;
-mov.u32 lane, %laneid; setp.gt.s32 p, $WANTED, 0; selp.b32 bytes, {len(each) * row_bytes}, 0, p;
-mbarrier.expect_tx.shared::cta.b64 [$BARRIER], bytes;"""
+        f""".reg .b32 lane, at, {names("row")}; .reg .f32 {names("scale")}; .reg .b64 a;
+mov.u32 lane, %laneid; mbarrier.expect_tx.shared::cta.b64 [$BARRIER], {len(each) * row_bytes};"""
     ]
     # All at once, so that one wait is for all of them. Columns after the table are seen by no query.
     lines += [
         f"""add.s32 at, lane, $FIRST; add.s32 at, at, {_WARP * i}; min.s32 at, at, {table_size - 1};
-mul.wide.s32 a, at, 4; add.s64 a, a, $TABLE; mov.b32 row{i}, 0; @p ld.global.nc.b32 row{i}, [a];"""
+mul.wide.s32 a, at, 4; add.s64 a, a, $TABLE; ld.global.nc.b32 row{i}, [a];"""
         for i in each
     ]
     lines += [f"max.s32 row{i}, row{i}, 0; min.s32 row{i}, row{i}, {n_rows - 1};" for i in each]
@@ -97,7 +91,7 @@ mul.wide.s32 a, at, 4; add.s64 a, a, $TABLE; mov.b32 row{i}, 0; @p ld.global.nc.
         # The engine counts bytes down at the barrier; the lane expected all of its rows' bytes above.
         lines.append(
             f"""mul.wide.s32 a, row{i}, {row_bytes}; add.s64 a, a, $ROWS;
-@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [at], [a], {row_bytes}, [$BARRIER];
+cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [at], [a], {row_bytes}, [$BARRIER];
 add.u32 at, at, {_WARP * (row_bytes + PAD)};"""
         )
     if has_scale:

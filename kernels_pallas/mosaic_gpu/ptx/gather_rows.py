@@ -26,7 +26,6 @@ from hisa_jax.kernels_pallas.types import Ref
 ROWS_PER_WARP = 32  # one a lane
 BARRIER_WORDS = 2
 _CHUNK = 16  # bytes a lane copies at a time
-_LINE = 128  # bytes that come to L2 together
 
 
 def load_word(ref: Ref, i: Array) -> Array:
@@ -67,17 +66,25 @@ class TileRows(NamedTuple):
     first: Array
 
 
-def gather_rows(source: Ref, row: Array, target: TileRows, columns: Sequence[tuple[int, int]], landed: Row) -> None:
+def gather_rows(
+    source: Ref,
+    row: Array,
+    target: TileRows,
+    columns: Sequence[tuple[int, int]],
+    landed: Row,
+    keeps: bool = False,
+) -> None:
     """Starts copying the lanes' rows of `source` [*, E] to a target, zeros for row -1.
 
     Each of the 32 lanes arrives at the barrier `landed` when its copies have landed.
 
     Args:
         columns: pieces as (first column, how many), each 128, 256 or 512 bytes wide.
+        keeps: asks L2 to evict other data first.
     """
     E, dtype, rows = source.shape[1], source.dtype, target.tiles.shape[1]
     each = _CHUNK // dtype.itemsize
-    ptx = _gather_ptx(E * dtype.itemsize, tuple((start // each, n // each) for start, n in columns))
+    ptx = _gather_ptx(E * dtype.itemsize, tuple((start // each, n // each) for start, n in columns), keeps)
 
     @plgpu.inline_mgpu(arg_types=(REF, plgpu.RefType(tiled(E, dtype)), REF, SPLAT, SPLAT, SPLAT, SPLAT))
     def gather(_ctx, source, tiles, barriers, row, slot, first, barrier):
@@ -94,24 +101,6 @@ def gather_rows(source: Ref, row: Array, target: TileRows, columns: Sequence[tup
         )
 
     gather(source, target.tiles, landed.ref, row, target.slot, target.first, landed.row)
-
-
-def prefetch_rows(source: Ref, row: Array, columns: Sequence[tuple[int, int]]) -> None:
-    """Asks for the lanes' rows of `source` [*, E] in L2, none for row -1.
-
-    Args:
-        columns: pieces as for `gather_rows`.
-    """
-    size, E = source.dtype.itemsize, source.shape[1]
-    at = [byte for first, n in columns for byte in range(first * size, (first + n) * size, _LINE)]
-    lines = " ".join(f"@p prefetch.global.L2 [a+{byte}];" for byte in at)
-    ptx = f"{{ .reg .pred p; .reg .b64 a; setp.ge.s32 p, $1, 0; mad.wide.s32 a, $1, {E * size}, $0; {lines} }}"
-
-    @plgpu.inline_mgpu(arg_types=(REF, SPLAT))
-    def prefetch(_ctx, source, row):
-        utils.inline_ptx(ptx, utils.memref_ptr(source), row.registers.item(), has_side_effects=True)
-
-    prefetch(source, row)
 
 
 def gather_scales(scales: Ref, row: Array, target: Row, first: Array) -> None:
@@ -171,10 +160,13 @@ fence.proxy.async.shared::cta; }"""
 
 
 @functools.cache
-def _gather_ptx(row_bytes: int, pieces: tuple[tuple[int, int], ...]) -> str:
+def _gather_ptx(row_bytes: int, pieces: tuple[tuple[int, int], ...], keeps: bool) -> str:
     """$0: source, $1: 32 rows in shared memory, $2: the lane's row number, $3: barrier; pieces in chunks."""
     tile_row = 8 * row_bytes  # bytes of 8 rows
     lines = [".reg .pred p; .reg .b32 lane, c, base, row, from, r, x<8>; .reg .b64 a, source; mov.u32 lane, %laneid;"]
+    hint, policy = (".L2::cache_hint", ", policy") if keeps else ("", "")
+    if keeps:
+        lines.append(".reg .b64 policy; createpolicy.fractional.L2::evict_last.b64 policy, 1.0;")
     for first, width in pieces:  # in chunks; an instruction copies `width` of each of `rows` rows
         rows = 32 // width
         lines.append(f"""and.b32 c, lane, {width - 1}; add.u32 c, c, {first}; mul.wide.u32 source, c, 16;
@@ -190,7 +182,7 @@ add.u32 x{i}, x{i}, r; add.u32 x{i}, x{i}, base;"""
         lines += [
             f"""add.u32 r, from, {i * rows}; shfl.sync.idx.b32 row, $2, r, 31, -1; setp.lt.s32 p, row, 0;
 mad.wide.s32 a, row, {row_bytes}, source;
-cp.async.cg.shared.global [x{i % (8 // rows)}+{i * rows // 8 * tile_row}], [a], 16, p;"""
+cp.async.cg.shared.global{hint} [x{i % (8 // rows)}+{i * rows // 8 * tile_row}], [a], 16, p{policy};"""
             for i in range(ROWS_PER_WARP // rows)
         ]
     # `noinc`: the arrival counts as one of those that the barrier was made for.

@@ -19,6 +19,11 @@ SCALAR = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=SPLAT)
 # Waits for all of a warp-group, in a register `id`. Barriers 1, 2, ... of the CTA are one each: the others run on.
 WARPGROUP_BARRIER = "mov.u32 id, %tid.x; shr.u32 id, id, 7; add.u32 id, id, 1; bar.sync id, 128;\n"
 
+# Register x, float32, -> `sort_key`, by `t`. The maximum drops NaN; the addition makes -0.0, which must tie with 0.0,
+# positive.
+SORT_KEY = """max.f32 x, x, 0fFF800000; add.f32 x, x, 0f00000000; mov.b32 sort_key, x;
+shr.s32 t, sort_key, 31; and.b32 t, t, 0x7fffffff; xor.b32 sort_key, sort_key, t;"""
+
 
 class Row(NamedTuple):
     """One row of words of 32 bits in a whole, contiguous reference.

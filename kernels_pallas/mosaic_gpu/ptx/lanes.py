@@ -28,22 +28,34 @@ N_LANES = 128
 LANES = plgpu.Layout.WG_STRIDED((N_LANES,), vec_size=1)
 
 
-def multiply_and_sum(k_parts: list, q_heads: Ref, w: Array, release: Callable[[], None], interpret: Interpret) -> Array:
+def multiply_and_sum(
+    k_parts: list,
+    q_heads: Ref,
+    w: Array,
+    release: Callable[[], None],
+    interpret: Interpret,
+    *,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Array:
     """sum_h w[h] * relu(sum_p k_parts[p] . q_heads[h]): refs [n_keys, D], a ref [H, D], [H] -> lane order.
 
-    `release` is called when the tensor core has read its operands.
+    `release` is called when the tensor core has read its operands, `meanwhile` before that.
     """
-    products = multiply(k_parts, q_heads)
+    products = multiply(k_parts, q_heads, meanwhile)
     release()
     return head_sum(products, w, interpret)
 
 
-def multiply(k_parts: list, q_heads: Ref) -> Array:
-    """sum_p k_parts[p] . q_heads: refs [n_keys, D], a ref [H, D] -> [n_keys, H] float32."""
+def multiply(k_parts: list, q_heads: Ref, meanwhile: Callable[[], None] = lambda: None) -> Array:
+    """sum_p k_parts[p] . q_heads: refs [n_keys, D], a ref [H, D] -> [n_keys, H] float32.
+
+    `meanwhile` is called while the product is in flight.
+    """
 
     def into(acc: Ref) -> Array:
         for k_part in k_parts:
             plgpu.wgmma(acc, k_part, q_heads.T)
+        meanwhile()
         return acc[...]
 
     return pl.run_scoped(into, plgpu.ACC((k_parts[0].shape[0], q_heads.shape[0]), jnp.float32))
@@ -118,7 +130,7 @@ def load_word(ref: Ref, row: Array, column: Array | int, interpret: Interpret) -
 
 
 def store_lanes(ref: Ref, row: Array, first: Array, n_keys: int, values: Array, interpret: Interpret) -> None:
-    """Writes a lane-order [n_keys] int32 to ref[row, first : first + n_keys]; `ref` is whole, 2-D, shared or global."""
+    """Writes lane-order words to ref[row, first : first + n_keys]; `ref` is whole, 2-D, shared or global."""
     if interpret:
         ref[row, pl.ds(first, n_keys)] = values
         return

@@ -74,17 +74,9 @@ def select_ptx(shape: Shape, position: Callable[[], str]) -> str:
         position: PTX that turns `column`, a thread's first, into `base`, what it stands for; $IDS is a row to look it
             up in, $FIRST a number to add. Not of listed columns.
     """
-    text = f""".reg .pred p, q, s; .reg .b32 tid, lane, warp, at, t, u, n, low, high, column, base, rank, pick, c, slot;
-.reg .b32 key, v<{shape.each}>, b<{shape.each}>, h<8>, e, g, thr, lo, hi, middle, room, tie, i, visible, total, buffer;
-.reg .b64 word; .reg .f32 x, first, last, scale;
-mov.u32 tid, %tid.x; and.b32 lane, tid, 31; shr.u32 warp, tid, 5;
+    text = f"""{registers(shape)}
 {_load(shape)}
-{_range(shape)}
-{_histogram(shape)}
-{_pick(shape)}
-{_gather(shape)}
-{_rank_of_listed(shape)}
-{_bisect(shape)}
+{threshold_ptx(shape)}
 emit:
 {_emit(shape, position)}
 out:
@@ -92,7 +84,28 @@ out:
     return scope(text, OPERANDS)
 
 
-def _sync(shape: Shape) -> str:
+def registers(shape: Shape) -> str:
+    """PTX: what the texts here and in list_best_text.py share, and who a thread is."""
+    return f""".reg .pred p, q, s; .reg .b32 tid, lane, warp, at, t, u, n, low, high, column, base, rank, pick, c, slot;
+.reg .b32 key, v<{shape.each}>, b<{shape.each}>, h<8>, e, g, thr, lo, hi, middle, room, tie, i, visible, total, buffer;
+.reg .b64 word; .reg .f32 x, first, last, scale;
+mov.u32 tid, %tid.x; and.b32 lane, tid, 31; shr.u32 warp, tid, 5;"""
+
+
+def threshold_ptx(shape: Shape) -> str:
+    """PTX: `thr`, which the k best of the sort keys in registers v reach, and those that tie with the last of them.
+
+    It goes on at a label `emit`. A thread's sort keys are in shared memory, too.
+    """
+    return f"""{_range(shape)}
+{_histogram(shape)}
+{_pick(shape)}
+{_gather(shape)}
+{_rank_of_listed(shape)}
+{_bisect(shape)}"""
+
+
+def sync(shape: Shape) -> str:
     return f"bar.sync {_BARRIER}, {shape.n_threads};\n"
 
 
@@ -112,17 +125,14 @@ def _load(shape: Shape) -> str:
             lines += [f"mov.b32 v{_CHUNK * i + u}, {INVISIBLE};" for u in range(_CHUNK)]
             lines.append(f"add.u32 u, t, {_CHUNK * n * i}; setp.lt.u32 p, u, {shape.width};")
         lines.append(f"{'@p ' if is_ragged else ''}ld.global.v4.b32 {names(i)}, [word+{4 * _CHUNK * n * i}];")
-    # While they are on their way: an empty histogram, and a list of nothing.
-    lines.append(f"mov.b32 u, 0; shl.b32 at, tid, 4; add.u32 at, at, $SMEM; setp.lt.u32 p, tid, {BINS // 4};")
-    lines += [f"@p st.shared.v4.b32 [at+{shape.hist + 16 * n * i}], {{u, u, u, u}};" for i in range(-(-BINS // 4 // n))]
+    # While they are on their way.
+    lines.append(clear_ptx(shape))
     lines.append(
-        f"""add.u32 at, t, $SMEM; mov.b32 u, {INVISIBLE}; st.shared.b32 [at+{shape.listed}], u;
-setp.eq.u32 p, tid, 0; mov.b32 at, $SMEM; mov.b32 u, 0; @p st.shared.b32 [at+{shape.n_listed}], u;
-shr.u32 t, tid, {per_row.bit_length() - 1}; mul.lo.u32 at, t, {shape.pitch}; add.u32 at, at, $SMEM;
+        f"""shr.u32 t, tid, {per_row.bit_length() - 1}; mul.lo.u32 at, t, {shape.pitch}; add.u32 at, at, $SMEM;
 and.b32 t, tid, {per_row - 1}; shl.b32 t, t, 4; add.u32 at, at, t;"""
     )
     lines += [f"st.shared.v4.b32 [at+{shape.keys + i * (n // per_row) * shape.pitch}], {names(i)};" for i in chunks]
-    lines.append(_sync(shape) + f"mul.lo.u32 at, tid, {shape.pitch}; add.u32 at, at, $SMEM;")
+    lines.append(sync(shape) + f"mul.lo.u32 at, tid, {shape.pitch}; add.u32 at, at, $SMEM;")
     lines += [f"ld.shared.v4.b32 {names(i)}, [at+{shape.keys + 16 * i}];" for i in chunks]
     if shape.is_full:
         lines.append(
@@ -140,6 +150,18 @@ whole:"""
     return "\n".join(lines)
 
 
+def clear_ptx(shape: Shape) -> str:
+    """An empty histogram, and a list of nothing; a barrier must follow."""
+    n = shape.n_threads
+    lines = [f"mov.b32 u, 0; shl.b32 at, tid, 4; add.u32 at, at, $SMEM; setp.lt.u32 p, tid, {BINS // 4};"]
+    lines += [f"@p st.shared.v4.b32 [at+{shape.hist + 16 * n * i}], {{u, u, u, u}};" for i in range(-(-BINS // 4 // n))]
+    lines.append(
+        f"""shl.b32 at, tid, 2; add.u32 at, at, $SMEM; mov.b32 u, {INVISIBLE}; st.shared.b32 [at+{shape.listed}], u;
+setp.eq.u32 p, tid, 0; mov.b32 at, $SMEM; mov.b32 u, 0; @p st.shared.b32 [at+{shape.n_listed}], u;"""
+    )
+    return "\n".join(lines)
+
+
 def _over_warps(shape: Shape, region: int, ops: dict[str, tuple[str, int]]) -> str:
     """PTX: registers -> what all threads' add up to, by `ops`: register -> (operation, what no thread has)."""
     names, at = list(ops), shape.parts + 512 * region
@@ -148,7 +170,7 @@ def _over_warps(shape: Shape, region: int, ops: dict[str, tuple[str, int]]) -> s
     return f"""{reduce}
 setp.eq.u32 p, lane, 0; shl.b32 at, warp, 4; add.u32 at, at, $SMEM;
 @p st.shared.v4.b32 [at+{at}], {{{", ".join(four)}}};
-{_sync(shape)}shl.b32 at, lane, 4; add.u32 at, at, $SMEM; setp.lt.u32 p, lane, {shape.n_warps};
+{sync(shape)}shl.b32 at, lane, 4; add.u32 at, at, $SMEM; setp.lt.u32 p, lane, {shape.n_warps};
 {" ".join(f"mov.b32 {name}, {nothing};" for name, (_, nothing) in ops.items())}
 @p ld.shared.v4.b32 {{{", ".join(([*names, "h0", "h1", "h2"])[:4])}}}, [at+{at}];
 {reduce}"""
@@ -193,7 +215,7 @@ setp.gt.s32 p, v{j}, {INVISIBLE}; {forced} mad.lo.s32 t, b{j}, -4, at; @p red.sh
 setp.gt.f32 p, last, 0f0DA24260; setp.lt.and.f32 p, last, 0f7E967699, p; @!p bra bisect;
 div.approx.f32 scale, 0f447FC000, last; add.s32 at, $SMEM, {last_bin};
 {_each(shape, one)}
-{_sync(shape)}"""
+{sync(shape)}"""
 
 
 def _scan(into: str) -> str:
@@ -202,13 +224,13 @@ def _scan(into: str) -> str:
     return "\n".join(steps)
 
 
-def _before(shape: Shape, region: int, own: str) -> str:
+def before(shape: Shape, region: int, own: str) -> str:
     """PTX: `e`, the sum of `own` over the threads before this one, and `total`, over all."""
     at = shape.parts + 512 * region
     return f"""mov.b32 e, {own};
 {_scan("e")}
 setp.eq.u32 p, lane, 31; shl.b32 at, warp, 2; add.u32 at, at, $SMEM; @p st.shared.b32 [at+{at}], e;
-{_sync(shape)}shl.b32 at, lane, 2; add.u32 at, at, $SMEM; setp.lt.u32 p, lane, {shape.n_warps};
+{sync(shape)}shl.b32 at, lane, 2; add.u32 at, at, $SMEM; setp.lt.u32 p, lane, {shape.n_warps};
 mov.b32 u, 0; @p ld.shared.b32 u, [at+{at}];
 redux.sync.add.s32 total, u, -1; setp.lt.u32 p, lane, warp; selp.b32 u, u, 0, p; redux.sync.add.s32 u, u, -1;
 add.s32 e, e, u; sub.s32 e, e, {own};"""
@@ -227,10 +249,10 @@ add.s32 pick, c, {i}; @p st.shared.v4.b32 [t+{shape.pick}], {{pick, slot, h{i}, 
     return f"""mul.lo.u32 c, tid, {each}; shl.b32 at, c, 2; add.u32 at, at, $SMEM;
 {load}, [at+{shape.hist}]; {more}
 mov.b32 n, h0; {" ".join(f"add.s32 n, n, h{i};" for i in range(1, each))}
-{_before(shape, 1, "n")}
+{before(shape, 1, "n")}
 mov.b32 t, $SMEM;
 {"".join(one(i) for i in range(each))}
-{_sync(shape)}mov.b32 t, $SMEM; ld.shared.v4.b32 {{pick, rank, c, u}}, [t+{shape.pick}];"""
+{sync(shape)}mov.b32 t, $SMEM; ld.shared.v4.b32 {{pick, rank, c, u}}, [t+{shape.pick}];"""
 
 
 def _gather(shape: Shape) -> str:
@@ -265,7 +287,7 @@ ld.shared.v4.b32 {{h0, h1, h2, h3}}, [at+{shape.listed}];
 compared: add.s32 e, e, g; mov.b32 at, $SMEM;
 setp.lt.s32 p, g, rank; setp.ge.and.s32 p, e, rank, p; setp.lt.and.u32 p, tid, c, p;
 @p st.shared.b32 [at+{shape.found}], key;
-{_sync(shape)}ld.shared.b32 thr, [at+{shape.found}]; bra emit;"""
+{sync(shape)}ld.shared.b32 thr, [at+{shape.found}]; bra emit;"""
 
 
 def _bisect(shape: Shape) -> str:
@@ -279,7 +301,7 @@ add.s32 middle, middle, t; mov.b32 n, 0;
 {count}
 redux.sync.add.s32 n, n, -1; setp.eq.u32 p, lane, 0; shl.b32 at, warp, 2; add.u32 at, at, $SMEM; add.u32 at, at, buffer;
 @p st.shared.b32 [at+{shape.parts + 512 * 4}], n;
-{_sync(shape)}shl.b32 at, lane, 2; add.u32 at, at, $SMEM; add.u32 at, at, buffer; setp.lt.u32 p, lane, {shape.n_warps};
+{sync(shape)}shl.b32 at, lane, 2; add.u32 at, at, $SMEM; add.u32 at, at, buffer; setp.lt.u32 p, lane, {shape.n_warps};
 mov.b32 n, 0; @p ld.shared.b32 n, [at+{shape.parts + 512 * 4}];
 redux.sync.add.s32 n, n, -1; xor.b32 buffer, buffer, 512;
 setp.ge.s32 p, n, {shape.k}; @p mov.b32 lo, middle; @!p sub.s32 hi, middle, 1;
@@ -319,14 +341,14 @@ def _emit(shape: Shape, position: Callable[[], str]) -> str:
     # both kinds are counted, those above in the low half.
     return f"""mov.b32 n, 0;
 {_each(shape, lambda j: f"setp.ge.s32 p, v{j}, thr; @p add.s32 n, n, 1;")}
-{_before(shape, 3, "n")}
+{before(shape, 3, "n")}
 {find}
 mov.b32 slot, e; setp.gt.s32 p, total, {k}; @p bra ties;
 {_each(shape, lambda j: f"setp.ge.s32 p, v{j}, thr; {store(j)}")}
 bra fill;
 ties: mov.b32 n, 0;
 {_each(shape, count)}
-{_before(shape, 6, "n")}
+{before(shape, 6, "n")}
 and.b32 t, total, 65535; sub.s32 room, {k}, t; shr.u32 tie, e, 16; and.b32 slot, e, 65535; min.s32 t, tie, room;
 add.s32 slot, slot, t;
 {_each(shape, write)}

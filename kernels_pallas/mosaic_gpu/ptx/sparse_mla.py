@@ -64,16 +64,20 @@ def show_stores() -> None:
     fence()
 
 
-def any_decay(decay: Array) -> Array:
-    """1 if one of the rows of this warp decays, else 0: an int32 that may differ between warps."""
-    ptx = """{ .reg .pred p, q; setp.neu.f32 p, $1, 0f3f800000; setp.neu.f32 q, $2, 0f3f800000; or.pred p, p, q;
+def any_decay(decay: Array, total: Array) -> Array:
+    """1 if one of the rows of this warp decays, else 0: an int32 that may differ between warps.
+
+    `total`, not below zero, came from shared memory, too. Looked at here, it is in registers before the slot goes back.
+    """
+    ptx = """{ .reg .pred p; setp.neu.f32 p, $1, 0f3f800000; setp.neu.or.f32 p, $2, 0f3f800000, p;
+setp.lt.or.f32 p, $3, 0f00000000, p; setp.lt.or.f32 p, $4, 0f00000000, p;
 vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }"""
 
-    @plgpu.inline_mgpu(arg_types=(PER_HEAD,), return_type=SCALAR)
-    def vote(_ctx, decay):
-        return scalar(_ptx(ptx, *_two_rows(decay), result_types=i32(), convergent=True))
+    @plgpu.inline_mgpu(arg_types=(PER_HEAD, PER_HEAD), return_type=SCALAR)
+    def vote(_ctx, decay, total):
+        return scalar(_ptx(ptx, *_two_rows(decay), *_two_rows(total), result_types=i32(), convergent=True))
 
-    return vote(decay)
+    return vote(decay, total)
 
 
 def opaque_zero() -> Array:

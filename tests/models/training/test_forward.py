@@ -28,6 +28,15 @@ def model():
     return skeleton.model(skeleton.initial(0))
 
 
+def of_training(stacked, tokens, attend):
+    """`forward.forward` as one program: its operations, each compiled by itself, take twice as long."""
+    return jax.jit(functools.partial(forward.forward, attend=attend))(stacked, tokens)
+
+
+def of_the_model(model, tokens):
+    return jax.jit(lambda model, tokens: model(tokens))(model, tokens)
+
+
 @pytest.mark.gate("hisa", "scan")  # the flat indexer: the next two tests
 @pytest.mark.parametrize(
     "method",
@@ -37,16 +46,17 @@ def model():
 def test_sparse_is_the_model_with_that_method(model, method):
     tokens = jax.random.randint(jax.random.key(1), (2, 72), 0, 256)
     stacked = Skeleton(tiny.CONFIG, "float32").stacked(weights_of(model))
-    logits, kl = forward.forward(stacked, tokens, functools.partial(forward.sparse, method=method))
-    chex.assert_trees_all_close(logits, model.with_method(method)(tokens), atol=1e-4, rtol=1e-4)
+    logits, kl = of_training(stacked, tokens, functools.partial(forward.sparse, method=method))
+    chex.assert_trees_all_close(logits, of_the_model(model.with_method(method), tokens), atol=1e-4, rtol=1e-4)
     assert kl.shape == (2, 2, 72) and (kl > -1e-5).all()
 
 
 def test_dense_is_the_model_that_selects_every_token(model):
-    tokens = jax.random.randint(jax.random.key(1), (2, 40), 0, 256)
+    tokens = jax.random.randint(jax.random.key(1), (2, 64), 0, 256)
     stacked = Skeleton(tiny.CONFIG, "float32").stacked(weights_of(model))
-    logits, _ = forward.forward(stacked, tokens, forward.dense)
-    chex.assert_trees_all_close(logits, model.with_method(hj.Dsa(topk=40))(tokens), atol=1e-4, rtol=1e-4)
+    logits, _ = of_training(stacked, tokens, forward.dense)
+    wanted = of_the_model(model.with_method(hj.Dsa(topk=64)), tokens)
+    chex.assert_trees_all_close(logits, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rope", ["last", pytest.param("before", marks=pytest.mark.exhaustive)])
@@ -55,8 +65,8 @@ def test_a_pyramid_of_one_level_is_dense(model, rope):
     tokens = jax.random.randint(jax.random.key(1), (2, 64), 0, 256)
     stacked = Skeleton(tiny.CONFIG, "float32").stacked(weights_of(model))
     method = hj.Lighthouse(levels=1, pool=2, topk=8, tile=8, rope=rope)
-    wanted, _ = forward.forward(stacked, tokens, forward.dense)
-    got, extra = forward.forward(stacked, tokens, functools.partial(lighthouse, method=method))
+    wanted, _ = of_training(stacked, tokens, forward.dense)
+    got, extra = of_training(stacked, tokens, functools.partial(lighthouse, method=method))
     assert extra is None
     chex.assert_trees_all_close(got, wanted, atol=1e-4, rtol=1e-4)
 
@@ -93,8 +103,11 @@ def test_the_indexer_learns_from_its_own_loss_alone_and_the_model_from_the_text_
         logits, kl = forward.forward(skeleton.stacked(weights), tokens, attend)
         return (jnp.sum(logits**2), jnp.sum(kl))[which]
 
-    for which, wanted in ((0, lambda name: ".indexer." not in name), (1, lambda name: ".indexer." in name)):
-        gradients = jax.grad(losses)(weights, which)
+    of_text, of_indexer = jax.jit(lambda weights: [jax.grad(losses)(weights, which) for which in (0, 1)])(weights)
+    for gradients, wanted in (
+        (of_text, lambda name: ".indexer." not in name),
+        (of_indexer, lambda name: ".indexer." in name),
+    ):
         assert {name for name, x in gradients.items() if np.any(x)} == {name for name in weights if wanted(name)}
 
 

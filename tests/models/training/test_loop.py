@@ -34,7 +34,8 @@ def whole_run(tmp_path_factory):
     "pauses",
     [
         pytest.param((2,), id="in-a-stage", marks=pytest.mark.exhaustive),
-        pytest.param((3, 7), id="between-and-in-the-last"),
+        pytest.param((3,), id="between-stages", marks=pytest.mark.exhaustive),
+        pytest.param((7,), id="in-the-last"),
     ],
 )
 def test_a_run_in_pieces_is_the_run_in_one(whole_run, tmp_path, pauses):

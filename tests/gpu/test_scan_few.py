@@ -1,0 +1,150 @@
+"""The scan of a few queries: all scan scores in memory, lists made from them without the host.
+
+Lists of rows of all kinds are one program, compiled in some 4 s; whole selections are `exhaustive`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hisa_jax.kernels_pallas.flat_call import FlatCall
+from hisa_jax.kernels_pallas.mosaic_gpu import list_best as mosaic_list
+from hisa_jax.kernels_pallas.mosaic_gpu import stages
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_best import sample_of
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_best_text import OPERANDS, Row, list_ptx
+from hisa_jax.kernels_pallas.sequences import Sequences
+from hisa_jax.kernels_pallas.sort_key import sort_key_of
+from hisa_jax.kernels_pallas.triton import list_best as triton_list
+from tests.gpu.ptx_machine import Machine
+from tests.gpu.test_lowering import lower
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+WIDTH, LEAST, MOST = 1024, 80, 128
+FORCED_OPTIONS = dict(keep_first=2, keep_last=3)
+OPTIONS = dict(least=LEAST, most=MOST, rank=26, step=4) | FORCED_OPTIONS
+
+
+def rows():
+    """Scores of a row, and how many of them are candidates."""
+    rng, sampled = np.random.default_rng(0), np.arange(WIDTH) % 4 == 0
+    normal = rng.normal(size=WIDTH)
+    yield "normal", normal, WIDTH
+    yield "fewer candidates", normal, 777
+    yield "as many as fit", normal, MOST
+    yield "hardly more", normal, MOST + 1
+    yield "none", normal, 0
+    yield "one", normal, 1
+    yield "all tie", np.zeros(WIDTH), WIDTH
+    yield "many tie, few are above", np.where(rng.random(WIDTH) < 0.03, 5.0, 1.0), WIDTH
+    yield "samples are the best", normal + 9 * sampled, WIDTH
+    yield "samples are the worst", normal - 9 * sampled, WIDTH
+    yield "infinite and none", np.where(rng.random(WIDTH) < 0.3, np.nan, np.inf * np.sign(normal)), WIDTH
+    yield "ascending", np.arange(WIDTH) * 1.0, WIDTH
+    yield "the first and the last are worst", np.where(np.abs(np.arange(WIDTH) - 500) > 490, -99, normal), WIDTH
+
+
+def check(list_best):
+    """A function of sort keys and limits."""
+    names, scores, limits = zip(*rows(), strict=True)
+    sort_keys = sort_key_of(jnp.asarray(np.stack(scores), jnp.float32))
+    tokens, counts = map(np.asarray, list_best(sort_keys, jnp.asarray(limits, jnp.int32)))
+    for name, x, n, got, count in zip(names, np.asarray(sort_keys), limits, tokens, counts, strict=True):
+        listed = got[:count]
+        assert min(n, LEAST) <= count <= MOST and (got[count:] == -1).all(), name
+        assert (np.diff(listed) > 0).all() and ((listed >= 0) & (listed < n)).all(), name
+        if n <= MOST:
+            assert count == n, name
+        forced = (np.arange(n) < 2) | (np.arange(n) >= n - 3)
+        assert np.isin(np.flatnonzero(forced), listed).all(), name
+        others, left = listed[~forced[listed]], np.setdiff1d(np.flatnonzero(~forced), listed)
+        if len(left):
+            # The best, and of those that tie at the end the first.
+            at = x[others].min()
+            assert x[left].max() <= at, name
+            tied = np.flatnonzero((x[:n] == at) & ~forced)
+            np.testing.assert_array_equal(others[x[others] == at], tied[: (x[others] == at).sum()], err_msg=name)
+
+
+def by_machine(sort_keys, limits):
+    """The PTX, a row after the other."""
+    given = {name: value for name, value in OPTIONS.items() if name != "rank"}
+    sample = sample_of(-(-WIDTH // OPTIONS["step"]), OPTIONS["rank"])
+    row = Row(width=WIDTH, **given, sample=sample)
+    text = list_ptx(row)
+    for i in reversed(range(len(OPERANDS))):
+        text = text.replace(f"${i}", OPERANDS[i].lower() + "_")
+    lists = []
+    for x, limit in zip(np.asarray(sort_keys), np.asarray(limits), strict=True):
+        memory = np.concatenate([x.view(np.uint32), np.full(MOST + 8, 0xDEAD, np.uint32)])
+        at = dict(x_=0, limit_=int(limit), o_=4 * WIDTH, count_=4 * (WIDTH + MOST), smem_=0)
+        cta = Machine(text, sample.n_threads, at, memory, row.smem_bytes)
+        cta.run()
+        got = cta.memory[WIDTH:].view(np.int32)
+        assert (got[MOST + 1 :] == 0xDEAD).all()
+        lists.append((got[:MOST], got[MOST]))
+    return tuple(map(np.stack, zip(*lists, strict=True)))
+
+
+def test_a_list_has_the_best_and_of_those_that_tie_the_first():
+    check(functools.partial(triton_list.list_best, **OPTIONS, interpret=True))
+
+
+def test_the_machine_lists_them_too():
+    check(by_machine)
+
+
+def test_the_kernel_around_it(interpret):
+    check(functools.partial(mosaic_list.list_best, **OPTIONS, interpret=interpret))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [triton_list, mosaic_list], ids=["triton", "mosaic_gpu"])
+def test_on_the_device(stage):
+    check(functools.partial(stage.list_best, **OPTIONS))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("W", [131072, 1 << 19])
+def test_both_list_the_same_of_long_rows(W):
+    """Where samples tell enough, thresholds are the same but for the slack of Triton's."""
+    x = sort_key_of(jax.random.normal(jax.random.key(0), (132, W)))
+    limit = jnp.asarray(np.random.default_rng(0).integers(1, W, 132), jnp.int32).at[0].set(W)
+    options = dict(least=8192, most=12288, rank=max(626 * 131072 // W, 200), step=16 * W // 131072) | FORCED_OPTIONS
+    tokens, count = (np.asarray(out) for out in mosaic_list.list_best(x, limit, **options))
+    x = np.asarray(x)
+    for t, n in enumerate(np.asarray(limit)):
+        listed = tokens[t, : count[t]]
+        assert min(n, 8192) <= count[t] <= 12288 and (np.diff(listed) > 0).all() and (tokens[t, count[t] :] == -1).all()
+        inner = listed[(listed >= 2) & (listed < n - 3)]
+        left = np.setdiff1d(np.arange(2, n - 3), inner)
+        assert not len(left) or x[t, left].max() < x[t, inner].min()
+
+
+@pytest.mark.parametrize("stage", [triton_list, mosaic_list], ids=["triton", "mosaic_gpu"])
+def test_lists_lower(stage):
+    options = OPTIONS | dict(least=8192, most=12288, rank=626, step=16)
+    text = lower(functools.partial(stage.list_best, **options), ((128, 131072), jnp.int32), ((128,), jnp.int32))
+    assert "custom_call" in text
+
+
+@pytest.mark.parametrize(
+    ("n_requests", "n_queries", "sketch", "way"),
+    [
+        (1, 1, False, "flat"), (32, 1, False, "flat"), (32, 4, False, "flat"), (1, 16, False, "flat"),
+        (1, 128, False, "samples"), (133, 1, False, "samples"), (4, 1, True, "flat"), (5, 1, True, "lists"),
+        (32, 4, True, "lists"), (1, 128, True, "lists"), (133, 1, True, "samples"),
+    ],
+)  # fmt: skip
+def test_which_way_hopper_scans(monkeypatch, n_requests, n_queries, sketch, way):
+    monkeypatch.setattr(stages, "n_sms", lambda: 132)
+    T, S = n_requests * n_queries, 131072
+    starts = np.arange(n_requests, dtype=np.int32)
+    sequences = Sequences(
+        query_starts=np.append(starts * n_queries, T), key_starts=starts * S, lengths=starts * 0 + S, max_keys=S
+    )
+    none = jnp.zeros((T, 64, 128), jnp.float8_e4m3fn)
+    call = FlatCall(q=none, w=none, visible=none, k=none, k_scale=None, sequences=sequences, sketch=sketch or None)
+    assert stages.way_of_scan(call, 2048) == way
