@@ -12,6 +12,7 @@ from bench.pods.rows import Row
 from bench.pods.step import compile_step, config_of
 from bench.tpu import aot
 from bench.tpu.chips import CHIPS
+from tests import emulated
 
 pytestmark = pytest.mark.slow
 FEW = hj.Hisa(topk=256, block_size=128, block_topk=8)  # kernels of fewer places compile faster
@@ -59,3 +60,10 @@ def test_two_layers_of_a_real_model_fit_and_exchange_what_is_new_alone(chip, row
     # Pages are written where they are, and of the cache and of 8-bit weights nothing is copied.
     assert memory.alias_size_in_bytes >= step.cache_bytes
     assert memory.temp_size_in_bytes < 0.1 * (step.cache_bytes + step.weight_bytes)
+
+
+@pytest.mark.exhaustive  # half a minute of CPU
+def test_an_engine_writes_its_pages_where_they_are():
+    if reason := aot.why_not():
+        pytest.skip(reason)
+    emulated.assert_kept("tests.tpu.engine_passes", n=1)
