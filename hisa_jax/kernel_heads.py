@@ -14,6 +14,7 @@ from hisa_jax.layout import Call
 from hisa_jax.methods import Method, Scan, is_by_best_token
 
 LEAST = 16  # rows of the tensor cores' products
+_SIGNED = (1, 2, 4, 8, 16, 32, 64)  # heads without an activation, as the caller counts them: each becomes two
 
 
 def n_heads(H: int, method: Method) -> int:
@@ -29,7 +30,9 @@ def why_not(H: int, q_dtype: str, method: Method) -> str | None:
     call = f"a {type(method).__name__} of activation=None"
     if q_dtype == "int8":
         return f"has no kernels for {call} with int8 queries: -128 has no opposite"
-    return f"needs at most 64 heads for {call}, not {H}" if H > 64 else None
+    if H not in _SIGNED:
+        return f"needs {', '.join(map(str, _SIGNED[:-1]))} or {_SIGNED[-1]} heads for {call}, not {H}"
+    return None
 
 
 def is_flat(method: Method, H: int) -> bool:

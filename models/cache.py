@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 import hisa_jax as hj
 from hisa_jax.index_cache import check_page_size, is_block_size
-from hisa_jax.methods import Sketch
+from hisa_jax.methods import Sketch, is_by_best_token
 from hisa_jax.models.checks import whole
 from hisa_jax.models.config import Config
 from hisa_jax.models.sharding import mesh_axis, per_device, size_of
@@ -52,7 +52,7 @@ class Cache:
 
 
 def page_size_of(methods: Iterable[hj.Method], wanted: int | None = None) -> int:
-    """Tokens of a page that the blocks of all these methods are made of; units of a scan may cross pages.
+    """Tokens of a page that all blocks with means are made of; units of a scan and other blocks may cross pages.
 
     Args:
         methods: that read the pages.
@@ -60,7 +60,7 @@ def page_size_of(methods: Iterable[hj.Method], wanted: int | None = None) -> int
 
     Raises: ValueError: `wanted` is no power of two, or a block is no whole pages of so many tokens.
     """
-    blocks = [method for method in methods if isinstance(method, hj.Hisa | hj.BlockSparse)]
+    blocks = _with_means(methods)
     if wanted is None:
         return math.gcd(_LARGEST_PAGE, *(method.block_size for method in blocks))
     wanted = whole("Model", "page_size", wanted)
@@ -69,6 +69,12 @@ def page_size_of(methods: Iterable[hj.Method], wanted: int | None = None) -> int
         if method.block_size % wanted:
             raise ValueError(f"Model: page_size={wanted} with {method}, wanted a divisor of its block_size")
     return wanted
+
+
+def _with_means(methods: Iterable[hj.Method]) -> list[hj.Hisa | hj.BlockSparse]:
+    """Those that choose blocks by their means, which pages keep."""
+    blocks = (method for method in methods if isinstance(method, hj.Hisa | hj.BlockSparse))
+    return [method for method in blocks if not is_by_best_token(method)]
 
 
 def stripe_of(methods: Iterable[hj.Method], page_size: int) -> int:
@@ -103,7 +109,7 @@ class Kept(NamedTuple):
 def kept_for(methods: Iterable[hj.Method]) -> Kept:
     """What a layer keeps for these methods: means of blocks on GPUs alone, whose kernels read them."""
     methods = list(methods)
-    sizes = {method.block_size for method in methods if isinstance(method, hj.Hisa | hj.BlockSparse)}
+    sizes = {method.block_size for method in _with_means(methods)}
     can_keep = jax.default_backend() == "gpu" and len(sizes) == 1 and all(map(is_block_size, sizes))
     return Kept(sketch_of(methods), sizes.pop() if can_keep else None)
 

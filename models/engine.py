@@ -48,7 +48,8 @@ class Engine:
     """A model, its pages, and the requests on it. For one thread.
 
     Args:
-        model: on one device or a mesh; its plan selects by phase.
+        model: on one device or a mesh; its plan selects by phase. The weights are those that it has now, by which pages
+            are made: a model that was trained further takes another engine.
         n_pages: pages of each layer, for all requests. On a mesh each device of "data" and "context" has an equal part.
         rows: requests that decode at a time; on a mesh as many in each group of "data".
         max_length: tokens that a request may have.

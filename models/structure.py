@@ -36,7 +36,7 @@ class Structure:
 
 
 def weights_of(model: Model) -> list[Array]:
-    """All arrays of a model."""
+    """All arrays of a model, as it has them now."""
     return jax.tree.leaves(nnx.state(model))
 
 

@@ -161,7 +161,8 @@ def test_gpu_kernels_take_lists_and_blocks_by_their_best_token_up_to_a_row():
 def test_kernels_take_few_heads_by_repeating_them():
     hopper = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
     tpu = dispatch.Device(platform="tpu", kind="TPU v6e")
-    linear, too_many = hj.Dsa(activation=None), "needs at most 64 heads for a Dsa of activation=None, not 128"
+    linear = hj.Dsa(activation=None)
+    of_pairs = "needs 1, 2, 4, 8, 16, 32 or 64 heads for a Dsa of activation=None, not {}"
     wanted = "needs 16, 32, 64 or 128 heads of size 64 or 128, not {} of 128"
     opposite = "has no kernels for a Dsa of activation=None with int8 queries: -128 has no opposite"
     flat, many = (
@@ -175,8 +176,9 @@ def test_kernels_take_few_heads_by_repeating_them():
         (hj.Dsa(per_head=True), 12, "bfloat16", None),
         (linear, 4, "bfloat16", None),
         (linear, 64, "float8_e4m3fn", None),
-        (linear, 24, "bfloat16", wanted.format(48)),
-        (linear, 128, "bfloat16", too_many),
+        (linear, 24, "bfloat16", of_pairs.format(24)),
+        (linear, 3, "bfloat16", of_pairs.format(3)),
+        (linear, 128, "bfloat16", of_pairs.format(128)),
         (linear, 64, "int8", opposite),
         (hj.Scan(exact_heads=3), 4, "bfloat16", None),
         (flat, 4, "bfloat16", None),

@@ -141,6 +141,8 @@ def budget(model: shapes.Model, context: int) -> Row:
                 scores = scores_of(q[b, t], k[b, tokens], k_scale[b, tokens], w[b, t])
                 if n := int(most[b, t]):
                     check_tokens(out[0][b, t], out[1][b, t], scores, tokens, n)
+                else:
+                    assert int(out[1][b, t]) == 0 and (np.asarray(out[0][b, t]) == -1).all()
 
         return f, (*inputs[:4], most, inputs.visible - 1), check
 

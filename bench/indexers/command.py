@@ -86,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
             pools = training.train(stacked, pools, corpus, recipe, functools.partial(_report, add, model_type))
             save_leaves(file, pools.layers)
         if "pools" in args.part:
+            if not file.is_file():
+                raise UserError(f"{file}: no such file, wanted --part train before")
             pools = Pools(pools.graph, load_leaves(file, pools.layers))
             compare(args, Runner(stacked, pools), corpus, of_pools(topk, *SIZES[model_type][::2]), model_type, add)
     for model in (shapes.GLM53_FLASH, shapes.QSA) if "random" in args.part else ():

@@ -137,7 +137,7 @@ def test_indexers_over_pools_learn_where_the_attention_looks(stacked, model_type
 
 
 @pytest.mark.exhaustive
-def test_the_command_writes_rows_and_a_table(stacked, monkeypatch, tmp_path):
+def test_the_command_writes_rows_and_a_table(stacked, monkeypatch, tmp_path, capsys):
     corpus = tmp_path / "corpus.npz"
     text.save_corpus(tiny.corpus(), corpus)
     monkeypatch.setattr(command, "load", lambda _: stacked)
@@ -149,3 +149,6 @@ def test_the_command_writes_rows_and_a_table(stacked, monkeypatch, tmp_path):
     rows = json.loads((tmp_path / "indexers.json").read_text())["rows"]
     assert [row["part"] for row in rows] == ["train"] * 2 + ["pools"] * 2 + ["composed"] * 2
     assert (tmp_path / "indexers.md").read_text() == tables(rows)
+    untrained = ["--out", str(tmp_path), "--models", "glm5_next", "--part", "pools"]
+    assert main(["indexers", "--corpus", str(corpus), *untrained]) == 2
+    assert "glm5_next.npz: no such file, wanted --part train before" in capsys.readouterr().err

@@ -27,6 +27,7 @@ def test_pages_are_parts_of_every_block_and_whatever_size_for_the_others():
     assert page_size_of([flat, scan]) == 64
     assert page_size_of([flat, scan, hj.Hisa(), hj.Hisa(block_size=48)]) == 16
     assert page_size_of([flat, scan, hj.Hisa()], 128) == 128
+    assert page_size_of([flat, hj.BlockSparse(topk=64, block_size=8, scored_by="max")]) == 64
 
 
 @pytest.mark.parametrize(
