@@ -81,7 +81,7 @@ FAULTS = [  # and a judge that must see it
     (ties_to_the_higher_position, "oracle"),
     (one_token_too_many_visible, "oracle"),
     (a_forgotten_scale, "oracle"),
-    (pages_in_the_order_of_their_ids, "oracle"),
+    (pages_in_the_order_of_their_ids, "family"),
     (latents_of_no_token, ""),
 ]
 

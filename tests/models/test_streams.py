@@ -198,10 +198,14 @@ def test_a_fault_that_stays_ends_its_requests_by_its_name_and_others_are_served_
 def test_after_a_warm_up_no_request_compiles_and_no_page_was_written(traffic):
     e, told = engine(), []
     e.warm_up(lambda *what: told.append(what))
-    sizes = [getattr(passes, name)._cache_size() for name in ("read", "verify", "copy")]
+
+    def programs():
+        return [one.program(e._formats)._cache_size() for one in (passes.read, passes.verify, passes.copy)]
+
+    sizes = programs()
     assert not any(int(layer.counts.sum()) for layer in e.pages)
     ids = [e.submit(one[0], sampling=one[1]) for one in traffic]
     assert len({id: joined(list(e.stream(id))) for id in ids[:1]}) == 1
     serving.finish(e)
-    assert sizes == [getattr(passes, name)._cache_size() for name in ("read", "verify", "copy")]
+    assert sizes == programs()
     assert [done for _, done, _ in told] == [*range(len(told))] and told[-1][0] == "compiled"
