@@ -139,9 +139,11 @@ def _nvidia(name: str) -> Implementation:
             return reason
         if isinstance(problem.method, Scan) and not kernel_heads.is_flat(problem.method, problem.H):
             scan: Any = importlib.import_module("hisa_jax.kernels_pallas.scan")
+            if reason := scan.why_not(problem.method, problem.keeps_sketch):
+                return reason
             if reason := scan.why_not(kernel_heads.of_heads(problem.H, problem.method), problem.keeps_sketch):
                 times = kernel_heads.n_heads(problem.H, problem.method) // problem.H
-                return reason if times == 1 else f"takes each of {problem.H} heads for {times}, and {reason}"
+                return f"takes each of {problem.H} heads for {times}, and {reason}"
         lists: Any = importlib.import_module("hisa_jax.kernels_pallas.lists")
         if reason := lists.why_not(problem.n_listed):
             return reason

@@ -2,7 +2,7 @@
     x[t, c] = sort_key(k_scale[s] * sum_h w[t, h] * relu(q[t, h] . k[s])),  s = tokens[t, c]
 
 Floor, 32 and 128 queries with 10,000 tokens each in e4m3 on an H200: 132 bytes a token, scattered, 42 and 169 MB / 4.3
-TB/s = 10 and 39 us.
+TB/s = 10 and 39 us. Measured: 24 and 73; a scale costs 32 bytes or 64 where it is 4.
 """
 
 import functools

@@ -3,7 +3,7 @@
 
 Floor, a query for each of 32 and 128 requests of 128K on an H200: 76 bytes a token, 319 MB and 1.3 GB / 4.3 TB/s = 74
 and 297 us. A multiprocessor then has 500 cycles for 128 tokens. The products are 128 of them (8 rows, a column for
-each of four groups, m64n32k32 at 16), and some 900 instructions of warps are 225.
+each of four groups, m64n32k32 at 16), and some 900 instructions of warps are 225. Measured: 87 and 338 us.
 """
 
 import dataclasses

@@ -220,11 +220,15 @@ def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
 
 
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
-    """`scan.scan_sort_keys`; of sketches `scan_sketch.scan_sort_keys`, or Triton's for samples and what it declines."""
+    """`scan.scan_sort_keys`; of sketches `scan_sketch.scan_sort_keys`, or Triton's for samples and what it declines.
+
+    A CTA of `scan_sketch` reads the sketches for four queries at most, so many queries are Triton's, too: they are
+    where all keys are samples, of fewer than 1024 candidates.
+    """
     if call.sketch is not None:
         (T, R, D), pages, sequences = heads.q.shape, call.pages, call.sequences
         reason = sketch_stage.why_not(D, heads.q.dtype.itemsize, None if pages is None else pages.size)
-        if step > 1 or pages is None or reason is not None:
+        if step > 1 or T > scan.FEW or pages is None or reason is not None:
             return triton_stages.scan_sort_keys(call, heads, step, bool(interpret))
         config = sketch_stage.heuristic(T, len(sequences.lengths), R, sequences.max_keys, n_sms())
         columns, first = Columns(limit=call.visible, n=sequences.max_keys), None

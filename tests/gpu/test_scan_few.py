@@ -15,9 +15,12 @@ from hisa_jax.kernels_pallas.mosaic_gpu import list_best as mosaic_list
 from hisa_jax.kernels_pallas.mosaic_gpu import stages
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_best import sample_of
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_best_text import OPERANDS, Row, list_ptx
+from hisa_jax.kernels_pallas.operands import ScanHeads
+from hisa_jax.kernels_pallas.pages import Pages
 from hisa_jax.kernels_pallas.sequences import Sequences
 from hisa_jax.kernels_pallas.sort_key import sort_key_of
 from hisa_jax.kernels_pallas.triton import list_best as triton_list
+from hisa_jax.layout import Sketched
 from tests.gpu.ptx_machine import Machine
 from tests.gpu.test_lowering import lower
 
@@ -108,8 +111,7 @@ def test_on_the_device(stage):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("W", [131072, 1 << 19])
-def test_both_list_the_same_of_long_rows(W):
-    """Where samples tell enough, thresholds are the same but for the slack of Triton's."""
+def test_long_rows_are_listed_on_the_device(W):
     x = sort_key_of(jax.random.normal(jax.random.key(0), (132, W)))
     limit = jnp.asarray(np.random.default_rng(0).integers(1, W, 132), jnp.int32).at[0].set(W)
     options = dict(least=8192, most=12288, rank=max(626 * 131072 // W, 200), step=16 * W // 131072) | FORCED_OPTIONS
@@ -148,3 +150,19 @@ def test_which_way_hopper_scans(monkeypatch, n_requests, n_queries, sketch, way)
     none = jnp.zeros((T, 64, 128), jnp.float8_e4m3fn)
     call = FlatCall(q=none, w=none, visible=none, k=none, k_scale=None, sequences=sequences, sketch=sketch or None)
     assert stages.way_of_scan(call, 2048) == way
+
+
+@pytest.mark.parametrize(("T", "by"), [(132, "mosaic_gpu"), (133, "triton")])
+def test_many_queries_do_not_scan_sketches_four_at_a_time(monkeypatch, T, by):
+    """Where all keys are samples, of fewer than 1024 candidates."""
+    monkeypatch.setattr(stages.triton_stages, "scan_sort_keys", lambda *_: "triton")
+    monkeypatch.setattr(stages.sketch_stage, "scan_sort_keys", lambda *_, **__: "mosaic_gpu")
+    starts, S = np.array([0], np.int32), 4096
+    sequences = Sequences(query_starts=np.append(starts, T), key_starts=starts, lengths=starts + S, max_keys=S)
+    heads = ScanHeads(q=jnp.zeros((T, 8, 128), jnp.float8_e4m3fn), w=jnp.zeros((T, 8)), n_linear=2, n=6)
+    pages = Pages(table=jnp.arange(S // 64, dtype=jnp.int32), size=64, n_pages=S // 64)
+    call = FlatCall(
+        q=heads.q, w=heads.w, visible=jnp.full((T,), S, jnp.int32), k=heads.q, k_scale=None, sequences=sequences,
+        pages=pages, sketch=Sketched(None, None, None, 128, heads.q.dtype),
+    )  # fmt: skip
+    assert stages.scan_sort_keys(call, heads, 1) == by
