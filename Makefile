@@ -37,9 +37,10 @@ check: .venv-test/test.stamp
 
 test: pytest fuzz
 
+# Interpreted warp-groups wait for each other: three processes keep two cores busy.
 pytest: .venv-test/test.stamp
 	$(FAST) $(TESTS) -m "not exhaustive" $(CORE) --cov --cov-report= $(ARGS)
-	NPROC=32 $(TESTS) -m "not exhaustive" tests/gpu --cov --cov-append --cov-report=
+	NPROC=32 $(TESTS) -n 3 -m "not exhaustive" tests/gpu --cov --cov-append --cov-report=
 	$(KERNEL_TESTS) -m "not exhaustive" tests/tpu --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=95
 
 fuzz: .venv-test/test.stamp
