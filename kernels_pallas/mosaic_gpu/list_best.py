@@ -16,6 +16,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx import inline
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_best import list_best as list_row
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_best import sample_of
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_best_text import WORD, Row
+from hisa_jax.kernels_pallas.scan import Ask
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret, Ref
 
@@ -30,37 +31,34 @@ def why_not(width: int, step: int) -> str | None:
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("least", "most", "rank", "step", "keep_first", "keep_last", "interpret"))
+@functools.partial(jax.jit, static_argnames=("ask", "keep_first", "keep_last", "interpret"))
 def list_best(
     x: Array,
     limit: Array,
+    ask: Ask,
     *,
-    least: int,
-    most: int,
-    rank: int,
-    step: int,
     keep_first: int,
     keep_last: int,
     interpret: Interpret = False,
 ) -> tuple[Array, Array]:
-    """[T, W] int32 sort keys, [T] int32 -> [T, most] int32 tokens, ascending, then -1; [T] int32 count.
+    """[T, W] int32 sort keys, [T] int32 -> [T, ask.most] int32 tokens, ascending, then -1; [T] int32 count.
 
-    A row has all that it sees, if they are at most `most`. Otherwise it has at least `least`, and whatever sort key it
-    has it has all of, unless more tie than there is room for: of these it has the first ones.
+    A row has all that it sees, if they are at most `ask.most`. Otherwise it has at least `ask.least`, and whatever sort
+    key it has it has all of, unless more tie than there is room for: of these it has the first ones.
 
     Args:
         limit: columns from here on are no candidates, whatever they hold.
-        rank: of the first threshold among every `step`-th sort key.
         keep_first, keep_last: so many first and last candidates are listed whatever their sort keys.
     """
     T, W = x.shape
-    if reason := why_not(W, step):
+    if reason := why_not(W, ask.step):
         raise ValueError(f"list_best: x is [{T}, {W}]: {reason}")
-    sample = sample_of(-(-W // step), rank)
-    row = Row(width=W, step=step, least=least, most=most, keep_first=keep_first, keep_last=keep_last, sample=sample)
+    sample = sample_of(-(-W // ask.step), ask.rank)
+    wanted = dict(step=ask.step, least=ask.least, most=ask.most, keep_first=keep_first, keep_last=keep_last)
+    row = Row(width=W, **wanted, sample=sample)
     tokens, count = plgpu.kernel(
         functools.partial(_body, row, interpret),
-        out_type=[jax.ShapeDtypeStruct((T, most), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)],
+        out_type=[jax.ShapeDtypeStruct((T, ask.most), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)],
         grid=(T,),
         grid_names=("row",),
         num_threads=1 if interpret else sample.n_threads // 128,

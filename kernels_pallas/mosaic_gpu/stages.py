@@ -265,7 +265,7 @@ def list_best(
     if list_best_stage.why_not(sort_keys.shape[1], ask.step):
         return triton_stages.list_best(sort_keys, visible, ask, method, bool(interpret))
     options: Any = dict(keep_first=method.keep_first, keep_last=method.keep_last, interpret=interpret)
-    return list_best_stage.list_best(sort_keys, visible, **ask._asdict(), **options)
+    return list_best_stage.list_best(sort_keys, visible, ask, **options)
 
 
 def refine_tokens(

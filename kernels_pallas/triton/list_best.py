@@ -16,43 +16,37 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from hisa_jax.kernels_pallas.scan import Ask
 from hisa_jax.kernels_pallas.triton.list_best_body import WORD, Inputs, Plan, list_best_body
 
 _WORDS = 512  # of 32 sort keys at a time
 _NUM_WARPS = 32  # all that a program may have: a query has a multiprocessor to itself
 
 
-@functools.partial(jax.jit, static_argnames=("least", "most", "rank", "step", "keep_first", "keep_last", "interpret"))
+@functools.partial(jax.jit, static_argnames=("ask", "keep_first", "keep_last", "interpret"))
 def list_best(
     x: Array,
     limit: Array,
+    ask: Ask,
     *,
-    least: int,
-    most: int,
-    rank: int,
-    step: int,
     keep_first: int,
     keep_last: int,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
-    """[T, W] int32 sort keys, [T] int32 -> [T, most] int32 tokens, ascending, then -1; [T] int32 count.
+    """[T, W] int32 sort keys, [T] int32 -> [T, ask.most] int32 tokens, ascending, then -1; [T] int32 count.
 
-    A row has all that it sees, if they are at most `most`. Otherwise it has at least `least`, and whatever sort key it
-    has it has all of, unless more tie than there is room for: of these it has the first ones.
+    A row has all that it sees, if they are at most `ask.most`. Otherwise it has at least `ask.least`, and whatever sort
+    key it has it has all of, unless more tie than there is room for: of these it has the first ones.
 
     Args:
         limit: columns from here on are no candidates, whatever they hold.
-        rank: of the first threshold among every `step`-th sort key.
         keep_first, keep_last: so many first and last candidates are listed whatever their sort keys.
     """
     T, W = x.shape
-    n_samples = pl.next_power_of_2(-(-W // step))
+    n_samples = pl.next_power_of_2(-(-W // ask.step))
     words = min(_WORDS, pl.next_power_of_2(-(-W // WORD)))
     plan = Plan(
-        least=least,
-        most=most,
-        rank=rank,
-        step=step,
+        **ask._asdict(),
         n_samples=n_samples,
         words=words,
         keep_first=keep_first,
@@ -64,8 +58,8 @@ def list_best(
         functools.partial(list_best_body, plan=plan),
         grid=(T,),
         in_specs=[Inputs(row(W), one)],
-        out_specs=[row(most), one],
-        out_shape=[jax.ShapeDtypeStruct((T, most), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)],
+        out_specs=[row(ask.most), one],
+        out_shape=[jax.ShapeDtypeStruct((T, ask.most), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)],
         compiler_params=plt.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
         name="hisa_list_best",
         interpret=interpret,

@@ -187,7 +187,7 @@ def list_best(
     sort_keys: Array, visible: Array, ask: scan.Ask, method: Scan, interpret: Interpret = False
 ) -> tuple[Array, Array]:
     forced = dict(keep_first=method.keep_first, keep_last=method.keep_last)
-    return list_best_stage.list_best(sort_keys, visible, **ask._asdict(), **forced, interpret=bool(interpret))
+    return list_best_stage.list_best(sort_keys, visible, ask, **forced, interpret=bool(interpret))
 
 
 def refine_tokens(

@@ -17,6 +17,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_best import sample_of
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_best_text import OPERANDS, Row, list_ptx
 from hisa_jax.kernels_pallas.operands import ScanHeads
 from hisa_jax.kernels_pallas.pages import Pages
+from hisa_jax.kernels_pallas.scan import Ask
 from hisa_jax.kernels_pallas.sequences import Sequences
 from hisa_jax.kernels_pallas.sort_key import sort_key_of
 from hisa_jax.kernels_pallas.triton import list_best as triton_list
@@ -26,8 +27,9 @@ from tests.gpu.test_lowering import lower
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 WIDTH, LEAST, MOST = 1024, 80, 128
-FORCED_OPTIONS = dict(keep_first=2, keep_last=3)
-OPTIONS = dict(least=LEAST, most=MOST, rank=26, step=4) | FORCED_OPTIONS
+ASK = Ask(least=LEAST, most=MOST, rank=26, step=4)
+ASK_128K = Ask(least=8192, most=12288, rank=626, step=16)
+FORCED = dict(keep_first=2, keep_last=3)
 
 
 def rows():
@@ -73,9 +75,8 @@ def check(list_best):
 
 def by_machine(sort_keys, limits):
     """The PTX, a row after the other."""
-    given = {name: value for name, value in OPTIONS.items() if name != "rank"}
-    sample = sample_of(-(-WIDTH // OPTIONS["step"]), OPTIONS["rank"])
-    row = Row(width=WIDTH, **given, sample=sample)
+    sample = sample_of(-(-WIDTH // ASK.step), ASK.rank)
+    row = Row(width=WIDTH, step=ASK.step, least=LEAST, most=MOST, **FORCED, sample=sample)
     text = list_ptx(row)
     for i in reversed(range(len(OPERANDS))):
         text = text.replace(f"${i}", OPERANDS[i].lower() + "_")
@@ -92,7 +93,7 @@ def by_machine(sort_keys, limits):
 
 
 def test_a_list_has_the_best_and_of_those_that_tie_the_first():
-    check(functools.partial(triton_list.list_best, **OPTIONS, interpret=True))
+    check(functools.partial(triton_list.list_best, ask=ASK, **FORCED, interpret=True))
 
 
 def test_the_machine_lists_them_too():
@@ -100,13 +101,13 @@ def test_the_machine_lists_them_too():
 
 
 def test_the_kernel_around_it(interpret):
-    check(functools.partial(mosaic_list.list_best, **OPTIONS, interpret=interpret))
+    check(functools.partial(mosaic_list.list_best, ask=ASK, **FORCED, interpret=interpret))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage", [triton_list, mosaic_list], ids=["triton", "mosaic_gpu"])
 def test_on_the_device(stage):
-    check(functools.partial(stage.list_best, **OPTIONS))
+    check(functools.partial(stage.list_best, ask=ASK, **FORCED))
 
 
 @pytest.mark.gpu
@@ -114,8 +115,8 @@ def test_on_the_device(stage):
 def test_long_rows_are_listed_on_the_device(W):
     x = sort_key_of(jax.random.normal(jax.random.key(0), (132, W)))
     limit = jnp.asarray(np.random.default_rng(0).integers(1, W, 132), jnp.int32).at[0].set(W)
-    options = dict(least=8192, most=12288, rank=max(626 * 131072 // W, 200), step=16 * W // 131072) | FORCED_OPTIONS
-    tokens, count = (np.asarray(out) for out in mosaic_list.list_best(x, limit, **options))
+    ask = ASK_128K._replace(rank=max(626 * 131072 // W, 200), step=16 * W // 131072)
+    tokens, count = (np.asarray(out) for out in mosaic_list.list_best(x, limit, ask, **FORCED))
     x = np.asarray(x)
     for t, n in enumerate(np.asarray(limit)):
         listed = tokens[t, : count[t]]
@@ -127,8 +128,8 @@ def test_long_rows_are_listed_on_the_device(W):
 
 @pytest.mark.parametrize("stage", [triton_list, mosaic_list], ids=["triton", "mosaic_gpu"])
 def test_lists_lower(stage):
-    options = OPTIONS | dict(least=8192, most=12288, rank=626, step=16)
-    text = lower(functools.partial(stage.list_best, **options), ((128, 131072), jnp.int32), ((128,), jnp.int32))
+    list_best = functools.partial(stage.list_best, ask=ASK_128K, **FORCED)
+    text = lower(list_best, ((128, 131072), jnp.int32), ((128,), jnp.int32))
     assert "custom_call" in text
 
 
