@@ -95,7 +95,7 @@ def test_links_lead_somewhere():
 
 
 def test_files_that_pages_name_exist():
-    """`stages.py`, `xla/stages.py`: in some folder; `STAGE.py`, `host_<name>.py` and what hosts call theirs are none."""
+    """`stages.py`, `xla/stages.py`: in some folder. `STAGE.py`, `host_<name>.py` and the files of hosts are none."""
     folders = ("bench", "docs", "hisa_jax", "kernels_pallas", "models", "tests")
     files = [f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*.py")]
     for page in set(PAGES) - {ROOT / "CHANGELOG.md"}:  # which has old names
