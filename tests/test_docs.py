@@ -104,6 +104,13 @@ def test_files_that_pages_name_exist():
             assert any(file.endswith(f"/{name}") for file in files), f"{page.name} names {name}, which is not there"
 
 
+def test_the_readme_of_the_models_names_every_file():
+    text = (ROOT / "models/README.md").read_text()
+    for folder in ("models", "models/replay", "models/training"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert path.name == "__init__.py" or f"`{path.name}`" in text, f"models/README.md lacks {path.name}"
+
+
 def test_the_table_of_stages_names_the_files_of_each_backend():
     text = (ROOT / "kernels_pallas/README.md").read_text()
     table = text[text.index("| stage | what |") :].split("\n\n")[0].splitlines()
