@@ -111,6 +111,18 @@ def test_the_readme_of_the_models_names_every_file():
             assert path.name == "__init__.py" or f"`{path.name}`" in text, f"models/README.md lacks {path.name}"
 
 
+def test_the_readme_of_the_kernels_names_what_they_import():
+    head = (ROOT / "kernels_pallas/README.md").read_text().split("\n\n")[1]
+    for path in (ROOT / "kernels_pallas").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = getattr(node, "module", None) or ""
+            if isinstance(node, ast.ImportFrom) and re.match(r"hisa_jax\.(?!kernels_pallas)", module):
+                name = module.removeprefix("hisa_jax.").replace(".", "/")
+                is_file = (ROOT / "hisa_jax" / f"{name}.py").exists()
+                for file in [name] if is_file else [f"{name}/{alias.name}" for alias in node.names]:
+                    assert f"`{file}.py`" in head, f"{path.relative_to(ROOT)} imports {file}"
+
+
 def test_the_table_of_stages_names_the_files_of_each_backend():
     text = (ROOT / "kernels_pallas/README.md").read_text()
     table = text[text.index("| stage | what |") :].split("\n\n")[0].splitlines()
