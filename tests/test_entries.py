@@ -55,7 +55,7 @@ def test_positions_within_entries_and_lengths_with_an_open_tail(name):
 
 
 def test_tokens_of_pools_then_the_tail():
-    """By hand: 3 pools of 4 with scores 1, 3, 2, and 2 tokens behind them."""
+    """By hand: 3 pools of 4 with scores 1, 3, 2, and 2 tokens after them."""
     q, k = jnp.ones((1, 1, 1, 1)), jnp.array([[[1.0], [3.0], [2.0]]])
     method = hj.Dsa(topk=2, entry_size=4, tail="open")
     got = hj.select(q, k, None, method, lengths=jnp.array([14]), return_scores=True)

@@ -55,7 +55,7 @@ def by_machine(given, config):
         n_pages=sketches.pages.n_pages, table_size=len(sketches.pages.table), has_scale=True, out_columns=width,
     )  # fmt: skip
     arrays = sketches.k, sketches.code_scales, sketches.k_scale, sketches.pages.table, given.heads.q, given.heads.w
-    # One behind the other, each from a multiple of 256 bytes on.
+    # One after the other, each from a multiple of 256 bytes on.
     words, at = [], []
     for array in (*arrays, jnp.zeros((T, width), jnp.int32)):
         at.append(4 * sum(map(len, words)))
