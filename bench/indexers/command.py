@@ -122,7 +122,7 @@ def compare(
     args: argparse.Namespace, runner: Runner, corpus: Corpus, rules: Sequence[Rule], indexer: str, add: Any,
     H: int | None = None,
 ) -> None:  # fmt: skip
-    """Answers and bits of each rule and, given the heads, what it costs; then the recall of all."""
+    """Answers, bits and recall of each rule and, given the heads, what it costs: a row as it comes."""
     samples = multikey_samples(corpus, args.context, args.samples, min(_KEYS, args.context // 80))
     if jax.default_backend() == "gpu":  # a CPU has no core to spare
         runner.prepare(args.context, tuple(rules))
@@ -130,7 +130,11 @@ def compare(
     def name(rule: Rule) -> dict[str, Any]:
         return {"part": "composed" if H else "pools", "indexer": indexer, "method": rule.name}
 
-    start, flat, measured = time.monotonic(), None, list[Rule]()
+    start, flat = time.monotonic(), None
+    compared = measure.references(runner, samples[:_COMPARED], rules[0], args.queries)
+    if jax.default_backend() == "gpu":
+        for rule in rules:
+            measure.prepare(runner, rule, *compared[0][0][:2])
     for rule in rules:
         if args.minutes is not None and time.monotonic() - start > 60 * args.minutes:
             print(f"{indexer}: {rule.name} and what follows it are left out, for want of time")
@@ -138,10 +142,8 @@ def compare(
         found = measure.read(runner, samples, rule)
         flat = flat or found
         cost = measure.costs(rule, args.context, H) if H else {}
-        add({**name(rule), **measure.beside(found, flat), **cost, "seconds": time.monotonic() - start})
-        measured.append(rule)
-    for rule, row in zip(measured, measure.recalls(runner, samples[:_COMPARED], measured, args.queries), strict=True):
-        add({**name(rule), **row})
+        shares = measure.recall(runner, rule, compared)
+        add({**name(rule), **measure.beside(found, flat), **cost, **shares, "seconds": time.monotonic() - start})
 
 
 def _report(add: Any, model_type: str, step: int, kl: float) -> None:
