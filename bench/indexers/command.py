@@ -35,7 +35,6 @@ from hisa_jax.models.training.text import Corpus
 PARTS = ("train", "pools", "random", "composed")
 _KEYS = 32  # statements of a sample, of which it asks for 16; fewer in a short one
 _COMPARED = 2  # samples whose choices are compared
-_NAMES = ("part", "indexer", "method")  # of a row
 _RANDOM = 2**20  # tokens of random data
 _POOLED = 8  # entries of a block, which hold the 32 tokens of the model's HISA
 
@@ -70,11 +69,7 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
 
     def add(row: dict[str, Any]) -> None:
-        same = [x for x in rows if "method" in row and all(x.get(name) == row[name] for name in _NAMES)]
-        if same:
-            same[0].update(row)
-        else:
-            rows.append(row)
+        rows.append(row)
         print(" ".join(f"{name}={_short(x)}" for name, x in row.items() if not isinstance(x, list)), flush=True)
         (args.out / "indexers.json").write_text(json.dumps(about | {"rows": plain(rows, digits=5)}, indent=1) + "\n")
         (args.out / "indexers.md").write_text(tables(rows))

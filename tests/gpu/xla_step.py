@@ -1,6 +1,7 @@
 """Prints what XLA launches for a step of decoding on an H200, without one: `python -m tests.gpu.xla_step hisa 32`.
 
-Of `units`, which is Triton's, it compiles the kernel alone. XLA compiles for a described GPU. `whole_kernels.make_stub` stands for the driver, which the plugin wants to load.
+Of `units`, which is Triton's, it compiles the kernel alone. XLA compiles for a described GPU.
+`whole_kernels.make_stub` stands for the driver, which the plugin wants to load.
 """
 
 import re
