@@ -5,7 +5,8 @@
     random      the same over pools at 1M tokens, of random normal queries and keys at published sizes
     composed    flat, HISA and the scan of the model's own indexers, each alone and with each option (rules.py)
 
-Rows go to --out/indexers.json, a table to the screen and to --out/indexers.md.
+With --saved FILE.npz (saved.py) the options are compared on what another model's indexers were given, and nothing
+else. Rows go to --out/indexers.json, a table to the screen and to --out/indexers.md.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import jax
 
 import hisa_jax as hj
 from bench import UserError, options, shapes
-from bench.indexers import measure, training
+from bench.indexers import measure, saved, training
 from bench.indexers.model import SIZES, Pools, Runner, random_pools
 from bench.indexers.rules import Rule, composed
 from bench.indexers.tables import tables
@@ -51,10 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", type=whole(8, 4096), default=256, metavar="N", help="compared in a sample")
     parser.add_argument("--steps", type=whole(1, 100_000), default=300, metavar="N", help="of training")
     parser.add_argument("--minutes", type=options.positive, metavar="M", help="an indexer: no rule begins later")
+    parser.add_argument(
+        "--saved", type=Path, nargs="+", metavar="FILE.npz", help="compare on queries and keys of another model"
+    )
     parser.add_argument("--window", type=whole(512, 16384), default=2048, metavar="N", help="tokens of a step")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.saved:
+        return _compare_saved(args)
     if not args.checkpoint.is_dir():
         raise UserError(f"--checkpoint {args.checkpoint}: no such folder")
     if args.window % 4:
@@ -92,6 +98,22 @@ def run(args: argparse.Namespace) -> int:
         # MISA's router pools 1024 tokens, of 128K; the model's longest context is an eighth of that.
         rules = composed(topk, 32, topk * 4 // 32, H, router_block=128)
         compare(args, Runner(stacked), corpus, rules, "own", add, H)
+    return 0
+
+
+def _compare_saved(args: argparse.Namespace) -> int:
+    """A query takes one key in 64, as 2048 of 128K; heads are chosen by 128 means."""
+    layers = saved.read(args.saved)
+    (_, S, _), H = next(iter(layers.values())).k.shape, next(iter(layers.values())).here.q.shape[2]
+    if S < 256 or H < 4:
+        raise UserError(f"--saved: {S} keys and {H} heads, wanted at least 256 and 4")
+    topk, found = S // 64, list[dict[str, Any]]()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for row in saved.rows(layers, composed(topk, topk // 4, 16, H, router_block=S // 128)):
+        found.append(row)
+        print(" ".join(f"{name}={_short(x)}" for name, x in row.items()), flush=True)
+        about = {"topk": topk, "keys": S, "heads": H, **device()}
+        (args.out / "indexers.json").write_text(json.dumps(about | {"rows": plain(found, digits=5)}, indent=1) + "\n")
     return 0
 
 

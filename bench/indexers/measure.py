@@ -56,7 +56,9 @@ def references(runner: Runner, samples: Sequence[Sample], rule: Rule, n_queries:
             assert seen is not None
             here = Asked(seen.q[:, rows], seen.w[:, rows], jnp.asarray(rows)[None])
             (program,) = prepare(runner, rule, here, seen.k).values()
-            layers.append(Reference(here, seen.k, _selection(program.result()(here, seen.k, None).indices), text.size))
+            layers.append(
+                Reference(here, seen.k, selection_of(program.result()(here, seen.k, None).indices), text.size)
+            )
         found.append(layers)
     return found
 
@@ -69,7 +71,7 @@ def prepare(runner: Runner, rule: Rule, here: Asked, k: Array) -> dict[Role, Any
     before = None
     for role in roles:
         if role != "take over":
-            args, choose_by = (here, k, before if role in READS else None), _choose_of(by_entries, role)
+            args, choose_by = (here, k, before if role in READS else None), chooser(by_entries, role)
             started[role] = runner.programs.start(("recall", by_entries, role), choose_by, *args)
             before = jax.eval_shape(choose_by, *args)
     return started
@@ -85,7 +87,7 @@ def recall(runner: Runner, rule: Rule, samples: Sequence[Sequence[Reference]]) -
                 program = prepare(runner, rule, here, k)[role].result()
                 before = program(here, k, before if role in READS else None)
             assert before is not None
-            shares = np.asarray(hj.compare(_selection(before.indices), wanted).recall)[0].tolist()
+            shares = np.asarray(hj.compare(selection_of(before.indices), wanted).recall)[0].tolist()
             found["text", at] += shares[:n_text]
             found["asking", at] += shares[n_text:]
     row: Row = {}
@@ -103,7 +105,7 @@ def random_recalls(model: shapes.Model, rules: Sequence[Rule], context: int, n: 
     wanted = None
     for rule in rules:
         by_entries = dataclasses.replace(rule, method=_of_entries(rule.method)).unnamed()
-        found = _selection(_choose_of(by_entries, "choose")(here, k, None).indices)
+        found = selection_of(chooser(by_entries, "choose")(here, k, None).indices)
         wanted = wanted or found
         recall = np.asarray(hj.compare(found, wanted).recall)
         yield {"method": rule.name, "recall": float(recall.mean()), "worst_query": float(recall.min()), "queries": n}
@@ -129,11 +131,12 @@ def _of_entries(method: hj.Method) -> hj.Method:
 
 
 @functools.cache
-def _choose_of(rule: Rule, role: Role) -> Any:
+def chooser(rule: Rule, role: Role) -> Any:
+    """`choose`, compiled when it is called."""
     return jax.jit(functools.partial(choose, rule, role))
 
 
-def _selection(indices: Array) -> hj.Selection:
+def selection_of(indices: Array) -> hj.Selection:
     return hj.Selection(indices=indices, count=jnp.sum(indices >= 0, axis=-1, dtype=jnp.int32))
 
 
