@@ -217,14 +217,14 @@ def units(call: FlatCall, method: BlockSparse, interpret: Interpret = False) -> 
     if H > 1:
         config, operands = scores_stage.heuristic(H), call.operands._replace(k=call.k[:, None])
         return scores_stage.scores(operands, columns(config.tile_t), config=config, interpret=bool(interpret))
-    scanned = scan_stage.heuristic(T, len(sequences.lengths), 1, -(-sequences.max_keys // scan_stage.TILE_S))
+    tiled = units_stage.heuristic(T, len(sequences.lengths), sequences.max_keys)
     return units_stage.units(
         call.operands,
-        columns(scanned.tile_t),
+        columns(tiled.tile_t),
         unit=unit_of(method, H),
         has_relu=method.activation is not None,
         is_weighted=not method.per_head,
-        config=dataclasses.replace(scanned, num_stages=2),  # two programs fit a multiprocessor, of three stages one
+        config=tiled,
         interpret=bool(interpret),
     )
 
