@@ -12,7 +12,7 @@ A sample tells within a few percent how many keys reach a threshold. So a query 
 A few queries have their scan scores of all keys written: then `list_best` samples these, and looks again where a sample
 misleads. So few launches are left, and the host waits for none:
 
-    scan_heads, scan_sort_keys of every key, list_best, refine_tokens
+    scan_heads, scan_all, list_best, refine_tokens
 """
 
 import dataclasses
@@ -40,6 +40,7 @@ FEW = 132  # queries: of these each has a multiprocessor for its list
 _FEW_KEYS = 2**19  # of a sequence: the bits of as many fit into shared memory twice
 _FEW_BYTES = 2**29  # of their sort keys
 _FEW_SAMPLES = 16384  # of each: what registers of a multiprocessor hold
+_FEW_DEVIATIONS = 3.5  # one list in 4000 is looked for again, by its own program
 
 # How a call is scanned: as the flat indexer does, which is faster; `select_few`; `select`.
 Way = Literal["flat", "lists", "samples"]
@@ -57,10 +58,22 @@ class ScanStages(Protocol):
         """Sort keys of the scan scores of every `step`-th key of its sequence: [T, n] int32; unseen ones: anything."""
         ...
 
+    def scan_all(
+        self, call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False
+    ) -> tuple[Array, Array | None]:
+        """Of few queries, `scan_sort_keys` of every key, and maybe those of every `step`-th one apart."""
+        ...
+
     def list_best(
-        self, sort_keys: Array, visible: Array, ask: "Ask", method: Scan, interpret: Interpret = False
+        self,
+        sort_keys: Array,
+        samples: Array | None,
+        visible: Array,
+        ask: "Ask",
+        method: Scan,
+        interpret: Interpret = False,
     ) -> Lists:
-        """Of few queries, the tokens of the best of all sort keys, [T, n], and those that are always kept."""
+        """Of what `scan_all` gives, the tokens of the best, and those that are always kept."""
         ...
 
     def kth(self, sort_keys: Array, limit: Array, rank: Array, interpret: Interpret = False) -> Array:
@@ -145,10 +158,10 @@ class Ask(NamedTuple):
     step: int
 
 
-def ask_of(method: Scan, max_keys: int, max_samples: int = _MAX_SAMPLES) -> Ask:
+def ask_of(method: Scan, max_keys: int, max_samples: int = _MAX_SAMPLES, deviations: float = _DEVIATIONS) -> Ask:
     m, most = method.block_topk, capacity(method.block_topk)
     step = sample_step(m, max_keys, max_samples)
-    rank = min(math.ceil(m / step + _DEVIATIONS * math.sqrt(m / step)), (m + most) // (2 * step))
+    rank = min(math.ceil(m / step + deviations * math.sqrt(m / step)), (m + most) // (2 * step))
     return Ask(m, most, rank, step)
 
 
@@ -162,9 +175,9 @@ def way_of(call: FlatCall, topk: int) -> Way:
 def select_few(stages: ScanStages, call: FlatCall, method: Scan, interpret: Interpret = False) -> tuple[Array, Array]:
     """`select` of queries so few that the sort keys of all keys are written."""
     heads = stages.scan_heads(call, method, interpret)
-    sort_keys = stages.scan_sort_keys(call, heads, 1, interpret)
-    ask = ask_of(method, call.sequences.max_keys, _FEW_SAMPLES)
-    lists = stages.list_best(sort_keys, call.visible, ask, method, interpret)
+    ask = ask_of(method, call.sequences.max_keys, _FEW_SAMPLES, _FEW_DEVIATIONS)
+    sort_keys, samples = stages.scan_all(call, heads, ask.step, interpret)
+    lists = stages.list_best(sort_keys, samples, call.visible, ask, method, interpret)
     return stages.refine_tokens(call, *lists, method.topk, interpret)
 
 

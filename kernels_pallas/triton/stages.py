@@ -33,8 +33,8 @@ from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
     "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth", "list_best",
-    "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_heads", "scan_masks",
-    "scan_sort_keys", "units", "within", "within_budget",
+    "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_all", "scan_heads",
+    "scan_masks", "scan_sort_keys", "units", "within", "within_budget",
 ]  # fmt: skip
 
 _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the best so far, less those
@@ -183,9 +183,20 @@ def list_tokens(
     return list_stage.list_tokens(masks, visible, capacity, ties, interpret=bool(interpret))
 
 
+def scan_all(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> tuple[Array, None]:
+    del step
+    return scan_sort_keys(call, heads, 1, interpret), None
+
+
 def list_best(
-    sort_keys: Array, visible: Array, ask: scan.Ask, method: Scan, interpret: Interpret = False
+    sort_keys: Array,
+    samples: Array | None,
+    visible: Array,
+    ask: scan.Ask,
+    method: Scan,
+    interpret: Interpret = False,
 ) -> tuple[Array, Array]:
+    del samples
     forced = dict(keep_first=method.keep_first, keep_last=method.keep_last)
     return list_best_stage.list_best(sort_keys, visible, ask, **forced, interpret=bool(interpret))
 
