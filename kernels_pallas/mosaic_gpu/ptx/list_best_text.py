@@ -110,9 +110,11 @@ def _mark(row: Row) -> str:
 chunk: mul.lo.u32 column, i, {_CHUNK}; setp.ge.s32 p, column, $LIMIT; @p bra marked;
 add.u32 t, column, lane; mul.wide.u32 word, t, 4; add.s64 word, word, $X;"""
     ]
+    is_ragged = row.width % _CHUNK
     for k in range(WORD):
-        lines.append(f"mov.b32 x{k}, {INVISIBLE}; setp.lt.s32 p, column, {row.width - WORD * k};")
-        lines.append(f"@p ld.global.b32 x{k}, [word+{4 * WORD * k}];")
+        if is_ragged:
+            lines.append(f"mov.b32 x{k}, {INVISIBLE}; setp.lt.s32 p, column, {row.width - WORD * k};")
+        lines.append(f"{'@p ' if is_ragged else ''}ld.global.b32 x{k}, [word+{4 * WORD * k}];")
     lines.append(f"mul.lo.u32 at, i, {4 * WORD}; add.u32 at, at, $SMEM; add.u32 at, at, into;")
     for k in range(0, WORD, 4):
         for i in range(k, k + 4):
