@@ -70,11 +70,14 @@ class Sequences:
         )
         return rows, taken
 
+    def of_queries(self, T: int) -> Rows:
+        """[T] int32: which sequence each query is of; those after the last count as its."""
+        xp = self._np
+        return xp.minimum(_count_up_to(self.query_starts[1:], xp.arange(T, dtype=np.int32)), len(self.key_starts) - 1)
+
     def key_start_of_queries(self, T: int) -> Array:
         """[T] int32: the first key of each query's sequence."""
-        xp = self._np
-        r = _count_up_to(self.query_starts[1:], xp.arange(T, dtype=np.int32))
-        r = xp.minimum(r, len(self.key_starts) - 1)
+        xp, r = self._np, self.of_queries(T)
         if isinstance(self.key_starts, np.ndarray) and not np.any(np.diff(self.key_starts, n=2)):
             # Equally far apart, as those of requests in pages: arithmetic goes into other kernels, a look-up does not.
             first, *others = self.key_starts.tolist()

@@ -39,9 +39,9 @@ from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan, has_ratio
 
 __all__ = [
-    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth", "list_best",
-    "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_all", "scan_heads",
-    "scan_masks", "scan_sort_keys", "units", "within", "within_budget",
+    "best_columns", "best_in_blocks", "best_listed", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
+    "list_best", "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_all",
+    "scan_heads", "scan_masks", "scan_sort_keys", "units", "within", "within_budget",
 ]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
@@ -290,6 +290,23 @@ def refine_tokens(
     first_row = call.sequences.key_start_of_queries(T)
     options = dict(k_top=topk, config=config, n_ctas=n_ctas, interpret=interpret)
     return refine_tokens_stage.refine_tokens(call.operands, tokens, count, first_row, **options)
+
+
+def best_listed(call: FlatCall, tokens: Array, count: Array, k: int, interpret: Interpret = False) -> Found:
+    """`refine_tokens.refine_tokens_with_sort_keys`; where that declines or queries are few, scores and then a top-k."""
+    (T, H, D), n_ctas = call.q.shape, n_sms()
+    config = refine_tokens_stage.heuristic(H, D, tokens.shape[1], call.k.dtype.itemsize)
+    if config is None or n_ctas > T:
+        sort_keys, tokens = _listed_scores(call, tokens, count, interpret)
+        listed = KeptBlocks(ids=tokens, visible=call.visible, first=jnp.zeros_like(count), size=1)
+        positions, _, best = narrow_topk_stage.topk_with_sort_keys(
+            sort_keys, count, k, listed, interpret=bool(interpret)
+        )
+        return best, positions
+    options: Any = dict(k_top=k, config=config, n_ctas=n_ctas, interpret=interpret)
+    lists = tokens, count, call.sequences.key_start_of_queries(T)
+    positions, _, best = refine_tokens_stage.refine_tokens_with_sort_keys(call.operands, *lists, **options)
+    return best, positions
 
 
 def _listed_scores(call: FlatCall, tokens: Array, count: Array, interpret: Interpret) -> tuple[Array, Array]:
