@@ -34,8 +34,18 @@ S, H, D = 768, 16, 64
 POSITIONS = np.array([[767, 766, 300, 128, 127], [79, 500, 0, -1, 383]], np.int32)
 
 
+scans = []  # what was scanned, by traced calls
+
+
 def short_lists():
     """128 tokens, and every fourth key is sampled; no queries are few."""
+    best_of_share = scan.best_of_share
+
+    def traced(*arguments):
+        scans.append(arguments)
+        return best_of_share(*arguments)
+
+    scan.best_of_share = traced
     scan.FEW, scan._LISTED, scan._RANK = 0, 128, 16
     assert scan.capacity(80) == 128 and scan.sample_step(80, S) == 4 and S // 2 * H > 64 * METHOD.block_topk
 
@@ -131,7 +141,6 @@ def other_methods():
 
 def heads_are_those_of_one_device():
     """Bit by bit, of a set of samples for each query and for each distance of samples."""
-    short_lists()
     shard = Shard(axis="context", n_devices=2, stripe=S // 2, max_keys=S)
 
     def call_of(q, k, scales, w, visible):
@@ -191,7 +200,7 @@ def what_others_hold_leaves_no_trace():
         hj.select_paged, mesh=mesh_of(2), context_axis="context", stripe=BLOCK, implementation="triton"
     )
     run = jax.jit(select, static_argnames=("method", "return_scores", "return_blocks"))
-    options = dict(page_size=PAGE, n_devices=2, stripe=BLOCK, lengths=(400, 370, 390, 33))
+    options = dict(page_size=PAGE, n_devices=2, stripe=BLOCK, lengths=(800, 770, 790, 33))
     isolation.assert_isolated(isolation.paged(run, METHOD, "bfloat16", **options), METHOD)
 
 
@@ -212,6 +221,7 @@ if __name__ == "__main__":
     dispatch.IMPLEMENTATIONS["triton"] = shared_pages.interpreted("triton")
     short_lists()
     for promise in sys.argv[1:]:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), len(scans)
         globals()[promise]()
+        assert promise in ("heads_are_those_of_one_device", "few_queries_are_the_flat_indexers") or len(scans) > before
         print(f"kept: {promise} ({time.perf_counter() - start:.1f} s)", flush=True)
