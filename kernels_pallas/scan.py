@@ -32,7 +32,7 @@ from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.operands import ScanHeads
 from hisa_jax.kernels_pallas.peers import Peers
 from hisa_jax.kernels_pallas.scan_samples import Samples, of_all_devices
-from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, halfway
+from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, KTH_SLACK, halfway
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import Scan
 
@@ -142,7 +142,7 @@ def why_not(method: Scan, keeps_sketch: bool) -> str | None:
 
 
 def capacity(candidates: int) -> int:
-    """Room in a query's list: for half as many again as it is to have."""
+    """Room in a query's list, at least: for half as many again as it is to have."""
     return -(-(candidates + candidates // 2) // _LISTED) * _LISTED
 
 
@@ -159,7 +159,7 @@ def queries_at_a_time(method: Scan, max_keys: int) -> int:
     each 8 times as many, with 8 rows a query.
     """
     samples = max_keys // sample_step(method.block_topk, max_keys)
-    each = max_keys // 8 + 4 * samples + 2 * 4 * capacity(method.block_topk)
+    each = max_keys // 8 + 4 * samples + 2 * 4 * ask_of(method, max_keys).most
     return 1 << (max(_BYTES // each, 1).bit_length() - 1)
 
 
@@ -175,11 +175,14 @@ class Ask(NamedTuple):
     step: int
 
 
-def ask_of(method: Scan, max_keys: int, max_samples: int = _MAX_SAMPLES, deviations: float = _DEVIATIONS) -> Ask:
-    m, most = method.block_topk, capacity(method.block_topk)
+def ask_of(method: Scan, max_keys: int, max_samples: int = _MAX_SAMPLES, deviations: float | None = None) -> Ask:
+    """Of sequences so long that samples have to be far apart, more room: else a query of each thousand was unlucky."""
+    m, away = method.block_topk, _DEVIATIONS if deviations is None else deviations
     step = sample_step(m, max_keys, max_samples)
-    rank = min(math.ceil(m / step + deviations * math.sqrt(m / step)), (m + most) // (2 * step))
-    return Ask(m, most, rank, step)
+    aim = m / step + away * math.sqrt(m / step)
+    likely = step * (aim + aim / KTH_SLACK + away * math.sqrt(aim))
+    most = max(capacity(m), min(-(-math.ceil(likely) // _LISTED) * _LISTED, _MAX_CAPACITY))
+    return Ask(m, most, min(math.ceil(aim), (m + most) // (2 * step)), step)
 
 
 def way_of(call: FlatCall, topk: int) -> Way:

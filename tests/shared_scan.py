@@ -46,8 +46,9 @@ def short_lists():
         return best_of_share(*arguments)
 
     scan.best_of_share = traced
-    scan.FEW, scan._LISTED, scan._RANK = 0, 128, 16
-    assert scan.capacity(80) == 128 and scan.sample_step(80, S) == 4 and S // 2 * H > 64 * METHOD.block_topk
+    scan.FEW, scan._LISTED, scan._RANK, scan._DEVIATIONS = 0, 128, 16, 1
+    ask = scan.ask_of(METHOD, S)
+    assert ask.most == 128 and ask.step == 4 and 64 * METHOD.block_topk < S // 2 * H
 
 
 def mesh_of(n):
@@ -169,7 +170,7 @@ def heads_are_those_of_one_device():
 def pages_and_sketches():
     """Stripes of requests in pages; scans of keys and of the sketches that pages keep."""
     for n, method in ((2, METHOD), (2, dataclasses.replace(METHOD, sketch="int4"))):
-        arrays = q, w, cache, tables, cu_q, lengths = served(n, BLOCK, method.sketch)
+        arrays = q, w, _, tables, cu_q, lengths = served(n, BLOCK, method.sketch)
         run = jax.jit(
             functools.partial(
                 hj.select_paged, method=method, mesh=mesh_of(n), context_axis="context", stripe=BLOCK,
