@@ -21,7 +21,7 @@ from hisa_jax.kernels_pallas.select_shard import SelectShard
 from hisa_jax.kernels_pallas.sequences import Sequences
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from tests.gpu.test_lowering import E4M3
-from tests.gpu.test_select_shard import own_call
+from tests.gpu.test_select_shard import lowered_over_eight, own_call
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
@@ -95,3 +95,13 @@ def test_mosaics_part_of_a_scan_is_tritons(interpret, monkeypatch, n_sms):
         for x, y in zip(*found, strict=True):
             np.testing.assert_array_equal(np.asarray(x)[visible > 0], np.asarray(y)[visible > 0])
         assert ((np.asarray(found[0][0]) == INVISIBLE) == (np.asarray(found[0][1]) < 0)).all()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
+def test_many_queries_over_eight_gpus_lower(backend):
+    """Keys of samples are added up, their scan scores go to whom looks for thresholds, and counts are added up."""
+    text = lowered_over_eight(backend, 2, 525, [hj.Scan()], S=1 << 20)
+    assert text.count("custom_call") > 8
+    for exchange in ("all_reduce", "all_to_all", "all_gather"):
+        assert f"stablehlo.{exchange}" in text
