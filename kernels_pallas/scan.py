@@ -86,6 +86,10 @@ class ScanStages(Protocol):
         """Of what `scan_all` gives, the tokens of the best, and those that are always kept."""
         ...
 
+    def best_columns(self, x: Array, limit: Array, k: int, interpret: Interpret = False) -> Found:
+        """The best of the first `limit` [T] of each row: sort keys, and columns, ascending, then -1."""
+        ...
+
     def kth(self, sort_keys: Array, limit: Array, rank: Array, interpret: Interpret = False) -> Array:
         """[T, n], [T], [T] int32 -> [T]: the rank-th largest of each row's first `limit`, or what so many reach."""
         ...
@@ -282,7 +286,7 @@ def _scan[Result](scan: _Scan, refine: Callable[[Lists], Result]) -> Result:
     """What `refine` makes of this device's lists of tokens."""
     call, seen, n_devices = scan.call, scan.seen, 1 if scan.peers is None else scan.peers.n
     m, most, rank, step = ask_of(scan.method, n_devices * call.sequences.max_keys)
-    search = _Search(m, most, *_samples(scan, step))
+    search = _Search(m, most, *_samples(scan, step, rank))
     # A query that sees more than it may have candidates sees more samples than `rank`.
     threshold = jnp.where(seen <= most, INVISIBLE + 1, search.threshold_of(jnp.full_like(seen, rank)))
     lists = scan.lists(call, threshold, most)
@@ -295,8 +299,12 @@ def _scan[Result](scan: _Scan, refine: Callable[[Lists], Result]) -> Result:
     )
 
 
-def _samples(scan: _Scan, step: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-    """`threshold_of` and `rank_of` of a search, by the scan scores of every `step`-th key that each device has."""
+def _samples(scan: _Scan, step: int, rank: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """`threshold_of` and `rank_of` of a search, by the scan scores of every `step`-th key that each device has.
+
+    Of several devices each hands out the best of its own, as many as ranks may be that are asked for after `rank`: at
+    1M these are 2 % of all. Where more are asked for, the answer is the last of them.
+    """
     stages, interpret, n = scan.stages, scan.interpret, -(-scan.call.visible // step)
     samples = stages.scan_sort_keys(scan.call, scan.heads, step, interpret)
 
@@ -305,9 +313,13 @@ def _samples(scan: _Scan, step: int) -> tuple[Callable[[Array], Array], Callable
 
     if scan.peers is None:
         return lambda rank: stages.kth(samples, n, rank, interpret), rank_of
-    width = -(-scan.call.sequences.max_keys // step)
+    width, most = -(-scan.call.sequences.max_keys // step), rank + rank // 2
     there = jnp.arange(width, dtype=jnp.int32)[None, :] < n[:, None]
-    of_all = scan.peers.map_rows(jnp.where(there, samples[:, :width], INVISIBLE), INVISIBLE)
+    own = jnp.where(there, samples[:, :width], INVISIBLE)
+    if width > most:
+        best, _ = stages.best_columns(own, n, most, interpret)
+        own = jnp.where((n > 0)[:, None], best, INVISIBLE)  # of a row without any there may be anything
+    of_all = scan.peers.map_rows(own, INVISIBLE)
 
     def kth(samples: Array, rank: Array) -> Array:
         return stages.kth(samples, jnp.full_like(rank, samples.shape[1]), rank, interpret)
