@@ -93,8 +93,11 @@ def rows_of_keys(sampled, others):
 
 
 def a_batch_over_two_devices():
-    for dtype in ("bfloat16", "float8_e4m3fn"):
-        check(*normal(), dtype)
+    """All queries at once, and some at a time."""
+    check(*normal(), "float8_e4m3fn")
+    at_a_time, scan.queries_at_a_time = scan.queries_at_a_time, lambda *_: 4
+    check(*normal())
+    scan.queries_at_a_time = at_a_time
 
 
 def each_device_finds_thresholds_for_a_share():
