@@ -156,14 +156,14 @@ def sample_step(candidates: int, max_keys: int, max_samples: int = _MAX_SAMPLES)
     return max(1 << (max(candidates // _RANK, 1).bit_length() - 1), 1 << (least - 1).bit_length())
 
 
-def queries_at_a_time(method: Scan, max_keys: int) -> int:
+def queries_at_a_time(method: Scan, max_keys: int, n_devices: int = 1) -> int:
     """A power of two, so that masks, samples and lists with their sort keys stay within a GiB.
 
     Mosaic's masks and samples have rows for whole groups, which sequences of fewer queries do not fill: of one query
     each 8 times as many, with 8 rows a query.
     """
-    samples = max_keys // sample_step(method.block_topk, max_keys)
-    each = max_keys // 8 + 4 * samples + 2 * 4 * ask_of(method, max_keys).most
+    ask = ask_of(method, n_devices * max_keys)
+    each = max_keys // 8 + 4 * (max_keys // ask.step) + 2 * 4 * ask.most
     return 1 << (max(_BYTES // each, 1).bit_length() - 1)
 
 

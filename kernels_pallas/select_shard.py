@@ -106,7 +106,7 @@ class SelectShard:
             def some(flat: FlatCall, seen: Array) -> Found:
                 return scan.best_of_share(self.stages, flat, seen, method, k, peers, interpret)
 
-            n = scan.queries_at_a_time(method, flat.sequences.max_keys)
+            n = scan.queries_at_a_time(method, flat.sequences.max_keys, peers.n)
             return _of(*flat.map_queries(some, n, seen))
 
     def merge(self, sort_keys: Array, positions: Array, k: int, *, interpret: Interpret = False) -> tuple[Array, Array]:
