@@ -1,4 +1,5 @@
 """A scan of keys that several devices share: whole on emulated devices, one device's part by Mosaic's kernels.
+In the gate 6 s, the rest is exhaustive.
 
 Of emulated devices Triton's kernels are run, by `tests.shared_scan`: the interpreter of Mosaic GPU knows one device.
 """
@@ -26,8 +27,12 @@ from tests.gpu.test_select_shard import lowered_over_eight, own_call
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 PROMISES = {
-    "heads": ("heads_are_those_of_one_device",),  # 4 s
-    "batch": ("a_batch_over_two_devices", "each_device_finds_thresholds_for_a_share"),
+    "heads": ("heads_are_those_of_one_device",),
+    "batch": (
+        "heads_of_few_queries_are_those_of_one_device",
+        "a_batch_over_two_devices",
+        "each_device_finds_thresholds_for_a_share",
+    ),
     "search": ("the_best_keys_on_one_device", "misleading_samples", "ties_beyond_the_room"),
     "others": ("other_methods", "few_queries_are_the_flat_indexers"),
     "pages": ("pages_and_sketches", "what_others_hold_leaves_no_trace"),
@@ -45,7 +50,7 @@ def test_keys_shared_by_emulated_devices_are_scanned_by_triton(promises):
     assert done.stdout.count("kept:") == len(PROMISES[promises])
 
 
-@pytest.mark.parametrize("n_sms", [3, 16])
+@pytest.mark.parametrize("n_sms", [3, pytest.param(16, marks=pytest.mark.exhaustive)])
 def test_mosaic_finds_the_best_of_lists_of_any_length(interpret, monkeypatch, n_sms):
     """In one kernel, or of few queries in two: more and fewer than are chosen, one token, none."""
     monkeypatch.setattr(mosaic_gpu.stages, "n_sms", lambda: n_sms)
