@@ -86,8 +86,8 @@ class ScanStages(Protocol):
         """Of what `scan_all` gives, the tokens of the best, and those that are always kept."""
         ...
 
-    def best_columns(self, x: Array, limit: Array, k: int, interpret: Interpret = False) -> Found:
-        """The best of the first `limit` [T] of each row: sort keys, and columns, ascending, then -1."""
+    def best_samples(self, call: FlatCall, sort_keys: Array, n: Array, k: int, interpret: Interpret = False) -> Array:
+        """[T, k]: the best of the first `n` [T] that `scan_sort_keys` gives of each query; of none anything."""
         ...
 
     def kth(self, sort_keys: Array, limit: Array, rank: Array, interpret: Interpret = False) -> Array:
@@ -314,11 +314,11 @@ def _samples(scan: _Scan, step: int, rank: int) -> tuple[Callable[[Array], Array
     if scan.peers is None:
         return lambda rank: stages.kth(samples, n, rank, interpret), rank_of
     width, most = -(-scan.call.sequences.max_keys // step), rank + rank // 2
-    there = jnp.arange(width, dtype=jnp.int32)[None, :] < n[:, None]
-    own = jnp.where(there, samples[:, :width], INVISIBLE)
     if width > most:
-        best, _ = stages.best_columns(own, n, most, interpret)
-        own = jnp.where((n > 0)[:, None], best, INVISIBLE)  # of a row without any there may be anything
+        best = stages.best_samples(scan.call, samples, n, most, interpret)
+        own = jnp.where((n > 0)[:, None], best, INVISIBLE)
+    else:
+        own = jnp.where(jnp.arange(width, dtype=jnp.int32)[None, :] < n[:, None], samples[:, :width], INVISIBLE)
     of_all = scan.peers.map_rows(own, INVISIBLE)
 
     def kth(samples: Array, rank: Array) -> Array:

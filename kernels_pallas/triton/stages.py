@@ -33,9 +33,9 @@ from hisa_jax.kernels_pallas.units import unit_of
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
-    "best_columns", "best_in_blocks", "best_listed", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth",
-    "list_best", "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_all",
-    "scan_heads", "scan_masks", "scan_sort_keys", "units", "within", "within_budget",
+    "best_columns", "best_in_blocks", "best_listed", "best_samples", "best_tokens", "block_filter", "block_sort_keys",
+    "flat", "kth", "list_best", "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens",
+    "scan_all", "scan_heads", "scan_masks", "scan_sort_keys", "units", "within", "within_budget",
 ]  # fmt: skip
 
 _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the best so far, less those
@@ -162,6 +162,11 @@ def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Inter
     if call.sketch is not None:
         return sketch_stage.scan_sort_keys(_sketched(call), heads, columns, **options)
     return scan_stage.scan_sort_keys(call.operands, heads, columns, **options)
+
+
+def best_samples(call: FlatCall, sort_keys: Array, n: Array, k: int, interpret: Interpret = False) -> Array:
+    del call
+    return best_columns(sort_keys, n, k, interpret)[0]
 
 
 def kth(sort_keys: Array, limit: Array, rank: Array, interpret: Interpret = False) -> Array:
