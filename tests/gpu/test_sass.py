@@ -130,7 +130,7 @@ def check_loader(said, instructions, most):
             sketch_loop_text,
             sketch_loop_text.Shape(
                 queries=1, rows=8, n=6, n_linear=2, page_size=64, n_pages=65536, table_size=65536, has_scale=True,
-                out_columns=131072,
+                out_columns=131072, sample_step=16,
             ),
             {"SMEM", "ROW", "START", "STEPS", "N_QUERIES"},
         ),
