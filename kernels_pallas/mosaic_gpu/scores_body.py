@@ -84,6 +84,7 @@ class Outputs(NamedTuple):
 
     sort_keys: Ref | None  # [queries, width] int32; None where groups are filtered
     masks: Ref | None  # [queries, width // 32] int32, with a threshold
+    maxima: Ref | None = None  # [queries, width // Shape.maxima_of] int32, if they are wanted
 
 
 def scores_body(plan: Plan, gmem: Inputs, out: Outputs, smem: Smem) -> None:
@@ -165,8 +166,8 @@ def load(plan: Plan, gmem: Inputs, smem: Smem) -> None:
 def _load_items(plan: Plan, gmem: Inputs, smem: Smem, warp: Array | None) -> None:
     """What one warp of the loader brings: the keys of a slot, and the last one queries. None: all of it.
 
-    One warp for all slots was the limit of few queries: from an item to the next it takes some 230 instructions, most of
-    which wait for the one before, and a look-up of pages.
+    One warp for all slots would be the limit of few queries: from an item to the next it takes some 230 instructions,
+    most of which wait for the one before, and a look-up of pages.
     """
     by = lambda who: (lambda body: body()) if warp is None else pl.when(warp == who)  # noqa: E731
 

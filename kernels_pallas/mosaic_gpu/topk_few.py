@@ -29,7 +29,6 @@ class _Plan:
     """The static numbers of a launch."""
 
     shape: Shape
-    n_parts: int  # rows of a query
     per_column: int  # what a limit counts of each column
     block_size: int  # of blocks that columns are of
     interpret: object
@@ -41,6 +40,7 @@ def topk(
     k: int,
     kept: KeptBlocks | None = None,
     *,
+    width: int | None = None,
     per_column: int = 1,
     is_full: bool = False,
     has_forced: bool = True,
@@ -49,7 +49,7 @@ def topk(
     """[T, W] int32 sort keys, [T] int32 -> [T, k] int32, [T] int32 count.
 
     Args:
-        x: W is a multiple of 4.
+        x: W is a multiple of 4; width: columns from here on, another multiple, are not looked at. None: all are.
         limit: columns from limit / per_column on, rounded up, are no candidates, whatever they hold; None: all are.
         kept: column c is then token kept.ids[c // size] * size + c % size of the sequence.
         is_full: all columns before the limit are candidates, and of k at most no sort key is looked at.
@@ -57,21 +57,29 @@ def topk(
     """
     ids, size = (None, 1) if kept is None else (kept.ids, kept.size)
     options: dict[str, Any] = dict(is_full=is_full, has_forced=has_forced, block_size=size, interpret=interpret)
-    options["per_column"] = per_column
-    return _launch(x, limit, ids, k, **options)[:2]
+    return _launch(x, limit, ids, k, width=width, per_column=per_column, **options)[:2]
 
 
-def topk_of_parts(x: Array, limit: Array, k: int, *, part: int, interpret: Interpret = False) -> tuple[Array, Array]:
-    """[T, n * part] sort keys, none forced, [T] -> the k best of each part of a row: [T, n * k] columns and sort keys.
+def topk_of_groups(
+    x: Array,
+    groups: Array,
+    k: int,
+    *,
+    size: int,
+    limit: Array,
+    per_column: int = 1,
+    has_sort_keys: bool = False,
+    interpret: Interpret = False,
+) -> tuple[Array, Array, Array | None]:
+    """[T, W] sort keys, none forced -> of the k best in listed groups of neighbours [T, k], count [T], sort keys.
 
-    Columns ascend in each part; where there are fewer, -1 and `INVISIBLE`.
+    Args:
+        groups: [T, n] int32, ascending, then -1: group g is columns size * g and after.
+        size: 2, 4 or 8.
+        limit: [T] int32, columns from limit / per_column on, rounded up, are no candidates, whatever they hold.
     """
-    T, W = x.shape
-    n = W // part
-    options: dict[str, Any] = dict(n_parts=n, has_forced=False, has_sort_keys=True, interpret=interpret)
-    columns, _, sort_keys = _launch(x.reshape(T * n, part), limit, None, k, **options)
-    assert sort_keys is not None
-    return columns.reshape(T, n * k), sort_keys.reshape(T, n * k)
+    options: dict[str, Any] = dict(group=size, has_forced=False, has_sort_keys=has_sort_keys, interpret=interpret)
+    return _launch(x, limit, groups, k, per_column=per_column, **options)
 
 
 def topk_of_listed(
@@ -95,26 +103,32 @@ def topk_of_listed(
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "k", "n_parts", "per_column", "block_size", "is_full", "is_listed", "has_forced", "has_sort_keys", "interpret",
+        *("k", "width", "group", "per_column", "block_size", "interpret"),
+        *("is_full", "is_listed", "has_forced", "has_sort_keys"),
     ),
-)  # fmt: skip
+)
 def _launch(
     x: Array,
     limit: Array | None,
     ids: Array | None,
     k: int,
     *,
-    n_parts: int = 1,
+    width: int | None = None,
+    group: int = 0,
     per_column: int = 1,
     block_size: int = 1,
     interpret: Interpret,
     **flags: bool,
 ) -> tuple[Array, Array, Array | None]:
     T, W = x.shape
-    if W % 4 or W > MAX_WIDTH:
+    W = width or W
+    if group:
+        assert ids is not None
+        W = group * ids.shape[1]
+    if x.shape[1] % 4 or W % 4 or W > MAX_WIDTH:
         raise ValueError(f"topk: x has rows of {W} sort keys, wanted a multiple of 4 up to {MAX_WIDTH}")
-    shape = dataclasses.replace(select_few.shape_of(W, k), **flags)
-    plan = _Plan(shape=shape, n_parts=n_parts, per_column=per_column, block_size=block_size, interpret=interpret)
+    shape = dataclasses.replace(select_few.shape_of(W, k), group=group, **flags)
+    plan = _Plan(shape=shape, per_column=per_column, block_size=block_size, interpret=interpret)
     rows, count = jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)
     return plgpu.kernel(
         functools.partial(_body, plan),
@@ -132,22 +146,26 @@ def _launch(
 def _body(plan: _Plan, limit_gmem: Ref | None, ids_gmem: Ref | None, x_gmem: Ref, out: Outputs, smem: Ref) -> None:
     # One CTA, one row:   sort keys -> registers -> range -> bins -> the bin of the threshold -> threshold -> o, count
     #
-    # A row may be a part of a query's: its columns are then counted from where the part begins.
+    # Groups of a longer row are loaded in the order of their list.
     t, shape = lax.axis_index("row"), plan.shape
-    query, first = (t, jnp.int32(0)) if plan.n_parts == 1 else (t // plan.n_parts, t % plan.n_parts * shape.width)
-    limit = jnp.int32(shape.width) if limit_gmem is None else limit_gmem[query]
+    limit = jnp.int32(shape.width) if limit_gmem is None else limit_gmem[t]
     if plan.per_column > 1:
         limit = lax.div(limit + (plan.per_column - 1), jnp.int32(plan.per_column))
-    limit, output = limit - first, select_row.Output(t, *out)
+    output, row = select_row.Output(t, *out), Row(x_gmem, t, x_gmem.shape[1])
     if not plan.interpret:
         ids = None if ids_gmem is None else Row(ids_gmem, t, ids_gmem.shape[1])
-        select_few.choose(shape, Row(x_gmem, t, shape.width), limit, first, ids, plan.block_size, smem, output)
+        select_few.choose(shape, row, limit, ids, plan.block_size, smem, output)
         return
-    columns = jnp.arange(shape.width, dtype=jnp.int32)
-    positions = columns + first
-    if ids_gmem is not None:
+    positions = columns = jnp.arange(shape.width, dtype=jnp.int32)
+    sort_keys = jnp.where(shape.is_full & (limit <= shape.k), 0, x_gmem[t])
+    sort_keys = sort_keys if shape.group else sort_keys[: shape.width]
+    if shape.group:
+        assert ids_gmem is not None
+        first = ids_gmem[t, :][columns // shape.group] * shape.group
+        positions = columns = jnp.where(first < 0, limit, first + columns % shape.group)
+        sort_keys = sort_keys[jnp.minimum(columns, x_gmem.shape[1] - 1)]
+    elif ids_gmem is not None:
         ids = ids_gmem[t]
         of_block = jnp.minimum(columns // plan.block_size, ids.shape[0] - 1)
         positions = ids if shape.is_listed else ids[of_block] * plan.block_size + columns % plan.block_size
-    sort_keys = jnp.where(shape.is_full & (limit <= shape.k), 0, x_gmem[t])
     select_row.choose_reference(jnp.where(columns < limit, sort_keys, INVISIBLE), positions, output)

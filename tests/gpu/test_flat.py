@@ -53,7 +53,7 @@ def test_streaming_in_filtered_tiles_equals_one_piece(interpret, monkeypatch, ru
 def test_few_queries_take_the_best_of_parts_of_their_rows(interpret, monkeypatch, S, topk, has_sort_keys):
     """Of 3500 seven parts, whose best are in two lists, whose best are in one; a query sees less than a part."""
     monkeypatch.setattr(flat, "ONE_TILE", 256)
-    monkeypatch.setattr(flat, "PART", 512)
+    monkeypatch.setattr(flat, "WIDTH", 512)
     visible = np.asarray([[S, 300]], np.int32)
     q, k, scale, w = draw.integers(3, 1, 2, S, 16, 64, E4M3, True)
     batch = kernel_calls.call_of(q, k, scale, w, jnp.asarray(visible))

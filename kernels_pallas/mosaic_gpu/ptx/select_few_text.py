@@ -10,7 +10,7 @@ from collections.abc import Callable
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import scope
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 
-OPERANDS = ("X", "LIMIT", "FIRST", "IDS", "O", "COUNT", "SMEM", "SORT_KEYS")
+OPERANDS = ("X", "LIMIT", "IDS", "O", "COUNT", "SMEM", "SORT_KEYS")
 BINS = 1024
 _CHUNK = 4  # sort keys that a thread loads at a time
 _PAD = 16  # bytes between rows of a thread's sort keys in shared memory: 8 threads then read 32 banks
@@ -28,6 +28,8 @@ class Shape:
         has_forced: whether some sort keys may be `FORCED`.
         is_full: columns before the limit are all candidates: where k or fewer are, no sort key is looked at.
         is_listed: what columns stand for is listed at $IDS, one by one.
+        group: $IDS lists groups of so many neighbouring sort keys of a longer row, which are the columns; 0: it does
+            not. 2, 4 or 8. Columns stand for themselves in that row, and so are limited.
         has_sort_keys: whether those of the chosen are written, too, to $SORT_KEYS.
     """
 
@@ -38,6 +40,7 @@ class Shape:
     has_forced: bool = True
     is_full: bool = False
     is_listed: bool = False
+    group: int = 0
     has_sort_keys: bool = False
 
     # Bytes of shared memory: where each part begins. Parts of warps: range, bins, listed, chosen; two of a
@@ -72,10 +75,10 @@ def select_ptx(shape: Shape, position: Callable[[], str]) -> str:
 
     Args:
         position: PTX that turns `column`, a thread's first, into `base`, what it stands for; $IDS is a row to look it
-            up in, $FIRST a number to add. Not of listed columns.
+            up in. Not of listed columns, nor of listed groups.
     """
     text = f"""{registers(shape)}
-{_load(shape)}
+{_load_groups(shape) if shape.group else _load(shape)}
 {threshold_ptx(shape)}
 emit:
 {_emit(shape, position)}
@@ -87,7 +90,8 @@ out:
 def registers(shape: Shape) -> str:
     """PTX: what the texts here and in list_best_text.py share, and who a thread is."""
     return f""".reg .pred p, q, s; .reg .b32 tid, lane, warp, at, t, u, n, low, high, column, base, rank, pick, c, slot;
-.reg .b32 key, v<{shape.each}>, b<{shape.each}>, h<8>, e, g, thr, lo, hi, middle, room, tie, i, visible, total, buffer;
+.reg .b32 key, v<{shape.each}>, b<{shape.each}>, base<8>, h<8>, e, g, thr, lo, hi, middle, room, tie, i, visible;
+.reg .b32 total, buffer;
 .reg .b64 word; .reg .f32 x, first, last, scale;
 mov.u32 tid, %tid.x; and.b32 lane, tid, 31; shr.u32 warp, tid, 5;"""
 
@@ -148,6 +152,33 @@ sub.s32 t, $LIMIT, column;
 whole:"""
     )
     return "\n".join(lines)
+
+
+def _load_groups(shape: Shape) -> str:
+    """A thread loads whole groups, neighbours of the list: its columns are in order, too."""
+    size, n = shape.group, shape.width // shape.group
+    groups, chunk = shape.each // size, min(size, _CHUNK)
+    lines = [f"mul.wide.u32 word, tid, {4 * groups}; add.s64 word, word, $IDS; mul.lo.u32 t, tid, {groups};"]
+    for i in range(groups):
+        lines.append(f"mov.b32 base{i}, -1; setp.lt.u32 p, t, {n - i}; @p ld.global.b32 base{i}, [word+{4 * i}];")
+    lines.append(clear_ptx(shape))
+    for i in range(groups):
+        lines.append(
+            f"""mul.lo.s32 base{i}, base{i}, {size}; setp.ge.s32 p, base{i}, 0;
+mul.wide.s32 word, base{i}, 4; add.s64 word, word, $X;"""
+        )
+        for u in range(size * i, size * (i + 1), chunk):
+            own = [f"v{u + j}" for j in range(chunk)]
+            lines += [f"mov.b32 {v}, {INVISIBLE};" for v in own]
+            lines.append(f"@p ld.global.v{chunk}.b32 {{{', '.join(own)}}}, [word+{4 * (u - size * i)}];")
+    for i in range(groups):
+        lines.append(f"sub.s32 t, $LIMIT, base{i};")
+        lines += [f"setp.le.s32 p, t, {u}; @p mov.b32 v{size * i + u}, {INVISIBLE};" for u in range(size)]
+    lines.append(f"mul.lo.u32 at, tid, {shape.pitch}; add.u32 at, at, $SMEM;")
+    for u in range(0, shape.each, _CHUNK):
+        four = ", ".join(f"v{u + j}" for j in range(_CHUNK))
+        lines.append(f"st.shared.v4.b32 [at+{shape.keys + 4 * u}], {{{four}}};")
+    return "\n".join([*lines, sync(shape)])
 
 
 def clear_ptx(shape: Shape) -> str:
@@ -314,7 +345,7 @@ def _emit(shape: Shape, position: Callable[[], str]) -> str:
 
     def store(j: int) -> str:
         what, keys = f"add.s32 t, base, {j};", ""
-        if shape.is_listed:
+        if shape.is_listed or shape.group:
             what = f"mov.b32 t, b{j};"
         if shape.has_sort_keys:
             keys = f"mad.wide.u32 word, slot, 4, $SORT_KEYS; @p st.global.b32 [word], v{j};"
@@ -328,11 +359,13 @@ def _emit(shape: Shape, position: Callable[[], str]) -> str:
         return f"""setp.eq.s32 q, v{j}, thr; setp.lt.and.s32 s, tie, room, q; setp.gt.s32 p, v{j}, thr; or.pred p, p, s;
 {store(j)} @q add.s32 tie, tie, 1;"""
 
-    find = position()
+    find = "" if shape.group else position()
     if shape.is_listed:
         # All on their way before the first is stored.
         each = _each(shape, lambda j: f"setp.ge.s32 p, v{j}, thr; @p ld.global.b32 b{j}, [word+{4 * j}];")
         find = f"mul.wide.u32 word, column, 4; add.s64 word, word, $IDS;\n{each}"
+    elif shape.group:
+        find = _each(shape, lambda j: f"add.s32 b{j}, base{j // shape.group}, {j % shape.group};")
     empty = "mul.wide.s32 word, t, 4; add.s64 word, word, $O; @p st.global.b32 [word], u;"
     if shape.has_sort_keys:
         empty += f" mul.wide.s32 word, t, 4; add.s64 word, word, $SORT_KEYS; @p st.global.b32 [word], {INVISIBLE};"
