@@ -74,7 +74,7 @@ def topk_of_groups(
     """[T, W] sort keys, none forced -> of the k best in listed groups of neighbours [T, k], count [T], sort keys.
 
     Args:
-        groups: [T, n] int32, ascending, then -1: group g is columns size * g and after.
+        groups: [T, n] int32, ascending, then -1: group g is columns size * g and after, of which some are candidates.
         size: 2, 4 or 8.
         limit: [T] int32, columns from limit / per_column on, rounded up, are no candidates, whatever they hold.
     """
