@@ -149,13 +149,16 @@ def _of_few(
     while n > WIDTH:
         levels.append(_greatest(levels[-1], visible, size ** (len(levels) - 1), size))
         n = levels[-1].shape[1]
-    options: Any = dict(width=n, per_column=size ** (len(levels) - 1), has_forced=False, interpret=interpret)
-    chosen, count = few_topk_stage.topk(levels[-1], visible, topk, **options)
-    for level in reversed(range(len(levels) - 1)):
-        options = dict(size=size, limit=visible, per_column=size**level, interpret=interpret)
-        options["has_sort_keys"] = has_sort_keys and level == 0
-        chosen, count, sort_keys = few_topk_stage.topk_of_groups(levels[level], chosen, topk, **options)
-    return chosen, count, sort_keys
+
+    def options(level: int) -> dict[str, Any]:
+        common: Any = dict(size=size, limit=visible, per_column=size**level, interpret=interpret)
+        return common | {"has_sort_keys": has_sort_keys and level == 0}
+
+    highest = len(levels) - 2
+    found = few_topk_stage.topk_by_maxima(*levels[highest:], topk, width=n, **options(highest))
+    for level in reversed(range(highest)):
+        found = few_topk_stage.topk_of_groups(levels[level], found[0], topk, **options(level))
+    return found
 
 
 def _greatest(x: Array, visible: Array, per_column: int, size: int) -> Array:

@@ -40,7 +40,6 @@ def topk(
     k: int,
     kept: KeptBlocks | None = None,
     *,
-    width: int | None = None,
     per_column: int = 1,
     is_full: bool = False,
     has_forced: bool = True,
@@ -49,7 +48,7 @@ def topk(
     """[T, W] int32 sort keys, [T] int32 -> [T, k] int32, [T] int32 count.
 
     Args:
-        x: W is a multiple of 4; width: columns from here on, another multiple, are not looked at. None: all are.
+        x: W is a multiple of 4.
         limit: columns from limit / per_column on, rounded up, are no candidates, whatever they hold; None: all are.
         kept: column c is then token kept.ids[c // size] * size + c % size of the sequence.
         is_full: all columns before the limit are candidates, and of k at most no sort key is looked at.
@@ -57,7 +56,60 @@ def topk(
     """
     ids, size = (None, 1) if kept is None else (kept.ids, kept.size)
     options: dict[str, Any] = dict(is_full=is_full, has_forced=has_forced, block_size=size, interpret=interpret)
-    return _launch(x, limit, ids, k, width=width, per_column=per_column, **options)[:2]
+    return _launch(x, limit, ids, k, per_column=per_column, **options)[:2]
+
+
+@functools.partial(jax.jit, static_argnames=("k", "size", "width", "per_column", "has_sort_keys", "interpret"))
+def topk_by_maxima(
+    x: Array,
+    maxima: Array,
+    k: int,
+    *,
+    size: int,
+    limit: Array,
+    width: int,
+    per_column: int = 1,
+    has_sort_keys: bool = False,
+    interpret: Interpret = False,
+) -> tuple[Array, Array, Array | None]:
+    """[T, W] sort keys, none forced, the greatest of each `size` neighbours -> of the k best [T, k], count, sort keys.
+
+    Of the k best groups by their greatest, the lower of those that tie, the k best are those of the whole row: each
+    group has one that is no less than any of other groups, and those that tie with such come before them.
+
+    Args:
+        size: 2, 4 or 8.
+        limit: [T] int32, columns from limit / per_column on, rounded up, are no candidates, whatever they hold.
+        width: groups from here on are not looked at.
+    """
+    T = len(x)
+    of_groups, of_columns = select_few.shape_of(width, k), select_few.shape_of(k * size, k)
+    n_threads = max(of_groups.n_threads, of_columns.n_threads)
+    of_groups = dataclasses.replace(of_groups.of_threads(n_threads), has_forced=False)
+    of_columns = dataclasses.replace(
+        of_columns.of_threads(n_threads), has_forced=False, group=size, has_sort_keys=has_sort_keys
+    )
+    _check(maxima, width)
+    _check(x, k * size)
+    options: dict[str, Any] = dict(block_size=1, interpret=interpret)
+    plans = (
+        _Plan(shape=of_groups, per_column=per_column * size, **options),
+        _Plan(shape=of_columns, per_column=per_column, **options),
+    )
+    rows, count = jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)
+    out = Outputs(rows, count, None), Outputs(rows, count, rows if has_sort_keys else None)
+    smem_bytes = max(of_groups.smem_bytes, of_columns.smem_bytes)
+    return plgpu.kernel(
+        functools.partial(_by_maxima_body, *plans),
+        out_type=[out],
+        grid=(T,),
+        grid_names=("row",),
+        num_threads=1 if interpret else n_threads // 128,
+        thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM((smem_bytes // 4,), jnp.int32)],
+        kernel_name="hisa_topk",
+        interpret=interpret,
+    )(limit, maxima, x)[0][1]
 
 
 def topk_of_groups(
@@ -103,7 +155,7 @@ def topk_of_listed(
 @functools.partial(
     jax.jit,
     static_argnames=(
-        *("k", "width", "group", "per_column", "block_size", "interpret"),
+        *("k", "group", "per_column", "block_size", "interpret"),
         *("is_full", "is_listed", "has_forced", "has_sort_keys"),
     ),
 )
@@ -113,7 +165,6 @@ def _launch(
     ids: Array | None,
     k: int,
     *,
-    width: int | None = None,
     group: int = 0,
     per_column: int = 1,
     block_size: int = 1,
@@ -121,12 +172,10 @@ def _launch(
     **flags: bool,
 ) -> tuple[Array, Array, Array | None]:
     T, W = x.shape
-    W = width or W
     if group:
         assert ids is not None
         W = group * ids.shape[1]
-    if x.shape[1] % 4 or W % 4 or W > MAX_WIDTH:
-        raise ValueError(f"topk: x has rows of {W} sort keys, wanted a multiple of 4 up to {MAX_WIDTH}")
+    _check(x, W)
     shape = dataclasses.replace(select_few.shape_of(W, k), group=group, **flags)
     plan = _Plan(shape=shape, per_column=per_column, block_size=block_size, interpret=interpret)
     rows, count = jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)
@@ -143,12 +192,31 @@ def _launch(
     )(limit, ids, x)[0]
 
 
+def _check(x: Array, n_columns: int) -> None:
+    if x.shape[1] % 4 or n_columns % 4 or n_columns > MAX_WIDTH:
+        raise ValueError(f"topk: x has rows of {n_columns} sort keys, wanted a multiple of 4 up to {MAX_WIDTH}")
+
+
 def _body(plan: _Plan, limit_gmem: Ref | None, ids_gmem: Ref | None, x_gmem: Ref, out: Outputs, smem: Ref) -> None:
     # One CTA, one row:   sort keys -> registers -> range -> bins -> the bin of the threshold -> threshold -> o, count
     #
     # Groups of a longer row are loaded in the order of their list.
+    limit = jnp.int32(plan.shape.width) if limit_gmem is None else limit_gmem[lax.axis_index("row")]
+    _choose(plan, limit, ids_gmem, x_gmem, out, smem)
+
+
+def _by_maxima_body(
+    of_groups: _Plan, of_columns: _Plan, limit_gmem: Ref, maxima_gmem: Ref, x_gmem: Ref, out: tuple, smem: Ref
+) -> None:
+    # One CTA, one row:   the greatest of each group -> the best groups -> their sort keys -> o, count
+    groups_out, columns_out = out
+    limit = limit_gmem[lax.axis_index("row")]
+    _choose(of_groups, limit, None, maxima_gmem, groups_out, smem)
+    _choose(of_columns, limit, groups_out.positions, x_gmem, columns_out, smem)
+
+
+def _choose(plan: _Plan, limit: Array, ids_gmem: Ref | None, x_gmem: Ref, out: Outputs, smem: Ref) -> None:
     t, shape = lax.axis_index("row"), plan.shape
-    limit = jnp.int32(shape.width) if limit_gmem is None else limit_gmem[t]
     if plan.per_column > 1:
         limit = lax.div(limit + (plan.per_column - 1), jnp.int32(plan.per_column))
     output, row = select_row.Output(t, *out), Row(x_gmem, t, x_gmem.shape[1])

@@ -65,10 +65,12 @@ def chosen(x, limit, k, ids):
     return np.append(positions, np.full(k - len(columns), -1)), len(columns)
 
 
-def machine(x, limit, k, ids, **options):
+def machine(x, limit, k, ids, n_threads=None, **options):
     """One that runs a row, and where in its memory the result is."""
     width = options.get("group", 0) * len(ids) if options.get("group") else len(x)
     shape = dataclasses.replace(select_few.shape_of(width, k), **options)
+    if n_threads is not None:
+        shape = shape.of_threads(n_threads)
     position = select_few.own_position
     if ids is not None:
         position = lambda: select_few.block_position(BLOCK, len(ids))  # noqa: E731
@@ -132,12 +134,13 @@ def test_the_best_groups_by_their_greatest_hold_the_best(size, k, name):
     maxima = np.where(beyond, INVISIBLE, x).reshape(-1, size).max(axis=1)
     anything = rng.integers(INVISIBLE, FORCED, W).astype(np.int32)
     maxima = np.where(beyond[::size], anything[::size], maxima)
-    run, start = machine(maxima, -(-limit // size), k, None, has_forced=False)
+    run, start = machine(maxima, -(-limit // size), k, None, 256, has_forced=False)
     run.run()
     groups = run.memory[start : start + k].view(np.int32)
     x = np.where(beyond, anything, x)
     for has_sort_keys in (False, True):
-        assert_chooses(x, limit, k, groups, group=size, has_sort_keys=has_sort_keys, has_forced=False)
+        options = dict(has_sort_keys=has_sort_keys, n_threads=256)
+        assert_chooses(x, limit, k, groups, group=size, has_forced=False, **options)
 
 
 @pytest.mark.exhaustive

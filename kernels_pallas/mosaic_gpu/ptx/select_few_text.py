@@ -52,6 +52,10 @@ class Shape:
     n_listed: int = found + 16
     listed: int = n_listed + 16
 
+    def of_threads(self, n: int) -> "Shape":
+        """The same by n threads."""
+        return dataclasses.replace(self, n_threads=n, each=max(self.each * self.n_threads // n, 8))
+
     @property
     def keys(self) -> int:
         return self.listed + 4 * self.n_threads
@@ -155,10 +159,16 @@ whole:"""
 
 
 def _load_groups(shape: Shape) -> str:
-    """A thread loads whole groups, neighbours of the list: its columns are in order, too."""
+    """A thread loads whole groups, neighbours of the list: its columns are in order, too.
+
+    The list may be what this CTA has just written.
+    """
     size, n = shape.group, shape.width // shape.group
     groups, chunk = shape.each // size, min(size, _CHUNK)
-    lines = [f"mul.wide.u32 word, tid, {4 * groups}; add.s64 word, word, $IDS; mul.lo.u32 t, tid, {groups};"]
+    lines = [
+        sync(shape),
+        f"mul.wide.u32 word, tid, {4 * groups}; add.s64 word, word, $IDS; mul.lo.u32 t, tid, {groups};",
+    ]
     for i in range(groups):
         lines.append(f"mov.b32 base{i}, -1; setp.lt.u32 p, t, {n - i}; @p ld.global.b32 base{i}, [word+{4 * i}];")
     lines.append(clear_ptx(shape))
