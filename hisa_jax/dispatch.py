@@ -188,6 +188,8 @@ def _tpu(name: str) -> Implementation:
             return "has no kernels for candidates"
         if problem.has_budget and isinstance(method, Scan):
             return "has no kernels for a budget of a Scan"
+        if problem.is_split and isinstance(method, Scan):
+            return "has no kernels for a Scan of keys that are split over devices"
         if (
             isinstance(method, Scan)
             and not kernel_heads.is_flat(method, problem.H)
@@ -244,8 +246,6 @@ def _no_scan(problem: Problem) -> str | None:
     """None, or why no kernels can run a Scan."""
     if not isinstance(problem.method, Scan):
         return None
-    if problem.is_split:
-        return "has no kernels for a Scan of keys that are split over devices"
     if problem.returns_blocks:
         return "has no kernels for a Scan with return_blocks=True: they score more tokens than its blocks hold"
     return None

@@ -14,9 +14,9 @@ from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 OPERANDS = (
     *("KEYS", "K_FREE", "SCALES", "Q", "W", "FULL", "FREE", "PIN"),
     *("COUNT", "BEFORE", "CANDIDATE"),
-    *("LIMITS", "O", "THRESHOLDS", "MASKS"),
+    *("LIMITS", "O", "THRESHOLDS", "MASKS", "MAXIMA"),
 )
-_DECLARATIONS = """.reg .pred upper1, upper2; .reg .b64 limits, o, thresholds, masks;
+_DECLARATIONS = """.reg .pred upper1, upper2; .reg .b64 limits, o, thresholds, masks, maxima;
 .reg .f32 s0_0, s0_1, s1_0, s1_1, t0, t1, t2, t3, x, scale;
 .reg .b32 limit, limit_next, threshold, threshold_next, sort_key;"""
 
@@ -112,6 +112,11 @@ mul.wide.u32 o, u, 4; add.u64 o, o, $O; mov.b64 limits, $LIMITS; ld.global.b32 l
         lines.append(
             """mov.b64 thresholds, $THRESHOLDS; ld.global.b32 threshold_next, [thresholds]; setp.eq.u32 leads, lane, 0;
 shr.u32 t, u, 5; mul.wide.u32 masks, t, 4; add.u64 masks, masks, $MASKS;"""
+        )
+    if n := shape.maxima_of:
+        lines.append(
+            f"""and.b32 t, lane, {n - 1}; setp.eq.u32 leads, t, 0; shr.u32 t, u, {n.bit_length() - 1};
+mul.wide.u32 maxima, t, 4; add.u64 maxima, maxima, $MAXIMA;"""
         )
     return "\n".join(lines)
 
@@ -245,4 +250,8 @@ shfl.sync.bfly.b32 t0, t0, 2, 0x1f, -1; add.f32 x, t1, t0;""",
         )
     else:
         lines.append("st.global.b32 [o], sort_key;")
+    if n := shape.maxima_of:
+        steps = [f"shfl.sync.bfly.b32 t, sort_key, {1 << i}, 0x1f, -1;" for i in range(n.bit_length() - 1)]
+        lines += [f"{step} max.s32 sort_key, sort_key, t;" for step in steps]
+        lines.append(f"@leads st.global.b32 [maxima], sort_key; add.u64 maxima, maxima, {4 * shape.out_columns // n};")
     return "\n".join([*lines, f"add.u64 o, o, {4 * shape.out_columns};"])
