@@ -267,6 +267,12 @@ def test_calls_that_mean_nothing_say_so():
         hj.select(q, k, w, hj.Dsa(topk=4, per_head=True))
     with pytest.raises(ValueError, match=r"^select: candidates with Hisa\(.*\), wanted a Dsa: they are found already"):
         hj.select(q, k, w, hj.Hisa(topk=4), candidates=listed)
+    with pytest.raises(
+        ValueError, match="^select: k has room for 20 keys of 134217728 tokens each, wanted at most 214"
+    ):
+        hj.select(q, k, w, hj.Dsa(topk=4, entry_size=2**27, returns="entries"))
+    got = hj.select(q, k, w, hj.Dsa(topk=4), candidates=hj.CandidateBlocks(jnp.zeros((1, 2, 3), jnp.int32), 2**31 - 1))
+    np.testing.assert_array_equal(got.indices, hj.select(q, k, w, hj.Dsa(topk=4)).indices)
     cache, table, one = hj.init_cache(2, 2, 16, jnp.float32, entry_size=4), jnp.array([[0, 1]]), jnp.array([0, 1])
     with pytest.raises(ValueError, match=r"^select_paged: Dsa\(topk=4\) with a cache of entry_size=4"):
         hj.select_paged(q[0, :1], w[0, :1], cache, table, one, jnp.array([8]), hj.Dsa(topk=4))
