@@ -38,6 +38,7 @@ HALF = VALUE_DIM // 2  # value columns a warp-group: 128 accumulators a thread
 QUARTER = HALF // 2  # columns a product: ptxas refuses 256 in a kernel launched with 128 registers a thread
 # Columns that come and go together: what each warp-group of values multiplies first, and the rest.
 PARTS = (((0, 128), (256, 128)), ((128, 128), (384, 128), (512, 64)))
+_THREADS = 128  # of a warp-group
 SCORES, LOAD = 2, 3  # warp-groups; 0 and 1 take the values
 VALUE_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS = 168, 120, 56  # twice the first and the others: 512
 PER_TOKEN = plgpu.Layout.WGMMA.reduce(0)
@@ -92,17 +93,22 @@ class Smem(NamedTuple):
     k_free: Ref  # barriers [2 * parts of columns], of both warp-groups that add values
     k_full: Ref  # barriers [2], in interpret mode alone
     k: Ref  # [2, 64, E]
-    landed: Ref  # [2 * parts, BARRIER_WORDS] barriers made in PTX, of the lanes that copy
+    landed: Ref  # [2 * parts + 1, BARRIER_WORDS] barriers made in PTX, of the lanes that copy; the last is `scored`
     p_full: Ref  # barriers [2], of the warp-group that scores
     q_free: Ref  # barrier, of the warp-group that scores
     q_full: Ref  # barrier, of the copy
     q: Ref  # [1, 64, E]
     ready: Ref  # barrier: `landed` has been made
     total: Ref  # [2, 64] a head: the sum of probabilities so far
-    turn: Ref  # [1] not 0: the warp-group that scores asks for the tensor core
+    turn: Ref  # [2, 1] not 0: the next tile's scores are to be multiplied before this one's values
 
     def landed_at(self, barrier: Array) -> Row:
         return Row(self.landed, barrier, BARRIER_WORDS)
+
+    @property
+    def scored(self) -> Row:
+        """A barrier made in PTX, of the warp-group that scores: it has multiplied another tile."""
+        return self.landed_at(jnp.int32(SLOTS * len(PARTS)))
 
 
 def sparse_mla_body(plan: Plan, gmem: Inputs, o_gmem: Ref, lse_gmem: Ref, smem: Smem) -> None:
@@ -238,8 +244,8 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
     cta, is_quantized = lax.axis_index("cta"), isinstance(gmem.kv, QuantizedLatents)
     if not plan.interpret:
         # Every lane of two warps. The bias arrives with the first part, a rope part beside values of 8 bits by itself.
-        gather.init_landed(smem.landed, (4 * ROWS_PER_WARP, (2 + 2 * is_quantized) * ROWS_PER_WARP) * SLOTS)
-        sparse_mla.unclaim(smem.turn)
+        each = (4 * ROWS_PER_WARP, (2 + 2 * is_quantized) * ROWS_PER_WARP)
+        gather.init_landed(smem.landed, each * SLOTS + (_THREADS,))
         plgpu.barrier_arrive(smem.ready)
     plgpu.barrier_arrive(smem.q_free)
     row = lambda value: plgpu.layout_cast(jnp.full((HEADS,), value, jnp.float32), PER_HEAD)  # noqa: E731
@@ -261,7 +267,7 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
             zero = jnp.int32(0) if plan.interpret else sparse_mla.opaque_zero()
             products = products_of(smem.q.at[zero], smem.k.at[slot], wait)
             if not plan.interpret:
-                sparse_mla.unclaim(smem.turn)
+                sparse_mla.arrive(smem.scored)
             bias = plgpu.load(smem.bias.at[slot], layout=PER_TOKEN)
             # To base two, which is what the hardware's exponential takes.
             logits = products * (plan.scale * _LOG2_E) + lax.broadcast_in_dim(bias, products.shape, [1])
@@ -281,8 +287,9 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
                 sparse_mla.store_rows(smem.total, slot, total)
                 sparse_mla.show_stores()
                 # All others wait for probabilities: where the next tile has landed, its scores go before values.
-                following = smem.landed_at((j + 1) % SLOTS * len(PARTS))
-                sparse_mla.claim(smem.turn, following, (n_before + j + 1) // SLOTS)
+                following = (j + 1) % SLOTS * len(PARTS)
+                landed = smem.landed_at(following), smem.landed_at(following + 1)
+                sparse_mla.claim(Row(smem.turn, slot, 1), landed, (n_before + j + 1) // SLOTS)
             plgpu.barrier_arrive(smem.p_full.at[slot])
             return new_highest, total
 
@@ -304,7 +311,7 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
     for barrier in range(SLOTS * len(PARTS)):
         plgpu.barrier_arrive(smem.k_free.at[barrier])
 
-    def one_item(i, _):
+    def one_item(i, n_before):
         split, t, head = plan.item(cta, i)
 
         def one_tile(j, carry):
@@ -317,7 +324,7 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
                 o = scaled(o)
             else:  # rarely does any maximum of a warp's rows move
                 o = lax.cond(sparse_mla.any_decay(decay, total) > 0, scaled, lambda o: o, o)
-                sparse_mla.let_first(smem.turn)
+                sparse_mla.let_first(Row(smem.turn, slot, 1), smem.scored, n_before + j + 1)
             p = smem.k.at[slot, :, pl.ds(VALUE_DIM, TOKENS)]
             values = [smem.k.at[slot, :, columns(part)] for part in range(2)]
             o = add_products(o, p, values, lambda part: release(plan, smem.k_free.at[slot * len(PARTS) + part]), plan)
@@ -336,9 +343,9 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
                 target[...] = x
             else:
                 sparse_mla.store_output(target, x)
-        return _
+        return n_before + n_tiles
 
-    lax.fori_loop(0, plan.items(cta), one_item, None)
+    lax.fori_loop(0, plan.items(cta), one_item, jnp.int32(0))
 
 
 def products_of(q: Ref, k: Ref, wait: Callable[[int], None]) -> Array:
