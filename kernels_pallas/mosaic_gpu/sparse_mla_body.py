@@ -21,7 +21,6 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import (
     TileRows,
     gather_rows,
     load_lane_word,
-    load_word,
     store_bias,
 )
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
@@ -79,7 +78,6 @@ class Plan:
 class Inputs(NamedTuple):
     """Arrays in device memory, whole."""
 
-    n_pairs: Ref | None  # [n_splits * T] int32, of tiles of each part of a list; None: all roles count for themselves
     indices: Ref  # [T, K] int32
     q: Ref  # [T, groups * 64, E]
     kv: Ref | QuantizedLatents  # [B * S, E], or refs of its parts
@@ -132,20 +130,16 @@ def sparse_mla_body(plan: Plan, gmem: Inputs, o_gmem: Ref, lse_gmem: Ref, smem: 
     pl.when(role == LOAD)(lambda: load(plan, gmem, smem))
 
 
-def tiles_of(plan: Plan, gmem: Inputs, split: Array, t: Array, by_warp: bool = False) -> Array:
+def tiles_of(plan: Plan, indices: Ref, split: Array, t: Array) -> Array:
     """Tiles up to the last token of a part of a list, in pairs, one at least: what all roles agree on.
 
-    Args:
-        by_warp: for a warp by itself.
+    Each role counts for itself, the loader ahead of the others, those while queries are on their way.
     """
-    if gmem.n_pairs is not None:
-        i = split * plan.T + t
-        return SLOTS * (load_word(gmem.n_pairs, i) if by_warp else gmem.n_pairs[i])
-    K, first = gmem.indices.shape[1], split * plan.pairs * PAIR
+    K, first = indices.shape[1], split * plan.pairs * PAIR
     end = jnp.minimum(first + plan.pairs * PAIR, K)
     if not plan.interpret:
-        return count_tiles(gmem.indices, t, first, end, plan.keys, PAIR)
-    index, column = gmem.indices[t], jnp.arange(K, dtype=jnp.int32)
+        return count_tiles(indices, t, first, end, plan.keys, PAIR)
+    index, column = indices[t], jnp.arange(K, dtype=jnp.int32)
     is_real = (index >= 0) & (index < plan.keys) & (column < end)
     return SLOTS * (jnp.maximum(jnp.max(jnp.where(is_real, column, first)) - first, 0) // PAIR + 1)
 
@@ -183,7 +177,7 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 # The next tile's index, so that it is there when its slot is.
                 return fetch(j + 1)
 
-            lax.fori_loop(0, tiles_of(plan, gmem, split, t, by_warp=True), one_tile, fetch(0))
+            lax.fori_loop(0, tiles_of(plan, gmem.indices, split, t), one_tile, fetch(0))
             return _
 
         lax.fori_loop(0, plan.items(cta), one_item, None)
@@ -225,7 +219,7 @@ def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 plgpu.barrier_arrive(smem.k_full.at[slot])
             return _
 
-        return lax.fori_loop(0, tiles_of(plan, gmem, split, t) // SLOTS, one_pair, _)
+        return lax.fori_loop(0, tiles_of(plan, gmem.indices, split, t) // SLOTS, one_pair, _)
 
     lax.fori_loop(0, plan.items(cta), one_item, None)
     wait_all(smem.k_free, SLOTS * len(PARTS))
@@ -252,7 +246,7 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
 
     def one_item(i, n_before):
         split, t, head = plan.item(cta, i)
-        n_tiles = tiles_of(plan, gmem, split, t)
+        n_tiles = tiles_of(plan, gmem.indices, split, t)
         plgpu.barrier_wait(smem.q_full)
 
         def one_tile(j, carry):
@@ -266,6 +260,8 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
 
             zero = jnp.int32(0) if plan.interpret else sparse_mla.opaque_zero()
             products = products_of(smem.q.at[zero], smem.k.at[slot], wait)
+            # Of queries everything has been read: the next ones come while probabilities are taken.
+            pl.when(j == n_tiles - 1)(lambda: release(plan, smem.q_free))
             if not plan.interpret:
                 sparse_mla.arrive(smem.scored)
             bias = plgpu.load(smem.bias.at[slot], layout=PER_TOKEN)
@@ -294,7 +290,6 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
             return new_highest, total
 
         highest, total = lax.fori_loop(0, n_tiles, one_tile, (row(_LEAST), row(0.0)))
-        release(plan, smem.q_free)
         # NaN, of a chosen token, stays: -inf would say that nothing was chosen.
         lse = (highest + jnp.log2(jnp.where(total == 0.0, 1.0, total))) / _LOG2_E
         lse_gmem[split, t, pl.ds(head, HEADS)] = jnp.where(total == 0.0, -jnp.inf, lse)
@@ -332,7 +327,7 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
 
         zeros = plgpu.layout_cast(jnp.zeros((HEADS, QUARTER), jnp.float32), plgpu.Layout.WGMMA)
         nothing = plgpu.layout_cast(jnp.zeros((HEADS,), jnp.float32), PER_HEAD)
-        n_tiles = tiles_of(plan, gmem, split, t)
+        n_tiles = tiles_of(plan, gmem.indices, split, t)
         *o, total = lax.fori_loop(0, n_tiles, one_tile, (zeros, zeros, nothing))
         # A query without tokens has a total of 0, and zeros for an output.
         share = 1.0 / jnp.where(total > 0, total, 1.0)
