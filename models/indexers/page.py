@@ -73,6 +73,9 @@ Indexers with RoPE want `cos` and `sin` of each token's position, too. Sizes may
 heads follows from the tensors.
 
 ## Models
+
+With queries and keys in hand a model is one line: `hj.select(q, k, w, method)`, by the method of its row in the second
+table; where it has no weights, `w` is None.
 """
 
 _TAIL = """
