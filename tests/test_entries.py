@@ -288,7 +288,8 @@ NO_TPU = "has no kernels for a BlockSparse of scored_by='max'"
         (hj.Dsa(topk=512, entry_size=4, tail="open"), {}, None, None),
         (hj.Hisa(block_ratio=4), {}, "a Hisa of block_ratio=4", None),
         (hj.BlockSparse(scored_by="max"), {}, "a BlockSparse of scored_by='max'", NO_TPU),
-        (hj.Dsa(), dict(n_listed=4096), "candidates", "has no kernels for candidates"),
+        (hj.Dsa(), dict(n_listed=4096, listed_size=8), "candidates", "needs blocks of 64, 128 or 256 tokens, not 8"),
+        (hj.Dsa(), dict(n_listed=4096, listed_size=128), "candidates", None),
         (hj.Dsa(), dict(has_budget=True), "a budget", None),
     ],
 )
