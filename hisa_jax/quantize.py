@@ -52,6 +52,10 @@ def quantize_keys(k: Array, dtype: DTypeLike = jnp.float8_e4m3fn, scale: ScaleFo
     Returns: `QuantizedKeys`, values [..., S, D] and scales [..., S].
     Raises: TypeError: a dtype not listed above. ValueError: a scale format not listed above.
     Source: `act_quant` of DeepSeek-V3.2's inference code: amax floored at 1e-4, scale amax / 448, values clipped.
+    Example:
+        >>> keys = hj.quantize_keys(jnp.ones((1, 64, 32)))
+        >>> keys.values.dtype.name, keys.scales.shape
+        ('float8_e4m3fn', (1, 64))
     """
     values, scales = quantize_groups("quantize_keys", "k", k, dtype, scale)
     return QuantizedKeys(values, scales)
@@ -70,6 +74,10 @@ def quantize_queries(
     Returns: values [..., H, D] in `dtype`; w times the scales, [..., H] float32.
     Raises: as `quantize_keys`; ValueError: a `w` that does not fit `q`.
     Source: DeepSeek-V3.2's indexer, which multiplies q's scale into the head weights.
+    Example:
+        >>> values, w = hj.quantize_queries(jnp.ones((2, 4, 32)), jnp.ones((2, 4)), scale="ue8m0")
+        >>> values.dtype.name, w[0].tolist()
+        ('float8_e4m3fn', [0.00390625, 0.00390625, 0.00390625, 0.00390625])
     """
     call = "quantize_queries"
     checks.dtype(call, "w", w, ("float32",))
@@ -93,10 +101,15 @@ def quantize_groups(call: str, name: str, x: Array, dtype: DTypeLike, scale: str
     scales = amax * np.float32(1.0 / largest)
     if scale == "ue8m0":
         scales = _next_power_of_two(scales)
-    # XLA's CPU compiler would multiply by the reciprocal of a broadcast divisor; past the barrier it cannot see one.
-    divisor = lax.optimization_barrier(jnp.broadcast_to(scales[..., None], x.shape))
-    scaled = jnp.clip(x / divisor, -largest, largest)
+    scaled = jnp.clip(_divided(x, jnp.broadcast_to(scales[..., None], x.shape)), -largest, largest)
     return (jnp.round(scaled) if kind == "int8" else scaled).astype(dtype), scales
+
+
+def _divided(x: Array, divisor: Array) -> Array:
+    # XLA's CPU compiler would multiply by the reciprocal of a broadcast divisor; past the barrier it cannot see one.
+    # For GPUs it divides. There the barrier would have the divisor written to memory, 4 bytes for each number of x.
+    plain, behind = lambda x, y: x / y, lambda x, y: x / lax.optimization_barrier(y)
+    return lax.platform_dependent(x, divisor, cuda=plain, default=behind)
 
 
 def _next_power_of_two(x: Array) -> Array:
