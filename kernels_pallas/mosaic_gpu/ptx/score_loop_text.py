@@ -18,7 +18,7 @@ OPERANDS = (
 )
 _DECLARATIONS = """.reg .pred upper1, upper2; .reg .b64 limits, o, thresholds, masks, maxima;
 .reg .f32 s0_0, s0_1, s1_0, s1_1, t0, t1, t2, t3, x, scale;
-.reg .b32 limit, limit_next, threshold, threshold_next, sort_key;"""
+.reg .b32 limit, threshold, sort_key, nothing;"""
 
 
 def loop_ptx(shape: Shape) -> str:
@@ -102,15 +102,16 @@ def _load_matrices(a: list[str], i: int, address: str) -> str:
 def _start(shape: Shape) -> str:
     """What stays the same for all queries, and the limit (and threshold) of the first one."""
     lines = [
-        f"""mov.u32 j, 0; and.b32 t, lane, 1; setp.ne.u32 upper1, t, 0; and.b32 t, lane, 2; setp.ne.u32 upper2, t, 0;
+        f"""mov.u32 j, 0; shr.u32 nothing, $COUNT, 31;
+and.b32 t, lane, 1; setp.ne.u32 upper1, t, 0; and.b32 t, lane, 2; setp.ne.u32 upper2, t, 0;
 mov.u32 u, %tid.x; and.b32 u, u, {KEYS_PER_WARPGROUP - 1}; add.u32 candidate, u, $CANDIDATE;
-mul.wide.u32 o, u, 4; add.u64 o, o, $O; mov.b64 limits, $LIMITS; ld.global.b32 limit_next, [limits];"""
+mul.wide.u32 o, u, 4; add.u64 o, o, $O; mov.b64 limits, $LIMITS; ld.global.b32 limit, [limits];"""
     ]
     if shape.has_scale:
         lines.append("shl.b32 t, u, 2; add.u32 t, t, $SCALES; ld.shared.f32 scale, [t];")
     if shape.filters:
         lines.append(
-            """mov.b64 thresholds, $THRESHOLDS; ld.global.b32 threshold_next, [thresholds]; setp.eq.u32 leads, lane, 0;
+            """mov.b64 thresholds, $THRESHOLDS; ld.global.b32 threshold, [thresholds]; setp.eq.u32 leads, lane, 0;
 shr.u32 t, u, 5; mul.wide.u32 masks, t, 4; add.u64 masks, masks, $MASKS;"""
         )
     if n := shape.maxima_of:
@@ -152,13 +153,12 @@ def _next_query(shape: Shape) -> str:
     """Slot, phase and descriptor of query j; then waits for it."""
     # The ring is a power of two: slot and parity of a phase are bits of how many queries this warp-group has met.
     laps = shape.ring.bit_length() - 1
-    query = f"mov.b32 limit, limit_next; {'mov.b32 threshold, threshold_next;' if shape.filters else ''}"
     return f"""add.u32 t, j, $BEFORE; and.b32 slot, t, {shape.ring - 1}; shr.u32 parity, t, {laps};
 and.b32 parity, parity, 1; mad.lo.u32 q_lo, slot, {shape.H * shape.row_bytes}, $Q; shr.u32 q_lo, q_lo, 4;
 and.b32 q_lo, q_lo, 0x3fff; shl.b32 t, slot, 3; add.u32 full, t, $FULL; add.u32 free, t, $FREE;
 wait: mbarrier.try_wait.parity.shared::cta.b64 p, [full], parity, 10000000; @p bra ready; bra wait;
-ready: {query if shape.rows is None else ""}
-mad.lo.u32 w_slot, slot, {4 * shape.w_words}, $W; and.b32 t, lane, 3; shl.b32 t, t, 3; add.u32 w_at, w_slot, t;"""
+ready: mad.lo.u32 w_slot, slot, {4 * shape.w_words}, $W;
+and.b32 t, lane, 3; shl.b32 t, t, 3; add.u32 w_at, w_slot, t;"""
 
 
 def _weights(shape: Shape, heads: int) -> str:
@@ -221,12 +221,7 @@ def _pin(shape: Shape) -> str:
 
 def _store(shape: Shape) -> str:
     """Sums over the four lanes of a row, each keeping one key; scale, sort key, store."""
-    # The next query's limit and threshold are loaded here, so that they arrive while its products are in flight.
     lines = [
-        "@more add.u64 limits, limits, 4; @more ld.global.b32 limit_next, [limits];",
-        "@more add.u64 thresholds, thresholds, 4; @more ld.global.b32 threshold_next, [thresholds];"
-        if shape.filters
-        else "",
         """selp.f32 t0, s0_0, s1_0, upper1; selp.f32 t1, s0_1, s1_1, upper1; selp.f32 t2, s1_0, s0_0, upper1;
 selp.f32 t3, s1_1, s0_1, upper1; shfl.sync.bfly.b32 t0, t0, 1, 0x1f, -1; shfl.sync.bfly.b32 t1, t1, 1, 0x1f, -1;
 add.f32 t2, t2, t0; add.f32 t3, t3, t1; selp.f32 t0, t2, t3, upper2; selp.f32 t1, t3, t2, upper2;
@@ -242,7 +237,12 @@ shfl.sync.bfly.b32 t0, t0, 2, 0x1f, -1; add.f32 x, t1, t0;""",
             f"sub.s32 t, limit, {shape.keep_last}; setp.ge.s32 p, candidate, t; "
             f"selp.b32 sort_key, {FORCED}, sort_key, p;"
         )
-    lines.append(f"setp.lt.s32 p, candidate, limit; selp.b32 sort_key, sort_key, {INVISIBLE}, p;")
+    # The limit, and a zero of the sort key: ptxas would compare as soon as it may, and wait for the limit before the
+    # products, 500 cycles and more of the 2000 that few queries take with a tile.
+    lines.append(
+        f"lop3.b32 t, sort_key, nothing, limit, 0x6a; "
+        f"setp.lt.s32 p, candidate, t; selp.b32 sort_key, sort_key, {INVISIBLE}, p;"
+    )
     if shape.filters:
         lines.append(
             f"""setp.gt.s32 p, sort_key, threshold; vote.sync.ballot.b32 t, p, -1; @p st.global.b32 [o], sort_key;
@@ -254,4 +254,8 @@ shfl.sync.bfly.b32 t0, t0, 2, 0x1f, -1; add.f32 x, t1, t0;""",
         steps = [f"shfl.sync.bfly.b32 t, sort_key, {1 << i}, 0x1f, -1;" for i in range(n.bit_length() - 1)]
         lines += [f"{step} max.s32 sort_key, sort_key, t;" for step in steps]
         lines.append(f"@leads st.global.b32 [maxima], sort_key; add.u64 maxima, maxima, {4 * shape.out_columns // n};")
+    # The next query's limit and threshold arrive while its products are in flight: nothing before needs them.
+    lines.append("@more add.u64 limits, limits, 4; @more ld.global.b32 limit, [limits];")
+    if shape.filters:
+        lines.append("@more add.u64 thresholds, thresholds, 4; @more ld.global.b32 threshold, [thresholds];")
     return "\n".join([*lines, f"add.u64 o, o, {4 * shape.out_columns};"])
