@@ -98,7 +98,7 @@ class Machine:
 class _Warp:
     def __init__(self, cta, first, operands):
         self.cta, self.n, self.at, self.steps = cta, 32, 0, 0
-        self.in_flight = []
+        self.in_flight = [[]]  # products, by group
         self.copies = [[]]  # asked for and not waited for, by group
         self.threads = first + np.arange(32)
         self.registers = {name: np.full(32, value, np.int64) for name, value in operands.items()}
@@ -160,8 +160,8 @@ class _Warp:
         kind = parts[-1] if parts else ""
         if name == "setp":
             value = _COMPARE[parts[0]](self._value(args[1], kind), self._value(args[2], kind))
-            if parts[1] == "and":
-                value = value & self.registers[args[3]]
+            if parts[1] in ("and", "or"):
+                value = {"and": np.logical_and, "or": np.logical_or}[parts[1]](value, self.registers[args[3]])
             self._set(args[0], value, mask)
         elif kind == "pred" and name != "vote":
             self._set(
@@ -184,8 +184,12 @@ class _Warp:
             self._set(args[0], np.full(32, value), mask)
         elif name == "cp":
             self._copy(parts, args, mask)
+        elif name == "mbarrier" and parts[0] == "try_wait":
+            self._set(args[0], np.ones(32, bool), mask)  # what is copied is there from the start
         elif name == "mbarrier":
-            self._arrive(args[-1])
+            self._arrive(next(x for x in args if x.startswith("[")))
+        elif name == "ldmatrix":
+            self._load_matrices(args)
         elif name in ("fence", "createpolicy"):
             pass
         elif name == "shfl" and parts[1] == "idx":
@@ -231,8 +235,8 @@ class _Warp:
                 return ~self._value(args[1], kind)
             if name == "popc":
                 return np.bitwise_count(self._value(args[1], "u32")).astype(np.uint32)
-            if name == "max" and kind == "f32" and "NaN" not in parts:
-                return np.fmax(*(self._value(arg, kind) for arg in args[1:]))
+            if name == "max" and kind == "f32":
+                return (np.maximum if "NaN" in parts else np.fmax)(*(self._value(arg, kind) for arg in args[1:]))
             if name == "prmt":
                 return _permuted(*(self._value(arg, "u32") for arg in args[1:]))
             if name == "lop3":
@@ -261,12 +265,13 @@ class _Warp:
         if "mma_async" in op:
             n, (sums, codes, desc, adds) = int(re.search(r"m64n(\d+)k32\.f32\.e4m3\.e4m3", op)[1]), args[:4]
             registers = (re.findall(r"\w+", x) for x in (sums, codes))
-            self.in_flight.append((n, *registers, int(self.registers[desc][0]), bool(self.registers[adds].all())))
+            self.in_flight[-1].append((n, *registers, int(self.registers[desc][0]), bool(self.registers[adds].all())))
+        elif "commit_group" in op:
+            self.in_flight.append([])
         elif "wait_group" in op:
-            assert args == ["0"]
-            for product in self.in_flight:
-                self._multiply_one(*product)
-            self.in_flight = []
+            while len(self.in_flight) - 1 > int(args[0]):
+                for product in self.in_flight.pop(0):
+                    self._multiply_one(*product)
 
     def _multiply_one(self, n, sums, codes, desc, adds):
         g, c, e4m3 = np.arange(32) // 4, np.arange(32) % 4, ml_dtypes.float8_e4m3fn
@@ -285,6 +290,15 @@ class _Warp:
             row, own = g + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * c + i % 2
             before = self._value(name, "f32") if adds else 0
             self.registers[name] = (before + product[row, own]).astype(np.float32)
+
+    def _load_matrices(self, args):
+        """Four of 8 rows of 16 bytes: lane 8 * i + r has the address of row r of matrix i."""
+        at = self._words(args[1])
+        assert (at % 16 == 0).all(), "not aligned"
+        for i, name in enumerate(re.findall(r"\w+", args[0])):
+            words = at[8 * i + np.arange(32) // 4] // 4 + np.arange(32) % 4
+            self._watch(words, np.ones(32, bool), writes=False)
+            self._set(name, self.cta.smem[words], np.ones(32, bool))
 
     def _words(self, address):
         base, _, offset = address.strip("[]").partition("+")
