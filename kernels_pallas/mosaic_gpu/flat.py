@@ -29,7 +29,7 @@ from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret
 
 ONE_TILE = 16384  # up to this many tokens are selected from in one piece
-STEP = 13824  # tokens of a tile: bounds the memory to T * STEP sort keys
+STEP = 16896  # tokens of a tile: bounds the memory to T * STEP sort keys
 PART = 16384  # columns of a row of few queries that are selected from at a time
 MOST_BYTES = 1 << 29  # of the sort keys of few queries
 
@@ -66,15 +66,20 @@ def _flat(
     T = operands.q.shape[0]
     launch: Any = {"n_ctas": n_ctas, "interpret": interpret}
     operands = operands._replace(k=operands.k[:, None])
-    sizes = scores_stage.Sizes.of(operands)
+    sizes = scores_stage.Sizes.of(operands, len(sequences.lengths))
     config = scores_stage.heuristic(sizes, min(STEP, sequences.max_keys), n_ctas, n_score=3)
+    is_in_one_piece = sequences.max_keys <= max(ONE_TILE, 2 * topk) <= topk_stage.MAX_WIDTH
+    # Whole spans, and whole steps of a selection: a tile's result must not reach into the next tile.
+    unit = math.lcm(config.span, COLUMNS)
+    step = sequences.max_keys if is_in_one_piece else -(-STEP // unit) * unit
+    config = scores_stage.for_last_queries(config, sizes, sequences.max_keys, step, n_ctas)
     tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
 
     def sort_keys(start: Array, n: int, threshold: Array | None = None) -> Any:
         columns = Columns(limit=visible, tiles=tiles, first=start, n=n, threshold=threshold)
         return scores_stage.scores(operands, columns, config=config, **launch)
 
-    if sequences.max_keys <= max(ONE_TILE, 2 * topk) <= topk_stage.MAX_WIDTH:
+    if is_in_one_piece:
         # Whole steps of a selection, also where a span is less.
         x = sort_keys(jnp.zeros((1,), jnp.int32), -(-sequences.max_keys // COLUMNS) * COLUMNS)
         return _best(x, visible, topk, has_sort_keys, launch)
@@ -83,9 +88,6 @@ def _flat(
         return _of_few(operands, visible, sequences, topk, has_sort_keys, launch)
 
     n_best = -(-topk // COLUMNS) * COLUMNS
-    # Whole spans, and whole steps of a selection: a tile's result must not reach into the next tile.
-    unit = math.lcm(config.span, COLUMNS)
-    step = -(-STEP // unit) * unit
     x = sort_keys(jnp.zeros((1,), jnp.int32), step)
     positions, _, best = topk_stage.topk_with_sort_keys(x, visible, n_best, **launch)
 
@@ -96,16 +98,18 @@ def _flat(
         return merge_stage.merge(best, tile, start, visible, **launch)
 
     # Two tiles a turn: after an odd number of merges the best would have to be copied to where the next turn expects
-    # them. As many turns as the query that sees most needs, which only the run knows; a tile that nobody sees adds
-    # nothing, but no tile begins beyond the last key.
+    # them. As many turns as the query that sees most needs, which only the run knows, and for which the host waits; a
+    # tile that nobody sees adds nothing, but no tile begins beyond the last key.
     result = best, positions
     n_later = -(-sequences.max_keys // step) - 1
     if n_later % 2:
         result = one_tile(1, result)
     first = 1 + n_later % 2
-    n_turns = (jnp.max(visible) - first * step + 2 * step - 1) // (2 * step)
-    two_tiles = lambda i, best: one_tile(first + 2 * i + 1, one_tile(first + 2 * i, best))  # noqa: E731
-    best, positions = lax.fori_loop(0, n_turns, two_tiles, result)
+    if n_later > 1:
+        n_turns = (jnp.max(visible) - first * step + 2 * step - 1) // (2 * step)
+        two_tiles = lambda i, best: one_tile(first + 2 * i + 1, one_tile(first + 2 * i, best))  # noqa: E731
+        result = lax.fori_loop(0, n_turns, two_tiles, result)
+    best, positions = result
     count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     if n_best == topk:
         return positions, count, best if has_sort_keys else None
@@ -135,10 +139,10 @@ def _of_few(
     """`flat` by all sort keys, in whole parts of a row."""
     T, n, interpret = operands.q.shape[0], _parts(sequences.max_keys) * PART, launch["interpret"]
     # Spans of two warp-groups fill parts. Several are on their way: a span is soon scored for one query.
-    sizes = scores_stage.Sizes.of(operands)
+    sizes = scores_stage.Sizes.of(operands, len(sequences.lengths))
     config = scores_stage.heuristic(sizes, n, launch["n_ctas"], n_score=2, n_keys=4)
     # No more queries a tile than a sequence has on average: a tile is of one sequence.
-    config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // len(sequences.lengths))))
+    config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // sizes.n_sequences)))
     tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
     x = scores_stage.scores(operands, Columns(limit=visible, tiles=tiles, n=n), config=config, **launch)
     # More than are wanted do no harm, and rows are then whole copies of 16 bytes.

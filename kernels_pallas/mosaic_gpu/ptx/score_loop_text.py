@@ -167,13 +167,14 @@ def _arrive(barrier: str, loaded: list[str]) -> str:
 
 def _next_query(shape: Shape) -> str:
     """Slot, phase and descriptor of query j; then waits for it."""
-    # The ring is a power of two: slot and parity of a phase are bits of how many queries this warp-group has met.
+    # The ring is a power of two: slot and parity of a phase are bits of how many slots this warp-group has met.
     laps = shape.ring.bit_length() - 1
     names = ("limit", "threshold") if shape.filters else ("limit",)
     query = " ".join(f"mov.b32 {name}{i}, {name}_next{i};" for name in names for i in range(shape.together))
-    return f"""shr.u32 t, j, {shape.together.bit_length() - 1}; add.u32 t, t, $BEFORE; and.b32 slot, t, {shape.ring - 1}; shr.u32 parity, t, {laps};
-and.b32 parity, parity, 1; mad.lo.u32 q_lo, slot, {shape.columns * shape.row_bytes}, $Q; shr.u32 q_lo, q_lo, 4;
-and.b32 q_lo, q_lo, 0x3fff; shl.b32 t, slot, 3; add.u32 full, t, $FULL; add.u32 free, t, $FREE;
+    return f"""shr.u32 t, j, {shape.together.bit_length() - 1}; add.u32 t, t, $BEFORE;
+and.b32 slot, t, {shape.ring - 1}; shr.u32 parity, t, {laps}; and.b32 parity, parity, 1;
+mad.lo.u32 q_lo, slot, {shape.columns * shape.row_bytes}, $Q; shr.u32 q_lo, q_lo, 4; and.b32 q_lo, q_lo, 0x3fff;
+shl.b32 t, slot, 3; add.u32 full, t, $FULL; add.u32 free, t, $FREE;
 wait: mbarrier.try_wait.parity.shared::cta.b64 p, [full], parity, 10000000; @p bra ready; bra wait;
 ready: {query if shape.rows is None else ""}
 mad.lo.u32 w_slot, slot, {4 * shape.w_words}, $W; and.b32 t, lane, 3; shl.b32 t, t, 3; add.u32 w_at, w_slot, t;"""
@@ -211,7 +212,7 @@ def _product(shape: Shape, a: list[list[str]], acc: list[list[str]], unit: tuple
 
 
 def _sum(shape: Shape, acc: list[str], half: int, heads: int) -> str:
-    """s<half>_<r>_<i> (+)= sum_h w[h] * relu(acc): a thread has rows g and g + 8, columns 8 * o + 2 * c and the next."""
+    """s<half>_<r>_<i> (+)= sum_h w[h] * relu(acc): a thread has rows g and g + 8, columns 8 * o + 2 * c (+ 1)."""
     lines = []
     for nth, register in enumerate(acc):
         octet, r, column = nth // 4, nth // 2 % 2, nth % 2
