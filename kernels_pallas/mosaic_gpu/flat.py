@@ -73,6 +73,9 @@ def _flat(
     unit = math.lcm(config.span, COLUMNS)
     step = sequences.max_keys if is_in_one_piece else -(-STEP // unit) * unit
     config = scores_stage.for_last_queries(config, sizes, sequences.max_keys, step, n_ctas)
+    if not is_in_one_piece:
+        # Out of device memory a tile's limits come one after the other, in 15 us; out of L2 in 3.
+        visible = jnp.maximum(visible, 0)
     tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
 
     def sort_keys(start: Array, n: int, threshold: Array | None = None) -> Any:
@@ -89,33 +92,31 @@ def _flat(
 
     n_best = -(-topk // COLUMNS) * COLUMNS
     x = sort_keys(jnp.zeros((1,), jnp.int32), step)
-    positions, _, best = topk_stage.topk_with_sort_keys(x, visible, n_best, **launch)
+    positions, count, keys, least = topk_stage.topk_with_sort_keys(x, visible, n_best, **launch)
+    best = merge_stage.Best(keys, positions, count, least)
 
-    def one_tile(i: int | Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+    def one_tile(i: int | Array, best: merge_stage.Best) -> merge_stage.Best:
         start = jnp.full((1,), i * step, jnp.int32)
-        # The least of the best so far is the k-th: what does not beat it is not even written.
-        tile = sort_keys(start, step, jnp.min(best[0], axis=1))
+        # What does not beat the least of the best so far is not even written.
+        tile = sort_keys(start, step, best.least)
         return merge_stage.merge(best, tile, start, visible, **launch)
 
     # Two tiles a turn: after an odd number of merges the best would have to be copied to where the next turn expects
     # them. As many turns as the query that sees most needs, which only the run knows, and for which the host waits; a
     # tile that nobody sees adds nothing, but no tile begins beyond the last key.
-    result = best, positions
     n_later = -(-sequences.max_keys // step) - 1
     if n_later % 2:
-        result = one_tile(1, result)
+        best = one_tile(1, best)
     first = 1 + n_later % 2
     if n_later > 1:
         n_turns = (jnp.max(visible) - first * step + 2 * step - 1) // (2 * step)
         two_tiles = lambda i, best: one_tile(first + 2 * i + 1, one_tile(first + 2 * i, best))  # noqa: E731
-        result = lax.fori_loop(0, n_turns, two_tiles, result)
-    best, positions = result
-    count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+        best = lax.fori_loop(0, n_turns, two_tiles, best)
     if n_best == topk:
-        return positions, count, best if has_sort_keys else None
+        return best.positions, best.n, best.sort_keys if has_sort_keys else None
     # Rows are whole steps of the selection: the topk of those n_best.
-    columns, count, best_keys = _best(best, count, topk, has_sort_keys, launch)
-    positions = jnp.take_along_axis(positions, jnp.maximum(columns, 0), axis=1)
+    columns, count, best_keys = _best(best.sort_keys, best.n, topk, has_sort_keys, launch)
+    positions = jnp.take_along_axis(best.positions, jnp.maximum(columns, 0), axis=1)
     return jnp.where(columns >= 0, positions, -1), count, best_keys
 
 
@@ -163,7 +164,7 @@ def _of_few(
 def _best(x: Array, limit: Array, k: int, has_sort_keys: bool, launch: dict[str, Any]) -> Found:
     """Of rows of sort keys; a row that is chosen whole costs no search where its sort keys are not wanted."""
     if has_sort_keys:
-        return topk_stage.topk_with_sort_keys(x, limit, k, **launch)
+        return topk_stage.topk_with_sort_keys(x, limit, k, **launch)[:3]
     if launch["n_ctas"] >= len(x) and x.shape[1] <= few_topk_stage.MAX_WIDTH:
         return *few_topk_stage.topk(x, limit, k, has_forced=False, interpret=launch["interpret"]), None
     return *topk_stage.topk(x, limit, k, **launch), None

@@ -37,11 +37,12 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Arrays in device memory."""
+    """As `select_row.Output`."""
 
-    best: Ref  # [T, k]
+    sort_keys: Ref  # [T, k]
     positions: Ref  # [T, k]
     count: Ref  # [T]
+    least: Ref  # [T]
 
 
 class Smem(NamedTuple):
@@ -91,7 +92,7 @@ def merge_body(plan: Plan, gmem: Inputs, out: Outputs, smem: Smem) -> None:
                 limit = gmem.limit[t]
                 plgpu.barrier_wait(smem.row_full.at[role])
                 tile = Tile(gmem.masks, gmem.x, t, jnp.clip((limit - start + 31) // 32, 0, plan.W // 32), start)
-                output = select_row.Output(t, out.positions, out.count, out.best)
+                output = select_row.Output(t, out.positions, out.count, out.sort_keys, out.least)
                 if plan.interpret:
                     _choose_reference(plan, smem, role, tile, limit, output)
                 else:

@@ -134,7 +134,7 @@ def best_columns(x: Array, limit: Array, k: int, interpret: Interpret = False) -
         columns, _, sort_keys = narrow_topk_stage.topk_with_sort_keys(x, limit, k, interpret=bool(interpret))
     else:
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % COLUMNS)), constant_values=INVISIBLE)
-        columns, _, sort_keys = topk_stage.topk_with_sort_keys(x, limit, k, n_ctas=n_sms(), interpret=interpret)
+        columns, _, sort_keys, _ = topk_stage.topk_with_sort_keys(x, limit, k, n_ctas=n_sms(), interpret=interpret)
     return sort_keys, columns
 
 

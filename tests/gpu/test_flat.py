@@ -112,7 +112,7 @@ def merge_case(seed, k, W, n_start, limit):
     best, positions, tile, words = (
         jnp.asarray(a.astype(np.int32)) for a in (best, positions, tile, words.view(np.int32))
     )
-    return ((best, positions), (tile, words)), x, want
+    return (merge.Best(best, positions, None, None), (tile, words)), x, want
 
 
 @pytest.mark.parametrize("n_start", [0, 2048])
@@ -125,11 +125,16 @@ def test_merge_keeps_the_lower_of_equals(interpret, n_start):
 
 def check_merge(got, x, want):
     for t, chosen in enumerate(want):
-        positions, best = np.asarray(got[1][t]), np.asarray(got[0][t])
+        positions, best, least = (np.asarray(row[t]) for row in (got.positions, got.sort_keys, got.least))
         np.testing.assert_array_equal(positions[: len(chosen)], chosen)
         assert (positions[len(chosen) :] == -1).all()
         np.testing.assert_array_equal(best[: len(chosen)], x[t, chosen])
         assert (best[len(chosen) :] == INVISIBLE).all()
+        assert got.n[t] == len(chosen)
+        if len(chosen) < len(best):
+            assert least == INVISIBLE
+        else:
+            assert np.delete(x[t], chosen).max(initial=INVISIBLE) <= least <= x[t, chosen].min()
 
 
 @pytest.fixture
