@@ -60,7 +60,8 @@ def merge(
     (T, W), k = x.shape, best.sort_keys.shape[1]
     if k % COLUMNS:
         raise ValueError(f"merge: best is [{T}, {k}], wanted a multiple of {COLUMNS} columns")
-    capacity = k + ROUND
+    # The first tile after as many tokens adds about k. With no more room than that, six rows are there at a time.
+    capacity = k + max(ROUND // 2, -(-5 * k // 4 // COLUMNS) * COLUMNS)
     n_select = max(min((SMEM_BYTES - RESERVED_BYTES) // (8 * capacity + 4 * SCRATCH_WORDS), 6), 1)
     plan = Plan(T=T, W=W, k=k, capacity=capacity, n_select=n_select, n_ctas=min(n_ctas, T), interpret=interpret)
     lists = plgpu.SMEM((n_select, capacity // LINE, LINE), jnp.int32)

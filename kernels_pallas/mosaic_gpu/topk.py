@@ -43,7 +43,9 @@ def topk(x: Array, limit: Array, k: int, *, n_ctas: int = 132, interpret: Interp
     return _launch(x, limit, k, False, n_ctas, interpret)[:2]
 
 
-def topk_with_sort_keys(x: Array, limit: Array, k: int, *, n_ctas: int = 132, interpret: Interpret = False) -> tuple[Array, Array, Array, Array]:
+def topk_with_sort_keys(
+    x: Array, limit: Array, k: int, *, n_ctas: int = 132, interpret: Interpret = False
+) -> tuple[Array, Array, Array, Array]:
     """`topk` with the [T, k] sort keys of what it chose, and [T] `least`: see `select_row.Output`."""
     columns, count, sort_keys, least = _launch(x, limit, k, True, n_ctas, interpret)
     assert sort_keys is not None and least is not None

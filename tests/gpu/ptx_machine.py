@@ -1,7 +1,7 @@
 """Runs PTX of one CTA in NumPy: the part of the language that our texts without a Pallas interpreter are written in.
 
-Warps run one after the other, in any order, from barrier to barrier; the threads of a warp take a step at a time, so
-branches must be taken by all of them or by none. Shared memory is watched: what a thread
+Warps run one after the other, in any order, from barrier to barrier; the threads of a warp take a step at a time. Those
+that branch forward, where others do not, wait there for the others. Shared memory is watched: what a thread
 has written, or another one reads, since the last barrier may not be touched by others, but for atomics among
 themselves. Registers hold anything before they are written, and so does memory. A copy by `cp.async` lands when it is
 waited for, and is then a write of the thread that asked for it.
@@ -99,6 +99,7 @@ class _Warp:
     def __init__(self, cta, first, operands):
         self.cta, self.n, self.at, self.steps = cta, 32, 0, 0
         self.in_flight = [[]]  # products, by group
+        self.active, self.waiting = np.ones(32, bool), {}  # by place, threads that branched there
         self.copies = [[]]  # asked for and not waited for, by group
         self.threads = first + np.arange(32)
         self.registers = {name: np.full(32, value, np.int64) for name, value in operands.items()}
@@ -110,18 +111,26 @@ class _Warp:
             self.steps += 1
             assert self.steps < most, "it does not end"
             guard, op, args = self.cta.code[self.at]
-            mask = np.ones(32, bool)
+            self.active = self.active | self.waiting.pop(self.at, False)
+            mask = self.active
             if guard:
-                mask = self.registers[guard[1]] != guard[0]
+                mask = mask & (self.registers[guard[1]] != guard[0])
             self.at += 1
             name, *parts = op.split(".")
             if name == "bra":
-                assert mask.all() or not mask.any(), f"threads part at a branch to {args[0]}"
-                self.at = self.cta.labels[args[0]] if mask.all() else self.at
+                target = self.cta.labels[args[0]]
+                if (mask == self.active).all():
+                    self.at = target
+                elif mask.any():
+                    assert target >= self.at, f"threads part at a branch back to {args[0]}"
+                    self.waiting[target] = mask | self.waiting.get(target, False)
+                    self.active = self.active & ~mask
             elif name == "bar" and parts[0] == "warp":
-                assert self.cta.n == 32, "other warps go on"
-                self.cta.forget()
+                assert self.active.all()
+                if self.cta.n == 32:  # or other warps go on
+                    self.cta.forget()
             elif name == "bar":
+                assert self.active.all()
                 assert int(args[1]) == self.cta.n
                 return True
             elif name == "wgmma":
@@ -353,20 +362,21 @@ class _Warp:
             # The last list is of those that are in no group yet.
             n = len(self.copies) - 1 - int(args[0]) if args else len(self.copies)
             landed, self.copies = self.copies[:n], self.copies[n:] or [[]]
-            for words, values in (copy for group in landed for copy in group):
-                for i in range(4):
-                    self._watch(words + i, np.ones(32, bool), writes=True, values=values[i])
-                    self.cta.smem[words + i] = values[i]
+            for words, mask, values in (copy for group in landed for copy in group):
+                for i, own in enumerate(values):
+                    self._watch(words + i, mask, writes=True, values=own)
+                    self.cta.smem[(words + i)[mask]] = own[mask]
         else:
-            assert mask.all() and int(args[2]) == 16
+            size = int(args[2])
             to, source = (self._words(arg) for arg in args[:2])
-            ignored = self.registers[args[3]]
-            assert (to % 16 == 0).all() and (source[~ignored] % 16 == 0).all(), "not aligned"
-            assert ((to >= 0) & (to // 4 + 4 <= len(self.cta.smem))).all(), f"outside of memory: {args}"
-            at = np.where(ignored, 0, source // 4)
-            assert ((at >= 0) & (at + 4 <= len(self.cta.memory))).all(), f"outside of memory: {args}"
-            values = [np.where(ignored, 0, self.cta.memory[at + i]).astype(np.uint32) for i in range(4)]
-            self.copies[-1].append((to // 4, values))
+            ignored = self.registers[args[3]] if len(args) > 3 else np.zeros(32, bool)
+            assert (to[mask] % size == 0).all() and (source[mask & ~ignored] % size == 0).all(), "not aligned"
+            is_inside = (to >= 0) & (to + size <= 4 * len(self.cta.smem))
+            assert is_inside[mask].all(), f"outside of memory: {args}"
+            at = np.where(ignored | ~mask, 0, source // 4)
+            assert ((at >= 0) & (at + size // 4 <= len(self.cta.memory))).all(), f"outside of memory: {args}"
+            values = [np.where(ignored, 0, self.cta.memory[at + i]).astype(np.uint32) for i in range(size // 4)]
+            self.copies[-1].append((np.where(mask, to // 4, 0), mask, values))
 
     def _arrive(self, where):
         for address in self._words(where):

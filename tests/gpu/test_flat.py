@@ -1,6 +1,7 @@
 """The streaming flat indexer and its merge, interpreted with race detection."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 import hisa_jax as hj
 from hisa_jax.kernels_pallas import mosaic_gpu
 from hisa_jax.kernels_pallas.flat_call import flatten
-from hisa_jax.kernels_pallas.mosaic_gpu import flat, merge
+from hisa_jax.kernels_pallas.mosaic_gpu import flat, merge, stages
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_survivors
 from hisa_jax.kernels_pallas.sort_key import score_of
 from hisa_jax.layout import Call
@@ -93,6 +94,36 @@ def test_few_queries_take_a_kernel_for_scores_and_one_for_each_round(T, context,
     text = lower(select, *arrays, ((T, P), i32), ((T + 1,), i32))
     kernels = re.findall(r"custom_call @(?:mosaic_gpu_v2|__gpu\$xla\.gpu\.triton)", text)
     assert len(kernels) == (3 if context == 131072 else 4)
+
+
+def test_hisa_that_keeps_all_blocks_of_many_queries_is_the_flat_indexer(monkeypatch):
+    """Traced alone: half a second."""
+
+    def refine(*_):
+        raise LookupError
+
+    def select(T, S):
+        shapes = (1, T, 64, 128), (1, S, 128), (1, S), (1, T, 64), (1, T)
+        dtypes = E4M3, E4M3, jnp.float32, jnp.float32, jnp.int32
+        hisa = functools.partial(kernel_calls.select_hisa, mosaic_gpu, topk=2048, block_size=128, block_topk=64)
+        return jax.eval_shape(hisa, *map(jax.ShapeDtypeStruct, shapes, dtypes))
+
+    monkeypatch.setattr(stages, "refine", refine)
+    assert [x.shape for x in select(256, 8192)] == [(1, 256, 2048), (1, 256), (1, 256, 64)]
+    for T, S in ((256, 8320), (128, 8192)):
+        with pytest.raises(LookupError):
+            select(T, S)
+
+
+@pytest.mark.exhaustive
+def test_hisa_that_is_the_flat_indexer_has_the_tokens_and_the_blocks_of_its_own_kernels(interpret, monkeypatch):
+    q, k, scale, w = draw.integers(3, 1, 4, 300, 16, 64, E4M3, True)
+    visible = jnp.asarray([[300, 130, 5, 0]], jnp.int32)
+    options = dict(topk=40, block_size=128, block_topk=3, interpret=interpret)
+    wanted = kernel_calls.select_hisa(mosaic_gpu, q, k, scale, w, visible, **options)
+    monkeypatch.setattr(stages, "n_sms", lambda: 2)
+    got = kernel_calls.select_hisa(mosaic_gpu, q, k, scale, w, visible, **options)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 def merge_case(seed, k, W, n_start, limit):
