@@ -25,6 +25,7 @@ Q, KEYS, W, PIN, SCALES, BARRIERS = (1024 * i for i in (0, 64, 96, 98, 102, 103)
         pytest.param(32, 2, 2, False, 1, marks=pytest.mark.exhaustive),
         pytest.param(64, 1, 1, True, 1, marks=pytest.mark.exhaustive),
         pytest.param(64, 1, 1, False, 0, marks=pytest.mark.exhaustive),
+        pytest.param(64, 2, 1, True, 1, marks=pytest.mark.exhaustive),
     ],
 )
 def test_the_machine_has_the_scores_of_whole_numbers(H, together, n_parts, filters, keep):
