@@ -69,7 +69,7 @@ def topk_of_parts(x: Array, limit: Array, k: int, *, part: int, interpret: Inter
     T, W = x.shape
     n = W // part
     options: dict[str, Any] = dict(n_parts=n, has_forced=False, has_sort_keys=True, interpret=interpret)
-    columns, _, sort_keys = _launch(x.reshape(T * n, part), limit, None, k, **options)
+    columns, _, sort_keys = _launch(x.reshape(T * n, part), limit, None, k, **options)[:3]
     assert sort_keys is not None
     return columns.reshape(T, n * k), sort_keys.reshape(T, n * k)
 
@@ -89,7 +89,7 @@ def topk_of_listed(
         limit: [T] int32, columns from here on are no candidates, whatever they hold; None: all are.
     """
     options: dict[str, Any] = dict(is_listed=True, has_forced=False, has_sort_keys=has_sort_keys, interpret=interpret)
-    return _launch(x, limit, listed, k, **options)
+    return _launch(x, limit, listed, k, **options)[:3]
 
 
 @functools.partial(
