@@ -30,8 +30,9 @@ from hisa_jax.kernels_pallas.types import Interpret
 
 ONE_TILE = 16384  # up to this many tokens are selected from in one piece
 STEP = 16896  # tokens of a tile: bounds the memory to T * STEP sort keys
-PART = 16384  # columns of a row of few queries that are selected from at a time
+WIDTH = few_topk_stage.MAX_WIDTH  # columns of a row of few queries that a CTA selects from
 MOST_BYTES = 1 << 29  # of the sort keys of few queries
+_GROUPS_OF_FEW = 2  # warp-groups that score for few queries
 
 
 Found = tuple[Array, Array, Array | None]  # positions, ascending, then -1, [T, topk]; count, [T]; maybe sort keys
@@ -121,12 +122,12 @@ def _flat(
 
 
 def is_for_few(T: int, max_keys: int, topk: int, n_ctas: int) -> bool:
-    """Whether queries are so few that all their sort keys are written, and each part of a row is selected from."""
-    return n_ctas >= T and 2 * topk <= PART and 4 * T * _parts(max_keys) * PART <= MOST_BYTES
+    """Whether queries are so few that all their sort keys are written, and a CTA selects from a row."""
+    return n_ctas >= T and 2 * topk <= WIDTH and 4 * T * _whole(max_keys) <= MOST_BYTES
 
 
-def _parts(max_keys: int) -> int:
-    return -(-max_keys // PART)
+def _whole(n: int) -> int:
+    return -(-n // COLUMNS) * COLUMNS
 
 
 def _of_few(
@@ -137,28 +138,40 @@ def _of_few(
     has_sort_keys: bool,
     launch: dict[str, Any],
 ) -> Found:
-    """`flat` by all sort keys, in whole parts of a row."""
-    T, n, interpret = operands.q.shape[0], _parts(sequences.max_keys) * PART, launch["interpret"]
-    # Spans of two warp-groups fill parts. Several are on their way: a span is soon scored for one query.
+    """`flat` by all sort keys, and the greatest of each group of neighbours."""
+    T, n, interpret = operands.q.shape[0], _whole(sequences.max_keys), launch["interpret"]
+    # Several spans are on their way: a span is soon scored for one query.
     sizes = scores_stage.Sizes.of(operands, len(sequences.lengths))
-    config = scores_stage.heuristic(sizes, n, launch["n_ctas"], n_score=2, n_keys=4)
+    config = scores_stage.heuristic(sizes, n, launch["n_ctas"], n_score=_GROUPS_OF_FEW, n_keys=4)
     # No more queries a tile than a sequence has on average: a tile is of one sequence.
     config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // sizes.n_sequences)))
     tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
-    x = scores_stage.scores(operands, Columns(limit=visible, tiles=tiles, n=n), config=config, **launch)
-    # More than are wanted do no harm, and rows are then whole copies of 16 bytes.
-    k = -(-topk // 4) * 4
-    positions, x = few_topk_stage.topk_of_parts(x, visible, k, part=PART, interpret=interpret)
-    while x.shape[1] > PART:
-        # The best of as many parts as fit are listed; so on until all fit.
-        listed = PART // k * k
-        missing = ((0, 0), (0, -x.shape[1] % listed))
-        x = jnp.pad(x, missing, constant_values=INVISIBLE).reshape(-1, listed)
-        positions = jnp.pad(positions, missing, constant_values=-1).reshape(-1, listed)
-        positions, _, keys = few_topk_stage.topk_of_listed(x, positions, k, has_sort_keys=True, interpret=interpret)
-        assert keys is not None
-        positions, x = positions.reshape(T, -1), keys.reshape(T, -1)
-    return few_topk_stage.topk_of_listed(x, positions, topk, has_sort_keys=has_sort_keys, interpret=interpret)
+    # As many neighbours a group as leave room for the best groups; all that a thread of the selection has at most.
+    size = next(size for size in (8, 4, 2) if size * topk <= WIDTH)
+    columns = Columns(limit=visible, tiles=tiles, n=n)
+    x, maxima = scores_stage.scores(operands, columns, config=config, maxima_of=size, **launch)
+    levels, n = [x, maxima], n // size
+    while n > WIDTH:
+        levels.append(_greatest(levels[-1], visible, size ** (len(levels) - 1), size))
+        n = levels[-1].shape[1]
+
+    def options(level: int) -> dict[str, Any]:
+        common: Any = dict(size=size, limit=visible, per_column=size**level, interpret=interpret)
+        return common | {"has_sort_keys": has_sort_keys and level == 0}
+
+    highest = len(levels) - 2
+    found = few_topk_stage.topk_by_maxima(*levels[highest:], topk, width=n, **options(highest))
+    for level in reversed(range(highest)):
+        found = few_topk_stage.topk_of_groups(levels[level], found[0], topk, **options(level))
+    return found
+
+
+def _greatest(x: Array, visible: Array, per_column: int, size: int) -> Array:
+    """[T, W] -> [T, W / size, padded], the greatest of neighbours; columns beyond what is visible hold anything."""
+    column = jnp.arange(x.shape[1], dtype=jnp.int32) * per_column
+    x = jnp.where(column < visible[:, None], x, INVISIBLE)
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % (4 * size))), constant_values=INVISIBLE)
+    return jnp.max(x.reshape(len(x), -1, size), axis=2)
 
 
 def _best(x: Array, limit: Array, k: int, has_sort_keys: bool, launch: dict[str, Any]) -> Found:

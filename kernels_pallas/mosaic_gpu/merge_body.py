@@ -130,8 +130,10 @@ def _choose(plan: Plan, smem: Smem, group: Array, tile: Tile, out: select_row.Ou
 def _choose_reference(plan: Plan, smem: Smem, group: Array, tile: Tile, limit: Array, out: select_row.Output) -> None:
     """`_choose` in jnp, for interpret mode, which cannot run PTX."""
     columns = jnp.arange(plan.W, dtype=jnp.int32)
-    passed = (tile.masks[tile.t][columns // 32] >> (columns % 32)) & 1
-    new = jnp.where((passed > 0) & (columns < limit - tile.start), tile.x[tile.t], INVISIBLE)
+    words = tile.masks[tile.t][columns // 32]
+    passed, before = (words >> (columns % 32)) & 1, lax.population_count(words & ((1 << columns % 32) - 1))
+    new = tile.x[tile.t][columns // 32 * 32 + before]
+    new = jnp.where((passed > 0) & (columns < limit - tile.start), new, INVISIBLE)
     old, old_positions = (x[group].reshape(-1)[: plan.k] for x in (smem.sort_keys, smem.positions))
     positions = jnp.concatenate([old_positions, tile.start + columns])
     select_row.choose_reference(jnp.concatenate([old, new]), positions, out)

@@ -34,7 +34,7 @@ class Config:
     """Tile sizes and warp-groups: they change the speed, never the result."""
 
     n_score: int = 3  # warp-groups that score
-    n_keys: int = 1  # spans of keys in shared memory at a time, waiting: the one in work is in registers
+    n_keys: int = 1  # spans of keys in shared memory, up to 4, waiting: the one in work is in registers
     ring: int = 8  # queries in flight, a power of two
     tile_t: int = 32  # queries a work item
     together: int = 1  # queries that share a product, which has 64 columns: of 32 heads two
@@ -129,18 +129,26 @@ def for_last_queries(config: Config, sizes: Sizes, max_keys: int, step: int, n_c
     return dataclasses.replace(config, tile_t=min((config.tile_t, *range(128, 15, -2)), key=time))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "n_ctas", "interpret"))
+@functools.partial(jax.jit, static_argnames=("config", "maxima_of", "n_ctas", "interpret"))
 def scores(
-    operands: Operands, columns: Columns, *, config: Config, n_ctas: int = 132, interpret: Interpret = False
+    operands: Operands,
+    columns: Columns,
+    *,
+    config: Config,
+    maxima_of: int = 0,
+    n_ctas: int = 132,
+    interpret: Interpret = False,
 ) -> Array | tuple[Array, Array]:
     """Keys [S, parts, D] -> [T, columns.n padded, see `Config.columns`] int32 sort keys.
 
-    With a threshold there is a second result [T, width // 32] int32, which tells what was written: bit c % 32 of word
-    c // 32 stands for column c.
+    With a threshold there is a second result [T, width // 32] int32, which tells what passed: bit c % 32 of word
+    c // 32 stands for column c. Of each 32 columns the sort keys that passed come first, side by side, then anything.
+    With `maxima_of` = n the second is [T, width // n] int32, the greatest of n neighbouring ones.
 
     Args:
         operands: pages are of one row each, or of 32 and more.
         columns: `first` is a multiple of the span.
+        maxima_of: a power of two up to 32, without a threshold; 0: none.
     """
     q, _, k, k_scale, pages = operands
     (T, H, D), (_, n_parts, _), itemsize = q.shape, k.shape, k.dtype.itemsize
@@ -160,12 +168,18 @@ def scores(
         filters=columns.threshold is not None,
         together=config.together,
         pitch=n_parts * D * itemsize + PAD if gathers else None,
+        maxima_of=maxima_of,
     )
     rows_of = lambda width: jax.ShapeDtypeStruct((T, width), jnp.int32)  # noqa: E731
-    out_type = Outputs(rows_of(width), rows_of(width // 32) if shape.filters else None)
-    sort_keys, masks = launch(shape, operands, columns, out_type, config, n_ctas, interpret)
-    assert sort_keys is not None
-    return sort_keys if masks is None else (sort_keys, masks)
+    out_type = Outputs(
+        rows_of(width),
+        rows_of(width // 32) if shape.filters else None,
+        rows_of(width // maxima_of) if maxima_of else None,
+    )
+    sort_keys, *others = (
+        x for x in launch(shape, operands, columns, out_type, config, n_ctas, interpret) if x is not None
+    )
+    return (sort_keys, *others) if others else sort_keys
 
 
 def launch(

@@ -1,6 +1,7 @@
 """Device code of `scores`: one warp-group loads, the others score, each its own tile of keys."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -87,6 +88,7 @@ class Outputs(NamedTuple):
 
     sort_keys: Ref | None  # [queries, width] int32; None where groups are filtered
     masks: Ref | None  # [queries, width // 32] int32, with a threshold
+    maxima: Ref | None = None  # [queries, width // Shape.maxima_of] int32, if they are wanted
 
 
 def scores_body(plan: Plan, gmem: Inputs, out: Outputs, smem: Smem) -> None:
@@ -116,6 +118,7 @@ class Work(NamedTuple):
     key_row: Array  # of the span's first key
 
 
+_LAST_WARP = 3  # of the loader, a warp-group
 Carry = tuple[Array, Array]  # items, and slots of queries, that this CTA has met so far
 
 
@@ -154,21 +157,39 @@ def each_item(plan: Plan, gmem: Inputs, f: Callable[[Work, Carry], None]) -> Car
 
 
 def load(plan: Plan, gmem: Inputs, smem: Smem) -> None:
-    """Brings each item's span of keys, then its queries one by one."""
+    """Brings each item's span of keys, and its queries one by one."""
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+    if plan.gathers:
+        # A store by the whole warp-group stands for what only PTX can do.
+        everything = functools.partial(_load_items, plan, gmem, smem, None)
+        everything() if plan.interpret else one_warp(everything)
+    else:
+        plgpu.warp_map(functools.partial(_load_items, plan, gmem, smem))
+
+
+def _load_items(plan: Plan, gmem: Inputs, smem: Smem, warp: Array | None) -> None:
+    """What one warp of the loader brings: the keys of a slot, and the last one queries. None: all of it.
+
+    One warp for all slots would be the limit of few queries: from an item to the next it takes some 230 instructions,
+    most of which wait for the one before, and a look-up of pages.
+    """
+    by = lambda who: (lambda body: body()) if warp is None else pl.when(warp == who)  # noqa: E731
 
     def one_item(work: Work, met: Carry) -> None:
         slot = lax.rem(met[0], jnp.int32(plan.n_keys))
-        # Pages are looked up while the slot is still in use.
-        rows = [] if plan.gathers else _rows_of_copies(plan, gmem.table, work.key_row)
-        plgpu.barrier_wait(smem.k_free.at[slot])
-        if not plan.gathers:
-            _copy_keys(plan, gmem, smem, slot, rows)
-        elif plan.interpret:
-            _gather_keys_interpreted(plan, gmem, smem, slot, work.key_row)
-        else:
-            source, target = Source(gmem.k, gmem.k_scale, gmem.table), Target(smem.k, smem.scale, smem.k_full)
-            copy_rows(source, target, slot, work.key_row)
+
+        @by(slot)
+        def _keys():
+            # Pages are looked up while the slot is still in use.
+            rows = [] if plan.gathers else _rows_of_copies(plan, gmem.table, work.key_row)
+            plgpu.barrier_wait(smem.k_free.at[slot])
+            if not plan.gathers:
+                _copy_keys(plan, gmem, smem, slot, rows)
+            elif plan.interpret:
+                _gather_keys_interpreted(plan, gmem, smem, slot, work.key_row)
+            else:
+                source, target = Source(gmem.k, gmem.k_scale, gmem.table), Target(smem.k, smem.scale, smem.k_full)
+                copy_rows(source, target, slot, work.key_row)
 
         def one_slot(j, _):
             slot = (met[1] + j) % plan.loop.ring
@@ -181,15 +202,12 @@ def load(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 plgpu.copy_gmem_to_smem(gmem.w.at[t], smem.w.at[slot, words], smem.q_full.at[slot])
             return _
 
-        lax.fori_loop(0, plan.slots(work.n), one_slot, None)
+        by(_LAST_WARP)(lambda: lax.fori_loop(0, plan.slots(work.n), one_slot, None) and None)
 
-    def all_items() -> None:
-        each_item(plan, gmem, one_item)
-        wait_all(smem.k_free, plan.n_keys)
-        wait_all(smem.q_free, plan.loop.ring)
-
-    # A store by the whole warp-group stands for what only PTX can do.
-    all_items() if plan.gathers and plan.interpret else one_warp(all_items)
+    each_item(plan, gmem, one_item)
+    for slot in range(plan.n_keys):
+        by(slot)(functools.partial(plgpu.barrier_wait, smem.k_free.at[slot]))
+    by(_LAST_WARP)(lambda: wait_all(smem.q_free, plan.loop.ring))
 
 
 def _copy_keys(plan: Plan, gmem: Inputs, smem: Smem, slot: Array, rows: list[Ref]) -> None:

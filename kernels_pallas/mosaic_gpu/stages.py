@@ -1,7 +1,7 @@
 """The stages of `indexer.Stages`, by Mosaic GPU kernels; pooling, narrow selections and lists are Triton's."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -84,10 +84,13 @@ def block_filter(
     interpret: Interpret = False,
 ) -> Array:
     limit, m = eligible.scored, method.block_topk
-    sort_keys = block_sort_keys(call, means, limit, method, interpret)
+    if _are_kept(means, call):
+        # What a query sees is counted in tokens as it came: no kernel before it makes blocks of them.
+        sort_keys = _kept_scores(call, means, call.visible, method, method.block_size, interpret)
+    else:
+        sort_keys = block_sort_keys(call, means, limit, method, interpret)
     if _are_few(sort_keys):
         # It takes all that a query sees, scored or not, where there is room: no kernel after it puts them there.
-        # What a query sees is counted in tokens as it came: no kernel before it makes blocks of them.
         options: Any = dict(per_column=method.block_size, is_full=True, interpret=interpret)
         return few_topk_stage.topk(sort_keys, call.visible, m, **options)[0]
     if sort_keys.shape[1] <= _NARROW:
@@ -111,10 +114,8 @@ def block_sort_keys(
     if isinstance(means, PageSums):
         first_block = sequences.key_start_of_queries(T)
         return page_means.page_scores(q, w, means, first_block, columns, interpret=bool(interpret))
-    if isinstance(means, PageMeans) and is_shared_by_few(len(sequences.lengths), T):
-        first_block, kept = sequences.key_start_of_queries(T), kept_means.heuristic(T, sequences.max_keys, n_ctas)
-        options: Any = {"config": kept, "interpret": bool(interpret)}
-        return kept_means.kept_scores(q, w, means, first_block, columns, **options)
+    if _are_kept(means, call):
+        return _kept_scores(call, means, eligible, method, 1, interpret)
     pages = means.rows if isinstance(means, PageMeans) else None
     parts, scale = (means.means, means.scales) if isinstance(means, PageMeans) else means
     rows, sequences = (None, sequences) if pages else sequences.aligned(parts.shape[0], _TILED_ROWS)
@@ -127,6 +128,26 @@ def block_sort_keys(
     tiles = sequences.query_tiles(T, config.tile_t, eligible, COLUMNS)
     columns = dataclasses.replace(columns, tiles=tiles, n=sequences.max_keys)
     return scores_stage.scores(operands, columns, config=config, n_ctas=n_ctas, interpret=interpret)
+
+
+def _are_kept(means: Means | KeyBlocks | PageSums | PageMeans, call: FlatCall) -> TypeGuard[PageMeans]:
+    """Whether means are fetched from where pages keep them, for each query by itself."""
+    return isinstance(means, PageMeans) and is_shared_by_few(len(call.sequences.lengths), call.q.shape[0])
+
+
+def _kept_scores(
+    call: FlatCall,
+    means: PageMeans,
+    limit: Array,
+    method: Hisa | BlockSparse | ByScore,
+    per_column: int,
+    interpret: Interpret,
+) -> Array:
+    T, sequences = call.q.shape[0], call.sequences.blocks(method.block_size)
+    columns = Columns(limit=limit, n=sequences.max_keys, keep_first=method.keep_first, keep_last=method.keep_last)
+    config = kept_means.heuristic(T, sequences.max_keys, n_sms())
+    options: Any = {"config": config, "per_column": per_column, "interpret": bool(interpret)}
+    return kept_means.kept_scores(call.q, call.w, means, sequences, columns, **options)
 
 
 def best_columns(x: Array, limit: Array, k: int, interpret: Interpret = False) -> Found:
@@ -148,11 +169,12 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
         kept = dataclasses.replace(kept, count=jnp.minimum(-(-call.visible // block_size), m))
     n_parts = refine_stage.split(T, m, block_size, _apart(H), n_ctas)
     page_size = None if pages is None else pages.size
-    fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size)
+    is_alone = n_ctas >= T
+    fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size, is_alone=is_alone)
     if fused is not None and n_parts == 1:
         shape = dict(H=H, D=D, m=m, block_size=block_size, itemsize=itemsize)
-        # Those found for keys in one piece leave no room for the pages' numbers.
-        config = tuned(refine_stage.Config, "mosaic_gpu.refine", **shape) if pages is None else None
+        # Those found are for many queries; those for keys in one piece leave no room for the pages' numbers.
+        config = tuned(refine_stage.Config, "mosaic_gpu.refine", **shape) if pages is None and not is_alone else None
         options: Any = {"n_ctas": n_ctas, "interpret": interpret}
         return refine_stage.refine(call.operands, kept, k_top=topk, config=config or fused, **options)
     sort_keys, limit = _refine_scores(call, kept, interpret)

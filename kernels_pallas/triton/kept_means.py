@@ -22,9 +22,10 @@ from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.operands import Columns
 from hisa_jax.kernels_pallas.pages import TILED_BLOCKS, PageMeans
-from hisa_jax.kernels_pallas.triton.kept_means_body import Kept, Plan, kept_scores_body
+from hisa_jax.kernels_pallas.sequences import Sequences
+from hisa_jax.kernels_pallas.triton.kept_means_body import Kept, Plan, Queries, kept_scores_body
 from hisa_jax.kernels_pallas.triton.page_means import COLUMNS
-from hisa_jax.kernels_pallas.triton.page_means_body import Queries, Sums
+from hisa_jax.kernels_pallas.triton.page_means_body import Sums
 from hisa_jax.kernels_pallas.types import Ref
 
 
@@ -46,25 +47,26 @@ def heuristic(T: int, n_blocks: int, n_sms: int = 132) -> Config:
     return Config(tile_s=64 if T * n_blocks >= 32 * n_sms else TILED_BLOCKS)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def kept_scores(
     q: Array,
     w: Array,
     means: PageMeans,
-    first_block: Array,
+    sequences: Sequences,
     columns: Columns,
     *,
     config: Config,
+    per_column: int = 1,
     interpret: bool = False,
 ) -> Array:
     """[T, H, D], [T, H], means, [T] -> [T, columns.n padded] int32 sort keys of the scores of block means, as `scores`.
 
     Args:
-        first_block: where the blocks of each query's request begin.
+        sequences: of blocks, all in the means' table, one after the other, as many each.
         columns: blocks of each query; `tiles` and `first` are not used. Those at or beyond its limit are `INVISIBLE`
             or, beyond its whole 512, not written.
+        per_column: what a limit counts of each block.
     """
-    T, H, D = q.shape
+    T, R = q.shape[0], len(sequences.lengths)
     sums, tile_s = means.page_sums, config.tile_s
     step = COLUMNS if columns.n > COLUMNS else tile_s
     width = -(-columns.n // step) * step
@@ -75,25 +77,27 @@ def kept_scores(
         n_pages=sums.pages.n_pages,
         keep_first=columns.keep_first,
         keep_last=columns.keep_last,
+        per_column=per_column,
+        n_sequences=R,
     )
     row = lambda *shape: pl.BlockSpec((None, *shape), lambda s, t: (t,) + (0,) * len(shape))  # noqa: E731
-    # What is known of a query in one array, so that one kernel of XLA makes it.
-    numbers = jnp.stack([columns.limit, first_block], axis=1)
-    number = lambda i: pl.BlockSpec((None, 1), lambda s, t: (t, i))  # noqa: E731
     others = None if means.marks is None else Sums(sums.pages.table, sums.sums, sums.counts)
     flat = means.means.reshape(len(means.means), -1)
     kept = Kept(sums.pages.table, flat, means.scales, means.marks, others)
+    # As they came or from one sum: the arithmetic that makes blocks of them would be a kernel of XLA before this one.
+    sequence = jnp.asarray(sequences.of_queries(T)) if R > 1 else jnp.zeros((T,), jnp.int32)
+    queries = Queries(q, w, columns.limit[:, None], sequence[:, None])
     return pl.pallas_call(
         functools.partial(kept_scores_body, plan=plan),
         # Query by query: the next one of a request finds its means in L2.
         grid=(width // tile_s, T),
-        in_specs=[Queries(row(H, D), row(H), number(0), number(1)), jax.tree.map(_whole, kept)],
+        in_specs=[Queries(*(row(*x.shape[1:]) for x in queries)), jax.tree.map(_whole, kept)],
         out_specs=row(width),
         out_shape=jax.ShapeDtypeStruct((T, width), jnp.int32),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
         name="hisa_kept_scores",
         interpret=interpret,
-    )(Queries(q, w, numbers, numbers), kept)
+    )(queries, kept)
 
 
 def _whole(x: Array) -> Ref:

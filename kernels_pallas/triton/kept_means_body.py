@@ -11,11 +11,20 @@ from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.pages import TILED_BLOCKS
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
-from hisa_jax.kernels_pallas.triton.page_means_body import Queries, Sums, means_of_blocks
+from hisa_jax.kernels_pallas.triton.page_means_body import Sums, means_of_blocks
 from hisa_jax.kernels_pallas.triton.product import product
 from hisa_jax.kernels_pallas.types import Ref
 from hisa_jax.xla.block_means import joined
 from hisa_jax.xla.means import split
+
+
+class Queries(NamedTuple):
+    """What is known of a query."""
+
+    q: Ref  # [H, D]
+    w: Ref  # [H]
+    limit: Ref  # [1]
+    sequence: Ref  # [1]
 
 
 class Kept(NamedTuple):
@@ -38,6 +47,8 @@ class Plan:
     n_pages: int
     keep_first: int
     keep_last: int
+    per_column: int  # what a limit counts of each block
+    n_sequences: int
 
 
 def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> None:
@@ -47,7 +58,9 @@ def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> N
     # Memory is waited for three times: for the query's numbers, the table, and all else at once. A mean that does not
     # fit is rare (a page that follows different pages in two tables), so a few blocks at a time will do, and no branch
     # but that one has its registers. out: [width].
-    column, limit, first_block = pl.program_id(0) * plan.tile_s, query.limit[0], query.first_block[0]
+    column, n_blocks = pl.program_id(0) * plan.tile_s, refs.table.shape[0] // plan.per_block // plan.n_sequences
+    limit = lax.div(query.limit[0] + (plan.per_column - 1), jnp.int32(plan.per_column))
+    first_block = jnp.minimum(query.sequence[0], plan.n_sequences - 1) * n_blocks
     D = query.q.shape[1]
 
     def pages_of(first: Array, n: int) -> tuple[Array, list[Array]]:
@@ -81,13 +94,14 @@ def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> N
     def _score_kept():
         candidate, pages = pages_of(column, plan.tile_s)
         # Asked for in this order: what is waited for longest comes first, and nothing waits in between.
-        columns = jnp.arange(D, dtype=jnp.int32)
-        parts = range(0, refs.means.shape[1], D)
-        means = [plt.load(refs.means.at[pages[-1][:, None], first + columns[None, :]]) for first in parts]
-        heads, w = query.q[...], query.w[...]
+        # All parts of a mean are one row, multiplied with heads that repeat: one product, not one after another.
+        part_columns = jnp.arange(refs.means.shape[1], dtype=jnp.int32)[None, :]
+        means = plt.load(refs.means.at[pages[-1][:, None], part_columns])
+        head = jnp.arange(query.q.shape[0], dtype=jnp.int32)[:, None]
+        heads, w = plt.load(query.q.at[head, lax.rem(part_columns, jnp.int32(D))]), query.w[...]
         scale = None if refs.scales is None else plt.load(refs.scales.at[pages[-1]])
         other = is_other(candidate, pages)
-        scores = _score(means, heads, w)
+        scores = _score([means], heads, w)
         store(candidate, scores if scale is None else scores * scale, ~other)
         if refs.sums is not None:
             pl.when(jnp.max(other.astype(jnp.int32)) > 0)(

@@ -74,7 +74,7 @@ def block_sort_keys(
         return page_scores(q, w, means, first_block, columns, interpret=interpret)
     if isinstance(means, PageMeans) and is_shared_by_few(len(sequences.lengths), T):
         kept = kept_means.heuristic(T, sequences.max_keys)
-        return kept_means.kept_scores(q, w, means, first_block, columns, config=kept, interpret=interpret)
+        return kept_means.kept_scores(q, w, means, sequences, columns, config=kept, interpret=interpret)
     parts = (means.means, means.scales, means.rows) if isinstance(means, PageMeans) else means
     columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, config.tile_t, eligible))
     return scores_stage.scores(Operands(q, w, *parts), columns, config=config, interpret=interpret)

@@ -103,7 +103,7 @@ class _Warp:
         self.copies = [[]]  # asked for and not waited for, by group
         self.threads = first + np.arange(32)
         self.registers = {name: np.full(32, value, np.int64) for name, value in operands.items()}
-        self.registers |= {"%tid.x": self.threads, "%laneid": np.arange(32)}
+        self.registers |= {"%tid.x": self.threads, "%laneid": np.arange(32), "%lanemask_lt": (1 << np.arange(32)) - 1}
 
     def run(self, most=100_000):
         """To the next barrier, or to the end: whether to a barrier."""

@@ -7,6 +7,7 @@ import pytest
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_survivors import gather_ptx
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
+from tests.gpu import reference
 from tests.gpu.ptx_machine import Machine
 
 NAMES = ("LISTED", "NEXT", "SORT_KEYS", "POSITIONS", "SCRATCH", "MASKS", "X", "WORD", "WORDS", "COUNT", "START")
@@ -17,7 +18,8 @@ POSITIONS, SCRATCH = 4 * CAPACITY, 8 * CAPACITY  # in shared memory, after the s
 def gather(passed, x, word):
     """A list that begins with K old ones -> how long it is, the next word, sort keys and positions of the new ones."""
     n_words = len(passed) // 32
-    memory = np.concatenate([np.packbits(passed, bitorder="little").view(np.uint32), x.view(np.uint32)])
+    tile = reference.side_by_side(x, passed, 12345).astype(np.int32)
+    memory = np.concatenate([np.packbits(passed, bitorder="little").view(np.uint32), tile.view(np.uint32)])
     text = gather_ptx(CAPACITY).strip().removeprefix("{").removesuffix("}")
     text = re.sub(r"\$(\d+)", lambda number: f"o{number[1]}_", text)
     values = dict(

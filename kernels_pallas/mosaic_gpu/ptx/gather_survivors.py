@@ -56,10 +56,11 @@ add.s32 total, v0, v1; add.s32 t, v2, v3; add.s32 total, total, t;
 add.s32 t, count, total; setp.le.s32 p, t, {capacity}; @p bra fits;
 setp.gt.s32 p, count, $COUNT; @p bra done; mov.b32 words, 64; bra again;
 fits: sub.s32 at, sum, n; add.s32 at, at, count; mov.b32 count, t;
+mul.wide.u32 a, own, 128; add.u64 a, a, $X;
 {before}shl.b32 at, at, 2; add.u32 to, at, $SORT_KEYS; add.u32 position, at, $POSITIONS; shl.b32 column, own, 5;
 each: setp.eq.b32 p, mask, 0; @p bra next;
 neg.s32 t, mask; and.b32 t, t, mask; xor.b32 mask, mask, t; bfind.u32 t, t; add.u32 t, t, column;
-mul.wide.u32 a, t, 4; add.u64 a, a, $X; cp.async.ca.shared.global [to], [a], 4;
+cp.async.ca.shared.global [to], [a], 4; add.u64 a, a, 4;
 add.s32 t, t, $START; st.shared.b32 [position], t; add.u32 to, to, 4; add.u32 position, position, 4; bra each;
 next: bar.warp.sync 0xffffffff; add.s32 word, word, words; bra again;
 done: cp.async.wait_all; add.s32 t, count, {COLUMNS - 1}; and.b32 t, t, {-COLUMNS}; add.s32 own, count, tid;
@@ -99,7 +100,7 @@ class Tile(NamedTuple):
 
     Attributes:
         masks: [T, words] int32, of each column a bit: whether it passed; `x`: [T, 32 * words], sort keys of those that
-            did.
+            did, of the columns of a word side by side.
         t: the query; `n_words`: of its row, those up to its limit; `start`: the position of column 0.
     """
 

@@ -15,7 +15,7 @@ from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 OPERANDS = (
     *("KEYS", "K_FREE", "SCALES", "Q", "W", "FULL", "FREE", "PIN"),
     *("COUNT", "BEFORE", "CANDIDATE"),
-    *("LIMITS", "O", "THRESHOLDS", "MASKS"),
+    *("LIMITS", "O", "THRESHOLDS", "MASKS", "MAXIMA"),
 )
 
 
@@ -73,8 +73,8 @@ def _declarations(shape: Shape) -> str:
     each = range(shape.together)
     words = [f"{name}{i}" for name in ("limit", "limit_next", "threshold", "threshold_next") for i in each]
     predicates = ["upper1", "upper2", *(f"there{i}" for i in each if i > 0)]
-    return f""".reg .pred {", ".join(predicates)}; .reg .b64 limits, o, thresholds, masks;
-.reg .f32 {", ".join(_sums(shape))}, t0, t1, t2, t3, x, scale; .reg .b32 {", ".join(words)}, sort_key;"""
+    return f""".reg .pred {", ".join(predicates)}; .reg .b64 limits, o, thresholds, masks, maxima;
+.reg .f32 {", ".join(_sums(shape))}, t0, t1, t2, t3, x, scale; .reg .b32 {", ".join(words)}, sort_key, below;"""
 
 
 def _load_keys(shape: Shape, a: list[list[str]]) -> str:
@@ -111,30 +111,36 @@ def _load_matrices(a: list[str], i: int, address: str) -> str:
 
 
 def _start(shape: Shape) -> str:
-    """What stays the same for all queries, and the limit (and threshold) of the first one."""
+    """What stays the same for all queries, and the limits (and thresholds) of the first slot."""
+    # What passes of a warp's 32 columns is written side by side: no lane has a place of its own.
     lines = [
         f"""mov.u32 j, 0; and.b32 t, lane, 1; setp.ne.u32 upper1, t, 0; and.b32 t, lane, 2; setp.ne.u32 upper2, t, 0;
 mov.u32 u, %tid.x; and.b32 u, u, {KEYS_PER_WARPGROUP - 1}; add.u32 candidate, u, $CANDIDATE;
-mul.wide.u32 o, u, 4; add.u64 o, o, $O; mov.b64 limits, $LIMITS;"""
+{"and.b32 t, u, -32;" if shape.filters else "mov.b32 t, u;"} mul.wide.u32 o, t, 4; add.u64 o, o, $O;
+mov.b64 limits, $LIMITS; ld.global.b32 limit_next0, [limits];"""
     ]
     if shape.has_scale:
         lines.append("shl.b32 t, u, 2; add.u32 t, t, $SCALES; ld.shared.f32 scale, [t];")
     if shape.filters:
         lines.append(
-            """mov.b64 thresholds, $THRESHOLDS; setp.eq.u32 leads, lane, 0;
-shr.u32 t, u, 5; mul.wide.u32 masks, t, 4; add.u64 masks, masks, $MASKS;"""
+            """mov.b64 thresholds, $THRESHOLDS; ld.global.b32 threshold_next0, [thresholds]; setp.eq.u32 leads, lane, 0;
+shr.u32 t, u, 5; mul.wide.u32 masks, t, 4; add.u64 masks, masks, $MASKS; mov.u32 below, %lanemask_lt;"""
         )
-    return "\n".join([*lines, _ask_next(shape)])
+    if n := shape.maxima_of:
+        lines.append(
+            f"""and.b32 t, lane, {n - 1}; setp.eq.u32 leads, t, 0; shr.u32 t, u, {n.bit_length() - 1};
+mul.wide.u32 maxima, t, 4; add.u64 maxima, maxima, $MAXIMA;"""
+        )
+    return "\n".join([*lines, _ask_others(shape)])
 
 
-def _ask_next(shape: Shape) -> str:
-    """Limits and thresholds of the queries from j on, as far as there are any."""
+def _ask_others(shape: Shape) -> str:
+    """Limits and thresholds of the slot's queries after the first, as far as there are any."""
     lines = []
-    for i in range(shape.together):
+    for i in range(1, shape.together):
         lines.append(f"add.s32 t, j, {i}; setp.lt.s32 p, t, $COUNT;")
-        for name in ("limit", "threshold") if shape.filters else ("limit",):
-            # An address by multiplying is one instruction; one that goes on by steps is three, and moves.
-            lines.append(f"mad.wide.u32 out, t, 4, {name}s; @p ld.global.b32 {name}_next{i}, [out];")
+        names = ("limit", "threshold") if shape.filters else ("limit",)
+        lines += [f"@p ld.global.b32 {name}_next{i}, [{name}s+{4 * i}];" for name in names]
     return "\n".join(lines)
 
 
@@ -171,7 +177,10 @@ def _next_query(shape: Shape) -> str:
     laps = shape.ring.bit_length() - 1
     names = ("limit", "threshold") if shape.filters else ("limit",)
     query = " ".join(f"mov.b32 {name}{i}, {name}_next{i};" for name in names for i in range(shape.together))
-    return f"""shr.u32 t, j, {shape.together.bit_length() - 1}; add.u32 t, t, $BEFORE;
+    nth = "add.u32 t, j, $BEFORE;"
+    if shape.together > 1:
+        nth = f"shr.u32 t, j, {shape.together.bit_length() - 1}; add.u32 t, t, $BEFORE;"
+    return f"""{nth}
 and.b32 slot, t, {shape.ring - 1}; shr.u32 parity, t, {laps}; and.b32 parity, parity, 1;
 mad.lo.u32 q_lo, slot, {shape.columns * shape.row_bytes}, $Q; shr.u32 q_lo, q_lo, 4; and.b32 q_lo, q_lo, 0x3fff;
 shl.b32 t, slot, 3; add.u32 full, t, $FULL; add.u32 free, t, $FREE;
@@ -240,14 +249,24 @@ def _pin(shape: Shape) -> str:
 
 def _store(shape: Shape) -> str:
     """Sums over the four lanes of a row, each keeping one key; scale, sort key, store."""
-    first = f"sub.s32 t, j, {shape.together}; mad.wide.u32 out, t, {4 * shape.out_columns}, o;"
-    lines = []
-    for i in range(1, shape.together):
-        # The queries before were j - together on: whether there was one more.
-        lines.append(f"sub.s32 t, j, {shape.together - i}; setp.lt.s32 there{i}, t, $COUNT;")
-    lines += [f"{_sort_key(shape, i)}\n{first if i == 0 else ''}\n{_write(shape, i)}" for i in range(shape.together)]
     # The next queries' limits and thresholds are loaded here, so that they arrive while their products are in flight.
-    return "\n".join([_ask_next(shape), *lines])
+    names = ("limit", "threshold") if shape.filters else ("limit",)
+    lines = [
+        f"@more add.u64 {name}s, {name}s, {4 * shape.together}; @more ld.global.b32 {name}_next0, [{name}s];"
+        for name in names
+    ]
+    lines.append(_ask_others(shape))
+    for i in range(shape.together):
+        if i > 0:
+            # j is of the next slot's first query already.
+            lines.append(f"sub.s32 t, j, {shape.together - i}; setp.lt.s32 there{i}, t, $COUNT;")
+        lines += [_sort_key(shape, i), _write(shape, i)]
+    rows = shape.together * shape.out_columns
+    if shape.filters:
+        lines.append(f"add.u64 masks, masks, {rows // 8};")
+    if shape.maxima_of:
+        lines.append(f"add.u64 maxima, maxima, {4 * rows // shape.maxima_of};")
+    return "\n".join([*lines, f"add.u64 o, o, {4 * rows};"])
 
 
 def _sort_key(shape: Shape, i: int) -> str:
@@ -274,12 +293,19 @@ shfl.sync.bfly.b32 t0, t0, 2, 0x1f, -1; add.f32 x, t1, t0;""",
 
 
 def _write(shape: Shape, i: int) -> str:
-    """Of query i of the slot, if it is there: where it goes is `out` and as many rows on."""
-    row = 4 * i * shape.out_columns
-    if not shape.filters:
-        return f"{f'@there{i} ' if i else ''}st.global.b32 [out+{row}], sort_key;"
-    passes = f"setp.gt.and.s32 p, sort_key, threshold{i}, there{i};" if i else "setp.gt.s32 p, sort_key, threshold0;"
+    """What query i of the slot, if it is there, leaves in device memory."""
+    row, there = 4 * i * shape.out_columns, f"@there{i} " if i else ""
     leads = f"and.pred p, leads, there{i}; @p" if i else "@leads"
-    return f"""{passes} vote.sync.ballot.b32 u, p, -1; @p st.global.b32 [out+{row}], sort_key;
-sub.s32 t, j, {shape.together}; mad.wide.u32 desc, t, {shape.out_columns // 8}, masks;
-{leads} st.global.b32 [desc+{row // 32}], u;"""
+    if shape.filters:
+        passes = (
+            f"setp.gt.and.s32 p, sort_key, threshold{i}, there{i};" if i else "setp.gt.s32 p, sort_key, threshold0;"
+        )
+        return f"""{passes} vote.sync.ballot.b32 t, p, -1; and.b32 u, t, below; popc.b32 u, u;
+mad.wide.u32 out, u, 4, o; @p st.global.b32 [out+{row}], sort_key;
+{leads} st.global.b32 [masks+{row // 32}], t;"""
+    lines = [f"{there}st.global.b32 [o+{row}], sort_key;"]
+    if n := shape.maxima_of:
+        steps = [f"shfl.sync.bfly.b32 t, sort_key, {1 << i}, 0x1f, -1;" for i in range(n.bit_length() - 1)]
+        lines += [f"{step} max.s32 sort_key, sort_key, t;" for step in steps]
+        lines.append(f"{leads} st.global.b32 [maxima+{row // n}], sort_key;")
+    return "\n".join(lines)

@@ -134,7 +134,9 @@ def threshold_of(sort_keys: Row, n_columns: Array, k: int, scratch: Row) -> Arra
 
     lowest, highest, n = over_row(RANGE_PTX, 3)(jnp.int32(0))
     count = over_row(COUNT_PTX, 1)
-    return find_threshold(lambda sort_key: count(sort_key)[0], jnp.minimum(lowest, highest), highest, n, k, _bitcast)
+    lowest = jnp.minimum(lowest, highest)
+    threshold = find_threshold(lambda sort_key: count(sort_key)[0], lowest, highest, n, k, _bitcast)
+    return jnp.maximum(threshold, INVISIBLE + 1)  # where nothing is visible, `lowest` would be reached by all
 
 
 def compact(
