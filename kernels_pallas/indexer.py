@@ -20,7 +20,7 @@ from hisa_jax.methods import BlockSparse, Hisa, Scan, is_by_best_token
 
 Means = tuple[Array, Array | None]  # [n, parts, D] in the keys' dtype and [n] float32 scale: what `pool` returns
 
-QUERIES = 8192  # at a time: what a stage leaves in memory for each of them, 64 KB at most, stays below 0.5 GiB
+QUERIES = 8192  # at a time: what a stage leaves in memory for each of them, 80 KB at most, stays below 0.7 GB
 _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
 
 

@@ -29,7 +29,8 @@ from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret
 
 ONE_TILE = 16384  # up to this many tokens are selected from in one piece
-STEP = 16896  # tokens of a tile: bounds the memory to T * STEP sort keys
+FIRST = 13824  # tokens of the first tile: the most of which a CTA selects from four rows at a time
+STEP = 19968  # of later ones: bounds the memory to T * STEP sort keys
 WIDTH = few_topk_stage.MAX_WIDTH  # columns of a row of few queries that a CTA selects from
 MOST_BYTES = 1 << 29  # of the sort keys of few queries
 _GROUPS_OF_FEW = 2  # warp-groups that score for few queries
@@ -72,8 +73,11 @@ def _flat(
     is_in_one_piece = sequences.max_keys <= max(ONE_TILE, 2 * topk) <= topk_stage.MAX_WIDTH
     # Whole spans, and whole steps of a selection: a tile's result must not reach into the next tile.
     unit = math.lcm(config.span, COLUMNS)
-    step = sequences.max_keys if is_in_one_piece else -(-STEP // unit) * unit
-    config = scores_stage.for_last_queries(config, sizes, sequences.max_keys, step, n_ctas)
+    n_first, step = (-(-n // unit) * unit for n in (FIRST, STEP))
+    starts = [0, *range(n_first, sequences.max_keys, step)]
+    config = scores_stage.for_last_queries(
+        config, sizes, starts[: 1 if is_in_one_piece else None], sequences.max_keys, n_ctas
+    )
     if not is_in_one_piece:
         # Out of device memory a tile's limits come one after the other, in 15 us; out of L2 in 3.
         visible = jnp.maximum(visible, 0)
@@ -92,12 +96,12 @@ def _flat(
         return _of_few(operands, visible, sequences, topk, has_sort_keys, launch)
 
     n_best = -(-topk // COLUMNS) * COLUMNS
-    x = sort_keys(jnp.zeros((1,), jnp.int32), step)
+    x = sort_keys(jnp.zeros((1,), jnp.int32), n_first)
     positions, count, keys, least = topk_stage.topk_with_sort_keys(x, visible, n_best, **launch)
     best = merge_stage.Best(keys, positions, count, least)
 
     def one_tile(i: int | Array, best: merge_stage.Best) -> merge_stage.Best:
-        start = jnp.full((1,), i * step, jnp.int32)
+        start = jnp.full((1,), n_first + i * step, jnp.int32)
         # What does not beat the least of the best so far is not even written.
         tile = sort_keys(start, step, best.least)
         return merge_stage.merge(best, tile, start, visible, **launch)
@@ -105,12 +109,12 @@ def _flat(
     # Two tiles a turn: after an odd number of merges the best would have to be copied to where the next turn expects
     # them. As many turns as the query that sees most needs, which only the run knows, and for which the host waits; a
     # tile that nobody sees adds nothing, but no tile begins beyond the last key.
-    n_later = -(-sequences.max_keys // step) - 1
+    n_later = len(starts) - 1
     if n_later % 2:
-        best = one_tile(1, best)
-    first = 1 + n_later % 2
+        best = one_tile(0, best)
+    first = n_later % 2
     if n_later > 1:
-        n_turns = (jnp.max(visible) - first * step + 2 * step - 1) // (2 * step)
+        n_turns = (jnp.max(visible) - n_first - first * step + 2 * step - 1) // (2 * step)
         two_tiles = lambda i, best: one_tile(first + 2 * i + 1, one_tile(first + 2 * i, best))  # noqa: E731
         best = lax.fori_loop(0, n_turns, two_tiles, best)
     if n_best == topk:

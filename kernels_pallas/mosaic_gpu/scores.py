@@ -109,19 +109,19 @@ def heuristic(sizes: Sizes, n_columns: int, n_ctas: int = 132, *, n_score: int =
     return dataclasses.replace(config, tile_t=-(-tile_t // together) * together)
 
 
-def for_last_queries(config: Config, sizes: Sizes, max_keys: int, step: int, n_ctas: int) -> Config:
+def for_last_queries(config: Config, sizes: Sizes, starts: list[int], max_keys: int, n_ctas: int) -> Config:
     """With so many queries an item that CTAs end together, where queries are the last ones of their sequences.
 
     Args:
         config: gives way only to one that takes less time.
-        step: columns a launch; one launch after the other is over all keys.
+        starts: the first column of each launch, ascending; together they are over all keys.
     """
-    T, starts = -(-sizes.T // sizes.n_sequences), np.arange(0, max_keys, step)  # queries a sequence
+    T, firsts, ends = -(-sizes.T // sizes.n_sequences), np.asarray(starts), np.asarray([*starts[1:], max_keys])
 
     def time(tile_t: int) -> int:
         """In queries that pass a span."""
         seen = np.minimum(np.arange(tile_t, T + tile_t, tile_t), T) + max(max_keys - T, 0)
-        seen = np.clip(-(-seen[:, None] // COLUMNS) * COLUMNS - starts, 0, step)
+        seen = np.clip(-(-seen[:, None] // COLUMNS) * COLUMNS - firsts, 0, ends - firsts)
         rounds = -(-sizes.n_sequences * np.sum(-(-seen // config.span), axis=0) // n_ctas)
         # An item's keys go into registers before its first query, which takes about as long as a query.
         return int(np.sum(rounds)) * (tile_t + 1)

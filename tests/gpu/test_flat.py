@@ -39,6 +39,7 @@ def select(run, q, k, k_scale, w, visible, topk, n_ctas=132, interpret=False):
 def test_streaming_in_filtered_tiles_equals_one_piece(interpret, monkeypatch, run):
     monkeypatch.setattr(flat, "ONE_TILE", 256)
     monkeypatch.setattr(flat, "MOST_BYTES", 0)  # or few queries would be taken all at once
+    monkeypatch.setattr(flat, "FIRST", 512)
     monkeypatch.setattr(flat, "STEP", 512)  # rounded up to 1536, three spans of 384 being four steps of a selection
     visible = np.asarray([[2000, 300]], np.int32)
     q, k, scale, w = draw.integers(3, 1, 2, 2000, 16, 64, E4M3, True)
@@ -65,6 +66,7 @@ def test_few_queries_take_the_best_of_parts_of_their_rows(interpret, monkeypatch
     promises.check_flat(got, q, k, scale, w, visible, topk=topk, token_tolerance=1e-9)
     if has_sort_keys:
         monkeypatch.setattr(flat, "MOST_BYTES", 0)
+        monkeypatch.setattr(flat, "FIRST", 512)
         monkeypatch.setattr(flat, "STEP", 512)
         _, _, streamed = run(call.operands, call.visible, call.sequences, topk=topk, **options)
         np.testing.assert_array_equal(sort_keys[0], streamed)
@@ -193,7 +195,7 @@ def test_flat_on_the_device(hopper, monkeypatch, rising, at_once):
     S = 40000 if not at_once else 300_000  # three rounds
     if not at_once:
         monkeypatch.setattr(flat, "MOST_BYTES", 0)
-    visible = np.asarray([[S, S - 1, 30000, flat.STEP, flat.STEP + 1, 2049, 5, 0]], np.int32)
+    visible = np.asarray([[S, S - 1, 30000, flat.FIRST, flat.FIRST + 1, 2049, 5, 0]], np.int32)
     q, k, scale, w = draw.normal(0, 1, 8, S, 64, 128, E4M3, True)
     if rising:
         q, k, w = jnp.ones_like(q), jnp.ones_like(k), jnp.ones_like(w)

@@ -230,7 +230,7 @@ def unwritten(ptx):
 def test_ctas_end_together_where_queries_are_the_last_ones():
     sizes = scores_stage.Sizes(T=4096, H=64, D=128, n_parts=1, itemsize=1, n_sequences=1)
     config = scores_stage.heuristic(sizes, 8192, n_score=3)
-    even = scores_stage.for_last_queries(config, sizes, 8192, 8192, 132)
+    even = scores_stage.for_last_queries(config, sizes, [0], 8192, 132)
     rounds = [
         -(-sum(-(-min(t + tile, 4096) // 384) + 11 for t in range(0, 4096, tile)) // 132)  # 11 spans all queries see
         for tile in (config.tile_t, even.tile_t)
@@ -238,7 +238,7 @@ def test_ctas_end_together_where_queries_are_the_last_ones():
     assert rounds[1] * even.tile_t < 0.97 * rounds[0] * config.tile_t
     # One query of each of many sequences has a tile by itself.
     one = dataclasses.replace(config, tile_t=1)
-    assert scores_stage.for_last_queries(one, sizes._replace(T=128, n_sequences=128), 8192, 8192, 132) == one
+    assert scores_stage.for_last_queries(one, sizes._replace(T=128, n_sequences=128), [0], 8192, 132) == one
 
 
 def test_two_queries_of_32_heads_share_a_product_where_a_sequence_has_several():
