@@ -176,9 +176,7 @@ class Indexer:
             flat = of_tokens(call)
             if method.sketch is not None:
                 flat = dataclasses.replace(flat, sketch=call.sketch)
-            if flat.sequences.max_keys * flat.q.shape[1] <= self.flat_up_to * 64 * method.block_topk:
-                return self.select_flat(call, method.topk, interpret)
-            way = self.way_of_scan(flat, method.topk)
+            way = self.way(flat, method)
             if way == "flat":
                 return self.select_flat(call, method.topk, interpret)
             if way == "lists":
@@ -186,6 +184,12 @@ class Indexer:
             n = scan.queries_at_a_time(method, flat.sequences.max_keys)
             indices, count = flat.map_queries(lambda flat: scan.select(self.stages, flat, method, interpret), n)
             return self._within_budget(call, flat, (indices, count), interpret)
+
+    def way(self, flat: FlatCall, method: Scan) -> scan.Way:
+        """How a call is scanned."""
+        if flat.sequences.max_keys * flat.q.shape[1] <= self.flat_up_to * 64 * method.block_topk:
+            return "flat"
+        return self.way_of_scan(flat, method.topk)
 
     def _within_budget(
         self, call: Call, flat: FlatCall, found: tuple[Array, Array], interpret: Interpret

@@ -43,6 +43,17 @@ class Sequences:
             max_keys=-(-self.max_keys // block_size),
         )
 
+    def from_query(self, first: Array, size: int) -> "Sequences":
+        """The same of `size` queries from `first` on. All are those of one sequence if that alone is there."""
+        if isinstance(self.query_starts, np.ndarray) and len(self.lengths) == 1:
+            return dataclasses.replace(self, query_starts=np.array([0, size], np.int32))
+        return Sequences(
+            query_starts=jnp.clip(jnp.asarray(self.query_starts) - first, 0, size),
+            key_starts=jnp.asarray(self.key_starts),
+            lengths=jnp.asarray(self.lengths),
+            max_keys=self.max_keys,
+        )
+
     def aligned(self, S: int, align: int, step: int = 1) -> "tuple[Rows | None, Sequences]":
         """Moves keys so that every sequence begins at a multiple of `align` rows, and S is one.
 

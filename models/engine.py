@@ -19,12 +19,12 @@ import numpy as np
 from hisa_jax.models import checks, passes
 from hisa_jax.models.agreement import Agreement
 from hisa_jax.models.drafts import Draft, lookup, propose
-from hisa_jax.models.draws import Draws, LogprobArrays, draws_of, read_logprobs
+from hisa_jax.models.draws import ALL, LIKELIEST, SOME, Draws, draws_of, read_logprobs
 from hisa_jax.models.modeling import Model
-from hisa_jax.models.passes import Chosen, Pages, Trace
+from hisa_jax.models.passes import Pages, Taken, Trace
 from hisa_jax.models.plan import Phase
 from hisa_jax.models.prompts import prompt_ids, tokenizer_of
-from hisa_jax.models.replay.recorder import Recorder, checked_start
+from hisa_jax.models.replay.recorder import Recorder, Rows, checked_start
 from hisa_jax.models.report import Report, Step, Traced
 from hisa_jax.models.request import Request
 from hisa_jax.models.sampling import Sampling, short_form
@@ -236,7 +236,12 @@ class Engine:
             draws, run = draws_of([], [], B), passes.verify if done == len(programs) - 1 else passes.read
             arrays = self._place(batch, B, T, draws)
             static: Any = dict(structure=self._structures[phase], trace=self._trace, formats=self._formats)
-            *_, pages, _ = run(self._weights, self.pages, *arrays, draws, **static)
+            logits, pages, _ = run(self._weights, self.pages, *arrays, **static)
+            for kind in (LIKELIEST, ALL, SOME):
+                every = draws._replace(kind=np.int32(kind), has_logprobs=np.bool_(True))
+                taken = passes.taken(logits, every, self.model.mesh, self._trace)
+            if run is passes.verify and T > 1:
+                _, pages = passes.keep(pages, *arrays, taken.tokens, mesh=self.model.mesh, formats=self._formats)
             self._pages = jax.block_until_ready(pages)
         nowhere = self.scheduler.copies_of_groups([], self._most_copies)
         self._pages = jax.block_until_ready(
@@ -313,19 +318,18 @@ class Engine:
         B, structure = self.scheduler.prefill_rows, self._structures[batch.phase]
         rows, draws = self.scheduler.rows_of(batch.requests, B), self._draws(batch, B, [0] * len(batch.requests))
         arrays = self._place(batch, B, self.scheduler.chunk, draws)
-        out, logprobs, pages, traced = passes.read(
-            self._weights, self.pages, *arrays, draws, structure=structure, trace=self._trace, formats=self._formats
-        )  # fmt: skip
-        tokens = np.asarray(out).tolist()  # an error of the device shows here, so before the pages are taken over
-        found = jax.device_get(logprobs) if draws.has_logprobs else None
-        chosen, n_kept = jax.device_get(traced.chosen), [len(new) for new in batch.news]
+        logits, pages, seen = passes.read(
+            self._weights, self.pages, *arrays, structure=structure, trace=self._trace, formats=self._formats
+        )
+        # An error of the device shows here, so before the pages are taken over.
+        taken, rows_seen = jax.device_get((passes.taken(logits, draws, self.model.mesh, self._trace), seen.rows))
+        n_kept = [len(new) for new in batch.news]
         self._pages = pages
-        self._record(batch, rows, n_kept, chosen)
+        self._record(batch, rows, n_kept, rows_seen)
         for row, request in zip(rows, batch.requests, strict=True):
             if self.pool.lengths[request.id] == request.n_prompt == len(request.tokens):
-                self._record_made(request, chosen, row, slice(0, 1))
-                self._take(request, tokens[row], report, found, row, 0)
-        return self._step(batch, rows, n_kept, traced.layers)
+                self._take(request, taken, row, 0, 1, report)
+        return self._step(batch, rows, n_kept, seen.layers)
 
     def _decode(self, requests: list[Request], report: Report) -> Step:
         news = [[request.tokens[-1], *self._proposals(request, report)] for request in requests]
@@ -334,33 +338,29 @@ class Engine:
         firsts = [T - len(new) for new in news]  # columns
         rows, draws = self.scheduler.rows_of(requests, B), self._draws(batch, B, firsts)
         arrays = self._place(batch, B, T, draws)
-        out, n_right, logprobs, pages, traced = passes.verify(
-            self._weights, self.pages, *arrays, draws, structure=structure, trace=self._trace, formats=self._formats
-        )  # fmt: skip
-        tokens, n_kept = np.asarray(out), (1 + np.asarray(n_right))[rows].tolist()
-        found = jax.device_get(logprobs) if draws.has_logprobs else None
-        chosen = jax.device_get(traced.chosen)
+        logits, pages, seen = passes.verify(
+            self._weights, self.pages, *arrays, structure=structure, trace=self._trace, formats=self._formats
+        )
+        made, n_right = passes.taken(logits, draws, self.model.mesh, self._trace), np.zeros(B, np.int32)
+        if T > 1:
+            n_right, pages = passes.keep(pages, *arrays, made.tokens, mesh=self.model.mesh, formats=self._formats)
+        taken, n_right, rows_seen = jax.device_get((made, n_right, seen.rows))
+        n_kept = (1 + n_right)[rows].tolist()
         self._pages = pages
-        self._record(batch, rows, n_kept, chosen)
+        self._record(batch, rows, n_kept, rows_seen)
         for row, request, start, first, kept in zip(rows, *batch[1:3], firsts, n_kept, strict=True):
             self.scheduler.truncate(request, start + kept)
-            self._record_made(request, chosen, row, slice(first, first + kept))
-            self._take(request, tokens[row, first : first + kept].tolist(), report, found, row, first)
-        return self._step(batch, rows, n_kept, traced.layers)
+            self._take(request, taken, row, first, first + kept, report)
+        return self._step(batch, rows, n_kept, seen.layers)
 
-    def _record(self, batch: Batch, rows: list[int], n_kept: list[int], chosen: Chosen | None) -> None:
+    def _record(self, batch: Batch, rows: list[int], n_kept: list[int], chosen: Rows | None) -> None:
         """Keeps what the new tokens of a pass chose, but for rejected proposals."""
         if self._recorder is None or chosen is None:
             return
-        T = chosen.rows.indices[0].shape[1]
+        T = chosen.indices[0].shape[1]
         for row, request, start, new, kept in zip(rows, *batch[1:], n_kept, strict=True):
             first = T - len(new)
-            self._recorder.write(request.id, start, chosen.rows, row, slice(first, first + kept))
-
-    def _record_made(self, request: Request, chosen: Chosen | None, row: int, columns: slice) -> None:
-        """Keeps the log-probabilities of tokens that a request is about to take."""
-        if self._recorder is not None and chosen is not None:
-            self._recorder.made(request.id, request.n_made, chosen.logprobs[row, columns].tolist())
+            self._recorder.write(request.id, start, chosen, row, slice(first, first + kept))
 
     def _proposals(self, request: Request, report: Report) -> list[int]:
         room = min(self._n_draft, request.end - len(request.tokens) - 1)
@@ -377,17 +377,17 @@ class Engine:
         rows = self.scheduler.rows_of(batch.requests, B)
         return draws_of([request.sampling for request in batch.requests], numbers, B, rows)
 
-    def _take(
-        self, request: Request, tokens: list[int], report: Report, found: LogprobArrays | None, row: int, first: int
-    ) -> None:
-        """`found` are log probabilities, the first token's in column `first` of the row."""
+    def _take(self, request: Request, taken: Taken, row: int, first: int, end: int, report: Report) -> None:
+        """Hands a request the tokens of its row from column `first` to `end`, on the host."""
+        if self._recorder is not None and taken.logprob is not None:
+            self._recorder.made(request.id, request.n_made, taken.logprob[row, first:end].tolist())
         n_before = request.n_made
-        if (error := self.scheduler.take(request, tokens)) is not None:
+        if (error := self.scheduler.take(request, taken.tokens[row, first:end].tolist())) is not None:
             report.failed[request.id] = error
         n = request.sampling.logprobs
-        if found is not None and n is not None:
+        if taken.logprobs is not None and n is not None:
             for i, token in enumerate(request.tokens[request.n_prompt + n_before :], first):
-                request.logprobs.append(read_logprobs(found, row, i, token, n))
+                request.logprobs.append(read_logprobs(taken.logprobs, row, i, token, n))
 
     @property
     def _most_copies(self) -> int:

@@ -54,6 +54,20 @@ def test_positions_within_entries_and_lengths_with_an_open_tail(name):
     check(got, oracle.select(*inputs(method), method, **options))
 
 
+@each
+@pytest.mark.gate("family_pools")
+def test_empty_batches_give_empty_selections(name):
+    method = FAMILY[name]
+    for B, T, S in ((0, 3, 50), (2, 0, 50), (2, 3, 0)):
+        q, k, w = draw.inputs(B, T, S, H, D)
+        options = dict(method=method, query_positions=np.zeros((B, T), np.int32))
+        got = selected(hj.select, q, k, None if method.per_head else w, **options)
+        assert got.count.shape == ((B, T, H) if method.per_head else (B, T))
+        assert got.indices.shape == got.scores.shape and got.indices.shape[:-1] == got.count.shape
+        # Where there are no keys, the tokens of an open entry are chosen all the same.
+        assert ((got.indices >= 0).sum(axis=-1) == got.count).all() and (method.tail or not got.count.any())
+
+
 def test_tokens_of_pools_then_the_tail():
     """By hand: 3 pools of 4 with scores 1, 3, 2, and 2 tokens behind them."""
     q, k = jnp.ones((1, 1, 1, 1)), jnp.array([[[1.0], [3.0], [2.0]]])

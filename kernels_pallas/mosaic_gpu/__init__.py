@@ -16,7 +16,7 @@ _indexer = Indexer(
     is_flat_where_all_kept=stages.is_flat_where_all_kept,
 )
 select_hisa, select_flat, select_blocks = _indexer.select_hisa, _indexer.select_flat, _indexer.select_blocks
-select_scan, select_shard = _indexer.select_scan, SelectShard(stages)
+select_scan, select_shard = _indexer.select_scan, SelectShard(_indexer)
 
 
 def why_not(

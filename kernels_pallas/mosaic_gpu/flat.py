@@ -33,7 +33,7 @@ FIRST = 13824  # tokens of the first tile: the most of which a CTA selects from 
 STEP = 19968  # of later ones: bounds the memory to T * STEP sort keys
 WIDTH = few_topk_stage.MAX_WIDTH  # columns of a row of few queries that a CTA selects from
 MOST_BYTES = 1 << 29  # of the sort keys of few queries
-_GROUPS_OF_FEW = 2  # warp-groups that score for few queries
+_MANY = 8 * 384  # tokens a CTA
 
 
 Found = tuple[Array, Array, Array | None]  # positions, ascending, then -1, [T, topk]; count, [T]; maybe sort keys
@@ -144,9 +144,13 @@ def _of_few(
 ) -> Found:
     """`flat` by all sort keys, and the greatest of each group of neighbours."""
     T, n, interpret = operands.q.shape[0], _whole(sequences.max_keys), launch["interpret"]
-    # Several spans are on their way: a span is soon scored for one query.
-    sizes = scores_stage.Sizes.of(operands, len(sequences.lengths))
-    config = scores_stage.heuristic(sizes, n, launch["n_ctas"], n_score=_GROUPS_OF_FEW, n_keys=4)
+    # Several spans are on their way: a span is soon scored for one query. Three warp-groups keep up with memory, but of
+    # few spans a CTA the wider ones come out uneven.
+    sizes, n_score = (
+        scores_stage.Sizes.of(operands, len(sequences.lengths)),
+        3 if T * n >= _MANY * launch["n_ctas"] else 2,
+    )
+    config = scores_stage.heuristic(sizes, n, launch["n_ctas"], n_score=n_score, n_keys=4)
     # No more queries a tile than a sequence has on average: a tile is of one sequence.
     config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // sizes.n_sequences)))
     tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
@@ -156,7 +160,7 @@ def _of_few(
     x, maxima = scores_stage.scores(operands, columns, config=config, maxima_of=size, **launch)
     levels, n = [x, maxima], n // size
     while n > WIDTH:
-        levels.append(_greatest(levels[-1], visible, size ** (len(levels) - 1), size))
+        levels.append(_greatest(levels[-1][:, :n], visible, size ** (len(levels) - 1), size))
         n = levels[-1].shape[1]
 
     def options(level: int) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def list_best(
     x: Array,
     limit: Array,
     ask: Ask,
+    samples: Array | None = None,
     *,
     keep_first: int,
     keep_last: int,
@@ -48,6 +49,7 @@ def list_best(
 
     Args:
         limit: columns from here on are no candidates, whatever they hold.
+        samples: [T, W / step], every `step`-th sort key; None: they are picked from x, a line of memory for each two.
         keep_first, keep_last: so many first and last candidates are listed whatever their sort keys.
     """
     T, W = x.shape
@@ -55,7 +57,7 @@ def list_best(
         raise ValueError(f"list_best: x is [{T}, {W}]: {reason}")
     sample = sample_of(-(-W // ask.step), ask.rank)
     wanted = dict(step=ask.step, least=ask.least, most=ask.most, keep_first=keep_first, keep_last=keep_last)
-    row = Row(width=W, **wanted, sample=sample)
+    row = Row(width=W, apart=ask.step if samples is None else 1, **wanted, sample=sample)
     tokens, count = plgpu.kernel(
         functools.partial(_body, row, interpret),
         out_type=[jax.ShapeDtypeStruct((T, ask.most), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)],
@@ -66,12 +68,19 @@ def list_best(
         scratch_types=[plgpu.SMEM((row.smem_bytes // 4,), jnp.int32)],
         kernel_name="hisa_list_best",
         interpret=interpret,
-    )(jnp.minimum(limit, W), x)
+    )(jnp.minimum(limit, W), x, samples)
     return tokens, count
 
 
 def _body(
-    row: Row, interpret: Interpret, limit_gmem: Ref, x_gmem: Ref, tokens_gmem: Ref, count_gmem: Ref, smem: Ref
+    row: Row,
+    interpret: Interpret,
+    limit_gmem: Ref,
+    x_gmem: Ref,
+    samples_gmem: Ref | None,
+    tokens_gmem: Ref,
+    count_gmem: Ref,
+    smem: Ref,
 ) -> None:
     # One CTA, one row:   every 16th sort key -> registers -> threshold -> all of them -> bits -> sums -> tokens, count
     #
@@ -79,7 +88,9 @@ def _body(
     t = lax.axis_index("row")
     limit = limit_gmem[t]
     if not interpret:
-        list_row(row, inline.Row(x_gmem, t, row.width), limit, tokens_gmem, count_gmem, smem)
+        own = inline.Row(x_gmem, t, row.width)
+        samples = own if samples_gmem is None else inline.Row(samples_gmem, t, samples_gmem.shape[1])
+        list_row(row, own, samples, limit, tokens_gmem, count_gmem, smem)
         return
     # Exactly the best `least`, where the chip may list some more.
     column = jnp.arange(row.width, dtype=jnp.int32)

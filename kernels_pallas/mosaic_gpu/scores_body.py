@@ -115,6 +115,7 @@ class Work(NamedTuple):
     first: Array  # query
     n: Array  # queries, at least 1
     column: Array  # of the result, where the span's first key goes
+    candidate: Array  # what limits call that key
     key_row: Array  # of the span's first key
 
 
@@ -130,30 +131,33 @@ def each_item(plan: Plan, gmem: Inputs, f: Callable[[Work, Carry], None]) -> Car
     """
     cta, width, n_tiles = lax.axis_index("cta"), KEYS_PER_WARPGROUP * plan.n_score, gmem.tiles.shape[0]
     first_column = gmem.first_column[0]
+    fields_of = lambda tile: tuple(gmem.tiles[tile, field] for field in range(4))  # noqa: E731
 
-    def one_tile(tile: Array, state: tuple[Array, Carry]) -> tuple[Array, Carry]:
-        begin, carry = state
-        first, n, key_row, most = (gmem.tiles[tile, field] for field in range(4))
+    def one_tile(tile: Array, state: tuple[Array, Carry, tuple]) -> tuple[Array, Carry, tuple]:
+        begin, carry, (first, n, key_row, most) = state
+        # On its way meanwhile: of few queries a tile is a few items, which take no longer than to wait for it.
+        following = fields_of(jnp.minimum(tile + 1, n_tiles - 1))
         n_seen = lax.div(jnp.maximum(most - first_column, 0) + (width - 1), jnp.int32(width))
         n_seen = jnp.where(n > 0, jnp.minimum(n_seen, plan.n_spans), 0)
 
         def one_span(i: Array, carry: Carry) -> Carry:
             # Spans of one tile of queries are neighbours, so CTAs that run together read the same queries from L2.
             column = (begin + i * plan.n_ctas) * width
-            f(Work(first, n, column, key_row + first_column + column), carry)
+            f(Work(first, n, column, first_column + column, key_row + first_column + column), carry)
             return carry[0] + 1, carry[1] + plan.slots(n)
 
         n_mine = lax.div(jnp.maximum(n_seen - begin, 0) + (plan.n_ctas - 1), jnp.int32(plan.n_ctas))
         carry = lax.fori_loop(0, n_mine, one_span, carry)
         # The next tile's first span is for the CTA after the one that has this tile's last.
         begin = begin - lax.rem(n_seen, jnp.int32(plan.n_ctas))
-        return jnp.where(begin < 0, begin + plan.n_ctas, begin), carry
+        return jnp.where(begin < 0, begin + plan.n_ctas, begin), carry, following
 
     nothing = jnp.int32(0), jnp.int32(0)
     if plan.n_ctas < n_tiles * plan.n_spans:
-        return lax.fori_loop(0, n_tiles, one_tile, (cta, nothing))[1]
+        return lax.fori_loop(0, n_tiles, one_tile, (cta, nothing, fields_of(0)))[1]
     # A CTA has one item at most, and need not look for it.
-    return one_tile(lax.div(cta, jnp.int32(plan.n_spans)), (lax.rem(cta, jnp.int32(plan.n_spans)), nothing))[1]
+    tile = lax.div(cta, jnp.int32(plan.n_spans))
+    return one_tile(tile, (lax.rem(cta, jnp.int32(plan.n_spans)), nothing, fields_of(tile)))[1]
 
 
 def load(plan: Plan, gmem: Inputs, smem: Smem) -> None:
@@ -274,7 +278,7 @@ def score(plan: Plan, gmem: Inputs, group: Array, per_query: PerQuery, smem: Sme
             n_before=met[1],
             first=work.first,
             column=column,
-            candidate=gmem.first_column[0] + column,
+            candidate=work.candidate + group * KEYS_PER_WARPGROUP,
         )
         if plan.interpret:
             score_queries_reference(plan.loop, item, smem, per_query, plan.interpret)

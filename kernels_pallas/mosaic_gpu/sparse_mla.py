@@ -38,7 +38,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import (
     Smem,
 )
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import tiled
-from hisa_jax.kernels_pallas.triton.sparse_mla import combine
+from hisa_jax.kernels_pallas.triton.combine import combine
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.latents import QuantizedLatents
 
@@ -119,12 +119,10 @@ def sparse_mla(
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS, value_dim), o_dtype),
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS), jnp.float32),
     ]
-    # Of parts of lists a fusion counts, too: with what adds them up, these are launches enough for XLA to make a graph.
-    counts = n_splits == 1 and plan.n_items <= _COUNTED * plan.n_ctas
-    n_pairs = None if counts else pairs_of(indices, plan)
+    n_pairs = None if plan.n_items <= _COUNTED * plan.n_ctas else pairs_of(indices, plan)
     partial, lse = _launch(plan, out_type, Inputs(n_pairs, indices, q, kv))
-    o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse)
-    return o[:, :N].astype(q.dtype).reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
+    o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse, q.dtype, bool(interpret))
+    return o[:, :N].reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
 
 
 def pairs_of(indices: Array, plan: Plan) -> Array:

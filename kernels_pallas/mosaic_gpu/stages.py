@@ -39,9 +39,9 @@ from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan, has_ratio
 
 __all__ = [
-    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth", "list_best",
-    "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_heads", "scan_masks",
-    "scan_sort_keys", "units", "within", "within_budget",
+    "best_columns", "best_in_blocks", "best_listed", "best_samples", "best_tokens", "block_filter", "block_sort_keys",
+    "flat", "kth", "list_best", "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens",
+    "scan_all", "scan_heads", "scan_masks", "scan_sort_keys", "units", "within", "within_budget",
 ]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
@@ -247,26 +247,35 @@ def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
 
 
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
-    """`scan.scan_sort_keys`; of sketches `scan_sketch.scan_sort_keys`, or Triton's for samples and what it declines.
-
-    A CTA of `scan_sketch` reads the sketches for four queries at most, so many queries are Triton's, too: they are
-    where all keys are samples, of fewer than 1024 candidates.
-    """
+    """By the kernel of `scores`; of sketches Triton's: many queries are, where all keys are samples, or few samples."""
     if call.sketch is not None:
-        (T, R, D), pages, sequences = heads.q.shape, call.pages, call.sequences
-        reason = sketch_stage.why_not(D, heads.q.dtype.itemsize, None if pages is None else pages.size)
-        if step > 1 or T > scan.FEW or pages is None or reason is not None:
-            return triton_stages.scan_sort_keys(call, heads, step, bool(interpret))
-        config = sketch_stage.heuristic(T, len(sequences.lengths), R, sequences.max_keys, n_sms())
-        columns, first = Columns(limit=call.visible, n=sequences.max_keys), None
-        if config.tile_t > 1:
-            tiles = sequences.query_tiles(T, config.tile_t, call.visible, sketch_stage.STEP)
-            columns = dataclasses.replace(columns, tiles=tiles)
-        else:
-            first = sequences.key_start_of_queries(T)
-        sketched: Any = (call.sketch.codes, call.sketch.code_scales, call.k_scale, pages)
-        return sketch_stage.scan_sort_keys(*sketched, heads, columns, first, config=config, interpret=interpret)
+        return triton_stages.scan_sort_keys(call, heads, step, bool(interpret))
     return scan_stage.scan_sort_keys(call, heads, step, n_ctas=n_sms(), interpret=interpret)
+
+
+def best_samples(call: FlatCall, sort_keys: Array, n: Array, k: int, interpret: Interpret = False) -> Array:
+    if call.sketch is not None:
+        # Triton's do not end with `INVISIBLE`, as rows of `topk` have to.
+        there = jnp.arange(sort_keys.shape[1], dtype=jnp.int32)[None, :] < n[:, None]
+        sort_keys = jnp.where(there, sort_keys, INVISIBLE)
+    return best_columns(sort_keys, n, k, interpret)[0]
+
+
+def scan_all(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> tuple[Array, Array | None]:
+    """`scan_sketch.scan_sort_keys`, or Triton's of sketches that it declines; of keys `scan.scan_sort_keys`."""
+    (T, R, D), pages, sequences = heads.q.shape, call.pages, call.sequences
+    if call.sketch is None or pages is None or sketch_stage.why_not(D, heads.q.dtype.itemsize, pages.size, step):
+        return scan_sort_keys(call, heads, 1, interpret), None
+    config = sketch_stage.heuristic(T, len(sequences.lengths), R, sequences.max_keys, n_sms())
+    columns, first = Columns(limit=call.visible, n=sequences.max_keys), None
+    if config.tile_t > 1:
+        tiles = sequences.query_tiles(T, config.tile_t, call.visible, sketch_stage.STEP)
+        columns = dataclasses.replace(columns, tiles=tiles)
+    else:
+        first = sequences.key_start_of_queries(T)
+    sketched: Any = (call.sketch.codes, call.sketch.code_scales, call.k_scale, pages)
+    options: Any = dict(sample_step=step, config=config, interpret=interpret)
+    return sketch_stage.scan_sort_keys(*sketched, heads, columns, first, **options)
 
 
 def scan_masks(call: FlatCall, heads: ScanHeads, threshold: Array, method: Scan, interpret: Interpret = False) -> Array:
@@ -286,13 +295,18 @@ def list_tokens(
 
 
 def list_best(
-    sort_keys: Array, visible: Array, ask: scan.Ask, method: Scan, interpret: Interpret = False
+    sort_keys: Array,
+    samples: Array | None,
+    visible: Array,
+    ask: scan.Ask,
+    method: Scan,
+    interpret: Interpret = False,
 ) -> tuple[Array, Array]:
     """`list_best.list_best`, or Triton's for rows that it declines."""
     if list_best_stage.why_not(sort_keys.shape[1], ask.step):
-        return triton_stages.list_best(sort_keys, visible, ask, method, bool(interpret))
+        return triton_stages.list_best(sort_keys, samples, visible, ask, method, bool(interpret))
     options: Any = dict(keep_first=method.keep_first, keep_last=method.keep_last, interpret=interpret)
-    return list_best_stage.list_best(sort_keys, visible, ask, **options)
+    return list_best_stage.list_best(sort_keys, visible, ask, samples, **options)
 
 
 def refine_tokens(
@@ -311,6 +325,23 @@ def refine_tokens(
     first_row = call.sequences.key_start_of_queries(T)
     options = dict(k_top=topk, config=config, n_ctas=n_ctas, interpret=interpret)
     return refine_tokens_stage.refine_tokens(call.operands, tokens, count, first_row, **options)
+
+
+def best_listed(call: FlatCall, tokens: Array, count: Array, k: int, interpret: Interpret = False) -> Found:
+    """`refine_tokens.refine_tokens_with_sort_keys`; where that declines or queries are few, scores and then a top-k."""
+    (T, H, D), n_ctas = call.q.shape, n_sms()
+    config = refine_tokens_stage.heuristic(H, D, tokens.shape[1], call.k.dtype.itemsize)
+    if config is None or n_ctas > T:
+        sort_keys, tokens = _listed_scores(call, tokens, count, interpret)
+        listed = KeptBlocks(ids=tokens, visible=call.visible, first=jnp.zeros_like(count), size=1)
+        positions, _, best = narrow_topk_stage.topk_with_sort_keys(
+            sort_keys, count, k, listed, interpret=bool(interpret)
+        )
+        return best, positions
+    options: Any = dict(k_top=k, config=config, n_ctas=n_ctas, interpret=interpret)
+    lists = tokens, count, call.sequences.key_start_of_queries(T)
+    positions, _, best = refine_tokens_stage.refine_tokens_with_sort_keys(call.operands, *lists, **options)
+    return best, positions
 
 
 def _listed_scores(call: FlatCall, tokens: Array, count: Array, interpret: Interpret) -> tuple[Array, Array]:

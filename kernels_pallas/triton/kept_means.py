@@ -34,14 +34,20 @@ class Config:
     """Launch sizes: they change the speed, never the result."""
 
     tile_s: int = TILED_BLOCKS  # blocks a program, a multiple of 16
+    n_tiles: int = 1  # of a program
     num_warps: int = 4
+    num_stages: int = 1  # tiles on their way, and the one in work
 
 
 def heuristic(T: int, n_blocks: int, n_sms: int = 132) -> Config:
-    """Tiles as large as keep multiprocessors busy. Of 128 blocks each thread has one, with one scale and one mark.
+    """Tiles as large as keep multiprocessors busy; of many blocks, tiles one after another in four programs on each.
 
-    By tiles of 16, 64 and 128, with means in L2, us: 128 requests of 128K 64, 21 and 18.5; 32 requests 15, 7.0 and 5.2.
+    One tile a program, of 16, 64 and 128, with means in L2, us: 128 requests of 128K 64, 21 and 18.5; 32 requests 15,
+    7.0 and 5.2.
     """
+    n_tiles = -(-T * n_blocks // (64 * 4 * n_sms))
+    if n_tiles > 1:
+        return Config(tile_s=64, n_tiles=min(n_tiles, 16), num_stages=3)
     if T * n_blocks >= 128 * n_sms:
         return Config(tile_s=128)
     return Config(tile_s=64 if T * n_blocks >= 32 * n_sms else TILED_BLOCKS)
@@ -72,6 +78,7 @@ def kept_scores(
     width = -(-columns.n // step) * step
     plan = Plan(
         tile_s=tile_s,
+        n_tiles=config.n_tiles,
         step=step,
         per_block=sums.per_block,
         n_pages=sums.pages.n_pages,
@@ -90,11 +97,11 @@ def kept_scores(
     return pl.pallas_call(
         functools.partial(kept_scores_body, plan=plan),
         # Query by query: the next one of a request finds its means in L2.
-        grid=(width // tile_s, T),
+        grid=(-(-width // (tile_s * config.n_tiles)), T),
         in_specs=[Queries(*(row(*x.shape[1:]) for x in queries)), jax.tree.map(_whole, kept)],
         out_specs=row(width),
         out_shape=jax.ShapeDtypeStruct((T, width), jnp.int32),
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="hisa_kept_scores",
         interpret=interpret,
     )(queries, kept)

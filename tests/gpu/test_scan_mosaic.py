@@ -12,7 +12,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens, refine_tokens, scan,
 from hisa_jax.kernels_pallas.operands import Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import Pages
 from hisa_jax.kernels_pallas.sequences import Sequences
-from hisa_jax.kernels_pallas.sort_key import score_of, sort_key_of
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE, score_of, sort_key_of
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 KEEP = dict(keep_first=3, keep_last=2)
@@ -72,6 +72,7 @@ def test_a_scan_of_groups_of_queries_has_each_querys_own_scores(interpret, dtype
     for t, wanted in enumerate(scores):
         sample = wanted[::4]
         np.testing.assert_array_equal(score_of(got[t, : len(sample)]), sample)
+        assert (got[t, len(sample) : 512] == INVISIBLE).all()  # as far as a top-k reads
         place = np.arange(len(wanted))
         passes = (wanted >= THRESHOLD) | (place < 3) | (place >= len(wanted) - 2) | (t == 4)
         words = np.asarray(masks[t, : -(-len(wanted) // 32)])

@@ -14,6 +14,7 @@ import pytest
 
 from bench.serve.engine_faults import failing, with_poison
 from hisa_jax import models
+from hisa_jax.models import passes
 from hisa_jax.models.drafts import lookup, propose
 from hisa_jax.models.scheduler import Scheduler
 from hisa_jax.page_pool import PagePool
@@ -134,7 +135,8 @@ def test_an_error_of_the_device_that_shows_after_the_call_loses_pages_and_no_tok
 
     def broken(weights, pages, *arrays, structure, trace, formats):
         def run(pages):
-            return jax.pure_callback(refuse, jax.ShapeDtypeStruct((2, 1), jnp.int32), pages[0].counts), None, pages, []
+            logits = jax.ShapeDtypeStruct((2, 1, serving.VOCABULARY), jnp.float32)
+            return jax.pure_callback(refuse, logits, pages[0].counts), pages, passes.Seen([], None)
 
         return jax.jit(run, donate_argnums=0)(pages)
 

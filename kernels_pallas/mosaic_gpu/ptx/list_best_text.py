@@ -17,7 +17,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import (
 )
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 
-OPERANDS = ("X", "LIMIT", "O", "COUNT", "SMEM")
+OPERANDS = ("X", "SAMPLES", "LIMIT", "O", "COUNT", "SMEM")
 WORD = 32  # sort keys of a word of bits; a warp takes so many words at a time
 _CHUNK = WORD * WORD
 _COUNTED, _TIED = 3, 6  # places of sums over threads that no other sum of `threshold_ptx` still has
@@ -29,6 +29,7 @@ class Row:
 
     Attributes:
         width: sort keys, a multiple of 32; `step`: every so many are sampled.
+        apart: from a sample to the next: `step`, or 1 where samples are side by side.
         least: how many are listed at least, if there are so many; `most`: at most.
         keep_first, keep_last: candidates that are listed whatever their sort keys.
         sample: of the samples, and how many of them reach the first threshold.
@@ -36,6 +37,7 @@ class Row:
 
     width: int
     step: int
+    apart: int
     least: int
     most: int
     keep_first: int
@@ -83,12 +85,14 @@ min.s32 least, $LIMIT, {row.least}; setp.le.s32 p, $LIMIT, {row.most}; @p mov.b3
 def _sample(row: Row) -> str:
     """A thread's samples, in registers and in shared memory; which these are does not matter."""
     shape = row.sample
-    lines = [f"mul.wide.u32 word, tid, {4 * row.step}; add.s64 word, word, $X; mul.lo.u32 column, tid, {row.step};"]
+    lines = [
+        f"mul.wide.u32 word, tid, {4 * row.apart}; add.s64 word, word, $SAMPLES; mul.lo.u32 column, tid, {row.step};"
+    ]
     for j in range(shape.each):
-        skipped = j * shape.n_threads * row.step
+        skipped, at = (j * shape.n_threads * apart for apart in (row.step, 4 * row.apart))
         lines.append(
             f"mov.b32 v{j}, {INVISIBLE}; sub.s32 t, $LIMIT, {skipped}; setp.lt.s32 p, column, t; "
-            f"@p ld.global.b32 v{j}, [word+{4 * skipped}];"
+            f"@p ld.global.b32 v{j}, [word+{at}];"
         )
     lines.append(clear_ptx(shape))
     lines.append(f"mul.lo.u32 at, tid, {shape.pitch}; add.u32 at, at, $SMEM;")
@@ -106,9 +110,11 @@ def _mark(row: Row) -> str:
 chunk: mul.lo.u32 column, i, {_CHUNK}; setp.ge.s32 p, column, $LIMIT; @p bra marked;
 add.u32 t, column, lane; mul.wide.u32 word, t, 4; add.s64 word, word, $X;"""
     ]
+    is_ragged = row.width % _CHUNK
     for k in range(WORD):
-        lines.append(f"mov.b32 x{k}, {INVISIBLE}; setp.lt.s32 p, column, {row.width - WORD * k};")
-        lines.append(f"@p ld.global.b32 x{k}, [word+{4 * WORD * k}];")
+        if is_ragged:
+            lines.append(f"mov.b32 x{k}, {INVISIBLE}; setp.lt.s32 p, column, {row.width - WORD * k};")
+        lines.append(f"{'@p ' if is_ragged else ''}ld.global.b32 x{k}, [word+{4 * WORD * k}];")
     lines.append(f"mul.lo.u32 at, i, {4 * WORD}; add.u32 at, at, $SMEM; add.u32 at, at, into;")
     for k in range(0, WORD, 4):
         for i in range(k, k + 4):

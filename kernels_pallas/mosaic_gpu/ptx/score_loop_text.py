@@ -71,10 +71,11 @@ def _sums(shape: Shape) -> list[str]:
 
 def _declarations(shape: Shape) -> str:
     each = range(shape.together)
-    words = [f"{name}{i}" for name in ("limit", "limit_next", "threshold", "threshold_next") for i in each]
+    words = [f"{name}{i}" for name in ("limit", "threshold") for i in each]
     predicates = ["upper1", "upper2", *(f"there{i}" for i in each if i > 0)]
     return f""".reg .pred {", ".join(predicates)}; .reg .b64 limits, o, thresholds, masks, maxima;
-.reg .f32 {", ".join(_sums(shape))}, t0, t1, t2, t3, x, scale; .reg .b32 {", ".join(words)}, sort_key, below;"""
+.reg .f32 {", ".join(_sums(shape))}, t0, t1, t2, t3, x, scale;
+.reg .b32 {", ".join(words)}, sort_key, below, nothing;"""
 
 
 def _load_keys(shape: Shape, a: list[list[str]]) -> str:
@@ -114,16 +115,17 @@ def _start(shape: Shape) -> str:
     """What stays the same for all queries, and the limits (and thresholds) of the first slot."""
     # What passes of a warp's 32 columns is written side by side: no lane has a place of its own.
     lines = [
-        f"""mov.u32 j, 0; and.b32 t, lane, 1; setp.ne.u32 upper1, t, 0; and.b32 t, lane, 2; setp.ne.u32 upper2, t, 0;
+        f"""mov.u32 j, 0; shr.u32 nothing, $COUNT, 31;
+and.b32 t, lane, 1; setp.ne.u32 upper1, t, 0; and.b32 t, lane, 2; setp.ne.u32 upper2, t, 0;
 mov.u32 u, %tid.x; and.b32 u, u, {KEYS_PER_WARPGROUP - 1}; add.u32 candidate, u, $CANDIDATE;
 {"and.b32 t, u, -32;" if shape.filters else "mov.b32 t, u;"} mul.wide.u32 o, t, 4; add.u64 o, o, $O;
-mov.b64 limits, $LIMITS; ld.global.b32 limit_next0, [limits];"""
+mov.b64 limits, $LIMITS; ld.global.b32 limit0, [limits];"""
     ]
     if shape.has_scale:
         lines.append("shl.b32 t, u, 2; add.u32 t, t, $SCALES; ld.shared.f32 scale, [t];")
     if shape.filters:
         lines.append(
-            """mov.b64 thresholds, $THRESHOLDS; ld.global.b32 threshold_next0, [thresholds]; setp.eq.u32 leads, lane, 0;
+            """mov.b64 thresholds, $THRESHOLDS; ld.global.b32 threshold0, [thresholds]; setp.eq.u32 leads, lane, 0;
 shr.u32 t, u, 5; mul.wide.u32 masks, t, 4; add.u64 masks, masks, $MASKS; mov.u32 below, %lanemask_lt;"""
         )
     if n := shape.maxima_of:
@@ -140,7 +142,7 @@ def _ask_others(shape: Shape) -> str:
     for i in range(1, shape.together):
         lines.append(f"add.s32 t, j, {i}; setp.lt.s32 p, t, $COUNT;")
         names = ("limit", "threshold") if shape.filters else ("limit",)
-        lines += [f"@p ld.global.b32 {name}_next{i}, [{name}s+{4 * i}];" for name in names]
+        lines += [f"@p ld.global.b32 {name}{i}, [{name}s+{4 * i}];" for name in names]
     return "\n".join(lines)
 
 
@@ -175,8 +177,6 @@ def _next_query(shape: Shape) -> str:
     """Slot, phase and descriptor of query j; then waits for it."""
     # The ring is a power of two: slot and parity of a phase are bits of how many slots this warp-group has met.
     laps = shape.ring.bit_length() - 1
-    names = ("limit", "threshold") if shape.filters else ("limit",)
-    query = " ".join(f"mov.b32 {name}{i}, {name}_next{i};" for name in names for i in range(shape.together))
     nth = "add.u32 t, j, $BEFORE;"
     if shape.together > 1:
         nth = f"shr.u32 t, j, {shape.together.bit_length() - 1}; add.u32 t, t, $BEFORE;"
@@ -185,8 +185,8 @@ and.b32 slot, t, {shape.ring - 1}; shr.u32 parity, t, {laps}; and.b32 parity, pa
 mad.lo.u32 q_lo, slot, {shape.columns * shape.row_bytes}, $Q; shr.u32 q_lo, q_lo, 4; and.b32 q_lo, q_lo, 0x3fff;
 shl.b32 t, slot, 3; add.u32 full, t, $FULL; add.u32 free, t, $FREE;
 wait: mbarrier.try_wait.parity.shared::cta.b64 p, [full], parity, 10000000; @p bra ready; bra wait;
-ready: {query if shape.rows is None else ""}
-mad.lo.u32 w_slot, slot, {4 * shape.w_words}, $W; and.b32 t, lane, 3; shl.b32 t, t, 3; add.u32 w_at, w_slot, t;"""
+ready: mad.lo.u32 w_slot, slot, {4 * shape.w_words}, $W;
+and.b32 t, lane, 3; shl.b32 t, t, 3; add.u32 w_at, w_slot, t;"""
 
 
 def _weights(shape: Shape, heads: int) -> str:
@@ -249,13 +249,7 @@ def _pin(shape: Shape) -> str:
 
 def _store(shape: Shape) -> str:
     """Sums over the four lanes of a row, each keeping one key; scale, sort key, store."""
-    # The next queries' limits and thresholds are loaded here, so that they arrive while their products are in flight.
-    names = ("limit", "threshold") if shape.filters else ("limit",)
-    lines = [
-        f"@more add.u64 {name}s, {name}s, {4 * shape.together}; @more ld.global.b32 {name}_next0, [{name}s];"
-        for name in names
-    ]
-    lines.append(_ask_others(shape))
+    lines = []
     for i in range(shape.together):
         if i > 0:
             # j is of the next slot's first query already.
@@ -266,6 +260,10 @@ def _store(shape: Shape) -> str:
         lines.append(f"add.u64 masks, masks, {rows // 8};")
     if shape.maxima_of:
         lines.append(f"add.u64 maxima, maxima, {4 * rows // shape.maxima_of};")
+    # The next queries' limits and thresholds arrive while their products are in flight: nothing before needs them.
+    for name in ("limit", "threshold") if shape.filters else ("limit",):
+        lines.append(f"@more add.u64 {name}s, {name}s, {4 * shape.together}; @more ld.global.b32 {name}0, [{name}s];")
+    lines.append(_ask_others(shape))
     return "\n".join([*lines, f"add.u64 o, o, {4 * rows};"])
 
 
@@ -288,7 +286,12 @@ shfl.sync.bfly.b32 t0, t0, 2, 0x1f, -1; add.f32 x, t1, t0;""",
             f"sub.s32 t, limit{i}, {shape.keep_last}; setp.ge.s32 p, candidate, t; "
             f"selp.b32 sort_key, {FORCED}, sort_key, p;"
         )
-    lines.append(f"setp.lt.s32 p, candidate, limit{i}; selp.b32 sort_key, sort_key, {INVISIBLE}, p;")
+    # The limit, and a zero of the sort key: ptxas would compare as soon as it may, and wait for the limit before the
+    # products, 500 cycles and more of the 2000 that few queries take with a tile.
+    lines.append(
+        f"lop3.b32 t, sort_key, nothing, limit{i}, 0x6a; "
+        f"setp.lt.s32 p, candidate, t; selp.b32 sort_key, sort_key, {INVISIBLE}, p;"
+    )
     return "\n".join(lines)
 
 
