@@ -227,6 +227,7 @@ def arrays_on_other_devices_are_refused():
             assert f"select: {name} is on the devices" in str(error), error
         else:
             raise AssertionError("nothing was raised")
+        jax.eval_shape(lambda arrays=arrays: hj.select(**arrays, method=METHODS["dsa"], **axes))
 
 
 PARTS = {

@@ -60,14 +60,18 @@ def check_arrays(call: str, mesh: Mesh | None, axes: dict[str, str | None], **ar
 
 
 def _check_devices(call: str, mesh: Mesh, arrays: dict[str, Any]) -> None:
-    """Raises for arrays that were put on other devices; of those that a program makes its compiler says so."""
+    """Raises for arrays that were put on other devices; those that a program closes over may lie anywhere."""
     wanted = set(mesh.devices.flat)
     for name, array in arrays.items():
         for leaf in jax.tree.leaves(array):
             is_placed = isinstance(leaf, Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed
-            if is_placed and leaf.sharding.device_set != wanted:
+            if is_placed and leaf.sharding.device_set != wanted and not _is_traced():
                 given, those = (sorted(device.id for device in some) for some in (leaf.sharding.device_set, wanted))
                 raise ValueError(f"{call}: {name} is on the devices {given}, wanted those of the mesh, {those}")
+
+
+def _is_traced() -> bool:
+    return isinstance(jax.numpy.zeros(()), jax.core.Tracer)
 
 
 def batch_axes(
