@@ -372,7 +372,6 @@ def add_products(
         o = tuple(x + product(part) for part, x in enumerate(o))
         release(0)
     else:
-
         # Both products take the probabilities from registers: shared memory is what limits, see `sparse_mla`.
         rows = plgpu.load(p, layout=plgpu.Layout.WGMMA)
 
