@@ -30,9 +30,8 @@ class Queries:
     def __init__(self, H, in_pages, has_scale, is_sample, most, T):
         rng = np.random.default_rng(0)
         self.visible = np.array([640, 40, 257, 256, 32, 5, 0], np.int32)[:T]
-        self.first = np.array([0, 256, 512, 768, 0, 1024, 0] if is_sample else [640, 0, 640, 640, 0, 640, 0], np.int32)[
-            :T
-        ]
+        first = [0, 256, 512, 768, 0, 1024, 0] if is_sample else [640, 0, 640, 640, 0, 640, 0]
+        self.first = np.array(first, np.int32)[:T]
         q, k = rng.integers(-2, 3, (T, H, 128)), rng.integers(-most, most + 1, (S, 128))
         self.q, self.k = jnp.asarray(q, jnp.float32).astype(E4M3), jnp.asarray(k, jnp.float32).astype(E4M3)
         self.k = self.k.at[16, 3].set(jnp.nan).at[640 + 36, 5].set(jnp.nan)
