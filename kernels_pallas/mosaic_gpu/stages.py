@@ -223,9 +223,9 @@ def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
 
 
 def scan_heads(call: FlatCall, method: Scan, interpret: Interpret = False, samples: Samples | None = None) -> ScanHeads:
-    """Triton's, of many queries by the slopes of `scan_slopes`."""
-    (T, H, D), itemsize = call.q.shape, call.k.dtype.itemsize
-    if method.slopes == "plain" or T <= scan.FEW or slopes_stage.why_not(H, D, itemsize):
+    """Triton's, by the slopes of `scan_slopes`."""
+    _, H, D = call.q.shape
+    if method.slopes == "plain" or slopes_stage.why_not(H, D, call.k.dtype.itemsize):
         return triton_stages.scan_heads(call, method, interpret, samples)
     operands, first = triton_stages.sampled(call, samples)
     options: Any = dict(is_sample=samples is not None, interpret=interpret)
