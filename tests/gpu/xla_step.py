@@ -1,17 +1,21 @@
 """Prints what XLA launches for a step of decoding on an H200, without one: `python -m tests.gpu.xla_step hisa 32`.
 
-XLA compiles for a described GPU. `whole_kernels.make_stub` stands for the driver, which the plugin wants to load.
+Of `units`, which is Triton's, it compiles the kernel alone. XLA compiles for a described GPU.
+`whole_kernels.make_stub` stands for the driver, which the plugin wants to load.
 """
 
 import re
 import sys
 
 import jax
+import jax.numpy as jnp
 from jax._src.lib import _jax, xla_client
 from jax._src.mesh import AbstractDevice
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, SingleDeviceSharding
 
+from hisa_jax.kernels_pallas.operands import Columns, Operands
+from hisa_jax.kernels_pallas.triton import units
 from tests.gpu import whole_kernels
 
 _H200 = """gpu_device_info {
@@ -27,8 +31,8 @@ device_description_str: "NVIDIA H200"
 """
 
 
-def launches(f, *shapes):
-    """Names of fusions and custom calls of f, in order."""
+def compiled(f, *shapes):
+    """The text of the program that XLA makes of f."""
     xla_client.load_pjrt_plugin_dynamically("cuda", str(whole_kernels.plugin()))
     xla_client.initialize_pjrt_plugin("cuda")
     options = {"topology": "1x1x1", "target_config": _H200}
@@ -38,10 +42,29 @@ def launches(f, *shapes):
     mesh = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
     with jax.sharding.use_abstract_mesh(mesh):
         lowered = jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",))
-    text = lowered.compile(compiler_options={"xla_gpu_autotune_level": "0"}).as_text()
+    return lowered.compile(compiler_options={"xla_gpu_autotune_level": "0"}).as_text()
+
+
+def launches(text):
+    """Names of fusions and custom calls of a program, in order."""
     entry = text[text.index("ENTRY") :]
     return re.findall(r"%([\w.-]+) = [^=]*? (?:fusion|custom-call|copy|sort|while)\(", entry)
 
 
+def prefill_units():
+    """MiniMax-M3's block scores of 4096 queries with 4 heads that choose alone, at 128K."""
+    T, S = 4 * 4096, 131072
+    config = units.heuristic(T, 1, S)
+
+    def f(q, w, k, limit, tiles):
+        columns, how = Columns(limit=limit, n=S, tiles=tiles), dict(unit=128, has_relu=False, is_weighted=False)
+        return units.units(Operands(q, w, k, None, None), columns, config=config, **how)
+
+    bf16, i32 = jnp.bfloat16, jnp.int32
+    keys, tiles = ((S, 128), bf16), ((T // config.tile_t + 1, 4), i32)
+    return f, ((T, 1, 128), bf16), ((T, 1), jnp.float32), keys, ((T,), i32), tiles
+
+
 if __name__ == "__main__":
-    print(*launches(*whole_kernels.decode(sys.argv[1], int(sys.argv[2]), 64)), sep="\n")
+    asked = prefill_units() if sys.argv[1] == "units" else whole_kernels.decode(sys.argv[1], int(sys.argv[2]), 64)
+    print(*launches(compiled(*asked)), sep="\n")
