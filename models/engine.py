@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from hisa_jax.models import checks, passes
 from hisa_jax.models.agreement import Agreement
@@ -107,6 +108,7 @@ class Engine:
             self._agreement.check("Engine", **in_common(model, sizes, n_draft, trace, return_selections, start))
         self._formats = passes.formats_of(model, self.pool.n_pages)
         self._pages: Pages | None = None
+        self._unfinished: Array | None = None  # a result of the last pass, if nobody has waited for it
         self._is_in_step = False
         jax.block_until_ready(self.pages)  # more than there is memory for show here
 
@@ -299,6 +301,7 @@ class Engine:
         return report
 
     def _undo_step(self, saved: Saved, pages: Pages | None) -> None:
+        self._unfinished = None
         self.scheduler.restore(saved, are_pages_written=self._pages is not pages)
         if not _are_there(self._pages):
             self._pages = None
@@ -321,13 +324,20 @@ class Engine:
         logits, pages, seen = passes.read(
             self._weights, self.pages, *arrays, structure=structure, trace=self._trace, formats=self._formats
         )
+        ends = [self.pool.lengths[request.id] == request.n_prompt == len(request.tokens) for request in batch.requests]
+        n_kept = [len(new) for new in batch.news]
+        if self._recorder is None and not any(ends):
+            # The host needs nothing of this pass, and prepares the next one while it runs, one at a time. An error of
+            # the device shows in a later step, which then finds the pages lost.
+            self._pages, before, self._unfinished = pages, self._unfinished, logits
+            jax.block_until_ready(before)
+            return self._step(batch, rows, n_kept, seen.layers)
         # An error of the device shows here, so before the pages are taken over.
         taken, rows_seen = jax.device_get((passes.taken(logits, draws, self.model.mesh, self._trace), seen.rows))
-        n_kept = [len(new) for new in batch.news]
-        self._pages = pages
+        self._pages, self._unfinished = pages, None
         self._record(batch, rows, n_kept, rows_seen)
-        for row, request in zip(rows, batch.requests, strict=True):
-            if self.pool.lengths[request.id] == request.n_prompt == len(request.tokens):
+        for row, request, is_end in zip(rows, batch.requests, ends, strict=True):
+            if is_end:
                 self._take(request, taken, row, 0, 1, report)
         return self._step(batch, rows, n_kept, seen.layers)
 
