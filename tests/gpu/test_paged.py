@@ -149,8 +149,8 @@ def test_means_of_blocks_that_pages_keep_are_read_and_where_they_are_of_other_pa
     monkeypatch,
 ):
     if jax.default_backend() != "gpu":
-        # As for many requests: a program takes the means that do not fit in several turns.
-        monkeypatch.setattr(kept_means, "heuristic", lambda *_: kept_means.Config(tile_s=128))
+        # As for many requests: a program has several tiles, and takes the means that do not fit in several turns.
+        monkeypatch.setattr(kept_means, "heuristic", lambda *_: kept_means.Config(tile_s=64, n_tiles=2))
     block_size, method = 2 * page_size if page_size > 16 else 64, hj.Hisa(topk=50, block_size=64, block_topk=4)
     method = dataclasses.replace(method, block_size=block_size)
     decode = DECODE | dict(lengths=[n * block_size // 64 for n in DECODE["lengths"]])
