@@ -29,7 +29,8 @@ from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret
 
 ONE_TILE = 16384  # up to this many tokens are selected from in one piece
-STEP = 13824  # tokens of a tile: bounds the memory to T * STEP sort keys
+FIRST = 13824  # tokens of the first tile: the most of which a CTA selects from four rows at a time
+STEP = 19968  # of later ones: bounds the memory to T * STEP sort keys
 WIDTH = few_topk_stage.MAX_WIDTH  # columns of a row of few queries that a CTA selects from
 MOST_BYTES = 1 << 29  # of the sort keys of few queries
 _MANY = 8 * 384  # tokens a CTA
@@ -67,15 +68,26 @@ def _flat(
     T = operands.q.shape[0]
     launch: Any = {"n_ctas": n_ctas, "interpret": interpret}
     operands = operands._replace(k=operands.k[:, None])
-    sizes = scores_stage.Sizes.of(operands)
+    sizes = scores_stage.Sizes.of(operands, len(sequences.lengths))
     config = scores_stage.heuristic(sizes, min(STEP, sequences.max_keys), n_ctas, n_score=3)
+    is_in_one_piece = sequences.max_keys <= max(ONE_TILE, 2 * topk) <= topk_stage.MAX_WIDTH
+    # Whole spans, and whole steps of a selection: a tile's result must not reach into the next tile.
+    unit = math.lcm(config.span, COLUMNS)
+    n_first, step = (-(-n // unit) * unit for n in (FIRST, STEP))
+    starts = [0, *range(n_first, sequences.max_keys, step)]
+    config = scores_stage.for_last_queries(
+        config, sizes, starts[: 1 if is_in_one_piece else None], sequences.max_keys, n_ctas
+    )
+    if not is_in_one_piece:
+        # Out of device memory a tile's limits come one after the other, in 15 us; out of L2 in 3.
+        visible = jnp.maximum(visible, 0)
     tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
 
     def sort_keys(start: Array, n: int, threshold: Array | None = None) -> Any:
         columns = Columns(limit=visible, tiles=tiles, first=start, n=n, threshold=threshold)
         return scores_stage.scores(operands, columns, config=config, **launch)
 
-    if sequences.max_keys <= max(ONE_TILE, 2 * topk) <= topk_stage.MAX_WIDTH:
+    if is_in_one_piece:
         # Whole steps of a selection, also where a span is less.
         x = sort_keys(jnp.zeros((1,), jnp.int32), -(-sequences.max_keys // COLUMNS) * COLUMNS)
         return _best(x, visible, topk, has_sort_keys, launch)
@@ -84,35 +96,32 @@ def _flat(
         return _of_few(operands, visible, sequences, topk, has_sort_keys, launch)
 
     n_best = -(-topk // COLUMNS) * COLUMNS
-    # Whole spans, and whole steps of a selection: a tile's result must not reach into the next tile.
-    unit = math.lcm(config.span, COLUMNS)
-    step = -(-STEP // unit) * unit
-    x = sort_keys(jnp.zeros((1,), jnp.int32), step)
-    positions, _, best = topk_stage.topk_with_sort_keys(x, visible, n_best, **launch)
+    x = sort_keys(jnp.zeros((1,), jnp.int32), n_first)
+    positions, count, keys, least = topk_stage.topk_with_sort_keys(x, visible, n_best, **launch)
+    best = merge_stage.Best(keys, positions, count, least)
 
-    def one_tile(i: int | Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        start = jnp.full((1,), i * step, jnp.int32)
-        # The least of the best so far is the k-th: what does not beat it is not even written.
-        tile = sort_keys(start, step, jnp.min(best[0], axis=1))
+    def one_tile(i: int | Array, best: merge_stage.Best) -> merge_stage.Best:
+        start = jnp.full((1,), n_first + i * step, jnp.int32)
+        # What does not beat the least of the best so far is not even written.
+        tile = sort_keys(start, step, best.least)
         return merge_stage.merge(best, tile, start, visible, **launch)
 
     # Two tiles a turn: after an odd number of merges the best would have to be copied to where the next turn expects
-    # them. As many turns as the query that sees most needs, which only the run knows; a tile that nobody sees adds
-    # nothing, but no tile begins beyond the last key.
-    result = best, positions
-    n_later = -(-sequences.max_keys // step) - 1
+    # them. As many turns as the query that sees most needs, which only the run knows, and for which the host waits; a
+    # tile that nobody sees adds nothing, but no tile begins beyond the last key.
+    n_later = len(starts) - 1
     if n_later % 2:
-        result = one_tile(1, result)
-    first = 1 + n_later % 2
-    n_turns = (jnp.max(visible) - first * step + 2 * step - 1) // (2 * step)
-    two_tiles = lambda i, best: one_tile(first + 2 * i + 1, one_tile(first + 2 * i, best))  # noqa: E731
-    best, positions = lax.fori_loop(0, n_turns, two_tiles, result)
-    count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+        best = one_tile(0, best)
+    first = n_later % 2
+    if n_later > 1:
+        n_turns = (jnp.max(visible) - n_first - first * step + 2 * step - 1) // (2 * step)
+        two_tiles = lambda i, best: one_tile(first + 2 * i + 1, one_tile(first + 2 * i, best))  # noqa: E731
+        best = lax.fori_loop(0, n_turns, two_tiles, best)
     if n_best == topk:
-        return positions, count, best if has_sort_keys else None
+        return best.positions, best.n, best.sort_keys if has_sort_keys else None
     # Rows are whole steps of the selection: the topk of those n_best.
-    columns, count, best_keys = _best(best, count, topk, has_sort_keys, launch)
-    positions = jnp.take_along_axis(positions, jnp.maximum(columns, 0), axis=1)
+    columns, count, best_keys = _best(best.sort_keys, best.n, topk, has_sort_keys, launch)
+    positions = jnp.take_along_axis(best.positions, jnp.maximum(columns, 0), axis=1)
     return jnp.where(columns >= 0, positions, -1), count, best_keys
 
 
@@ -137,10 +146,13 @@ def _of_few(
     T, n, interpret = operands.q.shape[0], _whole(sequences.max_keys), launch["interpret"]
     # Several spans are on their way: a span is soon scored for one query. Three warp-groups keep up with memory, but of
     # few spans a CTA the wider ones come out uneven.
-    sizes, n_score = scores_stage.Sizes.of(operands), 3 if T * n >= _MANY * launch["n_ctas"] else 2
+    sizes, n_score = (
+        scores_stage.Sizes.of(operands, len(sequences.lengths)),
+        3 if T * n >= _MANY * launch["n_ctas"] else 2,
+    )
     config = scores_stage.heuristic(sizes, n, launch["n_ctas"], n_score=n_score, n_keys=4)
     # No more queries a tile than a sequence has on average: a tile is of one sequence.
-    config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // len(sequences.lengths))))
+    config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // sizes.n_sequences)))
     tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
     # As many neighbours a group as leave room for the best groups; all that a thread of the selection has at most.
     size = next(size for size in (8, 4, 2) if size * topk <= WIDTH)
@@ -173,7 +185,7 @@ def _greatest(x: Array, visible: Array, per_column: int, size: int) -> Array:
 def _best(x: Array, limit: Array, k: int, has_sort_keys: bool, launch: dict[str, Any]) -> Found:
     """Of rows of sort keys; a row that is chosen whole costs no search where its sort keys are not wanted."""
     if has_sort_keys:
-        return topk_stage.topk_with_sort_keys(x, limit, k, **launch)
+        return topk_stage.topk_with_sort_keys(x, limit, k, **launch)[:3]
     if launch["n_ctas"] >= len(x) and x.shape[1] <= few_topk_stage.MAX_WIDTH:
         return *few_topk_stage.topk(x, limit, k, has_forced=False, interpret=launch["interpret"]), None
     return *topk_stage.topk(x, limit, k, **launch), None

@@ -57,6 +57,10 @@ class Plan:
         """Keys a copy."""
         return KEYS_PER_WARPGROUP if self.pages is None else min(KEYS_PER_WARPGROUP, self.pages[0])
 
+    def slots(self, n: Array) -> Array:
+        """Of the ring for so many queries."""
+        return n if self.loop.together == 1 else lax.div(n + (self.loop.together - 1), jnp.int32(self.loop.together))
+
     @property
     def n_copies(self) -> int:
         """What arrives at a barrier for an item: its copies."""
@@ -116,7 +120,7 @@ class Work(NamedTuple):
 
 
 _LAST_WARP = 3  # of the loader, a warp-group
-Carry = tuple[Array, Array]  # items, and queries of items, that this CTA has met so far
+Carry = tuple[Array, Array]  # items, and slots of queries, that this CTA has met so far
 
 
 def each_item(plan: Plan, gmem: Inputs, f: Callable[[Work, Carry], None]) -> Carry:
@@ -140,7 +144,7 @@ def each_item(plan: Plan, gmem: Inputs, f: Callable[[Work, Carry], None]) -> Car
             # Spans of one tile of queries are neighbours, so CTAs that run together read the same queries from L2.
             column = (begin + i * plan.n_ctas) * width
             f(Work(first, n, column, first_column + column, key_row + first_column + column), carry)
-            return carry[0] + 1, carry[1] + n
+            return carry[0] + 1, carry[1] + plan.slots(n)
 
         n_mine = lax.div(jnp.maximum(n_seen - begin, 0) + (plan.n_ctas - 1), jnp.int32(plan.n_ctas))
         carry = lax.fori_loop(0, n_mine, one_span, carry)
@@ -191,14 +195,18 @@ def _load_items(plan: Plan, gmem: Inputs, smem: Smem, warp: Array | None) -> Non
                 source, target = Source(gmem.k, gmem.k_scale, gmem.table), Target(smem.k, smem.scale, smem.k_full)
                 copy_rows(source, target, slot, work.key_row)
 
-        def one_query(j, _):
-            slot, t = (met[1] + j) % plan.loop.ring, work.first + j
+        def one_slot(j, _):
+            slot = (met[1] + j) % plan.loop.ring
             plgpu.barrier_wait(smem.q_free.at[slot])
-            plgpu.copy_gmem_to_smem(gmem.q.at[t], smem.q.at[slot], smem.q_full.at[slot])
-            plgpu.copy_gmem_to_smem(gmem.w.at[t], smem.w.at[slot, pl.ds(0, gmem.w.shape[1])], smem.q_full.at[slot])
+            for i in range(plan.loop.together):
+                # A slot that is not full ends with any query: its scores are not written.
+                t = jnp.minimum(work.first + j * plan.loop.together + i, gmem.q.shape[0] - 1)
+                heads, words = (pl.ds(i * n, n) for n in (plan.loop.H, gmem.w.shape[1]))
+                plgpu.copy_gmem_to_smem(gmem.q.at[t], smem.q.at[slot, heads], smem.q_full.at[slot])
+                plgpu.copy_gmem_to_smem(gmem.w.at[t], smem.w.at[slot, words], smem.q_full.at[slot])
             return _
 
-        by(_LAST_WARP)(lambda: lax.fori_loop(0, work.n, one_query, None) and None)
+        by(_LAST_WARP)(lambda: lax.fori_loop(0, plan.slots(work.n), one_slot, None) and None)
 
     each_item(plan, gmem, one_item)
     for slot in range(plan.n_keys):

@@ -44,6 +44,7 @@ class Outputs(NamedTuple):
     positions: Ref  # [T, k]
     count: Ref  # [T]
     sort_keys: Ref | None  # [T, k]
+    least: Ref | None = None  # [T]
 
 
 class Smem(NamedTuple):
