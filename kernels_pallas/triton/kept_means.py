@@ -34,7 +34,7 @@ class Config:
     """Launch sizes: they change the speed, never the result."""
 
     tile_s: int = TILED_BLOCKS  # blocks a program, a multiple of 16
-    n_tiles: int = 1  # of a program
+    n_tiles: int = 1  # of a program, a power of two
     num_warps: int = 4
     num_stages: int = 1  # tiles on their way, and the one in work
 
@@ -47,7 +47,7 @@ def heuristic(T: int, n_blocks: int, n_sms: int = 132) -> Config:
     """
     n_tiles = -(-T * n_blocks // (64 * 4 * n_sms))
     if n_tiles > 1:
-        return Config(tile_s=64, n_tiles=min(n_tiles, 16), num_stages=3)
+        return Config(tile_s=64, n_tiles=min(1 << (n_tiles - 1).bit_length(), 16), num_stages=3)
     if T * n_blocks >= 128 * n_sms:
         return Config(tile_s=128)
     return Config(tile_s=64 if T * n_blocks >= 32 * n_sms else TILED_BLOCKS)

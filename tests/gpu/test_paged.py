@@ -173,6 +173,13 @@ def test_means_of_blocks_that_pages_keep_are_read_and_where_they_are_of_other_pa
     assert_same(other.select(implementation, method), wanted)
 
 
+def test_a_program_of_kept_means_has_a_power_of_two_of_them():
+    """As Triton wants it, of any number of requests."""
+    configs = [kept_means.heuristic(T, 1024) for T in range(1, 600)]
+    assert all((c.tile_s * c.n_tiles).bit_count() == 1 for c in configs)
+    assert [configs[T - 1].n_tiles for T in (1, 33, 34, 67, 128, 133, 599)] == [1, 1, 2, 4, 4, 8, 16]
+
+
 @pytest.mark.exhaustive  # 40 s a case
 @pytest.mark.parametrize("implementation", ["mosaic_gpu_interpreted"], indirect=True)
 @pytest.mark.parametrize("block_topk", [4, 16], ids=["whole", "parts"])
