@@ -49,8 +49,8 @@ class Problem:
 
     `is_packed` tells sequences of any lengths from a batch, `page_size` pages from contiguous keys, of `n_requests`;
     `is_split`, whether keys are split over devices; `returns_blocks`, whether the kept blocks are asked for;
-    `keeps_sketch`, whether the pages do; `n_listed`, how many keys a query's list may name, 0 without lists;
-    `has_budget`, whether queries have one.
+    `keeps_sketch`, whether the pages do; `n_listed`, how many keys a query's list may name, 0 without lists, in blocks
+    of `listed_size`; `has_budget`, whether queries have one.
     """
 
     H: int
@@ -66,6 +66,7 @@ class Problem:
     returns_blocks: bool = False
     keeps_sketch: bool = False
     n_listed: int = 0
+    listed_size: int = 1
     has_budget: bool = False
 
     @classmethod
@@ -84,7 +85,8 @@ class Problem:
         S = keys.values.shape[-2] if S is None else S
         rest: Any = dict(q_dtype=q.dtype.name, k_dtype=keys.values.dtype.name, has_budget=limits.budget is not None)
         if (listed := limits.candidates) is not None:
-            rest["n_listed"] = min(listed.ids.shape[-1], -(-S // listed.block_size)) * listed.block_size
+            rest["listed_size"] = size = listed.block_size
+            rest["n_listed"] = min(listed.ids.shape[-1], -(-S // size)) * size
         H = 1 if method.per_head else H  # heads are queries then
         return cls(H=H, D=D, S=S, method=method, is_packed=len(q.shape) == 3, is_split=is_split, **rest)
 
@@ -184,8 +186,6 @@ def _tpu(name: str) -> Implementation:
             return reason
         if is_by_best_token(method):
             return "has no kernels for a BlockSparse of scored_by='max'"
-        if problem.n_listed:
-            return "has no kernels for candidates"
         if problem.has_budget and isinstance(method, Scan):
             return "has no kernels for a budget of a Scan"
         if problem.is_split and isinstance(method, Scan):
@@ -199,6 +199,8 @@ def _tpu(name: str) -> Implementation:
         blocks = {}
         if isinstance(method, Hisa | BlockSparse):
             blocks = {"block_size": method.block_size, "block_topk": method.block_topk}
+        elif problem.n_listed:
+            blocks = {"block_size": problem.listed_size, "block_topk": problem.n_listed // problem.listed_size}
         return module.why_not(
             device.kind,
             H=kernel_heads.n_heads(problem.H, problem.method),

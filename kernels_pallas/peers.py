@@ -27,7 +27,9 @@ class Peers(Protocol):
         ...
 
     def map_rows(self, rows: Array, fill: int) -> Callable[[Callable[[Array, Array], Array], Array], Array]:
-        """What applies f to each row of all devices side by side, [t, n * W] of [T, W], and its number, [t] of [T]:
-        [T] int32 of what f gives, [t]. Rows that are added, so that devices have equally many, hold `fill`.
+        """What maps f over rows of which each device has a part: (f, column [T]) -> [T] int32, the same on all devices.
+
+        f gets some rows, [t, n * W], the parts of all devices side by side, and theirs of the column. Rows that are
+        added, so that devices have equally many, hold `fill`.
         """
         ...

@@ -16,7 +16,7 @@ import pytest
 
 import hisa_jax as hj
 from hisa_jax.page_pool import PagePool
-from tests.valid_calls import (
+from tests.arguments import (
     DSA,
     MESH_OF_ONE,
     batch,

@@ -32,7 +32,7 @@ PRIVATE = {
     r"whoever asks": "a process that asks",
 }
 # Whose docstrings are read for them, too; the links in hisa_jax lead to the other two folders.
-FOLDERS = ("hisa_jax", "kernels_pallas", "models")
+FOLDERS = ("bench", "hisa_jax", "kernels_pallas", "models", "tests")
 SOURCES = sorted({path.resolve() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")})
 FUNCTIONS = [name for name in hj.__all__ if inspect.isfunction(getattr(hj, name))]
 

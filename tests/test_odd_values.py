@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import checkify
 
 import hisa_jax as hj
-from tests.valid_calls import DSA, batch, ints, over_context, pages
+from tests.arguments import DSA, batch, ints, over_context, pages
 
 I32 = jnp.int32
 

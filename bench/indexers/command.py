@@ -142,16 +142,15 @@ def compare(
     """Answers, bits and recall of each rule and, given the heads, what it costs: a row as it comes."""
     samples = multikey_samples(corpus, args.context, args.samples, min(_KEYS, args.context // 80))
     if jax.default_backend() == "gpu":  # a CPU has no core to spare
-        runner.prepare(args.context, tuple(rules))
+        for rule in rules:
+            runner.prepare(args.context, (rule,))
+            measure.prepare_like(runner, rule, args.context, samples[0], args.queries)
 
     def name(rule: Rule) -> dict[str, Any]:
         return {"part": "composed" if H else "pools", "indexer": indexer, "method": rule.name}
 
     start, flat = time.monotonic(), None
     compared = measure.references(runner, samples[:_COMPARED], rules[0], args.queries)
-    if jax.default_backend() == "gpu":
-        for rule in rules:
-            measure.prepare(runner, rule, *compared[0][0][:2])
     for rule in rules:
         if args.minutes is not None and time.monotonic() - start > 60 * args.minutes:
             print(f"{indexer}: {rule.name} and what follows it are left out, for want of time")

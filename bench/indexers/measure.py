@@ -23,6 +23,7 @@ from hisa_jax.models.training.retrieval import answered
 from hisa_jax.models.training.samples import Sample
 
 Row = dict[str, Any]
+_ROWS = 256  # queries come in multiples of it, so that samples share programs
 _GROUP = 8  # neighbouring queries that are compared together: whole groups of every rule
 # (context, heads, selected tokens) of the model whose cost is shown beside: DeepSeek-V3.2's.
 _REAL = (131_072, 64, 2048)
@@ -32,13 +33,14 @@ class Reference(NamedTuple):
     """What some queries of a sample ask a layer for: its keys [1, S, D], and what the reference rule chose.
 
     Attributes:
-        n_text: the first so many queries are of the text, the others predict bytes of answers.
+        n_text, n_asking: so many queries are of the text, then so many predict bytes of answers; the others fill up.
     """
 
     here: Asked
     k: Array
     chosen: hj.Selection
     n_text: int
+    n_asking: int
 
 
 def references(runner: Runner, samples: Sequence[Sample], rule: Rule, n_queries: int) -> list[list[Reference]]:
@@ -51,14 +53,14 @@ def references(runner: Runner, samples: Sequence[Sample], rule: Rule, n_queries:
     for sample in samples:
         text, asking = _groups(sample, n_queries)
         rows = np.concatenate([text, asking])
+        rows = np.pad(rows, (0, -rows.size % _ROWS), mode="wrap")
         layers = list[Reference]()
         for _, seen in runner.layers(sample.tokens[None], rule):
             assert seen is not None
             here = Asked(seen.q[:, rows], seen.w[:, rows], jnp.asarray(rows)[None])
             (program,) = prepare(runner, rule, here, seen.k).values()
-            layers.append(
-                Reference(here, seen.k, selection_of(program.result()(here, seen.k, None).indices), text.size)
-            )
+            chosen = selection_of(program.result()(here, seen.k, None).indices)
+            layers.append(Reference(here, seen.k, chosen, text.size, asking.size))
         found.append(layers)
     return found
 
@@ -77,19 +79,29 @@ def prepare(runner: Runner, rule: Rule, here: Asked, k: Array) -> dict[Role, Any
     return started
 
 
+def prepare_like(runner: Runner, rule: Rule, T: int, sample: Sample, n_queries: int) -> None:
+    """`prepare` for what `references` will have of a sample of T tokens."""
+    seen, n = runner.sees(T, rule), sum(x.size for x in _groups(sample, n_queries))
+    n += -n % _ROWS
+    assert seen.w is not None
+    rows: list[Any] = [jax.ShapeDtypeStruct((1, n, *x.shape[2:]), x.dtype) for x in (seen.q, seen.w)]
+    rows.append(jax.ShapeDtypeStruct((1, n), jnp.int32))
+    prepare(runner, rule, Asked(*rows), seen.k)
+
+
 def recall(runner: Runner, rule: Rule, samples: Sequence[Sequence[Reference]]) -> Row:
     """The share of the reference rule's choice that this one has: means over layers, and the least one."""
     found: dict[tuple[str, int], list[float]] = collections.defaultdict(list)
     for layers in samples:
         before: Published | None = None
-        for at, (here, k, wanted, n_text) in enumerate(layers):
+        for at, (here, k, wanted, n_text, n_asking) in enumerate(layers):
             if (role := rule.role(at)) != "take over":
                 program = prepare(runner, rule, here, k)[role].result()
                 before = program(here, k, before if role in READS else None)
             assert before is not None
             shares = np.asarray(hj.compare(selection_of(before.indices), wanted).recall)[0].tolist()
             found["text", at] += shares[:n_text]
-            found["asking", at] += shares[n_text:]
+            found["asking", at] += shares[n_text : n_text + n_asking]
     row: Row = {}
     for kind in ("text", "asking"):
         by_layer = [float(np.mean(found[kind, at])) for at in range(len(samples[0]))]

@@ -1,6 +1,7 @@
 """Long contexts by a few layers of a published model at its real widths, on one device or a mesh, by each method.
 
-    time to first token     of a prompt alone, from `submit` on
+    time to first token     of a prompt alone, from `submit` on; and of the next turn: a prompt that begins like one
+                            that was read before, and of which a chunk is new
     time per output token   of a step in which all requests decode
     tokens a second         of all requests together in such steps
 
@@ -38,7 +39,7 @@ from hisa_jax.models.sharding import size_of
 
 CONFIGS = {"deepseek-v3.2": models.dsv32, "glm-5": models.glm5}
 METHODS = ("dsa", "hisa", "scan")
-_PROMPTS = 2  # read alone, one after the other
+_PROMPTS, _TURNS = 2, 3  # read alone, one after the other
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,9 +110,9 @@ def cut(config: Config, layers: int, context: int = 0) -> Config:
 def warm(model: models.Model, load: Load, context: int) -> Engine:
     """A compiled engine for requests of up to `context` tokens. Each group of devices reads a prompt at a time."""
     n_devices, n_groups = size_of(model.mesh, "context"), size_of(model.mesh, "data")
-    # Each device has room for its part of every request of its group, and for a page to copy.
+    # Each device has room for its part of every request of its group, of a turn more, and for a page to copy.
     per_round = model.stripe * n_devices
-    per_request = -(-context // per_round) * per_round // model.page_size + n_devices
+    per_request = -(-(context + load.chunk) // per_round) * per_round // model.page_size + n_devices
     rows = load.requests * n_groups
     sizes: Any = dict(rows=rows, prefill_rows=n_groups, max_length=context, chunk=load.chunk)
     engine = Engine(model, n_pages=per_request * rows, **sizes)
@@ -135,12 +136,14 @@ def measured(engine: Engine, context: int, load: Load, seed: int) -> dict[str, A
     def prompts(n: int) -> list[list[int]]:
         return rng.integers(0, engine.model.config.vocab_size, (n, context - n_new)).tolist()
 
-    first_s, sent = list[float](), list[int | None]()
+    first_s, turn_s = list[float](), list[float]()
+    before = nvlink.sent_bytes()
     for prompt in prompts(_PROMPTS):
-        before, start = nvlink.sent_bytes(), time.perf_counter()
-        read_alone(engine, prompt)
-        first_s.append(time.perf_counter() - start)
-        sent.append(nvlink.difference(before, nvlink.sent_bytes()))
+        first_s.append(read_alone(engine, prompt)[0])
+    sent = nvlink.difference(before, nvlink.sent_bytes(), _PROMPTS)
+    for turn in prompts(_TURNS):
+        seconds_of_turn, shared = read_alone(engine, prompt[: -load.chunk] + turn[-load.chunk :])
+        turn_s.append(seconds_of_turn)
     of_prompt = timeline(looked_at(lambda: read_alone(engine, prompts(1)[0])))
 
     for prompt in prompts(n_together):
@@ -162,17 +165,20 @@ def measured(engine: Engine, context: int, load: Load, seed: int) -> dict[str, A
     return {
         "context": context, **dataclasses.asdict(load), "page_size": engine.model.page_size,
         "time_to_first_token_s": float(np.median(first_s)), "times_to_first_token_s": first_s,
+        "time_to_first_token_of_a_turn_s": float(np.median(turn_s)), "shared_tokens_of_a_turn": shared,
         "prompt_tokens": context - n_new, "requests_together": n_together, "time_per_output_token_s": step_s,
-        "tokens_per_s": n_together / step_s, "sent_bytes_of_a_prompt": sent[-1], "sent_bytes_of_a_step": sent_a_step,
+        "tokens_per_s": n_together / step_s, "sent_bytes_of_a_prompt": sent, "sent_bytes_of_a_step": sent_a_step,
         "of_a_prompt": of_prompt._asdict(), "of_a_step": of_step._asdict(),
     }  # fmt: skip
 
 
-def read_alone(engine: Engine, prompt: list[int]) -> None:
-    """Makes one token of a prompt, with nothing beside it."""
+def read_alone(engine: Engine, prompt: list[int]) -> tuple[float, int]:
+    """Seconds until one token of a prompt is made, with nothing beside it, and how many of its tokens were there."""
+    start, shared = time.perf_counter(), 0
     engine.submit(prompt, 1, ())
     while not engine.is_idle:
-        engine.step()
+        shared += sum(n for *_, n in engine.step().forks)
+    return time.perf_counter() - start, shared
 
 
 def looked_at(run: Callable[[], object]) -> list[Event]:
@@ -186,6 +192,8 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{row['config']}, {what}{row['layers']} layers, {row['context']} tokens, {row['indexer']}{mesh}: "
         f"{row['time_to_first_token_s']:.3f} s to the first token, "
+        f"{row['time_to_first_token_of_a_turn_s']:.4f} of a turn with "
+        f"{row['prompt_tokens'] - row['shared_tokens_of_a_turn']} new tokens, "
         f"{row['time_per_output_token_s'] * 1e3:.2f} ms a step of {row['requests_together']} requests, "
         f"{row['tokens_per_s']:.1f} tokens/s"
     )

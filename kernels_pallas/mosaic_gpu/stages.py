@@ -303,7 +303,7 @@ def list_best(
     interpret: Interpret = False,
 ) -> tuple[Array, Array]:
     """`list_best.list_best`, or Triton's for rows that it declines."""
-    if list_best_stage.why_not(sort_keys.shape[1], ask.step):
+    if list_best_stage.why_not(sort_keys.shape[1], ask):
         return triton_stages.list_best(sort_keys, samples, visible, ask, method, bool(interpret))
     options: Any = dict(keep_first=method.keep_first, keep_last=method.keep_last, interpret=interpret)
     return list_best_stage.list_best(sort_keys, visible, ask, samples, **options)

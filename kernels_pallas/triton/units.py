@@ -2,7 +2,7 @@
     x[t, j] = sort_key(max over visible tokens s of block j of k_scale[s] * w[t] * f(q[t] . k[s]))    float32 sums
 
 Floor, 4096 queries of 4 heads of 128 that choose alone (minimax_m3) against 128K keys in bfloat16 on an H200: 550 GFLOP
-/ 990 TFLOP/s = 0.56 ms, and 67 MB of sort keys. There is no sum over heads: a product of 128 queries with 128 keys is
+/ 990 TFLOP/s = 0.56 ms, and 67 MB of sort keys. There is no sum over heads: a product of 256 queries with 64 keys is
 128 x 128 scores, of which a maximum a block leaves the registers. Measured: 5.46 ms, why is not known; one step of 32
 such requests 0.275 ms, of 0.25 by bytes.
 """

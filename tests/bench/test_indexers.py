@@ -147,6 +147,21 @@ def test_what_was_prepared_is_all_that_runs(stacked):
 
 
 @pytest.mark.exhaustive
+def test_what_is_compared_was_prepared_too(stacked):
+    runner, rule = Runner(stacked), Rule(name="", method=hj.Dsa(topk=16), lists=2)
+    samples = held_out_samples(tiny.corpus(), "multikey", 1024, 2, seed=0, n_keys=4, n_questions=2)
+    runner.prepare(1024, (rule,))
+    measure.prepare_like(runner, rule, 1024, samples[0], 16)
+    n = len(runner.programs.made)
+    flat = Rule(name="", method=hj.Dsa(topk=16))
+    runner.prepare(1024, (flat,))
+    measure.prepare_like(runner, flat, 1024, samples[0], 16)
+    n_both = len(runner.programs.made)
+    measure.recall(runner, rule, measure.references(runner, samples, flat, 16))
+    assert len(runner.programs.made) == n_both > n == 4
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model_type", SIZES)
 def test_indexers_over_pools_learn_where_the_attention_looks(stacked, model_type):
     recipe = training.Recipe(T=256, queries=16, steps=20, rate=1e-2)

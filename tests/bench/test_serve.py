@@ -126,18 +126,19 @@ def test_the_first_layers_of_a_published_model_are_served_as_servers_have_them()
 
 
 @pytest.mark.exhaustive  # three engines of a tiny model
-@pytest.mark.parametrize("options", [[], ["--attention-only"]])
+@pytest.mark.parametrize("options", [[], ["--attention-only", "--rows", "1"]])
 def test_every_method_is_measured_at_every_context(options, tmp_path, monkeypatch):
     monkeypatch.setitem(contexts.CONFIGS, "glm-5", lambda: dataclasses.replace(CONFIG, index_topk=24))
     monkeypatch.setattr(contexts, "make_method", lambda name, config: METHODS.get(name, hj.Dsa(topk=24)))
     out = tmp_path / "rows.json"
-    sizes = ["--layers", "2", "--contexts", "160", "96", "--rows", "2", "--chunk", "32", "--new", "5", *options]
+    sizes = ["--layers", "2", "--contexts", "320", "256", "--rows", "2", "--chunk", "32", "--new", "5", *options]
     assert main(["serve", "--config", "glm-5", *sizes, "--out", str(out)]) == 0
     rows = json.loads(out.read_text())
     assert [(row["context"], row["indexer"]) for row in rows] == [
-        (context, method) for method in ("dsa", "hisa", "scan") for context in (160, 96)
+        (context, method) for method in ("dsa", "hisa", "scan") for context in (320, 256)
     ]
     assert all(row["time_to_first_token_s"] > row["time_per_output_token_s"] > 0 for row in rows)
+    assert [row["shared_tokens_of_a_turn"] - row["prompt_tokens"] for row in rows] == [-32] * 6
     assert all(row["attention_only"] == bool(options) and row["prompt_tokens"] < row["context"] for row in rows)
 
 

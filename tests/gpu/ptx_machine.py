@@ -72,7 +72,7 @@ class Machine:
             self.forget()
 
     def forget(self):
-        """Who has touched which word: behind a barrier it does not matter."""
+        """Who has touched which word: after a barrier it does not matter."""
         self.written_by, self.read_by = (np.full(len(self.smem), -1) for _ in range(2))
 
     def anything(self, n):

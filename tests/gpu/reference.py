@@ -53,7 +53,7 @@ def assert_selection(got, count, scores, candidates, k, tolerance, what=""):
     want = best(scores, candidates, k)
     assert count == len(want), f"{what}: count {count}, wanted {len(want)}"
     chosen, rest = got[:count], got[count:]
-    assert (rest == -1).all(), f"{what}: {rest} behind the chosen"
+    assert (rest == -1).all(), f"{what}: {rest} after the chosen"
     assert (np.diff(chosen) > 0).all(), f"{what}: not ascending"
     assert np.isin(chosen, candidates).all(), f"{what}: chose what is no candidate"
     if len(want):

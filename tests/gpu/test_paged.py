@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """Requests in pages of a cache in random order, beside them their keys in one piece; a row of queries is nobody's.
+    """Requests in pages of a cache in random order, beside them their keys in one piece; a row of queries is padding.
 
     Tables hold nonsense where there are no tokens.
     """

@@ -59,8 +59,13 @@ class Row:
         return 4 * max(chunks, self.words_a_thread * self.sample.n_threads)
 
     @property
+    def list(self) -> int:
+        """Where the list is: in place of the samples, if there is room for it."""
+        return 0 if 4 * self.most <= self.bits else self.bits + 2 * self.bits_bytes
+
+    @property
     def smem_bytes(self) -> int:
-        return self.bits + 2 * self.bits_bytes
+        return self.bits + 2 * self.bits_bytes + (4 * self.most if self.list else 0)
 
 
 def list_ptx(row: Row) -> str:
@@ -184,17 +189,23 @@ add.u32 at, at, 4; add.s32 i, i, 1; setp.lt.s32 p, i, {row.words_a_thread}; @p b
 
 
 def _list(row: Row) -> str:
-    """Each thread writes the numbers of its bits after those of the threads before it."""
-    n = row.sample.n_threads
-    return f"""write: {_own_words(row)}
-mov.b32 i, 0; mov.b32 slot, e;
+    """Each thread lists its bits after those of the threads before it, in shared memory; whole lines are written out.
+
+    Scattered stores of single words to device memory would be a sector of L2 each.
+    """
+    n, four = row.sample.n_threads, "{x0, x1, x2, x3}"
+    filled = "".join(f"add.s32 u, t, {j}; setp.lt.s32 q, u, total; selp.b32 x{j}, x{j}, -1, q;\n" for j in range(4))
+    return f"""write: {sync(row.sample) if row.list == 0 else ""}{_own_words(row)}
+mov.b32 i, 0; shl.b32 slot, e, 2; add.u32 slot, slot, $SMEM;
 next: ld.shared.b32 key, [at];
 bit: setp.ne.u32 p, key, 0; vote.sync.any.pred q, p, -1; @!q bra empty;
 neg.s32 u, key; and.b32 u, u, key; xor.b32 key, key, u; bfind.u32 t, u; add.u32 t, t, column;
-mul.wide.s32 word, slot, 4; add.s64 word, word, $O; @p st.global.b32 [word], t; @p add.s32 slot, slot, 1; bra bit;
+@p st.shared.b32 [slot+{row.list}], t; @p add.s32 slot, slot, 4; bra bit;
 empty: add.u32 at, at, 4; add.s32 column, column, {WORD}; add.s32 i, i, 1; setp.lt.s32 p, i, {row.words_a_thread};
 @p bra next;
-setp.eq.u32 p, tid, 0; mov.b64 word, $COUNT; @p st.global.b32 [word], total; mov.b32 u, -1; add.s32 t, total, tid;
-fill: sub.s32 c, t, tid; setp.ge.s32 p, c, {row.most}; @p bra out; setp.lt.s32 p, t, {row.most};
-mul.wide.s32 word, t, 4; add.s64 word, word, $O; @p st.global.b32 [word], u; add.s32 t, t, {n}; bra fill;
-out:"""
+setp.eq.u32 p, tid, 0; mov.b64 word, $COUNT; @p st.global.b32 [word], total; shl.b32 t, tid, 2;
+{sync(row.sample)}out: setp.ge.s32 p, t, {row.most}; @p bra done;
+shl.b32 at, t, 2; add.u32 at, at, $SMEM; ld.shared.v4.b32 {four}, [at+{row.list}];
+{filled}mul.wide.s32 word, t, 4; add.s64 word, word, $O; st.global.v4.b32 [word], {four};
+add.s32 t, t, {4 * n}; bra out;
+done:"""

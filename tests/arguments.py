@@ -1,4 +1,4 @@
-"""Small valid arguments of the public calls."""
+"""Small valid arguments of the public calls, by name; tests change one of them."""
 
 import functools
 
