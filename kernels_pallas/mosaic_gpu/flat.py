@@ -1,7 +1,8 @@
 """The flat indexer: every token of the sequence is scored, with a streaming top-k, or for few queries all at once.
 
 Of many queries no [T, S] matrix is ever in memory. Tokens come in tiles. The best of the first tile are selected by
-`topk`. Later tiles are filtered where they are scored, by the k-th best so far, and `merge` takes what passes.
+`topk`. Later tiles are filtered where they are scored, by the k-th best so far, and `merge` takes what passes. Both say
+what the k-th best is, so between kernels nothing is left to do.
 
 A few queries would wait for ten tiles, one after the other. They have all their sort keys written, and the greatest of
 each group of neighbours. `topk_few` takes the best groups, then the best of those: a CTA a query reads little of a row.
