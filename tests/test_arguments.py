@@ -79,9 +79,9 @@ MESH = Kind(constants(None, "mesh"))
 AXIS = Kind(constants("nowhere", 3, None))
 OPTIONAL_AXIS = Kind(constants("nowhere", 3))
 NOT_INTS = constants(1.5, "2", True, np.ones(1, np.int32))
-INT = Kind((*NOT_INTS, *constants(None, 0, -1)))
-OPTIONAL_INT = Kind((*NOT_INTS, *constants(-1)))
-SIZE = Kind((*NOT_INTS, *constants(None, -1)))  # or 0
+INT = Kind((*NOT_INTS, *constants(None, 0, -1, 2**31)))
+OPTIONAL_INT = Kind((*NOT_INTS, *constants(-1, 2**31)))
+SIZE = Kind((*NOT_INTS, *constants(None, -1, 2**31)))  # or 0
 NUMBER = Kind(constants(None, "0.1", True, np.nan, np.inf, 1e39, -(10**400), np.ones(1)))
 CACHE = Kind((
     *constants(None, {}, np.ones((4, 16, 8))),
