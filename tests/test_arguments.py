@@ -81,7 +81,7 @@ OPTIONAL_AXIS = Kind(constants("nowhere", 3))
 NOT_INTS = constants(1.5, "2", True, np.ones(1, np.int32))
 INT = Kind((*NOT_INTS, *constants(None, 0, -1, 2**31)))
 OPTIONAL_INT = Kind((*NOT_INTS, *constants(-1, 2**31)))
-SIZE = Kind((*NOT_INTS, *constants(None, -1, 2**31)))  # or 0
+SIZE = Kind((*NOT_INTS, *constants(None, -1)))  # or 0
 NUMBER = Kind(constants(None, "0.1", True, np.nan, np.inf, 1e39, -(10**400), np.ones(1)))
 CACHE = Kind((
     *constants(None, {}, np.ones((4, 16, 8))),
@@ -252,7 +252,7 @@ def cases():
     yield Case(hj.init_cache,
                dict(n_pages=4, page_size=16, D=8, dtype=F32, sketch="int4", latent_dim=8,
                     latent_dtype=jnp.float8_e4m3fn, latent_value_dim=4, block_size=32),
-               dict(n_pages=INT, page_size=Kind((*INT.bad, *constants(24, 512))), D=SIZE, dtype=DTYPE,
+               dict(n_pages=INT, page_size=Kind((*INT.bad, *constants(24, 512))), D=Kind((*SIZE.bad, *constants(2**31))), dtype=DTYPE,
                     entry_size=Kind((*INT.bad, *constants(4))),  # beside latents
                     sketch=Kind(constants("int8", 4, ["int4"], True)),
                     latent_dim=Kind((*NOT_INTS, *constants(0, -1))), latent_dtype=DTYPE,
