@@ -252,7 +252,7 @@ def cases():
     yield Case(hj.init_cache,
                dict(n_pages=4, page_size=16, D=8, dtype=F32, sketch="int4", latent_dim=8,
                     latent_dtype=jnp.float8_e4m3fn, latent_value_dim=4, block_size=32),
-               dict(n_pages=INT, page_size=Kind((*INT.bad, *constants(24, 512))), D=Kind((*SIZE.bad, *constants(2**31))), dtype=DTYPE,
+               dict(n_pages=INT, page_size=Kind((*INT.bad, *constants(24, 512))), D=SIZE, dtype=DTYPE,
                     entry_size=Kind((*INT.bad, *constants(4))),  # beside latents
                     sketch=Kind(constants("int8", 4, ["int4"], True)),
                     latent_dim=Kind((*NOT_INTS, *constants(0, -1))), latent_dtype=DTYPE,
