@@ -53,7 +53,7 @@ def init_cache(
     latent_value_dim: int = 512,
     block_size: int | None = None,
 ) -> IndexCache:
-    """An empty cache.
+    """Makes a cache of free pages.
 
     Args:
         n_pages: pages there are for all requests.
@@ -70,7 +70,12 @@ def init_cache(
         block_size: tokens of the blocks of `Hisa`, if they are several pages: kernels then read their means and add no
             sums, which for pages of 64 and blocks of 128 halves a decoding step of 128 requests. A speed matter only.
 
+    Returns: `IndexCache`, every page with 0 tokens.
     Raises: TypeError: a dtype not listed above. ValueError: sizes that are not, another sketch.
+    Source: pages and tables as in PagedAttention, arXiv 2309.06180.
+    Example:
+        >>> hj.init_cache(n_pages=4, page_size=16, D=128).keys.shape
+        (4, 16, 128)
     """
     call = "init_cache"
     checks.integer(call, "page_size", page_size, 1)
@@ -213,6 +218,11 @@ def truncate(
 
     Returns: the cache, in whose pages sums, counts and means are of the remaining tokens.
     Raises: TypeError, ValueError: arrays that do not fit the cache or each other.
+    Example:
+        >>> cache, table = hj.init_cache(4, 16, D=8, dtype=jnp.float32), jnp.array([[2]], jnp.int32)
+        >>> cache = hj.append(cache, jnp.ones((5, 8)), table, jnp.array([0, 5]), jnp.array([0]))
+        >>> hj.truncate(cache, table, jnp.array([5]), jnp.array([3]), max_tokens=2).counts.tolist()
+        [0, 0, 3, 0]
     """
     call = "truncate"
     arrays: Any = dict(cache=cache, block_tables=block_tables, lengths=lengths, new_lengths=new_lengths)
@@ -249,6 +259,11 @@ def copy_pages(
 
     Returns: the cache with those pages.
     Raises: TypeError, ValueError: arrays that are not these.
+    Example:
+        >>> cache, table = hj.init_cache(4, 16, D=8, dtype=jnp.float32), jnp.array([[2]], jnp.int32)
+        >>> cache = hj.append(cache, jnp.ones((5, 8)), table, jnp.array([0, 5]), jnp.array([0]))
+        >>> hj.copy_pages(cache, source=jnp.array([2]), target=jnp.array([3])).counts.tolist()
+        [0, 0, 5, 5]
     """
     call = "copy_pages"
     over = dict(context_axis=context_axis, data_axis=data_axis)

@@ -52,6 +52,10 @@ def quantize_keys(k: Array, dtype: DTypeLike = jnp.float8_e4m3fn, scale: ScaleFo
     Returns: `QuantizedKeys`, values [..., S, D] and scales [..., S].
     Raises: TypeError: a dtype not listed above. ValueError: a scale format not listed above.
     Source: `act_quant` of DeepSeek-V3.2's inference code: amax floored at 1e-4, scale amax / 448, values clipped.
+    Example:
+        >>> keys = hj.quantize_keys(jnp.ones((1, 64, 32)))
+        >>> keys.values.dtype.name, keys.scales.shape
+        ('float8_e4m3fn', (1, 64))
     """
     values, scales = quantize_groups("quantize_keys", "k", k, dtype, scale)
     return QuantizedKeys(values, scales)
@@ -70,6 +74,10 @@ def quantize_queries(
     Returns: values [..., H, D] in `dtype`; w times the scales, [..., H] float32.
     Raises: as `quantize_keys`; ValueError: a `w` that does not fit `q`.
     Source: DeepSeek-V3.2's indexer, which multiplies q's scale into the head weights.
+    Example:
+        >>> values, w = hj.quantize_queries(jnp.ones((2, 4, 32)), jnp.ones((2, 4)), scale="ue8m0")
+        >>> values.dtype.name, w[0].tolist()
+        ('float8_e4m3fn', [0.00390625, 0.00390625, 0.00390625, 0.00390625])
     """
     call = "quantize_queries"
     checks.dtype(call, "w", w, ("float32",))

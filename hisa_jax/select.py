@@ -156,6 +156,7 @@ def select_packed(
 
     Returns: `Selection` of [T] queries.
     Raises: as `select`.
+    Source: as `select`.
     Example:
         >>> q, k, w = jnp.ones((24, 4, 32)), jnp.ones((1024, 32)), jnp.ones((24, 4))
         >>> cu_q, cu_k = jnp.array([0, 8, 24]), jnp.array([0, 100, 1024])

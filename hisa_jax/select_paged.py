@@ -73,6 +73,7 @@ def select_paged(
     Returns: `Selection` of [T] queries; `indices` are positions in the request, bit for bit those of `select` over the
         same keys in one piece (implementation "xla"), the same on all devices of a mesh.
     Raises: as `select`; ValueError: a block that is not whole pages, a stripe that is not whole blocks.
+    Source: as `select`; pages as in PagedAttention, arXiv 2309.06180.
     Example:
         >>> cache, table = hj.init_cache(4, 16, D=8, dtype=jnp.float32), jnp.array([[2, 0]], jnp.int32)
         >>> cache = hj.append(cache, jnp.ones((20, 8)), table, jnp.array([0, 20]), jnp.array([0]))

@@ -53,6 +53,14 @@ def test_every_argument_of_a_public_function_is_described(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_public_function_says_what_it_returns_and_raises_and_has_an_example(name):
+    doc = inspect.getdoc(getattr(hj, name))
+    returns = [] if inspect.signature(getattr(hj, name)).return_annotation is None else ["Returns:"]
+    for part in ("Args:", *returns, "Raises:", "Example:"):
+        assert f"\n{part}" in doc, f"{name}: no {part!r} in its docstring"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_examples_of_public_functions_run(name):
     finder = doctest.DocTestFinder(recurse=False)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)

@@ -110,6 +110,7 @@ WRONG = {
     "float": (dict(page_indices=np.zeros(20, np.float32)), "streamindex_topk: page_indices is float32, wanted int32"),
     "table": (dict(page_indices=np.zeros((4, 5), np.int32)), "page_indices is [4, 5], wanted [S * P]: a flat table"),
     "pages": (dict(page_indices=np.zeros(18, np.int32)), "page_indices is [18], wanted a multiple of the 4 requests"),
+    "no request": (dict(seq_lens=np.zeros(0, np.int32)), "seq_lens is [0], wanted one request or more"),
     "lengths": (dict(seq_lens=np.zeros(4, np.float32)), "seq_lens is float32, wanted int32"),
     "offsets": (dict(cu_q_lens=np.zeros(4, np.int32)), "cu_q_lens is [4], wanted [5]"),
     "counts": (dict(distribution=np.ones(3, np.float32)), "distribution is float32, wanted int32"),

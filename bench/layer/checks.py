@@ -6,25 +6,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 import hisa_jax as hj
 from bench.gpu.checks import scores_of
+from bench.layer.choice import WrongError, check_best, check_best_of_blocks
 from bench.layer.parts import Layer, Result
 from hisa_jax.models.cache import contiguous, plain_latents
 from hisa_jax.models.rope import rotate
 
 # Relative norms: bfloat16 roundings of four products in a row; index queries and keys in e4m3.
 OUTPUT, LATENT, LATENT_8_BITS, SCORES = 3e-2, 1e-2, 4e-2, 0.1
-AGREES, WORSE = (
-    0.97,
-    1e-2,
-)  # share of the tokens that should be chosen; mean score below theirs, of the spread of scores
+# Of a scan: the share of XLA's tokens that it chooses; else the mean score below theirs, of the spread of scores.
+AGREES, WORSE = 0.97, 1e-2
 _SAMPLES = 512
-
-
-class WrongError(AssertionError):
-    """A result that is not what NumPy or XLA find."""
 
 
 def check(layer: Layer, result: Result, method: hj.Method) -> None:
@@ -96,7 +90,7 @@ def _check_scores(layer: Layer, sequence: _Sequence, b: int, t: int) -> None:
 def _check_selection(
     layer: Layer, selection: hj.Selection, sequence: _Sequence, method: hj.Method, at: tuple[int, int]
 ) -> None:
-    """The tokens that NumPy chooses, of a scan XLA; a scan may choose others as good, where it scores more of them."""
+    """The best tokens by NumPy's scores; a scan's are XLA's, or others as good where it scores more of them."""
     slot, count = int(layer.inputs.slots[at]), int(selection.count[at])
     chosen = np.asarray(selection.indices[at])
     own = chosen[:count]
@@ -107,26 +101,21 @@ def _check_selection(
     seen = sequence._replace(keys=sequence.keys[: slot + 1], scales=sequence.scales[: slot + 1])
     scores = scores_of(q, seen.keys, seen.scales, w)
     if isinstance(method, hj.Hisa):
-        tokens = _kept_tokens(seen, q, w, method)
-        wanted = tokens[np.argsort(-scores[tokens], kind="stable")[:count]]
+        block_scores = scores_of(q, _means(seen, method.block_size), None, w)
+        check_best_of_blocks(own, scores, block_scores, method.block_size, method.block_topk, at)
     elif isinstance(method, hj.Scan):
         wanted = _by_xla(layer, seen, method, at)
+        agrees = len(np.intersect1d(own, wanted)) / len(wanted)
+        worse = (scores[wanted].mean() - scores[own].mean()) / scores.std()
+        if agrees < AGREES and worse >= WORSE:
+            raise WrongError(f"query {at} chooses {agrees:.3g} of the tokens that it should, wanted {AGREES} at least")
     else:
-        wanted = np.argsort(-scores, kind="stable")[:count]
-    agrees = len(np.intersect1d(own, wanted)) / len(wanted)
-    worse = (scores[wanted].mean() - scores[own].mean()) / scores.std()
-    if agrees < AGREES and not (isinstance(method, hj.Scan) and worse < WORSE):
-        raise WrongError(f"query {at} chooses {agrees:.3g} of the tokens that it should, wanted {AGREES} at least")
+        check_best(own, scores, at)
 
 
-def _kept_tokens(seen: _Sequence, q: Array, w: Array, method: hj.Hisa) -> np.ndarray:
-    """The tokens of the best blocks; the two at the ends are always kept."""
-    S, size = len(seen.keys), method.block_size
+def _means(seen: _Sequence, size: int) -> np.ndarray:
     values = seen.keys * seen.scales[:, None]
-    means = np.stack([values[first : first + size].mean(axis=0) for first in range(0, S, size)])
-    scores = scores_of(q, means, None, w)
-    scores[[0, -1]] = np.inf
-    return np.flatnonzero(np.isin(np.arange(S) // size, np.argsort(-scores, kind="stable")[: method.block_topk]))
+    return np.stack([values[first : first + size].mean(axis=0) for first in range(0, len(values), size)])
 
 
 def _by_xla(layer: Layer, seen: _Sequence, method: hj.Scan, at: tuple[int, int]) -> np.ndarray:

@@ -89,7 +89,9 @@ class Batch(NamedTuple):
         checks.int32(call, "seq_lens", self.seq_lens, ("S",))
         (S,) = self.seq_lens.shape
         checks.int32(call, "page_indices", self.page_indices, ("S * P",), "a flat table, P pages a request")
-        if not S or self.page_indices.shape[0] % S:
+        if not S:
+            raise ValueError(f"{call}: seq_lens is [0], wanted one request or more")
+        if self.page_indices.shape[0] % S:
             n = self.page_indices.shape[0]
             raise ValueError(f"{call}: page_indices is [{n}], wanted a multiple of the {S} requests of seq_lens")
         checks.int32(call, "cu_q_lens", self.cu_q_lens, (S + 1,), "a start for each request of seq_lens, and the end")

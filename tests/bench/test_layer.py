@@ -3,11 +3,13 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bench.__main__ import main
 from bench.layer import command
-from bench.layer.checks import WrongError, check
+from bench.layer.checks import check
+from bench.layer.choice import NEAR, WrongError, check_best, check_best_of_blocks
 from bench.layer.command import PARTS, Bench, Row
 from bench.layer.parts import Layer
 from bench.layer.setting import served
@@ -68,6 +70,44 @@ def test_what_is_wrong_is_noticed():
     for what, result in wrong.items():
         with pytest.raises(WrongError, match=what):
             check(layer, result, method)
+
+
+def test_a_choice_may_differ_near_the_cut_alone():
+    scores = np.random.default_rng(0).normal(size=400)
+    order, near = np.argsort(-scores), NEAR * scores.std()
+    check_best(order[:50], scores, 0)
+    scores[order[50]] = scores[order[49]] - near / 2
+    check_best(np.delete(order[:51], 49), scores, 0)
+    with pytest.raises(WrongError, match="left out"):
+        check_best(order[1:51], scores, 0)
+    with pytest.raises(WrongError, match="left out"):
+        check_best(np.append(order[:49], order[80]), scores, 0)
+
+
+def test_blocks_may_differ_near_the_cut_alone():
+    size, m, n = 16, 8, 40
+    rng = np.random.default_rng(0)
+    scores, block_scores = rng.normal(size=n * size - 3), rng.normal(size=n)
+    inner = 1 + np.argsort(-block_scores[1:-1])
+    block_scores[inner[6]] = block_scores[inner[5]] - NEAR / 10  # the first that is left out is near the last kept
+
+    def best(blocks: np.ndarray, count: int = 40) -> np.ndarray:
+        tokens = np.flatnonzero(np.isin(np.arange(len(scores)) // size, blocks))
+        return np.sort(tokens[np.argsort(-scores[tokens])[:count]])
+
+    sizes = block_scores, size, m, 0
+    kept = np.array([0, n - 1, *inner[:6]])
+    check_best_of_blocks(best(kept), scores, *sizes)
+    check_best_of_blocks(best(np.array([*kept[:-1], inner[6]])), scores, *sizes)
+    check_best_of_blocks(best(kept, 3), scores, *sizes)  # most of the kept blocks have none of the chosen tokens
+    for wrong in (
+        best(kept[1:]),
+        best(kept[:-1]),
+        best(np.array([*kept, inner[6]])),
+        best(np.array([*kept, inner[9]])),
+    ):
+        with pytest.raises(WrongError):
+            check_best_of_blocks(wrong, scores, *sizes)
 
 
 def test_sizes_that_do_not_fit_are_a_clear_error(capsys):
