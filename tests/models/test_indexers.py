@@ -197,7 +197,15 @@ def test_what_does_not_fit_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             indexers.from_weights("axk2", wrong, weights)
+    for tensor, dtype in ((np.ones((16, 40), np.int8), "int8"), ([[1.0]], "list")):
+        with pytest.raises(TypeError, match=f"^from_weights: axk2: wk.weight is {dtype}, wanted floats of 16 bits"):
+            indexers.from_weights("axk2", sizes, weights | {"wk.weight": tensor})
     indexer = indexers.from_weights("axk2", sizes, weights)
+    for name in ("hidden", "q_resid", "cos", "positions"):
+        with pytest.raises(TypeError, match=f"^Indexer: {name} is int8, wanted"):
+            indexer(**in_jax(arguments | {name: np.asarray(arguments[name]).astype(np.int8)}))
+    none = indexer(**in_jax({name: np.asarray(x)[:, :0] for name, x in arguments.items()}))
+    assert none.q.shape == (2, 0, 12, 16) and none.selection.indices.shape == (2, 0, 8)
     for name in ("q_resid", "cos"):
         with pytest.raises(ValueError, match=f"^Indexer: {name} is None, wanted"):
             indexer(**in_jax(arguments | {name: None}))
