@@ -281,7 +281,6 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
                 sparse_mla.store_p(smem.k, slot, VALUE_DIM, p)
                 sparse_mla.store_rows(smem.decay, slot, decay)
                 sparse_mla.store_rows(smem.total, slot, total)
-                sparse_mla.show_stores()
                 # All others wait for probabilities: where the next tile has landed, its scores go before values.
                 following = (j + 1) % SLOTS * len(PARTS)
                 landed = smem.landed_at(following), smem.landed_at(following + 1)

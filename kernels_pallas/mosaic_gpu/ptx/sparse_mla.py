@@ -20,7 +20,10 @@ _ptx = functools.partial(utils.inline_ptx, has_side_effects=True)
 
 
 def store_p(k_smem: Ref, slot: Array, first: int, p: Array) -> None:
-    """k_smem[slot, :, first :] = p, with one barrier of the warp-group where Pallas has two around a store."""
+    """k_smem[slot, :, first :] = p, with one barrier of the warp-group where Pallas has two around a store.
+
+    No fence: whoever multiplies by it loads it to registers first.
+    """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiled(k_smem.shape[2], k_smem.dtype)), plgpu.Layout.WGMMA))
     def store(_ctx, target, p):
@@ -52,16 +55,6 @@ def store_output(target_gmem: Ref, values: Array) -> None:
         values.store_untiled(target, optimized=False)
 
     store(target_gmem, values)
-
-
-def show_stores() -> None:
-    """Lets the tensor core see this thread's stores: `commit_smem` without its barrier of the warp-group."""
-
-    @plgpu.inline_mgpu()
-    def fence(_ctx):
-        _ptx("fence.proxy.async.shared::cta;")
-
-    fence()
 
 
 def any_decay(decay: Array, total: Array) -> Array:
