@@ -29,9 +29,9 @@ class CandidateBlocks:
     block_size: int = dataclasses.field(default=1, metadata=dict(static=True))
 
     def in_order(self, max_keys: int) -> "CandidateBlocks":
-        """Each block that there can be once, ascending, then -1."""
+        """Each block that there can be once, ascending, then -1; none larger than all keys together."""
         n = -(-max_keys // self.block_size)
         ids = jnp.sort(jnp.where((self.ids >= 0) & (self.ids < n), self.ids, n), axis=-1)
         is_again = jnp.concatenate([jnp.zeros_like(ids[..., :1], bool), ids[..., 1:] == ids[..., :-1]], axis=-1)
         ids = jnp.sort(jnp.where(is_again, n, ids), axis=-1)
-        return dataclasses.replace(self, ids=jnp.where(ids < n, ids, -1))
+        return CandidateBlocks(jnp.where(ids < n, ids, -1), min(self.block_size, max(max_keys, 1)))

@@ -16,7 +16,7 @@ from hisa_jax.candidates import CandidateBlocks
 from hisa_jax.entries import most_tokens
 from hisa_jax.index_cache import IndexCache, check_cache, check_table
 from hisa_jax.layout import Keys
-from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan, is_by_best_token
+from hisa_jax.methods import INT32, BlockSparse, Dsa, Hisa, Method, Scan, is_by_best_token
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.xla.select import Tiles
 
@@ -101,6 +101,7 @@ def check_paged(
     check_method(call, method)
     _queries(call, q, w, ("T",), cache.keys.shape[-1], method, "its last axis must equal the cache's D")
     R = check_table(call, cache, block_tables, lengths)
+    _positions(call, "block_tables", block_tables.shape[-1] * cache.page_size, method)
     why = "a start for each request, and the end" + (" of each group" if n_groups > 1 else "")
     checks.offsets(call, "cu_seqlens_q", cu_seqlens_q, (R + n_groups,), q.shape[0], why, n_groups)
     if method.entry_size != cache.entry_size:
@@ -228,7 +229,17 @@ def _queries_and_keys(
     keys = keys_of(k)
     _queries(call, q, w, rows, "D", method)
     _keys(call, q, keys, n_keys)
+    _positions(call, "k", keys.values.shape[-2], method)
     return keys
+
+
+def _positions(call: str, name: str, n_keys: int, method: Method) -> None:
+    """Raises unless the positions of as many keys are int32."""
+    if most_tokens(n_keys, method) > INT32:
+        raise ValueError(
+            f"{call}: {name} has room for {n_keys} keys of {method.entry_size} tokens each, wanted at most {INT32} "
+            "tokens, as positions are int32"
+        )
 
 
 def _queries(

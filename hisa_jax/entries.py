@@ -71,7 +71,7 @@ def handed_out(found: Selection, seen: Array, shape: tuple[int, ...], H: int, me
     r, K = method.entry_size, found.indices.shape[-1]
     rows = found.indices.reshape(-1, K)
     members = rows[:, :, None] * r + jnp.arange(r, dtype=jnp.int32)[None, None, :]
-    indices = jnp.where(rows[:, :, None] >= 0, members, -1).reshape(-1, K * r)
+    indices = jnp.where(rows[:, :, None] >= 0, members, -1).reshape(rows.shape[0], K * r)
     count, scores = found.count.reshape(-1) * r, found.scores
     if scores is not None:
         scores = jnp.repeat(scores.reshape(-1, K), r, axis=1)
@@ -89,9 +89,9 @@ def handed_out(found: Selection, seen: Array, shape: tuple[int, ...], H: int, me
     rest = found.count.shape
     return dataclasses.replace(
         found,
-        indices=indices.reshape(*rest, -1),
+        indices=indices.reshape(*rest, indices.shape[-1]),
         count=count.reshape(rest),
-        scores=None if scores is None else scores.reshape(*rest, -1),
+        scores=None if scores is None else scores.reshape(*rest, scores.shape[-1]),
     )
 
 

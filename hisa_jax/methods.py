@@ -14,10 +14,11 @@ from jax import Array
 
 Score = Callable[[Array, Array, Array], Array]
 Pool = Callable[[Array], Array]
+INT32 = 2**31 - 1  # the largest
 
 
 def at_least(method: object, name: str, least: int, why: str = "") -> None:
-    """Raises unless an attribute is an int and not below `least`; one of NumPy's becomes Python's."""
+    """Raises unless an attribute is an int32 and not below `least`; one of NumPy's becomes Python's int."""
     value = getattr(method, name)
     call = f"{type(method).__name__}({name}={value!r})"
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
@@ -25,6 +26,8 @@ def at_least(method: object, name: str, least: int, why: str = "") -> None:
     object.__setattr__(method, name, int(value))
     if value < least:
         raise ValueError(f"{call}: must be at least {least}{why}")
+    if value > INT32:
+        raise ValueError(f"{call}: must be at most {INT32}, as positions are int32")
 
 
 def name_of(function: Any) -> str:
@@ -324,7 +327,8 @@ class Scan(_Indexer):
         one_of(self, "sketch", Sketch, or_none=True)
         if self.candidates is None:
             # The value that stands for None, so that methods which mean the same are equal.
-            object.__setattr__(self, "candidates", -(-4 * self.topk // self.unit) * self.unit)
+            units = min(-(-4 * self.topk // self.unit), INT32 // self.unit)
+            object.__setattr__(self, "candidates", units * self.unit)
         at_least(self, "candidates", self.topk, ", its topk")
         if self.block_topk * self.unit != self.candidates:
             raise ValueError(f"Scan(candidates={self.candidates}): must be a multiple of unit = {self.unit}")

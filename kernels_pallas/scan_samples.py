@@ -44,7 +44,8 @@ def of_all_devices(call: FlatCall, visible: Array, peers: Peers) -> Samples:
     else:
         shifts = jnp.tile(jnp.arange(n_shifts, dtype=jnp.int32), R)
         starts = jnp.repeat(jnp.asarray(sequences.key_starts), n_shifts)
-        sets = jnp.asarray(sequences.of_queries(T)) * n_shifts + jnp.minimum(shift, n_shifts - 1)
+        sequence = jnp.minimum(sequences.of_queries(T), R - 1)  # padding counts as of the last
+        sets = sequence * n_shifts + jnp.minimum(shift, n_shifts - 1)
     positions = jnp.arange(N_SAMPLES, dtype=jnp.int32)[None, :] << shifts[:, None]
     # Of places beyond a sequence's end any key will do: no query sees them.
     place = jnp.minimum(peers.own(positions), sequences.max_keys - 1)

@@ -81,19 +81,19 @@ class Sequences:
         )
         return rows, taken
 
-    def of_queries(self, T: int) -> Rows:
-        """[T] int32: which sequence each query is of; those after the last count as its."""
-        xp = self._np
-        return xp.minimum(_count_up_to(self.query_starts[1:], xp.arange(T, dtype=np.int32)), len(self.key_starts) - 1)
-
     def key_start_of_queries(self, T: int) -> Array:
         """[T] int32: the first key of each query's sequence."""
-        xp, r = self._np, self.of_queries(T)
+        xp = self._np
+        r = xp.minimum(self.of_queries(T), len(self.key_starts) - 1)
         if isinstance(self.key_starts, np.ndarray) and not np.any(np.diff(self.key_starts, n=2)):
             # Equally far apart, as those of requests in pages: arithmetic goes into other kernels, a look-up does not.
             first, *others = self.key_starts.tolist()
             return jnp.asarray(first + r * (others[0] - first if others else 0), jnp.int32)
         return jnp.asarray(xp.asarray(self.key_starts)[r], jnp.int32)
+
+    def of_queries(self, T: int) -> Rows:
+        """[T] int32: which sequence each query is of; of padding, how many there are."""
+        return _count_up_to(self.query_starts[1:], self._np.arange(T, dtype=np.int32))
 
     def tokens_in_blocks(self, S: int, block_size: int) -> Rows:
         """[S // block_size] int32: tokens present in each block of rows; sequences begin with a block."""

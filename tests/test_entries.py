@@ -54,8 +54,22 @@ def test_positions_within_entries_and_lengths_with_an_open_tail(name):
     check(got, oracle.select(*inputs(method), method, **options))
 
 
+@each
+@pytest.mark.gate("family_pools")
+def test_empty_batches_give_empty_selections(name):
+    method = FAMILY[name]
+    for B, T, S in ((0, 3, 50), (2, 0, 50), (2, 3, 0)):
+        q, k, w = draw.inputs(B, T, S, H, D)
+        options = dict(method=method, query_positions=np.zeros((B, T), np.int32))
+        got = selected(hj.select, q, k, None if method.per_head else w, **options)
+        assert got.count.shape == ((B, T, H) if method.per_head else (B, T))
+        assert got.indices.shape == got.scores.shape and got.indices.shape[:-1] == got.count.shape
+        # Where there are no keys, the tokens of an open entry are chosen all the same.
+        assert ((got.indices >= 0).sum(axis=-1) == got.count).all() and (method.tail or not got.count.any())
+
+
 def test_tokens_of_pools_then_the_tail():
-    """By hand: 3 pools of 4 with scores 1, 3, 2, and 2 tokens behind them."""
+    """By hand: 3 pools of 4 with scores 1, 3, 2, and 2 tokens after them."""
     q, k = jnp.ones((1, 1, 1, 1)), jnp.array([[[1.0], [3.0], [2.0]]])
     method = hj.Dsa(topk=2, entry_size=4, tail="open")
     got = hj.select(q, k, None, method, lengths=jnp.array([14]), return_scores=True)
@@ -253,6 +267,12 @@ def test_calls_that_mean_nothing_say_so():
         hj.select(q, k, w, hj.Dsa(topk=4, per_head=True))
     with pytest.raises(ValueError, match=r"^select: candidates with Hisa\(.*\), wanted a Dsa: they are found already"):
         hj.select(q, k, w, hj.Hisa(topk=4), candidates=listed)
+    with pytest.raises(
+        ValueError, match="^select: k has room for 20 keys of 134217728 tokens each, wanted at most 214"
+    ):
+        hj.select(q, k, w, hj.Dsa(topk=4, entry_size=2**27, returns="entries"))
+    got = hj.select(q, k, w, hj.Dsa(topk=4), candidates=hj.CandidateBlocks(jnp.zeros((1, 2, 3), jnp.int32), 2**31 - 1))
+    np.testing.assert_array_equal(got.indices, hj.select(q, k, w, hj.Dsa(topk=4)).indices)
     cache, table, one = hj.init_cache(2, 2, 16, jnp.float32, entry_size=4), jnp.array([[0, 1]]), jnp.array([0, 1])
     with pytest.raises(ValueError, match=r"^select_paged: Dsa\(topk=4\) with a cache of entry_size=4"):
         hj.select_paged(q[0, :1], w[0, :1], cache, table, one, jnp.array([8]), hj.Dsa(topk=4))
@@ -268,7 +288,8 @@ NO_TPU = "has no kernels for a BlockSparse of scored_by='max'"
         (hj.Dsa(topk=512, entry_size=4, tail="open"), {}, None, None),
         (hj.Hisa(block_ratio=4), {}, "a Hisa of block_ratio=4", None),
         (hj.BlockSparse(scored_by="max"), {}, "a BlockSparse of scored_by='max'", NO_TPU),
-        (hj.Dsa(), dict(n_listed=4096), "candidates", "has no kernels for candidates"),
+        (hj.Dsa(), dict(n_listed=4096, listed_size=8), "candidates", "needs blocks of 64, 128 or 256 tokens, not 8"),
+        (hj.Dsa(), dict(n_listed=4096, listed_size=128), "candidates", None),
         (hj.Dsa(), dict(has_budget=True), "a budget", None),
     ],
 )

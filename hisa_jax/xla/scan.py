@@ -37,7 +37,7 @@ class Samples(NamedTuple):
 class ScanHeads(NamedTuple):
     """What a tile of queries scans with.
 
-    Attributes: `virtual` [t, D] float32; `exact` [t, n, D] and their weights `w` [t, n] float32, 0 after the last.
+    Attributes: `virtual` [t, D] float32; `exact` [t, n, D] and their weights `w` [t, n] float32.
     """
 
     virtual: Array
@@ -77,12 +77,13 @@ def best_samples(sort_key: Array) -> tuple[Array, Array]:
 
 
 def exact_heads(queries: Queries, method: Scan) -> Array:
-    """[t, n] int32: the `method.exact_heads` heads of greatest |w| * |q|, ascending, -1 after the last of fewer."""
-    if method.exact_heads == 0:
+    """[t, n] int32: the heads of greatest |w| * |q|, ascending, `method.exact_heads` of them or all there are."""
+    n = min(method.exact_heads, queries.w.shape[1])
+    if n == 0:
         return jnp.zeros((queries.w.shape[0], 0), jnp.int32)
     q = queries.q.astype(jnp.float32)
     sizes = jnp.abs(queries.w) * jnp.sqrt(jnp.sum(q * q, axis=2))
-    return topk.topk_in_order(topk.sort_key_of(sizes), None, method.exact_heads)[1]
+    return topk.topk_in_order(topk.sort_key_of(sizes), None, n)[1]
 
 
 def virtual_head(queries: Queries, slopes: Array, exact: Array) -> Array:
@@ -95,14 +96,9 @@ def virtual_head(queries: Queries, slopes: Array, exact: Array) -> Array:
 
 
 def scan_heads(queries: Queries, virtual: Array, exact: Array) -> ScanHeads:
-    """`virtual` [t, D], as `virtual_head` gives it, and beside it the `exact` heads, [t, n] int32, -1: none."""
-    at, none = jnp.maximum(exact, 0), jnp.zeros((), queries.q.dtype)
-    return ScanHeads(
-        virtual,
-        # Of no head neither weight nor query.
-        jnp.where(exact[:, :, None] >= 0, jnp.take_along_axis(queries.q, at[:, :, None], axis=1), none),
-        jnp.where(exact >= 0, jnp.take_along_axis(queries.w, at, axis=1), 0.0),
-    )
+    """`virtual` [t, D], as `virtual_head` gives it, and beside it the `exact` heads, [t, n] int32."""
+    q = jnp.take_along_axis(queries.q, exact[:, :, None], axis=1)
+    return ScanHeads(virtual, q, jnp.take_along_axis(queries.w, exact, axis=1))
 
 
 def slopes_of(n_open: Array, n_best: Array) -> Array:

@@ -44,7 +44,7 @@ def scan_heads(call: Call, method: Scan, interpret: Interpret = False) -> ScanHe
 
 
 def _exact_heads(queries: Queries, n: int) -> Array:
-    """[t, n] int32: what `xla.scan.exact_heads` gives."""
+    """[t, n] int32, or of all heads if they are fewer: what `xla.scan.exact_heads` gives."""
     q, heads = queries.q.astype(jnp.float32), jnp.arange(queries.w.shape[1], dtype=jnp.int32)
     sizes = sort_key_of(jnp.abs(queries.w) * jnp.sqrt(jnp.sum(q * q, axis=2)))
     found = []
@@ -52,10 +52,7 @@ def _exact_heads(queries: Queries, n: int) -> Array:
         best = jnp.argmax(sizes, axis=1).astype(jnp.int32)  # of equal ones the lowest
         sizes = jnp.where(heads == best[:, None], INVISIBLE, sizes)
         found.append(best)
-    if n <= len(heads):
-        return jnp.sort(jnp.stack(found, axis=1), axis=1) if found else jnp.zeros((len(queries.w), 0), jnp.int32)
-    every = jnp.where(jnp.arange(n) < len(heads), jnp.arange(n, dtype=jnp.int32), -1)
-    return jnp.broadcast_to(every, (len(queries.w), n))
+    return jnp.sort(jnp.stack(found, axis=1), axis=1) if found else jnp.zeros((len(queries.w), 0), jnp.int32)
 
 
 def _sampled_slopes(queries: Queries, sequence: Sequence, interpret: Interpret) -> Array:

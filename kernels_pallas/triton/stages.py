@@ -75,7 +75,7 @@ def block_sort_keys(
         return page_scores(q, w, means, first_block, columns, interpret=interpret)
     if isinstance(means, PageMeans) and is_shared_by_few(len(sequences.lengths), T):
         kept = kept_means.heuristic(T, sequences.max_keys)
-        return kept_means.kept_scores(q, w, means, first_block, columns, config=kept, interpret=interpret)
+        return kept_means.kept_scores(q, w, means, sequences, columns, config=kept, interpret=interpret)
     parts = (means.means, means.scales, means.rows) if isinstance(means, PageMeans) else means
     columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, config.tile_t, eligible))
     return scores_stage.scores(Operands(q, w, *parts), columns, config=config, interpret=interpret)
@@ -248,14 +248,14 @@ def units(call: FlatCall, method: BlockSparse, interpret: Interpret = False) -> 
     if H > 1:
         config, operands = scores_stage.heuristic(H), call.operands._replace(k=call.k[:, None])
         return scores_stage.scores(operands, columns(config.tile_t), config=config, interpret=bool(interpret))
-    scanned = scan_stage.heuristic(T, len(sequences.lengths), 1, -(-sequences.max_keys // scan_stage.TILE_S))
+    tiled = units_stage.heuristic(T, len(sequences.lengths), sequences.max_keys)
     return units_stage.units(
         call.operands,
-        columns(scanned.tile_t),
+        columns(tiled.tile_t),
         unit=unit_of(method, H),
         has_relu=method.activation is not None,
         is_weighted=not method.per_head,
-        config=dataclasses.replace(scanned, num_stages=2),  # two programs fit a multiprocessor, of three stages one
+        config=tiled,
         interpret=bool(interpret),
     )
 

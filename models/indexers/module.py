@@ -1,5 +1,7 @@
 """An indexer of the table as a Flax module: what it makes of hidden states, and what it selects by that."""
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,9 +17,11 @@ from hisa_jax.models.cache import packing
 from hisa_jax.models.indexers import pieces
 from hisa_jax.models.indexers.cache import IndexerCache
 from hisa_jax.models.indexers.pieces import Rows
-from hisa_jax.models.indexers.table import Family, family_of, sizes_of
+from hisa_jax.models.indexers.table import Family, demand, family_of, sizes_of
 
 _LARGEST_WINDOW = 2**16
+# What stands before a tensor's own name: the indexer's module, or where it is none, all before "index_".
+_IN_INDEXER = re.compile(r".*(indexer\.|\.(?=index_))")
 
 
 class Indexed(NamedTuple):
@@ -46,14 +50,15 @@ class Indexer(nnx.Module):
         family: the row.
         method: how the model selects; its `topk` and blocks count entries.
         scale: by which products of queries and keys are multiplied beside the weights.
-        head_dim, rope_dim, eps: sizes; `rope_dim` None: as wide as `cos`.
+        head_dim, rope_dim, eps: sizes; `rope_dim` None: as wide as `cos`, which then has each number twice.
     """
 
     def __init__(self, family: Family, sizes: Mapping[str, Any], method: hj.Method, weights: Mapping[str, Array]):
+        if "interleaved" in sizes and family.pairs != "neighbours":
+            family = dataclasses.replace(family, pairs="parted" if sizes["interleaved"] else "halves")
         self.family, self.method = family, method
-        self.head_dim = int(sizes["head_dim"])
-        self.rope_dim = None if sizes.get("rope_dim") is None else int(sizes["rope_dim"])
-        self.rope = family.rope if sizes.get("use_rope", True) else None
+        self.head_dim, self.rope_dim = sizes["head_dim"], sizes.get("rope_dim")
+        self.rope = family.rope if sizes.get("use_rope", True) and self.rope_dim != 0 else None
         self.eps = float(family.eps if family.fixed_eps else sizes.get("eps", family.eps))
         self.scale = 1.0 if family.weights_scaled else self.head_dim**-0.5
         self.weights = nnx.Dict({name: nnx.Param(jnp.asarray(value)) for name, value in weights.items()})
@@ -93,10 +98,10 @@ class Indexer(nnx.Module):
         Args:
             hidden: [B, T, E] hidden states as the attention gets them.
             q_resid: [B, T, Q] latents of the attention's queries, for indexers whose queries are made of them.
-            cos, sin: [1 or B, T, n], of each token's position, a number a pair of dims, or those twice in a row, as
-                public code has them; for indexers with RoPE.
-            positions: [B, T] int32, each token's number in its sequence; -1 is padding, on either side. Default: 0, 1,
-                2, ..., with a cache from its lengths on. With a cache they must go on from there.
+            cos, sin: [1 or B, T, n], of each token's position, a number a pair of dims, twice in a row, as public code
+                has them; where `rope_dim` is known also once. For indexers with RoPE.
+            positions: [B, T] int32, each token's number in its sequence; -1 is padding, on either side. Default, and
+                what they must be but for padding: 0, 1, 2, ..., with a cache from its lengths on; `hj.checked` checks.
             method: how to select; None: as the model does. It must be of the same entries, and for each head or not.
             cache: the sequences so far; None: these tokens are all.
             return_scores, implementation: as for `hj.select`.
@@ -112,11 +117,17 @@ class Indexer(nnx.Module):
             positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
         checks.shape(call, "positions", positions, (B, T))
         positions = jnp.asarray(positions, jnp.int32)
+        _check_positions(call, positions, None if cache is None else cache.lengths)
         if family.queries == "latents":
             if q_resid is None:
                 raise ValueError(f"{call}: q_resid is None, wanted [B, T, Q]: of {family.title} queries are made of it")
             checks.shape(call, "q_resid", q_resid, (B, T, self.weights["wq"].shape[1]))
         table = self._table(call, cos, sin, B, T)
+        if cache is not None and "cos" in cache.rows and cache.rows["cos"].shape[-1] != table[0].shape[-1]:
+            raise ValueError(
+                f"{call}: cos turns {2 * table[0].shape[-1]} dims, wanted {self.head_dim} as the cache has: of fewer "
+                "from_weights has to know, by rope_dim in its sizes"
+            )
         method = self._method(call, method)
         q, w = self._queries(hidden, q_resid, positions, *table), self._weights(hidden)
         factors = self._factors(w, q)
@@ -166,9 +177,10 @@ class Indexer(nnx.Module):
             if x is None:
                 raise ValueError(f"{call}: {name} is None, wanted [B, T, n]: {self.family.title}'s indexer has RoPE")
             checks.shape(call, name, x, ("1 or B", T, "n"))
-            n = min(x.shape[-1], self.head_dim) if self.rope_dim is None else self.rope_dim
-            if x.shape[0] not in (1, B) or x.shape[-1] < n // 2:
-                raise ValueError(f"{call}: {name} is {checks.axes_of(x)}, wanted [1 or {B}, {T}, {n // 2} or {n}]")
+            n = x.shape[-1] if self.rope_dim is None else self.rope_dim
+            if x.shape[0] not in (1, B) or x.shape[-1] not in (n // 2, n) or n % 2 or n > self.head_dim:
+                wide = f"an even number up to {self.head_dim}" if self.rope_dim is None else f"{n // 2} or {n}"
+                raise ValueError(f"{call}: {name} is {checks.axes_of(x)}, wanted [1 or {B}, {T}, {wide}]")
             tables.append(jnp.broadcast_to(x[..., : n // 2].astype(jnp.float32), (B, T, n // 2)))
         return tables[0], tables[1]
 
@@ -271,7 +283,9 @@ def from_weights(model_type: str, sizes: Mapping[str, Any], weights: Mapping[str
     checks.instance(call, "sizes", sizes, Mapping, "a mapping")
     checks.instance(call, "weights", weights, Mapping, "a mapping")
     family, found = family_of(model_type), sizes_of(model_type, sizes)
-    named = {name.rpartition("indexer.")[2]: value for name, value in weights.items()}
+    named = {_IN_INDEXER.sub("", name): value for name, value in weights.items()}
+    if len(named) < len(weights):
+        raise ValueError(f"{call}: {model_type}: weights have a name twice, as of several layers, wanted one indexer's")
     tensors: dict[str, Any] = {}
     for ours, theirs in family.tensors.items():
         name = next((name for name in theirs if name in named), None)
@@ -284,8 +298,29 @@ def from_weights(model_type: str, sizes: Mapping[str, Any], weights: Mapping[str
     if method.entry_size > _LARGEST_WINDOW:
         raise ValueError(f"{call}: {model_type}: entries of {method.entry_size} tokens, wanted at most 65536")
     found.setdefault("head_dim", np.shape(tensors["k_norm"])[0])
-    _check_shapes(call, model_type, family, int(found["head_dim"]), method.entry_size, tensors)
+    if family.pairs == "neighbours":  # whose public tables have a number a pair, so that their width does not tell
+        demand(model_type, found, "rope_dim")
+    D, turned = found["head_dim"], found.get("rope_dim", 0)
+    _check_shapes(call, model_type, family, D, method.entry_size, tensors)
+    if family.rope and (turned % 2 or turned > D):
+        raise ValueError(f"{call}: {model_type}: RoPE of {turned} dims, wanted an even number up to head_dim = {D}")
     return Indexer(family, found, method, tensors)
+
+
+def _check_positions(call: str, positions: Array, lengths: Array | None) -> None:
+    """Under `hj.checked` raises unless the positions of each row [B, T] are adjacent, from its length on."""
+    if not checks.checks_values():
+        return
+    B, T = positions.shape
+    last = jnp.iinfo(jnp.int32).max
+    ascending = jnp.sort(jnp.where(positions >= 0, positions, last), axis=1)
+    start = jnp.zeros((B,), jnp.int32) if lengths is None else lengths
+    checks.value(
+        (ascending == last) | (ascending == start[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]),
+        f"{call}: positions are {{positions}}, wanted adjacent ones from {{start}} on, and -1",
+        positions=positions,
+        start=start,
+    )
 
 
 def _check_shapes(call: str, model_type: str, family: Family, D: int, r: int, tensors: Mapping[str, Any]) -> None:

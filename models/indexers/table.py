@@ -10,10 +10,11 @@ from typing import Any, Literal
 import hisa_jax as hj
 from hisa_jax.models.json_object import shown
 
-# Our name of a size -> the names that configs have for it; the first that is there counts.
+# Our name of a size -> the names that configs have for it; the first that is there counts. Ours comes last: in a config
+# `head_dim` is the attention's.
 SIZES = {
     "topk": ("index_topk",),
-    "head_dim": ("index_head_dim", "indexer_head_dim"),
+    "head_dim": ("index_head_dim", "indexer_head_dim", "sparse_index_dim"),
     "rope_dim": ("qk_rope_head_dim",),
     "eps": ("rms_norm_eps",),
     "pool": ("index_kpool", "indexer_compress_ratio", "compress_rate_csa"),
@@ -23,7 +24,11 @@ SIZES = {
     "blocks_kept": ("index_topk_blocks", "sparse_topk_blocks"),
     "local_blocks": ("index_local_blocks", "sparse_local_block"),
     "use_rope": (),
+    "interleaved": ("indexer_rope_interleave",),
 }
+# Objects inside of a config that hold sizes, too: of models that see, and MiniMax-M3's.
+_INNER = ("text_config", "sparse_attention_config")
+_FLAGS = ("tail", "use_rope", "interleaved")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,23 +71,60 @@ class Family:
 
 
 def sizes_of(model_type: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Our names -> the sizes that are given, by ours or a config's. Raises ValueError: one that is no positive number.
+    """Our names -> the sizes that are given, by ours or a config's. Raises ValueError: one of a wrong value.
 
     Other keys say other things of the model, and are not read.
     """
+    objects = [given]
+    for name in _INNER:
+        objects += [inner for each in objects if isinstance(inner := each.get(name), Mapping)]
     found = {}
     for name, others in SIZES.items():
-        key = next((key for key in (name, *others) if given.get(key) is not None), None)
-        if key is not None:
-            value = given[key]
-            least = 0 if name in ("tail", "use_rope", "local_blocks") else 1e-30
-            if isinstance(value, str) or not isinstance(value, int | float) or value < least:
-                raise ValueError(f"from_weights: {model_type}: {key} is {shown(value)}, wanted a positive number")
-            found[name] = value
-    rates = given.get("compress_rates")
-    if "pool" not in found and isinstance(rates, Mapping) and "compressed_sparse_attention" in rates:
-        found["pool"] = rates["compressed_sparse_attention"]
+        for key, values in ((key, values) for key in (*others, name) for values in objects):
+            if values.get(key) is not None:
+                found[name] = _size(model_type, name, key, values[key])
+                break
+    if "pool" not in found and (pool := _pool_of_layers(objects)) is not None:
+        found["pool"] = _size(model_type, "pool", "compress_rates", pool)
+    if "rope_dim" not in found and (turned := _turned_dims(objects)) is not None:
+        found["rope_dim"] = turned
     return found
+
+
+def _size(model_type: str, name: str, key: str, value: Any) -> int | float:
+    """A size that a key has. Raises ValueError: of a wrong value."""
+    if name in _FLAGS:
+        fits, wanted = isinstance(value, bool | int) and value in (0, 1), "true or false"
+    elif name == "eps":
+        fits, wanted = isinstance(value, int | float) and 0 < value < 1, "a number between 0 and 1"
+    else:
+        least = 0 if name in ("local_blocks", "rope_dim") else 1
+        fits, wanted = isinstance(value, int) and not isinstance(value, bool) and value >= least, f"an int from {least}"
+    if not fits:
+        raise ValueError(f"from_weights: {model_type}: {key} is {shown(value)}, wanted {wanted}")
+    return value
+
+
+def _turned_dims(objects: list[Mapping[str, Any]]) -> int | None:
+    """How many dims turn where configs say which part of the attention's heads does; None: they do not."""
+    for values in objects:
+        ropes = values.get("rope_parameters"), values
+        shares = [rope.get("partial_rotary_factor") for rope in ropes if isinstance(rope, Mapping)]
+        share, head_dim = next((share for share in shares if share is not None), None), values.get("head_dim")
+        if isinstance(share, int | float) and isinstance(head_dim, int):
+            return int(head_dim * share)
+    return None
+
+
+def _pool_of_layers(objects: list[Mapping[str, Any]]) -> Any:
+    """How many tokens DeepSeek-V4 pools where it has an indexer, as its configs say it; None: they do not."""
+    for values in objects:
+        rates, ratios = values.get("compress_rates"), values.get("compress_ratios")
+        if isinstance(rates, Mapping) and "compressed_sparse_attention" in rates:
+            return rates["compressed_sparse_attention"]
+        if isinstance(ratios, list | tuple) and 4 in ratios:  # of each layer: 4 with an indexer, 128 or 0 without
+            return 4
+    return None
 
 
 def demand(model_type: str, sizes: Mapping[str, Any], *names: str) -> list[int]:
@@ -90,7 +132,7 @@ def demand(model_type: str, sizes: Mapping[str, Any], *names: str) -> list[int]:
     for name in names:
         if name not in sizes:
             raise ValueError(f"from_weights: {model_type}: sizes lack {' or '.join((name, *SIZES[name]))}")
-    return [int(sizes[name]) for name in names]
+    return [sizes[name] for name in names]
 
 
 def _tokens(model_type: str) -> Callable[[Mapping[str, Any]], hj.Method]:
@@ -109,7 +151,7 @@ def _pools(sizes: Mapping[str, Any]) -> hj.Method:
 def _means(sizes: Mapping[str, Any]) -> hj.Method:
     (pool,) = demand("qwen4_exp", sizes, "pool")
     if "blocks_kept" in sizes:
-        return _of_pools(int(sizes["blocks_kept"]), pool, True)
+        return _of_pools(sizes["blocks_kept"], pool, True)
     (budget,) = demand("qwen4_exp", sizes, "budget")
     return _of_pools(budget // pool, pool, True)
 
@@ -126,7 +168,7 @@ def _windows(sizes: Mapping[str, Any]) -> hj.Method:
 def _blocks(sizes: Mapping[str, Any]) -> hj.Method:
     block_size, kept = demand("minimax_m3", sizes, "block_size", "blocks_kept")
     return hj.BlockSparse(
-        topk=block_size * kept, block_size=block_size, keep_first=0, keep_last=int(sizes.get("local_blocks", 1)),
+        topk=block_size * kept, block_size=block_size, keep_first=0, keep_last=sizes.get("local_blocks", 1),
         scored_by="max", activation=None, per_head=True,
     )  # fmt: skip
 
@@ -167,8 +209,8 @@ FAMILIES: dict[str, Family] = {
         | {
             "q_input_norm": ("q_input_norm.weight",),
             "q_input_norm_bias": ("q_input_norm.bias",),
-            "q_scale": ("softmax_scaling.scale",),
-            "q_bias": ("softmax_scaling.bias",),
+            "q_scale": ("softmax_scaling.scale", "ssmax_scaling.s"),
+            "q_bias": ("softmax_scaling.bias", "ssmax_scaling.b"),
         },
         note="layers whose `no_rope_layers` is 0 have no RoPE: sizes with use_rope=0.",
     ),
@@ -225,10 +267,10 @@ FAMILIES: dict[str, Family] = {
         fixed_eps=False,
         weighs=False,
         tensors={
-            "wq": ("q_proj.weight",),
-            "wk": ("k_proj.weight",),
-            "q_norm": ("q_norm.weight",),
-            "k_norm": ("k_norm.weight",),
+            "wq": ("q_proj.weight", "index_q_proj.weight"),
+            "wk": ("k_proj.weight", "index_k_proj.weight"),
+            "q_norm": ("q_norm.weight", "index_q_norm.weight"),
+            "k_norm": ("k_norm.weight", "index_k_norm.weight"),
         },
         method=_blocks,
         note="there blocks are anchored at slots, so that padding on the left moves them; here they begin with the "

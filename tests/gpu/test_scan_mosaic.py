@@ -157,7 +157,7 @@ def test_the_best_of_listed_tokens(interpret, in_pages):
 
 def test_a_few_queries_of_very_many_keys_have_a_configuration():
     for n_queries, n_keys in ((1, 2**24), (10, 2**24), (1, 2**30)):
-        config = scores.heuristic(scores.Sizes(n_queries, 64, 128, 1, 1), n_keys)
+        config = scores.heuristic(scores.Sizes(n_queries, 64, 128, 1, 1, 1), n_keys)
         assert config.tile_t == n_queries  # keys are read once
 
 

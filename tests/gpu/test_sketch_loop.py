@@ -60,7 +60,7 @@ def by_machine(given, config):
         sample_step=SAMPLE_STEP,
     )  # fmt: skip
     arrays = sketches.k, sketches.code_scales, sketches.k_scale, sketches.pages.table, given.heads.q, given.heads.w
-    # One behind the other, each from a multiple of 256 bytes on.
+    # One after the other, each from a multiple of 256 bytes on.
     words, at = [], []
     widths = width, width // SAMPLE_STEP
     for array in (*arrays, *(jnp.zeros((T, n), jnp.int32) for n in widths)):

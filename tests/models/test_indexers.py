@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from jax.experimental import checkify
 
 import hisa_jax as hj
 from hisa_jax import models
 from hisa_jax.models import indexers
-from hisa_jax.models.indexers import page
+from hisa_jax.models.indexers import module, page
+from hisa_jax.models.indexers.table import ALIASES, FAMILIES
 from hisa_jax.models.rope import rope_table
 from tests.models.golden import FOLDER
 
@@ -177,6 +179,98 @@ def test_what_does_not_fit_is_named():
     for name in ("q_resid", "cos"):
         with pytest.raises(ValueError, match=f"^Indexer: {name} is None, wanted"):
             indexer(**in_jax(arguments | {name: None}))
+
+
+def test_positions_that_leave_some_out_are_an_error_under_checked():
+    check = hj.checked(module._check_positions)
+    check("Indexer", jnp.array([[2, 1, 0, -1], [-1, 0, 1, 2]]), None)
+    check("Indexer", jnp.array([[-1, 5, 6, -1], [-1, -1, -1, -1]]), jnp.array([5, 2]))
+    for positions, lengths in (([[0, 1, 3]], None), ([[1, 2, 3]], None), ([[0, 0, 1]], None), ([[0, 1, 2]], [3])):
+        with pytest.raises(checkify.JaxRuntimeError, match="Indexer: positions are .* wanted adjacent ones from"):
+            check("Indexer", jnp.array(positions), None if lengths is None else jnp.array(lengths))
+
+
+# What bears on an indexer in configs as published, beside names of its sizes that mean another thing there: the heads
+# of the attention, blocks of weights. Wanted: head_dim, dims of RoPE, pairs, the method.
+ATTENTION = dict(head_dim=64, block_size=128, rms_norm_eps=1e-5, index_n_heads=2, index_head_dim=16, index_topk=8)
+CONFIGS = {
+    "deepseek_v32": (ATTENTION | dict(qk_rope_head_dim=8), (16, 8, "halves", hj.Dsa(topk=8))),
+    "glm_moe_dsa": (
+        ATTENTION | dict(qk_rope_head_dim=8, indexer_rope_interleave=False),
+        (16, 8, "halves", hj.Dsa(topk=8)),
+    ),
+    "mistral_large4": (dict(text_config=ATTENTION | dict(qk_rope_head_dim=8)), (16, 8, "parted", hj.Dsa(topk=8))),
+    "glm5_next": (
+        dict(text_config=ATTENTION | dict(head_dim=0, qk_rope_head_dim=0, index_kpool=4)),
+        (16, 0, "halves", hj.Dsa(topk=2, entry_size=4, tail="open")),
+    ),
+    "deepseek_v4": (
+        ATTENTION | dict(qk_rope_head_dim=8, compress_ratios=[0, 128, 4]),
+        (16, 8, "neighbours", hj.Dsa(topk=8, entry_size=4, returns="entries")),
+    ),
+    "qwen4_exp": (
+        dict(head_dim=32, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=4)
+        | dict(rope_parameters={"rope_theta": 1e7, "partial_rotary_factor": 0.25}),
+        (16, 8, "halves", hj.Dsa(topk=2, entry_size=4, tail="open")),
+    ),
+    "minimax_m3_vl": (
+        dict(text_config=dict(head_dim=32, partial_rotary_factor=0.5, sparse_attention_config=dict(
+            sparse_index_dim=16, sparse_block_size=8, sparse_topk_blocks=2, sparse_local_block=0))),
+        (16, 16, "halves", hj.BlockSparse(topk=16, block_size=8, keep_first=0, keep_last=0, scored_by="max",
+                                          activation=None, per_head=True)),
+    ),
+}  # fmt: skip
+
+
+def published(model_type, H=2, D=16, E=12, Q=10, r=4):
+    """Tensors of ones by the names that checkpoints have them under."""
+    name = ALIASES.get(model_type, model_type)
+    wide = 2 * D if name == "deepseek_v4" else D
+    shapes = {
+        "wq": (H * D, E if name in ("minimax_m3", "mistral_large4") else Q), "wqk": ((H + 1) * D, E), "wk": (wide, E),
+        "k_norm": (D,), "k_norm_bias": (D,), "w": (H, E), "q_norm": (D,), "q_input_norm": (E,),
+        "q_input_norm_bias": (E,), "q_scale": (H,), "q_bias": (H,), "ape": (r, wide), "gate": (wide, E),
+    }  # fmt: skip
+    last = {ours: theirs[-1] for ours, theirs in FAMILIES[name].tensors.items()}
+    before = "model.layers.7.self_attn." + ("" if name == "minimax_m3" else "indexer.")
+    return {before + theirs: np.ones(shapes[ours], np.float32) for ours, theirs in last.items()}
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_a_published_config_and_published_names_are_what_it_is_made_of(model_type):
+    sizes, wanted = CONFIGS[model_type]
+    indexer = indexers.from_weights(model_type, sizes, published(model_type))
+    assert (indexer.head_dim, indexer.rope_dim, indexer.family.pairs, indexer.method) == wanted
+
+
+def test_sizes_and_tables_that_do_not_fit_are_named():
+    weights, sizes = published("qwen4_exp"), CONFIGS["qwen4_exp"][0]
+    for wrong, message in (
+        (dict(indexer_budget=8.5), "indexer_budget is 8.5, wanted an int from 1"),
+        (dict(indexer_budget=True), "indexer_budget is True, wanted an int from 1"),
+        (dict(rms_norm_eps=2), "rms_norm_eps is 2, wanted a number between 0 and 1"),
+        (dict(rope_dim=18), "RoPE of 18 dims, wanted an even number up to head_dim = 16"),
+        (dict(rope_dim=7), "RoPE of 7 dims, wanted an even number"),
+    ):
+        with pytest.raises(ValueError, match=f"^from_weights: qwen4_exp: {re.escape(message)}"):
+            indexers.from_weights("qwen4_exp", sizes | wrong, weights)
+    of_two_layers = weights | {name.replace("7", "8"): x for name, x in weights.items()}
+    with pytest.raises(ValueError, match="^from_weights: qwen4_exp: weights have a name twice"):
+        indexers.from_weights("qwen4_exp", sizes, of_two_layers)
+    del (unsaid := dict(sizes))["rope_parameters"]
+    for given, width, cache, message in (
+        (sizes, 6, False, r"cos is \[1, 3, 6\], wanted \[1 or 2, 3, 4 or 8\]"),
+        (unsaid, 18, False, r"cos is \[1, 3, 18\], wanted \[1 or 2, 3, an even number up to 16\]"),
+        (unsaid, 8, True, "cos turns 8 dims, wanted 16 as the cache has"),
+    ):
+        indexer = indexers.from_weights("qwen4_exp", given, weights)
+        held = indexer.init_cache(2, 8) if cache else None
+        table = jnp.ones((1, 3, width))
+        with pytest.raises(ValueError, match=f"^Indexer: {message}"):
+            indexer(jnp.ones((2, 3, 12)), cos=table, sin=table, cache=held)
+    v4 = {name: value for name, value in CONFIGS["deepseek_v4"][0].items() if name != "qk_rope_head_dim"}
+    with pytest.raises(ValueError, match="^from_weights: deepseek_v4: sizes lack rope_dim or qk_rope_head_dim"):
+        indexers.from_weights("deepseek_v4", v4, published("deepseek_v4"))
 
 
 @pytest.mark.parametrize("model_type", ["qwen4_exp", "minimax_m3_vl"])
