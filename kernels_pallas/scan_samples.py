@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.peers import Peers
 
-N_SAMPLES = 256
+N_SAMPLES, N_BEST = 256, 32
 
 
 class Samples(NamedTuple):

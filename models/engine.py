@@ -11,15 +11,17 @@ of its own, which is told the same and so decides the same; before each pass the
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from hisa_jax.models import checks, passes
 from hisa_jax.models.agreement import Agreement
 from hisa_jax.models.drafts import Draft, lookup, propose
 from hisa_jax.models.draws import ALL, LIKELIEST, SOME, Draws, draws_of, read_logprobs
+from hisa_jax.models.engine_mesh import in_common, split_of
 from hisa_jax.models.modeling import Model
 from hisa_jax.models.passes import Pages, Taken, Trace
 from hisa_jax.models.plan import Phase
@@ -29,7 +31,6 @@ from hisa_jax.models.report import Report, Step, Traced
 from hisa_jax.models.request import Request
 from hisa_jax.models.sampling import Sampling, short_form
 from hisa_jax.models.scheduler import Batch, Saved, Scheduler
-from hisa_jax.models.sharding import size_of
 from hisa_jax.models.stacked import Stacked
 from hisa_jax.models.streams import Piece, Reader
 from hisa_jax.models.structure import structures_of, weights_of
@@ -91,7 +92,7 @@ class Engine:
             raise ValueError(f"Engine: draft={checks.shown(draft)}, wanted what can be called, or None")
         if isinstance(model, Stacked):
             raise ValueError("Engine: model is Stacked, wanted the one it was made of: pages are copied layer by layer")
-        split = {} if model.mesh is None else _split(model, sizes)
+        split = {} if model.mesh is None else split_of(model, sizes)
         if max_length > (room := model.config.max_position_embeddings):
             raise ValueError(
                 f"Engine: max_length={checks.shown(max_length)}, wanted at most {room}, the model's positions"
@@ -104,9 +105,10 @@ class Engine:
         timeout_s = checks.number("Engine", "process_timeout_s", process_timeout_s, 0.001, 86400)
         self._agreement = Agreement(model.mesh, timeout_s)
         if model.mesh is not None:
-            self._agreement.check("Engine", **_said(model, sizes, n_draft, trace, return_selections, start))
+            self._agreement.check("Engine", **in_common(model, sizes, n_draft, trace, return_selections, start))
         self._formats = passes.formats_of(model, self.pool.n_pages)
         self._pages: Pages | None = None
+        self._unfinished: Array | None = None  # a result of the last pass, if nobody has waited for it
         self._is_in_step = False
         jax.block_until_ready(self.pages)  # more than there is memory for show here
 
@@ -299,6 +301,7 @@ class Engine:
         return report
 
     def _undo_step(self, saved: Saved, pages: Pages | None) -> None:
+        self._unfinished = None
         self.scheduler.restore(saved, are_pages_written=self._pages is not pages)
         if not _are_there(self._pages):
             self._pages = None
@@ -321,13 +324,20 @@ class Engine:
         logits, pages, seen = passes.read(
             self._weights, self.pages, *arrays, structure=structure, trace=self._trace, formats=self._formats
         )
+        ends = [self.pool.lengths[request.id] == request.n_prompt == len(request.tokens) for request in batch.requests]
+        n_kept = [len(new) for new in batch.news]
+        if self._recorder is None and not any(ends):
+            # The host needs nothing of this pass, and prepares the next one while it runs, one at a time. An error of
+            # the device shows in a later step, which then finds the pages lost.
+            self._pages, before, self._unfinished = pages, self._unfinished, logits
+            jax.block_until_ready(before)
+            return self._step(batch, rows, n_kept, seen.layers)
         # An error of the device shows here, so before the pages are taken over.
         taken, rows_seen = jax.device_get((passes.taken(logits, draws, self.model.mesh, self._trace), seen.rows))
-        n_kept = [len(new) for new in batch.news]
-        self._pages = pages
+        self._pages, self._unfinished = pages, None
         self._record(batch, rows, n_kept, rows_seen)
-        for row, request in zip(rows, batch.requests, strict=True):
-            if self.pool.lengths[request.id] == request.n_prompt == len(request.tokens):
+        for row, request, is_end in zip(rows, batch.requests, ends, strict=True):
+            if is_end:
                 self._take(request, taken, row, 0, 1, report)
         return self._step(batch, rows, n_kept, seen.layers)
 
@@ -423,25 +433,3 @@ def _are_there(pages: Pages | None) -> bool:
     except Exception:
         return False
     return True
-
-
-def _split(model: Model, sizes: dict[str, int]) -> dict[str, int]:
-    """How a scheduler splits requests and pages on the model's mesh; raises unless the sizes are equal parts."""
-    assert model.mesh is not None
-    groups, devices = size_of(model.mesh, "data"), size_of(model.mesh, "context")
-    for name, parts in (("n_pages", groups * devices), ("rows", groups), ("prefill_rows", groups)):
-        if sizes[name] % parts:
-            axes = "'data' and 'context'" if name == "n_pages" else "'data'"
-            raise ValueError(f"Engine: {name}={sizes[name]}, wanted a multiple of {parts}, the mesh's {axes}")
-    return dict(n_groups=groups, n_devices=devices, stripe=model.stripe)
-
-
-def _said(model: Model, sizes: dict[str, int], *options: object) -> dict[str, object]:
-    """What the engines of all processes must have in common, by name."""
-    assert model.mesh is not None
-    config = {f"config.{field}": value for field, value in vars(model.config).items()}
-    layers, phases = range(model.config.num_hidden_layers), get_args(Phase)
-    methods = [model.plan(layer, phase) for layer in layers for phase in phases]
-    mesh = dict(mesh=dict(model.mesh.shape), devices=[device.id for device in model.mesh.devices.flat])
-    own = dict(methods=methods, page_size=model.page_size, dtype=str(model.embed[...].dtype), options=options)
-    return config | sizes | mesh | own

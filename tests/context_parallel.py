@@ -215,8 +215,24 @@ def lighthouse_selects_the_same_where_jax_splits_it():
     jax.tree.map(np.testing.assert_array_equal, hj.lighthouse_select(*jax.device_put((q, k), split), method), wanted)
 
 
+def arrays_on_other_devices_are_refused():
+    q, k, w = inputs("float32")
+    axes = dict(mesh=mesh(1, 8), context_axis="context")
+    for name, where in (("q", jax.devices()[3]), ("k", jax.NamedSharding(mesh(1, 4), jax.P(None, "context")))):
+        arrays = dict(q=q, k=k, w=w)
+        arrays[name] = jax.device_put(arrays[name], where)
+        try:
+            hj.select(**arrays, method=METHODS["dsa"], **axes)
+        except ValueError as error:
+            assert f"select: {name} is on the devices" in str(error), error
+        else:
+            raise AssertionError("nothing was raised")
+        jax.eval_shape(lambda arrays=arrays: hj.select(**arrays, method=METHODS["dsa"], **axes))
+
+
 PARTS = {
     "some": (
+        arrays_on_other_devices_are_refused,
         lighthouse_has_the_bits_of_one_device,
         same_bits_for_some_methods,
         same_bits_without_scores_for_8_bits,

@@ -11,7 +11,7 @@ from tests import draw, emulated
 
 @pytest.mark.slow
 @pytest.mark.gate("some")
-@pytest.mark.parametrize(("part", "n_promises"), {"some": 6, "others": 8}.items(), ids=["some", "others"])
+@pytest.mark.parametrize(("part", "n_promises"), {"some": 7, "others": 8}.items(), ids=["some", "others"])
 def test_a_selection_over_eight_devices_is_that_of_one(part, n_promises):
     emulated.assert_kept("tests.context_parallel", part, n=n_promises)
 
@@ -55,6 +55,7 @@ def call(S=256, **changes):
     [
         (dict(context_axis="x"), r"select: context_axis='x', wanted one of the mesh's axes \('context',\)"),
         (dict(data_axis="x"), "select: data_axis='x', wanted one of"),
+        (dict(data_axis="context"), "select: context_axis='context', data_axis='context', wanted different axes"),
         (dict(S=250), "select: k's S = 250, wanted a multiple of 64 for context_axis='context'"),
         (dict(method=hj.Dsa(topk=4), return_blocks=True), "select: return_blocks=True"),
     ],

@@ -149,8 +149,8 @@ def compare(
     def name(rule: Rule) -> dict[str, Any]:
         return {"part": "composed" if H else "pools", "indexer": indexer, "method": rule.name}
 
-    start, flat = time.monotonic(), None
-    compared = measure.references(runner, samples[:_COMPARED], rules[0], args.queries)
+    compared, flat = measure.references(runner, samples[:_COMPARED], rules[0], args.queries), None
+    start = time.monotonic()
     for rule in rules:
         if args.minutes is not None and time.monotonic() - start > 60 * args.minutes:
             print(f"{indexer}: {rule.name} and what follows it are left out, for want of time")

@@ -42,7 +42,8 @@ class Axes(NamedTuple):
 
 
 def check_arrays(call: str, mesh: Mesh | None, axes: dict[str, str | None], **arrays: Any) -> None:
-    """Raises where a mesh comes without one of its axes or an axis without a mesh, or neither, and arrays are split."""
+    """Raises where a mesh comes without one of its axes, or with one twice, or with arrays that lie on other devices;
+    where an axis comes without a mesh; where neither comes, and arrays are split."""
     given = {name: axis for name, axis in axes.items() if axis is not None}
     if mesh is None and given:
         name, axis = next(iter(given.items()))
@@ -51,6 +52,26 @@ def check_arrays(call: str, mesh: Mesh | None, axes: dict[str, str | None], **ar
         checks.unsplit(call, **arrays)
     elif not given:
         raise ValueError(f"{call}: mesh= without {' or '.join(axes)}, wanted one of its axes")
+    elif len(set(given.values())) < len(given):
+        shown = ", ".join(f"{name}={axis!r}" for name, axis in axes.items())
+        raise ValueError(f"{call}: {shown}, wanted different axes")
+    elif isinstance(mesh, Mesh):
+        _check_devices(call, mesh, arrays)
+
+
+def _check_devices(call: str, mesh: Mesh, arrays: dict[str, Any]) -> None:
+    """Raises for arrays that were put on other devices; those that a program closes over may lie anywhere."""
+    wanted = set(mesh.devices.flat)
+    for name, array in arrays.items():
+        for leaf in jax.tree.leaves(array):
+            is_placed = isinstance(leaf, Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed
+            if is_placed and leaf.sharding.device_set != wanted and not _is_traced():
+                given, those = (sorted(device.id for device in some) for some in (leaf.sharding.device_set, wanted))
+                raise ValueError(f"{call}: {name} is on the devices {given}, wanted those of the mesh, {those}")
+
+
+def _is_traced() -> bool:
+    return isinstance(jax.numpy.zeros(()), jax.core.Tracer)
 
 
 def batch_axes(
@@ -75,11 +96,6 @@ def page_axes(
         check_axis(call, "query_axis", mesh, queries, 0, "")
     if heads is not None:
         check_axis(call, "head_axis", mesh, heads, N, "q's N")
-    given = [axis for axis in axes.values() if axis is not None]
-    if len(set(given)) < len(given):
-        raise ValueError(
-            f"{call}: {', '.join(f'{name}={axis!r}' for name, axis in axes.items())}, wanted different axes"
-        )
     return Axes(mesh, context, axes.get("data_axis"), queries, heads)
 
 

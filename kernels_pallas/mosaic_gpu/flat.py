@@ -4,12 +4,11 @@ Of many queries no [T, S] matrix is ever in memory. Tokens come in tiles. The be
 `topk`. Later tiles are filtered where they are scored, by the k-th best so far, and `merge` takes what passes. Both say
 what the k-th best is, so between kernels nothing is left to do.
 
-A few queries would wait for ten tiles, one after the other. They have all their sort keys written, and `topk_few` takes
-the best of parts of a row side by side, then the best of those.
+A few queries would wait for ten tiles, one after the other. They have all their sort keys written, and the greatest of
+each group of neighbours. `topk_few` takes the best groups, then the best of those: a CTA a query reads little of a row.
 
-Floor, 1, 32 and 128 queries over 128K in e4m3 each on an H200: 17, 553 and 2214 MB / 4.3 TB/s = 4, 129 and 515 us.
-Measured, 25, 197 and 700: scores 7.6, 163 and 608, which are 3.4 to 3.7 TB/s, and the selections 16.5, 32 and 87, of
-rows of 16,384 by a CTA each, 9 us a round of all multiprocessors.
+Floor, 1, 32 and 128 queries over 128K in e4m3 each on an H200: 17, 553 and 2214 MB / 4.3 TB/s = 4, 129 and 515 us;
+docs/decoding.md has what was measured.
 """
 
 import dataclasses

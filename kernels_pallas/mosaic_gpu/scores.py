@@ -43,6 +43,10 @@ class Config:
     tile_t: int = 32  # queries a work item
     together: int = 1  # queries that share a product, which has 64 columns: of 32 heads two
 
+    def __post_init__(self):
+        if not 1 <= self.n_keys <= 4:
+            raise ValueError(f"Config(n_keys={self.n_keys}): must be 1 to 4, a warp of the loader each")
+
     @property
     def span(self) -> int:
         """Keys a work item."""
@@ -154,6 +158,8 @@ def scores(
         columns: `first` is a multiple of the span.
         maxima_of: a power of two up to 32, without a threshold; 0: none.
     """
+    if maxima_of and columns.threshold is not None:
+        raise ValueError(f"scores: maxima_of = {maxima_of} with a threshold, which leaves most sort keys out")
     q, _, k, k_scale, pages = operands
     (T, H, D), (_, n_parts, _), itemsize = q.shape, k.shape, k.dtype.itemsize
     _, width = config.columns(columns.n)

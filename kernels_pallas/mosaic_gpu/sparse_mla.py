@@ -9,8 +9,8 @@ most of the 4.3 ms is stages (copy, scores, softmax, values) that wait for each 
 A CTA takes 64 heads of a query, one CTA an SM, persistent over queries. Warp-groups: one that copies, one that scores,
 two with half of the value columns each. With few queries (decode) lists are split and `combine` adds up the parts.
 
-Latents in 8 bits are 656 bytes a token in place of 1152; the warp-group that copies makes them bfloat16 in their slot.
-A tile of 64 tokens takes a warp of it 1165 instructions, and 8750 cycles, where products of a tile take 2176.
+Latents in 8 bits are 656 bytes a token in place of 1152; the warp-group that copies makes them bfloat16 in their slot,
+by some 1000 instructions a warp for a tile, where products of a tile take 2176 cycles.
 """
 
 import dataclasses

@@ -39,7 +39,7 @@ QUARTER = HALF // 2  # columns a product: ptxas refuses 256 in a kernel launched
 PARTS = (((0, 128), (256, 128)), ((128, 128), (384, 128), (512, 64)))
 _THREADS = 128  # of a warp-group
 SCORES, LOAD = 2, 3  # warp-groups; 0 and 1 take the values
-VALUE_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS = 168, 120, 56  # twice the first and the others: 512
+VALUE_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS = 184, 88, 56  # twice the first and the others: 512
 PER_TOKEN = plgpu.Layout.WGMMA.reduce(0)
 _LOG2_E = math.log2(math.e)
 _LEAST = -1e30  # a finite stand-in for -inf, so that differences of maxima stay numbers
@@ -372,10 +372,12 @@ def add_products(
         o = tuple(x + product(part) for part, x in enumerate(o))
         release(0)
     else:
+        # Both products take the probabilities from registers: shared memory is what limits, see `sparse_mla`.
+        rows = plgpu.load(p, layout=plgpu.Layout.WGMMA)
 
         def multiply(accs: tuple[Ref, ...]) -> None:
             for acc, v in zip(accs, values, strict=True):
-                plgpu.wgmma(acc, p, v)
+                plgpu.wgmma(acc, rows, v)
             plgpu.wgmma_wait(1)
             release(0)
 

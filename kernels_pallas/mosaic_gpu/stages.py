@@ -19,21 +19,24 @@ from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens as refine_tokens_st
 from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens_few as refine_few_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scan as scan_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scan_sketch as sketch_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import scan_slopes as slopes_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk_few as few_topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, KeyBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
+from hisa_jax.kernels_pallas.scan_samples import Samples
 from hisa_jax.kernels_pallas.select_shard import Found
 from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.triton import kept_means, page_means, pool_scores
 from hisa_jax.kernels_pallas.triton import pool as pool_stage
+from hisa_jax.kernels_pallas.triton import scan_heads as heads_stage
 from hisa_jax.kernels_pallas.triton import stages as triton_stages
 from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
 from hisa_jax.kernels_pallas.triton.pool_scores import pools_where_scored
-from hisa_jax.kernels_pallas.triton.stages import kth, scan_heads, within, within_budget
+from hisa_jax.kernels_pallas.triton.stages import kth, within, within_budget
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan, has_ratio
@@ -169,12 +172,11 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
         kept = dataclasses.replace(kept, count=jnp.minimum(-(-call.visible // block_size), m))
     n_parts = refine_stage.split(T, m, block_size, _apart(H), n_ctas)
     page_size = None if pages is None else pages.size
-    is_alone = n_ctas >= T
-    fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size, is_alone=is_alone)
+    fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size)
     if fused is not None and n_parts == 1:
         shape = dict(H=H, D=D, m=m, block_size=block_size, itemsize=itemsize)
-        # Those found are for many queries; those for keys in one piece leave no room for the pages' numbers.
-        config = tuned(refine_stage.Config, "mosaic_gpu.refine", **shape) if pages is None and not is_alone else None
+        # Those found for keys in one piece leave no room for the pages' numbers.
+        config = tuned(refine_stage.Config, "mosaic_gpu.refine", **shape) if pages is None else None
         options: Any = {"n_ctas": n_ctas, "interpret": interpret}
         return refine_stage.refine(call.operands, kept, k_top=topk, config=config or fused, **options)
     sort_keys, limit = _refine_scores(call, kept, interpret)
@@ -244,6 +246,17 @@ def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
     options: Any = dict(topk=k, n_ctas=n_sms(), interpret=interpret)
     positions, _, sort_keys = flat_stage.flat_with_sort_keys(call.operands, call.visible, call.sequences, **options)
     return sort_keys, positions
+
+
+def scan_heads(call: FlatCall, method: Scan, interpret: Interpret = False, samples: Samples | None = None) -> ScanHeads:
+    """Triton's, by the slopes of `scan_slopes`."""
+    _, H, D = call.q.shape
+    if method.slopes == "plain" or slopes_stage.why_not(H, D, call.k.dtype.itemsize):
+        return triton_stages.scan_heads(call, method, interpret, samples)
+    operands, first = triton_stages.sampled(call, samples)
+    options: Any = dict(is_sample=samples is not None, interpret=interpret)
+    slopes = slopes_stage.scan_slopes(operands, call.visible, first, **options)
+    return heads_stage.scan_heads(operands, call.visible, first, method, slopes, interpret=bool(interpret))
 
 
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:

@@ -37,6 +37,7 @@ def scan_heads(
     visible: Array,
     first: Array,
     method: Scan,
+    slopes: Array | None = None,
     *,
     in_one: bool = False,
     is_sample: bool = False,
@@ -46,21 +47,23 @@ def scan_heads(
 
     Args:
         visible: [T] int32, tokens of its sequence that a query sees; `first`: [T] int32, the row of the first of them.
+        slopes: [T, H] float32, where they are there already: then no key is read. None: they are taken here.
         is_sample: the keys are what is sampled, nothing between them.
     """
     q, w, k, *_ = operands
     T, H, D = q.shape
-    check_addressable(k)
     n_linear = parts_of(k.dtype)
     n = n_linear + method.exact_heads
     R = max(pl.next_power_of_2(n), 2)
-    slopes, samples, sample_specs, num_warps = None, None, None, _warps(H)
+    samples, sample_specs, num_warps = None, None, _warps(H)
     layout = Layout(None if operands.pages is None else operands.pages.size, is_sample)
-    if method.slopes == "sampled" and in_one:
-        samples, sample_specs = _samples(operands, visible, first)
-        num_warps = max(_warps(H), _WARPS_IN_ONE)
-    elif method.slopes == "sampled":
-        slopes = _slopes(operands, visible, first, layout, interpret)
+    if method.slopes == "sampled" and slopes is None:
+        check_addressable(k)
+        if in_one:
+            samples, sample_specs = _samples(operands, visible, first)
+            num_warps = max(_warps(H), _WARPS_IN_ONE)
+        else:
+            slopes = _slopes(operands, visible, first, layout, interpret)
     rows, weights = pl.pallas_call(
         functools.partial(scan_heads_body, plan=Plan(n_exact=method.exact_heads, n_linear=n_linear, layout=layout)),
         grid=(T,),

@@ -7,14 +7,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plt
 
-from hisa_jax.kernels_pallas.scan_samples import N_SAMPLES, shift_of_samples
+from hisa_jax.kernels_pallas.scan_samples import N_BEST, N_SAMPLES, shift_of_samples
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
 from hisa_jax.kernels_pallas.triton.scan_body import rows_of
 from hisa_jax.kernels_pallas.triton.topk_body import choose
 from hisa_jax.kernels_pallas.types import Ref
 from hisa_jax.xla.means import split
-
-_N_BEST = 32
 
 
 class HeadInputs(NamedTuple):
@@ -123,7 +121,7 @@ def _slopes(refs: SlopeInputs, layout: Layout) -> Array:
     score = jnp.sum(jnp.where(products < 0.0, 0.0, products) * w[None, :], axis=1)
     if refs.k_scale is not None:
         score = score * plt.load(refs.k_scale.at[rows])
-    is_best, _, n_best = choose(jnp.where(there, sort_key_of(score), INVISIBLE), _N_BEST)
+    is_best, _, n_best = choose(jnp.where(there, sort_key_of(score), INVISIBLE), N_BEST)
     is_open = (products > 0.0) & is_best[:, None]
     n_open = jnp.sum(is_open.astype(jnp.int32), axis=0)
     return n_open.astype(jnp.float32) / jnp.maximum(n_best, 1).astype(jnp.float32)

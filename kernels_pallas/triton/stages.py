@@ -149,11 +149,16 @@ def _flat(call: FlatCall, topk: int, has_sort_keys: bool, interpret: Interpret) 
 
 
 def scan_heads(call: FlatCall, method: Scan, interpret: Interpret = False, samples: Samples | None = None) -> ScanHeads:
-    operands, first = call.operands, _first(call)
-    if samples is not None:
-        operands, first = Operands(call.q, call.w, samples.k, samples.k_scale), samples.first
+    operands, first = sampled(call, samples)
     options = dict(in_one=call.q.shape[0] <= scan.FEW, is_sample=samples is not None, interpret=bool(interpret))
     return scan_heads_stage.scan_heads(operands, call.visible, first, method, **options)
+
+
+def sampled(call: FlatCall, samples: Samples | None) -> tuple[Operands, Array]:
+    """Keys that slopes are sampled from, and [T] int32, the row of each query's first one."""
+    if samples is None:
+        return call.operands, _first(call)
+    return Operands(call.q, call.w, samples.k, samples.k_scale), samples.first
 
 
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:

@@ -100,8 +100,8 @@ class Indexer(nnx.Module):
             q_resid: [B, T, Q] latents of the attention's queries, for indexers whose queries are made of them.
             cos, sin: [1 or B, T, n], of each token's position, a number a pair of dims, twice in a row, as public code
                 has them; where `rope_dim` is known also once. For indexers with RoPE.
-            positions: [B, T] int32, each token's number in its sequence; -1 is padding, on either side. Default: 0, 1,
-                2, ..., with a cache from its lengths on. With a cache they must go on from there.
+            positions: [B, T] int32, each token's number in its sequence; -1 is padding, on either side. Default, and
+                what they must be but for padding: 0, 1, 2, ..., with a cache from its lengths on; `hj.checked` checks.
             method: how to select; None: as the model does. It must be of the same entries, and for each head or not.
             cache: the sequences so far; None: these tokens are all.
             return_scores, implementation: as for `hj.select`.
@@ -117,6 +117,7 @@ class Indexer(nnx.Module):
             positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
         checks.shape(call, "positions", positions, (B, T))
         positions = jnp.asarray(positions, jnp.int32)
+        _check_positions(call, positions, None if cache is None else cache.lengths)
         if family.queries == "latents":
             if q_resid is None:
                 raise ValueError(f"{call}: q_resid is None, wanted [B, T, Q]: of {family.title} queries are made of it")
@@ -304,6 +305,22 @@ def from_weights(model_type: str, sizes: Mapping[str, Any], weights: Mapping[str
     if family.rope and (turned % 2 or turned > D):
         raise ValueError(f"{call}: {model_type}: RoPE of {turned} dims, wanted an even number up to head_dim = {D}")
     return Indexer(family, found, method, tensors)
+
+
+def _check_positions(call: str, positions: Array, lengths: Array | None) -> None:
+    """Under `hj.checked` raises unless the positions of each row [B, T] are adjacent, from its length on."""
+    if not checks.checks_values():
+        return
+    B, T = positions.shape
+    last = jnp.iinfo(jnp.int32).max
+    ascending = jnp.sort(jnp.where(positions >= 0, positions, last), axis=1)
+    start = jnp.zeros((B,), jnp.int32) if lengths is None else lengths
+    checks.value(
+        (ascending == last) | (ascending == start[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]),
+        f"{call}: positions are {{positions}}, wanted adjacent ones from {{start}} on, and -1",
+        positions=positions,
+        start=start,
+    )
 
 
 def _check_shapes(call: str, model_type: str, family: Family, D: int, r: int, tensors: Mapping[str, Any]) -> None:

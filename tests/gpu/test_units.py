@@ -9,8 +9,23 @@ from hisa_jax.kernels_pallas.sequences import Sequences
 from hisa_jax.kernels_pallas.sort_key import score_of
 from hisa_jax.kernels_pallas.triton.units import Config, heuristic, units
 from tests import draw
+from tests.gpu.test_lowering import lower
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+
+def prefill():
+    """MiniMax-M3's block scores of 4096 queries with 4 heads that choose alone, at 128K."""
+    T, S = 4 * 4096, 131072
+    config = heuristic(T, 1, S)
+
+    def f(q, w, k, limit, tiles):
+        columns, how = Columns(limit=limit, n=S, tiles=tiles), dict(unit=128, has_relu=False, is_weighted=False)
+        return units(Operands(q, w, k, None, None), columns, config=config, **how)
+
+    bf16, i32 = jnp.bfloat16, jnp.int32
+    keys, tiles = ((S, 128), bf16), ((T // config.tile_t + 1, 4), i32)
+    return f, ((T, 1, 128), bf16), ((T, 1), jnp.float32), keys, ((T,), i32), tiles
 
 
 @pytest.mark.unoptimised
@@ -38,6 +53,10 @@ def test_the_best_of_units_is_numpys(tile_s, unit, dtype):
         x = np.pad(np.where(np.isnan(x), -np.inf, x), (0, -len(x) % unit), constant_values=-np.inf)
         best = x.reshape(-1, unit).max(axis=1)
         np.testing.assert_allclose(np.asarray(score_of(jnp.asarray(got[t, : len(best)]))), best, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prefill_lowers():
+    assert "hisa_units" in lower(*prefill())
 
 
 def test_many_queries_share_what_is_read_and_few_have_no_larger_tiles():

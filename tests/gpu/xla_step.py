@@ -8,15 +8,13 @@ import re
 import sys
 
 import jax
-import jax.numpy as jnp
 from jax._src.lib import _jax, xla_client
 from jax._src.mesh import AbstractDevice
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, SingleDeviceSharding
 
-from hisa_jax.kernels_pallas.operands import Columns, Operands
-from hisa_jax.kernels_pallas.triton import units
 from tests.gpu import whole_kernels
+from tests.gpu.test_units import prefill
 
 _H200 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -51,20 +49,6 @@ def launches(text):
     return re.findall(r"%([\w.-]+) = [^=]*? (?:fusion|custom-call|copy|sort|while)\(", entry)
 
 
-def prefill_units():
-    """MiniMax-M3's block scores of 4096 queries with 4 heads that choose alone, at 128K."""
-    T, S = 4 * 4096, 131072
-    config = units.heuristic(T, 1, S)
-
-    def f(q, w, k, limit, tiles):
-        columns, how = Columns(limit=limit, n=S, tiles=tiles), dict(unit=128, has_relu=False, is_weighted=False)
-        return units.units(Operands(q, w, k, None, None), columns, config=config, **how)
-
-    bf16, i32 = jnp.bfloat16, jnp.int32
-    keys, tiles = ((S, 128), bf16), ((T // config.tile_t + 1, 4), i32)
-    return f, ((T, 1, 128), bf16), ((T, 1), jnp.float32), keys, ((T,), i32), tiles
-
-
 if __name__ == "__main__":
-    asked = prefill_units() if sys.argv[1] == "units" else whole_kernels.decode(sys.argv[1], int(sys.argv[2]), 64)
+    asked = prefill() if sys.argv[1] == "units" else whole_kernels.decode(sys.argv[1], int(sys.argv[2]), 64)
     print(*launches(compiled(*asked)), sep="\n")

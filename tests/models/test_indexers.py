@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from jax.experimental import checkify
 
 import hisa_jax as hj
 from hisa_jax import models
 from hisa_jax.models import indexers
-from hisa_jax.models.indexers import page
+from hisa_jax.models.indexers import module, page
 from hisa_jax.models.indexers.table import ALIASES, FAMILIES
 from hisa_jax.models.rope import rope_table
 from tests.models.golden import FOLDER
@@ -178,6 +179,15 @@ def test_what_does_not_fit_is_named():
     for name in ("q_resid", "cos"):
         with pytest.raises(ValueError, match=f"^Indexer: {name} is None, wanted"):
             indexer(**in_jax(arguments | {name: None}))
+
+
+def test_positions_that_leave_some_out_are_an_error_under_checked():
+    check = hj.checked(module._check_positions)
+    check("Indexer", jnp.array([[2, 1, 0, -1], [-1, 0, 1, 2]]), None)
+    check("Indexer", jnp.array([[-1, 5, 6, -1], [-1, -1, -1, -1]]), jnp.array([5, 2]))
+    for positions, lengths in (([[0, 1, 3]], None), ([[1, 2, 3]], None), ([[0, 0, 1]], None), ([[0, 1, 2]], [3])):
+        with pytest.raises(checkify.JaxRuntimeError, match="Indexer: positions are .* wanted adjacent ones from"):
+            check("Indexer", jnp.array(positions), None if lengths is None else jnp.array(lengths))
 
 
 # What bears on an indexer in configs as published, beside names of its sizes that mean another thing there: the heads
