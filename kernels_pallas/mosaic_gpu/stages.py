@@ -172,12 +172,11 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
         kept = dataclasses.replace(kept, count=jnp.minimum(-(-call.visible // block_size), m))
     n_parts = refine_stage.split(T, m, block_size, _apart(H), n_ctas)
     page_size = None if pages is None else pages.size
-    is_alone = n_ctas >= T
-    fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size, is_alone=is_alone)
+    fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size)
     if fused is not None and n_parts == 1:
         shape = dict(H=H, D=D, m=m, block_size=block_size, itemsize=itemsize)
-        # Those found are for many queries; those for keys in one piece leave no room for the pages' numbers.
-        config = tuned(refine_stage.Config, "mosaic_gpu.refine", **shape) if pages is None and not is_alone else None
+        # Those found for keys in one piece leave no room for the pages' numbers.
+        config = tuned(refine_stage.Config, "mosaic_gpu.refine", **shape) if pages is None else None
         options: Any = {"n_ctas": n_ctas, "interpret": interpret}
         return refine_stage.refine(call.operands, kept, k_top=topk, config=config or fused, **options)
     sort_keys, limit = _refine_scores(call, kept, interpret)

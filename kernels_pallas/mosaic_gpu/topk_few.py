@@ -109,7 +109,7 @@ def topk_by_maxima(
         scratch_types=[plgpu.SMEM((smem_bytes // 4,), jnp.int32)],
         kernel_name="hisa_topk",
         interpret=interpret,
-    )(limit, maxima, x)[0][1][:3]
+    )(limit, maxima, x)[0][1]
 
 
 def topk_of_groups(
@@ -189,7 +189,7 @@ def _launch(
         scratch_types=[plgpu.SMEM((shape.smem_bytes // 4,), jnp.int32)],
         kernel_name="hisa_topk",
         interpret=interpret,
-    )(limit, ids, x)[0][:3]
+    )(limit, ids, x)[0]
 
 
 def _check(x: Array, n_columns: int) -> None:

@@ -247,3 +247,10 @@ def test_two_queries_of_32_heads_share_a_product_where_a_sequence_has_several():
     assert config.together == 2 and config.tile_t % 2 == 0
     assert scores_stage.heuristic(sizes._replace(T=128, n_sequences=128), 8192).together == 1
     assert scores_stage.heuristic(sizes._replace(H=64), 8192).together == 1
+
+
+def test_a_launch_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"Config\(n_keys=5\): must be 1 to 4, a warp of the loader each"):
+        scores_stage.Config(n_keys=5)
+    with pytest.raises(ValueError, match="scores: maxima_of = 8 with a threshold"):
+        check(16, 64, BF16, 1, 2, 0, False, maxima_of=8)
