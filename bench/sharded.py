@@ -27,10 +27,10 @@ from bench.gpu.span import by_jax, spans_of
 from bench.pods.hlo import collectives
 
 _AXIS = "context"
-_SAME = 0.998  # of the tokens, the least: near the cut Hopper's sums of e4m3 products may differ, block means too
+_SAME = 0.998  # of the tokens, the least: near the threshold Hopper's sums of e4m3 products may differ, block means too
 _COMPARED = 256  # queries of a sequence
 _NEAR = 0.02  # of the largest output, attention in bfloat16: the most that a part's rounding may change
-_METHODS = ("dsa", "hisa")  # a scan of keys that are split has no kernels
+_METHODS = ("dsa", "hisa", "scan")
 _LISTED = 12  # kernels of a row, those that take longest
 _ATTENTION = "sparse_mla"
 

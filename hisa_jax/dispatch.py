@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -49,8 +49,8 @@ class Problem:
 
     `is_packed` tells sequences of any lengths from a batch, `page_size` pages from contiguous keys, of `n_requests`;
     `is_split`, whether keys are split over devices; `returns_blocks`, whether the kept blocks are asked for;
-    `keeps_sketch`, whether the pages do; `n_listed`, how many keys a query's list may name, 0 without lists;
-    `has_budget`, whether queries have one.
+    `keeps_sketch`, whether the pages do; `n_listed`, how many keys a query's list may name, 0 without lists, in blocks
+    of `listed_size`; `has_budget`, whether queries have one.
     """
 
     H: int
@@ -66,6 +66,7 @@ class Problem:
     returns_blocks: bool = False
     keeps_sketch: bool = False
     n_listed: int = 0
+    listed_size: int = 1
     has_budget: bool = False
 
     @classmethod
@@ -84,7 +85,8 @@ class Problem:
         S = keys.values.shape[-2] if S is None else S
         rest: Any = dict(q_dtype=q.dtype.name, k_dtype=keys.values.dtype.name, has_budget=limits.budget is not None)
         if (listed := limits.candidates) is not None:
-            rest["n_listed"] = min(listed.ids.shape[-1], -(-S // listed.block_size)) * listed.block_size
+            rest["listed_size"] = size = listed.block_size
+            rest["n_listed"] = min(listed.ids.shape[-1], -(-S // size)) * size
         H = 1 if method.per_head else H  # heads are queries then
         return cls(H=H, D=D, S=S, method=method, is_packed=len(q.shape) == 3, is_split=is_split, **rest)
 
@@ -184,10 +186,10 @@ def _tpu(name: str) -> Implementation:
             return reason
         if is_by_best_token(method):
             return "has no kernels for a BlockSparse of scored_by='max'"
-        if problem.n_listed:
-            return "has no kernels for candidates"
         if problem.has_budget and isinstance(method, Scan):
             return "has no kernels for a budget of a Scan"
+        if problem.is_split and isinstance(method, Scan):
+            return "has no kernels for a Scan of keys that are split over devices"
         if (
             isinstance(method, Scan)
             and not kernel_heads.is_flat(method, problem.H)
@@ -197,6 +199,8 @@ def _tpu(name: str) -> Implementation:
         blocks = {}
         if isinstance(method, Hisa | BlockSparse):
             blocks = {"block_size": method.block_size, "block_topk": method.block_topk}
+        elif problem.n_listed:
+            blocks = {"block_size": problem.listed_size, "block_topk": problem.n_listed // problem.listed_size}
         return module.why_not(
             device.kind,
             H=kernel_heads.n_heads(problem.H, problem.method),
@@ -244,8 +248,6 @@ def _no_scan(problem: Problem) -> str | None:
     """None, or why no kernels can run a Scan."""
     if not isinstance(problem.method, Scan):
         return None
-    if problem.is_split:
-        return "has no kernels for a Scan of keys that are split over devices"
     if problem.returns_blocks:
         return "has no kernels for a Scan with return_blocks=True: they score more tokens than its blocks hold"
     return None
@@ -335,26 +337,14 @@ class AttentionProblem:
 
 def attention(name: str) -> Callable[..., tuple[Array, Array]]:
     """The forward pass of a backend: (q, kv, indices, *, value_dim, scale) -> (out, lse)."""
-    return importlib.import_module(f"hisa_jax.kernels_pallas.{name}.sparse_mla").sparse_mla
+    return _stage(name, "sparse_mla").sparse_mla
 
 
 def attention_reasons(device: Device, problem: AttentionProblem) -> dict[str, str | None]:
     """As `reasons`, for the sparse attention."""
-
-    def why_not(name: str) -> str | None:
-        where = device.kind if name == "mosaic_tpu" else device.compute_capability
-        if name == "mosaic_tpu" and device.platform != "tpu":
-            return _NO_TPU.format(device.kind)
-        if not where:
-            return _NO_NVIDIA.format(device.kind)
-        module = importlib.import_module(f"hisa_jax.kernels_pallas.{name}.sparse_mla")
-        return module.why_not(where, **dataclasses.asdict(problem))
-
-    nvidia = ["mosaic_gpu", "triton"]
     # Hopper's kernel works on 64 heads at a time.
-    if problem.N % 64:
-        nvidia.reverse()
-    return {name: why_not(name) for name in (*nvidia, "mosaic_tpu")} | {"xla": None}
+    nvidia = ("triton", "mosaic_gpu") if problem.N % 64 else ("mosaic_gpu", "triton")
+    return _stage_reasons(device, "sparse_mla", (*nvidia, "mosaic_tpu"), problem)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -376,24 +366,12 @@ class GroupedProblem:
 
 def grouped_attention(name: str) -> Callable[..., tuple[Array, Array]]:
     """The forward pass of a backend: (q, k, v, lists, *, scale, block_size) -> (out, lse)."""
-    return importlib.import_module(f"hisa_jax.kernels_pallas.{name}.sparse_attention").sparse_attention
+    return _stage(name, "sparse_attention").sparse_attention
 
 
 def grouped_reasons(device: Device, problem: GroupedProblem) -> dict[str, str | None]:
     """As `reasons`, for the sparse grouped-query attention."""
-
-    def why_not(name: str, where: str, missing: str) -> str | None:
-        if not where:
-            return missing.format(device.kind)
-        module = importlib.import_module(f"hisa_jax.kernels_pallas.{name}.sparse_attention")
-        return module.why_not(where, **dataclasses.asdict(problem))
-
-    tpu = device.kind if device.platform == "tpu" else ""
-    return {
-        "triton": why_not("triton", device.compute_capability, _NO_NVIDIA),
-        "mosaic_tpu": why_not("mosaic_tpu", tpu, _NO_TPU),
-        "xla": None,
-    }
+    return _stage_reasons(device, "sparse_attention", ("triton", "mosaic_tpu"), problem)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -414,12 +392,31 @@ class AppendProblem:
 
 def appender(name: str) -> Callable[..., Any]:
     """`append` of a backend: (cache, (keys, scales, latents), block_tables, cu_seqlens, lengths) -> cache."""
-    return importlib.import_module(f"hisa_jax.kernels_pallas.{name}.append").append
+    return _stage(name, "append").append
 
 
 def append_reasons(device: Device, problem: AppendProblem) -> dict[str, str | None]:
     """As `reasons`, for `append`."""
-    if not device.compute_capability:
-        return {"triton": _NO_NVIDIA.format(device.kind), "xla": None}
-    module = importlib.import_module("hisa_jax.kernels_pallas.triton.append")
-    return {"triton": module.why_not(device.compute_capability, **dataclasses.asdict(problem)), "xla": None}
+    return _stage_reasons(device, "append", ("triton",), problem)
+
+
+def _stage(name: str, stage: str) -> Any:
+    """A backend's module of a stage that is chosen by itself."""
+    return importlib.import_module(f"hisa_jax.kernels_pallas.{name}.{stage}")
+
+
+def _stage_reasons(
+    device: Device, stage: str, names: Iterable[str], problem: AttentionProblem | GroupedProblem | AppendProblem
+) -> dict[str, str | None]:  # fmt: skip
+    """Why each backend's kernel of a stage cannot run, in this order; then XLA, which can."""
+
+    def why_not(name: str) -> str | None:
+        if name == "mosaic_tpu":
+            where, missing = device.kind if device.platform == "tpu" else "", _NO_TPU
+        else:
+            where, missing = device.compute_capability, _NO_NVIDIA
+        return (
+            _stage(name, stage).why_not(where, **dataclasses.asdict(problem)) if where else missing.format(device.kind)
+        )
+
+    return {name: why_not(name) for name in names} | {"xla": None}

@@ -101,10 +101,15 @@ def quantize_groups(call: str, name: str, x: Array, dtype: DTypeLike, scale: str
     scales = amax * np.float32(1.0 / largest)
     if scale == "ue8m0":
         scales = _next_power_of_two(scales)
-    # XLA's CPU compiler would multiply by the reciprocal of a broadcast divisor; past the barrier it cannot see one.
-    divisor = lax.optimization_barrier(jnp.broadcast_to(scales[..., None], x.shape))
-    scaled = jnp.clip(x / divisor, -largest, largest)
+    scaled = jnp.clip(_divided(x, jnp.broadcast_to(scales[..., None], x.shape)), -largest, largest)
     return (jnp.round(scaled) if kind == "int8" else scaled).astype(dtype), scales
+
+
+def _divided(x: Array, divisor: Array) -> Array:
+    # XLA's CPU compiler would multiply by the reciprocal of a broadcast divisor; past the barrier it cannot see one.
+    # For GPUs it divides. There the barrier would have the divisor written to memory, 4 bytes for each number of x.
+    plain, behind = lambda x, y: x / y, lambda x, y: x / lax.optimization_barrier(y)
+    return lax.platform_dependent(x, divisor, cuda=plain, default=behind)
 
 
 def _next_power_of_two(x: Array) -> Array:

@@ -49,7 +49,7 @@ class FlatCall:
         Args:
             f: of some queries, as a call, and their rows of `rows`.
         """
-        T = self.q.shape[0]
+        T, sequences = self.q.shape[0], self.sequences
         n = -(-T // size)
         if n <= 1:
             return f(self, *rows)
@@ -59,13 +59,8 @@ class FlatCall:
 
         def one(some: tuple[Array, ...]) -> tuple[Array, ...]:
             first, q, w, visible, *rows = some
-            sequences = Sequences(
-                query_starts=jnp.clip(jnp.asarray(self.sequences.query_starts) - first, 0, size),
-                key_starts=jnp.asarray(self.sequences.key_starts),
-                lengths=jnp.asarray(self.sequences.lengths),
-                max_keys=self.sequences.max_keys,
-            )
-            return f(dataclasses.replace(self, q=q, w=w, visible=visible, sequences=sequences), *rows)
+            own = sequences.from_query(first, size)
+            return f(dataclasses.replace(self, q=q, w=w, visible=visible, sequences=own), *rows)
 
         firsts = jnp.arange(n, dtype=jnp.int32) * size
         out = lax.map(one, (firsts, *map(chunks, (self.q, self.w, self.visible, *rows))))

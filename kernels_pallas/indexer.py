@@ -20,7 +20,7 @@ from hisa_jax.methods import BlockSparse, Hisa, Scan, is_by_best_token
 
 Means = tuple[Array, Array | None]  # [n, parts, D] in the keys' dtype and [n] float32 scale: what `pool` returns
 
-QUERIES = 8192  # at a time: what a stage leaves in memory for each of them, 64 KB at most, stays below 0.5 GiB
+QUERIES = 8192  # at a time: what a stage leaves in memory for each of them, 80 KB at most, stays below 0.7 GB
 _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
 
 
@@ -109,11 +109,13 @@ class Indexer:
         flat_up_to: a scan with 64 heads of at most so many times its candidates is the flat indexer, which scores all
             of them and is faster there; with fewer heads of more.
         way_of_scan: how a call is scanned, by topk.
+        is_flat_where_all_kept: whether the flat indexer is faster for a call of which HISA keeps every block.
     """
 
     stages: Stages
     flat_up_to: float = 1.0
     way_of_scan: Callable[[FlatCall, int], scan.Way] = scan.way_of
+    is_flat_where_all_kept: Callable[[FlatCall], bool] = lambda call: False
 
     def select_hisa(
         self, call: Call, method: Hisa, interpret: Interpret = False, n_kept: Array | None = None
@@ -128,9 +130,12 @@ class Indexer:
         with jax.enable_x64(False):
             flat = flatten(call, method.block_size)
             kept_blocks = self._filter(call, flat, method, interpret, n_kept)
+            keeps_all = n_kept is None and flat.sequences.max_keys <= method.block_topk * method.block_size
 
             def some(flat: FlatCall, *n_kept: Array) -> tuple[Array, ...]:
                 blocks = kept_blocks(flat, *n_kept)
+                if keeps_all and self.is_flat_where_all_kept(flat):
+                    return *self.stages.flat(flat, method.topk, interpret), blocks
                 m = -(-flat.sequences.max_keys // method.block_size)
                 return *self.stages.refine(flat, blocks[:, :m], method, interpret), blocks
 
@@ -171,9 +176,7 @@ class Indexer:
             flat = of_tokens(call)
             if method.sketch is not None:
                 flat = dataclasses.replace(flat, sketch=call.sketch)
-            if flat.sequences.max_keys * flat.q.shape[1] <= self.flat_up_to * 64 * method.block_topk:
-                return self.select_flat(call, method.topk, interpret)
-            way = self.way_of_scan(flat, method.topk)
+            way = self.way(flat, method)
             if way == "flat":
                 return self.select_flat(call, method.topk, interpret)
             if way == "lists":
@@ -181,6 +184,12 @@ class Indexer:
             n = scan.queries_at_a_time(method, flat.sequences.max_keys)
             indices, count = flat.map_queries(lambda flat: scan.select(self.stages, flat, method, interpret), n)
             return self._within_budget(call, flat, (indices, count), interpret)
+
+    def way(self, flat: FlatCall, method: Scan) -> scan.Way:
+        """How a call is scanned."""
+        if flat.sequences.max_keys * flat.q.shape[1] <= self.flat_up_to * 64 * method.block_topk:
+            return "flat"
+        return self.way_of_scan(flat, method.topk)
 
     def _within_budget(
         self, call: Call, flat: FlatCall, found: tuple[Array, Array], interpret: Interpret

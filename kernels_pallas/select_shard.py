@@ -4,18 +4,20 @@ In all of them a call has the keys, or the pages, that the device has, and what 
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hisa_jax.kernels_pallas import indexer
+from hisa_jax.kernels_pallas import indexer, scan
 from hisa_jax.kernels_pallas.flat_call import FlatCall, flatten
-from hisa_jax.kernels_pallas.indexer import ByScore
+from hisa_jax.kernels_pallas.indexer import ByScore, Indexer
+from hisa_jax.kernels_pallas.peers import Peers
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.layout import Call
+from hisa_jax.methods import Scan
 
 # [T, k] int32 each, a row a query: sort keys, `INVISIBLE` where there is none; ids or positions, ascending, then -1.
 # A query without a candidate gets anything.
@@ -42,9 +44,14 @@ class Stages(indexer.Stages, Protocol):
 class SelectShard:
     """One device's part of a selection, by one backend; see ../README.md. Tracing is that of `Indexer`."""
 
-    stages: Stages
+    indexer: Indexer
     # Between two H200 an exchange takes some 70 us however little it sends, in which 16 MiB are sent, too.
     most_to_all: int = 16 * 2**20
+
+    @property
+    def stages(self) -> Stages:
+        stages: Any = self.indexer.stages
+        return stages
 
     def best_blocks(self, call: Call, eligible: Array, k: int, block_size: int, interpret: Interpret = False) -> Found:
         """The best blocks by score alone, none forced, of the first `eligible` [T]."""
@@ -77,6 +84,30 @@ class SelectShard:
                 return self.stages.best_tokens(flat, k, interpret)
 
             return _of(*indexer.of_tokens(call).map_queries(some, indexer.QUERIES))
+
+    def best_scanned(
+        self, call: Call, seen: Array, method: Scan, k: int, peers: Peers, interpret: Interpret = False
+    ) -> Found:
+        """The best of this device's candidates by a scan; the number of all devices' is as a scan promises.
+
+        Few queries, and queries of few keys, have all their tokens scored, whatever sketch there is: where lists of few
+        queries are short, exchanges would take longest.
+
+        Args:
+            seen: [T] int32, tokens that each query sees on all devices.
+        """
+        with jax.enable_x64(False):
+            flat = indexer.of_tokens(call)
+            if self.indexer.way(flat, method) != "samples":
+                return self.best_tokens(call, min(k, call.max_keys), interpret)
+            if method.sketch is not None:
+                flat = dataclasses.replace(flat, sketch=call.sketch)
+
+            def some(flat: FlatCall, seen: Array) -> Found:
+                return scan.best_of_share(self.stages, flat, seen, method, k, peers, interpret)
+
+            n = scan.queries_at_a_time(method, flat.sequences.max_keys, peers.n)
+            return _of(*flat.map_queries(some, n, seen))
 
     def merge(self, sort_keys: Array, positions: Array, k: int, *, interpret: Interpret = False) -> tuple[Array, Array]:
         """[T, W] int32 each, `INVISIBLE` where there is no candidate -> positions, sort keys, [T, k] int32 each.

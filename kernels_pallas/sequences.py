@@ -43,6 +43,17 @@ class Sequences:
             max_keys=-(-self.max_keys // block_size),
         )
 
+    def from_query(self, first: Array, size: int) -> "Sequences":
+        """The same of `size` queries from `first` on. All are those of one sequence if that alone is there."""
+        if isinstance(self.query_starts, np.ndarray) and len(self.lengths) == 1:
+            return dataclasses.replace(self, query_starts=np.array([0, size], np.int32))
+        return Sequences(
+            query_starts=jnp.clip(jnp.asarray(self.query_starts) - first, 0, size),
+            key_starts=jnp.asarray(self.key_starts),
+            lengths=jnp.asarray(self.lengths),
+            max_keys=self.max_keys,
+        )
+
     def aligned(self, S: int, align: int, step: int = 1) -> "tuple[Rows | None, Sequences]":
         """Moves keys so that every sequence begins at a multiple of `align` rows, and S is one.
 
@@ -73,13 +84,16 @@ class Sequences:
     def key_start_of_queries(self, T: int) -> Array:
         """[T] int32: the first key of each query's sequence."""
         xp = self._np
-        r = _count_up_to(self.query_starts[1:], xp.arange(T, dtype=np.int32))
-        r = xp.minimum(r, len(self.key_starts) - 1)
+        r = xp.minimum(self.of_queries(T), len(self.key_starts) - 1)
         if isinstance(self.key_starts, np.ndarray) and not np.any(np.diff(self.key_starts, n=2)):
             # Equally far apart, as those of requests in pages: arithmetic goes into other kernels, a look-up does not.
             first, *others = self.key_starts.tolist()
             return jnp.asarray(first + r * (others[0] - first if others else 0), jnp.int32)
         return jnp.asarray(xp.asarray(self.key_starts)[r], jnp.int32)
+
+    def of_queries(self, T: int) -> Rows:
+        """[T] int32: which sequence each query is of; of padding, how many there are."""
+        return _count_up_to(self.query_starts[1:], self._np.arange(T, dtype=np.int32))
 
     def tokens_in_blocks(self, S: int, block_size: int) -> Rows:
         """[S // block_size] int32: tokens present in each block of rows; sequences begin with a block."""

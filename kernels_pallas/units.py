@@ -68,7 +68,7 @@ def best_blocks(
     x = jnp.max(x.reshape(x.shape[0], n, size // unit), axis=2)
     ids = jnp.arange(n, dtype=jnp.int32)
     forced = (ids < method.keep_first) | (ids >= (eligible - method.keep_last)[:, None])
-    x = jnp.where(forced & (x > INVISIBLE), FORCED, x)
+    x = jnp.where(forced & (ids < eligible[:, None]), FORCED, x)
     found = stages.best_columns(x, eligible, min(m, n), interpret)
     best = found[1] if n_kept is None else stages.within(*found, n_kept, interpret)
     best = jnp.pad(best, ((0, 0), (0, m - best.shape[1])), constant_values=-1)

@@ -81,20 +81,17 @@ def kind_of(samplings: Sequence[Sampling]) -> int:
     return SOME if is_some else ALL if drawn else LIKELIEST
 
 
-def take(logits: Array, draws: Draws, kind: int | Array) -> Array:
+def take(logits: Array, draws: Draws, kind: int) -> Array:
     """Takes a token from each logits.
 
     Args:
         logits: [B, T, V].
         draws: of the B rows; the T tokens are numbered from `draws.numbers`.
-        kind: `draws.kind`; an int is compiled alone.
+        kind: `draws.kind`, of which each is a program of its own.
 
     Returns: [B, T] int32; -1 where there is no likeliest token.
     """
-    branches = (_likeliest, _of_all, _of_some)
-    if isinstance(kind, int):
-        return branches[kind](logits, draws)
-    return lax.switch(kind, branches, logits, draws)
+    return (_likeliest, _of_all, _of_some)[kind](logits, draws)
 
 
 def likeliest(logits: Array) -> Array:
@@ -113,13 +110,6 @@ def logprobs_of(logits: Array, tokens: Array) -> LogprobArrays:
     chosen = jnp.take_along_axis(values, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
     top, ids = lax.top_k(values, min(MOST_LOGPROBS, logits.shape[-1]))
     return LogprobArrays(chosen, ids.astype(jnp.int32), top)
-
-
-def logprobs_if(is_wanted: Array, logits: Array, tokens: Array) -> LogprobArrays:
-    """As `logprobs_of`; zeros, and no work, where nobody wants them."""
-    shapes = jax.eval_shape(logprobs_of, logits, tokens)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return lax.cond(is_wanted, logprobs_of, lambda *_: nothing, logits, tokens)
 
 
 def read_logprobs(found: LogprobArrays, row: int, column: int, token: int, n: int) -> Logprobs:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import scipy.linalg
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.sharding import Mesh
 
 import hisa_jax as hj
@@ -24,6 +24,8 @@ from hisa_jax.models.sharding import mesh_axis, per_device, size_of
 from hisa_jax.selection import selected_mask
 
 Form = Literal["auto", "expanded", "absorbed"]
+# Queries of a pass from which a copy of all absorbed ones takes longer than padding the weights, 19 MB for V3.2.
+_MANY = 512
 Table = tuple[Array, Array]
 IndexKeys = Array | hj.QuantizedKeys
 IndexInputs = tuple[Array, IndexKeys, Array]
@@ -303,4 +305,21 @@ def absorbed(
 
 def absorb(q_nope: Array, q_rope: Array, k_b: Array) -> Array:
     """[B, T, N, P], [B, T, N, R], [L, N, P] -> [B, T, N, L + R], queries for latents instead of keys."""
+    if q_nope.shape[0] * q_nope.shape[1] < _MANY:
+        return absorbed_beside(q_nope, q_rope, k_b)
+    return lax.platform_dependent(q_nope, q_rope, k_b, cuda=absorbed_in_place, default=absorbed_beside)
+
+
+def absorbed_beside(q_nope: Array, q_rope: Array, k_b: Array) -> Array:
+    """`absorb` by a product and a copy of it that has the rope parts beside it."""
     return jnp.concatenate([jnp.einsum("btnd,lnd->btnl", q_nope, k_b), q_rope], axis=-1)
+
+
+def absorbed_in_place(q_nope: Array, q_rope: Array, k_b: Array) -> Array:
+    """`absorb` by a product that leaves room for the rope parts: 147 KB a token and layer of V3.2 are moved once."""
+    L = k_b.shape[0]
+    wide = jnp.pad(k_b, ((0, q_rope.shape[-1]), (0, 0), (0, 0)))
+    zero = jnp.int32(0)
+    return lax.dynamic_update_slice(
+        jnp.einsum("btnd,lnd->btnl", q_nope, wide), q_rope, (zero, zero, zero, jnp.int32(L))
+    )

@@ -11,25 +11,26 @@ of its own, which is told the same and so decides the same; before each pass the
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from hisa_jax.models import checks, passes
 from hisa_jax.models.agreement import Agreement
 from hisa_jax.models.drafts import Draft, lookup, propose
-from hisa_jax.models.draws import Draws, LogprobArrays, draws_of, read_logprobs
+from hisa_jax.models.draws import ALL, LIKELIEST, SOME, Draws, draws_of, read_logprobs
+from hisa_jax.models.engine_mesh import in_common, split_of
 from hisa_jax.models.modeling import Model
-from hisa_jax.models.passes import Chosen, Pages, Trace
+from hisa_jax.models.passes import Pages, Taken, Trace
 from hisa_jax.models.plan import Phase
 from hisa_jax.models.prompts import prompt_ids, tokenizer_of
-from hisa_jax.models.replay.recorder import Recorder, checked_start
+from hisa_jax.models.replay.recorder import Recorder, Rows, checked_start
 from hisa_jax.models.report import Report, Step, Traced
 from hisa_jax.models.request import Request
 from hisa_jax.models.sampling import Sampling, short_form
 from hisa_jax.models.scheduler import Batch, Saved, Scheduler
-from hisa_jax.models.sharding import size_of
 from hisa_jax.models.stacked import Stacked
 from hisa_jax.models.streams import Piece, Reader
 from hisa_jax.models.structure import structures_of, weights_of
@@ -91,7 +92,7 @@ class Engine:
             raise ValueError(f"Engine: draft={checks.shown(draft)}, wanted what can be called, or None")
         if isinstance(model, Stacked):
             raise ValueError("Engine: model is Stacked, wanted the one it was made of: pages are copied layer by layer")
-        split = {} if model.mesh is None else _split(model, sizes)
+        split = {} if model.mesh is None else split_of(model, sizes)
         if max_length > (room := model.config.max_position_embeddings):
             raise ValueError(
                 f"Engine: max_length={checks.shown(max_length)}, wanted at most {room}, the model's positions"
@@ -104,9 +105,10 @@ class Engine:
         timeout_s = checks.number("Engine", "process_timeout_s", process_timeout_s, 0.001, 86400)
         self._agreement = Agreement(model.mesh, timeout_s)
         if model.mesh is not None:
-            self._agreement.check("Engine", **_said(model, sizes, n_draft, trace, return_selections, start))
+            self._agreement.check("Engine", **in_common(model, sizes, n_draft, trace, return_selections, start))
         self._formats = passes.formats_of(model, self.pool.n_pages)
         self._pages: Pages | None = None
+        self._unfinished: Array | None = None  # a result of the last pass, if nobody has waited for it
         self._is_in_step = False
         jax.block_until_ready(self.pages)  # more than there is memory for show here
 
@@ -236,7 +238,12 @@ class Engine:
             draws, run = draws_of([], [], B), passes.verify if done == len(programs) - 1 else passes.read
             arrays = self._place(batch, B, T, draws)
             static: Any = dict(structure=self._structures[phase], trace=self._trace, formats=self._formats)
-            *_, pages, _ = run(self._weights, self.pages, *arrays, draws, **static)
+            logits, pages, _ = run(self._weights, self.pages, *arrays, **static)
+            for kind in (LIKELIEST, ALL, SOME):
+                every = draws._replace(kind=np.int32(kind), has_logprobs=np.bool_(True))
+                taken = passes.taken(logits, every, self.model.mesh, self._trace)
+            if run is passes.verify and T > 1:
+                _, pages = passes.keep(pages, *arrays, taken.tokens, mesh=self.model.mesh, formats=self._formats)
             self._pages = jax.block_until_ready(pages)
         nowhere = self.scheduler.copies_of_groups([], self._most_copies)
         self._pages = jax.block_until_ready(
@@ -294,6 +301,7 @@ class Engine:
         return report
 
     def _undo_step(self, saved: Saved, pages: Pages | None) -> None:
+        self._unfinished = None
         self.scheduler.restore(saved, are_pages_written=self._pages is not pages)
         if not _are_there(self._pages):
             self._pages = None
@@ -313,19 +321,25 @@ class Engine:
         B, structure = self.scheduler.prefill_rows, self._structures[batch.phase]
         rows, draws = self.scheduler.rows_of(batch.requests, B), self._draws(batch, B, [0] * len(batch.requests))
         arrays = self._place(batch, B, self.scheduler.chunk, draws)
-        out, logprobs, pages, traced = passes.read(
-            self._weights, self.pages, *arrays, draws, structure=structure, trace=self._trace, formats=self._formats
-        )  # fmt: skip
-        tokens = np.asarray(out).tolist()  # an error of the device shows here, so before the pages are taken over
-        found = jax.device_get(logprobs) if draws.has_logprobs else None
-        chosen, n_kept = jax.device_get(traced.chosen), [len(new) for new in batch.news]
-        self._pages = pages
-        self._record(batch, rows, n_kept, chosen)
-        for row, request in zip(rows, batch.requests, strict=True):
-            if self.pool.lengths[request.id] == request.n_prompt == len(request.tokens):
-                self._record_made(request, chosen, row, slice(0, 1))
-                self._take(request, tokens[row], report, found, row, 0)
-        return self._step(batch, rows, n_kept, traced.layers)
+        logits, pages, seen = passes.read(
+            self._weights, self.pages, *arrays, structure=structure, trace=self._trace, formats=self._formats
+        )
+        ends = [self.pool.lengths[request.id] == request.n_prompt == len(request.tokens) for request in batch.requests]
+        n_kept = [len(new) for new in batch.news]
+        if self._recorder is None and not any(ends):
+            # The host needs nothing of this pass, and prepares the next one while it runs, one at a time. An error of
+            # the device shows in a later step, which then finds the pages lost.
+            self._pages, before, self._unfinished = pages, self._unfinished, logits
+            jax.block_until_ready(before)
+            return self._step(batch, rows, n_kept, seen.layers)
+        # An error of the device shows here, so before the pages are taken over.
+        taken, rows_seen = jax.device_get((passes.taken(logits, draws, self.model.mesh, self._trace), seen.rows))
+        self._pages, self._unfinished = pages, None
+        self._record(batch, rows, n_kept, rows_seen)
+        for row, request, is_end in zip(rows, batch.requests, ends, strict=True):
+            if is_end:
+                self._take(request, taken, row, 0, 1, report)
+        return self._step(batch, rows, n_kept, seen.layers)
 
     def _decode(self, requests: list[Request], report: Report) -> Step:
         news = [[request.tokens[-1], *self._proposals(request, report)] for request in requests]
@@ -334,33 +348,29 @@ class Engine:
         firsts = [T - len(new) for new in news]  # columns
         rows, draws = self.scheduler.rows_of(requests, B), self._draws(batch, B, firsts)
         arrays = self._place(batch, B, T, draws)
-        out, n_right, logprobs, pages, traced = passes.verify(
-            self._weights, self.pages, *arrays, draws, structure=structure, trace=self._trace, formats=self._formats
-        )  # fmt: skip
-        tokens, n_kept = np.asarray(out), (1 + np.asarray(n_right))[rows].tolist()
-        found = jax.device_get(logprobs) if draws.has_logprobs else None
-        chosen = jax.device_get(traced.chosen)
+        logits, pages, seen = passes.verify(
+            self._weights, self.pages, *arrays, structure=structure, trace=self._trace, formats=self._formats
+        )
+        made, n_right = passes.taken(logits, draws, self.model.mesh, self._trace), np.zeros(B, np.int32)
+        if T > 1:
+            n_right, pages = passes.keep(pages, *arrays, made.tokens, mesh=self.model.mesh, formats=self._formats)
+        taken, n_right, rows_seen = jax.device_get((made, n_right, seen.rows))
+        n_kept = (1 + n_right)[rows].tolist()
         self._pages = pages
-        self._record(batch, rows, n_kept, chosen)
+        self._record(batch, rows, n_kept, rows_seen)
         for row, request, start, first, kept in zip(rows, *batch[1:3], firsts, n_kept, strict=True):
             self.scheduler.truncate(request, start + kept)
-            self._record_made(request, chosen, row, slice(first, first + kept))
-            self._take(request, tokens[row, first : first + kept].tolist(), report, found, row, first)
-        return self._step(batch, rows, n_kept, traced.layers)
+            self._take(request, taken, row, first, first + kept, report)
+        return self._step(batch, rows, n_kept, seen.layers)
 
-    def _record(self, batch: Batch, rows: list[int], n_kept: list[int], chosen: Chosen | None) -> None:
+    def _record(self, batch: Batch, rows: list[int], n_kept: list[int], chosen: Rows | None) -> None:
         """Keeps what the new tokens of a pass chose, but for rejected proposals."""
         if self._recorder is None or chosen is None:
             return
-        T = chosen.rows.indices[0].shape[1]
+        T = chosen.indices[0].shape[1]
         for row, request, start, new, kept in zip(rows, *batch[1:], n_kept, strict=True):
             first = T - len(new)
-            self._recorder.write(request.id, start, chosen.rows, row, slice(first, first + kept))
-
-    def _record_made(self, request: Request, chosen: Chosen | None, row: int, columns: slice) -> None:
-        """Keeps the log-probabilities of tokens that a request is about to take."""
-        if self._recorder is not None and chosen is not None:
-            self._recorder.made(request.id, request.n_made, chosen.logprobs[row, columns].tolist())
+            self._recorder.write(request.id, start, chosen, row, slice(first, first + kept))
 
     def _proposals(self, request: Request, report: Report) -> list[int]:
         room = min(self._n_draft, request.end - len(request.tokens) - 1)
@@ -377,17 +387,17 @@ class Engine:
         rows = self.scheduler.rows_of(batch.requests, B)
         return draws_of([request.sampling for request in batch.requests], numbers, B, rows)
 
-    def _take(
-        self, request: Request, tokens: list[int], report: Report, found: LogprobArrays | None, row: int, first: int
-    ) -> None:
-        """`found` are log probabilities, the first token's in column `first` of the row."""
+    def _take(self, request: Request, taken: Taken, row: int, first: int, end: int, report: Report) -> None:
+        """Hands a request the tokens of its row from column `first` to `end`, on the host."""
+        if self._recorder is not None and taken.logprob is not None:
+            self._recorder.made(request.id, request.n_made, taken.logprob[row, first:end].tolist())
         n_before = request.n_made
-        if (error := self.scheduler.take(request, tokens)) is not None:
+        if (error := self.scheduler.take(request, taken.tokens[row, first:end].tolist())) is not None:
             report.failed[request.id] = error
         n = request.sampling.logprobs
-        if found is not None and n is not None:
+        if taken.logprobs is not None and n is not None:
             for i, token in enumerate(request.tokens[request.n_prompt + n_before :], first):
-                request.logprobs.append(read_logprobs(found, row, i, token, n))
+                request.logprobs.append(read_logprobs(taken.logprobs, row, i, token, n))
 
     @property
     def _most_copies(self) -> int:
@@ -423,25 +433,3 @@ def _are_there(pages: Pages | None) -> bool:
     except Exception:
         return False
     return True
-
-
-def _split(model: Model, sizes: dict[str, int]) -> dict[str, int]:
-    """How a scheduler splits requests and pages on the model's mesh; raises unless the sizes are equal parts."""
-    assert model.mesh is not None
-    groups, devices = size_of(model.mesh, "data"), size_of(model.mesh, "context")
-    for name, parts in (("n_pages", groups * devices), ("rows", groups), ("prefill_rows", groups)):
-        if sizes[name] % parts:
-            axes = "'data' and 'context'" if name == "n_pages" else "'data'"
-            raise ValueError(f"Engine: {name}={sizes[name]}, wanted a multiple of {parts}, the mesh's {axes}")
-    return dict(n_groups=groups, n_devices=devices, stripe=model.stripe)
-
-
-def _said(model: Model, sizes: dict[str, int], *options: object) -> dict[str, object]:
-    """What the engines of all processes must have in common, by name."""
-    assert model.mesh is not None
-    config = {f"config.{field}": value for field, value in vars(model.config).items()}
-    layers, phases = range(model.config.num_hidden_layers), get_args(Phase)
-    methods = [model.plan(layer, phase) for layer in layers for phase in phases]
-    mesh = dict(mesh=dict(model.mesh.shape), devices=[device.id for device in model.mesh.devices.flat])
-    own = dict(methods=methods, page_size=model.page_size, dtype=str(model.embed[...].dtype), options=options)
-    return config | sizes | mesh | own

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-import hisa_jax as hj
 from hisa_jax.models import checks
 from hisa_jax.models.cache import Cache
 from hisa_jax.models.draws import Draws, LogprobArrays, draws_of, logprobs_of, read_logprobs, take
-from hisa_jax.models.dsa import select
-from hisa_jax.models.modeling import Model, Output
+from hisa_jax.models.modeling import Model
 from hisa_jax.models.plan import Phase
 from hisa_jax.models.prompts import prompt_ids, tokenizer_of
+from hisa_jax.models.recall import RecallSums, no_recall, recall_of
 from hisa_jax.models.replay.record import Rollout
 from hisa_jax.models.replay.recorder import (
     Recorder,
@@ -38,27 +37,6 @@ from hisa_jax.models.text import Text
 from hisa_jax.models.tokens import Tokenizer
 
 _PIECE = 32  # tokens between looks for a stop text
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RecallSums:
-    """Recall against the flat indexer, summed over queries that see more than topk tokens, and their number.
-
-    Attributes:
-        total, count: [layers] float32; 0 in layers that share a selection.
-    """
-
-    total: Array
-    count: Array
-
-    def __add__(self, other: "RecallSums") -> "RecallSums":
-        return RecallSums(self.total + other.total, self.count + other.count)
-
-    def means(self) -> list[float | None]:
-        """Mean recall of each layer, None where there was no such query."""
-        pairs = zip(np.asarray(self.total).tolist(), np.asarray(self.count).tolist(), strict=True)
-        return [total / count if count else None for total, count in pairs]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,7 +143,7 @@ def generate(
     start = time.perf_counter()
     cache, recall = model.empty_cache(len(rows), capacity), {}
     chunks = range(0, ids.shape[1], min(chunk, ids.shape[1]))
-    prefill_recall = _no_recall(model)
+    prefill_recall = no_recall(model)
     for i, first in enumerate(chunks):
         if progress is not None:
             progress("reading prompts (the first chunk compiles)", i, len(chunks))
@@ -183,7 +161,7 @@ def generate(
     middle = time.perf_counter()
     draws = draws_of(samplings, [0] * len(rows), len(rows))
     room = _room(steps, return_selections)
-    made, decode_recall = _empty(requests, room, model.config.vocab_size, draws), _no_recall(model)
+    made, decode_recall = _empty(requests, room, model.config.vocab_size, draws), no_recall(model)
     if return_selections:
         made = made._replace(choices=empty_steps(model, len(rows), room, cache.capacity))
     pending, piece = logits, _PIECE if has_stop else steps
@@ -256,7 +234,7 @@ def _prefill(
     """One chunk: logits [B, V] of its last column, the cache with its tokens, what was chosen."""
     model = structure.merge(weights)
     out = model.run(ids, cache=cache, mask=mask, last_only=True, trace=any(watch))
-    return out.logits[:, 0], out.cache, _recall(model, out, watch), rows_of(out) if watch.choices else None
+    return out.logits[:, 0], out.cache, recall_of(model, out, watch.recall), rows_of(out) if watch.choices else None
 
 
 class _Made(NamedTuple):
@@ -340,10 +318,10 @@ def _decode(
         ids = jnp.maximum(made.token, 0)  # rows that are done are masked
         out = model.run(ids[:, None], cache=cache, mask=~made.is_done[:, None], trace=any(watch))
         rows = rows_of(out) if watch.choices else None
-        return out.cache, put(made, out.logits[:, 0], rows), sums + _recall(model, out, watch)
+        return out.cache, put(made, out.logits[:, 0], rows), sums + recall_of(model, out, watch.recall)
 
     made = made if logits is None else put(made, logits, None)
-    return lax.while_loop(unfinished, step, (cache, made, _no_recall(model)))
+    return lax.while_loop(unfinished, step, (cache, made, no_recall(model)))
 
 
 def _read(requests: list[Request], made: _Made) -> None:
@@ -365,33 +343,6 @@ def _logprobs(requests: list[Request], made: _Made) -> list[list[Logprobs]]:
         else []
         for row, request in enumerate(requests)
     ]
-
-
-def _no_recall(model: Model) -> RecallSums:
-    zeros = jnp.zeros((model.config.num_hidden_layers,), jnp.float32)
-    return RecallSums(zeros, zeros)
-
-
-def _recall(model: Model, out: Output, watch: Watch) -> RecallSums:
-    sums = _no_recall(model)
-    if not watch.recall:
-        return sums
-    for i, layer in enumerate(out.layers):
-        if layer.index_inputs is None:
-            continue
-        flat = hj.Dsa(topk=model.plan.layers[i].topk)
-        q, _, w = layer.index_inputs
-        reference = select(
-            q, w, out.cache.layers[i], out.cache.block_tables, out.slots, out.cache.lengths, flat, model.mesh,
-            model.stripe,
-        )  # fmt: skip
-        chooses = out.slots >= flat.topk  # a query that sees no more than topk tokens selects them all
-        recall = jnp.where(chooses, hj.compare(layer.selection, reference).recall, 0)
-        sums += RecallSums(
-            jnp.zeros_like(sums.total).at[i].set(jnp.sum(recall)),
-            jnp.zeros_like(sums.count).at[i].set(jnp.sum(chooses, dtype=jnp.float32)),
-        )
-    return sums
 
 
 def _checked(

@@ -1,5 +1,8 @@
 """The compiled passes of an engine: a chunk of prompts, a decode step that verifies proposals, copies of pages.
 
+Tokens are taken from logits by a program of its own for each way to take them. A branch within the pass would be one in
+the CUDA graph that it is launched as, and the host would wait for that graph.
+
 Each writes the pages where they are. On a TPU that takes saying how they lie: left to itself the compiler would turn
 latents of 576 numbers around, all of the cache, for each pass and back.
 """
@@ -16,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 import hisa_jax as hj
 from hisa_jax.models.cache import Cache, pages_sharding, row_after_row
-from hisa_jax.models.draws import Draws, LogprobArrays, logprobs_if, take
+from hisa_jax.models.draws import Draws, LogprobArrays, logprobs_of, take
 from hisa_jax.models.modeling import Model, Output
 from hisa_jax.models.replay.recorder import Rows, logprob_of, rows_of
 from hisa_jax.models.sharding import size_of
@@ -32,18 +35,19 @@ class Trace(NamedTuple):
     choices: bool
 
 
-class Chosen(NamedTuple):
-    """What a pass chose, and the log-probabilities of its tokens, [B, T] or [B, 1]."""
-
-    rows: Rows
-    logprobs: Array
-
-
 class Seen(NamedTuple):
     """What a pass tells: of each layer that selects (selection, q, k, w), and its choices, if asked for."""
 
     layers: list
-    chosen: Chosen | None
+    rows: Rows | None
+
+
+class Taken(NamedTuple):
+    """Tokens [B, T], and what was asked for of them: log-probabilities [B, T] for rollouts, and those to show."""
+
+    tokens: Array
+    logprob: Array | None
+    logprobs: LogprobArrays | None
 
 
 class Formats(NamedTuple):
@@ -111,47 +115,67 @@ def _run(
     return model.run(ids, cache=cache, mask=mask, last_only=last_only, trace=any(trace))
 
 
-def _seen(out: Output, tokens: Array, trace: Trace) -> Seen:
-    """Of a pass that chose `tokens` [B, T], or [B, 1] after its last one."""
+def _seen(out: Output, trace: Trace) -> Seen:
     layers = [layer for layer in out.layers if trace.inputs and layer.index_inputs is not None]
-    chosen = Chosen(rows_of(out), logprob_of(out.logits, tokens)) if trace.choices else None
-    return Seen([(layer.selection, *(layer.index_inputs or ())) for layer in layers], chosen)
+    told = [(layer.selection, *(layer.index_inputs or ())) for layer in layers]
+    return Seen(told, rows_of(out) if trace.choices else None)
 
 
-@_compiled(lambda pages: (None, None, pages, None), "structure", "trace")
+@_compiled(lambda pages: (None, pages, None), "structure", "trace")
 def read(
-    weights: list[Array], pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
+    weights: list[Array], pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, *,
     structure: Structure, trace: Trace,
-) -> tuple[Array, LogprobArrays, Pages, Seen]:  # fmt: skip
-    """A chunk of prompts: the token [B, 1] after it, log probabilities if wanted, the pages, what was selected."""
+) -> tuple[Array, Pages, Seen]:  # fmt: skip
+    """A chunk of prompts: the logits [B, 1, V] after it, the pages, what was selected."""
     model = structure.merge(weights)
     out = _run(model, pages, tables, lengths, ids, n_new, trace, last_only=True)
-    tokens = take(out.logits, draws, draws.kind)
-    logprobs = logprobs_if(draws.has_logprobs, out.logits, tokens)
-    tokens, logprobs, seen = _on_all(model.mesh, (tokens, logprobs, _seen(out, tokens, trace)))
-    return tokens, logprobs, _where_they_were(model.mesh, out.cache.layers), seen
+    return out.logits, _where_they_were(model.mesh, out.cache.layers), _on_all(model.mesh, _seen(out, trace))
 
 
-@_compiled(lambda pages: (None, None, None, pages, None), "structure", "trace")
+@_compiled(lambda pages: (None, pages, None), "structure", "trace")
 def verify(
-    weights: list[Array], pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, draws: Draws, *,
+    weights: list[Array], pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, *,
     structure: Structure, trace: Trace,
-) -> tuple[Array, Array, LogprobArrays, Pages, Seen]:  # fmt: skip
-    """The last token and proposals: the token after each [B, T], how many proposals were right [B], log probabilities
-    if wanted, the pages without the others, what was selected."""
+) -> tuple[Array, Pages, Seen]:  # fmt: skip
+    """The last token and proposals: the logits [B, T, V] after each, the pages with all, what was selected."""
     model = structure.merge(weights)
     out = _run(model, pages, tables, lengths, ids, n_new, trace, last_only=False)
-    tokens, T = take(out.logits, draws, draws.kind), ids.shape[1]
+    return out.logits, _where_they_were(model.mesh, out.cache.layers), _on_all(model.mesh, _seen(out, trace))
+
+
+def taken(logits: Array, draws: Draws, mesh: Mesh | None, trace: Trace) -> Taken:
+    """Takes tokens from the logits [B, T, V] of a pass as the host's `draws` say; waits for nothing."""
+    tokens, logprob = choose(logits, draws, kind=int(draws.kind), has_logprob=trace.choices, mesh=mesh)
+    return Taken(tokens, logprob, logprobs(logits, tokens, mesh=mesh) if draws.has_logprobs else None)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "has_logprob", "mesh"))
+def choose(
+    logits: Array, draws: Draws, *, kind: int, has_logprob: bool, mesh: Mesh | None
+) -> tuple[Array, Array | None]:  # fmt: skip
+    """Tokens [B, T], and their log-probabilities [B, T] if wanted."""
+    tokens = take(logits, draws, kind)
+    return _on_all(mesh, (tokens, logprob_of(logits, tokens) if has_logprob else None))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def logprobs(logits: Array, tokens: Array, *, mesh: Mesh | None) -> LogprobArrays:
+    """Log probabilities to show."""
+    return _on_all(mesh, logprobs_of(logits, tokens))
+
+
+@_compiled(lambda pages: (None, pages), "mesh")
+def keep(
+    pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, tokens: Array, *, mesh: Mesh | None
+) -> tuple[Array, Pages]:
+    """How many proposals [B] among `ids` are the token taken before them, and pages without the others."""
+    T = ids.shape[1]
     is_proposal = jnp.arange(1, T)[None, :] > T - n_new[:, None]
     is_right = jnp.where(is_proposal, ids[:, 1:] == tokens[:, :-1], True)
     n_right = jnp.sum(jnp.cumprod(is_right, axis=1) * is_proposal, axis=1, dtype=jnp.int32)
-    layers = out.cache.layers
-    if T > 1:
-        kept, over = lengths + jnp.minimum(n_new, 1 + n_right), _over(model.mesh)
-        layers = tuple(hj.truncate(p, tables, lengths + n_new, kept, max_tokens=T - 1, **over) for p in layers)
-    logprobs, seen = logprobs_if(draws.has_logprobs, out.logits, tokens), _seen(out, tokens, trace)
-    tokens, n_right, logprobs, seen = _on_all(model.mesh, (tokens, n_right, logprobs, seen))
-    return tokens, n_right, logprobs, _where_they_were(model.mesh, layers), seen
+    kept, over = lengths + jnp.minimum(n_new, 1 + n_right), _over(mesh)
+    layers = tuple(hj.truncate(p, tables, lengths + n_new, kept, max_tokens=T - 1, **over) for p in pages)
+    return _on_all(mesh, n_right), _where_they_were(mesh, layers)
 
 
 @_compiled(lambda pages: pages, "mesh")

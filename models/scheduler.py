@@ -13,40 +13,17 @@ devices of its group, so they must suffice on each of them.
 import dataclasses
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
 from hisa_jax.models.checks import shown
 from hisa_jax.models.plan import Phase
+from hisa_jax.models.prefixes import Sharing, longest_prefix
 from hisa_jax.models.request import Request
 from hisa_jax.models.sampling import Sampling
 from hisa_jax.models.text import Text
 from hisa_jax.page_pool import PagePool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sharing:
-    """How much of one request's cache is what another one's would be, which methods by phase decide.
-
-    Attributes:
-        prompt_only: whether tokens that were made are cached otherwise than those of a prompt.
-        tail: last tokens of a prompt that are cached otherwise than those before.
-    """
-
-    prompt_only: bool
-    tail: int
-
-    @classmethod
-    def of(cls, prefill: object, last_prefill: object, decode: object, chunk: int) -> Self:
-        """What the programs of the phases allow, of which equal ones cache alike; the last chunk has `chunk` tokens."""
-        read_alike = prefill == last_prefill
-        return cls(prompt_only=not (read_alike and prefill == decode), tail=0 if read_alike else chunk)
-
-    def limit(self, n_prompt: int, donor_n_prompt: int) -> int:
-        """Tokens that a prompt may share; its last one is always computed, for the logits after it."""
-        both = min(n_prompt, donor_n_prompt) if self.prompt_only else n_prompt
-        return min(both - self.tail, n_prompt - 1)
 
 
 class Batch(NamedTuple):
@@ -418,23 +395,6 @@ class Scheduler:
     def _longest_prefix(self, request: Request, group: int) -> tuple[int | None, int]:
         """The donor of a group with the most of its first tokens in the cache, and how many; None for less than a
         page."""
-        size, prompt = self.pool.page_size, request.tokens[: request.n_prompt]
-        best, most = None, 0
-        for known in (*self.donors.values(), *self.running.values()):
-            if self.pool.group(known.id) != group:
-                continue
-            n = min(self.pool.lengths[known.id], self.sharing.limit(request.n_prompt, known.n_prompt))
-            if n < size or n <= most or known.tokens[:size] != prompt[:size]:
-                continue
-            n = _n_equal(known.tokens[:n], prompt[:n])
-            best, most = (known.id, n) if n > most else (best, most)
-        return best, most
-
-
-def _n_equal(a: list[int], b: list[int]) -> int:
-    """How many first tokens of two lists of one length are the same; by halves, since slices are compared fast."""
-    low, high = 0, len(a)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
-    return low
+        known = (*self.donors.values(), *self.running.values())
+        in_group = [other for other in known if self.pool.group(other.id) == group]
+        return longest_prefix(request, in_group, self.pool.lengths, self.sharing, self.pool.page_size)

@@ -43,7 +43,7 @@ LENGTHS = {"a": 515, "b": 1, "c": 0, "d": 130, "e": 31}
 NEW = {"a": 8, "b": 1, "c": 9, "d": 1, "e": 2}
 MESH = jax.make_mesh((8,), ("context",))
 OVER = {"mesh": MESH, "context_axis": "context"}
-ROWS = 600  # of new tokens, most of them nobody's: one program for every append
+ROWS = 600  # of new tokens, most of them padding: one program for every append
 append = jax.jit(hj.append)
 append_split = jax.jit(functools.partial(hj.append, **OVER))
 
@@ -256,7 +256,7 @@ def a_page_that_is_lacking_or_elsewhere_costs_its_request_alone():
 
 
 def what_others_hold_leaves_no_trace():
-    """NaN and infinity in other requests' pages, unused ones and behind a request's tokens, on all devices."""
+    """NaN and infinity in other requests' pages, unused ones and past a request's tokens, on all devices."""
     select = functools.partial(hj.select_paged, **OVER)
     for name, dtype in (("hisa", "bfloat16"), ("dsa", "float8_e4m3fn")):
         run = jax.jit(select, static_argnames=("method", "return_scores", "return_blocks"))

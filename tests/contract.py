@@ -174,7 +174,7 @@ class SelectionContract(Contract, chex.TestCase):
     @each_method
     @pytest.mark.check
     def test_visible_are_the_tokens_up_to_the_query_and_the_length(self, method):
-        # Block edges and their neighbours, the first token, the last, one behind the length, one behind all keys.
+        # Block edges and their neighbours, the first token, the last, one past the length, one past all keys.
         positions, lengths = everywhere([0, 15, 16, 17, 63, 64, 89, 1000]), np.array([90, 150], np.int32)
         self.assert_keeps_the_contract(*standard(), method, query_positions=positions, lengths=lengths)
 
@@ -320,7 +320,7 @@ class SelectionContract(Contract, chex.TestCase):
 
     @each_hierarchical
     def test_a_mean_is_over_the_tokens_present(self, method):
-        # The tail holds 3 tokens of 16. Queries behind the length make it the last of several blocks, not their own.
+        # The tail holds 3 tokens of 16. Queries past the length make it the last of several blocks, not their own.
         positions, lengths = everywhere([97, 98, 99, 111, 112, 120, 149, 500]), np.array([99, 131], np.int32)
         self.assert_keeps_the_contract(*standard(), method, query_positions=positions, lengths=lengths)
 

@@ -137,7 +137,7 @@ def batch(
 
 
 def packed(select_packed: Callable[..., hj.Selection], method: hj.Method, dtype: str) -> Call:
-    """Five sequences, one behind the other, of which two are unseen, and rows behind the last."""
+    """Five sequences, one after the other, of which two are unseen, and rows after the last."""
     n_queries, lengths = [3, 9, 1, 2, 1], [300, 270, 290, 17, 65]
     is_poisoned = np.array([False, True, False, True, False])
     T, N = sum(n_queries) + 3, sum(lengths) + 40
@@ -176,10 +176,10 @@ def paged(
     n_devices: int = 1,
     stripe: int | None = None,
 ) -> Call:
-    """Four requests in pages, of which the second is unseen, as are other pages and what is behind a request's tokens.
+    """Four requests in pages, of which the second is unseen, as are other pages and what is past a request's tokens.
 
     Entries of the tables without tokens are -1, which stands for page 0 where it is read: nobody reads that one. Pages
-    are dealt out to devices as by `PagePool`.
+    are spread over devices as by `PagePool`.
     """
     is_poisoned = np.array([False, True, False, False])
     rng, n_used = np.random.default_rng(0), -(-np.array(lengths) // page_size)

@@ -58,6 +58,9 @@ def limits(size):
     return {
         "list_of_tokens": Case(hj.Dsa(topk=12), listed=1),
         "list_of_blocks_and_budget": Case(hj.Dsa(topk=40), listed=8, has_budget=True),
+        "list_of_large_blocks": Case(hj.Dsa(topk=40), listed=size),
+        "list_of_large_blocks_and_budget": Case(hj.Dsa(topk=3 * size), listed=size, has_budget=True),
+        "list_of_large_blocks_a_head": Case(hj.Dsa(topk=10 * size, per_head=True), H=2, listed=size),
         "list_a_head": Case(hj.Dsa(topk=10, per_head=True), H=2, listed=4),
         "budget_of_tokens": Case(hj.Dsa(topk=40), has_budget=True),
         "budget_of_hisa": Case(hj.Hisa(topk=40, block_size=size, block_topk=3), has_budget=True),

@@ -66,7 +66,7 @@ def interpreted(backend):
 @functools.cache
 def served(n_devices, stripe, dtype, most):
     """Queries, weights, a cache, tables, offsets and lengths, of whole numbers up to `most`, whose sums are exact."""
-    rng, T, N = np.random.default_rng(0), sum(NEW) + 1, sum(LENGTHS)  # the last row of queries is nobody's
+    rng, T, N = np.random.default_rng(0), sum(NEW) + 1, sum(LENGTHS)  # the last row of queries is padding
     q, k, w = (rng.integers(-most, most + 1, shape) for shape in ((T, H, D), (N, D), (T, H)))
     pool = PagePool(n_devices * 24, PAGE, n_devices=n_devices, stripe=stripe)
     for r, length in enumerate(LENGTHS):
@@ -142,7 +142,7 @@ def candidates_alone_are_exchanged(backend):
 
 
 def what_others_hold_leaves_no_trace(backend):
-    """NaN and infinity in other requests' pages, unused ones and behind a request's tokens, on all devices."""
+    """NaN and infinity in other requests' pages, unused ones and past a request's tokens, on all devices."""
     mesh = jax.make_mesh((2,), ("context",), devices=jax.devices()[:2])
     for name in ("hisa", "dsa"):
         select = functools.partial(

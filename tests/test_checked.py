@@ -85,7 +85,7 @@ def test_bad_indices_raise_and_are_named():
     ],
 )
 def test_what_has_no_page_is_named(indices, offsets, message):
-    """The last query is no request's: what its list holds is nobody's mistake."""
+    """The last query is no request's: what its list holds is no mistake."""
     cache = hj.init_cache(4, 16, 0, latent_dim=24, latent_dtype=jnp.float32)
     arrays = jnp.ones((3, 4, 24)), cache, jnp.array(indices), jnp.array([[3, 0], [2, -1]]), jnp.array(offsets)
     options = dict(scale=0.1, value_dim=16)

@@ -120,6 +120,11 @@ def test_kernels_decline_the_scans_that_are_xlas_alone():
     cases = [
         (problem, None),
         (with_blocks, "has no kernels for a Scan with return_blocks=True: they score more tokens than its blocks hold"),
+        (dataclasses.replace(problem, is_split=True), None),
+        (
+            dataclasses.replace(problem, is_split=True, has_budget=True),
+            "has no kernels for a budget of keys that are split over devices",
+        ),
     ]
     for method, sentence in {
         hj.Scan(unit=4): "has no kernels for a Scan of unit=4",

@@ -32,7 +32,7 @@ PRIVATE = {
     r"whoever asks": "a process that asks",
 }
 # Whose docstrings are read for them, too; the links in hisa_jax lead to the other two folders.
-FOLDERS = ("hisa_jax", "kernels_pallas", "models")
+FOLDERS = ("bench", "hisa_jax", "kernels_pallas", "models", "tests")
 SOURCES = sorted({path.resolve() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")})
 FUNCTIONS = [name for name in hj.__all__ if inspect.isfunction(getattr(hj, name))]
 
@@ -92,6 +92,46 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_files_that_pages_name_exist():
+    """`stages.py`, `xla/stages.py`: in some folder. `STAGE.py`, `host_<name>.py` and the files of hosts are none."""
+    folders = ("bench", "docs", "hisa_jax", "kernels_pallas", "models", "tests")
+    files = [f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    for page in set(PAGES) - {ROOT / "CHANGELOG.md"}:  # which has old names
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for name in set(re.findall(r"`([a-z_\d/]+\.py)`", text)) - {"main.py"}:
+            assert any(file.endswith(f"/{name}") for file in files), f"{page.name} names {name}, which is not there"
+
+
+def test_the_readme_of_the_models_names_every_file():
+    text = (ROOT / "models/README.md").read_text()
+    for folder in ("models", "models/replay", "models/training"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert path.name == "__init__.py" or f"`{path.name}`" in text, f"models/README.md lacks {path.name}"
+
+
+def test_the_readme_of_the_kernels_names_what_they_import():
+    head = (ROOT / "kernels_pallas/README.md").read_text().split("\n\n")[1]
+    for path in (ROOT / "kernels_pallas").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = getattr(node, "module", None) or ""
+            if isinstance(node, ast.ImportFrom) and re.match(r"hisa_jax\.(?!kernels_pallas)", module):
+                name = module.removeprefix("hisa_jax.").replace(".", "/")
+                is_file = (ROOT / "hisa_jax" / f"{name}.py").exists()
+                for file in [name] if is_file else [f"{name}/{alias.name}" for alias in node.names]:
+                    assert f"`{file}.py`" in head, f"{path.relative_to(ROOT)} imports {file}"
+
+
+def test_the_table_of_stages_names_the_files_of_each_backend():
+    text = (ROOT / "kernels_pallas/README.md").read_text()
+    table = text[text.index("| stage | what |") :].split("\n\n")[0].splitlines()
+    backends, _, *rows = [line.split("|")[1:-1] for line in table]
+    for stage, _, *cells in rows:
+        for backend, cell in zip(backends[2:], cells, strict=True):
+            for name in re.findall(r"`(.*?)`", cell):
+                path = ROOT / "kernels_pallas" / backend.strip(" `") / f"{name}.py"
+                assert path.exists(), f"{stage}: no {path.relative_to(ROOT)}"
 
 
 def test_the_readme_is_short():

@@ -69,7 +69,7 @@ def test_empty_batches_give_empty_selections(name):
 
 
 def test_tokens_of_pools_then_the_tail():
-    """By hand: 3 pools of 4 with scores 1, 3, 2, and 2 tokens behind them."""
+    """By hand: 3 pools of 4 with scores 1, 3, 2, and 2 tokens after them."""
     q, k = jnp.ones((1, 1, 1, 1)), jnp.array([[[1.0], [3.0], [2.0]]])
     method = hj.Dsa(topk=2, entry_size=4, tail="open")
     got = hj.select(q, k, None, method, lengths=jnp.array([14]), return_scores=True)
@@ -288,7 +288,8 @@ NO_TPU = "has no kernels for a BlockSparse of scored_by='max'"
         (hj.Dsa(topk=512, entry_size=4, tail="open"), {}, None, None),
         (hj.Hisa(block_ratio=4), {}, "a Hisa of block_ratio=4", None),
         (hj.BlockSparse(scored_by="max"), {}, "a BlockSparse of scored_by='max'", NO_TPU),
-        (hj.Dsa(), dict(n_listed=4096), "candidates", "has no kernels for candidates"),
+        (hj.Dsa(), dict(n_listed=4096, listed_size=8), "candidates", "needs blocks of 64, 128 or 256 tokens, not 8"),
+        (hj.Dsa(), dict(n_listed=4096, listed_size=128), "candidates", None),
         (hj.Dsa(), dict(has_budget=True), "a budget", None),
     ],
 )

@@ -20,7 +20,7 @@ def keys(n, seed=0):
 
 
 def test_tokens_without_a_page_are_written_nowhere():
-    """A number that is too low or too high, or a token behind the table: all pages but those named stay as they are."""
+    """A number that is too low or too high, or a token past the table: all pages but those named stay as they are."""
     cache = hj.init_cache(6, PAGE, D, "float32")
     cache = hj.append(cache, keys(6 * PAGE), jnp.arange(6)[None], jnp.array([0, 6 * PAGE]), jnp.array([0]))
     for bad in (-1, 6, 2**31 - 1, -(2**31)):

@@ -87,7 +87,7 @@ def test_a_sink_of_minus_infinity_takes_nothing_even_from_nothing():
 
 @pytest.mark.parametrize("offsets", [[0, 3, 8], [2, 4, 6], [-5, 3, 3], [0, 6, 2], [0, 900, 7], [8, 8, 8]])
 def test_odd_offsets_give_each_row_one_request_or_none(offsets):
-    """Rows before the first request and behind the last select nothing; offsets that do not ascend read no others'."""
+    """Rows before the first request and after the last select nothing; offsets that do not ascend read no others'."""
     rng = np.random.default_rng(0)
     cache = hj.init_cache(6, 16, 0, "float32", latent_dim=24, latent_dtype="float32")
     latents = jnp.asarray(rng.normal(size=(6, 16, 24)), jnp.float32)

@@ -140,7 +140,7 @@ def repeated_blocks(setup: Setup, rng: Rng) -> Values:
 
 
 def one_bit_apart(setup: Setup, rng: Rng) -> Values:
-    """One head and feature count, whose scores are neighbours in the keys' dtype: the cut is one bit wide."""
+    """One head and feature count, whose scores are neighbours in the keys' dtype: the threshold is one bit wide."""
     q, k, w = (np.zeros(shape) for shape in _shapes(setup))
     head, feature = rng.integers(setup.H), rng.integers(setup.D)
     q[:, :, head, feature] = 1

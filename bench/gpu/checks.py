@@ -56,7 +56,7 @@ def check_flat(out: Any, inputs: Any, topk: int) -> None:
 
 
 def check_blocks(kept: np.ndarray, scores: np.ndarray, visible: int, model: shapes.Model) -> None:
-    """The forced blocks and the best of the rest, but for those near the cut."""
+    """The forced blocks and the best of the rest, but for those near the threshold."""
     n, m = -(-visible // model.block_size), model.block_topk
     assert len(kept) == min(n, m) and (np.diff(kept) > 0).all() and kept[0] == 0 and kept[-1] == n - 1
     if n > m:
@@ -69,7 +69,7 @@ def check_blocks(kept: np.ndarray, scores: np.ndarray, visible: int, model: shap
 def check_tokens(
     indices: Any, count: Any, scores: np.ndarray, tokens: np.ndarray, topk: int, spread: float | None = None
 ) -> None:
-    """The best of `tokens`, which have these `scores`, but for those near the cut.
+    """The best of `tokens`, which have these `scores`, but for those near the threshold.
 
     Args:
         spread: of the scores of all that the query sees, if `tokens` are but the upper end of them.
@@ -81,7 +81,7 @@ def check_tokens(
     cut = np.sort(scores)[::-1][k - 1]
     off = np.setxor1d(chosen[:k], tokens[scores >= cut])
     wrong = np.abs(scores[np.searchsorted(tokens, off)] - cut).max(initial=0) / (spread or scores.std())
-    assert wrong < TOKENS, f"a token is chosen or left out that is {wrong:.2g} of the spread from the cut"
+    assert wrong < TOKENS, f"a token is chosen or left out that is {wrong:.2g} of the spread from the threshold"
 
 
 def check_attention(out: Any, q: Array, kv: Array, indices: Array, value_dim: int, scale: float) -> None:

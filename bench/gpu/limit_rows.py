@@ -192,7 +192,7 @@ def check_units(out: Any, inputs: Inputs, method: hj.BlockSparse) -> None:
             kept = kept[kept >= 0]
             assert len(kept) == min(m, n) and (np.diff(kept) > 0).all()
             off = np.setxor1d(kept, np.flatnonzero(best >= cut))
-            assert (np.abs(best[off] - cut) < TOKENS * scores.std()).all(), f"blocks {off} are far from the cut"
+            assert (np.abs(best[off] - cut) < TOKENS * scores.std()).all(), f"blocks {off} are far from the threshold"
 
 
 def _row(

@@ -46,7 +46,8 @@ def rows() -> Iterator[Row]:
     yield _hisa(dsv32, 64 * K)
     for context in (8 * K, 16 * K, 32 * K, 128 * K, 256 * K, 1024 * K):
         yield _hisa(dsv32, context)
-    yield _hisa(glm5, 64 * K)
+    for context in (64 * K, 1024 * K):
+        yield _hisa(glm5, context)
     yield _hisa(dsv32, 64 * K, dtype="bf16")
     yield _hisa(dsv32, 64 * K, clustered=True)
     yield _refine_scores(dsv32, 64 * K)
@@ -56,6 +57,7 @@ def rows() -> Iterator[Row]:
         yield _pool_and_filter(dsv32, context, T=1)
     for context in (8 * K, 16 * K, 32 * K, 64 * K, 128 * K):
         yield _flat(dsv32, context)
+    yield _flat(glm5, 64 * K)
     yield from scan_rows.rows()
     for batch in (1, 32, 128):
         for page_size in (64, 128):

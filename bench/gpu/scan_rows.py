@@ -130,7 +130,7 @@ def of_stages(model: shapes.Model, context: int, T: int = 4096) -> Iterator[Row]
     """Each stage alone, on what the ones before it give."""
     method = method_of(model)
     m, H, D = method.block_topk, model.H, model.D
-    most, step = scan.capacity(m), scan.sample_step(m, context)
+    _, most, _, step = scan.ask_of(method, context)
     n, listed, n_samples = method.exact_heads + 2, m + m // 5, context // step  # two rows are the virtual head in e4m3
 
     def row(name: str, make: Callable, flop: float, moved_bytes: float) -> Row:

@@ -51,7 +51,7 @@ def spans(call: Callable[[], object], n: int = 20) -> Span:
     return spans_of([call], n)[0]
 
 
-def by_jax(run: Callable[[], None], planes: str = "/device:GPU:0") -> list[Event]:
+def by_jax(run: Callable[[], object], planes: str = "/device:GPU:0") -> list[Event]:
     """What runs meanwhile on the GPUs whose planes begin so, by JAX's profiler."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

@@ -5,7 +5,8 @@
     random      the same over pools at 1M tokens, of random normal queries and keys at published sizes
     composed    flat, HISA and the scan of the model's own indexers, each alone and with each option (rules.py)
 
-Rows go to --out/indexers.json, a table to the screen and to --out/indexers.md.
+With --saved FILE.npz (saved.py) the options are compared on what another model's indexers were given, and nothing
+else. Rows go to --out/indexers.json, a table to the screen and to --out/indexers.md.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import jax
 
 import hisa_jax as hj
 from bench import UserError, options, shapes
-from bench.indexers import measure, training
+from bench.indexers import measure, saved, training
 from bench.indexers.model import SIZES, Pools, Runner, random_pools
 from bench.indexers.rules import Rule, composed
 from bench.indexers.tables import tables
@@ -35,7 +36,6 @@ from hisa_jax.models.training.text import Corpus
 PARTS = ("train", "pools", "random", "composed")
 _KEYS = 32  # statements of a sample, of which it asks for 16; fewer in a short one
 _COMPARED = 2  # samples whose choices are compared
-_NAMES = ("part", "indexer", "method")  # of a row
 _RANDOM = 2**20  # tokens of random data
 _POOLED = 8  # entries of a block, which hold the 32 tokens of the model's HISA
 
@@ -52,10 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", type=whole(8, 4096), default=256, metavar="N", help="compared in a sample")
     parser.add_argument("--steps", type=whole(1, 100_000), default=300, metavar="N", help="of training")
     parser.add_argument("--minutes", type=options.positive, metavar="M", help="an indexer: no rule begins later")
+    parser.add_argument(
+        "--saved", type=Path, nargs="+", metavar="FILE.npz", help="compare on queries and keys of another model"
+    )
     parser.add_argument("--window", type=whole(512, 16384), default=2048, metavar="N", help="tokens of a step")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.saved:
+        return _compare_saved(args)
     if not args.checkpoint.is_dir():
         raise UserError(f"--checkpoint {args.checkpoint}: no such folder")
     if args.window % 4:
@@ -70,11 +75,7 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
 
     def add(row: dict[str, Any]) -> None:
-        same = [x for x in rows if "method" in row and all(x.get(name) == row[name] for name in _NAMES)]
-        if same:
-            same[0].update(row)
-        else:
-            rows.append(row)
+        rows.append(row)
         print(" ".join(f"{name}={_short(x)}" for name, x in row.items() if not isinstance(x, list)), flush=True)
         (args.out / "indexers.json").write_text(json.dumps(about | {"rows": plain(rows, digits=5)}, indent=1) + "\n")
         (args.out / "indexers.md").write_text(tables(rows))
@@ -100,6 +101,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare_saved(args: argparse.Namespace) -> int:
+    """A query takes one key in 64, as 2048 of 128K; heads are chosen by 128 means."""
+    layers = saved.read(args.saved)
+    (_, S, _), H = next(iter(layers.values())).k.shape, next(iter(layers.values())).here.q.shape[2]
+    if S < 256 or H < 4:
+        raise UserError(f"--saved: {S} keys and {H} heads, wanted at least 256 and 4")
+    topk, found = S // 64, list[dict[str, Any]]()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for row in saved.rows(layers, composed(topk, topk // 4, 16, H, router_block=S // 128)):
+        found.append(row)
+        print(" ".join(f"{name}={_short(x)}" for name, x in row.items()), flush=True)
+        about = {"topk": topk, "keys": S, "heads": H, **device()}
+        (args.out / "indexers.json").write_text(json.dumps(about | {"rows": plain(found, digits=5)}, indent=1) + "\n")
+    return 0
+
+
 def of_pools(topk: int, H: int, r: int, block_size: int = _POOLED) -> tuple[Rule, ...]:
     """Flat, HISA with 4 topk candidates and the scan over pools of r tokens, of indexers with H heads."""
     keys: dict[str, Any] = dict(topk=topk // r, entry_size=r, tail="open")
@@ -122,15 +139,18 @@ def compare(
     args: argparse.Namespace, runner: Runner, corpus: Corpus, rules: Sequence[Rule], indexer: str, add: Any,
     H: int | None = None,
 ) -> None:  # fmt: skip
-    """Answers and bits of each rule and, given the heads, what it costs; then the recall of all."""
+    """Answers, bits and recall of each rule and, given the heads, what it costs: a row as it comes."""
     samples = multikey_samples(corpus, args.context, args.samples, min(_KEYS, args.context // 80))
     if jax.default_backend() == "gpu":  # a CPU has no core to spare
-        runner.prepare(args.context, tuple(rules))
+        for rule in rules:
+            runner.prepare(args.context, (rule,))
+            measure.prepare_like(runner, rule, args.context, samples[0], args.queries)
 
     def name(rule: Rule) -> dict[str, Any]:
         return {"part": "composed" if H else "pools", "indexer": indexer, "method": rule.name}
 
-    start, flat, measured = time.monotonic(), None, list[Rule]()
+    compared, flat = measure.references(runner, samples[:_COMPARED], rules[0], args.queries), None
+    start = time.monotonic()
     for rule in rules:
         if args.minutes is not None and time.monotonic() - start > 60 * args.minutes:
             print(f"{indexer}: {rule.name} and what follows it are left out, for want of time")
@@ -138,10 +158,8 @@ def compare(
         found = measure.read(runner, samples, rule)
         flat = flat or found
         cost = measure.costs(rule, args.context, H) if H else {}
-        add({**name(rule), **measure.beside(found, flat), **cost, "seconds": time.monotonic() - start})
-        measured.append(rule)
-    for rule, row in zip(measured, measure.recalls(runner, samples[:_COMPARED], measured, args.queries), strict=True):
-        add({**name(rule), **row})
+        shares = measure.recall(runner, rule, compared)
+        add({**name(rule), **measure.beside(found, flat), **cost, **shares, "seconds": time.monotonic() - start})
 
 
 def _report(add: Any, model_type: str, step: int, kl: float) -> None:

@@ -23,53 +23,91 @@ from hisa_jax.models.training.retrieval import answered
 from hisa_jax.models.training.samples import Sample
 
 Row = dict[str, Any]
+_ROWS = 256  # queries come in multiples of it, so that samples share programs
 _GROUP = 8  # neighbouring queries that are compared together: whole groups of every rule
 # (context, heads, selected tokens) of the model whose cost is shown beside: DeepSeek-V3.2's.
 _REAL = (131_072, 64, 2048)
 
 
-def recalls(runner: Runner, samples: Sequence[Sample], rules: Sequence[Rule], n_queries: int) -> list[Row]:
-    """The share of the first rule's choice that each other one has, at the hidden states of the model that runs by it.
+class Reference(NamedTuple):
+    """What some queries of a sample ask a layer for: its keys [1, S, D], and what the reference rule chose.
+
+    Attributes:
+        n_text, n_asking: so many queries are of the text, then so many predict bytes of answers; the others fill up.
+    """
+
+    here: Asked
+    k: Array
+    chosen: hj.Selection
+    n_text: int
+    n_asking: int
+
+
+def references(runner: Runner, samples: Sequence[Sample], rule: Rule, n_queries: int) -> list[list[Reference]]:
+    """Of each sample and layer of the model that runs by the rule.
 
     Of two kinds of queries: groups of neighbours, evenly over the last half of the text, and groups that predict bytes
-    of answers. In their order: means over layers, and the least one.
+    of answers.
     """
-    reference = rules[0]
-    found: dict[tuple[str, str, int], list[float]] = collections.defaultdict(list)
-    by_entries = {rule.name: dataclasses.replace(rule, method=_of_entries(rule.method)).unnamed() for rule in rules}
+    found = []
     for sample in samples:
         text, asking = _groups(sample, n_queries)
         rows = np.concatenate([text, asking])
-        before: dict[str, Published] = {}
-        for at, (_, seen) in enumerate(runner.layers(sample.tokens[None], reference)):
+        rows = np.pad(rows, (0, -rows.size % _ROWS), mode="wrap")
+        layers = list[Reference]()
+        for _, seen in runner.layers(sample.tokens[None], rule):
             assert seen is not None
             here = Asked(seen.q[:, rows], seen.w[:, rows], jnp.asarray(rows)[None])
-            started = {
-                rule.name: runner.programs.start(
-                    ("recall", by_entries[rule.name], role), _choose_of(by_entries[rule.name], role), here, seen.k,
-                    before[rule.name] if role in READS else None,
-                )
-                for rule in rules if (role := rule.role(at)) != "take over"
-            }  # fmt: skip
-            for rule in rules:
-                if rule.name in started:
-                    published = before[rule.name] if rule.role(at) in READS else None
-                    before[rule.name] = started[rule.name].result()(here, seen.k, published)
-            for rule in rules:
-                wanted, chosen = (_selection(before[name].indices) for name in (reference.name, rule.name))
-                recall = np.asarray(hj.compare(chosen, wanted).recall)[0].tolist()
-                found[rule.name, "text", at] += recall[: text.size]
-                found[rule.name, "asking", at] += recall[text.size :]
-    layers = range(runner.stacked.config.num_hidden_layers)
-    made = []
-    for rule in rules:
-        row: Row = {}
-        for kind in ("text", "asking"):
-            by_layer = [float(np.mean(found[rule.name, kind, at])) for at in layers]
-            row |= {f"recall_{kind}": float(np.mean(by_layer)), f"worst_{kind}": min(by_layer)}
-            row[f"by_layer_{kind}"] = by_layer
-        made.append(row)
-    return made
+            (program,) = prepare(runner, rule, here, seen.k).values()
+            chosen = selection_of(program.result()(here, seen.k, None).indices)
+            layers.append(Reference(here, seen.k, chosen, text.size, asking.size))
+        found.append(layers)
+    return found
+
+
+def prepare(runner: Runner, rule: Rule, here: Asked, k: Array) -> dict[Role, Any]:
+    """What the rule needs to choose for such queries, being compiled: of each role of a layer that chooses."""
+    by_entries = dataclasses.replace(rule, method=_of_entries(rule.method)).unnamed()
+    roles = {role: None for at in range(runner.stacked.config.num_hidden_layers) if (role := rule.role(at))}
+    started: dict[Role, Any] = {}
+    before = None
+    for role in roles:
+        if role != "take over":
+            args, choose_by = (here, k, before if role in READS else None), chooser(by_entries, role)
+            started[role] = runner.programs.start(("recall", by_entries, role), choose_by, *args)
+            before = jax.eval_shape(choose_by, *args)
+    return started
+
+
+def prepare_like(runner: Runner, rule: Rule, T: int, sample: Sample, n_queries: int) -> None:
+    """`prepare` for what `references` will have of a sample of T tokens."""
+    seen, n = runner.sees(T, rule), sum(x.size for x in _groups(sample, n_queries))
+    n += -n % _ROWS
+    assert seen.w is not None
+    rows: list[Any] = [jax.ShapeDtypeStruct((1, n, *x.shape[2:]), x.dtype) for x in (seen.q, seen.w)]
+    rows.append(jax.ShapeDtypeStruct((1, n), jnp.int32))
+    prepare(runner, rule, Asked(*rows), seen.k)
+
+
+def recall(runner: Runner, rule: Rule, samples: Sequence[Sequence[Reference]]) -> Row:
+    """The share of the reference rule's choice that this one has: means over layers, and the least one."""
+    found: dict[tuple[str, int], list[float]] = collections.defaultdict(list)
+    for layers in samples:
+        before: Published | None = None
+        for at, (here, k, wanted, n_text, n_asking) in enumerate(layers):
+            if (role := rule.role(at)) != "take over":
+                program = prepare(runner, rule, here, k)[role].result()
+                before = program(here, k, before if role in READS else None)
+            assert before is not None
+            shares = np.asarray(hj.compare(selection_of(before.indices), wanted).recall)[0].tolist()
+            found["text", at] += shares[:n_text]
+            found["asking", at] += shares[n_text : n_text + n_asking]
+    row: Row = {}
+    for kind in ("text", "asking"):
+        by_layer = [float(np.mean(found[kind, at])) for at in range(len(samples[0]))]
+        row |= {f"recall_{kind}": float(np.mean(by_layer)), f"worst_{kind}": min(by_layer)}
+        row[f"by_layer_{kind}"] = by_layer
+    return row
 
 
 def random_recalls(model: shapes.Model, rules: Sequence[Rule], context: int, n: int) -> Iterator[Row]:
@@ -79,7 +117,7 @@ def random_recalls(model: shapes.Model, rules: Sequence[Rule], context: int, n: 
     wanted = None
     for rule in rules:
         by_entries = dataclasses.replace(rule, method=_of_entries(rule.method)).unnamed()
-        found = _selection(_choose_of(by_entries, "choose")(here, k, None).indices)
+        found = selection_of(chooser(by_entries, "choose")(here, k, None).indices)
         wanted = wanted or found
         recall = np.asarray(hj.compare(found, wanted).recall)
         yield {"method": rule.name, "recall": float(recall.mean()), "worst_query": float(recall.min()), "queries": n}
@@ -105,11 +143,12 @@ def _of_entries(method: hj.Method) -> hj.Method:
 
 
 @functools.cache
-def _choose_of(rule: Rule, role: Role) -> Any:
+def chooser(rule: Rule, role: Role) -> Any:
+    """`choose`, compiled when it is called."""
     return jax.jit(functools.partial(choose, rule, role))
 
 
-def _selection(indices: Array) -> hj.Selection:
+def selection_of(indices: Array) -> hj.Selection:
     return hj.Selection(indices=indices, count=jnp.sum(indices >= 0, axis=-1, dtype=jnp.int32))
 
 

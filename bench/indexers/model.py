@@ -113,6 +113,12 @@ class Runner:
                     self._program(rule, role, args)
                     before = jax.eval_shape(self._layer(rule, role), *args)[1]
 
+    def sees(self, T: int, rule: Rule) -> Seen:
+        """The shapes of what the first layer chooses by."""
+        x = jax.ShapeDtypeStruct((1, T, self.stacked.config.hidden_size), self.stacked.embed.dtype)
+        seen: Seen = jax.eval_shape(self._layer(rule, rule.role(0)), *self._args(0, x, None))[2]
+        return seen
+
     def _args(self, at: int, x: Any, before: Any) -> tuple[Any, ...]:
         own = None if self.pools is None else jax.tree.map(lambda leaf: leaf[at], self.pools.layers)
         return jax.tree.map(lambda leaf: leaf[at], self.stacked.layers), own, x, before

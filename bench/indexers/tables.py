@@ -43,8 +43,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def _recall(row: Row, kind: str) -> str:
     """Of all layers, and of the worst one."""
-    known = f"recall_{kind}" in row
-    return f"{row[f'recall_{kind}']:.3f} / {row[f'worst_{kind}']:.3f}" if known else ""
+    return f"{row[f'recall_{kind}']:.3f} / {row[f'worst_{kind}']:.3f}"
 
 
 def _over(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""Whether the right tokens were chosen: those of the best scores, but for scores that lie near the cut.
+"""Whether the right tokens were chosen: those of the best scores, but for scores that lie near the threshold.
 
 Random data has some blocks near every cut: of 1024 blocks with 64 kept, 5 lie within `NEAR`. Each holds 1.6 % of the
 tokens, so a share of tokens that two implementations have in common tells little.
@@ -20,7 +20,9 @@ def check_best(own: np.ndarray, scores: np.ndarray, at: object) -> None:
     cut = np.sort(scores)[::-1][len(own) - 1]
     left_out = np.delete(scores, own).max(initial=-np.inf)
     if (off := max(cut - scores[own].min(), left_out - cut)) > near:
-        raise WrongError(f"query {at}: a token is chosen or left out that is {off / near * NEAR:.2g} from the cut")
+        raise WrongError(
+            f"query {at}: a token is chosen or left out that is {off / near * NEAR:.2g} from the threshold"
+        )
 
 
 def check_best_of_blocks(
@@ -49,7 +51,7 @@ def check_best_of_blocks(
     else:
         is_kept[:], is_open = True, np.zeros(n, bool)
     check_best(own, np.where(is_kept[blocks], scores, -np.inf), at)
-    # The other blocks that are kept are some near the cut without a token that is better than those chosen.
+    # The other blocks that are kept are some near the threshold without a token that is better than those chosen.
     worst, missing = scores[own].min(), min(n, block_topk) - is_kept.sum()
     best = [scores[blocks == block].max() for block in np.flatnonzero(is_open)]
     if not 0 <= missing <= np.sum(np.array(best) <= worst + NEAR * scores.std()):

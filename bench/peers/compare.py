@@ -33,7 +33,7 @@ class Kind(NamedTuple):
 
 
 KINDS = (
-    # Their block means have 8 bits, ours twice as many: blocks near the cut differ.
+    # Their block means have 8 bits, ours twice as many: blocks near the threshold differ.
     Kind(r"hisa", "hisa", "deep_gemm", 0.9),
     Kind(r"flat", "flat", "deep_gemm", 0.995),
     Kind(r"decode\d+_paged", "hisa_decode", "deep_gemm", 0.9),

@@ -35,7 +35,7 @@ def pool(torch: Any, k: Any, scales: Any, B: int) -> tuple[Any, Any]:
 
 
 def force(torch: Any, scores: Any, n_visible: Any) -> Any:
-    """Scores [M, n]: the first and the last visible block are always kept, those behind never."""
+    """Scores [M, n]: the first and the last visible block are always kept, those after them never."""
     block = torch.arange(scores.shape[1], device=scores.device)[None, :]
     ends = (block == 0) | (block == n_visible[:, None] - 1)
     return torch.where(ends, float("inf"), torch.where(block < n_visible[:, None], scores, float("-inf")))

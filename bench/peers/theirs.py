@@ -115,7 +115,7 @@ class Theirs:
         return (*map(self.tensor, (q, w, visible)), index_pages(self.torch, keys, scales), self.tensor(tables))
 
     def _scores(self, q: Any, w: Any, end: Any) -> Callable[[Any, Any], Any]:
-        """Keys and scales -> [M, at least S]; what lies at `end` and behind is not written."""
+        """Keys and scales -> [M, at least S]; what lies from `end` on is not written."""
         start, f = self.torch.zeros_like(end), self.peers.deep_gemm.fp8_mqa_logits
         return lambda k, scales: f(q, (k, scales), w, start, end, clean_logits=False)
 

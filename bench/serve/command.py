@@ -98,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what selects with --config, one after the other (default: all)",
     )  # fmt: skip
     parser.add_argument("--page-size", type=int, choices=(64, 128), help="tokens of a page of --config (default: 64)")
+    parser.add_argument("--attention-only", action="store_true", help="--config without its MLPs and experts")
     number("--chunk", 1, 65536, 2048, "prompt tokens of a pass of --config")
     number("--new", 5, 4096, 16, "tokens that a request of --config makes")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
@@ -109,11 +110,13 @@ def run(args: argparse.Namespace) -> int:
     if args.config is not None:
         if args.verify or args.faults:
             raise UserError("--config with --verify or --faults, wanted them without: the oracle is not made for it")
-        load = contexts.Load(context=0, requests=args.rows, n_new=args.new, chunk=args.chunk, page_size=args.page_size)
+        load = contexts.Load(requests=args.rows, n_new=args.new, chunk=args.chunk, page_size=args.page_size)
         sizes = args.config, args.layers, args.contexts, args.methods
-        return contexts.run(*sizes, load, mesh, args.seed, args.out, console)
-    if args.page_size is not None:
-        raise UserError(f"--page-size={args.page_size} without --config, wanted one of its models")
+        only: Any = dict(attention_only=args.attention_only)
+        return contexts.run(*sizes, load, mesh, args.seed, args.out, console, **only)
+    if args.page_size is not None or args.attention_only:
+        what = "--attention-only" if args.page_size is None else f"--page-size={args.page_size}"
+        raise UserError(f"{what} without --config, wanted one of its models")
     method = METHODS[args.indexer]
     if args.sketch is not None:
         if not isinstance(method, hj.Scan):

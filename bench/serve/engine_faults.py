@@ -32,7 +32,7 @@ def failing(name: str, error: BaseException, *, is_late: bool = False, nth: int 
     """A program of `models.passes` raises at its nth call.
 
     Args:
-        name: "read", "verify" or "copy".
+        name: "read", "verify", "keep" or "copy".
         error: what is raised.
         is_late: after the program has run, so that the pages which it was given are lost; else before.
         nth: from 1.

@@ -30,7 +30,7 @@ class Measures(NamedTuple):
 class Heads(NamedTuple):
     """How linear the indexers are, means over queries, a layer.
 
-    `open_all`, `open_cut`: share of heads open at all visible tokens, at those ranked within k / 2 of the cut; by
+    `open_all`, `open_cut`: share of heads open at all visible tokens, at those ranked within k / 2 of the threshold; by
     weight: `open_cut_weighted`. `rank`: (tr M)^2 / tr M^2 of M = sum_h |w_h| q_h q_h^T. `negative`,
     `negative_weighted`: share of weights below 0. `kl`: from the attention.
     """

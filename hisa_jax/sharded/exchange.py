@@ -5,8 +5,41 @@ they have found for its own, which is `devices` times less to send and to hold t
 that is little, `to_all` saves the second exchange: all merge everything.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array, lax
+
+
+class Rows(NamedTuple):
+    """Which device works on which of T rows: each on an equal share, or all on all.
+
+    Attributes: `n`, how many devices `axis` has.
+    """
+
+    T: int
+    axis: str
+    n: int
+    to_all: bool
+
+    @classmethod
+    def of(cls, T: int, axis: str, n: int, nbytes: int, most_to_all: int) -> "Rows":
+        """Of rows of `nbytes` a device: all on all, if that is to send `most_to_all` bytes at most."""
+        return cls(T, axis, n, n * nbytes <= most_to_all)
+
+    def gather(self, rows: Array, fill: int) -> Array:
+        """[T, j] on each device -> [t, n * j], of this device's rows, from all."""
+        return to_all(rows, self.axis) if self.to_all else to_owner(rows, fill, self.axis, self.n)
+
+    def share(self, x: Array) -> Array:
+        """[T], the same on all devices -> [t], of this device's rows; those that are added have 0."""
+        if self.to_all:
+            return x
+        return jnp.pad(x, (0, -self.T % self.n)).reshape(self.n, -1)[lax.axis_index(self.axis)]
+
+    def spread(self, x: Array) -> Array:
+        """[t, ...] of each device's rows -> [T, ...] of all, on all."""
+        return x if self.to_all else from_owners(x, self.axis, self.T)
 
 
 def to_owner(rows: Array, fill: int, axis: str, n_devices: int) -> Array:

@@ -1,8 +1,8 @@
 """Context parallelism: the keys of each sequence in equal runs of whole blocks over a mesh axis, the queries on all.
 
 Each device scores its own blocks and its own tokens. Devices exchange candidates alone, m blocks and topk tokens of
-each with their scores, never keys and never a score a token. Merging the exact best of each gives the exact best of
-all. `select_xla.py` and `select_kernels.py` have what one device does.
+each with their scores, never a score a token, nor keys but those that a scan by kernels samples. Merging the exact best
+of each gives the exact best of all. `select_xla.py` and `select_kernels.py` have what one device does.
 """
 
 import functools

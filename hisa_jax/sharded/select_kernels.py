@@ -17,7 +17,8 @@ from hisa_jax.layout import Call
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.pallas import tokens_of_blocks
 from hisa_jax.selection import Selection
-from hisa_jax.sharded import exchange
+from hisa_jax.sharded.exchange import Rows
+from hisa_jax.sharded.peers import Peers
 from hisa_jax.sharded.stripes import Shard, Stripes
 from hisa_jax.xla import select as xla
 from hisa_jax.xla import stages, topk
@@ -39,6 +40,9 @@ class Local(Protocol):
     def best_blocks(self, call: Call, eligible: Array, k: int, block_size: int, interpret: Any = False) -> Found: ...
     def best_in_blocks(self, call: Call, ids: Array, k: int, block_size: int, interpret: Any = False) -> Found: ...
     def best_tokens(self, call: Call, k: int, interpret: Any = False) -> Found: ...
+    def best_scanned(
+        self, call: Call, seen: Array, method: Scan, k: int, peers: Peers, interpret: Any = False
+    ) -> Found: ...
     def merge(self, sort_keys: Array, positions: Array, k: int, *, interpret: Any = False) -> tuple[Array, Array]: ...
 
 
@@ -60,16 +64,18 @@ def select_shard(
         call: all queries, and of each sequence the keys, or the pages in its table, that this device has.
         shard: which those are.
     """
+    is_flat = kernel_heads.is_flat(method, call.q.shape[-2])
     call, method = kernel_heads.as_kernels_take(call, method)
     search = _Search(call, shard, shard.stripes(), backend().select_shard, interpret)
     visible = call.queries.visible
     k, blocks = min(method.topk, shard.max_keys), None
-    if not xla.has_filter(method, shard.max_keys, has_budget=False):
+    if is_flat or not xla.has_filter(method, shard.max_keys, has_budget=False):
         if not isinstance(method, Dsa):
             blocks = stages.first_positions(-(-visible // method.block_size), method.block_topk)
         found = search.best_tokens(k)
+    elif isinstance(method, Scan):
+        found = search.best_scanned(method, k)
     else:
-        assert not isinstance(method, Scan)  # declined
         blocks = search.kept_blocks(method)
         if isinstance(method, BlockSparse) and not return_scores:
             indices, count = tokens_of_blocks(blocks, visible, method)
@@ -111,6 +117,13 @@ class _Search:
     def best_tokens(self, k: int) -> Found:
         """The k best of all visible tokens."""
         found = self.local.best_tokens(self.own_call, min(k, self.call.max_keys), self.interpret)
+        return self._merged(_of(self.own_call.queries.visible, found), self.tokens, k)
+
+    def best_scanned(self, method: Scan, k: int) -> Found:
+        """The k best of those tokens that a scan has scored exactly."""
+        peers = Peers(self.shard.axis, self.tokens, self.local.most_to_all)
+        seen = self.call.queries.visible
+        found = self.local.best_scanned(self.own_call, seen, method, k, peers, self.interpret)
         return self._merged(_of(self.own_call.queries.visible, found), self.tokens, k)
 
     def kept_blocks(self, method: Hisa | BlockSparse) -> Array:
@@ -155,12 +168,8 @@ class _Search:
     def _merged(self, found: Found, stripes: Stripes, k: int) -> Found:
         """The k best of what all devices have found, at positions in the sequence, in units of `stripes`."""
         sort_keys, places, (axis, n) = found[0], stripes.place(found[1]), (self.shard.axis, self.shard.n_devices)
-        T, goes_to_all = places.shape[0], n * (sort_keys.nbytes + places.nbytes) <= self.local.most_to_all
-        if goes_to_all:
-            sort_keys, places = (exchange.to_all(x, axis) for x in (sort_keys, places))
-        else:
-            parts = (sort_keys, topk.INVISIBLE), (places, -1)
-            sort_keys, places = (exchange.to_owner(x, fill, axis, n) for x, fill in parts)
+        rows = Rows.of(places.shape[0], axis, n, sort_keys.nbytes + places.nbytes, self.local.most_to_all)
+        sort_keys, places = rows.gather(sort_keys, topk.INVISIBLE), rows.gather(places, -1)
         one_stripe_each = self.shard.stripe * n >= self.shard.max_keys
 
         def merge(sort_keys: Array, positions: Array, k: int) -> Found:
@@ -168,10 +177,7 @@ class _Search:
             return jnp.where(positions >= 0, sort_keys, topk.INVISIBLE), positions
 
         best = merge(sort_keys, places, k) if one_stripe_each else merge_of_any_order(merge, sort_keys, places, k)
-        if goes_to_all:
-            return best
-        sort_keys, positions = (exchange.from_owners(x, axis, T) for x in best)
-        return sort_keys, positions
+        return rows.spread(best[0]), rows.spread(best[1])
 
 
 def merge_of_any_order(merge: Merge, sort_keys: Array, positions: Array, k: int) -> Found:

@@ -9,9 +9,14 @@ from hisa_jax.kernels_pallas.select_shard import SelectShard
 __all__ = ["select_blocks", "select_flat", "select_hisa", "select_scan", "select_shard", "why_not"]
 
 # On an H200, 4096 queries, 8192 candidates, ms: flat 1.28 and scan 1.56 at 16K, 2.77 and 1.78 at 32K.
-_indexer = Indexer(stages, flat_up_to=2.5, way_of_scan=stages.way_of_scan)
+_indexer = Indexer(
+    stages,
+    flat_up_to=2.5,
+    way_of_scan=stages.way_of_scan,
+    is_flat_where_all_kept=stages.is_flat_where_all_kept,
+)
 select_hisa, select_flat, select_blocks = _indexer.select_hisa, _indexer.select_flat, _indexer.select_blocks
-select_scan, select_shard = _indexer.select_scan, SelectShard(stages)
+select_scan, select_shard = _indexer.select_scan, SelectShard(_indexer)
 
 
 def why_not(

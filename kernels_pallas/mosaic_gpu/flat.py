@@ -1,14 +1,14 @@
 """The flat indexer: every token of the sequence is scored, with a streaming top-k, or for few queries all at once.
 
 Of many queries no [T, S] matrix is ever in memory. Tokens come in tiles. The best of the first tile are selected by
-`topk`. Later tiles are filtered where they are scored, by the k-th best so far, and `merge` takes what passes.
+`topk`. Later tiles are filtered where they are scored, by the k-th best so far, and `merge` takes what passes. Both say
+what the k-th best is, so between kernels nothing is left to do.
 
-A few queries would wait for ten tiles, one after the other. They have all their sort keys written, and `topk_few` takes
-the best of parts of a row side by side, then the best of those.
+A few queries would wait for ten tiles, one after the other. They have all their sort keys written, and the greatest of
+each group of neighbours. `topk_few` takes the best groups, then the best of those: a CTA a query reads little of a row.
 
-Floor, 1, 32 and 128 queries over 128K in e4m3 each on an H200: 17, 553 and 2214 MB / 4.3 TB/s = 4, 129 and 515 us.
-Measured, 25, 197 and 700: scores 7.6, 163 and 608, which are 3.4 to 3.7 TB/s, and the selections 16.5, 32 and 87, of
-rows of 16,384 by a CTA each, 9 us a round of all multiprocessors.
+Floor, 1, 32 and 128 queries over 128K in e4m3 each on an H200: 17, 553 and 2214 MB / 4.3 TB/s = 4, 129 and 515 us;
+docs/decoding.md has what was measured.
 """
 
 import dataclasses
@@ -29,9 +29,11 @@ from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret
 
 ONE_TILE = 16384  # up to this many tokens are selected from in one piece
-STEP = 13824  # tokens of a tile: bounds the memory to T * STEP sort keys
-PART = 16384  # columns of a row of few queries that are selected from at a time
+FIRST = 13824  # tokens of the first tile: the most of which a CTA selects from four rows at a time
+STEP = 19968  # of later ones: bounds the memory to T * STEP sort keys
+WIDTH = few_topk_stage.MAX_WIDTH  # columns of a row of few queries that a CTA selects from
 MOST_BYTES = 1 << 29  # of the sort keys of few queries
+_MANY = 8 * 384  # tokens a CTA
 
 
 Found = tuple[Array, Array, Array | None]  # positions, ascending, then -1, [T, topk]; count, [T]; maybe sort keys
@@ -66,62 +68,70 @@ def _flat(
     T = operands.q.shape[0]
     launch: Any = {"n_ctas": n_ctas, "interpret": interpret}
     operands = operands._replace(k=operands.k[:, None])
-    sizes = scores_stage.Sizes.of(operands)
+    is_in_one_piece = sequences.max_keys <= max(ONE_TILE, 2 * topk) <= topk_stage.MAX_WIDTH
+    if not is_in_one_piece and is_for_few(T, sequences.max_keys, topk, n_ctas):
+        return _of_few(operands, visible, sequences, topk, has_sort_keys, launch)
+
+    sizes = scores_stage.Sizes.of(operands, len(sequences.lengths))
     config = scores_stage.heuristic(sizes, min(STEP, sequences.max_keys), n_ctas, n_score=3)
+    # Whole spans, and whole steps of a selection: a tile's result must not reach into the next tile.
+    unit = math.lcm(config.span, COLUMNS)
+    n_first, step = (-(-n // unit) * unit for n in (FIRST, STEP))
+    starts = [0, *range(n_first, sequences.max_keys, step)]
+    config = scores_stage.for_last_queries(
+        config, sizes, starts[: 1 if is_in_one_piece else None], sequences.max_keys, n_ctas
+    )
+    if not is_in_one_piece:
+        # Out of device memory a tile's limits come one after the other, in 15 us; out of L2 in 3.
+        visible = jnp.maximum(visible, 0)
     tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
 
     def sort_keys(start: Array, n: int, threshold: Array | None = None) -> Any:
         columns = Columns(limit=visible, tiles=tiles, first=start, n=n, threshold=threshold)
         return scores_stage.scores(operands, columns, config=config, **launch)
 
-    if sequences.max_keys <= max(ONE_TILE, 2 * topk) <= topk_stage.MAX_WIDTH:
+    if is_in_one_piece:
         # Whole steps of a selection, also where a span is less.
         x = sort_keys(jnp.zeros((1,), jnp.int32), -(-sequences.max_keys // COLUMNS) * COLUMNS)
         return _best(x, visible, topk, has_sort_keys, launch)
 
-    if is_for_few(T, sequences.max_keys, topk, n_ctas):
-        return _of_few(operands, visible, sequences, topk, has_sort_keys, launch)
-
     n_best = -(-topk // COLUMNS) * COLUMNS
-    # Whole spans, and whole steps of a selection: a tile's result must not reach into the next tile.
-    unit = math.lcm(config.span, COLUMNS)
-    step = -(-STEP // unit) * unit
-    x = sort_keys(jnp.zeros((1,), jnp.int32), step)
-    positions, _, best = topk_stage.topk_with_sort_keys(x, visible, n_best, **launch)
+    x = sort_keys(jnp.zeros((1,), jnp.int32), n_first)
+    positions, count, keys, least = topk_stage.topk_with_sort_keys(x, visible, n_best, **launch)
+    best = merge_stage.Best(keys, positions, count, least)
 
-    def one_tile(i: int | Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        start = jnp.full((1,), i * step, jnp.int32)
-        # The least of the best so far is the k-th: what does not beat it is not even written.
-        tile = sort_keys(start, step, jnp.min(best[0], axis=1))
+    def one_tile(i: int | Array, best: merge_stage.Best) -> merge_stage.Best:
+        start = jnp.full((1,), n_first + i * step, jnp.int32)
+        # What does not beat the least of the best so far is not even written.
+        tile = sort_keys(start, step, best.least)
         return merge_stage.merge(best, tile, start, visible, **launch)
 
     # Two tiles a turn: after an odd number of merges the best would have to be copied to where the next turn expects
-    # them. As many turns as the query that sees most needs, which only the run knows; a tile that nobody sees adds
-    # nothing, but no tile begins beyond the last key.
-    result = best, positions
-    n_later = -(-sequences.max_keys // step) - 1
+    # them. As many turns as the query that sees most needs, which only the run knows, and for which the host waits; a
+    # tile that nobody sees adds nothing, but no tile begins beyond the last key.
+    n_later = len(starts) - 1
     if n_later % 2:
-        result = one_tile(1, result)
-    first = 1 + n_later % 2
-    n_turns = (jnp.max(visible) - first * step + 2 * step - 1) // (2 * step)
-    two_tiles = lambda i, best: one_tile(first + 2 * i + 1, one_tile(first + 2 * i, best))  # noqa: E731
-    best, positions = lax.fori_loop(0, n_turns, two_tiles, result)
-    count = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+        best = one_tile(0, best)
+    first = n_later % 2
+    if n_later > 1:
+        n_turns = (jnp.max(visible) - n_first - first * step + 2 * step - 1) // (2 * step)
+        two_tiles = lambda i, best: one_tile(first + 2 * i + 1, one_tile(first + 2 * i, best))  # noqa: E731
+        best = lax.fori_loop(0, n_turns, two_tiles, best)
     if n_best == topk:
-        return positions, count, best if has_sort_keys else None
+        return best.positions, best.n, best.sort_keys if has_sort_keys else None
     # Rows are whole steps of the selection: the topk of those n_best.
-    columns, count, best_keys = _best(best, count, topk, has_sort_keys, launch)
-    positions = jnp.take_along_axis(positions, jnp.maximum(columns, 0), axis=1)
+    columns, count, best_keys = _best(best.sort_keys, best.n, topk, has_sort_keys, launch)
+    positions = jnp.take_along_axis(best.positions, jnp.maximum(columns, 0), axis=1)
     return jnp.where(columns >= 0, positions, -1), count, best_keys
 
 
 def is_for_few(T: int, max_keys: int, topk: int, n_ctas: int) -> bool:
-    """Whether queries are so few that all their sort keys are written, and each part of a row is selected from."""
-    return n_ctas >= T and 2 * topk <= PART and 4 * T * _parts(max_keys) * PART <= MOST_BYTES
+    """Whether queries are so few that all their sort keys are written, and a CTA selects from a row."""
+    return n_ctas >= T and 2 * topk <= WIDTH and 4 * T * _whole(max_keys) <= MOST_BYTES
 
 
-def _parts(max_keys: int) -> int:
-    return -(-max_keys // PART)
+def _whole(n: int) -> int:
+    return -(-n // COLUMNS) * COLUMNS
 
 
 def _of_few(
@@ -132,34 +142,48 @@ def _of_few(
     has_sort_keys: bool,
     launch: dict[str, Any],
 ) -> Found:
-    """`flat` by all sort keys, in whole parts of a row."""
-    T, n, interpret = operands.q.shape[0], _parts(sequences.max_keys) * PART, launch["interpret"]
-    # Spans of two warp-groups fill parts. Several are on their way: a span is soon scored for one query.
-    sizes = scores_stage.Sizes.of(operands)
-    config = scores_stage.heuristic(sizes, n, launch["n_ctas"], n_score=2, n_keys=4)
+    """`flat` by all sort keys, and the greatest of each group of neighbours."""
+    T, n, interpret = operands.q.shape[0], _whole(sequences.max_keys), launch["interpret"]
+    # Several spans are on their way: a span is soon scored for one query. Three warp-groups keep up with memory, but of
+    # few spans a CTA the wider ones come out uneven.
+    sizes = scores_stage.Sizes.of(operands, len(sequences.lengths))
+    n_score = 3 if T * n >= _MANY * launch["n_ctas"] else 2
+    config = scores_stage.heuristic(sizes, n, launch["n_ctas"], n_score=n_score, n_keys=4)
     # No more queries a tile than a sequence has on average: a tile is of one sequence.
-    config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // len(sequences.lengths))))
+    config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // sizes.n_sequences)))
     tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
-    x = scores_stage.scores(operands, Columns(limit=visible, tiles=tiles, n=n), config=config, **launch)
-    # More than are wanted do no harm, and rows are then whole copies of 16 bytes.
-    k = -(-topk // 4) * 4
-    positions, x = few_topk_stage.topk_of_parts(x, visible, k, part=PART, interpret=interpret)
-    while x.shape[1] > PART:
-        # The best of as many parts as fit are listed; so on until all fit.
-        listed = PART // k * k
-        missing = ((0, 0), (0, -x.shape[1] % listed))
-        x = jnp.pad(x, missing, constant_values=INVISIBLE).reshape(-1, listed)
-        positions = jnp.pad(positions, missing, constant_values=-1).reshape(-1, listed)
-        positions, _, keys = few_topk_stage.topk_of_listed(x, positions, k, has_sort_keys=True, interpret=interpret)
-        assert keys is not None
-        positions, x = positions.reshape(T, -1), keys.reshape(T, -1)
-    return few_topk_stage.topk_of_listed(x, positions, topk, has_sort_keys=has_sort_keys, interpret=interpret)
+    # As many neighbours a group as leave room for the best groups; all that a thread of the selection has at most.
+    size = next(size for size in (8, 4, 2) if size * topk <= WIDTH)
+    columns = Columns(limit=visible, tiles=tiles, n=n)
+    x, maxima = scores_stage.scores(operands, columns, config=config, maxima_of=size, **launch)
+    levels, n = [x, maxima], n // size
+    while n > WIDTH:
+        levels.append(_greatest(levels[-1][:, :n], visible, size ** (len(levels) - 1), size))
+        n = levels[-1].shape[1]
+
+    def options(level: int) -> dict[str, Any]:
+        common: Any = dict(size=size, limit=visible, per_column=size**level, interpret=interpret)
+        return common | {"has_sort_keys": has_sort_keys and level == 0}
+
+    highest = len(levels) - 2
+    found = few_topk_stage.topk_by_maxima(*levels[highest:], topk, width=n, **options(highest))
+    for level in reversed(range(highest)):
+        found = few_topk_stage.topk_of_groups(levels[level], found[0], topk, **options(level))
+    return found
+
+
+def _greatest(x: Array, visible: Array, per_column: int, size: int) -> Array:
+    """[T, W] -> [T, W / size, padded], the greatest of neighbours; columns beyond what is visible hold anything."""
+    column = jnp.arange(x.shape[1], dtype=jnp.int32) * per_column
+    x = jnp.where(column < visible[:, None], x, INVISIBLE)
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % (4 * size))), constant_values=INVISIBLE)
+    return jnp.max(x.reshape(len(x), -1, size), axis=2)
 
 
 def _best(x: Array, limit: Array, k: int, has_sort_keys: bool, launch: dict[str, Any]) -> Found:
     """Of rows of sort keys; a row that is chosen whole costs no search where its sort keys are not wanted."""
     if has_sort_keys:
-        return topk_stage.topk_with_sort_keys(x, limit, k, **launch)
+        return topk_stage.topk_with_sort_keys(x, limit, k, **launch)[:3]
     if launch["n_ctas"] >= len(x) and x.shape[1] <= few_topk_stage.MAX_WIDTH:
         return *few_topk_stage.topk(x, limit, k, has_forced=False, interpret=launch["interpret"]), None
     return *topk_stage.topk(x, limit, k, **launch), None

@@ -37,11 +37,12 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Arrays in device memory."""
+    """As `select_row.Output`."""
 
-    best: Ref  # [T, k]
+    sort_keys: Ref  # [T, k]
     positions: Ref  # [T, k]
     count: Ref  # [T]
+    least: Ref  # [T]
 
 
 class Smem(NamedTuple):
@@ -91,7 +92,7 @@ def merge_body(plan: Plan, gmem: Inputs, out: Outputs, smem: Smem) -> None:
                 limit = gmem.limit[t]
                 plgpu.barrier_wait(smem.row_full.at[role])
                 tile = Tile(gmem.masks, gmem.x, t, jnp.clip((limit - start + 31) // 32, 0, plan.W // 32), start)
-                output = select_row.Output(t, out.positions, out.count, out.best)
+                output = select_row.Output(t, out.positions, out.count, out.sort_keys, out.least)
                 if plan.interpret:
                     _choose_reference(plan, smem, role, tile, limit, output)
                 else:
@@ -129,8 +130,10 @@ def _choose(plan: Plan, smem: Smem, group: Array, tile: Tile, out: select_row.Ou
 def _choose_reference(plan: Plan, smem: Smem, group: Array, tile: Tile, limit: Array, out: select_row.Output) -> None:
     """`_choose` in jnp, for interpret mode, which cannot run PTX."""
     columns = jnp.arange(plan.W, dtype=jnp.int32)
-    passed = (tile.masks[tile.t][columns // 32] >> (columns % 32)) & 1
-    new = jnp.where((passed > 0) & (columns < limit - tile.start), tile.x[tile.t], INVISIBLE)
+    words = tile.masks[tile.t][columns // 32]
+    passed, before = (words >> (columns % 32)) & 1, lax.population_count(words & ((1 << columns % 32) - 1))
+    new = tile.x[tile.t][columns // 32 * 32 + before]
+    new = jnp.where((passed > 0) & (columns < limit - tile.start), new, INVISIBLE)
     old, old_positions = (x[group].reshape(-1)[: plan.k] for x in (smem.sort_keys, smem.positions))
     positions = jnp.concatenate([old_positions, tile.start + columns])
     select_row.choose_reference(jnp.concatenate([old, new]), positions, out)

@@ -68,7 +68,10 @@ def why_not(H: int, D: int, block_size: int, dtype: DTypeLike, page_size: int | 
 
 
 def heuristic(H: int, D: int, m: int, block_size: int, itemsize: int, page_size: int | None = None) -> Config | None:
-    """Sort keys of two queries if they fit, else of one, else None. Eight tiles in flight take 0.74 ms, four 0.69."""
+    """Sort keys of two queries if they fit, else of one, else None. Eight tiles in flight take 0.74 ms, four 0.69.
+
+    Of 128 queries, one a CTA, both take 44 us: four tiles are enough for memory, too.
+    """
     # 64 accumulators a thread, and with 128 heads also 32 weights, which leaves room for two warp-groups alone.
     tile_s, n_score = (128, 4) if H <= 64 else (64, 2)
     for n_sort_keys in (2, 1):

@@ -18,6 +18,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import (
     multiply_and_sum,
     store_lanes,
 )
+from hisa_jax.kernels_pallas.mosaic_gpu.topk_body import Outputs
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import (
     HEAD_COLUMN,
     LOADER_REGISTERS,
@@ -142,7 +143,8 @@ def refine_body(plan: Plan, gmem: Inputs, o_gmem: Ref, count_gmem: Ref, smem: Sm
     role = lax.axis_index("warpgroup")
     pl.when(role < plan.n_score)(lambda: score(plan, role, None, smem))
     pl.when(role == plan.n_score)(lambda: load_keys(plan, gmem, smem))
-    pl.when(role == plan.n_score + 1)(lambda: select(plan, None, o_gmem, count_gmem, smem))
+    out = Outputs(o_gmem, count_gmem, None)
+    pl.when(role == plan.n_score + 1)(lambda: select(plan, None, out, smem))
 
 
 def refine_scores_body(plan: Plan, gmem: Inputs, sort_keys_gmem: Ref, smem: Smem) -> None:
@@ -277,7 +279,7 @@ def score(
         wait_all(smem.sort_keys_free, plan.n_sort_keys)
 
 
-def select(plan: Plan, tokens_gmem: Ref | None, o_gmem: Ref, count_gmem: Ref, smem: Smem) -> None:
+def select(plan: Plan, tokens_gmem: Ref | None, outputs: Outputs, smem: Smem) -> None:
     """The best of each query's sort keys, while the other warp-groups score the next query."""
     plgpu.set_max_registers(SELECT_REGISTERS, action="decrease")
     cta = lax.axis_index("cta")
@@ -291,7 +293,7 @@ def select(plan: Plan, tokens_gmem: Ref | None, o_gmem: Ref, count_gmem: Ref, sm
         plgpu.barrier_wait(smem.q_full.at[query_slot])
         plgpu.barrier_wait(smem.sort_keys_full.at[sort_key_slot])
         n_tiles, visible = smem.meta[query_slot, plan.m], smem.meta[query_slot, plan.m + 1]
-        out = select_row.Output(t, o_gmem, count_gmem)
+        out = select_row.Output(t, *outputs)
 
         @pl.when(n_tiles == 0)
         def _keep_all():

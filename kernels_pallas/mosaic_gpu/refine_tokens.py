@@ -7,6 +7,7 @@ engine takes no list of rows: four warps that load, 8 copies of 16 bytes a row.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS, RO
 from hisa_jax.kernels_pallas.mosaic_gpu.refine import Config, smem_of
 from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import META, Inputs, Plan
 from hisa_jax.kernels_pallas.mosaic_gpu.refine_tokens_body import AHEAD, refine_tokens_body
+from hisa_jax.kernels_pallas.mosaic_gpu.topk_body import Outputs
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import SMEM_BYTES
 from hisa_jax.kernels_pallas.operands import Operands
 from hisa_jax.kernels_pallas.types import Interpret
@@ -35,17 +37,8 @@ def heuristic(H: int, D: int, capacity: int, itemsize: int) -> Config | None:
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("k_top", "config", "n_ctas", "interpret"))
 def refine_tokens(
-    operands: Operands,
-    tokens: Array,
-    count: Array,
-    first_row: Array,
-    *,
-    k_top: int,
-    config: Config,
-    n_ctas: int = 132,
-    interpret: Interpret = False,
+    operands: Operands, tokens: Array, count: Array, first_row: Array, *, k_top: int, config: Config, **launch: Any
 ) -> tuple[Array, Array]:
     """Keys [S, D] -> [T, k_top] int32 positions, ascending, then -1; [T] int32 count.
 
@@ -53,7 +46,35 @@ def refine_tokens(
         tokens: [T, n] int32, ascending, then -1; n is a multiple of `config.columns`.
         count: [T] int32, how many there are; of a query with fewer than k_top these are all that it sees.
         first_row: [T] int32, where the query's sequence begins among the rows of all.
+        launch: n_ctas, interpret.
     """
+    positions, n_chosen, _ = _launch(operands, tokens, count, first_row, False, k_top=k_top, config=config, **launch)
+    return positions, n_chosen
+
+
+def refine_tokens_with_sort_keys(
+    operands: Operands, tokens: Array, count: Array, first_row: Array, *, k_top: int, config: Config, **launch: Any
+) -> tuple[Array, Array, Array]:
+    """`refine_tokens` and the [T, k_top] sort keys of what it chose, then `INVISIBLE`; of no listed token anything.
+
+    A list of fewer than k_top is scored, too, and need not be all that its query sees.
+    """
+    return tuple(_launch(operands, tokens, count, first_row, True, k_top=k_top, config=config, **launch))
+
+
+@functools.partial(jax.jit, static_argnames=("with_sort_keys", "k_top", "config", "n_ctas", "interpret"))
+def _launch(
+    operands: Operands,
+    tokens: Array,
+    count: Array,
+    first_row: Array,
+    with_sort_keys: bool,
+    *,
+    k_top: int,
+    config: Config,
+    n_ctas: int = 132,
+    interpret: Interpret = False,
+) -> Outputs:
     q, w, k, k_scale, pages = operands
     (T, H, D), width = q.shape, tokens.shape[1]
     if width % config.columns or config.columns % (AHEAD * config.tile_s):
@@ -83,8 +104,9 @@ def refine_tokens(
         gathers=True,
     )
     n_tiles = -(-count // config.columns) * (config.columns // config.tile_s)
-    # A query that keeps all it sees needs no scores. Where as few are scored as are chosen, k_top may be any tokens.
-    n_tiles = jnp.where(count < k_top, 0, n_tiles)
+    if not with_sort_keys:
+        # A query that keeps all it sees needs no scores. Where as few are scored as are chosen, k_top may be any.
+        n_tiles = jnp.where(count < k_top, 0, n_tiles)
     meta = jnp.stack([n_tiles, count, first_row, jnp.zeros_like(count)], axis=1)
     rows = None if pages is None else jnp.where(tokens >= 0, pages.rows(first_row[:, None] + tokens), -1)
     smem = smem_of(plan)
@@ -92,9 +114,11 @@ def refine_tokens(
         smem = smem._replace(
             k_full=None, landed=plgpu.SMEM((plan.ring, BARRIER_WORDS), jnp.int32), ready=plgpu.Barrier(num_arrivals=1)
         )
-    positions, n_chosen = plgpu.kernel(
+    chosen = jax.ShapeDtypeStruct((T, k_top), jnp.int32)
+    out = Outputs(chosen, jax.ShapeDtypeStruct((T,), jnp.int32), chosen if with_sort_keys else None)
+    return plgpu.kernel(
         functools.partial(refine_tokens_body, plan),
-        out_type=[jax.ShapeDtypeStruct((T, k_top), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)],
+        out_type=[out],
         grid=(plan.n_ctas,),
         grid_names=("cta",),
         num_threads=plan.n_score + 2,
@@ -102,5 +126,4 @@ def refine_tokens(
         scratch_types=[smem],
         kernel_name="hisa_refine_tokens",
         interpret=interpret,
-    )(Inputs(jnp.pad(meta, ((0, 0), (_META - META, 0))), q, w, k, k_scale, tokens, rows))
-    return positions, n_chosen
+    )(Inputs(jnp.pad(meta, ((0, 0), (_META - META, 0))), q, w, k, k_scale, tokens, rows))[0]

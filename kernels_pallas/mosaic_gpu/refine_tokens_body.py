@@ -9,17 +9,17 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_rows as gather
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS, ROWS_PER_WARP, TileRows
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
 from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import META, Inputs, Plan, Smem, copy_query, score, select
+from hisa_jax.kernels_pallas.mosaic_gpu.topk_body import Outputs
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import LOADER_REGISTERS, wait_all
-from hisa_jax.kernels_pallas.types import Ref
 
 # Tiles whose parts of the list are read before those before them are copied: lists come from device memory, which takes
 # as long as four tiles. Not one part a tile: to hand it on in a register would be to wait for it.
 AHEAD = 4
 
 
-def refine_tokens_body(plan: Plan, gmem: Inputs, o_gmem: Ref, count_gmem: Ref, smem: Smem) -> None:
+def refine_tokens_body(plan: Plan, gmem: Inputs, out: Outputs, smem: Smem) -> None:
     #               2 queries   ring of tiles                              1 or 2 rows
-    #   loader  ->   q_full      landed  ->  n_score warp-groups  ->  sort_keys_full  ->  selector  ->  o, count
+    #   loader  ->   q_full      landed  ->  n_score warp-groups  ->  sort_keys_full  ->  selector  ->  out
     #   (4 warps)    q_free  <-  k_free  <-  in turns, a tile each <-  sort_keys_free  <-
     #
     # As `refine_body`, but keys come row by row: each warp of the loader copies a quarter of a tile, and the copies
@@ -38,7 +38,7 @@ def refine_tokens_body(plan: Plan, gmem: Inputs, o_gmem: Ref, count_gmem: Ref, s
     load = load_interpreted if plan.interpret else load_tokens
     pl.when(role < plan.n_score)(lambda: score(plan, role, None, smem, wait))
     pl.when(role == plan.n_score)(lambda: load(plan, gmem, smem))
-    pl.when(role == plan.n_score + 1)(lambda: select(plan, gmem.tokens, o_gmem, count_gmem, smem))
+    pl.when(role == plan.n_score + 1)(lambda: select(plan, gmem.tokens, out, smem))
 
 
 def load_tokens(plan: Plan, gmem: Inputs, smem: Smem) -> None:

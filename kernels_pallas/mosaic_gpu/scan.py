@@ -77,7 +77,7 @@ def _launch(call: FlatCall, heads: ScanHeads, threshold: Array, options: _Option
     group, n = _SLOT // rows, sequences.max_keys
     k = call.k[:, None]
     # Spans of two warp-groups are a power of two, as samples and what selects from them are.
-    sizes = scores_stage.Sizes(-(-T // group), _SLOT, D, 1, k.dtype.itemsize)
+    sizes = scores_stage.Sizes(-(-T // group), _SLOT, D, 1, k.dtype.itemsize, len(sequences.lengths))
     config = scores_stage.heuristic(sizes, n, options.n_ctas, n_score=3 if options.filters else 2)
     # No more than a sequence has on average: a tile is of one sequence.
     config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // (group * len(sequences.lengths)))))

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import sketch_loop
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.sketch_loop import Inputs, Part
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.sketch_loop import Inputs, Outputs, Part
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.sketch_loop_text import ROW_BYTES, STEP, Shape
 from hisa_jax.kernels_pallas.operands import Columns, ScanHeads
 from hisa_jax.kernels_pallas.pages import Pages
@@ -40,13 +40,13 @@ class Config:
             raise ValueError(f"Config(tile_t={self.tile_t}, steps={self.steps}): must be at least 1")
 
 
-def why_not(D: int, itemsize: int, page_size: int | None) -> str | None:
+def why_not(D: int, itemsize: int, page_size: int, sample_step: int) -> str | None:
     """None, or why it cannot scan sketches of keys of D numbers."""
     if itemsize != 1 or D * itemsize != ROW_BYTES:
         return f"needs heads of {ROW_BYTES} numbers in 8 bits, not {D} of {8 * itemsize} bits"
-    if page_size is None or page_size < _LEAST_PAGE:
+    if page_size < _LEAST_PAGE:
         return f"needs pages of {_LEAST_PAGE} tokens or more, not {page_size}"
-    return None
+    return None if sample_step <= STEP else f"needs a sample in {STEP} tokens or more, not in {sample_step}"
 
 
 def heuristic(T: int, n_sequences: int, R: int, n: int, n_ctas: int) -> Config:
@@ -60,7 +60,7 @@ def heuristic(T: int, n_sequences: int, R: int, n: int, n_ctas: int) -> Config:
     return Config(tile_t=tile_t, steps=max(-(-n // (STEP * parts)), 2))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+@functools.partial(jax.jit, static_argnames=("sample_step", "config", "interpret"))
 def scan_sort_keys(
     codes: Array,
     code_scales: Array,
@@ -70,10 +70,13 @@ def scan_sort_keys(
     columns: Columns,
     first: Array | None = None,
     *,
+    sample_step: int,
     config: Config,
     interpret: Interpret = False,
-) -> Array:
+) -> tuple[Array, Array]:
     """[S, 64] uint8, [S, 4] bfloat16, maybe [S] float32 -> [T, n] int32 sort keys of all tokens of each sequence.
+
+    And [T, n / sample_step], those of tokens 0, sample_step, ..., side by side.
 
     Args:
         columns: which queries and keys go together. What is at or beyond a query's limit may be anything.
@@ -93,13 +96,15 @@ def scan_sort_keys(
         table_size=pages.table.shape[0],
         has_scale=k_scale is not None,
         out_columns=n,
+        sample_step=sample_step,
     )
     tiles = columns.tiles
     limit, first = (columns.limit, first) if tiles is None else (None, None)
     inputs = Inputs(heads.q, heads.w, tiles, limit, first, codes, code_scales, k_scale, pages.table)
-    return plgpu.kernel(
+    widths = n, n // sample_step
+    sort_keys, samples = plgpu.kernel(
         functools.partial(_body, shape, config, interpret),
-        out_type=[jax.ShapeDtypeStruct((T, n), jnp.int32)],
+        out_type=[Outputs(*(jax.ShapeDtypeStruct((T, width), jnp.int32) for width in widths))],
         grid=(T if tiles is None else tiles.shape[0], -(-n // (STEP * config.steps))),
         grid_names=("tile", "part"),
         num_threads=1,
@@ -108,9 +113,10 @@ def scan_sort_keys(
         kernel_name="hisa_scan_sketch",
         interpret=interpret,
     )(inputs)[0]
+    return sort_keys, samples
 
 
-def _body(shape: Shape, config: Config, interpret: Interpret, refs: Inputs, o_gmem: Ref, smem: Ref) -> None:
+def _body(shape: Shape, config: Config, interpret: Interpret, refs: Inputs, out: Outputs, smem: Ref) -> None:
     # One CTA, one warp-group:   rows of up to 4 queries -> shared memory, a column a row and group
     #                            table -> page -> 16 bytes of codes a lane -> tensor core -> scales -> relu -> sort keys
     #
@@ -125,12 +131,12 @@ def _body(shape: Shape, config: Config, interpret: Interpret, refs: Inputs, o_gm
     steps = jnp.clip((jnp.minimum(most, shape.out_columns) - token + (STEP - 1)) // STEP, 0, config.steps)
     steps = jnp.where(n_queries > 0, steps, 0)
     if interpret:
-        _reference(shape, config, refs, Part(query, n_queries, row, token, steps), o_gmem)
+        _reference(shape, config, refs, Part(query, n_queries, row, token, steps), out)
     else:
-        sketch_loop.score(shape, refs, Part(query, n_queries, row, token, steps), o_gmem, smem)
+        sketch_loop.score(shape, refs, Part(query, n_queries, row, token, steps), out, smem)
 
 
-def _reference(shape: Shape, config: Config, refs: Inputs, part: Part, o_gmem: Ref) -> None:
+def _reference(shape: Shape, config: Config, refs: Inputs, part: Part, out: Outputs) -> None:
     """`sketch_loop.score` in jnp, for interpret mode, which cannot run PTX."""
     place = jnp.arange(STEP, dtype=jnp.int32)
 
@@ -149,7 +155,10 @@ def _reference(shape: Shape, config: Config, refs: Inputs, part: Part, o_gmem: R
                 x = jnp.where((jnp.arange(shape.n) < shape.n_linear)[:, None] | ~(x < 0), x, 0.0)
                 x = jnp.sum(x * refs.w[t][: shape.n, None], axis=0)
                 x = x if refs.k_scale is None else x * refs.k_scale[...][rows]
-                o_gmem[t, pl.ds(token, STEP)] = sort_key_of(x)
+                out.sort_keys[t, pl.ds(token, STEP)] = sort_key_of(x)
+                n = STEP // shape.sample_step
+                samples = sort_key_of(x).reshape(n, shape.sample_step)[:, 0]
+                out.samples[t, pl.ds(token // shape.sample_step, n)] = samples
 
             pl.when(i < part.n_queries)(one_query)
 

@@ -1,6 +1,7 @@
 """Device code of `scores`: one warp-group loads, the others score, each its own tile of keys."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -56,6 +57,10 @@ class Plan:
         """Keys a copy."""
         return KEYS_PER_WARPGROUP if self.pages is None else min(KEYS_PER_WARPGROUP, self.pages[0])
 
+    def slots(self, n: Array) -> Array:
+        """Of the ring for so many queries."""
+        return n if self.loop.together == 1 else lax.div(n + (self.loop.together - 1), jnp.int32(self.loop.together))
+
     @property
     def n_copies(self) -> int:
         """What arrives at a barrier for an item: its copies."""
@@ -83,6 +88,7 @@ class Outputs(NamedTuple):
 
     sort_keys: Ref | None  # [queries, width] int32; None where groups are filtered
     masks: Ref | None  # [queries, width // 32] int32, with a threshold
+    maxima: Ref | None = None  # [queries, width // Shape.maxima_of] int32, if they are wanted
 
 
 def scores_body(plan: Plan, gmem: Inputs, out: Outputs, smem: Smem) -> None:
@@ -109,10 +115,12 @@ class Work(NamedTuple):
     first: Array  # query
     n: Array  # queries, at least 1
     column: Array  # of the result, where the span's first key goes
+    candidate: Array  # what limits call that key
     key_row: Array  # of the span's first key
 
 
-Carry = tuple[Array, Array]  # items, and queries of items, that this CTA has met so far
+_LAST_WARP = 3  # of the loader, a warp-group
+Carry = tuple[Array, Array]  # items, and slots of queries, that this CTA has met so far
 
 
 def each_item(plan: Plan, gmem: Inputs, f: Callable[[Work, Carry], None]) -> Carry:
@@ -123,65 +131,87 @@ def each_item(plan: Plan, gmem: Inputs, f: Callable[[Work, Carry], None]) -> Car
     """
     cta, width, n_tiles = lax.axis_index("cta"), KEYS_PER_WARPGROUP * plan.n_score, gmem.tiles.shape[0]
     first_column = gmem.first_column[0]
+    fields_of = lambda tile: tuple(gmem.tiles[tile, field] for field in range(4))  # noqa: E731
 
-    def one_tile(tile: Array, state: tuple[Array, Carry]) -> tuple[Array, Carry]:
-        begin, carry = state
-        first, n, key_row, most = (gmem.tiles[tile, field] for field in range(4))
+    def one_tile(tile: Array, state: tuple[Array, Carry, tuple]) -> tuple[Array, Carry, tuple]:
+        begin, carry, (first, n, key_row, most) = state
+        # On its way meanwhile: of few queries a tile is a few items, which take no longer than to wait for it.
+        following = fields_of(jnp.minimum(tile + 1, n_tiles - 1))
         n_seen = lax.div(jnp.maximum(most - first_column, 0) + (width - 1), jnp.int32(width))
         n_seen = jnp.where(n > 0, jnp.minimum(n_seen, plan.n_spans), 0)
 
         def one_span(i: Array, carry: Carry) -> Carry:
             # Spans of one tile of queries are neighbours, so CTAs that run together read the same queries from L2.
             column = (begin + i * plan.n_ctas) * width
-            f(Work(first, n, column, key_row + first_column + column), carry)
-            return carry[0] + 1, carry[1] + n
+            f(Work(first, n, column, first_column + column, key_row + first_column + column), carry)
+            return carry[0] + 1, carry[1] + plan.slots(n)
 
         n_mine = lax.div(jnp.maximum(n_seen - begin, 0) + (plan.n_ctas - 1), jnp.int32(plan.n_ctas))
         carry = lax.fori_loop(0, n_mine, one_span, carry)
         # The next tile's first span is for the CTA after the one that has this tile's last.
         begin = begin - lax.rem(n_seen, jnp.int32(plan.n_ctas))
-        return jnp.where(begin < 0, begin + plan.n_ctas, begin), carry
+        return jnp.where(begin < 0, begin + plan.n_ctas, begin), carry, following
 
     nothing = jnp.int32(0), jnp.int32(0)
     if plan.n_ctas < n_tiles * plan.n_spans:
-        return lax.fori_loop(0, n_tiles, one_tile, (cta, nothing))[1]
+        return lax.fori_loop(0, n_tiles, one_tile, (cta, nothing, fields_of(0)))[1]
     # A CTA has one item at most, and need not look for it.
-    return one_tile(lax.div(cta, jnp.int32(plan.n_spans)), (lax.rem(cta, jnp.int32(plan.n_spans)), nothing))[1]
+    tile = lax.div(cta, jnp.int32(plan.n_spans))
+    return one_tile(tile, (lax.rem(cta, jnp.int32(plan.n_spans)), nothing, fields_of(tile)))[1]
 
 
 def load(plan: Plan, gmem: Inputs, smem: Smem) -> None:
-    """Brings each item's span of keys, then its queries one by one."""
+    """Brings each item's span of keys, and its queries one by one."""
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+    if plan.gathers:
+        # A store by the whole warp-group stands for what only PTX can do.
+        everything = functools.partial(_load_items, plan, gmem, smem, None)
+        everything() if plan.interpret else one_warp(everything)
+    else:
+        plgpu.warp_map(functools.partial(_load_items, plan, gmem, smem))
+
+
+def _load_items(plan: Plan, gmem: Inputs, smem: Smem, warp: Array | None) -> None:
+    """What one warp of the loader brings: the keys of a slot, and the last one queries. None: all of it.
+
+    One warp for all slots would be the limit of few queries: from an item to the next it takes some 230 instructions,
+    most of which wait for the one before, and a look-up of pages.
+    """
+    by = lambda who: (lambda body: body()) if warp is None else pl.when(warp == who)  # noqa: E731
 
     def one_item(work: Work, met: Carry) -> None:
         slot = lax.rem(met[0], jnp.int32(plan.n_keys))
-        # Pages are looked up while the slot is still in use.
-        rows = [] if plan.gathers else _rows_of_copies(plan, gmem.table, work.key_row)
-        plgpu.barrier_wait(smem.k_free.at[slot])
-        if not plan.gathers:
-            _copy_keys(plan, gmem, smem, slot, rows)
-        elif plan.interpret:
-            _gather_keys_interpreted(plan, gmem, smem, slot, work.key_row)
-        else:
-            source, target = Source(gmem.k, gmem.k_scale, gmem.table), Target(smem.k, smem.scale, smem.k_full)
-            copy_rows(source, target, slot, work.key_row)
 
-        def one_query(j, _):
-            slot, t = (met[1] + j) % plan.loop.ring, work.first + j
+        @by(slot)
+        def _keys():
+            # Pages are looked up while the slot is still in use.
+            rows = [] if plan.gathers else _rows_of_copies(plan, gmem.table, work.key_row)
+            plgpu.barrier_wait(smem.k_free.at[slot])
+            if not plan.gathers:
+                _copy_keys(plan, gmem, smem, slot, rows)
+            elif plan.interpret:
+                _gather_keys_interpreted(plan, gmem, smem, slot, work.key_row)
+            else:
+                source, target = Source(gmem.k, gmem.k_scale, gmem.table), Target(smem.k, smem.scale, smem.k_full)
+                copy_rows(source, target, slot, work.key_row)
+
+        def one_slot(j, _):
+            slot = (met[1] + j) % plan.loop.ring
             plgpu.barrier_wait(smem.q_free.at[slot])
-            plgpu.copy_gmem_to_smem(gmem.q.at[t], smem.q.at[slot], smem.q_full.at[slot])
-            plgpu.copy_gmem_to_smem(gmem.w.at[t], smem.w.at[slot, pl.ds(0, gmem.w.shape[1])], smem.q_full.at[slot])
+            for i in range(plan.loop.together):
+                # A slot that is not full ends with any query: its scores are not written.
+                t = jnp.minimum(work.first + j * plan.loop.together + i, gmem.q.shape[0] - 1)
+                heads, words = (pl.ds(i * n, n) for n in (plan.loop.H, gmem.w.shape[1]))
+                plgpu.copy_gmem_to_smem(gmem.q.at[t], smem.q.at[slot, heads], smem.q_full.at[slot])
+                plgpu.copy_gmem_to_smem(gmem.w.at[t], smem.w.at[slot, words], smem.q_full.at[slot])
             return _
 
-        lax.fori_loop(0, work.n, one_query, None)
+        by(_LAST_WARP)(lambda: lax.fori_loop(0, plan.slots(work.n), one_slot, None) and None)
 
-    def all_items() -> None:
-        each_item(plan, gmem, one_item)
-        wait_all(smem.k_free, plan.n_keys)
-        wait_all(smem.q_free, plan.loop.ring)
-
-    # A store by the whole warp-group stands for what only PTX can do.
-    all_items() if plan.gathers and plan.interpret else one_warp(all_items)
+    each_item(plan, gmem, one_item)
+    for slot in range(plan.n_keys):
+        by(slot)(functools.partial(plgpu.barrier_wait, smem.k_free.at[slot]))
+    by(_LAST_WARP)(lambda: wait_all(smem.q_free, plan.loop.ring))
 
 
 def _copy_keys(plan: Plan, gmem: Inputs, smem: Smem, slot: Array, rows: list[Ref]) -> None:
@@ -248,7 +278,7 @@ def score(plan: Plan, gmem: Inputs, group: Array, per_query: PerQuery, smem: Sme
             n_before=met[1],
             first=work.first,
             column=column,
-            candidate=gmem.first_column[0] + column,
+            candidate=work.candidate + group * KEYS_PER_WARPGROUP,
         )
         if plan.interpret:
             score_queries_reference(plan.loop, item, smem, per_query, plan.interpret)

@@ -9,8 +9,8 @@ most of the 4.3 ms is stages (copy, scores, softmax, values) that wait for each 
 A CTA takes 64 heads of a query, one CTA an SM, persistent over queries. Warp-groups: one that copies, one that scores,
 two with half of the value columns each. With few queries (decode) lists are split and `combine` adds up the parts.
 
-Latents in 8 bits are 656 bytes a token in place of 1152; the warp-group that copies makes them bfloat16 in their slot.
-A tile of 64 tokens takes a warp of it 1165 instructions, and 8750 cycles, where products of a tile take 2176.
+Latents in 8 bits are 656 bytes a token in place of 1152; the warp-group that copies makes them bfloat16 in their slot,
+by some 1000 instructions a warp for a tile, where products of a tile take 2176 cycles.
 """
 
 import dataclasses
@@ -38,13 +38,9 @@ from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import (
     Smem,
 )
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import tiled
-from hisa_jax.kernels_pallas.triton.sparse_mla import combine
+from hisa_jax.kernels_pallas.triton.combine import combine
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.latents import QuantizedLatents
-
-# Up to so many lists a CTA, all roles count what each holds: one launch in place of three. With more a fusion counts
-# once, where counting would hold up each role 0.4 us a list.
-_COUNTED = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,21 +115,9 @@ def sparse_mla(
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS, value_dim), o_dtype),
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS), jnp.float32),
     ]
-    # Of parts of lists a fusion counts, too: with what adds them up, these are launches enough for XLA to make a graph.
-    counts = n_splits == 1 and plan.n_items <= _COUNTED * plan.n_ctas
-    n_pairs = None if counts else pairs_of(indices, plan)
-    partial, lse = _launch(plan, out_type, Inputs(n_pairs, indices, q, kv))
-    o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse)
-    return o[:, :N].astype(q.dtype).reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
-
-
-def pairs_of(indices: Array, plan: Plan) -> Array:
-    """[n_splits * T] int32: pairs of tiles up to the last token of each list, one at least, so that all roles agree."""
-    K = indices.shape[1]
-    is_real = (indices >= 0) & (indices < plan.keys)
-    used = jnp.max(jnp.where(is_real, jnp.arange(1, K + 1, dtype=jnp.int32)[None, :], 0), axis=1)
-    first = jnp.arange(plan.n_splits, dtype=jnp.int32)[:, None] * plan.pairs
-    return jnp.clip((used[None, :] + PAIR - 1) // PAIR - first, 1, plan.pairs).reshape(-1)
+    partial, lse = _launch(plan, out_type, Inputs(indices, q, kv))
+    o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse, q.dtype, bool(interpret))
+    return o[:, :N].reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
 
 
 def _launch(plan: Plan, out_type: list, inputs: Inputs) -> list[Array]:
@@ -159,12 +143,12 @@ def _smem(dtype: DTypeLike, interpret: bool) -> Smem:
         k_free=barrier(num_arrivals=2, num_barriers=SLOTS * len(PARTS)),
         k_full=barrier(num_barriers=SLOTS) if interpret else None,
         k=smem((SLOTS, TOKENS, KEY_DIM), dtype, transforms=tile),
-        landed=None if interpret else smem((SLOTS * len(PARTS), BARRIER_WORDS), jnp.int32),
+        landed=None if interpret else smem((SLOTS * len(PARTS) + 1, BARRIER_WORDS), jnp.int32),
         p_full=barrier(num_barriers=SLOTS),
         q_free=barrier(),
         q_full=barrier(),
         q=smem((1, HEADS, KEY_DIM), dtype, transforms=tile),
         ready=None if interpret else barrier(),
         total=smem((SLOTS, HEADS), jnp.float32),
-        turn=None if interpret else smem((1,), jnp.int32),
+        turn=None if interpret else smem((SLOTS, 1), jnp.int32),
     )

@@ -1,7 +1,7 @@
 """The stages of `indexer.Stages`, by Mosaic GPU kernels; pooling, narrow selections and lists are Triton's."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -19,29 +19,32 @@ from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens as refine_tokens_st
 from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens_few as refine_few_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scan as scan_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scan_sketch as sketch_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import scan_slopes as slopes_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scores as scores_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk as topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import topk_few as few_topk_stage
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, KeyBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
+from hisa_jax.kernels_pallas.scan_samples import Samples
 from hisa_jax.kernels_pallas.select_shard import Found
 from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.triton import kept_means, page_means, pool_scores
 from hisa_jax.kernels_pallas.triton import pool as pool_stage
+from hisa_jax.kernels_pallas.triton import scan_heads as heads_stage
 from hisa_jax.kernels_pallas.triton import stages as triton_stages
 from hisa_jax.kernels_pallas.triton import topk as narrow_topk_stage
 from hisa_jax.kernels_pallas.triton.pool_scores import pools_where_scored
-from hisa_jax.kernels_pallas.triton.stages import kth, scan_heads, within, within_budget
+from hisa_jax.kernels_pallas.triton.stages import kth, within, within_budget
 from hisa_jax.kernels_pallas.tuning import tuned
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.methods import BlockSparse, Hisa, Scan, has_ratio
 
 __all__ = [
-    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth", "list_best",
-    "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_heads", "scan_masks",
-    "scan_sort_keys", "units", "within", "within_budget",
+    "best_columns", "best_in_blocks", "best_listed", "best_samples", "best_tokens", "block_filter", "block_sort_keys",
+    "flat", "kth", "list_best", "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens",
+    "scan_all", "scan_heads", "scan_masks", "scan_sort_keys", "units", "within", "within_budget",
 ]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
@@ -84,10 +87,13 @@ def block_filter(
     interpret: Interpret = False,
 ) -> Array:
     limit, m = eligible.scored, method.block_topk
-    sort_keys = block_sort_keys(call, means, limit, method, interpret)
+    if _are_kept(means, call):
+        # What a query sees is counted in tokens as it came: no kernel before it makes blocks of them.
+        sort_keys = _kept_scores(call, means, call.visible, method, method.block_size, interpret)
+    else:
+        sort_keys = block_sort_keys(call, means, limit, method, interpret)
     if _are_few(sort_keys):
         # It takes all that a query sees, scored or not, where there is room: no kernel after it puts them there.
-        # What a query sees is counted in tokens as it came: no kernel before it makes blocks of them.
         options: Any = dict(per_column=method.block_size, is_full=True, interpret=interpret)
         return few_topk_stage.topk(sort_keys, call.visible, m, **options)[0]
     if sort_keys.shape[1] <= _NARROW:
@@ -111,10 +117,8 @@ def block_sort_keys(
     if isinstance(means, PageSums):
         first_block = sequences.key_start_of_queries(T)
         return page_means.page_scores(q, w, means, first_block, columns, interpret=bool(interpret))
-    if isinstance(means, PageMeans) and is_shared_by_few(len(sequences.lengths), T):
-        first_block, kept = sequences.key_start_of_queries(T), kept_means.heuristic(T, sequences.max_keys, n_ctas)
-        options: Any = {"config": kept, "interpret": bool(interpret)}
-        return kept_means.kept_scores(q, w, means, first_block, columns, **options)
+    if _are_kept(means, call):
+        return _kept_scores(call, means, eligible, method, 1, interpret)
     pages = means.rows if isinstance(means, PageMeans) else None
     parts, scale = (means.means, means.scales) if isinstance(means, PageMeans) else means
     rows, sequences = (None, sequences) if pages else sequences.aligned(parts.shape[0], _TILED_ROWS)
@@ -122,11 +126,31 @@ def block_sort_keys(
         parts, scale = parts[rows], None if scale is None else scale[rows]
     operands = Operands(q, w, parts, scale, pages)
     config = scores_stage.heuristic(
-        scores_stage.Sizes.of(operands), sequences.max_keys, n_ctas, n_keys=2 if pages else 1
+        scores_stage.Sizes.of(operands, len(sequences.lengths)), sequences.max_keys, n_ctas, n_keys=2 if pages else 1
     )
     tiles = sequences.query_tiles(T, config.tile_t, eligible, COLUMNS)
     columns = dataclasses.replace(columns, tiles=tiles, n=sequences.max_keys)
     return scores_stage.scores(operands, columns, config=config, n_ctas=n_ctas, interpret=interpret)
+
+
+def _are_kept(means: Means | KeyBlocks | PageSums | PageMeans, call: FlatCall) -> TypeGuard[PageMeans]:
+    """Whether means are fetched from where pages keep them, for each query by itself."""
+    return isinstance(means, PageMeans) and is_shared_by_few(len(call.sequences.lengths), call.q.shape[0])
+
+
+def _kept_scores(
+    call: FlatCall,
+    means: PageMeans,
+    limit: Array,
+    method: Hisa | BlockSparse | ByScore,
+    per_column: int,
+    interpret: Interpret,
+) -> Array:
+    T, sequences = call.q.shape[0], call.sequences.blocks(method.block_size)
+    columns = Columns(limit=limit, n=sequences.max_keys, keep_first=method.keep_first, keep_last=method.keep_last)
+    config = kept_means.heuristic(T, sequences.max_keys, n_sms())
+    options: Any = {"config": config, "per_column": per_column, "interpret": bool(interpret)}
+    return kept_means.kept_scores(call.q, call.w, means, sequences, columns, **options)
 
 
 def best_columns(x: Array, limit: Array, k: int, interpret: Interpret = False) -> Found:
@@ -134,7 +158,7 @@ def best_columns(x: Array, limit: Array, k: int, interpret: Interpret = False) -
         columns, _, sort_keys = narrow_topk_stage.topk_with_sort_keys(x, limit, k, interpret=bool(interpret))
     else:
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % COLUMNS)), constant_values=INVISIBLE)
-        columns, _, sort_keys = topk_stage.topk_with_sort_keys(x, limit, k, n_ctas=n_sms(), interpret=interpret)
+        columns, _, sort_keys, _ = topk_stage.topk_with_sort_keys(x, limit, k, n_ctas=n_sms(), interpret=interpret)
     return sort_keys, columns
 
 
@@ -200,6 +224,11 @@ def flat(call: FlatCall, topk: int, interpret: Interpret = False) -> tuple[Array
     return flat_stage.flat(call.operands, call.visible, call.sequences, **options)
 
 
+def is_flat_where_all_kept(call: FlatCall) -> bool:
+    """4096 queries of 8K take 0.48 ms by the flat indexer, 0.50 by `refine`; few would fill fewer multiprocessors."""
+    return call.q.shape[0] > n_sms() and call.sequences.max_keys <= flat_stage.ONE_TILE
+
+
 def way_of_scan(call: FlatCall, topk: int) -> scan.Way:
     """Few queries of few requests are the flat indexer's: it reads what a scan does, or hardly more, in fewer launches.
 
@@ -219,27 +248,47 @@ def best_tokens(call: FlatCall, k: int, interpret: Interpret = False) -> Found:
     return sort_keys, positions
 
 
-def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
-    """`scan.scan_sort_keys`; of sketches `scan_sketch.scan_sort_keys`, or Triton's for samples and what it declines.
+def scan_heads(call: FlatCall, method: Scan, interpret: Interpret = False, samples: Samples | None = None) -> ScanHeads:
+    """Triton's, by the slopes of `scan_slopes`."""
+    _, H, D = call.q.shape
+    if method.slopes == "plain" or slopes_stage.why_not(H, D, call.k.dtype.itemsize):
+        return triton_stages.scan_heads(call, method, interpret, samples)
+    operands, first = triton_stages.sampled(call, samples)
+    options: Any = dict(is_sample=samples is not None, interpret=interpret)
+    slopes = slopes_stage.scan_slopes(operands, call.visible, first, **options)
+    return heads_stage.scan_heads(operands, call.visible, first, method, slopes, interpret=bool(interpret))
 
-    A CTA of `scan_sketch` reads the sketches for four queries at most, so many queries are Triton's, too: they are
-    where all keys are samples, of fewer than 1024 candidates.
-    """
+
+def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
+    """By the kernel of `scores`; of sketches Triton's: many queries are, where all keys are samples, or few samples."""
     if call.sketch is not None:
-        (T, R, D), pages, sequences = heads.q.shape, call.pages, call.sequences
-        reason = sketch_stage.why_not(D, heads.q.dtype.itemsize, None if pages is None else pages.size)
-        if step > 1 or T > scan.FEW or pages is None or reason is not None:
-            return triton_stages.scan_sort_keys(call, heads, step, bool(interpret))
-        config = sketch_stage.heuristic(T, len(sequences.lengths), R, sequences.max_keys, n_sms())
-        columns, first = Columns(limit=call.visible, n=sequences.max_keys), None
-        if config.tile_t > 1:
-            tiles = sequences.query_tiles(T, config.tile_t, call.visible, sketch_stage.STEP)
-            columns = dataclasses.replace(columns, tiles=tiles)
-        else:
-            first = sequences.key_start_of_queries(T)
-        sketched: Any = (call.sketch.codes, call.sketch.code_scales, call.k_scale, pages)
-        return sketch_stage.scan_sort_keys(*sketched, heads, columns, first, config=config, interpret=interpret)
+        return triton_stages.scan_sort_keys(call, heads, step, bool(interpret))
     return scan_stage.scan_sort_keys(call, heads, step, n_ctas=n_sms(), interpret=interpret)
+
+
+def best_samples(call: FlatCall, sort_keys: Array, n: Array, k: int, interpret: Interpret = False) -> Array:
+    if call.sketch is not None:
+        # Triton's do not end with `INVISIBLE`, as rows of `topk` have to.
+        there = jnp.arange(sort_keys.shape[1], dtype=jnp.int32)[None, :] < n[:, None]
+        sort_keys = jnp.where(there, sort_keys, INVISIBLE)
+    return best_columns(sort_keys, n, k, interpret)[0]
+
+
+def scan_all(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> tuple[Array, Array | None]:
+    """`scan_sketch.scan_sort_keys`, or Triton's of sketches that it declines; of keys `scan.scan_sort_keys`."""
+    (T, R, D), pages, sequences = heads.q.shape, call.pages, call.sequences
+    if call.sketch is None or pages is None or sketch_stage.why_not(D, heads.q.dtype.itemsize, pages.size, step):
+        return scan_sort_keys(call, heads, 1, interpret), None
+    config = sketch_stage.heuristic(T, len(sequences.lengths), R, sequences.max_keys, n_sms())
+    columns, first = Columns(limit=call.visible, n=sequences.max_keys), None
+    if config.tile_t > 1:
+        tiles = sequences.query_tiles(T, config.tile_t, call.visible, sketch_stage.STEP)
+        columns = dataclasses.replace(columns, tiles=tiles)
+    else:
+        first = sequences.key_start_of_queries(T)
+    sketched: Any = (call.sketch.codes, call.sketch.code_scales, call.k_scale, pages)
+    options: Any = dict(sample_step=step, config=config, interpret=interpret)
+    return sketch_stage.scan_sort_keys(*sketched, heads, columns, first, **options)
 
 
 def scan_masks(call: FlatCall, heads: ScanHeads, threshold: Array, method: Scan, interpret: Interpret = False) -> Array:
@@ -259,13 +308,18 @@ def list_tokens(
 
 
 def list_best(
-    sort_keys: Array, visible: Array, ask: scan.Ask, method: Scan, interpret: Interpret = False
+    sort_keys: Array,
+    samples: Array | None,
+    visible: Array,
+    ask: scan.Ask,
+    method: Scan,
+    interpret: Interpret = False,
 ) -> tuple[Array, Array]:
     """`list_best.list_best`, or Triton's for rows that it declines."""
-    if list_best_stage.why_not(sort_keys.shape[1], ask.step):
-        return triton_stages.list_best(sort_keys, visible, ask, method, bool(interpret))
+    if list_best_stage.why_not(sort_keys.shape[1], ask):
+        return triton_stages.list_best(sort_keys, samples, visible, ask, method, bool(interpret))
     options: Any = dict(keep_first=method.keep_first, keep_last=method.keep_last, interpret=interpret)
-    return list_best_stage.list_best(sort_keys, visible, ask, **options)
+    return list_best_stage.list_best(sort_keys, visible, ask, samples, **options)
 
 
 def refine_tokens(
@@ -286,6 +340,23 @@ def refine_tokens(
     return refine_tokens_stage.refine_tokens(call.operands, tokens, count, first_row, **options)
 
 
+def best_listed(call: FlatCall, tokens: Array, count: Array, k: int, interpret: Interpret = False) -> Found:
+    """`refine_tokens.refine_tokens_with_sort_keys`; where that declines or queries are few, scores and then a top-k."""
+    (T, H, D), n_ctas = call.q.shape, n_sms()
+    config = refine_tokens_stage.heuristic(H, D, tokens.shape[1], call.k.dtype.itemsize)
+    if config is None or n_ctas > T:
+        sort_keys, tokens = _listed_scores(call, tokens, count, interpret)
+        listed = KeptBlocks(ids=tokens, visible=call.visible, first=jnp.zeros_like(count), size=1)
+        positions, _, best = narrow_topk_stage.topk_with_sort_keys(
+            sort_keys, count, k, listed, interpret=bool(interpret)
+        )
+        return best, positions
+    options: Any = dict(k_top=k, config=config, n_ctas=n_ctas, interpret=interpret)
+    lists = tokens, count, call.sequences.key_start_of_queries(T)
+    positions, _, best = refine_tokens_stage.refine_tokens_with_sort_keys(call.operands, *lists, **options)
+    return best, positions
+
+
 def _listed_scores(call: FlatCall, tokens: Array, count: Array, interpret: Interpret) -> tuple[Array, Array]:
     """`refine_tokens_few.refine_tokens_scores`, or Triton's of what that declines; and tokens in as many columns."""
     T, H, D = call.q.shape
@@ -304,7 +375,7 @@ def units(call: FlatCall, method: BlockSparse, interpret: Interpret = False) -> 
     if H == 1:
         return triton_stages.units(call, method, bool(interpret))
     operands, n = call.operands._replace(k=call.k[:, None]), -(-sequences.max_keys // COLUMNS) * COLUMNS
-    config = scores_stage.heuristic(scores_stage.Sizes.of(operands), n, n_ctas, n_score=3)
+    config = scores_stage.heuristic(scores_stage.Sizes.of(operands, len(sequences.lengths)), n, n_ctas, n_score=3)
     tiles = sequences.query_tiles(T, config.tile_t, call.visible, COLUMNS)
     columns = Columns(limit=call.visible, tiles=tiles, n=n)
     sort_keys: Array = scores_stage.scores(operands, columns, config=config, n_ctas=n_ctas, interpret=interpret)

@@ -46,20 +46,22 @@ def topk(x: Array, limit: Array, k: int, *, n_ctas: int = 132, interpret: Interp
 
 def topk_with_sort_keys(
     x: Array, limit: Array, k: int, *, n_ctas: int = 132, interpret: Interpret = False
-) -> tuple[Array, Array, Array]:
-    """`topk` and the [T, k] sort keys of what it chose, `INVISIBLE` where nothing is chosen."""
-    columns, count, sort_keys = _launch(x, limit, k, True, n_ctas, interpret)
-    return columns, count, sort_keys
+) -> tuple[Array, Array, Array, Array]:
+    """`topk` with the [T, k] sort keys of what it chose, and [T] `least`: see `select_row.Output`."""
+    columns, count, sort_keys, least = _launch(x, limit, k, True, n_ctas, interpret)
+    return columns, count, sort_keys, least
 
 
 @functools.partial(jax.jit, static_argnames=("k", "with_sort_keys", "n_ctas", "interpret"))
-def _launch(x: Array, limit: Array, k: int, with_sort_keys: bool, n_ctas: int, interpret: Interpret) -> Outputs:
+def _launch(x: Array, limit: Array, k: int, with_sort_keys: bool, n_ctas: int, interpret: Interpret) -> tuple:
     T, W = x.shape
     if W % COLUMNS:
         raise ValueError(f"topk: x has rows of {W} sort keys, wanted a multiple of {COLUMNS}")
     plan = Plan(T=T, W=W, k=k, n_select=rows_at_a_time(W), n_ctas=min(n_ctas, T), interpret=interpret)
-    rows = jax.ShapeDtypeStruct((T, k), jnp.int32)
-    out = Outputs(rows, jax.ShapeDtypeStruct((T,), jnp.int32), rows if with_sort_keys else None)
+    rows, each = jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)
+    out: tuple = Outputs(rows, each, rows if with_sort_keys else None)
+    if with_sort_keys:
+        out = *out, each  # `least`
     smem = Smem(
         row_free=plgpu.Barrier(num_arrivals=1, num_barriers=plan.n_select),
         row_full=plgpu.Barrier(num_arrivals=1, num_barriers=plan.n_select),

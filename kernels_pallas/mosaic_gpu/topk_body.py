@@ -55,7 +55,7 @@ class Smem(NamedTuple):
     sort_keys: Ref  # [n_select, W / LINE, LINE]
 
 
-def topk_body(plan: Plan, limit_gmem: Ref, x_gmem: Ref, out: Outputs, smem: Smem) -> None:
+def topk_body(plan: Plan, limit_gmem: Ref, x_gmem: Ref, out: tuple, smem: Smem) -> None:
     #   loader  ->  row_full[g]  ->  warp-group g: range, counts, output  ->  positions, count
     #           <-  row_free[g]  <-
     #
@@ -87,7 +87,7 @@ def load(plan: Plan, x_gmem: Ref, smem: Smem) -> None:
     wait_all(smem.row_free, plan.n_select)
 
 
-def select(plan: Plan, group: Array, limit_gmem: Ref, out: Outputs, smem: Smem) -> None:
+def select(plan: Plan, group: Array, limit_gmem: Ref, out: tuple, smem: Smem) -> None:
     """The best of this warp-group's rows."""
     cta, step = lax.axis_index("cta"), select_row.COLUMNS
     plgpu.barrier_arrive(smem.row_free.at[group])
@@ -113,7 +113,7 @@ def select(plan: Plan, group: Array, limit_gmem: Ref, out: Outputs, smem: Smem) 
             limit = limit_gmem[t]
             plgpu.barrier_wait(smem.row_full.at[group])
             # Where all are chosen there is nothing to search for, unless their sort keys are wanted, too.
-            keeps_all = (limit <= plan.k) & (out.sort_keys is None)
+            keeps_all = (limit <= plan.k) & (output.sort_keys is None)
             pl.when(keeps_all)(lambda: select_row.write_prefix(output, limit, plan.interpret))
             pl.when(~keeps_all)(lambda: _choose(limit))
             release(plan, smem.row_free.at[group])

@@ -29,7 +29,6 @@ class _Plan:
     """The static numbers of a launch."""
 
     shape: Shape
-    n_parts: int  # rows of a query
     per_column: int  # what a limit counts of each column
     block_size: int  # of blocks that columns are of
     interpret: object
@@ -57,21 +56,82 @@ def topk(
     """
     ids, size = (None, 1) if kept is None else (kept.ids, kept.size)
     options: dict[str, Any] = dict(is_full=is_full, has_forced=has_forced, block_size=size, interpret=interpret)
-    options["per_column"] = per_column
-    return _launch(x, limit, ids, k, **options)[:2]
+    return _launch(x, limit, ids, k, per_column=per_column, **options)[:2]
 
 
-def topk_of_parts(x: Array, limit: Array, k: int, *, part: int, interpret: Interpret = False) -> tuple[Array, Array]:
-    """[T, n * part] sort keys, none forced, [T] -> the k best of each part of a row: [T, n * k] columns and sort keys.
+@functools.partial(jax.jit, static_argnames=("k", "size", "width", "per_column", "has_sort_keys", "interpret"))
+def topk_by_maxima(
+    x: Array,
+    maxima: Array,
+    k: int,
+    *,
+    size: int,
+    limit: Array,
+    width: int,
+    per_column: int = 1,
+    has_sort_keys: bool = False,
+    interpret: Interpret = False,
+) -> tuple[Array, Array, Array | None]:
+    """[T, W] sort keys, none forced, the greatest of each `size` neighbours -> of the k best [T, k], count, sort keys.
 
-    Columns ascend in each part; where there are fewer, -1 and `INVISIBLE`.
+    Of the k best groups by their greatest, the lower of those that tie, the k best are those of the whole row: each
+    group has one that is no less than any of other groups, and those that tie with such come before them.
+
+    Args:
+        size: 2, 4 or 8.
+        limit: [T] int32, columns from limit / per_column on, rounded up, are no candidates, whatever they hold.
+        width: groups from here on are not looked at.
     """
-    T, W = x.shape
-    n = W // part
-    options: dict[str, Any] = dict(n_parts=n, has_forced=False, has_sort_keys=True, interpret=interpret)
-    columns, _, sort_keys = _launch(x.reshape(T * n, part), limit, None, k, **options)
-    assert sort_keys is not None
-    return columns.reshape(T, n * k), sort_keys.reshape(T, n * k)
+    T = len(x)
+    of_groups, of_columns = select_few.shape_of(width, k), select_few.shape_of(k * size, k)
+    n_threads = max(of_groups.n_threads, of_columns.n_threads)
+    of_groups = dataclasses.replace(of_groups.of_threads(n_threads), has_forced=False)
+    of_columns = dataclasses.replace(
+        of_columns.of_threads(n_threads), has_forced=False, group=size, has_sort_keys=has_sort_keys
+    )
+    _check(maxima, width)
+    _check(x, k * size)
+    options: dict[str, Any] = dict(block_size=1, interpret=interpret)
+    plans = (
+        _Plan(shape=of_groups, per_column=per_column * size, **options),
+        _Plan(shape=of_columns, per_column=per_column, **options),
+    )
+    rows, count = jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)
+    out = Outputs(rows, count, None), Outputs(rows, count, rows if has_sort_keys else None)
+    smem_bytes = max(of_groups.smem_bytes, of_columns.smem_bytes)
+    return plgpu.kernel(
+        functools.partial(_by_maxima_body, *plans),
+        out_type=[out],
+        grid=(T,),
+        grid_names=("row",),
+        num_threads=1 if interpret else n_threads // 128,
+        thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM((smem_bytes // 4,), jnp.int32)],
+        kernel_name="hisa_topk",
+        interpret=interpret,
+    )(limit, maxima, x)[0][1]
+
+
+def topk_of_groups(
+    x: Array,
+    groups: Array,
+    k: int,
+    *,
+    size: int,
+    limit: Array,
+    per_column: int = 1,
+    has_sort_keys: bool = False,
+    interpret: Interpret = False,
+) -> tuple[Array, Array, Array | None]:
+    """[T, W] sort keys, none forced -> of the k best in listed groups of neighbours [T, k], count [T], sort keys.
+
+    Args:
+        groups: [T, n] int32, ascending, then -1: group g is columns size * g and after, of which some are candidates.
+        size: 2, 4 or 8.
+        limit: [T] int32, columns from limit / per_column on, rounded up, are no candidates, whatever they hold.
+    """
+    options: dict[str, Any] = dict(group=size, has_forced=False, has_sort_keys=has_sort_keys, interpret=interpret)
+    return _launch(x, limit, groups, k, per_column=per_column, **options)
 
 
 def topk_of_listed(
@@ -95,26 +155,29 @@ def topk_of_listed(
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "k", "n_parts", "per_column", "block_size", "is_full", "is_listed", "has_forced", "has_sort_keys", "interpret",
+        *("k", "group", "per_column", "block_size", "interpret"),
+        *("is_full", "is_listed", "has_forced", "has_sort_keys"),
     ),
-)  # fmt: skip
+)
 def _launch(
     x: Array,
     limit: Array | None,
     ids: Array | None,
     k: int,
     *,
-    n_parts: int = 1,
+    group: int = 0,
     per_column: int = 1,
     block_size: int = 1,
     interpret: Interpret,
     **flags: bool,
 ) -> tuple[Array, Array, Array | None]:
     T, W = x.shape
-    if W % 4 or W > MAX_WIDTH:
-        raise ValueError(f"topk: x has rows of {W} sort keys, wanted a multiple of 4 up to {MAX_WIDTH}")
-    shape = dataclasses.replace(select_few.shape_of(W, k), **flags)
-    plan = _Plan(shape=shape, n_parts=n_parts, per_column=per_column, block_size=block_size, interpret=interpret)
+    if group:
+        assert ids is not None
+        W = group * ids.shape[1]
+    _check(x, W)
+    shape = dataclasses.replace(select_few.shape_of(W, k), group=group, **flags)
+    plan = _Plan(shape=shape, per_column=per_column, block_size=block_size, interpret=interpret)
     rows, count = jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)
     return plgpu.kernel(
         functools.partial(_body, plan),
@@ -129,25 +192,48 @@ def _launch(
     )(limit, ids, x)[0]
 
 
+def _check(x: Array, n_columns: int) -> None:
+    if x.shape[1] % 4 or n_columns % 4 or n_columns > MAX_WIDTH:
+        raise ValueError(f"topk: x has rows of {n_columns} sort keys, wanted a multiple of 4 up to {MAX_WIDTH}")
+
+
 def _body(plan: _Plan, limit_gmem: Ref | None, ids_gmem: Ref | None, x_gmem: Ref, out: Outputs, smem: Ref) -> None:
     # One CTA, one row:   sort keys -> registers -> range -> bins -> the bin of the threshold -> threshold -> o, count
     #
-    # A row may be a part of a query's: its columns are then counted from where the part begins.
+    # Groups of a longer row are loaded in the order of their list.
+    limit = jnp.int32(plan.shape.width) if limit_gmem is None else limit_gmem[lax.axis_index("row")]
+    _choose(plan, limit, ids_gmem, x_gmem, out, smem)
+
+
+def _by_maxima_body(
+    of_groups: _Plan, of_columns: _Plan, limit_gmem: Ref, maxima_gmem: Ref, x_gmem: Ref, out: tuple, smem: Ref
+) -> None:
+    # One CTA, one row:   the greatest of each group -> the best groups -> their sort keys -> o, count
+    groups_out, columns_out = out
+    limit = limit_gmem[lax.axis_index("row")]
+    _choose(of_groups, limit, None, maxima_gmem, groups_out, smem)
+    _choose(of_columns, limit, groups_out.positions, x_gmem, columns_out, smem)
+
+
+def _choose(plan: _Plan, limit: Array, ids_gmem: Ref | None, x_gmem: Ref, out: Outputs, smem: Ref) -> None:
     t, shape = lax.axis_index("row"), plan.shape
-    query, first = (t, jnp.int32(0)) if plan.n_parts == 1 else (t // plan.n_parts, t % plan.n_parts * shape.width)
-    limit = jnp.int32(shape.width) if limit_gmem is None else limit_gmem[query]
     if plan.per_column > 1:
         limit = lax.div(limit + (plan.per_column - 1), jnp.int32(plan.per_column))
-    limit, output = limit - first, select_row.Output(t, *out)
+    output, row = select_row.Output(t, *out), Row(x_gmem, t, x_gmem.shape[1])
     if not plan.interpret:
         ids = None if ids_gmem is None else Row(ids_gmem, t, ids_gmem.shape[1])
-        select_few.choose(shape, Row(x_gmem, t, shape.width), limit, first, ids, plan.block_size, smem, output)
+        select_few.choose(shape, row, limit, ids, plan.block_size, smem, output)
         return
-    columns = jnp.arange(shape.width, dtype=jnp.int32)
-    positions = columns + first
-    if ids_gmem is not None:
+    positions = columns = jnp.arange(shape.width, dtype=jnp.int32)
+    sort_keys = jnp.where(shape.is_full & (limit <= shape.k), 0, x_gmem[t])
+    sort_keys = sort_keys if shape.group else sort_keys[: shape.width]
+    if shape.group:
+        assert ids_gmem is not None
+        first = ids_gmem[t, :][columns // shape.group] * shape.group
+        positions = columns = jnp.where(first < 0, limit, first + columns % shape.group)
+        sort_keys = sort_keys[jnp.minimum(columns, x_gmem.shape[1] - 1)]
+    elif ids_gmem is not None:
         ids = ids_gmem[t]
         of_block = jnp.minimum(columns // plan.block_size, ids.shape[0] - 1)
         positions = ids if shape.is_listed else ids[of_block] * plan.block_size + columns % plan.block_size
-    sort_keys = jnp.where(shape.is_full & (limit <= shape.k), 0, x_gmem[t])
     select_row.choose_reference(jnp.where(columns < limit, sort_keys, INVISIBLE), positions, output)

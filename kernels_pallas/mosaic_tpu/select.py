@@ -62,7 +62,10 @@ def select_blocks(
 
 @functools.partial(jax.jit, static_argnames=("topk", "interpret"))
 def select_flat(call: Call, topk: int, interpret: Interpret = False) -> tuple[Array, Array]:
-    """The flat indexer: [T, topk] int32 positions, ascending, then -1; [T] int32 count."""
+    """The flat indexer, of what is listed where something is: [T, topk] int32 positions, ascending, then -1; [T] int32
+    count."""
+    if call.limits.candidates is not None:
+        return _select_listed(call, topk, interpret)
     choice = _choice(call, topk, interpret)
     with jax.enable_x64(False):
         if call.query_offsets is None:
@@ -75,6 +78,28 @@ def select_flat(call: Call, topk: int, interpret: Interpret = False) -> tuple[Ar
         seen = queries._replace(visible=jnp.clip(queries.visible, 0, ragged.max_keys))
         found = best_of_all(seen, ragged, choice)
         return _chosen(call, _first(call, *found), *_first(call, seen.visible))
+
+
+def _select_listed(call: Call, topk: int, interpret: Interpret) -> tuple[Array, Array]:
+    """As the hierarchical indexer chooses among the blocks that it keeps."""
+    listed = call.limits.candidates
+    assert listed is not None
+    size = listed.block_size
+    with jax.enable_x64(False):
+        queries, ragged = of_call(call, size)
+        ids = listed.ids[:, : ragged.max_blocks]
+        ids = jnp.pad(ids, ((0, queries.visible.shape[0] - ids.shape[0]), (0, 0)), constant_values=-1)
+        blocks = jnp.where(ids * size < queries.visible[:, None], ids, -1)
+        n = candidates(blocks, queries.visible, size)
+        k = min(topk, blocks.shape[1] * size)
+        choice = _choice(call, k, interpret)
+        found = best_tokens(queries._replace(visible=n), ragged, blocks, choice)
+        if not choice.has_sort_keys:  # without them a list that is chosen whole may not have been read
+            place = jnp.arange(k, dtype=jnp.int32)
+            every = jnp.where(place < n[:, None], blocks[:, place // size] * size + place % size, -1)
+            found = (jnp.where(n[:, None] <= k, every, found[0]),)
+        chosen, count = _chosen(call, _first(call, *found), *_first(call, n))
+        return jnp.pad(chosen, ((0, 0), (0, topk - k)), constant_values=-1), count
 
 
 def _choice(call: Call, k: int, interpret: Interpret) -> Choice:

@@ -17,7 +17,7 @@ _MAX_TOPK = MAX_WIDTH // 2
 
 _indexer = Indexer(stages)
 select_hisa, select_flat, select_blocks = _indexer.select_hisa, _indexer.select_flat, _indexer.select_blocks
-select_scan, select_shard = _indexer.select_scan, SelectShard(stages)
+select_scan, select_shard = _indexer.select_scan, SelectShard(_indexer)
 
 
 def why_not(

@@ -6,7 +6,6 @@ loads that wait for each other (offsets, table, page, and back) are what it take
 """
 
 import functools
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from hisa_jax.kernels_pallas.triton.append_body import append_body
 from hisa_jax.kernels_pallas.triton.pool import is_addressable
 from hisa_jax.kernels_pallas.types import Ref
 from hisa_jax.latents import QuantizedLatents
+from hisa_jax.layout import IndexCache
 
 _MAX_REQUESTS = 4096
 _MIN_PAGE, _MAX_D = 16, 512
@@ -28,34 +28,6 @@ _MIN_PAGE, _MAX_D = 16, 512
 _NUM_WARPS = 8
 
 New = tuple[Array, Array | None, Array | QuantizedLatents | None]  # keys [T, D], scales [T], latents [T, E]
-
-
-class PagedKeys(Protocol):
-    """A pytree with the pages of a cache.
-
-    Attributes:
-        keys: [n_pages, size, D]; `scales`: [n_pages, size] float32 or None.
-        sums: [n_pages, D] float32; `counts`, `places`: [n_pages] int32.
-        means: [n_pages, parts, D], each page's mean as `pool` gives it; `mean_scales`: [n_pages] float32, of several
-            parts; None where no kernel reads them.
-        codes: [n_pages, size, bytes] uint8; `code_scales`: [n_pages, size, groups] bfloat16, the sketch of each key as
-            xla/sketch.py has it; or None.
-        latents: [n_pages, size, E], in 8 bits or not, or None.
-        marks: [n_pages] int32, and `block_size`: see xla/block_means.py; or None.
-    """
-
-    keys: Array
-    scales: Array | None
-    sums: Array
-    counts: Array
-    places: Array
-    means: Array | None
-    mean_scales: Array | None
-    codes: Array | None
-    code_scales: Array | None
-    latents: Array | QuantizedLatents | None
-    marks: Array | None
-    block_size: int | None
 
 
 def why_not(
@@ -84,20 +56,20 @@ def why_not(
 
 @in_32_bits
 @functools.partial(jax.jit, static_argnames=("interpret",))
-def append[Pages: PagedKeys](
-    pages: Pages, new: New, block_tables: Array, cu_seqlens: Array, lengths: Array, *, interpret: bool = False
-) -> Pages:
+def append(
+    cache: IndexCache, new: New, block_tables: Array, cu_seqlens: Array, lengths: Array, *, interpret: bool = False
+) -> IndexCache:
     """Appends new tokens to R requests of `lengths` [R]; what has no page is dropped.
 
     Args:
-        new: T tokens of all requests; scales and latents are None where the pages have none.
+        new: T tokens of all requests; scales and latents are None where the cache has none.
         block_tables: [R, P] int32; `cu_seqlens`: [R + 1] int32, where each request's tokens begin in `new`.
     """
-    T, (R, _), size = new[0].shape[0], block_tables.shape, pages.keys.shape[1]
-    news, olds = jax.tree.leaves(new), jax.tree.leaves(pages)
+    T, (R, _), size = new[0].shape[0], block_tables.shape, cache.keys.shape[1]
+    news, olds = jax.tree.leaves(new), jax.tree.leaves(cache)
     operands = [cu_seqlens, lengths, block_tables, *news, *olds]
     out = pl.pallas_call(
-        functools.partial(append_body, treedef=jax.tree.structure((new, pages))),
+        functools.partial(append_body, treedef=jax.tree.structure((new, cache))),
         # Full pages of new tokens, and at most two partial ones a request.
         grid=(min(T, T // size + 2 * R),),
         in_specs=[_whole(x) for x in operands],
@@ -109,7 +81,7 @@ def append[Pages: PagedKeys](
         name="hisa_append",
         interpret=interpret,
     )(*operands)
-    return jax.tree.unflatten(jax.tree.structure(pages), out)
+    return jax.tree.unflatten(jax.tree.structure(cache), out)
 
 
 def _whole(x: Array) -> Ref:

@@ -7,8 +7,8 @@ faster than the copy engine, which wants one command a row. Of a block of severa
 their sums, 16 blocks at a time: what `page_scores` does for all.
 
 Means are rows of the products, and heads their columns, so that a thread has all heads of a mean but those of three
-neighbours. Before, e4m3 numbers became float16 and heads were rows: 1500 instructions and 27 barriers for 128 blocks,
-now 700 and 7. It was they that took time: 30 us for 128 requests, now 19 in pages of 128 and 22 in pages of 64.
+neighbours. With tiles of 128 means, a program each, 128 requests take 20 us, and 18.5 where L2 has all means: it is not
+their bytes that take time, but that all programs wait for pages, then means, then products. So a program has several.
 """
 
 import dataclasses
@@ -22,9 +22,10 @@ from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.operands import Columns
 from hisa_jax.kernels_pallas.pages import TILED_BLOCKS, PageMeans
-from hisa_jax.kernels_pallas.triton.kept_means_body import Kept, Plan, kept_scores_body
+from hisa_jax.kernels_pallas.sequences import Sequences
+from hisa_jax.kernels_pallas.triton.kept_means_body import Kept, Plan, Queries, kept_scores_body
 from hisa_jax.kernels_pallas.triton.page_means import COLUMNS
-from hisa_jax.kernels_pallas.triton.page_means_body import Queries, Sums
+from hisa_jax.kernels_pallas.triton.page_means_body import Sums
 from hisa_jax.kernels_pallas.types import Ref
 
 
@@ -33,67 +34,77 @@ class Config:
     """Launch sizes: they change the speed, never the result."""
 
     tile_s: int = TILED_BLOCKS  # blocks a program, a multiple of 16
+    n_tiles: int = 1  # of a program, a power of two
     num_warps: int = 4
+    num_stages: int = 1  # tiles on their way, and the one in work
 
 
 def heuristic(T: int, n_blocks: int, n_sms: int = 132) -> Config:
-    """Tiles as large as keep multiprocessors busy. Of 128 blocks each thread has one, with one scale and one mark.
+    """Tiles as large as keep multiprocessors busy; of many blocks, tiles one after another in four programs on each.
 
-    By tiles of 16, 64 and 128, with means in L2, us: 128 requests of 128K 64, 21 and 18.5; 32 requests 15, 7.0 and 5.2.
+    One tile a program, of 16, 64 and 128, with means in L2, us: 128 requests of 128K 64, 21 and 18.5; 32 requests 15,
+    7.0 and 5.2.
     """
+    n_tiles = -(-T * n_blocks // (64 * 4 * n_sms))
+    if n_tiles > 1:
+        return Config(tile_s=64, n_tiles=min(1 << (n_tiles - 1).bit_length(), 16), num_stages=3)
     if T * n_blocks >= 128 * n_sms:
         return Config(tile_s=128)
     return Config(tile_s=64 if T * n_blocks >= 32 * n_sms else TILED_BLOCKS)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def kept_scores(
     q: Array,
     w: Array,
     means: PageMeans,
-    first_block: Array,
+    sequences: Sequences,
     columns: Columns,
     *,
     config: Config,
+    per_column: int = 1,
     interpret: bool = False,
 ) -> Array:
     """[T, H, D], [T, H], means, [T] -> [T, columns.n padded] int32 sort keys of the scores of block means, as `scores`.
 
     Args:
-        first_block: where the blocks of each query's request begin.
+        sequences: of blocks, all in the means' table, one after the other, as many each.
         columns: blocks of each query; `tiles` and `first` are not used. Those at or beyond its limit are `INVISIBLE`
             or, beyond its whole 512, not written.
+        per_column: what a limit counts of each block.
     """
-    T, H, D = q.shape
+    T, R = q.shape[0], len(sequences.lengths)
     sums, tile_s = means.page_sums, config.tile_s
     step = COLUMNS if columns.n > COLUMNS else tile_s
     width = -(-columns.n // step) * step
     plan = Plan(
         tile_s=tile_s,
+        n_tiles=config.n_tiles,
         step=step,
         per_block=sums.per_block,
         n_pages=sums.pages.n_pages,
         keep_first=columns.keep_first,
         keep_last=columns.keep_last,
+        per_column=per_column,
+        n_sequences=R,
     )
     row = lambda *shape: pl.BlockSpec((None, *shape), lambda s, t: (t,) + (0,) * len(shape))  # noqa: E731
-    # What is known of a query in one array, so that one kernel of XLA makes it.
-    numbers = jnp.stack([columns.limit, first_block], axis=1)
-    number = lambda i: pl.BlockSpec((None, 1), lambda s, t: (t, i))  # noqa: E731
     others = None if means.marks is None else Sums(sums.pages.table, sums.sums, sums.counts)
     flat = means.means.reshape(len(means.means), -1)
     kept = Kept(sums.pages.table, flat, means.scales, means.marks, others)
+    # As they came or from one sum: the arithmetic that makes blocks of them would be a kernel of XLA before this one.
+    sequence = jnp.asarray(sequences.of_queries(T)) if R > 1 else jnp.zeros((T,), jnp.int32)
+    queries = Queries(q, w, columns.limit[:, None], sequence[:, None])
     return pl.pallas_call(
         functools.partial(kept_scores_body, plan=plan),
         # Query by query: the next one of a request finds its means in L2.
-        grid=(width // tile_s, T),
-        in_specs=[Queries(row(H, D), row(H), number(0), number(1)), jax.tree.map(_whole, kept)],
+        grid=(-(-width // (tile_s * config.n_tiles)), T),
+        in_specs=[Queries(*(row(*x.shape[1:]) for x in queries)), jax.tree.map(_whole, kept)],
         out_specs=row(width),
         out_shape=jax.ShapeDtypeStruct((T, width), jnp.int32),
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="hisa_kept_scores",
         interpret=interpret,
-    )(Queries(q, w, numbers, numbers), kept)
+    )(queries, kept)
 
 
 def _whole(x: Array) -> Ref:

@@ -11,11 +11,20 @@ from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.pages import TILED_BLOCKS
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
-from hisa_jax.kernels_pallas.triton.page_means_body import Queries, Sums, means_of_blocks
+from hisa_jax.kernels_pallas.triton.page_means_body import Sums, means_of_blocks
 from hisa_jax.kernels_pallas.triton.product import product
 from hisa_jax.kernels_pallas.types import Ref
 from hisa_jax.xla.block_means import joined
 from hisa_jax.xla.means import split
+
+
+class Queries(NamedTuple):
+    """What is known of a query."""
+
+    q: Ref  # [H, D]
+    w: Ref  # [H]
+    limit: Ref  # [1]
+    sequence: Ref  # [1]
 
 
 class Kept(NamedTuple):
@@ -33,22 +42,30 @@ class Plan:
     """The static numbers of a launch."""
 
     tile_s: int
+    n_tiles: int  # of a program
     step: int  # a reader of the result takes so many columns at a time
     per_block: int  # pages of a block, a power of two
     n_pages: int
     keep_first: int
     keep_last: int
+    per_column: int  # what a limit counts of each block
+    n_sequences: int
 
 
 def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> None:
     # One program, one query:   table -> the page that ends each of `tile_s` blocks -> its mean -> product with heads
     #                                 -> the other pages -> all marks -> do they fit?  no: sums -> mean -> product
     #
-    # Memory is waited for three times: for the query's numbers, the table, and all else at once. A mean that does not
+    # Tiles follow each other, the next ones on their way meanwhile: their pages, then their means. A mean that does not
     # fit is rare (a page that follows different pages in two tables), so a few blocks at a time will do, and no branch
     # but that one has its registers. out: [width].
-    column, limit, first_block = pl.program_id(0) * plan.tile_s, query.limit[0], query.first_block[0]
+    span, width = plan.tile_s * plan.n_tiles, o_ref.shape[0]
+    column, n_blocks = pl.program_id(0) * span, refs.table.shape[0] // plan.per_block // plan.n_sequences
+    limit = lax.div(query.limit[0] + (plan.per_column - 1), jnp.int32(plan.per_column))
+    first_block = jnp.minimum(query.sequence[0], plan.n_sequences - 1) * n_blocks
     D = query.q.shape[1]
+    n_scored = lax.div(jnp.maximum(limit - column, 0) + (plan.tile_s - 1), jnp.int32(plan.tile_s))
+    n_scored = jnp.minimum(n_scored, plan.n_tiles)  # tiles
 
     def pages_of(first: Array, n: int) -> tuple[Array, list[Array]]:
         """n candidates and their pages in order."""
@@ -79,25 +96,38 @@ def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> N
 
     @pl.when(column < limit)
     def _score_kept():
-        candidate, pages = pages_of(column, plan.tile_s)
-        # Asked for in this order: what is waited for longest comes first, and nothing waits in between.
-        columns = jnp.arange(D, dtype=jnp.int32)
-        parts = range(0, refs.means.shape[1], D)
-        means = [plt.load(refs.means.at[pages[-1][:, None], first + columns[None, :]]) for first in parts]
-        heads, w = query.q[...], query.w[...]
-        scale = None if refs.scales is None else plt.load(refs.scales.at[pages[-1]])
-        other = is_other(candidate, pages)
-        scores = _score(means, heads, w)
-        store(candidate, scores if scale is None else scores * scale, ~other)
-        if refs.sums is not None:
-            pl.when(jnp.max(other.astype(jnp.int32)) > 0)(
-                lambda: lax.fori_loop(0, plan.tile_s // TILED_BLOCKS, score_from_sums, None)
+        # All parts of a mean are one row, multiplied with heads that repeat: one product, not one after another.
+        part_columns = jnp.arange(refs.means.shape[1], dtype=jnp.int32)[None, :]
+        head = jnp.arange(query.q.shape[0], dtype=jnp.int32)[:, None]
+        heads, w = plt.load(query.q.at[head, lax.rem(part_columns, jnp.int32(D))]), query.w[...]
+        others = None if refs.marks is None else jnp.max(is_other(*pages_of(column, span)).astype(jnp.int32))
+
+        def scale_of(i: Array) -> Array | None:
+            _, pages = pages_of(column + i * plan.tile_s, plan.tile_s)
+            return None if refs.scales is None else plt.load(refs.scales.at[pages[-1]])
+
+        def one_tile(i: Array, scale: Array | None) -> Array | None:
+            following = scale_of(i + 1)
+            candidate, pages = pages_of(column + i * plan.tile_s, plan.tile_s)
+            scores = _score([plt.load(refs.means.at[pages[-1][:, None], part_columns])], heads, w)
+            store(candidate, scores if scale is None else scores * scale, candidate < width)
+            return following
+
+        lax.fori_loop(0, n_scored, one_tile, scale_of(jnp.int32(0)))
+        if others is not None:
+            # Written again.
+            pl.when(others > 0)(
+                lambda: lax.fori_loop(0, n_scored * (plan.tile_s // TILED_BLOCKS), score_from_sums, None)
             )
 
     # The selection reads whole steps of columns: up to the end of the last one they must say that nothing is there.
-    @pl.when((column >= limit) & (column < lax.div(limit + (plan.step - 1), jnp.int32(plan.step)) * plan.step))
-    def _fill():
-        o_ref[pl.ds(column, plan.tile_s)] = jnp.full((plan.tile_s,), INVISIBLE, jnp.int32)
+    end = jnp.minimum(lax.div(limit + (plan.step - 1), jnp.int32(plan.step)) * plan.step, width)
+    n_tiles = jnp.clip(lax.div(end - column, jnp.int32(plan.tile_s)), 0, plan.n_tiles)
+
+    def fill(i: Array, _: None) -> None:
+        o_ref[pl.ds(column + i * plan.tile_s, plan.tile_s)] = jnp.full((plan.tile_s,), INVISIBLE, jnp.int32)
+
+    lax.fori_loop(n_scored, n_tiles, fill, None)
 
 
 def _score(parts: Sequence[Array], heads: Array, w: Array) -> Array:

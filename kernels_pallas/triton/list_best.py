@@ -35,12 +35,7 @@ def list_best(
 ) -> tuple[Array, Array]:
     """[T, W] int32 sort keys, [T] int32 -> [T, ask.most] int32 tokens, ascending, then -1; [T] int32 count.
 
-    A row has all that it sees, if they are at most `ask.most`. Otherwise it has at least `ask.least`, and whatever sort
-    key it has it has all of, unless more tie than there is room for: of these it has the first ones.
-
-    Args:
-        limit: columns from here on are no candidates, whatever they hold.
-        keep_first, keep_last: so many first and last candidates are listed whatever their sort keys.
+    Which tokens a row has, and the arguments, are those of mosaic_gpu/list_best.py.
     """
     T, W = x.shape
     n_samples = pl.next_power_of_2(-(-W // ask.step))

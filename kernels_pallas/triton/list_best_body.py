@@ -8,10 +8,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, halfway
+from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, KTH_SLACK, halfway
 from hisa_jax.kernels_pallas.triton.list_tokens_body import fill, lowest_bits, write_bits
 from hisa_jax.kernels_pallas.triton.scan_body import WORD
-from hisa_jax.kernels_pallas.triton.topk_body import KTH_SLACK, threshold_of
+from hisa_jax.kernels_pallas.triton.topk_body import threshold_of
 from hisa_jax.kernels_pallas.types import Ref
 
 

@@ -15,7 +15,14 @@ from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.operands import Operands, ScanHeads
 from hisa_jax.kernels_pallas.triton.pool import check_addressable, parts_of
-from hisa_jax.kernels_pallas.triton.scan_heads_body import HeadInputs, Plan, SlopeInputs, scan_heads_body, slopes_body
+from hisa_jax.kernels_pallas.triton.scan_heads_body import (
+    HeadInputs,
+    Layout,
+    Plan,
+    SlopeInputs,
+    scan_heads_body,
+    slopes_body,
+)
 from hisa_jax.methods import Scan
 
 # 4096 queries of 64K with 64 heads, in one kernel, ms: 0.235 with 4 warps; 0.31 with 8, spilled registers and 2.9 with
@@ -24,32 +31,41 @@ _HEADS_A_WARP = 16
 _WARPS_IN_ONE = 8  # of slopes and heads in one: with 4 registers are spilled
 
 
-@functools.partial(jax.jit, static_argnames=("method", "in_one", "interpret"))
+@functools.partial(jax.jit, static_argnames=("method", "in_one", "is_sample", "interpret"))
 def scan_heads(
-    operands: Operands, visible: Array, first: Array, method: Scan, *, in_one: bool = False, interpret: bool = False
+    operands: Operands,
+    visible: Array,
+    first: Array,
+    method: Scan,
+    slopes: Array | None = None,
+    *,
+    in_one: bool = False,
+    is_sample: bool = False,
+    interpret: bool = False,
 ) -> ScanHeads:
     """The heads of `Scan`, at most 16 rows: v in bfloat16, of e4m3 keys in two numbers and a scale.
 
     Args:
         visible: [T] int32, tokens of its sequence that a query sees; `first`: [T] int32, the row of the first of them.
+        slopes: [T, H] float32, where they are there already: then no key is read. None: they are taken here.
+        is_sample: the keys are what is sampled, nothing between them.
     """
     q, w, k, *_ = operands
     T, H, D = q.shape
-    check_addressable(k)
     n_linear = parts_of(k.dtype)
     n = n_linear + method.exact_heads
     R = max(pl.next_power_of_2(n), 2)
-    slopes, samples, sample_specs, num_warps = None, None, None, _warps(H)
-    if method.slopes == "sampled" and in_one:
-        samples, sample_specs = _samples(operands, visible, first)
-        num_warps = max(_warps(H), _WARPS_IN_ONE)
-    elif method.slopes == "sampled":
-        slopes = _slopes(operands, visible, first, interpret)
-    page_size = None if operands.pages is None else operands.pages.size
+    samples, sample_specs, num_warps = None, None, _warps(H)
+    layout = Layout(None if operands.pages is None else operands.pages.size, is_sample)
+    if method.slopes == "sampled" and slopes is None:
+        check_addressable(k)
+        if in_one:
+            samples, sample_specs = _samples(operands, visible, first)
+            num_warps = max(_warps(H), _WARPS_IN_ONE)
+        else:
+            slopes = _slopes(operands, visible, first, layout, interpret)
     rows, weights = pl.pallas_call(
-        functools.partial(
-            scan_heads_body, plan=Plan(n_exact=method.exact_heads, n_linear=n_linear, page_size=page_size)
-        ),
+        functools.partial(scan_heads_body, plan=Plan(n_exact=method.exact_heads, n_linear=n_linear, layout=layout)),
         grid=(T,),
         in_specs=[HeadInputs(_row(H, D), _row(H), None if slopes is None else _row(H), sample_specs)],
         out_specs=[_row(R, D), _row(R)],
@@ -61,7 +77,7 @@ def scan_heads(
     return ScanHeads(q=rows, w=weights, n_linear=n_linear, n=n)
 
 
-def _slopes(operands: Operands, visible: Array, first: Array, interpret: bool) -> Array:
+def _slopes(operands: Operands, visible: Array, first: Array, layout: Layout, interpret: bool) -> Array:
     """[T, H] float32: at which share of a query's best samples each head is open.
 
     A kernel of its own: in one with the heads fewer programs fit, which took 0.22 ms where these two take 0.17. Of few
@@ -69,7 +85,7 @@ def _slopes(operands: Operands, visible: Array, first: Array, interpret: bool) -
     """
     (T, H, _), (samples, specs) = operands.q.shape, _samples(operands, visible, first)
     return pl.pallas_call(
-        functools.partial(slopes_body, page_size=None if operands.pages is None else operands.pages.size),
+        functools.partial(slopes_body, layout=layout),
         grid=(T,),
         in_specs=[specs],
         out_specs=_row(H),

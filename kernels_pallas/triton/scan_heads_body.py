@@ -7,13 +7,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import triton as plt
 
+from hisa_jax.kernels_pallas.scan_samples import N_BEST, N_SAMPLES, shift_of_samples
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
 from hisa_jax.kernels_pallas.triton.scan_body import rows_of
 from hisa_jax.kernels_pallas.triton.topk_body import choose
 from hisa_jax.kernels_pallas.types import Ref
 from hisa_jax.xla.means import split
-
-_N_SAMPLES, _N_BEST = 256, 32
 
 
 class HeadInputs(NamedTuple):
@@ -25,13 +24,20 @@ class HeadInputs(NamedTuple):
     samples: "SlopeInputs | None"
 
 
+class Layout(NamedTuple):
+    """Where sampled keys are: `page_size`, None in one piece; `is_sample`, whether there are no others between them."""
+
+    page_size: int | None = None
+    is_sample: bool = False
+
+
 class SlopeInputs(NamedTuple):
     """A query's rows of most arrays; keys, table and scales whole."""
 
     q: Ref  # [H, D]
     w: Ref  # [H]
     visible: Ref  # [1]
-    first: Ref  # [1], row of its sequence's first key
+    first: Ref  # [1], row of its sequence's first key, or sample
     k: Ref  # [S, D]
     table: Ref | None  # [n], for keys in pages
     k_scale: Ref | None  # [S]
@@ -43,7 +49,7 @@ class Plan:
 
     n_exact: int
     n_linear: int  # rows of the virtual head
-    page_size: int | None = None  # of sampled keys
+    layout: "Layout"
 
 
 def scan_heads_body(refs: HeadInputs, o_q_ref: Ref, o_w_ref: Ref, *, plan: Plan) -> None:
@@ -55,7 +61,7 @@ def scan_heads_body(refs: HeadInputs, o_q_ref: Ref, o_w_ref: Ref, *, plan: Plan)
     q = heads.astype(jnp.float32)
     is_exact, slot = _exact_heads(q, w, plan.n_exact)
     if refs.samples is not None:
-        slopes = _slopes(refs.samples, plan.page_size)
+        slopes = _slopes(refs.samples, plan.layout)
     else:
         slopes = jnp.ones_like(w) if refs.slopes is None else refs.slopes[...]
     # Neither weight nor query of an exact head: 0 times infinity is NaN.
@@ -94,28 +100,28 @@ def _exact_heads(q: Array, w: Array, n: int) -> tuple[Array, Array]:
     return is_exact, jnp.cumsum(is_exact.astype(jnp.int32)) - is_exact.astype(jnp.int32)
 
 
-def slopes_body(refs: SlopeInputs, o_ref: Ref, *, page_size: int | None) -> None:
+def slopes_body(refs: SlopeInputs, o_ref: Ref, *, layout: Layout) -> None:
     # One program, one query:   sampled keys x heads -> their scores, the 32 best -> how often each head is open there
     #
     # out: [H].
-    o_ref[...] = _slopes(refs, page_size)
+    o_ref[...] = _slopes(refs, layout)
 
 
-def _slopes(refs: SlopeInputs, page_size: int | None) -> Array:
+def _slopes(refs: SlopeInputs, layout: Layout) -> Array:
     """[H] float32. The products [256, H] stay in registers from the scores to the counts."""
     heads, w = refs.q[...], refs.w[...]
     visible, columns = refs.visible[0], jnp.arange(refs.k.shape[1], dtype=jnp.int32)
-    # The least power of two that leaves at most 256: the bit length of (visible - 1) / 256.
-    shift = 32 - lax.clz(lax.shift_right_logical(jnp.maximum(visible - 1, 0), jnp.int32(8)))
-    positions = jnp.arange(_N_SAMPLES, dtype=jnp.int32) << shift
+    sample = jnp.arange(N_SAMPLES, dtype=jnp.int32)
+    positions = sample << shift_of_samples(visible)
     there = positions < visible
-    rows = rows_of(refs.k, refs.table, refs.first[0] + jnp.where(there, positions, 0), page_size)
+    places = jnp.where(there, sample if layout.is_sample else positions, 0)
+    rows = rows_of(refs.k, refs.table, refs.first[0] + places, layout.page_size)
     k = plt.load(refs.k.at[rows[:, None], columns[None, :]])
     products = lax.dot_general(k, heads, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     score = jnp.sum(jnp.where(products < 0.0, 0.0, products) * w[None, :], axis=1)
     if refs.k_scale is not None:
         score = score * plt.load(refs.k_scale.at[rows])
-    is_best, _, n_best = choose(jnp.where(there, sort_key_of(score), INVISIBLE), _N_BEST)
+    is_best, _, n_best = choose(jnp.where(there, sort_key_of(score), INVISIBLE), N_BEST)
     is_open = (products > 0.0) & is_best[:, None]
     n_open = jnp.sum(is_open.astype(jnp.int32), axis=0)
     return n_open.astype(jnp.float32) / jnp.maximum(n_best, 1).astype(jnp.float32)

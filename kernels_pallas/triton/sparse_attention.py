@@ -23,10 +23,9 @@ from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.bits import in_32_bits
 from hisa_jax.kernels_pallas.triton import capability
-from hisa_jax.kernels_pallas.triton.sparse_attention_body import Inputs, Plan, combine_body, sparse_attention_body
+from hisa_jax.kernels_pallas.triton.combine import combine
+from hisa_jax.kernels_pallas.triton.sparse_attention_body import Inputs, Plan, sparse_attention_body
 from hisa_jax.layout import BlockLists
-
-_TILE_ROWS = 4  # that a program combines: of one sequence's 64 heads 16 programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,30 +127,3 @@ def sparse_attention(
     )
     o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse, q.dtype, interpret)
     return o[:, :, :heads].reshape(B, T, Hq, V), lse[:, :, :heads].reshape(B, T, Hq)
-
-
-def combine(partial: Array, lse: Array, dtype: DTypeLike, interpret: bool) -> tuple[Array, Array]:
-    """[splits, ..., V] float32, [splits, ...] -> [..., V] of a dtype, [...]: partial results to the whole one.
-
-    Of their rows, heads of queries, there is a multiple of 16.
-    """
-    n_splits, *rows, V = partial.shape
-    partial, lse = partial.reshape(n_splits, -1, V), lse.reshape(n_splits, -1)
-    spec = lambda *shape: pl.BlockSpec((_TILE_ROWS, *shape), lambda i: (i, *(0 for _ in shape)))  # noqa: E731
-    o, lse = pl.pallas_call(
-        combine_body,
-        grid=(lse.shape[1] // _TILE_ROWS,),
-        in_specs=[
-            pl.BlockSpec((n_splits, _TILE_ROWS, V), lambda i: (0, i, 0)),
-            pl.BlockSpec((n_splits, _TILE_ROWS), lambda i: (0, i)),
-        ],
-        out_specs=[spec(V), spec()],
-        out_shape=[
-            jax.ShapeDtypeStruct(partial.shape[1:], dtype),
-            jax.ShapeDtypeStruct(lse.shape[1:], jnp.float32),
-        ],
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
-        name="sparse_attention_combine",
-        interpret=interpret,
-    )(partial, lse)
-    return o.reshape(*rows, V), lse.reshape(*rows)

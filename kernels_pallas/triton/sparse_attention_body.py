@@ -1,7 +1,4 @@
-"""Device code of `sparse_attention`: some heads of one group of one query, and a part of its list, a program.
-
-And of `combine`, which adds up what the programs of several parts have found.
-"""
+"""Device code of `sparse_attention`: some heads of one group of one query, and a part of its list, a program."""
 
 import dataclasses
 import math
@@ -90,17 +87,3 @@ def sparse_attention_body(refs: Inputs, o_ref: Ref, lse_ref: Ref, *, plan: Plan)
     some = jnp.where(total == 0.0, 1.0, total)  # NaN, of a listed token, stays
     o_ref[...] = (o / some[:, None]).astype(o_ref.dtype)
     lse_ref[...] = jnp.where(total == 0.0, -jnp.inf, (highest + jnp.log2(some)) / _LOG2_E)
-
-
-def combine_body(partial_ref: Ref, lse_ref: Ref, o_ref: Ref, whole_lse_ref: Ref) -> None:
-    # One program:   lse [splits, rows] -> weights of sum 1 -> o [rows, V] = sum of weight * partial [splits, rows, V]
-    n_splits = partial_ref.shape[0]
-    highest = jnp.max(lse_ref[...], axis=0)
-    highest = jnp.where(highest == -jnp.inf, 0.0, highest)  # where nothing is listed
-    total = jnp.sum(jnp.exp(lse_ref[...] - highest[None, :]), axis=0)
-    o = jnp.zeros(o_ref.shape, jnp.float32)
-    for i in range(n_splits):  # not a loop: so all parts are on their way at once
-        o += jnp.exp(lse_ref[i] - highest)[:, None] * partial_ref[i]
-    some = jnp.where(total == 0.0, 1.0, total)
-    o_ref[...] = (o / some[:, None]).astype(o_ref.dtype)
-    whole_lse_ref[...] = jnp.where(total == 0.0, -jnp.inf, jnp.log(some) + highest)

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.bits import in_32_bits
 from hisa_jax.kernels_pallas.triton import capability
+from hisa_jax.kernels_pallas.triton.combine import combine
 from hisa_jax.kernels_pallas.triton.pool import check_addressable
 from hisa_jax.kernels_pallas.triton.sparse_mla_body import Inputs, Plan, sparse_mla_body
 from hisa_jax.kernels_pallas.tuning import tuned
@@ -119,14 +120,5 @@ def sparse_mla(
         name="sparse_mla",
         interpret=interpret,
     )(Inputs(q, kv, indices))
-    o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse)
-    return o[:, :N].astype(q.dtype).reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
-
-
-def combine(partial: Array, lse: Array) -> tuple[Array, Array]:
-    """[splits, ..., V], [splits, ...] -> [..., V], [...]: partial attention results to the whole one."""
-    highest = jnp.max(lse, axis=0)
-    weight = jnp.exp(lse - jnp.where(jnp.isneginf(highest), 0.0, highest))
-    total = jnp.sum(weight, axis=0)
-    o = jnp.sum(weight[..., None] * partial, axis=0) / jnp.maximum(total, 1e-30)[..., None]
-    return o, jnp.where(total == 0.0, -jnp.inf, jnp.log(jnp.maximum(total, 1e-30)) + highest)
+    o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse, q.dtype, interpret)
+    return o[:, :N].reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)

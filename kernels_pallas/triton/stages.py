@@ -10,6 +10,7 @@ from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.indexer import ByScore, Eligible, Means
 from hisa_jax.kernels_pallas.operands import Columns, KeptBlocks, KeyBlocks, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import PageMeans, PageSums, is_shared_by_few
+from hisa_jax.kernels_pallas.scan_samples import Samples
 from hisa_jax.kernels_pallas.select_shard import Found
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.triton import kept_means
@@ -32,9 +33,9 @@ from hisa_jax.kernels_pallas.units import unit_of
 from hisa_jax.methods import BlockSparse, Hisa, Scan
 
 __all__ = [
-    "best_columns", "best_in_blocks", "best_tokens", "block_filter", "block_sort_keys", "flat", "kth", "list_best",
-    "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens", "scan_heads", "scan_masks",
-    "scan_sort_keys", "units", "within", "within_budget",
+    "best_columns", "best_in_blocks", "best_listed", "best_samples", "best_tokens", "block_filter", "block_sort_keys",
+    "flat", "kth", "list_best", "list_tokens", "pool", "pool_pages", "pools_where_scored", "refine", "refine_tokens",
+    "scan_all", "scan_heads", "scan_masks", "scan_sort_keys", "units", "within", "within_budget",
 ]  # fmt: skip
 
 _FLAT_WIDTH = 8192  # sort keys that a step of the streaming top-k adds to the best so far, less those
@@ -74,7 +75,7 @@ def block_sort_keys(
         return page_scores(q, w, means, first_block, columns, interpret=interpret)
     if isinstance(means, PageMeans) and is_shared_by_few(len(sequences.lengths), T):
         kept = kept_means.heuristic(T, sequences.max_keys)
-        return kept_means.kept_scores(q, w, means, first_block, columns, config=kept, interpret=interpret)
+        return kept_means.kept_scores(q, w, means, sequences, columns, config=kept, interpret=interpret)
     parts = (means.means, means.scales, means.rows) if isinstance(means, PageMeans) else means
     columns = dataclasses.replace(columns, tiles=sequences.query_tiles(T, config.tile_t, eligible))
     return scores_stage.scores(Operands(q, w, *parts), columns, config=config, interpret=interpret)
@@ -147,9 +148,17 @@ def _flat(call: FlatCall, topk: int, has_sort_keys: bool, interpret: Interpret) 
     return positions, jnp.sum(positions >= 0, axis=1, dtype=jnp.int32), best
 
 
-def scan_heads(call: FlatCall, method: Scan, interpret: Interpret = False) -> ScanHeads:
-    options = dict(in_one=call.q.shape[0] <= scan.FEW, interpret=bool(interpret))
-    return scan_heads_stage.scan_heads(call.operands, call.visible, _first(call), method, **options)
+def scan_heads(call: FlatCall, method: Scan, interpret: Interpret = False, samples: Samples | None = None) -> ScanHeads:
+    operands, first = sampled(call, samples)
+    options = dict(in_one=call.q.shape[0] <= scan.FEW, is_sample=samples is not None, interpret=bool(interpret))
+    return scan_heads_stage.scan_heads(operands, call.visible, first, method, **options)
+
+
+def sampled(call: FlatCall, samples: Samples | None) -> tuple[Operands, Array]:
+    """Keys that slopes are sampled from, and [T] int32, the row of each query's first one."""
+    if samples is None:
+        return call.operands, _first(call)
+    return Operands(call.q, call.w, samples.k, samples.k_scale), samples.first
 
 
 def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> Array:
@@ -158,6 +167,11 @@ def scan_sort_keys(call: FlatCall, heads: ScanHeads, step: int, interpret: Inter
     if call.sketch is not None:
         return sketch_stage.scan_sort_keys(_sketched(call), heads, columns, **options)
     return scan_stage.scan_sort_keys(call.operands, heads, columns, **options)
+
+
+def best_samples(call: FlatCall, sort_keys: Array, n: Array, k: int, interpret: Interpret = False) -> Array:
+    del call
+    return best_columns(sort_keys, n, k, interpret)[0]
 
 
 def kth(sort_keys: Array, limit: Array, rank: Array, interpret: Interpret = False) -> Array:
@@ -183,9 +197,20 @@ def list_tokens(
     return list_stage.list_tokens(masks, visible, capacity, ties, interpret=bool(interpret))
 
 
+def scan_all(call: FlatCall, heads: ScanHeads, step: int, interpret: Interpret = False) -> tuple[Array, None]:
+    del step
+    return scan_sort_keys(call, heads, 1, interpret), None
+
+
 def list_best(
-    sort_keys: Array, visible: Array, ask: scan.Ask, method: Scan, interpret: Interpret = False
+    sort_keys: Array,
+    samples: Array | None,
+    visible: Array,
+    ask: scan.Ask,
+    method: Scan,
+    interpret: Interpret = False,
 ) -> tuple[Array, Array]:
+    del samples
     forced = dict(keep_first=method.keep_first, keep_last=method.keep_last)
     return list_best_stage.list_best(sort_keys, visible, ask, **forced, interpret=bool(interpret))
 
@@ -195,6 +220,12 @@ def refine_tokens(
 ) -> tuple[Array, Array]:
     sort_keys, listed = listed_scores(call, tokens, count, interpret)
     return topk_stage.topk(sort_keys, count, topk, listed, interpret=bool(interpret))
+
+
+def best_listed(call: FlatCall, tokens: Array, count: Array, k: int, interpret: Interpret = False) -> Found:
+    sort_keys, listed = listed_scores(call, tokens, count, interpret)
+    positions, _, best = topk_stage.topk_with_sort_keys(sort_keys, count, k, listed, interpret=bool(interpret))
+    return best, positions
 
 
 def listed_scores(call: FlatCall, tokens: Array, count: Array, interpret: Interpret) -> tuple[Array, KeptBlocks]:
@@ -217,14 +248,14 @@ def units(call: FlatCall, method: BlockSparse, interpret: Interpret = False) -> 
     if H > 1:
         config, operands = scores_stage.heuristic(H), call.operands._replace(k=call.k[:, None])
         return scores_stage.scores(operands, columns(config.tile_t), config=config, interpret=bool(interpret))
-    scanned = scan_stage.heuristic(T, len(sequences.lengths), 1, -(-sequences.max_keys // scan_stage.TILE_S))
+    tiled = units_stage.heuristic(T, len(sequences.lengths), sequences.max_keys)
     return units_stage.units(
         call.operands,
-        columns(scanned.tile_t),
+        columns(tiled.tile_t),
         unit=unit_of(method, H),
         has_relu=method.activation is not None,
         is_weighted=not method.per_head,
-        config=dataclasses.replace(scanned, num_stages=2),  # two programs fit a multiprocessor, of three stages one
+        config=tiled,
         interpret=bool(interpret),
     )
 

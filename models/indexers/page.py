@@ -73,6 +73,9 @@ Indexers with RoPE want `cos` and `sin` of each token's position, too. Sizes may
 heads follows from the tensors.
 
 ## Models
+
+With queries and keys in hand a model is one line: `hj.select(q, k, w, method)`, by the method of its row in the second
+table; where it has no weights, `w` is None.
 """
 
 _TAIL = """
@@ -125,16 +128,16 @@ Pools, tails and calls without weights are the kernels' as tokens are. What else
 - **No activation.** x = relu(x) - relu(-x): a head becomes two, up to 64 of them, but not in int8.
 - **The best token of a block**, on GPUs. A head by itself has a kernel that sums over no heads (`hisa_units`). Of
   several heads the sort keys of all tokens are written, and the best of each block read from them.
-- **Lists**, on GPUs. Blocks of any size become tokens, whose rows are gathered as a scan's candidates are; a list may
-  name up to 32,768.
+- **Lists.** On GPUs blocks of any size become tokens, whose rows are gathered as a scan's candidates are; a list may
+  name up to 32,768. On TPUs blocks of 64, 128 or 256 tokens are chosen from as from those that HISA keeps.
 - **Budgets.** On GPUs the chosen tokens are scored once more, and each query takes its best. On TPUs their sort keys
   tell; there a scan has no budget. Budgets of blocks, and HISA's `block_ratio`, go by the blocks' sort keys.
 
-MiniMax-M3 at 128K in bfloat16 on an H200 ([rows](../bench/results/h200_limits.json), by
-`python -m bench gpu --rows 'units*'`): a decoding step of 32 requests from pages takes 0.30 ms, of which 0.25 are the
-reading of their keys. The last 4096 queries take 5.59 ms, ten times the floor of the tensor core. Without the card,
-Triton 3.9 and `ptxas` make of their loop 607 instructions, which fit beside 982 cycles of products, without a spill.
-What is slow on the card is not known. The other rows of `bench/gpu/limit_rows.py` have not been measured.
+MiniMax-M3 at 128K in bfloat16 on an H200: of 32 requests in pages the kernel takes 0.241 ms a step, at the rate at
+which their keys can be read; their selection 0.02. For the last 4096 queries it takes 1.03 ms, 0.56 by the tensor
+core's rate, and 0.72 in e4m3; the selection 0.1. It took 5.46: a reshape of a tile's scores, before their maximum, had
+XLA's Triton move them all through shared memory. Triton by itself does not, so what a kernel becomes is read from XLA's
+program (`tests/gpu/test_step.py`). The rows of `bench/gpu/limit_rows.py` are from before, or have not been measured.
 
 Keys that are split over devices have the first three by kernels, and the others by `xla`, which takes all everywhere.
 """
@@ -168,7 +171,7 @@ def _kernel_lines() -> Iterator[str]:
     for model_type, (method, H, n_listed) in methods.items():
         S = _TOKENS // method.entry_size
         arrays: Any = dict(q_dtype="bfloat16", k_dtype="bfloat16", H=1 if method.per_head else H, D=128, S=S)
-        problem = dispatch.Problem(method=method, n_listed=n_listed, **arrays)
+        problem = dispatch.Problem(method=method, n_listed=n_listed, listed_size=_SOURCE.block_size, **arrays)
         reasons = [dispatch.reasons(device, problem)[name] for name, device in _DEVICES.items()]
         what = f"`{model_type}`" if model_type in FAMILIES else model_type
         yield f"| {what} | {' | '.join(reason or 'yes' for reason in reasons)} |"

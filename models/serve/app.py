@@ -1,15 +1,15 @@
 """The server as an ASGI application: OpenAI's endpoints, health, metrics, and the page.
 
-Each answer is a task on the event loop that reads the pieces of its requests. A client that goes away ends the task,
-and the task ends the requests.
+Each answer (`answer.py`) is a task on the event loop. A client that goes away ends the task, and the task ends the
+requests.
 """
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import time
-import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -20,24 +20,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from hisa_jax.models.async_engine import AsyncEngine, BusyError, ClosedError, Stream
 from hisa_jax.models.chat import ChatTemplate
 from hisa_jax.models.checks import shown
 from hisa_jax.models.engine import Engine
-from hisa_jax.models.sampling import Logprobs
 from hisa_jax.models.serve import look
+from hisa_jax.models.serve.answer import Answer, Events, disconnected
 from hisa_jax.models.serve.metrics import Metrics
-from hisa_jax.models.serve.protocol import (
-    Ask,
-    RequestError,
-    choice,
-    read_chat,
-    read_completion,
-    show_logprobs,
-    usage,
-)  # fmt: skip
+from hisa_jax.models.serve.protocol import Ask, RequestError, read_chat, read_completion
 from hisa_jax.models.tokens import Tokenizer
 
 _LARGEST_BODY = 2**23
@@ -225,11 +216,14 @@ class Server:
     async def _answer(self, ask: Ask, request: Request) -> Response:
         start = time.perf_counter()
         streams = await self._submit(ask)
-        answer = _Answer(self, ask, streams, start)
+        answer = Answer(
+            ask, streams, name=self.name, tokenizer=self.tokenizer, metrics=self.metrics, start=start,
+            ended=functools.partial(self._count, start),
+        )  # fmt: skip
         if ask.is_streamed:
-            return _Events(answer)
+            return Events(answer)
         collecting = asyncio.ensure_future(answer.whole())
-        leaving = asyncio.ensure_future(_disconnected(request.receive))
+        leaving = asyncio.ensure_future(disconnected(request.receive))
         try:
             await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():  # nobody reads this
@@ -256,151 +250,12 @@ class Server:
         except ValueError as error:
             raise RequestError(str(error).removeprefix("submit: ")) from error
 
-    def count(self, stream: Stream, tokens: list[int], prompt: tuple[int, ...], reason: str, start: float) -> None:
+    def _count(self, start: float, tokens: list[int], prompt: tuple[int, ...], reason: str) -> None:
         """Of a request that ended."""
         self.metrics.requests.labels(outcome=reason).inc()
         self.metrics.whole.observe(time.perf_counter() - start)
         if reason in ("stop", "length"):
             self._finished.append((*prompt, *tokens))
-
-
-class _Answer:
-    """One answer, whole or as events."""
-
-    def __init__(self, server: Server, ask: Ask, streams: list[Stream], start: float) -> None:
-        self._server, self._ask, self._streams, self._start = server, ask, streams, start
-        self._id = ("chatcmpl-" if ask.is_chat else "cmpl-") + uuid.uuid4().hex
-        self._created = int(time.time())
-        self._n_made = [0] * len(streams)
-        self._is_open = [True] * len(streams)
-
-    async def whole(self) -> dict[str, Any]:
-        parts = await asyncio.gather(*(self._collect(i) for i in range(len(self._streams))))
-        return {**self._head(), "choices": list(parts), "usage": self._usage()}
-
-    async def events(self) -> AsyncIterator[str]:
-        """In the order in which pieces come. Raises RequestError: a request failed."""
-        ask, n = self._ask, len(self._streams)
-        for i in range(n):
-            if ask.is_chat:
-                yield self._event([choice(ask, i, "", None, None) | {"delta": {"role": "assistant", "content": ""}}])
-            elif ask.echo:
-                yield self._event([choice(ask, i, ask.echo[i // ask.n], None, None)])
-        merged: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-
-        async def pump(i: int) -> None:
-            async for piece in self._pieces(i):
-                merged.put_nowait((i, piece))
-
-        tasks = [asyncio.ensure_future(pump(i)) for i in range(n)]
-        offsets = [len(ask.echo[i // ask.n]) if ask.echo else 0 for i in range(n)]
-        try:
-            n_open = n
-            while n_open:
-                i, piece = await merged.get()
-                self._demand(piece)
-                reason = piece.finish_reason
-                n_open -= reason is not None
-                logprobs = show_logprobs(ask, piece.logprobs, self._server.tokenizer, offsets[i])
-                offsets[i] += len(piece.text)
-                if piece.text or (logprobs and piece.logprobs):
-                    yield self._event([choice(ask, i, piece.text, None, logprobs)])
-                if reason is not None:
-                    yield self._event([choice(ask, i, "", reason, None)])
-        finally:
-            for task in tasks:
-                task.cancel()
-        if ask.has_usage:
-            yield self._event([], usage=self._usage())
-        yield "data: [DONE]\n\n"
-
-    def leave(self) -> None:
-        """Cancels what has not ended."""
-        for i, stream in enumerate(self._streams):
-            if self._is_open[i]:
-                self._is_open[i] = False
-                stream.cancel()
-                self._server.count(stream, [], (), "cancelled", self._start)
-
-    async def _pieces(self, i: int) -> AsyncIterator[Any]:
-        tokens: list[int] = []
-        async for piece in self._streams[i]:
-            if not tokens and piece.tokens:
-                self._server.metrics.first.observe(time.perf_counter() - self._start)
-            tokens += piece.tokens
-            self._server.metrics.made.inc(len(piece.tokens))
-            self._n_made[i] = len(tokens)
-            if piece.finish_reason is not None:
-                self._is_open[i] = False
-                prompt = self._ask.prompts[i // self._ask.n]
-                self._server.count(self._streams[i], tokens, prompt, piece.finish_reason, self._start)
-            yield piece
-
-    async def _collect(self, i: int) -> dict[str, Any]:
-        text, logprobs, reason = self._ask.echo[i // self._ask.n] if self._ask.echo else "", list[Logprobs](), None
-        offset = len(text)
-        async for piece in self._pieces(i):
-            self._demand(piece)
-            text, reason = text + piece.text, piece.finish_reason
-            logprobs += piece.logprobs
-        return choice(self._ask, i, text, reason, show_logprobs(self._ask, logprobs, self._server.tokenizer, offset))
-
-    def _demand(self, piece: Any) -> None:
-        if piece.finish_reason == "failed":
-            raise RequestError(f"the request failed: {piece.error}", status=500, kind="server_error")
-        if piece.finish_reason == "cancelled":
-            raise RequestError("the server is stopping", status=503, kind="server_error")
-
-    def _head(self) -> dict[str, Any]:
-        kind = "text_completion" if not self._ask.is_chat else "chat.completion"
-        kind += ".chunk" if self._ask.is_chat and self._ask.is_streamed else ""
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._server.name}
-
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
-        with_usage = {"usage": None} if self._ask.has_usage else {}
-        return f"data: {json.dumps({**self._head(), 'choices': choices, **with_usage, **more})}\n\n"
-
-    def _usage(self) -> dict[str, int]:
-        return usage(sum(map(len, self._ask.prompts)), sum(self._n_made))
-
-
-class _Events(Response):
-    """Sends the events of an answer until they end or the client goes away."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, answer: _Answer) -> None:
-        super().__init__()
-        self._answer = answer
-        del self.headers["content-length"]
-        self.headers["cache-control"] = "no-cache"
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send(send))
-        leaving = asyncio.ensure_future(_disconnected(receive))
-        try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
-        finally:
-            leaving.cancel()
-            sending.cancel()
-            self._answer.leave()
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        try:
-            async for event in self._answer.events():
-                await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
-        except RequestError as error:  # too late for a status
-            event = f"data: {json.dumps(error.body())}\n\n"
-            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _on_request_error(request: Request, error: Exception) -> Response:

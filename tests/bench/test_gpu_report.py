@@ -2,9 +2,11 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 
+from bench import shapes
 from bench.__main__ import main
 from bench.gpu import report
 
@@ -46,3 +48,36 @@ def test_the_report_writes_a_plot(tmp_path, capsys):
 def test_a_missing_file_is_a_clear_error(capsys):
     assert main(["gpu-report", "--json", "nowhere.json"]) == 2
     assert "--json nowhere.json: no such file" in capsys.readouterr().err
+
+
+def test_tables_of_the_documents_have_the_spans_of_the_rows(rows):
+    """To within 5 %: by more than that a figure is of another kernel, not of another run."""
+    spans = {
+        (row["row"], row["context"]): row["span_ms"]
+        for row in rows
+        if "span_ms" in row and (row["shape"], row["dtype"], row["implementation"]) == ("dsv32", "e4m3", "mosaic_gpu")
+    }
+    prefill = {"flat": "flat indexer", "hisa": "HISA", "scan": "`Scan()`", "scan_2_heads": "scan, 2 exact heads, 3 k"}
+    table = numbers("gpu.md", "| ms |")
+    for (row, context), span in spans.items():
+        if row in prefill:
+            assert table[prefill[row], shapes.label(context)] == pytest.approx(span, rel=0.05), (row, context)
+    table = numbers("decoding.md", "| requests |")
+    columns = {"decode{}_paged": "HISA", "flat_decode{}_paged": "flat", "scan_decode{}_sketch": "scan by sketches"}
+    for name, column in columns.items():
+        for n in ("1", "32", "128"):
+            if (row := (name.format(n), 1 << 17)) in spans:
+                assert table[n, column] == pytest.approx(spans[row] * 1e3, rel=0.05), row
+
+
+def numbers(page, head):
+    """The table of a page whose first line begins so: the first number of each cell, by line and column."""
+    text = (ROOT / "docs" / page).read_text()
+    lines = text[text.index(head) :].split("\n\n")[0].splitlines()
+    (_, *columns), _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {
+        (name, column): float(found[0])
+        for name, *cells in lines
+        for column, cell in zip(columns, cells, strict=True)
+        if (found := re.search(r"[\d.]+", cell))
+    }

@@ -94,6 +94,30 @@ def test_layers_take_over_or_choose_in_the_list_of_the_first():
 
 
 @pytest.mark.exhaustive
+def test_saved_layers_choose_by_rules_as_the_model_does(tmp_path, capsys):
+    """Of a layer whose source is in no file nothing is said; neighbours share candidates if they are neighbours."""
+    layers = {at: asked(range(200, 208), seed=at) for at in (0, 1, 2, 5)}
+    for file, some in {"a": (0, 1), "b": (2, 5)}.items():
+        q, w, k = (np.concatenate([x[at] for at in some]) for x in (
+            {at: here.q for at, (here, _) in layers.items()}, {at: here.w for at, (here, _) in layers.items()},
+            {at: k for at, (_, k) in layers.items()},
+        ))  # fmt: skip
+        np.savez(tmp_path / f"{file}.npz", layers=some, positions=np.arange(200, 208), q=q, w=w, k=k)
+    files = [str(tmp_path / name) for name in ("a.npz", "b.npz")]
+    assert main(["indexers", "--saved", *files, "--out", str(tmp_path)]) == 0
+    rows = {row["method"]: row for row in json.loads((tmp_path / "indexers.json").read_text())["rows"]}
+    assert rows["flat"]["recall"] == rows["flat"]["worst"] == 1
+    assert len(rows) == 16
+    assert rows["flat, a list for 4 layers"]["layers"] == rows["HISA, shared by 2 layers"]["layers"] == 3
+    rule = Rule(name="", method=hj.Dsa(topk=S // 64), layers=2)
+    first, second = (choose(rule, "choose", *layers[at], None).indices for at in (0, 1))
+    taken = float(np.mean(np.asarray(hj.compare(measure.selection_of(first), measure.selection_of(second)).recall)))
+    assert rows["flat, shared by 2 layers"]["worst"] == pytest.approx(taken)
+    assert main(["indexers", "--saved", files[0], files[0], "--out", str(tmp_path)]) == 2
+    assert "layers [0, 1] came before" in capsys.readouterr().err
+
+
+@pytest.mark.exhaustive
 def test_a_group_of_like_queries_chooses_what_each_of_them_would():
     here, k = asked(range(200, 204))
     alike = here._replace(q=jnp.repeat(here.q[:, :1], 4, axis=1), w=jnp.repeat(here.w[:, :1], 4, axis=1))
@@ -123,6 +147,21 @@ def test_what_was_prepared_is_all_that_runs(stacked):
 
 
 @pytest.mark.exhaustive
+def test_what_is_compared_was_prepared_too(stacked):
+    runner, rule = Runner(stacked), Rule(name="", method=hj.Dsa(topk=16), lists=2)
+    samples = held_out_samples(tiny.corpus(), "multikey", 1024, 2, seed=0, n_keys=4, n_questions=2)
+    runner.prepare(1024, (rule,))
+    measure.prepare_like(runner, rule, 1024, samples[0], 16)
+    n = len(runner.programs.made)
+    flat = Rule(name="", method=hj.Dsa(topk=16))
+    runner.prepare(1024, (flat,))
+    measure.prepare_like(runner, flat, 1024, samples[0], 16)
+    n_both = len(runner.programs.made)
+    measure.recall(runner, rule, measure.references(runner, samples, flat, 16))
+    assert len(runner.programs.made) == n_both > n == 4
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model_type", SIZES)
 def test_indexers_over_pools_learn_where_the_attention_looks(stacked, model_type):
     recipe = training.Recipe(T=256, queries=16, steps=20, rate=1e-2)
@@ -131,7 +170,9 @@ def test_indexers_over_pools_learn_where_the_attention_looks(stacked, model_type
     assert losses[-1] < 0.9 * losses[0]
     rules = command.of_pools(64, *SIZES[model_type][::2])
     samples = held_out_samples(tiny.corpus(), "multikey", 1024, 1, seed=0, n_keys=4, n_questions=2)
-    rows = measure.recalls(Runner(stacked, trained), samples, rules, 16)
+    runner = Runner(stacked, trained)
+    compared = measure.references(runner, samples, rules[0], 16)
+    rows = [measure.recall(runner, rule, compared) for rule in rules]
     assert rows[0]["recall_text"] == rows[0]["recall_asking"] == 1
     assert all(0 < row["worst_text"] <= row["recall_text"] <= 1 for row in rows)
 

@@ -12,9 +12,11 @@ import pytest
 
 import hisa_jax as hj
 from bench.__main__ import main
-from bench.serve import contexts
+from bench.gpu.span import Event
+from bench.serve import contexts, nvlink
 from bench.serve.check import Recorder
 from bench.serve.command import CONFIG, METHOD, METHODS, traffic
+from bench.serve.timeline import lines, timeline
 from hisa_jax.models.engine import Report, Step, Traced
 
 
@@ -104,7 +106,7 @@ def test_a_small_run_on_emulated_devices_is_right_and_leaks_nothing(tmp_path):
         (["--config", "glm-5", "--layers", "79"], "--layers=79, wanted 1 to 78"),
         (["--config", "glm-5", "--page-size", "96"], "--page-size: invalid choice: 96 (choose from 64, 128)"),
         (["--page-size", "128"], "--page-size=128 without --config"),
-        (["--config", "deepseek-v3.2", "--contexts", "200000"], "--contexts=200000, wanted at most 163840"),
+        (["--attention-only"], "--attention-only without --config"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(options, message, capsys):
@@ -117,20 +119,44 @@ def test_what_cannot_be_served_is_refused_by_name(options, message, capsys):
 
 
 def test_the_first_layers_of_a_published_model_are_served_as_servers_have_them():
-    config = contexts.cut(contexts.CONFIGS["deepseek-v3.2"](), 4)
+    config = contexts.cut(contexts.CONFIGS["deepseek-v3.2"](), 4, 200_000)
+    assert config.max_position_embeddings == 200_000
     assert config.layer_kinds == ("dense", "dense", "dense", "sparse") and config.index_key_dtype == "float8_e4m3fn"
     assert (config.index_n_heads, config.index_head_dim, config.num_attention_heads) == (64, 128, 128)
 
 
 @pytest.mark.exhaustive  # three engines of a tiny model
-def test_every_method_is_measured_at_every_context(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--attention-only", "--rows", "1"]])
+def test_every_method_is_measured_at_every_context(options, tmp_path, monkeypatch):
     monkeypatch.setitem(contexts.CONFIGS, "glm-5", lambda: dataclasses.replace(CONFIG, index_topk=24))
     monkeypatch.setattr(contexts, "make_method", lambda name, config: METHODS.get(name, hj.Dsa(topk=24)))
     out = tmp_path / "rows.json"
-    sizes = ["--layers", "2", "--contexts", "160", "96", "--rows", "2", "--chunk", "32", "--new", "5"]
+    sizes = ["--layers", "2", "--contexts", "320", "256", "--rows", "2", "--chunk", "32", "--new", "5", *options]
     assert main(["serve", "--config", "glm-5", *sizes, "--out", str(out)]) == 0
     rows = json.loads(out.read_text())
     assert [(row["context"], row["indexer"]) for row in rows] == [
-        (context, method) for context in (160, 96) for method in ("dsa", "hisa", "scan")
+        (context, method) for method in ("dsa", "hisa", "scan") for context in (320, 256)
     ]
     assert all(row["time_to_first_token_s"] > row["time_per_output_token_s"] > 0 for row in rows)
+    assert [row["shared_tokens_of_a_turn"] - row["prompt_tokens"] for row in rows] == [-32] * 6
+    assert all(row["attention_only"] == bool(options) and row["prompt_tokens"] < row["context"] for row in rows)
+
+
+def test_a_timeline_says_what_kernels_are_for_and_where_it_waits():
+    names = ["hisa_scores_mosaic_gpu_kernel", "nvjet_tst_256x128", "hisa_append", "sparse_mla_x", "loop_add_fusion_6"]
+    starts = [(0, 4), (3, 7), (7, 8), (10, 12), (12, 13)]  # the second begins before the first ends
+    seen = timeline([Event(start * 1e6, end * 1e6, name) for (start, end), name in zip(starts, names, strict=True)])
+    assert seen.parts == {
+        "selection": 4, "products": 4, "attention": 2, "between kernels": 2, "pages": 1, "fusions": 1
+    }  # fmt: skip
+    assert seen.gaps == [(2.0, "hisa_append", "sparse_mla_x")] and list(seen.kernels)[-1] == "loop_add_fusion_6"
+    assert "2.00 from hisa_append to sparse_mla_x" in "".join(lines("a step", seen._asdict()))
+    assert timeline([]).kernels == {} and lines("a step", timeline([])._asdict()) == []
+
+
+def test_sent_bytes_are_those_of_all_links(monkeypatch):
+    said = "GPU 0: NVIDIA H200\n\t Link 0: Data Tx: 3 KiB\n\t Link 0: Data Rx: 9 KiB\n\t Link 1: Data Tx: 4 KiB\n"
+    monkeypatch.setattr(nvlink, "_COMMAND", ("echo", said))
+    assert nvlink.sent_bytes() == 7 * 1024
+    monkeypatch.setattr(nvlink, "_COMMAND", ("no such program",))
+    assert nvlink.sent_bytes() is None and nvlink.difference(1, None) is None and nvlink.difference(1, 7, 2) == 3

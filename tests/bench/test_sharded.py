@@ -10,8 +10,8 @@ from bench.__main__ import main
 def test_rows_are_prefills_and_decoding_at_both_contexts():
     names = [row.row for row in sharded.rows((2, 4))]
     assert names[:2] == ["dsa_prefill_128K", "dsa_prefill_1M"]
-    assert {"hisa_decode1_128K", "hisa_decode128_128K", "hisa_decode1_1M", "sparse_mla_decode32_8K"} <= set(names)
-    assert len(set(names)) == len(names) == 16
+    assert {"hisa_decode128_128K", "hisa_decode1_1M", "scan_prefill_1M", "sparse_mla_decode32_8K"} <= set(names)
+    assert len(set(names)) == len(names) == 22
 
 
 def test_selections_agree_by_the_share_of_the_wanted_tokens():

@@ -1,7 +1,7 @@
 """Runs PTX of one CTA in NumPy: the part of the language that our texts without a Pallas interpreter are written in.
 
-Warps run one after the other, in any order, from barrier to barrier; the threads of a warp take a step at a time, so
-branches must be taken by all of them or by none. Shared memory is watched: what a thread
+Warps run one after the other, in any order, from barrier to barrier; the threads of a warp take a step at a time. Those
+that branch forward, where others do not, wait there for the others. Shared memory is watched: what a thread
 has written, or another one reads, since the last barrier may not be touched by others, but for atomics among
 themselves. Registers hold anything before they are written, and so does memory. A copy by `cp.async` lands when it is
 waited for, and is then a write of the thread that asked for it.
@@ -72,7 +72,7 @@ class Machine:
             self.forget()
 
     def forget(self):
-        """Who has touched which word: behind a barrier it does not matter."""
+        """Who has touched which word: after a barrier it does not matter."""
         self.written_by, self.read_by = (np.full(len(self.smem), -1) for _ in range(2))
 
     def anything(self, n):
@@ -98,11 +98,12 @@ class Machine:
 class _Warp:
     def __init__(self, cta, first, operands):
         self.cta, self.n, self.at, self.steps = cta, 32, 0, 0
-        self.in_flight = []
+        self.in_flight = [[]]  # products, by group
+        self.active, self.waiting = np.ones(32, bool), {}  # by place, threads that branched there
         self.copies = [[]]  # asked for and not waited for, by group
         self.threads = first + np.arange(32)
         self.registers = {name: np.full(32, value, np.int64) for name, value in operands.items()}
-        self.registers |= {"%tid.x": self.threads, "%laneid": np.arange(32)}
+        self.registers |= {"%tid.x": self.threads, "%laneid": np.arange(32), "%lanemask_lt": (1 << np.arange(32)) - 1}
 
     def run(self, most=100_000):
         """To the next barrier, or to the end: whether to a barrier."""
@@ -110,18 +111,26 @@ class _Warp:
             self.steps += 1
             assert self.steps < most, "it does not end"
             guard, op, args = self.cta.code[self.at]
-            mask = np.ones(32, bool)
+            self.active = self.active | self.waiting.pop(self.at, False)
+            mask = self.active
             if guard:
-                mask = self.registers[guard[1]] != guard[0]
+                mask = mask & (self.registers[guard[1]] != guard[0])
             self.at += 1
             name, *parts = op.split(".")
             if name == "bra":
-                assert mask.all() or not mask.any(), f"threads part at a branch to {args[0]}"
-                self.at = self.cta.labels[args[0]] if mask.all() else self.at
+                target = self.cta.labels[args[0]]
+                if (mask == self.active).all():
+                    self.at = target
+                elif mask.any():
+                    assert target >= self.at, f"threads part at a branch back to {args[0]}"
+                    self.waiting[target] = mask | self.waiting.get(target, False)
+                    self.active = self.active & ~mask
             elif name == "bar" and parts[0] == "warp":
-                assert self.cta.n == 32, "other warps go on"
-                self.cta.forget()
+                assert self.active.all()
+                if self.cta.n == 32:  # or other warps go on
+                    self.cta.forget()
             elif name == "bar":
+                assert self.active.all()
                 assert int(args[1]) == self.cta.n
                 return True
             elif name == "wgmma":
@@ -160,8 +169,8 @@ class _Warp:
         kind = parts[-1] if parts else ""
         if name == "setp":
             value = _COMPARE[parts[0]](self._value(args[1], kind), self._value(args[2], kind))
-            if parts[1] == "and":
-                value = value & self.registers[args[3]]
+            if parts[1] in ("and", "or"):
+                value = {"and": np.logical_and, "or": np.logical_or}[parts[1]](value, self.registers[args[3]])
             self._set(args[0], value, mask)
         elif kind == "pred" and name != "vote":
             self._set(
@@ -184,8 +193,12 @@ class _Warp:
             self._set(args[0], np.full(32, value), mask)
         elif name == "cp":
             self._copy(parts, args, mask)
+        elif name == "mbarrier" and parts[0] == "try_wait":
+            self._set(args[0], np.ones(32, bool), mask)  # what is copied is there from the start
         elif name == "mbarrier":
-            self._arrive(args[-1])
+            self._arrive(next(x for x in args if x.startswith("[")))
+        elif name == "ldmatrix":
+            self._load_matrices(args)
         elif name in ("fence", "createpolicy"):
             pass
         elif name == "shfl" and parts[1] == "idx":
@@ -231,8 +244,8 @@ class _Warp:
                 return ~self._value(args[1], kind)
             if name == "popc":
                 return np.bitwise_count(self._value(args[1], "u32")).astype(np.uint32)
-            if name == "max" and kind == "f32" and "NaN" not in parts:
-                return np.fmax(*(self._value(arg, kind) for arg in args[1:]))
+            if name == "max" and kind == "f32":
+                return (np.maximum if "NaN" in parts else np.fmax)(*(self._value(arg, kind) for arg in args[1:]))
             if name == "prmt":
                 return _permuted(*(self._value(arg, "u32") for arg in args[1:]))
             if name == "lop3":
@@ -261,12 +274,13 @@ class _Warp:
         if "mma_async" in op:
             n, (sums, codes, desc, adds) = int(re.search(r"m64n(\d+)k32\.f32\.e4m3\.e4m3", op)[1]), args[:4]
             registers = (re.findall(r"\w+", x) for x in (sums, codes))
-            self.in_flight.append((n, *registers, int(self.registers[desc][0]), bool(self.registers[adds].all())))
+            self.in_flight[-1].append((n, *registers, int(self.registers[desc][0]), bool(self.registers[adds].all())))
+        elif "commit_group" in op:
+            self.in_flight.append([])
         elif "wait_group" in op:
-            assert args == ["0"]
-            for product in self.in_flight:
-                self._multiply_one(*product)
-            self.in_flight = []
+            while len(self.in_flight) - 1 > int(args[0]):
+                for product in self.in_flight.pop(0):
+                    self._multiply_one(*product)
 
     def _multiply_one(self, n, sums, codes, desc, adds):
         g, c, e4m3 = np.arange(32) // 4, np.arange(32) % 4, ml_dtypes.float8_e4m3fn
@@ -285,6 +299,15 @@ class _Warp:
             row, own = g + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * c + i % 2
             before = self._value(name, "f32") if adds else 0
             self.registers[name] = (before + product[row, own]).astype(np.float32)
+
+    def _load_matrices(self, args):
+        """Four of 8 rows of 16 bytes: lane 8 * i + r has the address of row r of matrix i."""
+        at = self._words(args[1])
+        assert (at % 16 == 0).all(), "not aligned"
+        for i, name in enumerate(re.findall(r"\w+", args[0])):
+            words = at[8 * i + np.arange(32) // 4] // 4 + np.arange(32) % 4
+            self._watch(words, np.ones(32, bool), writes=False)
+            self._set(name, self.cta.smem[words], np.ones(32, bool))
 
     def _words(self, address):
         base, _, offset = address.strip("[]").partition("+")
@@ -339,20 +362,21 @@ class _Warp:
             # The last list is of those that are in no group yet.
             n = len(self.copies) - 1 - int(args[0]) if args else len(self.copies)
             landed, self.copies = self.copies[:n], self.copies[n:] or [[]]
-            for words, values in (copy for group in landed for copy in group):
-                for i in range(4):
-                    self._watch(words + i, np.ones(32, bool), writes=True, values=values[i])
-                    self.cta.smem[words + i] = values[i]
+            for words, mask, values in (copy for group in landed for copy in group):
+                for i, own in enumerate(values):
+                    self._watch(words + i, mask, writes=True, values=own)
+                    self.cta.smem[(words + i)[mask]] = own[mask]
         else:
-            assert mask.all() and int(args[2]) == 16
+            size = int(args[2])
             to, source = (self._words(arg) for arg in args[:2])
-            ignored = self.registers[args[3]]
-            assert (to % 16 == 0).all() and (source[~ignored] % 16 == 0).all(), "not aligned"
-            assert ((to >= 0) & (to // 4 + 4 <= len(self.cta.smem))).all(), f"outside of memory: {args}"
-            at = np.where(ignored, 0, source // 4)
-            assert ((at >= 0) & (at + 4 <= len(self.cta.memory))).all(), f"outside of memory: {args}"
-            values = [np.where(ignored, 0, self.cta.memory[at + i]).astype(np.uint32) for i in range(4)]
-            self.copies[-1].append((to // 4, values))
+            ignored = self.registers[args[3]] if len(args) > 3 else np.zeros(32, bool)
+            assert (to[mask] % size == 0).all() and (source[mask & ~ignored] % size == 0).all(), "not aligned"
+            is_inside = (to >= 0) & (to + size <= 4 * len(self.cta.smem))
+            assert is_inside[mask].all(), f"outside of memory: {args}"
+            at = np.where(ignored | ~mask, 0, source // 4)
+            assert ((at >= 0) & (at + size // 4 <= len(self.cta.memory))).all(), f"outside of memory: {args}"
+            values = [np.where(ignored, 0, self.cta.memory[at + i]).astype(np.uint32) for i in range(size // 4)]
+            self.copies[-1].append((np.where(mask, to // 4, 0), mask, values))
 
     def _arrive(self, where):
         for address in self._words(where):

@@ -10,6 +10,14 @@ def token_scores(q, k, k_scale, w):
     return scores if k_scale is None else scores * np.asarray(k_scale, np.float64)
 
 
+def side_by_side(x, passed, rest):
+    """[W], [W] -> [W]: of each 32 those that passed, in order, then `rest`, as a filter leaves sort keys."""
+    rows = [np.pad(x[i : i + 32][passed[i : i + 32]], (0, 32)) for i in range(0, len(x), 32)]
+    n = np.add.reduceat(passed.astype(int), np.arange(0, len(x), 32))
+    rows = [np.where(np.arange(32) < k, row[:32], rest) for row, k in zip(rows, n, strict=True)]
+    return np.concatenate(rows)[: len(x)]
+
+
 def block_means(k, k_scale, block_size, length):
     """[S, D] -> [ceil(S / block_size), D]; means over the tokens before `length`."""
     k = np.asarray(k, np.float64)
@@ -45,7 +53,7 @@ def assert_selection(got, count, scores, candidates, k, tolerance, what=""):
     want = best(scores, candidates, k)
     assert count == len(want), f"{what}: count {count}, wanted {len(want)}"
     chosen, rest = got[:count], got[count:]
-    assert (rest == -1).all(), f"{what}: {rest} behind the chosen"
+    assert (rest == -1).all(), f"{what}: {rest} after the chosen"
     assert (np.diff(chosen) > 0).all(), f"{what}: not ascending"
     assert np.isin(chosen, candidates).all(), f"{what}: chose what is no candidate"
     if len(want):

@@ -19,7 +19,7 @@ DTYPES = ["float8_e4m3fn", "bfloat16", "int8", "float32"]
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Requests in pages of random order, and new tokens for them, of which the last rows are nobody's."""
+    """Requests in pages of random order, and new tokens for them, of which the last rows are padding."""
 
     cache: hj.IndexCache
     k: jax.Array | hj.QuantizedKeys

@@ -10,7 +10,7 @@ PAIR, KEYS = 128, 900
 
 
 def lists(K, seed=0):
-    """Full, empty, reaching to any column, with indices out of range behind the last real one."""
+    """Full, empty, reaching to any column, with indices out of range after the last real one."""
     rng = np.random.default_rng(seed)
     for n in (K, 0, 1, *rng.integers(1, K, 6)):
         row = np.full(K, -1, np.int32)

@@ -1,6 +1,7 @@
 """The streaming flat indexer and its merge, interpreted with race detection."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 import hisa_jax as hj
 from hisa_jax.kernels_pallas import mosaic_gpu
 from hisa_jax.kernels_pallas.flat_call import flatten
-from hisa_jax.kernels_pallas.mosaic_gpu import flat, merge
+from hisa_jax.kernels_pallas.mosaic_gpu import flat, merge, stages
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_survivors
 from hisa_jax.kernels_pallas.sort_key import score_of
 from hisa_jax.layout import Call
@@ -38,6 +39,7 @@ def select(run, q, k, k_scale, w, visible, topk, n_ctas=132, interpret=False):
 def test_streaming_in_filtered_tiles_equals_one_piece(interpret, monkeypatch, run):
     monkeypatch.setattr(flat, "ONE_TILE", 256)
     monkeypatch.setattr(flat, "MOST_BYTES", 0)  # or few queries would be taken all at once
+    monkeypatch.setattr(flat, "FIRST", 512)
     monkeypatch.setattr(flat, "STEP", 512)  # rounded up to 1536, three spans of 384 being four steps of a selection
     visible = np.asarray([[2000, 300]], np.int32)
     q, k, scale, w = draw.integers(3, 1, 2, 2000, 16, 64, E4M3, True)
@@ -53,7 +55,7 @@ def test_streaming_in_filtered_tiles_equals_one_piece(interpret, monkeypatch, ru
 def test_few_queries_take_the_best_of_parts_of_their_rows(interpret, monkeypatch, S, topk, has_sort_keys):
     """Of 3500 seven parts, whose best are in two lists, whose best are in one; a query sees less than a part."""
     monkeypatch.setattr(flat, "ONE_TILE", 256)
-    monkeypatch.setattr(flat, "PART", 512)
+    monkeypatch.setattr(flat, "WIDTH", 512)
     visible = np.asarray([[S, 300]], np.int32)
     q, k, scale, w = draw.integers(3, 1, 2, S, 16, 64, E4M3, True)
     batch = kernel_calls.call_of(q, k, scale, w, jnp.asarray(visible))
@@ -64,6 +66,7 @@ def test_few_queries_take_the_best_of_parts_of_their_rows(interpret, monkeypatch
     promises.check_flat(got, q, k, scale, w, visible, topk=topk, token_tolerance=1e-9)
     if has_sort_keys:
         monkeypatch.setattr(flat, "MOST_BYTES", 0)
+        monkeypatch.setattr(flat, "FIRST", 512)
         monkeypatch.setattr(flat, "STEP", 512)
         _, _, streamed = run(call.operands, call.visible, call.sequences, topk=topk, **options)
         np.testing.assert_array_equal(sort_keys[0], streamed)
@@ -74,7 +77,7 @@ def test_few_queries_take_the_best_of_parts_of_their_rows(interpret, monkeypatch
 @pytest.mark.parametrize("page_size", [None, 64, 128])
 @pytest.mark.parametrize(("T", "context"), [(1, 131072), (32, 131072), (128, 131072), (1, 1 << 20), (128, 1 << 20)])
 def test_few_queries_take_a_kernel_for_scores_and_one_for_each_round(T, context, page_size):
-    """Two rounds up to 128K, three up to 1M: kernels of our own; XLA's are those that say who scores what."""
+    """One that selects up to 128K, two up to 1M: kernels of our own; XLA's say who scores what and take maxima."""
 
     def select(q, k, k_scale, w, visible, table, offsets):
         cache = None
@@ -92,7 +95,37 @@ def test_few_queries_take_a_kernel_for_scores_and_one_for_each_round(T, context,
     arrays = ((T, 1, 64, 128), E4M3), ((T, context, 128), E4M3), ((T, context), f32), ((T, 1, 64), f32), ((T, 1), i32)
     text = lower(select, *arrays, ((T, P), i32), ((T + 1,), i32))
     kernels = re.findall(r"custom_call @(?:mosaic_gpu_v2|__gpu\$xla\.gpu\.triton)", text)
-    assert len(kernels) == (3 if context == 131072 else 4)
+    assert len(kernels) == (2 if context == 131072 else 3)
+
+
+def test_hisa_that_keeps_all_blocks_of_many_queries_is_the_flat_indexer(monkeypatch):
+    """Traced alone: half a second."""
+
+    def refine(*_):
+        raise LookupError
+
+    def select(T, S):
+        shapes = (1, T, 64, 128), (1, S, 128), (1, S), (1, T, 64), (1, T)
+        dtypes = E4M3, E4M3, jnp.float32, jnp.float32, jnp.int32
+        hisa = functools.partial(kernel_calls.select_hisa, mosaic_gpu, topk=2048, block_size=128, block_topk=64)
+        return jax.eval_shape(hisa, *map(jax.ShapeDtypeStruct, shapes, dtypes))
+
+    monkeypatch.setattr(stages, "refine", refine)
+    assert [x.shape for x in select(256, 8192)] == [(1, 256, 2048), (1, 256), (1, 256, 64)]
+    for T, S in ((256, 8320), (128, 8192)):
+        with pytest.raises(LookupError):
+            select(T, S)
+
+
+@pytest.mark.exhaustive
+def test_hisa_that_is_the_flat_indexer_has_the_tokens_and_the_blocks_of_its_own_kernels(interpret, monkeypatch):
+    q, k, scale, w = draw.integers(3, 1, 4, 300, 16, 64, E4M3, True)
+    visible = jnp.asarray([[300, 130, 5, 0]], jnp.int32)
+    options = dict(topk=40, block_size=128, block_topk=3, interpret=interpret)
+    wanted = kernel_calls.select_hisa(mosaic_gpu, q, k, scale, w, visible, **options)
+    monkeypatch.setattr(stages, "n_sms", lambda: 2)
+    got = kernel_calls.select_hisa(mosaic_gpu, q, k, scale, w, visible, **options)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
 def merge_case(seed, k, W, n_start, limit):
@@ -108,11 +141,12 @@ def merge_case(seed, k, W, n_start, limit):
     positions = np.stack([pad(chosen, -1) for chosen in old])
     passed = x[:, n_start:] > best.min(1)[:, None]
     words = (passed.reshape(T, -1, 32).astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(-1).astype(np.uint32)
-    tile = np.where(passed, x[:, n_start:], 12345)  # never read
+    rows = zip(x[:, n_start:], passed, strict=True)
+    tile = np.stack([reference.side_by_side(*row, 12345) for row in rows])  # the rest is never read
     best, positions, tile, words = (
         jnp.asarray(a.astype(np.int32)) for a in (best, positions, tile, words.view(np.int32))
     )
-    return ((best, positions), (tile, words)), x, want
+    return (merge.Best(best, positions, None, None), (tile, words)), x, want
 
 
 @pytest.mark.parametrize("n_start", [0, 2048])
@@ -125,11 +159,16 @@ def test_merge_keeps_the_lower_of_equals(interpret, n_start):
 
 def check_merge(got, x, want):
     for t, chosen in enumerate(want):
-        positions, best = np.asarray(got[1][t]), np.asarray(got[0][t])
+        positions, best, least = (np.asarray(row[t]) for row in (got.positions, got.sort_keys, got.least))
         np.testing.assert_array_equal(positions[: len(chosen)], chosen)
         assert (positions[len(chosen) :] == -1).all()
         np.testing.assert_array_equal(best[: len(chosen)], x[t, chosen])
         assert (best[len(chosen) :] == INVISIBLE).all()
+        assert got.n[t] == len(chosen)
+        if len(chosen) < len(best):
+            assert least == INVISIBLE
+        else:
+            assert np.delete(x[t], chosen).max(initial=INVISIBLE) <= least <= x[t, chosen].min()
 
 
 @pytest.fixture
@@ -156,7 +195,7 @@ def test_flat_on_the_device(hopper, monkeypatch, rising, at_once):
     S = 40000 if not at_once else 300_000  # three rounds
     if not at_once:
         monkeypatch.setattr(flat, "MOST_BYTES", 0)
-    visible = np.asarray([[S, S - 1, 30000, flat.STEP, flat.STEP + 1, 2049, 5, 0]], np.int32)
+    visible = np.asarray([[S, S - 1, 30000, flat.FIRST, flat.FIRST + 1, 2049, 5, 0]], np.int32)
     q, k, scale, w = draw.normal(0, 1, 8, S, 64, 128, E4M3, True)
     if rising:
         q, k, w = jnp.ones_like(q), jnp.ones_like(k), jnp.ones_like(w)

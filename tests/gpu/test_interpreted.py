@@ -74,7 +74,7 @@ def test_streaming_topk_of_triton_equals_one_piece(monkeypatch):
 
 
 def _packed(seed, lengths_q, lengths_k, T, N):
-    """A packed batch in buffers of T queries and N keys: arrays, offsets, visible; nobody's rows behind."""
+    """A packed batch in buffers of T queries and N keys: arrays, offsets, visible; rows of padding after them."""
     q, k, scale, w = (x[0] for x in draw.integers(seed, 1, T, N, 16, 64, E4M3, True))
     cu = [np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32) for lengths in (lengths_q, lengths_k)]
     visible = np.zeros(T, np.int32)
@@ -90,7 +90,7 @@ def _packed(seed, lengths_q, lengths_k, T, N):
     ids=["mosaic_a_few_queries_at_a_time", "triton_one_piece"],
 )
 def test_packed_sequences_keep_the_contract(backend, queries, monkeypatch, request):
-    # More blocks than are kept, an empty sequence, one with fewer tokens than a block; 3 rows nobody's.
+    # More blocks than are kept, an empty sequence, one with fewer tokens than a block; 3 rows of padding.
     lengths_q, lengths_k = [2, 0, 1, 3], [300, 40, 9, 230]
     arrays, cu = _packed(9, lengths_q, lengths_k, 9, 600)
     monkeypatch.setattr(indexer, "QUERIES", queries)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """Requests in pages of a cache in random order, beside them their keys in one piece; a row of queries is nobody's.
+    """Requests in pages of a cache in random order, beside them their keys in one piece; a row of queries is padding.
 
     Tables hold nonsense where there are no tokens.
     """
@@ -149,8 +149,8 @@ def test_means_of_blocks_that_pages_keep_are_read_and_where_they_are_of_other_pa
     monkeypatch,
 ):
     if jax.default_backend() != "gpu":
-        # As for many requests: a program takes the means that do not fit in several turns.
-        monkeypatch.setattr(kept_means, "heuristic", lambda *_: kept_means.Config(tile_s=128))
+        # As for many requests: a program has several tiles, and takes the means that do not fit in several turns.
+        monkeypatch.setattr(kept_means, "heuristic", lambda *_: kept_means.Config(tile_s=64, n_tiles=2))
     block_size, method = 2 * page_size if page_size > 16 else 64, hj.Hisa(topk=50, block_size=64, block_topk=4)
     method = dataclasses.replace(method, block_size=block_size)
     decode = DECODE | dict(lengths=[n * block_size // 64 for n in DECODE["lengths"]])
@@ -171,6 +171,13 @@ def test_means_of_blocks_that_pages_keep_are_read_and_where_they_are_of_other_pa
             break
     assert (wanted.blocks != before.blocks).any()
     assert_same(other.select(implementation, method), wanted)
+
+
+def test_a_program_of_kept_means_has_a_power_of_two_of_them():
+    """As Triton wants it, of any number of requests."""
+    configs = [kept_means.heuristic(T, 1024) for T in range(1, 600)]
+    assert all((c.tile_s * c.n_tiles).bit_count() == 1 for c in configs)
+    assert [configs[T - 1].n_tiles for T in (1, 33, 34, 67, 128, 133, 599)] == [1, 1, 2, 4, 4, 8, 16]
 
 
 @pytest.mark.exhaustive  # 40 s a case

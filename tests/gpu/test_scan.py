@@ -42,7 +42,9 @@ def short_lists(monkeypatch):
     monkeypatch.setattr(scan, "FEW", 0)
     monkeypatch.setattr(scan, "_LISTED", 128)
     monkeypatch.setattr(scan, "_RANK", 16)
-    assert scan.capacity(80) == 128 and scan.sample_step(80, 700) == 4
+    monkeypatch.setattr(scan, "_DEVIATIONS", 1)
+    ask = scan.ask_of(METHOD, 700)
+    assert ask.most == 128 and ask.step == 4
 
 
 BACKENDS = {
@@ -269,6 +271,16 @@ def assert_requests_keep_the_contract(requests, got, method, tolerance):
     cu_seqlens_k = np.cumsum([0, *np.asarray(requests.lengths)])
     reference = oracle.select_packed(requests.q, k, requests.w, requests.cu_seqlens_q, cu_seqlens_k, method)
     oracle.assert_same_selection(got.indices, got.count, reference, tolerance, may_keep_more=True)
+
+
+@pytest.mark.parametrize("S", [2**16, 2**18, 2**20])
+@pytest.mark.parametrize("candidates", [2048, 8192])
+def test_samples_seldom_mislead_however_far_apart_they_are(monkeypatch, S, candidates):
+    """Of the best `least` fewer than `rank` are samples, and of the best `most` more: 4 standard deviations away."""
+    monkeypatch.undo()
+    least, most, rank, step = scan.ask_of(hj.Scan(topk=2048, candidates=candidates), S)
+    least, most = least / step, most / step
+    assert least + 4 * least**0.5 <= rank and rank + rank // 64 <= most - 4 * most**0.5 and S // step <= 32768
 
 
 @pytest.mark.parametrize(("S", "H", "is_flat"), [(20480, 64, True), (20488, 64, False), (40960, 32, True)])

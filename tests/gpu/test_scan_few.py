@@ -26,7 +26,7 @@ from tests.gpu.ptx_machine import Machine
 from tests.gpu.test_lowering import lower
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-WIDTH, LEAST, MOST = 1024, 80, 128
+WIDTH, LEAST, MOST = 1056, 80, 128  # no whole number of what a warp marks at a time
 ASK = Ask(least=LEAST, most=MOST, rank=26, step=4)
 ASK_128K = Ask(least=8192, most=12288, rank=626, step=16)
 FORCED = dict(keep_first=2, keep_last=3)
@@ -73,21 +73,38 @@ def check(list_best):
             np.testing.assert_array_equal(others[x[others] == at], tied[: (x[others] == at).sum()], err_msg=name)
 
 
-def by_machine(sort_keys, limits):
+class AtTheEnd(Row):
+    """A row whose list has no room in place of the samples."""
+
+    list = property(lambda row: row.bits + 2 * row.bits_bytes)
+
+
+def by_machine(sort_keys, limits, side_by_side=False):
     """The PTX, a row after the other."""
     sample = sample_of(-(-WIDTH // ASK.step), ASK.rank)
-    row = Row(width=WIDTH, step=ASK.step, least=LEAST, most=MOST, **FORCED, sample=sample)
+    apart = 1 if side_by_side else ASK.step
+    row = (Row if side_by_side else AtTheEnd)(
+        width=WIDTH, step=ASK.step, apart=apart, least=LEAST, most=MOST, **FORCED, sample=sample
+    )
     text = list_ptx(row)
     for i in reversed(range(len(OPERANDS))):
         text = text.replace(f"${i}", OPERANDS[i].lower() + "_")
     lists = []
     for x, limit in zip(np.asarray(sort_keys), np.asarray(limits), strict=True):
-        memory = np.concatenate([x.view(np.uint32), np.full(MOST + 8, 0xDEAD, np.uint32)])
-        at = dict(x_=0, limit_=int(limit), o_=4 * WIDTH, count_=4 * (WIDTH + MOST), smem_=0)
+        samples = x[:: ASK.step]
+        memory = np.concatenate([x, np.full(MOST + 8, 0xDEAD, np.int32), samples]).view(np.uint32)
+        at = dict(
+            x_=0,
+            samples_=4 * (len(memory) - len(samples)) if side_by_side else 0,
+            limit_=int(limit),
+            o_=4 * WIDTH,
+            count_=4 * (WIDTH + MOST),
+            smem_=0,
+        )
         cta = Machine(text, sample.n_threads, at, memory, row.smem_bytes)
         cta.run()
         got = cta.memory[WIDTH:].view(np.int32)
-        assert (got[MOST + 1 :] == 0xDEAD).all()
+        assert (got[MOST + 1 : MOST + 8] == 0xDEAD).all()
         lists.append((got[:MOST], got[MOST]))
     return tuple(map(np.stack, zip(*lists, strict=True)))
 
@@ -96,8 +113,9 @@ def test_a_list_has_the_best_and_of_those_that_tie_the_first():
     check(functools.partial(triton_list.list_best, ask=ASK, **FORCED, interpret=True))
 
 
-def test_the_machine_lists_them_too():
-    check(by_machine)
+@pytest.mark.parametrize("side_by_side", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
+def test_the_machine_lists_them_too(side_by_side):
+    check(functools.partial(by_machine, side_by_side=side_by_side))
 
 
 def test_the_kernel_around_it(interpret):
@@ -116,7 +134,7 @@ def test_long_rows_are_listed_on_the_device(W):
     x = sort_key_of(jax.random.normal(jax.random.key(0), (132, W)))
     limit = jnp.asarray(np.random.default_rng(0).integers(1, W, 132), jnp.int32).at[0].set(W)
     ask = ASK_128K._replace(rank=max(626 * 131072 // W, 200), step=16 * W // 131072)
-    tokens, count = (np.asarray(out) for out in mosaic_list.list_best(x, limit, ask, **FORCED))
+    tokens, count = (np.asarray(out) for out in mosaic_list.list_best(x, limit, ask, x[:, :: ask.step], **FORCED))
     x = np.asarray(x)
     for t, n in enumerate(np.asarray(limit)):
         listed = tokens[t, : count[t]]
@@ -153,12 +171,11 @@ def test_which_way_hopper_scans(monkeypatch, n_requests, n_queries, sketch, way)
     assert stages.way_of_scan(call, 2048) == way
 
 
-@pytest.mark.parametrize(("T", "by"), [(132, "mosaic_gpu"), (133, "triton")])
-def test_many_queries_do_not_scan_sketches_four_at_a_time(monkeypatch, T, by):
-    """Where all keys are samples, of fewer than 1024 candidates."""
+def test_only_lists_have_sketches_scanned_four_queries_at_a_time(monkeypatch):
+    """Samples are Triton's, also where all keys are samples of many queries, of fewer than 1024 candidates."""
     monkeypatch.setattr(stages.triton_stages, "scan_sort_keys", lambda *_: "triton")
     monkeypatch.setattr(stages.sketch_stage, "scan_sort_keys", lambda *_, **__: "mosaic_gpu")
-    starts, S = np.array([0], np.int32), 4096
+    starts, S, T = np.array([0], np.int32), 4096, 132
     sequences = Sequences(query_starts=np.append(starts, T), key_starts=starts, lengths=starts + S, max_keys=S)
     heads = ScanHeads(q=jnp.zeros((T, 8, 128), jnp.float8_e4m3fn), w=jnp.zeros((T, 8)), n_linear=2, n=6)
     pages = Pages(table=jnp.arange(S // 64, dtype=jnp.int32), size=64, n_pages=S // 64)
@@ -166,4 +183,5 @@ def test_many_queries_do_not_scan_sketches_four_at_a_time(monkeypatch, T, by):
         q=heads.q, w=heads.w, visible=jnp.full((T,), S, jnp.int32), k=heads.q, k_scale=None, sequences=sequences,
         pages=pages, sketch=Sketched(None, None, None, 128, heads.q.dtype),
     )  # fmt: skip
-    assert stages.scan_sort_keys(call, heads, 1) == by
+    assert stages.scan_sort_keys(call, heads, 1) == "triton"
+    assert stages.scan_all(call, heads, 16) == "mosaic_gpu"

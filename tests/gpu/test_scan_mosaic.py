@@ -9,10 +9,12 @@ import pytest
 
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens, refine_tokens, scan, scores
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_bits import list_ptx
 from hisa_jax.kernels_pallas.operands import Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import Pages
 from hisa_jax.kernels_pallas.sequences import Sequences
-from hisa_jax.kernels_pallas.sort_key import score_of, sort_key_of
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE, score_of, sort_key_of
+from tests.gpu.ptx_machine import Machine
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 KEEP = dict(keep_first=3, keep_last=2)
@@ -72,6 +74,7 @@ def test_a_scan_of_groups_of_queries_has_each_querys_own_scores(interpret, dtype
     for t, wanted in enumerate(scores):
         sample = wanted[::4]
         np.testing.assert_array_equal(score_of(got[t, : len(sample)]), sample)
+        assert (got[t, len(sample) : 512] == INVISIBLE).all()  # as far as a top-k reads
         place = np.arange(len(wanted))
         passes = (wanted >= THRESHOLD) | (place < 3) | (place >= len(wanted) - 2) | (t == 4)
         words = np.asarray(masks[t, : -(-len(wanted) // 32)])
@@ -79,21 +82,50 @@ def test_a_scan_of_groups_of_queries_has_each_querys_own_scores(interpret, dtype
         np.testing.assert_array_equal(np.flatnonzero(bits), np.flatnonzero(passes))
 
 
-def test_a_list_holds_the_set_bits(interpret):
+def words_of_bits(words):
+    """Random words of a row a query, and how many tokens each sees: some words are not, or only in part."""
     rng = np.random.default_rng(1)
-    words = rng.integers(-(2**31), 2**31, (7, 16)) & rng.integers(-(2**31), 2**31, (7, 16))
-    visible = np.array([512, 511, 33, 32, 1, 0, 300], np.int32)
+    x = rng.integers(-(2**31), 2**31, (7, words)) & rng.integers(-(2**31), 2**31, (7, words))
+    visible = np.array([32 * words, 32 * words - 1, 33, 32, 1, 0, 300], np.int32)
     for t, n in enumerate(visible):  # words beyond hold anything, bits of the last one nothing
-        words[t, n // 32 : -(-n // 32)] &= (1 << int(n) % 32) - 1
-    words = words.astype(np.int32)
-    tokens, count = list_tokens.list_tokens(
-        jnp.asarray(words), jnp.asarray(visible), 128, n_ctas=2, interpret=interpret
-    )
-    for t, n in enumerate(visible):
-        wanted = np.flatnonzero(np.unpackbits(words[t, : -(-n // 32)].view(np.uint8), bitorder="little"))
-        assert count[t] == len(wanted)
-        listed = np.concatenate([wanted, np.full(512, -1)])[:128]  # longer ones are counted alone
-        np.testing.assert_array_equal(tokens[t], listed)
+        x[t, n // 32 : -(-n // 32)] &= (1 << int(n) % 32) - 1
+    x = x.astype(np.int32)
+    wanted = [
+        np.flatnonzero(np.unpackbits(row[: -(-n // 32)].view(np.uint8), bitorder="little"))
+        for row, n in zip(x, visible, strict=True)
+    ]
+    return x, visible, wanted
+
+
+def assert_lists(tokens, count, wanted, capacity):
+    for got, n, those in zip(np.asarray(tokens), np.asarray(count), wanted, strict=True):
+        assert n == len(those)
+        # Longer ones are counted alone.
+        np.testing.assert_array_equal(got, np.concatenate([those, np.full(capacity, -1)])[:capacity])
+
+
+def test_a_list_holds_the_set_bits(interpret):
+    words, visible, wanted = words_of_bits(16)
+    given = jnp.asarray(words), jnp.asarray(visible)
+    assert_lists(*list_tokens.list_tokens(*given, 128, n_ctas=2, interpret=interpret), wanted, 128)
+
+
+@pytest.mark.parametrize(("words", "capacity"), [(16, 128), (1300, 12000)])
+def test_the_machine_lists_them_too(words, capacity):
+    """A round, and three: a row with room for all and one without."""
+    x, visible, wanted = words_of_bits(words)
+    text, names = list_ptx(capacity), ("COUNT", "MASKS", "WORDS", "LIST", "SCRATCH")
+    for i in reversed(range(len(names))):
+        text = text.replace(f"${i}", names[i].lower() + "_")
+    rows = []
+    for row, n in zip(x, visible, strict=True):
+        at = dict(masks_=0, words_=-(-int(n) // 32), list_=16, scratch_=0, count_=0)
+        cta = Machine(text, 128, at, row.view(np.uint32), 16 + 4 * capacity)
+        cta.run()
+        counts = {int(warp.registers["count_"][0]) for warp in cta.warps}
+        assert len(counts) == 1
+        rows.append((cta.smem[4:].view(np.int32), counts.pop()))
+    assert_lists(*zip(*rows, strict=True), wanted, capacity)
 
 
 @pytest.mark.parametrize("in_pages", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["rows", "pages"])
@@ -125,7 +157,7 @@ def test_the_best_of_listed_tokens(interpret, in_pages):
 
 def test_a_few_queries_of_very_many_keys_have_a_configuration():
     for n_queries, n_keys in ((1, 2**24), (10, 2**24), (1, 2**30)):
-        config = scores.heuristic(scores.Sizes(n_queries, 64, 128, 1, 1), n_keys)
+        config = scores.heuristic(scores.Sizes(n_queries, 64, 128, 1, 1, 1), n_keys)
         assert config.tile_t == n_queries  # keys are read once
 
 

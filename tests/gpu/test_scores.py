@@ -1,5 +1,6 @@
 """The scores kernel: sort keys, forced candidates, filter and masks; and the loop of PTX that no interpreter runs."""
 
+import dataclasses
 import re
 
 import jax
@@ -26,14 +27,16 @@ def skip_unless_hopper(H, D, dtype):
         pytest.skip("needs a Hopper GPU")
 
 
-def check(H, D, dtype, n_parts, n_score, threshold, interpret, keep=1, n_ctas=132):
+def check(H, D, dtype, n_parts, n_score, threshold, interpret, keep=1, n_ctas=132, maxima_of=0, n_keys=1):
     """Three queries of 600 keys, tiles of two queries, limits inside a tile of keys; sums are exact."""
     T, S = 3, 600
     q, k, scale, w = draw.integers(H + D, 1, T, S, H, D, dtype, dtype == E4M3)
     k = jnp.concatenate([k, k])[:n_parts]  # a part twice is a key twice as large
-    limit = np.asarray([600, 131, 0], np.int32)
-    tiles = np.asarray([[0, 2, 0, 1024], [2, 1, 0, 0]], np.int32)
-    config = scores_stage.Config(n_score=n_score, ring=2)
+    together = 2 if H == 32 else 1
+    # The third sees nothing, and nothing is written; of two that share a product it has a slot by itself.
+    limit = np.asarray([600, 131, 0 if together == 1 else 100], np.int32)
+    tiles = np.asarray([[0, 2, 0, 1024], [2, 1, 0, 0 if together == 1 else 1024]], np.int32)
+    config = scores_stage.Config(n_score=n_score, n_keys=n_keys, ring=2, together=together)
     columns = Columns(
         limit=jnp.asarray(limit),
         n=S,
@@ -43,10 +46,11 @@ def check(H, D, dtype, n_parts, n_score, threshold, interpret, keep=1, n_ctas=13
         threshold=None if threshold is None else jnp.full((T,), threshold, jnp.int32),
     )
     operands = Operands(q[0], w[0], k.swapaxes(0, 1), None if scale is None else scale[0])
-    out = scores_stage.scores(operands, columns, config=config, n_ctas=n_ctas, interpret=interpret)
-    sort_keys, masks = (out, None) if threshold is None else out
+    out = scores_stage.scores(operands, columns, config=config, maxima_of=maxima_of, n_ctas=n_ctas, interpret=interpret)
+    sort_keys, others = out if isinstance(out, tuple) else (out, None)
+    masks, maxima = (None, others) if threshold is None else (others, None)
     want = n_parts * reference.token_scores(q[0], k[0], None if scale is None else scale[0], w[0])
-    for t in range(2):  # the third sees nothing: nothing is written
+    for t in np.flatnonzero(limit):
         bits = want[t].astype(np.float32).view(np.int32)
         sort_key = np.where(bits < 0, bits ^ FORCED, bits)
         sort_key[bits == INVISIBLE] = 0  # -0.0
@@ -54,18 +58,34 @@ def check(H, D, dtype, n_parts, n_score, threshold, interpret, keep=1, n_ctas=13
         sort_key[max(limit[t] - keep, 0) : limit[t]] = FORCED
         sort_key[limit[t] :] = INVISIBLE
         passes = np.ones(S, bool) if threshold is None else sort_key > threshold
-        np.testing.assert_array_equal(np.asarray(sort_keys[t])[:S][passes], sort_key[passes])
+        got = np.asarray(sort_keys[t])[:S]
+        if masks is not None:
+            sort_key = reference.side_by_side(sort_key, passes, INVISIBLE)
+            got = np.where(sort_key == INVISIBLE, INVISIBLE, got)
+        np.testing.assert_array_equal(got, sort_key)
         if masks is not None:
             bits = np.asarray(masks[t]).view(np.uint32)[:, None] >> np.arange(32, dtype=np.uint32) & 1
             np.testing.assert_array_equal(bits.reshape(-1)[:S], passes)
+        if maxima is not None:
+            wanted = np.max(sort_key[: S // maxima_of * maxima_of].reshape(-1, maxima_of), axis=1)
+            seen = -(-limit[t] // maxima_of)
+            np.testing.assert_array_equal(maxima[t, :seen], wanted[:seen])
 
 
-CASES = [(16, 64, E4M3, 2, 2, None), (16, 64, BF16, 1, 2, None), (16, 64, E4M3, 1, 3, 1086324736)]  # sort key of 6.0
+CASES = [(16, 64, E4M3, 2, 2, None), (16, 64, BF16, 1, 2, None), (32, 64, E4M3, 1, 3, 1086324736)]  # sort key of 6.0
 
 
 @pytest.mark.parametrize("case", CASES, ids=["means", "bf16", "filtered"])
 def test_sort_keys_limits_forced_and_masks(interpret, case):
     check(*case, interpret, n_ctas=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("maxima_of", [2, 8])
+@pytest.mark.parametrize(("H", "D", "dtype"), [(64, 128, E4M3), (16, 64, BF16)])
+def test_greatest_of_neighbours_on_the_device(H, D, dtype, maxima_of):
+    skip_unless_hopper(H, D, dtype)
+    check(H, D, dtype, 1, 2, None, False, n_ctas=1, maxima_of=maxima_of, n_keys=3)
 
 
 @pytest.mark.gpu
@@ -134,13 +154,14 @@ def test_scattered_rows_on_the_device(H, D, dtype, n_parts, n_keys):
     check_scattered(H, D, dtype, n_parts, n_keys, 200, False, 8)
 
 
-@pytest.mark.parametrize("H", [16, 64, 128])
+@pytest.mark.parametrize(("H", "together"), [(16, 1), (32, 2), (64, 1), (128, 1)])
 @pytest.mark.parametrize(("row_bytes", "n_parts"), [(64, 2), (128, 1), (256, 1)])
 @pytest.mark.parametrize("filters", [False, True])
 @pytest.mark.parametrize("pitch", [None, 272])
-def test_no_register_of_the_loop_is_read_before_it_is_written(H, row_bytes, n_parts, filters, pitch):
+def test_no_register_of_the_loop_is_read_before_it_is_written(H, together, row_bytes, n_parts, filters, pitch):
     shape = Shape(
         H=H,
+        together=together,
         row_bytes=row_bytes,
         n_parts=n_parts,
         is_e4m3=row_bytes < 256,
@@ -151,6 +172,7 @@ def test_no_register_of_the_loop_is_read_before_it_is_written(H, row_bytes, n_pa
         out_columns=512,
         filters=filters,
         pitch=pitch,
+        maxima_of=0 if filters else 8,
     )
     assert not list(unwritten(loop_ptx(shape)))
 
@@ -203,3 +225,32 @@ def unwritten(ptx):
             if name not in written:
                 yield name, statement
         written.update(registers(operands[:ends]) if writes else [])
+
+
+def test_ctas_end_together_where_queries_are_the_last_ones():
+    sizes = scores_stage.Sizes(T=4096, H=64, D=128, n_parts=1, itemsize=1, n_sequences=1)
+    config = scores_stage.heuristic(sizes, 8192, n_score=3)
+    even = scores_stage.for_last_queries(config, sizes, [0], 8192, 132)
+    rounds = [
+        -(-sum(-(-min(t + tile, 4096) // 384) + 11 for t in range(0, 4096, tile)) // 132)  # 11 spans all queries see
+        for tile in (config.tile_t, even.tile_t)
+    ]
+    assert rounds[1] * even.tile_t < 0.97 * rounds[0] * config.tile_t
+    # One query of each of many sequences has a tile by itself.
+    one = dataclasses.replace(config, tile_t=1)
+    assert scores_stage.for_last_queries(one, sizes._replace(T=128, n_sequences=128), [0], 8192, 132) == one
+
+
+def test_two_queries_of_32_heads_share_a_product_where_a_sequence_has_several():
+    sizes = scores_stage.Sizes(T=4095, H=32, D=128, n_parts=1, itemsize=1, n_sequences=1)
+    config = scores_stage.heuristic(sizes, 8192)
+    assert config.together == 2 and config.tile_t % 2 == 0
+    assert scores_stage.heuristic(sizes._replace(T=128, n_sequences=128), 8192).together == 1
+    assert scores_stage.heuristic(sizes._replace(H=64), 8192).together == 1
+
+
+def test_a_launch_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"Config\(n_keys=5\): must be 1 to 4, a warp of the loader each"):
+        scores_stage.Config(n_keys=5)
+    with pytest.raises(ValueError, match="scores: maxima_of = 8 with a threshold"):
+        check(16, 64, BF16, 1, 2, 0, False, maxima_of=8)

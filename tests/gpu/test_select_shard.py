@@ -116,36 +116,41 @@ def test_pages_shared_by_emulated_devices_are_searched_by_triton(promises):
     ],
 )
 def test_a_selection_over_eight_gpus_lowers_and_gathers_candidates_alone(backend, R, queries):
-    """Requests of 128K tokens in pages of 64; HISA and the flat indexer."""
-    n, page_size, T = 8, 64, R * queries
-    n_pages = R * 131072 // page_size
-    device = AbstractDevice("NVIDIA H200", 132, "gpu")
-    auto = dict(axis_types=(AxisType.Auto,), abstract_device=device)
-    mesh = jax.sharding.AbstractMesh((n,), ("context",), **auto)
-
-    def one_device(q, w, visible, table, offsets, cache, method):
-        call = Call(q=q, w=w, visible=visible, query_offsets=offsets, table=table, cache=cache)
-        shard = Shard(axis="context", n_devices=n, stripe=128, max_keys=131072)
-        options = dict(tiles=hj.Tiles(), shard=shard, return_scores=False, return_blocks=False)
-        return select_kernels.select_shard(lambda: dispatch.backend(backend), call, method, **options)
-
-    def select(*arrays):
-        specs, found = (*(P(),) * 5, P("context")), []
-        for method in (hj.Hisa(topk=2048, block_size=128, block_topk=64), hj.Dsa(topk=2048)):
-            run = functools.partial(one_device, method=method)
-            found.append(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*arrays))
-        return found
-
-    shaped = jax.ShapeDtypeStruct
-    cache = jax.eval_shape(lambda: hj.init_cache(n_pages, page_size, 128, E4M3))
-    ints = (shaped(shape, jnp.int32) for shape in ((T,), (R, 131072 // page_size // n), (R + 1,)))
-    arrays = shaped((T, 64, 128), E4M3), shaped((T, 64), jnp.float32), *ints, cache
-    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _CUSTOM_CALLS]
-    with jax.sharding.use_abstract_mesh(mesh):
-        text = jax.export.export(jax.jit(select), platforms=["cuda"], disabled_checks=checks)(*arrays).mlir_module()
+    methods = hj.Hisa(topk=2048, block_size=128, block_topk=64), hj.Dsa(topk=2048)
+    text, n, T = lowered_over_eight(backend, R, queries, methods), 8, R * queries
     assert text.count("custom_call") > 8
     gathered = re.findall(r'"?stablehlo\.all_gather"?.*?-> tensor<([^>]*)>', text, re.DOTALL)
     rows, to_all = -(-T // n) * n, T == R  # few queries' candidates go to all devices, others' to whom merges them
     widths = (n * 64, n * 2048) if to_all else (62, 64, 2048)
     assert set(gathered) <= {f"{rows}x{k}xi32" for k in widths} and gathered, gathered
     assert ("stablehlo.all_to_all" in text) != to_all
+
+
+def lowered_over_eight(backend, R, queries, methods, S=131072):
+    """StableHLO of selections from requests of S tokens in pages of 64, over eight GPUs."""
+    n, page_size, T = 8, 64, R * queries
+    n_pages = R * S // page_size
+    device = AbstractDevice("NVIDIA H200", 132, "gpu")
+    auto = dict(axis_types=(AxisType.Auto,), abstract_device=device)
+    mesh = jax.sharding.AbstractMesh((n,), ("context",), **auto)
+
+    def one_device(q, w, visible, table, offsets, cache, method):
+        call = Call(q=q, w=w, visible=visible, query_offsets=offsets, table=table, cache=cache)
+        shard = Shard(axis="context", n_devices=n, stripe=128, max_keys=S)
+        options = dict(tiles=hj.Tiles(), shard=shard, return_scores=False, return_blocks=False)
+        return select_kernels.select_shard(lambda: dispatch.backend(backend), call, method, **options)
+
+    def select(*arrays):
+        specs, found = (*(P(),) * 5, P("context")), []
+        for method in methods:
+            run = functools.partial(one_device, method=method)
+            found.append(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*arrays))
+        return found
+
+    shaped = jax.ShapeDtypeStruct
+    cache = jax.eval_shape(lambda: hj.init_cache(n_pages, page_size, 128, E4M3))
+    ints = (shaped(shape, jnp.int32) for shape in ((T,), (R, S // page_size // n), (R + 1,)))
+    arrays = shaped((T, 64, 128), E4M3), shaped((T, 64), jnp.float32), *ints, cache
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in _CUSTOM_CALLS]
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.export.export(jax.jit(select), platforms=["cuda"], disabled_checks=checks)(*arrays).mlir_module()

@@ -42,6 +42,14 @@ def test_rows_know_their_sequence():
     np.testing.assert_array_equal(traced(lambda s: s.key_start_of_queries(10), RAGGED), wanted)
 
 
+def test_some_queries_of_one_sequence_are_known_when_tracing():
+    one = dataclasses.replace(RAGGED, query_starts=np.array([0, 10]), key_starts=np.array([0]), lengths=np.array([40]))
+    assert isinstance(one.from_query(jnp.int32(8), 4).of_queries(4), np.ndarray)
+    own = RAGGED.from_query(jnp.int32(2), 4)
+    np.testing.assert_array_equal(own.query_starts, [0, 1, 1, 4])
+    np.testing.assert_array_equal(own.key_start_of_queries(4), [0, 32, 32, 32])
+
+
 def test_tokens_in_blocks_end_with_the_sequence():
     wanted = [8, 8, 5, 5, 8, 8, 8, 8, 8, 0]
     np.testing.assert_array_equal(RAGGED.tokens_in_blocks(80, 8), wanted)

@@ -20,6 +20,8 @@ from tests.gpu.test_scan_sketch import Requests
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
+SAMPLE_STEP = 16
+
 
 def requests(n_queries, R, n, n_linear, page_size=64, lengths=(300, 129, 17)):
     return Requests(E4M3, list(lengths), n_queries, page_size, 128, R, n, n_linear)
@@ -37,13 +39,15 @@ def launched(given, config, interpret):
     if config.tile_t == 1:
         columns = dataclasses.replace(columns, tiles=None)
         first = given.flat.sequences.key_start_of_queries(len(given.visible))
-    options = dict(config=config, interpret=interpret)
+    options = dict(sample_step=SAMPLE_STEP, config=config, interpret=interpret)
     return scan_sketch.scan_sort_keys(*sketches, given.heads, columns, first, **options)
 
 
 def check(given, got):
     for t, sort_keys in enumerate(given.sort_keys()):
-        np.testing.assert_array_equal(got[t, : len(sort_keys)], sort_keys, err_msg=f"query {t}")
+        np.testing.assert_array_equal(got[0][t, : len(sort_keys)], sort_keys, err_msg=f"query {t}")
+        samples = sort_keys[::SAMPLE_STEP]
+        np.testing.assert_array_equal(got[1][t, : len(samples)], samples, err_msg=f"samples of query {t}")
 
 
 def by_machine(given, config):
@@ -53,11 +57,13 @@ def by_machine(given, config):
     shape = Shape(
         queries=config.tile_t, rows=R, n=given.heads.n, n_linear=given.heads.n_linear, page_size=sketches.pages.size,
         n_pages=sketches.pages.n_pages, table_size=len(sketches.pages.table), has_scale=True, out_columns=width,
+        sample_step=SAMPLE_STEP,
     )  # fmt: skip
     arrays = sketches.k, sketches.code_scales, sketches.k_scale, sketches.pages.table, given.heads.q, given.heads.w
-    # One behind the other, each from a multiple of 256 bytes on.
+    # One after the other, each from a multiple of 256 bytes on.
     words, at = [], []
-    for array in (*arrays, jnp.zeros((T, width), jnp.int32)):
+    widths = width, width // SAMPLE_STEP
+    for array in (*arrays, *(jnp.zeros((T, n), jnp.int32) for n in widths)):
         at.append(4 * sum(map(len, words)))
         array = np.frombuffer(np.asarray(array).tobytes(), np.uint32)
         words.append(np.pad(array, (0, -len(array) % 64)))
@@ -67,6 +73,7 @@ def by_machine(given, config):
             steps = int(np.clip(-(-(most - token) // scan_sketch.STEP), 0, config.steps))
             own = dict(zip(OPERANDS, at, strict=False))
             own["Q"], own["W"], own["O"] = at[4] + first * R * 128, at[5] + first * R * 4, at[6] + first * width * 4
+            own["SAMPLES"] = at[7] + first * widths[1] * 4
             own |= dict(SMEM=0, ROW=row, START=token, STEPS=steps, N_QUERIES=n_queries)
             text = loop_ptx(shape)
             for i in reversed(range(len(OPERANDS))):
@@ -75,7 +82,9 @@ def by_machine(given, config):
             cta = Machine(text, 128, operands, memory, shape.smem_bytes)
             cta.run()
             memory = cta.memory
-    return memory[at[6] // 4 :][: T * width].view(np.int32).reshape(T, width)
+    return tuple(
+        memory[start // 4 :][: T * n].view(np.int32).reshape(T, n) for start, n in zip(at[6:], widths, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,7 +137,7 @@ def test_it_lowers(T, R):
         columns = Columns(limit=limit, n=P * size, **of_tiles)
         pages = Pages(table=table, size=size, n_pages=n)
         arrays = codes, code_scales, k_scale, pages, heads, columns, None if of_tiles else limit
-        return scan_sketch.scan_sort_keys(*arrays, config=config)
+        return scan_sketch.scan_sort_keys(*arrays, sample_step=16, config=config)
 
     keys = ((n * size, 64), jnp.uint8), ((n * size, 4), BF16), ((n * size,), f32), ((n,), i32)
     queries = ((T, R, 128), E4M3), ((T, R), f32), ((T,), i32), ((T, 4), i32)
@@ -136,11 +145,11 @@ def test_it_lowers(T, R):
 
 
 def test_what_it_declines():
-    assert scan_sketch.why_not(128, 1, 32) is None
+    assert scan_sketch.why_not(128, 1, 32, 128) is None
     with pytest.raises(ValueError, match="a query a CTA"):
         given = requests([4, 1, 0], 8, 6, 2)
         columns = Columns(limit=given.flat.visible, n=384)
         arrays = given.operands.k, given.operands.code_scales, None, given.operands.pages, given.heads, columns
-        scan_sketch.scan_sort_keys(*arrays, config=scan_sketch.Config(tile_t=2, steps=1))
-    for D, itemsize, page_size in ((64, 1, 64), (128, 2, 64), (128, 1, 16), (128, 1, None)):
-        assert "needs" in scan_sketch.why_not(D, itemsize, page_size)
+        scan_sketch.scan_sort_keys(*arrays, sample_step=16, config=scan_sketch.Config(tile_t=2, steps=1))
+    for D, itemsize, page_size, step in ((64, 1, 64, 16), (128, 2, 64, 16), (128, 1, 16, 16), (128, 1, 64, 256)):
+        assert "needs" in scan_sketch.why_not(D, itemsize, page_size, step)

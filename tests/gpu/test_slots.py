@@ -14,7 +14,7 @@ from hisa_jax.kernels_pallas import mosaic_gpu
 from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla import sparse_mla
 from tests import kernel_calls
 from tests.gpu import whole_kernels
-from tests.gpu.test_lowering import BF16, E4M3
+from tests.gpu.test_lowering import BF16, E4M3, quantized_latents
 
 needs_tools = pytest.mark.skipif(bool(whole_kernels.why_not()), reason=str(whole_kernels.why_not()))
 
@@ -135,12 +135,20 @@ def _attention(T, heads):
     return call, ((1, T, heads, 576), BF16), ((1, 65536, 576), BF16), ((1, T, 2048), jnp.int32)
 
 
+def _attention_8_bits():
+    def call(q, indices, *latents):
+        return sparse_mla(q, hj.QuantizedLatents(*latents), indices, value_dim=512, scale=0.1)
+
+    return call, ((128, 1, 128, 576), BF16), ((128, 1, 2048), jnp.int32), *quantized_latents(128, 8192)
+
+
 KERNELS = {
     "prefill": lambda: _indexers(4096, 65536, 64, E4M3),
     "prefill_bf16": lambda: _indexers(4096, 65536, 32, BF16),
     "decode_32": lambda: _decode(32, 64),
     "decode_128": lambda: _decode(128, 128),
     "sparse_mla": lambda: _attention(4096, 128),
+    "latents_8_bits": _attention_8_bits,
     "sparse_mla_split": lambda: _attention(1, 64),
 }
 
@@ -153,3 +161,13 @@ def test_a_slot_is_handed_back_after_what_was_loaded_from_it_is_there(kernels, t
     assert programs, "no kernel was lowered"
     for program in programs:
         assert not (late := late_loads(program)), f"{program.name}: {late}"
+
+
+@pytest.mark.exhaustive  # 5 s, where all tools are there
+@needs_tools
+@pytest.mark.parametrize("kernels", ["sparse_mla", "latents_8_bits"])
+def test_addresses_of_copies_with_a_hint_are_a_lanes_own(kernels, tmp_path):
+    """ptxas up to 13.0 takes other uniform registers than those that it has filled: an illegal instruction."""
+    for program in whole_kernels.compiled(tmp_path, *KERNELS[kernels]()):
+        copies = [x.operands for x in program.instructions if x.opcode.startswith("LDGSTS")]
+        assert copies and not [x for x in copies if re.search(r"\[R\d+\+UR", x)], copies

@@ -54,20 +54,23 @@ def rows(W, k, seed=0):
     return out
 
 
-def chosen(x, limit, k, ids, first=0):
+def chosen(x, limit, k, ids):
     """[k] positions and how many, by sorting."""
     x = np.where(np.arange(len(x)) < limit, x, INVISIBLE).astype(np.int64)
     there = np.flatnonzero(x > INVISIBLE)
     columns = np.sort(there[np.lexsort((there, -x[there]))][:k])
-    positions = columns + first
+    positions = columns
     if ids is not None:
         positions = ids[columns] if len(ids) == len(x) else ids[columns // BLOCK] * BLOCK + columns % BLOCK
     return np.append(positions, np.full(k - len(columns), -1)), len(columns)
 
 
-def machine(x, limit, k, ids, first=0, **options):
+def machine(x, limit, k, ids, n_threads=None, **options):
     """One that runs a row, and where in its memory the result is."""
-    shape = dataclasses.replace(select_few.shape_of(len(x), k), **options)
+    width = options.get("group", 0) * len(ids) if options.get("group") else len(x)
+    shape = dataclasses.replace(select_few.shape_of(width, k), **options)
+    if n_threads is not None:
+        shape = shape.of_threads(n_threads)
     position = select_few.own_position
     if ids is not None:
         position = lambda: select_few.block_position(BLOCK, len(ids))  # noqa: E731
@@ -77,17 +80,17 @@ def machine(x, limit, k, ids, first=0, **options):
     table = np.zeros(4, np.int32) if ids is None else ids
     start = len(x) + len(table)
     memory = np.concatenate([x, table, np.full(2 * k + 1, 77)]).astype(np.int32).view(np.uint32)
-    addresses = dict(X=0, IDS=4 * len(x), O=4 * start, COUNT=4 * (start + k), SMEM=0, LIMIT=limit, FIRST=first)
+    addresses = dict(X=0, IDS=4 * len(x), O=4 * start, COUNT=4 * (start + k), SMEM=0, LIMIT=limit)
     addresses["SORT_KEYS"] = 4 * (start + k + 1)
     operands = {f"o_{name}": value for name, value in addresses.items()}
     return Machine(text, shape.n_threads, operands, memory, shape.smem_bytes), start
 
 
-def assert_chooses(x, limit, k, ids=None, first=0, **options):
-    run, start = machine(x, limit, k, ids, first, **options)
+def assert_chooses(x, limit, k, ids=None, **options):
+    run, start = machine(x, limit, k, ids, **options)
     run.run()
     result = run.memory[start:].view(np.int32)
-    positions, count = chosen(x, limit, k, ids, first)
+    positions, count = chosen(x, limit, k, None if options.get("group") else ids)
     if options.get("has_sort_keys"):
         columns, _ = chosen(x, limit, k, None)
         np.testing.assert_array_equal(result[k + 1 :], np.where(columns < 0, INVISIBLE, x[columns]))
@@ -113,12 +116,31 @@ def test_tokens_are_chosen_from_any_scores(name):
 
 
 @pytest.mark.parametrize("name", ["normal", "few values", "limit half", "limit few"])
-def test_parts_of_rows_and_lists(name):
+def test_lists(name):
     x, limit = rows(1024, 64)[name]
-    assert_chooses(x, limit, 64, first=3 * 1024, has_sort_keys=True, has_forced=False)
     listed = np.random.default_rng(1).permutation(10**6)[:1024].astype(np.int32)
     for has_sort_keys in (False, True):
         assert_chooses(x, limit, 64, listed, is_listed=True, has_sort_keys=has_sort_keys, has_forced=False)
+
+
+@pytest.mark.gate("8-64-few values", "4-100-limit half")
+@pytest.mark.parametrize("name", [name for name in rows(1024, 64) if "forced" not in name])
+@pytest.mark.parametrize(("size", "k"), [(8, 64), (4, 100), (2, 7), (8, 250)])
+def test_the_best_groups_by_their_greatest_hold_the_best(size, k, name):
+    """What is beyond the limit holds anything, and so does the greatest of what is all beyond it."""
+    rng, W = np.random.default_rng(2), 2048
+    x, limit = rows(W, k)[name]
+    beyond = np.arange(W) >= limit
+    maxima = np.where(beyond, INVISIBLE, x).reshape(-1, size).max(axis=1)
+    anything = rng.integers(INVISIBLE, FORCED, W).astype(np.int32)
+    maxima = np.where(beyond[::size], anything[::size], maxima)
+    run, start = machine(maxima, -(-limit // size), k, None, 256, has_forced=False)
+    run.run()
+    groups = run.memory[start : start + k].view(np.int32)
+    x = np.where(beyond, anything, x)
+    for has_sort_keys in (False, True):
+        options = dict(has_sort_keys=has_sort_keys, n_threads=256)
+        assert_chooses(x, limit, k, groups, group=size, has_forced=False, **options)
 
 
 @pytest.mark.exhaustive

@@ -112,6 +112,11 @@ def _program(folder: Path, i: int, module: bytes) -> Program:
     command = [sys.executable, "-c", _COMPILE, str(plugin()), str(folder / f"{i}.module")]
     subprocess.run(command, env={**os.environ, **dump}, capture_output=True, check=True)
     (ptx,) = to.glob("*.ptx")
+    return assembled(ptx, to)
+
+
+def assembled(ptx: Path, to: Path) -> Program:
+    """The kernel of a file of PTX."""
     command = ["ptxas", "-arch=sm_90a", "-O3", "-v", str(ptx), "-o", str(to / "cubin")]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     command = ["nvdisasm", "-c", str(to / "cubin")]

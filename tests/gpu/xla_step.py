@@ -1,6 +1,7 @@
 """Prints what XLA launches for a step of decoding on an H200, without one: `python -m tests.gpu.xla_step hisa 32`.
 
-XLA compiles for a described GPU. `whole_kernels.make_stub` stands for the driver, which the plugin wants to load.
+Of `units`, which is Triton's, it compiles the kernel alone. XLA compiles for a described GPU.
+`whole_kernels.make_stub` stands for the driver, which the plugin wants to load.
 """
 
 import re
@@ -13,6 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, SingleDeviceSharding
 
 from tests.gpu import whole_kernels
+from tests.gpu.test_units import prefill
 
 _H200 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -27,8 +29,8 @@ device_description_str: "NVIDIA H200"
 """
 
 
-def launches(f, *shapes):
-    """Names of fusions and custom calls of f, in order."""
+def compiled(f, *shapes):
+    """The text of the program that XLA makes of f."""
     xla_client.load_pjrt_plugin_dynamically("cuda", str(whole_kernels.plugin()))
     xla_client.initialize_pjrt_plugin("cuda")
     options = {"topology": "1x1x1", "target_config": _H200}
@@ -38,10 +40,15 @@ def launches(f, *shapes):
     mesh = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
     with jax.sharding.use_abstract_mesh(mesh):
         lowered = jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",))
-    text = lowered.compile(compiler_options={"xla_gpu_autotune_level": "0"}).as_text()
+    return lowered.compile(compiler_options={"xla_gpu_autotune_level": "0"}).as_text()
+
+
+def launches(text):
+    """Names of fusions and custom calls of a program, in order."""
     entry = text[text.index("ENTRY") :]
     return re.findall(r"%([\w.-]+) = [^=]*? (?:fusion|custom-call|copy|sort|while)\(", entry)
 
 
 if __name__ == "__main__":
-    print(*launches(*whole_kernels.decode(sys.argv[1], int(sys.argv[2]), 64)), sep="\n")
+    asked = prefill() if sys.argv[1] == "units" else whole_kernels.decode(sys.argv[1], int(sys.argv[2]), 64)
+    print(*launches(compiled(*asked)), sep="\n")

@@ -8,7 +8,7 @@ import pytest
 import hisa_jax as hj
 from hisa_jax import models
 from hisa_jax.models.cache import packing, page_size_of, sketch_of
-from hisa_jax.models.dsa import choose_form
+from hisa_jax.models.dsa import absorb, absorbed_beside, absorbed_in_place, choose_form
 
 from . import golden
 
@@ -130,6 +130,15 @@ def test_the_form_of_attention_goes_by_the_work():
     assert choose_form(models.dsv32(), 2048, 6000, 2048) == "expanded"
     assert choose_form(models.dsv32(), 2048, 8192, 2048) == "absorbed"
     assert choose_form(models.dsv32(), 1, 2048, 2048) == "absorbed"
+
+
+def test_queries_for_latents_are_the_same_in_place_as_beside():
+    draw = np.random.default_rng(0).normal
+    operands = [jnp.asarray(draw(size=n), jnp.bfloat16) for n in ((1, 600, 4, 16), (1, 600, 4, 8), (32, 4, 16))]
+    beside, in_place = jax.jit(absorbed_beside)(*operands), jax.jit(absorbed_in_place)(*operands)
+    assert beside.shape == in_place.shape == (1, 600, 4, 40)
+    np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (beside, in_place)))
+    np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (beside, jax.jit(absorb)(*operands))))
 
 
 def test_the_model_is_a_pytree_under_jit():

@@ -14,6 +14,7 @@ import pytest
 
 from bench.serve.engine_faults import failing, with_poison
 from hisa_jax import models
+from hisa_jax.models import passes
 from hisa_jax.models.drafts import lookup, propose
 from hisa_jax.models.scheduler import Scheduler
 from hisa_jax.page_pool import PagePool
@@ -41,7 +42,7 @@ def submit(engine, traffic):
 
 def places():
     """Where a step may fail: in every program, before it runs or after; on the host, before anything ran or between."""
-    for name in ("read", "verify", "copy"):
+    for name in ("read", "verify", "keep", "copy"):
         for is_late in (False, True):
             yield functools.partial(failing, name, is_late=is_late)
     for owner, name in ((Scheduler, "admit"), (PagePool, "extend"), (PagePool, "truncate"), (Scheduler, "finish")):
@@ -134,7 +135,8 @@ def test_an_error_of_the_device_that_shows_after_the_call_loses_pages_and_no_tok
 
     def broken(weights, pages, *arrays, structure, trace, formats):
         def run(pages):
-            return jax.pure_callback(refuse, jax.ShapeDtypeStruct((2, 1), jnp.int32), pages[0].counts), None, pages, []
+            logits = jax.ShapeDtypeStruct((2, 1, serving.VOCABULARY), jnp.float32)
+            return jax.pure_callback(refuse, logits, pages[0].counts), pages, passes.Seen([], None)
 
         return jax.jit(run, donate_argnums=0)(pages)
 
@@ -148,6 +150,33 @@ def test_an_error_of_the_device_that_shows_after_the_call_loses_pages_and_no_tok
         while True:
             tokens |= e.step().finished
     assert serving.finish(e, tokens) == (wanted, {})
+
+
+def test_an_error_of_the_device_in_a_chunk_that_nobody_waits_for_loses_no_token(traffic):
+    real, calls = passes.read, []
+
+    def refuse(_):
+        raise ValueError("the device failed")
+
+    def broken(weights, pages, *arrays, **static):
+        calls.append(len(calls))
+        if len(calls) > 1:
+            return real(weights, pages, *arrays, **static)
+
+        def run(pages):
+            logits = jax.ShapeDtypeStruct((2, 1, serving.VOCABULARY), jnp.float32)
+            return jax.pure_callback(refuse, logits, pages[0].counts), pages, passes.Seen([], None)
+
+        return jax.jit(run, donate_argnums=0)(pages)
+
+    e = serving.engine()
+    longest = max(traffic, key=lambda one: len(one[0]))
+    assert len(longest[0]) > 2 * serving.CHUNK
+    wanted = submit(e, [longest])
+    with mock.patch.object(passes, "read", broken), pytest.raises(jax.errors.JaxRuntimeError, match="device failed"):
+        while True:
+            e.step()
+    assert serving.finish(e) == (wanted, {})
 
 
 class Mute(Exception):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bench.files.faults import edit_header
 from hisa_jax import models
 from hisa_jax.models.safetensors_io import Reader
 
@@ -142,16 +143,6 @@ NORM = "model.layers.1.post_attention_layernorm.weight"
 def test_a_tensor_that_does_not_fit_is_named_with_its_file(tmp_path, change, message):
     with pytest.raises(models.CheckpointError, match=message):
         models.from_pretrained(golden.write_checkpoint(tmp_path, "glm5", change))
-
-
-def edit_header(file, change):
-    """Rewrites a file's header without touching what follows."""
-    data = file.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    change(header)
-    text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
 
 def swap_offsets(header):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from hisa_jax.models import scheduler as module
+from hisa_jax.models.prefixes import Sharing
 from hisa_jax.models.request import Request
-from hisa_jax.models.scheduler import Scheduler, Sharing
+from hisa_jax.models.scheduler import Scheduler
 
 SIZE = 4  # tokens of a page
 

@@ -200,7 +200,8 @@ def test_after_a_warm_up_no_request_compiles_and_no_page_was_written(traffic):
     e.warm_up(lambda *what: told.append(what))
 
     def programs():
-        return [one.program(e._formats)._cache_size() for one in (passes.read, passes.verify, passes.copy)]
+        of_pages = [one.program(e._formats) for one in (passes.read, passes.verify, passes.keep, passes.copy)]
+        return [one._cache_size() for one in (*of_pages, passes.choose, passes.logprobs)]
 
     sizes = programs()
     assert not any(int(layer.counts.sum()) for layer in e.pages)

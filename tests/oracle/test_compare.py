@@ -38,7 +38,7 @@ def test_a_wrong_token_fails_and_the_message_says_which_and_why():
 
 
 def test_a_left_out_token_far_above_the_cut_fails():
-    # 5 for 1: token 5 ties with the cut, but token 1 (7) is far above it.
+    # 5 for 1: token 5 ties with the threshold, but token 1 (7) is far above it.
     refuses("token 1 was left out", [0, 3, 4, 5], flat_reference(), 1e-4)
 
 
@@ -48,7 +48,7 @@ def test_an_exact_tie_must_go_to_the_lower_position_at_tolerance_zero():
 
 
 def test_a_near_tie_may_be_swapped_within_the_tolerance_only():
-    # token 4 (5.001) for token 5 (5): 0.001 above the cut; the scale is 7.5.
+    # token 4 (5.001) for token 5 (5): 0.001 above the threshold; the scale is 7.5.
     compare([0, 1, 3, 5], flat_reference(), 2e-4)
     refuses("token 4 was left out", [0, 1, 3, 5], flat_reference(), 1e-4)
 

@@ -95,8 +95,8 @@ def test_the_kept_blocks_are_inferred_among_very_many_ties():
 
 
 def test_a_set_of_kept_blocks_that_is_not_the_likeliest_is_found():
-    # blocks (3 3 0) (4.9 2.9 2.9) (5 4 4) (3 0 0), m = 3, tokens may lie 1.005 from the cut, blocks 0.87.
-    # Three 3s are right if (5 4 4) was kept, cut 4, and wrong if (4.9 2.9 2.9) was: 4.9 is 1.9 above the cut 3.
+    # blocks (3 3 0) (4.9 2.9 2.9) (5 4 4) (3 0 0), m = 3, tokens may lie 1.005 from the threshold, blocks 0.87.
+    # Three 3s are right if (5 4 4) was kept, cut 4, and wrong if (4.9 2.9 2.9) was: 4.9 is 1.9 above the threshold 3.
     got = oracle.select(*one_query([3, 3, 0, 4.9, 2.9, 2.9, 5, 4, 4, 3, 0, 0]), Hisa(3, 3, 3))
     compare([0, 1, 9], got, 0.201)
     compare([0, 1, 9], got, 0.201, blocks=[0, 2, 3])

@@ -9,6 +9,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from bench.tpu import aot
 from bench.tpu.chips import CHIPS
+from hisa_jax import dispatch
+from hisa_jax.pallas import Kernels
 
 if aot.why_not() is None:
     aot.prepare()  # before anything asks JAX for its devices, which loads libtpu
@@ -20,6 +22,17 @@ def interpret():
     races = interpret_pallas_call.races
     assert races is not None, "nothing was interpreted"
     assert not races.races_found
+
+
+@pytest.fixture(params=[pytest.param("mosaic_tpu", marks=pytest.mark.tpu), "interpreted"])
+def implementation(request, monkeypatch):
+    """The kernels on a TPU where there is one; interpreted everywhere."""
+    if request.param == "interpreted":
+        interpret = request.getfixturevalue("interpret")
+        kernels = Kernels(lambda: dispatch.backend("mosaic_tpu"), flat_if_all_kept=True, interpret=interpret)
+        able = dispatch.Implementation(why_not=lambda device, problem: None, select=kernels.select)
+        monkeypatch.setitem(dispatch.IMPLEMENTATIONS, request.param, able)
+    return request.param
 
 
 @pytest.fixture(params=CHIPS)

@@ -18,7 +18,6 @@ from bench.tpu.chips import CHIPS
 from hisa_jax import dispatch, models
 from hisa_jax.models import passes
 from hisa_jax.models.cache import row_after_row
-from hisa_jax.models.draws import draws_of
 from hisa_jax.models.structure import Structure, weights_of
 
 ROWS, PAGES_EACH = 8, 256
@@ -42,7 +41,7 @@ def a_decode_step_copies_nothing_of_its_pages():
 
     arrays = [jnp.zeros(shape, jnp.int32) for shape in ((ROWS, PAGES_EACH), (ROWS,), (ROWS, 1), (ROWS,))]
     lying = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at) for x, at in zip(leaves, formats.leaves, strict=True)]
-    operands = placed(weights), jax.tree.unflatten(tree, lying), *placed((*arrays, draws_of([], [], ROWS)))
+    operands = placed(weights), jax.tree.unflatten(tree, lying), *placed(arrays)
     device = dispatch.Device(platform="tpu", kind=CHIPS["v5e"].kind)
     with (
         mock.patch.object(dispatch.Device, "default", lambda: device),

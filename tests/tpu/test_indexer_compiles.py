@@ -8,6 +8,7 @@ import pytest
 
 from bench import shapes
 from bench.tpu import aot
+from hisa_jax.candidates import CandidateBlocks
 from hisa_jax.kernels_pallas import mosaic_tpu
 from hisa_jax.kernels_pallas.mosaic_tpu import pool, ragged, select
 from hisa_jax.kernels_pallas.mosaic_tpu.config import Choice
@@ -69,6 +70,22 @@ def test_every_head_and_block_size_compiles(chip, H, D, block_size):
     q, k = jax.ShapeDtypeStruct((1, 100, H, D), jnp.bfloat16), jax.ShapeDtypeStruct((1, 40_000, D), jnp.bfloat16)
     w, visible = jax.ShapeDtypeStruct((1, 100, H), jnp.float32), jax.ShapeDtypeStruct((1, 100), jnp.int32)
     aot.compile_for(chip, hisa, q, k, w, visible, schedules=False)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("phase", "context"), [("prefill", 128 * K), ("decode32", 128 * K), ("prefill", 1024 * K)])
+def test_lists_compile(chip, phase, context):
+    """The blocks that HISA of a layer before kept: no keys are copied."""
+    model, phase = shapes.DSV32, shapes.PHASES[phase]
+    ids = jax.ShapeDtypeStruct((phase.B, phase.T, model.block_topk), jnp.int32)
+
+    def listed(ids, q, k, k_scale, w, visible):
+        candidates = CandidateBlocks(ids, model.block_size)
+        call = dataclasses.replace(kernel_calls.call_of(q, k, k_scale, w, visible), candidates=candidates)
+        return mosaic_tpu.select_flat(call, model.topk)
+
+    program = aot.compile_for(chip, listed, ids, *inputs(model, phase, context, "bf16"), schedules=False)
+    assert program.temp_bytes < 64 << 20
 
 
 def test_kept_means_compile(chip):

@@ -9,7 +9,6 @@ import pytest
 
 import hisa_jax as hj
 from tests import isolation
-from tests.tpu.test_ragged import implementation  # noqa: F401
 
 pytestmark = pytest.mark.exhaustive
 METHODS = {
@@ -24,7 +23,7 @@ def each(*cases):
 
 
 @each(("dsa", "int8"), ("hisa", "bfloat16"), ("block_sparse", "float8_e4m3fn"), ("hisa", "int8"))
-def test_in_a_batch(implementation, method, dtype):  # noqa: F811
+def test_in_a_batch(implementation, method, dtype):
     select = functools.partial(hj.select, implementation=implementation)
     for first_unseen in (261, 101):
         call = isolation.batch(select, METHODS[method], dtype, first_unseen=first_unseen)
@@ -32,12 +31,12 @@ def test_in_a_batch(implementation, method, dtype):  # noqa: F811
 
 
 @each(("dsa", "bfloat16"), ("hisa", "int8"), ("block_sparse", "bfloat16"))
-def test_in_a_packed_batch(implementation, method, dtype):  # noqa: F811
+def test_in_a_packed_batch(implementation, method, dtype):
     select = functools.partial(hj.select_packed, implementation=implementation)
     isolation.assert_isolated(isolation.packed(select, METHODS[method], dtype), METHODS[method])
 
 
 @each(("dsa", "float8_e4m3fn"), ("hisa", "bfloat16"), ("block_sparse", "int8"))
-def test_in_pages(implementation, method, dtype):  # noqa: F811
+def test_in_pages(implementation, method, dtype):
     select = functools.partial(hj.select_paged, implementation=implementation)
     isolation.assert_isolated(isolation.paged(select, METHODS[method], dtype, page_size=32), METHODS[method])

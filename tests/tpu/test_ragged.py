@@ -10,30 +10,12 @@ import pytest
 import hisa_jax as hj
 from bench import shapes
 from bench.tpu import aot
-from hisa_jax import dispatch
 from hisa_jax.kernels_pallas import mosaic_tpu
 from hisa_jax.kernels_pallas.mosaic_tpu import query_tiles
 from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
 from hisa_jax.layout import Call, Keys
-from hisa_jax.pallas import Kernels
 from tests import draw, kernel_calls, oracle
-
-METHODS = {
-    "dsa": hj.Dsa(topk=40),
-    "hisa": hj.Hisa(topk=40, block_size=64, block_topk=3),
-    "block_sparse": hj.BlockSparse(topk=192, block_size=64),
-}
-
-
-@pytest.fixture(params=[pytest.param("mosaic_tpu", marks=pytest.mark.tpu), "interpreted"])
-def implementation(request, monkeypatch):
-    """The kernels on a TPU where there is one; interpreted everywhere."""
-    if request.param == "interpreted":
-        interpret = request.getfixturevalue("interpret")
-        kernels = Kernels(lambda: dispatch.backend("mosaic_tpu"), flat_if_all_kept=True, interpret=interpret)
-        able = dispatch.Implementation(why_not=lambda device, problem: None, select=kernels.select)
-        monkeypatch.setitem(dispatch.IMPLEMENTATIONS, request.param, able)
-    return request.param
+from tests.tpu.test_select import METHODS
 
 
 def inputs(n_queries, lengths, dtype, *, padding=0):

@@ -7,7 +7,6 @@ import pytest
 
 import hisa_jax as hj
 from hisa_jax import dispatch
-from hisa_jax.pallas import Kernels
 from tests import draw, oracle
 
 METHODS = {
@@ -16,17 +15,6 @@ METHODS = {
     "block_sparse": hj.BlockSparse(topk=192, block_size=64),
 }
 V5E = dispatch.Device(platform="tpu", kind="TPU v5 lite")
-
-
-@pytest.fixture(params=[pytest.param("mosaic_tpu", marks=pytest.mark.tpu), "interpreted"])
-def implementation(request, monkeypatch):
-    """The kernels on a TPU where there is one; interpreted everywhere."""
-    if request.param == "interpreted":
-        interpret = request.getfixturevalue("interpret")
-        kernels = Kernels(lambda: dispatch.backend("mosaic_tpu"), flat_if_all_kept=True, interpret=interpret)
-        able = dispatch.Implementation(why_not=lambda device, problem: None, select=kernels.select)
-        monkeypatch.setitem(dispatch.IMPLEMENTATIONS, request.param, able)
-    return request.param
 
 
 @pytest.mark.exhaustive  # test_ragged.py has calls by the public functions in the gate

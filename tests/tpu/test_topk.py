@@ -19,7 +19,7 @@ def rows_of(kind: str, T: int, W: int) -> np.ndarray:
     if kind == "any_bits":
         return draw.integers(INVISIBLE + 1, FORCED, (T, W)).astype(np.int32)
     if kind == "few_values":
-        # Most ties are at the threshold, and better ones stand behind them.
+        # Most ties are at the threshold, and better ones come after them.
         return draw.choice(3, (T, W), p=[0.4, 0.5, 0.1]).astype(np.int32)
     if kind == "all_equal":
         return np.full((T, W), 7, np.int32)

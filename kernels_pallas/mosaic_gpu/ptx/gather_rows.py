@@ -19,13 +19,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SCALAR, SPLAT, Row, address_of, i32, scalar, scope
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import (
+    NOUNROLL,
+    REF,
+    SCALAR,
+    SPLAT,
+    Row,
+    address_of,
+    i32,
+    scalar,
+    scope,
+)
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import tiled
 from hisa_jax.kernels_pallas.types import Ref
 
 ROWS_PER_WARP = 32  # one a lane
 BARRIER_WORDS = 2
 _CHUNK = 16  # bytes a lane copies at a time
+_BLOCK = 8  # rows that the swizzle repeats after
+_UNROLLED = 4  # of more copies of a block a loop is made: the code of a tile is to stay in the caches of instructions
+OPERANDS = ("SOURCE", "TILE", "ROW", "LANDED")
+# For a copy that asks L2 to evict other data first.
+HINT, KEEP = ".L2::cache_hint", ".reg .b64 policy; createpolicy.fractional.L2::evict_last.b64 policy, 1.0;"
 
 
 def load_word(ref: Ref, i: Array) -> Array:
@@ -84,7 +99,8 @@ def gather_rows(
     """
     E, dtype, rows = source.shape[1], source.dtype, target.tiles.shape[1]
     each = _CHUNK // dtype.itemsize
-    ptx = _gather_ptx(E * dtype.itemsize, tuple((start // each, n // each) for start, n in columns), keeps)
+    pieces = tuple((start // each, n // each) for start, n in columns)
+    ptx = scope(rows_text(E * dtype.itemsize, pieces, keeps), OPERANDS)
 
     @plgpu.inline_mgpu(arg_types=(REF, plgpu.RefType(tiled(E, dtype)), REF, SPLAT, SPLAT, SPLAT, SPLAT))
     def gather(_ctx, source, tiles, barriers, row, slot, first, barrier):
@@ -160,31 +176,47 @@ fence.proxy.async.shared::cta; }"""
 
 
 @functools.cache
-def _gather_ptx(row_bytes: int, pieces: tuple[tuple[int, int], ...], keeps: bool) -> str:
-    """$0: source, $1: 32 rows in shared memory, $2: the lane's row number, $3: barrier; pieces in chunks."""
-    tile_row = 8 * row_bytes  # bytes of 8 rows
-    lines = [".reg .pred p; .reg .b32 lane, c, base, row, from, r, x<8>; .reg .b64 a, source; mov.u32 lane, %laneid;"]
-    hint, policy = (".L2::cache_hint", ", policy") if keeps else ("", "")
+def rows_text(row_bytes: int, pieces: tuple[tuple[int, int], ...], keeps: bool) -> str:
+    """$SOURCE: an address, $TILE: 32 rows in shared memory, $ROW: the lane's row, $LANDED: a barrier; in chunks."""
+    lines = [".reg .pred p; .reg .b32 lane, c, row, r, to; .reg .b64 a; mov.u32 lane, %laneid;"]
+    hint, policy = (HINT, ", policy") if keeps else ("", "")
     if keeps:
-        lines.append(".reg .b64 policy; createpolicy.fractional.L2::evict_last.b64 policy, 1.0;")
-    for first, width in pieces:  # in chunks; an instruction copies `width` of each of `rows` rows
+        lines.append(KEEP)
+    # Pieces of one width share rows and addresses. The swizzle repeats every 8 rows: so many addresses are kept.
+    widths = {width: [first for first, n in pieces if n == width] for _, width in pieces}
+    block = []
+    for width, firsts in widths.items():  # in chunks; an instruction copies `width` of each of `rows` rows
+        assert all((first - firsts[0]) % 8 == 0 for first in firsts)
         rows = 32 // width
-        lines.append(f"""and.b32 c, lane, {width - 1}; add.u32 c, c, {first}; mul.wide.u32 source, c, 16;
-add.u64 source, source, $0; shr.u32 from, lane, {width.bit_length() - 1};
-shr.u32 base, c, 3; shl.b32 base, base, 10; add.u32 base, base, $1; and.b32 c, c, 7;""")
-        # The swizzle repeats every 8 rows: so many addresses are kept, and the rest are constant offsets.
+        n = _BLOCK // rows
+        lines.append(f""".reg .b32 from{width}, x{width}_<{n}>; .reg .b64 source{width};
+and.b32 c, lane, {width - 1}; add.u32 c, c, {firsts[0]}; mul.wide.u32 source{width}, c, 16;
+add.u64 source{width}, source{width}, $SOURCE; shr.u32 from{width}, lane, {width.bit_length() - 1};
+shr.u32 to, c, 3; shl.b32 to, to, 10; add.u32 to, to, $TILE; and.b32 c, c, 7;""")
         lines += [
-            f"""add.u32 r, from, {i * rows}; xor.b32 x{i}, r, c; shl.b32 x{i}, x{i}, 4; shl.b32 r, r, 7;
-add.u32 x{i}, x{i}, r; add.u32 x{i}, x{i}, base;"""
-            for i in range(8 // rows)
+            f"""add.u32 r, from{width}, {i * rows}; xor.b32 row, r, c; shl.b32 row, row, 4; shl.b32 r, r, 7;
+add.u32 r, r, row; add.u32 x{width}_{i}, r, to;"""
+            for i in range(n)
         ]
-        # The row's number comes from its lane; the predicate fills 16 bytes with zeros instead of copying.
-        lines += [
-            f"""add.u32 r, from, {i * rows}; shfl.sync.idx.b32 row, $2, r, 31, -1; setp.lt.s32 p, row, 0;
-mad.wide.s32 a, row, {row_bytes}, source;
-cp.async.cg.shared.global{hint} [x{i % (8 // rows)}+{i * rows // 8 * tile_row}], [a], 16, p{policy};"""
-            for i in range(ROWS_PER_WARP // rows)
-        ]
+        for i in range(n):
+            # The row's number comes from its lane; the predicate fills 16 bytes with zeros instead of copying.
+            block.append(f"""add.u32 r, from{width}, {i * rows}; shfl.sync.idx.b32 row, $ROW, r, 31, -1;
+setp.lt.s32 p, row, 0; mad.wide.s32 a, row, {row_bytes}, source{width};""")
+            block += [
+                f"cp.async.cg.shared.global{hint} [x{width}_{i}+{(first - firsts[0]) * 8 * _CHUNK}],"
+                f" [a+{(first - firsts[0]) * _CHUNK}], 16, p{policy};"
+                for first in firsts
+            ]
+            # Addresses are a lane's own. One with a part that all lanes share is written wrongly, with a hint, by
+            # ptxas up to 13.0: the GPU then takes the policy for an illegal instruction.
+            block.append(f"add.u32 x{width}_{i}, x{width}_{i}, {_BLOCK * row_bytes};")
+        block.append(f"add.u32 from{width}, from{width}, {_BLOCK};")
+    n_blocks = ROWS_PER_WARP // _BLOCK
+    if sum(_BLOCK * width // 32 for _, width in pieces) > _UNROLLED:
+        lines += [".reg .b32 n; mov.b32 n, 0; copy:", NOUNROLL, *block]
+        lines.append(f"add.u32 n, n, 1; setp.lt.u32 p, n, {n_blocks}; @p bra.uni copy;")
+    else:
+        lines += block * n_blocks
     # `noinc`: the arrival counts as one of those that the barrier was made for.
-    lines.append("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$3];")
-    return scope("\n".join(lines) + "\n", ())
+    lines.append("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$LANDED];")
+    return "\n".join(lines) + "\n"

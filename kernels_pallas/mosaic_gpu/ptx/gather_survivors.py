@@ -2,7 +2,8 @@
 
 A round takes 128 words of the mask, one a thread: a scan of their bit counts tells each thread where in the list its
 candidates go, in column order, and copies without registers (`cp.async`) fetch the sort keys, so that no thread waits
-for one before it asks for the next.
+for one before it asks for the next. A round that finds no room is left to the next list; one that is too much for any
+list is taken by halves.
 """
 
 from typing import NamedTuple
@@ -26,14 +27,15 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS, Output
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Ref
 
-ROUND = 128 * 32  # columns that a round takes at most: a list must have room for as many
+ROUND = 128 * 32  # columns that a round takes at most: a list must have room for half as many
 _THREAD = """mov.u32 tid, %tid.x; shr.u32 id, tid, 7; add.u32 id, id, 1; and.b32 tid, tid, 127;
 """
 
 
 def gather_ptx(capacity: int) -> str:
     """PTX of `gather` for lists with room for `capacity`."""
-    # again:  a round: a mask a thread, a scan of the bit counts over the warp, then over the warps through the scratch
+    # again:  a round: a mask a thread, or each of the first 64; a scan of the bit counts over the warp, then over the
+    #         warps through the scratch
     # each:   a thread's set bits, lowest first: a copy of the sort key goes on its way, the position is stored
     # done:   all copies have landed; pad: `INVISIBLE` up to a whole step of the selection
     scan = "".join(
@@ -41,23 +43,26 @@ def gather_ptx(capacity: int) -> str:
     )
     before = "".join(f"setp.gt.u32 q, warp, {i}; @q add.s32 at, at, v{i};\n" for i in range(3))
     return scope(
-        f""".reg .pred p, q; .reg .b64 a; .reg .b32 tid, id, lane, warp, word, count, own, mask, n, sum, t, total, at;
-.reg .b32 column, to, position, v<4>;
-{_THREAD}mov.u32 lane, %laneid; shr.u32 warp, tid, 5; mov.b32 word, $WORD; mov.b32 count, $COUNT;
+        f""".reg .pred p, q; .reg .b64 a; .reg .b32 tid, id, lane, warp, word, words, count, own, mask, n, sum, t;
+.reg .b32 total, at, column, to, position, v<4>;
+{_THREAD}mov.u32 lane, %laneid; shr.u32 warp, tid, 5; mov.b32 word, $WORD; mov.b32 count, $COUNT; mov.b32 words, 128;
 again: setp.ge.s32 p, word, $WORDS; @p bra done;
-add.s32 own, word, tid; setp.lt.s32 p, own, $WORDS; mov.b32 mask, 0; mul.wide.u32 a, own, 4; add.u64 a, a, $MASKS;
+add.s32 own, word, tid; setp.lt.s32 p, own, $WORDS; setp.lt.and.s32 p, tid, words, p;
+mov.b32 mask, 0; mul.wide.u32 a, own, 4; add.u64 a, a, $MASKS;
 @p ld.global.b32 mask, [a]; popc.b32 n, mask; mov.b32 sum, n;
 {scan}setp.eq.u32 q, lane, 31; shl.b32 t, warp, 2; add.u32 t, t, $SCRATCH; @q st.shared.b32 [t], sum;
 bar.sync id, 128; ld.shared.v4.b32 {{v0, v1, v2, v3}}, [$SCRATCH]; bar.sync id, 128;
 add.s32 total, v0, v1; add.s32 t, v2, v3; add.s32 total, total, t;
-add.s32 t, count, total; setp.gt.s32 p, t, {capacity}; @p bra done;
-sub.s32 at, sum, n; add.s32 at, at, count; mov.b32 count, t;
+add.s32 t, count, total; setp.le.s32 p, t, {capacity}; @p bra fits;
+setp.gt.s32 p, count, $COUNT; @p bra done; mov.b32 words, 64; bra again;
+fits: sub.s32 at, sum, n; add.s32 at, at, count; mov.b32 count, t;
+mul.wide.u32 a, own, 128; add.u64 a, a, $X;
 {before}shl.b32 at, at, 2; add.u32 to, at, $SORT_KEYS; add.u32 position, at, $POSITIONS; shl.b32 column, own, 5;
 each: setp.eq.b32 p, mask, 0; @p bra next;
 neg.s32 t, mask; and.b32 t, t, mask; xor.b32 mask, mask, t; bfind.u32 t, t; add.u32 t, t, column;
-mul.wide.u32 a, t, 4; add.u64 a, a, $X; cp.async.ca.shared.global [to], [a], 4;
+cp.async.ca.shared.global [to], [a], 4; add.u64 a, a, 4;
 add.s32 t, t, $START; st.shared.b32 [position], t; add.u32 to, to, 4; add.u32 position, position, 4; bra each;
-next: bar.warp.sync 0xffffffff; add.s32 word, word, 128; bra again;
+next: bar.warp.sync 0xffffffff; add.s32 word, word, words; bra again;
 done: cp.async.wait_all; add.s32 t, count, {COLUMNS - 1}; and.b32 t, t, {-COLUMNS}; add.s32 own, count, tid;
 pad: setp.ge.s32 p, own, t; @p bra out;
 shl.b32 at, own, 2; add.u32 at, at, $SORT_KEYS; st.shared.b32 [at], {INVISIBLE}; add.s32 own, own, 128; bra pad;
@@ -95,7 +100,7 @@ class Tile(NamedTuple):
 
     Attributes:
         masks: [T, words] int32, of each column a bit: whether it passed; `x`: [T, 32 * words], sort keys of those that
-            did.
+            did, of the columns of a word side by side.
         t: the query; `n_words`: of its row, those up to its limit; `start`: the position of column 0.
     """
 

@@ -18,6 +18,7 @@ SPLAT = plgpu.Layout.WG_SPLAT
 SCALAR = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=SPLAT)
 # Waits for all of a warp-group, in a register `id`. Barriers 1, 2, ... of the CTA are one each: the others run on.
 WARPGROUP_BARRIER = "mov.u32 id, %tid.x; shr.u32 id, id, 7; add.u32 id, id, 1; bar.sync id, 128;\n"
+NOUNROLL = '.pragma "nounroll";'  # after the label of a loop
 
 # Register x, float32, -> `sort_key`, by `t`. The maximum drops NaN; the addition makes -0.0, which must tie with 0.0,
 # positive.

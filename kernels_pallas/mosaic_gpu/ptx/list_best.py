@@ -17,20 +17,22 @@ def sample_of(n: int, rank: int) -> Shape:
     return Shape(width=n, k=rank, each=8 if n_threads * 8 >= n else 16, n_threads=n_threads, has_forced=False)
 
 
-def list_best(row: Row, x: inline.Row, limit: Array, tokens: Ref, count: Ref, smem: Ref) -> None:
+def list_best(row: Row, x: inline.Row, samples: inline.Row, limit: Array, tokens: Ref, count: Ref, smem: Ref) -> None:
     """Lists the best of the first `limit` sort keys of a row of x; runs on all threads of the CTA.
 
     Args:
+        samples: as row.apart says; the row itself, if they are not side by side.
         tokens: [T, row.most] int32; count: [T] int32; smem: [row.smem_bytes / 4] int32.
     """
-    refs = [x.ref, tokens, count, smem]
+    refs = [x.ref, samples.ref, tokens, count, smem]
 
     @plgpu.inline_mgpu(arg_types=(*(REF for _ in refs), SPLAT, SPLAT))
-    def run(_ctx, keys, tokens, count, smem, t, limit):
+    def run(_ctx, keys, sampled, tokens, count, smem, t, limit):
         t, limit = t.registers.item(), limit.registers.item()
         utils.inline_ptx(
             list_ptx(row),
             address_of(keys, t, x.width),
+            address_of(sampled, t, samples.width),
             limit,
             address_of(tokens, t, row.most),
             address_of(count, t, 1),

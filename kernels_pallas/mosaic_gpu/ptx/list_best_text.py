@@ -17,7 +17,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import (
 )
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 
-OPERANDS = ("X", "LIMIT", "O", "COUNT", "SMEM")
+OPERANDS = ("X", "SAMPLES", "LIMIT", "O", "COUNT", "SMEM")
 WORD = 32  # sort keys of a word of bits; a warp takes so many words at a time
 _CHUNK = WORD * WORD
 _COUNTED, _TIED = 3, 6  # places of sums over threads that no other sum of `threshold_ptx` still has
@@ -29,6 +29,7 @@ class Row:
 
     Attributes:
         width: sort keys, a multiple of 32; `step`: every so many are sampled.
+        apart: from a sample to the next: `step`, or 1 where samples are side by side.
         least: how many are listed at least, if there are so many; `most`: at most.
         keep_first, keep_last: candidates that are listed whatever their sort keys.
         sample: of the samples, and how many of them reach the first threshold.
@@ -36,6 +37,7 @@ class Row:
 
     width: int
     step: int
+    apart: int
     least: int
     most: int
     keep_first: int
@@ -57,8 +59,13 @@ class Row:
         return 4 * max(chunks, self.words_a_thread * self.sample.n_threads)
 
     @property
+    def list(self) -> int:
+        """Where the list is: in place of the samples, if there is room for it."""
+        return 0 if 4 * self.most <= self.bits else self.bits + 2 * self.bits_bytes
+
+    @property
     def smem_bytes(self) -> int:
-        return self.bits + 2 * self.bits_bytes
+        return self.bits + 2 * self.bits_bytes + (4 * self.most if self.list else 0)
 
 
 def list_ptx(row: Row) -> str:
@@ -83,12 +90,14 @@ min.s32 least, $LIMIT, {row.least}; setp.le.s32 p, $LIMIT, {row.most}; @p mov.b3
 def _sample(row: Row) -> str:
     """A thread's samples, in registers and in shared memory; which these are does not matter."""
     shape = row.sample
-    lines = [f"mul.wide.u32 word, tid, {4 * row.step}; add.s64 word, word, $X; mul.lo.u32 column, tid, {row.step};"]
+    lines = [
+        f"mul.wide.u32 word, tid, {4 * row.apart}; add.s64 word, word, $SAMPLES; mul.lo.u32 column, tid, {row.step};"
+    ]
     for j in range(shape.each):
-        skipped = j * shape.n_threads * row.step
+        skipped, at = (j * shape.n_threads * apart for apart in (row.step, 4 * row.apart))
         lines.append(
             f"mov.b32 v{j}, {INVISIBLE}; sub.s32 t, $LIMIT, {skipped}; setp.lt.s32 p, column, t; "
-            f"@p ld.global.b32 v{j}, [word+{4 * skipped}];"
+            f"@p ld.global.b32 v{j}, [word+{at}];"
         )
     lines.append(clear_ptx(shape))
     lines.append(f"mul.lo.u32 at, tid, {shape.pitch}; add.u32 at, at, $SMEM;")
@@ -106,9 +115,11 @@ def _mark(row: Row) -> str:
 chunk: mul.lo.u32 column, i, {_CHUNK}; setp.ge.s32 p, column, $LIMIT; @p bra marked;
 add.u32 t, column, lane; mul.wide.u32 word, t, 4; add.s64 word, word, $X;"""
     ]
+    is_ragged = row.width % _CHUNK
     for k in range(WORD):
-        lines.append(f"mov.b32 x{k}, {INVISIBLE}; setp.lt.s32 p, column, {row.width - WORD * k};")
-        lines.append(f"@p ld.global.b32 x{k}, [word+{4 * WORD * k}];")
+        if is_ragged:
+            lines.append(f"mov.b32 x{k}, {INVISIBLE}; setp.lt.s32 p, column, {row.width - WORD * k};")
+        lines.append(f"{'@p ' if is_ragged else ''}ld.global.b32 x{k}, [word+{4 * WORD * k}];")
     lines.append(f"mul.lo.u32 at, i, {4 * WORD}; add.u32 at, at, $SMEM; add.u32 at, at, into;")
     for k in range(0, WORD, 4):
         for i in range(k, k + 4):
@@ -178,17 +189,23 @@ add.u32 at, at, 4; add.s32 i, i, 1; setp.lt.s32 p, i, {row.words_a_thread}; @p b
 
 
 def _list(row: Row) -> str:
-    """Each thread writes the numbers of its bits after those of the threads before it."""
-    n = row.sample.n_threads
-    return f"""write: {_own_words(row)}
-mov.b32 i, 0; mov.b32 slot, e;
+    """Each thread lists its bits after those of the threads before it, in shared memory; whole lines are written out.
+
+    Scattered stores of single words to device memory would be a sector of L2 each.
+    """
+    n, four = row.sample.n_threads, "{x0, x1, x2, x3}"
+    filled = "".join(f"add.s32 u, t, {j}; setp.lt.s32 q, u, total; selp.b32 x{j}, x{j}, -1, q;\n" for j in range(4))
+    return f"""write: {sync(row.sample) if row.list == 0 else ""}{_own_words(row)}
+mov.b32 i, 0; shl.b32 slot, e, 2; add.u32 slot, slot, $SMEM;
 next: ld.shared.b32 key, [at];
 bit: setp.ne.u32 p, key, 0; vote.sync.any.pred q, p, -1; @!q bra empty;
 neg.s32 u, key; and.b32 u, u, key; xor.b32 key, key, u; bfind.u32 t, u; add.u32 t, t, column;
-mul.wide.s32 word, slot, 4; add.s64 word, word, $O; @p st.global.b32 [word], t; @p add.s32 slot, slot, 1; bra bit;
+@p st.shared.b32 [slot+{row.list}], t; @p add.s32 slot, slot, 4; bra bit;
 empty: add.u32 at, at, 4; add.s32 column, column, {WORD}; add.s32 i, i, 1; setp.lt.s32 p, i, {row.words_a_thread};
 @p bra next;
-setp.eq.u32 p, tid, 0; mov.b64 word, $COUNT; @p st.global.b32 [word], total; mov.b32 u, -1; add.s32 t, total, tid;
-fill: sub.s32 c, t, tid; setp.ge.s32 p, c, {row.most}; @p bra out; setp.lt.s32 p, t, {row.most};
-mul.wide.s32 word, t, 4; add.s64 word, word, $O; @p st.global.b32 [word], u; add.s32 t, t, {n}; bra fill;
-out:"""
+setp.eq.u32 p, tid, 0; mov.b64 word, $COUNT; @p st.global.b32 [word], total; shl.b32 t, tid, 2;
+{sync(row.sample)}out: setp.ge.s32 p, t, {row.most}; @p bra done;
+shl.b32 at, t, 2; add.u32 at, at, $SMEM; ld.shared.v4.b32 {four}, [at+{row.list}];
+{filled}mul.wide.s32 word, t, 4; add.s64 word, word, $O; st.global.v4.b32 [word], {four};
+add.s32 t, t, {4 * n}; bra out;
+done:"""

@@ -63,43 +63,55 @@ def list_bits(words: Words, into: Row, scratch: Row) -> Array:
 
 def list_ptx(capacity: int) -> str:
     """The text for a row with room for `capacity` numbers."""
+    # again:  the next round's words are on their way, this one's are counted: over the warp, then over the warps
+    # each:   a bit of each of the thread's words in turn: four chains that do not wait for each other
+    # pad:    -1 up to the end of the row
     each = range(WORDS)
+    words, ahead = (", ".join(f"{name}{i}" for i in each) for name in ("m", "next"))
+    load = "".join(f"mov.b32 next{i}, 0;" for i in each) + f"@p ld.global.nc.v4.b32 {{{ahead}}}, [a];"
+    # Words at and beyond `n` may be anything.
+    known = "".join(
+        f"add.u32 t, own, {i}; setp.lt.s32 q, t, $WORDS; selp.b32 m{i}, next{i}, 0, q; popc.b32 n{i}, m{i};\n"
+        f"shl.b32 first{i}, t, 5;"  # the number of the word's bit 0
+        for i in each
+    )
     scan = "".join(
         f"shfl.sync.up.b32 t|q, sum, {distance}, 0, -1; @q add.s32 sum, sum, t;\n" for distance in (1, 2, 4, 8, 16)
     )
-    before = "".join(f"setp.gt.u32 q, warp, {i}; @q add.s32 at, at, v{i};\n" for i in range(3))
+    before = "".join(f"setp.gt.u32 q, warp, {i}; @q add.s32 at0, at0, v{i};\n" for i in range(3))
+    # A thread's bits follow each other in the list, word by word.
+    places = "".join(f"shl.b32 n{i}, n{i}, 2; add.u32 at{i + 1}, at{i}, n{i};" for i in list(each)[:-1])
     bits = "".join(
-        # `first`: the number of the word's bit 0. A thread's bits follow each other in the list.
-        f"""add.u32 first, own, {i}; shl.b32 first, first, 5;
-each{i}: setp.eq.b32 p, m{i}, 0; @p bra next{i};
-neg.s32 t, m{i}; and.b32 t, t, m{i}; xor.b32 m{i}, m{i}, t; bfind.u32 t, t; add.u32 t, t, first;
-setp.lt.s32 q, at, {capacity}; shl.b32 n, at, 2; add.u32 n, n, $LIST; @q st.shared.b32 [n], t; add.s32 at, at, 1;
-bra each{i};
-next{i}: """
+        f"""setp.ne.b32 p, m{i}, 0; setp.lt.and.u32 p, at{i}, end, p;
+neg.s32 t, m{i}; and.b32 t, t, m{i}; xor.b32 m{i}, m{i}, t; bfind.u32 t, t; add.u32 t, t, first{i};
+@p st.shared.b32 [at{i}], t; add.u32 at{i}, at{i}, 4;
+"""
         for i in each
     )
-    words = ", ".join(f"m{i}" for i in each)
-    # Words at and beyond `n` may be anything.
-    known = "".join(f"add.u32 t, own, {i}; setp.lt.s32 q, t, $WORDS; selp.b32 m{i}, m{i}, 0, q;\n" for i in each)
-    total = "".join(f"popc.b32 t, m{i}; add.s32 n, n, t;\n" for i in each)
     return scope(
-        f""".reg .pred p, q; .reg .b64 a; .reg .b32 tid, id, lane, warp, word, count, own, n, sum, t, total, at, first;
-.reg .b32 v<4>, {words};
+        f""".reg .pred p, q; .reg .b64 a; .reg .b32 tid, id, lane, warp, word, count, own, n, sum, t, u, total, end;
+.reg .b32 v<4>, {words}, {ahead}, {", ".join(f"{name}{i}" for name in ("n", "first", "at") for i in each)};
 mov.u32 tid, %tid.x; and.b32 tid, tid, 127; mov.u32 lane, %laneid; shr.u32 warp, tid, 5;
-mov.b32 word, 0; mov.b32 count, 0;
+mov.b32 word, 0; mov.b32 count, 0; add.u32 end, $LIST, {4 * capacity};
+mul.lo.u32 own, tid, {WORDS}; mul.wide.u32 a, own, 4; add.u64 a, a, $MASKS; setp.lt.s32 p, own, $WORDS;
+{load}
 again: setp.ge.s32 p, word, $WORDS; @p bra done;
-mad.lo.u32 own, tid, {WORDS}, word; setp.lt.s32 p, own, $WORDS; mul.wide.u32 a, own, 4; add.u64 a, a, $MASKS;
-{"".join(f"mov.b32 m{i}, 0;" for i in each)} @p ld.global.nc.v4.b32 {{{words}}}, [a];
-{known}mov.b32 n, 0; {total}mov.b32 sum, n;
+mad.lo.u32 own, tid, {WORDS}, word; {known}
+add.u64 a, a, {4 * _STEP}; add.u32 t, own, {_STEP}; setp.lt.s32 p, t, $WORDS; {load}
+add.s32 n, n0, n1; add.s32 t, n2, n3; add.s32 n, n, t; mov.b32 sum, n;
 {scan}setp.eq.u32 q, lane, 31; shl.b32 t, warp, 2; add.u32 t, t, $SCRATCH; @q st.shared.b32 [t], sum;
 {WARPGROUP_BARRIER}ld.shared.v4.b32 {{v0, v1, v2, v3}}, [$SCRATCH];
 {WARPGROUP_BARRIER}add.s32 total, v0, v1; add.s32 t, v2, v3; add.s32 total, total, t;
-sub.s32 at, sum, n; add.s32 at, at, count; add.s32 count, count, total;
-{before}{bits}bar.warp.sync 0xffffffff; add.s32 word, word, {_STEP}; bra again;
-done: add.s32 at, count, tid;
-pad: setp.ge.s32 p, at, {capacity}; @p bra out;
-shl.b32 n, at, 2; add.u32 n, n, $LIST; st.shared.b32 [n], -1; add.s32 at, at, 128; bra pad;
-out: bar.warp.sync 0xffffffff; mov.b32 $COUNT, count;
+sub.s32 at0, sum, n; add.s32 at0, at0, count; add.s32 count, count, total;
+{before}shl.b32 at0, at0, 2; add.u32 at0, at0, $LIST; {places}
+each: or.b32 t, m0, m1; or.b32 u, m2, m3; or.b32 t, t, u; setp.ne.b32 p, t, 0; vote.sync.any.pred q, p, -1;
+@!q bra next;
+{bits}bra each;
+next: add.u32 word, word, {_STEP}; bra again;
+done: add.s32 n, count, tid;
+pad: setp.lt.s32 p, n, {capacity}; vote.sync.any.pred q, p, -1; @!q bra out;
+shl.b32 t, n, 2; add.u32 t, t, $LIST; @p st.shared.b32 [t], -1; add.s32 n, n, 128; bra pad;
+out: mov.b32 $COUNT, count;
 """,
         ("COUNT", "MASKS", "WORDS", "LIST", "SCRATCH"),
     )

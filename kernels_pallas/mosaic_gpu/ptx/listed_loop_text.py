@@ -65,14 +65,14 @@ and.b32 quad, lane, 3; shr.u32 place, lane, 2; and.b32 t, lane, 1; setp.ne.u32 u
 mul.wide.u32 keys, quad, 16; add.s64 keys, keys, $KEYS;
 add.u32 smem, $SMEM, {_ALIGNED - 1}; and.b32 smem, smem, {-_ALIGNED};""",
         _rows(shape),
-        _heads(shape),
+        heads_ptx(shape),
         f"""fence.proxy.async.shared::cta; bar.sync {_BARRIER}, {_THREADS};
 shr.u32 low, smem, 4; and.b32 low, low, 0x3fff;
 shl.b32 t, warp, 4; add.u32 t, t, place; shl.b32 at, t, 2; add.u32 at, at, smem;
 and.b32 u, quad, 1; shl.b32 u, u, 3; add.u32 t, t, u; add.s32 t, t, $START; mul.wide.u32 o, t, 4; add.s64 o, o, $O;
 mov.b32 done, 0; setp.gt.s32 is_later, $STEPS, 1;""",
-        _load(shape, 0),
-        _load(shape, 1, "@is_later"),
+        load_ptx(shape, 0),
+        load_ptx(shape, 1, "@is_later"),
         "again:",
         _step(shape, 0),
         _step(shape, 1),
@@ -93,6 +93,13 @@ mul.wide.u32 a, t, 4; add.s64 a, a, $TOKENS; ld.global.nc.b32 i{j}, [a];"""
         )
     # Beyond the end of a list is no token: any row will do.
     lines += [f"max.s32 i{j}, i{j}, 0; add.s32 i{j}, i{j}, $ROW;" for j in each]
+    lines.append(rows_ptx(shape, each))
+    return "\n".join(lines)
+
+
+def rows_ptx(shape: Shape, each: range) -> str:
+    """Rows of all sequences in registers i<j>, a token a thread -> where they are in k, to shared memory."""
+    lines = []
     if shape.page_size is not None:
         shift = shape.page_size.bit_length() - 1
         lines.append(f".reg .b32 {', '.join(f'g{j}' for j in each)};")
@@ -112,7 +119,7 @@ and.b32 i{j}, i{j}, {shape.page_size - 1}; add.s32 i{j}, i{j}, g{j};"""
     return "\n".join(lines)
 
 
-def _heads(shape: Shape) -> str:
+def heads_ptx(shape: Shape) -> str:
     """Heads to shared memory, 16 bytes a lane, and the weights of this lane's columns to registers.
 
     Chunk c of the low (h = 0) or high 64 bytes of a row: its word s goes to 32 bytes of step s, at 16 h + 4 c, in
@@ -138,7 +145,7 @@ and.b32 u, t, 7; shr.u32 t, tid, 2; and.b32 t, t, 1; xor.b32 u, u, t; shl.b32 u,
     return "\n".join(lines)
 
 
-def _load(shape: Shape, s: int, guard: str = "") -> str:
+def load_ptx(shape: Shape, s: int, guard: str = "") -> str:
     """The next step's keys on their way: of rows `place` and 8 further, and the scale of the row that is stored."""
     lines = [f"ld.shared.b32 row, [at+{shape.rows_at}]; ld.shared.b32 other, [at+{shape.rows_at + 32}];"]
     for h, name in enumerate(("row", "other")):
@@ -157,6 +164,22 @@ def _load(shape: Shape, s: int, guard: str = "") -> str:
 
 def _step(shape: Shape, s: int) -> str:
     """64 tokens, of which a warp has 16: those of registers r<s>, which then take those of the step after next."""
+    scale = f"mov.f32 x, ks{s};" if shape.has_scale else ""
+    return f"""{product_ptx(shape, s)}
+{scale} add.s32 later, done, 2; setp.lt.s32 is_later, later, $STEPS;
+{load_ptx(shape, s, "@is_later")}
+{sums_ptx(shape)}
+{"mul.f32 x, t0, x;" if shape.has_scale else "mov.f32 x, t0;"}
+{SORT_KEY}
+@stores st.global.b32 [o], sort_key; add.s64 o, o, {4 * STEP};
+add.s32 done, done, 1; setp.ge.s32 p, done, $STEPS; @p bra end;"""
+
+
+def product_ptx(shape: Shape, s: int) -> str:
+    """PTX: registers d, the products of the tokens in registers r<s> and all heads.
+
+    Of tokens `place` and 8 further, of heads 2 * quad and the next in each eight: d<4 * eighth + 2 * later + b>.
+    """
     d = ", ".join(f"d{i}" for i in range(shape.H // 2))
     high = 1 << 30 | 8 * ROW_BYTES >> 4  # 128-byte swizzle, and from eight heads to the next
     lines = ["wgmma.fence.sync.aligned;"]
@@ -168,9 +191,12 @@ def _step(shape: Shape, s: int) -> str:
             f"wgmma.mma_async.sync.aligned.m64n{shape.H}k32.f32.e4m3.e4m3 {{{d}}}, {{{a}}}, desc, p, 1, 1;"
         )
     lines.append("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;")
-    scale = f"mov.f32 x, ks{s};" if shape.has_scale else ""
-    lines.append(f"{scale} add.s32 later, done, 2; setp.lt.s32 is_later, later, $STEPS;")
-    lines.append(_load(shape, s, "@is_later"))
+    return "\n".join(lines)
+
+
+def sums_ptx(shape: Shape) -> str:
+    """PTX: `t0`, the sum over the heads: in lanes 0 and 2 of a quad of the first token, in 1 and 3 of the other."""
+    lines = []
     for o in range(shape.H // 8):
         for r in range(2):
             for b in range(2):
@@ -181,11 +207,5 @@ def _step(shape: Shape, s: int) -> str:
     lines.append(
         """selp.f32 t0, s1, s0, upper; selp.f32 t1, s0, s1, upper; shfl.sync.bfly.b32 t1, t1, 1, 0x1f, -1;
 add.f32 t0, t0, t1; shfl.sync.bfly.b32 t1, t0, 2, 0x1f, -1; add.f32 t0, t0, t1;"""
-    )
-    lines.append("mul.f32 x, t0, x;" if shape.has_scale else "mov.f32 x, t0;")
-    lines.append(
-        f"""{SORT_KEY}
-@stores st.global.b32 [o], sort_key; add.s64 o, o, {4 * STEP};
-add.s32 done, done, 1; setp.ge.s32 p, done, $STEPS; @p bra end;"""
     )
     return "\n".join(lines)

@@ -10,6 +10,7 @@ key 32 * warp + lane ends in that very lane, and a warp stores 128 bytes in orde
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,25 +23,27 @@ from jaxlib.mlir.dialects import arith
 
 from hisa_jax.kernels_pallas.mosaic_gpu.barriers import barrier_address
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SPLAT, address_of, i32, numbered
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import multiply, multiply_and_sum
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import head_sum, multiply
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_groups_text import by_query_of
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop_text import OPERANDS, loop_ptx
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_shape import KEYS_PER_WARPGROUP, Shape
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, score_of, sort_key_of
 from hisa_jax.kernels_pallas.types import Interpret, Ref
 
+_IN_DEVICE_MEMORY = ("LIMITS", "THRESHOLDS", "O", "MASKS", "MAXIMA")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Item:
     """What a warp-group scores: a tile of keys for a run of queries. Int32 scalars, of JAX or of the lowered kernel.
 
-    Where a slot of the ring holds a group of queries, groups are counted.
+    Where queries come in groups, groups are counted.
 
     Attributes:
         group: of the warp-groups that score.
         key_slot: which barrier of `k_free` the tile goes back by; `tile`: which of the tiles in shared memory.
-        first: the first query; `n`: how many, at least 1; `n_before`: how many this warp-group has met before, from
-            which the ring's slot and phase follow.
+        first: the first query; `n`: how many, at least 1; `n_before`: how many slots this warp-group has met before,
+            from which the ring's slot and phase follow.
         column: of the result, where the tile's first key goes; `candidate`: what limits and forced candidates call it.
     """
 
@@ -65,8 +68,8 @@ class Smem(NamedTuple):
     pin: Ref  # [n_score, 128, Shape.pin_words] float32, never read
     k: Ref  # [n_keys * n_score, parts, 128, D], or with a pitch [n_keys * n_score, 128, pitch]
     q_free: Ref  # barriers [ring], of the scoring warp-groups
-    q_full: Ref  # barriers [ring], of a query's two copies
-    q: Ref  # [ring, H, D]
+    q_full: Ref  # barriers [ring], of each query's two copies
+    q: Ref  # [ring, Shape.columns, D]
     scale: Ref | None  # [n_keys * n_score, 128] float32
     w: Ref  # [ring, Shape.w_words] float32
 
@@ -78,19 +81,21 @@ class PerQuery(NamedTuple):
         limit: [T] int32; `threshold`: [T] int32, or None if the loop does not filter. Of groups they are in the slots.
         sort_keys: [T, width] int32, to be written, unless groups are filtered.
         masks: [T, width // 32] int32, if the loop filters.
+        maxima: [T, width // shape.maxima_of] int32, if they are wanted.
     """
 
     limit: Ref = None
     threshold: Ref = None
     sort_keys: Ref = None
     masks: Ref = None
+    maxima: Ref = None
 
 
 def score_queries(shape: Shape, item: Item, smem: Smem, per_query: PerQuery, transforms: tuple) -> None:
     """Sort keys of the item's tile for its queries; the tile and the ring's slots are handed back."""
     tile_types = REF if shape.pitch else plgpu.RefType(transforms), plgpu.RefType(transforms)
     words = {"SCALES": smem.scale, "LIMITS": per_query.limit, "THRESHOLDS": per_query.threshold}
-    words |= {"O": per_query.sort_keys, "MASKS": per_query.masks}
+    words |= {"O": per_query.sort_keys, "MASKS": per_query.masks, "MAXIMA": per_query.maxima}
     names = [name for name, ref in words.items() if ref is not None]
     refs = [smem.k, smem.q, smem.w, smem.pin, *(words[name] for name in names)]
     barriers = [barrier_address(x) for x in (smem.k_free, smem.q_full, smem.q_free)]
@@ -101,13 +106,16 @@ def score_queries(shape: Shape, item: Item, smem: Smem, per_query: PerQuery, tra
         k_free, q_full, q_free, *fields = (x.registers.item() for x in rest[-len(scalars) :])
         at = Item(**dict(zip(Item.__dataclass_fields__, fields, strict=True)))
         first = arith.muli(at.first, utils.c(shape.group, i32()))
-        word = arith.shrui(at.column, utils.c(5, i32()))
+        row = lambda ref, n: address_of(  # noqa: E731
+            ref, first, shape.out_columns // n, arith.divui(at.column, utils.c(n, i32()))
+        )
         address = {
             "SCALES": lambda ref: address_of(ref, at.tile, KEYS_PER_WARPGROUP),
             "LIMITS": lambda ref: address_of(ref, first, 1),
             "THRESHOLDS": lambda ref: address_of(ref, first, 1),
             "O": lambda ref: address_of(ref, first, shape.out_columns, at.column),
-            "MASKS": lambda ref: address_of(ref, first, shape.out_columns // 32, word),
+            "MASKS": lambda ref: row(ref, 32),
+            "MAXIMA": lambda ref: row(ref, shape.maxima_of),
         }
         given = {name: address[name](ref) for name, ref in zip(names, rest, strict=False)}
         operands = {
@@ -123,7 +131,7 @@ def score_queries(shape: Shape, item: Item, smem: Smem, per_query: PerQuery, tra
             "BEFORE": at.n_before,
             "CANDIDATE": at.candidate,
             # What this loop does not read may be any address.
-            **dict.fromkeys(("LIMITS", "THRESHOLDS", "O", "MASKS"), next(x for n, x in given.items() if n != "SCALES")),
+            **dict.fromkeys(_IN_DEVICE_MEMORY, next(x for n, x in given.items() if n != "SCALES")),
             **given,
         }
         values = (operands[name] for name in OPERANDS)
@@ -146,17 +154,22 @@ def score_queries_reference(shape: Shape, item: Item, smem: Smem, per_query: Per
             plgpu.commit_smem()  # the race detector wants a fence before the copy that overwrites what was read
             plgpu.barrier_arrive(smem.q_free.at[slot])
 
+        products = multiply(parts, smem.q.at[slot])
         if shape.rows is None:
-            x = multiply_and_sum(parts, smem.q.at[slot], w[: shape.H], free, interpret)[None]
+            each = [slice(i * shape.H, (i + 1) * shape.H) for i in range(shape.together)]
+            x = jnp.stack([head_sum(products[:, heads], w[heads], interpret) for heads in each])
         else:
-            x = _sums_of_group(shape, multiply(parts, smem.q.at[slot]), w[: shape.H])
-            free()
+            x = _sums_of_group(shape, products, w[: shape.H])
+        free()
         x = x if smem.scale is None else x * smem.scale[item.tile]
-        for i in range(shape.group):
-            _store_reference(shape, item, per_query, (item.first + j) * shape.group + i, i, x[i], candidate, w)
+        store = functools.partial(_store_reference, shape, item, per_query, candidate=candidate, w=w)
+        for i in range(shape.queries):
+            t = item.first * shape.group + j * shape.queries + i
+            is_there = i == 0 or shape.together == 1 or j * shape.together + i < item.n
+            pl.when(is_there)(functools.partial(store, t, i, x[i]))
         return _
 
-    lax.fori_loop(0, item.n, one_slot, None)
+    lax.fori_loop(0, (item.n + shape.together - 1) // shape.together, one_slot, None)
     plgpu.commit_smem()
     plgpu.barrier_arrive(smem.k_free.at[item.key_slot])
 
@@ -180,7 +193,7 @@ def _store_reference(
         sort_key = jnp.where(candidate < shape.keep_first, FORCED, sort_key)
         sort_key = jnp.where(candidate >= limit - shape.keep_last, FORCED, sort_key)
     sort_key = jnp.where(candidate < limit, sort_key, INVISIBLE)
-    if per_query.sort_keys is not None:
+    if per_query.sort_keys is not None and not shape.filters:
         per_query.sort_keys[t, pl.ds(item.column, KEYS_PER_WARPGROUP)] = sort_key
     if per_query.masks is not None:
         if is_alone:
@@ -190,6 +203,14 @@ def _store_reference(
             passes = (score_of(sort_key) >= w[shape.H + i]) & (sort_key > INVISIBLE) | (sort_key == FORCED)
         bits = passes.astype(jnp.int32).reshape(-1, 32) << jnp.arange(32, dtype=jnp.int32)
         per_query.masks[t, pl.ds(item.column // 32, KEYS_PER_WARPGROUP // 32)] = jnp.sum(bits, axis=1)
+        if per_query.sort_keys is not None:
+            order = jnp.argsort(~passes.reshape(-1, 32), axis=1, stable=True)
+            side_by_side = jnp.take_along_axis(sort_key.reshape(-1, 32), order, axis=1).reshape(-1)
+            per_query.sort_keys[t, pl.ds(item.column, KEYS_PER_WARPGROUP)] = side_by_side
+    if per_query.maxima is not None:
+        n = shape.maxima_of
+        there = pl.ds(item.column // n, KEYS_PER_WARPGROUP // n)
+        per_query.maxima[t, there] = jnp.max(sort_key.reshape(-1, n), axis=1)
 
 
 def _bytes_on(pointer: ir.Value, n: ir.Value) -> ir.Value:

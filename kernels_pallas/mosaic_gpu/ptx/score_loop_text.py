@@ -2,7 +2,8 @@
 
 Text of one query, in order: wait for its slot; load its weights; products of half 0 and of half 1, in flight together;
 relu, weigh and sum half 0 meanwhile; hand the slot back; sum half 1; shuffle, scale, compare, store. With 128 heads
-there are four products, two at a time. Where a slot holds several queries, score_groups_text.py sums and stores.
+there are four products, two at a time. Of 32 heads a slot holds those of two queries, which share all this but the
+shuffles and what follows them. Where a slot holds the few heads of a group, score_groups_text.py sums and stores.
 """
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import score_groups_text as groups
@@ -14,15 +15,12 @@ from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 OPERANDS = (
     *("KEYS", "K_FREE", "SCALES", "Q", "W", "FULL", "FREE", "PIN"),
     *("COUNT", "BEFORE", "CANDIDATE"),
-    *("LIMITS", "O", "THRESHOLDS", "MASKS"),
+    *("LIMITS", "O", "THRESHOLDS", "MASKS", "MAXIMA"),
 )
-_DECLARATIONS = """.reg .pred upper1, upper2; .reg .b64 limits, o, thresholds, masks;
-.reg .f32 s0_0, s0_1, s1_0, s1_1, t0, t1, t2, t3, x, scale;
-.reg .b32 limit, limit_next, threshold, threshold_next, sort_key;"""
 
 
 def loop_ptx(shape: Shape) -> str:
-    """The loop over COUNT >= 1 queries.
+    """The loop over COUNT >= 1 queries, or groups of them; BEFORE counts slots.
 
     Two products of a query are in flight at a time, none from one query to the next: ptxas serializes all products
     where an accumulator in flight crosses the loop's end (or takes two dummy products a query to be talked out of it,
@@ -37,7 +35,7 @@ def loop_ptx(shape: Shape) -> str:
         f"""{{.reg .pred p, more, leads; .reg .b64 desc, out; .reg .b32 {", ".join(a[0] + a[1])};
 .reg .f32 {", ".join(acc[0] + acc[1] + weights)};
 .reg .b32 lane, t, u, at, swizzled, j, slot, parity, q_lo, w_slot, w_at, full, free, candidate, column, pin;
-{groups.declarations(shape) if is_grouped else _DECLARATIONS}""",
+{groups.declarations(shape) if is_grouped else _declarations(shape)}""",
         f"mov.u32 pin, %tid.x; and.b32 pin, pin, 127; mad.lo.u32 pin, pin, {4 * shape.pin_words}, $PIN;",
         _load_keys(shape, a),
         groups.start(shape) if is_grouped else _start(shape),
@@ -58,12 +56,26 @@ def loop_ptx(shape: Shape) -> str:
             # The tensor core has read all heads, and the rest is in registers: the slot may be filled again. Weights
             # are, or the sums before this would not be there.
             lines.append(_arrive("free", groups.loaded_of_queries(shape) if is_grouped else []))
-        lines.append(groups.sum_half(shape, acc[half], half) if is_grouped else _sum(acc[half], half, heads == 0))
+        lines.append(groups.sum_half(shape, acc[half], half) if is_grouped else _sum(shape, acc[half], half, heads))
         if i + 2 < len(shape.units):
             lines.append(_product(shape, a, acc, shape.units[i + 2]))
-    lines.append("add.s32 j, j, 1; setp.lt.s32 more, j, $COUNT;")
+    lines.append(f"add.s32 j, j, {shape.together}; setp.lt.s32 more, j, $COUNT;")
     lines += [groups.store(shape) if is_grouped else _store(shape), "@more bra again;}"]
     return "\n".join(lines)
+
+
+def _sums(shape: Shape) -> list[str]:
+    """Registers of the sums: row r of a half of the keys, by query i of the slot."""
+    return [f"s{half}_{r}_{i}" for half in range(2) for r in range(2) for i in range(shape.together)]
+
+
+def _declarations(shape: Shape) -> str:
+    each = range(shape.together)
+    words = [f"{name}{i}" for name in ("limit", "threshold") for i in each]
+    predicates = ["upper1", "upper2", *(f"there{i}" for i in each if i > 0)]
+    return f""".reg .pred {", ".join(predicates)}; .reg .b64 limits, o, thresholds, masks, maxima;
+.reg .f32 {", ".join(_sums(shape))}, t0, t1, t2, t3, x, scale;
+.reg .b32 {", ".join(words)}, sort_key, below, nothing;"""
 
 
 def _load_keys(shape: Shape, a: list[list[str]]) -> str:
@@ -100,19 +112,37 @@ def _load_matrices(a: list[str], i: int, address: str) -> str:
 
 
 def _start(shape: Shape) -> str:
-    """What stays the same for all queries, and the limit (and threshold) of the first one."""
+    """What stays the same for all queries, and the limits (and thresholds) of the first slot."""
+    # What passes of a warp's 32 columns is written side by side: no lane has a place of its own.
     lines = [
-        f"""mov.u32 j, 0; and.b32 t, lane, 1; setp.ne.u32 upper1, t, 0; and.b32 t, lane, 2; setp.ne.u32 upper2, t, 0;
+        f"""mov.u32 j, 0; shr.u32 nothing, $COUNT, 31;
+and.b32 t, lane, 1; setp.ne.u32 upper1, t, 0; and.b32 t, lane, 2; setp.ne.u32 upper2, t, 0;
 mov.u32 u, %tid.x; and.b32 u, u, {KEYS_PER_WARPGROUP - 1}; add.u32 candidate, u, $CANDIDATE;
-mul.wide.u32 o, u, 4; add.u64 o, o, $O; mov.b64 limits, $LIMITS; ld.global.b32 limit_next, [limits];"""
+{"and.b32 t, u, -32;" if shape.filters else "mov.b32 t, u;"} mul.wide.u32 o, t, 4; add.u64 o, o, $O;
+mov.b64 limits, $LIMITS; ld.global.b32 limit0, [limits];"""
     ]
     if shape.has_scale:
         lines.append("shl.b32 t, u, 2; add.u32 t, t, $SCALES; ld.shared.f32 scale, [t];")
     if shape.filters:
         lines.append(
-            """mov.b64 thresholds, $THRESHOLDS; ld.global.b32 threshold_next, [thresholds]; setp.eq.u32 leads, lane, 0;
-shr.u32 t, u, 5; mul.wide.u32 masks, t, 4; add.u64 masks, masks, $MASKS;"""
+            """mov.b64 thresholds, $THRESHOLDS; ld.global.b32 threshold0, [thresholds]; setp.eq.u32 leads, lane, 0;
+shr.u32 t, u, 5; mul.wide.u32 masks, t, 4; add.u64 masks, masks, $MASKS; mov.u32 below, %lanemask_lt;"""
         )
+    if n := shape.maxima_of:
+        lines.append(
+            f"""and.b32 t, lane, {n - 1}; setp.eq.u32 leads, t, 0; shr.u32 t, u, {n.bit_length() - 1};
+mul.wide.u32 maxima, t, 4; add.u64 maxima, maxima, $MAXIMA;"""
+        )
+    return "\n".join([*lines, _ask_others(shape)])
+
+
+def _ask_others(shape: Shape) -> str:
+    """Limits and thresholds of the slot's queries after the first, as far as there are any."""
+    lines = []
+    for i in range(1, shape.together):
+        lines.append(f"add.s32 t, j, {i}; setp.lt.s32 p, t, $COUNT;")
+        names = ("limit", "threshold") if shape.filters else ("limit",)
+        lines += [f"@p ld.global.b32 {name}{i}, [{name}s+{4 * i}];" for name in names]
     return "\n".join(lines)
 
 
@@ -145,15 +175,18 @@ def _arrive(barrier: str, loaded: list[str]) -> str:
 
 def _next_query(shape: Shape) -> str:
     """Slot, phase and descriptor of query j; then waits for it."""
-    # The ring is a power of two: slot and parity of a phase are bits of how many queries this warp-group has met.
+    # The ring is a power of two: slot and parity of a phase are bits of how many slots this warp-group has met.
     laps = shape.ring.bit_length() - 1
-    query = f"mov.b32 limit, limit_next; {'mov.b32 threshold, threshold_next;' if shape.filters else ''}"
-    return f"""add.u32 t, j, $BEFORE; and.b32 slot, t, {shape.ring - 1}; shr.u32 parity, t, {laps};
-and.b32 parity, parity, 1; mad.lo.u32 q_lo, slot, {shape.H * shape.row_bytes}, $Q; shr.u32 q_lo, q_lo, 4;
-and.b32 q_lo, q_lo, 0x3fff; shl.b32 t, slot, 3; add.u32 full, t, $FULL; add.u32 free, t, $FREE;
+    nth = "add.u32 t, j, $BEFORE;"
+    if shape.together > 1:
+        nth = f"shr.u32 t, j, {shape.together.bit_length() - 1}; add.u32 t, t, $BEFORE;"
+    return f"""{nth}
+and.b32 slot, t, {shape.ring - 1}; shr.u32 parity, t, {laps}; and.b32 parity, parity, 1;
+mad.lo.u32 q_lo, slot, {shape.columns * shape.row_bytes}, $Q; shr.u32 q_lo, q_lo, 4; and.b32 q_lo, q_lo, 0x3fff;
+shl.b32 t, slot, 3; add.u32 full, t, $FULL; add.u32 free, t, $FREE;
 wait: mbarrier.try_wait.parity.shared::cta.b64 p, [full], parity, 10000000; @p bra ready; bra wait;
-ready: {query if shape.rows is None else ""}
-mad.lo.u32 w_slot, slot, {4 * shape.w_words}, $W; and.b32 t, lane, 3; shl.b32 t, t, 3; add.u32 w_at, w_slot, t;"""
+ready: mad.lo.u32 w_slot, slot, {4 * shape.w_words}, $W;
+and.b32 t, lane, 3; shl.b32 t, t, 3; add.u32 w_at, w_slot, t;"""
 
 
 def _weights(shape: Shape, heads: int) -> str:
@@ -187,16 +220,16 @@ def _product(shape: Shape, a: list[list[str]], acc: list[list[str]], unit: tuple
     return "\n".join([*lines, "wgmma.commit_group.sync.aligned;"])
 
 
-def _sum(acc: list[str], half: int, is_first: bool) -> str:
-    """s<half>_<r> (+)= sum_h w[h] * relu(acc): a thread has rows g and g + 8, columns 8 * o + 2 * c and the next."""
+def _sum(shape: Shape, acc: list[str], half: int, heads: int) -> str:
+    """s<half>_<r>_<i> (+)= sum_h w[h] * relu(acc): a thread has rows g and g + 8, columns 8 * o + 2 * c (+ 1)."""
     lines = []
-    for i, register in enumerate(acc):
-        octet, r, column = i // 4, i // 2 % 2, i % 2
-        weight, total = f"w{2 * octet + column}", f"s{half}_{r}"
+    for nth, register in enumerate(acc):
+        octet, r, column = nth // 4, nth // 2 % 2, nth % 2
+        i, head = divmod(shape.n * heads + 8 * octet + column, shape.H)
+        weight, total = f"w{2 * octet + column}", f"s{half}_{r}_{i}"
         # Into a register of its own: writing to an accumulator would serialize all products, too.
         lines.append(f"max.NaN.f32 x, {register}, 0f00000000;")
-        begins = is_first and octet == 0 and column == 0
-        lines.append(f"mul.f32 {total}, x, {weight};" if begins else f"fma.rn.f32 {total}, x, {weight}, {total};")
+        lines.append(f"mul.f32 {total}, x, {weight};" if head == 0 else f"fma.rn.f32 {total}, x, {weight}, {total};")
     return "\n".join(lines)
 
 
@@ -206,7 +239,7 @@ def _pin(shape: Shape) -> str:
     ptxas moves the wait up to the one before, so that hardly any sum is taken while a product is in flight. It does not
     move a store over a wait: what is stored is never read.
     """
-    totals = groups.sums(shape) if shape.rows else ["s0_0", "s0_1", "s1_0", "s1_1"]
+    totals = groups.sums(shape) if shape.rows else _sums(shape)
     totals = totals[: len(totals) // 2]  # of the first half
     n = min(len(totals), 4)
     return "".join(
@@ -216,14 +249,30 @@ def _pin(shape: Shape) -> str:
 
 def _store(shape: Shape) -> str:
     """Sums over the four lanes of a row, each keeping one key; scale, sort key, store."""
-    # The next query's limit and threshold are loaded here, so that they arrive while its products are in flight.
+    lines = []
+    for i in range(shape.together):
+        if i > 0:
+            # j is of the next slot's first query already.
+            lines.append(f"sub.s32 t, j, {shape.together - i}; setp.lt.s32 there{i}, t, $COUNT;")
+        lines += [_sort_key(shape, i), _write(shape, i)]
+    rows = shape.together * shape.out_columns
+    if shape.filters:
+        lines.append(f"add.u64 masks, masks, {rows // 8};")
+    if shape.maxima_of:
+        lines.append(f"add.u64 maxima, maxima, {4 * rows // shape.maxima_of};")
+    # The next queries' limits and thresholds arrive while their products are in flight: nothing before needs them.
+    for name in ("limit", "threshold") if shape.filters else ("limit",):
+        lines.append(f"@more add.u64 {name}s, {name}s, {4 * shape.together}; @more ld.global.b32 {name}0, [{name}s];")
+    lines.append(_ask_others(shape))
+    return "\n".join([*lines, f"add.u64 o, o, {4 * rows};"])
+
+
+def _sort_key(shape: Shape, i: int) -> str:
+    """sort_key = that of this lane's key for query i of the slot."""
+    a, b, c, d = (f"s{half}_{r}_{i}" for half in range(2) for r in range(2))
     lines = [
-        "@more add.u64 limits, limits, 4; @more ld.global.b32 limit_next, [limits];",
-        "@more add.u64 thresholds, thresholds, 4; @more ld.global.b32 threshold_next, [thresholds];"
-        if shape.filters
-        else "",
-        """selp.f32 t0, s0_0, s1_0, upper1; selp.f32 t1, s0_1, s1_1, upper1; selp.f32 t2, s1_0, s0_0, upper1;
-selp.f32 t3, s1_1, s0_1, upper1; shfl.sync.bfly.b32 t0, t0, 1, 0x1f, -1; shfl.sync.bfly.b32 t1, t1, 1, 0x1f, -1;
+        f"""selp.f32 t0, {a}, {c}, upper1; selp.f32 t1, {b}, {d}, upper1; selp.f32 t2, {c}, {a}, upper1;
+selp.f32 t3, {d}, {b}, upper1; shfl.sync.bfly.b32 t0, t0, 1, 0x1f, -1; shfl.sync.bfly.b32 t1, t1, 1, 0x1f, -1;
 add.f32 t2, t2, t0; add.f32 t3, t3, t1; selp.f32 t0, t2, t3, upper2; selp.f32 t1, t3, t2, upper2;
 shfl.sync.bfly.b32 t0, t0, 2, 0x1f, -1; add.f32 x, t1, t0;""",
     ]
@@ -234,15 +283,32 @@ shfl.sync.bfly.b32 t0, t0, 2, 0x1f, -1; add.f32 x, t1, t0;""",
         lines.append(f"setp.lt.s32 p, candidate, {shape.keep_first}; selp.b32 sort_key, {FORCED}, sort_key, p;")
     if shape.keep_last:
         lines.append(
-            f"sub.s32 t, limit, {shape.keep_last}; setp.ge.s32 p, candidate, t; "
+            f"sub.s32 t, limit{i}, {shape.keep_last}; setp.ge.s32 p, candidate, t; "
             f"selp.b32 sort_key, {FORCED}, sort_key, p;"
         )
-    lines.append(f"setp.lt.s32 p, candidate, limit; selp.b32 sort_key, sort_key, {INVISIBLE}, p;")
+    # The limit, and a zero of the sort key: ptxas would compare as soon as it may, and wait for the limit before the
+    # products, 500 cycles and more of the 2000 that few queries take with a tile.
+    lines.append(
+        f"lop3.b32 t, sort_key, nothing, limit{i}, 0x6a; "
+        f"setp.lt.s32 p, candidate, t; selp.b32 sort_key, sort_key, {INVISIBLE}, p;"
+    )
+    return "\n".join(lines)
+
+
+def _write(shape: Shape, i: int) -> str:
+    """What query i of the slot, if it is there, leaves in device memory."""
+    row, there = 4 * i * shape.out_columns, f"@there{i} " if i else ""
+    leads = f"and.pred p, leads, there{i}; @p" if i else "@leads"
     if shape.filters:
-        lines.append(
-            f"""setp.gt.s32 p, sort_key, threshold; vote.sync.ballot.b32 t, p, -1; @p st.global.b32 [o], sort_key;
-@leads st.global.b32 [masks], t; add.u64 masks, masks, {shape.out_columns // 8};"""
+        passes = (
+            f"setp.gt.and.s32 p, sort_key, threshold{i}, there{i};" if i else "setp.gt.s32 p, sort_key, threshold0;"
         )
-    else:
-        lines.append("st.global.b32 [o], sort_key;")
-    return "\n".join([*lines, f"add.u64 o, o, {4 * shape.out_columns};"])
+        return f"""{passes} vote.sync.ballot.b32 t, p, -1; and.b32 u, t, below; popc.b32 u, u;
+mad.wide.u32 out, u, 4, o; @p st.global.b32 [out+{row}], sort_key;
+{leads} st.global.b32 [masks+{row // 32}], t;"""
+    lines = [f"{there}st.global.b32 [o+{row}], sort_key;"]
+    if n := shape.maxima_of:
+        steps = [f"shfl.sync.bfly.b32 t, sort_key, {1 << i}, 0x1f, -1;" for i in range(n.bit_length() - 1)]
+        lines += [f"{step} max.s32 sort_key, sort_key, t;" for step in steps]
+        lines.append(f"{leads} st.global.b32 [maxima+{row // n}], sort_key;")
+    return "\n".join(lines)

@@ -32,18 +32,16 @@ ld.global.b32 base, [word]; shl.b32 base, base, {shift}; and.b32 t, column, {blo
 
 
 def own_position() -> str:
-    """PTX: columns stand for themselves, counted from $FIRST."""
-    return "add.s32 base, column, $FIRST;"
+    """PTX: columns stand for themselves."""
+    return "mov.b32 base, column;"
 
 
-def choose(
-    shape: Shape, x: Row, limit: Array, first: Array, ids: Row | None, block_size: int, smem: Ref, out: Output
-) -> None:
+def choose(shape: Shape, x: Row, limit: Array, ids: Row | None, block_size: int, smem: Ref, out: Output) -> None:
     """Writes the best of the first `limit` sort keys of a row; runs on all threads of the CTA.
 
     Args:
-        x: of shape.width sort keys. first: what column 0 stands for, without `ids`.
-        ids: blocks that columns are of, or, if shape.is_listed, what each stands for.
+        x: of shape.width sort keys, or of groups of which so many are listed.
+        ids: blocks that columns are of; if shape.is_listed, what each stands for; with shape.group the listed groups.
         smem: [shape.smem_bytes / 4] int32.
     """
     position = own_position
@@ -52,17 +50,16 @@ def choose(
         position = lambda: block_position(block_size, n_ids)  # noqa: E731
     ptx, ids = select_ptx(shape, position), ids or x
     refs = [x.ref, ids.ref, out.positions, out.count, smem] + ([] if out.sort_keys is None else [out.sort_keys])
-    scalars = [x.row, ids.row, limit, first, out.t]
+    scalars = [x.row, ids.row, limit, out.t]
 
     @plgpu.inline_mgpu(arg_types=(*(REF for _ in refs), *(SPLAT for _ in scalars)))
     def run(_ctx, keys, listed, o, count, smem, *rest):
-        *o_sort_keys, row, ids_row, limit, first, t = rest
-        row, ids_row, limit, first, t = (x.registers.item() for x in (row, ids_row, limit, first, t))
+        *o_sort_keys, row, ids_row, limit, t = rest
+        row, ids_row, limit, t = (x.registers.item() for x in (row, ids_row, limit, t))
         utils.inline_ptx(
             ptx,
             address_of(keys, row, x.width),
             limit,
-            first,
             address_of(listed, ids_row, ids.width),
             address_of(o, t, shape.k),
             address_of(count, t, 1),

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import scope
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 
-OPERANDS = ("X", "LIMIT", "FIRST", "IDS", "O", "COUNT", "SMEM", "SORT_KEYS")
+OPERANDS = ("X", "LIMIT", "IDS", "O", "COUNT", "SMEM", "SORT_KEYS")
 BINS = 1024
 _CHUNK = 4  # sort keys that a thread loads at a time
 _PAD = 16  # bytes between rows of a thread's sort keys in shared memory: 8 threads then read 32 banks
-_WHOLE = 0x4B000000  # 2^23, in float32
+_WHOLE = 0x4B000000  # 2^23, in float32; the next number is one more
 _BARRIER = 8  # those below are of single warp-groups
 
 
@@ -28,6 +28,8 @@ class Shape:
         has_forced: whether some sort keys may be `FORCED`.
         is_full: columns before the limit are all candidates: where k or fewer are, no sort key is looked at.
         is_listed: what columns stand for is listed at $IDS, one by one.
+        group: $IDS lists groups of so many neighbouring sort keys of a longer row, which are the columns; 0: it does
+            not. 2, 4 or 8. Columns stand for themselves in that row, and so are limited. Each group has a candidate.
         has_sort_keys: whether those of the chosen are written, too, to $SORT_KEYS.
     """
 
@@ -38,16 +40,21 @@ class Shape:
     has_forced: bool = True
     is_full: bool = False
     is_listed: bool = False
+    group: int = 0
     has_sort_keys: bool = False
 
     # Bytes of shared memory: where each part begins. Parts of warps: range, bins, listed, chosen; two of a
     # bisection; ties.
     hist: int = 0
-    parts: int = 4 * BINS
+    parts: int = 4 * BINS + 16  # behind the bins is one for what is in none
     pick: int = parts + 7 * 512
     found: int = pick + 32
     n_listed: int = found + 16
     listed: int = n_listed + 16
+
+    def of_threads(self, n: int) -> "Shape":
+        """The same by n threads."""
+        return dataclasses.replace(self, n_threads=n, each=max(self.each * self.n_threads // n, 8))
 
     @property
     def keys(self) -> int:
@@ -72,10 +79,10 @@ def select_ptx(shape: Shape, position: Callable[[], str]) -> str:
 
     Args:
         position: PTX that turns `column`, a thread's first, into `base`, what it stands for; $IDS is a row to look it
-            up in, $FIRST a number to add. Not of listed columns.
+            up in. Not of listed columns, nor of listed groups.
     """
     text = f"""{registers(shape)}
-{_load(shape)}
+{_load_groups(shape) if shape.group else _load(shape)}
 {threshold_ptx(shape)}
 emit:
 {_emit(shape, position)}
@@ -87,7 +94,8 @@ out:
 def registers(shape: Shape) -> str:
     """PTX: what the texts here and in list_best_text.py share, and who a thread is."""
     return f""".reg .pred p, q, s; .reg .b32 tid, lane, warp, at, t, u, n, low, high, column, base, rank, pick, c, slot;
-.reg .b32 key, v<{shape.each}>, b<{shape.each}>, h<8>, e, g, thr, lo, hi, middle, room, tie, i, visible, total, buffer;
+.reg .b32 key, v<{shape.each}>, b<{shape.each}>, base<8>, h<8>, e, g, thr, lo, hi, middle, room, tie, i, visible;
+.reg .b32 total, buffer;
 .reg .b64 word; .reg .f32 x, first, last, scale;
 mov.u32 tid, %tid.x; and.b32 lane, tid, 31; shr.u32 warp, tid, 5;"""
 
@@ -150,6 +158,39 @@ whole:"""
     return "\n".join(lines)
 
 
+def _load_groups(shape: Shape) -> str:
+    """A thread loads whole groups, neighbours of the list: its columns are in order, too.
+
+    The list may be what this CTA has just written.
+    """
+    size, n = shape.group, shape.width // shape.group
+    groups, chunk = shape.each // size, min(size, _CHUNK)
+    lines = [
+        sync(shape),
+        f"mul.wide.u32 word, tid, {4 * groups}; add.s64 word, word, $IDS; mul.lo.u32 t, tid, {groups};",
+    ]
+    for i in range(groups):
+        lines.append(f"mov.b32 base{i}, -1; setp.lt.u32 p, t, {n - i}; @p ld.global.b32 base{i}, [word+{4 * i}];")
+    lines.append(clear_ptx(shape))
+    for i in range(groups):
+        lines.append(
+            f"""mul.lo.s32 base{i}, base{i}, {size}; setp.ge.s32 p, base{i}, 0;
+mul.wide.s32 word, base{i}, 4; add.s64 word, word, $X;"""
+        )
+        for u in range(size * i, size * (i + 1), chunk):
+            own = [f"v{u + j}" for j in range(chunk)]
+            lines += [f"mov.b32 {v}, {INVISIBLE};" for v in own]
+            lines.append(f"@p ld.global.v{chunk}.b32 {{{', '.join(own)}}}, [word+{4 * (u - size * i)}];")
+    for i in range(groups):
+        lines.append(f"sub.s32 t, $LIMIT, base{i};")
+        lines += [f"setp.le.s32 p, t, {u}; @p mov.b32 v{size * i + u}, {INVISIBLE};" for u in range(size)]
+    lines.append(f"mul.lo.u32 at, tid, {shape.pitch}; add.u32 at, at, $SMEM;")
+    for u in range(0, shape.each, _CHUNK):
+        four = ", ".join(f"v{u + j}" for j in range(_CHUNK))
+        lines.append(f"st.shared.v4.b32 [at+{shape.keys + 4 * u}], {{{four}}};")
+    return "\n".join([*lines, sync(shape)])
+
+
 def clear_ptx(shape: Shape) -> str:
     """An empty histogram, and a list of nothing; a barrier must follow."""
     n = shape.n_threads
@@ -177,7 +218,10 @@ setp.eq.u32 p, lane, 0; shl.b32 at, warp, 4; add.u32 at, at, $SMEM;
 
 
 def _range(shape: Shape) -> str:
-    """Least visible sort key, greatest that is not forced, how many there are of both kinds: some need no search."""
+    """Least visible sort key, greatest that is not forced, how many there are of both kinds: some need no search.
+
+    Of at least k listed groups the least greatest is a better bound: none of the k best is below.
+    """
     ops = {"low": ("min", FORCED), "high": ("max", INVISIBLE), "n": ("add", 0)}
 
     def one(j: int) -> str:
@@ -186,10 +230,23 @@ def _range(shape: Shape) -> str:
             return f"{seen} max.s32 high, high, v{j};"
         return f"{seen} setp.ne.s32 p, v{j}, {FORCED}; @p max.s32 high, high, v{j}; @!p add.s32 n, n, 65536;"
 
+    bound, lowest = "", "mov.b32 thr, low;"
+    if shape.group and shape.width >= shape.k * shape.group:
+        size = shape.group
+        n_groups = shape.width // size
+        # Columns beyond the list and groups that are not there have no part in it.
+        for i in range(shape.each // size):
+            bound += f"max.s32 t, v{size * i}, v{size * i + 1};"
+            bound += "".join(f" max.s32 t, t, v{size * i + u};" for u in range(2, size))
+            bound += f" setp.gt.and.s32 p, t, {INVISIBLE}, q; @p min.s32 g, g, t;\n"
+        bound = f"""mov.b32 g, {FORCED}; ld.global.b32 u, [$IDS+{4 * n_groups - 4}]; setp.ge.s32 q, u, 0;
+{bound}@q mov.b32 low, g;"""
+        lowest = f"mov.b32 thr, {INVISIBLE + 1};"
     return f"""mov.b32 low, {FORCED}; mov.b32 high, {INVISIBLE}; mov.b32 n, 0;
 {_each(shape, one)}
+{bound}
 {_over_warps(shape, 0, ops)}
-and.b32 visible, n, 65535; shr.u32 n, n, 16; mov.b32 thr, low;
+and.b32 visible, n, 65535; shr.u32 n, n, 16; {lowest}
 setp.le.s32 p, visible, {shape.k}; @p bra emit;
 sub.s32 rank, {shape.k}, n; mov.b32 thr, {FORCED}; setp.le.s32 p, rank, 0; @p bra emit;"""
 
@@ -202,14 +259,14 @@ def _score(sort_key: str, into: str) -> str:
 def _histogram(shape: Shape) -> str:
     """Scores in bins of equal width. Where a score is infinite, or all are too close, halving does it alone."""
 
-    # A number added to 2^23 is rounded to a whole one, in its low bits: registers b keep these. Bins are in descending
-    # order. NaN, of what has no score, is the bin of none.
+    # A number added to 2^23 is rounded to a whole one, in its low bits: registers b keep these. Bins 1, 2, ... are in
+    # descending order. Bin 0 has what is below all of them, and NaN, of what is forced or has no score: a condition on
+    # the addition would be a branch for each.
     def one(j: int) -> str:
-        forced = f"setp.le.and.s32 p, v{j}, high, p;" if shape.has_forced else ""
-        return f"""{_score(f"v{j}", "x")} sub.rn.f32 x, x, first; fma.rn.f32 x, x, scale, 0f4B000000; mov.b32 b{j}, x;
-setp.gt.s32 p, v{j}, {INVISIBLE}; {forced} mad.lo.s32 t, b{j}, -4, at; @p red.shared.add.u32 [t], 1;"""
+        return f"""{_score(f"v{j}", "x")} sub.rn.f32 x, x, first; fma.rn.f32 x, x, scale, 0f4B000001;
+max.f32 x, x, 0f4B000000; mov.b32 b{j}, x; mad.lo.s32 t, b{j}, -4, at; red.shared.add.u32 [t], 1;"""
 
-    last_bin = shape.hist + 4 * (BINS - 1 + _WHOLE) - (1 << 32)
+    last_bin = shape.hist + 4 * (BINS + _WHOLE) - (1 << 32)
     return f"""mov.b32 lo, low; mov.b32 hi, high;
 {_score("low", "first")} {_score("high", "last")} sub.rn.f32 last, last, first;
 setp.gt.f32 p, last, 0f0DA24260; setp.lt.and.f32 p, last, 0f7E967699, p; @!p bra bisect;
@@ -260,7 +317,7 @@ def _gather(shape: Shape) -> str:
     ops = {"lo": ("min", FORCED), "hi": ("max", INVISIBLE)}
     mark = _each(shape, lambda j: f"setp.eq.u32 p, b{j}, pick; @p or.b32 n, n, {1 << j};")
     # Few threads have one: they take it from shared memory, since registers have no index.
-    return f"""sub.u32 pick, {_WHOLE + BINS - 1}, pick; mov.b32 n, 0;
+    return f"""sub.u32 pick, {_WHOLE + BINS}, pick; mov.b32 n, 0;
 {mark}
 mov.b32 at, $SMEM; mov.b32 lo, {FORCED}; mov.b32 hi, {INVISIBLE}; mul.lo.u32 u, tid, {shape.pitch}; add.u32 u, u, at;
 list: setp.ne.u32 p, n, 0; vote.sync.any.pred q, p, -1; @!q bra listed;
@@ -314,7 +371,7 @@ def _emit(shape: Shape, position: Callable[[], str]) -> str:
 
     def store(j: int) -> str:
         what, keys = f"add.s32 t, base, {j};", ""
-        if shape.is_listed:
+        if shape.is_listed or shape.group:
             what = f"mov.b32 t, b{j};"
         if shape.has_sort_keys:
             keys = f"mad.wide.u32 word, slot, 4, $SORT_KEYS; @p st.global.b32 [word], v{j};"
@@ -328,11 +385,13 @@ def _emit(shape: Shape, position: Callable[[], str]) -> str:
         return f"""setp.eq.s32 q, v{j}, thr; setp.lt.and.s32 s, tie, room, q; setp.gt.s32 p, v{j}, thr; or.pred p, p, s;
 {store(j)} @q add.s32 tie, tie, 1;"""
 
-    find = position()
+    find = "" if shape.group else position()
     if shape.is_listed:
         # All on their way before the first is stored.
         each = _each(shape, lambda j: f"setp.ge.s32 p, v{j}, thr; @p ld.global.b32 b{j}, [word+{4 * j}];")
         find = f"mul.wide.u32 word, column, 4; add.s64 word, word, $IDS;\n{each}"
+    elif shape.group:
+        find = _each(shape, lambda j: f"add.s32 b{j}, base{j // shape.group}, {j % shape.group};")
     empty = "mul.wide.s32 word, t, 4; add.s64 word, word, $O; @p st.global.b32 [word], u;"
     if shape.has_sort_keys:
         empty += f" mul.wide.s32 word, t, 4; add.s64 word, word, $SORT_KEYS; @p st.global.b32 [word], {INVISIBLE};"

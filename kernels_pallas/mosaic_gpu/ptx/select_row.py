@@ -35,12 +35,14 @@ class Output(NamedTuple):
         t: the query.
         positions: [T, k] int32 in device memory, of its row the chosen in ascending order, then -1.
         count: [T] int32; `sort_keys`: [T, k] int32 or None, those of the chosen, then `INVISIBLE`.
+        least: [T] int32 or None: no chosen sort key is below, no other above; `INVISIBLE` if fewer than k are chosen.
     """
 
     t: Array
     positions: Ref
     count: Ref
     sort_keys: Ref | None = None
+    least: Ref | None = None
 
     @property
     def k(self) -> int:
@@ -132,19 +134,23 @@ def threshold_of(sort_keys: Row, n_columns: Array, k: int, scratch: Row) -> Arra
 
     lowest, highest, n = over_row(RANGE_PTX, 3)(jnp.int32(0))
     count = over_row(COUNT_PTX, 1)
-    return find_threshold(lambda sort_key: count(sort_key)[0], jnp.minimum(lowest, highest), highest, n, k, _bitcast)
+    lowest = jnp.minimum(lowest, highest)
+    threshold = find_threshold(lambda sort_key: count(sort_key)[0], lowest, highest, n, k, _bitcast)
+    return jnp.maximum(threshold, INVISIBLE + 1)  # where nothing is visible, `lowest` would be reached by all
 
 
 def compact(
     sort_keys: Row, n_columns: Array, threshold: Array, scratch: Row, positions: Positions, out: Output
 ) -> None:
     """Writes what is chosen of the first n_columns sort keys of a row, given their threshold."""
-    outputs = [out.positions, out.count] + ([] if out.sort_keys is None else [out.sort_keys])
-    emit, ids, k = emit_ptx(out.k, positions.ptx, out.sort_keys is not None), positions.ids, out.k
+    optional = {"SORT_KEYS": out.sort_keys, "LEAST": out.least}
+    names = [name for name, ref in optional.items() if ref is not None]
+    outputs = [out.positions, out.count, *(optional[name] for name in names)]
+    emit, ids, k = emit_ptx(out.k, positions.ptx, names), positions.ids, out.k
 
     @plgpu.inline_mgpu(arg_types=(REF,) * (3 + len(outputs)) + (SPLAT,) * 6)
     def write(_ctx, sort_keys_ref, scratch_ref, ids_ref, o, count, *rest):
-        *o_sort_keys, row, scratch_row, ids_row, n_columns, threshold, t = rest
+        *others, row, scratch_row, ids_row, n_columns, threshold, t = rest
         row, scratch_row, ids_row, n_columns, threshold, t = (
             x.registers.item() for x in (row, scratch_row, ids_row, n_columns, threshold, t)
         )
@@ -164,7 +170,7 @@ def compact(
             address_of(ids_ref, ids_row, ids.width),
             address_of(o, t, k),
             address_of(count, t, 1),
-            *(address_of(x, t, k) for x in o_sort_keys),
+            *(address_of(x, t, k if name == "SORT_KEYS" else 1) for name, x in zip(names, others, strict=True)),
         )
         utils.warpgroup_barrier()
 
@@ -185,6 +191,8 @@ def compact_reference(sort_keys: Array, positions: Array, threshold: Array, out:
     out.count[out.t] = count
     if out.sort_keys is not None:
         out.sort_keys[out.t] = jnp.where(filled, sort_keys[columns], INVISIBLE)
+    if out.least is not None:
+        out.least[out.t] = jnp.where(count < out.k, INVISIBLE, threshold)
 
 
 def write_prefix(out: Output, visible: Array, interpret: Interpret) -> None:

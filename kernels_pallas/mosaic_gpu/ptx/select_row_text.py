@@ -3,7 +3,7 @@
 Names in capitals after a $ are operands (see `scope`). Every text is a scope of its own, registers and labels too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import WARPGROUP_BARRIER, scope
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
@@ -116,7 +116,7 @@ mov.u32 lane, %laneid; {_count_quarter("ge", 0, "reached")}""",
     )
 
 
-def emit_ptx(k: int, position: Callable[[int], str], with_sort_keys: bool) -> str:
+def emit_ptx(k: int, position: Callable[[int], str], outputs: Sequence[str] = ()) -> str:
     """Writes what is chosen of a warp's quarter, $N bytes, in order.
 
     Where no more than k sort keys reach the threshold, all that reach it are chosen: a third of the instructions of the
@@ -124,6 +124,7 @@ def emit_ptx(k: int, position: Callable[[int], str], with_sort_keys: bool) -> st
 
     Args:
         position: as `select_row.Positions.ptx`.
+        outputs: of those that `select_row.Output` may have, SORT_KEYS and LEAST, the ones that are wanted.
     """
 
     # Two loops over the quarter, of which a warp-group runs one. `slot` is where the warp's next chosen column goes: it
@@ -135,7 +136,7 @@ def emit_ptx(k: int, position: Callable[[int], str], with_sort_keys: bool) -> st
 """
 
     def store(u: int) -> str:
-        sort_key = f"add.s64 word, word, sort_keys; @p{u} st.global.b32 [word], v{u};" if with_sort_keys else ""
+        sort_key = f"add.s64 word, word, sort_keys; @p{u} st.global.b32 [word], v{u};" if "SORT_KEYS" in outputs else ""
         return f"mad.wide.u32 word, to{u}, 4, $O; @p{u} st.global.b32 [word], id{u}; {sort_key}\n"
 
     # What is looked up in memory takes a while: all four are on their way before the first is stored.
@@ -152,9 +153,13 @@ b; setp.lt.s32 r, t, room; and.pred q, q, r; or.pred p{u}, p{u}, q; vote.sync.ba
         for u in range(4)
     )
     quick, general = load + quick + stores, load + general + stores
-    operands = ("ROW", "N", "THRESHOLD", "SCRATCH", "IDS", "O", "COUNT") + (("SORT_KEYS",) if with_sort_keys else ())
-    sort_key_offset = "sub.s64 sort_keys, $SORT_KEYS, $O;" if with_sort_keys else ""
-    sort_key_fill = f"add.s64 word, word, sort_keys; st.global.b32 [word], {INVISIBLE};" if with_sort_keys else ""
+    operands = ("ROW", "N", "THRESHOLD", "SCRATCH", "IDS", "O", "COUNT", *outputs)
+    sort_key_offset, sort_key_fill, least = "", "", ""
+    if "SORT_KEYS" in outputs:
+        sort_key_offset = "sub.s64 sort_keys, $SORT_KEYS, $O;"
+        sort_key_fill = f"add.s64 word, word, sort_keys; st.global.b32 [word], {INVISIBLE};"
+    if "LEAST" in outputs:
+        least = f"setp.lt.u32 q, total, {k}; selp.b32 n, {INVISIBLE}, $THRESHOLD, q; @!p st.global.b32 [$LEAST], n;"
     return scope(
         f""".reg .pred p, q, r, p<4>; .reg .b64 word, sort_keys; .reg .b32 id<4>, to<4>;
 .reg .b32 lane, warp, below, at, column, end, v<4>, t, id, first, b, n, slot, tie, room, total, s<8>;
@@ -173,7 +178,7 @@ add.u32 total, s4, s5; add.u32 total, total, s6; add.u32 total, total, s7; sub.s
 sub.u32 tie, slot, n; min.s32 slot, tie, room; add.u32 slot, slot, n;
 {_quarter(general).format(again="again", done="done")}
 fill: {_WARP} shl.b32 t, warp, 5; add.u32 t, t, lane; setp.ne.u32 p, t, 0; @!p st.global.u32 [$COUNT], total;
-add.u32 t, t, total;
+{least} add.u32 t, t, total;
 more: setp.ge.u32 p, t, {k}; @p bra out;
 mad.wide.u32 word, t, 4, $O; st.global.b32 [word], -1; {sort_key_fill} add.u32 t, t, 128; bra more;
 out:

@@ -44,13 +44,20 @@ class Part(NamedTuple):
     steps: Array
 
 
-def score(shape: Shape, refs: Inputs, part: Part, o: Ref, smem: Ref) -> None:
-    """Writes the sort keys of a part to o [T, shape.out_columns] int32; `smem`: shape.smem_bytes of shared memory."""
+class Outputs(NamedTuple):
+    """Sort keys of all tokens, and of every shape.sample_step-th one."""
+
+    sort_keys: Ref  # [T, shape.out_columns] int32
+    samples: Ref  # [T, shape.out_columns / shape.sample_step] int32
+
+
+def score(shape: Shape, refs: Inputs, part: Part, out: Outputs, smem: Ref) -> None:
+    """Writes the sort keys of a part; `smem`: shape.smem_bytes of shared memory."""
     arrays = [refs.codes, refs.code_scales, refs.codes if refs.k_scale is None else refs.k_scale, refs.table]
-    refs_of = [*arrays, refs.q, refs.w, o, smem]
+    refs_of = [*arrays, refs.q, refs.w, out.sort_keys, out.samples, smem]
 
     @plgpu.inline_mgpu(arg_types=(*(REF for _ in refs_of), *(SPLAT for _ in part)))
-    def run(_ctx, codes, code_scales, k_scale, table, q, w, o, smem, *scalars):
+    def run(_ctx, codes, code_scales, k_scale, table, q, w, o, samples, smem, *scalars):
         query, n_queries, row, token, steps = (x.registers.item() for x in scalars)
         first_row = arith.muli(query, utils.c(shape.rows, i32()))
         utils.inline_ptx(
@@ -59,6 +66,7 @@ def score(shape: Shape, refs: Inputs, part: Part, o: Ref, smem: Ref) -> None:
             address_of(q, first_row, ROW_BYTES // 4),
             address_of(w, first_row, 1),
             address_of(o, query, shape.out_columns),
+            address_of(samples, query, shape.out_columns // shape.sample_step),
             utils.memref_ptr(smem),
             row,
             token,

@@ -14,7 +14,7 @@ import dataclasses
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import SORT_KEY, scope
 
 OPERANDS = (
-    *("CODES", "CODE_SCALES", "K_SCALE", "TABLE", "Q", "W", "O"),
+    *("CODES", "CODE_SCALES", "K_SCALE", "TABLE", "Q", "W", "O", "SAMPLES"),
     *("SMEM", "ROW", "START", "STEPS", "N_QUERIES"),
 )
 N_GROUPS, ROW_BYTES = 4, 128  # of heads of 128 numbers in e4m3
@@ -31,6 +31,7 @@ class Shape:
         queries: of a CTA at most; `rows` of each, of which `n` count and `n_linear` have no relu.
         page_size: tokens of a page, a power of two from 32 on; `n_pages` of them, `table_size` named.
         has_scale: whether tokens have a scale; `out_columns`: sort keys of a row of the result.
+        sample_step: every so many tokens' sort keys are written to $SAMPLES, too, a power of two up to 128.
     """
 
     queries: int
@@ -42,6 +43,7 @@ class Shape:
     table_size: int
     has_scale: bool
     out_columns: int
+    sample_step: int
 
     @property
     def padded(self) -> int:
@@ -80,14 +82,15 @@ def loop_ptx(shape: Shape) -> str:
         [f"g{h}_{j}" for h in range(2) for j in range(N_GROUPS)],
     )
     lines = [
-        f""".reg .pred p, is_later, upper1, upper2; .reg .b64 a, desc, o, codes, code_scales, k_scale;
+        f""".reg .pred p, is_later, upper1, upper2, is_sample;
+.reg .b64 a, desc, o, o_samples, codes, code_scales, k_scale;
 .reg .b32 tid, lane, warp, t, u, v, at, smem, low, column, quad, place, index, page, row, done, later, sort_key;
 .reg .b32 {words}; .reg .f32 {floats}, x, t0, t1, t2, t3, ks0, ks1;
 setp.le.s32 p, $STEPS, 0; @p bra end;
 mov.u32 tid, %tid.x; and.b32 tid, tid, 127; and.b32 lane, tid, 31; shr.u32 warp, tid, 5;
 and.b32 quad, lane, 3; shr.u32 place, lane, 2; and.b32 t, lane, 1; setp.ne.u32 upper1, t, 0; and.b32 t, lane, 2;
 setp.ne.u32 upper2, t, 0;""",
-        _first_pages(),
+        _first_pages(shape),
         # In the order of what is waited for: page, rows and weights; codes; the next page; its codes.
         _look_up(shape),
         _load_rows(shape),
@@ -107,10 +110,13 @@ end:
     return scope("\n".join(lines), OPERANDS)
 
 
-def _first_pages() -> str:
+def _first_pages(shape: Shape) -> str:
     """Where a warp's tokens begin, and what its lanes have of them."""
-    return """shl.b32 t, warp, 5; add.s32 index, $START, t; shl.b32 u, quad, 3; add.u32 u, u, place;
+    shift = shape.sample_step.bit_length() - 1
+    return f"""shl.b32 t, warp, 5; add.s32 index, $START, t; shl.b32 u, quad, 3; add.u32 u, u, place;
 add.s32 t, index, u; mul.wide.u32 o, t, 4; add.s64 o, o, $O; add.s32 index, index, $ROW;
+and.b32 v, t, {shape.sample_step - 1}; setp.eq.u32 is_sample, v, 0; shr.u32 v, t, {shift};
+mul.wide.u32 o_samples, v, 4; add.s64 o_samples, o_samples, $SAMPLES;
 mul.wide.u32 codes, lane, 16; add.s64 codes, codes, $CODES;
 mul.wide.u32 code_scales, place, 8; add.s64 code_scales, code_scales, $CODE_SCALES;
 mul.wide.u32 k_scale, u, 4; add.s64 k_scale, k_scale, $K_SCALE;"""
@@ -255,7 +261,10 @@ def _step(shape: Shape, own: list[tuple[int, int]], s: int) -> str:
     lines.append(_store(shape, s))
     # The scales of this step have been read.
     lines.append(_load_scales(shape, s, "@is_later"))
-    lines.append(f"add.s64 o, o, {4 * STEP}; add.s32 done, done, 1; setp.ge.s32 p, done, $STEPS; @p bra end;")
+    lines.append(
+        f"""add.s64 o, o, {4 * STEP}; add.s64 o_samples, o_samples, {4 * STEP // shape.sample_step};
+add.s32 done, done, 1; setp.ge.s32 p, done, $STEPS; @p bra end;"""
+    )
     return "\n".join(lines)
 
 
@@ -299,6 +308,9 @@ shfl.sync.bfly.b32 t3, t3, 2, 0x1f, -1; add.f32 x, t1, t3;"""
         if shape.has_scale:
             lines.append(f"mul.f32 x, x, ks{s};")
         lines.append(SORT_KEY)
-        guard = f"setp.gt.s32 p, $N_QUERIES, {query}; @p " if query else ""
-        lines.append(f"{guard}st.global.b32 [o+{4 * query * shape.out_columns}], sort_key;")
+        at = 4 * query * shape.out_columns
+        lines.append(
+            f"""setp.gt.s32 p, $N_QUERIES, {query}; @p st.global.b32 [o+{at}], sort_key;
+setp.gt.and.s32 p, $N_QUERIES, {query}, is_sample; @p st.global.b32 [o_samples+{at // shape.sample_step}], sort_key;"""
+        )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What replay is worth in a trained model: the figures of docs/replay.md. Two minutes of CPU a case.
+"""What replay is worth in a trained model: the figures of docs/replay.md. A minute of CPU a case.
 
 `pytest -s -m exhaustive tests/models/replay/test_trained.py` prints them.
 """
@@ -51,7 +51,7 @@ def programs():
     [("plain", 1e-4), ("HISA", 1e-4), ("int8 index keys", 1e-4), ("e4m3 index keys", 1e-4), ("bfloat16", 0.2)],
 )
 def test_logprobs_are_the_rollouts_up_to_rounding(name, with_replay):
-    text = (ROOT / "LICENSE").read_bytes()
+    text = (ROOT / "LICENSE").read_bytes()  # a text that nobody edits
     prompts = [list(text[:1500]), list(text[5000:6200])]
     options = dict(chunk=512, stop_ids=(), return_selections=True)
     r = models.generate(server(name), prompts, 48, **options).rollout
