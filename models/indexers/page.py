@@ -69,8 +69,8 @@ found = indexer(hidden, latents, cache=cache)
 cache = found.cache.truncate(found.cache.lengths - 2)
 ```
 
-Indexers with RoPE want `cos` and `sin` of each token's position, too. Sizes may be those of config.json; the number of
-heads follows from the tensors.
+Indexers with RoPE want `cos` and `sin` of each token's position, too. Sizes may be a whole config.json, of which other
+keys are not read; the number of heads follows from the tensors, whose names may be those of the published checkpoint.
 
 ## Models
 
