@@ -16,7 +16,7 @@ from hisa_jax.candidates import CandidateBlocks
 from hisa_jax.entries import most_tokens
 from hisa_jax.index_cache import IndexCache, check_cache, check_table
 from hisa_jax.layout import Keys
-from hisa_jax.methods import INT32, BlockSparse, Dsa, Hisa, Method, Scan, is_by_best_token
+from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan, is_by_best_token
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.xla.select import Tiles
 
@@ -235,10 +235,10 @@ def _queries_and_keys(
 
 def _positions(call: str, name: str, n_keys: int, method: Method) -> None:
     """Raises unless the positions of as many keys are int32."""
-    if most_tokens(n_keys, method) > INT32:
+    if most_tokens(n_keys, method) > checks.INT32:
         raise ValueError(
-            f"{call}: {name} has room for {n_keys} keys of {method.entry_size} tokens each, wanted at most {INT32} "
-            "tokens, as positions are int32"
+            f"{call}: {name} has room for {n_keys} keys of {method.entry_size} tokens each, wanted at most "
+            f"{checks.INT32} tokens, as positions are int32"
         )
 
 

@@ -18,6 +18,7 @@ from jax import Array
 from jax.experimental import checkify
 from jax.experimental.xla_metadata import set_xla_metadata
 
+INT32 = 2**31 - 1  # the largest: positions, and what is reckoned with them, are int32
 KEY_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "int8")
 
 
@@ -126,12 +127,14 @@ def instance(call: str, name: str, given: Any, kind: type | UnionType, wanted: s
         raise TypeError(f"{call}: {name} is {type(given).__name__}, wanted {wanted}")
 
 
-def integer(call: str, name: str, given: Any, least: int | None = None) -> None:
-    """Raises TypeError unless `given` is an int that is known when tracing, ValueError if it is below `least`."""
+def integer(call: str, name: str, given: Any, least: int | None = None, most: int | None = INT32) -> None:
+    """Raises TypeError unless `given` is an int that is known when tracing, ValueError if it is out of range."""
     if isinstance(given, bool) or not isinstance(given, int | np.integer):
         raise TypeError(f"{call}: {name} is {type(given).__name__}, wanted an int")
     if least is not None and given < least:
         raise ValueError(f"{call}: {name}={given}, wanted at least {least}")
+    if most is not None and given > most:
+        raise ValueError(f"{call}: {name}={given}, wanted at most {most}")
 
 
 def finite(call: str, name: str, given: Any) -> None:

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from jax import Array
 
+from hisa_jax.checks import INT32
+
 Score = Callable[[Array, Array, Array], Array]
 Pool = Callable[[Array], Array]
-INT32 = 2**31 - 1  # the largest
 
 
 def at_least(method: object, name: str, least: int, why: str = "") -> None:
@@ -27,7 +28,7 @@ def at_least(method: object, name: str, least: int, why: str = "") -> None:
     if value < least:
         raise ValueError(f"{call}: must be at least {least}{why}")
     if value > INT32:
-        raise ValueError(f"{call}: must be at most {INT32}, as positions are int32")
+        raise ValueError(f"{call}: must be at most {INT32}, the largest int32")
 
 
 def name_of(function: Any) -> str:

@@ -96,7 +96,7 @@ class PagePool:
 
     def n_needed_on(self, n_tokens: int) -> list[int]:
         """Pages that a request of so many tokens has on each device of its group."""
-        checks.integer("PagePool.n_needed_on", "n_tokens", n_tokens, 0)
+        checks.integer("PagePool.n_needed_on", "n_tokens", n_tokens, 0, most=None)
         rounds, rest = divmod(self._n_pages(n_tokens), self._per_stripe * self.n_devices)
         last = (rest - device * self._per_stripe for device in range(self.n_devices))
         return [rounds * self._per_stripe + min(max(n, 0), self._per_stripe) for n in last]
@@ -139,7 +139,7 @@ class PagePool:
         Raises: OutOfPages: nothing has changed then.
         """
         self._check_there("PagePool.extend", request)
-        checks.integer("PagePool.extend", "n_tokens", n_tokens, 0)
+        checks.integer("PagePool.extend", "n_tokens", n_tokens, 0, most=None)
         pages, length = self._pages[request], self.lengths[request]
         nth, within = divmod(length, self.page_size)
         shared = n_tokens > 0 and within > 0 and self._holders[pages[nth]] > 1

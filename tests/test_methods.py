@@ -20,7 +20,7 @@ pytestmark = pytest.mark.check
         (lambda: hj.Hisa(topk=0), "Hisa(topk=0): must be at least 1"),
         (
             lambda: hj.Hisa(block_size=2**31),
-            "Hisa(block_size=2147483648): must be at most 2147483647, as positions are int32",
+            "Hisa(block_size=2147483648): must be at most 2147483647, the largest int32",
         ),
         (lambda: hj.Hisa(block_size=0), "Hisa(block_size=0): must be at least 1"),
         (lambda: hj.Hisa(block_topk=0), "Hisa(block_topk=0): must be at least 1"),

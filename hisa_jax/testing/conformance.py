@@ -120,7 +120,7 @@ def _prepared(
     leave_out: Iterable[str],
     seed: int,
 ) -> tuple[Trial, list[str], set[str]]:
-    checks.integer(call, "seed", seed, 0)
+    checks.integer(call, "seed", seed, 0, most=None)
     if not callable(function):
         raise TypeError(f"{call}: function is {type(function).__name__}, wanted what can be called")
     if not isinstance(method, Method):

@@ -68,9 +68,12 @@ def _flat(
     T = operands.q.shape[0]
     launch: Any = {"n_ctas": n_ctas, "interpret": interpret}
     operands = operands._replace(k=operands.k[:, None])
+    is_in_one_piece = sequences.max_keys <= max(ONE_TILE, 2 * topk) <= topk_stage.MAX_WIDTH
+    if not is_in_one_piece and is_for_few(T, sequences.max_keys, topk, n_ctas):
+        return _of_few(operands, visible, sequences, topk, has_sort_keys, launch)
+
     sizes = scores_stage.Sizes.of(operands, len(sequences.lengths))
     config = scores_stage.heuristic(sizes, min(STEP, sequences.max_keys), n_ctas, n_score=3)
-    is_in_one_piece = sequences.max_keys <= max(ONE_TILE, 2 * topk) <= topk_stage.MAX_WIDTH
     # Whole spans, and whole steps of a selection: a tile's result must not reach into the next tile.
     unit = math.lcm(config.span, COLUMNS)
     n_first, step = (-(-n // unit) * unit for n in (FIRST, STEP))
@@ -91,9 +94,6 @@ def _flat(
         # Whole steps of a selection, also where a span is less.
         x = sort_keys(jnp.zeros((1,), jnp.int32), -(-sequences.max_keys // COLUMNS) * COLUMNS)
         return _best(x, visible, topk, has_sort_keys, launch)
-
-    if is_for_few(T, sequences.max_keys, topk, n_ctas):
-        return _of_few(operands, visible, sequences, topk, has_sort_keys, launch)
 
     n_best = -(-topk // COLUMNS) * COLUMNS
     x = sort_keys(jnp.zeros((1,), jnp.int32), n_first)
@@ -146,10 +146,8 @@ def _of_few(
     T, n, interpret = operands.q.shape[0], _whole(sequences.max_keys), launch["interpret"]
     # Several spans are on their way: a span is soon scored for one query. Three warp-groups keep up with memory, but of
     # few spans a CTA the wider ones come out uneven.
-    sizes, n_score = (
-        scores_stage.Sizes.of(operands, len(sequences.lengths)),
-        3 if T * n >= _MANY * launch["n_ctas"] else 2,
-    )
+    sizes = scores_stage.Sizes.of(operands, len(sequences.lengths))
+    n_score = 3 if T * n >= _MANY * launch["n_ctas"] else 2
     config = scores_stage.heuristic(sizes, n, launch["n_ctas"], n_score=n_score, n_keys=4)
     # No more queries a tile than a sequence has on average: a tile is of one sequence.
     config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // sizes.n_sequences)))

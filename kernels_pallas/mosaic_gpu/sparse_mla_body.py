@@ -157,6 +157,7 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
             first_row = t // plan.queries * plan.keys
             column = split * plan.pairs * PAIR + first
             fetch = lambda j: load_lane_word(gmem.indices, t, column + j * TOKENS)  # noqa: E731
+            n_tiles, index = tiles_of(plan, gmem.indices, split, t), fetch(0)
 
             @pl.when(brings_queries)
             def _queries():
@@ -177,7 +178,7 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 # The next tile's index, so that it is there when its slot is.
                 return fetch(j + 1)
 
-            lax.fori_loop(0, tiles_of(plan, gmem.indices, split, t), one_tile, fetch(0))
+            lax.fori_loop(0, n_tiles, one_tile, index)
             return _
 
         lax.fori_loop(0, plan.items(cta), one_item, None)
@@ -261,7 +262,8 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
             zero = jnp.int32(0) if plan.interpret else sparse_mla.opaque_zero()
             products = products_of(smem.q.at[zero], smem.k.at[slot], wait)
             # Of queries everything has been read: the next ones come while probabilities are taken.
-            pl.when(j == n_tiles - 1)(lambda: release(plan, smem.q_free))
+            is_last = (j == n_tiles - 1).astype(jnp.int32)
+            pl.when(is_last == 1)(lambda: release(plan, smem.q_free))
             if not plan.interpret:
                 sparse_mla.arrive(smem.scored)
             bias = plgpu.load(smem.bias.at[slot], layout=PER_TOKEN)
@@ -281,11 +283,11 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
                 sparse_mla.store_p(smem.k, slot, VALUE_DIM, p)
                 sparse_mla.store_rows(smem.decay, slot, decay)
                 sparse_mla.store_rows(smem.total, slot, total)
-                sparse_mla.show_stores()
-                # All others wait for probabilities: where the next tile has landed, its scores go before values.
+                # All others wait for probabilities: where the next tile has landed, its scores go before values. Those
+                # of the next list wait for its queries.
                 following = (j + 1) % SLOTS * len(PARTS)
                 landed = smem.landed_at(following), smem.landed_at(following + 1)
-                sparse_mla.claim(Row(smem.turn, slot, 1), landed, (n_before + j + 1) // SLOTS)
+                sparse_mla.claim(Row(smem.turn, slot, 1), landed, (n_before + j + 1) // SLOTS, is_last ^ 1)
             plgpu.barrier_arrive(smem.p_full.at[slot])
             return new_highest, total
 

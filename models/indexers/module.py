@@ -19,6 +19,7 @@ from hisa_jax.models.indexers.cache import IndexerCache
 from hisa_jax.models.indexers.pieces import Rows
 from hisa_jax.models.indexers.table import Family, demand, family_of, sizes_of
 
+_FLOATS = ("bfloat16", "float32")
 _LARGEST_WINDOW = 2**16
 # What stands before a tensor's own name: the indexer's module, or where it is none, all before "index_".
 _IN_INDEXER = re.compile(r".*(indexer\.|\.(?=index_))")
@@ -107,20 +108,24 @@ class Indexer(nnx.Module):
             return_scores, implementation: as for `hj.select`.
 
         Returns: `Indexed`. Blocks are returned where the method has them.
-        Raises: ValueError: shapes that do not fit; an input that is missing; a method that does not fit.
+        Raises: TypeError: no arrays of bfloat16 or float32, or positions of another kind than int32. ValueError:
+            shapes that do not fit; an input that is missing; a method that does not fit.
         """
         call, family = "Indexer", self.family
+        checks.dtype(call, "hidden", hidden, _FLOATS)
         checks.shape(call, "hidden", hidden, ("B", "T", self._hidden_size))
         B, T, _ = hidden.shape
         if positions is None:
             start = jnp.zeros((B,), jnp.int32) if cache is None else cache.lengths
             positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+        checks.dtype(call, "positions", positions, ("int32", "int64"))
         checks.shape(call, "positions", positions, (B, T))
         positions = jnp.asarray(positions, jnp.int32)
         _check_positions(call, positions, None if cache is None else cache.lengths)
         if family.queries == "latents":
             if q_resid is None:
                 raise ValueError(f"{call}: q_resid is None, wanted [B, T, Q]: of {family.title} queries are made of it")
+            checks.dtype(call, "q_resid", q_resid, _FLOATS)
             checks.shape(call, "q_resid", q_resid, (B, T, self.weights["wq"].shape[1]))
         table = self._table(call, cos, sin, B, T)
         if cache is not None and "cos" in cache.rows and cache.rows["cos"].shape[-1] != table[0].shape[-1]:
@@ -176,6 +181,7 @@ class Indexer(nnx.Module):
         for name, x in (("cos", cos), ("sin", sin)):
             if x is None:
                 raise ValueError(f"{call}: {name} is None, wanted [B, T, n]: {self.family.title}'s indexer has RoPE")
+            checks.dtype(call, name, x, (*_FLOATS, "float64"))
             checks.shape(call, name, x, ("1 or B", T, "n"))
             n = x.shape[-1] if self.rope_dim is None else self.rope_dim
             if x.shape[0] not in (1, B) or x.shape[-1] not in (n // 2, n) or n % 2 or n > self.head_dim:
@@ -191,8 +197,7 @@ class Indexer(nnx.Module):
         if family.queries == "normed":
             x = pieces.norm(x, "layer", weights["q_input_norm"][...], weights["q_input_norm_bias"][...], self.eps)
         projection = weights["wq"][...] if "wq" in weights else weights["wqk"][...][:-D]
-        q = x @ projection.T
-        q = q.reshape(*q.shape[:2], -1, D)
+        q = (x @ projection.T).reshape(*x.shape[:2], projection.shape[0] // D, D)
         if family.queries == "normed":
             at = jnp.log(jnp.maximum(positions + 1, 1).astype(jnp.float32)).astype(q.dtype)
             scale = weights["q_scale"][...].astype(q.dtype)[None, None, :] * at[:, :, None]
@@ -265,8 +270,8 @@ def from_weights(model_type: str, sizes: Mapping[str, Any], weights: Mapping[str
             instance; what stands before them up to `indexer.` does not matter. [out, in], as checkpoints have them.
 
     Returns: the module, with the weights in the dtypes that they have.
-    Raises: TypeError: sizes or weights that are no mapping. ValueError: an unknown model type, a size or a tensor that
-        is missing or of another shape, a tensor that the indexer does not have.
+    Raises: TypeError: sizes or weights that are no mapping, a tensor of no float or of 8 bits. ValueError: an unknown
+        model type, a size or a tensor that is missing or of another shape, a tensor that the indexer does not have.
     Source: transformers 5.24, read and checked against its outputs.
     Example:
         >>> import numpy as np
@@ -324,7 +329,7 @@ def _check_positions(call: str, positions: Array, lengths: Array | None) -> None
 
 
 def _check_shapes(call: str, model_type: str, family: Family, D: int, r: int, tensors: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the tensors fit each other."""
+    """Raises TypeError unless the tensors are floats to compute with, ValueError unless they fit each other."""
     name = "wqk" if "wqk" in tensors else "wq"
     rows, n_in = np.shape(tensors[name]) if np.ndim(tensors[name]) == 2 else (0, 0)
     H = rows // D - (name == "wqk")
@@ -337,6 +342,11 @@ def _check_shapes(call: str, model_type: str, family: Family, D: int, r: int, te
         "ape": (r, width), "gate": (width, E),
     }  # fmt: skip
     for ours, value in tensors.items():
+        dtype = str(getattr(value, "dtype", type(value).__name__))
+        if not dtype.endswith(("bfloat16", "float16", "float32", "float64")):
+            raise TypeError(
+                f"{call}: {model_type}: {family.tensors[ours][0]} is {dtype}, wanted floats of 16 bits or more"
+            )
         if H < 1 or np.shape(value) != wanted[ours]:
             raise ValueError(
                 f"{call}: {model_type}: {family.tensors[ours][0]} is {list(np.shape(value))}, wanted "

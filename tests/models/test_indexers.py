@@ -147,6 +147,28 @@ def test_padding_on_either_side_changes_nothing(name):
     assert (got[0, T:] == -1).all() and (got[1, :3] == -1).all()
 
 
+@pytest.mark.parametrize("name", sorted(file.stem for file in (FOLDER / "family_other").glob("*.npz")))
+@pytest.mark.exhaustive
+def test_other_sizes_by_whole_configs_with_padded_rows(name):
+    arrays = dict(np.load(FOLDER / "family_other" / f"{name}.npz"))
+    weights = {key.removeprefix("weights."): x for key, x in arrays.items() if key.startswith("weights.")}
+    indexer = indexers.from_weights(name, json.loads(str(arrays["config"])), weights)
+    arguments = {key: arrays[key] for key in ("hidden", "q_resid", "cos", "sin", "positions")}
+    got, is_real = indexer(**in_jax(arguments)), arrays["positions"] >= 0
+    for ours, key in ((got.q, "q"), (got.w, "w")):
+        if key in arrays:
+            np.testing.assert_allclose(ours[is_real], arrays[key][is_real], atol=LIMIT, rtol=0)
+    pooled = got.k.shape[1] < is_real.shape[1]
+    for b, n in enumerate(is_real.sum(axis=1)) if "k" in arrays else ():
+        whole, k = n // indexer.method.entry_size, arrays["k"][b]
+        np.testing.assert_allclose(got.k[b, :whole], (k if pooled else k[is_real[b]])[:whole], atol=LIMIT, rtol=0)
+    ours, wanted = got.selection.blocks if indexer.method.per_head else got.selection.indices, arrays["chosen"]
+    ours = np.sort(np.where((ours < 0) | (ours == np.iinfo(np.int32).max), -1, ours), axis=-1)
+    wanted, width = np.sort(wanted, axis=-1), min(ours.shape[-1], wanted.shape[-1])
+    np.testing.assert_array_equal(ours[..., -width:], wanted[..., -width:])
+    assert (ours[..., :-width] < 0).all() and (wanted[..., :-width] < 0).all()
+
+
 def test_hisa_on_pools_with_all_blocks_kept_is_the_models_own_selection():
     indexer, arguments, _ = case("glm5_next")
     method = hj.Hisa(topk=2, block_size=2, block_topk=7, entry_size=4, tail="open")
@@ -175,7 +197,15 @@ def test_what_does_not_fit_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             indexers.from_weights("axk2", wrong, weights)
+    for tensor, dtype in ((np.ones((16, 40), np.int8), "int8"), ([[1.0]], "list")):
+        with pytest.raises(TypeError, match=f"^from_weights: axk2: wk.weight is {dtype}, wanted floats of 16 bits"):
+            indexers.from_weights("axk2", sizes, weights | {"wk.weight": tensor})
     indexer = indexers.from_weights("axk2", sizes, weights)
+    for name in ("hidden", "q_resid", "cos", "positions"):
+        with pytest.raises(TypeError, match=f"^Indexer: {name} is int8, wanted"):
+            indexer(**in_jax(arguments | {name: np.asarray(arguments[name]).astype(np.int8)}))
+    none = indexer(**in_jax({name: np.asarray(x)[:, :0] for name, x in arguments.items()}))
+    assert none.q.shape == (2, 0, 12, 16) and none.selection.indices.shape == (2, 0, 8)
     for name in ("q_resid", "cos"):
         with pytest.raises(ValueError, match=f"^Indexer: {name} is None, wanted"):
             indexer(**in_jax(arguments | {name: None}))

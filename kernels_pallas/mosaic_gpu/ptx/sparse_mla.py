@@ -20,7 +20,10 @@ _ptx = functools.partial(utils.inline_ptx, has_side_effects=True)
 
 
 def store_p(k_smem: Ref, slot: Array, first: int, p: Array) -> None:
-    """k_smem[slot, :, first :] = p, with one barrier of the warp-group where Pallas has two around a store."""
+    """k_smem[slot, :, first :] = p, with one barrier of the warp-group where Pallas has two around a store.
+
+    No fence: whoever multiplies by it loads it to registers first.
+    """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiled(k_smem.shape[2], k_smem.dtype)), plgpu.Layout.WGMMA))
     def store(_ctx, target, p):
@@ -54,16 +57,6 @@ def store_output(target_gmem: Ref, values: Array) -> None:
     store(target_gmem, values)
 
 
-def show_stores() -> None:
-    """Lets the tensor core see this thread's stores: `commit_smem` without its barrier of the warp-group."""
-
-    @plgpu.inline_mgpu()
-    def fence(_ctx):
-        _ptx("fence.proxy.async.shared::cta;")
-
-    fence()
-
-
 def any_decay(decay: Array, total: Array) -> Array:
     """1 if one of the rows of this warp decays, else 0: an int32 that may differ between warps.
 
@@ -90,19 +83,19 @@ def opaque_zero() -> Array:
     return zero()
 
 
-def claim(turns: Row, landed: tuple[Row, Row], phase: Array) -> None:
-    """Says whether this warp-group is to multiply first: whether this phase of both barriers is complete."""
+def claim(turns: Row, landed: tuple[Row, Row], phase: Array, may: Array) -> None:
+    """Says whether this warp-group is to multiply first: if `may` is 1, and this phase of both barriers complete."""
     ptx = """.reg .pred r; mbarrier.test_wait.parity.shared::cta.b64 p, [$1], $3;
-mbarrier.test_wait.parity.shared::cta.b64 r, [$2], $3; and.pred p, p, r; selp.b32 x, 1, 0, p;
+mbarrier.test_wait.parity.shared::cta.b64 r, [$2], $3; and.pred p, p, r; selp.b32 x, $4, 0, p;
 @q st.shared.b32 [$0], x; }"""
 
-    @plgpu.inline_mgpu(arg_types=(REF, REF) + (SPLAT,) * 4)
-    def set_turn(_ctx, turns, barriers, slot, first, second, parity):
+    @plgpu.inline_mgpu(arg_types=(REF, REF) + (SPLAT,) * 5)
+    def set_turn(_ctx, turns, barriers, slot, first, second, parity, may):
         turn = address_of(turns, slot.registers.item(), 1)
         there = (address_of(barriers, barrier.registers.item(), BARRIER_WORDS) for barrier in (first, second))
-        _ptx(_FIRST_THREAD + ptx, turn, *there, parity.registers.item())
+        _ptx(_FIRST_THREAD + ptx, turn, *there, parity.registers.item(), may.registers.item())
 
-    set_turn(turns.ref, landed[0].ref, turns.row, landed[0].row, landed[1].row, phase % 2)
+    set_turn(turns.ref, landed[0].ref, turns.row, landed[0].row, landed[1].row, phase % 2, may)
 
 
 def arrive(barriers: Row) -> None:
