@@ -41,13 +41,14 @@ def make_plan(method: MethodLike, config: Config) -> Plan:
         config: of the model.
 
     Returns: a `Plan`.
-    Raises: TypeError: something else. ValueError: a sequence of another length, a layer that does not exist.
+    Raises: TypeError: something else. ValueError: a sequence of another length, a layer that does not exist, a method
+        of entries or of each head.
     """
     own, layers = config.method, config.num_hidden_layers
     if method is None:
         return Plan(layers=(own,) * layers)
     if isinstance(method, get_args(hj.Method)):
-        return Plan(layers=(method,) * layers)
+        return Plan(layers=(_checked(method, "method"),) * layers)
     if isinstance(method, Mapping):
         unknown = [layer for layer in method if layer not in range(layers)]
         if unknown:
@@ -66,6 +67,9 @@ def make_plan(method: MethodLike, config: Config) -> Plan:
 
 
 def _checked(method: object, name: str) -> hj.Method:
+    """A method by which a layer of these models can select; raises where it is none."""
     if not isinstance(method, get_args(hj.Method)):
         raise TypeError(f"{name} is {type(method).__name__}, wanted hj.Hisa, hj.Dsa, hj.Scan or hj.BlockSparse")
+    if method.entry_size > 1 or method.per_head:
+        raise ValueError(f"{name} is {method}, wanted one whose keys are tokens, for all heads together")
     return method

@@ -4,13 +4,14 @@
 Floor, 4096 queries of dsv32 (128 heads, 576 / 512, 2048 tokens), H200: tensor cores 2.3 PFLOP / 990 TFLOP/s = 2.4 ms;
 L2 to the SMs 19.3 GB (each group of 64 heads reads the tokens) = 2.5 ms at the 7.5 TB/s that gathering alone reaches;
 shared memory 2.8 ms (320 KB of operands and copies a tile of 64 tokens, at 128 B a cycle). None of them is the limit:
-most of the 4.3 ms is stages (copy, scores, softmax, values) that wait for each other, with two slots for tiles.
+most of the 4.3 ms is stages (copy, scores, softmax, values) that wait for each other, with two slots for tiles: each
+warp-group waits for 40 to 55 % of the time (docs/notes/gpu-log.md).
 
 A CTA takes 64 heads of a query, one CTA an SM, persistent over queries. Warp-groups: one that copies, one that scores,
 two with half of the value columns each. With few queries (decode) lists are split and `combine` adds up the parts.
 
-Latents in 8 bits are 656 bytes a token in place of 1152; the warp-group that copies makes them bfloat16 in their slot,
-by some 1000 instructions a warp for a tile, where products of a tile take 2176 cycles.
+Latents in 8 bits are 656 bytes a token in place of 1152; the warp-group that copies makes them bfloat16 in their slot.
+A tile keeps it busy for 4,400 of 5,050 cycles, by some 1000 instructions a warp and the wait for the tile's copies.
 """
 
 import dataclasses
@@ -41,6 +42,10 @@ from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import tiled
 from hisa_jax.kernels_pallas.triton.combine import combine
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.latents import QuantizedLatents
+
+# Up to so many lists a CTA, all roles count what each holds: one launch in place of three. With more a fusion counts
+# once, where counting would hold up each role 0.4 us a list.
+_COUNTED = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,9 +120,19 @@ def sparse_mla(
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS, value_dim), o_dtype),
         jax.ShapeDtypeStruct((n_splits, B * T, groups * HEADS), jnp.float32),
     ]
-    partial, lse = _launch(plan, out_type, Inputs(indices, q, kv))
+    n_pairs = None if plan.n_items <= _COUNTED * plan.n_ctas else pairs_of(indices, plan)
+    partial, lse = _launch(plan, out_type, Inputs(n_pairs, indices, q, kv))
     o, lse = (partial[0], lse[0]) if n_splits == 1 else combine(partial, lse, q.dtype, bool(interpret))
     return o[:, :N].reshape(B, T, N, value_dim), lse[:, :N].reshape(B, T, N)
+
+
+def pairs_of(indices: Array, plan: Plan) -> Array:
+    """[n_splits * T] int32: pairs of tiles up to the last token of each list, one at least, so that all roles agree."""
+    K = indices.shape[1]
+    is_real = (indices >= 0) & (indices < plan.keys)
+    used = jnp.max(jnp.where(is_real, jnp.arange(1, K + 1, dtype=jnp.int32)[None, :], 0), axis=1)
+    first = jnp.arange(plan.n_splits, dtype=jnp.int32)[:, None] * plan.pairs
+    return jnp.clip((used[None, :] + PAIR - 1) // PAIR - first, 1, plan.pairs).reshape(-1)
 
 
 def _launch(plan: Plan, out_type: list, inputs: Inputs) -> list[Array]:
@@ -143,12 +158,12 @@ def _smem(dtype: DTypeLike, interpret: bool) -> Smem:
         k_free=barrier(num_arrivals=2, num_barriers=SLOTS * len(PARTS)),
         k_full=barrier(num_barriers=SLOTS) if interpret else None,
         k=smem((SLOTS, TOKENS, KEY_DIM), dtype, transforms=tile),
-        landed=None if interpret else smem((SLOTS * len(PARTS) + 1, BARRIER_WORDS), jnp.int32),
+        landed=None if interpret else smem((SLOTS * len(PARTS), BARRIER_WORDS), jnp.int32),
         p_full=barrier(num_barriers=SLOTS),
         q_free=barrier(),
         q_full=barrier(),
         q=smem((1, HEADS, KEY_DIM), dtype, transforms=tile),
         ready=None if interpret else barrier(),
         total=smem((SLOTS, HEADS), jnp.float32),
-        turn=None if interpret else smem((SLOTS, 1), jnp.int32),
+        turn=None if interpret else smem((1,), jnp.int32),
     )

@@ -21,6 +21,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import (
     TileRows,
     gather_rows,
     load_lane_word,
+    load_word,
     store_bias,
 )
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
@@ -37,9 +38,8 @@ HALF = VALUE_DIM // 2  # value columns a warp-group: 128 accumulators a thread
 QUARTER = HALF // 2  # columns a product: ptxas refuses 256 in a kernel launched with 128 registers a thread
 # Columns that come and go together: what each warp-group of values multiplies first, and the rest.
 PARTS = (((0, 128), (256, 128)), ((128, 128), (384, 128), (512, 64)))
-_THREADS = 128  # of a warp-group
 SCORES, LOAD = 2, 3  # warp-groups; 0 and 1 take the values
-VALUE_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS = 184, 88, 56  # twice the first and the others: 512
+VALUE_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS = 168, 120, 56  # twice the first and the others: 512
 PER_TOKEN = plgpu.Layout.WGMMA.reduce(0)
 _LOG2_E = math.log2(math.e)
 _LEAST = -1e30  # a finite stand-in for -inf, so that differences of maxima stay numbers
@@ -78,6 +78,7 @@ class Plan:
 class Inputs(NamedTuple):
     """Arrays in device memory, whole."""
 
+    n_pairs: Ref | None  # [n_splits * T] int32, of tiles of each part of a list; None: all roles count for themselves
     indices: Ref  # [T, K] int32
     q: Ref  # [T, groups * 64, E]
     kv: Ref | QuantizedLatents  # [B * S, E], or refs of its parts
@@ -91,22 +92,17 @@ class Smem(NamedTuple):
     k_free: Ref  # barriers [2 * parts of columns], of both warp-groups that add values
     k_full: Ref  # barriers [2], in interpret mode alone
     k: Ref  # [2, 64, E]
-    landed: Ref  # [2 * parts + 1, BARRIER_WORDS] barriers made in PTX, of the lanes that copy; the last is `scored`
+    landed: Ref  # [2 * parts, BARRIER_WORDS] barriers made in PTX, of the lanes that copy
     p_full: Ref  # barriers [2], of the warp-group that scores
     q_free: Ref  # barrier, of the warp-group that scores
     q_full: Ref  # barrier, of the copy
     q: Ref  # [1, 64, E]
     ready: Ref  # barrier: `landed` has been made
     total: Ref  # [2, 64] a head: the sum of probabilities so far
-    turn: Ref  # [2, 1] not 0: the next tile's scores are to be multiplied before this one's values
+    turn: Ref  # [1] not 0: the warp-group that scores asks for the tensor core
 
     def landed_at(self, barrier: Array) -> Row:
         return Row(self.landed, barrier, BARRIER_WORDS)
-
-    @property
-    def scored(self) -> Row:
-        """A barrier made in PTX, of the warp-group that scores: it has multiplied another tile."""
-        return self.landed_at(jnp.int32(SLOTS * len(PARTS)))
 
 
 def sparse_mla_body(plan: Plan, gmem: Inputs, o_gmem: Ref, lse_gmem: Ref, smem: Smem) -> None:
@@ -130,16 +126,20 @@ def sparse_mla_body(plan: Plan, gmem: Inputs, o_gmem: Ref, lse_gmem: Ref, smem: 
     pl.when(role == LOAD)(lambda: load(plan, gmem, smem))
 
 
-def tiles_of(plan: Plan, indices: Ref, split: Array, t: Array) -> Array:
+def tiles_of(plan: Plan, gmem: Inputs, split: Array, t: Array, by_warp: bool = False) -> Array:
     """Tiles up to the last token of a part of a list, in pairs, one at least: what all roles agree on.
 
-    Each role counts for itself, the loader ahead of the others, those while queries are on their way.
+    Args:
+        by_warp: for a warp by itself.
     """
-    K, first = indices.shape[1], split * plan.pairs * PAIR
+    if gmem.n_pairs is not None:
+        i = split * plan.T + t
+        return SLOTS * (load_word(gmem.n_pairs, i) if by_warp else gmem.n_pairs[i])
+    K, first = gmem.indices.shape[1], split * plan.pairs * PAIR
     end = jnp.minimum(first + plan.pairs * PAIR, K)
     if not plan.interpret:
-        return count_tiles(indices, t, first, end, plan.keys, PAIR)
-    index, column = indices[t], jnp.arange(K, dtype=jnp.int32)
+        return count_tiles(gmem.indices, t, first, end, plan.keys, PAIR)
+    index, column = gmem.indices[t], jnp.arange(K, dtype=jnp.int32)
     is_real = (index >= 0) & (index < plan.keys) & (column < end)
     return SLOTS * (jnp.maximum(jnp.max(jnp.where(is_real, column, first)) - first, 0) // PAIR + 1)
 
@@ -157,7 +157,6 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
             first_row = t // plan.queries * plan.keys
             column = split * plan.pairs * PAIR + first
             fetch = lambda j: load_lane_word(gmem.indices, t, column + j * TOKENS)  # noqa: E731
-            n_tiles, index = tiles_of(plan, gmem.indices, split, t), fetch(0)
 
             @pl.when(brings_queries)
             def _queries():
@@ -178,7 +177,7 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 # The next tile's index, so that it is there when its slot is.
                 return fetch(j + 1)
 
-            lax.fori_loop(0, n_tiles, one_tile, index)
+            lax.fori_loop(0, tiles_of(plan, gmem, split, t, by_warp=True), one_tile, fetch(0))
             return _
 
         lax.fori_loop(0, plan.items(cta), one_item, None)
@@ -220,7 +219,7 @@ def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 plgpu.barrier_arrive(smem.k_full.at[slot])
             return _
 
-        return lax.fori_loop(0, tiles_of(plan, gmem.indices, split, t) // SLOTS, one_pair, _)
+        return lax.fori_loop(0, tiles_of(plan, gmem, split, t) // SLOTS, one_pair, _)
 
     lax.fori_loop(0, plan.items(cta), one_item, None)
     wait_all(smem.k_free, SLOTS * len(PARTS))
@@ -239,15 +238,15 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
     cta, is_quantized = lax.axis_index("cta"), isinstance(gmem.kv, QuantizedLatents)
     if not plan.interpret:
         # Every lane of two warps. The bias arrives with the first part, a rope part beside values of 8 bits by itself.
-        each = (4 * ROWS_PER_WARP, (2 + 2 * is_quantized) * ROWS_PER_WARP)
-        gather.init_landed(smem.landed, each * SLOTS + (_THREADS,))
+        gather.init_landed(smem.landed, (4 * ROWS_PER_WARP, (2 + 2 * is_quantized) * ROWS_PER_WARP) * SLOTS)
+        sparse_mla.unclaim(smem.turn)
         plgpu.barrier_arrive(smem.ready)
     plgpu.barrier_arrive(smem.q_free)
     row = lambda value: plgpu.layout_cast(jnp.full((HEADS,), value, jnp.float32), PER_HEAD)  # noqa: E731
 
     def one_item(i, n_before):
         split, t, head = plan.item(cta, i)
-        n_tiles = tiles_of(plan, gmem.indices, split, t)
+        n_tiles = tiles_of(plan, gmem, split, t)
         plgpu.barrier_wait(smem.q_full)
 
         def one_tile(j, carry):
@@ -261,11 +260,8 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
 
             zero = jnp.int32(0) if plan.interpret else sparse_mla.opaque_zero()
             products = products_of(smem.q.at[zero], smem.k.at[slot], wait)
-            # Of queries everything has been read: the next ones come while probabilities are taken.
-            is_last = (j == n_tiles - 1).astype(jnp.int32)
-            pl.when(is_last == 1)(lambda: release(plan, smem.q_free))
             if not plan.interpret:
-                sparse_mla.arrive(smem.scored)
+                sparse_mla.unclaim(smem.turn)
             bias = plgpu.load(smem.bias.at[slot], layout=PER_TOKEN)
             # To base two, which is what the hardware's exponential takes.
             logits = products * (plan.scale * _LOG2_E) + lax.broadcast_in_dim(bias, products.shape, [1])
@@ -283,15 +279,15 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
                 sparse_mla.store_p(smem.k, slot, VALUE_DIM, p)
                 sparse_mla.store_rows(smem.decay, slot, decay)
                 sparse_mla.store_rows(smem.total, slot, total)
-                # All others wait for probabilities: where the next tile has landed, its scores go before values. Those
-                # of the next list wait for its queries.
-                following = (j + 1) % SLOTS * len(PARTS)
-                landed = smem.landed_at(following), smem.landed_at(following + 1)
-                sparse_mla.claim(Row(smem.turn, slot, 1), landed, (n_before + j + 1) // SLOTS, is_last ^ 1)
+                sparse_mla.show_stores()
+                # All others wait for probabilities: where the next tile has landed, its scores go before values.
+                following = smem.landed_at((j + 1) % SLOTS * len(PARTS))
+                sparse_mla.claim(smem.turn, following, (n_before + j + 1) // SLOTS)
             plgpu.barrier_arrive(smem.p_full.at[slot])
             return new_highest, total
 
         highest, total = lax.fori_loop(0, n_tiles, one_tile, (row(_LEAST), row(0.0)))
+        release(plan, smem.q_free)
         # NaN, of a chosen token, stays: -inf would say that nothing was chosen.
         lse = (highest + jnp.log2(jnp.where(total == 0.0, 1.0, total))) / _LOG2_E
         lse_gmem[split, t, pl.ds(head, HEADS)] = jnp.where(total == 0.0, -jnp.inf, lse)
@@ -308,7 +304,7 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
     for barrier in range(SLOTS * len(PARTS)):
         plgpu.barrier_arrive(smem.k_free.at[barrier])
 
-    def one_item(i, n_before):
+    def one_item(i, _):
         split, t, head = plan.item(cta, i)
 
         def one_tile(j, carry):
@@ -321,7 +317,7 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
                 o = scaled(o)
             else:  # rarely does any maximum of a warp's rows move
                 o = lax.cond(sparse_mla.any_decay(decay, total) > 0, scaled, lambda o: o, o)
-                sparse_mla.let_first(Row(smem.turn, slot, 1), smem.scored, n_before + j + 1)
+                sparse_mla.let_first(smem.turn)
             p = smem.k.at[slot, :, pl.ds(VALUE_DIM, TOKENS)]
             values = [smem.k.at[slot, :, columns(part)] for part in range(2)]
             o = add_products(o, p, values, lambda part: release(plan, smem.k_free.at[slot * len(PARTS) + part]), plan)
@@ -329,7 +325,7 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
 
         zeros = plgpu.layout_cast(jnp.zeros((HEADS, QUARTER), jnp.float32), plgpu.Layout.WGMMA)
         nothing = plgpu.layout_cast(jnp.zeros((HEADS,), jnp.float32), PER_HEAD)
-        n_tiles = tiles_of(plan, gmem.indices, split, t)
+        n_tiles = tiles_of(plan, gmem, split, t)
         *o, total = lax.fori_loop(0, n_tiles, one_tile, (zeros, zeros, nothing))
         # A query without tokens has a total of 0, and zeros for an output.
         share = 1.0 / jnp.where(total > 0, total, 1.0)
@@ -340,9 +336,9 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
                 target[...] = x
             else:
                 sparse_mla.store_output(target, x)
-        return n_before + n_tiles
+        return _
 
-    lax.fori_loop(0, plan.items(cta), one_item, jnp.int32(0))
+    lax.fori_loop(0, plan.items(cta), one_item, None)
 
 
 def products_of(q: Ref, k: Ref, wait: Callable[[int], None]) -> Array:
@@ -374,12 +370,10 @@ def add_products(
         o = tuple(x + product(part) for part, x in enumerate(o))
         release(0)
     else:
-        # Both products take the probabilities from registers: shared memory is what limits, see `sparse_mla`.
-        rows = plgpu.load(p, layout=plgpu.Layout.WGMMA)
 
         def multiply(accs: tuple[Ref, ...]) -> None:
             for acc, v in zip(accs, values, strict=True):
-                plgpu.wgmma(acc, rows, v)
+                plgpu.wgmma(acc, p, v)
             plgpu.wgmma_wait(1)
             release(0)
 

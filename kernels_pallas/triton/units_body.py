@@ -47,15 +47,14 @@ def units_body(refs: Inputs, o_ref: Ref, *, plan: Plan) -> None:
     # threads. A tile that is one unit must not be reshaped first: XLA's Triton then takes the product through shared
     # memory and each maximum over a warp, 896 shuffles and 36 barriers a tile. A unit of several tiles is carried from
     # one to the next. Scores are compared as float32 numbers, NaN as -inf, and only the maxima become sort keys. Tiles
-    # that all queries see whole come first and need no comparison with limits. A warp stores what 32 queries have of a
-    # unit, one line of memory: 32 would be waited for before the next product. out: [units, T].
+    # that all queries see whole come first and need no comparison with limits. out: [T, units].
     tile, unit, tile_s = pl.program_id(0), plan.unit, plan.tile_s
     first_query, n_queries, first_row, most = (refs.tiles[tile, field] for field in range(4))
     i = jnp.arange(plan.tile_t, dtype=jnp.int32)
     there = i < n_queries
     t = jnp.minimum(first_query + jnp.where(there, i, 0), refs.limit.shape[0] - 1)
     # Interpret mode writes a masked row anew with what it held: one beyond the last it drops.
-    queries_out = jnp.where(there, t, o_ref.shape[1])[:, None]
+    rows_out = jnp.where(there, t, o_ref.shape[0])[:, None]
     limit = plt.load(refs.limit.at[t])
     features = jnp.arange(refs.k.shape[1], dtype=jnp.int32)
     q = plt.load(refs.q.at[t[:, None], features[None, :]])
@@ -82,7 +81,7 @@ def units_body(refs: Inputs, o_ref: Ref, *, plan: Plan) -> None:
         is_last = ((first + tile_s) & (unit - 1)) == 0
         columns = (lax.div(first, jnp.int32(unit)) + of_tile)[None, :]
         mask = jnp.broadcast_to(there[:, None] & is_last, best.shape)
-        plt.store(o_ref.at[columns, queries_out], sort_key_of(best), mask=mask)
+        plt.store(o_ref.at[rows_out, columns], sort_key_of(best), mask=mask)
         return jnp.where(is_last, -jnp.inf, best)
 
     step = max(unit, tile_s)

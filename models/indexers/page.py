@@ -69,8 +69,8 @@ found = indexer(hidden, latents, cache=cache)
 cache = found.cache.truncate(found.cache.lengths - 2)
 ```
 
-Indexers with RoPE want `cos` and `sin` of each token's position, too. Sizes may be those of config.json; the number of
-heads follows from the tensors.
+Indexers with RoPE want `cos` and `sin` of each token's position, too. Sizes may be a whole config.json, of which other
+keys are not read; the number of heads follows from the tensors, whose names may be those of the published checkpoint.
 
 ## Models
 
@@ -137,7 +137,10 @@ MiniMax-M3 at 128K in bfloat16 on an H200: of 32 requests in pages the kernel ta
 which their keys can be read; their selection 0.02. For the last 4096 queries it takes 1.03 ms, 0.56 by the tensor
 core's rate, and 0.72 in e4m3; the selection 0.1. It took 5.46: a reshape of a tile's scores, before their maximum, had
 XLA's Triton move them all through shared memory. Triton by itself does not, so what a kernel becomes is read from XLA's
-program (`tests/gpu/test_step.py`). The rows of `bench/gpu/limit_rows.py` are from before, or have not been measured.
+program (`tests/gpu/test_step.py`). What is left beside products does not depend on tiles; it may be that each warp
+stores a maximum for 32 queries in 32 places, which the next product waits for. Stored by columns they would be one
+line of memory; that was written and compiled, and not measured. The rows of `bench/gpu/limit_rows.py` are from before,
+or have not been measured.
 
 Keys that are split over devices have the first three by kernels, and the others by `xla`, which takes all everywhere.
 """

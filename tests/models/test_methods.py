@@ -144,6 +144,8 @@ def test_a_rule_is_asked_for_every_layer_and_phase():
         ([HISA, HISA, None], TypeError, r"method\[2\] is NoneType"),
         ({3: HISA}, ValueError, "method names layer 3, wanted an int from 0 to 2"),
         ({0: 8}, TypeError, r"method\[0\] is int"),
+        (hj.Dsa(topk=8, entry_size=4), ValueError, r"method is Dsa\(topk=8, entry_size=4\), wanted one whose keys are"),
+        ({1: hj.Dsa(topk=8, per_head=True)}, ValueError, r"method\[1\] is Dsa\(topk=8, per_head=True\), wanted one"),
     ],
 )
 def test_what_is_no_method_is_refused(method, error, message):

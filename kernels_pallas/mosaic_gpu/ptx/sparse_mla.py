@@ -20,10 +20,7 @@ _ptx = functools.partial(utils.inline_ptx, has_side_effects=True)
 
 
 def store_p(k_smem: Ref, slot: Array, first: int, p: Array) -> None:
-    """k_smem[slot, :, first :] = p, with one barrier of the warp-group where Pallas has two around a store.
-
-    No fence: whoever multiplies by it loads it to registers first.
-    """
+    """k_smem[slot, :, first :] = p, with one barrier of the warp-group where Pallas has two around a store."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiled(k_smem.shape[2], k_smem.dtype)), plgpu.Layout.WGMMA))
     def store(_ctx, target, p):
@@ -57,6 +54,16 @@ def store_output(target_gmem: Ref, values: Array) -> None:
     store(target_gmem, values)
 
 
+def show_stores() -> None:
+    """Lets the tensor core see this thread's stores: `commit_smem` without its barrier of the warp-group."""
+
+    @plgpu.inline_mgpu()
+    def fence(_ctx):
+        _ptx("fence.proxy.async.shared::cta;")
+
+    fence()
+
+
 def any_decay(decay: Array, total: Array) -> Array:
     """1 if one of the rows of this warp decays, else 0: an int32 that may differ between warps.
 
@@ -83,50 +90,38 @@ def opaque_zero() -> Array:
     return zero()
 
 
-def claim(turns: Row, landed: tuple[Row, Row], phase: Array, may: Array) -> None:
-    """Says whether this warp-group is to multiply first: if `may` is 1, and this phase of both barriers complete."""
-    ptx = """.reg .pred r; mbarrier.test_wait.parity.shared::cta.b64 p, [$1], $3;
-mbarrier.test_wait.parity.shared::cta.b64 r, [$2], $3; and.pred p, p, r; selp.b32 x, $4, 0, p;
-@q st.shared.b32 [$0], x; }"""
+def claim(turn_smem: Ref, landed: Row, phase: Array) -> None:
+    """Asks the other warp-groups to let this one multiply first, if the phase of the barrier is complete."""
+    ptx = """mbarrier.test_wait.parity.shared::cta.b64 p, [$1], $2; selp.b32 x, 1, 0, p;
+@q st.volatile.shared.b32 [$0], x; }"""
 
-    @plgpu.inline_mgpu(arg_types=(REF, REF) + (SPLAT,) * 5)
-    def set_turn(_ctx, turns, barriers, slot, first, second, parity, may):
-        turn = address_of(turns, slot.registers.item(), 1)
-        there = (address_of(barriers, barrier.registers.item(), BARRIER_WORDS) for barrier in (first, second))
-        _ptx(_FIRST_THREAD + ptx, turn, *there, parity.registers.item(), may.registers.item())
-
-    set_turn(turns.ref, landed[0].ref, turns.row, landed[0].row, landed[1].row, phase % 2, may)
-
-
-def arrive(barriers: Row) -> None:
-    """Each thread arrives at a barrier made by `init_landed`."""
-
-    @plgpu.inline_mgpu(arg_types=(REF, SPLAT))
-    def one(_ctx, barriers, barrier):
-        _ptx(
-            "mbarrier.arrive.shared::cta.b64 _, [$0];",
-            address_of(barriers, barrier.registers.item(), BARRIER_WORDS),
-        )
-
-    one(barriers.ref, barriers.row)
-
-
-def let_first(turns: Row, multiplied: Row, phase: Array) -> None:
-    """Waits, where another warp-group is to multiply first, until it has completed this phase of its barrier.
-
-    It is a matter of speed: no result depends on it. A loop that reads a word of shared memory until it changes would
-    take from the tensor core what its operands come through.
-    """
-    ptx = """{ .reg .pred p; .reg .b32 x; ld.shared.b32 x, [$0]; setp.eq.b32 p, x, 0; @p bra done;
-again: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @!p bra again; done: }"""
-
-    @plgpu.inline_mgpu(arg_types=(REF, REF) + (SPLAT,) * 3)
-    def wait(_ctx, turns, barriers, slot, barrier, parity):
-        turn = address_of(turns, slot.registers.item(), 1)
+    @plgpu.inline_mgpu(arg_types=(REF, REF, SPLAT, SPLAT))
+    def set_turn(_ctx, turn, barriers, barrier, parity):
         there = address_of(barriers, barrier.registers.item(), BARRIER_WORDS)
-        _ptx(ptx, turn, there, parity.registers.item())
+        _ptx(_FIRST_THREAD + ptx, utils.memref_ptr(turn), there, parity.registers.item())
 
-    wait(turns.ref, multiplied.ref, turns.row, multiplied.row, phase % 2)
+    set_turn(turn_smem, landed.ref, landed.row, phase % 2)
+
+
+def unclaim(turn_smem: Ref) -> None:
+    """Takes back what `claim` asked for."""
+
+    @plgpu.inline_mgpu(arg_types=(REF,))
+    def clear_turn(_ctx, turn):
+        _ptx(_FIRST_THREAD + "@q st.volatile.shared.b32 [$0], 0; }", utils.memref_ptr(turn))
+
+    clear_turn(turn_smem)
+
+
+def let_first(turn_smem: Ref) -> None:
+    """Waits while another warp-group claims the tensor core. It is a matter of speed: no result depends on it."""
+    ptx = """{ .reg .pred p; .reg .b32 x; again: ld.volatile.shared.b32 x, [$0]; setp.ne.b32 p, x, 0; @p bra again; }"""
+
+    @plgpu.inline_mgpu(arg_types=(REF,))
+    def wait(_ctx, turn):
+        _ptx(ptx, utils.memref_ptr(turn))
+
+    wait(turn_smem)
 
 
 def _two_rows(values: FragmentedArray) -> list[ir.Value]:
