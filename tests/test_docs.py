@@ -89,9 +89,14 @@ def test_the_examples_of_a_page_run(page):
 
 def test_links_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        for target, heading in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
             if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+                file = page.parent / target if target else page
+                assert file.exists(), f"{page.name} links to {target}"
+                if heading and file.suffix == ".md":
+                    headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+                    names = [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings]
+                    assert heading in names, f"{page.name} links to {target}#{heading}"
 
 
 def test_files_that_pages_name_exist():

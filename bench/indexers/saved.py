@@ -67,7 +67,8 @@ def _as_float(x: np.ndarray) -> Array:
 def rows(layers: Mapping[int, Layer], rules: Sequence[Rule]) -> Iterator[Row]:
     """Of each rule what it has of the first one's choice: means over layers, the worst layer, and of the mass of that.
 
-    Rules of neighbouring queries are left out where the queries are no neighbours.
+    Left out are rules of neighbouring queries where the queries are no neighbours, and those of which every layer's
+    source is missing.
     """
     wanted = {at: _chosen(layers, rules[0], at) for at in layers}
     positions = np.asarray(next(iter(layers.values())).here.positions)[0]
@@ -81,6 +82,8 @@ def rows(layers: Mapping[int, Layer], rules: Sequence[Rule]) -> Iterator[Row]:
                 recall.append(float(np.mean(np.asarray(hj.compare(chosen, wanted[at]).recall))))
                 if layer.mass is not None:
                     mass.append((_kept(layer.mass, chosen), _kept(layer.mass, wanted[at])))
+        if not recall:
+            continue
         row: Row = {"method": rule.name, "layers": len(recall), "recall": float(np.mean(recall)), "worst": min(recall)}
         if mass:
             row["mass"], of_first = (float(np.mean(x)) for x in zip(*mass, strict=True))
