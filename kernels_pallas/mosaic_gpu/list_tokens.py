@@ -3,7 +3,7 @@
 
 Floor, 4096 queries of 64K with some 10,000 of 12,288 slots taken on an H200: 34 MB of bits in, 200 MB out / 4.3 TB/s =
 0.05 ms. A warp-group has a query and a list in shared memory, which the copy engine writes out; the other warp-groups
-of the CTA work meanwhile.
+of the CTA work meanwhile. Measured: 80 us.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Sort keys of the exact scores of listed tokens, for a few queries: each list is split over CTAs, a top-k follows.
     x[t, c] = sort_key(k_scale[s] * sum_h w[t, h] * relu(q[t, h] . k[s])),  s = tokens[t, c]
 
-Floor, 32 and 128 queries with 10,000 tokens each in e4m3 on an H200: 132 bytes a token, scattered, 42 and 169 MB / 4.3
-TB/s = 10 and 39 us. Measured: 24 and 73; a scale costs 32 bytes or 64 where it is 4.
+Floor, 32 and 128 queries with 9,500 tokens each in e4m3 on an H200: 132 bytes a token, scattered, 40 and 160 MB / 4.3
+TB/s = 9 and 37 us. Measured: 21 and 69; a scale costs 32 bytes or 64 where it is 4.
 """
 
 import functools

@@ -3,6 +3,7 @@
 
 Floor, 4096 queries of 64 heads of 128 in e4m3 on an H200: 17 GFLOP / 1979 TFLOP/s = 9 us. A product of 64 samples and
 all heads is 128 cycles; beside it a warp has 32 products a lane to weigh, add up and look at, twice 64 instructions.
+Measured: 53 us, Triton's 123.
 """
 
 import functools

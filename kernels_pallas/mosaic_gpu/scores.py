@@ -4,7 +4,7 @@
 Floor, 4096 queries of dsv32 on an H200: block means of 64K (n = 512, two e4m3 parts each) 69 GFLOP / 1979 TFLOP/s =
 0.035 ms; tokens of 64K 4.4 TFLOP = 2.2 ms. A warp-group keeps 128 keys in registers and streams the queries of a tile
 past them (see ptx/score_loop.py), so keys are read once a query tile and queries once a span of keys. Two queries of 32
-heads share the 64 columns of a product: 4096 of 64K take 2.11 ms, where a product each takes 2.43.
+heads share the 64 columns of a product: 4096 of 64K take 2.13 ms, where a product each takes 2.43.
 
 What limits it: sums and products share the registers' ports. A tile of 128 keys takes some 450 cycles, of which the
 tensor core works 256 and each scheduler issues 235 instructions.

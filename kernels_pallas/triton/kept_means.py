@@ -8,7 +8,8 @@ their sums, 16 blocks at a time: what `page_scores` does for all.
 
 Means are rows of the products, and heads their columns, so that a thread has all heads of a mean but those of three
 neighbours. With tiles of 128 means, a program each, 128 requests take 20 us, and 18.5 where L2 has all means: it is not
-their bytes that take time, but that all programs wait for pages, then means, then products. So a program has several.
+their bytes that take time, but that all programs wait for pages, then means, then products. By four tiles of 64 a
+program it is 17.
 """
 
 import dataclasses

@@ -287,7 +287,7 @@ shfl.sync.bfly.b32 t0, t0, 2, 0x1f, -1; add.f32 x, t1, t0;""",
             f"selp.b32 sort_key, {FORCED}, sort_key, p;"
         )
     # The limit, and a zero of the sort key: ptxas would compare as soon as it may, and wait for the limit before the
-    # products, 500 cycles and more of the 2000 that few queries take with a tile.
+    # products.
     lines.append(
         f"lop3.b32 t, sort_key, nothing, limit{i}, 0x6a; "
         f"setp.lt.s32 p, candidate, t; selp.b32 sort_key, sort_key, {INVISIBLE}, p;"
