@@ -10,7 +10,7 @@ import pytest
 
 import hisa_jax as hj
 from bench.__main__ import main
-from bench.indexers import command, measure, training
+from bench.indexers import command, measure, saved, training
 from bench.indexers.model import SIZES, Runner, random_pools
 from bench.indexers.rules import Asked, Rule, choose, composed, cost, routed
 from bench.indexers.tables import tables
@@ -115,6 +115,14 @@ def test_saved_layers_choose_by_rules_as_the_model_does(tmp_path, capsys):
     assert rows["flat, shared by 2 layers"]["worst"] == pytest.approx(taken)
     assert main(["indexers", "--saved", files[0], files[0], "--out", str(tmp_path)]) == 2
     assert "layers [0, 1] came before" in capsys.readouterr().err
+
+
+@pytest.mark.exhaustive  # two seconds
+def test_a_rule_of_which_no_layer_has_its_source_is_left_out():
+    flat = Rule(name="flat", method=hj.Dsa(topk=4))
+    layers = {5: saved.Layer(*asked(range(200, 208)), None)}
+    rows = saved.rows(layers, [flat, dataclasses.replace(flat, name="shared", layers=2)])
+    assert [row["method"] for row in rows] == ["flat"]
 
 
 @pytest.mark.exhaustive
