@@ -229,7 +229,8 @@ class AsyncEngine:
                 self._n_faults = 0
                 self._fail(f"{type(error).__name__}: {error}")
         else:
-            self._n_faults = 0
+            if not self.engine.is_ahead:  # else nobody knows yet
+                self._n_faults = 0
             if self._after_step is not None:
                 self._after_step(report)
         self._hand_out()

@@ -129,6 +129,11 @@ class Engine:
         return not self.scheduler.waiting and not self.scheduler.running
 
     @property
+    def is_ahead(self) -> bool:
+        """Whether the last step did not wait for its pass, whose error a later step would raise."""
+        return self._unfinished is not None
+
+    @property
     def tokenizer(self) -> Tokenizer | None:
         """What makes text of tokens; None if none was given and the model was not loaded from a folder that has one."""
         if self._tokenizer is None:
@@ -356,7 +361,7 @@ class Engine:
             n_right, pages = passes.keep(pages, *arrays, made.tokens, mesh=self.model.mesh, formats=self._formats)
         taken, n_right, rows_seen = jax.device_get((made, n_right, seen.rows))
         n_kept = (1 + n_right)[rows].tolist()
-        self._pages = pages
+        self._pages, self._unfinished = pages, None
         self._record(batch, rows, n_kept, rows_seen)
         for row, request, start, first, kept in zip(rows, *batch[1:3], firsts, n_kept, strict=True):
             self.scheduler.truncate(request, start + kept)

@@ -7,6 +7,7 @@ import asyncio
 import collections
 import dataclasses
 import importlib
+import itertools
 from unittest import mock
 
 import pytest
@@ -193,6 +194,25 @@ def test_a_fault_that_stays_ends_its_requests_by_its_name_and_others_are_served_
     (failed,), served = asyncio.run(run())
     assert (failed.finish_reason, failed.error) == ("failed", "RuntimeError: RESOURCE_EXHAUSTED: Out of memory")
     assert joined(served) == wanted(traffic[0])
+
+
+def test_a_fault_that_stays_and_shows_a_step_late_ends_its_requests_too():
+    """A chunk that nobody waits for goes well, the next one loses the pages: each time anew, 10 times at most."""
+    real, calls = passes.read, itertools.count(1)
+
+    def broken(*arguments, **options):
+        result, n = real(*arguments, **options), next(calls)
+        if n % 2 == 0 and n <= 20:
+            raise ERROR
+        return result
+
+    async def run():
+        async with AsyncEngine(engine()) as serving_engine:
+            with mock.patch.object(passes, "read", broken):
+                return await read(await serving_engine.submit([1] * (3 * serving.CHUNK), 3))
+
+    (failed,) = asyncio.run(run())
+    assert failed.finish_reason == "failed" and next(calls) == 7  # three times both
 
 
 def test_after_a_warm_up_no_request_compiles_and_no_page_was_written(traffic):
