@@ -126,8 +126,12 @@ def _flat(
 
 
 def is_for_few(T: int, max_keys: int, topk: int, n_ctas: int) -> bool:
-    """Whether queries are so few that all their sort keys are written, and a CTA selects from a row."""
-    return n_ctas >= T and 2 * topk <= WIDTH and 4 * T * _whole(max_keys) <= MOST_BYTES
+    """Whether queries are so few that all their sort keys are written, and a CTA selects from a row.
+
+    It loads four columns at a time: an odd topk of which only groups of two fit goes by tiles.
+    """
+    has_groups = 4 * topk <= WIDTH or (2 * topk <= WIDTH and topk % 2 == 0)
+    return n_ctas >= T and has_groups and 4 * T * _whole(max_keys) <= MOST_BYTES
 
 
 def _whole(n: int) -> int:

@@ -98,6 +98,16 @@ def test_few_queries_take_a_kernel_for_scores_and_one_for_each_round(T, context,
     assert len(kernels) == (2 if context == 131072 else 3)
 
 
+@pytest.mark.parametrize("topk", [4097, 8191, 8192])
+def test_few_queries_take_any_topk(topk):
+    """Traced alone: groups of two neighbours are whole loads of four columns where topk is even. A second for all."""
+    shapes = (1, 1, 64, 128), (1, 131072, 128), (1, 131072), (1, 1, 64), (1, 1)
+    dtypes = E4M3, E4M3, jnp.float32, jnp.float32, jnp.int32
+    select = functools.partial(kernel_calls.select_flat, mosaic_gpu, topk=topk)
+    positions, _ = jax.eval_shape(select, *map(jax.ShapeDtypeStruct, shapes, dtypes))
+    assert positions.shape == (1, 1, topk)
+
+
 def test_hisa_that_keeps_all_blocks_of_many_queries_is_the_flat_indexer(monkeypatch):
     """Traced alone: half a second."""
 
