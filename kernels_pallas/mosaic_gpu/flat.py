@@ -29,6 +29,8 @@ from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret
 
 ONE_TILE = 16384  # up to this many tokens are selected from in one piece
+_UNIT = math.lcm(384, COLUMNS)  # whole spans of three warp-groups, and whole steps of a selection
+_WIDEST = topk_stage.MAX_WIDTH // _UNIT * _UNIT  # piece whose scores, in whole units, can be selected from
 FIRST = 13824  # tokens of the first tile: the most of which a CTA selects from four rows at a time
 STEP = 19968  # of later ones: bounds the memory to T * STEP sort keys
 WIDTH = few_topk_stage.MAX_WIDTH  # columns of a row of few queries that a CTA selects from
@@ -68,7 +70,7 @@ def _flat(
     T = operands.q.shape[0]
     launch: Any = {"n_ctas": n_ctas, "interpret": interpret}
     operands = operands._replace(k=operands.k[:, None])
-    is_in_one_piece = sequences.max_keys <= max(ONE_TILE, 2 * topk) <= topk_stage.MAX_WIDTH
+    is_in_one_piece = sequences.max_keys <= min(max(ONE_TILE, 2 * topk), _WIDEST) and 2 * topk <= topk_stage.MAX_WIDTH
     if not is_in_one_piece and is_for_few(T, sequences.max_keys, topk, n_ctas):
         return _of_few(operands, visible, sequences, topk, has_sort_keys, launch)
 
@@ -126,8 +128,12 @@ def _flat(
 
 
 def is_for_few(T: int, max_keys: int, topk: int, n_ctas: int) -> bool:
-    """Whether queries are so few that all their sort keys are written, and a CTA selects from a row."""
-    return n_ctas >= T and 2 * topk <= WIDTH and 4 * T * _whole(max_keys) <= MOST_BYTES
+    """Whether queries are so few that all their sort keys are written, and a CTA selects from a row.
+
+    It loads four columns at a time: an odd topk of which only groups of two fit goes by tiles.
+    """
+    has_groups = 4 * topk <= WIDTH or (2 * topk <= WIDTH and topk % 2 == 0)
+    return n_ctas >= T and has_groups and 4 * T * _whole(max_keys) <= MOST_BYTES
 
 
 def _whole(n: int) -> int:

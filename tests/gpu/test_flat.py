@@ -98,6 +98,20 @@ def test_few_queries_take_a_kernel_for_scores_and_one_for_each_round(T, context,
     assert len(kernels) == (2 if context == 131072 else 3)
 
 
+@pytest.mark.parametrize(("topk", "S"), [(4097, 131072), (8191, 131072), (8192, 131072), (16384, 32768)])
+def test_few_queries_take_any_topk(topk, S):
+    """Traced alone, a second for all.
+
+    Groups of two neighbours are whole loads of four columns where topk is even. A row of 32,768 is wider in whole
+    spans, too wide to be selected from.
+    """
+    shapes = (1, 1, 64, 128), (1, S, 128), (1, S), (1, 1, 64), (1, 1)
+    dtypes = E4M3, E4M3, jnp.float32, jnp.float32, jnp.int32
+    select = functools.partial(kernel_calls.select_flat, mosaic_gpu, topk=topk)
+    positions, _ = jax.eval_shape(select, *map(jax.ShapeDtypeStruct, shapes, dtypes))
+    assert positions.shape == (1, 1, topk)
+
+
 def test_hisa_that_keeps_all_blocks_of_many_queries_is_the_flat_indexer(monkeypatch):
     """Traced alone: half a second."""
 
