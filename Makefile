@@ -67,7 +67,7 @@ soak: .venv-test/test.stamp
 	$(ON_CPU) tests.models.serve.soak $(ARGS)
 
 # Makes one-line mistakes in copies of the tree (tests/mutants), one at a time, and runs the test that must fail of each:
-# about 5 minutes on two cores. The gate only looks whether each can still be made and has its test.
+# about 9 minutes on two cores. The gate only looks whether each can still be made and has its test.
 #   ARGS     words: only mistakes that have one of them in their file, phrase or test
 MUTANTS = $(FAST) $(CACHED) $(<D)/bin/python -m tests.mutants
 mutants: .venv-test/test.stamp
