@@ -115,7 +115,7 @@ def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> N
 
         lax.fori_loop(0, n_scored, one_tile, scale_of(jnp.int32(0)))
         if others is not None:
-            # Written again.
+            # Written again by other threads. Triton puts a barrier between: the product from sums needs it.
             pl.when(others > 0)(
                 lambda: lax.fori_loop(0, n_scored * (plan.tile_s // TILED_BLOCKS), score_from_sums, None)
             )
