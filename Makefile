@@ -44,7 +44,7 @@ pytest: .venv-test/test.stamp
 	$(KERNEL_TESTS) -m "not exhaustive" tests/tpu --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=95
 
 fuzz: .venv-test/test.stamp
-	$(ON_CPU) bench fuzz --minutes 0.5
+	$(ON_CPU) bench fuzz --cases 12
 
 # What `make test` leaves out: combinations whose parts other cases have, each compile for a TPU on the chips that
 # another case has its turn on there, the library compiled as for users, and the mistakes.

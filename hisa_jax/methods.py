@@ -356,6 +356,12 @@ Method = Hisa | Dsa | BlockSparse | Scan
 NAMES = {"dsa": Dsa, "hisa": Hisa, "scan": Scan, "block-sparse": BlockSparse}  # on command lines and in files
 
 
+def flat_of(method: Method) -> Dsa:
+    """The flat indexer of the same entries and scores: what the method is measured against."""
+    shared: Any = {field.name: getattr(method, field.name) for field in dataclasses.fields(_Indexer)}
+    return Dsa(topk=method.topk, token_score=method.given().get("token_score"), **shared)
+
+
 def has_ratio(method: Method) -> bool:
     """Whether how many blocks are kept depends on how many a query sees."""
     return isinstance(method, Hisa) and method.block_ratio > 1

@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 import hisa_jax as hj
+from hisa_jax.methods import flat_of
 from hisa_jax.models.dsa import select
 from hisa_jax.models.modeling import Model, Output
 
@@ -46,7 +47,7 @@ def recall_of(model: Model, out: Output, is_wanted: bool) -> RecallSums:
     for i, layer in enumerate(out.layers):
         if layer.index_inputs is None:
             continue
-        flat = hj.Dsa(topk=model.plan.layers[i].topk)
+        flat = flat_of(model.plan.layers[i])
         q, _, w = layer.index_inputs
         reference = select(
             q, w, out.cache.layers[i], out.cache.block_tables, out.slots, out.cache.lengths, flat, model.mesh,

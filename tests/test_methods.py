@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
+from hisa_jax.methods import flat_of
 
 pytestmark = pytest.mark.check
 
@@ -113,6 +114,17 @@ def test_to_jax_a_method_has_no_leaves_and_comes_back_as_it_is(method):
     leaves, tree = jax.tree.flatten(method)
     assert leaves == [] and jax.tree.unflatten(tree, leaves) == method
     assert tree == jax.tree.structure(dataclasses.replace(method)) and hash(tree) == hash(jax.tree.structure(method))
+
+
+@pytest.mark.parametrize("method", BY_CLASS, ids=lambda method: type(method).__name__)
+def test_the_flat_indexer_of_a_method_has_its_entries_and_its_scores(method):
+    shared = dict(topk=method.topk, entry_size=4, tail="open")
+    if not isinstance(method, hj.Scan):
+        shared |= dict(activation=None, per_head=True)
+    assert flat_of(dataclasses.replace(method, **shared)) == hj.Dsa(**shared)
+    assert flat_of(dataclasses.replace(method, entry_size=2, returns="entries")).returns == "entries"
+    if "token_score" in method.functions:
+        assert flat_of(dataclasses.replace(method, token_score=jnp.dot)).token_score is jnp.dot
 
 
 def test_a_method_is_an_argument_under_vmap_and_grad():

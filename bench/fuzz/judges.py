@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import hisa_jax as hj
 from bench.fuzz.scene import Array, Found, Scene, by_request, call_of, made, run, run_again
-from hisa_jax.methods import least_blocks
+from hisa_jax.methods import flat_of, least_blocks
 from tests import oracle
 
 # Relative to the scale of a query's scores. Kernels round block means to the keys' dtype.
@@ -170,7 +169,7 @@ def flat(scene: Scene, form: str) -> Verdict:
     """Hisa and Scan are the flat indexer where every visible block, or unit, is kept."""
     method: Any = scene.setup.method
     rows = scene.is_row & (scene.visible <= least_blocks(method) * method.block_size)
-    wanted = run(scene, form, method=hj.Dsa(topk=method.topk))._replace(blocks=None)
+    wanted = run(scene, form, method=flat_of(method))._replace(blocks=None)
     got = run(scene, form)._replace(blocks=None)
     if scene.setup.implementation != "xla":  # scores are given twice, each by other products
         got, wanted = got._replace(scores=got.counts), wanted._replace(scores=wanted.counts)

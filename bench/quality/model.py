@@ -17,6 +17,7 @@ import hisa_jax as hj
 from bench import UserError
 from bench.quality.variants import Variant
 from hisa_jax import models
+from hisa_jax.methods import flat_of
 from hisa_jax.models.checkpoint import name_of
 from hisa_jax.models.dsa import Attention, Projections, Table, absorb
 from hisa_jax.models.layers import rms_norm
@@ -127,7 +128,7 @@ def _layer(
 def _selected(variant: Variant, q: Array, k: Array, w: Array) -> Array:
     """[B, T, K] int32, the flat indexer's for the last `flat_last` queries."""
     T = q.shape[1]
-    flat = dataclasses.replace(variant, method=hj.Dsa(topk=variant.method.topk))
+    flat = dataclasses.replace(variant, method=flat_of(variant.method))
     first_flat = max(0, T - variant.flat_last)
     parts = []
     for first, end in _chunks(T):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import hisa_jax as hj
+from hisa_jax.methods import flat_of
 
 KeyDtype = Literal["float8_e4m3fn", "int8"]
 _LAST = 512  # queries: a chunk of prefill
@@ -35,7 +36,7 @@ class Variant:
 
     def at(self, layer: int) -> "Variant":
         """The same for one layer, so that layers that select alike are compiled once."""
-        method = hj.Dsa(topk=self.method.topk) if layer in self.flat_layers else self.method
+        method = flat_of(self.method) if layer in self.flat_layers else self.method
         return dataclasses.replace(self, name="", method=method, flat_layers=())
 
     def takes_all(self, n_tokens: int) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hisa_jax.methods import Dsa
+from hisa_jax.methods import flat_of
 from hisa_jax.testing import oracle
 from hisa_jax.testing.draw import Draw, with_keys
 from hisa_jax.testing.form import Case, chosen
@@ -103,7 +103,7 @@ def judged_exactly(trial: Trial, case: Case) -> str | None:
 
 
 def judged_as_flat(trial: Trial, case: Case) -> str | None:
-    return trial.judged(case, method=Dsa(topk=trial.method.topk))
+    return trial.judged(case, method=flat_of(trial.method))
 
 
 # What decides nothing.

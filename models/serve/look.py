@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 import hisa_jax as hj
+from hisa_jax.methods import flat_of
 from hisa_jax.models.check.measures import attention_mass, methods_to_check
 from hisa_jax.models.check.reading import Seen, read, sampled_positions
 from hisa_jax.models.modeling import Model
@@ -77,7 +78,7 @@ def recall(model: Model, tokens: Sequence[int], n: int = 32) -> dict[int, float]
         method = model.plan(seen.layer, "decode")
         chooses = positions >= method.topk
         if chooses.any():
-            selection, flat = _select(seen, method), _select(seen, hj.Dsa(topk=method.topk))
+            selection, flat = _select(seen, method), _select(seen, flat_of(method))
             found[seen.layer] = float(np.mean(np.asarray(hj.compare(selection, flat).recall)[0, chooses]))
     return found
 
