@@ -43,17 +43,19 @@ pytest: .venv-test/test.stamp
 	NPROC=32 $(TESTS) -n 3 -m "not exhaustive" tests/gpu --cov --cov-append --cov-report=
 	$(KERNEL_TESTS) -m "not exhaustive" tests/tpu --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=95
 
+# The same cases on every machine, each of other methods and dtypes: a minute where nothing was compiled before.
 fuzz: .venv-test/test.stamp
-	$(ON_CPU) bench fuzz --cases 12
+	$(ON_CPU) bench fuzz --cases 6
 
 # What `make test` leaves out: combinations whose parts other cases have, each compile for a TPU on the chips that
-# another case has its turn on there, the library compiled as for users, and the mistakes.
+# another case has its turn on there, the library compiled as for users, the mistakes, and two cases of each setup of the fuzz.
 OF_THE_LIBRARY := $(wildcard tests/test_*.py) tests/oracle
 test-exhaustive: .venv-test/test.stamp
 	$(TESTS) $(OF_THE_LIBRARY)
 	$(FAST) $(TESTS) -m exhaustive tests/models tests/bench
 	$(KERNEL_TESTS) -m exhaustive $(KERNELS)
 	$(MUTANTS)
+	$(ON_CPU) bench fuzz --cases 82
 	$(MAKE) test-oldest-exhaustive
 
 # Real servers: the openai package asks them, a browser opens the page (playwright drives the system's chromium; without
