@@ -48,7 +48,7 @@ fuzz: .venv-test/test.stamp
 	$(ON_CPU) bench fuzz --cases 6
 
 # What `make test` leaves out: combinations whose parts other cases have, each compile for a TPU on the chips that
-# another case has its turn on there, the library compiled as for users, the mistakes, and two cases of each setup of the fuzz.
+# another case has its turn on there, the library compiled as for users, the mistakes, and two fuzzed cases a setup.
 OF_THE_LIBRARY := $(wildcard tests/test_*.py) tests/oracle
 test-exhaustive: .venv-test/test.stamp
 	$(TESTS) $(OF_THE_LIBRARY)
