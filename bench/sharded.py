@@ -50,6 +50,9 @@ class Row:
         kind = "prefill" if self.batch == 1 and self.queries > 1 else f"decode{self.batch}"
         return f"{self.method}_{kind}_{shapes.label(self.context)}"
 
+    def __str__(self) -> str:
+        return self.row
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole = options.whole(2, 64)

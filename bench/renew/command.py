@@ -63,11 +63,11 @@ def run(args: argparse.Namespace) -> int:
     gpus = _gpus()
     chosen = jobs(args.topk_library) if args.only is None else only(jobs(args.topk_library), args.only)
     results = args.results.resolve()
-    planned = plan(chosen, results if results.exists() else records.RESULTS, gpus[0][1] if gpus else None)
+    planned = plan(chosen, (results, records.RESULTS), gpus[0][1] if gpus else None)
     if args.due:
         planned = [part for part in planned if part.is_due]
     if args.plan:
-        _show(planned, len(gpus))
+        _show(planned)
         return 0
     if not gpus:
         raise UserError("needs an NVIDIA GPU, nvidia-smi shows none here; --plan needs none")
@@ -143,10 +143,9 @@ def _as_an_interrupt(number: signal.Signals) -> Iterator[None]:
 
 def _summary(ended: Sequence[Ended], waiting: Sequence[Job], place: queue.Place) -> int:
     """Prints what was not started and how many rows were measured; the exit status, 1 if a job failed or hung."""
+    n_gpus = len(place.gpus) - sum(end.job.gpus - len(end.gpus) for end in ended)  # without those that are lost
     for job in waiting:
-        why = (
-            "lack of time" if job.gpus <= len(place.gpus) else f"lack of GPUs: {job.gpus}, there are {len(place.gpus)}"
-        )
+        why = "lack of time" if job.gpus <= n_gpus else f"lack of GPUs: it takes {job.gpus}, of {n_gpus}"
         rows = f" {len(job.figures)} rows" if job.figures else ""
         print(f"{job.name:20} skipped{rows}, {job.seconds:.0f} s, for {why}")
     measured = sum(len(end.measured) for end in ended)
@@ -155,7 +154,7 @@ def _summary(ended: Sequence[Ended], waiting: Sequence[Job], place: queue.Place)
     return 1 if bad else 0
 
 
-def _show(planned: Sequence[Planned], n_gpus: int) -> None:
+def _show(planned: Sequence[Planned]) -> None:
     """A line a job, in their order."""
     table = Table("job", "rows", "GPUs", "seconds", "figures are", "oldest", "file", box=None, pad_edge=False)
     for part in planned:

@@ -16,10 +16,10 @@ from bench.renew.job import Figure, Job
 
 # Files of kernels that rows of one kind alone run. A figure is older than the code if a file differs that its row may
 # run; the rest of the library counts for all.
-_ATTENTION = ("sparse_*",)
-_SCAN = ("scan*", "sketch*", "slopes*", "list_best*", "list_tokens*", "list_bits*")
-_SELECTION = (
-    *_SCAN, "refine*", "merge*", "flat*", "scores*", "score_*", "topk*", "units*", "select_*", "listed_*",
+OF_ATTENTION = ("sparse_*",)
+OF_SCAN = ("scan*", "sketch*", "slopes*", "list_best*", "list_tokens*", "list_bits*")
+OF_SELECTION = (
+    *OF_SCAN, "refine*", "merge*", "flat*", "scores*", "score_*", "topk*", "units*", "select_*", "listed_*",
     "pool_scores*", "kept_means*", "page_means*",
 )  # fmt: skip
 LIBRARY = (
@@ -34,7 +34,9 @@ def _without(*names: str) -> tuple[str, ...]:
     return (*LIBRARY, *(f":!kernels_pallas/{where}{name}" for name in names for where in ("", "*/")))
 
 
-ATTENTION, FLAT_AND_HISA, SELECTION = _without(*_SELECTION), _without(*_ATTENTION, *_SCAN), _without(*_ATTENTION)
+ATTENTION = _without(*OF_SELECTION)
+FLAT_AND_HISA = _without(*OF_ATTENTION, *OF_SCAN)
+SELECTION = _without(*OF_ATTENTION)
 
 
 class Family(NamedTuple):

@@ -38,20 +38,23 @@ class Planned:
         return ", ".join(f"{self.states.count(state)} {state}" for state in dict.fromkeys(sorted(self.states)))
 
 
-def plan(jobs: Iterable[Job], results: Path, device: str | None = None) -> list[Planned]:
+def plan(jobs: Iterable[Job], folders: Sequence[Path], device: str | None = None) -> list[Planned]:
     """What is due, in the order of `jobs`, then what is current.
 
     Jobs that take rows are divided; of others all is due if one figure is. Expected seconds become those that a row
     took, where it says so.
 
     Args:
-        results: the folder of the result files.
+        folders: where result files are; the first that has one counts.
         device: what figures have to be of; None: any.
     """
-    planned = [
-        part for job in jobs for part in _parts(job, records.read(results / job.file) if job.file else [], device)
-    ]
+    planned = [part for job in jobs for part in _parts(job, _rows_of(job, folders), device)]
     return sorted(planned, key=lambda part: not part.is_due)
+
+
+def _rows_of(job: Job, folders: Sequence[Path]) -> list[dict[str, Any]]:
+    files = [folder / job.file for folder in folders if (folder / job.file).is_file()]
+    return records.read(files[0]) if files else []
 
 
 def _parts(job: Job, rows: Sequence[dict[str, Any]], device: str | None) -> Iterator[Planned]:

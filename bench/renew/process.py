@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -59,11 +60,14 @@ class Running:
         self.started = self._last_line_at = time.monotonic()
         self._rest, self._last, self._failures = b"", "", list[str]()
         path = logs / f"{job.name.replace(':', '-')}.log"
+        command = job.command(results)
         with path.open("ab") as log:
+            log.write(f"== {records.now()} {shlex.join(command)}\n".encode())
+            log.flush()
             self._log = path.open("rb")
             self._log.seek(0, os.SEEK_END)
             self._process = subprocess.Popen(
-                job.command(results), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=records.ROOT,
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=records.ROOT,
                 env={**environment, **job.environment, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}, start_new_session=True,
             )  # fmt: skip
         # Another job compiles meanwhile: on cores of its own it does not delay what this one's host launches.
@@ -81,7 +85,7 @@ class Running:
         self._read_lines()
         if code is not None:
             self._kill()  # what it has started and left
-            return self._ended("failed" if code else "measured", self._why(code), has_begun=code < 0)
+            return self._ended("failed" if code else "measured", self._why(code), is_cut=code < 0)
         silent = time.monotonic() - self._last_line_at
         if silent > self.job.patience_s:
             return self.end("hung", f"no line for {silent:.0f} s, the last: {self._last or 'none'}")
@@ -96,7 +100,7 @@ class Running:
             why += f"; process {self._process.pid} does not end, its GPUs are left to it"
             self.gpus = ()
         self._read_lines()
-        return self._ended(how, why, has_begun=True)
+        return self._ended(how, why, is_cut=True)
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -121,8 +125,8 @@ class Running:
             return self._failures[-1]
         return (self._last or f"exit status {code}") if code else ""
 
-    def _ended(self, how: str, why: str, has_begun: bool) -> Ended:
-        """`has_begun`: with its rows, for all that is known."""
+    def _ended(self, how: str, why: str, is_cut: bool) -> Ended:
+        """`is_cut`: in the middle of a row, for all that is known."""
         self._log.close()
         job, seconds = self.job, time.monotonic() - self.started
         try:
@@ -133,11 +137,16 @@ class Running:
         measured = tuple(figure for figure in job.figures if figure not in missed)
         if how == "measured" and missed:
             how, why = "failed", f"{len(missed)} rows are not in {job.file}; the last line: {self._last or 'none'}"
-        # A row that fails may leave the GPU unusable to those after it. The one at which it stuck has had its turn.
-        has_begun = how != "stopped" and bool(has_begun or measured or self._failures)
-        again = None
-        if job.takes_rows and missed[1:] and has_begun and (measured or not job.is_rest):
-            again = dataclasses.replace(job.of(missed[1:]), is_rest=True)
         return Ended(
-            job=job, how=how, why=why, seconds=seconds, measured=measured, missed=missed, again=again, gpus=self.gpus
-        )
+            job=job, how=how, why=why, seconds=seconds, measured=measured, missed=missed, gpus=self.gpus,
+            again=None if how == "stopped" else self._again(missed, bool(measured), is_cut),
+        )  # fmt: skip
+
+    def _again(self, missed: Sequence[Figure], has_measured: bool, is_cut: bool) -> Job | None:
+        """The rows that it did not come to, or that failed after another one, which may have left the GPU unusable."""
+        has_begun = has_measured or is_cut or bool(self._failures)  # with its rows: else no other process would
+        if not self.job.takes_rows or not has_begun or (self.job.is_rest and not has_measured):
+            return None
+        told = [line.partition(": FAILED ")[0] for line in self._failures]
+        rest = [figure for figure in missed if figure.name not in told] if is_cut else missed
+        return dataclasses.replace(self.job.of(tuple(rest[1:])), is_rest=True) if rest[1:] else None

@@ -97,18 +97,20 @@ def _next(
         part = job.within(until_s)
         if part is not None and part.gpus <= len(free):
             return at, part
-        if part is not None and part.gpus <= len(free) + sum(len(one.gpus) for one in running):
-            until_s = min(until_s, _wait_s(running, part.gpus - len(free)))
+        wait_s = _wait_s(running, job.gpus - len(free)) if job.gpus > len(free) else None
+        # What then has no time left never starts, and no other waits for it.
+        if wait_s is not None and job.within(place.left_s - wait_s) is not None:
+            until_s = min(until_s, wait_s)
     return None
 
 
-def _wait_s(running: Sequence[Running], n: int) -> float:
-    """Seconds until n more GPUs are free, about."""
+def _wait_s(running: Sequence[Running], n: int) -> float | None:
+    """Seconds until n more GPUs are free, about; None: so many never are."""
     for one in sorted(running, key=lambda one: one.expected_end):
         n -= len(one.gpus)
         if n <= 0:
             return one.expected_end - time.monotonic()
-    return float("inf")
+    return None
 
 
 def _without(job: Job, figures: Sequence[Figure]) -> Job | None:
