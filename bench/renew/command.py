@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--logs", type=Path, default=records.ROOT / "build" / "renew", metavar="DIR",
-        help="a file a job (default: build/renew)",
+        help="a file a process (default: build/renew)",
     )  # fmt: skip
     parser.add_argument("--commit", metavar="HASH", help="of the code, where a copy of it has no .git")
     parser.add_argument("--topk-library", type=Path, metavar="FILE", help="sglang's top-k for peers (docs/peers.md)")
@@ -144,8 +144,10 @@ def _as_an_interrupt(number: signal.Signals) -> Iterator[None]:
 def _summary(ended: Sequence[Ended], waiting: Sequence[Job], place: queue.Place) -> int:
     """Prints what was not started and how many rows were measured; the exit status, 1 if a job failed or hung."""
     n_gpus = len(place.gpus) - sum(end.job.gpus - len(end.gpus) for end in ended)  # without those that are lost
+    refused = {end.job.name for end in ended if end.is_refused}
     for job in waiting:
         why = "lack of time" if job.gpus <= n_gpus else f"lack of GPUs: it takes {job.gpus}, of {n_gpus}"
+        why = "what it failed of above" if job.name in refused else why
         rows = f" {len(job.figures)} rows" if job.figures else ""
         print(f"{job.name:20} skipped{rows}, {job.seconds:.0f} s, for {why}")
     measured = sum(len(end.measured) for end in ended)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from bench import UserError, records
 from bench.renew.job import Figure, Job
@@ -30,6 +32,7 @@ class Ended:
         measured, missed: its figures.
         again: what of it is worth another process: rows after the one at which this one stuck; None: nothing.
         gpus: that are free again; those of a process that cannot be killed are not.
+        is_refused: it came to no row, as far as it says: a package is missing, say. No other process of it would.
     """
 
     job: Job
@@ -40,6 +43,7 @@ class Ended:
     missed: tuple[Figure, ...]
     again: Job | None
     gpus: tuple[str, ...]
+    is_refused: bool
 
 
 class Running:
@@ -58,13 +62,12 @@ class Running:
         self.job, self.gpus, self._tell = job, tuple(gpus), tell
         self._results, self._began = results, records.now()
         self.started = self._last_line_at = time.monotonic()
-        self._rest, self._last, self._failures = b"", "", list[str]()
-        path = logs / f"{job.name.replace(':', '-')}.log"
+        self._unfinished, self._last, self._failures = b"", "", list[str]()
         command = job.command(results)
-        with path.open("ab") as log:
+        with _new(logs, job.name.replace(":", "-")) as log:
             log.write(f"== {records.now()} {shlex.join(command)}\n".encode())
             log.flush()
-            self._log = path.open("rb")
+            self._log = open(log.name, "rb")  # noqa: SIM115, it is read until the process has ended
             self._log.seek(0, os.SEEK_END)
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=records.ROOT,
@@ -111,7 +114,7 @@ class Running:
         if not new:
             return
         self._last_line_at = time.monotonic()
-        *lines, self._rest = (self._rest + new).split(b"\n")
+        *lines, self._unfinished = (self._unfinished + new).split(b"\n")
         for line in (raw.decode(errors="replace").strip() for raw in lines):
             self._last = line or self._last
             if _FAILED.search(line):
@@ -135,18 +138,29 @@ class Running:
             rows, why = [], str(error)
         missed = tuple(f for f in job.figures if not ((row := find(f, rows)) and row.get("date", "") >= self._began))
         measured = tuple(figure for figure in job.figures if figure not in missed)
-        if how == "measured" and missed:
+        says_all_is_well = how == "measured"  # so that rows that are not there have to be missed, as of other peers
+        if says_all_is_well and missed:
             how, why = "failed", f"{len(missed)} rows are not in {job.file}; the last line: {self._last or 'none'}"
+        is_refused = not (measured or self._failures or is_cut) and bool(missed)
+        is_over = is_refused or how == "stopped" or says_all_is_well
+        again = None if is_over else self._again(missed, bool(measured), is_cut)
         return Ended(
-            job=job, how=how, why=why, seconds=seconds, measured=measured, missed=missed, gpus=self.gpus,
-            again=None if how == "stopped" else self._again(missed, bool(measured), is_cut),
+            job=job, how=how, why=why, seconds=seconds, measured=measured, missed=missed, gpus=self.gpus, again=again,
+            is_refused=is_refused,
         )  # fmt: skip
 
     def _again(self, missed: Sequence[Figure], has_measured: bool, is_cut: bool) -> Job | None:
         """The rows that it did not come to, or that failed after another one, which may have left the GPU unusable."""
-        has_begun = has_measured or is_cut or bool(self._failures)  # with its rows: else no other process would
-        if not self.job.takes_rows or not has_begun or (self.job.is_rest and not has_measured):
+        if not self.job.takes_rows or (self.job.is_rest and not has_measured):
             return None
         told = [line.partition(": FAILED ")[0] for line in self._failures]
         rest = [figure for figure in missed if figure.name not in told] if is_cut else missed
         return dataclasses.replace(self.job.of(tuple(rest[1:])), is_rest=True) if rest[1:] else None
+
+
+def _new(folder: Path, name: str) -> IO[bytes]:
+    """A log that no other process has, to write: name.log, name-2.log, ..."""
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            return (folder / (f"{name}.log" if number == 1 else f"{name}-{number}.log")).open("xb")
+    raise AssertionError

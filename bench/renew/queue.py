@@ -54,6 +54,7 @@ def run(
         tell: is given a line for each job that ends, and for each failure meanwhile.
     """
     waiting, running, ended, free = list(jobs), list[Running](), list[Ended](), list(place.gpus)
+    refused = list[Job]()
     began = time.monotonic()
 
     def took(end: Ended) -> None:
@@ -62,6 +63,9 @@ def run(
         free.sort(key=place.gpus.index)
         if end.again is not None:
             waiting.insert(0, end.again)
+        if end.is_refused:  # with what other processes of it were to measure
+            refused.extend(job for job in waiting if job.name == end.job.name)
+            waiting[:] = [job for job in waiting if job.name != end.job.name]
         tell(f"{time.monotonic() - began:5.0f} s  {line(end)}")
 
     try:
@@ -75,7 +79,7 @@ def run(
                 cores = place.cores(gpus)
                 running.append(Running(job, gpus, cores, place.results, place.logs, place.environment, tell))
             if not running:
-                return ended, waiting
+                return ended, [*refused, *waiting]
             time.sleep(tick_s)
             is_over = place.left_s <= 0
             for one in list(running):

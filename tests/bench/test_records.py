@@ -85,7 +85,8 @@ def test_a_row_takes_the_place_of_the_same_and_the_others_stay(tmp_path):
 def test_rows_that_come_at_once_are_all_kept(tmp_path):
     file = tmp_path / "rows.json"
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: merge(file, {"row": "a", "context": i}), range(40)))
+        done = [pool.submit(merge, file, {"row": "a", "context": i}) for i in range(40)]
+    assert [one.exception() for one in done] == [None] * 40
     assert sorted(row["context"] for row in records.read(file)) == list(range(40))
 
 

@@ -133,9 +133,15 @@ def test_rows_that_fail_after_another_get_a_process_of_their_own_once(place):
 
 
 def test_what_comes_to_no_row_is_not_begun_again(place):
-    ended, _, said = run([job("peers", "a-refuse", "b"), job("layer:x", "a-hang", "b", takes_rows=False)], place)
+    ended, _, said = run([job("peers", "a-refuse", "b"), job("layer:x", "a", "b", takes_rows=False)], place)
     assert sorted(ended) == [("layer:x", "failed", []), ("peers", "failed", [])]
-    assert "0 of 2 rows" in said and "no such library" in said and "rows are not in x.json" in said
+    assert "0 of 2 rows" in said and "no such library" in said and "2 rows are not in x.json" in said
+
+
+def test_what_is_left_of_a_job_that_comes_to_no_row_is_not_begun(place):
+    place = dataclasses.replace(place, ends_at=time.monotonic() + 100)
+    ended, waiting, _ = run([job("peers", "a-refuse", "b", "c", seconds=60, gpus=2)], place)
+    assert ended == [("peers", "failed", [])] and [f.name for f in waiting[0].figures] == ["b", "c"]
 
 
 def test_what_a_job_has_started_ends_with_it(place):
@@ -239,7 +245,7 @@ def test_one_command_measures_all_and_tells_how_each_job_ended(card, tmp_path, c
     assert "2 rows measured into" in shown and "1 jobs failed or hung" in shown
     assert [row["row"] for row in records.read(tmp_path / "new" / "x.json")] == ["old", "a", "b"]
     assert records.read(tmp_path / "committed" / "x.json") == [{"row": "old"}]
-    assert "== " in (tmp_path / "gpu-x.log").read_text()
+    assert (tmp_path / "gpu-x.log").read_text().startswith("== 20")
 
 
 def test_what_there_is_no_time_for_is_named(card, capsys):
@@ -283,6 +289,12 @@ def test_processes_of_the_tests_take_gpus_in_turn():
         take_one(environment)
         seen.append(environment["CUDA_VISIBLE_DEVICES"])
     assert seen == ["2", "7", "7", "2,7"]
+
+
+def test_each_process_has_a_log_of_its_own(place):
+    run([job("gpu:x", "a", gpus=2), job("gpu:x", "b", gpus=2)], place)
+    logs = [(place.logs / name).read_text().splitlines()[-1] for name in ("gpu-x.log", "gpu-x-2.log")]
+    assert logs == ["a", "b"]
 
 
 def test_gpus_are_those_that_the_environment_leaves(monkeypatch, tmp_path):
