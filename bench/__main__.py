@@ -78,6 +78,11 @@ COMMANDS = {
         "what HISA and the scan keep and lose in a trained model, against its flat indexer",
         "python -m bench quality --part multikey --out quality_out",
     ),
+    "renew": Command(
+        "bench.renew.command",
+        "all published GPU figures, those first that are missing or of other code, on all GPUs of this machine",
+        "python -m bench renew --minutes 25 --only 'gpu:flat*' 'layer:*'",
+    ),
     "serve": Command(
         "bench.serve.command",
         "a small continuous-batching server on the paged cache; --verify checks every selection",

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}", type=options.whole(1, 1024), default=default, metavar="N", help="default: %(default)s"
         )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write each row there, among others")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what --json holds there, and measure nothing")
 
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     worst = check_against_oracle(args.dim, args.dtype)
     print(f"{_ORACLE_TOKENS} tokens: selection that of the oracle, greatest error of an output {worst:.2g}", flush=True)
     layers = [Layer(tokens=n, heads=args.heads, dim=args.dim, dtype=args.dtype) for n in args.contexts]
-    return records.measure_all(layers, "*", lambda layer: measure(layer, args.samples), line, args.json)
+    return records.measure_all(layers, ["*"], lambda layer: measure(layer, args.samples), line, args.json)
 
 
 def _plot(rows: Path | None, target: Path) -> int:

@@ -33,4 +33,11 @@ def positive(text: str) -> float:
     return value
 
 
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    """The option that chooses among the rows of `records.measure_all`."""
+    parser.add_argument(
+        "--rows", nargs="+", default=["*"], metavar="PATTERN", help="only rows whose name matches one of these"
+    )
+
+
 context = whole(1, shapes.MAX_CONTEXT)

@@ -50,13 +50,16 @@ class Row:
         kind = "prefill" if self.batch == 1 and self.queries > 1 else f"decode{self.batch}"
         return f"{self.method}_{kind}_{shapes.label(self.context)}"
 
+    def __str__(self) -> str:
+        return self.row
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole = options.whole(2, 64)
     parser.add_argument("--devices", type=whole, nargs="+", metavar="N", help="default: 2, 4, 8, ... as there are")
-    parser.add_argument("--rows", default="*", help="only rows whose name matches this pattern")
+    options.add_rows(parser)
     parser.add_argument("--samples", type=options.whole(1, 1000), default=10, metavar="N", help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write each row there, among others")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,19 +14,18 @@ import warnings
 import jax
 import numpy as np
 
-from bench import UserError, shapes
-from bench.gpu.row import Row
+from bench import UserError, options, records, shapes
+from bench.gpu.row import NAMED, Row
 from bench.gpu.rows import rows
 from bench.gpu.span import AS_A_GRAPH, clock_mhz, spans
-from bench.records import measure_all
 from bench.timing import device_times, in_turn
 
 _KERNELS = 8  # of a row, those that take longest are written down
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=pathlib.Path, help="write the rows to this file")
-    parser.add_argument("--rows", default="*", help="only rows whose name matches this pattern")
+    parser.add_argument("--json", type=pathlib.Path, help="write each row to this file, among others")
+    options.add_rows(parser)
     parser.add_argument("--samples", type=int, default=9, help="timed programs a row")
 
 
@@ -34,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if jax.default_backend() != "gpu":
         raise UserError(f"needs an NVIDIA GPU, this machine has {jax.default_backend()}")
     warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
-    return measure_all(rows(), args.rows, lambda row: measure(row, args.samples), _line, args.json)
+    return records.measure_all(rows(), args.rows, lambda row: measure(row, args.samples), _line, args.json)
 
 
 def measure(row: Row, samples: int) -> dict:
@@ -49,7 +48,7 @@ def measure(row: Row, samples: int) -> dict:
     p10, p90 = (float(x) for x in np.percentile(times, [10, 90]))
     span_p10, span_p90 = (float(x) for x in np.percentile(span.ms, [10, 90]))
     return {
-        **{name: getattr(row, name) for name in ("row", "implementation", "shape", "context", "queries", "dtype")},
+        **{name: getattr(row, name) for name in NAMED},
         "ms": ms,
         "ms_p10": p10,
         "ms_p90": p90,
@@ -61,8 +60,7 @@ def measure(row: Row, samples: int) -> dict:
         "tflops": row.flop / ms / 1e9,
         "floor_ms": row.floor_ms,
         "checked": True,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        **records.device(),
     }
 
 

@@ -4,9 +4,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from bench import shapes
+
 K = 1024
 TENSOR_FLOPS = {"e4m3": 1979e12, "bf16": 990e12}  # vendor's dense figures, H100 SXM and H200
 MEMORY_BYTES = 4.3e12  # a second, measured by a copy on an H200
+
+
+# The fields that a result has, too.
+NAMED = ("row", "implementation", "shape", "context", "queries", "dtype")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +37,8 @@ class Row:
     moved_bytes: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.row} {self.implementation} {self.context}"
+        context = shapes.label(self.context)
+        return f"{self.row}:{self.implementation}:{self.shape}:{context}:{self.dtype}"
 
     @property
     def floor_ms(self) -> float:

@@ -4,6 +4,7 @@ What a caller waits for beside this is the launch. `bench.timing.device_times` r
 what the loop itself costs, and the clock of a card that is busy for long.
 """
 
+import os
 import pathlib
 import subprocess
 import tempfile
@@ -118,9 +119,14 @@ def calls_of(events: list[Event], apart: float = _APART_S) -> list[list[Event]]:
     return calls
 
 
+def first_gpu() -> str:
+    """The number or the name by which nvidia-smi knows the first GPU that JAX sees."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
+
+
 def clock_mhz() -> int | None:
     """The clock of the first GPU's multiprocessors now; None: no nvidia-smi."""
-    command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0"]
+    command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", f"--id={first_gpu()}"]
     try:
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError, ValueError):

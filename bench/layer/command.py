@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decode-context", type=options.context, default=128 * K, metavar="N", help="tokens of each (default: 128K)"
     )
     parser.add_argument("--latents-in-8-bits", action="store_true", help="keep latents in 8 bits (docs/latents.md)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write each row there, among others")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         results.append(bench.measure(row))
         return results[-1]
 
-    status = records.measure_all(rows, "*", measure, line, args.json)
+    status = records.measure_all(rows, ["*"], measure, line, args.json)
     print(table(results))
     return status
 

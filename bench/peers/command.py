@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from bench import UserError, records, shapes
+from bench import UserError, options, records, shapes
 from bench.gpu.row import Row
 from bench.gpu.rows import rows
 from bench.gpu.span import spans_of
@@ -27,9 +27,9 @@ from bench.peers.theirs import Theirs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", default="*", help="only rows whose name matches this pattern")
+    options.add_rows(parser)
     parser.add_argument("--topk-library", type=Path, metavar="FILE", help="sglang's second top-k (docs/peers.md)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write each row to this file, among others")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the plot of ratios to this file")
     parser.add_argument("--report", type=Path, metavar="FILE", help="read rows from this file and measure nothing")
 

@@ -101,7 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention-only", action="store_true", help="--config without its MLPs and experts")
     number("--chunk", 1, 65536, 2048, "prompt tokens of a pass of --config")
     number("--new", 5, 4096, 16, "tokens that a request of --config makes")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the result as JSON; with --config each row, among others"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,11 +11,10 @@ looks at one more prompt and one more step: what the first device's kernels are 
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +24,8 @@ from jax import Array
 from jax.sharding import Mesh
 from rich.console import Console
 
-from bench import UserError
+from bench import UserError, records, shapes
 from bench.gpu.span import Event, by_jax
-from bench.records import device
 from bench.serve import nvlink
 from bench.serve.timeline import lines as timeline_lines
 from bench.serve.timeline import timeline
@@ -56,6 +54,20 @@ class Load:
     page_size: int | None = None
 
 
+class Row(NamedTuple):
+    """What is measured."""
+
+    method: str
+    context: int
+
+    @property
+    def row(self) -> str:
+        return f"{self.method} {shapes.label(self.context)}"
+
+    def __str__(self) -> str:
+        return self.row
+
+
 class NoMlp(nnx.Module):
     """What layers have in place of MLP or experts where attention alone is measured."""
 
@@ -74,23 +86,32 @@ def run(
         layer: Any  # whose MLP becomes one of another kind
         for layer in model.layers:
             layer.mlp = NoMlp()
-    rows: list[dict[str, Any]] = []
-    for method in methods:
+    engines: dict[str, Engine] = {}
+
+    def engine_of(method: str) -> Engine:
+        if method in engines:
+            return engines[method]
+        engines.clear()  # its pages leave room for the next one's
         made = model.with_method(make_method(method, config))
         if load.page_size is not None:
             made = made.with_page_size(load.page_size)
         start = time.perf_counter()
-        engine = warm(made, load, max(contexts))
+        engines[method] = warm(made, load, max(contexts))
         console.print(f"{method}: compiled in {time.perf_counter() - start:.0f} s", highlight=False)
-        for context in contexts:
-            row = measured(engine, context, load, seed)
-            shape = None if mesh is None else dict(mesh.shape)
-            what = {"config": name, "layers": layers, "attention_only": attention_only, "indexer": method}
-            rows.append({"row": "serve_contexts", **what, "mesh": shape, **device(), **row})
-            console.print("\n".join(lines(rows[-1])), highlight=False, markup=False, soft_wrap=True)
-            if out:  # after each, since the machine may be taken away
-                out.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
+        return engines[method]
+
+    def measure(row: Row) -> dict[str, Any]:
+        try:
+            found = measured(engine_of(row.method), row.context, load, seed)
+        except Exception:
+            engines.clear()  # it may hold requests, which the next context is not to meet
+            raise
+        shape = None if mesh is None else dict(mesh.shape)
+        what = {"config": name, "layers": layers, "attention_only": attention_only, "indexer": row.method}
+        return {"row": "serve_contexts", **what, "mesh": shape, **records.device(), **found}
+
+    rows = [Row(method, context) for method in methods for context in contexts]
+    return records.measure_all(rows, ["*"], measure, lambda row: "\n".join(lines(row)), out)
 
 
 def cut(config: Config, layers: int, context: int = 0) -> Config:

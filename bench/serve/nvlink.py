@@ -3,14 +3,17 @@
 import re
 import subprocess
 
+from bench.gpu.span import first_gpu
+
 _SENT = re.compile(r"Data Tx: (\d+) KiB")
-_COMMAND = ("nvidia-smi", "nvlink", "--getthroughput", "d", "--id=0")
+_COMMAND = ("nvidia-smi", "nvlink", "--getthroughput", "d")
 
 
 def sent_bytes() -> int | None:
     """Since the driver started, in whole KiB a link; None where there is no such counter."""
     try:
-        text = subprocess.run(_COMMAND, capture_output=True, text=True, check=True, timeout=5).stdout
+        command = (*_COMMAND, f"--id={first_gpu()}")
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     links = [int(kib) for kib in _SENT.findall(text)]

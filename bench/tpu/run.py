@@ -5,8 +5,7 @@ import argparse
 import jax
 import numpy as np
 
-from bench import UserError, shapes
-from bench.records import measure_all
+from bench import UserError, records, shapes
 from bench.timing import device_times
 from bench.tpu.rows import MODEL, Row, rows
 
@@ -15,7 +14,7 @@ def run(args: argparse.Namespace) -> int:
     if jax.default_backend() != "tpu":
         raise UserError(f"--run needs a TPU, this machine has {jax.default_backend()}; without --run it estimates")
     print(f"Measured on {jax.devices()[0].device_kind}, jax {jax.__version__}: device time inside one program.")
-    return measure_all(rows(), args.rows, measure, _line, args.json)
+    return records.measure_all(rows(), [args.rows], measure, _line, args.json)
 
 
 def measure(row: Row, samples: int = 9) -> dict:
@@ -28,8 +27,7 @@ def measure(row: Row, samples: int = 9) -> dict:
         "samples_ms": times,
         "checked": True,
         "shape": MODEL.name,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        **records.device(),
     }
 
 

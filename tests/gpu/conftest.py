@@ -7,9 +7,12 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # what was found has no public name
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from tests.gpu.gpus import take_one
+
 # GPU interpret mode blocks a thread of XLA's CPU pool for every warp-group that waits: fewer threads than
 # warp-groups, as on a machine of two cores, and it stands still. Read when the CPU backend starts.
 os.environ.setdefault("NPROC", "32")
+take_one(os.environ)  # before JAX looks for GPUs
 
 
 @pytest.fixture
