@@ -59,7 +59,8 @@ def commit() -> str | None:
 def git(*arguments: str) -> str:
     """What git says of this checkout; nothing where there is no git or it fails."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+        command = ["git", "--no-optional-locks", "-C", str(ROOT), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout.strip()

@@ -37,10 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="from the start of this command: what cannot end in them does not start, and all has ended 10 s before",
     )  # fmt: skip
     parser.add_argument(
-        "--only", nargs="+", metavar="PATTERN", help="jobs or rows, by the names of --plan: 'gpu:flat*' 'layer:*'"
+        "--only",
+        nargs="+",
+        metavar="PATTERN",
+        help="jobs by the names of --plan, or rows of them: 'layer:*' 'gpu:scan:*:64K:*'; with --tests also tests",
     )
     parser.add_argument("--due", action="store_true", help="leave out figures that are of this code")
-    parser.add_argument("--tests", action="store_true", help="first the tests that need a GPU, on all GPUs together")
+    parser.add_argument(
+        "--tests", action="store_true", help="first those of tests/gpu that need a GPU, on all GPUs together"
+    )
     parser.add_argument("--plan", action="store_true", help="print the jobs, and measure nothing; needs no GPU")
     parser.add_argument(
         "--results", type=Path, default=records.RESULTS, metavar="DIR",
@@ -57,29 +62,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     ends_at = None if args.minutes is None else time.monotonic() - _age_s() + 60 * args.minutes - _BEFORE_S
     jax.config.update("jax_platforms", "cpu")  # the GPUs are the jobs'
-    if args.commit:
-        os.environ[records.COMMIT] = args.commit
-        records.commit.cache_clear()
-    gpus = _gpus()
-    chosen = jobs(args.topk_library) if args.only is None else only(jobs(args.topk_library), args.only)
+    gpus, commit = _gpus(), args.commit or records.commit()
+    if commit is None:
+        print("the commit is not known, so rows do not tell it: git says nothing of this folder; --commit does")
+    chosen = [*([tests(max(len(gpus), 1), os.cpu_count() or 1)] if args.tests else []), *jobs(args.topk_library)]
+    if args.only is not None:
+        chosen = only(chosen, [*args.only, *(["tests"] if args.tests else [])])
     results = args.results.resolve()
-    planned = plan(chosen, (results, records.RESULTS), gpus[0][1] if gpus else None)
+    planned = plan(chosen, (results, records.RESULTS), commit, gpus[0][1] if gpus else None)
     if args.due:
         planned = [part for part in planned if part.is_due]
     if args.plan:
-        _show(planned)
+        _show(planned, commit)
         return 0
     if not gpus:
         raise UserError("needs an NVIDIA GPU, nvidia-smi shows none here; --plan needs none")
     todo = [part.job for part in planned]
-    if args.tests:
-        todo.insert(0, tests(len(gpus), os.cpu_count() or 1))
     for folder in (results, args.logs):
         folder.mkdir(parents=True, exist_ok=True)
     _copy_results({job.file for job in todo if job.file}, results)
     place = queue.Place(
         gpus=tuple(name for name, _ in gpus), ends_at=ends_at, results=results, logs=args.logs.resolve(),
-        environment=_environment(),
+        environment=_environment() | ({records.COMMIT: args.commit} if args.commit else {}),
     )  # fmt: skip
     with _as_an_interrupt(signal.SIGTERM):
         ended, waiting = queue.run(todo, place, lambda line: print(line, flush=True))
@@ -156,7 +160,7 @@ def _summary(ended: Sequence[Ended], waiting: Sequence[Job], place: queue.Place)
     return 1 if bad else 0
 
 
-def _show(planned: Sequence[Planned]) -> None:
+def _show(planned: Sequence[Planned], commit: str | None) -> None:
     """A line a job, in their order."""
     table = Table("job", "rows", "GPUs", "seconds", "figures are", "oldest", "file", box=None, pad_edge=False)
     for part in planned:
@@ -169,4 +173,4 @@ def _show(planned: Sequence[Planned]) -> None:
     total = sum(part.job.seconds * part.job.gpus for part in planned)
     due = sum(state != CURRENT for part in planned for state in part.states)
     rows = sum(len(part.states) for part in planned)
-    print(f"{due} of {rows} rows are due; about {total / 60:.0f} minutes of one GPU, code is {records.commit()}")
+    print(f"{due} of {rows} rows are due; about {total / 60:.0f} minutes of one GPU; code: {commit or 'not known'}")

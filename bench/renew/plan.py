@@ -38,7 +38,9 @@ class Planned:
         return ", ".join(f"{self.states.count(state)} {state}" for state in dict.fromkeys(sorted(self.states)))
 
 
-def plan(jobs: Iterable[Job], folders: Sequence[Path], device: str | None = None) -> list[Planned]:
+def plan(
+    jobs: Iterable[Job], folders: Sequence[Path], commit: str | None, device: str | None = None
+) -> list[Planned]:  # fmt: skip
     """What is due, in the order of `jobs`, then what is current.
 
     Jobs that take rows are divided; of others all is due if one figure is. Expected seconds become those that a row
@@ -46,9 +48,10 @@ def plan(jobs: Iterable[Job], folders: Sequence[Path], device: str | None = None
 
     Args:
         folders: where result files are; the first that has one counts.
+        commit: of this code; None: not known.
         device: what figures have to be of; None: any.
     """
-    planned = [part for job in jobs for part in _parts(job, _rows_of(job, folders), device)]
+    planned = [part for job in jobs for part in _parts(job, _rows_of(job, folders), commit, device)]
     return sorted(planned, key=lambda part: not part.is_due)
 
 
@@ -57,8 +60,10 @@ def _rows_of(job: Job, folders: Sequence[Path]) -> list[dict[str, Any]]:
     return records.read(files[0]) if files else []
 
 
-def _parts(job: Job, rows: Sequence[dict[str, Any]], device: str | None) -> Iterator[Planned]:
-    known = [(figure, row := find(figure, rows, device), state(row, job.code)) for figure in job.figures]
+def _parts(
+    job: Job, rows: Sequence[dict[str, Any]], commit: str | None, device: str | None
+) -> Iterator[Planned]:  # fmt: skip
+    known = [(figure, row := find(figure, rows, device), state(row, job.code, commit)) for figure in job.figures]
     due = [x for x in known if x[2] != CURRENT]
     current = [x for x in known if x[2] == CURRENT]
     for part in (due, current) if job.takes_rows else (known,):
@@ -77,18 +82,15 @@ def find(figure: Figure, rows: Iterable[dict[str, Any]], device: str | None = No
     return max(found, key=lambda row: row.get("date") or "", default=None)
 
 
-def state(row: dict[str, Any] | None, code: Sequence[str]) -> str:
+def state(row: dict[str, Any] | None, code: Sequence[str], commit: str | None) -> str:
     """What is known of a figure from its row: MISSING, OLDER, UNKNOWN or CURRENT."""
     if row is None:
         return MISSING
-    commit = row.get("commit")
-    if commit is None:
+    if (of := row.get("commit")) is None:
         return UNKNOWN
-    if commit.endswith("+"):  # changes that no commit has, whatever they were
+    if of.endswith("+"):  # changes that no commit has, whatever they were
         return OLDER
-    if commit == records.commit():
-        return CURRENT
-    return _compared(commit, tuple(code))
+    return CURRENT if of == commit else _compared(of, tuple(code))
 
 
 @functools.cache

@@ -254,6 +254,16 @@ def test_what_there_is_no_time_for_is_named(card, capsys):
     assert shown.count("skipped") == 2 and "for lack of time" in shown and "0 rows measured" in shown
 
 
+def test_the_commit_is_told_where_git_does_not_know_it(card, monkeypatch, capsys):
+    monkeypatch.setattr(records, "commit", lambda: None)
+    assert bench([*card, "--plan"]) == 0
+    assert "the commit is not known" in capsys.readouterr().out
+    places = []
+    monkeypatch.setattr(queue, "run", lambda jobs, place, _: (places.append(place), ([], []))[1])
+    assert bench([*card, "--commit", "abc1234"]) == 0
+    assert "not known" not in capsys.readouterr().out and places[0].environment[records.COMMIT] == "abc1234"
+
+
 def test_a_signal_that_ends_the_command_ends_its_jobs(card, monkeypatch, tmp_path):
     monkeypatch.setattr(command, "jobs", lambda _: [job("gpu:x", "a-wait")])
     log = tmp_path / "gpu-x.log"
@@ -273,11 +283,12 @@ def test_minutes_are_counted_from_the_start_of_the_process():
     assert time.monotonic() - STARTED < command._age_s() < 24 * 3600
 
 
-def test_tests_run_first_and_on_all_gpus(card, monkeypatch, capsys):
+@pytest.mark.parametrize(("only", "others"), [([], ["gpu:x", "gpu:y"]), (["gpu:y"], ["gpu:y"]), (["tests"], [])])
+def test_tests_run_first_and_on_all_gpus(only, others, card, monkeypatch):
     started = []
     monkeypatch.setattr(queue, "run", lambda jobs, *_: (started.extend(jobs), ([], []))[1])
-    assert bench([*card, "--tests"]) == 0
-    assert [(job.name, job.gpus) for job in started] == [("tests", 2), ("gpu:x", 1), ("gpu:y", 1)]
+    assert bench([*card, "--tests", *(["--only", *only] if only else [])]) == 0
+    assert [(job.name, job.gpus) for job in started] == [("tests", 2), *((name, 1) for name in others)]
     arguments = started[0].command(Path("there"))
     assert arguments[1:6] == ["-m", "pytest", "-m", "gpu", "tests/gpu"] and "--json" not in arguments
 

@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import fnmatch
+import functools
 import importlib
 import json
 import subprocess
@@ -18,6 +19,7 @@ from bench.__main__ import main as bench
 from bench.gpu.rows import rows as gpu_rows
 from bench.layer import command as layer
 from bench.renew import jobs as table
+from bench.renew import plan as plan_module
 from bench.renew.job import Figure, Job
 from bench.renew.plan import CURRENT, MISSING, OLDER, UNKNOWN, find, only, plan, state
 
@@ -80,9 +82,20 @@ RUNS = {
 }
 
 
+@functools.cache
+def imported_by(path):
+    """The files of kernels that one imports."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hisa_jax.kernels_pallas"):
+            where = KERNELS.joinpath(*node.module.split(".")[2:])
+            found += [where.with_suffix(".py"), *(where / f"{alias.name}.py" for alias in node.names)]
+    return found
+
+
 @pytest.mark.parametrize("code", RUNS, ids=["attention", "flat and HISA", "selection"])
 def test_a_file_that_a_row_runs_makes_its_figure_older(code):
-    """What is left out imports nothing of what is left out: no kernel reads it."""
+    """Kernels of these rows import no file that is left out of their code."""
     todo = [KERNELS / f"{name}.py" for name in RUNS[code].split()]
     seen = set()
     while todo:
@@ -90,10 +103,7 @@ def test_a_file_that_a_row_runs_makes_its_figure_older(code):
         if path in seen or not path.exists():
             continue
         seen.add(path)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hisa_jax.kernels_pallas"):
-                where = KERNELS.joinpath(*node.module.split(".")[2:])
-                todo += [where.with_suffix(".py"), *(where / f"{alias.name}.py" for alias in node.names)]
+        todo += imported_by(path)
     assert len(seen) > 5
     left_out = [spec.removeprefix(":!") for spec in code if spec.startswith(":!kernels")]
     for path in seen:
@@ -117,8 +127,7 @@ def write(folder, *rows):
     (folder / "rows.json").write_text(json.dumps(rows))
 
 
-def test_what_is_not_there_or_of_other_code_comes_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "commit", lambda: "abc1234")
+def test_what_is_not_there_or_of_other_code_comes_first(tmp_path):
     write(
         tmp_path, {"row": "a", "commit": "abc1234", "date": "2026-11-30T04:00:00Z", "took_s": 3}, {"row": "b"},
         {"row": "c", "commit": "abc1234"}, {"row": "d", "commit": "abc1234+"},
@@ -126,6 +135,7 @@ def test_what_is_not_there_or_of_other_code_comes_first(tmp_path, monkeypatch):
     planned = plan(
         [job("x", "a", "b", "new"), job("y", "c", takes_rows=False), job("z", "c", "d", takes_rows=False)],
         [tmp_path / "new", tmp_path],
+        "abc1234",
     )
     shown = [(part.job.name, [figure.name for figure in part.job.figures], part.is_due) for part in planned]
     assert shown == [
@@ -137,8 +147,8 @@ def test_what_is_not_there_or_of_other_code_comes_first(tmp_path, monkeypatch):
 
 def test_figures_of_another_device_are_not_there(tmp_path):
     write(tmp_path, {"row": "a", "device": "H100", "date": "2026-11-30"}, {"row": "a", "device": "H200"})
-    assert plan([job("x", "a")], [tmp_path], "H200")[0].states == (UNKNOWN,)
-    assert plan([job("x", "a")], [tmp_path], "B200")[0].states == (MISSING,)
+    assert plan([job("x", "a")], [tmp_path], None, "H200")[0].states == (UNKNOWN,)
+    assert plan([job("x", "a")], [tmp_path], None, "B200")[0].states == (MISSING,)
 
 
 def test_a_figure_is_older_if_a_file_differs_that_it_measures(tmp_path, monkeypatch):
@@ -150,15 +160,17 @@ def test_a_figure_is_older_if_a_file_differs_that_it_measures(tmp_path, monkeypa
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run([*git, *arguments], check=True)
     records.commit.cache_clear()
-    row = {"commit": records.commit()}
-    assert state(row, ["kernels_pallas"]) == CURRENT
+    commit = records.commit()
+    records.commit.cache_clear()
+    row, every = {"commit": commit}, ["kernels_pallas"]
+    assert state(row, every, commit) == state(row, every, "0123456") == CURRENT
     (tmp_path / "kernels_pallas/scan.py").write_text("b")
-    records.commit.cache_clear()
-    without_scan = ["kernels_pallas", ":!kernels_pallas/scan*", ":!kernels_pallas/*/scan*"]
-    assert state(row, ["kernels_pallas"]) == OLDER and state(row, without_scan) == CURRENT
-    assert state({"commit": "0123456"}, without_scan) == UNKNOWN
-    assert state({"commit": row["commit"] + "+"}, without_scan) == OLDER
-    records.commit.cache_clear()
+    without_scan = [*every, ":!kernels_pallas/scan*", ":!kernels_pallas/*/scan*"]
+    here = commit + "+"
+    plan_module._compared.cache_clear()
+    assert state(row, every, here) == OLDER and state(row, without_scan, here) == CURRENT
+    assert state({"commit": "0123456"}, without_scan, here) == UNKNOWN
+    assert state({"commit": here}, without_scan, here) == OLDER
 
 
 def test_jobs_and_rows_are_chosen_by_name():
