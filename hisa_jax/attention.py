@@ -130,7 +130,7 @@ def sparse_mla_paged(
     call = "sparse_mla_paged"
     arrays: Any = dict(q=q, cache=cache, indices=indices, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q)
     over = dict(context_axis=context_axis, head_axis=head_axis, data_axis=data_axis)
-    meshes.check_arrays(call, mesh, over, **arrays)
+    meshes.check_arrays(call, mesh, over, **arrays, sink=sink)
     n_groups = meshes.groups(call, mesh, data_axis, **arrays)
     check_paged(call, **arrays, n_groups=n_groups)
     axes = None if mesh is None else meshes.page_axes(call, mesh, over, cache, n_groups, q.shape[1])
