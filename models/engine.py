@@ -199,20 +199,19 @@ class Engine:
         Returns: True; False if it had finished, failed or been cancelled before.
         Raises: ValueError: a number that `submit` never gave.
         """
-        self._demand_no_step("cancel")
-        request = self.scheduler.unfinished(self._number("cancel", id))
-        if request is None:
-            return False
-        request.is_cancelled = True
-        return self.scheduler.drop(request.id)
+        return self._drop("cancel", id, is_cancelled=True)
 
     def fail(self, id: int, error: str) -> bool:
         """As `cancel`, with what its stream will say why."""
-        self._demand_no_step("fail")
-        request = self.scheduler.unfinished(self._number("fail", id))
+        return self._drop("fail", id, error=error)
+
+    def _drop(self, call: str, id: int, **why: Any) -> bool:
+        self._demand_no_step(call)
+        request = self.scheduler.unfinished(self._number(call, id))
         if request is None:
             return False
-        request.error = error
+        for name, value in why.items():
+            setattr(request, name, value)
         return self.scheduler.drop(request.id)
 
     def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
