@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from hisa_jax import checks, dispatch
+from hisa_jax import checks, dispatch, dispatch_stage
 from hisa_jax.index_cache import IndexCache, check_cache
 from hisa_jax.latents import QuantizedLatents, check_latents
 from hisa_jax.layout import ascending, sequence_of_rows
@@ -130,7 +130,7 @@ def sparse_mla_paged(
     call = "sparse_mla_paged"
     arrays: Any = dict(q=q, cache=cache, indices=indices, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q)
     over = dict(context_axis=context_axis, head_axis=head_axis, data_axis=data_axis)
-    meshes.check_arrays(call, mesh, over, **arrays)
+    meshes.check_arrays(call, mesh, over, **arrays, sink=sink)
     n_groups = meshes.groups(call, mesh, data_axis, **arrays)
     check_paged(call, **arrays, n_groups=n_groups)
     axes = None if mesh is None else meshes.page_axes(call, mesh, over, cache, n_groups, q.shape[1])
@@ -173,10 +173,10 @@ def _checked_attention(
     if isinstance(kv, QuantizedLatents) and kv.value_dim != value_dim:
         raise ValueError(f"{call}: value_dim={value_dim}, wanted {kv.value_dim}, as the latents are quantised")
     N = q.shape[-2] // n_shares
-    problem = dispatch.AttentionProblem(
+    problem = dispatch_stage.AttentionProblem(
         N=N, key_dim=q.shape[-1], value_dim=value_dim, dtype=q.dtype.name, is_quantized=is_quantized
     )
-    name = dispatch.choose(call, implementation, dispatch.attention_reasons(dispatch.Device.default(), problem))
+    name = dispatch.choose(call, implementation, dispatch_stage.attention_reasons(dispatch.Device.default(), problem))
 
     def attend(q: Array, kv: Array | QuantizedLatents, indices: Array) -> tuple[Array, Array]:
         (B, T, N, _), S = q.shape, kv.shape[1]
@@ -310,7 +310,7 @@ def _attend(
     part: int | None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """[B, T, N, Dk], [B, S, Dk], [B, T, K] -> [B, T, N, value_dim], [B, T, N] float32; `part` entries at a time."""
-    forward = xla.forward if implementation == "xla" else dispatch.attention(implementation)
+    forward = xla.forward if implementation == "xla" else dispatch_stage.attention(implementation)
     forward = functools.partial(forward, scale=scale, value_dim=value_dim)
     return forward(q, kv, indices) if part is None else on_mesh.attend_in_parts(forward, part, q, kv, indices)
 

@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from hisa_jax import checks, dispatch
+from hisa_jax import checks, dispatch, dispatch_stage
 from hisa_jax.index_cache import (
     IndexCache,
     block_size_of,
@@ -187,11 +187,11 @@ def append(
     axes = _axes(call, mesh, over, cache, n_groups)
     (n_pages, size, D), T = cache.keys.shape, (k.values if isinstance(k, QuantizedKeys) else k).shape[0]
     n_own = n_pages if axes is None else n_pages // (n_groups * axes.n_devices)
-    problem = dispatch.AppendProblem(
+    problem = dispatch_stage.AppendProblem(
         n_requests=R // n_groups, n_pages=n_own, page_size=size, D=D, dtype=cache.keys.dtype.name,
         latent_values=cache.latents.value_dim if isinstance(cache.latents, QuantizedLatents) else 0,
     )  # fmt: skip
-    name = dispatch.choose(call, implementation, dispatch.append_reasons(dispatch.Device.default(), problem))
+    name = dispatch.choose(call, implementation, dispatch_stage.append_reasons(dispatch.Device.default(), problem))
     if 0 in (T, R, block_tables.shape[1]):
         return cache
     return _on(axes, functools.partial(_append, name), **arrays)
@@ -299,7 +299,7 @@ def _append(
     if name == "xla":
         offsets = ascending(cu_seqlens, values.shape[0])
         return xla.write(cache, values, scales, latents, block_tables, offsets, lengths)
-    return dispatch.appender(name)(cache, (values, scales, latents), block_tables, cu_seqlens, lengths)
+    return dispatch_stage.appender(name)(cache, (values, scales, latents), block_tables, cu_seqlens, lengths)
 
 
 def _truncate(

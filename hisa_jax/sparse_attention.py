@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hisa_jax import checks, dispatch
+from hisa_jax import checks, dispatch, dispatch_stage
 from hisa_jax.attention import check_sink, rows_of_pages, with_sink
 from hisa_jax.layout import BlockLists, ascending, sequence_of_rows
 from hisa_jax.sharded import varying
@@ -214,7 +214,7 @@ def _checked_attention(
     checks.finite(call, "scale", scale)
     check_sink(call, sink, q)
     checks.flags(call, return_lse=return_lse)
-    problem = dispatch.GroupedProblem(
+    problem = dispatch_stage.GroupedProblem(
         Hq=q.shape[-2],
         G=k.shape[-2],
         D=q.shape[-1],
@@ -223,7 +223,7 @@ def _checked_attention(
         block_size=block_size,
         n_listed=math.prod(indices.shape[q.ndim - 2 :]),
     )
-    name = dispatch.choose(call, implementation, dispatch.grouped_reasons(dispatch.Device.default(), problem))
+    name = dispatch.choose(call, implementation, dispatch_stage.grouped_reasons(dispatch.Device.default(), problem))
 
     def attend(q: Array, k: Array, v: Array, lists: BlockLists) -> tuple[Array, Array]:
         if 0 in (*q.shape, *k.shape, *v.shape, *lists.ids.shape):
@@ -250,7 +250,7 @@ def _attend(
     q: Array, k: Array, v: Array, lists: BlockLists, scale: float, block_size: int, implementation: str
 ) -> tuple[Array, Array]:
     """[B, T, Hq, D], [B, S, G, D], [B, S, G, V] -> [B, T, Hq, V], [B, T, Hq] float32."""
-    forward = xla.forward if implementation == "xla" else dispatch.grouped_attention(implementation)
+    forward = xla.forward if implementation == "xla" else dispatch_stage.grouped_attention(implementation)
     return forward(q, k, v, lists, scale=scale, block_size=block_size)
 
 

@@ -28,9 +28,9 @@ from typing import Literal, NamedTuple, Protocol
 import jax.numpy as jnp
 from jax import Array, lax
 
+from hisa_jax.kernels_pallas.communicator import Communicator
 from hisa_jax.kernels_pallas.flat_call import FlatCall
 from hisa_jax.kernels_pallas.operands import ScanHeads
-from hisa_jax.kernels_pallas.peers import Peers
 from hisa_jax.kernels_pallas.scan_samples import Samples, of_all_devices
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, KTH_SLACK, halfway
 from hisa_jax.kernels_pallas.types import Interpret
@@ -216,7 +216,13 @@ def select(stages: ScanStages, call: FlatCall, method: Scan, interpret: Interpre
 
 
 def best_of_share(
-    stages: ScanStages, call: FlatCall, seen: Array, method: Scan, k: int, peers: Peers, interpret: Interpret = False
+    stages: ScanStages,
+    call: FlatCall,
+    seen: Array,
+    method: Scan,
+    k: int,
+    devices: Communicator,
+    interpret: Interpret = False,
 ) -> Found:
     """`select` on one of several devices that share the keys: the best k of this one's candidates, and their sort keys.
 
@@ -226,14 +232,14 @@ def best_of_share(
         call: the keys, or pages, that this device has, and what queries see of those.
         seen: [T] int32, tokens that each query sees on all devices.
     """
-    samples = None if method.slopes == "plain" else of_all_devices(call, seen, peers)
+    samples = None if method.slopes == "plain" else of_all_devices(call, seen, devices)
     heads = stages.scan_heads(dataclasses.replace(call, visible=seen), method, interpret, samples)
 
     def refine(lists: Lists) -> Found:
         sort_keys, positions = stages.best_listed(call, *lists, k, interpret)
         return sort_keys, jnp.where((lists[1] > 0)[:, None], positions, -1)  # of an empty list there may be anything
 
-    return _scan(_Scan(stages, call, heads, method, seen, peers, interpret), refine)
+    return _scan(_Scan(stages, call, heads, method, seen, devices, interpret), refine)
 
 
 class _Scan(NamedTuple):
@@ -241,7 +247,7 @@ class _Scan(NamedTuple):
 
     Attributes:
         call: the keys that this device has, and what queries see of those; `seen`: [T] int32, the same on all devices.
-        peers: those that have the others; None: there are none.
+        devices: those that share the keys; None: there is one.
     """
 
     stages: ScanStages
@@ -249,12 +255,12 @@ class _Scan(NamedTuple):
     heads: ScanHeads
     method: Scan
     seen: Array
-    peers: Peers | None
+    devices: Communicator | None
     interpret: Interpret
 
     def total(self, x: Array) -> Array:
         """The sum over all devices."""
-        return x if self.peers is None else self.peers.total(x)
+        return x if self.devices is None else self.devices.total(x)
 
     def lists(self, call: FlatCall, threshold: Array, most: int) -> Lists:
         """This device's tokens whose scan score reaches the threshold."""
@@ -284,7 +290,7 @@ class _Search(NamedTuple):
 
 def _scan[Result](scan: _Scan, refine: Callable[[Lists], Result]) -> Result:
     """What `refine` makes of this device's lists of tokens."""
-    call, seen, n_devices = scan.call, scan.seen, 1 if scan.peers is None else scan.peers.n
+    call, seen, n_devices = scan.call, scan.seen, 1 if scan.devices is None else scan.devices.n
     m, most, rank, step = ask_of(scan.method, n_devices * call.sequences.max_keys)
     search = _Search(m, most, *_samples(scan, step, rank))
     # A query that sees more than it may have candidates sees more samples than `rank`.
@@ -311,7 +317,7 @@ def _samples(scan: _Scan, step: int, rank: int) -> tuple[Callable[[Array], Array
     def rank_of(threshold: Array) -> Array:
         return scan.total(_count(samples, n, threshold))
 
-    if scan.peers is None:
+    if scan.devices is None:
         return lambda rank: stages.kth(samples, n, rank, interpret), rank_of
     width, most = -(-scan.call.sequences.max_keys // step), rank + rank // 2
     if width > most:
@@ -319,7 +325,7 @@ def _samples(scan: _Scan, step: int, rank: int) -> tuple[Callable[[Array], Array
         own = jnp.where((n > 0)[:, None], best, INVISIBLE)
     else:
         own = jnp.where(jnp.arange(width, dtype=jnp.int32)[None, :] < n[:, None], samples[:, :width], INVISIBLE)
-    of_all = scan.peers.map_rows(own, INVISIBLE)
+    of_all = scan.devices.map_rows(own, INVISIBLE)
 
     def kth(samples: Array, rank: Array) -> Array:
         return stages.kth(samples, jnp.full_like(rank, samples.shape[1]), rank, interpret)

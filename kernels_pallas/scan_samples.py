@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from hisa_jax.kernels_pallas.communicator import Communicator
 from hisa_jax.kernels_pallas.flat_call import FlatCall
-from hisa_jax.kernels_pallas.peers import Peers
 
 N_SAMPLES, N_BEST = 256, 32
 
@@ -34,10 +34,10 @@ def shift_of_samples(visible: Array) -> Array:
     return 32 - lax.clz(lax.shift_right_logical(jnp.maximum(visible - 1, 0), jnp.int32(8)))
 
 
-def of_all_devices(call: FlatCall, visible: Array, peers: Peers) -> Samples:
+def of_all_devices(call: FlatCall, visible: Array, devices: Communicator) -> Samples:
     """What `visible` [T] int32 samples: tokens that each query sees on all devices; the call has this device's keys."""
     T, R, sequences = call.q.shape[0], len(call.sequences.lengths), call.sequences
-    n_shifts = ((peers.n * sequences.max_keys - 1) >> 8).bit_length() + 1
+    n_shifts = ((devices.n * sequences.max_keys - 1) >> 8).bit_length() + 1
     shift = shift_of_samples(visible)
     if R * n_shifts >= T:
         shifts, starts, sets = shift, sequences.key_start_of_queries(T), jnp.arange(T, dtype=jnp.int32)
@@ -48,14 +48,14 @@ def of_all_devices(call: FlatCall, visible: Array, peers: Peers) -> Samples:
         sets = sequence * n_shifts + jnp.minimum(shift, n_shifts - 1)
     positions = jnp.arange(N_SAMPLES, dtype=jnp.int32)[None, :] << shifts[:, None]
     # Of places beyond a sequence's end any key will do: no query sees them.
-    place = jnp.minimum(peers.own(positions), sequences.max_keys - 1)
+    place = jnp.minimum(devices.own(positions), sequences.max_keys - 1)
     rows = (starts[:, None] + place).reshape(-1)
     rows = jnp.clip(rows, 0, call.k.shape[0] - 1) if call.pages is None else call.pages.rows(rows)
     k, k_scale = call.k[rows], call.k_scale
     words = [_words(k), *([] if k_scale is None else [_words(k_scale[rows][:, None])])]
-    mine = jnp.where(peers.owns(positions).reshape(-1, 1), jnp.concatenate(words, axis=1), 0)
+    mine = jnp.where(devices.owns(positions).reshape(-1, 1), jnp.concatenate(words, axis=1), 0)
     n = words[0].shape[1]
-    mine = peers.total(mine)
+    mine = devices.total(mine)
     return Samples(
         k=_of_words(mine[:, :n], k.dtype),
         k_scale=None if k_scale is None else _of_words(mine[:, n:], k_scale.dtype)[:, 0],

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from hisa_jax.kernels_pallas import indexer, scan
+from hisa_jax.kernels_pallas.communicator import Communicator
 from hisa_jax.kernels_pallas.flat_call import FlatCall, flatten
 from hisa_jax.kernels_pallas.indexer import ByScore, Indexer
-from hisa_jax.kernels_pallas.peers import Peers
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.layout import Call
@@ -86,7 +86,7 @@ class SelectShard:
             return _of(*indexer.of_tokens(call).map_queries(some, indexer.QUERIES))
 
     def best_scanned(
-        self, call: Call, seen: Array, method: Scan, k: int, peers: Peers, interpret: Interpret = False
+        self, call: Call, seen: Array, method: Scan, k: int, devices: Communicator, interpret: Interpret = False
     ) -> Found:
         """The best of this device's candidates by a scan; the number of all devices' is as a scan promises.
 
@@ -104,9 +104,9 @@ class SelectShard:
                 flat = dataclasses.replace(flat, sketch=call.sketch)
 
             def some(flat: FlatCall, seen: Array) -> Found:
-                return scan.best_of_share(self.stages, flat, seen, method, k, peers, interpret)
+                return scan.best_of_share(self.stages, flat, seen, method, k, devices, interpret)
 
-            n = scan.queries_at_a_time(method, flat.sequences.max_keys, peers.n)
+            n = scan.queries_at_a_time(method, flat.sequences.max_keys, devices.n)
             return _of(*flat.map_queries(some, n, seen))
 
     def merge(self, sort_keys: Array, positions: Array, k: int, *, interpret: Interpret = False) -> tuple[Array, Array]:

@@ -2,9 +2,9 @@
 
 All requests share the pages of one cache. A prompt that begins like the tokens of another request, which runs or whose
 pages are still there, forks that request and computes only the rest. `models.scheduler` says which requests run and on
-which pages, `models.passes` has the compiled programs. With a draft a step verifies several proposed tokens at once and
-truncates those that would not have been taken, so the tokens are the same as without. Whatever fails, a step is done or
-it is not. `models.streams` hands out tokens and text as they come.
+which pages, `models.pass_runner` runs the compiled programs. With a draft a step verifies several proposed tokens at
+once and truncates those that would not have been taken, so the tokens are the same as without. Whatever fails, a step
+is done or it is not. `models.streams` hands out tokens and text as they come.
 
 On a mesh requests are spread over "data", and the pages of each over "context". Every process of the mesh has an engine
 of its own, which is told the same and so decides the same; before each pass they make sure of it (`models.agreement`).
@@ -14,17 +14,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax import Array
 
-from hisa_jax.models import checks, passes
+from hisa_jax.models import checks
 from hisa_jax.models.agreement import Agreement
 from hisa_jax.models.drafts import Draft, lookup, propose
-from hisa_jax.models.draws import ALL, LIKELIEST, SOME, Draws, draws_of, read_logprobs
+from hisa_jax.models.draws import Draws, draws_of, read_logprobs
 from hisa_jax.models.engine_mesh import in_common, split_of
 from hisa_jax.models.modeling import Model
+from hisa_jax.models.pass_runner import PassRunner
 from hisa_jax.models.passes import Pages, Taken, Trace
-from hisa_jax.models.plan import Phase
 from hisa_jax.models.prompts import prompt_ids, tokenizer_of
 from hisa_jax.models.replay.recorder import Recorder, Rows, checked_start
 from hisa_jax.models.report import Report, Step, Traced
@@ -33,16 +31,12 @@ from hisa_jax.models.sampling import Sampling, short_form
 from hisa_jax.models.scheduler import Batch, Saved, Scheduler
 from hisa_jax.models.stacked import Stacked
 from hisa_jax.models.streams import Piece, Reader
-from hisa_jax.models.structure import structures_of, weights_of
+from hisa_jax.models.structure import structures_of
 from hisa_jax.models.text import Text
 from hisa_jax.models.tokens import Tokenizer
 from hisa_jax.page_pool import PagePool
 
 __all__ = ["Draft", "Engine", "Report", "Step", "Traced", "lookup"]
-
-_PASSES: dict[Phase, str] = {
-    "prefill": "a prompt's chunks", "last_prefill": "a prompt's last chunk", "decode": "a decode step"
-}  # fmt: skip
 
 
 class Engine:
@@ -98,17 +92,16 @@ class Engine:
                 f"Engine: max_length={checks.shown(max_length)}, wanted at most {room}, the model's positions"
             )
         start = checked_start("Engine", selections_from, return_selections)
-        self.model, self._trace, self._tokenizer = model, Trace(trace, return_selections), tokenizer
+        self.model, self._tokenizer, structures = model, tokenizer, structures_of(model)
         self._recorder = Recorder(model, start) if return_selections else None
-        self._structures, self._weights = structures_of(model), weights_of(model)
-        self.scheduler = Scheduler(**sizes, page_size=model.page_size, programs=self._structures, **split)
+        self.scheduler = Scheduler(**sizes, page_size=model.page_size, programs=structures, **split)
         timeout_s = checks.number("Engine", "process_timeout_s", process_timeout_s, 0.001, 86400)
         self._agreement = Agreement(model.mesh, timeout_s)
         if model.mesh is not None:
             self._agreement.check("Engine", **in_common(model, sizes, n_draft, trace, return_selections, start))
-        self._formats = passes.formats_of(model, self.pool.n_pages)
-        self._pages: Pages | None = None
-        self._unfinished: Array | None = None  # a result of the last pass, if nobody has waited for it
+        self._runner = PassRunner(
+            model, structures, self.scheduler, self._agreement, Trace(trace, return_selections), self._n_draft
+        )  # fmt: skip
         self._is_in_step = False
         jax.block_until_ready(self.pages)  # more than there is memory for show here
 
@@ -120,9 +113,7 @@ class Engine:
     @property
     def pages(self) -> Pages:
         """What the pages hold; empty ones at first, and after they were lost."""
-        if self._pages is None:
-            self._pages = passes.empty(self.model, self.pool.n_pages, self._formats)
-        return self._pages
+        return self._runner.pages
 
     @property
     def is_idle(self) -> bool:
@@ -131,7 +122,7 @@ class Engine:
     @property
     def is_ahead(self) -> bool:
         """Whether the last step did not wait for its pass, whose error a later step would raise."""
-        return self._unfinished is not None
+        return self._runner.is_ahead
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -208,20 +199,19 @@ class Engine:
         Returns: True; False if it had finished, failed or been cancelled before.
         Raises: ValueError: a number that `submit` never gave.
         """
-        self._demand_no_step("cancel")
-        request = self.scheduler.unfinished(self._number("cancel", id))
-        if request is None:
-            return False
-        request.is_cancelled = True
-        return self.scheduler.drop(request.id)
+        return self._drop("cancel", id, is_cancelled=True)
 
     def fail(self, id: int, error: str) -> bool:
         """As `cancel`, with what its stream will say why."""
-        self._demand_no_step("fail")
-        request = self.scheduler.unfinished(self._number("fail", id))
+        return self._drop("fail", id, error=error)
+
+    def _drop(self, call: str, id: int, **why: Any) -> bool:
+        self._demand_no_step(call)
+        request = self.scheduler.unfinished(self._number(call, id))
         if request is None:
             return False
-        request.error = error
+        for name, value in why.items():
+            setattr(request, name, value)
         return self.scheduler.drop(request.id)
 
     def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
@@ -231,31 +221,7 @@ class Engine:
             progress: is told what is compiled, how many are done, and of how many.
         """
         self._demand_no_step("warm_up")
-        # A program a phase; phases of the same methods run the same one.
-        phases: tuple[Phase, ...] = ("last_prefill", "prefill")
-        reads = {self._structures[phase]: phase for phase in phases}
-        programs = [(phase, self.scheduler.prefill_rows, self.scheduler.chunk) for phase in reads.values()]
-        programs.append(("decode", self.scheduler.rows, 1 + self._n_draft))
-        for done, (phase, B, T) in enumerate(programs):
-            if progress is not None:
-                progress(f"compiling {_PASSES[phase]}", done, len(programs))
-            batch = self.scheduler.batch(phase, [], [])
-            draws, run = draws_of([], [], B), passes.verify if done == len(programs) - 1 else passes.read
-            arrays = self._place(batch, B, T, draws)
-            static: Any = dict(structure=self._structures[phase], trace=self._trace, formats=self._formats)
-            logits, pages, _ = run(self._weights, self.pages, *arrays, **static)
-            for kind in (LIKELIEST, ALL, SOME):
-                every = draws._replace(kind=np.int32(kind), has_logprobs=np.bool_(True))
-                taken = passes.taken(logits, every, self.model.mesh, self._trace)
-            if run is passes.verify and T > 1:
-                _, pages = passes.keep(pages, *arrays, taken.tokens, mesh=self.model.mesh, formats=self._formats)
-            self._pages = jax.block_until_ready(pages)
-        nowhere = self.scheduler.copies_of_groups([], self._most_copies)
-        self._pages = jax.block_until_ready(
-            passes.copy(self.pages, *nowhere, mesh=self.model.mesh, formats=self._formats)
-        )
-        if progress is not None:
-            progress("compiled", len(programs), len(programs))
+        self._runner.warm_up(progress)
 
     def release(self) -> None:
         """Frees the pages of finished requests, which were kept for others that begin alike."""
@@ -270,7 +236,7 @@ class Engine:
             waits again before all others and reads its tokens anew; the tokens stay the same.
         """
         self._demand_no_step("step")
-        saved, pages = self.scheduler.save(), self._pages
+        saved, pages = self.scheduler.save(), self._runner.written
         try:
             self._is_in_step = True
             return self._do_step()
@@ -306,10 +272,8 @@ class Engine:
         return report
 
     def _undo_step(self, saved: Saved, pages: Pages | None) -> None:
-        self._unfinished = None
-        self.scheduler.restore(saved, are_pages_written=self._pages is not pages)
-        if not _are_there(self._pages):
-            self._pages = None
+        self.scheduler.restore(saved, are_pages_written=self._runner.written is not pages)
+        if self._runner.has_lost_pages():
             self.scheduler.start_over()
 
     def _number(self, call: str, id: int) -> int:
@@ -323,50 +287,32 @@ class Engine:
             raise RuntimeError(f"{call}: called within a step, wanted after it")
 
     def _read(self, batch: Batch, report: Report) -> Step:
-        B, structure = self.scheduler.prefill_rows, self._structures[batch.phase]
+        B, n_kept = self.scheduler.prefill_rows, [len(new) for new in batch.news]
         rows, draws = self.scheduler.rows_of(batch.requests, B), self._draws(batch, B, [0] * len(batch.requests))
-        arrays = self._place(batch, B, self.scheduler.chunk, draws)
-        logits, pages, seen = passes.read(
-            self._weights, self.pages, *arrays, structure=structure, trace=self._trace, formats=self._formats
-        )
-        ends = [self.pool.lengths[request.id] == request.n_prompt == len(request.tokens) for request in batch.requests]
-        n_kept = [len(new) for new in batch.news]
-        if self._recorder is None and not any(ends):
-            # The host needs nothing of this pass, and prepares the next one while it runs, one at a time. An error of
-            # the device shows in a later step, which then finds the pages lost.
-            self._pages, before, self._unfinished = pages, self._unfinished, logits
-            jax.block_until_ready(before)
-            return self._step(batch, rows, n_kept, seen.layers)
-        # An error of the device shows here, so before the pages are taken over.
-        taken, rows_seen = jax.device_get((passes.taken(logits, draws, self.model.mesh, self._trace), seen.rows))
-        self._pages, self._unfinished = pages, None
-        self._record(batch, rows, n_kept, rows_seen)
-        for row, request, is_end in zip(rows, batch.requests, ends, strict=True):
-            if is_end:
-                self._take(request, taken, row, 0, 1, report)
-        return self._step(batch, rows, n_kept, seen.layers)
+        ends = [
+            start + len(new) == request.n_prompt == len(request.tokens)
+            for request, start, new in zip(*batch[1:], strict=True)
+        ]
+        layers, told = self._runner.read(batch, draws, is_needed=self._recorder is not None or any(ends))
+        if told is not None:
+            self._record(batch, rows, n_kept, told.choices)
+            for row, request, is_end in zip(rows, batch.requests, ends, strict=True):
+                if is_end:
+                    self._take(request, told.taken, row, 0, 1, report)
+        return self._step(batch, rows, n_kept, layers)
 
     def _decode(self, requests: list[Request], report: Report) -> Step:
         news = [[request.tokens[-1], *self._proposals(request, report)] for request in requests]
-        batch = self.scheduler.batch("decode", requests, news)
-        B, T, structure = self.scheduler.rows, 1 + self._n_draft, self._structures["decode"]
-        firsts = [T - len(new) for new in news]  # columns
+        batch, B = self.scheduler.batch("decode", requests, news), self.scheduler.rows
+        firsts = [1 + self._n_draft - len(new) for new in news]  # columns
         rows, draws = self.scheduler.rows_of(requests, B), self._draws(batch, B, firsts)
-        arrays = self._place(batch, B, T, draws)
-        logits, pages, seen = passes.verify(
-            self._weights, self.pages, *arrays, structure=structure, trace=self._trace, formats=self._formats
-        )
-        made, n_right = passes.taken(logits, draws, self.model.mesh, self._trace), np.zeros(B, np.int32)
-        if T > 1:
-            n_right, pages = passes.keep(pages, *arrays, made.tokens, mesh=self.model.mesh, formats=self._formats)
-        taken, n_right, rows_seen = jax.device_get((made, n_right, seen.rows))
+        layers, told, n_right = self._runner.verify(batch, draws)
         n_kept = (1 + n_right)[rows].tolist()
-        self._pages, self._unfinished = pages, None
-        self._record(batch, rows, n_kept, rows_seen)
+        self._record(batch, rows, n_kept, told.choices)
         for row, request, start, first, kept in zip(rows, *batch[1:3], firsts, n_kept, strict=True):
             self.scheduler.truncate(request, start + kept)
-            self._take(request, taken, row, first, first + kept, report)
-        return self._step(batch, rows, n_kept, seen.layers)
+            self._take(request, told.taken, row, first, first + kept, report)
+        return self._step(batch, rows, n_kept, layers)
 
     def _record(self, batch: Batch, rows: list[int], n_kept: list[int], chosen: Rows | None) -> None:
         """Keeps what the new tokens of a pass chose, but for rejected proposals."""
@@ -404,24 +350,6 @@ class Engine:
             for i, token in enumerate(request.tokens[request.n_prompt + n_before :], first):
                 request.logprobs.append(read_logprobs(taken.logprobs, row, i, token, n))
 
-    @property
-    def _most_copies(self) -> int:
-        """Of a pass: the program of copies has one size, whatever their number, so that it compiles once."""
-        return max(self.scheduler.rows, self.scheduler.prefill_rows)
-
-    def _place(self, batch: Batch, B: int, T: int, draws: Draws) -> tuple[np.ndarray, ...]:
-        """As `Scheduler.place`, and makes the copies, once all processes agree on the pass."""
-        copies, arrays = self.scheduler.place(batch, B, T)
-        tables, lengths, ids, n_new = arrays
-        self._agreement.check(
-            "step", pass_of=batch.phase, rows=B, tokens=ids, n_new=n_new, lengths=lengths, pages=tables, copies=copies,
-            sampling=draws,
-        )  # fmt: skip
-        if copies:
-            pairs = self.scheduler.copies_of_groups(copies, self._most_copies)
-            self._pages = passes.copy(self.pages, *pairs, mesh=self.model.mesh, formats=self._formats)
-        return arrays
-
     def _step(self, batch: Batch, rows: list[int], n_kept: list[int], traced: Any) -> Step:
         full = [i for i, kind in enumerate(self.model.config.indexer_kinds) if kind == "full"]
         layers = tuple(Traced(i, *layer) for i, layer in zip(full, traced, strict=False))
@@ -429,12 +357,3 @@ class Engine:
         return Step(
             phase=batch.phase, requests=ids, rows=rows, starts=batch.starts, n_new=n_new, n_kept=n_kept, layers=layers
         )  # fmt: skip
-
-
-def _are_there(pages: Pages | None) -> bool:
-    """Whether no page was given to a program that did not return, or returned by one that failed."""
-    try:
-        jax.block_until_ready(pages)  # raises for what was deleted, too
-    except Exception:
-        return False
-    return True

@@ -107,12 +107,15 @@ def _compiled(outs: Callable[[Any], Any], *static: str) -> Callable[[Callable[..
 
 
 def _run(
-    model: Model, pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array, trace: Trace, last_only: bool
-) -> Output:  # fmt: skip
-    T = ids.shape[1]
+    structure: Structure, weights: list[Array], pages: Pages, tables: Array, lengths: Array, ids: Array, n_new: Array,
+    trace: Trace, last_only: bool,
+) -> tuple[Array, Pages, Seen]:  # fmt: skip
+    """The logits after all new tokens or the last one, the pages, what was selected."""
+    model, T = structure.merge(weights), ids.shape[1]
     mask = jnp.arange(T)[None, :] >= T - n_new[:, None]
     cache = Cache(layers=pages, block_tables=tables, lengths=lengths)
-    return model.run(ids, cache=cache, mask=mask, last_only=last_only, trace=any(trace))
+    out = model.run(ids, cache=cache, mask=mask, last_only=last_only, trace=any(trace))
+    return out.logits, _where_they_were(model.mesh, out.cache.layers), _on_all(model.mesh, _seen(out, trace))
 
 
 def _seen(out: Output, trace: Trace) -> Seen:
@@ -127,9 +130,7 @@ def read(
     structure: Structure, trace: Trace,
 ) -> tuple[Array, Pages, Seen]:  # fmt: skip
     """A chunk of prompts: the logits [B, 1, V] after it, the pages, what was selected."""
-    model = structure.merge(weights)
-    out = _run(model, pages, tables, lengths, ids, n_new, trace, last_only=True)
-    return out.logits, _where_they_were(model.mesh, out.cache.layers), _on_all(model.mesh, _seen(out, trace))
+    return _run(structure, weights, pages, tables, lengths, ids, n_new, trace, last_only=True)
 
 
 @_compiled(lambda pages: (None, pages, None), "structure", "trace")
@@ -138,9 +139,7 @@ def verify(
     structure: Structure, trace: Trace,
 ) -> tuple[Array, Pages, Seen]:  # fmt: skip
     """The last token and proposals: the logits [B, T, V] after each, the pages with all, what was selected."""
-    model = structure.merge(weights)
-    out = _run(model, pages, tables, lengths, ids, n_new, trace, last_only=False)
-    return out.logits, _where_they_were(model.mesh, out.cache.layers), _on_all(model.mesh, _seen(out, trace))
+    return _run(structure, weights, pages, tables, lengths, ids, n_new, trace, last_only=False)
 
 
 def taken(logits: Array, draws: Draws, mesh: Mesh | None, trace: Trace) -> Taken:

@@ -4,6 +4,8 @@ The number of devices is fixed when JAX starts, so it cannot be set for one test
 """
 
 import functools
+import inspect
+import re
 import sys
 import time
 
@@ -230,9 +232,36 @@ def arrays_on_other_devices_are_refused():
         jax.eval_shape(lambda arrays=arrays: hj.select(**arrays, method=METHODS["dsa"], **axes))
 
 
+def arrays_on_the_devices_in_another_order_are_refused():
+    """Each array argument of every public function with `mesh=`: where arrays lie is asked before anything else."""
+    devices = mesh(1, 8).devices
+    backwards = jax.NamedSharding(jax.sharding.Mesh(devices[:, ::-1], ("data", "context")), jax.P("context"))
+    moved = jax.device_put(jnp.zeros((8, 8)), backwards)
+    said = "is on the devices [7, 6, 5, 4, 3, 2, 1, 0], wanted them in the order of the mesh, [0, 1, 2, 3, 4, 5, 6, 7]"
+    functions = [function for name in hj.__all__ if inspect.isfunction(function := getattr(hj, name))]
+    n_functions = 0
+    for function in functions:
+        parameters = inspect.signature(function).parameters
+        if "mesh" not in parameters:
+            continue
+        n_functions += 1
+        needed = {name: None for name, parameter in parameters.items() if parameter.default is parameter.empty}
+        arrays = [name for name, x in parameters.items() if re.search("Array|IndexCache|Selection", str(x.annotation))]
+        assert len(arrays) >= 3, function
+        for name in arrays:
+            try:
+                function(**needed | {name: moved}, mesh=mesh(1, 8), context_axis="context")
+            except ValueError as error:
+                assert str(error) == f"{function.__name__}: {name} {said}", error
+            else:
+                raise AssertionError("nothing was raised")
+    assert n_functions >= 9
+
+
 PARTS = {
     "some": (
         arrays_on_other_devices_are_refused,
+        arrays_on_the_devices_in_another_order_are_refused,
         lighthouse_has_the_bits_of_one_device,
         same_bits_for_some_methods,
         same_bits_without_scores_for_8_bits,

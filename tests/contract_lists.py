@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import hisa_jax as hj
-from hisa_jax import dispatch
+from hisa_jax import dispatch_stage
 from tests import draw, oracle
 
 OUTSIDE = (np.iinfo(np.int32).min, -128, -2, np.iinfo(np.int32).max)
@@ -143,9 +143,9 @@ def _pages(size: int) -> Form:
 
 def interpreted(monkeypatch, name: str, **options) -> None:
     """Lets the public functions run the kernel of a backend, interpreted."""
-    attend = functools.partial(dispatch.attention(name), **options)
-    monkeypatch.setattr(dispatch, "attention_reasons", lambda device, problem: {name: None})
-    monkeypatch.setattr(dispatch, "attention", lambda name: attend)
+    attend = functools.partial(dispatch_stage.attention(name), **options)
+    monkeypatch.setattr(dispatch_stage, "attention_reasons", lambda device, problem: {name: None})
+    monkeypatch.setattr(dispatch_stage, "attention", lambda name: attend)
 
 
 def unselected(rows: np.ndarray, n: int) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
-from hisa_jax import dispatch  # noqa: E402
+from hisa_jax import dispatch_stage  # noqa: E402
 from hisa_jax.page_pool import PagePool  # noqa: E402
 from tests.collectives import collectives  # noqa: E402
 
@@ -40,8 +40,8 @@ def interpreted(name):
     if name != "xla":
         forward = importlib.import_module(f"hisa_jax.kernels_pallas.{name}.sparse_mla").sparse_mla
         run = functools.partial(forward, interpret=INTERPRET[name])
-        dispatch.attention = lambda _: run
-        dispatch.attention_reasons = lambda device, problem: {name: None, "xla": None}
+        dispatch_stage.attention = lambda _: run
+        dispatch_stage.attention_reasons = lambda device, problem: {name: None, "xla": None}
 
 
 def lists(owner):

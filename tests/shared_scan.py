@@ -22,7 +22,7 @@ from hisa_jax.kernels_pallas import scan, triton
 from hisa_jax.kernels_pallas.indexer import of_tokens
 from hisa_jax.kernels_pallas.scan_samples import of_all_devices
 from hisa_jax.layout import Call, Keys
-from hisa_jax.sharded.peers import Peers
+from hisa_jax.sharded.communicator import Communicator
 from hisa_jax.sharded.stripes import Shard
 from tests import draw, isolation, oracle
 from tests.collectives import collectives
@@ -163,7 +163,7 @@ def compare_heads(T):
         call, tokens = call_of(*arrays), shard.stripes()
         seen = call.queries.visible
         flat = of_tokens(dataclasses.replace(call, visible=tokens.before(call.visible)))
-        samples = of_all_devices(flat, seen, Peers("context", tokens, 0))
+        samples = of_all_devices(flat, seen, Communicator("context", tokens, 0))
         return triton.stages.scan_heads(dataclasses.replace(flat, visible=seen), METHOD, True, samples)
 
     q, k, w = draw.inputs(2, T, S, H, D)

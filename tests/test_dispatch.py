@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from hisa_jax import dispatch
+from hisa_jax import dispatch, dispatch_stage
 from hisa_jax.layout import Keys
 
 pytestmark = pytest.mark.check
@@ -202,8 +202,8 @@ def test_kernels_take_few_heads_by_repeating_them():
 def test_hoppers_attention_is_first_where_its_64_heads_are_full():
     hopper = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
     for N, first in ((16, "triton"), (64, "mosaic_gpu"), (96, "triton"), (128, "mosaic_gpu")):
-        problem = dispatch.AttentionProblem(N=N, key_dim=576, value_dim=512, dtype="bfloat16")
-        assert next(iter(dispatch.attention_reasons(hopper, problem))) == first
+        problem = dispatch_stage.AttentionProblem(N=N, key_dim=576, value_dim=512, dtype="bfloat16")
+        assert next(iter(dispatch_stage.attention_reasons(hopper, problem))) == first
 
 
 def test_tiles_are_for_xla_alone(monkeypatch):

@@ -103,7 +103,7 @@ def test_files_that_pages_name_exist():
     """`stages.py`, `xla/stages.py`: in some folder. `STAGE.py`, `host_<name>.py` and the files of hosts are none."""
     folders = ("bench", "docs", "hisa_jax", "kernels_pallas", "models", "tests")
     files = [f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    for page in set(PAGES) - {ROOT / "CHANGELOG.md"}:  # which has old names
+    for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
         for name in set(re.findall(r"`([a-z_\d/]+\.py)`", text)) - {"main.py"}:
             assert any(file.endswith(f"/{name}") for file in files), f"{page.name} names {name}, which is not there"

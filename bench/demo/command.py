@@ -7,7 +7,6 @@ Each row is printed as soon as it is known.
 """
 
 import argparse
-import dataclasses
 import functools
 import tempfile
 import time
@@ -25,6 +24,7 @@ from bench import UserError, options, shapes, text, timing
 from bench.demo import model as demo_model
 from bench.demo import report
 from bench.demo.life import Show, signs_of_life
+from bench.demo.result import Result
 from bench.quality.ngrams import Ngrams, Task, task
 
 MODEL = shapes.DSV32
@@ -35,26 +35,6 @@ _LEAST_S = 1.0  # seconds of timed calls at each context
 _GROWTH = 2.0  # times as long as the last one a context takes, which has 4 times the tokens
 
 select = jax.jit(hj.select, static_argnames=("method", "return_scores"))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """What was measured at one context.
-
-    Attributes:
-        recent: tokens before a query in which a place does not count as found.
-        rows: a method each, as they are written to JSON.
-        n_identical: queries for which a method was found identical to the flat indexer, as the contract has it.
-        flat, scan: their selections, the flat one with its scores.
-    """
-
-    context: int
-    recent: int
-    task: Task
-    rows: list[dict[str, Any]]
-    n_identical: dict[str, int]
-    flat: hj.Selection
-    scan: hj.Selection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,11 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bench import shapes
+from bench.demo.result import Result
 from bench.quality.ngrams import spread
 from bench.records import device
-
-if TYPE_CHECKING:
-    from bench.demo.command import Result
 
 NAMES = {"dsa": "flat", "hisa": "HISA", "scan": "scan", "block-sparse": "block-sparse"}
 _COLORS = {"dsa": "#444444", "hisa": "#0b6fb8", "scan": "#2e8b57", "block-sparse": "#d9781c"}
@@ -92,7 +90,7 @@ def conclusion(rows: list[dict[str, Any]], model_rows: list[dict[str, Any]]) -> 
     )
 
 
-def notes(results: "list[Result]") -> Iterator[str]:
+def notes(results: list[Result]) -> Iterator[str]:
     here = device()
     ways = sorted({row["implementation"] for result in results for row in result.rows})
     yield (
@@ -115,7 +113,7 @@ def notes(results: "list[Result]") -> Iterator[str]:
         )
 
 
-def passages(tokens: list[str], result: "Result") -> Iterator[Panel]:
+def passages(tokens: list[str], result: Result) -> Iterator[Panel]:
     """Some queries with the best place the scan found beyond the recent tokens, where that place is a right answer."""
     found = [(i, best) for i in range(len(result.task.positions)) if (best := _best_place(result, i)) is not None]
     for i, place in (found[j] for j in spread(list(range(len(found))), _N_PASSAGES)):
@@ -141,7 +139,7 @@ def _joined(tokens: list[str], first: int, end: int) -> str:
     return "".join(tokens[max(first, 0) : end])
 
 
-def _best_place(result: "Result", i: int) -> int | None:
+def _best_place(result: Result, i: int) -> int | None:
     """Of what the scan found for query i beyond the recent tokens, the place of the best score, if a right answer."""
     indices, scores = np.asarray(result.flat.indices)[0, i], np.asarray(result.flat.scores)[0, i]
     far = np.isin(indices, np.asarray(result.scan.indices)[0, i]) & (indices >= 0)

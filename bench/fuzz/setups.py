@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 import hisa_jax as hj
-from hisa_jax import dispatch
+from hisa_jax import dispatch, dispatch_stage
 from hisa_jax.pallas import Kernels
 
 
@@ -231,7 +231,7 @@ def interpret(implementation: str) -> None:
     dispatch.IMPLEMENTATIONS[implementation] = dispatch.Implementation(
         why_not=lambda device, problem: None, select=kernels.select
     )
-    attention, reasons = dispatch.attention, dispatch.attention_reasons
+    attention, reasons = dispatch_stage.attention, dispatch_stage.attention_reasons
     options = dict(n_ctas=2) if implementation == "mosaic_gpu" else {}
 
     def interpreted(name: str) -> Any:
@@ -240,7 +240,7 @@ def interpret(implementation: str) -> None:
         )
 
     # Hisa_jax has no switch for this: its users run kernels on devices that have them.
-    dispatch.attention = interpreted
-    dispatch.attention_reasons = lambda device, problem: reasons(device, problem) | {implementation: None}
+    dispatch_stage.attention = interpreted
+    dispatch_stage.attention_reasons = lambda device, problem: reasons(device, problem) | {implementation: None}
     # To compile the interpreter's programs takes longer than to run them.
     jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")

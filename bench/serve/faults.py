@@ -7,7 +7,6 @@ Each must end in the empty selection of its request alone, the others' bit for b
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 import hisa_jax as hj
+from bench.serve.small import make_engine, traffic
+from hisa_jax.models.engine import Engine
 from hisa_jax.page_pool import OutOfPages
-
-if TYPE_CHECKING:
-    from hisa_jax.models.engine import Engine
 
 _VICTIM = 0
 _select = jax.jit(hj.select_paged, static_argnames="method")
@@ -38,8 +36,6 @@ class Result:
 
 def inject(seed: int, method: hj.Method) -> list[Result]:
     """Runs a few requests, stops in the middle, and injects every fault; `method` selects from the faulty tables."""
-    from bench.serve.command import make_engine, traffic
-
     engine = make_engine(seed, "float32", 4, 60, 0, trace=False)
     for prompt, _ in list(traffic(4, seed)):
         engine.submit(prompt, 24)
@@ -50,7 +46,7 @@ def inject(seed: int, method: hj.Method) -> list[Result]:
     return [*_in_selection(engine, method), *_in_bookkeeping(engine)]
 
 
-def _in_selection(engine: "Engine", method: hj.Method) -> Iterator[Result]:
+def _in_selection(engine: Engine, method: hj.Method) -> Iterator[Result]:
     requests, size = list(engine.scheduler.running), engine.pool.page_size
     tables = engine.pool.table(requests, engine.scheduler.max_pages)
     lengths = np.array([engine.pool.lengths[request] for request in requests], np.int32)
@@ -93,7 +89,7 @@ def _in_selection(engine: "Engine", method: hj.Method) -> Iterator[Result]:
         yield Result(fault, outcome, error, is_empty and is_same and error.startswith("select_paged: "))
 
 
-def _in_bookkeeping(engine: "Engine") -> Iterator[Result]:
+def _in_bookkeeping(engine: Engine) -> Iterator[Result]:
     request, pool = next(iter(engine.scheduler.running)), engine.pool
     for fault, call, kind in (
         ("more tokens than pages", lambda: pool.extend(request, pool.n_pages * pool.page_size), OutOfPages),

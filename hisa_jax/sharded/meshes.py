@@ -42,8 +42,8 @@ class Axes(NamedTuple):
 
 
 def check_arrays(call: str, mesh: Mesh | None, axes: dict[str, str | None], **arrays: Any) -> None:
-    """Raises where a mesh comes without one of its axes, or with one twice, or with arrays that lie on other devices;
-    where an axis comes without a mesh; where neither comes, and arrays are split."""
+    """Raises where a mesh comes without one of its axes, or with one twice, or with arrays that lie on other devices or
+    in another order; where an axis comes without a mesh; where neither comes, and arrays are split."""
     given = {name: axis for name, axis in axes.items() if axis is not None}
     if mesh is None and given:
         name, axis = next(iter(given.items()))
@@ -60,14 +60,23 @@ def check_arrays(call: str, mesh: Mesh | None, axes: dict[str, str | None], **ar
 
 
 def _check_devices(call: str, mesh: Mesh, arrays: dict[str, Any]) -> None:
-    """Raises for arrays that were put on other devices; those that a program closes over may lie anywhere."""
-    wanted = set(mesh.devices.flat)
+    """Raises for arrays that were put on other devices, or on the mesh's in another order, by which JAX runs nothing.
+
+    Those that a program closes over may lie anywhere; where the arguments of a program lie, JAX knows and says.
+    """
+    wanted = list(mesh.devices.flat)
     for name, array in arrays.items():
         for leaf in jax.tree.leaves(array):
             is_placed = isinstance(leaf, Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed
-            if is_placed and leaf.sharding.device_set != wanted and not _is_traced():
-                given, those = (sorted(device.id for device in some) for some in (leaf.sharding.device_set, wanted))
-                raise ValueError(f"{call}: {name} is on the devices {given}, wanted those of the mesh, {those}")
+            if (
+                not is_placed
+                or (given := list(leaf.sharding.devices_indices_map(leaf.shape))) == wanted
+                or _is_traced()
+            ):
+                continue
+            what = "them in the order of the mesh" if set(given) == set(wanted) else "those of the mesh"
+            ids, those = ([device.id for device in some] for some in (given, wanted))
+            raise ValueError(f"{call}: {name} is on the devices {ids}, wanted {what}, {those}")
 
 
 def _is_traced() -> bool:

@@ -17,8 +17,8 @@ from hisa_jax.layout import Call
 from hisa_jax.methods import BlockSparse, Dsa, Hisa, Method, Scan
 from hisa_jax.pallas import tokens_of_blocks
 from hisa_jax.selection import Selection
+from hisa_jax.sharded.communicator import Communicator
 from hisa_jax.sharded.exchange import Rows
-from hisa_jax.sharded.peers import Peers
 from hisa_jax.sharded.stripes import Shard, Stripes
 from hisa_jax.xla import select as xla
 from hisa_jax.xla import stages, topk
@@ -41,7 +41,7 @@ class Local(Protocol):
     def best_in_blocks(self, call: Call, ids: Array, k: int, block_size: int, interpret: Any = False) -> Found: ...
     def best_tokens(self, call: Call, k: int, interpret: Any = False) -> Found: ...
     def best_scanned(
-        self, call: Call, seen: Array, method: Scan, k: int, peers: Peers, interpret: Any = False
+        self, call: Call, seen: Array, method: Scan, k: int, devices: Communicator, interpret: Any = False
     ) -> Found: ...
     def merge(self, sort_keys: Array, positions: Array, k: int, *, interpret: Any = False) -> tuple[Array, Array]: ...
 
@@ -121,9 +121,9 @@ class _Search:
 
     def best_scanned(self, method: Scan, k: int) -> Found:
         """The k best of those tokens that a scan has scored exactly."""
-        peers = Peers(self.shard.axis, self.tokens, self.local.most_to_all)
+        devices = Communicator(self.shard.axis, self.tokens, self.local.most_to_all)
         seen = self.call.queries.visible
-        found = self.local.best_scanned(self.own_call, seen, method, k, peers, self.interpret)
+        found = self.local.best_scanned(self.own_call, seen, method, k, devices, self.interpret)
         return self._merged(_of(self.own_call.queries.visible, found), self.tokens, k)
 
     def kept_blocks(self, method: Hisa | BlockSparse) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 from hisa_jax.methods import flat_of
 from hisa_jax.testing import oracle
 from hisa_jax.testing.draw import Draw, with_keys
-from hisa_jax.testing.form import Case, chosen
+from hisa_jax.testing.form import Answer, Case, chosen
 from hisa_jax.testing.trial import Row, Trial, chunk, cut, explicit, listed
 
 
@@ -116,12 +116,10 @@ def future_decides(trial: Trial, case: Case) -> str | None:
         for b, position in enumerate(case.positions[:, 0]):
             k[b, position + 1 : case.bounds[b]] = value
         after = trial.ask(with_keys(case, k))
-        for b, visible in enumerate(case.visible[:, 0]):
-            rows = (chosen(trial.form, answer.indices[b, 0], int(visible)) for answer in (before, after))
-            one, two = map(np.sort, rows)
-            if not np.array_equal(one, two):
+        for b in range(len(case.visible)):
+            if (change := _change(trial, case, (b, 0), before, after)) is not None:
                 where = f"query (b={b}, t=0) at position {case.positions[b, 0]}"
-                return f"{where}: {listed(one)} becomes {listed(two)} where all tokens after it are {value}"
+                return f"{where}: {change} where all tokens after it are {value}"
     return None
 
 
@@ -134,12 +132,17 @@ def missing_decide(trial: Trial, case: Case) -> str | None:
         changed = with_keys(case, k)
         after = trial.ask(changed)
         for at in np.ndindex(case.visible.shape):
-            rows = (chosen(trial.form, answer.indices[at], int(case.visible[at])) for answer in (before, after))
-            one, two = map(np.sort, rows)
-            if not np.array_equal(one, two):
+            if (change := _change(trial, case, at, before, after)) is not None:
                 where = f"query (b={at[0]}, t={at[1]}), length {case.bounds[at[0]]}"
-                return f"{where}: {listed(one)} becomes {listed(two)} where all keys from there on are {value}"
+                return f"{where}: {change} where all keys from there on are {value}"
     return None
+
+
+def _change(trial: Trial, case: Case, at: tuple[int, ...], before: Answer, after: Answer) -> str | None:
+    """None, or how what a query chooses differs."""
+    rows = (chosen(trial.form, answer.indices[at], int(case.visible[at])) for answer in (before, after))
+    one, two = map(np.sort, rows)
+    return None if np.array_equal(one, two) else f"{listed(one)} becomes {listed(two)}"
 
 
 def buffer_decides(trial: Trial, case: Case) -> str | None:

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import listed_loop
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.listed_loop import Inputs, Part
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.listed_loop_text import ROW_BYTES, STEP, Shape
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.listed_loop_text import STEP, Shape, why_not
 from hisa_jax.kernels_pallas.operands import Operands
 from hisa_jax.kernels_pallas.sort_key import sort_key_of
 from hisa_jax.kernels_pallas.types import Interpret, Ref
@@ -23,13 +23,6 @@ from hisa_jax.kernels_pallas.types import Interpret, Ref
 COLUMNS = 2 * STEP  # lists are multiples of this
 _RESIDENT = 4  # CTAs of a multiprocessor at a time
 _MOST_STEPS = 16  # of a CTA: rows of all its tokens are looked up at once
-
-
-def why_not(H: int, D: int, itemsize: int) -> str | None:
-    """None, or why it cannot score H heads of D numbers."""
-    if itemsize != 1 or D != ROW_BYTES:
-        return f"needs heads of {ROW_BYTES} numbers in 8 bits, not {D} of {8 * itemsize} bits"
-    return None if H % 16 == 0 and H <= 128 else f"needs a multiple of 16 heads up to 128, not {H}"
 
 
 def heuristic(T: int, capacity: int, n_ctas: int) -> int:
@@ -52,16 +45,7 @@ def refine_tokens_scores(
         raise ValueError(f"refine_tokens: q is [{T}, {H}, {D}]: {reason}")
     if capacity % COLUMNS or steps % 2:
         raise ValueError(f"refine_tokens: lists of {capacity}, {steps} steps, wanted multiples of {COLUMNS} and 2")
-    shape = Shape(
-        H=H,
-        steps=steps,
-        page_size=None if pages is None else pages.size,
-        n_pages=0 if pages is None else pages.n_pages,
-        table_size=0 if pages is None else pages.table.shape[0],
-        n_rows=k.shape[0],
-        capacity=capacity,
-        has_scale=k_scale is not None,
-    )
+    shape = Shape.of(operands, steps, capacity)
     inputs = Inputs(q, w, k, k_scale, None if pages is None else pages.table, tokens, count, first)
     return plgpu.kernel(
         functools.partial(_body, shape, interpret),

@@ -14,21 +14,14 @@ from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import slopes
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.listed_loop_text import ROW_BYTES
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.listed_loop_text import Shape as Listed
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.listed_loop_text import why_not
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.slopes import Inputs
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.slopes_text import Shape
 from hisa_jax.kernels_pallas.operands import Operands
 from hisa_jax.kernels_pallas.scan_samples import N_BEST, N_SAMPLES, shift_of_samples
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
 from hisa_jax.kernels_pallas.types import Interpret, Ref
-
-
-def why_not(H: int, D: int, itemsize: int) -> str | None:
-    """None, or why it cannot sample H heads of D numbers."""
-    if itemsize != 1 or D != ROW_BYTES:
-        return f"needs heads of {ROW_BYTES} numbers in 8 bits, not {D} of {8 * itemsize} bits"
-    return None if H % 16 == 0 and H <= 128 else f"needs a multiple of 16 heads up to 128, not {H}"
 
 
 @functools.partial(jax.jit, static_argnames=("is_sample", "interpret"))
@@ -45,17 +38,7 @@ def scan_slopes(
     T, H, D = q.shape
     if reason := why_not(H, D, k.dtype.itemsize):
         raise ValueError(f"scan_slopes: q is [{T}, {H}, {D}]: {reason}")
-    listed = Listed(
-        H=H,
-        steps=4,
-        page_size=None if pages is None else pages.size,
-        n_pages=0 if pages is None else pages.n_pages,
-        table_size=0 if pages is None else pages.table.shape[0],
-        n_rows=k.shape[0],
-        capacity=N_SAMPLES,
-        has_scale=k_scale is not None,
-    )
-    shape = Shape(listed=listed, is_sample=is_sample)
+    shape = Shape(listed=Listed.of(operands, steps=4, capacity=N_SAMPLES), is_sample=is_sample)
     return plgpu.kernel(
         functools.partial(_body, shape, interpret),
         out_type=[jax.ShapeDtypeStruct((T, H), jnp.float32)],

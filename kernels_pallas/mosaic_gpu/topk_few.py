@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_few, select_row
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import Shape
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.threshold_text import Shape
 from hisa_jax.kernels_pallas.mosaic_gpu.topk_body import Outputs
 from hisa_jax.kernels_pallas.operands import KeptBlocks
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE

@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from hisa_jax.kernels_pallas.bits import in_32_bits
 from hisa_jax.kernels_pallas.triton import capability
 from hisa_jax.kernels_pallas.triton.append_body import append_body
+from hisa_jax.kernels_pallas.triton.launch import whole
 from hisa_jax.kernels_pallas.triton.pool import is_addressable
-from hisa_jax.kernels_pallas.types import Ref
 from hisa_jax.latents import QuantizedLatents
 from hisa_jax.layout import IndexCache
 
@@ -72,8 +72,8 @@ def append(
         functools.partial(append_body, treedef=jax.tree.structure((new, cache))),
         # Full pages of new tokens, and at most two partial ones a request.
         grid=(min(T, T // size + 2 * R),),
-        in_specs=[_whole(x) for x in operands],
-        out_specs=[_whole(x) for x in olds],
+        in_specs=whole(operands),
+        out_specs=whole(olds),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in olds],
         # In place: a page that no program touches is neither read nor written.
         input_output_aliases={len(operands) - len(olds) + i: i for i in range(len(olds))},
@@ -82,7 +82,3 @@ def append(
         interpret=interpret,
     )(*operands)
     return jax.tree.unflatten(jax.tree.structure(cache), out)
-
-
-def _whole(x: Array) -> Ref:
-    return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)

@@ -25,9 +25,9 @@ from hisa_jax.kernels_pallas.operands import Columns
 from hisa_jax.kernels_pallas.pages import TILED_BLOCKS, PageMeans
 from hisa_jax.kernels_pallas.sequences import Sequences
 from hisa_jax.kernels_pallas.triton.kept_means_body import Kept, Plan, Queries, kept_scores_body
+from hisa_jax.kernels_pallas.triton.launch import whole
 from hisa_jax.kernels_pallas.triton.page_means import COLUMNS
 from hisa_jax.kernels_pallas.triton.page_means_body import Sums
-from hisa_jax.kernels_pallas.types import Ref
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,14 +99,10 @@ def kept_scores(
         functools.partial(kept_scores_body, plan=plan),
         # Query by query: the next one of a request finds its means in L2.
         grid=(-(-width // (tile_s * config.n_tiles)), T),
-        in_specs=[Queries(*(row(*x.shape[1:]) for x in queries)), jax.tree.map(_whole, kept)],
+        in_specs=[Queries(*(row(*x.shape[1:]) for x in queries)), whole(kept)],
         out_specs=row(width),
         out_shape=jax.ShapeDtypeStruct((T, width), jnp.int32),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         name="hisa_kept_scores",
         interpret=interpret,
     )(queries, kept)
-
-
-def _whole(x: Array) -> Ref:
-    return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)

@@ -115,7 +115,8 @@ def kept_scores_body(query: Queries, refs: Kept, o_ref: Ref, *, plan: Plan) -> N
 
         lax.fori_loop(0, n_scored, one_tile, scale_of(jnp.int32(0)))
         if others is not None:
-            # Written again by other threads. Triton puts a barrier between: the product from sums needs it.
+            # Written again by other threads. Triton puts a barrier between: the product from sums needs it, and a test
+            # looks for it (tests/gpu/test_kept_means.py).
             pl.when(others > 0)(
                 lambda: lax.fori_loop(0, n_scored * (plan.tile_s // TILED_BLOCKS), score_from_sums, None)
             )

@@ -17,9 +17,9 @@ from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.operands import Columns
 from hisa_jax.kernels_pallas.pages import TILED_BLOCKS, PageSums
+from hisa_jax.kernels_pallas.triton.launch import whole
 from hisa_jax.kernels_pallas.triton.page_means_body import Plan, Queries, Sums, page_scores_body, pool_pages_body
 from hisa_jax.kernels_pallas.triton.pool import parts_of
-from hisa_jax.kernels_pallas.types import Ref
 
 COLUMNS = 512  # wide rows of sort keys are read in whole steps of so many
 _TILE_S = TILED_BLOCKS  # blocks a program, the fewest that the tensor core takes: one query has to keep a GPU busy
@@ -34,7 +34,7 @@ def pool_pages(page_sums: PageSums, dtype: DTypeLike, *, interpret: bool = False
     means, scale = pl.pallas_call(
         functools.partial(pool_pages_body, plan=plan),
         grid=(n // _TILE_S,),
-        in_specs=[jax.tree.map(_whole, sums)],
+        in_specs=[whole(sums)],
         out_specs=[
             pl.BlockSpec((_TILE_S, plan.n_parts, D), lambda s: (s, 0, 0)),
             pl.BlockSpec((_TILE_S,), lambda s: (s,)),
@@ -70,7 +70,7 @@ def page_scores(
         ),
         # Query by query: the next one of a request finds its sums in L2.
         grid=(width // _TILE_S, T),
-        in_specs=[Queries(row(H, D), row(H), one, one), jax.tree.map(_whole, sums)],
+        in_specs=[Queries(row(H, D), row(H), one, one), whole(sums)],
         out_specs=row(width),
         out_shape=jax.ShapeDtypeStruct((T, width), jnp.int32),
         compiler_params=plt.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
@@ -85,7 +85,3 @@ def _plan_of(page_sums: PageSums, dtype: DTypeLike) -> Plan:
 
 def _sums_of(page_sums: PageSums) -> Sums:
     return Sums(page_sums.pages.table, page_sums.sums, page_sums.counts)
-
-
-def _whole(x: Array) -> Ref:
-    return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)

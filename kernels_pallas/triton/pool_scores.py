@@ -11,11 +11,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.operands import Columns, KeyBlocks
 from hisa_jax.kernels_pallas.pages import TILED_BLOCKS
+from hisa_jax.kernels_pallas.triton.launch import by_tiles
 from hisa_jax.kernels_pallas.triton.page_means import COLUMNS
 from hisa_jax.kernels_pallas.triton.pool import is_addressable, parts_of
 from hisa_jax.kernels_pallas.triton.pool_scores_body import Inputs, Plan, pool_scores_body
@@ -55,14 +54,13 @@ def pool_scores(q: Array, w: Array, blocks: KeyBlocks, columns: Columns, *, inte
         keep_last=columns.keep_last,
     )
     inputs = Inputs(q, w, columns.limit, columns.tiles, blocks.k, blocks.k_scale, jnp.asarray(blocks.counts))
-    whole = lambda x: pl.BlockSpec(x.shape, lambda t, s: (0,) * x.ndim)  # noqa: E731
-    return pl.pallas_call(
+    return by_tiles(
         functools.partial(pool_scores_body, plan=plan),
-        grid=(columns.tiles.shape[0], width // n_blocks),
-        in_specs=[jax.tree.map(whole, inputs)],
-        out_specs=pl.BlockSpec((q.shape[0], width), lambda t, s: (0, 0)),
-        out_shape=jax.ShapeDtypeStruct((q.shape[0], width), jnp.int32),
-        compiler_params=plt.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
+        inputs,
+        (columns.tiles.shape[0], width // n_blocks),
+        (q.shape[0], width),
+        num_warps=_NUM_WARPS,
+        num_stages=1,
         name="hisa_pool_scores",
         interpret=interpret,
-    )(inputs)
+    )

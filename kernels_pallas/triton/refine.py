@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
+from hisa_jax.kernels_pallas.triton.launch import whole
 from hisa_jax.kernels_pallas.triton.pool import check_addressable
 from hisa_jax.kernels_pallas.triton.refine_body import Inputs, Plan, refine_body
 
@@ -57,7 +58,6 @@ def refine_scores(operands: Operands, kept: KeptBlocks, *, config: Config, inter
     first = kept.first[:, None]
     listed = None if pages is None else pages.of_blocks(first + jnp.maximum(kept.ids, 0), kept.size)
     row = lambda *shape: pl.BlockSpec((None, *shape), lambda t, j: (t,) + (0,) * len(shape))  # noqa: E731
-    whole = lambda x: pl.BlockSpec(x.shape, lambda t, j: (0,) * x.ndim)  # noqa: E731
     inputs = Inputs(q, w, kept.ids, kept.visible, first if listed is None else None, listed, k, k_scale)
     in_specs = Inputs(
         q=row(H, D),
@@ -67,7 +67,7 @@ def refine_scores(operands: Operands, kept: KeptBlocks, *, config: Config, inter
         first_block=row(1) if listed is None else None,
         pages=None if listed is None else row(listed.shape[1]),
         k=whole(k),
-        k_scale=None if k_scale is None else whole(k_scale),
+        k_scale=whole(k_scale),
     )
     page_size = None if pages is None else pages.size
     plan = Plan(block_size=kept.size, page_size=page_size, tile_s=config.tile_s, tile_m=tile_m)

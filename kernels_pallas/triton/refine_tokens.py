@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.operands import Operands
+from hisa_jax.kernels_pallas.triton.launch import whole
 from hisa_jax.kernels_pallas.triton.pool import check_addressable
 from hisa_jax.kernels_pallas.triton.refine_tokens_body import Inputs, Plan, refine_tokens_body
 
@@ -60,7 +61,6 @@ def refine_tokens_scores(
     )
     row = lambda *shape: pl.BlockSpec((None, *shape), lambda t, j: (t,) + (0,) * len(shape))  # noqa: E731
     one = pl.BlockSpec((1,), lambda t, j: (t,))
-    whole = lambda x: None if x is None else pl.BlockSpec(x.shape, lambda t, j: (0,) * x.ndim)  # noqa: E731
     in_specs = Inputs(
         q=row(H, D),
         w=row(H),

@@ -11,13 +11,11 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.operands import Columns, Operands, ScanHeads
 from hisa_jax.kernels_pallas.pages import Pages
+from hisa_jax.kernels_pallas.triton.launch import by_tiles
 from hisa_jax.kernels_pallas.triton.pool import check_addressable
 from hisa_jax.kernels_pallas.triton.scan_body import (
     TILE_S,
@@ -121,7 +119,6 @@ def launch(
         forced: Any = dict(keep_first=columns.keep_first, keep_last=columns.keep_last)
         body, per_word = functools.partial(scan_masks_body, scores_of=scores_of, **forced), WORD
     n_tiles = -(-columns.n // TILE_S)
-    shape = (T, n_tiles * TILE_S // per_word)
     inputs = Inputs(
         q=heads.q.reshape(T * R, D),
         w=heads.w.reshape(T * R),
@@ -142,16 +139,13 @@ def launch(
         n=heads.n,
         page_size=None if pages is None else pages.size,
     )
-    whole = lambda x: pl.BlockSpec(x.shape, lambda t, s: (0,) * x.ndim)  # noqa: E731
-    return pl.pallas_call(
+    return by_tiles(
         functools.partial(body, plan=plan),
-        # Programs that follow one another have other queries and the same keys, which L2 then has.
-        grid=(columns.tiles.shape[0], -(-n_tiles // config.n_tiles)),
-        # Whole arrays: which rows a program takes, `tiles` and the page table say when it runs.
-        in_specs=[jax.tree.map(whole, inputs)],
-        out_specs=pl.BlockSpec(shape, lambda t, s: (0, 0)),
-        out_shape=jax.ShapeDtypeStruct(shape, jnp.int32),
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        inputs,
+        (columns.tiles.shape[0], -(-n_tiles // config.n_tiles)),
+        (T, n_tiles * TILE_S // per_word),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
         name=name,
         interpret=interpret,
-    )(inputs)
+    )

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.operands import Operands, ScanHeads
+from hisa_jax.kernels_pallas.triton.launch import whole
 from hisa_jax.kernels_pallas.triton.pool import check_addressable, parts_of
 from hisa_jax.kernels_pallas.triton.scan_heads_body import (
     HeadInputs,
@@ -102,7 +103,6 @@ def _samples(operands: Operands, visible: Array, first: Array) -> tuple[SlopeInp
     _, H, D = q.shape
     table = None if pages is None else pages.table
     one = pl.BlockSpec((1,), lambda t: (t,))
-    whole = lambda x: None if x is None else pl.BlockSpec(x.shape, lambda t: (0,) * x.ndim)  # noqa: E731
     specs = SlopeInputs(_row(H, D), _row(H), one, one, whole(k), whole(table), whole(k_scale))
     return SlopeInputs(q, w, visible, first, k, table, k_scale), specs
 

@@ -9,12 +9,10 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.operands import Columns, Operands
+from hisa_jax.kernels_pallas.triton.launch import by_tiles
 from hisa_jax.kernels_pallas.triton.pool import check_addressable
 from hisa_jax.kernels_pallas.triton.scores_body import Inputs, Plan, scores_body
 
@@ -40,7 +38,6 @@ def scores(operands: Operands, columns: Columns, *, config: Config, interpret: b
     check_addressable(k)
     assert columns.tiles is not None
     n_spans = -(-columns.n // config.tile_s)
-    width = n_spans * config.tile_s
     inputs = Inputs(
         q, w, columns.limit, columns.tiles, columns.first, k, None if pages is None else pages.table, k_scale
     )
@@ -51,15 +48,13 @@ def scores(operands: Operands, columns: Columns, *, config: Config, interpret: b
         keep_first=columns.keep_first,
         keep_last=columns.keep_last,
     )
-    whole = lambda x: pl.BlockSpec(x.shape, lambda t, s: (0,) * x.ndim)  # noqa: E731
-    return pl.pallas_call(
+    return by_tiles(
         functools.partial(scores_body, plan=plan),
-        grid=(columns.tiles.shape[0], n_spans),
-        # Whole arrays, not blocks of them: which rows a program takes, `tiles` and the page table say when it runs.
-        in_specs=[jax.tree.map(whole, inputs)],
-        out_specs=pl.BlockSpec((q.shape[0], width), lambda t, s: (0, 0)),
-        out_shape=jax.ShapeDtypeStruct((q.shape[0], width), jnp.int32),
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=2),
+        inputs,
+        (columns.tiles.shape[0], n_spans),
+        (q.shape[0], n_spans * config.tile_s),
+        num_warps=config.num_warps,
+        num_stages=2,
         name="hisa_scores",
         interpret=interpret,
-    )(inputs)
+    )

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from hisa_jax.kernels_pallas.bits import in_32_bits
 from hisa_jax.kernels_pallas.triton import capability
 from hisa_jax.kernels_pallas.triton.combine import combine
+from hisa_jax.kernels_pallas.triton.launch import whole
 from hisa_jax.kernels_pallas.triton.pool import check_addressable
 from hisa_jax.kernels_pallas.triton.sparse_mla_body import Inputs, Plan, sparse_mla_body
 from hisa_jax.kernels_pallas.tuning import tuned
@@ -103,7 +104,7 @@ def sparse_mla(
     kv = jax.tree.map(lambda x: x.reshape(B * S, x.shape[2]), kv)
     in_specs = Inputs(
         q=pl.BlockSpec((None, tile_n, E), lambda t, n, i: (t, n, 0)),
-        kv=jax.tree.map(lambda x: pl.BlockSpec(x.shape, lambda t, n, i: (0, 0)), kv),
+        kv=whole(kv),
         indices=pl.BlockSpec((None, per_split), lambda t, n, i: (t, i)),
     )
     plan = Plan(queries=T, keys=S, scale=scale, tile_s=config.tile_s, value_dim=value_dim)

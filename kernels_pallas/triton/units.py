@@ -11,12 +11,10 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from hisa_jax.kernels_pallas.operands import Columns, Operands
+from hisa_jax.kernels_pallas.triton.launch import by_tiles
 from hisa_jax.kernels_pallas.triton.pool import check_addressable
 from hisa_jax.kernels_pallas.triton.scan import tiles_a_program
 from hisa_jax.kernels_pallas.triton.scan_body import TILE_S
@@ -86,17 +84,13 @@ def units(
         has_relu=has_relu,
         page_size=None if pages is None else pages.size,
     )
-    shape = (T, n_keys // unit)
-    whole = lambda x: pl.BlockSpec(x.shape, lambda t, s: (0,) * x.ndim)  # noqa: E731
-    return pl.pallas_call(
+    return by_tiles(
         functools.partial(units_body, plan=plan),
-        # Programs that follow one another have other queries and the same keys, which L2 then has.
-        grid=(columns.tiles.shape[0], -(-n_keys // config.n_keys)),
-        # Whole arrays: which rows a program takes, `tiles` and the page table say when it runs.
-        in_specs=[jax.tree.map(whole, inputs)],
-        out_specs=pl.BlockSpec(shape, lambda t, s: (0, 0)),
-        out_shape=jax.ShapeDtypeStruct(shape, jnp.int32),
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        inputs,
+        (columns.tiles.shape[0], -(-n_keys // config.n_keys)),
+        (T, n_keys // unit),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
         name="hisa_units",
         interpret=interpret,
-    )(inputs)
+    )

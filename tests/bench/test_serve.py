@@ -15,7 +15,7 @@ from bench.__main__ import main
 from bench.gpu.span import Event
 from bench.serve import contexts, nvlink
 from bench.serve.check import Recorder
-from bench.serve.command import CONFIG, METHOD, METHODS, traffic
+from bench.serve.small import CONFIG, METHOD, METHODS, traffic
 from bench.serve.timeline import lines, timeline
 from hisa_jax.models.engine import Report, Step, Traced
 

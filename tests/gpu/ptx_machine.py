@@ -1,10 +1,9 @@
 """Runs PTX of one CTA in NumPy: the part of the language that our texts without a Pallas interpreter are written in.
 
 Warps run one after the other, in any order, from barrier to barrier; the threads of a warp take a step at a time. Those
-that branch forward, where others do not, wait there for the others. Shared memory is watched: what a thread
-has written, or another one reads, since the last barrier may not be touched by others, but for atomics among
-themselves. Registers hold anything before they are written, and so does memory. A copy by `cp.async` lands when it is
-waited for, and is then a write of the thread that asked for it.
+that branch forward, where others do not, wait there for the others. Shared memory is watched (`ptx_shared_memory.py`).
+Registers hold anything before they are written, and so does memory. A copy by `cp.async` lands when it is waited for,
+and is then a write of the thread that asked for it.
 """
 
 import collections
@@ -13,6 +12,8 @@ import re
 
 import ml_dtypes
 import numpy as np
+
+from tests.gpu.ptx_shared_memory import SharedMemory
 
 _COMPARE = {
     "eq": operator.eq,
@@ -33,11 +34,6 @@ _TYPES = {
     "u64": np.int64,
     "b64": np.int64,
 }
-_ATOMIC = -2  # in place of a thread
-
-
-class Race(AssertionError):
-    """Two threads at one word of shared memory without a barrier between them."""
 
 
 class Machine:
@@ -50,12 +46,16 @@ class Machine:
 
     def __init__(self, text, n, operands, memory, smem_bytes, seed=0):
         self.n, self.memory, self.rng = n, memory, np.random.default_rng(seed)
-        self.smem = self.anything(smem_bytes // 4)
-        self.forget()
+        self.shared = SharedMemory(self.anything(smem_bytes // 4), n)
         self.code, self.labels = self._parsed(text)
         self.warps = [_Warp(self, first, operands) for first in range(0, n, 32)]
         self.n_barriers = 0
         self.arrivals: collections.Counter = collections.Counter()  # at mbarriers, by address
+
+    @property
+    def smem(self):
+        """Words of shared memory, unwatched."""
+        return self.shared.words
 
     @property
     def steps(self):
@@ -69,11 +69,7 @@ class Machine:
             if not at_barrier.pop():
                 return
             self.n_barriers += 1
-            self.forget()
-
-    def forget(self):
-        """Who has touched which word: after a barrier it does not matter."""
-        self.written_by, self.read_by = (np.full(len(self.smem), -1) for _ in range(2))
+            self.shared.forget()
 
     def anything(self, n):
         return self.rng.integers(0, 2**32, n, dtype=np.uint32)
@@ -128,7 +124,7 @@ class _Warp:
             elif name == "bar" and parts[0] == "warp":
                 assert self.active.all()
                 if self.cta.n == 32:  # or other warps go on
-                    self.cta.forget()
+                    self.cta.shared.forget()
             elif name == "bar":
                 assert self.active.all()
                 assert int(args[1]) == self.cta.n
@@ -306,8 +302,7 @@ class _Warp:
         assert (at % 16 == 0).all(), "not aligned"
         for i, name in enumerate(re.findall(r"\w+", args[0])):
             words = at[8 * i + np.arange(32) // 4] // 4 + np.arange(32) % 4
-            self._watch(words, np.ones(32, bool), writes=False)
-            self._set(name, self.cta.smem[words], np.ones(32, bool))
+            self._set(name, self.cta.shared.read(self.threads, words), np.ones(32, bool))
 
     def _words(self, address):
         base, _, offset = address.strip("[]").partition("+")
@@ -323,34 +318,14 @@ class _Warp:
         assert ((at[mask] >= 0) & (at[mask] // 4 + len(names) <= len(memory))).all(), f"outside of memory: {args}"
         for i, register in enumerate(names):
             words = np.where(mask, at // 4 + i, 0)
-            if is_shared:
-                self._watch(
-                    words, mask, writes=name == "st", values=self._value(register, "b32") if name == "st" else None
-                )
             if name == "ld":
+                if is_shared:
+                    self.cta.shared.read(self.threads[mask], words[mask])
                 self._set(register, memory[words], mask)
+            elif is_shared:
+                self.cta.shared.write(self.threads[mask], words[mask], self._value(register, "b32")[mask])
             else:
                 memory[words[mask]] = self._value(register, "b32")[mask]
-
-    def _watch(self, words, mask, *, writes, values=None):
-        who, words, written_by, read_by = self.threads[mask], words[mask], self.cta.written_by, self.cta.read_by
-        others = (written_by[words] != -1) & (written_by[words] != who)
-        if writes:
-            others |= (read_by[words] != -1) & (read_by[words] != who)
-            # The same value from several threads is no race.
-            others &= self.cta.smem[words] != values[mask]
-            order = np.argsort(words, kind="stable")
-            same = words[order][1:] == words[order][:-1]
-            if (same & (values[mask][order][1:] != values[mask][order][:-1])).any():
-                raise Race(f"several threads write words {words[order][1:][same][:4]}")
-            written_by[words] = who
-        else:
-            # Several readers: of them any stands for all, who are not the writer to come.
-            several = np.bincount(words, minlength=len(read_by))[words] > 1
-            seen = read_by[words]
-            read_by[words] = np.where(several | ((seen != -1) & (seen != who)), self.cta.n, who)
-        if others.any():
-            raise Race(f"word {words[others][0]}: thread {who[others][0]} and {written_by[words[others][0]]}")
 
     def _copy(self, parts, args, mask):
         """Of 16 bytes a thread, zeros where a predicate says so; or what becomes of such copies."""
@@ -364,8 +339,7 @@ class _Warp:
             landed, self.copies = self.copies[:n], self.copies[n:] or [[]]
             for words, mask, values in (copy for group in landed for copy in group):
                 for i, own in enumerate(values):
-                    self._watch(words + i, mask, writes=True, values=own)
-                    self.cta.smem[(words + i)[mask]] = own[mask]
+                    self.cta.shared.write(self.threads[mask], (words + i)[mask], own[mask])
         else:
             size = int(args[2])
             to, source = (self._words(arg) for arg in args[:2])
@@ -384,19 +358,9 @@ class _Warp:
 
     def _add(self, args, mask, *, returns):
         where, amount = args[-2:]
-        words = np.where(mask, self._words(where) // 4, 0)
-        for writer in (self.cta.written_by, self.cta.read_by):
-            seen = writer[words[mask]]
-            if ((seen != -1) & (seen != _ATOMIC)).any():
-                raise Race(f"atomics and others at words {words[mask][:4]}")
-        self.cta.written_by[words[mask]] = _ATOMIC
-        # In any order.
-        order = self.cta.rng.permutation(np.flatnonzero(mask))
+        threads = self.cta.rng.permutation(np.flatnonzero(mask))  # in any order
         before = np.zeros(self.n, np.uint32)
-        amounts = self._value(amount, "u32")
-        for thread in order:
-            before[thread] = self.cta.smem[words[thread]]
-            self.cta.smem[words[thread]] += amounts[thread]
+        before[threads] = self.cta.shared.add((self._words(where) // 4)[threads], self._value(amount, "u32")[threads])
         if returns:
             self._set(args[0], before, mask)
 

@@ -6,7 +6,8 @@ import pytest
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_latents, gather_rows
 from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import PARTS
-from tests.gpu.ptx_machine import Machine, Race
+from tests.gpu.ptx_machine import Machine
+from tests.gpu.ptx_shared_memory import Race
 
 V, ROPE, E, ROWS, TILES = 512, 64, 576, 32, 1024
 

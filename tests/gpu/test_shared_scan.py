@@ -74,7 +74,7 @@ def test_mosaic_finds_the_best_of_lists_of_any_length(interpret, monkeypatch, n_
 
 
 class Alone:
-    """`Peers` of one device."""
+    """`Communicator` of one device."""
 
     n = 1
     owns = staticmethod(lambda positions: positions >= 0)

@@ -13,7 +13,8 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_few
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import OPERANDS, select_ptx
 from hisa_jax.kernels_pallas.operands import KeptBlocks
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
-from tests.gpu.ptx_machine import Machine, Race
+from tests.gpu.ptx_machine import Machine
+from tests.gpu.ptx_shared_memory import Race
 
 BLOCK = 128
 

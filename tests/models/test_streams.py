@@ -220,7 +220,7 @@ def test_after_a_warm_up_no_request_compiles_and_no_page_was_written(traffic):
     e.warm_up(lambda *what: told.append(what))
 
     def programs():
-        of_pages = [one.program(e._formats) for one in (passes.read, passes.verify, passes.keep, passes.copy)]
+        of_pages = [one.program(e._runner.formats) for one in (passes.read, passes.verify, passes.keep, passes.copy)]
         return [one._cache_size() for one in (*of_pages, passes.choose, passes.logprobs)]
 
     sizes = programs()

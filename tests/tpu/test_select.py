@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from hisa_jax import dispatch
+from hisa_jax import dispatch, dispatch_stage
 from tests import draw, oracle
 
 METHODS = {
@@ -77,9 +77,9 @@ def test_takes_every_method_in_every_form(method, changes):
 def test_a_tpu_is_asked_for():
     cpu = dispatch.Device(platform="cpu", kind="cpu")
     assert dispatch.reasons(cpu, problem())["mosaic_tpu"] == "needs a TPU, this device is 'cpu'"
-    attention = dispatch.AttentionProblem(N=128, key_dim=576, value_dim=512, dtype="bfloat16")
-    assert dispatch.attention_reasons(cpu, attention)["mosaic_tpu"] == "needs a TPU, this device is 'cpu'"
-    assert dispatch.attention_reasons(V5E, attention)["mosaic_tpu"] is None
+    attention = dispatch_stage.AttentionProblem(N=128, key_dim=576, value_dim=512, dtype="bfloat16")
+    assert dispatch_stage.attention_reasons(cpu, attention)["mosaic_tpu"] == "needs a TPU, this device is 'cpu'"
+    assert dispatch_stage.attention_reasons(V5E, attention)["mosaic_tpu"] is None
     hopper = dispatch.Device(platform="gpu", kind="NVIDIA H200", compute_capability="9.0")
-    assert next(iter(dispatch.attention_reasons(hopper, attention))) == "mosaic_gpu"
+    assert next(iter(dispatch_stage.attention_reasons(hopper, attention))) == "mosaic_gpu"
     assert dispatch.reasons(hopper, problem())["mosaic_gpu"] is None

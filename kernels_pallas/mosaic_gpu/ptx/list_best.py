@@ -7,7 +7,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import inline
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SPLAT, address_of
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_best_text import Row, list_ptx
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import Shape
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.threshold_text import Shape
 from hisa_jax.kernels_pallas.types import Ref
 
 

@@ -1,13 +1,13 @@
 """The PTX of list_best.py: the tokens of the best sort keys of one row, by all threads of a CTA.
 
-The threshold of a sample is found as `select_few_text.py` finds that of a row. One pass over the row leaves a bit for
+The threshold of a sample is found as `threshold_text.py` finds that of a row. One pass over the row leaves a bit for
 each sort key in shared memory, warp by warp without a barrier; then each thread lists the bits of its own words.
 """
 
 import dataclasses
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import scope
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import (
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.threshold_text import (
     Shape,
     before,
     clear_ptx,

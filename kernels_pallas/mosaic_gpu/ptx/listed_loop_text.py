@@ -8,6 +8,7 @@ shared memory in that order, once.
 import dataclasses
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import SORT_KEY, scope
+from hisa_jax.kernels_pallas.operands import Operands
 
 OPERANDS = (
     *("KEYS", "K_SCALE", "TABLE", "TOKENS", "Q", "W", "O"),
@@ -39,6 +40,21 @@ class Shape:
     capacity: int
     has_scale: bool
 
+    @classmethod
+    def of(cls, operands: Operands, steps: int, capacity: int) -> "Shape":
+        """For these queries and keys."""
+        _, _, k, k_scale, pages = operands
+        return cls(
+            H=operands.q.shape[1],
+            steps=steps,
+            page_size=None if pages is None else pages.size,
+            n_pages=0 if pages is None else pages.n_pages,
+            table_size=0 if pages is None else pages.table.shape[0],
+            n_rows=k.shape[0],
+            capacity=capacity,
+            has_scale=k_scale is not None,
+        )
+
     @property
     def rows_at(self) -> int:
         """Where in shared memory the rows of the tokens are, after the heads."""
@@ -48,6 +64,13 @@ class Shape:
     def smem_bytes(self) -> int:
         # Two steps beyond the last are read, and not used.
         return self.rows_at + 4 * (self.steps + 2) * STEP + _ALIGNED
+
+
+def why_not(H: int, D: int, itemsize: int) -> str | None:
+    """None, or why it cannot score H heads of D numbers."""
+    if itemsize != 1 or D != ROW_BYTES:
+        return f"needs heads of {ROW_BYTES} numbers in 8 bits, not {D} of {8 * itemsize} bits"
+    return None if H % 16 == 0 and H <= 128 else f"needs a multiple of 16 heads up to 128, not {H}"
 
 
 def loop_ptx(shape: Shape) -> str:

@@ -12,8 +12,9 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SPLAT, Row, address_of
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import Shape, select_ptx
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import select_ptx
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import Output
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.threshold_text import Shape
 from hisa_jax.kernels_pallas.types import Ref
 
 

@@ -1,13 +1,13 @@
 """The PTX of slopes.py: which heads are open at the 32 best of 256 samples of a query, by one warp-group.
 
 Samples are scored as listed tokens are (`listed_loop_text.py`), 64 at a time. A lane keeps a bit for each product,
-whether it is positive. The best samples are found as those of a row are (`select_few_text.py`). Then each lane adds up
+whether it is positive. The best samples are found as those of a row are (`threshold_text.py`). Then each lane adds up
 the bits of those, four heads a word.
 """
 
 import dataclasses
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_few_text
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import threshold_text
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import SORT_KEY, scope
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.listed_loop_text import (
     STEP,
@@ -18,7 +18,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.listed_loop_text import (
     sums_ptx,
 )
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.listed_loop_text import Shape as Listed
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import before, clear_ptx, registers, sync, threshold_ptx
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.threshold_text import before, clear_ptx, registers, sync, threshold_ptx
 from hisa_jax.kernels_pallas.scan_samples import N_BEST, N_SAMPLES
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 
@@ -28,7 +28,7 @@ _ALIGNED = 1024  # bytes: of what is swizzled
 _STEPS = N_SAMPLES // STEP
 _CHOSEN = 3  # a place of a sum over threads that no other sum of `threshold_ptx` still has
 _WHOLE = 0x4B000000  # 2^23, in float32
-_SELECT = select_few_text.Shape(
+_SELECT = threshold_text.Shape(
     width=N_SAMPLES, k=N_BEST, each=N_SAMPLES // _THREADS, n_threads=_THREADS, has_forced=False
 )
 

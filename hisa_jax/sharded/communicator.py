@@ -1,4 +1,4 @@
-"""What the devices that share a sequence's keys tell each other while they scan: `kernels_pallas/peers.py`."""
+"""What devices tell each other while they scan keys that are split over them: `kernels_pallas/communicator.py`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from hisa_jax.sharded.stripes import Stripes
 
 
 @dataclasses.dataclass(frozen=True)
-class Peers:
-    """`kernels_pallas.peers.Peers`; inside `jax.shard_map`.
+class Communicator:
+    """`kernels_pallas.communicator.Communicator`; inside `jax.shard_map`.
 
     Attributes:
         axis: the mesh axis; `tokens`: which of each sequence are this device's.

@@ -1,4 +1,7 @@
-"""What the stages of a scan ask of the devices that share the keys of each sequence (../sharded/peers.py)."""
+"""What the stages of a scan ask of the devices over which the keys of each sequence are split.
+
+`hisa_jax/sharded/communicator.py` answers it.
+"""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -6,10 +9,10 @@ from typing import Protocol
 from jax import Array
 
 
-class Peers(Protocol):
-    """The devices, and which tokens this one has. All of them run the same, so each call here is one of all devices.
+class Communicator(Protocol):
+    """Those devices, and which tokens this one has. `total` and `map_rows` are collectives: all devices call them.
 
-    Attributes: `n`, how many.
+    Attributes: `n`, how many devices.
     """
 
     n: int
