@@ -67,12 +67,10 @@ def _check_devices(call: str, mesh: Mesh, arrays: dict[str, Any]) -> None:
     wanted = list(mesh.devices.flat)
     for name, array in arrays.items():
         for leaf in jax.tree.leaves(array):
-            is_placed = isinstance(leaf, Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed
-            if (
-                not is_placed
-                or (given := list(leaf.sharding.devices_indices_map(leaf.shape))) == wanted
-                or _is_traced()
-            ):
+            if not isinstance(leaf, Array) or isinstance(leaf, jax.core.Tracer) or not leaf.committed:
+                continue
+            given = list(leaf.sharding.devices_indices_map(leaf.shape))
+            if given == wanted or _is_traced():
                 continue
             what = "them in the order of the mesh" if set(given) == set(wanted) else "those of the mesh"
             ids, those = ([device.id for device in some] for some in (given, wanted))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from hisa_jax import dispatch
+from hisa_jax import dispatch, dispatch_stage
 from hisa_jax.kernels_pallas.triton import append as append_stage
 from hisa_jax.kernels_pallas.triton.pool import pool
 from tests.gpu.test_lowering import BF16, E4M3, lower
@@ -151,7 +151,7 @@ def test_auto_takes_the_kernel_where_it_can_run(monkeypatch):
         calls.append(arrays)
         return cache
 
-    monkeypatch.setattr(dispatch, "appender", lambda name: spy if name == "triton" else None)
+    monkeypatch.setattr(dispatch_stage, "appender", lambda name: spy if name == "triton" else None)
     step.append("auto")
     assert not calls
     with pytest.raises(ValueError, match='append: implementation="triton" cannot run here: needs an NVIDIA GPU'):
