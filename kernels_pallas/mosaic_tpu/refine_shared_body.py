@@ -1,6 +1,6 @@
 """Device code of `refine_shared`: eight queries side by side score one list of units, all eight the whole list.
 
-    k_hbm -- all of a sequence, at its first tile --> keys_vmem
+    k_hbm -- all of a sequence, at its first tile --> keys_vmem                (`refine_shared_body`, `ragged_body`)
     keys_vmem -- unit after unit of the list --> even_vmem or odd_vmem, under the products of the step before
     q x keys --> partial_vmem --> sort_keys_vmem --> top-k --> chosen
 
@@ -17,8 +17,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hisa_jax.kernels_pallas.mosaic_tpu import flat_body, topk_body
-from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES, Choice
+from hisa_jax.kernels_pallas.mosaic_tpu import fetch, flat_body, topk_body
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES, Choice
+from hisa_jax.kernels_pallas.mosaic_tpu.launch import Tile
 from hisa_jax.kernels_pallas.mosaic_tpu.look_up_body import look_up
 from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import copy_pairs
 from hisa_jax.kernels_pallas.mosaic_tpu.score_body import spread_weights
@@ -31,7 +32,7 @@ class Plan:
     """The static numbers of a launch.
 
     Attributes:
-        tiles: of queries, of a sequence, on one core.
+        tiles: of queries, of a sequence, or of all ragged ones, on one core.
         unit: tokens, a power of two from 2 to 16; columns: tokens a step.
         span, part: groups of 128 tokens that the output is made of in one go, and that a threshold's search looks at.
     """
@@ -60,7 +61,7 @@ class Refs(NamedTuple):
     q: Ref  # [tile_t, H, D]
     w: Ref  # [tile_t, H]
     chosen: Ref  # out: [E, 8, k padded], positions, ascending, then -1
-    k_hbm: Ref  # [B, S, D]
+    k_hbm: Ref  # [B, S, D]; of ragged sequences [N, page_size, D]
     # Scratch.
     keys_vmem: Ref  # [S + 16, D]
     even_vmem: Ref  # [columns + 16, D], the keys of a step with an even number
@@ -71,7 +72,8 @@ class Refs(NamedTuple):
     thresholds_vmem: Ref
     table_vmem: Ref
     chosen_vmem: Ref
-    sem: Ref
+    sem: Ref  # [1]
+    n_tokens_smem: Ref = None  # [R], of ragged sequences
 
 
 class ScoreRefs(NamedTuple):
@@ -86,14 +88,32 @@ class ScoreRefs(NamedTuple):
 
 def refine_shared_body(plan: Plan, refs: Refs) -> None:
     """On a grid of (cores, sequences, tiles): the best tokens of a tile of queries."""
-    core, b, t = (pl.program_id(axis) for axis in range(3))
 
-    @pl.when(t == 0)
+    @pl.when(pl.program_id(2) == 0)
     def _load():
-        copy = pltpu.make_async_copy(refs.k_hbm.at[b], refs.keys_vmem.at[pl.ds(0, refs.k_hbm.shape[1])], refs.sem)
+        keys, whole = refs.k_hbm.at[pl.program_id(1)], pl.ds(0, refs.k_hbm.shape[1])
+        copy = pltpu.make_async_copy(keys, refs.keys_vmem.at[whole], refs.sem.at[0])
         copy.start()
         copy.wait()
 
+    refine_tile(plan, refs)
+
+
+def ragged_body(plan: Plan, block_size: int, tile: Tile, refs: Refs) -> None:
+    """The same of ragged sequences, on a grid of (cores, 1, tiles); their keys come in groups of blocks."""
+
+    @pl.when(tile.is_first)
+    def _load():
+        rows = GROUP * block_size
+        n_groups = pl.cdiv(refs.n_tokens_smem[tile.sequence], rows)
+        fetch.all_at_once(tile.copy_group, n_groups, [(refs.k_hbm, refs.keys_vmem, rows)], refs.sem)
+
+    refine_tile(plan, refs)
+
+
+def refine_tile(plan: Plan, refs: Refs) -> None:
+    """The best tokens of a tile of queries, whose sequence's keys are in VMEM."""
+    core, b, t = (pl.program_id(axis) for axis in range(3))
     n_eights = refs.pairs_smem.shape[0]
     first = ((b * pl.num_programs(0) + core) * plan.tiles + t) * n_eights
     spread_weights(refs.w, refs.w_vmem)

@@ -1,7 +1,10 @@
 """Device code of `scan`: all keys stream past a tile of queries, whose units get a list for each eight of them.
 
-    k -- by the grid, a tile of keys a step --> heads x keys --> maximum over a unit --> sort_keys_vmem, of all units
+    k -- a tile of keys a step --> heads x keys --> maximum over a unit --> sort_keys_vmem, of all units
     after the last step: a threshold for each query --> union_vmem, which units some query of an eight keeps --> lists
+
+A batch's keys come by the grid (`scan_body`). Those of ragged sequences are copied by the kernel, 16 blocks at a time
+into a ring of two slots (`ragged_body`).
 
 The columns of a product are tokens in an order that leaves little to do. A row of 32 bits in VMEM holds two tokens side
 by side, a unit of g tokens is g / 2 rows. Each product has one row of each of 128 units, first of the 64 even ones,
@@ -20,8 +23,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from hisa_jax.kernels_pallas.mosaic_tpu import topk_body
+from hisa_jax.kernels_pallas.mosaic_tpu import fetch, topk_body
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES, Choice
+from hisa_jax.kernels_pallas.mosaic_tpu.launch import Tile
 from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import strided_pairs
 from hisa_jax.kernels_pallas.mosaic_tpu.threshold_body import find_near_thresholds
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE, sort_key_of
@@ -37,7 +41,7 @@ class Plan:
     """The static numbers of a launch.
 
     Attributes:
-        tiles: of queries, of a sequence.
+        tiles: of queries, of a sequence, or of a core.
         unit: tokens; n_exact: heads beside the virtual one.
         slack: up to how many units more than `choice.k` a query may keep.
         span: groups of 128 units that are looked at in one go.
@@ -58,7 +62,7 @@ class Refs(NamedTuple):
     # Windows of the grid, of one tile of queries, E eights of them.
     heads: Ref  # [E, R * 8, D]: of eight queries first the virtual heads, then each exact one
     eligible: Ref  # [E, 8, 1], units that each query sees
-    k: Ref  # [1, tile_s, D]: without the one a window has no other dtype
+    k: Ref  # of a batch a window [1, tile_s, D]: without the one it has no other dtype; else [N, page_size, D] in HBM
     lists: Ref  # out: [slots // 16, LANES], a row for each eight, as sort keys lie: units, ascending, then -1
     counts: Ref  # out: [8, LANES], how many they are, all lanes alike
     # Scratch.
@@ -68,6 +72,9 @@ class Refs(NamedTuple):
     table_vmem: Ref
     w: Ref = None  # [E, n_exact * 8, 1]
     w_vmem: Ref = None  # [E, n_exact * 8, LANES]
+    # The ring of ragged sequences.
+    keys_vmem: Ref = None  # [2, tile_s, D]
+    sems: Ref = None  # [2, 1], by slot
 
 
 def scan_body(plan: Plan, refs: Refs) -> None:
@@ -77,21 +84,8 @@ def scan_body(plan: Plan, refs: Refs) -> None:
     per_step = tile_s // (plan.unit * LANES)
     n_steps = pl.cdiv(refs.furthest_smem[b * plan.tiles + t], tile_s)
 
-    if plan.n_exact:
-
-        @pl.when(s == 0)
-        def _spread():
-            refs.w_vmem[...] = jnp.broadcast_to(refs.w[...], refs.w_vmem.shape)
-
-    @pl.when(s < n_steps)
-    def _score():
-        unroll = groups_a_turn(plan.unit, per_step)
-
-        def some(i: Array, _: None) -> None:
-            for j in range(unroll):
-                score_units(plan, i * unroll + j, s * per_step + i * unroll + j, refs)
-
-        lax.fori_loop(0, per_step // unroll, some, None)
+    pl.when(s == 0)(lambda: spread_weights(plan, refs))
+    pl.when(s < n_steps)(lambda: score_tile(plan, s, refs.k, refs))
 
     # A tile that sees nothing lists nothing at its first step.
     @pl.when(s == jnp.maximum(n_steps - 1, 0))
@@ -99,18 +93,49 @@ def scan_body(plan: Plan, refs: Refs) -> None:
         list_units(plan, n_steps * per_step, refs)
 
 
+def ragged_body(plan: Plan, tile: Tile, refs: Refs) -> None:
+    """On a grid of (cores, 1, tiles of queries): all keys that a tile of queries sees."""
+    tile_s = refs.keys_vmem.shape[1]
+    n_steps = pl.cdiv(refs.furthest_smem[pl.program_id(0) * plan.tiles + pl.program_id(2)], tile_s)
+    spread_weights(plan, refs)
+
+    def score(i: Array, slot: Array) -> None:
+        score_tile(plan, i, refs.keys_vmem.at[pl.ds(slot, 1)], refs)
+
+    fetch.in_turn(tile.copy_group, n_steps, [(refs.k, refs.keys_vmem)], refs.sems, score)
+    list_units(plan, n_steps * (tile_s // (plan.unit * LANES)), refs)
+
+
+def spread_weights(plan: Plan, refs: Refs) -> None:
+    """Weights of the exact heads along the lanes."""
+    if plan.n_exact:
+        refs.w_vmem[...] = jnp.broadcast_to(refs.w[...], refs.w_vmem.shape)
+
+
+def score_tile(plan: Plan, s: Array, k: Ref, refs: Refs) -> None:
+    """Sort keys of the units of tile number s of the keys, k [1, tile_s, D]."""
+    per_step = k.shape[1] // (plan.unit * LANES)
+    unroll = groups_a_turn(plan.unit, per_step)
+
+    def some(i: Array, _: None) -> None:
+        for j in range(unroll):
+            score_units(plan, i * unroll + j, s * per_step + i * unroll + j, k, refs)
+
+    lax.fori_loop(0, per_step // unroll, some, None)
+
+
 def groups_a_turn(unit: int, per_step: int) -> int:
     """Groups of 128 units that a turn of the scoring loop scores."""
     return math.gcd(max(2 * _PRODUCTS // unit, 1), per_step)
 
 
-def score_units(plan: Plan, i: Array, group: Array, refs: Refs) -> None:
+def score_units(plan: Plan, i: Array, group: Array, k: Ref, refs: Refs) -> None:
     """Sort keys of 128 units, group number i of the tile of keys, for all queries of the tile."""
     n_eights, unit = refs.heads.shape[0], plan.unit
     n_pairs, interpret = LANES * unit // 2, plan.choice.interpret
     best: list[Array] = []
     for r in range(unit // 2):
-        keys = strided_pairs(refs.k, i * n_pairs, n_pairs, (r, unit // 2 + r), unit, interpret)
+        keys = strided_pairs(k, i * n_pairs, n_pairs, (r, unit // 2 + r), unit, interpret)
         # All queries after one another: the keys stay in the matrix unit while their rows pass.
         q = refs.heads[...].reshape(-1, keys.shape[1])
         products = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
