@@ -75,12 +75,20 @@ def listed(S: int, unit: int) -> int:
 
 
 def scan(
-    heads: ScanHeads, eligible: Array, k: Array, unit: int, *, choice: Choice, config: Config | None = None
+    heads: ScanHeads,
+    eligible: Array,
+    k: Array,
+    unit: int,
+    *,
+    choice: Choice,
+    scales: Array | None = None,
+    config: Config | None = None,
 ) -> tuple[Array, Array]:
     """The units that each eight queries of a batch keep, on a grid of (sequences, tiles of queries, tiles of keys).
 
     Args:
-        heads: of [B, T, ...]; eligible: [B, T] int32, units of each query; k: [B, S, D] bfloat16 keys.
+        heads: of [B, T, ...]; eligible: [B, T] int32, units of each query.
+        k: [B, S, D] keys; scales: [B, S], of 8 bits.
         choice: units a query.
 
     Returns: [B, n, slots] int32 of every eight queries, n at least T / 8, ascending, then -1; [B, n] int32, how many
@@ -89,7 +97,7 @@ def scan(
     (B, T, D), S = heads.virtual.shape, k.shape[1]
     config = config or heuristic(T, S, unit)
     tile_t, tile_s = config.tile_t, config.tile_s
-    k, _ = whole_blocks(k, None, tile_s)
+    k, scales = whole_blocks(k, scales, tile_s)
     padded, eligible = jax.tree.map(lambda x: launch.pad_axis(x, 1, tile_t), (heads, eligible))
     tiles = eligible.shape[1] // tile_t
     furthest = jnp.minimum(jnp.max(eligible.reshape(B * tiles, tile_t), axis=1) * unit, k.shape[1])
@@ -101,12 +109,18 @@ def scan(
     def of_queries(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape), lambda b, t, s, _: (b, t, *(0 for _ in shape[1:])))
 
-    keys_spec = pl.BlockSpec((1, tile_s, D), lambda b, t, s, last: (b, step(b, t, s, last), 0))
-    launched = _launch(padded, eligible, furthest, (k, keys_spec), of_queries, tiles, k.shape[1], unit, choice, config)
+    keys = Operands(
+        (k, pl.BlockSpec((1, tile_s, D), lambda b, t, s, last: (b, step(b, t, s, last), 0))),
+        (
+            None if scales is None else scales.reshape(B, -1, LANES),
+            pl.BlockSpec((None, tile_s // LANES, LANES), lambda b, t, s, last: (b, step(b, t, s, last), 0)),
+        ),
+    )
+    launched = _launch(padded, eligible, furthest, keys, of_queries, tiles, k.shape[1], unit, choice, config)
     body = functools.partial(scan_body, launched.plan)
     grid, semantics = (B, tiles, k.shape[1] // tile_s), ("parallel", "parallel", "arbitrary")
-    found = dataclasses.replace(launched.launch, body=body, grid=grid, dimension_semantics=semantics)()
-    return _of_eights(*found, tile_t // SUBLANES)
+    lists, counts = dataclasses.replace(launched.launch, body=body, grid=grid, dimension_semantics=semantics)()
+    return _of_eights(lists, counts, tile_t // SUBLANES)
 
 
 def scan_ragged(
@@ -137,18 +151,29 @@ def scan_ragged(
         return launch.rows(shape[0], per_core, *shape[1:])
 
     furthest = jnp.minimum(jnp.max(eligible.reshape(n_tiles, tile_t), axis=1) * unit, S)
-    keys = ragged.keys.values, HBM
+    keys, dtype = Operands((ragged.keys.values, HBM), (ragged.keys.scales, HBM)), ragged.keys.values.dtype
     launched = _launch(heads, eligible, furthest, keys, of_queries, per_core, S, unit, choice, config)
     scratch = {
         **launched.launch.scratch,
-        "keys_vmem": pltpu.VMEM((2, config.tile_s, D), ragged.keys.values.dtype),
-        "sems": pltpu.SemaphoreType.DMA((2, 1)),
+        "keys_vmem": pltpu.VMEM((2, config.tile_s, D), dtype),
+        "sems": pltpu.SemaphoreType.DMA((2, 2)),
     }
+    if ragged.keys.scales is not None:
+        page_size = ragged.keys.values.shape[1]
+        scratch["scale_vmem"] = pltpu.VMEM((2, config.tile_s // page_size, page_size), jnp.float32)
     body, grid = functools.partial(ragged_body, launched.plan), (n_cores, 1, per_core)
-    found = launch.by_sequence(dataclasses.replace(launched.launch, body=body, grid=grid, scratch=scratch), tiles)()
-    lists, counts = _of_eights(*found, tile_t // SUBLANES)
+    ready = dataclasses.replace(launched.launch, body=body, grid=grid, scratch=scratch)
+    lists, counts = launch.by_sequence(ready, tiles)()
+    lists, counts = _of_eights(lists, counts, tile_t // SUBLANES)
     is_tile = jnp.repeat(tiles.sequence >= 0, tile_t // SUBLANES)
     return lists[0], jnp.where(is_tile, counts[0], 0)
+
+
+class Operands(NamedTuple):
+    """Keys and their scales or None, as an operand of a launch."""
+
+    values: tuple[Array, pl.BlockSpec]
+    scales: tuple[Array | None, pl.BlockSpec]
 
 
 class _Launched(NamedTuple):
@@ -160,7 +185,7 @@ def _launch(
     heads: ScanHeads,
     eligible: Array,
     furthest: Array,
-    k: tuple[Array, pl.BlockSpec],
+    keys: Operands,
     of_queries: Callable[..., pl.BlockSpec],
     tiles: int,
     S: int,
@@ -177,8 +202,7 @@ def _launch(
     """
     (B, T, D), n_exact, n_eights = heads.virtual.shape, heads.w.shape[2], config.tile_t // SUBLANES
     groups, slots = padded_groups(S // unit), listed(S, unit)
-    dtype = jnp.bfloat16
-    rows = jnp.concatenate([heads.virtual[:, :, None].astype(dtype), heads.exact.astype(dtype)], axis=2)
+    rows = jnp.concatenate([heads.virtual[:, :, None], heads.exact.astype(jnp.float32)], axis=2).astype(jnp.bfloat16)
     rows, w = (x.reshape(B, T // SUBLANES, SUBLANES, *x.shape[2:]).swapaxes(2, 3) for x in (rows, heads.w))
     plan = Plan(
         tiles=tiles,
@@ -196,6 +220,8 @@ def _launch(
     }
     if n_exact:
         scratch["w_vmem"] = pltpu.VMEM((n_eights, n_exact * SUBLANES, LANES), jnp.float32)
+    if keys.values[0].dtype != rows.dtype:
+        scratch["wide_vmem"] = pltpu.VMEM((1, config.tile_s, D), rows.dtype)
     in_tile, n_tiles = (slots // LANES * SUBLANES, LANES), T // config.tile_t
     of_exact = of_queries(n_eights, n_exact * SUBLANES, 1)
     return _Launched(
@@ -210,7 +236,8 @@ def _launch(
                 "heads": (rows.reshape(B, T // SUBLANES, -1, D), of_queries(n_eights, (n_exact + 1) * SUBLANES, D)),
                 "w": (w.reshape(B, T // SUBLANES, -1, 1) if n_exact else None, of_exact),
                 "eligible": (eligible.reshape(B, -1, SUBLANES, 1), of_queries(n_eights, SUBLANES, 1)),
-                "k": k,
+                "k": keys.values,
+                "scale": keys.scales,
             },
             outs={
                 "lists": launch.out(of_queries(*in_tile), B, n_tiles * in_tile[0], LANES),

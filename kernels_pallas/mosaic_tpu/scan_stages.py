@@ -9,9 +9,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.mosaic_tpu import flat, query_tiles, refine_shared, scan
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES, Choice, chip
+from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import tokens_a_row
 from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import RaggedTiles, nothing_like
 from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged, of_call
 from hisa_jax.kernels_pallas.mosaic_tpu.scan_heads import heads_of_tile, scan_heads
@@ -21,7 +23,7 @@ from hisa_jax.layout import Call, Queries
 from hisa_jax.methods import Scan
 from hisa_jax.xla.scan import ScanHeads
 
-LEAST_UNIT, MOST_UNIT = 2, 16  # a row of 32 bits holds two tokens, a unit is copied as eight rows
+MOST_UNIT = 16  # tokens: a unit is copied as eight rows of 32 bits
 _LEAST_QUERIES = 32  # of a sequence, that share its keys
 _TILE = 64  # queries of a ragged sequence that do; a power of two, so that `refine_shared` takes them in whole tiles
 _MOST_KEYS = 131072  # of a sequence: those that VMEM has room for
@@ -33,8 +35,6 @@ def why_not(D: int, dtype: str, method: Scan, n_keys: int, is_batch: bool) -> st
         return f"has a Scan of the keys alone, not of a sketch={method.sketch!r}"
     if method.unit > MOST_UNIT:
         return f"needs units of up to {MOST_UNIT} tokens, not {method.unit}"
-    if dtype != "bfloat16" or D != 128:
-        return f"needs bfloat16 queries and keys of size 128 for a Scan, not {dtype} of {D}"
     if is_batch and n_keys > _MOST_KEYS:
         return f"needs at most {_MOST_KEYS} keys for a Scan, not {n_keys}"
     return None
@@ -44,7 +44,8 @@ def why_not(D: int, dtype: str, method: Scan, n_keys: int, is_batch: bool) -> st
 def select_scan(call: Call, method: Scan, interpret: Interpret = False) -> tuple[Array, Array]:
     """The scan: [T, topk] int32 positions, ascending, then -1; [T] int32 count; a row for each of `call.queries`.
 
-    Eight queries side by side choose from what all of them want. Units of one token are kept in pairs.
+    Eight queries side by side choose from what all of them want. Units of less than 32 bits are
+    kept together: two bfloat16 tokens, four of 8 bits.
     """
     with jax.enable_x64(False):  # see bits.py
         if call.query_offsets is None:
@@ -56,12 +57,13 @@ def select_scan(call: Call, method: Scan, interpret: Interpret = False) -> tuple
         return jnp.where(n[:, None] > 0, chosen, -1), jnp.minimum(n, method.topk)
 
 
-def _unit_of(method: Scan) -> int:
-    return max(method.unit, LEAST_UNIT)
+def unit_of(method: Scan, dtype: DTypeLike) -> int:
+    """Tokens of the units that are kept: at least those that a row of 32 bits holds, two or, of 8 bits, four."""
+    return max(method.unit, tokens_a_row(dtype))
 
 
-def _of_units(method: Scan, interpret: Interpret) -> Choice:
-    times = _unit_of(method) // method.unit
+def _of_units(method: Scan, unit: int, interpret: Interpret) -> Choice:
+    times = unit // method.unit
     return Choice(
         k=method.block_topk,  # as many units of another size hold those, whatever they have in common
         keep_first=-(-method.keep_first // times),
@@ -73,8 +75,8 @@ def _of_units(method: Scan, interpret: Interpret) -> Choice:
 def _of_batch(call: Call, method: Scan, interpret: Interpret) -> Array:
     """[B, T, topk] int32, anything for a query that sees nothing."""
     assert call.k is not None
-    queries, k = Queries(call.q, call.w, jnp.clip(call.visible, 0, call.max_keys)), call.k.values
-    best, unit = Choice(k=method.topk, interpret=interpret), _unit_of(method)
+    queries, (k, scales) = Queries(call.q, call.w, jnp.clip(call.visible, 0, call.max_keys)), call.k
+    best, unit = Choice(k=method.topk, interpret=interpret), unit_of(method, k.dtype)
 
     def of_all() -> Array:
         # Half of all units in one list: to score the others, too, takes less than to leave them out.
@@ -84,11 +86,12 @@ def _of_batch(call: Call, method: Scan, interpret: Interpret) -> Array:
     if call.shape[1] < _LEAST_QUERIES:
         return of_all()
     heads = scan_heads(call, method, interpret)
-    lists, counts = scan.scan(heads, -(-queries.visible // unit), k, unit, choice=_of_units(method, interpret))
+    choice = _of_units(method, unit, interpret)
+    lists, counts = scan.scan(heads, -(-queries.visible // unit), k, unit, choice=choice, scales=scales)
 
     def of_lists() -> Array:
         config = refine_shared.heuristic(chip(), call.shape[1])
-        return refine_shared.refine_shared(queries, k, lists, counts, unit, choice=best, config=config)
+        return refine_shared.refine_shared(queries, k, lists, counts, unit, choice=best, config=config, scales=scales)
 
     return lax.cond(jnp.any(counts > lists.shape[2]), of_all, of_lists)
 
@@ -105,8 +108,8 @@ def _of_ragged(call: Call, method: Scan, interpret: Interpret) -> Array:
     best, T = Choice(k=method.topk, interpret=interpret), len(queries.visible)
     if T < _LEAST_QUERIES:
         return best_of_all(queries, ragged, best)[0]
-    is_long = (ragged.lengths > method.candidates) & (ragged.lengths <= _MOST_KEYS)
-    is_scanned = (ragged.n_queries >= _LEAST_QUERIES) & is_long
+    is_long = (ragged.lengths > method.block_topk * method.unit) & (ragged.lengths <= _MOST_KEYS)
+    is_scanned = jnp.asarray(ragged.n_queries >= _LEAST_QUERIES) & is_long
     scanned = functools.partial(_scanned, call, queries, ragged, is_scanned, method, interpret)
     is_any = jnp.any((queries.visible > 0) & ragged.of_rows(is_scanned, T))
     chosen, is_done = lax.cond(is_any, scanned, nothing_like(scanned))
@@ -118,14 +121,15 @@ def _scanned(
     call: Call, queries: Queries, ragged: Ragged, wanted: Array, method: Scan, interpret: Interpret
 ) -> tuple[Array, Array]:
     """Of the sequences that are `wanted` [R]: [T, topk] int32, and [R] bool, whether all lists of one have room."""
-    T, unit, S = len(queries.visible), _unit_of(method), min(ragged.max_keys, _MOST_KEYS)
+    T, S = len(queries.visible), min(ragged.max_keys, _MOST_KEYS)
+    unit = unit_of(method, ragged.keys.values.dtype)
     tile_t = _TILE if T >= _TILE else _LEAST_QUERIES
     n_cores = chip().n_cores if tile_t < T else 1
     tiles = query_tiles.split(ragged, T, wanted, _LEAST_QUERIES, tile_t, n_cores)
     assert isinstance(tiles, RaggedTiles)
     heads = _heads_of_tiles(call, queries, tiles, tile_t, method, interpret)
     eligible = -(-tiles.gather(queries.visible) // unit)
-    choice = _of_units(method, interpret)
+    choice = _of_units(method, unit, interpret)
     lists, counts = scan.scan_ragged(heads, eligible, ragged, tiles, S, unit, choice=choice, n_cores=n_cores)
     of_eights = jnp.repeat(tiles.sequence, tile_t // SUBLANES)
     every = jnp.arange(ragged.R, dtype=jnp.int32)
@@ -159,4 +163,4 @@ def _heads_of_tiles(
         return lax.cond(sequence >= 0, heads, nothing)
 
     heads = lax.map(one, (tiles.first, tiles.sequence, visible))
-    return jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), heads)
+    return jax.tree.map(lambda x: x.reshape(1, x.shape[0] * tile_t, *x.shape[2:]), heads)
