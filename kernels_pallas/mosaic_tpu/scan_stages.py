@@ -1,7 +1,8 @@
 """The scan put together: heads, units that eight queries keep, exact top-k in them.
 
 The scan reads every key once, as the flat indexer does, and does not pay where few queries share that. So batches of
-few queries, and of ragged sequences those that have few, are the flat indexer's.
+few queries, and of ragged sequences those that have few, are the flat indexer's. So are sequences of more keys than
+`refine_shared` has room for in VMEM.
 """
 
 import functools
@@ -29,14 +30,12 @@ _TILE = 64  # queries of a ragged sequence that do; a power of two, so that `ref
 _MOST_KEYS = 131072  # of a sequence: those that VMEM has room for
 
 
-def why_not(D: int, dtype: str, method: Scan, n_keys: int, is_batch: bool) -> str | None:
+def why_not(method: Scan) -> str | None:
     """None, or why these kernels take no such scan, of those that `limits.why_not` lets pass."""
     if method.sketch is not None:
         return f"has a Scan of the keys alone, not of a sketch={method.sketch!r}"
     if method.unit > MOST_UNIT:
         return f"needs units of up to {MOST_UNIT} tokens, not {method.unit}"
-    if is_batch and n_keys > _MOST_KEYS:
-        return f"needs at most {_MOST_KEYS} keys for a Scan, not {n_keys}"
     return None
 
 
@@ -83,7 +82,7 @@ def _of_batch(call: Call, method: Scan, interpret: Interpret) -> Array:
         assert call.k is not None
         return flat.flat(queries, call.k, choice=best)[0]
 
-    if call.shape[1] < _LEAST_QUERIES:
+    if call.shape[1] < _LEAST_QUERIES or call.max_keys > _MOST_KEYS:
         return of_all()
     heads = scan_heads(call, method, interpret)
     choice = _of_units(method, unit, interpret)
