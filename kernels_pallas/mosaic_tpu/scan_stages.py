@@ -133,7 +133,9 @@ def _scanned(
     of_eights = jnp.repeat(tiles.sequence, tile_t // SUBLANES)
     every = jnp.arange(ragged.R, dtype=jnp.int32)
     is_full = jnp.any((counts > lists.shape[1])[:, None] & (of_eights[:, None] == every), axis=0)
+    # The flat indexer's: nothing is left of them to refine.
     counts = jnp.where(is_full[jnp.maximum(of_eights, 0)], 0, counts)
+    queries = queries._replace(visible=jnp.where(ragged.of_rows(is_full, T), 0, queries.visible))
     config = refine_shared.Config(tile_t=min(refine_shared.Config.tile_t, tile_t), n_cores=n_cores)
     best, small = Choice(k=method.topk, interpret=interpret), tiles.cut(config.tile_t)
     chosen = refine_shared.refine_shared_ragged(
