@@ -120,7 +120,7 @@ def test_pages(implementation, few_share, method, n_queries, lengths, page_size,
 def test_the_flat_indexer_has_the_sequences_that_a_scan_does_not_pay_for(monkeypatch):
     """Few queries, all tokens candidates, no room for the keys, or for a list. The kernels are others: 1 s."""
     monkeypatch.setattr(scan_stages, "_MOST_KEYS", 900)
-    n_queries, lengths = [31, 32, 33, 34, 35], [500, 500, 48, 901, 900]
+    n_queries, lengths = [15, 16, 17, 18, 19], [500, 500, 48, 901, 900]
     q, k, w, cu_q, cu_k = packed(draw.integers, n_queries, lengths)
     call = kernel_calls.call_of(q, k, None, w, jnp.ones(len(q), jnp.int32), cu_seqlens=(cu_q, cu_k))
 
