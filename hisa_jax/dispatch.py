@@ -196,7 +196,7 @@ def _tpu(name: str) -> Implementation:
         if (
             isinstance(method, Scan)
             and not kernel_heads.is_flat(method, problem.H)
-            and (reason := module.why_not_scan(problem.D, problem.k_dtype, method, problem.S, not problem.is_packed))
+            and (reason := module.why_not_scan(method))
         ):
             return reason
         blocks = {}

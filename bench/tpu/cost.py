@@ -22,7 +22,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu.config import CHIPS as KERNEL_CHIPS
 from hisa_jax.kernels_pallas.mosaic_tpu.config import SUBLANES
 from hisa_jax.kernels_pallas.mosaic_tpu.config import Chip as KernelChip
 from hisa_jax.kernels_pallas.mosaic_tpu.flat_body import COLUMNS, products_a_step
-from hisa_jax.kernels_pallas.mosaic_tpu.scan_stages import LEAST_UNIT
+from hisa_jax.kernels_pallas.mosaic_tpu.scan_stages import unit_of
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from hisa_jax.kernels_pallas.sort_key import Search, narrow_search, sort_key_of
@@ -155,7 +155,7 @@ def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) ->
 def scan_kernels(chip: Chip, model: shapes.Model, method: Scan, T: int, S: int) -> list[Kernel]:
     """Of a batch of one sequence, bfloat16; lists have `UNION` times the units of a query."""
     kind = KERNEL_CHIPS[chip.kind]
-    queries, unit, eight = T // chip.cores_per_device, max(method.unit, LEAST_UNIT), SUBLANES
+    queries, unit, eight = T // chip.cores_per_device, unit_of(method, jnp.bfloat16), SUBLANES
     config = scan.heuristic(T, S, unit)
     n, tiles, steps = S // unit, queries / config.tile_t, S / config.tile_s
     groups, per_step = padded_groups(n), config.tile_s / (unit * 128)

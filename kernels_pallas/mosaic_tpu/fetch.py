@@ -19,10 +19,18 @@ CopyGroup = Callable[[Array, Ref, Ref, Ref, Callable[[Ref], None]], None]
 
 
 def in_a_row(first: Array, multiple: int = 1) -> CopyGroup:
-    """Blocks of [N, ...] from block `first` on, a multiple of `multiple`; they go to [GROUP, ...]."""
+    """Blocks of [N, ...] from block `first` on, a multiple of `multiple`.
+
+    They go to [GROUP, ...], or in rows to [GROUP * block_size, D].
+    """
 
     def copy_group(i: Array, hbm: Ref, vmem: Ref, sem: Ref, act: Callable) -> None:
         at = first + i * GROUP
+        if len(vmem.shape) < len(hbm.shape):
+            for block in range(GROUP):
+                rows = vmem.at[pl.ds(block * hbm.shape[1], hbm.shape[1])]
+                act(pltpu.make_async_copy(hbm.at[at + block], rows, sem))
+            return
         # Sequences of a batch begin with a group, those of a packed batch anywhere.
         at = pl.multiple_of(at, GROUP) if multiple == GROUP else at
         act(pltpu.make_async_copy(hbm.at[pl.ds(at, GROUP)], vmem, sem))
@@ -33,7 +41,8 @@ def in_a_row(first: Array, multiple: int = 1) -> CopyGroup:
 def by_pages(table_smem: Ref, n_pages: Array, per_block: int) -> CopyGroup:
     """Pages of a sequence, `per_block` to a block, that hold a token.
 
-    Of keys [N, page_size, D] they go to [GROUP, block_size, D]; a row a page, [N, x], goes to [GROUP * per_block, x].
+    Of keys [N, page_size, D] they go to [GROUP, block_size, D], or in rows to [GROUP * block_size, D]; a row a page,
+    [N, x], goes to [GROUP * per_block, x].
 
     Args:
         table_smem: [1, P] int32, where each page of the sequence is; n_pages: how many hold a token.
@@ -48,6 +57,10 @@ def by_pages(table_smem: Ref, n_pages: Array, per_block: int) -> CopyGroup:
                 act(pltpu.make_async_copy(hbm.at[pl.ds(page, 1)], vmem.at[pl.ds(x, 1)], sem))
                 return
             page_size = hbm.shape[1]
+            if len(vmem.shape) == 2:
+                rows = pl.ds(pl.multiple_of(x * page_size, page_size), page_size)
+                act(pltpu.make_async_copy(hbm.at[page], vmem.at[rows], sem))
+                return
             at = pl.ds(pl.multiple_of(lax.rem(x, per_block) * page_size, page_size), page_size)
             act(pltpu.make_async_copy(hbm.at[page], vmem.at[lax.div(x, per_block), at], sem))
 

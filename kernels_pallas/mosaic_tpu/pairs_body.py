@@ -1,4 +1,5 @@
-"""Device code that reads bfloat16 keys in pairs: two tokens side by side are one row of 32 bits in VMEM.
+"""Device code that reads bfloat16 keys in pairs: two tokens side by side are one row of 32 bits in VMEM, 8-bit ones
+four.
 
 A load takes up to eight such rows from any one on, or every n-th, where one of bfloat16 begins with a whole tile of
 16 tokens. Pallas' interpreter knows no other dtype of a reference: it takes the same tokens as they are.
@@ -8,9 +9,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.mosaic_tpu.config import SUBLANES
 from hisa_jax.kernels_pallas.types import Interpret, Ref
+
+
+def tokens_a_row(dtype: DTypeLike) -> int:
+    """Tokens side by side in a row of 32 bits: the smallest unit."""
+    return 4 // jnp.dtype(dtype).itemsize
 
 
 def strided_pairs(
@@ -33,8 +40,9 @@ def strided_pairs(
 
 
 def copy_pairs(keys_vmem: Ref, pair: Array, to_vmem: Ref, at: int, interpret: Interpret) -> None:
-    """Copies eight pairs, from one on to another on, in references of [N, D] bfloat16: one load and one store."""
+    """Copies eight pairs (of 8-bit keys fours), from one on to another on, in references of [N, D]: a load, a store."""
     if interpret:
-        to_vmem[pl.ds(2 * at, 2 * SUBLANES)] = keys_vmem[pl.ds(2 * pair, 2 * SUBLANES)]
+        n = tokens_a_row(keys_vmem.dtype)
+        to_vmem[pl.ds(n * at, n * SUBLANES)] = keys_vmem[pl.ds(n * pair, n * SUBLANES)]
     else:
         to_vmem.bitcast(jnp.int32)[pl.ds(at, SUBLANES)] = keys_vmem.bitcast(jnp.int32)[pl.ds(pair, SUBLANES)]

@@ -71,6 +71,16 @@ class RaggedTiles:
         """[1, tiles * tile_t, ...] -> [T, ...], anything in rows that are in no tile."""
         return x[0][self.slot_of_row]
 
+    def cut(self, tile_t: int) -> "RaggedTiles":
+        """The same slots in tiles of `tile_t`, a divisor of what they have; without a query they are of no sequence."""
+        n = len(self.row_of_slot) // tile_t // len(self.first)
+        has_query = jnp.any(self.row_of_slot.reshape(-1, tile_t) < len(self.slot_of_row), axis=1)
+        return dataclasses.replace(
+            self,
+            first=(self.first[:, None] + tile_t * jnp.arange(n, dtype=jnp.int32)).reshape(-1),
+            sequence=jnp.where(has_query, jnp.repeat(self.sequence, n), -1),
+        )
+
 
 Tiles = BatchTiles | RaggedTiles
 

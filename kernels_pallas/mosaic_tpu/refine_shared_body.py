@@ -1,15 +1,20 @@
 """Device code of `refine_shared`: eight queries side by side score one list of units, all eight the whole list.
 
-    k_hbm -- all of a sequence, at its first tile --> keys_vmem
+    k_hbm -- all of a sequence, at its first tile --> keys_vmem                (`refine_shared_body`, `ragged_body`)
     keys_vmem -- unit after unit of the list --> even_vmem or odd_vmem, under the products of the step before
     q x keys --> partial_vmem --> sort_keys_vmem --> top-k --> chosen
 
 A row of 32 bits in VMEM holds two tokens side by side, so that a unit of g tokens is g / 2 rows. A unit is copied as
 eight rows, one load and one store; what comes after the unit the next one overwrites. A step scores `columns` tokens
 of a list. The lists of a tile's eights follow one another, then the top-k of all its queries is found together.
+
+Of 8-bit keys a row of 32 bits holds four tokens. When their sequence is brought to VMEM, each unit gets a row of its
+scales over and over, s0 s1 s2 s3 s0 s1 ... for g = 4, which is copied with the unit. So in the rows of the units side
+by side each lane has the scale of its column in the row of that column's unit: a choice and a sum over rows.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -17,11 +22,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from hisa_jax.kernels_pallas.mosaic_tpu import flat_body, topk_body
-from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES, Choice
+from hisa_jax.kernels_pallas.mosaic_tpu import fetch, flat_body, topk_body
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES, Choice
+from hisa_jax.kernels_pallas.mosaic_tpu.launch import Tile
 from hisa_jax.kernels_pallas.mosaic_tpu.look_up_body import look_up
-from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import copy_pairs
-from hisa_jax.kernels_pallas.mosaic_tpu.score_body import spread_weights
+from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import copy_pairs, tokens_a_row
+from hisa_jax.kernels_pallas.mosaic_tpu.score_body import lanes_of, spread_weights
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Ref
 
@@ -31,8 +37,8 @@ class Plan:
     """The static numbers of a launch.
 
     Attributes:
-        tiles: of queries, of a sequence, on one core.
-        unit: tokens, a power of two from 2 to 16; columns: tokens a step.
+        tiles: of queries, of a sequence, or of all ragged ones, on one core.
+        unit: tokens, a power of two up to 16; columns: tokens a step.
         span, part: groups of 128 tokens that the output is made of in one go, and that a threshold's search looks at.
     """
 
@@ -54,16 +60,16 @@ class Refs(NamedTuple):
 
     counts_smem: Ref  # [eights of the grid], units of each list
     # Windows of the grid, of one tile of queries, E eights of them.
-    pairs_smem: Ref  # [E, slots // n, n], the pairs of tokens that the lists' units begin with
+    pairs_smem: Ref  # [E, slots // n, n], the pairs of tokens (of 8-bit keys fours) that the lists' units begin with
     units: Ref  # [E, slots // LANES, LANES], the lists
     n_visible: Ref  # [tile_t, 1], tokens of its list that each query sees, the first
     q: Ref  # [tile_t, H, D]
     w: Ref  # [tile_t, H]
     chosen: Ref  # out: [E, 8, k padded], positions, ascending, then -1
-    k_hbm: Ref  # [B, S, D]
+    k_hbm: Ref  # [B, S, D]; of ragged sequences [N, page_size, D]
     # Scratch.
-    keys_vmem: Ref  # [S + 16, D]
-    even_vmem: Ref  # [columns + 16, D], the keys of a step with an even number
+    keys_vmem: Ref  # [S + eight rows of 32 bits, D]
+    even_vmem: Ref  # [columns + eight rows, D], the keys of a step with an even number
     odd_vmem: Ref  # the same of an odd one
     w_vmem: Ref  # [tile_t, H, LANES]
     partial_vmem: Ref  # see `flat_body.products_a_step`
@@ -71,7 +77,14 @@ class Refs(NamedTuple):
     thresholds_vmem: Ref
     table_vmem: Ref
     chosen_vmem: Ref
-    sem: Ref
+    sems: Ref  # [2], by operand
+    n_tokens_smem: Ref = None  # [R], of ragged sequences
+    # Of 8-bit keys.
+    scale_hbm: Ref = None  # of a batch [B, S / 128, 128], else [N, page_size]
+    scale_vmem: Ref = None  # the same of one sequence
+    unit_scales_vmem: Ref = None  # [S / unit, 128]
+    even_scales_vmem: Ref = None  # [units, 128], of a step's units
+    odd_scales_vmem: Ref = None
 
 
 class ScoreRefs(NamedTuple):
@@ -84,16 +97,49 @@ class ScoreRefs(NamedTuple):
     sort_keys_vmem: Ref
 
 
+class Staged(NamedTuple):
+    """A step's units side by side, and their scales."""
+
+    keys: Ref
+    scales: Ref | None
+
+
 def refine_shared_body(plan: Plan, refs: Refs) -> None:
     """On a grid of (cores, sequences, tiles): the best tokens of a tile of queries."""
-    core, b, t = (pl.program_id(axis) for axis in range(3))
 
-    @pl.when(t == 0)
+    @pl.when(pl.program_id(2) == 0)
     def _load():
-        copy = pltpu.make_async_copy(refs.k_hbm.at[b], refs.keys_vmem.at[pl.ds(0, refs.k_hbm.shape[1])], refs.sem)
-        copy.start()
-        copy.wait()
+        pairs = [(refs.k_hbm, refs.keys_vmem)]
+        if refs.scale_hbm is not None:
+            pairs.append((refs.scale_hbm, refs.scale_vmem))
+        for act in (fetch.start, fetch.wait):
+            for j, (hbm, vmem) in enumerate(pairs):
+                whole = pl.ds(0, hbm.shape[1])
+                act(pltpu.make_async_copy(hbm.at[pl.program_id(1)], vmem.at[whole], refs.sems.at[j]))
+        spread_scales(plan, refs.k_hbm.shape[1], refs)
 
+    refine_tile(plan, refs)
+
+
+def ragged_body(plan: Plan, block_size: int, tile: Tile, refs: Refs) -> None:
+    """The same of ragged sequences, on a grid of (cores, 1, tiles); their keys come in groups of blocks."""
+
+    @pl.when(tile.is_first)
+    def _load():
+        rows = GROUP * block_size
+        n_groups = pl.cdiv(refs.n_tokens_smem[tile.sequence], rows)
+        pairs = [(refs.k_hbm, refs.keys_vmem, rows)]
+        if refs.scale_hbm is not None:
+            pairs.append((refs.scale_hbm, refs.scale_vmem, rows // refs.scale_vmem.shape[1]))
+        fetch.all_at_once(tile.copy_group, n_groups, pairs, refs.sems)
+        spread_scales(plan, n_groups * rows, refs)
+
+    refine_tile(plan, refs)
+
+
+def refine_tile(plan: Plan, refs: Refs) -> None:
+    """The best tokens of a tile of queries, whose sequence's keys are in VMEM."""
+    core, b, t = (pl.program_id(axis) for axis in range(3))
     n_eights = refs.pairs_smem.shape[0]
     first = ((b * pl.num_programs(0) + core) * plan.tiles + t) * n_eights
     spread_weights(refs.w, refs.w_vmem)
@@ -102,22 +148,25 @@ def refine_shared_body(plan: Plan, refs: Refs) -> None:
         n_steps = pl.cdiv(refs.counts_smem[first + eight], plan.units)
         own = eight_of(eight, refs)
 
-        def score(i: Array, staged: Ref) -> None:
-            keys = lambda first: staged[pl.ds(first, flat_body.COLUMNS)]  # noqa: E731
-            flat_body.score_keys(SUBLANES, flat_body.Step(i, plan.columns, keys, None), own)
+        even, odd = Staged(refs.even_vmem, refs.even_scales_vmem), Staged(refs.odd_vmem, refs.odd_scales_vmem)
+
+        def score(i: Array, staged: Staged) -> None:
+            keys = lambda first: staged.keys[pl.ds(first, flat_body.COLUMNS)]  # noqa: E731
+            scales = None if staged.scales is None else functools.partial(scales_of, plan, staged.scales)
+            flat_body.score_keys(SUBLANES, flat_body.Step(i, plan.columns, keys, scales), own)
 
         def two_steps(turn: Array, _: None) -> None:
             # One after the other in the program, side by side in the schedule.
             i = 2 * turn
-            gather(plan, eight, i + 1, refs.odd_vmem, refs)
-            score(i, refs.even_vmem)
+            gather(plan, eight, i + 1, odd, refs)
+            score(i, even)
 
             @pl.when(i + 1 < n_steps)
             def _odd():
-                gather(plan, eight, i + 2, refs.even_vmem, refs)
-                score(i + 1, refs.odd_vmem)
+                gather(plan, eight, i + 2, even, refs)
+                score(i + 1, odd)
 
-        pl.when(n_steps > 0)(lambda: gather(plan, eight, jnp.int32(0), refs.even_vmem, refs))
+        pl.when(n_steps > 0)(lambda: gather(plan, eight, jnp.int32(0), even, refs))
         lax.fori_loop(0, lax.div(n_steps + 1, 2), two_steps, None)
         return jnp.maximum(most, n_steps)
 
@@ -154,7 +203,40 @@ def eight_of(eight: Array, refs: Refs) -> ScoreRefs:
     )
 
 
-def gather(plan: Plan, eight: Array, i: Array, staged_vmem: Ref, refs: Refs) -> None:
+def spread_scales(plan: Plan, n_tokens: Array | int, refs: Refs) -> None:
+    """Scales as they came, of the first tokens of a sequence, to a row for each unit."""
+    if refs.scale_vmem is None:
+        return
+    unit = plan.unit
+    row, lane = (lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), axis) for axis in range(2))
+
+    def some(turn: Array, _: None) -> None:
+        # 256 tokens: the most that a page has.
+        for i in range(2):
+            scales = jnp.broadcast_to(lanes_of(refs.scale_vmem, 2 * turn, i), (SUBLANES, LANES))
+            for first in range(0, LANES // unit, SUBLANES):
+                token = (first + row) * unit + (lane & (unit - 1))
+                x = jnp.take_along_axis(scales, token, axis=1, mode="promise_in_bounds")
+                at = pl.multiple_of((2 * turn + i) * (LANES // unit) + first, SUBLANES)
+                refs.unit_scales_vmem[pl.ds(at, SUBLANES)] = x
+
+    lax.fori_loop(0, pl.cdiv(n_tokens, 2 * LANES), some, None)
+
+
+def scales_of(plan: Plan, scales: Ref, first: Array) -> Array:
+    """[1, COLUMNS]: scales of a step's columns from `first` on, of which `scales` has a row for each unit."""
+    units = LANES // plan.unit
+    row, lane = (lax.broadcasted_iota(jnp.int32, (units, LANES), axis) for axis in range(2))
+    own = row == lax.div(lane, plan.unit)
+
+    def some(c: int) -> Array:
+        at = pl.multiple_of(lax.div(first, plan.unit) + c * units, SUBLANES)
+        return jnp.sum(jnp.where(own, scales[pl.ds(at, units)], 0.0), axis=0, keepdims=True)
+
+    return jnp.concatenate([some(c) for c in range(flat_body.COLUMNS // LANES)], axis=1)
+
+
+def gather(plan: Plan, eight: Array, i: Array, staged: Staged, refs: Refs) -> None:
     """Copies the units of a step to where they stand side by side. After the last step: of the last again."""
     _, n_rows, in_row = refs.pairs_smem.shape
     per_step = plan.units // in_row
@@ -163,8 +245,11 @@ def gather(plan: Plan, eight: Array, i: Array, staged_vmem: Ref, refs: Refs) -> 
         for lane in range(in_row):
             # Every number is where the program says: the scalar core has two additions a copy.
             pair = refs.pairs_smem[eight, first + part, lane]
-            at = (part * in_row + lane) * (plan.unit // 2)
-            copy_pairs(refs.keys_vmem, pair, staged_vmem, at, plan.choice.interpret)
+            unit, pairs = part * in_row + lane, plan.unit // tokens_a_row(refs.keys_vmem.dtype)
+            copy_pairs(refs.keys_vmem, pair, staged.keys, unit * pairs, plan.choice.interpret)
+            if staged.scales is not None:
+                shift = pairs.bit_length() - 1
+                staged.scales[pl.ds(unit, 1)] = refs.unit_scales_vmem[pl.ds(pair >> shift, 1)]
 
 
 def write_positions(plan: Plan, eight: Array, n_groups: Array, refs: Refs) -> None:

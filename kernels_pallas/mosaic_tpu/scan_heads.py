@@ -32,15 +32,20 @@ def scan_heads(call: Call, method: Scan, interpret: Interpret = False) -> ScanHe
 
     def one(tile: tuple[Array, Queries]) -> ScanHeads:
         b, queries = tile
-        exact = _exact_heads(queries, method.exact_heads)
-        slopes = jnp.ones_like(queries.w)
-        if method.slopes == "sampled":
-            slopes = _sampled_slopes(queries, call.sequence(b), interpret)
-        return scan.scan_heads(queries, scan.virtual_head(queries, slopes, exact), exact)
+        return heads_of_tile(queries, call.sequence(b), method, interpret)
 
     sequences = jnp.repeat(jnp.arange(B, dtype=jnp.int32), n)
     heads = lax.map(one, (sequences, jax.tree.map(tiled, Queries(call.q, call.w, call.visible))))
     return jax.tree.map(lambda x: x.reshape(B, n * t, *x.shape[2:])[:, :T], heads)
+
+
+def heads_of_tile(queries: Queries, sequence: Sequence, method: Scan, interpret: Interpret = False) -> ScanHeads:
+    """Of t queries of one sequence: [t, ...] each."""
+    exact = _exact_heads(queries, method.exact_heads)
+    slopes = jnp.ones_like(queries.w)
+    if method.slopes == "sampled":
+        slopes = _sampled_slopes(queries, sequence, interpret)
+    return scan.scan_heads(queries, scan.virtual_head(queries, slopes, exact), exact)
 
 
 def _exact_heads(queries: Queries, n: int) -> Array:

@@ -32,6 +32,16 @@ def row_of(ref: Ref, first: Array | int, n: int) -> Array:
     return jnp.concatenate([ref[pl.ds(first + i, 1)] for i in range(n)], axis=1)
 
 
+def lanes_of(ref: Ref, first: Array, i: int) -> Array:
+    """[1, 128]: of tokens in rows of a page each, [n, page_size], the 128 number first + i; `first` is even."""
+    page_size = ref.shape[1]
+    if page_size < LANES:
+        n = LANES // page_size
+        return row_of(ref, (first + i) * n, n)
+    n = page_size // LANES
+    return ref[pl.ds(lax.div(first, n) + i // n, 1), i % n * LANES : (i % n + 1) * LANES]
+
+
 def products(q: Array, keys: Array, is_transposed: bool = False) -> Array:
     """[rows, D], [n, D] (or [D, n]) -> [rows, n] float32, relu(q . k)."""
     dimensions = (((1,), (0 if is_transposed else 1,)), ((), ()))

@@ -234,22 +234,26 @@ def best_tokens(queries: Queries, ragged: Ragged, blocks: Array, choice: Choice)
     return where_rows(row_is_shared, first, second)
 
 
-def best_of_all(queries: Queries, ragged: Ragged, choice: Choice) -> Found:
-    """The best of all visible tokens of ragged sequences: [T, k] int32; a query that sees none gets anything."""
+def best_of_all(queries: Queries, ragged: Ragged, choice: Choice, wanted: Rows | bool = True) -> Found:
+    """The best of all visible tokens of the ragged sequences that are `wanted` [R]: [T, k] int32.
+
+    A query that sees none, or of another sequence, gets anything.
+    """
     T = queries.q.shape[0]
+    is_real = (queries.visible > 0) & ragged.of_rows(jnp.broadcast_to(wanted, (ragged.R,)), T)
     is_wide = ragged.n_queries >= _WIDE
     row_is_wide = ragged.of_rows(is_wide, T)
     large = min(ragged.tile_t(T), flat.heuristic(T, ragged.max_keys).tile_t)
 
-    def tiled(wanted: Rows, least: int, tile_t: int) -> Found:
+    def tiled(some: Rows, least: int, tile_t: int) -> Found:
         n_cores = chip().n_cores if tile_t < T else 1
-        tiles = query_tiles.split(ragged, T, wanted, least, tile_t, n_cores)
+        tiles = query_tiles.split(ragged, T, some & wanted, least, tile_t, n_cores)
         return flat.flat_ragged(queries, ragged, tiles, choice=choice, tile_t=tile_t, n_cores=n_cores)
 
     wide = functools.partial(tiled, is_wide, _WIDE, large)
     narrow = functools.partial(tiled, ~is_wide, 1, SUBLANES)
-    first = lax.cond(jnp.any((queries.visible > 0) & row_is_wide), wide, nothing_like(wide))
-    second = lax.cond(jnp.any((queries.visible > 0) & ~row_is_wide), narrow, nothing_like(wide))
+    first = lax.cond(jnp.any(is_real & row_is_wide), wide, nothing_like(wide))
+    second = lax.cond(jnp.any(is_real & ~row_is_wide), narrow, nothing_like(wide))
     return where_rows(row_is_wide, first, second)
 
 

@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from bench.tpu import aot
 from bench.tpu.chips import CHIPS
 from hisa_jax import dispatch
+from hisa_jax.kernels_pallas.mosaic_tpu import scan_stages
 from hisa_jax.pallas import Kernels
 
 if aot.why_not() is None:
@@ -33,6 +34,13 @@ def implementation(request, monkeypatch):
         able = dispatch.Implementation(why_not=lambda device, problem: None, select=kernels.select)
         monkeypatch.setitem(dispatch.IMPLEMENTATIONS, request.param, able)
     return request.param
+
+
+@pytest.fixture
+def few_share(monkeypatch):
+    """Sequences are scanned whatever they have of queries, in tiles of 16: interpreted, one of 64 takes minutes."""
+    monkeypatch.setattr(scan_stages, "_LEAST_QUERIES", 8)
+    monkeypatch.setattr(scan_stages, "_TILE", 16)
 
 
 @pytest.fixture(params=CHIPS)

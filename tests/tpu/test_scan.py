@@ -22,52 +22,69 @@ SMALL = hj.Scan(topk=24, candidates=48, exact_heads=2, unit=4)
 
 
 def run(method, inputs, visible, interpret):
-    q, k, _, w = inputs
+    q, k, k_scale, w = inputs
     B, S, _ = k.shape
     lengths = jnp.full((B,), S, jnp.int32)
-    call = Call(q=q, w=w, visible=jnp.asarray(visible, jnp.int32), k=Keys(k, None), lengths=lengths)
+    call = Call(q=q, w=w, visible=jnp.asarray(visible, jnp.int32), k=Keys(k, k_scale), lengths=lengths)
     indices, count = call.unflatten(mosaic_tpu.select_scan(call, method, interpret))
     return np.asarray(indices), np.asarray(count)
 
 
 def check(got, method, inputs, visible, tolerance):
     """At least as good as the best of exactly the candidates: the n-th best score of both compared, for every n."""
-    (indices, count), (q, k, _, w) = got, inputs
-    positions = jnp.asarray(visible, jnp.int32) - 1
-    wanted = hj.select(q, k, w, method, query_positions=positions, implementation="xla")
+    (indices, count), (q, k, k_scale, w) = got, inputs
+    positions, keys = jnp.asarray(visible, jnp.int32) - 1, k if k_scale is None else hj.QuantizedKeys(k, k_scale)
+    wanted = hj.select(q, keys, w, method, query_positions=positions, implementation="xla")
     for b, t in np.ndindex(*np.shape(visible)):
-        n, chosen = min(int(visible[b][t]), method.topk), indices[b, t]
-        assert count[b, t] == n and (chosen[n:] == -1).all() and (np.diff(chosen[:n]) > 0).all()
-        assert n == 0 or chosen[n - 1] < visible[b][t]
-        scores = reference.token_scores(q[b, t : t + 1], k[b], None, w[b, t : t + 1])[0]
-        own, least = (np.sort(np.nan_to_num(scores[x[:n]], nan=-np.inf)) for x in (chosen, wanted.indices[b, t]))
-        assert (own >= least - tolerance * np.nanstd(scores)).all(), f"sequence {b}, query {t}"
+        n_visible = int(visible[b][t])
+        assert count[b, t] == min(n_visible, method.topk)
+        scale = None if k_scale is None else k_scale[b]
+        scores = reference.token_scores(q[b, t : t + 1], k[b], scale, w[b, t : t + 1])[0]
+        check_query(indices[b, t], np.asarray(wanted.indices[b, t]), scores, n_visible, tolerance, (b, t))
+
+
+def check_query(chosen, wanted, scores, n_visible, tolerance, which):
+    """`check` of one query, by the scores of all its sequence's tokens."""
+    n = min(n_visible, len(chosen))
+    assert (chosen[n:] == -1).all() and (np.diff(chosen[:n]) > 0).all() and (chosen[:n] >= 0).all(), which
+    assert n == 0 or chosen[n - 1] < n_visible, which
+    own, least = (np.sort(np.nan_to_num(scores[x[:n]], nan=-np.inf)) for x in (chosen, wanted))
+    assert (own >= least - tolerance * np.nanstd(scores)).all(), which
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "B", "T", "S", "visible"),
+    ("method", "B", "T", "S", "visible", "dtype"),
     [
         # 25 s: a tile that is not full, a query that sees nothing, few and all tokens.
-        pytest.param(SMALL, 1, 9, 700, [[0, 1, 3, 40, 48, 49, 333, 698, 700]], id="units_of_4"),
+        pytest.param(SMALL, 1, 9, 700, [[0, 1, 3, 40, 48, 49, 333, 698, 700]], BF16, id="units_of_4"),
         pytest.param(
-            hj.Scan(topk=40, candidates=96, exact_heads=4, keep_first=5, keep_last=3), 1, 72, 1500, None,
+            hj.Scan(topk=40, candidates=96, exact_heads=4, keep_first=5, keep_last=3), 1, 72, 1500, None, BF16,
             id="tokens_in_pairs", marks=pytest.mark.exhaustive,
         ),
         pytest.param(
-            hj.Scan(topk=32, candidates=64, exact_heads=0, unit=2, slopes="plain"), 2, 11, 1111, None,
+            hj.Scan(topk=32, candidates=64, exact_heads=0, unit=2, slopes="plain"), 2, 11, 1111, None, BF16,
             id="virtual_head_alone", marks=pytest.mark.exhaustive,
         ),
         pytest.param(
-            hj.Scan(topk=40, candidates=1024, unit=16), 1, 9, 3000, None,
+            hj.Scan(topk=40, candidates=1024, unit=16), 1, 9, 3000, None, BF16,
             id="units_of_16", marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            hj.Scan(topk=32, candidates=96), 2, 9, 777, None, jnp.int8,
+            id="tokens_of_8_bits_in_fours", marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            hj.Scan(topk=32, candidates=96, unit=8), 1, 9, 1500, None, jnp.float8_e4m3fn,
+            id="units_of_8_of_8_bits", marks=pytest.mark.exhaustive,
         ),
     ],
 )  # fmt: skip
-def test_chooses_among_at_least_the_candidates(interpret, method, B, T, S, visible):
+def test_chooses_among_at_least_the_candidates(interpret, few_share, method, B, T, S, visible, dtype):
     if visible is None:
         visible = np.broadcast_to(np.arange(S - T + 1, S + 1), (B, T))
-    for inputs in (draw.integers(0, B, T, S, 16, 128, BF16, False), draw.normal(1, B, T, S, 16, 128, BF16, False)):
+    for seed, drawn in enumerate((draw.integers, draw.normal)):
+        inputs = drawn(seed, B, T, S, 16, 128, dtype, dtype != BF16)
         check(run(method, inputs, visible, interpret), method, inputs, visible, NEAR)
 
 
@@ -75,7 +92,7 @@ def test_chooses_among_at_least_the_candidates(interpret, method, B, T, S, visib
 @pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-def test_a_key_that_is_not_finite_hides_no_other_of_its_unit(interpret, bad):
+def test_a_key_that_is_not_finite_hides_no_other_of_its_unit(interpret, few_share, bad):
     q, k, k_scale, w = draw.normal(2, 1, 8, 512, 16, 128, BF16, False)
     inputs, visible = (q, k.at[0, 100::97].set(bad), k_scale, w), [[*range(505, 513)]]
     check(run(SMALL, inputs, visible, interpret), SMALL, inputs, visible, NEAR)
@@ -83,7 +100,7 @@ def test_a_key_that_is_not_finite_hides_no_other_of_its_unit(interpret, bad):
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_lists_that_overflow_are_not_used(interpret, monkeypatch):
+def test_lists_that_overflow_are_not_used(interpret, few_share, monkeypatch):
     """The flat indexer chooses, which leaves no candidate out."""
     monkeypatch.setattr(scan, "_MOST_LISTED", 1024)
     method, T, S = hj.Scan(topk=24, candidates=1024, exact_heads=0, unit=2), 8, 8192
@@ -132,14 +149,9 @@ def test_compiles(chip, name):
 
 
 def test_refusals_say_why():
-    takes = dict(D=128, dtype="bfloat16", method=hj.Scan(), n_keys=131072, is_batch=True)
-    assert scan_stages.why_not(**takes) is None
-    for change, sentence in (
-        (dict(is_batch=False), "batches alone"),
-        (dict(method=hj.Scan(sketch="int4")), "not of a sketch='int4'"),
-        (dict(method=hj.Scan(unit=32)), "units of up to 16 tokens, not 32"),
-        (dict(D=64), "not bfloat16 of 64"),
-        (dict(dtype="int8"), "not int8 of 128"),
-        (dict(n_keys=131073), "at most 131072 keys"),
+    for method, sentence in (
+        (hj.Scan(), None),
+        (hj.Scan(sketch="int4"), "has a Scan of the keys alone, not of a sketch='int4'"),
+        (hj.Scan(unit=32), "needs units of up to 16 tokens, not 32"),
     ):
-        assert sentence in scan_stages.why_not(**{**takes, **change})
+        assert scan_stages.why_not(method) == sentence
