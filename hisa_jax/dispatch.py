@@ -196,7 +196,7 @@ def _tpu(name: str) -> Implementation:
         if (
             isinstance(method, Scan)
             and not kernel_heads.is_flat(method, problem.H)
-            and (reason := module.why_not_scan(method))
+            and (reason := module.why_not_scan(method, problem.D, problem.page_size is not None))
         ):
             return reason
         blocks = {}

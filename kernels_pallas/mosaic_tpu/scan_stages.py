@@ -5,14 +5,16 @@ few queries, and of ragged sequences those that have few, are the flat indexer's
 `refine_shared` has room for in VMEM.
 """
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from hisa_jax.kernels_pallas.mosaic_tpu import flat, query_tiles, refine_shared, scan
+from hisa_jax.kernels_pallas.mosaic_tpu import flat, launch, query_tiles, refine_shared, scan
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES, Choice, chip
 from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import tokens_a_row
 from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import RaggedTiles, nothing_like
@@ -30,8 +32,10 @@ _TILE = 64  # queries of a ragged sequence that do, or less: powers of two, whic
 _MOST_KEYS = 131072  # of a sequence: those that VMEM has room for
 
 
-def why_not(method: Scan) -> str | None:
+def why_not(method: Scan, D: int, is_paged: bool) -> str | None:
     """None, or why these kernels take no such scan, of those that `limits.why_not` lets pass."""
+    if is_paged and D != LANES:
+        return f"needs heads of size {LANES} for a Scan of keys in pages, not {D}"
     if method.sketch is not None:
         return f"has a Scan of the keys alone, not of a sketch={method.sketch!r}"
     if method.unit > MOST_UNIT:
@@ -84,6 +88,9 @@ def _of_batch(call: Call, method: Scan, interpret: Interpret) -> Array:
 
     if call.shape[1] < _LEAST_QUERIES or call.max_keys > _MOST_KEYS:
         return of_all()
+    call = _in_whole_rows(call)
+    assert call.k is not None
+    queries, k = queries._replace(q=call.q), call.k.values
     heads = scan_heads(call, method, interpret)
     choice = _of_units(method, unit, interpret)
     lists, counts = scan.scan(heads, -(-queries.visible // unit), k, unit, choice=choice, scales=scales)
@@ -101,6 +108,8 @@ def _of_ragged(call: Call, method: Scan, interpret: Interpret) -> Array:
     The flat indexer has sequences of few queries, those whose keys are all candidates or have no room, and those of
     which some list overflows.
     """
+    if math.prod(call.shape) >= _LEAST_QUERIES and call.cache is None:
+        call = _in_whole_rows(call)
     # The blocks of the record are what is copied at a time, 128 or 256 keys.
     queries, ragged = of_call(call, LANES if call.cache is None else max(LANES, call.cache.page_size))
     queries = queries._replace(visible=jnp.clip(queries.visible, 0, ragged.max_keys))
@@ -114,6 +123,16 @@ def _of_ragged(call: Call, method: Scan, interpret: Interpret) -> Array:
     chosen, is_done = lax.cond(is_any, scanned, nothing_like(scanned))
     (rest,) = best_of_all(queries, ragged, best, ~is_done)
     return jnp.where(ragged.of_rows(is_done, T)[:, None], chosen, rest)
+
+
+def _in_whole_rows(call: Call) -> Call:
+    """With zeros after heads of 64: a unit is copied from any row on, which is of 128 numbers."""
+    assert call.k is not None
+    return dataclasses.replace(call, q=_wide(call.q), k=call.k._replace(values=_wide(call.k.values)))
+
+
+def _wide(x: Array) -> Array:
+    return launch.pad_axis(x, x.ndim - 1, LANES)
 
 
 def _scanned(

@@ -149,9 +149,11 @@ def test_compiles(chip, name):
 
 
 def test_refusals_say_why():
-    for method, sentence in (
-        (hj.Scan(), None),
-        (hj.Scan(sketch="int4"), "has a Scan of the keys alone, not of a sketch='int4'"),
-        (hj.Scan(unit=32), "needs units of up to 16 tokens, not 32"),
+    for method, D, is_paged, sentence in (
+        (hj.Scan(), 128, True, None),
+        (hj.Scan(), 64, False, None),
+        (hj.Scan(), 64, True, "needs heads of size 128 for a Scan of keys in pages, not 64"),
+        (hj.Scan(sketch="int4"), 128, False, "has a Scan of the keys alone, not of a sketch='int4'"),
+        (hj.Scan(unit=32), 128, False, "needs units of up to 16 tokens, not 32"),
     ):
-        assert scan_stages.why_not(method) == sentence
+        assert scan_stages.why_not(method, D, is_paged) == sentence

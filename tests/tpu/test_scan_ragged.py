@@ -215,7 +215,7 @@ def compiled(chip, T, R, page_size, method, dtype="bfloat16", D=128):
     ("T", "R", "page_size", "unit", "dtype", "D"),
     [
         pytest.param(1024, 8, 64, 4, "bfloat16", 128, id="pages_of_64"),
-        pytest.param(1024, 8, 128, 2, "bfloat16", 64, id="pages_of_128"),
+        pytest.param(1024, 8, 128, 2, "bfloat16", 128, id="pages_of_128"),
         pytest.param(1024, 8, 16, 16, "bfloat16", 128, id="pages_of_16"),
         pytest.param(1024, 8, 64, 4, "int8", 128, id="int8"),
         pytest.param(1024, 8, 128, 4, "float8_e4m3fn", 128, id="e4m3"),
