@@ -151,7 +151,8 @@ def units(queries: Queries, ragged: Ragged, tiles: Tiles, eligible: Array, *, ta
         }
         of_flat = flat.scratch(H, tile_t, tile_s, groups)
         scratch |= {name: of_flat[name] for name in ("w_vmem", "partial_vmem")}
-        vmem_bytes += flat.Config(tile_t=tile_t, tile_s=tile_s).vmem_bytes(H, D, 0, 0, keys.values.dtype.itemsize)
+        scratch["scores_vmem"] = pltpu.VMEM((registers, tile_s // LANES * SUBLANES, LANES), jnp.float32)
+        vmem_bytes += 4 * tile_t * tile_s + flat.Config(tile_t=tile_t, tile_s=tile_s).vmem_bytes(H, D, 0, 0, keys.values.dtype.itemsize)
     chosen = launch.out(by_eight(SUBLANES, slots), B, T // SUBLANES, SUBLANES, slots)
     kernel = Launch(
         body=functools.partial(units_body.units_body, plan),

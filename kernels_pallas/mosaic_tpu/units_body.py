@@ -79,6 +79,7 @@ class Refs(NamedTuple):
     # Of several heads, as in `flat_body.Refs`.
     w_vmem: Ref = None
     partial_vmem: Ref = None
+    scores_vmem: Ref = None  # [tile_t // 8, keys of a step // 16, LANES] float32, eight rows for 128 keys
     # Of one.
     best_vmem: Ref = None  # [lanes // LANES, 8 * blocks, LANES] float32, of 128 blocks or of a step's, if more
     columns_vmem: Ref = None  # [keys of a step, LANES] float32, the scale of each key
@@ -101,7 +102,8 @@ def units_body(plan: Plan, tile: Tile, refs: Refs) -> None:
             units_head_body.flush(plan, i, n_steps, refs)
         else:
             step = flat_body.step_of_ring(i, slot, refs)
-            flat_body.score_keys(SUBLANES, step, refs, functools.partial(put_maxima, plan, refs))
+            flat_body.score_keys(SUBLANES, step, refs, functools.partial(put_scores, refs))
+            put_maxima(plan, i, refs)
 
     pairs = [(refs.k, refs.keys_vmem), *([(refs.scale, refs.scale_vmem)] if refs.scale is not None else [])]
     fetch.in_turn(tile.copy_group, n_steps, pairs, refs.sems, score)
@@ -114,33 +116,45 @@ def units_body(plan: Plan, tile: Tile, refs: Refs) -> None:
     lax.fori_loop(0, n_parts, one_part, None)
 
 
-def put_maxima(plan: Plan, refs: Refs, t: int, first: Array, scores: list[Array]) -> None:
-    """Puts the sort keys of blocks, for eight queries from number t on, where the selection finds them.
-
-    Args:
-        first: a key; scores: [8, LANES] float32 of each 128 keys from that one on, of at most 128 blocks.
-    """
-    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
-    # Else one such token would hide the others of its block.
-    scores = [jnp.where(x == x, x, -jnp.inf) for x in scores]
-    if plan.is_masked:
-        visible = jnp.broadcast_to(refs.visible[pl.ds(t, SUBLANES)], (SUBLANES, LANES))
-        scores = [jnp.where(first + c * LANES + lane < visible, x, -jnp.inf) for c, x in enumerate(scores)]
-    registers = max(plan.block_size // LANES, 1)
-    scores = [functools.reduce(jnp.maximum, scores[c : c + registers]) for c in range(0, len(scores), registers)]
-    width = min(plan.block_size, LANES)
-    block = lax.div(first, plan.block_size)
-    group = pl.multiple_of(lax.div(block, LANES) * SUBLANES, SUBLANES)
-    sort_keys = refs.sort_keys_vmem[t // SUBLANES, pl.ds(group, SUBLANES)]
+def put_scores(refs: Refs, t: int, first: Array, scores: list[Array]) -> None:
+    """Puts the scores of eight queries of a tile, from number t on, for groups of 128 keys of the step."""
+    registers = refs.scores_vmem.shape[1] // SUBLANES
     for c, x in enumerate(scores):
+        at = pl.multiple_of((lax.rem(lax.div(first, LANES), registers) + c) * SUBLANES, SUBLANES)
+        # Else one such token would hide the others of its block.
+        refs.scores_vmem[t // SUBLANES, pl.ds(at, SUBLANES)] = jnp.where(x == x, x, -jnp.inf)
+
+
+def put_maxima(plan: Plan, i: Array, refs: Refs) -> None:
+    """Puts the sort keys of the blocks of step i where the selection finds them."""
+    tiles, rows, _ = refs.scores_vmem.shape
+    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+    registers, width = max(plan.block_size // LANES, 1), min(plan.block_size, LANES)
+    per_register = LANES // width
+    per_step = rows // SUBLANES // registers * per_register
+    first = lax.rem(i * per_step, LANES)  # of 128 blocks, where a step has fewer
+    keys = i * (rows // SUBLANES * LANES)
+
+    def one_tile(tile: Array, _: None) -> None:
+        scores = [refs.scores_vmem[tile, c * SUBLANES : (c + 1) * SUBLANES] for c in range(rows // SUBLANES)]
+        if plan.is_masked:
+            visible = jnp.broadcast_to(refs.visible[pl.ds(tile * SUBLANES, SUBLANES)], (SUBLANES, LANES))
+            scores = [jnp.where(keys + c * LANES + lane < visible, x, -jnp.inf) for c, x in enumerate(scores)]
+        scores = [functools.reduce(jnp.maximum, scores[c : c + registers]) for c in range(0, len(scores), registers)]
         for step in (1, 2, 4, 8, 16, 32, 64):
             if step < width:
-                x = jnp.maximum(x, pltpu.roll(x, LANES - step, 1))
-        # Each block's first lane has its maximum. It goes to the lane of the block among 128.
-        place = lane - (lax.rem(block, LANES) + c * (LANES // width))
-        own = jnp.take_along_axis(x, (place * width) & (LANES - 1), axis=1, mode="promise_in_bounds")
-        sort_keys = jnp.where((place >= 0) & (place < LANES // width), sort_key_of(own), sort_keys)
-    refs.sort_keys_vmem[t // SUBLANES, pl.ds(group, SUBLANES)] = sort_keys
+                scores = [jnp.maximum(x, pltpu.roll(x, LANES - step, 1)) for x in scores]
+        # Each block's first lane has its maximum, which goes to the lane of the block among 128.
+        for c in range(0, len(scores), width):
+            at = pl.ds(pl.multiple_of((lax.div(i * per_step, LANES) + c // width) * SUBLANES, SUBLANES), SUBLANES)
+            best = refs.sort_keys_vmem[tile, at]
+            for n, x in enumerate(scores[c : c + width]):
+                place = lane - (first + n * per_register)
+                own = jnp.take_along_axis(x, (place * width) & (LANES - 1), axis=1, mode="promise_in_bounds")
+                best = jnp.where((place >= 0) & (place < per_register), sort_key_of(own), best)
+            refs.sort_keys_vmem[tile, at] = best
+
+    lax.fori_loop(0, tiles, one_tile, None)
 
 
 def choose(plan: Plan, part: Array, n_scored: Array, refs: Refs) -> None:

@@ -9,6 +9,7 @@ So a maximum takes a comparison and a select for a register of 1024 scores. Alon
 and what those made would still have to be put together. The queries stay in the matrix unit while keys pass.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES
 from hisa_jax.kernels_pallas.mosaic_tpu.score_body import column, row_of
 from hisa_jax.kernels_pallas.sort_key import sort_key_of
 
-ROWS = 512  # keys of a product
+ROWS = 2048  # keys of a product
 COLUMNS = 256  # queries of a product: a side of the larger matrix unit
 
 
@@ -30,18 +31,18 @@ def score_step(plan: Any, seen: list[Array], i: Array, slot: Array, refs: Any) -
         plan, refs: those of `units_body`.
         seen: the most keys that a query of each part of the tile may keep.
     """
-    lanes, unit = refs.q.shape[0], refs.keys_vmem.shape[2]
-    tile_s, width = GROUP * unit, min(COLUMNS, lanes)
-    if refs.scale is not None:
-        spread_scales(slot, refs)
+    lanes, tile_s = refs.q.shape[0], GROUP * refs.keys_vmem.shape[2]
+    width = min(COLUMNS, lanes)
 
     def some_keys(j: Array, _: None) -> None:
-        for first in range(0, lanes, width):
-            of_parts = seen[first // plan.part : -(-(first + width) // plan.part)]
-            is_seen = False
-            for most in of_parts:
-                is_seen |= most > i * tile_s + j * ROWS
-            pl.when(is_seen)(lambda first=first: score_keys(plan, i, slot, j, pl.ds(first, width), refs))
+        # Not under a condition, so that scales are spread beside the first products: the first queries see some of it.
+        if refs.scale is not None:
+            spread_scales(slot, j, refs)
+        score_keys(plan, i, slot, j, pl.ds(0, width), refs)
+        for first in range(width, lanes, width):
+            most = functools.reduce(jnp.maximum, seen[first // plan.part : (first + width) // plan.part])
+            score = functools.partial(score_keys, plan, i, slot, j, pl.ds(first, width), refs)
+            pl.when(most > i * tile_s + j * ROWS)(score)
 
     lax.fori_loop(0, tile_s // ROWS, some_keys, None)
 
@@ -82,16 +83,14 @@ def score_keys(plan: Any, i: Array, slot: Array, j: Array, queries: Any, refs: A
         refs.best_vmem[queries.start // LANES + c // LANES, rows] = best[:, :, c : c + LANES].reshape(-1, LANES)
 
 
-def spread_scales(slot: Array, refs: Any) -> None:
-    """The scales of a step's keys: of each one a row."""
+def spread_scales(slot: Array, j: Array, refs: Any) -> None:
+    """The scales of `ROWS` keys, number j of the step: of each one a row."""
     unit = refs.keys_vmem.shape[2]
-    per_block = refs.scale_vmem.shape[1] // GROUP
-
-    def one(g: Array, _: None) -> None:
-        scale = row_of(refs.scale_vmem.at[slot], g * per_block, per_block)
-        refs.columns_vmem[pl.ds(pl.multiple_of(g * unit, unit), unit)] = column(scale, LANES)
-
-    lax.fori_loop(0, GROUP, one, None)
+    per_block, n = refs.scale_vmem.shape[1] // GROUP, ROWS // unit
+    for g in range(n):
+        scale = row_of(refs.scale_vmem.at[slot], (j * n + g) * per_block, per_block)
+        at = pl.multiple_of(j * ROWS + g * unit, unit)
+        refs.columns_vmem[pl.ds(at, unit)] = column(scale, LANES)
 
 
 def flush(plan: Any, i: Array, n_steps: Array, refs: Any) -> None:
