@@ -58,9 +58,9 @@ def select_blocks(
     """The block filter alone: [T, block_topk] int32 block ids, ascending, then -1."""
     with jax.enable_x64(False):
         choice = of_blocks(method, interpret)
-        if is_by_best_token(method):
+        if isinstance(method, BlockSparse) and is_by_best_token(method):
             queries, ragged = of_call(call, copied_keys(call))
-            eligible, n_blocks = (-(-n // method.block_size) for n in (queries.visible, call.max_keys))
+            eligible, n_blocks = -(-queries.visible // method.block_size), -(-call.max_keys // method.block_size)
             find = functools.partial(best_by_token, queries, ragged, method)
             return _first(call, kept(eligible, n_blocks, choice, n_kept, find))[0]
         queries, ragged = of_call(call, method.block_size)
@@ -296,9 +296,7 @@ def best_of_all(queries: Queries, ragged: Ragged, choice: Choice) -> Found:
     return _of_two_sizes(ragged, queries.visible > 0, large, tiled)
 
 
-def _of_two_sizes(
-    ragged: Ragged, is_real: Array, large: int, tiled: Callable[[Rows, int, int], Found]
-) -> Found:
+def _of_two_sizes(ragged: Ragged, is_real: Array, large: int, tiled: Callable[[Rows, int, int], Found]) -> Found:
     """What ragged sequences find in tiles of `large` queries, or of eight where they have few.
 
     Args:

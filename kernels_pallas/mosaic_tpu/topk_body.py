@@ -53,8 +53,8 @@ def select(
         sort_keys_ref: [tiles, G * 8, 128] int32; changed where there are ties.
         n: [tiles, 8, 128] int32, sort keys of each row that are not `INVISIBLE`, the same along the lanes.
         thresholds_ref: scratch, [tiles, 8, 128] int32; `table_ref`: scratch, int32, of `table_shape(G)`.
-        out_ref: [tiles, K // 16, 128] int32, K a multiple of 1024, as the sort keys lie; the first k, rounded up to 128,
-            are written.
+        out_ref: [tiles, K // 16, 128] int32, K a multiple of 1024, as the sort keys lie; the first k and those up to
+            the next multiple of 128 are written.
         groups: only so many groups are looked at, the first; a multiple of min(G, 128). All if None.
         searched: the same for the thresholds, a multiple of what a step of their search takes.
     """

@@ -46,11 +46,31 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.tile_t % SUBLANES or self.tile_t % self.part:
-            raise ValueError(f"Config(tile_t={self.tile_t}): must be 8, 16, 32 or a multiple of {_PART}")
+            raise ValueError(f"{self}: tile_t must be a multiple of {SUBLANES}, and beyond {_PART} of {_PART}")
 
     @property
     def part(self) -> int:
+        """Queries whose blocks are chosen side by side."""
         return min(self.tile_t, _PART)
+
+    @property
+    def lanes(self) -> int:
+        """Those that queries of one head lie along."""
+        return -(-self.tile_t // LANES) * LANES
+
+    def vmem_bytes(self, H: int, D: int, unit: int, groups: int, best: int, choice: Choice, itemsize: int) -> int:
+        """Of everything in VMEM, for `groups` of 128 blocks; `best`: blocks whose maxima are turned together."""
+        n, row_bytes, slots = GROUP * unit, max(D, LANES) * itemsize, choice.k + SLOTS
+        ring = 2 * n * (row_bytes + 4 * SUBLANES * (itemsize == 1))
+        selection = 4 * (self.part * (slots + LANES) + 4 * self.tile_t * slots) + (1 << 20)
+        if H > 1:
+            scoring = flat.Config(tile_t=self.tile_t).vmem_bytes(H, D, 0, 0, itemsize) + 4 * self.tile_t * n
+            return ring + selection + scoring + 4 * self.tile_t * groups * LANES
+        columns = 4 * n * LANES * (itemsize == 1)
+        best_rows = 4 * self.lanes * best * SUBLANES
+        products = 2 * 4 * units_head_body.ROWS * units_head_body.COLUMNS
+        queries = 2 * self.lanes * (row_bytes + 2 * 4 * SUBLANES)
+        return ring + selection + columns + best_rows + products + queries + 4 * self.lanes * groups * LANES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,14 +113,12 @@ def units(queries: Queries, ragged: Ragged, tiles: Tiles, eligible: Array, *, ta
         ragged: its blocks are what is copied at a time, 128 or 256 keys.
         eligible: [T] int32, blocks that each query may keep.
     """
-    tile_t, choice, size, keys = config.tile_t, task.choice, task.block_size, ragged.keys
-    (H, D), unit, page_size = queries.q.shape[1:], ragged.block_size, keys.values.shape[1]
+    tile_t, lanes, choice, size, keys = config.tile_t, config.lanes, task.choice, task.block_size, ragged.keys
+    (H, D), unit, page_size, dtype = queries.q.shape[1:], ragged.block_size, keys.values.shape[1], keys.values.dtype
     eligible, visible = tiles.gather(eligible), tiles.gather(queries.visible)
     B, T = eligible.shape
     per_core, tile_s, registers = T // tile_t // config.n_cores, GROUP * unit, tile_t // SUBLANES
-    lanes = -(-tile_t // LANES) * LANES
-    groups = padded_groups(-(-ragged.max_keys // tile_s) * tile_s // size)
-    slots, n_tiles = -(-choice.k // LANES) * LANES, lanes // SUBLANES if H == 1 else registers
+    groups, slots = padded_groups(-(-ragged.max_keys // tile_s) * tile_s // size), -(-choice.k // LANES) * LANES
     plan = Plan(
         tiles=per_core,
         part=config.part,
@@ -110,40 +128,33 @@ def units(queries: Queries, ragged: Ragged, tiles: Tiles, eligible: Array, *, ta
         has_relu=task.has_relu,
         choice=choice,
     )
-    rows = functools.partial(launch.rows, tile_t, per_core)
-    by_eight = functools.partial(launch.rows, registers, per_core)
-
-    def along_lanes(x: Array) -> tuple[Array, pl.BlockSpec]:
-        """[B, T] -> a row of lanes for each tile."""
-        x = launch.pad_axis(x.reshape(B, -1, 1, tile_t), 3, LANES)
-        return x, launch.rows(None, per_core, 1, lanes)
-
     scratch: dict[str, Ref] = {
-        "keys_vmem": pltpu.VMEM((2, GROUP, unit, D), keys.values.dtype),
-        "sems": pltpu.SemaphoreType.DMA((2, 2)),
         **launch.selection_scratch(config.part // SUBLANES, groups, choice.k),
-        "sort_keys_vmem": pltpu.VMEM((n_tiles, groups * SUBLANES, LANES), jnp.int32),
+        "sort_keys_vmem": pltpu.VMEM((lanes // SUBLANES if H == 1 else registers, groups * SUBLANES, LANES), jnp.int32),
+        "keys_vmem": pltpu.VMEM((2, GROUP, unit, D), dtype),
+        "sems": pltpu.SemaphoreType.DMA((2, 2)),
     }
-    row_bytes = max(D, LANES) * keys.values.dtype.itemsize
-    vmem_bytes = 2 * tile_s * row_bytes + 4 * LANES * (n_tiles * groups * SUBLANES)
-    vmem_bytes += 4 * (2 * tile_t * slots * (1 + choice.has_sort_keys) + config.part * (SLOTS + choice.k))
     if keys.scales is not None:
         scratch["scale_vmem"] = pltpu.VMEM((2, GROUP * ragged.per_block, page_size), jnp.float32)
-        vmem_bytes += 2 * 4 * GROUP * ragged.per_block * max(page_size, LANES)
+    best = max(tile_s // size, LANES)
     if H == 1:
+
+        def along_lanes(x: Array) -> tuple[Array, pl.BlockSpec]:
+            """[B, T] -> a row of lanes for each tile."""
+            row = launch.pad_axis(x.reshape(B, -1, 1, tile_t), 3, LANES)
+            return row, launch.rows(None, per_core, 1, lanes)
+
         q = launch.pad_axis(tiles.gather(queries.q[:, 0]).reshape(B, -1, tile_t, D), 2, LANES)
-        operands = {"q": (q, launch.rows(None, per_core, lanes, D))}
-        if task.is_weighted:
-            operands["w"] = along_lanes(tiles.gather(queries.w[:, 0]))
-        if plan.is_masked:
-            operands["visible"] = along_lanes(visible)
-        blocks = max(tile_s // size, LANES)
-        scratch["best_vmem"] = pltpu.VMEM((lanes // LANES, blocks * SUBLANES, LANES), jnp.float32)
-        vmem_bytes += 2 * lanes * row_bytes + 4 * lanes * (blocks * SUBLANES + 2 * units_head_body.ROWS)
+        operands = {
+            "q": (q, launch.rows(None, per_core, lanes, D)),
+            **({"w": along_lanes(tiles.gather(queries.w[:, 0]))} if task.is_weighted else {}),
+            **({"visible": along_lanes(visible)} if plan.is_masked else {}),
+        }
+        scratch["best_vmem"] = pltpu.VMEM((lanes // LANES, best * SUBLANES, LANES), jnp.float32)
         if keys.scales is not None:
             scratch["columns_vmem"] = pltpu.VMEM((tile_s, LANES), jnp.float32)
-            vmem_bytes += 4 * tile_s * LANES
     else:
+        rows = functools.partial(launch.rows, tile_t, per_core)
         operands = {
             "q": launch.queries(tiles, queries.q, tile_t, per_core),
             "w": (tiles.gather(queries.w), rows(H)),
@@ -152,7 +163,7 @@ def units(queries: Queries, ragged: Ragged, tiles: Tiles, eligible: Array, *, ta
         of_flat = flat.scratch(H, tile_t, tile_s, groups)
         scratch |= {name: of_flat[name] for name in ("w_vmem", "partial_vmem")}
         scratch["scores_vmem"] = pltpu.VMEM((registers, tile_s // LANES * SUBLANES, LANES), jnp.float32)
-        vmem_bytes += 4 * tile_t * tile_s + flat.Config(tile_t=tile_t, tile_s=tile_s).vmem_bytes(H, D, 0, 0, keys.values.dtype.itemsize)
+    by_eight = functools.partial(launch.rows, registers, per_core)
     chosen = launch.out(by_eight(SUBLANES, slots), B, T // SUBLANES, SUBLANES, slots)
     kernel = Launch(
         body=functools.partial(units_body.units_body, plan),
@@ -168,7 +179,7 @@ def units(queries: Queries, ragged: Ragged, tiles: Tiles, eligible: Array, *, ta
         },
         outs={"chosen": chosen, **({"sort_keys": chosen} if choice.has_sort_keys else {})},
         scratch=scratch,
-        vmem_bytes=vmem_bytes,
+        vmem_bytes=config.vmem_bytes(H, D, unit, groups, best, choice, dtype.itemsize),
         interpret=choice.interpret,
     )
     outs = launch.by_sequence(kernel, tiles)()
