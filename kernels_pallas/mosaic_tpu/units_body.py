@@ -129,32 +129,45 @@ def put_maxima(plan: Plan, i: Array, refs: Refs) -> None:
     """Puts the sort keys of the blocks of step i where the selection finds them."""
     tiles, rows, _ = refs.scores_vmem.shape
     lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
-    registers, width = max(plan.block_size // LANES, 1), min(plan.block_size, LANES)
-    per_register = LANES // width
-    per_step = rows // SUBLANES // registers * per_register
-    first = lax.rem(i * per_step, LANES)  # of 128 blocks, where a step has fewer
-    keys = i * (rows // SUBLANES * LANES)
+    first_key, registers = i * (rows // SUBLANES * LANES), rows // SUBLANES
+    block = lax.div(first_key, plan.block_size)
+    n_groups = max(registers * LANES // plan.block_size // LANES, 1)
 
     def one_tile(tile: Array, _: None) -> None:
-        scores = [refs.scores_vmem[tile, c * SUBLANES : (c + 1) * SUBLANES] for c in range(rows // SUBLANES)]
+        scores = [refs.scores_vmem[tile, c * SUBLANES : (c + 1) * SUBLANES] for c in range(registers)]
         if plan.is_masked:
             visible = jnp.broadcast_to(refs.visible[pl.ds(tile * SUBLANES, SUBLANES)], (SUBLANES, LANES))
-            scores = [jnp.where(keys + c * LANES + lane < visible, x, -jnp.inf) for c, x in enumerate(scores)]
-        scores = [functools.reduce(jnp.maximum, scores[c : c + registers]) for c in range(0, len(scores), registers)]
-        for step in (1, 2, 4, 8, 16, 32, 64):
-            if step < width:
-                scores = [jnp.maximum(x, pltpu.roll(x, LANES - step, 1)) for x in scores]
-        # Each block's first lane has its maximum, which goes to the lane of the block among 128.
-        for c in range(0, len(scores), width):
-            at = pl.ds(pl.multiple_of((lax.div(i * per_step, LANES) + c // width) * SUBLANES, SUBLANES), SUBLANES)
-            best = refs.sort_keys_vmem[tile, at]
-            for n, x in enumerate(scores[c : c + width]):
-                place = lane - (first + n * per_register)
-                own = jnp.take_along_axis(x, (place * width) & (LANES - 1), axis=1, mode="promise_in_bounds")
-                best = jnp.where((place >= 0) & (place < per_register), sort_key_of(own), best)
-            refs.sort_keys_vmem[tile, at] = best
+            scores = [jnp.where(first_key + c * LANES + lane < visible, x, -jnp.inf) for c, x in enumerate(scores)]
+        at = pl.ds(pl.multiple_of(lax.div(block, LANES) * SUBLANES, SUBLANES), n_groups * SUBLANES)
+        before = refs.sort_keys_vmem[tile, at].reshape(n_groups, SUBLANES, LANES)
+        found = maxima(scores, plan.block_size, lax.rem(block, LANES), list(before))
+        refs.sort_keys_vmem[tile, at] = jnp.concatenate(found, axis=0)
 
     lax.fori_loop(0, tiles, one_tile, None)
+
+
+def maxima(scores: list[Array], block_size: int, first: Array | int, before: list[Array]) -> list[Array]:
+    """Sort keys [8, 128] of groups of 128 blocks, of which some are the maxima of these scores.
+
+    Args:
+        scores: [8, 128] float32 of each 128 keys.
+        first: place of their first block in the first group; `before`: what the groups had.
+    """
+    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+    registers, width = max(block_size // LANES, 1), min(block_size, LANES)
+    per_register = LANES // width
+    scores = [functools.reduce(jnp.maximum, scores[c : c + registers]) for c in range(0, len(scores), registers)]
+    for step in (1, 2, 4, 8, 16, 32, 64):
+        if step < width:
+            scores = [jnp.maximum(x, pltpu.roll(x, LANES - step, 1)) for x in scores]
+    # Each block's first lane has its maximum, which goes to the lane of the block among 128.
+    groups = list(before)
+    for c, x in enumerate(scores):
+        place = lane - (first + c % width * per_register)
+        own = jnp.take_along_axis(x, (place * width) & (LANES - 1), axis=1, mode="promise_in_bounds")
+        is_own = (place >= 0) & (place < per_register)
+        groups[c // width] = jnp.where(is_own, sort_key_of(own), groups[c // width])
+    return groups
 
 
 def choose(plan: Plan, part: Array, n_scored: Array, refs: Refs) -> None:
