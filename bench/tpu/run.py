@@ -8,7 +8,7 @@ import numpy as np
 from bench import UserError, shapes
 from bench.records import measure_all
 from bench.timing import device_times
-from bench.tpu.rows import MODEL, Row, rows
+from bench.tpu.rows import Row, rows
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +27,7 @@ def measure(row: Row, samples: int = 9) -> dict:
         "ms": float(np.median(times)),
         "samples_ms": times,
         "checked": True,
-        "shape": MODEL.name,
+        "shape": row.model.name,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }

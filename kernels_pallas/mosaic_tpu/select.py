@@ -219,9 +219,13 @@ def best_by_token(queries: Queries, ragged: Ragged, method: BlockSparse, eligibl
     )
 
     def tiled(wanted: Rows, least: int, tile_t: int) -> Found:
-        config = units.Config(tile_t=tile_t, n_cores=chip().n_cores if tile_t < shared else 1)
+        config = units.Config(tile_t=tile_t, n_cores=chip().n_cores if is_split(tile_t) else 1)
         tiles = query_tiles.split(ragged, T, wanted, least, tile_t, config.n_cores)
         return units.units(queries, ragged, tiles, eligible, task=task, config=config)
+
+    def is_split(tile_t: int) -> bool:
+        # Sequences of a batch are split over cores already.
+        return tile_t < shared or (ragged.R > 1 and not ragged.is_batch)
 
     large = units.most_queries(shared, H, -(-ragged.max_keys // size))
     if not ragged.is_batch:

@@ -181,6 +181,7 @@ def units(queries: Queries, ragged: Ragged, tiles: Tiles, eligible: Array, *, ta
         scratch=scratch,
         vmem_bytes=config.vmem_bytes(H, D, unit, groups, best, choice, dtype.itemsize),
         interpret=choice.interpret,
+        dimension_semantics=("parallel", "parallel", "arbitrary"),  # a tile leaves nothing for the next one
     )
     outs = launch.by_sequence(kernel, tiles)()
     return tuple(tiles.scatter(out.reshape(B, T, slots)[..., : choice.k]) for out in outs)

@@ -114,6 +114,5 @@ def flush(plan: Any, i: Array, n_steps: Array, refs: Any) -> None:
         at = pl.multiple_of((lax.div(i, steps) * groups + group) * SUBLANES, SUBLANES)
         refs.sort_keys_vmem[tiles, pl.ds(at, SUBLANES)] = sort_keys
 
-    @pl.when((lax.rem(i + 1, steps) == 0) | (i + 1 == n_steps))
-    def _flush():
-        lax.fori_loop(0, n_chunks * groups, one, None)
+    is_due = (lax.rem(i + 1, steps) == 0) | (i + 1 == n_steps)
+    lax.fori_loop(0, jnp.where(is_due, n_chunks * groups, 0), one, None)
