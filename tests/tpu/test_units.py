@@ -3,15 +3,23 @@
 In the gate 15 CPU seconds: one case interpreted, and one compiled.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import hisa_jax as hj
+from bench.gpu import limit_rows
+from bench.tpu import aot, rows
+from hisa_jax import entries
+from hisa_jax.kernels_pallas import mosaic_tpu
 from hisa_jax.kernels_pallas.mosaic_tpu import units, units_body
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES
 from hisa_jax.kernels_pallas.sort_key import sort_key_of
+from hisa_jax.layout import Call, Keys
 from tests import draw, oracle
 
 K = 1024
@@ -66,7 +74,10 @@ def test_keeps_the_blocks_of_the_best_tokens(implementation, case):
     oracle.assert_same_selection(got.indices, got.count, wanted, 0.0, blocks=got.blocks)
 
 
-@pytest.mark.parametrize("size", units.BLOCK_SIZES)
+@pytest.mark.unoptimised
+@pytest.mark.parametrize(
+    "size", [8, 256, *(pytest.param(size, marks=pytest.mark.exhaustive) for size in units.BLOCK_SIZES[1:-1])]
+)
 def test_the_maximum_of_a_block_goes_to_its_lane(size):
     """The rotations and the gather, by themselves: what an interpreted kernel takes half a minute for."""
     scores = np.random.default_rng(0).normal(size=(8, 2 * K)).astype(np.float32)
@@ -84,3 +95,49 @@ def test_the_maximum_of_a_block_goes_to_its_lane(size):
 def test_config_refuses_sizes_that_do_not_tile(tile_t):
     with pytest.raises(ValueError, match="tile_t must be a multiple of 8, and beyond 64 of 64"):
         units.Config(tile_t=tile_t)
+
+
+DECODE = (limit_rows.M3, limit_rows.EACH_HEAD, 32, 1, 128 * K)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "method", "B", "T", "context", "dtype", "page_size"),
+    [
+        (*DECODE, "bf16", 128),
+        pytest.param(*DECODE, "int8", 16, marks=pytest.mark.exhaustive),
+        pytest.param(limit_rows.M3, limit_rows.EACH_HEAD, 4, 512, 128 * K, "e4m3", 256, marks=pytest.mark.exhaustive),
+        pytest.param(limit_rows.M3, limit_rows.EACH_HEAD, 1, 4096, 128 * K, "bf16", None, marks=pytest.mark.exhaustive),
+        pytest.param(limit_rows.M3, limit_rows.EACH_HEAD, 1, 4096, K * K, "int8", None, marks=pytest.mark.exhaustive),
+        pytest.param(limit_rows.V41, limit_rows.SOURCE, 1, 4096, 128 * K, "bf16", None, marks=pytest.mark.exhaustive),
+        pytest.param(limit_rows.V41, limit_rows.SOURCE, 8, 128, 128 * K, "e4m3", 64, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_compiles(chip, model, method, B, T, context, dtype, page_size):
+    """MiniMax-M3, whose heads choose alone, and the source layer of DeepSeek-V4.1, of small blocks: no score in HBM."""
+    D, dtype, one = model.D, rows.DTYPES[dtype], functools.partial(aot.shaped, dtype=jnp.int32)
+    scales = dtype != jnp.bfloat16
+
+    def f(q, k, k_scale, w, visible, offsets, table):
+        if page_size is None:
+            call = Call(q=q, w=w, visible=visible, k=Keys(k, k_scale))
+        else:
+            cache = dataclasses.replace(hj.init_cache(k.shape[0], page_size, D, dtype), keys=k, scales=k_scale)
+            call = Call(q=q, w=w, visible=visible, query_offsets=offsets, table=table, cache=cache)
+        return mosaic_tpu.select_blocks(entries.as_keys(call, visible, method), method)
+
+    rows_of = (B, T) if page_size is None else (B * T,)
+    keys = (B, context) if page_size is None else (B * context // page_size, page_size)
+    program = aot.compile_for(
+        chip,
+        f,
+        aot.shaped(*rows_of, model.H, D, dtype=dtype),
+        aot.shaped(*keys, D, dtype=dtype),
+        aot.shaped(*keys, dtype=jnp.float32) if scales else None,
+        aot.shaped(*rows_of, model.H, dtype=jnp.float32),
+        one(*rows_of),
+        one(B + 1),
+        one(B, context // (page_size or 1)),
+        schedules=False,
+    )
+    assert program.temp_bytes < 64 << 20
