@@ -187,8 +187,6 @@ def _tpu(name: str) -> Implementation:
         method = problem.method
         if reason := _no_kernels(problem) or _no_scan(problem):
             return reason
-        if is_by_best_token(method):
-            return "has no kernels for a BlockSparse of scored_by='max'"
         if problem.has_budget and isinstance(method, Scan):
             return "has no kernels for a budget of a Scan"
         if problem.is_split and isinstance(method, Scan):
@@ -212,6 +210,7 @@ def _tpu(name: str) -> Implementation:
             k_dtype=problem.k_dtype,
             # A block-sparse selection takes its tokens from the blocks, not by a top-k.
             topk=None if isinstance(method, BlockSparse) else method.topk,
+            is_by_best_token=is_by_best_token(method),
             page_size=problem.page_size,
             n_keys=problem.S,
             **blocks,

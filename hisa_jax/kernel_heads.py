@@ -25,7 +25,7 @@ def n_heads(H: int, method: Method) -> int:
 
 def why_not(H: int, q_dtype: str, method: Method) -> str | None:
     """None, or why kernels cannot have the heads of a call."""
-    if method.activation is not None:
+    if method.activation is not None or _stays(H, method):
         return None
     call = f"a {type(method).__name__} of activation=None"
     if q_dtype == "int8":

@@ -278,7 +278,7 @@ def test_calls_that_mean_nothing_say_so():
         hj.select_paged(q[0, :1], w[0, :1], cache, table, one, jnp.array([8]), hj.Dsa(topk=4))
 
 
-NO_TPU = "has no kernels for a BlockSparse of scored_by='max'"
+NO_TPU = "needs blocks of 8, 16, 32, 64, 128 or 256 tokens, not 12"
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,13 @@ NO_TPU = "has no kernels for a BlockSparse of scored_by='max'"
         (hj.Dsa(activation=None), {}, None, None),
         (hj.Dsa(topk=512, entry_size=4, tail="open"), {}, None, None),
         (hj.Hisa(block_ratio=4), {}, "a Hisa of block_ratio=4", None),
-        (hj.BlockSparse(scored_by="max"), {}, "a BlockSparse of scored_by='max'", NO_TPU),
+        (hj.BlockSparse(scored_by="max"), {}, "a BlockSparse of scored_by='max'", None),
+        (
+            hj.BlockSparse(topk=2016, block_size=12, scored_by="max"),
+            {},
+            "a BlockSparse of scored_by='max'",
+            NO_TPU,
+        ),
         (hj.Dsa(), dict(n_listed=4096, listed_size=8), "candidates", "needs blocks of 64, 128 or 256 tokens, not 8"),
         (hj.Dsa(), dict(n_listed=4096, listed_size=128), "candidates", None),
         (hj.Dsa(), dict(has_budget=True), "a budget", None),

@@ -17,7 +17,7 @@ from bench import shapes
 from bench.tpu import aot, compile
 from bench.tpu import run as tpu_run
 from bench.tpu.chips import CHIPS, Chip
-from bench.tpu.rows import MODEL, Row, rows
+from bench.tpu.rows import Row, rows
 
 NOTE = "Static estimate from the compiler's schedule: nothing was run. One TensorCore; v5p: both of a chip's."
 
@@ -85,7 +85,7 @@ def estimate(chip: Chip, row: Row) -> dict:
     out = {
         "row": row.row,
         "chip": chip.name,
-        "shape": MODEL.name,
+        "shape": row.model.name,
         "context": row.context,
         "dtype": row.dtype,
         "queries": row.queries,

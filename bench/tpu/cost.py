@@ -17,16 +17,16 @@ from jax import Array
 from bench import shapes
 from bench.tpu.chips import Chip
 from bench.tpu.schedule import Schedule
-from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, flat, refine, refine_shared, scan, sparse_mla
+from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, flat, refine, refine_shared, scan, sparse_mla, units
 from hisa_jax.kernels_pallas.mosaic_tpu.config import CHIPS as KERNEL_CHIPS
-from hisa_jax.kernels_pallas.mosaic_tpu.config import SUBLANES
+from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES
 from hisa_jax.kernels_pallas.mosaic_tpu.config import Chip as KernelChip
 from hisa_jax.kernels_pallas.mosaic_tpu.flat_body import COLUMNS, products_a_step
 from hisa_jax.kernels_pallas.mosaic_tpu.scan_stages import unit_of
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from hisa_jax.kernels_pallas.sort_key import Search, narrow_search, sort_key_of
-from hisa_jax.methods import Scan
+from hisa_jax.methods import BlockSparse, Scan
 from hisa_jax.xla.scan import N_BEST, N_SAMPLES
 
 TOPK = ("bounds", "passes", "count", "tie_steps", "tie_count", "tie_drop", "tiles")
@@ -150,6 +150,48 @@ def hisa_kernels(chip: Chip, model: shapes.Model, T: int, S: int, dtype: str) ->
         )
     )
     return out
+
+
+def units_kernels(
+    chip: Chip, model: shapes.Model, method: BlockSparse, B: int, T: int, S: int, dtype: str
+) -> list[Kernel]:
+    """Of a batch, whose keys are copied 128 at a time; of heads that choose alone each is a query."""
+    heads, H = (model.H, 1) if method.per_head else (1, model.H)
+    n, tile_s, rows = S // method.block_size, GROUP * LANES, T * heads
+    config = units.Config(tile_t=units.most_queries(rows, H, n))
+    per_sequence = -(-rows // config.tile_t)
+    tiles = B * per_sequence / min(chip.cores_per_device, B * per_sequence)
+    # The blocks that the last query of each tile sees, whole.
+    last = S - T + np.minimum((config.tile_t * (np.arange(per_sequence) + 1) - 1) // heads, T - 1) + 1
+    steps = float(np.mean(-(-last // tile_s)))
+    groups, per_step = padded_groups(n), tile_s // method.block_size
+    parts, chunks = config.tile_t // config.part, config.lanes // LANES * max(per_step // LANES, 1)
+    selection = [name for name in TOPK if name != "tiles" or config.part > SUBLANES]
+    if H == 1:
+        scoring, trips = ["flush"], {"flush": chunks * min(per_step / LANES, 1.0)}
+    else:
+        scoring = ["score", "maxima"]
+        trips = {
+            "score": tile_s / COLUMNS / products_a_step(config.tile_t, tile_s),
+            "maxima": config.tile_t / SUBLANES,
+        }
+    row_bytes = model.D * _ITEMSIZE[dtype] + (0 if dtype == "bf16" else 4)
+    return [
+        Kernel(
+            name="hisa_units",
+            loops=("steps", *scoring, *(["parts"] if parts > 1 else []), "finish", *selection),
+            trips={
+                "grid": tiles,
+                "steps": steps,
+                "parts": parts,
+                "finish": groups,
+                **trips,
+                **_topk_trips(groups, n, method.block_topk, config.part, method.block_size),
+            },
+            moved_bytes=tiles * (steps * tile_s * row_bytes + config.tile_t * H * (model.D * _ITEMSIZE[dtype] + 4)),
+            exposed_bytes=tiles * tile_s * row_bytes,
+        )
+    ]
 
 
 def scan_kernels(chip: Chip, model: shapes.Model, method: Scan, T: int, S: int) -> list[Kernel]:
@@ -297,10 +339,10 @@ def _query_bytes(model: shapes.Model, dtype: str) -> int:
     return model.H * (model.D * _ITEMSIZE[dtype] + 4)
 
 
-def _topk_trips(groups: float, n: int, k: int, rows: int) -> dict[str, float]:
+def _topk_trips(groups: float, n: int, k: int, rows: int, unit: int = 1) -> dict[str, float]:
     return {
         "bounds": groups / _unroll(32, n, rows),
-        "passes": passes(n, k, rows),
+        "passes": passes(n, k, rows, unit),
         "count": groups / _unroll(128, n, rows),
         **_NO_TIES,
         "tiles": rows // SUBLANES,
@@ -319,13 +361,13 @@ def _unroll(registers: int, n: int, rows: int) -> int:
 
 
 @functools.cache
-def passes(n: int, k: int, rows: int) -> float:
-    """Passes over n normal scores until the thresholds of all rows are found, a mean over draws."""
+def passes(n: int, k: int, rows: int, unit: int = 1) -> float:
+    """Passes over n normal scores, each the best of `unit`, until the thresholds of all rows are found: a mean."""
     if n <= k:
         return 0.0
     draw = np.random.default_rng(0)
-    draws = 8 if n < 1 << 18 else 1
-    return float(np.mean([_passes(draw.standard_normal((rows, n), np.float32), k) for _ in range(draws)]))
+    draws = 8 if n * unit < 1 << 18 else 1
+    return float(np.mean([_passes(draw.standard_normal((rows, n, unit), np.float32).max(2), k) for _ in range(draws)]))
 
 
 def _passes(scores: np.ndarray, k: int) -> int:

@@ -12,9 +12,12 @@ from jax import Array, lax
 
 import hisa_jax as hj
 from bench import shapes
+from bench.gpu import limit_rows
 from bench.gpu.checks import CHECKED, TOKENS, check_attention, check_flat, check_hisa, checked_rows, scores_of
+from bench.gpu.inputs import Inputs
 from bench.tpu import cost
 from bench.tpu.chips import Chip
+from hisa_jax import entries
 from hisa_jax.kernels_pallas import mosaic_tpu
 from hisa_jax.kernels_pallas.mosaic_tpu import pool, ragged, select
 from hisa_jax.kernels_pallas.mosaic_tpu.config import Choice
@@ -38,6 +41,12 @@ SCANS = {
     "scan_4": hj.Scan(topk=MODEL.topk, candidates=3 * MODEL.topk, unit=4),
     "scan": hj.Scan(topk=MODEL.topk),
 }
+# By the best token of each block: what chooses, in how many sequences, with how many last tokens.
+UNITS = {
+    "units": (limit_rows.M3, limit_rows.EACH_HEAD, 1, shapes.PREFILL.T),
+    "units_decode32": (limit_rows.M3, limit_rows.EACH_HEAD, 32, 1),
+    "units_source": (limit_rows.V41, limit_rows.SOURCE, 1, shapes.PREFILL.T),
+}
 Shaped = jax.ShapeDtypeStruct
 
 
@@ -49,6 +58,7 @@ class Row:
         queries: of all sequences; `context`: tokens of each.
         f: what is compiled, or timed, on operands like `operands`, of which the last is int32.
         draw: () -> operands to run it on; `check`: (result, operands) -> raises if the result is wrong.
+        model: whose heads they are.
         kernels: what is multiplied with the schedules, for one TensorCore of a chip.
         flop: arithmetic of the visible work.
     """
@@ -57,6 +67,7 @@ class Row:
     context: int
     dtype: str
     queries: int = shapes.PREFILL.T
+    model: shapes.Model = MODEL
     f: Callable
     operands: tuple
     draw: Callable[[], tuple]
@@ -77,6 +88,9 @@ def rows() -> Iterator[Row]:
         yield _hisa(context, dtype)
     for name, method in SCANS.items():
         yield _scan(name, method, 128 * K)
+    for name in UNITS:
+        yield _units(name, 128 * K, "bf16")
+    yield _units("units", 128 * K, "e4m3")
     for phase in shapes.DECODES:
         yield _flat(phase, 128 * K, "bf16")
         yield _decode(phase.B, 128 * K, "bf16")
@@ -184,6 +198,29 @@ def _check_scan(out: Any, operands: tuple, method: hj.Scan) -> None:
         assert (got >= least - TOKENS * least.std()).all()
 
 
+def _units(name: str, context: int, dtype: str) -> Row:
+    model, method, B, T = UNITS[name]
+
+    def f(*operands: Array) -> Any:
+        call = call_of(*operands)
+        blocks = mosaic_tpu.select_blocks(entries.as_keys(call, call.visible, method), method)
+        return blocks.reshape(B, T, *([model.H] if method.per_head else []), -1)
+
+    return Row(
+        row=name,
+        context=context,
+        dtype=dtype,
+        queries=B * T,
+        model=model,
+        f=f,
+        operands=indexer_operands(model, B, T, context, dtype),
+        draw=functools.partial(draw_indexer, B, T, context, dtype, model),
+        check=lambda out, operands: limit_rows.check_units(out, Inputs(*operands), method),
+        kernels=lambda chip: cost.units_kernels(chip, model, method, B, T, context, dtype),
+        flop=2.0 * B * T * (context - (T - 1) / 2) * model.H * model.D,
+    )
+
+
 def _decode(B: int, context: int, dtype: str) -> Row:
     """One query a sequence; block means are kept, as a server keeps them."""
     n, block_size = context // MODEL.block_size, MODEL.block_size
@@ -258,7 +295,7 @@ def indexer_operands(model: shapes.Model, B: int, T: int, S: int, dtype: str) ->
     return q, k, scale, Shaped((B, T, model.H), jnp.float32), Shaped((B, T), jnp.int32)
 
 
-def draw_indexer(B: int, T: int, S: int, dtype: str) -> tuple:
+def draw_indexer(B: int, T: int, S: int, dtype: str, model: shapes.Model = MODEL) -> tuple:
     """Normal queries, keys and weights; the last T queries of the context; positive scales."""
     keys = jax.random.split(jax.random.key(0), (4, B))
     factor = 30.0 if dtype == "int8" else 1.0
@@ -267,9 +304,9 @@ def draw_indexer(B: int, T: int, S: int, dtype: str) -> tuple:
         # One sequence at a time: float32 keys of 128 at 128K are more than a v5e has.
         return lax.map(lambda key: (factor * jax.random.normal(key, shape)).astype(DTYPES[dtype]), keys)
 
-    q, k = draw(keys[0], T, MODEL.H, MODEL.D), draw(keys[1], S, MODEL.D)
+    q, k = draw(keys[0], T, model.H, model.D), draw(keys[1], S, model.D)
     scales = None if dtype == "bf16" else jnp.exp(0.1 * jax.random.normal(keys[2, 0], (B, S)))
-    w = 0.01 * jax.random.normal(keys[3, 0], (B, T, MODEL.H))
+    w = 0.01 * jax.random.normal(keys[3, 0], (B, T, model.H))
     return q, k, scales, w, jnp.broadcast_to(jnp.arange(S - T + 1, S + 1, dtype=jnp.int32), (B, T))
 
 

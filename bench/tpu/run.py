@@ -7,7 +7,7 @@ import numpy as np
 
 from bench import UserError, records, shapes
 from bench.timing import device_times
-from bench.tpu.rows import MODEL, Row, rows
+from bench.tpu.rows import Row, rows
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,7 +26,7 @@ def measure(row: Row, samples: int = 9) -> dict:
         "ms": float(np.median(times)),
         "samples_ms": times,
         "checked": True,
-        "shape": MODEL.name,
+        "shape": row.model.name,
         **records.device(),
     }
 

@@ -25,14 +25,15 @@ from hisa_jax.kernels_pallas.mosaic_tpu.look_up_body import write_sort_keys
 from hisa_jax.kernels_pallas.mosaic_tpu.score_body import (
     products,
     row_of,
-    sort_keys_of_rows,
+    scores_of_rows,
     spread_weights,
     sum_to_sublanes,
 )
-from hisa_jax.kernels_pallas.sort_key import INVISIBLE
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
 from hisa_jax.kernels_pallas.types import Ref
 
 COLUMNS = 256  # keys a product: a side of the larger matrix unit
+Put = Callable[[int, Array, list[Array]], None]  # see `score_keys`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,25 +109,32 @@ def flat_body(plan: Plan, refs: Refs) -> None:
 
 def ragged_body(plan: Plan, tile: Tile, refs: Refs) -> None:
     """On a grid of (cores, 1, tiles): all keys that a tile of queries sees, in groups of blocks of `unit` keys."""
-    unit = refs.keys_vmem.shape[2]
-    tile_s, units = GROUP * unit, COLUMNS // unit
+    tile_s = GROUP * refs.keys_vmem.shape[2]
     n_steps = pl.cdiv(refs.furthest_smem[pl.program_id(0) * plan.tiles + pl.program_id(2)], tile_s)
     spread_weights(refs.w, refs.w_vmem)
 
     def score(i: Array, slot: Array) -> None:
-        def keys_of(first: Array) -> Array:
-            at = lax.div(first, unit)
-            return jnp.concatenate([refs.keys_vmem[slot, at + u] for u in range(units)], axis=0)
-
-        def scale_of(first: Array) -> Array:
-            per_block = refs.scale_vmem.shape[1] // GROUP
-            return row_of(refs.scale_vmem.at[slot], lax.div(first, unit) * per_block, units * per_block)
-
-        score_keys(plan.rows, Step(i, tile_s, keys_of, None if refs.scale is None else scale_of), refs)
+        score_keys(plan.rows, step_of_ring(i, slot, refs), refs)
 
     pairs = [(refs.k, refs.keys_vmem), *([(refs.scale, refs.scale_vmem)] if refs.scale is not None else [])]
     fetch.in_turn(tile.copy_group, n_steps, pairs, refs.sems, score)
     select_scored(plan, n_steps * tile_s, refs)
+
+
+def step_of_ring(i: Array, slot: Array, refs: Any) -> Step:
+    """The keys of a slot of the ring, which are those of step i."""
+    unit = refs.keys_vmem.shape[2]
+    units = COLUMNS // unit
+
+    def keys_of(first: Array) -> Array:
+        at = lax.div(first, unit)
+        return jnp.concatenate([refs.keys_vmem[slot, at + u] for u in range(units)], axis=0)
+
+    def scale_of(first: Array) -> Array:
+        per_block = refs.scale_vmem.shape[1] // GROUP
+        return row_of(refs.scale_vmem.at[slot], lax.div(first, unit) * per_block, units * per_block)
+
+    return Step(i, GROUP * unit, keys_of, None if refs.scale is None else scale_of)
 
 
 def select_scored(plan: Plan, n_scored: Array, refs: Refs) -> None:
@@ -152,14 +160,15 @@ def products_a_step(tile_t: int, tile_s: int) -> int:
     return math.gcd(max(1, 32 // tile_t), tile_s // COLUMNS)
 
 
-def score_keys(n_rows: int, step: Step, refs: Any) -> None:
-    """Sort keys of all queries of the tile for the keys of a step; `refs` have what it reads and writes of `Refs`."""
+def score_keys(n_rows: int, step: Step, refs: Any, put: Put | None = None) -> None:
+    """Scores of all queries of the tile for the keys of a step; `refs` have what it reads and writes of `Refs`.
+
+    Args:
+        put: gets the scores of eight queries of the tile, from the first one on, for groups of 128 keys, likewise;
+            None: `put_sort_keys`.
+    """
     tile_t, H, D = refs.q.shape
-    per_step = products_a_step(tile_t, step.size)
-    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
-    visible = [
-        jnp.broadcast_to(refs.visible[pl.ds(t, SUBLANES)], (SUBLANES, LANES)) for t in range(0, tile_t, SUBLANES)
-    ]
+    per_step, put = products_a_step(tile_t, step.size), put or put_sort_keys(refs)
 
     def one_step(i: Array, _: None) -> None:
         # Few queries are few rows a product: then more products a step, so that one's keys are loaded under another.
@@ -178,12 +187,27 @@ def score_keys(n_rows: int, step: Step, refs: Any) -> None:
                         for scale in scales:
                             rows = rows * scale[:, some]
                         refs.partial_vmem[pl.ds(((at + c) * tile_t + t + r) * SUBLANES, SUBLANES)] = rows
+        first = step.i * step.size + i * per_step * COLUMNS
         for t in range(0, tile_t, SUBLANES):
-            for c in range(per_step * COLUMNS // LANES):
-                sort_key = sort_keys_of_rows(refs.partial_vmem, (c * tile_t + t) * SUBLANES)
-                first = step.i * step.size + i * per_step * COLUMNS + c * LANES
-                sort_key = jnp.where(first + lane < visible[t // SUBLANES], sort_key, INVISIBLE)
-                group = pl.multiple_of(lax.div(first, LANES) * SUBLANES, SUBLANES)
-                refs.sort_keys_vmem[t // SUBLANES, pl.ds(group, SUBLANES)] = sort_key
+            rows_of = [(c * tile_t + t) * SUBLANES for c in range(per_step * COLUMNS // LANES)]
+            put(t, first, [scores_of_rows(refs.partial_vmem, row) for row in rows_of])
 
     lax.fori_loop(0, step.size // (per_step * COLUMNS), one_step, None)
+
+
+def put_sort_keys(refs: Any) -> Put:
+    """Puts the sort keys of scores where the selection finds them."""
+    tile_t = refs.q.shape[0]
+    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+    visible = [
+        jnp.broadcast_to(refs.visible[pl.ds(t, SUBLANES)], (SUBLANES, LANES)) for t in range(0, tile_t, SUBLANES)
+    ]
+
+    def put(t: int, first: Array, scores: list[Array]) -> None:
+        for c, x in enumerate(scores):
+            key = first + c * LANES
+            sort_key = jnp.where(key + lane < visible[t // SUBLANES], sort_key_of(x), INVISIBLE)
+            group = pl.multiple_of(lax.div(key, LANES) * SUBLANES, SUBLANES)
+            refs.sort_keys_vmem[t // SUBLANES, pl.ds(group, SUBLANES)] = sort_key
+
+    return put

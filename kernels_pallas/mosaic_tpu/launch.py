@@ -153,8 +153,12 @@ def queries(tiles: Tiles, q: Array, tile_t: int, per_core: int) -> tuple[Array, 
     return q, pl.BlockSpec((pl.Element(tile_t), *(pl.Element(n) for n in trailing)), index)
 
 
-def rows(tile: int, per_core: int, *trailing: int, memory_space: Ref = None) -> pl.BlockSpec:
-    """Block [tile, *trailing] of [B, T, *trailing] on a grid of (cores, B, `per_core` tiles of a sequence)."""
+def rows(tile: int | None, per_core: int, *trailing: int, memory_space: Ref = None) -> pl.BlockSpec:
+    """Block [tile, *trailing] of [B, T, *trailing] on a grid of (cores, B, `per_core` tiles of a sequence).
+
+    Args:
+        tile: None for a tile a row, whose block is [*trailing].
+    """
 
     def index(core: Ref, b: Ref, t: Ref, *_: Ref) -> tuple:
         return b, core * per_core + t, *(0 for _ in trailing)

@@ -55,12 +55,17 @@ def sum_to_sublanes(x: Array, w: Array) -> Array:
     return jnp.sum((x * w).reshape(-1, SUBLANES, LANES), axis=0)
 
 
-def sort_keys_of_rows(partial_vmem: Ref, first: int) -> Array:
-    """The sort keys [8, LANES] of eight queries, whose partial sums are `partial_vmem`'s rows from `first` on."""
+def scores_of_rows(partial_vmem: Ref, first: int) -> Array:
+    """The scores [8, LANES] of eight queries, whose partial sums are `partial_vmem`'s rows from `first` on."""
     total = partial_vmem[pl.ds(first, SUBLANES, stride=SUBLANES)]
     for i in range(1, SUBLANES):
         total = total + partial_vmem[pl.ds(first + i, SUBLANES, stride=SUBLANES)]
-    return sort_key_of(total)
+    return total
+
+
+def sort_keys_of_rows(partial_vmem: Ref, first: int) -> Array:
+    """Their sort keys."""
+    return sort_key_of(scores_of_rows(partial_vmem, first))
 
 
 def splat(column_ref: Ref) -> Array:

@@ -7,13 +7,14 @@ stand side by side and copy what they keep. Both can be in one call, and neither
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, decode, flat, launch, pool, query_tiles, refine
+from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, decode, flat, launch, pool, query_tiles, refine, units
 from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES, Choice, chip
 from hisa_jax.kernels_pallas.mosaic_tpu.pool_body import parts_of
 from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import Found, few_rows, nothing_like, put, take, where_rows
@@ -22,7 +23,7 @@ from hisa_jax.kernels_pallas.sequences import Rows
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.layout import Call, Queries
-from hisa_jax.methods import BlockSparse, Hisa
+from hisa_jax.methods import BlockSparse, Hisa, is_by_best_token
 from hisa_jax.xla import topk
 
 _WIDE = 16  # queries of a packed sequence from which tiles of 32 are worth their padding
@@ -56,8 +57,19 @@ def select_blocks(
 ) -> Array:
     """The block filter alone: [T, block_topk] int32 block ids, ascending, then -1."""
     with jax.enable_x64(False):
+        choice = of_blocks(method, interpret)
+        if isinstance(method, BlockSparse) and is_by_best_token(method):
+            queries, ragged = of_call(call, copied_keys(call))
+            eligible, n_blocks = -(-queries.visible // method.block_size), -(-call.max_keys // method.block_size)
+            find = functools.partial(best_by_token, queries, ragged, method)
+            return _first(call, kept(eligible, n_blocks, choice, n_kept, find))[0]
         queries, ragged = of_call(call, method.block_size)
-        return _first(call, kept_blocks(queries, ragged, of_blocks(method, interpret), n_kept))[0]
+        return _first(call, kept_blocks(queries, ragged, choice, n_kept))[0]
+
+
+def copied_keys(call: Call) -> int:
+    """Keys that are copied at a time where nothing asks for blocks: 128 or 256."""
+    return LANES if call.cache is None else max(LANES, call.cache.page_size)
 
 
 @functools.partial(jax.jit, static_argnames=("topk", "interpret"))
@@ -73,8 +85,7 @@ def select_flat(call: Call, topk: int, interpret: Interpret = False) -> tuple[Ar
             found = flat.flat(Queries(call.q, call.w, call.visible), call.k, choice=choice)
             n = jnp.clip(call.queries.visible, 0, call.max_keys)
             return _chosen(call, tuple(x.reshape(-1, topk) for x in found), n)
-        # The blocks of the record are what is copied at a time, 128 or 256 keys.
-        queries, ragged = of_call(call, LANES if call.cache is None else max(LANES, call.cache.page_size))
+        queries, ragged = of_call(call, copied_keys(call))
         seen = queries._replace(visible=jnp.clip(queries.visible, 0, ragged.max_keys))
         found = best_of_all(seen, ragged, choice)
         return _chosen(call, _first(call, *found), *_first(call, seen.visible))
@@ -125,22 +136,35 @@ def of_blocks(method: Hisa | BlockSparse, interpret: Interpret) -> Choice:
 
 def kept_blocks(queries: Queries, ragged: Ragged, choice: Choice, n_kept: Array | None = None) -> Array:
     """The block filter: [T, k] int32, ascending, then -1; of each query `n_kept` [T] of them, None: k."""
-    every = jnp.arange(choice.k, dtype=jnp.int32)
-    eligible = -(-queries.visible // ragged.block_size)
-    all_eligible = jnp.where(every < eligible[:, None], every, -1)
-    if n_kept is None and ragged.max_blocks <= choice.k:
-        return all_eligible
-    # A query that keeps all its blocks needs no scores of them, nor a sequence of such queries its means.
-    if n_kept is None:
-        keeps_all = eligible <= choice.k
+    if n_kept is None:  # a sequence of queries that keep all their blocks needs no means
         is_long = ragged.lengths > choice.k * ragged.block_size
         ragged = dataclasses.replace(ragged, lengths=jnp.where(is_long, ragged.lengths, 0))
-        (best,) = best_blocks(queries, ragged, jnp.where(keeps_all, 0, eligible), choice)
+    eligible = -(-queries.visible // ragged.block_size)
+    return kept(eligible, ragged.max_blocks, choice, n_kept, functools.partial(best_blocks, queries, ragged))
+
+
+def kept(
+    eligible: Array, max_blocks: int, choice: Choice, n_kept: Array | None, find: Callable[[Array, Choice], Found]
+) -> Array:
+    """The blocks that each query keeps, as `kept_blocks`.
+
+    Args:
+        eligible: [T] int32, blocks that each query sees, of at most `max_blocks`.
+        find: (blocks [T] to choose from, the first ones; what is chosen) -> the best, as `best_blocks`.
+    """
+    every = jnp.arange(choice.k, dtype=jnp.int32)
+    all_eligible = jnp.where(every < eligible[:, None], every, -1)
+    if n_kept is None and max_blocks <= choice.k:
+        return all_eligible
+    # A query that keeps all its blocks needs no scores of them.
+    if n_kept is None:
+        keeps_all = eligible <= choice.k
+        (best,) = find(jnp.where(keeps_all, 0, eligible), choice)
     else:
         n_kept = jnp.pad(n_kept, (0, eligible.shape[0] - n_kept.shape[0]))
         keeps_all = eligible <= n_kept
         some = dataclasses.replace(choice, has_sort_keys=True)
-        best, sort_keys = best_blocks(queries, ragged, jnp.where(keeps_all, 0, eligible), some)
+        best, sort_keys = find(jnp.where(keeps_all, 0, eligible), some)
         _, best = topk.within(jnp.where(best >= 0, sort_keys, INVISIBLE), best, n_kept)
     return jnp.where(keeps_all[:, None], all_eligible, best)
 
@@ -181,6 +205,35 @@ def best_blocks(queries: Queries, ragged: Ragged, eligible: Array, choice: Choic
     first = lax.cond(jnp.any((eligible > 0) & row_is_wide), wide, nothing_like(wide))
     second = lax.cond(jnp.any((eligible > 0) & ~row_is_wide), narrow, nothing_like(wide))
     return where_rows(row_is_wide, first, second)
+
+
+def best_by_token(queries: Queries, ragged: Ragged, method: BlockSparse, eligible: Array, choice: Choice) -> Found:
+    """As `best_blocks`, by the best token of each block."""
+    T, H, _ = queries.q.shape
+    size, shared = method.block_size, ragged.shared_by(T)
+    task = units.Task(
+        block_size=size,
+        has_relu=method.activation is not None,
+        is_weighted=not method.per_head,
+        choice=choice,
+    )
+
+    def tiled(wanted: Rows, least: int, tile_t: int) -> Found:
+        config = units.Config(tile_t=tile_t, n_cores=chip().n_cores if is_split(tile_t) else 1)
+        tiles = query_tiles.split(ragged, T, wanted, least, tile_t, config.n_cores)
+        return units.units(queries, ragged, tiles, eligible, task=task, config=config)
+
+    def is_split(tile_t: int) -> bool:
+        # Sequences of a batch are split over cores already.
+        return tile_t < shared or (ragged.R > 1 and not ragged.is_batch)
+
+    large = units.most_queries(shared, H, -(-ragged.max_keys // size))
+    if not ragged.is_batch:
+        large = min(large, 1 << (T.bit_length() - 1))  # tiles are windows of q
+    if ragged.is_batch or H == 1:
+        # A head by itself: of a tile only those queries are multiplied that there are.
+        return tiled(ragged.n_queries > 0, 1, large)
+    return _of_two_sizes(ragged, eligible > 0, large, tiled)
 
 
 def candidates(blocks: Array, visible: Array, block_size: int) -> Array:
@@ -241,15 +294,25 @@ def best_of_all(queries: Queries, ragged: Ragged, choice: Choice, wanted: Rows |
     """
     T = queries.q.shape[0]
     is_real = (queries.visible > 0) & ragged.of_rows(jnp.broadcast_to(wanted, (ragged.R,)), T)
-    is_wide = ragged.n_queries >= _WIDE
-    row_is_wide = ragged.of_rows(is_wide, T)
-    large = min(ragged.tile_t(T), flat.heuristic(T, ragged.max_keys).tile_t)
 
     def tiled(some: Rows, least: int, tile_t: int) -> Found:
         n_cores = chip().n_cores if tile_t < T else 1
         tiles = query_tiles.split(ragged, T, some & wanted, least, tile_t, n_cores)
         return flat.flat_ragged(queries, ragged, tiles, choice=choice, tile_t=tile_t, n_cores=n_cores)
 
+    large = min(ragged.tile_t(T), flat.heuristic(T, ragged.max_keys).tile_t)
+    return _of_two_sizes(ragged, is_real, large, tiled)
+
+
+def _of_two_sizes(ragged: Ragged, is_real: Array, large: int, tiled: Callable[[Rows, int, int], Found]) -> Found:
+    """What ragged sequences find in tiles of `large` queries, or of eight where they have few.
+
+    Args:
+        is_real: [T] bool, the queries that look for anything.
+        tiled: (wanted sequences, least queries of each, queries of a tile) -> what all queries find.
+    """
+    is_wide = ragged.n_queries >= _WIDE
+    row_is_wide = ragged.of_rows(is_wide, is_real.shape[0])
     wide = functools.partial(tiled, is_wide, _WIDE, large)
     narrow = functools.partial(tiled, ~is_wide, 1, SUBLANES)
     first = lax.cond(jnp.any(is_real & row_is_wide), wide, nothing_like(wide))

@@ -53,7 +53,8 @@ def select(
         sort_keys_ref: [tiles, G * 8, 128] int32; changed where there are ties.
         n: [tiles, 8, 128] int32, sort keys of each row that are not `INVISIBLE`, the same along the lanes.
         thresholds_ref: scratch, [tiles, 8, 128] int32; `table_ref`: scratch, int32, of `table_shape(G)`.
-        out_ref: [tiles, K // 16, 128] int32, K a multiple of 1024, as the sort keys lie.
+        out_ref: [tiles, K // 16, 128] int32, K a multiple of 1024, as the sort keys lie; the first k and those up to
+            the next multiple of 128 are written.
         groups: only so many groups are looked at, the first; a multiple of min(G, 128). All if None.
         searched: the same for the thresholds, a multiple of what a step of their search takes.
     """
@@ -64,7 +65,7 @@ def select(
     thresholds_ref[...] = thresholds
 
     def one_tile(tile, _):
-        chosen_columns(sort_keys_ref, tile, thresholds_ref, table_ref, out_ref.at[tile], groups)
+        chosen_columns(sort_keys_ref, tile, thresholds_ref, table_ref, out_ref.at[tile], groups, k)
         return _
 
     lax.fori_loop(0, sort_keys_ref.shape[0], one_tile, None)
@@ -117,7 +118,13 @@ def table_shape(n_groups: int) -> tuple[int, int, int]:
 
 
 def chosen_columns(
-    sort_keys_ref: Ref, tile: Array | int, thresholds_ref: Ref, table_ref: Ref, out_ref: Ref, groups: Groups = None
+    sort_keys_ref: Ref,
+    tile: Array | int,
+    thresholds_ref: Ref,
+    table_ref: Ref,
+    out_ref: Ref,
+    groups: Groups = None,
+    k: int | None = None,
 ) -> None:
     """Writes the columns of a tile's sort keys that reach the threshold, ascending, then -1.
 
@@ -127,9 +134,14 @@ def chosen_columns(
         table_ref: scratch, int32, of `table_shape(G)`.
         out_ref: [K // 16, 128] int32, as the sort keys lie; K a multiple of 1024, and no row has more than K sort keys
             that reach its threshold.
+        k: how many do at most, if that is known; then no more are written, but for whole registers.
     """
     n_groups = n_groups_of(sort_keys_ref)
     span = span_of(n_groups)
+    if k is not None and k <= LANES and n_groups * SUBLANES <= LANES:
+        totals = _write_tables(sort_keys_ref, tile, 0, span, thresholds_ref, table_ref)
+        _write_few(totals, span, table_ref, out_ref)
+        return
     registers = out_ref.shape[0] * LANES // (SUBLANES * SLOTS)
 
     def write(i, register, before, totals):
@@ -137,7 +149,8 @@ def chosen_columns(
             # Row `row` of eight groups of slots: one strided store.
             at = pl.ds(register * SUBLANES * SUBLANES + row, SUBLANES, stride=SUBLANES)
             slot = _slots(register) - before[row]
-            column = _column_of_slot(slot, row, span, table_ref) + i * span * LANES
+            table = table_ref.at[row * span // LANES]
+            column = _column_of_slot(slot, row * span % LANES, span, table) + i * span * LANES
             inside = slot < totals[row]
             if span == n_groups:
                 out_ref[at, :] = jnp.where(inside, column, -1)
@@ -199,16 +212,32 @@ def _write_tables(
     return totals
 
 
-def _column_of_slot(slot: Array, row: int, span: int, table_ref: Ref) -> Array:
-    """[8, 128] -> [8, 128]: the column, within the span, of a row's chosen sort key number `slot`."""
-    lane = row * span % LANES
-    table = table_ref.at[row * span // LANES]
+def _write_few(totals: list[Array], span: int, table_ref: Ref, out_ref: Ref) -> None:
+    """Up to 128 columns of each of eight rows, whose groups all have a lane of one table: the rows side by side.
+
+    Else each row has a register of slots of its own, of which the last seven eighths stay empty.
+    """
+    row = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    slot = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+    total = totals[0]
+    for i in range(1, SUBLANES):
+        total = jnp.where(row == i, totals[i], total)
+    column = _column_of_slot(slot, row * span, span, table_ref.at[0])
+    out_ref[pl.ds(0, SUBLANES)] = jnp.where(slot < total, column, -1)
+
+
+def _column_of_slot(slot: Array, lane: Array | int, span: int, table: Ref) -> Array:
+    """[8, 128] -> [8, 128]: the column, within the span, of a row's chosen sort key number `slot`.
+
+    Args:
+        lane: of the row's first group in the table [8, 128], one for all slots or [8, 128].
+    """
 
     def along(entry):
         return jnp.broadcast_to(table[entry : entry + 1, :], (SUBLANES, LANES))
 
     starts = along(_STARTS)
-    group, start = jnp.full(slot.shape, lane, jnp.int32), jnp.zeros_like(slot)
+    group, start = jnp.broadcast_to(jnp.int32(lane), slot.shape), jnp.zeros_like(slot)
     step = span // 2
     while step:  # the last group that starts at or before the slot
         further = group + step

@@ -124,10 +124,12 @@ Pools, tails and calls without weights are the kernels' as tokens are. What else
 
 - **Few heads.** Fewer than 16 are repeated until there are 16, each with its share of its weight. Where reading keys
   takes the time, as in decoding, that is free.
-- **A choice a head.** A head is a query of one head, so that it is repeated 16 times.
+- **A choice a head.** A head is a query of one head, so that it is repeated 16 times, but for blocks by their best
+  token.
 - **No activation.** x = relu(x) - relu(-x): a head becomes two, up to 64 of them, but not in int8.
-- **The best token of a block**, on GPUs. A head by itself has a kernel that sums over no heads (`hisa_units`). Of
-  several heads the sort keys of all tokens are written, and the best of each block read from them.
+- **The best token of a block.** A head by itself has a kernel that sums over no heads (`hisa_units`), also in int8
+  without an activation. Of several heads GPUs write the sort keys of all tokens, and read the best of each block from
+  them. TPUs do all in one kernel, of blocks of 8, 16, 32, 64, 128 or 256 tokens.
 - **Lists.** On GPUs blocks of any size become tokens, whose rows are gathered as a scan's candidates are; a list may
   name up to 32,768. On TPUs blocks of 64, 128 or 256 tokens are chosen from as from those that HISA keeps.
 - **Budgets.** On GPUs the chosen tokens are scored once more, and each query takes its best. On TPUs their sort keys
@@ -141,6 +143,8 @@ program (`tests/gpu/test_step.py`). What is left beside products does not depend
 stores a maximum for 32 queries in 32 places, which the next product waits for. Stored by columns they would be one
 line of memory; that was written and compiled, and not measured. The rows of `bench/gpu/limit_rows.py` are from before,
 or have not been measured.
+
+MiniMax-M3 on TPUs, by the compiler's schedule: [tpu.md](tpu.md#blocks-by-their-best-token).
 
 Keys that are split over devices have the first three by kernels, and the others by `xla`, which takes all everywhere.
 """

@@ -6,9 +6,8 @@ from jax.experimental.pallas import tpu as pltpu
 from tests import kernel_entries
 
 CASES = kernel_entries.entries(64) | kernel_entries.heads(64)
-CASES |= {
-    name: case for name, case in kernel_entries.limits(64).items() if case.listed in (0, 64) and "best" not in name
-}
+CASES |= {name: case for name, case in kernel_entries.limits(64).items() if case.listed in (0, 64)}
+CASES |= {name: case for name, case in kernel_entries.best_tokens(64).items() if "odd" not in name}  # of 12 tokens
 
 
 @pytest.mark.exhaustive

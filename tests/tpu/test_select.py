@@ -60,6 +60,7 @@ def problem(**changes):
         (dict(S=1 << 22, page_size=32), "needs at most 65536 pages a request"),
         (dict(page_size=256), "needs blocks of whole pages"),
         (dict(method=hj.BlockSparse(topk=2048, block_size=32)), "blocks of 64, 128 or 256"),
+        (dict(S=1 << 23, method=hj.BlockSparse(topk=2048, block_size=8, scored_by="max")), "at most 589824 blocks"),
         (dict(q_dtype="float32", k_dtype="float32"), "float32"),
     ],
 )
@@ -68,7 +69,11 @@ def test_what_it_does_not_take_is_declined_with_the_reason(changes, reason):
     assert reason in dispatch.reasons(V5E, problem(**changes))["mosaic_tpu"]
 
 
-@pytest.mark.parametrize("method", [hj.Hisa(), hj.Dsa(), hj.BlockSparse()], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize(
+    "method",
+    [hj.Hisa(), hj.Dsa(), hj.BlockSparse(), hj.BlockSparse(topk=64, block_size=8, scored_by="max")],
+    ids=("hisa", "dsa", "block_sparse", "best_token"),
+)
 @pytest.mark.parametrize("changes", [{}, dict(is_packed=True), dict(is_packed=True, page_size=16)])
 def test_takes_every_method_in_every_form(method, changes):
     assert dispatch.reasons(V5E, problem(method=method, **changes))["mosaic_tpu"] is None
