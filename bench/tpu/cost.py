@@ -170,11 +170,7 @@ def units_kernels(
     if H == 1:
         scoring, trips = ["flush"], {"flush": chunks * min(per_step / LANES, 1.0)}
     else:
-        scoring = ["score", "maxima"]
-        trips = {
-            "score": tile_s / COLUMNS / products_a_step(config.tile_t, tile_s),
-            "maxima": config.tile_t / SUBLANES,
-        }
+        scoring, trips = ["score"], {"score": tile_s / COLUMNS / products_a_step(config.tile_t, tile_s)}
     row_bytes = model.D * _ITEMSIZE[dtype] + (0 if dtype == "bf16" else 4)
     return [
         Kernel(

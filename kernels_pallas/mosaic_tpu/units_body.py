@@ -143,7 +143,8 @@ def put_maxima(plan: Plan, i: Array, refs: Refs) -> None:
         found = maxima(scores, plan.block_size, lax.rem(block, LANES), list(before))
         refs.sort_keys_vmem[tile, at] = jnp.concatenate(found, axis=0)
 
-    lax.fori_loop(0, tiles, one_tile, None)
+    # Unrolled, so that one tile's rotations do not wait for another's.
+    lax.fori_loop(0, tiles, one_tile, None, unroll=True)
 
 
 def maxima(scores: list[Array], block_size: int, first: Array | int, before: list[Array]) -> list[Array]:
@@ -157,14 +158,18 @@ def maxima(scores: list[Array], block_size: int, first: Array | int, before: lis
     registers, width = max(block_size // LANES, 1), min(block_size, LANES)
     per_register = LANES // width
     scores = [functools.reduce(jnp.maximum, scores[c : c + registers]) for c in range(0, len(scores), registers)]
-    for step in (1, 2, 4, 8, 16, 32, 64):
-        if step < width:
+    if width == LANES:
+        scores = [jnp.broadcast_to(jnp.max(x, axis=1, keepdims=True), x.shape) for x in scores]
+    for step in (1, 2, 4, 8, 16, 32):
+        if step < width < LANES:
             scores = [jnp.maximum(x, pltpu.roll(x, LANES - step, 1)) for x in scores]
     # Each block's first lane has its maximum, which goes to the lane of the block among 128.
     groups = list(before)
     for c, x in enumerate(scores):
         place = lane - (first + c % width * per_register)
-        own = jnp.take_along_axis(x, (place * width) & (LANES - 1), axis=1, mode="promise_in_bounds")
+        own = x
+        if width < LANES:
+            own = jnp.take_along_axis(x, (place * width) & (LANES - 1), axis=1, mode="promise_in_bounds")
         is_own = (place >= 0) & (place < per_register)
         groups[c // width] = jnp.where(is_own, sort_key_of(own), groups[c // width])
     return groups
