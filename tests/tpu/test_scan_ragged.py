@@ -162,14 +162,13 @@ def test_parts_of_tiles_hold_the_same_queries():
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_sequence_whose_lists_overflow_is_the_flat_indexers(implementation, few_share, monkeypatch):
-    """The others are not."""
+    """The other's lists have just room for all its units."""
     monkeypatch.setattr(scan, "_MOST_LISTED", 1024)
     n_queries, lengths, method = [8, 8], [8192, 2048], hj.Scan(topk=20, candidates=1024, exact_heads=0, unit=2)
     operands = packed(draw.normal, n_queries, lengths)
     got = hj.select_packed(*operands, method, implementation=implementation)
     flat = hj.select_packed(*operands, hj.Dsa(topk=20), implementation="xla")
     np.testing.assert_array_equal(got.indices[:8], flat.indices[:8])
-    assert (got.indices[8:] != flat.indices[8:]).any()
     check(got, operands, method)
 
 
