@@ -105,7 +105,7 @@ DECODE = (limit_rows.M3, limit_rows.EACH_HEAD, 32, 1, 128 * K)
     ("model", "method", "B", "T", "context", "dtype", "page_size"),
     [
         (*DECODE, "bf16", 128),
-        pytest.param(*DECODE, "int8", 16, marks=pytest.mark.exhaustive),
+        pytest.param(*DECODE, "int8", 64, marks=pytest.mark.exhaustive),
         pytest.param(limit_rows.M3, limit_rows.EACH_HEAD, 4, 512, 128 * K, "e4m3", 256, marks=pytest.mark.exhaustive),
         pytest.param(limit_rows.M3, limit_rows.EACH_HEAD, 1, 4096, 128 * K, "bf16", None, marks=pytest.mark.exhaustive),
         pytest.param(limit_rows.M3, limit_rows.EACH_HEAD, 1, 4096, K * K, "int8", None, marks=pytest.mark.exhaustive),
