@@ -1,0 +1,336 @@
+"""Device code of `scan_heads`: the lanes of a register are 64 queries with two heads each, its sublanes eight samples.
+
+    q --> pairs of heads of 64 queries, side by side in a load --+--> products with themselves --> squares_vmem
+                                                                 +--> products with 256 keys --> products_vmem
+    weighted sums over heads --> scores_vmem --> sort_keys_vmem --> the 32 best, in `least_vmem`
+    products above `least_vmem` --> n_open_vmem --> slopes
+    weights, squares --> exact heads       weights, slopes --> coefficients       both turned: table_vmem
+    eight queries' coefficients on a diagonal x q --> virtual; ones in their place --> exact
+
+A row of 32 bits in VMEM holds two heads of a query, so that one load with a stride brings a pair of heads of eight
+queries. With queries in lanes a sum over samples, or heads, is additions of registers. The best samples of 128 queries
+are searched for at once: even lanes are those of the first 64 queries, odd ones those of the others.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from hisa_jax.kernels_pallas.bits import is_any
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES
+from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import strided_pairs
+from hisa_jax.kernels_pallas.mosaic_tpu.score_body import column, products
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
+from hisa_jax.kernels_pallas.types import Interpret, Ref
+from hisa_jax.xla.scan import N_BEST, N_SAMPLES
+
+_AT_A_TIME = 8  # pairs of heads a turn
+_PARTS = 3  # bfloat16 numbers that a float32 is the sum of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The static numbers of a launch.
+
+    Attributes:
+        tiles: of queries, of a sequence.
+        half: queries that share a register.
+        n_exact: heads beside the virtual one; is_sampled: whether slopes are, else they are 1.
+    """
+
+    tiles: int
+    half: int
+    n_exact: int
+    is_sampled: bool
+    interpret: Interpret
+
+
+class Refs(NamedTuple):
+    """The buffers; those of [2, ...] have one half if a tile has."""
+
+    first_smem: Ref  # [tiles of the grid], logarithm of the least step between samples that a query has
+    last_smem: Ref  # the same of the greatest
+    # Windows of the grid, of one tile of queries.
+    q: Ref  # [1, tile_t * H, D]
+    w: Ref  # [2, pairs, LANES]; in these lanes a query has its even heads, then its odd ones
+    steps: Ref  # [2, 1, LANES], logarithms of the queries' steps
+    n_samples: Ref  # [2, 1, LANES], how many they have
+    keys: Ref  # [n_steps, 256, D], of a sequence
+    virtual: Ref  # out: [tile_t, D]
+    # Scratch, LANES wide.
+    products_vmem: Ref  # [2, pairs * 256], relu(q . k)
+    scores_vmem: Ref  # [2, 256], of a query the sum of two neighbours
+    least_vmem: Ref  # [2, 256], what products must be above to count: 0 for the best samples
+    sort_keys_vmem: Ref  # [256]
+    squares_vmem: Ref  # [2, pairs], |q|^2
+    n_open_vmem: Ref  # [2, pairs], at how many of the best samples heads are open
+    table_vmem: Ref  # [2 * LANES, pairs + n_exact padded], coefficients of pairs of heads, then which are exact
+    exact: Ref = None  # out: [n_exact, tile_t, D]
+    w_exact: Ref = None  # out: [2, n_exact, LANES]
+    scales: Ref = None  # [n_steps, 256, 1], of the keys
+
+
+def scan_heads_body(plan: Plan, refs: Refs) -> None:
+    """On a grid of (sequences, tiles): a tile of queries."""
+    n_halves, n_pairs, _ = refs.w.shape
+    t = pl.program_id(0) * plan.tiles + pl.program_id(1)
+
+    def squares(half: Array, _: None) -> None:
+        lax.fori_loop(0, n_pairs // _AT_A_TIME, lambda i, _: square(plan, half, i, refs), None)
+
+    lax.fori_loop(0, n_halves, squares, None)
+    if plan.is_sampled:
+        refs.n_open_vmem[...] = jnp.zeros_like(refs.n_open_vmem)
+        lax.fori_loop(refs.first_smem[t], refs.last_smem[t] + 1, lambda step, _: sample(plan, step, refs), None)
+
+    def chosen(half: Array, is_finite: Array) -> Array:
+        return is_finite & choose(plan, half, refs)
+
+    is_finite = lax.fori_loop(0, n_halves, chosen, jnp.bool_(True))
+    tile_t = n_halves * plan.half
+
+    @pl.when(is_finite)
+    def _eights():
+        lax.fori_loop(0, tile_t // SUBLANES, lambda eight, _: combine(plan, eight, refs), None)
+
+    # Else 0 times infinity would reach the neighbours.
+    @pl.when(jnp.logical_not(is_finite))
+    def _one_by_one():
+        lax.fori_loop(0, tile_t, lambda query, _: combine_one(plan, query, refs), None)
+
+
+def swapped(x: Array) -> Array:
+    """[n, LANES], each lane's neighbour of the pair."""
+    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1) ^ 1
+    rows = jnp.broadcast_to(x, (SUBLANES, LANES)) if x.shape[0] == 1 else x
+    parts = [
+        jnp.take_along_axis(rows[i : i + SUBLANES], lane, axis=1, mode="promise_in_bounds")
+        for i in range(0, rows.shape[0], SUBLANES)
+    ]
+    return jnp.concatenate(parts, axis=0)[: x.shape[0]]
+
+
+def heads_of(plan: Plan, half: Array, i: Array, j: int, refs: Refs) -> Array:
+    """[LANES, D] bfloat16: heads number 16 i + 2 j and the next of each query, zeros after the last query."""
+    n_pairs = refs.w.shape[1]
+    first, size = half * plan.half * n_pairs + i * _AT_A_TIME, (plan.half - 1) * n_pairs + _AT_A_TIME
+    rows = strided_pairs(refs.q, first, size, (j,), n_pairs, plan.interpret, _AT_A_TIME)
+    missing = LANES - rows.shape[0]
+    return jnp.concatenate([rows, jnp.zeros((missing, rows.shape[1]), rows.dtype)]) if missing else rows
+
+
+def square(plan: Plan, half: Array, i: Array, refs: Refs) -> None:
+    """|q|^2 of some pairs of heads: the diagonal of their product with themselves."""
+    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    out = jnp.zeros((SUBLANES, LANES), jnp.float32)
+    for j in range(_AT_A_TIME):
+        q = heads_of(plan, half, i, j, refs)
+        x = lax.dot_general(q, q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        diagonal = x[:SUBLANES]
+        for first in range(SUBLANES, LANES, SUBLANES):
+            diagonal = jnp.where(lane >= first, x[first : first + SUBLANES], diagonal)
+        diagonal = jnp.where(lane % SUBLANES == sublane, diagonal, 0.0)
+        out = jnp.where(sublane == j, jnp.sum(diagonal, axis=0, keepdims=True), out)
+    refs.squares_vmem[half, pl.ds(pl.multiple_of(i * _AT_A_TIME, _AT_A_TIME), _AT_A_TIME)] = out
+
+
+def sample(plan: Plan, step: Array, refs: Refs) -> None:
+    """Counts open heads at the best samples of the queries that have this step."""
+    n_halves, n_pairs, _ = refs.w.shape
+    keys = refs.keys.at[step]
+
+    def score(half: Array, _: None) -> None:
+        refs.scores_vmem[half] = jnp.zeros((N_SAMPLES, LANES), jnp.float32)
+        lax.fori_loop(0, n_pairs // _AT_A_TIME, lambda i, _: score_pairs(plan, half, i, keys, refs), None)
+
+    lax.fori_loop(0, n_halves, score, None)
+    n_samples = [jnp.where(refs.steps[half] == step, refs.n_samples[half], 0) for half in range(n_halves)]
+    write_sort_keys(n_samples, None if refs.scales is None else refs.scales.at[step], refs)
+    write_least(refs)
+
+    def count(half: Array, _: None) -> None:
+        lax.fori_loop(0, n_pairs // _AT_A_TIME, lambda i, _: count_open(half, i, refs), None)
+
+    lax.fori_loop(0, n_halves, count, None)
+
+
+def score_pairs(plan: Plan, half: Array, i: Array, keys: Ref, refs: Refs) -> None:
+    """Adds some pairs of heads to the scores of all samples."""
+    total = refs.scores_vmem[half]
+    for j in range(_AT_A_TIME):
+        pair = i * _AT_A_TIME + j
+        x = products(keys[...], heads_of(plan, half, i, j, refs))
+        refs.products_vmem[half, pl.ds(pl.multiple_of(pair * N_SAMPLES, N_SAMPLES), N_SAMPLES)] = x
+        total = total + refs.w[half, pl.ds(pair, 1)] * x
+    refs.scores_vmem[half] = total
+
+
+def write_sort_keys(n_samples: list[Array], scales: Ref, refs: Refs) -> None:
+    """Sort keys of the first `n_samples`, [1, LANES] of each half."""
+    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+
+    def of_all(halves: list[Array]) -> Array:
+        return halves[0] if len(halves) == 1 else jnp.where((lane & 1) == 0, *halves)
+
+    n = of_all([jnp.broadcast_to(x, lane.shape) for x in n_samples])
+    for first in range(0, N_SAMPLES, SUBLANES):
+        scores = [refs.scores_vmem[half, first : first + SUBLANES] for half in range(len(n_samples))]
+        score = of_all([x + swapped(x) for x in scores])
+        if scales is not None:
+            score = score * jnp.broadcast_to(scales[first : first + SUBLANES], score.shape)
+        sort_key = jnp.where(first + sublane < n, sort_key_of(score), INVISIBLE)
+        refs.sort_keys_vmem[first : first + SUBLANES] = sort_key
+
+
+def write_least(refs: Refs) -> None:
+    """Finds the best samples of each query, of equal ones the first."""
+    sort_keys = refs.sort_keys_vmem
+
+    def narrow(i: Array, kth: Array) -> Array:
+        # Bit by bit, from the least number on: `kth` grows as long as enough reach it.
+        guess = kth + (jnp.int32(1) << (31 - i))
+        return jnp.where(over_samples(lambda x: x >= guess, sort_keys) >= N_BEST, guess, kth)
+
+    kth = lax.fori_loop(0, 32, narrow, jnp.full((SUBLANES, LANES), INVISIBLE, jnp.int32))
+    room = N_BEST - over_samples(lambda x: x > kth, sort_keys)
+    x = sort_keys[...].reshape(-1, SUBLANES, LANES)
+    tied = jnp.where((x == kth) & (x > INVISIBLE), 1.0, 0.0).reshape(N_SAMPLES, LANES)
+    row, other = (lax.broadcasted_iota(jnp.int32, (N_SAMPLES, N_SAMPLES), axis) for axis in range(2))
+    earlier = jnp.where(other < row, 1.0, 0.0).astype(jnp.bfloat16)
+    tied_before = jnp.dot(earlier, tied.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+    for first in range(0, N_SAMPLES, SUBLANES):
+        some = slice(first, first + SUBLANES)
+        is_best = (sort_keys[some] > kth) | ((tied[some] > 0.0) & (tied_before[some] < room))
+        least = jnp.where(is_best, 0.0, jnp.inf)
+        if refs.least_vmem.shape[0] == 1:
+            refs.least_vmem[0, some] = least
+        else:
+            is_even, others = (lane & 1) == 0, swapped(least)
+            refs.least_vmem[0, some] = jnp.where(is_even, least, others)
+            refs.least_vmem[1, some] = jnp.where(is_even, others, least)
+
+
+def over_samples(is_counted, sort_keys: Ref) -> Array:
+    """[8, LANES] float32: of how many samples it holds, every sublane alike."""
+    x = sort_keys[...].reshape(-1, SUBLANES, LANES)
+    total = jnp.sum(jnp.where(is_counted(x), 1.0, 0.0), axis=0)
+    return jnp.broadcast_to(jnp.sum(total, axis=0, keepdims=True), total.shape)
+
+
+def count_open(half: Array, i: Array, refs: Refs) -> None:
+    """Adds to `n_open_vmem` at how many of the best samples some pairs of heads are open."""
+    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    first = i * _AT_A_TIME * N_SAMPLES
+    counts = [jnp.zeros((SUBLANES, LANES), jnp.float32)] * _AT_A_TIME
+    for some in range(0, N_SAMPLES, SUBLANES):
+        least = refs.least_vmem[half, some : some + SUBLANES]
+        for j in range(_AT_A_TIME):
+            at = pl.multiple_of(first + j * N_SAMPLES + some, SUBLANES)
+            x = refs.products_vmem[half, pl.ds(at, SUBLANES)]
+            counts[j] = counts[j] + jnp.where(x > least, 1.0, 0.0)
+    out = jnp.zeros((SUBLANES, LANES), jnp.float32)
+    for j, count in enumerate(counts):
+        out = jnp.where(sublane == j, jnp.sum(count, axis=0, keepdims=True), out)
+    pairs = pl.ds(pl.multiple_of(i * _AT_A_TIME, _AT_A_TIME), _AT_A_TIME)
+    refs.n_open_vmem[half, pairs] = refs.n_open_vmem[half, pairs] + out
+
+
+def choose(plan: Plan, half: Array, refs: Refs) -> Array:
+    """The exact heads of a half and the coefficients of the others, to `table_vmem`; whether all sizes are finite."""
+    w, n_pairs = refs.w[half], refs.w.shape[1]
+    pair = lax.broadcasted_iota(jnp.int32, w.shape, 0)
+    heads = 2 * pair + (lax.broadcasted_iota(jnp.int32, w.shape, 1) & 1)
+    sizes = jnp.abs(w) * jnp.sqrt(refs.squares_vmem[half])
+    slopes = jnp.ones_like(w)
+    if plan.is_sampled:
+        slopes = refs.n_open_vmem[half] / jnp.clip(refs.n_samples[half], 1, N_BEST).astype(jnp.float32)
+
+    def of_query(reduce, both, x: Array) -> Array:
+        x = reduce(x, axis=0, keepdims=True)
+        return both(x, swapped(x))
+
+    def lowest(mask: Array) -> Array:
+        return of_query(jnp.min, jnp.minimum, jnp.where(mask, heads, 2 * n_pairs))
+
+    sort_keys, is_exact = sort_key_of(sizes), jnp.zeros(w.shape, jnp.bool_)
+    for _ in range(plan.n_exact):
+        greatest = of_query(jnp.max, jnp.maximum, sort_keys)
+        is_found = heads == lowest(sort_keys == greatest)
+        sort_keys, is_exact = jnp.where(is_found, INVISIBLE, sort_keys), is_exact | is_found
+    columns = [jnp.where(is_exact, 0.0, w * slopes)]
+    for i in range(plan.n_exact):
+        head = lowest(is_exact)
+        is_found = heads == head
+        is_exact = is_exact & jnp.logical_not(is_found)
+        refs.w_exact[half, i : i + 1] = of_query(jnp.sum, jnp.add, jnp.where(is_found, w, 0.0))
+        columns.append(head.astype(jnp.float32))
+    width = refs.table_vmem.shape[1]
+    columns.append(jnp.zeros((width - n_pairs - plan.n_exact, LANES), jnp.float32))
+    table = jnp.concatenate(columns, axis=0)
+    for first in range(0, width, LANES):
+        rows = pl.ds(pl.multiple_of(half * LANES, LANES), LANES)
+        refs.table_vmem[rows, first : first + LANES] = table[first : first + LANES].T
+    return jnp.logical_not(is_any(jnp.logical_not(sizes < jnp.inf)))
+
+
+def coefficients(plan: Plan, first: Array, n: int, refs: Refs) -> tuple[Array, list[Array]]:
+    """Of eight queries, or one in all rows: [8, LANES] coefficients of heads 0, 1, ... H - 1, 0, ..., its exact heads."""
+    n_pairs = refs.w.shape[1]
+    half = lax.div(first, plan.half)
+    row = half * LANES + 2 * (first - half * plan.half)
+    shape = (SUBLANES, LANES)
+    even, odd = (refs.table_vmem[pl.ds(row + i, n, stride=2)] for i in range(2))
+    even, odd = (jnp.broadcast_to(x, (SUBLANES, x.shape[1])) for x in (even, odd))
+    head = lax.broadcasted_iota(jnp.int32, shape, 1) % (2 * n_pairs)
+    found = [jnp.take_along_axis(x[:, :LANES], head >> 1, axis=1, mode="promise_in_bounds") for x in (even, odd)]
+    exact = [
+        jnp.broadcast_to(even[:, n_pairs + i : n_pairs + i + 1], shape).astype(jnp.int32)
+        for i in range(plan.n_exact)
+    ]
+    return jnp.where((head & 1) == 0, *found), exact
+
+
+def combine(plan: Plan, eight: Array, refs: Refs) -> None:
+    """The virtual and the exact heads of eight queries side by side, by one product with all their heads."""
+    n_heads = 2 * refs.w.shape[1]
+    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    first = pl.multiple_of(eight * SUBLANES, SUBLANES)
+    left, exact = coefficients(plan, first, SUBLANES, refs)
+    rows = []
+    for _ in range(_PARTS):
+        rows.append(left.astype(jnp.bfloat16).astype(jnp.float32))
+        left = left - rows[-1]
+    rows += [jnp.where(lane % n_heads == head, 1.0, 0.0) for head in exact]
+
+    def on_diagonal(x: Array) -> Array:
+        owners = [lax.div(at + lane, n_heads) for at in range(0, SUBLANES * n_heads, LANES)]
+        return jnp.concatenate([jnp.where(owner == sublane, x, 0.0) for owner in owners], axis=1)
+
+    matrix = jnp.concatenate([on_diagonal(x) for x in rows], axis=0).astype(jnp.bfloat16)
+    q = refs.q[0, pl.ds(pl.multiple_of(first * n_heads, SUBLANES * n_heads), SUBLANES * n_heads)]
+    found = jnp.dot(matrix, q, preferred_element_type=jnp.float32).reshape(-1, SUBLANES, q.shape[1])
+    refs.virtual[pl.ds(first, SUBLANES)] = (found[2] + found[1]) + found[0]
+    for i in range(plan.n_exact):
+        refs.exact[i, pl.ds(first, SUBLANES)] = found[_PARTS + i]
+
+
+def combine_one(plan: Plan, query: Array, refs: Refs) -> None:
+    """The same of one query, whatever its heads and weights are."""
+    n_heads, D = 2 * refs.w.shape[1], refs.q.shape[2]
+    coefficient, exact = coefficients(plan, query, 1, refs)
+    q = refs.q[0, pl.ds(pl.multiple_of(query * n_heads, n_heads), n_heads)].astype(jnp.float32)
+    along = lambda row: column(row[:1, :n_heads], LANES)[:, :D]  # noqa: E731
+    coefficient, head = along(coefficient), lax.broadcasted_iota(jnp.int32, q.shape, 0)
+    # Neither weight nor query of an exact head, whose coefficient is 0: 0 times infinity is NaN.
+    terms = jnp.where(coefficient == 0.0, 0.0, coefficient * q)
+    refs.virtual[pl.ds(query, 1)] = jnp.sum(terms, axis=0, keepdims=True)
+    for i in range(plan.n_exact):
+        is_found = head == along(exact[i])
+        refs.exact[i, pl.ds(query, 1)] = jnp.sum(jnp.where(is_found, q, 0.0), axis=0, keepdims=True)
