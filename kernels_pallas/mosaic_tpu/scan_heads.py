@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from hisa_jax.kernels_pallas.mosaic_tpu import launch
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES
 from hisa_jax.kernels_pallas.mosaic_tpu.launch import Launch
-from hisa_jax.kernels_pallas.mosaic_tpu.scan_heads_body import Plan, Refs, scan_heads_body
+from hisa_jax.kernels_pallas.mosaic_tpu.scan_heads_body import GAP, Plan, Refs, scan_heads_body
 from hisa_jax.kernels_pallas.types import Interpret, Ref
 from hisa_jax.layout import Call, Keys
 from hisa_jax.methods import Scan
@@ -56,6 +56,7 @@ class Config:
         row = 4 * LANES
         windows = self.tile_t * (H * D * 2 + (n_exact + 1) * D * 4) + n_steps * N_SAMPLES * (D * 2 + row)
         scratch = self.n_halves * (H // 2 + 2) * N_SAMPLES * row + N_SAMPLES * row
+        scratch += self.tile_t * (H + 2 * GAP) * D * 2
         return 2 * windows + scratch + (4 << 20)
 
 
@@ -94,7 +95,15 @@ def scan_heads(call: Call, method: Scan, interpret: Interpret = False, config: C
         return pl.BlockSpec((None, *shape), lambda b, t, *_: (b, *(0 for _ in shape)))
 
     twice = lambda x: in_lanes(jnp.stack([x, x], axis=-1)[:, :, None])  # noqa: E731
-    plan = Plan(tiles=tiles, half=half, n_exact=n_exact, is_sampled=method.slopes == "sampled", interpret=interpret)
+    plan = Plan(
+        tiles=tiles,
+        n_halves=n_halves,
+        half=half,
+        n_pairs=pairs,
+        n_exact=n_exact,
+        is_sampled=method.slopes == "sampled",
+        interpret=interpret,
+    )
     outs = {"virtual": (jax.ShapeDtypeStruct((B, tiles * tile_t, D), jnp.float32), of_queries(tile_t, D))}
     if n_exact:
         rows = pl.BlockSpec((None, n_exact, tile_t, D), lambda b, t, *_: (b, 0, t, 0))
@@ -104,6 +113,7 @@ def scan_heads(call: Call, method: Scan, interpret: Interpret = False, config: C
     of_samples = functools.partial(pltpu.VMEM, dtype=jnp.float32)
     table_lanes = -(-(pairs + n_exact) // LANES) * LANES
     scratch: dict[str, Ref] = {
+        "heads_vmem": pltpu.VMEM((1, tile_t * (H + 2 * GAP), D), q.dtype),
         "products_vmem": of_samples((n_halves, pairs * N_SAMPLES, LANES)),
         "scores_vmem": of_samples((n_halves, N_SAMPLES, LANES)),
         "least_vmem": of_samples((n_halves, N_SAMPLES, LANES)),

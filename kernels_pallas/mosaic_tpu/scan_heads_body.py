@@ -1,18 +1,20 @@
 """Device code of `scan_heads`: the lanes of a register are 64 queries with two heads each, its sublanes eight samples.
 
-    q --> pairs of heads of 64 queries, side by side in a load --+--> products with themselves --> squares_vmem
-                                                                 +--> products with 256 keys --> products_vmem
+    q --> heads_vmem --> pairs of heads of 64 queries --+--> products with 256 keys --> products_vmem
+                                                        +--> products with themselves --> squares_vmem
     weighted sums over heads --> scores_vmem --> sort_keys_vmem --> the 32 best, in `least_vmem`
     products above `least_vmem` --> n_open_vmem --> slopes
     weights, squares --> exact heads       weights, slopes --> coefficients       both turned: table_vmem
     eight queries' coefficients on a diagonal x q --> virtual; ones in their place --> exact
 
-A row of 32 bits in VMEM holds two heads of a query, so that one load with a stride brings a pair of heads of eight
-queries. With queries in lanes a sum over samples, or heads, is additions of registers. The best samples of 128 queries
+A row of 32 bits in VMEM holds two heads of a query, so that a load with a stride brings a pair of heads of eight
+queries. At a stride of a multiple of eight rows it would be a load for each, hence the four rows after each query's in
+`heads_vmem`: a product of 256 keys takes 70 cycles without them on v6e. With queries in lanes a sum over samples, or heads, is additions of registers. The best samples of 128 queries
 are searched for at once: even lanes are those of the first 64 queries, odd ones those of the others.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -21,8 +23,8 @@ from jax.experimental import pallas as pl
 
 from hisa_jax.kernels_pallas.bits import is_any
 from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES
-from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import strided_pairs
-from hisa_jax.kernels_pallas.mosaic_tpu.score_body import column, products
+from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import copy_pairs, strided_pairs
+from hisa_jax.kernels_pallas.mosaic_tpu.score_body import column
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
 from hisa_jax.kernels_pallas.types import Interpret, Ref
 from hisa_jax.xla.scan import N_BEST, N_SAMPLES
@@ -37,12 +39,15 @@ class Plan:
 
     Attributes:
         tiles: of queries, of a sequence.
-        half: queries that share a register.
+        n_halves: of a tile; half: queries that share a register.
+        n_pairs: of heads.
         n_exact: heads beside the virtual one; is_sampled: whether slopes are, else they are 1.
     """
 
     tiles: int
+    n_halves: int
     half: int
+    n_pairs: int
     n_exact: int
     is_sampled: bool
     interpret: Interpret
@@ -60,6 +65,7 @@ class Refs(NamedTuple):
     n_samples: Ref  # [2, 1, LANES], how many they have
     keys: Ref  # [n_steps, 256, D], of a sequence
     virtual: Ref  # out: [tile_t, D]
+    heads_vmem: Ref  # scratch: [1, tile_t * (H + 8), D], q with a gap after each query's heads
     # Scratch, LANES wide.
     products_vmem: Ref  # [2, pairs * 256], relu(q . k)
     scores_vmem: Ref  # [2, 256], of a query the sum of two neighbours
@@ -78,13 +84,13 @@ def scan_heads_body(plan: Plan, refs: Refs) -> None:
     n_halves, n_pairs, _ = refs.w.shape
     t = pl.program_id(0) * plan.tiles + pl.program_id(1)
 
-    def squares(half: Array, _: None) -> None:
-        lax.fori_loop(0, n_pairs // _AT_A_TIME, lambda i, _: square(plan, half, i, refs), None)
-
-    lax.fori_loop(0, n_halves, squares, None)
+    lax.fori_loop(0, n_halves * plan.half // SUBLANES, lambda eight, _: spread_heads(plan, eight, refs), None)
+    refs.squares_vmem[...] = jnp.zeros_like(refs.squares_vmem)
     if plan.is_sampled:
         refs.n_open_vmem[...] = jnp.zeros_like(refs.n_open_vmem)
         lax.fori_loop(refs.first_smem[t], refs.last_smem[t] + 1, lambda step, _: sample(plan, step, refs), None)
+    else:
+        by_pairs(plan, lambda half, i: multiply(plan, half, i, None, refs))
 
     def chosen(half: Array, is_finite: Array) -> Array:
         return is_finite & choose(plan, half, refs)
@@ -113,60 +119,81 @@ def swapped(x: Array) -> Array:
     return jnp.concatenate(parts, axis=0)[: x.shape[0]]
 
 
+GAP = 4  # rows of 32 bits
+
+
+def spread_heads(plan: Plan, eight: Array, refs: Refs) -> None:
+    """Copies the heads of eight queries to `heads_vmem`."""
+    n_pairs = refs.w.shape[1]
+    source, size = SUBLANES * n_pairs, SUBLANES * (n_pairs + GAP)
+    from_ref = refs.q.at[0, pl.ds(pl.multiple_of(2 * source * eight, 2 * source), 2 * source)]
+    to_ref = refs.heads_vmem.at[0, pl.ds(pl.multiple_of(2 * size * eight, 2 * size), 2 * size)]
+    for query in range(SUBLANES):
+        for row in range(0, n_pairs, SUBLANES):
+            copy_pairs(from_ref, query * n_pairs + row, to_ref, query * (n_pairs + GAP) + row, plan.interpret)
+
+
+def by_pairs(plan: Plan, some: Callable[[Array, Array], None]) -> None:
+    """Calls some(half, i) for all groups of `_AT_A_TIME` pairs of heads."""
+
+    def of_half(half: Array, _: None) -> None:
+        lax.fori_loop(0, plan.n_pairs // _AT_A_TIME, lambda i, _: some(half, i), None)
+
+    lax.fori_loop(0, plan.n_halves, of_half, None)
+
+
 def heads_of(plan: Plan, half: Array, i: Array, j: int, refs: Refs) -> Array:
     """[LANES, D] bfloat16: heads number 16 i + 2 j and the next of each query, zeros after the last query."""
-    n_pairs = refs.w.shape[1]
-    first, size = half * plan.half * n_pairs + i * _AT_A_TIME, (plan.half - 1) * n_pairs + _AT_A_TIME
-    rows = strided_pairs(refs.q, first, size, (j,), n_pairs, plan.interpret, _AT_A_TIME)
+    stride = plan.n_pairs + GAP
+    first, size = half * plan.half * stride + i * _AT_A_TIME, (plan.half - 1) * stride + _AT_A_TIME
+    rows = strided_pairs(refs.heads_vmem, first, size, (j,), stride, plan.interpret, _AT_A_TIME)
     missing = LANES - rows.shape[0]
     return jnp.concatenate([rows, jnp.zeros((missing, rows.shape[1]), rows.dtype)]) if missing else rows
 
 
-def square(plan: Plan, half: Array, i: Array, refs: Refs) -> None:
-    """|q|^2 of some pairs of heads: the diagonal of their product with themselves."""
-    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
-    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
-    out = jnp.zeros((SUBLANES, LANES), jnp.float32)
+def multiply(plan: Plan, half: Array, i: Array, keys: Ref, refs: Refs) -> None:
+    """Some pairs of heads with all samples, if there are any, and with themselves."""
+    total = refs.scores_vmem[half]
+    squares = jnp.zeros((SUBLANES, LANES), jnp.float32)
     for j in range(_AT_A_TIME):
-        q = heads_of(plan, half, i, j, refs)
-        x = lax.dot_general(q, q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        diagonal = x[:SUBLANES]
-        for first in range(SUBLANES, LANES, SUBLANES):
-            diagonal = jnp.where(lane >= first, x[first : first + SUBLANES], diagonal)
-        diagonal = jnp.where(lane % SUBLANES == sublane, diagonal, 0.0)
-        out = jnp.where(sublane == j, jnp.sum(diagonal, axis=0, keepdims=True), out)
-    refs.squares_vmem[half, pl.ds(pl.multiple_of(i * _AT_A_TIME, _AT_A_TIME), _AT_A_TIME)] = out
+        q, pair = heads_of(plan, half, i, j, refs), i * _AT_A_TIME + j
+        # One product: the heads stay in the matrix unit while the keys' rows pass, then their own.
+        rows = q if keys is None else jnp.concatenate([keys[...], q], axis=0)
+        x = lax.dot_general(rows, q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        squares = jnp.where(sublanes() == j, diagonal(x[-LANES:]), squares)
+        if keys is not None:
+            x = jnp.maximum(x[:N_SAMPLES], 0.0)
+            refs.products_vmem[half, pl.ds(pl.multiple_of(pair * N_SAMPLES, N_SAMPLES), N_SAMPLES)] = x
+            total = total + refs.w[half, pl.ds(pair, 1)] * x
+    refs.squares_vmem[half, pl.ds(pl.multiple_of(i * _AT_A_TIME, _AT_A_TIME), _AT_A_TIME)] = squares
+    if keys is not None:
+        refs.scores_vmem[half] = total
+
+
+def diagonal(x: Array) -> Array:
+    """[LANES, LANES] -> [1, LANES]."""
+    found = x[:SUBLANES]
+    for first in range(SUBLANES, LANES, SUBLANES):
+        found = jnp.where(lanes() >= first, x[first : first + SUBLANES], found)
+    return jnp.sum(jnp.where(lanes() % SUBLANES == sublanes(), found, 0.0), axis=0, keepdims=True)
+
+
+def lanes() -> Array:
+    return lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+
+
+def sublanes() -> Array:
+    return lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
 
 
 def sample(plan: Plan, step: Array, refs: Refs) -> None:
     """Counts open heads at the best samples of the queries that have this step."""
-    n_halves, n_pairs, _ = refs.w.shape
-    keys = refs.keys.at[step]
-
-    def score(half: Array, _: None) -> None:
-        refs.scores_vmem[half] = jnp.zeros((N_SAMPLES, LANES), jnp.float32)
-        lax.fori_loop(0, n_pairs // _AT_A_TIME, lambda i, _: score_pairs(plan, half, i, keys, refs), None)
-
-    lax.fori_loop(0, n_halves, score, None)
-    n_samples = [jnp.where(refs.steps[half] == step, refs.n_samples[half], 0) for half in range(n_halves)]
+    refs.scores_vmem[...] = jnp.zeros_like(refs.scores_vmem)
+    by_pairs(plan, lambda half, i: multiply(plan, half, i, refs.keys.at[step], refs))
+    n_samples = [jnp.where(refs.steps[half] == step, refs.n_samples[half], 0) for half in range(plan.n_halves)]
     write_sort_keys(n_samples, None if refs.scales is None else refs.scales.at[step], refs)
     write_least(refs)
-
-    def count(half: Array, _: None) -> None:
-        lax.fori_loop(0, n_pairs // _AT_A_TIME, lambda i, _: count_open(half, i, refs), None)
-
-    lax.fori_loop(0, n_halves, count, None)
-
-
-def score_pairs(plan: Plan, half: Array, i: Array, keys: Ref, refs: Refs) -> None:
-    """Adds some pairs of heads to the scores of all samples."""
-    total = refs.scores_vmem[half]
-    for j in range(_AT_A_TIME):
-        pair = i * _AT_A_TIME + j
-        x = products(keys[...], heads_of(plan, half, i, j, refs))
-        refs.products_vmem[half, pl.ds(pl.multiple_of(pair * N_SAMPLES, N_SAMPLES), N_SAMPLES)] = x
-        total = total + refs.w[half, pl.ds(pair, 1)] * x
-    refs.scores_vmem[half] = total
+    by_pairs(plan, lambda half, i: count_open(half, i, refs))
 
 
 def write_sort_keys(n_samples: list[Array], scales: Ref, refs: Refs) -> None:
@@ -198,8 +225,14 @@ def write_least(refs: Refs) -> None:
 
     kth = lax.fori_loop(0, 32, narrow, jnp.full((SUBLANES, LANES), INVISIBLE, jnp.int32))
     room = N_BEST - over_samples(lambda x: x > kth, sort_keys)
-    x = sort_keys[...].reshape(-1, SUBLANES, LANES)
-    tied = jnp.where((x == kth) & (x > INVISIBLE), 1.0, 0.0).reshape(N_SAMPLES, LANES)
+    is_any_tied = jnp.where(kth > INVISIBLE, 1.0, 0.0)
+    tied = jnp.concatenate(
+        [
+            jnp.where(sort_keys[first : first + SUBLANES] == kth, is_any_tied, 0.0)
+            for first in range(0, N_SAMPLES, SUBLANES)
+        ],
+        axis=0,
+    )
     row, other = (lax.broadcasted_iota(jnp.int32, (N_SAMPLES, N_SAMPLES), axis) for axis in range(2))
     earlier = jnp.where(other < row, 1.0, 0.0).astype(jnp.bfloat16)
     tied_before = jnp.dot(earlier, tied.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
@@ -216,11 +249,15 @@ def write_least(refs: Refs) -> None:
             refs.least_vmem[1, some] = jnp.where(is_even, others, least)
 
 
-def over_samples(is_counted, sort_keys: Ref) -> Array:
+def over_samples(is_counted: Callable[[Array], Array], sort_keys: Ref) -> Array:
     """[8, LANES] float32: of how many samples it holds, every sublane alike."""
-    x = sort_keys[...].reshape(-1, SUBLANES, LANES)
-    total = jnp.sum(jnp.where(is_counted(x), 1.0, 0.0), axis=0)
-    return jnp.broadcast_to(jnp.sum(total, axis=0, keepdims=True), total.shape)
+    counts = [
+        jnp.where(is_counted(sort_keys[first : first + SUBLANES]), 1.0, 0.0)
+        for first in range(0, N_SAMPLES, SUBLANES)
+    ]
+    while len(counts) > 1:  # one after the other each addition would wait for the one before
+        counts = [a + b for a, b in zip(counts[::2], counts[1::2], strict=True)]
+    return jnp.broadcast_to(jnp.sum(counts[0], axis=0, keepdims=True), counts[0].shape)
 
 
 def count_open(half: Array, i: Array, refs: Refs) -> None:
