@@ -14,7 +14,13 @@ from hisa_jax.kernels_pallas.types import Interpret, Ref
 
 
 def strided_pairs(
-    keys_vmem: Ref, first: Array, size: int, starts: tuple[int, ...], stride: int, interpret: Interpret, multiple: int = 0
+    keys_vmem: Ref,
+    first: Array,
+    size: int,
+    starts: tuple[int, ...],
+    stride: int,
+    interpret: Interpret,
+    multiple: int = 0,
 ) -> Array:
     """Of `size` pairs from pair number `first` on: every `stride`-th of those from each start on.
 

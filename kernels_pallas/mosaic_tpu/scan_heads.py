@@ -143,11 +143,12 @@ def scan_heads(call: Call, method: Scan, interpret: Interpret = False, config: C
         dimension_semantics=("parallel", "parallel"),
         pinned=("q",),
     )()
-    if not exact:
-        exact = [jnp.zeros((B, 0, T, D)), jnp.zeros((B, tiles * n_halves, 0, 2 * half))]
-    rows = exact[0].swapaxes(1, 2)[:, :T].astype(call.q.dtype)
-    w_exact = exact[1][..., : 2 * half : 2].swapaxes(2, 3).reshape(B, -1, n_exact)[:, :T]
-    return ScanHeads(virtual[:, :T], rows, w_exact)
+    virtual = virtual[:, :T]
+    if not n_exact:
+        return ScanHeads(virtual, jnp.zeros((B, T, 0, D), call.q.dtype), jnp.zeros((B, T, 0)))
+    found, w_exact = exact
+    w_exact = w_exact[..., : 2 * half : 2].swapaxes(2, 3).reshape(B, tiles * tile_t, n_exact)
+    return ScanHeads(virtual, found.swapaxes(1, 2)[:, :T].astype(call.q.dtype), w_exact[:, :T])
 
 
 def _samples(call: Call, n_steps: int) -> Keys:

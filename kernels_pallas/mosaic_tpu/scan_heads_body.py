@@ -8,12 +8,14 @@
     eight queries' coefficients on a diagonal x q --> virtual; ones in their place --> exact
 
 A row of 32 bits in VMEM holds two heads of a query, so that a load with a stride brings a pair of heads of eight
-queries. At a stride of a multiple of eight rows it would be a load for each, hence the four rows after each query's in
-`heads_vmem`: a product of 256 keys takes 70 cycles without them on v6e. With queries in lanes a sum over samples, or heads, is additions of registers. The best samples of 128 queries
-are searched for at once: even lanes are those of the first 64 queries, odd ones those of the others.
+queries. Rows that are a multiple of eight apart would take a load each, hence the gaps in `heads_vmem`: 8 pairs take
+556 cycles without them on v6e, and their products with themselves 437, 510 in all with them. As queries are lanes, a
+sum over samples or heads is additions of registers. The best samples of 128 queries are searched for at once: even
+lanes are those of the first 64 queries, odd ones those of the others.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,7 +31,8 @@ from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
 from hisa_jax.kernels_pallas.types import Interpret, Ref
 from hisa_jax.xla.scan import N_BEST, N_SAMPLES
 
-_AT_A_TIME = 8  # pairs of heads a turn
+AT_A_TIME = 8  # pairs of heads a turn
+GAP = 4  # rows of 32 bits after the heads of each query
 _PARTS = 3  # bfloat16 numbers that a float32 is the sum of
 
 
@@ -81,10 +84,8 @@ class Refs(NamedTuple):
 
 def scan_heads_body(plan: Plan, refs: Refs) -> None:
     """On a grid of (sequences, tiles): a tile of queries."""
-    n_halves, n_pairs, _ = refs.w.shape
-    t = pl.program_id(0) * plan.tiles + pl.program_id(1)
-
-    lax.fori_loop(0, n_halves * plan.half // SUBLANES, lambda eight, _: spread_heads(plan, eight, refs), None)
+    t, n_eights = pl.program_id(0) * plan.tiles + pl.program_id(1), plan.n_halves * plan.half // SUBLANES
+    lax.fori_loop(0, n_eights, lambda eight, _: spread_heads(plan, eight, refs), None)
     refs.squares_vmem[...] = jnp.zeros_like(refs.squares_vmem)
     if plan.is_sampled:
         refs.n_open_vmem[...] = jnp.zeros_like(refs.n_open_vmem)
@@ -95,36 +96,21 @@ def scan_heads_body(plan: Plan, refs: Refs) -> None:
     def chosen(half: Array, is_finite: Array) -> Array:
         return is_finite & choose(plan, half, refs)
 
-    is_finite = lax.fori_loop(0, n_halves, chosen, jnp.bool_(True))
-    tile_t = n_halves * plan.half
+    is_finite = lax.fori_loop(0, plan.n_halves, chosen, jnp.bool_(True))
 
     @pl.when(is_finite)
     def _eights():
-        lax.fori_loop(0, tile_t // SUBLANES, lambda eight, _: combine(plan, eight, refs), None)
+        lax.fori_loop(0, n_eights, lambda eight, _: combine(plan, eight, refs), None)
 
     # Else 0 times infinity would reach the neighbours.
     @pl.when(jnp.logical_not(is_finite))
     def _one_by_one():
-        lax.fori_loop(0, tile_t, lambda query, _: combine_one(plan, query, refs), None)
-
-
-def swapped(x: Array) -> Array:
-    """[n, LANES], each lane's neighbour of the pair."""
-    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1) ^ 1
-    rows = jnp.broadcast_to(x, (SUBLANES, LANES)) if x.shape[0] == 1 else x
-    parts = [
-        jnp.take_along_axis(rows[i : i + SUBLANES], lane, axis=1, mode="promise_in_bounds")
-        for i in range(0, rows.shape[0], SUBLANES)
-    ]
-    return jnp.concatenate(parts, axis=0)[: x.shape[0]]
-
-
-GAP = 4  # rows of 32 bits
+        lax.fori_loop(0, n_eights * SUBLANES, lambda query, _: combine_one(plan, query, refs), None)
 
 
 def spread_heads(plan: Plan, eight: Array, refs: Refs) -> None:
     """Copies the heads of eight queries to `heads_vmem`."""
-    n_pairs = refs.w.shape[1]
+    n_pairs = plan.n_pairs
     source, size = SUBLANES * n_pairs, SUBLANES * (n_pairs + GAP)
     from_ref = refs.q.at[0, pl.ds(pl.multiple_of(2 * source * eight, 2 * source), 2 * source)]
     to_ref = refs.heads_vmem.at[0, pl.ds(pl.multiple_of(2 * size * eight, 2 * size), 2 * size)]
@@ -134,10 +120,10 @@ def spread_heads(plan: Plan, eight: Array, refs: Refs) -> None:
 
 
 def by_pairs(plan: Plan, some: Callable[[Array, Array], None]) -> None:
-    """Calls some(half, i) for all groups of `_AT_A_TIME` pairs of heads."""
+    """Calls some(half, i) for all groups of `AT_A_TIME` pairs of heads."""
 
     def of_half(half: Array, _: None) -> None:
-        lax.fori_loop(0, plan.n_pairs // _AT_A_TIME, lambda i, _: some(half, i), None)
+        lax.fori_loop(0, plan.n_pairs // AT_A_TIME, lambda i, _: some(half, i), None)
 
     lax.fori_loop(0, plan.n_halves, of_half, None)
 
@@ -145,18 +131,18 @@ def by_pairs(plan: Plan, some: Callable[[Array, Array], None]) -> None:
 def heads_of(plan: Plan, half: Array, i: Array, j: int, refs: Refs) -> Array:
     """[LANES, D] bfloat16: heads number 16 i + 2 j and the next of each query, zeros after the last query."""
     stride = plan.n_pairs + GAP
-    first, size = half * plan.half * stride + i * _AT_A_TIME, (plan.half - 1) * stride + _AT_A_TIME
-    rows = strided_pairs(refs.heads_vmem, first, size, (j,), stride, plan.interpret, _AT_A_TIME)
+    first, size = half * plan.half * stride + i * AT_A_TIME, (plan.half - 1) * stride + AT_A_TIME
+    rows = strided_pairs(refs.heads_vmem, first, size, (j,), stride, plan.interpret, AT_A_TIME)
     missing = LANES - rows.shape[0]
     return jnp.concatenate([rows, jnp.zeros((missing, rows.shape[1]), rows.dtype)]) if missing else rows
 
 
 def multiply(plan: Plan, half: Array, i: Array, keys: Ref, refs: Refs) -> None:
     """Some pairs of heads with all samples, if there are any, and with themselves."""
-    total = refs.scores_vmem[half]
+    total = None if keys is None else refs.scores_vmem[half]
     squares = jnp.zeros((SUBLANES, LANES), jnp.float32)
-    for j in range(_AT_A_TIME):
-        q, pair = heads_of(plan, half, i, j, refs), i * _AT_A_TIME + j
+    for j in range(AT_A_TIME):
+        q, pair = heads_of(plan, half, i, j, refs), i * AT_A_TIME + j
         # One product: the heads stay in the matrix unit while the keys' rows pass, then their own.
         rows = q if keys is None else jnp.concatenate([keys[...], q], axis=0)
         x = lax.dot_general(rows, q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
@@ -165,7 +151,7 @@ def multiply(plan: Plan, half: Array, i: Array, keys: Ref, refs: Refs) -> None:
             x = jnp.maximum(x[:N_SAMPLES], 0.0)
             refs.products_vmem[half, pl.ds(pl.multiple_of(pair * N_SAMPLES, N_SAMPLES), N_SAMPLES)] = x
             total = total + refs.w[half, pl.ds(pair, 1)] * x
-    refs.squares_vmem[half, pl.ds(pl.multiple_of(i * _AT_A_TIME, _AT_A_TIME), _AT_A_TIME)] = squares
+    refs.squares_vmem[half, pl.ds(pl.multiple_of(i * AT_A_TIME, AT_A_TIME), AT_A_TIME)] = squares
     if keys is not None:
         refs.scores_vmem[half] = total
 
@@ -198,89 +184,73 @@ def sample(plan: Plan, step: Array, refs: Refs) -> None:
 
 def write_sort_keys(n_samples: list[Array], scales: Ref, refs: Refs) -> None:
     """Sort keys of the first `n_samples`, [1, LANES] of each half."""
-    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
-    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
-
-    def of_all(halves: list[Array]) -> Array:
-        return halves[0] if len(halves) == 1 else jnp.where((lane & 1) == 0, *halves)
-
-    n = of_all([jnp.broadcast_to(x, lane.shape) for x in n_samples])
-    for first in range(0, N_SAMPLES, SUBLANES):
-        scores = [refs.scores_vmem[half, first : first + SUBLANES] for half in range(len(n_samples))]
-        score = of_all([x + swapped(x) for x in scores])
-        if scales is not None:
-            score = score * jnp.broadcast_to(scales[first : first + SUBLANES], score.shape)
-        sort_key = jnp.where(first + sublane < n, sort_key_of(score), INVISIBLE)
-        refs.sort_keys_vmem[first : first + SUBLANES] = sort_key
+    scores = [x + swapped(x) for x in (refs.scores_vmem[half] for half in range(len(n_samples)))]
+    score = of_both(*scores)
+    if scales is not None:
+        score = score * jnp.broadcast_to(scales[...], score.shape)
+    i = lax.broadcasted_iota(jnp.int32, score.shape, 0)
+    refs.sort_keys_vmem[...] = jnp.where(i < of_both(*n_samples), sort_key_of(score), INVISIBLE)
 
 
 def write_least(refs: Refs) -> None:
     """Finds the best samples of each query, of equal ones the first."""
-    sort_keys = refs.sort_keys_vmem
 
     def narrow(i: Array, kth: Array) -> Array:
         # Bit by bit, from the least number on: `kth` grows as long as enough reach it.
         guess = kth + (jnp.int32(1) << (31 - i))
-        return jnp.where(over_samples(lambda x: x >= guess, sort_keys) >= N_BEST, guess, kth)
+        return jnp.where(how_many(operator.ge, refs.sort_keys_vmem[...], guess) >= N_BEST, guess, kth)
 
-    kth = lax.fori_loop(0, 32, narrow, jnp.full((SUBLANES, LANES), INVISIBLE, jnp.int32))
-    room = N_BEST - over_samples(lambda x: x > kth, sort_keys)
-    is_any_tied = jnp.where(kth > INVISIBLE, 1.0, 0.0)
-    tied = jnp.concatenate(
-        [
-            jnp.where(sort_keys[first : first + SUBLANES] == kth, is_any_tied, 0.0)
-            for first in range(0, N_SAMPLES, SUBLANES)
-        ],
-        axis=0,
-    )
+    kth = lax.fori_loop(0, 32, narrow, jnp.full((1, LANES), INVISIBLE, jnp.int32))
+    x = refs.sort_keys_vmem[...]
+    room = N_BEST - how_many(operator.gt, x, kth)
+    tied = jnp.where((x == kth) & (kth > INVISIBLE), 1.0, 0.0)
     row, other = (lax.broadcasted_iota(jnp.int32, (N_SAMPLES, N_SAMPLES), axis) for axis in range(2))
     earlier = jnp.where(other < row, 1.0, 0.0).astype(jnp.bfloat16)
     tied_before = jnp.dot(earlier, tied.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
-    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+    is_best = (x > kth) | ((tied > 0.0) & (tied_before < room))
+    least = jnp.where(is_best, 0.0, jnp.inf)
+    others = swapped(least)
+    for half in range(refs.least_vmem.shape[0]):
+        refs.least_vmem[half] = of_both(least, others) if half == 0 else of_both(others, least)
+
+
+def swapped(x: Array) -> Array:
+    """[n, LANES], each lane's neighbour of the pair."""
+    lane = lax.broadcasted_iota(jnp.int32, x.shape, 1) ^ 1
+    return jnp.take_along_axis(x, lane, axis=1, mode="promise_in_bounds")
+
+
+def of_both(*halves: Array) -> Array:
+    """Of the first half the even lanes, of the second, if there is one, the odd ones."""
+    is_even = (lax.broadcasted_iota(jnp.int32, halves[0].shape, 1) & 1) == 0
+    return halves[0] if len(halves) == 1 else jnp.where(is_even, halves[0], halves[1])
+
+
+def how_many(is_counted: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
+    """Of [256, LANES] how many samples compare so with y, of as many or of one row: [1, LANES] float32."""
+    counts = []
     for first in range(0, N_SAMPLES, SUBLANES):
         some = slice(first, first + SUBLANES)
-        is_best = (sort_keys[some] > kth) | ((tied[some] > 0.0) & (tied_before[some] < room))
-        least = jnp.where(is_best, 0.0, jnp.inf)
-        if refs.least_vmem.shape[0] == 1:
-            refs.least_vmem[0, some] = least
-        else:
-            is_even, others = (lane & 1) == 0, swapped(least)
-            refs.least_vmem[0, some] = jnp.where(is_even, least, others)
-            refs.least_vmem[1, some] = jnp.where(is_even, others, least)
-
-
-def over_samples(is_counted: Callable[[Array], Array], sort_keys: Ref) -> Array:
-    """[8, LANES] float32: of how many samples it holds, every sublane alike."""
-    counts = [
-        jnp.where(is_counted(sort_keys[first : first + SUBLANES]), 1.0, 0.0)
-        for first in range(0, N_SAMPLES, SUBLANES)
-    ]
+        counts.append(jnp.where(is_counted(x[some], y if y.shape[0] == 1 else y[some]), 1.0, 0.0))
     while len(counts) > 1:  # one after the other each addition would wait for the one before
         counts = [a + b for a, b in zip(counts[::2], counts[1::2], strict=True)]
-    return jnp.broadcast_to(jnp.sum(counts[0], axis=0, keepdims=True), counts[0].shape)
+    return jnp.sum(counts[0], axis=0, keepdims=True)
 
 
 def count_open(half: Array, i: Array, refs: Refs) -> None:
     """Adds to `n_open_vmem` at how many of the best samples some pairs of heads are open."""
-    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
-    first = i * _AT_A_TIME * N_SAMPLES
-    counts = [jnp.zeros((SUBLANES, LANES), jnp.float32)] * _AT_A_TIME
-    for some in range(0, N_SAMPLES, SUBLANES):
-        least = refs.least_vmem[half, some : some + SUBLANES]
-        for j in range(_AT_A_TIME):
-            at = pl.multiple_of(first + j * N_SAMPLES + some, SUBLANES)
-            x = refs.products_vmem[half, pl.ds(at, SUBLANES)]
-            counts[j] = counts[j] + jnp.where(x > least, 1.0, 0.0)
-    out = jnp.zeros((SUBLANES, LANES), jnp.float32)
-    for j, count in enumerate(counts):
-        out = jnp.where(sublane == j, jnp.sum(count, axis=0, keepdims=True), out)
-    pairs = pl.ds(pl.multiple_of(i * _AT_A_TIME, _AT_A_TIME), _AT_A_TIME)
+    out, least = jnp.zeros((SUBLANES, LANES), jnp.float32), refs.least_vmem[half]
+    for j in range(AT_A_TIME):
+        rows = pl.ds(pl.multiple_of((i * AT_A_TIME + j) * N_SAMPLES, N_SAMPLES), N_SAMPLES)
+        n = how_many(operator.gt, refs.products_vmem[half, rows], least)
+        out = jnp.where(sublanes() == j, n, out)
+    pairs = pl.ds(pl.multiple_of(i * AT_A_TIME, AT_A_TIME), AT_A_TIME)
     refs.n_open_vmem[half, pairs] = refs.n_open_vmem[half, pairs] + out
 
 
 def choose(plan: Plan, half: Array, refs: Refs) -> Array:
     """The exact heads of a half and the coefficients of the others, to `table_vmem`; whether all sizes are finite."""
-    w, n_pairs = refs.w[half], refs.w.shape[1]
+    w, n_pairs = refs.w[half], plan.n_pairs
     pair = lax.broadcasted_iota(jnp.int32, w.shape, 0)
     heads = 2 * pair + (lax.broadcasted_iota(jnp.int32, w.shape, 1) & 1)
     sizes = jnp.abs(w) * jnp.sqrt(refs.squares_vmem[half])
@@ -288,9 +258,9 @@ def choose(plan: Plan, half: Array, refs: Refs) -> Array:
     if plan.is_sampled:
         slopes = refs.n_open_vmem[half] / jnp.clip(refs.n_samples[half], 1, N_BEST).astype(jnp.float32)
 
-    def of_query(reduce, both, x: Array) -> Array:
-        x = reduce(x, axis=0, keepdims=True)
-        return both(x, swapped(x))
+    def of_query(reduce: Callable[..., Array], both: Callable[[Array, Array], Array], x: Array) -> Array:
+        x = jnp.broadcast_to(reduce(x, axis=0, keepdims=True), (SUBLANES, LANES))
+        return both(x, swapped(x))[:1]
 
     def lowest(mask: Array) -> Array:
         return of_query(jnp.min, jnp.minimum, jnp.where(mask, heads, 2 * n_pairs))
@@ -317,9 +287,8 @@ def choose(plan: Plan, half: Array, refs: Refs) -> Array:
 
 
 def coefficients(plan: Plan, first: Array, n: int, refs: Refs) -> tuple[Array, list[Array]]:
-    """Of eight queries, or one in all rows: [8, LANES] coefficients of heads 0, 1, ... H - 1, 0, ..., its exact heads."""
-    n_pairs = refs.w.shape[1]
-    half = lax.div(first, plan.half)
+    """Of n queries, eight or one in all rows: [8, LANES] coefficients of heads 0, 1, ... and numbers of exact heads."""
+    n_pairs, half = plan.n_pairs, lax.div(first, plan.half)
     row = half * LANES + 2 * (first - half * plan.half)
     shape = (SUBLANES, LANES)
     even, odd = (refs.table_vmem[pl.ds(row + i, n, stride=2)] for i in range(2))
@@ -327,28 +296,25 @@ def coefficients(plan: Plan, first: Array, n: int, refs: Refs) -> tuple[Array, l
     head = lax.broadcasted_iota(jnp.int32, shape, 1) % (2 * n_pairs)
     found = [jnp.take_along_axis(x[:, :LANES], head >> 1, axis=1, mode="promise_in_bounds") for x in (even, odd)]
     exact = [
-        jnp.broadcast_to(even[:, n_pairs + i : n_pairs + i + 1], shape).astype(jnp.int32)
-        for i in range(plan.n_exact)
+        jnp.broadcast_to(even[:, n_pairs + i : n_pairs + i + 1], shape).astype(jnp.int32) for i in range(plan.n_exact)
     ]
-    return jnp.where((head & 1) == 0, *found), exact
+    return jnp.where((head & 1) == 0, found[0], found[1]), exact
 
 
 def combine(plan: Plan, eight: Array, refs: Refs) -> None:
     """The virtual and the exact heads of eight queries side by side, by one product with all their heads."""
-    n_heads = 2 * refs.w.shape[1]
-    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
-    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    n_heads = 2 * plan.n_pairs
     first = pl.multiple_of(eight * SUBLANES, SUBLANES)
     left, exact = coefficients(plan, first, SUBLANES, refs)
     rows = []
     for _ in range(_PARTS):
         rows.append(left.astype(jnp.bfloat16).astype(jnp.float32))
         left = left - rows[-1]
-    rows += [jnp.where(lane % n_heads == head, 1.0, 0.0) for head in exact]
+    rows += [jnp.where(lanes() % n_heads == head, 1.0, 0.0) for head in exact]
 
     def on_diagonal(x: Array) -> Array:
-        owners = [lax.div(at + lane, n_heads) for at in range(0, SUBLANES * n_heads, LANES)]
-        return jnp.concatenate([jnp.where(owner == sublane, x, 0.0) for owner in owners], axis=1)
+        owners = [lax.div(at + lanes(), n_heads) for at in range(0, SUBLANES * n_heads, LANES)]
+        return jnp.concatenate([jnp.where(owner == sublanes(), x, 0.0) for owner in owners], axis=1)
 
     matrix = jnp.concatenate([on_diagonal(x) for x in rows], axis=0).astype(jnp.bfloat16)
     q = refs.q[0, pl.ds(pl.multiple_of(first * n_heads, SUBLANES * n_heads), SUBLANES * n_heads)]
@@ -360,14 +326,16 @@ def combine(plan: Plan, eight: Array, refs: Refs) -> None:
 
 def combine_one(plan: Plan, query: Array, refs: Refs) -> None:
     """The same of one query, whatever its heads and weights are."""
-    n_heads, D = 2 * refs.w.shape[1], refs.q.shape[2]
+    n_heads, D = 2 * plan.n_pairs, refs.q.shape[2]
     coefficient, exact = coefficients(plan, query, 1, refs)
     q = refs.q[0, pl.ds(pl.multiple_of(query * n_heads, n_heads), n_heads)].astype(jnp.float32)
     along = lambda row: column(row[:1, :n_heads], LANES)[:, :D]  # noqa: E731
     coefficient, head = along(coefficient), lax.broadcasted_iota(jnp.int32, q.shape, 0)
-    # Neither weight nor query of an exact head, whose coefficient is 0: 0 times infinity is NaN.
-    terms = jnp.where(coefficient == 0.0, 0.0, coefficient * q)
-    refs.virtual[pl.ds(query, 1)] = jnp.sum(terms, axis=0, keepdims=True)
+    # Neither weight nor query of an exact head: 0 times infinity is NaN.
+    is_exact = jnp.zeros(q.shape, jnp.bool_)
     for i in range(plan.n_exact):
         is_found = head == along(exact[i])
+        is_exact = is_exact | is_found
         refs.exact[i, pl.ds(query, 1)] = jnp.sum(jnp.where(is_found, q, 0.0), axis=0, keepdims=True)
+    terms = jnp.where(is_exact, 0.0, coefficient * q)
+    refs.virtual[pl.ds(query, 1)] = jnp.sum(terms, axis=0, keepdims=True)
