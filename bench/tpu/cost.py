@@ -195,8 +195,8 @@ def scan_kernels(chip: Chip, model: shapes.Model, method: Scan, T: int, S: int) 
     spans = ["spans"] if padded_groups(scan.listed(S, unit) * unit) > 128 else []
     trips = {
         "grid": queries / rows,
-        "eights": rows / eight,
-        "steps": columns / refining.columns / 2,
+        # Two a turn; of an odd number one is in vain.
+        "steps": rows / eight * columns / refining.columns / 2 + 1 / 4,
         "fill_eights": rows / eight,
         "fill": 0.0,
         **_topk_trips(part, int(columns), model.topk, rows),
@@ -206,7 +206,7 @@ def scan_kernels(chip: Chip, model: shapes.Model, method: Scan, T: int, S: int) 
     }
     exact = Kernel(
         name="hisa_refine_shared",
-        loops=("eights", "steps", "fill_eights", "fill", *TOPK, *spans, "positions", "parts"),
+        loops=("steps", "fill_eights", "fill", *TOPK, *spans, "positions", "parts"),
         trips=trips,
         rest={"spans": 1.0},
         moved_bytes=queries * (_query_bytes(model, "bf16") + 4 * model.topk + scan.listed(S, unit)),

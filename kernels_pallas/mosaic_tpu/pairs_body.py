@@ -39,7 +39,7 @@ def strided_pairs(
     return pltpu.bitcast(jnp.concatenate(parts, axis=0), keys_vmem.dtype)
 
 
-def copy_pairs(keys_vmem: Ref, pair: Array, to_vmem: Ref, at: int, interpret: Interpret) -> None:
+def copy_pairs(keys_vmem: Ref, pair: Array | int, to_vmem: Ref, at: int, interpret: Interpret) -> None:
     """Copies eight pairs, from one on to another on, in references of [N, D] bfloat16: one load and one store."""
     if interpret:
         to_vmem[pl.ds(2 * at, 2 * SUBLANES)] = keys_vmem[pl.ds(2 * pair, 2 * SUBLANES)]

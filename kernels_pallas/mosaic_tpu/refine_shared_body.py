@@ -6,10 +6,12 @@
 
 A row of 32 bits in VMEM holds two tokens side by side, so that a unit of g tokens is g / 2 rows. A unit is copied as
 eight rows, one load and one store; what comes after the unit the next one overwrites. A step scores `columns` tokens
-of a list. The lists of a tile's eights follow one another, then the top-k of all its queries is found together.
+of a list, one or more a list. The steps of a tile's eights follow one another, so that the first units of an eight are
+copied under the products of the one before; then the top-k of all queries of the tile is found together.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -24,6 +26,8 @@ from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import copy_pairs
 from hisa_jax.kernels_pallas.mosaic_tpu.score_body import spread_weights
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Ref
+
+_REGISTERS = 2  # of output slots at once: a list's best are often in one span of 128 groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,13 @@ class Refs(NamedTuple):
     sem: Ref
 
 
+class Step(NamedTuple):
+    """What is scored in one go: `plan.columns` tokens of the list of an eight."""
+
+    eight: Array
+    i: Array
+
+
 class ScoreRefs(NamedTuple):
     """What `flat_body.score_keys` works on: eight queries and their list."""
 
@@ -98,46 +109,57 @@ def refine_shared_body(plan: Plan, refs: Refs) -> None:
     first = ((b * pl.num_programs(0) + core) * plan.tiles + t) * n_eights
     spread_weights(refs.w, refs.w_vmem)
 
-    def one_eight(eight: Array, most: Array) -> Array:
-        n_steps = pl.cdiv(refs.counts_smem[first + eight], plan.units)
-        own = eight_of(eight, refs)
+    def steps_of(eight: Array | int) -> Array:
+        return jnp.maximum(pl.cdiv(refs.counts_smem[first + eight], plan.units), 1)
 
-        def score(i: Array, staged: Ref) -> None:
-            keys = lambda first: staged[pl.ds(first, flat_body.COLUMNS)]  # noqa: E731
-            flat_body.score_keys(SUBLANES, flat_body.Step(i, plan.columns, keys, None), own)
+    def after(at: Step) -> Step:
+        is_last = at.i + 1 >= steps_of(at.eight)
+        next_eight = jnp.minimum(at.eight + 1, n_eights - 1)
+        return Step(jnp.where(is_last, next_eight, at.eight), jnp.where(is_last, 0, at.i + 1))
 
-        def two_steps(turn: Array, _: None) -> None:
-            # One after the other in the program, side by side in the schedule.
-            i = 2 * turn
-            gather(plan, eight, i + 1, refs.odd_vmem, refs)
-            score(i, refs.even_vmem)
+    def score(at: Step, staged: Ref) -> None:
+        keys = lambda first: staged[pl.ds(first, flat_body.COLUMNS)]  # noqa: E731
+        flat_body.score_keys(SUBLANES, flat_body.Step(at.i, plan.columns, keys, None), eight_of(at.eight, refs))
 
-            @pl.when(i + 1 < n_steps)
-            def _odd():
-                gather(plan, eight, i + 2, refs.even_vmem, refs)
-                score(i + 1, refs.odd_vmem)
+    n_steps = [steps_of(eight) for eight in range(n_eights)]
+    total, most = functools.reduce(jnp.add, n_steps), functools.reduce(jnp.maximum, n_steps)
 
-        pl.when(n_steps > 0)(lambda: gather(plan, eight, jnp.int32(0), refs.even_vmem, refs))
-        lax.fori_loop(0, lax.div(n_steps + 1, 2), two_steps, None)
-        return jnp.maximum(most, n_steps)
+    def two_steps(_: Array, even: Step) -> Step:
+        # One after the other in the program, side by side in the schedule. If the steps are odd in number, the last
+        # eight's first one comes once more, as a branch here would be waited for.
+        odd = after(even)
+        gather(plan, odd, refs.odd_vmem, refs)
+        score(even, refs.even_vmem)
+        even = after(odd)
+        gather(plan, even, refs.even_vmem, refs)
+        score(odd, refs.odd_vmem)
+        return even
 
-    n_steps = lax.fori_loop(0, n_eights, one_eight, jnp.int32(0))
-    n_groups = n_steps * (plan.columns // LANES)
+    start = Step(jnp.int32(0), jnp.int32(0))
+    gather(plan, start, refs.even_vmem, refs)
+    lax.fori_loop(0, lax.div(total + 1, 2), two_steps, start)
+    n_groups = most * (plan.columns // LANES)
     parts, groups = (jnp.maximum(pl.cdiv(n_groups, x), 1) * x for x in (plan.part, plan.span))
 
     def fill(eight: Array, _: None) -> None:
-        n = pl.cdiv(refs.counts_smem[first + eight], plan.units) * (plan.columns // LANES)
-
         def one_group(group: Array, _: None) -> None:
             at = pl.ds(pl.multiple_of(group * SUBLANES, SUBLANES), SUBLANES)
             refs.sort_keys_vmem[eight, at] = jnp.full((SUBLANES, LANES), INVISIBLE, jnp.int32)
 
-        lax.fori_loop(n, groups, one_group, None)
+        lax.fori_loop(steps_of(eight) * (plan.columns // LANES), groups, one_group, None)
 
     lax.fori_loop(0, n_eights, fill, None)
     n = jnp.broadcast_to(refs.n_visible[...].reshape(-1, SUBLANES, 1), refs.thresholds_vmem.shape)
     topk_body.select(
-        refs.sort_keys_vmem, n, plan.choice.k, refs.thresholds_vmem, refs.table_vmem, refs.chosen_vmem, groups, parts
+        refs.sort_keys_vmem,
+        n,
+        plan.choice.k,
+        refs.thresholds_vmem,
+        refs.table_vmem,
+        refs.chosen_vmem,
+        groups,
+        parts,
+        registers=_REGISTERS,
     )
     lax.fori_loop(0, n_eights, lambda eight, _: write_positions(plan, eight, n_groups, refs), None)
 
@@ -154,17 +176,17 @@ def eight_of(eight: Array, refs: Refs) -> ScoreRefs:
     )
 
 
-def gather(plan: Plan, eight: Array, i: Array, staged_vmem: Ref, refs: Refs) -> None:
-    """Copies the units of a step to where they stand side by side. After the last step: of the last again."""
+def gather(plan: Plan, at: Step, staged_vmem: Ref, refs: Refs) -> None:
+    """Copies the units of a step to where they stand side by side. After the last step: of one of the last eight's."""
     _, n_rows, in_row = refs.pairs_smem.shape
     per_step = plan.units // in_row
-    first = jnp.minimum(i, n_rows // per_step - 1) * per_step
+    first = jnp.minimum(at.i, n_rows // per_step - 1) * per_step
     for part in range(per_step):
         for lane in range(in_row):
             # Every number is where the program says: the scalar core has two additions a copy.
-            pair = refs.pairs_smem[eight, first + part, lane]
-            at = (part * in_row + lane) * (plan.unit // 2)
-            copy_pairs(refs.keys_vmem, pair, staged_vmem, at, plan.choice.interpret)
+            pair = refs.pairs_smem[at.eight, first + part, lane]
+            to = (part * in_row + lane) * (plan.unit // 2)
+            copy_pairs(refs.keys_vmem, pair, staged_vmem, to, plan.choice.interpret)
 
 
 def write_positions(plan: Plan, eight: Array, n_groups: Array, refs: Refs) -> None:

@@ -5,8 +5,8 @@ where slope[t, h] is the share of t's best samples at which q[t, h] . k > 0, and
 |w| * |q| (`xla/scan.py`).
 
 Floor, 4096 queries of dsv32: products of 64 heads with 256 samples and of a query's pairs of heads with one another
-take the MXU 48 cycles a query on v5e, 12 on v6e; HBM 16 KiB of queries, 30 and 18 cycles. Bound by the VPU, which looks
-at each of the 16 registers of products eight times: 32 cycles.
+take the MXU 48 cycles a query on v5e, 24 on v6e; HBM 16 KiB of queries, 30 and 18 cycles. On v6e as much by the VPU:
+six operations for each of the 16 registers of products, 24 cycles.
 
 A step between samples is a power of two, so that there are few: XLA brings the 256 keys of each. All queries of a tile
 score those of one step, and again those of another where they do not all have the same.
