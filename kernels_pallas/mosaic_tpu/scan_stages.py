@@ -148,7 +148,7 @@ def _scanned(
     eligible = -(-own.visible // unit)
     rows = Queries(*(x.reshape(-1, tile_t, *x.shape[2:]) for x in own))
     heads = heads_of_rows(rows, tiles.sequence, call, S, method, interpret)
-    heads = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), heads)
+    heads = jax.tree.map(lambda x: x.reshape(1, x.shape[0] * tile_t, *x.shape[2:]), heads)
     choice = _of_units(method, unit, interpret)
     lists, counts = scan.scan_ragged(heads, eligible, ragged, tiles, S, unit, choice=choice, n_cores=n_cores)
     of_eights = jnp.repeat(tiles.sequence, tile_t // SUBLANES)
