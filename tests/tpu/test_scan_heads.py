@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from hisa_jax.kernels_pallas.mosaic_tpu.scan_heads import scan_heads
+from hisa_jax.kernels_pallas.mosaic_tpu.scan_heads import heads_of_rows, scan_heads
 from hisa_jax.layout import Call, Keys, Queries
 from hisa_jax.xla import scan
 from tests.gpu import draw
@@ -77,3 +77,24 @@ def test_heads_of_other_shapes_too(interpret, changes, B, T, S, H, dtype):
     visible = np.random.default_rng(1).integers(0, S + 1, (B, T))
     inputs = draw.integers(2, B, T, S, H, 128, dtype, dtype == INT8)
     check(heads_of(method, visible, interpret)(inputs), visible)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "order", [pytest.param([1, 2, 1, 0, 2], id="rows_of_few_sequences"), pytest.param([2], id="one")]
+)
+def test_rows_of_queries_see_the_keys_of_their_sequence(interpret, order):
+    """As those of ragged tiles do, more or fewer than there are sequences."""
+    q, k, _, w = draw.integers(3, 3, 8, 600, 16, 128, BF16, False)
+    visible = np.random.default_rng(2).integers(1, 601, (3, 8))
+    lengths = jnp.full(3, 600, jnp.int32)
+    call = Call(q=q, w=w, visible=jnp.asarray(visible, jnp.int32), k=Keys(k, None), lengths=lengths)
+    of_each = [
+        scan.heads_of(Queries(q[r], w[r], call.visible[r]), call.sequence(jnp.int32(r)), SMALL) for r in range(3)
+    ]
+    wanted = jax.tree.map(lambda *x: jnp.stack(x)[jnp.asarray(order)], *of_each)
+    sequences = jnp.asarray(order, jnp.int32)
+    queries = Queries(*(x[sequences] for x in (call.q, call.w, call.visible)))
+    got = jax.jit(lambda *x: heads_of_rows(*x, call, 600, SMALL, interpret))(queries, sequences)
+    check((got, wanted), visible[order])
