@@ -17,17 +17,26 @@ from jax import Array
 from bench import shapes
 from bench.tpu.chips import Chip
 from bench.tpu.schedule import Schedule
-from hisa_jax.kernels_pallas.mosaic_tpu import block_filter, flat, refine, refine_shared, scan, sparse_mla, units
+from hisa_jax.kernels_pallas.mosaic_tpu import (
+    block_filter,
+    flat,
+    refine,
+    refine_shared,
+    scan,
+    scan_heads,
+    sparse_mla,
+    units,
+)
 from hisa_jax.kernels_pallas.mosaic_tpu.config import CHIPS as KERNEL_CHIPS
 from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES
 from hisa_jax.kernels_pallas.mosaic_tpu.config import Chip as KernelChip
 from hisa_jax.kernels_pallas.mosaic_tpu.flat_body import COLUMNS, products_a_step
+from hisa_jax.kernels_pallas.mosaic_tpu.scan_heads_body import AT_A_TIME
 from hisa_jax.kernels_pallas.mosaic_tpu.scan_stages import unit_of
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from hisa_jax.kernels_pallas.sort_key import Search, narrow_search, sort_key_of
 from hisa_jax.methods import BlockSparse, Scan
-from hisa_jax.xla.scan import N_BEST, N_SAMPLES
 
 TOPK = ("bounds", "passes", "count", "tie_steps", "tie_count", "tie_drop", "tiles")
 _NO_TIES = {"tie_steps": 0.0, "tie_count": 0.0, "tie_drop": 0.0}
@@ -233,8 +242,8 @@ def scan_kernels(chip: Chip, model: shapes.Model, method: Scan, T: int, S: int) 
     spans = ["spans"] if padded_groups(scan.listed(S, unit) * unit) > 128 else []
     trips = {
         "grid": queries / rows,
-        "eights": rows / eight,
-        "steps": columns / refining.columns / 2,
+        # Two a turn; of an odd number one is in vain.
+        "steps": rows / eight * columns / refining.columns / 2 + 1 / 4,
         "fill_eights": rows / eight,
         "fill": 0.0,
         **_topk_trips(part, int(columns), model.topk, rows),
@@ -244,20 +253,34 @@ def scan_kernels(chip: Chip, model: shapes.Model, method: Scan, T: int, S: int) 
     }
     exact = Kernel(
         name="hisa_refine_shared",
-        loops=("eights", "steps", "fill_eights", "fill", *TOPK, *spans, "positions", "parts"),
+        loops=("steps", "fill_eights", "fill", *TOPK, *spans, "positions", "parts"),
         trips=trips,
         rest={"spans": 1.0},
         moved_bytes=queries * (_query_bytes(model, "bf16") + 4 * model.topk + scan.listed(S, unit)),
         exposed_bytes=S * model.D * 2,
     )  # fmt: skip
-    groups = padded_groups(N_SAMPLES)
-    sampling = Kernel(
-        name="hisa_topk",
-        loops=_topk_loops(groups, 32),
-        trips={"grid": queries / 32, **_topk_trips(groups, N_SAMPLES, N_BEST, 32)},
-        moved_bytes=queries * 4 * (N_SAMPLES + N_BEST),
+    tile_t = scan_heads.heuristic(T).tile_t
+    halves = float(scan_heads.Config(tile_t=tile_t).n_halves)
+    pairs = model.H // 2 / AT_A_TIME
+    finding = Kernel(
+        name="hisa_scan_heads",
+        loops=("spread", "steps", "halves", "pairs", "bits", "open_halves", "open", "choose", "eights", "one_by_one"),
+        trips={
+            "grid": queries / tile_t,
+            "spread": tile_t / eight,
+            "steps": 1.0,  # the queries of a tile sample at the same step
+            "halves": halves,
+            "pairs": pairs,
+            "bits": 32,
+            "open_halves": halves,
+            "open": pairs,
+            "choose": halves,
+            "eights": tile_t / eight,
+            "one_by_one": 0.0,
+        },
+        moved_bytes=queries * (_query_bytes(model, "bf16") + 4 * (method.exact_heads + 1) * model.D),
     )
-    return [sampling, scanning, exact]
+    return [finding, scanning, exact]
 
 
 def _refine_config(kind: KernelChip, model: shapes.Model, T: int, n: int, itemsize: int) -> refine.Config:

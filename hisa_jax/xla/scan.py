@@ -47,10 +47,13 @@ class ScanHeads(NamedTuple):
 
 def sample_positions(visible: Array, n: int = N_SAMPLES) -> Array:
     """[t] int32 -> [t, n] int32: 0, step, 2 step, ... as far as visible, then -1."""
-    # The least power of two that leaves at most n: the bit length of (visible - 1) / n.
-    step = 1 << (32 - lax.clz(jnp.maximum(visible - 1, 0) // n))
-    positions = jnp.arange(n, dtype=jnp.int32)[None, :] * step[:, None]
+    positions = jnp.arange(n, dtype=jnp.int32)[None, :] << sample_steps(visible, n)[:, None]
     return jnp.where(positions < visible[:, None], positions, -1)
+
+
+def sample_steps(visible: Array, n: int = N_SAMPLES) -> Array:
+    """Int32 of any shape -> the logarithm of the step, the least power of two that leaves at most n samples."""
+    return 32 - lax.clz(jnp.maximum(visible - 1, 0) // n)  # the bit length
 
 
 def sample(queries: Queries, sequence: Sequence, positions: Array) -> Samples:

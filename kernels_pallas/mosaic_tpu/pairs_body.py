@@ -21,25 +21,32 @@ def tokens_a_row(dtype: DTypeLike) -> int:
 
 
 def strided_pairs(
-    keys_vmem: Ref, first: Array, size: int, starts: tuple[int, ...], stride: int, interpret: Interpret
+    keys_vmem: Ref,
+    first: Array,
+    size: int,
+    starts: tuple[int, ...],
+    stride: int,
+    interpret: Interpret,
+    multiple: int = 0,
 ) -> Array:
-    """Of `size` pairs from pair number `first` on, a multiple of it: every `stride`-th of those from each start on.
+    """Of `size` pairs from pair number `first` on: every `stride`-th of those from each start on.
 
     Args:
         keys_vmem: [1, N, D] bfloat16.
+        multiple: that `first` is of, itself one of 8: `size` if 0. A load does not start at any other row.
 
     Returns: [2 * n, D], the pairs of the first start first.
     """
-    n = size // (len(starts) * stride) * len(starts)
+    n = -(-size // stride)
     if interpret:
-        keys = keys_vmem[0, pl.ds(2 * first, 2 * size)].reshape(size // stride, stride, 2, -1)
-        return jnp.concatenate([keys[:n, start].reshape(2 * n, -1) for start in starts], axis=0)
-    rows = keys_vmem.bitcast(jnp.int32).at[0, pl.ds(pl.multiple_of(first, size), size)]
+        pairs = keys_vmem[0, pl.ds(2 * first, 2 * size)].reshape(size, 2, -1)
+        return jnp.concatenate([pairs[start::stride].reshape(2 * n, -1) for start in starts], axis=0)
+    rows = keys_vmem.bitcast(jnp.int32).at[0, pl.ds(pl.multiple_of(first, multiple or size), size)]
     parts = [rows[pl.ds(start, n, stride=stride)] for start in starts]
     return pltpu.bitcast(jnp.concatenate(parts, axis=0), keys_vmem.dtype)
 
 
-def copy_pairs(keys_vmem: Ref, pair: Array, to_vmem: Ref, at: int, interpret: Interpret) -> None:
+def copy_pairs(keys_vmem: Ref, pair: Array | int, to_vmem: Ref, at: int, interpret: Interpret) -> None:
     """Copies eight pairs (of 8-bit keys fours), from one on to another on, in references of [N, D]: a load, a store."""
     if interpret:
         n = tokens_a_row(keys_vmem.dtype)

@@ -6,7 +6,8 @@
 
 A row of 32 bits in VMEM holds two tokens side by side, so that a unit of g tokens is g / 2 rows. A unit is copied as
 eight rows, one load and one store; what comes after the unit the next one overwrites. A step scores `columns` tokens
-of a list. The lists of a tile's eights follow one another, then the top-k of all its queries is found together.
+of a list, one or more a list. The steps of a tile's eights follow one another, so that the first units of an eight are
+copied under the products of the one before; then the top-k of all queries of the tile is found together.
 
 Of 8-bit keys a row of 32 bits holds four tokens. When their sequence is brought to VMEM, each unit gets a row of its
 scales over and over, s0 s1 s2 s3 s0 s1 ... for g = 4, which is copied with the unit. So in the rows of the units side
@@ -30,6 +31,11 @@ from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import copy_pairs, tokens_a_r
 from hisa_jax.kernels_pallas.mosaic_tpu.score_body import lanes_of, spread_weights
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Ref
+
+# Units of a step up to which two steps are scheduled together. With 256 units a step both take 1472 cycles on v6e, 1732
+# one after the other; with 512 units 2218 and 2125.
+_MOST_COPIES = 256
+_REGISTERS = 2  # of output slots at once: a list's best are often in one span of 128 groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +91,13 @@ class Refs(NamedTuple):
     unit_scales_vmem: Ref = None  # [S / unit, 128]
     even_scales_vmem: Ref = None  # [units, 128], of a step's units
     odd_scales_vmem: Ref = None
+
+
+class Step(NamedTuple):
+    """What is scored in one go: `plan.columns` tokens of the list of an eight."""
+
+    eight: Array
+    i: Array
 
 
 class ScoreRefs(NamedTuple):
@@ -144,49 +157,69 @@ def refine_tile(plan: Plan, refs: Refs) -> None:
     first = ((b * pl.num_programs(0) + core) * plan.tiles + t) * n_eights
     spread_weights(refs.w, refs.w_vmem)
 
-    def one_eight(eight: Array, most: Array) -> Array:
-        n_steps = pl.cdiv(refs.counts_smem[first + eight], plan.units)
-        own = eight_of(eight, refs)
+    def steps_of(eight: Array | int) -> Array:
+        return jnp.maximum(pl.cdiv(refs.counts_smem[first + eight], plan.units), 1)
 
-        even, odd = Staged(refs.even_vmem, refs.even_scales_vmem), Staged(refs.odd_vmem, refs.odd_scales_vmem)
+    def after(at: Step) -> Step:
+        is_last = at.i + 1 >= steps_of(at.eight)
+        next_eight = jnp.minimum(at.eight + 1, n_eights - 1)
+        return Step(jnp.where(is_last, next_eight, at.eight), jnp.where(is_last, 0, at.i + 1))
 
-        def score(i: Array, staged: Staged) -> None:
-            keys = lambda first: staged.keys[pl.ds(first, flat_body.COLUMNS)]  # noqa: E731
-            scales = None if staged.scales is None else functools.partial(scales_of, plan, staged.scales)
-            flat_body.score_keys(SUBLANES, flat_body.Step(i, plan.columns, keys, scales), own)
+    even_staged, odd_staged = (
+        Staged(*x) for x in ((refs.even_vmem, refs.even_scales_vmem), (refs.odd_vmem, refs.odd_scales_vmem))
+    )
 
-        def two_steps(turn: Array, _: None) -> None:
-            # One after the other in the program, side by side in the schedule.
-            i = 2 * turn
-            gather(plan, eight, i + 1, odd, refs)
-            score(i, even)
+    def score(at: Step, staged: Staged) -> None:
+        keys = lambda first: staged.keys[pl.ds(first, flat_body.COLUMNS)]  # noqa: E731
+        scales = None if staged.scales is None else functools.partial(scales_of, plan, staged.scales)
+        flat_body.score_keys(SUBLANES, flat_body.Step(at.i, plan.columns, keys, scales), eight_of(at.eight, refs))
 
-            @pl.when(i + 1 < n_steps)
-            def _odd():
-                gather(plan, eight, i + 2, even, refs)
-                score(i + 1, odd)
+    n_steps = [steps_of(eight) for eight in range(n_eights)]
+    total, most = functools.reduce(jnp.add, n_steps), functools.reduce(jnp.maximum, n_steps)
 
-        pl.when(n_steps > 0)(lambda: gather(plan, eight, jnp.int32(0), even, refs))
-        lax.fori_loop(0, lax.div(n_steps + 1, 2), two_steps, None)
-        return jnp.maximum(most, n_steps)
+    def two_steps(turn: Array, even: Step) -> Step:
+        # One after the other in the program, side by side in the schedule.
+        odd = after(even)
+        gather(plan, odd, odd_staged, refs)
+        score(even, even_staged)
+        even = after(odd)
 
-    n_steps = lax.fori_loop(0, n_eights, one_eight, jnp.int32(0))
-    n_groups = n_steps * (plan.columns // LANES)
+        def second() -> None:
+            gather(plan, even, even_staged, refs)
+            score(odd, odd_staged)
+
+        if plan.units > _MOST_COPIES:
+            pl.when(2 * turn + 1 < total)(second)
+        else:
+            # If the steps are odd in number, the last eight's first one comes once more.
+            second()
+        return even
+
+    start = Step(jnp.int32(0), jnp.int32(0))
+    gather(plan, start, even_staged, refs)
+    lax.fori_loop(0, lax.div(total + 1, 2), two_steps, start)
+    n_groups = most * (plan.columns // LANES)
     parts, groups = (jnp.maximum(pl.cdiv(n_groups, x), 1) * x for x in (plan.part, plan.span))
 
     def fill(eight: Array, _: None) -> None:
-        n = pl.cdiv(refs.counts_smem[first + eight], plan.units) * (plan.columns // LANES)
-
         def one_group(group: Array, _: None) -> None:
             at = pl.ds(pl.multiple_of(group * SUBLANES, SUBLANES), SUBLANES)
             refs.sort_keys_vmem[eight, at] = jnp.full((SUBLANES, LANES), INVISIBLE, jnp.int32)
 
-        lax.fori_loop(n, groups, one_group, None)
+        lax.fori_loop(steps_of(eight) * (plan.columns // LANES), groups, one_group, None)
 
     lax.fori_loop(0, n_eights, fill, None)
     n = jnp.broadcast_to(refs.n_visible[...].reshape(-1, SUBLANES, 1), refs.thresholds_vmem.shape)
     topk_body.select(
-        refs.sort_keys_vmem, n, plan.choice.k, refs.thresholds_vmem, refs.table_vmem, refs.chosen_vmem, groups, parts
+        refs.sort_keys_vmem,
+        n,
+        plan.choice.k,
+        refs.thresholds_vmem,
+        refs.table_vmem,
+        refs.chosen_vmem,
+        groups,
+        parts,
+        registers=_REGISTERS,
     )
     lax.fori_loop(0, n_eights, lambda eight, _: write_positions(plan, eight, n_groups, refs), None)
 
@@ -236,15 +269,15 @@ def scales_of(plan: Plan, scales: Ref, first: Array) -> Array:
     return jnp.concatenate([some(c) for c in range(flat_body.COLUMNS // LANES)], axis=1)
 
 
-def gather(plan: Plan, eight: Array, i: Array, staged: Staged, refs: Refs) -> None:
-    """Copies the units of a step to where they stand side by side. After the last step: of the last again."""
+def gather(plan: Plan, at: Step, staged: Staged, refs: Refs) -> None:
+    """Copies the units of a step to where they stand side by side. After the last step: of one of the last eight's."""
     _, n_rows, in_row = refs.pairs_smem.shape
     per_step = plan.units // in_row
-    first = jnp.minimum(i, n_rows // per_step - 1) * per_step
+    first = jnp.minimum(at.i, n_rows // per_step - 1) * per_step
     for part in range(per_step):
         for lane in range(in_row):
             # Every number is where the program says: the scalar core has two additions a copy.
-            pair = refs.pairs_smem[eight, first + part, lane]
+            pair = refs.pairs_smem[at.eight, first + part, lane]
             unit, pairs = part * in_row + lane, plan.unit // tokens_a_row(refs.keys_vmem.dtype)
             copy_pairs(refs.keys_vmem, pair, staged.keys, unit * pairs, plan.choice.interpret)
             if staged.scales is not None:

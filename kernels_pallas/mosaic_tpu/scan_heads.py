@@ -1,87 +1,173 @@
-"""What each query of a batch scans with, mostly by XLA: the slopes, the virtual head and the exact heads.
+"""What each query of a batch scans with: the slopes, the virtual head and the exact heads.
+    v[t] = sum over heads h that are not exact of w[t, h] * slope[t, h] * q[t, h]
 
-Queries side by side sample the same tokens wherever the steps between those are the same, which is nearly everywhere:
-then 256 keys are gathered for all of a tile, and scored by one product. XLA's searches for the best are loops of small
-operations: the best samples are found by the kernel `topk`, the few exact heads one by one.
+where slope[t, h] is the share of t's best samples at which q[t, h] . k > 0, and the exact heads are those of greatest
+|w| * |q| (`xla/scan.py`).
+
+Floor, 4096 queries of dsv32: products of 64 heads with 256 samples and of a query's pairs of heads with one another
+take the MXU 48 cycles a query on v5e, 24 on v6e; HBM 16 KiB of queries, 30 and 18 cycles. On v6e as much by the VPU:
+six operations for each of the 16 registers of products, 24 cycles.
+
+A step between samples is a power of two, so that there are few: XLA brings the 256 keys of each. All queries of a tile
+score those of one step, and again those of another where they do not all have the same.
 """
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from hisa_jax.kernels_pallas.mosaic_tpu.topk import topk
-from hisa_jax.kernels_pallas.sort_key import INVISIBLE, sort_key_of
-from hisa_jax.kernels_pallas.types import Interpret
-from hisa_jax.layout import Call, Keys, Queries, Sequence
+from hisa_jax.kernels_pallas.mosaic_tpu import launch
+from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES
+from hisa_jax.kernels_pallas.mosaic_tpu.launch import Launch
+from hisa_jax.kernels_pallas.mosaic_tpu.scan_heads_body import GAP, Plan, Refs, scan_heads_body
+from hisa_jax.kernels_pallas.types import Interpret, Ref
+from hisa_jax.layout import Call, Keys, Queries
 from hisa_jax.methods import Scan
-from hisa_jax.xla import scan, stages
-from hisa_jax.xla.scan import Samples, ScanHeads
+from hisa_jax.xla import scan
+from hisa_jax.xla.scan import N_SAMPLES, ScanHeads
 
-_TILE = 256  # queries: their products with 256 keys are 16 MiB
+_HALF = LANES // 2  # queries that the lanes of a register hold with two heads each
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tile sizes: they change the speed, never the result.
+
+    Attributes:
+        tile_t: queries a grid step. Of two halves of 64 the lanes of a register hold one after the other.
+    """
+
+    tile_t: int = 2 * _HALF
+
+    def __post_init__(self) -> None:
+        if self.tile_t % SUBLANES or (self.tile_t > _HALF and self.tile_t != 2 * _HALF):
+            raise ValueError(f"Config(tile_t={self.tile_t}): must be 128, or a multiple of {SUBLANES} up to 64")
+
+    @property
+    def n_halves(self) -> int:
+        return -(-self.tile_t // _HALF)
+
+    def vmem_bytes(self, H: int, D: int, n_exact: int, n_steps: int) -> int:
+        row = 4 * LANES
+        windows = self.tile_t * (H * D * 2 + (n_exact + 1) * D * 4) + n_steps * N_SAMPLES * (D * 2 + row)
+        scratch = self.n_halves * (H // 2 + 2) * N_SAMPLES * row + N_SAMPLES * row
+        scratch += self.tile_t * (H + 2 * GAP) * D * 2
+        return 2 * windows + scratch + (4 << 20)
+
+
+def heuristic(T: int) -> Config:
+    """For T queries of a sequence."""
+    return Config(tile_t=2 * _HALF if T > _HALF else -(-T // SUBLANES) * SUBLANES)
 
 
 def scan_heads(call: Call, method: Scan, interpret: Interpret = False) -> ScanHeads:
     """Of a batch: [B, T, ...] each, as `xla.scan.heads_of` gives them."""
-    B, T = call.shape
-    t = min(_TILE, T)
-    n = -(-T // t)
-
-    def tiled(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, n * t - T), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(B * n, t, *x.shape[2:])
-
-    def one(tile: tuple[Array, Queries]) -> ScanHeads:
-        b, queries = tile
-        return heads_of_tile(queries, call.sequence(b), method, interpret)
-
-    sequences = jnp.repeat(jnp.arange(B, dtype=jnp.int32), n)
-    heads = lax.map(one, (sequences, jax.tree.map(tiled, Queries(call.q, call.w, call.visible))))
-    return jax.tree.map(lambda x: x.reshape(B, n * t, *x.shape[2:])[:, :T], heads)
+    queries = Queries(call.q, call.w, jnp.clip(call.visible, 0, call.max_keys))
+    every = jnp.arange(call.n_sequences, dtype=jnp.int32)
+    return heads_of_rows(queries, every, call, call.max_keys, method, interpret)
 
 
-def heads_of_tile(queries: Queries, sequence: Sequence, method: Scan, interpret: Interpret = False) -> ScanHeads:
-    """Of t queries of one sequence: [t, ...] each."""
-    exact = _exact_heads(queries, method.exact_heads)
-    slopes = jnp.ones_like(queries.w)
-    if method.slopes == "sampled":
-        slopes = _sampled_slopes(queries, sequence, interpret)
-    return scan.scan_heads(queries, scan.virtual_head(queries, slopes, exact), exact)
+def heads_of_rows(
+    queries: Queries, sequences: Array, call: Call, S: int, method: Scan, interpret: Interpret = False
+) -> ScanHeads:
+    """Of rows of queries [B, T, ...], each of the sequence of `call` that `sequences` [B] int32 says.
+
+    Args:
+        queries: they see at most S tokens; those of a sequence below 0 none.
+    """
+    B, T, H, D = queries.q.shape
+    config, n_exact, pairs = heuristic(T), min(method.exact_heads, H), H // 2
+    tile_t, n_halves = config.tile_t, config.n_halves
+    # Operands of 8 bits are exact in bfloat16.
+    q, w, visible = (launch.pad_axis(x, 1, tile_t) for x in queries._replace(q=queries.q.astype(jnp.bfloat16)))
+    tiles, half = q.shape[1] // tile_t, tile_t // n_halves
+    steps = scan.sample_steps(visible)
+    n_samples = (visible + (1 << steps) - 1) >> steps
+    n_steps = ((S - 1) // N_SAMPLES).bit_length() + 1
+    of_tile = (B * tiles, tile_t)
+    sees = (visible > 0).reshape(of_tile)
+    first = jnp.min(jnp.where(sees, steps.reshape(of_tile), n_steps), axis=1)
+    last = jnp.max(jnp.where(sees, steps.reshape(of_tile), -1), axis=1)
+    sequences, every = jnp.maximum(sequences, 0), jnp.arange(call.n_sequences, dtype=jnp.int32)
+    # Once a sequence, or once a row if those are fewer.
+    of_rows, sampled = (jnp.arange(B, dtype=jnp.int32), sequences) if len(every) > B else (sequences, every)
+    samples = _samples(call, sampled, n_steps)
+
+    def in_lanes(x: Array) -> Array:
+        """[B, T, n, 2] -> [B, halves, n, 128]: query by query two values."""
+        x = x.reshape(B, tiles * n_halves, half, -1, 2).swapaxes(2, 3)
+        return launch.pad_axis(x.reshape(B, tiles * n_halves, -1, 2 * half), 3, LANES)
+
+    def of_queries(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *shape), lambda b, t, *_: (b, t, *(0 for _ in shape[1:])))
+
+    def of_sequence(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *shape), lambda b, t, of_rows, *_: (of_rows[b], *(0 for _ in shape)))
+
+    twice = lambda x: in_lanes(jnp.stack([x, x], axis=-1)[:, :, None])  # noqa: E731
+    plan = Plan(
+        tiles=tiles,
+        n_halves=n_halves,
+        half=half,
+        n_pairs=pairs,
+        n_exact=n_exact,
+        is_sampled=method.slopes == "sampled",
+        interpret=interpret,
+    )
+    outs = {"virtual": (jax.ShapeDtypeStruct((B, tiles * tile_t, D), jnp.float32), of_queries(tile_t, D))}
+    if n_exact:
+        rows = pl.BlockSpec((None, n_exact, tile_t, D), lambda b, t, *_: (b, 0, t, 0))
+        outs["exact"] = jax.ShapeDtypeStruct((B, n_exact, tiles * tile_t, D), jnp.float32), rows
+        shape = jax.ShapeDtypeStruct((B, tiles * n_halves, n_exact, LANES), jnp.float32)
+        outs["w_exact"] = shape, of_queries(n_halves, n_exact, LANES)
+    of_samples = functools.partial(pltpu.VMEM, dtype=jnp.float32)
+    table_lanes = -(-(pairs + n_exact) // LANES) * LANES
+    scratch: dict[str, Ref] = {
+        "heads_vmem": pltpu.VMEM((1, tile_t * (H + 2 * GAP), D), q.dtype),
+        "products_vmem": of_samples((n_halves, pairs * N_SAMPLES, LANES)),
+        "scores_vmem": of_samples((n_halves, N_SAMPLES, LANES)),
+        "least_vmem": of_samples((n_halves, N_SAMPLES, LANES)),
+        "sort_keys_vmem": pltpu.VMEM((N_SAMPLES, LANES), jnp.int32),
+        "squares_vmem": of_samples((n_halves, pairs, LANES)),
+        "n_open_vmem": of_samples((n_halves, pairs, LANES)),
+        "table_vmem": of_samples((n_halves * LANES, table_lanes)),
+    }
+    virtual, *exact = Launch(
+        body=functools.partial(scan_heads_body, plan),
+        refs=Refs,
+        name="hisa_scan_heads",
+        grid=(B, tiles),
+        scalars={"of_rows_smem": of_rows, "first_smem": first, "last_smem": last},
+        operands={
+            "q": (q.reshape(B, -1, D), pl.BlockSpec((1, tile_t * H, D), lambda b, t, *_: (b, t, 0))),
+            "w": (in_lanes(w.reshape(B, -1, pairs, 2)), of_queries(n_halves, pairs, LANES)),
+            "steps": (twice(steps), of_queries(n_halves, 1, LANES)),
+            "n_samples": (twice(n_samples), of_queries(n_halves, 1, LANES)),
+            "keys": (samples.values, of_sequence(n_steps, N_SAMPLES, D)),
+            "scales": (samples.scales, of_sequence(n_steps, N_SAMPLES, 1)),
+        },
+        outs=outs,
+        scratch=scratch,
+        vmem_bytes=config.vmem_bytes(H, D, n_exact, n_steps),
+        interpret=interpret,
+        dimension_semantics=("parallel", "parallel"),
+        pinned=("q",),
+    )()
+    virtual = virtual[:, :T]
+    if not n_exact:
+        return ScanHeads(virtual, jnp.zeros((B, T, 0, D), queries.q.dtype), jnp.zeros((B, T, 0)))
+    found, w_exact = exact
+    w_exact = w_exact[..., : 2 * half : 2].swapaxes(2, 3).reshape(B, tiles * tile_t, n_exact)
+    return ScanHeads(virtual, found.swapaxes(1, 2)[:, :T].astype(queries.q.dtype), w_exact[:, :T])
 
 
-def _exact_heads(queries: Queries, n: int) -> Array:
-    """[t, n] int32, or of all heads if they are fewer: what `xla.scan.exact_heads` gives."""
-    q, heads = queries.q.astype(jnp.float32), jnp.arange(queries.w.shape[1], dtype=jnp.int32)
-    sizes = sort_key_of(jnp.abs(queries.w) * jnp.sqrt(jnp.sum(q * q, axis=2)))
-    found = []
-    for _ in range(min(n, len(heads))):
-        best = jnp.argmax(sizes, axis=1).astype(jnp.int32)  # of equal ones the lowest
-        sizes = jnp.where(heads == best[:, None], INVISIBLE, sizes)
-        found.append(best)
-    return jnp.sort(jnp.stack(found, axis=1), axis=1) if found else jnp.zeros((len(queries.w), 0), jnp.int32)
-
-
-def _sampled_slopes(queries: Queries, sequence: Sequence, interpret: Interpret) -> Array:
-    """[t, H] float32: the share of the best sampled tokens at which each head is open."""
-    positions = scan.sample_positions(queries.visible)
-    most = jnp.max(positions, axis=0)  # of a query that sees the most
-    is_shared = jnp.all((positions < 0) | (positions == most))
-
-    def shared() -> Samples:
-        keys = sequence.rows(most)
-        products = _products(queries, keys)
-        scores = jnp.einsum("ths,th->ts", jnp.maximum(products, 0), queries.w, precision=lax.Precision.HIGHEST)
-        scores = scores if keys.scales is None else scores * keys.scales
-        return Samples(products, jnp.where(positions >= 0, sort_key_of(scores), INVISIBLE))
-
-    samples = lax.cond(is_shared, shared, lambda: scan.sample(queries, sequence, positions))
-    n = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-    columns, n_best = topk(samples.sort_key, n, scan.N_BEST, interpret=interpret)
-    is_best = jnp.any(columns[:, :, None] == jnp.arange(scan.N_SAMPLES, dtype=jnp.int32), axis=1)
-    return scan.slopes_of(scan.open_heads(samples.products, is_best), n_best)
-
-
-def _products(queries: Queries, keys: Keys) -> Array:
-    """[t, H, s] float32 of each head with the same s keys."""
-    wide = stages.product_dtype(queries.q.dtype, keys.values.dtype)
-    q, k = queries.q.astype(wide), keys.values.astype(wide)
-    return jnp.einsum("thd,sd->ths", q, k, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+def _samples(call: Call, sequences: Array, n_steps: int) -> Keys:
+    """[n, n_steps, 256, D] bfloat16 keys at every 1, 2, 4, ...-th position, [n, n_steps, 256, 1] float32 scales."""
+    positions = jnp.arange(N_SAMPLES, dtype=jnp.int32) << jnp.arange(n_steps, dtype=jnp.int32)[:, None]
+    keys = jax.vmap(lambda r: call.sequence(r).rows(positions))(sequences)
+    return Keys(keys.values.astype(jnp.bfloat16), None if keys.scales is None else keys.scales[..., None])

@@ -19,12 +19,11 @@ from hisa_jax.kernels_pallas.mosaic_tpu.config import LANES, SUBLANES, Choice, c
 from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import tokens_a_row
 from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import RaggedTiles, nothing_like
 from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged, of_call
-from hisa_jax.kernels_pallas.mosaic_tpu.scan_heads import heads_of_tile, scan_heads
+from hisa_jax.kernels_pallas.mosaic_tpu.scan_heads import heads_of_rows, scan_heads
 from hisa_jax.kernels_pallas.mosaic_tpu.select import best_of_all
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.layout import Call, Queries
 from hisa_jax.methods import Scan
-from hisa_jax.xla.scan import ScanHeads
 
 MOST_UNIT = 16  # tokens: a unit is copied as eight rows of 32 bits
 _LEAST_QUERIES = 16  # of a sequence, that share its keys: at 128K half of flat's time on v6e, by the schedule
@@ -145,8 +144,11 @@ def _scanned(
     n_cores = chip().n_cores if tile_t < T else 1
     tiles = query_tiles.split(ragged, T, wanted, _LEAST_QUERIES, tile_t, n_cores)
     assert isinstance(tiles, RaggedTiles)
-    heads = _heads_of_tiles(call, queries, tiles, tile_t, method, interpret)
-    eligible = -(-tiles.gather(queries.visible) // unit)
+    own = Queries(*map(tiles.gather, queries))
+    eligible = -(-own.visible // unit)
+    rows = Queries(*(x.reshape(-1, tile_t, *x.shape[2:]) for x in own))
+    heads = heads_of_rows(rows, tiles.sequence, call, S, method, interpret)
+    heads = jax.tree.map(lambda x: x.reshape(1, x.shape[0] * tile_t, *x.shape[2:]), heads)
     choice = _of_units(method, unit, interpret)
     lists, counts = scan.scan_ragged(heads, eligible, ragged, tiles, S, unit, choice=choice, n_cores=n_cores)
     of_eights = jnp.repeat(tiles.sequence, tile_t // SUBLANES)
@@ -161,26 +163,3 @@ def _scanned(
         queries, ragged, small, lists, counts, S, unit, choice=best, config=config
     )
     return chosen, wanted & ~is_full
-
-
-def _heads_of_tiles(
-    call: Call, queries: Queries, tiles: RaggedTiles, tile_t: int, method: Scan, interpret: Interpret
-) -> ScanHeads:
-    """What the queries at the slots of some tiles scan with: [1, tiles * tile_t, ...] each."""
-    visible = tiles.gather(queries.visible).reshape(-1, tile_t)
-
-    def one(tile: tuple[Array, Array, Array]) -> ScanHeads:
-        first, sequence, visible = tile
-        q, w = (lax.dynamic_slice_in_dim(x, first, tile_t) for x in (queries.q, queries.w))
-
-        def heads() -> ScanHeads:
-            # What is not of the sequence sees nothing of it.
-            return heads_of_tile(Queries(q, w, visible), call.sequence(sequence), method, interpret)
-
-        def nothing() -> ScanHeads:
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(heads))
-
-        return lax.cond(sequence >= 0, heads, nothing)
-
-    heads = lax.map(one, (tiles.first, tiles.sequence, visible))
-    return jax.tree.map(lambda x: x.reshape(1, x.shape[0] * tile_t, *x.shape[2:]), heads)
