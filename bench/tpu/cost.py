@@ -1,21 +1,20 @@
 """What runs in the TPU kernels, how often, and what they move: the numbers by which schedules are multiplied.
 
-Loops are named in program order. How many passes a search for a threshold takes is found by running the same search on
-normal scores (the most that a row of those that search side by side takes); everything else follows from shapes.
+Loops are named in program order. How many passes a search for a threshold takes is found by trial (`passes.py`);
+everything else follows from shapes.
 All figures are for one TensorCore.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from bench import shapes
 from bench.tpu.chips import Chip
+from bench.tpu.passes import near_passes, passes
 from bench.tpu.schedule import Schedule
 from hisa_jax.kernels_pallas.mosaic_tpu import (
     block_filter,
@@ -35,7 +34,6 @@ from hisa_jax.kernels_pallas.mosaic_tpu.scan_heads_body import AT_A_TIME
 from hisa_jax.kernels_pallas.mosaic_tpu.scan_stages import unit_of
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
-from hisa_jax.kernels_pallas.sort_key import Search, narrow_search, sort_key_of
 from hisa_jax.methods import BlockSparse, Scan
 
 TOPK = ("bounds", "passes", "count", "tie_steps", "tie_count", "tie_drop", "tiles")
@@ -377,69 +375,3 @@ def _topk_loops(groups: int, rows: int) -> tuple[str, ...]:
 
 def _unroll(registers: int, n: int, rows: int) -> int:
     return min(max(registers * SUBLANES // rows, SUBLANES), padded_groups(n), 128)
-
-
-@functools.cache
-def passes(n: int, k: int, rows: int, unit: int = 1) -> float:
-    """Passes over n normal scores, each the best of `unit`, until the thresholds of all rows are found: a mean."""
-    if n <= k:
-        return 0.0
-    draw = np.random.default_rng(0)
-    draws = 8 if n * unit < 1 << 18 else 1
-    return float(np.mean([_passes(draw.standard_normal((rows, n, unit), np.float32).max(2), k) for _ in range(draws)]))
-
-
-def _passes(scores: np.ndarray, k: int) -> int:
-    x = np.sort(np.asarray(sort_key_of(jnp.asarray(scores))), axis=1)
-    return _search(x, _start(x, k), k, 0)[1]
-
-
-@functools.cache
-def near_passes(n: int, k: int, slack: int, unit: int, rows: int) -> tuple[float, float]:
-    """Passes of `find_near_thresholds` over a sample and over all of n units, whose tokens have normal scores."""
-    if n <= k:
-        return 0.0, 1.0
-    draw = np.random.default_rng(0)
-    found = []
-    for _ in range(2):
-        scores = np.max(draw.standard_normal((rows, n, unit), np.float32), axis=2)
-        keys = np.asarray(sort_key_of(jnp.asarray(scores)))
-        sample, x = np.sort(keys.reshape(rows, -1, 128)[:, ::8].reshape(rows, -1), axis=1), np.sort(keys, axis=1)
-        rank = int(sample.shape[1] / n * (k + slack / 2))
-        (guess, *_), of_sample = _search(sample, _start(sample, rank), rank, rank * slack // (4 * k) + 1)
-        state = _start(x, k)
-        reached = _count(x)(guess)
-        enough, excess = reached >= k, (reached - k).astype(jnp.float32)
-        low, high, n_low, above, below, side, _ = state
-        state = (
-            jnp.where(enough, guess, low), jnp.where(enough, high, guess - 1), jnp.where(enough, reached, n_low),
-            jnp.where(enough, excess + 0.5, above), jnp.where(enough, below, 0.5 - excess), side, jnp.int32(1),
-        )  # fmt: skip
-        found.append((of_sample, 1 + _search(x, state, k, slack)[1]))
-    of_sample, of_all = np.mean(found, axis=0)
-    return float(of_sample), float(of_all)
-
-
-def _count(x: np.ndarray) -> Callable[[Array], Array]:
-    def count_at_least(threshold: Array) -> Array:
-        found = [x.shape[1] - np.searchsorted(row, c) for row, c in zip(x, np.asarray(threshold), strict=True)]
-        return jnp.asarray(found, jnp.int32)
-
-    return count_at_least
-
-
-def _start(x: np.ndarray, k: int) -> Search:
-    T, n = x.shape
-    return (
-        jnp.asarray(x[:, 0]), jnp.asarray(x[:, -1]), jnp.full(T, n, jnp.int32), jnp.full(T, n - k + 0.5, jnp.float32),
-        jnp.full(T, k, jnp.float32), jnp.zeros(T, jnp.int32), jnp.int32(0),
-    )  # fmt: skip
-
-
-def _search(x: np.ndarray, state: Search, k: int, slack: int) -> tuple[Search, int]:
-    """The search over rows of ascending sort keys, and how many passes it takes."""
-    done = 0
-    while bool(jnp.any((state[0] < state[1]) & (state[2] > k + slack))):
-        state = narrow_search(state, _count(x), k)
-        done += 1
-    return state, done

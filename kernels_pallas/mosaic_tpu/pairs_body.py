@@ -1,5 +1,4 @@
-"""Device code that reads bfloat16 keys in pairs: two tokens side by side are one row of 32 bits in VMEM, 8-bit ones
-four.
+"""Device code that reads keys by rows of 32 bits in VMEM: two bfloat16 tokens side by side, a pair, or four of 8 bits.
 
 A load takes up to eight such rows from any one on, or every n-th, where one of bfloat16 begins with a whole tile of
 16 tokens. Pallas' interpreter knows no other dtype of a reference: it takes the same tokens as they are.
@@ -27,13 +26,13 @@ def strided_pairs(
     starts: tuple[int, ...],
     stride: int,
     interpret: Interpret,
-    multiple: int = 0,
+    multiple: int | None = None,
 ) -> Array:
     """Of `size` pairs from pair number `first` on: every `stride`-th of those from each start on.
 
     Args:
         keys_vmem: [1, N, D] bfloat16.
-        multiple: that `first` is of, itself one of 8: `size` if 0. A load does not start at any other row.
+        multiple: that `first` is of, itself one of 8: `size` if None. A load does not start at any other row.
 
     Returns: [2 * n, D], the pairs of the first start first.
     """

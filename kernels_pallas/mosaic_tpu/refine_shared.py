@@ -24,6 +24,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import tokens_a_row
 from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import RaggedTiles
 from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
 from hisa_jax.kernels_pallas.mosaic_tpu.refine_shared_body import Plan, Refs, ragged_body, refine_shared_body
+from hisa_jax.kernels_pallas.mosaic_tpu.scan import Lists
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from hisa_jax.kernels_pallas.sequences import whole_blocks
@@ -66,36 +67,26 @@ def heuristic(chip: Chip, T: int) -> Config:
     return Config(tile_t=tile_t, n_cores=chip.n_cores if tile_t < T else 1)
 
 
-def refine_shared(
-    queries: Queries,
-    k: Array,
-    lists: Array,
-    counts: Array,
-    unit: int,
-    *,
-    choice: Choice,
-    config: Config,
-    scales: Array | None = None,
-) -> Array:
+def refine_shared(queries: Queries, keys: Keys, lists: Lists, unit: int, *, choice: Choice, config: Config) -> Array:
     """The best tokens of the units that queries side by side share.
 
     Args:
         queries: of [B, T, ...]; a query that sees one token has its last one's unit in its list.
-        k: [B, S, D] keys; scales: [B, S], of 8 bits.
-        lists, counts: [B, n, slots] and [B, n] int32 of every eight queries, as `scan` gives them.
+        keys: [B, S, D], their scales [B, S].
+        lists: of every eight queries, as `scan` gives them.
 
     Returns: [B, T, k] int32 positions, ascending, then -1.
     """
     (B, T, H, D), n_cores = queries.q.shape, config.n_cores
-    k, scales = whole_blocks(k, scales, 2 * SUBLANES if scales is None else 2 * LANES)
+    k, scales = whole_blocks(*keys, 2 * SUBLANES if keys.scales is None else 2 * LANES)
     keys = Keys(k, None if scales is None else scales.reshape(B, -1, LANES))
     multiple = config.tile_t * n_cores
     q, w, visible = (launch.pad_axis(x, 1, multiple) for x in queries)
     tiles = q.shape[1] // multiple
     own_q = q, launch.rows(config.tile_t, tiles, H, D)
-    lists, counts = (_with_rows(x, q.shape[1] // SUBLANES) for x in (lists, counts))
-    plan = _plan(tiles, lists.shape[2], unit, choice, config)
-    one = _launch(plan, own_q, w, visible, lists, counts, keys, LANES, k.shape[1], config)
+    lists = Lists(*(_with_rows(x, q.shape[1] // SUBLANES) for x in lists))
+    plan = _plan(tiles, lists, unit, choice, config)
+    one = _launch(plan, own_q, w, visible, lists, keys, k.shape[1], config)
     (chosen,) = dataclasses.replace(
         one, body=functools.partial(refine_shared_body, plan), grid=(n_cores, B, tiles), pinned=("q",)
     )()
@@ -106,8 +97,7 @@ def refine_shared_ragged(
     queries: Queries,
     ragged: Ragged,
     tiles: RaggedTiles,
-    lists: Array,
-    counts: Array,
+    lists: Lists,
     S: int,
     unit: int,
     *,
@@ -117,7 +107,7 @@ def refine_shared_ragged(
     """The same of queries in `tiles`; anything for the others.
 
     Args:
-        queries: of [T, ...]; lists, counts: of every eight slots of the tiles, as `scan_ragged` gives them.
+        queries: of [T, ...]; lists: of every eight slots of the tiles, as `scan_ragged` gives them.
         ragged: its blocks are what is copied at a time; S: most keys of a sequence that has a tile.
 
     Returns: [T, k] int32.
@@ -125,9 +115,8 @@ def refine_shared_ragged(
     per_core, rows = len(tiles.first) // config.n_cores, GROUP * ragged.block_size
     own_q = launch.queries(tiles, queries.q, config.tile_t, per_core)
     w, visible = tiles.gather(queries.w), tiles.gather(queries.visible)
-    plan, page_size = _plan(per_core, lists.shape[1], unit, choice, config), ragged.keys.values.shape[1]
-    S = -(-S // rows) * rows
-    one = _launch(plan, own_q, w, visible, lists[None], counts[None], ragged.keys, page_size, S, config)
+    plan, S = _plan(per_core, lists, unit, choice, config), -(-S // rows) * rows
+    one = _launch(plan, own_q, w, visible, Lists(*(x[None] for x in lists)), ragged.keys, S, config)
     one = dataclasses.replace(
         one,
         body=functools.partial(ragged_body, plan, ragged.block_size),
@@ -138,8 +127,8 @@ def refine_shared_ragged(
     return tiles.scatter(chosen.reshape(1, w.shape[1], -1)[:, :, : choice.k])
 
 
-def _plan(tiles: int, slots: int, unit: int, choice: Choice, config: Config) -> Plan:
-    groups, n_eights = padded_groups(slots * unit), config.tile_t // SUBLANES
+def _plan(tiles: int, lists: Lists, unit: int, choice: Choice, config: Config) -> Plan:
+    groups, n_eights = padded_groups(lists.units.shape[-1] * unit), config.tile_t // SUBLANES
     span, part = min(groups, LANES), min(groups, 4 * LANES // n_eights // 4)
     return Plan(choice=choice, tiles=tiles, unit=unit, columns=config.columns, span=span, part=part)
 
@@ -149,31 +138,29 @@ def _launch(
     q: tuple[Array, pl.BlockSpec],
     w: Array,
     visible: Array,
-    lists: Array,
-    counts: Array,
+    lists: Lists,
     keys: Keys,
-    page_size: int,
     S: int,
     config: Config,
 ) -> Launch:
     """What all sequences have in common: a launch but for its body and its grid.
 
     Args:
-        q: with its spec; w, visible: of [B, whole tiles, ...]; lists, counts: of every eight of those.
-        keys: their scales in rows of `page_size`; S: room for so many of a sequence.
+        q: with its spec; w, visible: of [B, whole tiles, ...]; lists: of every eight of those.
+        keys: their scales in rows of 128 or of a page; S: room for so many of a sequence.
     """
     (B, T, H), D, tile_t, k_dtype = w.shape, q[0].shape[-1], config.tile_t, keys.values.dtype
     per_row = tokens_a_row(k_dtype)
     pad = SUBLANES * per_row  # tokens after the last: a unit is copied as so many
-    unit, tiles, slots, n_eights = plan.unit, plan.tiles, lists.shape[2], tile_t // SUBLANES
-    counts = jnp.minimum(counts, slots)
-    n_visible = listed_tokens(visible.reshape(B, -1, SUBLANES), lists, unit)
+    unit, tiles, units, n_eights = plan.unit, plan.tiles, lists.units, tile_t // SUBLANES
+    slots = units.shape[2]
+    n_visible = listed_tokens(visible.reshape(B, -1, SUBLANES), units, unit)
     in_row = min(config.columns // unit, LANES)
     groups, n_slots = padded_groups(slots * unit), -(-plan.choice.k // LANES) * LANES
     n_sums = flat_body.products_a_step(SUBLANES, config.columns) * SUBLANES * 2 * SUBLANES
     of_scales: dict[str, Ref] = {}
     if keys.scales is not None:
-        f32 = jnp.float32
+        f32, page_size = jnp.float32, keys.scales.shape[-1]
         of_scales["scale_vmem"] = pltpu.VMEM((S // page_size, page_size), f32)
         of_scales["unit_scales_vmem"] = pltpu.VMEM((S // unit, LANES), f32)
         of_scales |= {f"{x}_scales_vmem": pltpu.VMEM((plan.units, LANES), f32) for x in ("even", "odd")}
@@ -183,13 +170,13 @@ def _launch(
         refs=Refs,
         name="hisa_refine_shared",
         grid=(),
-        scalars={"counts_smem": counts.reshape(-1)},
+        scalars={"counts_smem": jnp.minimum(lists.counts, slots).reshape(-1)},
         operands={
             "pairs_smem": (
-                (jnp.maximum(lists, 0) * (unit // per_row)).reshape(B, -1, slots // in_row, in_row),
+                (jnp.maximum(units, 0) * (unit // per_row)).reshape(B, -1, slots // in_row, in_row),
                 launch.rows(n_eights, tiles, slots // in_row, in_row, memory_space=pltpu.SMEM),
             ),
-            "units": (lists.reshape(B, -1, slots // LANES, LANES), launch.rows(n_eights, tiles, slots // LANES, LANES)),
+            "units": (units.reshape(B, -1, slots // LANES, LANES), launch.rows(n_eights, tiles, slots // LANES, LANES)),
             "n_visible": (n_visible.reshape(B, -1, 1), launch.rows(tile_t, tiles, 1)),
             "q": q,
             "w": (w, launch.rows(tile_t, tiles, H)),

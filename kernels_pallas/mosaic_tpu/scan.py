@@ -12,7 +12,7 @@ that a few more units reach is as good: what `refine_shared` scores may be more 
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,6 +31,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu.topk import from_tiles, padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
 from hisa_jax.kernels_pallas.sequences import whole_blocks
 from hisa_jax.kernels_pallas.types import Ref
+from hisa_jax.layout import Keys
 from hisa_jax.xla.scan import ScanHeads
 
 __all__ = ["groups_a_turn", "heuristic", "listed", "scan", "scan_ragged"]
@@ -74,30 +75,34 @@ def listed(S: int, unit: int) -> int:
     return min(-(-S // (unit * SLOTS)) * SLOTS, _MOST_LISTED)
 
 
+class Lists(NamedTuple):
+    """Which units each eight queries keep.
+
+    Attributes:
+        units: [..., n, slots] int32, ascending, then -1.
+        counts: [..., n] int32, how many they are, which may be more than there is room for.
+    """
+
+    units: Array
+    counts: Array
+
+
 def scan(
-    heads: ScanHeads,
-    eligible: Array,
-    k: Array,
-    unit: int,
-    *,
-    choice: Choice,
-    scales: Array | None = None,
-    config: Config | None = None,
-) -> tuple[Array, Array]:
+    heads: ScanHeads, eligible: Array, keys: Keys, unit: int, *, choice: Choice, config: Config | None = None
+) -> Lists:
     """The units that each eight queries of a batch keep, on a grid of (sequences, tiles of queries, tiles of keys).
 
     Args:
         heads: of [B, T, ...]; eligible: [B, T] int32, units of each query.
-        k: [B, S, D] keys; scales: [B, S], of 8 bits.
+        keys: [B, S, D], their scales [B, S].
         choice: units a query.
 
-    Returns: [B, n, slots] int32 of every eight queries, n at least T / 8, ascending, then -1; [B, n] int32, how many
-        they are, which may be more than there is room for.
+    Returns: of each sequence n eights, at least T / 8.
     """
-    (B, T, D), S = heads.virtual.shape, k.shape[1]
+    (B, T, D), S = heads.virtual.shape, keys.values.shape[1]
     config = config or heuristic(T, S, unit)
     tile_t, tile_s = config.tile_t, config.tile_s
-    k, scales = whole_blocks(k, scales, tile_s)
+    k, scales = whole_blocks(*keys, tile_s)
     padded, eligible = jax.tree.map(lambda x: launch.pad_axis(x, 1, tile_t), (heads, eligible))
     tiles = eligible.shape[1] // tile_t
     furthest = jnp.minimum(jnp.max(eligible.reshape(B * tiles, tile_t), axis=1) * unit, k.shape[1])
@@ -109,18 +114,19 @@ def scan(
     def of_queries(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, *shape), lambda b, t, s, _: (b, t, *(0 for _ in shape[1:])))
 
-    keys = Operands(
+    operands = Operands(
         (k, pl.BlockSpec((1, tile_s, D), lambda b, t, s, last: (b, step(b, t, s, last), 0))),
         (
             None if scales is None else scales.reshape(B, -1, LANES),
             pl.BlockSpec((None, tile_s // LANES, LANES), lambda b, t, s, last: (b, step(b, t, s, last), 0)),
         ),
     )
-    launched = _launch(padded, eligible, furthest, keys, of_queries, tiles, k.shape[1], unit, choice, config)
-    body = functools.partial(scan_body, launched.plan)
+    plan = _plan(padded, tiles, k.shape[1], unit, choice, config)
+    one = _launch(plan, padded, eligible, furthest, operands, of_queries, k.shape[1], config)
     grid, semantics = (B, tiles, k.shape[1] // tile_s), ("parallel", "parallel", "arbitrary")
-    lists, counts = dataclasses.replace(launched.launch, body=body, grid=grid, dimension_semantics=semantics)()
-    return _of_eights(lists, counts, tile_t // SUBLANES)
+    body = functools.partial(scan_body, plan)
+    written = dataclasses.replace(one, body=body, grid=grid, dimension_semantics=semantics)()
+    return _of_eights(written, tile_t // SUBLANES)
 
 
 def scan_ragged(
@@ -133,14 +139,14 @@ def scan_ragged(
     *,
     choice: Choice,
     n_cores: int,
-) -> tuple[Array, Array]:
+) -> Lists:
     """The same of the queries in `tiles`, on a grid of (cores, 1, tiles of queries).
 
     Args:
         heads, eligible: of the tiles' slots, [1, tiles * tile_t, ...].
         ragged: its blocks are what is copied at a time; S: most keys of a sequence that has a tile.
 
-    Returns: [n, slots] and [n] int32 of every eight slots; a tile without a query keeps nothing.
+    Returns: of every eight slots; a tile without a query keeps nothing.
     """
     n_tiles, D = len(tiles.first), heads.virtual.shape[2]
     tile_t, per_core = eligible.shape[1] // n_tiles, n_tiles // n_cores
@@ -152,21 +158,21 @@ def scan_ragged(
 
     furthest = jnp.minimum(jnp.max(eligible.reshape(n_tiles, tile_t), axis=1) * unit, S)
     keys, dtype = Operands((ragged.keys.values, HBM), (ragged.keys.scales, HBM)), ragged.keys.values.dtype
-    launched = _launch(heads, eligible, furthest, keys, of_queries, per_core, S, unit, choice, config)
+    plan = _plan(heads, per_core, S, unit, choice, config)
+    one = _launch(plan, heads, eligible, furthest, keys, of_queries, S, config)
     scratch = {
-        **launched.launch.scratch,
+        **one.scratch,
         "keys_vmem": pltpu.VMEM((2, config.tile_s, D), dtype),
         "sems": pltpu.SemaphoreType.DMA((2, 2)),
     }
     if ragged.keys.scales is not None:
         page_size = ragged.keys.values.shape[1]
         scratch["scale_vmem"] = pltpu.VMEM((2, config.tile_s // page_size, page_size), jnp.float32)
-    body, grid = functools.partial(ragged_body, launched.plan), (n_cores, 1, per_core)
-    ready = dataclasses.replace(launched.launch, body=body, grid=grid, scratch=scratch)
-    lists, counts = launch.by_sequence(ready, tiles)()
-    lists, counts = _of_eights(lists, counts, tile_t // SUBLANES)
+    body, grid = functools.partial(ragged_body, plan), (n_cores, 1, per_core)
+    written = launch.by_sequence(dataclasses.replace(one, body=body, grid=grid, scratch=scratch), tiles)()
+    lists = _of_eights(written, tile_t // SUBLANES)
     is_tile = jnp.repeat(tiles.sequence >= 0, tile_t // SUBLANES)
-    return lists[0], jnp.where(is_tile, counts[0], 0)
+    return Lists(lists.units[0], jnp.where(is_tile, lists.counts[0], 0))
 
 
 class Operands(NamedTuple):
@@ -176,42 +182,39 @@ class Operands(NamedTuple):
     scales: tuple[Array | None, pl.BlockSpec]
 
 
-class _Launched(NamedTuple):
-    plan: Plan
-    launch: Launch  # but for its body and its grid
+def _plan(heads: ScanHeads, tiles: int, S: int, unit: int, choice: Choice, config: Config) -> Plan:
+    """For room for S keys of a sequence; `tiles`: see `Plan`."""
+    return Plan(
+        tiles=tiles,
+        unit=unit,
+        n_exact=heads.w.shape[2],
+        slack=int(config.slack * choice.k),
+        span=min(padded_groups(S // unit), LANES),
+        choice=choice,
+    )
 
 
 def _launch(
+    plan: Plan,
     heads: ScanHeads,
     eligible: Array,
     furthest: Array,
     keys: Operands,
     of_queries: Callable[..., pl.BlockSpec],
-    tiles: int,
     S: int,
-    unit: int,
-    choice: Choice,
     config: Config,
-) -> _Launched:
-    """What all sequences have in common.
+) -> Launch:
+    """What all sequences have in common: a launch but for its body and its grid.
 
     Args:
         heads, eligible: of [B, whole tiles, ...]; furthest: [B * tiles] int32, keys that a tile sees.
         of_queries: shape of a tile of [B, n, ...] -> its spec.
-        tiles: see `Plan`; S: room for so many keys of a sequence.
+        S: room for so many keys of a sequence.
     """
-    (B, T, D), n_exact, n_eights = heads.virtual.shape, heads.w.shape[2], config.tile_t // SUBLANES
-    groups, slots = padded_groups(S // unit), listed(S, unit)
+    (B, T, D), n_exact, n_eights = heads.virtual.shape, plan.n_exact, config.tile_t // SUBLANES
+    groups, slots = padded_groups(S // plan.unit), listed(S, plan.unit)
     rows = jnp.concatenate([heads.virtual[:, :, None], heads.exact.astype(jnp.float32)], axis=2).astype(jnp.bfloat16)
     rows, w = (x.reshape(B, T // SUBLANES, SUBLANES, *x.shape[2:]).swapaxes(2, 3) for x in (rows, heads.w))
-    plan = Plan(
-        tiles=tiles,
-        unit=unit,
-        n_exact=n_exact,
-        slack=int(config.slack * choice.k),
-        span=min(groups, LANES),
-        choice=choice,
-    )
     scratch: dict[str, Ref] = {
         "sort_keys_vmem": pltpu.VMEM((n_eights, groups * SUBLANES, LANES), jnp.int32),
         "thresholds_vmem": pltpu.VMEM((n_eights, SUBLANES, LANES), jnp.int32),
@@ -224,35 +227,33 @@ def _launch(
         scratch["wide_vmem"] = pltpu.VMEM((1, config.tile_s, D), rows.dtype)
     in_tile, n_tiles = (slots // LANES * SUBLANES, LANES), T // config.tile_t
     of_exact = of_queries(n_eights, n_exact * SUBLANES, 1)
-    return _Launched(
-        plan,
-        Launch(
-            body=scan_body,
-            refs=Refs,
-            name="hisa_scan",
-            grid=(),
-            scalars={"furthest_smem": furthest},
-            operands={
-                "heads": (rows.reshape(B, T // SUBLANES, -1, D), of_queries(n_eights, (n_exact + 1) * SUBLANES, D)),
-                "w": (w.reshape(B, T // SUBLANES, -1, 1) if n_exact else None, of_exact),
-                "eligible": (eligible.reshape(B, -1, SUBLANES, 1), of_queries(n_eights, SUBLANES, 1)),
-                "k": keys.values,
-                "scale": keys.scales,
-            },
-            outs={
-                "lists": launch.out(of_queries(*in_tile), B, n_tiles * in_tile[0], LANES),
-                "counts": launch.out(of_queries(SUBLANES, LANES), B, n_tiles * SUBLANES, LANES),
-            },
-            scratch=scratch,
-            vmem_bytes=config.vmem_bytes(n_exact + 1, D, groups, slots),
-            interpret=choice.interpret,
-        ),
+    return Launch(
+        body=scan_body,
+        refs=Refs,
+        name="hisa_scan",
+        grid=(),
+        scalars={"furthest_smem": furthest},
+        operands={
+            "heads": (rows.reshape(B, T // SUBLANES, -1, D), of_queries(n_eights, (n_exact + 1) * SUBLANES, D)),
+            "w": (w.reshape(B, T // SUBLANES, -1, 1) if n_exact else None, of_exact),
+            "eligible": (eligible.reshape(B, -1, SUBLANES, 1), of_queries(n_eights, SUBLANES, 1)),
+            "k": keys.values,
+            "scale": keys.scales,
+        },
+        outs={
+            "lists": launch.out(of_queries(*in_tile), B, n_tiles * in_tile[0], LANES),
+            "counts": launch.out(of_queries(SUBLANES, LANES), B, n_tiles * SUBLANES, LANES),
+        },
+        scratch=scratch,
+        vmem_bytes=config.vmem_bytes(n_exact + 1, D, groups, slots),
+        interpret=plan.choice.interpret,
     )
 
 
-def _of_eights(lists: Array, counts: Array, n_eights: int) -> tuple[Array, Array]:
-    """What the kernel writes, eight lists a tile -> [B, n, slots] and [B, n]: those of the tile's `n_eights`."""
+def _of_eights(written: Sequence[Array], n_eights: int) -> Lists:
+    """What the kernel writes, eight lists a tile -> those of the tile's `n_eights`, of [B, n, ...]."""
+    lists, counts = written
     B, n_tiles = lists.shape[0], counts.shape[1] // SUBLANES
     lists = from_tiles(lists.reshape(B * n_tiles, -1, LANES)).reshape(B, n_tiles, SUBLANES, -1)[:, :, :n_eights]
     counts = counts[:, :, 0].reshape(B, n_tiles, SUBLANES)[:, :, :n_eights]
-    return lists.reshape(B, n_tiles * n_eights, -1), counts.reshape(B, -1)
+    return Lists(lists.reshape(B, n_tiles * n_eights, -1), counts.reshape(B, -1))

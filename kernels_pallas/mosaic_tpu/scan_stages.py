@@ -20,7 +20,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu.pairs_body import tokens_a_row
 from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import RaggedTiles, nothing_like
 from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged, of_call
 from hisa_jax.kernels_pallas.mosaic_tpu.scan_heads import heads_of_rows, scan_heads
-from hisa_jax.kernels_pallas.mosaic_tpu.select import best_of_all
+from hisa_jax.kernels_pallas.mosaic_tpu.select import best_of_all, copied_keys
 from hisa_jax.kernels_pallas.types import Interpret
 from hisa_jax.layout import Call, Queries
 from hisa_jax.methods import Scan
@@ -77,28 +77,25 @@ def _of_units(method: Scan, unit: int, interpret: Interpret) -> Choice:
 def _of_batch(call: Call, method: Scan, interpret: Interpret) -> Array:
     """[B, T, topk] int32, anything for a query that sees nothing."""
     assert call.k is not None
-    queries, (k, scales) = Queries(call.q, call.w, jnp.clip(call.visible, 0, call.max_keys)), call.k
-    best, unit = Choice(k=method.topk, interpret=interpret), unit_of(method, k.dtype)
+    visible, best = jnp.clip(call.visible, 0, call.max_keys), Choice(k=method.topk, interpret=interpret)
+    if call.shape[1] < _LEAST_QUERIES or call.max_keys > _MOST_KEYS:
+        return flat.flat(Queries(call.q, call.w, visible), call.k, choice=best)[0]
+    call = _in_whole_rows(call)
+    assert call.k is not None
+    queries, keys, unit = Queries(call.q, call.w, visible), call.k, unit_of(method, call.k.values.dtype)
+    heads = scan_heads(call, method, interpret)
+    choice = _of_units(method, unit, interpret)
+    lists = scan.scan(heads, -(-visible // unit), keys, unit, choice=choice)
 
     def of_all() -> Array:
         # Half of all units in one list: to score the others, too, takes less than to leave them out.
-        assert call.k is not None
-        return flat.flat(queries, call.k, choice=best)[0]
-
-    if call.shape[1] < _LEAST_QUERIES or call.max_keys > _MOST_KEYS:
-        return of_all()
-    call = _in_whole_rows(call)
-    assert call.k is not None
-    queries, k = queries._replace(q=call.q), call.k.values
-    heads = scan_heads(call, method, interpret)
-    choice = _of_units(method, unit, interpret)
-    lists, counts = scan.scan(heads, -(-queries.visible // unit), k, unit, choice=choice, scales=scales)
+        return flat.flat(queries, keys, choice=best)[0]
 
     def of_lists() -> Array:
         config = refine_shared.heuristic(chip(), call.shape[1])
-        return refine_shared.refine_shared(queries, k, lists, counts, unit, choice=best, config=config, scales=scales)
+        return refine_shared.refine_shared(queries, keys, lists, unit, choice=best, config=config)
 
-    return lax.cond(jnp.any(counts > lists.shape[2]), of_all, of_lists)
+    return lax.cond(jnp.any(lists.counts > lists.units.shape[2]), of_all, of_lists)
 
 
 def _of_ragged(call: Call, method: Scan, interpret: Interpret) -> Array:
@@ -109,8 +106,7 @@ def _of_ragged(call: Call, method: Scan, interpret: Interpret) -> Array:
     """
     if math.prod(call.shape) >= _LEAST_QUERIES and call.cache is None:
         call = _in_whole_rows(call)
-    # The blocks of the record are what is copied at a time, 128 or 256 keys.
-    queries, ragged = of_call(call, LANES if call.cache is None else max(LANES, call.cache.page_size))
+    queries, ragged = of_call(call, copied_keys(call))
     queries = queries._replace(visible=jnp.clip(queries.visible, 0, ragged.max_keys))
     best, T = Choice(k=method.topk, interpret=interpret), len(queries.visible)
     if T < _LEAST_QUERIES:
@@ -150,16 +146,14 @@ def _scanned(
     heads = heads_of_rows(rows, tiles.sequence, call, S, method, interpret)
     heads = jax.tree.map(lambda x: x.reshape(1, x.shape[0] * tile_t, *x.shape[2:]), heads)
     choice = _of_units(method, unit, interpret)
-    lists, counts = scan.scan_ragged(heads, eligible, ragged, tiles, S, unit, choice=choice, n_cores=n_cores)
+    lists = scan.scan_ragged(heads, eligible, ragged, tiles, S, unit, choice=choice, n_cores=n_cores)
     of_eights = jnp.repeat(tiles.sequence, tile_t // SUBLANES)
     every = jnp.arange(ragged.R, dtype=jnp.int32)
-    is_full = jnp.any((counts > lists.shape[1])[:, None] & (of_eights[:, None] == every), axis=0)
+    is_full = jnp.any((lists.counts > lists.units.shape[1])[:, None] & (of_eights[:, None] == every), axis=0)
     # The flat indexer's: nothing is left of them to refine.
-    counts = jnp.where(is_full[jnp.maximum(of_eights, 0)], 0, counts)
+    lists = lists._replace(counts=jnp.where(is_full[jnp.maximum(of_eights, 0)], 0, lists.counts))
     queries = queries._replace(visible=jnp.where(ragged.of_rows(is_full, T), 0, queries.visible))
     config = refine_shared.Config(tile_t=min(refine_shared.Config.tile_t, tile_t), n_cores=n_cores)
     best, small = Choice(k=method.topk, interpret=interpret), tiles.cut(config.tile_t)
-    chosen = refine_shared.refine_shared_ragged(
-        queries, ragged, small, lists, counts, S, unit, choice=best, config=config
-    )
+    chosen = refine_shared.refine_shared_ragged(queries, ragged, small, lists, S, unit, choice=best, config=config)
     return chosen, wanted & ~is_full

@@ -24,7 +24,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu.query_tiles import Found, Tiles
 from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
 from hisa_jax.kernels_pallas.mosaic_tpu.topk import padded_groups
 from hisa_jax.kernels_pallas.mosaic_tpu.topk_body import SLOTS
-from hisa_jax.kernels_pallas.mosaic_tpu.units_body import Plan, Refs
+from hisa_jax.kernels_pallas.mosaic_tpu.units_plan import Plan, Refs
 from hisa_jax.kernels_pallas.types import Ref
 from hisa_jax.layout import Queries
 

@@ -10,7 +10,6 @@ and what those made would still have to be put together. The queries stay in the
 """
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -18,17 +17,17 @@ from jax.experimental import pallas as pl
 
 from hisa_jax.kernels_pallas.mosaic_tpu.config import GROUP, LANES, SUBLANES
 from hisa_jax.kernels_pallas.mosaic_tpu.score_body import column, row_of
+from hisa_jax.kernels_pallas.mosaic_tpu.units_plan import Plan, Refs
 from hisa_jax.kernels_pallas.sort_key import sort_key_of
 
 ROWS = 2048  # keys of a product
 COLUMNS = 256  # queries of a product: a side of the larger matrix unit
 
 
-def score_step(plan: Any, seen: list[Array], i: Array, slot: Array, refs: Any) -> None:
+def score_step(plan: Plan, seen: list[Array], i: Array, slot: Array, refs: Refs) -> None:
     """The maxima of the blocks of a step, but for eight rows of each, for all queries of the tile.
 
     Args:
-        plan, refs: those of `units_body`.
         seen: the most keys that a query of each part of the tile may keep.
     """
     lanes, tile_s = refs.q.shape[0], GROUP * refs.keys_vmem.shape[2]
@@ -47,7 +46,7 @@ def score_step(plan: Any, seen: list[Array], i: Array, slot: Array, refs: Any) -
     lax.fori_loop(0, tile_s // ROWS, some_keys, None)
 
 
-def score_keys(plan: Any, i: Array, slot: Array, j: Array, queries: Any, refs: Any) -> None:
+def score_keys(plan: Plan, i: Array, slot: Array, j: Array, queries: pl.Slice, refs: Refs) -> None:
     """The same of `ROWS` keys, number j of the step, for some queries."""
     _, _, unit, D = refs.keys_vmem.shape
     size, width, n = plan.block_size, queries.size, ROWS // plan.block_size
@@ -83,7 +82,7 @@ def score_keys(plan: Any, i: Array, slot: Array, j: Array, queries: Any, refs: A
         refs.best_vmem[queries.start // LANES + c // LANES, rows] = best[:, :, c : c + LANES].reshape(-1, LANES)
 
 
-def spread_scales(slot: Array, j: Array, refs: Any) -> None:
+def spread_scales(slot: Array, j: Array, refs: Refs) -> None:
     """The scales of `ROWS` keys, number j of the step: of each one a row."""
     unit = refs.keys_vmem.shape[2]
     per_block, n = refs.scale_vmem.shape[1] // GROUP, ROWS // unit
@@ -93,7 +92,7 @@ def spread_scales(slot: Array, j: Array, refs: Any) -> None:
         refs.columns_vmem[pl.ds(at, unit)] = column(scale, LANES)
 
 
-def flush(plan: Any, i: Array, n_steps: Array, refs: Any) -> None:
+def flush(plan: Plan, i: Array, n_steps: Array, refs: Refs) -> None:
     """After step i, if it completes 128 blocks or is the last: their sort keys."""
     per_step = GROUP * refs.keys_vmem.shape[2] // plan.block_size
     steps, groups = max(LANES // per_step, 1), max(per_step // LANES, 1)

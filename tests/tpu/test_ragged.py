@@ -97,22 +97,27 @@ def test_pages(implementation, name, n_queries, lengths, page_size, dtype):
     check(got, q, k if dtype == "bfloat16" else keys, w, cu_q, cu_k, name)
 
 
+def sequences(starts):
+    """Packed sequences of 70 keys, whose queries begin at these rows."""
+    R = len(starts) - 1
+    return Ragged(
+        keys=Keys(jnp.zeros((99, 64, 8)), None),
+        query_starts=jnp.asarray(starts, jnp.int32),
+        lengths=jnp.full(R, 70, jnp.int32),
+        first_blocks=jnp.arange(R, dtype=jnp.int32),
+        table=None,
+        block_size=64,
+        max_keys=350,
+    )
+
+
 @pytest.mark.parametrize("n_cores", [1, 2])
 @pytest.mark.parametrize(("least", "n_tiles"), [(1, 1 + 5 + 2), (8, 5 + 2)])
 def test_tiles_hold_every_wanted_query_once(n_cores, least, n_tiles):
     n_queries = np.array([5, 0, 40, 9, 1])
     wanted = (n_queries >= least) & (np.arange(5) < 4)
     starts, T, tile_t = np.cumsum([0, *n_queries]), 57, 8
-    ragged = Ragged(
-        keys=Keys(jnp.zeros((99, 64, 8)), None),
-        query_starts=jnp.asarray(starts, jnp.int32),
-        lengths=jnp.full(5, 70, jnp.int32),
-        first_blocks=jnp.arange(5, dtype=jnp.int32),
-        table=None,
-        block_size=64,
-        max_keys=350,
-    )
-    tiles = query_tiles.split(ragged, T, jnp.asarray(wanted), least, tile_t, n_cores)
+    tiles = query_tiles.split(sequences(starts), T, jnp.asarray(wanted), least, tile_t, n_cores)
     rows, sequence = np.asarray(tiles.row_of_slot), np.asarray(tiles.sequence)
     held = np.flatnonzero(np.append(np.repeat(wanted, n_queries), False)[:T])
     assert sorted(rows[rows < T]) == held.tolist()

@@ -121,7 +121,7 @@ def test_a_list_has_every_unit_that_one_of_eight_queries_keeps(interpret):
     heads = ScanHeads(jnp.asarray(v, jnp.float32), jnp.zeros((1, 16, 0, 128), BF16), jnp.zeros((1, 16, 0)))
     eligible = jnp.full((1, 16), S // unit, jnp.int32)
     choice = Choice(k=k, keep_first=1, keep_last=1, interpret=interpret)
-    lists, counts = scan.scan(heads, eligible, jnp.asarray(keys, BF16), unit, choice=choice)
+    lists, counts = scan.scan(heads, eligible, Keys(jnp.asarray(keys, BF16), None), unit, choice=choice)
     scores = np.einsum("td,sd->ts", v[0], keys[0]).reshape(16, -1, unit).max(axis=2)
     for eight in range(2):
         n, own = int(counts[0, eight]), scores[eight * 8 : (eight + 1) * 8].astype(np.float64)

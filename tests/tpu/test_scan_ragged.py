@@ -12,10 +12,10 @@ from bench import shapes
 from bench.tpu import aot
 from hisa_jax.kernels_pallas import mosaic_tpu
 from hisa_jax.kernels_pallas.mosaic_tpu import query_tiles, scan, scan_stages
-from hisa_jax.kernels_pallas.mosaic_tpu.ragged import Ragged
-from hisa_jax.layout import Call, Keys
+from hisa_jax.layout import Call
 from tests import kernel_calls
 from tests.gpu import draw, reference
+from tests.tpu.test_ragged import sequences
 from tests.tpu.test_scan import NEAR, check_query
 
 UNITS = hj.Scan(topk=24, candidates=48, exact_heads=2, unit=4)
@@ -140,16 +140,7 @@ def test_the_flat_indexer_has_the_sequences_that_a_scan_does_not_pay_for(monkeyp
 
 def test_parts_of_tiles_hold_the_same_queries():
     starts, T = np.cumsum([0, 5, 40, 24]), 69
-    ragged = Ragged(
-        keys=Keys(jnp.zeros((99, 128, 8)), None),
-        query_starts=jnp.asarray(starts, jnp.int32),
-        lengths=jnp.full(3, 70, jnp.int32),
-        first_blocks=jnp.arange(3, dtype=jnp.int32),
-        table=None,
-        block_size=128,
-        max_keys=350,
-    )
-    tiles = query_tiles.split(ragged, T, jnp.asarray([False, True, True]), 8, 32, 1)
+    tiles = query_tiles.split(sequences(starts), T, jnp.asarray([False, True, True]), 8, 32, 1)
     parts = tiles.cut(8)
     rows = np.asarray(parts.row_of_slot).reshape(-1, 8)
     assert np.array_equal(parts.row_of_slot, tiles.row_of_slot)
