@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 import hisa_jax as hj
 from hisa_jax.models.cache import over_context, pack, packing, plain_latents, unpack, write
 from hisa_jax.models.config import Config
-from hisa_jax.models.gathered import Memory, memory_of
 from hisa_jax.models.layers import Init, layer_norm, rms_norm
+from hisa_jax.models.memory import Memory, memory_of
 from hisa_jax.models.rope import rotate
 from hisa_jax.models.sharding import mesh_axis, per_device, size_of
 from hisa_jax.selection import selected_mask

@@ -10,7 +10,7 @@ from jax import Array
 import hisa_jax as hj
 from hisa_jax.methods import flat_of
 from hisa_jax.models.dsa import select
-from hisa_jax.models.gathered import Memory
+from hisa_jax.models.memory import Memory
 from hisa_jax.models.modeling import Model, Output
 
 

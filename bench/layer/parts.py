@@ -14,7 +14,7 @@ from bench.layer.setting import Inputs, Setting, make
 from bench.timing import in_turn
 from hisa_jax.models import dsa
 from hisa_jax.models.cache import packing, write
-from hisa_jax.models.gathered import Memory
+from hisa_jax.models.memory import Memory
 
 Call = Callable[[], Any]
 

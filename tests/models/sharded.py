@@ -19,7 +19,7 @@ from flax import nnx  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
 from hisa_jax import models  # noqa: E402
-from hisa_jax.models import gathered, moe  # noqa: E402
+from hisa_jax.models import memory, moe  # noqa: E402
 from hisa_jax.models.check import measures, reading  # noqa: E402
 from hisa_jax.models.stacked import Stacked  # noqa: E402
 from tests.models import golden  # noqa: E402
@@ -163,7 +163,7 @@ def many_tokens_read_gathered_pages(bits=0):
     if bits:
         config = dataclasses.replace(config, index_key_dtype="int8", index_hadamard=True)
         method, mesh = hj.Hisa(topk=8, block_size=4, block_topk=3), models.make_mesh(data=2, context=2)
-    rule, asked = gathered.is_gathered, []
+    rule, asked = memory.is_gathered, []
 
     def watched(*arguments):
         asked.append((arguments[-1], rule(*arguments)))
@@ -177,9 +177,9 @@ def many_tokens_read_gathered_pages(bits=0):
             logits, cache = [*logits, out.logits], out.cache
         return jnp.concatenate(logits, axis=1)
 
-    gathered.is_gathered = watched
+    memory.is_gathered = watched
     found = logits_on(mesh, n_steps=2 if bits else 0)
-    gathered.is_gathered = rule
+    memory.is_gathered = rule
     assert {*asked} == ({(tokens.shape[1] - 2, True), (1, False)} if bits else {(tokens.shape[1], True)}), asked
     want = logits_on(None, n_steps=0) if bits else golden.numbers("dsv32")["logits"]
     golden.assert_close(found, want, golden.LOGITS)
@@ -189,36 +189,12 @@ def many_tokens_of_8_bits_read_gathered_pages_and_few_read_them_where_they_lie()
     many_tokens_read_gathered_pages(bits=8)
 
 
-def gathered_pages_are_those_that_the_tables_name():
-    """Stripes of two pages over two devices and two groups; a page on the wrong device, or none, stays missing."""
-    mesh, size, stripe = models.make_mesh(data=2, context=2), 4, 8
-    # Each of 2 groups has 2 rows and 2 * 6 pages: the first 6 are on its first device.
-    tables = jnp.array(
-        [[0, 1, 6, 7, 2, 3], [4, -1, 8, 0, 5, 99], [5, 4, 11, 10, 3, 2], [0, 1, 9, 8, 77, -5]], jnp.int32
-    )
-    pages = hj.init_cache(24, size, 8, jnp.int8, latent_dim=16, latent_value_dim=8)
-    pages = dataclasses.replace(
-        pages,
-        keys=jnp.arange(24, dtype=jnp.int8)[:, None, None] + jnp.zeros_like(pages.keys),
-        latents=jnp.arange(24, dtype=pages.latents.dtype)[:, None, None] + jnp.zeros_like(pages.latents),
-    )
-    together, found = jax.jit(lambda p, t: gathered.gather(p, t, mesh, stripe))(pages, tables)
-    per_group = together.n_pages // 2
-    for row, table in enumerate(np.asarray(tables)):
-        for place, page in enumerate(table):
-            is_there = 0 <= page < 12 and page // 6 == place * size // stripe % 2
-            assert (found[row, place] >= 0) == is_there, (row, place)
-            if is_there:
-                at, wanted = row // 2 * per_group + int(found[row, place]), row // 2 * 12 + page
-                assert (together.keys[at] == wanted).all() and (together.latents[at] == wanted).all(), (row, place)
-
-
 CHECKS = {
     check.__name__: check
     for check in (
         tensor_and_data_parallel, explicit_mesh_of_one_axis, quantised_keys_and_hisa, generation, the_self_check,
         save_here_restore_there, replayed_rollouts, stacked_layers_whose_pages_and_weights_devices_share,
-        many_tokens_read_gathered_pages, gathered_pages_are_those_that_the_tables_name,
+        many_tokens_read_gathered_pages,
         many_tokens_of_8_bits_read_gathered_pages_and_few_read_them_where_they_lie,
     )
 }  # fmt: skip

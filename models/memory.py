@@ -11,17 +11,15 @@ what they replace, which is as large at that point, and one layer's are gone whe
 
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
+from jax import Array
+from jax.sharding import Mesh
 
 import hisa_jax as hj
-from hisa_jax.models.cache import pages_sharding
 from hisa_jax.models.config import Config
 from hisa_jax.models.sharding import mesh_axis, size_of
-from hisa_jax.sharded.cache import own_pages
-from hisa_jax.sharded.stripes import Stripes
+from hisa_jax.sharded import gathered
+from hisa_jax.sharded.meshes import Axes
+from hisa_jax.sharded.stripes import Shard
 
 
 class Memory(NamedTuple):
@@ -44,8 +42,10 @@ def memory_of(config: Config, memory: Memory, n_tokens: int) -> Memory:
     pages, tables, mesh, stripe = memory
     if mesh is None or stripe is None or not is_gathered(config, pages, tables.shape, mesh, n_tokens):
         return memory
-    together, tables = gather(pages, tables, mesh, stripe)
-    return Memory(together, tables, ranks_alone(mesh), None)
+    axes = Axes(mesh, "context", mesh_axis(mesh, "batch", tables.shape[0]))
+    shard = Shard("context", axes.n_devices, stripe, tables.shape[1] * pages.page_size)
+    copies, tables = gathered.pages_of_all(pages, tables, axes, shard)
+    return Memory(copies, tables, ranks_alone(mesh), None)
 
 
 def is_gathered(
@@ -59,7 +59,7 @@ def is_gathered(
     if n_devices == 1 or n_heads % (n_ranks * n_devices):
         return False
     assert pages.latents is not None  # a model's cache holds them
-    row_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(pages)) // pages.n_pages * tables[1]
+    row_bytes = gathered.nbytes(pages) // pages.n_pages * tables[1]
     # Queries go to all, values to who adds them up and from there to all.
     wide = config.kv_lora_rank + config.qk_rope_head_dim + 2 * config.kv_lora_rank
     itemsize = 2 if isinstance(pages.latents, hj.QuantizedLatents) else pages.latents.dtype.itemsize
@@ -74,39 +74,3 @@ def ranks_alone(mesh: Mesh) -> Mesh:
     order = [mesh.axis_names.index(name) for name in (*names, "context") if name in mesh.axis_names]
     devices = mesh.devices.transpose(order).reshape(*sizes.values(), -1)
     return Mesh(devices, names, axis_types=mesh.axis_types[:1] * len(names))
-
-
-def gather(pages: hj.IndexCache, block_tables: Array, mesh: Mesh, stripe: int) -> tuple[hj.IndexCache, Array]:
-    """All pages of the rows on every device of their group, and tables of these copies.
-
-    Args:
-        pages, block_tables: [B, P] int32, of rows whose pages `context` splits by stripes.
-        stripe: tokens of a row one after the other that one device has.
-
-    Returns: the pages of the first device of a group, row after row, then the next one's; tables [B, P] int32, -1 where
-        a row has no page on the device whose turn it is.
-    """
-    n_devices = size_of(mesh, "context")
-
-    def one_device(pages: hj.IndexCache, table: Array) -> tuple[hj.IndexCache, Array]:
-        stripes = Stripes(stripe // pages.page_size, n_devices, lax.axis_index("context"))
-        own = own_pages(pages, stripes.columns(table), "context")
-        R, n_own = own.shape
-
-        def to_all(rows: Array) -> Array:
-            return lax.all_gather(rows, "context", axis=0, tiled=True)
-
-        def pages_to_all(leaf: Array) -> Array:
-            rows = leaf[jnp.maximum(own, 0).reshape(-1)]
-            if leaf.dtype.itemsize > 1:
-                return to_all(rows)
-            return lax.bitcast_convert_type(to_all(lax.bitcast_convert_type(rows, jnp.uint8)), leaf.dtype)
-
-        together = jax.tree.map(pages_to_all, pages)
-        row, place = jnp.arange(R, dtype=jnp.int32)[:, None], jnp.arange(table.shape[1], dtype=jnp.int32)[None, :]
-        at = (place // stripes.size % n_devices * R + row) * n_own + stripes.own(place)
-        return together, jnp.where(to_all(own.reshape(-1))[at] >= 0, at, -1)
-
-    rows = PartitionSpec(mesh_axis(mesh, "batch", block_tables.shape[0]))
-    specs = pages_sharding(mesh, block_tables.shape[0]).spec, rows
-    return jax.shard_map(one_device, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(pages, block_tables)
