@@ -157,7 +157,7 @@ def many_queries_get_the_keys(name="hisa", dtype="float8_e4m3fn"):
     found = collectives(sharded.lower(*arrays).compile())
     assert {kind for kind, *_ in found} == {"all-gather"}, found
     n_keys, n_found = S * D, (n + 1) * (method.topk + 1)  # of one of two sequences a device; a list, and its length
-    assert sum(n for _, dtype, n in found if dtype in ("u8", "bf16")) == n_keys, found
+    assert max(n for *_, n in found) == n_keys, found
     assert sum(n for _, dtype, n in found if dtype == "s32") == n_found, found
 
 
@@ -167,11 +167,11 @@ def many_queries_of_other_methods_get_the_keys():
 
 
 def latents_go_to_many_queries_and_gradients_come_back():
-    """17 queries over 4 devices, in 2 groups."""
+    """29 queries over 4 devices, in 2 groups."""
     rng, axes = np.random.default_rng(0), dict(mesh=mesh(2, 4), context_axis="context", data_axis="data")
-    q, kv = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 17, 4, 24), (2, 64, 24)))
-    indices = jnp.asarray(rng.integers(-1, 64, (2, 17, 9)), jnp.int32)
-    assert gathered.of_latents(kv.nbytes, 4 * 2 * 17 * 4 * 16)
+    q, kv = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 29, 4, 24), (2, 64, 24)))
+    indices = jnp.asarray(rng.integers(-1, 64, (2, 29, 9)), jnp.int32)
+    assert gathered.of_latents(kv.nbytes, 4 * 2 * 29 * 4 * 16)
 
     def loss(q, kv, **axes):
         out, lse = hj.sparse_mla(q, kv, indices, value_dim=16, scale=0.2, return_lse=True, **axes)
@@ -182,7 +182,7 @@ def latents_go_to_many_queries_and_gradients_come_back():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, wanted)
     attend = jax.jit(functools.partial(hj.sparse_mla, value_dim=16, scale=0.2, **axes))
     found = collectives(attend.lower(q, kv, indices).compile())
-    assert [(kind, n) for kind, _, n in found if n >= 64 * 24] == [("all-gather", 64 * 24)], found
+    assert sorted((kind, n) for kind, _, n in found) == [("all-gather", 64 * 24), ("all-gather", 32 * 4 * 16)], found
 
 
 def what_is_on_all_devices_gets_the_gradient_of_all():
