@@ -104,7 +104,8 @@ def pages_of_all(cache: IndexCache, table: Array, axes: Axes, shard: Shard) -> t
         own = own_pages(cache, stripes.columns(table), shard.axis)
         (R, n_own), rows = own.shape, own.reshape(-1)
         copies = jax.tree.map(lambda x: whole(x[jnp.maximum(rows, 0)], shard.axis, 0), cache)
-        request, place = jnp.arange(R, dtype=jnp.int32)[:, None], jnp.arange(table.shape[1], dtype=jnp.int32)
+        request, place = (jnp.arange(n, dtype=jnp.int32) for n in table.shape)
+        request, place = request[:, None], place[None, :]
         at = (place // stripes.size % shard.n_devices * R + request) * n_own + stripes.own(place)
         return copies, jnp.where(whole(rows, shard.axis, 0)[at] >= 0, at, -1)
 
