@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_few, select_row
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_few, select_groups, select_row
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_groups_text import Groups
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.threshold_text import Shape
 from hisa_jax.kernels_pallas.mosaic_gpu.topk_body import Outputs
 from hisa_jax.kernels_pallas.operands import KeptBlocks
@@ -59,7 +61,10 @@ def topk(
     return _launch(x, limit, ids, k, per_column=per_column, **options)[:2]
 
 
-@functools.partial(jax.jit, static_argnames=("k", "size", "width", "per_column", "has_sort_keys", "interpret"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("k", "size", "width", "per_column", "has_sort_keys", "by_candidates", "interpret"),
+)
 def topk_by_maxima(
     x: Array,
     maxima: Array,
@@ -70,6 +75,7 @@ def topk_by_maxima(
     width: int,
     per_column: int = 1,
     has_sort_keys: bool = False,
+    by_candidates: bool = True,
     interpret: Interpret = False,
 ) -> tuple[Array, Array, Array | None]:
     """[T, W] sort keys, none forced, the greatest of each `size` neighbours -> of the k best [T, k], count, sort keys.
@@ -81,6 +87,7 @@ def topk_by_maxima(
         size: 2, 4 or 8.
         limit: [T] int32, columns from limit / per_column on, rounded up, are no candidates, whatever they hold.
         width: groups from here on are not looked at.
+        by_candidates: whether tokens below what k groups reach are left out at once; it changes the speed alone.
     """
     T = len(x)
     of_groups, of_columns = select_few.shape_of(width, k), select_few.shape_of(k * size, k)
@@ -98,9 +105,10 @@ def topk_by_maxima(
     )
     rows, count = jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)
     out = Outputs(rows, count, None), Outputs(rows, count, rows if has_sort_keys else None)
-    smem_bytes = max(of_groups.smem_bytes, of_columns.smem_bytes)
+    groups = Groups(maxima=of_groups, size=size, has_sort_keys=has_sort_keys) if by_candidates else None
+    smem_bytes = max(of_groups.smem_bytes, of_columns.smem_bytes, groups.smem_bytes if groups else 0)
     return plgpu.kernel(
-        functools.partial(_by_maxima_body, *plans),
+        functools.partial(_by_maxima_body, groups, *plans),
         out_type=[out],
         grid=(T,),
         grid_names=("row",),
@@ -206,19 +214,43 @@ def _body(plan: _Plan, limit_gmem: Ref | None, ids_gmem: Ref | None, x_gmem: Ref
 
 
 def _by_maxima_body(
-    of_groups: _Plan, of_columns: _Plan, limit_gmem: Ref, maxima_gmem: Ref, x_gmem: Ref, out: tuple, smem: Ref
+    groups: Groups | None,
+    of_groups: _Plan,
+    of_columns: _Plan,
+    limit_gmem: Ref,
+    maxima_gmem: Ref,
+    x_gmem: Ref,
+    out: tuple,
+    smem: Ref,
 ) -> None:
     # One CTA, one row:   the greatest of each group -> the best groups -> their sort keys -> o, count
+    #
+    # As `select_groups` does it, in one go. Where it does not, groups are chosen first, then columns.
     groups_out, columns_out = out
-    limit = limit_gmem[lax.axis_index("row")]
-    _choose(of_groups, limit, None, maxima_gmem, groups_out, smem)
-    _choose(of_columns, limit, groups_out.positions, x_gmem, columns_out, smem)
+    t = lax.axis_index("row")
+    limit = limit_gmem[t]
+
+    def in_two_steps() -> None:
+        _choose(of_groups, limit, None, maxima_gmem, groups_out, smem)
+        _choose(of_columns, limit, groups_out.positions, x_gmem, columns_out, smem)
+
+    if of_columns.interpret or groups is None:
+        in_two_steps()
+        return
+    x, maxima = (Row(ref, t, ref.shape[1]) for ref in (x_gmem, maxima_gmem))
+    columns = _columns(limit, of_columns.per_column)
+    done = select_groups.choose(groups, x, maxima, columns, smem, select_row.Output(t, *columns_out))
+    pl.when(done == 0)(in_two_steps)
+
+
+def _columns(limit: Array, per_column: int) -> Array:
+    """How many columns hold what a limit counts."""
+    return limit if per_column == 1 else lax.div(limit + (per_column - 1), jnp.int32(per_column))
 
 
 def _choose(plan: _Plan, limit: Array, ids_gmem: Ref | None, x_gmem: Ref, out: Outputs, smem: Ref) -> None:
     t, shape = lax.axis_index("row"), plan.shape
-    if plan.per_column > 1:
-        limit = lax.div(limit + (plan.per_column - 1), jnp.int32(plan.per_column))
+    limit = _columns(limit, plan.per_column)
     output, row = select_row.Output(t, *out), Row(x_gmem, t, x_gmem.shape[1])
     if not plan.interpret:
         ids = None if ids_gmem is None else Row(ids_gmem, t, ids_gmem.shape[1])
