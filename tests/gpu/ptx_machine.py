@@ -192,7 +192,7 @@ class _Warp:
         elif name == "mbarrier" and parts[0] == "try_wait":
             self._set(args[0], np.ones(32, bool), mask)  # what is copied is there from the start
         elif name == "mbarrier":
-            self._arrive(next(x for x in args if x.startswith("[")))
+            self._arrive(next(x for x in args if x.startswith("[")), mask)
         elif name == "ldmatrix":
             self._load_matrices(args)
         elif name in ("fence", "createpolicy"):
@@ -330,7 +330,7 @@ class _Warp:
     def _copy(self, parts, args, mask):
         """Of 16 bytes a thread, zeros where a predicate says so; or what becomes of such copies."""
         if parts[1] == "mbarrier":
-            self._arrive(args[0])
+            self._arrive(args[0], mask)
         elif parts[1] == "commit_group":
             self.copies.append([])
         elif parts[1] in ("wait_group", "wait_all"):
@@ -352,8 +352,8 @@ class _Warp:
             values = [np.where(ignored, 0, self.cta.memory[at + i]).astype(np.uint32) for i in range(size // 4)]
             self.copies[-1].append((np.where(mask, to // 4, 0), mask, values))
 
-    def _arrive(self, where):
-        for address in self._words(where):
+    def _arrive(self, where, mask):
+        for address in self._words(where)[mask]:
             self.cta.arrivals[int(address)] += 1
 
     def _add(self, args, mask, *, returns):

@@ -47,7 +47,7 @@ def test_the_machine_has_the_scores_of_whole_numbers(H, together, n_parts, filte
         text = text.replace(f"${i}", OPERANDS[i].lower() + "_")
     before = RING - 1
     at |= dict(KEYS=KEYS, K_FREE=BARRIERS, SCALES=SCALES, Q=Q, W=W, FULL=BARRIERS + 64, FREE=BARRIERS + 128, PIN=PIN)
-    at |= dict(COUNT=T, BEFORE=before, CANDIDATE=CANDIDATE)
+    at |= dict(COUNT=T, BEFORE=before, CANDIDATE=CANDIDATE, ENDS=0)
     machine = Machine(text, 128, {name.lower() + "_": value for name, value in at.items()}, memory, 1024 * 104)
     put(machine, KEYS, swizzled(k.reshape(-1, 128)))
     put(machine, SCALES, scale)
