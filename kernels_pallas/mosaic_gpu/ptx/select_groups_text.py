@@ -1,22 +1,28 @@
 """The PTX of select_groups.py: the exact top-k of a long row by the greatest of each group of neighbours.
 
-    greatest of each group, in registers -> their range -> a histogram -> the bin of the k-th
-        -> groups in that bin and above, listed in order -> `least`, the least of their greatest: k tokens reach it
+    greatest of each group, in registers -> their range -> a histogram -> the bin of the k-th, its lower edge `least`
+        -> groups in that bin and above, listed in order: k tokens reach `least`
         -> their tokens, in registers -> those that reach `least`, listed in order: of normal scores 1.1 k
         -> a histogram of these -> the bin of the k-th -> its sort keys, listed -> `thr` -> o
 
-No group that is left out has one of the k best: its greatest is below k others. Both lists are in the order of tokens:
-a warp has neighbouring columns, a lane four of each 128, and what lanes and warps before it have says where its own go.
-Of the last list a lane has one of each 32. A row that this is not for, of fewer than k groups, infinite scores, or so
-many ties that a list would be too long, is left as it is: $DONE is 0. Names in capitals after a $ are operands (see
-`scope`). Branches are taken by all threads of a warp or by none, and but for loops over the last list by all warps.
+No group that is left out has one of the k best: its greatest is below k others. Several CTAs, a cluster, may share a
+row: each has a part of the groups, and all of them put what reaches `least` into the shared memory of the first, which
+goes on alone. Lists are in the order of tokens: a warp has neighbouring columns, a lane four of each 128, and what lanes
+and warps before it have says where its own go. Of the last list a lane has one of each 32.
+
+A row that this is not for, of fewer than k groups, infinite scores, or so many ties that a list would be too long, is
+left as it is: $DONE is 0 in the first CTA. Names in capitals after a $ are operands (see `scope`). Branches are taken by
+all threads of a warp or by none, and but for loops over the last list and what one warp does by all warps.
 """
 
 import dataclasses
 from collections.abc import Callable
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import scope
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.cluster_text import CLUSTER_SYNC, load_table, own_entry, to_all
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import SORT_KEY, scope
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.threshold_text import (
+    BINS,
+    WHOLE,
     Shape,
     bin_of,
     bins_ptx,
@@ -35,7 +41,7 @@ from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 
 OPERANDS = ("DONE", "X", "MAXIMA", "LIMIT", "O", "COUNT", "SMEM", "SORT_KEYS")
 _TOKENS = 32  # sort keys of tokens that a thread holds
-_CANDIDATES = 16  # a thread, that the last list has room for
+_CANDIDATES = 16384  # that the last list has room for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,14 +49,21 @@ class Groups:
     """The static numbers of a row.
 
     Attributes:
-        maxima: the row of groups.
+        maxima: the row of groups, of which a thread has shape.each.
         size: tokens a group, 2, 4 or 8.
+        n_ctas: that share a row.
         has_sort_keys: whether those of the chosen are written, too, to $SORT_KEYS.
     """
 
     maxima: Shape
     size: int
+    n_ctas: int = 1
     has_sort_keys: bool = False
+
+    def __post_init__(self):
+        shape = self.maxima
+        if self.n_ctas > 1 and (shape.each * self.size > _TOKENS or self.n_ctas * shape.n_warps % 32):
+            raise ValueError(f"{self}: a CTA of several must have room for all its tokens, and whole warps for all warps")
 
     @property
     def chunk(self) -> int:
@@ -73,7 +86,7 @@ class Groups:
 
     @property
     def most_candidates(self) -> int:
-        return _CANDIDATES * self.maxima.n_threads
+        return _CANDIDATES
 
     @property
     def list(self) -> int:
@@ -85,8 +98,25 @@ class Groups:
         return self.list + 4 * self.most_groups
 
     @property
-    def smem_bytes(self) -> int:
+    def table(self) -> int:
+        """Where the CTAs of a row tell each other their ranges; then 32 sums of bins; then how many candidates."""
         return self.candidates + 8 * self.most_candidates
+
+    @property
+    def sums(self) -> int:
+        return self.table + 8 * self.all_warps
+
+    @property
+    def counts(self) -> int:
+        return self.sums + 128 * self.n_ctas
+
+    @property
+    def all_warps(self) -> int:
+        return self.n_ctas * self.maxima.n_warps
+
+    @property
+    def smem_bytes(self) -> int:
+        return self.table if self.n_ctas == 1 else self.counts + 4 * self.all_warps
 
 
 def groups_ptx(groups: Groups) -> str:
@@ -96,26 +126,29 @@ def groups_ptx(groups: Groups) -> str:
     """
     shape = groups.maxima
     n_words = groups.n_loads // 4
+    several = groups.n_ctas > 1
+    # The first CTA goes on when all candidates are there.
+    alone = "setp.ne.s32 p, cta, 0; @p bra done;" if several else ""
     return scope(
         f"""{registers(shape, _TOKENS)}
-.reg .b32 least, left, run, ahead, end, above, below, own<{groups.n_loads}>, n<{n_words}>, e<{n_words}>;
+.reg .b32 cta, m<8>, far, least, left, run, ahead, end, above, below, sort_key, own<{groups.n_loads}>, n<{n_words}>, e<{n_words}>;
 .reg .pred in;
+{"mov.u32 cta, %cluster_ctarank;" if several else "mov.b32 cta, 0;"}
 {_load_maxima(groups)}
-{_range(shape)}
+{_range(groups)}
 {bins_ptx(shape, "slow")}
 {each_key(shape, lambda j: bin_of(f"v{j}", f"b{j}") + count_in(f"b{j}"))}
-{sync(shape)}mov.b32 rank, {shape.k};
-{pick(shape)}
-setp.lt.s32 p, total, {shape.k}; @p bra slow;
-{clear_bins(shape)}
+{sync(shape)}{_pick_of_all(groups) if several else _pick(shape)}
+{_LEAST}
 {_list_groups(groups)}
 {_load_tokens(groups)}
 {_list_candidates(groups)}
+{alone}
 {_threshold(groups)}
 emit:
 {_emit(groups)}
-mov.b32 $DONE, 1; bra out;
-slow: {sync(shape)}mov.b32 $DONE, 0;
+done: mov.b32 $DONE, 1; bra out;
+slow: {sync(shape)}setp.ne.s32 p, cta, 0; selp.b32 t, 1, 0, p; mov.b32 $DONE, t;
 out:
 """,
         OPERANDS,
@@ -127,13 +160,13 @@ def _load_maxima(groups: Groups) -> str:
     shape = groups.maxima
     chunks = range(shape.each // 4)
     lines = [
-        f"""mul.lo.u32 column, warp, {32 * shape.each}; shl.b32 t, lane, 2; add.u32 column, column, t;
+        f"""mad.lo.u32 column, cta, {shape.n_warps}, warp; mul.lo.u32 column, column, {32 * shape.each}; shl.b32 t, lane, 2; add.u32 column, column, t;
 mul.wide.u32 word, column, 4; add.s64 word, word, $MAXIMA;"""
     ]
     for i in chunks:
         names = [f"v{4 * i + u}" for u in range(4)]
         guard = ""
-        if shape.width != shape.n_threads * shape.each:
+        if shape.width != groups.n_ctas * shape.n_threads * shape.each:
             guard = "@p "
             lines.append(" ".join(f"mov.b32 {name}, {INVISIBLE};" for name in names))
             lines.append(f"add.u32 t, column, {128 * i}; setp.lt.u32 p, t, {shape.width};")
@@ -151,14 +184,66 @@ whole:"""
     return "\n".join(lines)
 
 
-def _range(shape: Shape) -> str:
+def _range(groups: Groups) -> str:
     """The least visible sort key, and the greatest."""
+    shape, each = groups.maxima, groups.all_warps // 32
     # One less, `INVISIBLE` is the greatest number there is.
     one = lambda j: f"sub.s32 t, v{j}, 1; min.s32 low, low, t; max.s32 high, high, v{j};"  # noqa: E731
-    return f"""mov.b32 low, {FORCED}; mov.b32 high, {INVISIBLE};
-{each_key(shape, one)}
-{over_warps(shape, 0, {"low": ("min", FORCED), "high": ("max", INVISIBLE)})}
-add.s32 low, low, 1;"""
+    own = f"mov.b32 low, {FORCED}; mov.b32 high, {INVISIBLE};\n{each_key(shape, one)}"
+    if groups.n_ctas == 1:
+        all_of_them = over_warps(shape, 0, {"low": ("min", FORCED), "high": ("max", INVISIBLE)})
+        return f"{own}\n{all_of_them}\nadd.s32 low, low, 1;"
+    reduce = "redux.sync.min.s32 low, low, -1; redux.sync.max.s32 high, high, -1;"
+    words = [f"m{i}" for i in range(2 * each)]
+    join = " ".join(
+        f"min.s32 low, low, {a}; max.s32 high, high, {b};" for a, b in zip(words[::2], words[1::2], strict=True)
+    )
+    return f"""{own}
+{reduce}
+{own_entry(shape.n_warps, 8)}{to_all(groups.n_ctas, groups.table, ["low", "high"])}
+{CLUSTER_SYNC}{load_table(2 * groups.all_warps, groups.table, words)}
+{join}
+{reduce} add.s32 low, low, 1;"""
+
+
+def _pick(shape: Shape) -> str:
+    """`pick`, the bin of the k-th."""
+    return f"mov.b32 rank, {shape.k};\n{pick(shape)}\nsetp.lt.s32 p, total, {shape.k}; @p bra slow;"
+
+
+def _pick_of_all(groups: Groups) -> str:
+    """The same of the bins of all CTAs. Each tells the others sums of 32 bins: one holds the k-th, its bins are read."""
+    shape, n = groups.maxima, groups.n_ctas
+    each = 32 // shape.n_warps
+    sums = "".join(
+        f"""mad.lo.u32 c, warp, {each}, {i}; shl.b32 at, c, 7; shl.b32 t, lane, 2; add.u32 at, at, t; add.u32 at, at, $SMEM;
+ld.shared.b32 n, [at+{shape.hist}]; redux.sync.add.s32 n, n, -1;
+mad.lo.u32 at, cta, 32, c; shl.b32 at, at, 2; add.u32 at, at, $SMEM; {to_all(n, groups.sums, ["n"])}
+"""
+        for i in range(each)
+    )
+    # What is in bins before the k-th's.
+    place = f"""{scan("e")}
+add.s32 e, e, above; setp.lt.s32 p, e, {shape.k}; vote.sync.ballot.b32 t, p, -1; popc.b32 c, t;"""
+    add = " ".join(f"add.s32 n, n, h{i};" for i in range(1, n))
+    return f"""{sums}{CLUSTER_SYNC}shl.b32 at, lane, 2; add.u32 at, at, $SMEM;
+{" ".join(f"ld.shared.b32 h{i}, [at+{groups.sums + 128 * i}];" for i in range(n))}
+mov.b32 n, h0; {add} mov.b32 e, n; mov.b32 above, 0;
+{place}
+setp.ge.s32 p, c, 32; @p bra slow;
+setp.ne.s32 p, warp, 0; @p bra picked;
+sub.s32 e, e, n; shfl.sync.idx.b32 above, e, c, 31, -1; mov.b32 pick, c; shl.b32 t, pick, 7; add.u32 at, at, t;
+{" ".join(f"mov.b32 u, {i}; mapa.shared::cluster.u32 far, at, u; ld.shared::cluster.b32 h{i}, [far+{shape.hist}];" for i in range(n))}
+mov.b32 n, h0; {add} mov.b32 e, n;
+{place}
+mad.lo.u32 pick, pick, 32, c; mov.b32 at, $SMEM; setp.eq.s32 p, lane, 0; @p st.shared.b32 [at+{shape.pick}], pick;
+picked:
+{sync(shape)}mov.b32 at, $SMEM; ld.shared.b32 pick, [at+{shape.pick}]; sub.u32 pick, {WHOLE + BINS}, pick;"""
+
+
+# `least`, a sort key below all that are in bin `pick`: half a bin below its lower edge, rounded down.
+_LEAST = f"""mov.b32 x, pick; sub.rn.f32 x, x, 0f4B000002; mul.rn.f32 scale, last, 0f3A802008; fma.rm.f32 x, x, scale, first;
+{SORT_KEY} mov.b32 least, sort_key;"""
 
 
 def _chunks(words: int) -> str:
@@ -185,22 +270,34 @@ def _place(i: int) -> str:
     return f"{_byte('at', e, i % 4)} add.u32 at, at, ahead; {_byte('t', h, i % 4)} add.u32 ahead, ahead, t;"
 
 
-def _before_warp(shape: Shape, region: int, other: str, op: str) -> str:
-    """PTX: `c` of each warp -> `ahead`, the sum of the warps before it; `total`, of all; `other` of all by `op`."""
-    at = shape.parts + 512 * region
-    nothing = {"min": FORCED, "add": 0}[op]
-    return f"""setp.eq.u32 p, lane, 0; shl.b32 at, warp, 3; add.u32 at, at, $SMEM; @p st.shared.v2.b32 [at+{at}], {{c, {other}}};
-{sync(shape)}shl.b32 at, lane, 3; add.u32 at, at, $SMEM; setp.lt.u32 p, lane, {shape.n_warps};
-mov.b32 u, 0; mov.b32 {other}, {nothing}; @p ld.shared.v2.b32 {{u, {other}}}, [at+{at}];
+def _before_warp(shape: Shape, region: int, other: str | None = None) -> str:
+    """PTX: `c` of each warp -> `ahead`, the sum of the warps before it; `total`, of all; `other` of each by lane."""
+    at, width = shape.parts + 512 * region, 3 if other else 2
+    own, kind, clear = ("{c, " + other + "}", "v2.b32", f"mov.b32 {other}, 0;") if other else ("c", "b32", "")
+    return f"""setp.eq.u32 p, lane, 0; shl.b32 at, warp, {width}; add.u32 at, at, $SMEM; @p st.shared.{kind} [at+{at}], {own};
+{sync(shape)}shl.b32 at, lane, {width}; add.u32 at, at, $SMEM; setp.lt.u32 p, lane, {shape.n_warps};
+mov.b32 u, 0; {clear} @p ld.shared.{kind} {own.replace("c", "u", 1)}, [at+{at}];
 redux.sync.add.s32 total, u, -1; setp.lt.u32 p, lane, warp; selp.b32 u, u, 0, p; redux.sync.add.s32 ahead, u, -1;"""
 
 
-def _list_groups(groups: Groups) -> str:
-    """Those in the bin of the k-th and above; `total`, how many, and `least`, the least of their greatest."""
-    shape = groups.maxima
-    count = lambda j: (  # noqa: E731
-        f"setp.ge.u32 p, b{j}, pick; @p add.s32 n0, n0, {1 << 8 * (j // 4)}; @p min.s32 least, least, v{j};"
+def _before_warp_of_all(groups: Groups) -> str:
+    """The same for the warps of all CTAs."""
+    shape, each = groups.maxima, groups.all_warps // 32
+    words = [f"m{i}" for i in range(each)]
+    own = "".join(
+        f"add.s32 total, total, {word}; setp.lt.u32 p, t, e; @p add.s32 ahead, ahead, {word}; add.u32 t, t, 1;\n"
+        for word in words
     )
+    return f"""{own_entry(shape.n_warps, 4)}{to_all(groups.n_ctas, groups.counts, ["c"])}
+{CLUSTER_SYNC}{load_table(groups.all_warps, groups.counts, words)}
+mov.b32 total, 0; mov.b32 ahead, 0; mad.lo.u32 e, cta, {shape.n_warps}, warp; mul.lo.u32 t, lane, {each};
+{own}redux.sync.add.s32 total, total, -1; redux.sync.add.s32 ahead, ahead, -1;"""
+
+
+def _list_groups(groups: Groups) -> str:
+    """Those in the bin of the k-th and above; `total`, how many this CTA has."""
+    shape = groups.maxima
+    count = lambda j: f"setp.ge.u32 p, b{j}, pick; @p add.s32 n0, n0, {1 << 8 * (j // 4)};"  # noqa: E731
 
     def write(i: int) -> str:
         own = (
@@ -210,13 +307,12 @@ def _list_groups(groups: Groups) -> str:
         )
         return "\n".join([_place(i), "shl.b32 at, at, 2; add.u32 at, at, $SMEM;", *own])
 
-    return f"""mov.b32 n0, 0; mov.b32 least, {FORCED};
+    too_many = "" if groups.n_ctas > 1 else f"setp.gt.s32 p, total, {groups.most_groups}; @p bra slow;"
+    return f"""mov.b32 n0, 0;
 {each_key(shape, count)}
 {_chunks(1)}
-redux.sync.min.s32 least, least, -1;
-{_before_warp(shape, 2, "least", "min")}
-redux.sync.min.s32 least, least, -1;
-setp.gt.s32 p, total, {groups.most_groups}; @p bra slow;
+{_before_warp(shape, 2)}
+{too_many}
 {"".join(write(i) for i in range(shape.each // 4))}
 {sync(shape)}"""
 
@@ -249,7 +345,8 @@ def _each_load(groups: Groups, line: Callable[[int], str], end: str) -> str:
 
 def _list_candidates(groups: Groups) -> str:
     """Of the tokens of listed groups those that reach `least`."""
-    chunk, words = groups.chunk, groups.n_loads // 4
+    chunk, words, several = groups.chunk, groups.n_loads // 4, groups.n_ctas > 1
+    shared = "shared::cluster" if several else "shared"
 
     def count(i: int) -> str:
         own = [f"v{chunk * i + u}" for u in range(chunk)]
@@ -264,19 +361,21 @@ all{i}:
     def write(i: int) -> str:
         own = (
             f"setp.ge.s32 p, v{chunk * i + u}, least; add.s32 t, own{i}, {u}; "
-            f"@p st.shared.v2.b32 [at+{groups.candidates}], {{v{chunk * i + u}, t}}; @p add.u32 at, at, 8;"
+            f"@p st.{shared}.v2.b32 [at+{groups.candidates}], {{v{chunk * i + u}, t}}; @p add.u32 at, at, 8;"
             for u in range(chunk)
         )
-        return "\n".join([_place(i), "shl.b32 at, at, 3; add.u32 at, at, $SMEM;", *own])
+        return "\n".join([_place(i), "shl.b32 at, at, 3; add.u32 at, at, far;", *own])
 
+    # Now all have read this CTA's bins.
     return f"""{" ".join(f"mov.b32 n{w}, 0;" for w in range(words))}
 {_each_load(groups, count, "counted")}
 {_chunks(words)}
-mov.b32 n, 0;
-{_before_warp(groups.maxima, 3, "n", "add")}
+{_before_warp_of_all(groups) if several else _before_warp(groups.maxima, 3)}
 setp.gt.s32 p, total, {groups.most_candidates}; @p bra slow;
+{clear_bins(groups.maxima)}
+{"mov.b32 u, 0; mapa.shared::cluster.u32 far, $SMEM, u;" if several else "mov.b32 far, $SMEM;"}
 {_each_load(groups, write, "written")}
-{sync(groups.maxima)}"""
+{CLUSTER_SYNC if several else sync(groups.maxima)}"""
 
 
 def _each_candidate(groups: Groups, name: str, body: str, has_column: bool = False) -> str:
@@ -326,7 +425,7 @@ setp.lt.and.s32 q, e, room, q; or.pred p, p, q; min.s32 e, e, room; add.s32 t, t
 popc.b32 t, above; add.s32 ahead, ahead, t; popc.b32 t, tie; add.s32 rank, rank, t;"""
     return f"""mov.b32 c, 0; mov.b32 n, 0; mov.u32 below, %lanemask_lt;
 {_each_candidate(groups, "sum", ballots + " popc.b32 t, above; add.s32 c, c, t; popc.b32 t, tie; add.s32 n, n, t;")}
-{_before_warp(groups.maxima, 4, "n", "add")}
+{_before_warp(groups.maxima, 4, "n")}
 setp.lt.u32 p, lane, warp; selp.b32 rank, n, 0, p; redux.sync.add.s32 rank, rank, -1; sub.s32 room, {k}, total;
 {_each_candidate(groups, "write", write, has_column=True)}
 setp.eq.u32 p, tid, 0; mov.b32 t, {k}; mov.b64 word, $COUNT; @p st.global.b32 [word], t;"""

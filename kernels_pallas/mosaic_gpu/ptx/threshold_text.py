@@ -16,7 +16,7 @@ from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 
 BINS = 1024
 _PAD = 16  # bytes between rows of a thread's sort keys in shared memory: 8 threads then read 32 banks
-_WHOLE = 0x4B000000  # 2^23, in float32; the next number is one more
+WHOLE = 0x4B000000  # 2^23, in float32; the next number is one more
 _BARRIER = 8  # those below are of single warp-groups
 
 
@@ -180,7 +180,7 @@ def _score(sort_key: str, into: str) -> str:
 
 def bins_ptx(shape: Shape, otherwise: str) -> str:
     """Bins of equal width from score `low` to `high`, for `bin_of`; to a label where those are infinite or too close."""
-    last_bin = shape.hist + 4 * (BINS + _WHOLE) - (1 << 32)
+    last_bin = shape.hist + 4 * (BINS + WHOLE) - (1 << 32)
     return f"""{_score("low", "first")} {_score("high", "last")} sub.rn.f32 last, last, first;
 setp.gt.f32 p, last, 0f0DA24260; setp.lt.and.f32 p, last, 0f7E967699, p; @!p bra {otherwise};
 div.approx.f32 scale, 0f447FC000, last; add.s32 at, $SMEM, {last_bin};"""
@@ -242,7 +242,7 @@ mov.b32 n, h0; {" ".join(f"add.s32 n, n, h{i};" for i in range(1, each))}
 mov.b32 t, $SMEM;
 {"".join(one(i) for i in range(each))}
 {sync(shape)}mov.b32 t, $SMEM; ld.shared.v4.b32 {{pick, rank, c, u}}, [t+{shape.pick}];
-sub.u32 pick, {_WHOLE + BINS}, pick;"""
+sub.u32 pick, {WHOLE + BINS}, pick;"""
 
 
 def _gather(shape: Shape) -> str:
