@@ -159,7 +159,8 @@ def _of_few(
     tile_t = min(config.tile_t, -(-T // sizes.n_sequences))
     keeps_queries = tile_t <= config.ring * config.together
     config = dataclasses.replace(config, tile_t=tile_t, keeps_queries=keeps_queries)
-    tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
+    # The kernel knows what one query sees without a kernel of XLA before it.
+    tiles = None if T == 1 and sequences.is_one else sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
     # As many neighbours a group as leave room for the best groups; all that a thread of the selection has at most.
     size = next(size for size in (8, 4, 2) if size * topk <= WIDTH)
     columns = Columns(limit=visible, tiles=tiles, n=n)

@@ -158,7 +158,8 @@ def scores(
 
     Args:
         operands: pages are of one row each, or of 32 and more.
-        columns: `first` is a multiple of the span.
+        columns: `first` is a multiple of the span. Without `tiles` each query is one, of the only sequence,
+            and `first` is 0.
         maxima_of: a power of two up to 32, without a threshold; 0: none.
     """
     if maxima_of and columns.threshold is not None:
@@ -207,9 +208,9 @@ def launch(
 ) -> Outputs:
     """The kernel, also for operands whose rows of q are groups of queries (`scan.py`)."""
     q, w, k, k_scale, pages = operands
-    assert columns.tiles is not None
+    assert columns.tiles is not None or (shape.rows is None and config.tile_t == 1)
     n_spans, _ = config.columns(columns.n)
-    n_items = columns.tiles.shape[0] * n_spans
+    n_items = (len(q) if columns.tiles is None else len(columns.tiles)) * n_spans
     plan = Plan(
         D=k.shape[-1],
         dtype=k.dtype,
@@ -222,6 +223,7 @@ def launch(
         n_keys=config.n_keys,
     )
     table = None if pages is None else pages.table
+    first = None if columns.tiles is None else columns.first
     limit, threshold = (None, None) if shape.rows else (columns.limit, columns.threshold)
     return plgpu.kernel(
         functools.partial(scores_body, plan),
@@ -233,7 +235,7 @@ def launch(
         scratch_types=[_smem(plan)],
         kernel_name="hisa_scores" if shape.rows is None else "hisa_scan",
         interpret=interpret,
-    )(Inputs(columns.tiles, limit, columns.first, q, w, table, k, k_scale, threshold))[0]
+    )(Inputs(columns.tiles, limit, first, q, w, table, k, k_scale, threshold))[0]
 
 
 def _smem(plan: Plan) -> Smem:

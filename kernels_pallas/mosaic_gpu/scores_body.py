@@ -72,9 +72,9 @@ class Plan:
 class Inputs(NamedTuple):
     """Arrays in device memory, whole. T counts what a slot of the ring holds: queries, or groups of them."""
 
-    tiles: Ref  # [n_tiles, 4]
+    tiles: Ref | None  # [n_tiles, 4]; None: each query is one, of the only sequence
     limit: Ref | None  # [T]; None for groups, whose w have it
-    first_column: Ref  # [1]
+    first_column: Ref | None  # [1]; None: 0
     q: Ref  # [T, H, D]
     w: Ref  # [T, H], or for groups [T, Shape.w_words]
     table: Ref | None  # [n], for keys in pages
@@ -133,9 +133,15 @@ def each_item(plan: Plan, gmem: Inputs, f: Callable[[Work, Carry], None]) -> Car
     Spans that no query of a tile sees are not counted: else some CTAs would meet more of them than others, at 8K with
     as many queries as half of the keys a quarter of the time.
     """
-    cta, width, n_tiles = lax.axis_index("cta"), KEYS_PER_WARPGROUP * plan.n_score, gmem.tiles.shape[0]
-    first_column = gmem.first_column[0]
-    fields_of = lambda tile: tuple(gmem.tiles[tile, field] for field in range(4))  # noqa: E731
+    cta, width = lax.axis_index("cta"), KEYS_PER_WARPGROUP * plan.n_score
+    n_tiles = gmem.q.shape[0] if gmem.tiles is None else gmem.tiles.shape[0]
+    first_column = jnp.int32(0) if gmem.first_column is None else gmem.first_column[0]
+
+    def fields_of(tile: Array | int) -> tuple:
+        if gmem.tiles is not None:
+            return tuple(gmem.tiles[tile, field] for field in range(4))
+        assert gmem.limit is not None
+        return jnp.asarray(tile, jnp.int32), jnp.int32(1), jnp.int32(0), gmem.limit[tile]
 
     def one_tile(tile: Array, state: tuple[Array, Carry, tuple]) -> tuple[Array, Carry, tuple]:
         begin, carry, (first, n, key_row, most) = state

@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_few, select_groups, select_row
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.groups_shape import Groups
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_groups_text import Groups
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.threshold_text import Shape
 from hisa_jax.kernels_pallas.mosaic_gpu.topk_body import Outputs
 from hisa_jax.kernels_pallas.operands import KeptBlocks
@@ -115,13 +115,15 @@ def topk_by_maxima(
     if n_parts:
         own = dataclasses.replace(of_groups, each=4) if n_parts > 1 else of_groups
         groups = Groups(maxima=own, size=size, n_ctas=n_parts, has_sort_keys=has_sort_keys)
+    cluster = (n_parts,) if n_parts > 1 else ()
     smem_bytes = max(of_groups.smem_bytes, of_columns.smem_bytes, groups.smem_bytes if groups else 0)
     return plgpu.kernel(
         functools.partial(_by_maxima_body, groups, *plans),
         out_type=[out],
         grid=(T,),
         grid_names=("row",),
-        **(dict(cluster=(groups.n_ctas,), cluster_names=("part",)) if groups and groups.n_ctas > 1 else {}),
+        cluster=cluster,
+        cluster_names=("part",) if cluster else (),
         num_threads=1 if interpret else n_threads // 128,
         thread_name="warpgroup",
         scratch_types=[plgpu.SMEM((smem_bytes // 4,), jnp.int32)],

@@ -9,8 +9,9 @@ from jax import Array
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.groups_shape import Groups
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SCALAR, SPLAT, Row, address_of, i32, scalar
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_groups_text import Groups, groups_ptx
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_groups_text import groups_ptx
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import Output
 from hisa_jax.kernels_pallas.types import Ref
 

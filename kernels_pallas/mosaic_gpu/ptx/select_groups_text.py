@@ -7,18 +7,19 @@
 
 No group that is left out has one of the k best: its greatest is below k others. Several CTAs, a cluster, may share a
 row: each has a part of the groups, and all of them put what reaches `least` into the shared memory of the first, which
-goes on alone. Lists are in the order of tokens: a warp has neighbouring columns, a lane four of each 128, and what lanes
-and warps before it have says where its own go. Of the last list a lane has one of each 32.
+goes on alone. Lists are in the order of tokens: a warp has neighbouring columns, a lane four of each 128, and what
+lanes and warps before it have says where its own go. Of the last list a lane has one of each 32.
 
 A row that this is not for, of fewer than k groups, infinite scores, or so many ties that a list would be too long, is
-left as it is: $DONE is 0 in the first CTA. Names in capitals after a $ are operands (see `scope`). Branches are taken by
-all threads of a warp or by none, and but for loops over the last list and what one warp does by all warps.
+left as it is: $DONE is 0 in the first CTA. Names in capitals after a $ are operands (see `scope`). Branches are taken
+by all threads of a warp or by none, and but for loops over the last list and what one warp does by all warps.
 """
 
-import dataclasses
 from collections.abc import Callable
 
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.candidates_text import before_warp, emit_ptx, threshold_ptx
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.cluster_text import CLUSTER_SYNC, load_table, own_entry, to_all
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.groups_shape import TOKENS, Groups
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import SORT_KEY, scope
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.threshold_text import (
     BINS,
@@ -32,7 +33,6 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.threshold_text import (
     each_key,
     over_warps,
     pick,
-    rank_of_listed,
     registers,
     scan,
     sync,
@@ -40,83 +40,6 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.threshold_text import (
 from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 
 OPERANDS = ("DONE", "X", "MAXIMA", "LIMIT", "O", "COUNT", "SMEM", "SORT_KEYS")
-_TOKENS = 32  # sort keys of tokens that a thread holds
-_CANDIDATES = 16384  # that the last list has room for
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Groups:
-    """The static numbers of a row.
-
-    Attributes:
-        maxima: the row of groups, of which a thread has shape.each.
-        size: tokens a group, 2, 4 or 8.
-        n_ctas: that share a row.
-        has_sort_keys: whether those of the chosen are written, too, to $SORT_KEYS.
-    """
-
-    maxima: Shape
-    size: int
-    n_ctas: int = 1
-    has_sort_keys: bool = False
-
-    def __post_init__(self):
-        shape = self.maxima
-        if self.n_ctas > 1 and (shape.each * self.size > _TOKENS or self.n_ctas * shape.n_warps % 32):
-            raise ValueError(f"{self}: a CTA of several must have room for all its tokens, and whole warps for all warps")
-
-    @property
-    def chunk(self) -> int:
-        """Neighbouring tokens that a lane loads at a time."""
-        return min(self.size, 4)
-
-    @property
-    def groups_a_load(self) -> int:
-        """That a warp loads at a time."""
-        return 32 * self.chunk // self.size
-
-    @property
-    def n_loads(self) -> int:
-        return _TOKENS // self.chunk
-
-    @property
-    def most_groups(self) -> int:
-        """That can be listed."""
-        return self.maxima.n_warps * self.groups_a_load * self.n_loads
-
-    @property
-    def most_candidates(self) -> int:
-        return _CANDIDATES
-
-    @property
-    def list(self) -> int:
-        """Where in shared memory groups are listed; behind them candidates, their sort keys and columns."""
-        return self.maxima.keys
-
-    @property
-    def candidates(self) -> int:
-        return self.list + 4 * self.most_groups
-
-    @property
-    def table(self) -> int:
-        """Where the CTAs of a row tell each other their ranges; then 32 sums of bins; then how many candidates."""
-        return self.candidates + 8 * self.most_candidates
-
-    @property
-    def sums(self) -> int:
-        return self.table + 8 * self.all_warps
-
-    @property
-    def counts(self) -> int:
-        return self.sums + 128 * self.n_ctas
-
-    @property
-    def all_warps(self) -> int:
-        return self.n_ctas * self.maxima.n_warps
-
-    @property
-    def smem_bytes(self) -> int:
-        return self.table if self.n_ctas == 1 else self.counts + 4 * self.all_warps
 
 
 def groups_ptx(groups: Groups) -> str:
@@ -130,8 +53,9 @@ def groups_ptx(groups: Groups) -> str:
     # The first CTA goes on when all candidates are there.
     alone = "setp.ne.s32 p, cta, 0; @p bra done;" if several else ""
     return scope(
-        f"""{registers(shape, _TOKENS)}
-.reg .b32 cta, m<8>, far, least, left, run, ahead, end, above, below, sort_key, own<{groups.n_loads}>, n<{n_words}>, e<{n_words}>;
+        f"""{registers(shape, TOKENS)}
+.reg .b32 cta, m<8>, far, least, left, run, ahead, end, above, below, sort_key;
+.reg .b32 own<{groups.n_loads}>, n<{n_words}>, e<{n_words}>;
 .reg .pred in;
 {"mov.u32 cta, %cluster_ctarank;" if several else "mov.b32 cta, 0;"}
 {_load_maxima(groups)}
@@ -144,9 +68,9 @@ def groups_ptx(groups: Groups) -> str:
 {_load_tokens(groups)}
 {_list_candidates(groups)}
 {alone}
-{_threshold(groups)}
+{threshold_ptx(groups)}
 emit:
-{_emit(groups)}
+{emit_ptx(groups)}
 done: mov.b32 $DONE, 1; bra out;
 slow: {sync(shape)}setp.ne.s32 p, cta, 0; selp.b32 t, 1, 0, p; mov.b32 $DONE, t;
 out:
@@ -160,7 +84,8 @@ def _load_maxima(groups: Groups) -> str:
     shape = groups.maxima
     chunks = range(shape.each // 4)
     lines = [
-        f"""mad.lo.u32 column, cta, {shape.n_warps}, warp; mul.lo.u32 column, column, {32 * shape.each}; shl.b32 t, lane, 2; add.u32 column, column, t;
+        f"""mad.lo.u32 column, cta, {shape.n_warps}, warp; mul.lo.u32 column, column, {32 * shape.each};
+shl.b32 t, lane, 2; add.u32 column, column, t;
 mul.wide.u32 word, column, 4; add.s64 word, word, $MAXIMA;"""
     ]
     for i in chunks:
@@ -212,11 +137,12 @@ def _pick(shape: Shape) -> str:
 
 
 def _pick_of_all(groups: Groups) -> str:
-    """The same of the bins of all CTAs. Each tells the others sums of 32 bins: one holds the k-th, its bins are read."""
+    """The same of the bins of all CTAs: they exchange sums of 32, and read the 32 that hold the k-th."""
     shape, n = groups.maxima, groups.n_ctas
     each = 32 // shape.n_warps
     sums = "".join(
-        f"""mad.lo.u32 c, warp, {each}, {i}; shl.b32 at, c, 7; shl.b32 t, lane, 2; add.u32 at, at, t; add.u32 at, at, $SMEM;
+        f"""mad.lo.u32 c, warp, {each}, {i}; shl.b32 at, c, 7; shl.b32 t, lane, 2;
+add.u32 at, at, t; add.u32 at, at, $SMEM;
 ld.shared.b32 n, [at+{shape.hist}]; redux.sync.add.s32 n, n, -1;
 mad.lo.u32 at, cta, 32, c; shl.b32 at, at, 2; add.u32 at, at, $SMEM; {to_all(n, groups.sums, ["n"])}
 """
@@ -226,6 +152,10 @@ mad.lo.u32 at, cta, 32, c; shl.b32 at, at, 2; add.u32 at, at, $SMEM; {to_all(n, 
     place = f"""{scan("e")}
 add.s32 e, e, above; setp.lt.s32 p, e, {shape.k}; vote.sync.ballot.b32 t, p, -1; popc.b32 c, t;"""
     add = " ".join(f"add.s32 n, n, h{i};" for i in range(1, n))
+    read = "\n".join(
+        f"mov.b32 u, {i}; mapa.shared::cluster.u32 far, at, u; ld.shared::cluster.b32 h{i}, [far+{shape.hist}];"
+        for i in range(n)
+    )
     return f"""{sums}{CLUSTER_SYNC}shl.b32 at, lane, 2; add.u32 at, at, $SMEM;
 {" ".join(f"ld.shared.b32 h{i}, [at+{groups.sums + 128 * i}];" for i in range(n))}
 mov.b32 n, h0; {add} mov.b32 e, n; mov.b32 above, 0;
@@ -233,7 +163,7 @@ mov.b32 n, h0; {add} mov.b32 e, n; mov.b32 above, 0;
 setp.ge.s32 p, c, 32; @p bra slow;
 setp.ne.s32 p, warp, 0; @p bra picked;
 sub.s32 e, e, n; shfl.sync.idx.b32 above, e, c, 31, -1; mov.b32 pick, c; shl.b32 t, pick, 7; add.u32 at, at, t;
-{" ".join(f"mov.b32 u, {i}; mapa.shared::cluster.u32 far, at, u; ld.shared::cluster.b32 h{i}, [far+{shape.hist}];" for i in range(n))}
+{read}
 mov.b32 n, h0; {add} mov.b32 e, n;
 {place}
 mad.lo.u32 pick, pick, 32, c; mov.b32 at, $SMEM; setp.eq.s32 p, lane, 0; @p st.shared.b32 [at+{shape.pick}], pick;
@@ -242,7 +172,8 @@ picked:
 
 
 # `least`, a sort key below all that are in bin `pick`: half a bin below its lower edge, rounded down.
-_LEAST = f"""mov.b32 x, pick; sub.rn.f32 x, x, 0f4B000002; mul.rn.f32 scale, last, 0f3A802008; fma.rm.f32 x, x, scale, first;
+_LEAST = f"""mov.b32 x, pick; sub.rn.f32 x, x, 0f4B000002; mul.rn.f32 scale, last, 0f3A802008;
+fma.rm.f32 x, x, scale, first;
 {SORT_KEY} mov.b32 least, sort_key;"""
 
 
@@ -270,16 +201,6 @@ def _place(i: int) -> str:
     return f"{_byte('at', e, i % 4)} add.u32 at, at, ahead; {_byte('t', h, i % 4)} add.u32 ahead, ahead, t;"
 
 
-def _before_warp(shape: Shape, region: int, other: str | None = None) -> str:
-    """PTX: `c` of each warp -> `ahead`, the sum of the warps before it; `total`, of all; `other` of each by lane."""
-    at, width = shape.parts + 512 * region, 3 if other else 2
-    own, kind, clear = ("{c, " + other + "}", "v2.b32", f"mov.b32 {other}, 0;") if other else ("c", "b32", "")
-    return f"""setp.eq.u32 p, lane, 0; shl.b32 at, warp, {width}; add.u32 at, at, $SMEM; @p st.shared.{kind} [at+{at}], {own};
-{sync(shape)}shl.b32 at, lane, {width}; add.u32 at, at, $SMEM; setp.lt.u32 p, lane, {shape.n_warps};
-mov.b32 u, 0; {clear} @p ld.shared.{kind} {own.replace("c", "u", 1)}, [at+{at}];
-redux.sync.add.s32 total, u, -1; setp.lt.u32 p, lane, warp; selp.b32 u, u, 0, p; redux.sync.add.s32 ahead, u, -1;"""
-
-
 def _before_warp_of_all(groups: Groups) -> str:
     """The same for the warps of all CTAs."""
     shape, each = groups.maxima, groups.all_warps // 32
@@ -301,8 +222,8 @@ def _list_groups(groups: Groups) -> str:
 
     def write(i: int) -> str:
         own = (
-            f"setp.ge.u32 p, b{4 * i + u}, pick; add.u32 t, column, {128 * i + u}; @p st.shared.b32 [at+{groups.list}], t; "
-            "@p add.u32 at, at, 4;"
+            f"setp.ge.u32 p, b{4 * i + u}, pick; add.u32 t, column, {128 * i + u}; "
+            f"@p st.shared.b32 [at+{groups.list}], t; @p add.u32 at, at, 4;"
             for u in range(4)
         )
         return "\n".join([_place(i), "shl.b32 at, at, 2; add.u32 at, at, $SMEM;", *own])
@@ -311,7 +232,7 @@ def _list_groups(groups: Groups) -> str:
     return f"""mov.b32 n0, 0;
 {each_key(shape, count)}
 {_chunks(1)}
-{_before_warp(shape, 2)}
+{before_warp(shape, 2)}
 {too_many}
 {"".join(write(i) for i in range(shape.each // 4))}
 {sync(shape)}"""
@@ -370,62 +291,9 @@ all{i}:
     return f"""{" ".join(f"mov.b32 n{w}, 0;" for w in range(words))}
 {_each_load(groups, count, "counted")}
 {_chunks(words)}
-{_before_warp_of_all(groups) if several else _before_warp(groups.maxima, 3)}
+{_before_warp_of_all(groups) if several else before_warp(groups.maxima, 3)}
 setp.gt.s32 p, total, {groups.most_candidates}; @p bra slow;
 {clear_bins(groups.maxima)}
 {"mov.b32 u, 0; mapa.shared::cluster.u32 far, $SMEM, u;" if several else "mov.b32 far, $SMEM;"}
 {_each_load(groups, write, "written")}
 {CLUSTER_SYNC if several else sync(groups.maxima)}"""
-
-
-def _each_candidate(groups: Groups, name: str, body: str, has_column: bool = False) -> str:
-    """PTX: a loop over the warp's candidates, whose sort keys are `key`, `INVISIBLE` behind the last."""
-    load = f"@in ld.shared.v2.b32 {{key, u}}, [slot+{groups.candidates}];"
-    if not has_column:
-        load = f"@in ld.shared.b32 key, [slot+{groups.candidates}];"
-    return f"""mov.b32 i, left; add.u32 slot, left, lane; shl.b32 slot, slot, 3; add.u32 slot, slot, $SMEM;
-{name}: setp.ge.s32 p, i, end; @p bra {name}_end;
-mov.b32 key, {INVISIBLE}; add.s32 t, i, lane; setp.lt.s32 in, t, end; {load}
-{body}
-add.s32 i, i, 32; add.u32 slot, slot, 256; bra {name};
-{name}_end:"""
-
-
-def _threshold(groups: Groups) -> str:
-    """`thr`, which the k best of the candidates reach, and those that tie with the last of them."""
-    shape = groups.maxima
-    listing = f"""{bin_of("key", "b0")} setp.eq.u32 p, b0, pick; mov.b32 t, $SMEM;
-@p atom.shared.add.u32 u, [t+{shape.n_listed}], 1; shl.b32 u, u, 2; add.u32 u, u, t; @p st.shared.b32 [u+{shape.listed}], key;"""
-    return f"""add.u32 run, total, {shape.n_threads - 1}; shr.u32 run, run, {shape.n_threads.bit_length() - 1}; shl.b32 run, run, 5;
-mul.lo.u32 left, warp, run; add.u32 end, left, run; min.s32 end, end, total;
-mov.b32 thr, least; setp.le.s32 p, total, {shape.k}; setp.eq.or.s32 p, least, high, p; @p bra emit;
-mov.b32 low, least;
-{bins_ptx(shape, "slow")}
-{_each_candidate(groups, "count", bin_of("key", "b0") + count_in("b0"))}
-{sync(shape)}mov.b32 rank, {shape.k};
-{pick(shape)}
-setp.gt.u32 p, c, {shape.n_threads}; @p bra slow;
-{_each_candidate(groups, "list", listing)}
-{sync(shape)}{rank_of_listed(shape)}"""
-
-
-def _emit(groups: Groups) -> str:
-    """What is above `thr`, and the first of those at it, as many as there is room for."""
-    k = groups.maxima.k
-    ballots = """setp.gt.s32 p, key, thr; vote.sync.ballot.b32 above, p, -1;
-setp.eq.s32 q, key, thr; vote.sync.ballot.b32 tie, q, -1;"""
-    keys = ""
-    if groups.has_sort_keys:
-        keys = "mul.wide.u32 word, t, 4; add.s64 word, word, $SORT_KEYS; @p st.global.b32 [word], key;"
-    # A lane's place: those above before it, and the ties before it that are chosen.
-    write = f"""{ballots}
-and.b32 t, above, below; popc.b32 t, t; and.b32 e, tie, below; popc.b32 e, e; add.s32 e, e, rank;
-setp.lt.and.s32 q, e, room, q; or.pred p, p, q; min.s32 e, e, room; add.s32 t, t, ahead; add.s32 t, t, e;
-{keys} mul.wide.u32 word, t, 4; add.s64 word, word, $O; @p st.global.b32 [word], u;
-popc.b32 t, above; add.s32 ahead, ahead, t; popc.b32 t, tie; add.s32 rank, rank, t;"""
-    return f"""mov.b32 c, 0; mov.b32 n, 0; mov.u32 below, %lanemask_lt;
-{_each_candidate(groups, "sum", ballots + " popc.b32 t, above; add.s32 c, c, t; popc.b32 t, tie; add.s32 n, n, t;")}
-{_before_warp(groups.maxima, 4, "n")}
-setp.lt.u32 p, lane, warp; selp.b32 rank, n, 0, p; redux.sync.add.s32 rank, rank, -1; sub.s32 room, {k}, total;
-{_each_candidate(groups, "write", write, has_column=True)}
-setp.eq.u32 p, tid, 0; mov.b32 t, {k}; mov.b64 word, $COUNT; @p st.global.b32 [word], t;"""

@@ -79,8 +79,8 @@ class Shape:
 def registers(shape: Shape, n_keys: int = 0) -> str:
     """PTX: the registers that all texts of a row share, and who a thread is. It may hold more sort keys than these."""
     return f""".reg .pred p, q, s; .reg .b32 tid, lane, warp, at, t, u, n, low, high, column, base, rank, pick, c, slot;
-.reg .b32 key, v<{max(shape.each, n_keys)}>, b<{shape.each}>, base<8>, h<8>, e, g, thr, lo, hi, middle, room, tie, i, visible;
-.reg .b32 total, buffer;
+.reg .b32 key, v<{max(shape.each, n_keys)}>, b<{shape.each}>, base<8>, h<8>, e, g, thr, lo, hi, middle, room, tie;
+.reg .b32 i, visible, total, buffer;
 .reg .b64 word; .reg .f32 x, first, last, scale;
 mov.u32 tid, %tid.x; and.b32 lane, tid, 31; shr.u32 warp, tid, 5;"""
 
@@ -179,7 +179,7 @@ def _score(sort_key: str, into: str) -> str:
 
 
 def bins_ptx(shape: Shape, otherwise: str) -> str:
-    """Bins of equal width from score `low` to `high`, for `bin_of`; to a label where those are infinite or too close."""
+    """Bins of equal width from score `low` to `high`; where those are infinite or too close it goes to a label."""
     last_bin = shape.hist + 4 * (BINS + WHOLE) - (1 << 32)
     return f"""{_score("low", "first")} {_score("high", "last")} sub.rn.f32 last, last, first;
 setp.gt.f32 p, last, 0f0DA24260; setp.lt.and.f32 p, last, 0f7E967699, p; @!p bra {otherwise};
