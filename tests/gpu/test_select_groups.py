@@ -19,8 +19,8 @@ from tests.gpu.ptx_machine import Cluster
 from tests.gpu.ptx_shared_memory import Race
 from tests.gpu.test_topk_few import chosen, rows
 
-W = 2048
-NAMES = [name for name in rows(W, 64) if "forced" not in name]
+THREADS = {1: 256, 4: 256, 8: 128}
+NAMES = [name for name in rows(2048, 64) if "forced" not in name]
 
 
 def with_maxima(x, limit, size, seed=2):
@@ -75,19 +75,23 @@ LEFT |= {"of many magnitudes", "1.0 invisible", "any bits", "limit none", "limit
 @pytest.mark.parametrize(("size", "k"), [(8, 64), (4, 100), (2, 30), (8, 250)])
 @pytest.mark.parametrize("n_ctas", [1, 4, 8])
 def test_the_best_of_a_row_of_groups(n_ctas, size, k, name):
+    # Of several CTAs the last has fewer columns.
+    W = 2048 if n_ctas == 1 else n_ctas * THREADS[n_ctas] * 4 * size - 100 * size
     x, limit = rows(W, k)[name]
-    too_few = k == 250 and name in ("limit half", "0.9 invisible")  # of 256 groups
-    done = assert_chooses(x, limit, k, size, n_ctas, {1: 256, 4: 256, 8: 128}[n_ctas])
-    assert done == (name not in LEFT and not too_few) or name == "nan"
+    too_few = n_ctas == 1 and k == 250 and name in ("limit half", "0.9 invisible")  # of 256 groups
+    done = assert_chooses(x, limit, k, size, n_ctas, THREADS[n_ctas])
+    # Of few threads a bin of ties has more than can be ranked; NaN may be the least of the greatest.
+    assert done == (name not in LEFT and not too_few) or name in ("nan", "few values")
 
 
 @pytest.mark.parametrize("n_ctas", [1, pytest.param(8, marks=pytest.mark.exhaustive)])
 def test_what_is_best_may_lie_side_by_side(n_ctas):
     """All of the best groups are those of one CTA, and all of their tokens reach the bound; many tie."""
+    W = 2048 * n_ctas
     x, limit = rows(W, 64)["normal"]
-    x = np.where(np.arange(W) // 256 == 3, np.abs(x) + (5 << 23), x)
-    assert assert_chooses(x, limit, 60, 4, n_ctas, 128 if n_ctas > 1 else 256)
-    assert assert_chooses(x & ~0x3FFFFF, limit, 30, 4, n_ctas, 128 if n_ctas > 1 else 256)
+    x = np.where(np.arange(W) // 256 == 3 * n_ctas, np.abs(x) + (5 << 23), x)
+    assert assert_chooses(x, limit, 60, 4, n_ctas, THREADS[n_ctas])
+    assert assert_chooses(x & ~0x3FFFFF, limit, 30, 4, n_ctas, THREADS[n_ctas])
 
 
 @pytest.mark.exhaustive
@@ -101,8 +105,8 @@ def test_rows_of_128k(n_ctas, n_threads):
 
 @pytest.mark.parametrize("op", ["bar.sync", "barrier.cluster.wait.acquire.aligned"])
 def test_the_machine_sees_a_barrier_that_is_missing(op):
-    x, maxima = with_maxima(*rows(W, 64)["normal"], 8)
-    for cta in (run := machine(x, maxima, W, 64, 8, 8, 128)[0]).ctas:
+    x, maxima = with_maxima(*rows(16384, 64)["normal"], 8)
+    for cta in (run := machine(x, maxima, len(x), 64, 8, 8, 128)[0]).ctas:
         at = [i for i, (_, name, _) in enumerate(cta.code) if name == op][1]
         cta.code[at] = None, "mov.b32", ["unused", "0"]
     with pytest.raises(Race):

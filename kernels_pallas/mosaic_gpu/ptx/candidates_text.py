@@ -28,7 +28,7 @@ redux.sync.add.s32 total, u, -1; setp.lt.u32 p, lane, warp; selp.b32 u, u, 0, p;
 
 
 def _each_candidate(groups: Groups, name: str, body: str, has_column: bool = False) -> str:
-    """PTX: a loop over the warp's candidates, whose sort keys are `key`, `INVISIBLE` behind the last."""
+    """PTX: a loop over the warp's candidates, whose sort keys are `key`, `INVISIBLE` after the last."""
     load = f"@in ld.shared.v2.b32 {{key, u}}, [slot+{groups.candidates}];"
     if not has_column:
         load = f"@in ld.shared.b32 key, [slot+{groups.candidates}];"

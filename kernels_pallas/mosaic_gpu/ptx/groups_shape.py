@@ -56,7 +56,7 @@ class Groups:
 
     @property
     def list(self) -> int:
-        """Where in shared memory groups are listed; behind them candidates, their sort keys and columns."""
+        """Where in shared memory groups are listed; after them candidates, their sort keys and columns."""
         return self.maxima.keys
 
     @property
