@@ -34,6 +34,11 @@ class Sequences:
         """What works out the rows: NumPy, when tracing, or JAX, when running."""
         return np if isinstance(self.query_starts, np.ndarray) else jnp
 
+    @property
+    def is_one(self) -> bool:
+        """Whether it is known when tracing that there is one sequence, whose keys begin with the first row."""
+        return isinstance(self.key_starts, np.ndarray) and self.key_starts.tolist() == [0]
+
     def blocks(self, block_size: int) -> "Sequences":
         """The same sequences with blocks for tokens; they begin with a block."""
         return dataclasses.replace(

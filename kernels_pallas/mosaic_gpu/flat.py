@@ -5,7 +5,7 @@ Of many queries no [T, S] matrix is ever in memory. Tokens come in tiles. The be
 what the k-th best is, so between kernels nothing is left to do.
 
 A few queries would wait for ten tiles, one after the other. They have all their sort keys written, and the greatest of
-each group of neighbours. `topk_few` takes the best groups, then the best of those: a CTA a query reads little of a row.
+each group of neighbours. By these `topk_few` takes the best of a row, of which it reads little.
 
 Floor, 1, 32 and 128 queries over 128K in e4m3 each on an H200: 17, 553 and 2214 MB / 4.3 TB/s = 4, 129 and 515 us;
 docs/decoding.md has what was measured.
@@ -164,8 +164,11 @@ def _of_few(
     n_score = 3 if T * n >= _MANY * launch["n_ctas"] else 2
     config = scores_stage.heuristic(sizes, n, launch["n_ctas"], n_score=n_score, n_keys=4)
     # No more queries a tile than a sequence has on average: a tile is of one sequence.
-    config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // sizes.n_sequences)))
-    tiles = sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
+    tile_t = min(config.tile_t, -(-T // sizes.n_sequences))
+    keeps_queries = tile_t <= config.ring * config.together
+    config = dataclasses.replace(config, tile_t=tile_t, keeps_queries=keeps_queries)
+    # The kernel knows what one query sees without a kernel of XLA before it.
+    tiles = None if T == 1 and sequences.is_one else sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
     # As many neighbours a group as leave room for the best groups; all that a thread of the selection has at most.
     size = next(size for size in (8, 4, 2) if size * topk <= WIDTH)
     columns = Columns(limit=visible, tiles=tiles, n=n)

@@ -42,10 +42,13 @@ class Config:
     ring: int = 8  # queries in flight, a power of two
     tile_t: int = 32  # queries a work item
     together: int = 1  # queries that share a product, which has 64 columns: of 32 heads two
+    keeps_queries: bool = False  # for all spans of a CTA: for tiles of no more than the ring holds
 
     def __post_init__(self):
         if not 1 <= self.n_keys <= 4:
             raise ValueError(f"Config(n_keys={self.n_keys}): must be 1 to 4, a warp of the loader each")
+        if self.keeps_queries and self.tile_t > self.ring * self.together:
+            raise ValueError(f"Config(tile_t={self.tile_t}): a ring of {self.ring} cannot keep so many")
 
     @property
     def span(self) -> int:
@@ -155,7 +158,8 @@ def scores(
 
     Args:
         operands: pages are of one row each, or of 32 and more.
-        columns: `first` is a multiple of the span.
+        columns: `first` is a multiple of the span. Without `tiles` each query is one, of the only sequence,
+            and `first` is 0.
         maxima_of: a power of two up to 32, without a threshold; 0: none.
     """
     if maxima_of and columns.threshold is not None:
@@ -177,6 +181,7 @@ def scores(
         out_columns=width,
         filters=columns.threshold is not None,
         together=config.together,
+        keeps_queries=config.keeps_queries,
         pitch=n_parts * D * itemsize + PAD if gathers else None,
         maxima_of=maxima_of,
     )
@@ -203,9 +208,9 @@ def launch(
 ) -> Outputs:
     """The kernel, also for operands whose rows of q are groups of queries (`scan.py`)."""
     q, w, k, k_scale, pages = operands
-    assert columns.tiles is not None
+    assert columns.tiles is not None or (shape.rows is None and config.tile_t == 1)
     n_spans, _ = config.columns(columns.n)
-    n_items = columns.tiles.shape[0] * n_spans
+    n_items = (len(q) if columns.tiles is None else len(columns.tiles)) * n_spans
     plan = Plan(
         D=k.shape[-1],
         dtype=k.dtype,
@@ -218,6 +223,7 @@ def launch(
         n_keys=config.n_keys,
     )
     table = None if pages is None else pages.table
+    first = None if columns.tiles is None else columns.first
     limit, threshold = (None, None) if shape.rows else (columns.limit, columns.threshold)
     return plgpu.kernel(
         functools.partial(scores_body, plan),
@@ -229,7 +235,7 @@ def launch(
         scratch_types=[_smem(plan)],
         kernel_name="hisa_scores" if shape.rows is None else "hisa_scan",
         interpret=interpret,
-    )(Inputs(columns.tiles, limit, columns.first, q, w, table, k, k_scale, threshold))[0]
+    )(Inputs(columns.tiles, limit, first, q, w, table, k, k_scale, threshold))[0]
 
 
 def _smem(plan: Plan) -> Smem:

@@ -72,9 +72,9 @@ class Plan:
 class Inputs(NamedTuple):
     """Arrays in device memory, whole. T counts what a slot of the ring holds: queries, or groups of them."""
 
-    tiles: Ref  # [n_tiles, 4]
+    tiles: Ref | None  # [n_tiles, 4]; None: each query is one, of the only sequence
     limit: Ref | None  # [T]; None for groups, whose w have it
-    first_column: Ref  # [1]
+    first_column: Ref | None  # [1]; None: 0
     q: Ref  # [T, H, D]
     w: Ref  # [T, H], or for groups [T, Shape.w_words]
     table: Ref | None  # [n], for keys in pages
@@ -99,7 +99,9 @@ def scores_body(plan: Plan, gmem: Inputs, out: Outputs, smem: Smem) -> None:
     #
     # CTAs are persistent: each has some items, a span of keys for a tile of queries. The loader runs ahead of the
     # others by `ring` queries and `n_keys` spans, across items, so that no item starts with an empty pipeline. Keys go
-    # back as soon as they are in registers: the next span is on its way while queries stream past this one.
+    # back as soon as they are in registers: the next span is on its way while queries stream past this one. Queries so
+    # few that the ring has all of a tile stay in it for all of the CTA's spans: else they would be a sixth of what is
+    # read out of L2.
     role = lax.axis_index("warpgroup")
     # Two branches of one condition: only so does ptxas give each role the registers that it asks for.
     lax.cond(
@@ -117,6 +119,8 @@ class Work(NamedTuple):
     column: Array  # of the result, where the span's first key goes
     candidate: Array  # what limits call that key
     key_row: Array  # of the span's first key
+    begins: Array  # 1 for the first span of this CTA for the tile, else 0
+    ends: Array  # 1 for the last one
 
 
 _LAST_WARP = 3  # of the loader, a warp-group
@@ -129,9 +133,15 @@ def each_item(plan: Plan, gmem: Inputs, f: Callable[[Work, Carry], None]) -> Car
     Spans that no query of a tile sees are not counted: else some CTAs would meet more of them than others, at 8K with
     as many queries as half of the keys a quarter of the time.
     """
-    cta, width, n_tiles = lax.axis_index("cta"), KEYS_PER_WARPGROUP * plan.n_score, gmem.tiles.shape[0]
-    first_column = gmem.first_column[0]
-    fields_of = lambda tile: tuple(gmem.tiles[tile, field] for field in range(4))  # noqa: E731
+    cta, width = lax.axis_index("cta"), KEYS_PER_WARPGROUP * plan.n_score
+    n_tiles = gmem.q.shape[0] if gmem.tiles is None else gmem.tiles.shape[0]
+    first_column = jnp.int32(0) if gmem.first_column is None else gmem.first_column[0]
+
+    def fields_of(tile: Array | int) -> tuple:
+        if gmem.tiles is not None:
+            return tuple(gmem.tiles[tile, field] for field in range(4))
+        assert gmem.limit is not None
+        return jnp.asarray(tile, jnp.int32), jnp.int32(1), jnp.int32(0), gmem.limit[tile]
 
     def one_tile(tile: Array, state: tuple[Array, Carry, tuple]) -> tuple[Array, Carry, tuple]:
         begin, carry, (first, n, key_row, most) = state
@@ -142,9 +152,11 @@ def each_item(plan: Plan, gmem: Inputs, f: Callable[[Work, Carry], None]) -> Car
 
         def one_span(i: Array, carry: Carry) -> Carry:
             # Spans of one tile of queries are neighbours, so CTAs that run together read the same queries from L2.
-            column = (begin + i * plan.n_ctas) * width
-            f(Work(first, n, column, first_column + column, key_row + first_column + column), carry)
-            return carry[0] + 1, carry[1] + plan.slots(n)
+            column, (begins, ends) = (begin + i * plan.n_ctas) * width, (i == 0, i + 1 == n_mine)
+            flags = (flag.astype(jnp.int32) for flag in (begins, ends))
+            f(Work(first, n, column, first_column + column, key_row + first_column + column, *flags), carry)
+            n_slots = plan.slots(n)
+            return carry[0] + 1, carry[1] + (jnp.where(ends, n_slots, 0) if plan.loop.keeps_queries else n_slots)
 
         n_mine = lax.div(jnp.maximum(n_seen - begin, 0) + (plan.n_ctas - 1), jnp.int32(plan.n_ctas))
         carry = lax.fori_loop(0, n_mine, one_span, carry)
@@ -206,7 +218,10 @@ def _load_items(plan: Plan, gmem: Inputs, smem: Smem, warp: Array | None) -> Non
                 plgpu.copy_gmem_to_smem(gmem.w.at[t], smem.w.at[slot, words], smem.q_full.at[slot])
             return _
 
-        by(_LAST_WARP)(lambda: lax.fori_loop(0, plan.slots(work.n), one_slot, None) and None)
+        def queries() -> None:
+            lax.fori_loop(0, plan.slots(work.n), one_slot, None)
+
+        by(_LAST_WARP)(lambda: pl.when(work.begins != 0)(queries) if plan.loop.keeps_queries else queries())
 
     each_item(plan, gmem, one_item)
     for slot in range(plan.n_keys):
@@ -279,6 +294,8 @@ def score(plan: Plan, gmem: Inputs, group: Array, per_query: PerQuery, smem: Sme
             first=work.first,
             column=column,
             candidate=work.candidate + group * KEYS_PER_WARPGROUP,
+            begins=work.begins if plan.loop.keeps_queries else jnp.int32(1),
+            ends=work.ends if plan.loop.keeps_queries else jnp.int32(1),
         )
         if plan.interpret:
             score_queries_reference(plan.loop, item, smem, per_query, plan.interpret)

@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_few, select_row
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_few, select_groups, select_row
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.groups_shape import Groups
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.threshold_text import Shape
 from hisa_jax.kernels_pallas.mosaic_gpu.topk_body import Outputs
@@ -21,6 +23,7 @@ from hisa_jax.kernels_pallas.operands import KeptBlocks
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret, Ref
 
+_CTAS = 128  # in clusters of 2, 4 or 8, that surely run at once
 MAX_WIDTH = 16384  # 16 sort keys and their bins a thread of 1024, which has 64 registers
 
 
@@ -59,7 +62,10 @@ def topk(
     return _launch(x, limit, ids, k, per_column=per_column, **options)[:2]
 
 
-@functools.partial(jax.jit, static_argnames=("k", "size", "width", "per_column", "has_sort_keys", "interpret"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("k", "size", "width", "per_column", "has_sort_keys", "n_parts", "interpret"),
+)
 def topk_by_maxima(
     x: Array,
     maxima: Array,
@@ -70,6 +76,7 @@ def topk_by_maxima(
     width: int,
     per_column: int = 1,
     has_sort_keys: bool = False,
+    n_parts: int | None = None,
     interpret: Interpret = False,
 ) -> tuple[Array, Array, Array | None]:
     """[T, W] sort keys, none forced, the greatest of each `size` neighbours -> of the k best [T, k], count, sort keys.
@@ -81,10 +88,16 @@ def topk_by_maxima(
         size: 2, 4 or 8.
         limit: [T] int32, columns from limit / per_column on, rounded up, are no candidates, whatever they hold.
         width: groups from here on are not looked at.
+        n_parts: CTAs a row, 1, 2, 4 or 8; None: as many as there is room for. 0: one, which takes two selections. It
+            changes the speed alone.
     """
     T = len(x)
     of_groups, of_columns = select_few.shape_of(width, k), select_few.shape_of(k * size, k)
     n_threads = max(of_groups.n_threads, of_columns.n_threads)
+    if n_parts is None:
+        n_parts = 0 if interpret else _parts(T, width)
+    if n_parts > 1:
+        n_threads = 512 if 2048 * n_parts >= width else 1024
     of_groups = dataclasses.replace(of_groups.of_threads(n_threads), has_forced=False)
     of_columns = dataclasses.replace(
         of_columns.of_threads(n_threads), has_forced=False, group=size, has_sort_keys=has_sort_keys
@@ -98,18 +111,30 @@ def topk_by_maxima(
     )
     rows, count = jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)
     out = Outputs(rows, count, None), Outputs(rows, count, rows if has_sort_keys else None)
-    smem_bytes = max(of_groups.smem_bytes, of_columns.smem_bytes)
+    groups = None
+    if n_parts:
+        own = dataclasses.replace(of_groups, each=4) if n_parts > 1 else of_groups
+        groups = Groups(maxima=own, size=size, n_ctas=n_parts, has_sort_keys=has_sort_keys)
+    cluster = (n_parts,) if n_parts > 1 else ()
+    smem_bytes = max(of_groups.smem_bytes, of_columns.smem_bytes, groups.smem_bytes if groups else 0)
     return plgpu.kernel(
-        functools.partial(_by_maxima_body, *plans),
+        functools.partial(_by_maxima_body, groups, *plans),
         out_type=[out],
         grid=(T,),
         grid_names=("row",),
+        cluster=cluster,
+        cluster_names=("part",) if cluster else (),
         num_threads=1 if interpret else n_threads // 128,
         thread_name="warpgroup",
         scratch_types=[plgpu.SMEM((smem_bytes // 4,), jnp.int32)],
         kernel_name="hisa_topk",
         interpret=interpret,
     )(limit, maxima, x)[0][1]
+
+
+def _parts(T: int, width: int) -> int:
+    """CTAs a row of groups, for as many as multiprocessors: a thread of 512 or 1024 has four groups."""
+    return next((n for n in (8, 4, 2) if n * T <= _CTAS and 1024 * n < width <= 4096 * n), 1)
 
 
 def topk_of_groups(
@@ -206,19 +231,43 @@ def _body(plan: _Plan, limit_gmem: Ref | None, ids_gmem: Ref | None, x_gmem: Ref
 
 
 def _by_maxima_body(
-    of_groups: _Plan, of_columns: _Plan, limit_gmem: Ref, maxima_gmem: Ref, x_gmem: Ref, out: tuple, smem: Ref
+    groups: Groups | None,
+    of_groups: _Plan,
+    of_columns: _Plan,
+    limit_gmem: Ref,
+    maxima_gmem: Ref,
+    x_gmem: Ref,
+    out: tuple,
+    smem: Ref,
 ) -> None:
     # One CTA, one row:   the greatest of each group -> the best groups -> their sort keys -> o, count
+    #
+    # As `select_groups` does it, in one go. Where it does not, groups are chosen first, then columns.
     groups_out, columns_out = out
-    limit = limit_gmem[lax.axis_index("row")]
-    _choose(of_groups, limit, None, maxima_gmem, groups_out, smem)
-    _choose(of_columns, limit, groups_out.positions, x_gmem, columns_out, smem)
+    t = lax.axis_index("row")
+    limit = limit_gmem[t]
+
+    def in_two_steps() -> None:
+        _choose(of_groups, limit, None, maxima_gmem, groups_out, smem)
+        _choose(of_columns, limit, groups_out.positions, x_gmem, columns_out, smem)
+
+    if groups is None:
+        in_two_steps()
+        return
+    x, maxima = (Row(ref, t, ref.shape[1]) for ref in (x_gmem, maxima_gmem))
+    columns = _columns(limit, of_columns.per_column)
+    done = select_groups.choose(groups, x, maxima, columns, smem, select_row.Output(t, *columns_out))
+    pl.when(done == 0)(in_two_steps)
+
+
+def _columns(limit: Array, per_column: int) -> Array:
+    """How many columns hold what a limit counts."""
+    return limit if per_column == 1 else lax.div(limit + (per_column - 1), jnp.int32(per_column))
 
 
 def _choose(plan: _Plan, limit: Array, ids_gmem: Ref | None, x_gmem: Ref, out: Outputs, smem: Ref) -> None:
     t, shape = lax.axis_index("row"), plan.shape
-    if plan.per_column > 1:
-        limit = lax.div(limit + (plan.per_column - 1), jnp.int32(plan.per_column))
+    limit = _columns(limit, plan.per_column)
     output, row = select_row.Output(t, *out), Row(x_gmem, t, x_gmem.shape[1])
     if not plan.interpret:
         ids = None if ids_gmem is None else Row(ids_gmem, t, ids_gmem.shape[1])

@@ -23,6 +23,7 @@ _COMPARE = {
     "gt": operator.gt,
     "ge": operator.ge,
 }
+_CTA = 1 << 24  # from the shared memory of a CTA to that of the next
 _INTEGER = {"add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "mul": np.multiply}
 _BITS = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 _TYPES = {
@@ -44,9 +45,10 @@ class Machine:
         memory: [words] uint32, device memory; `smem_bytes`: of shared memory, which begins with anything.
     """
 
-    def __init__(self, text, n, operands, memory, smem_bytes, seed=0):
+    def __init__(self, text, n, operands, memory, smem_bytes, seed=0, cta=0):
         self.n, self.memory, self.rng = n, memory, np.random.default_rng(seed)
-        self.shared = SharedMemory(self.anything(smem_bytes // 4), n)
+        self.first_thread, self.cluster = cta * n, [self]
+        self.shared = SharedMemory(self.anything(smem_bytes // 4), range(cta * n, (cta + 1) * n))
         self.code, self.labels = self._parsed(text)
         self.warps = [_Warp(self, first, operands) for first in range(0, n, 32)]
         self.n_barriers = 0
@@ -63,13 +65,15 @@ class Machine:
         return max(warp.steps for warp in self.warps)
 
     def run(self):
+        """To the end, or to a barrier of the cluster: whether to that."""
         while True:
             at_barrier = {self.warps[i].run() for i in self.rng.permutation(len(self.warps))}
             assert len(at_barrier) == 1, "some warps end before a barrier of others"
-            if not at_barrier.pop():
-                return
+            which = at_barrier.pop()
+            if which != "cta":
+                return which == "cluster"
             self.n_barriers += 1
-            self.shared.forget()
+            self.shared.forget_own()
 
     def anything(self, n):
         return self.rng.integers(0, 2**32, n, dtype=np.uint32)
@@ -91,18 +95,42 @@ class Machine:
         return code, labels
 
 
+class Cluster:
+    """CTAs that run the same text, each from barrier to barrier in turn, in any order.
+
+    Args: those of `Machine`; `n_ctas`.
+    """
+
+    def __init__(self, n_ctas, *args, seed=0):
+        self.ctas = [Machine(*args, seed=seed + i, cta=i) for i in range(n_ctas)]
+        self.rng, self.n_barriers = np.random.default_rng(seed), 0
+        for cta in self.ctas:
+            cta.cluster = self.ctas
+
+    def run(self):
+        while True:
+            at_barrier = {self.ctas[i].run() for i in self.rng.permutation(len(self.ctas))}
+            assert len(at_barrier) == 1, "some CTAs end before a barrier of others"
+            if not at_barrier.pop():
+                return
+            self.n_barriers += 1
+            for cta in self.ctas:
+                cta.shared.forget()
+
+
 class _Warp:
     def __init__(self, cta, first, operands):
         self.cta, self.n, self.at, self.steps = cta, 32, 0, 0
         self.in_flight = [[]]  # products, by group
         self.active, self.waiting = np.ones(32, bool), {}  # by place, threads that branched there
         self.copies = [[]]  # asked for and not waited for, by group
-        self.threads = first + np.arange(32)
+        self.threads = cta.first_thread + first + np.arange(32)
         self.registers = {name: np.full(32, value, np.int64) for name, value in operands.items()}
-        self.registers |= {"%tid.x": self.threads, "%laneid": np.arange(32), "%lanemask_lt": (1 << np.arange(32)) - 1}
+        self.registers |= {"%tid.x": first + np.arange(32), "%cluster_ctarank": np.full(32, cta.first_thread // cta.n)}
+        self.registers |= {"%laneid": np.arange(32), "%lanemask_lt": (1 << np.arange(32)) - 1}
 
     def run(self, most=100_000):
-        """To the next barrier, or to the end: whether to a barrier."""
+        """To the next barrier, or to the end: whose barrier, "cta" or "cluster", or None."""
         while self.at < len(self.cta.code):
             self.steps += 1
             assert self.steps < most, "it does not end"
@@ -124,18 +152,22 @@ class _Warp:
             elif name == "bar" and parts[0] == "warp":
                 assert self.active.all()
                 if self.cta.n == 32:  # or other warps go on
-                    self.cta.shared.forget()
+                    self.cta.shared.forget_own()
             elif name == "bar":
                 assert self.active.all()
                 assert int(args[1]) == self.cta.n
-                return True
+                return "cta"
+            elif name == "barrier" and parts[1] == "arrive":
+                assert self.active.all()
+            elif name == "barrier":
+                return "cluster"
             elif name == "wgmma":
                 self._multiply(op, args)
             elif name == "fence":
                 pass
             else:
                 self._step(name, parts, args, mask)
-        return False
+        return None
 
     def _value(self, arg, kind):
         if arg.startswith("0f"):
@@ -174,6 +206,8 @@ class _Warp:
                 {"and": np.logical_and, "or": np.logical_or}[name](*(self.registers[x] for x in args[1:])),
                 mask,
             )
+        elif name == "mapa":
+            self._set(args[0], self._value(args[1], "u32") + _CTA * (1 + self._value(args[2], "u32")), mask)
         elif name in ("ld", "st"):
             self._move(name, parts, args, mask)
         elif name in ("red", "atom"):
@@ -192,7 +226,7 @@ class _Warp:
         elif name == "mbarrier" and parts[0] == "try_wait":
             self._set(args[0], np.ones(32, bool), mask)  # what is copied is there from the start
         elif name == "mbarrier":
-            self._arrive(next(x for x in args if x.startswith("[")))
+            self._arrive(next(x for x in args if x.startswith("[")), mask)
         elif name == "ldmatrix":
             self._load_matrices(args)
         elif name in ("fence", "createpolicy"):
@@ -228,6 +262,10 @@ class _Warp:
             if name in ("mad", "fma"):
                 wide = np.int64 if parts[0] == "wide" else np.float64 if name == "fma" else _TYPES[kind]
                 a, b = (self._value(arg, kind).astype(wide) for arg in args[1:3])
+                if name == "fma" and parts[0] == "rm":
+                    exact = a * b + self._value(args[3], kind)
+                    near = exact.astype(np.float32)
+                    return np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
                 return (a * b + self._value(args[3], "s64" if wide is np.int64 else kind)).astype(
                     np.float32 if name == "fma" else wide
                 )
@@ -312,25 +350,37 @@ class _Warp:
     def _move(self, name, parts, args, mask):
         where, vector = args if name == "st" else args[::-1]
         names = re.findall(r"\w+", vector) if vector.startswith("{") else [vector]
-        at, is_shared = self._words(where), "shared" in parts
+        at, is_shared, owner = self._words(where), "shared" in parts, self.cta
+        if "shared::cluster" in parts:
+            # Of each CTA in turn.
+            is_shared = True
+            whose = at // _CTA - 1
+            assert ((whose[mask] >= 0) & (whose[mask] < len(self.cta.cluster))).all(), f"of no CTA: {args}"
+            if len(set(whose[mask])) > 1:
+                for cta in sorted(set(whose[mask])):
+                    self._move(name, parts, args, mask & (whose == cta))
+                return
+            if not mask.any():
+                return
+            owner, at = self.cta.cluster[whose[mask][0]], at % _CTA
         assert (at[mask] % (4 * len(names)) == 0).all(), "not aligned"
-        memory = self.cta.smem if is_shared else self.cta.memory
+        memory = owner.smem if is_shared else self.cta.memory
         assert ((at[mask] >= 0) & (at[mask] // 4 + len(names) <= len(memory))).all(), f"outside of memory: {args}"
         for i, register in enumerate(names):
             words = np.where(mask, at // 4 + i, 0)
             if name == "ld":
                 if is_shared:
-                    self.cta.shared.read(self.threads[mask], words[mask])
+                    owner.shared.read(self.threads[mask], words[mask])
                 self._set(register, memory[words], mask)
             elif is_shared:
-                self.cta.shared.write(self.threads[mask], words[mask], self._value(register, "b32")[mask])
+                owner.shared.write(self.threads[mask], words[mask], self._value(register, "b32")[mask])
             else:
                 memory[words[mask]] = self._value(register, "b32")[mask]
 
     def _copy(self, parts, args, mask):
         """Of 16 bytes a thread, zeros where a predicate says so; or what becomes of such copies."""
         if parts[1] == "mbarrier":
-            self._arrive(args[0])
+            self._arrive(args[0], mask)
         elif parts[1] == "commit_group":
             self.copies.append([])
         elif parts[1] in ("wait_group", "wait_all"):
@@ -352,8 +402,8 @@ class _Warp:
             values = [np.where(ignored, 0, self.cta.memory[at + i]).astype(np.uint32) for i in range(size // 4)]
             self.copies[-1].append((np.where(mask, to // 4, 0), mask, values))
 
-    def _arrive(self, where):
-        for address in self._words(where):
+    def _arrive(self, where, mask):
+        for address in self._words(where)[mask]:
             self.cta.arrivals[int(address)] += 1
 
     def _add(self, args, mask, *, returns):

@@ -6,7 +6,7 @@ among themselves. The same value from several threads is no race.
 
 import numpy as np
 
-_ATOMIC = -2  # in place of a thread
+_ATOMIC, _SEVERAL = -2, -3  # in place of a thread
 
 
 class Race(AssertionError):
@@ -18,16 +18,22 @@ class SharedMemory:
 
     Args:
         words: [n] uint32, what it begins with.
-        n_threads: of the CTA.
+        threads: of the CTA, by number; those of others in its cluster have other numbers.
     """
 
-    def __init__(self, words, n_threads):
-        self.words, self.n_threads = words, n_threads
+    def __init__(self, words, threads):
+        self.words, self.threads = words, threads
         self.forget()
 
     def forget(self):
-        """Who has touched which word: after a barrier it does not matter."""
+        """Who has touched which word: after a barrier of all it does not matter."""
         self.written_by, self.read_by = (np.full(len(self.words), -1) for _ in range(2))
+
+    def forget_own(self):
+        """The same of the CTA's own threads, and of several readers, whoever they are."""
+        first, end = self.threads.start, self.threads.stop
+        for touched_by in (self.written_by, self.read_by):
+            touched_by[(touched_by < 0) | ((touched_by >= first) & (touched_by < end))] = -1
 
     def read(self, threads, words):
         """What each thread finds at its word; one may be at several."""
@@ -35,7 +41,7 @@ class SharedMemory:
         # Several readers: of them any stands for all, who are not the writer to come.
         several = np.bincount(words, minlength=len(self.words))[words] > 1
         seen = self.read_by[words]
-        self.read_by[words] = np.where(several | ((seen != -1) & (seen != threads)), self.n_threads, threads)
+        self.read_by[words] = np.where(several | ((seen != -1) & (seen != threads)), _SEVERAL, threads)
         return self.words[words]
 
     def write(self, threads, words, values):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import hisa_jax as hj
-from hisa_jax.kernels_pallas import mosaic_gpu
+from hisa_jax.kernels_pallas import mosaic_gpu, sequences
 from hisa_jax.kernels_pallas.flat_call import flatten
 from hisa_jax.kernels_pallas.mosaic_gpu import flat, merge, stages
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_survivors
@@ -70,6 +70,15 @@ def test_few_queries_take_the_best_of_parts_of_their_rows(interpret, monkeypatch
         monkeypatch.setattr(flat, "STEP", 512)
         _, _, streamed = run(call.operands, call.visible, call.sequences, topk=topk, **options)
         np.testing.assert_array_equal(sort_keys[0], streamed)
+
+
+def test_one_query_has_its_limit_looked_up_by_the_kernel(interpret, monkeypatch):
+    """Its tile is no operand, and it stays in the ring for all spans of keys of a CTA."""
+    monkeypatch.setattr(flat, "ONE_TILE", 256)
+    monkeypatch.setattr(sequences.Sequences, "query_tiles", None)
+    q, k, scale, w = draw.integers(3, 1, 1, 1300, 16, 64, E4M3, True)
+    got = select(flat.flat, q, k, scale, w, np.asarray([[1205]], np.int32), 60, 2, interpret)
+    promises.check_flat(got, q, k, scale, w, np.asarray([[1205]]), topk=60, token_tolerance=1e-9)
 
 
 @pytest.mark.gate("1-1048576-64")

@@ -11,7 +11,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop_text import OPERANDS, loo
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_shape import Shape
 from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import KEY_DIM, LOAD_REGISTERS, PARTS, VALUE_DIM
 
-ADDRESSES = {"LIMITS", "O", "THRESHOLDS", "MASKS"}  # in device memory, of 64 bits
+ADDRESSES = {"LIMITS", "O", "THRESHOLDS", "MASKS", "MAXIMA"}  # in device memory, of 64 bits
 MOST_REGISTERS = 160  # a thread of three warp-groups that score
 
 pytestmark = pytest.mark.skipif(
@@ -27,6 +27,7 @@ def shape(**fields):
 SHAPES = {
     "flat": shape(),
     "flat_filters": shape(filters=True),
+    "flat_few": shape(keeps_queries=True, maxima_of=8),
     "flat_32_heads": shape(filters=True, H=32, together=2),
     "scan_6_rows": shape(filters=True, rows=8, n_rows=6, n_linear=2, keep_first=1, keep_last=1),
     "scan_4_rows": shape(filters=True, rows=4, n_rows=4, n_linear=2, keep_first=1, keep_last=1),

@@ -16,7 +16,7 @@ from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 
 BINS = 1024
 _PAD = 16  # bytes between rows of a thread's sort keys in shared memory: 8 threads then read 32 banks
-_WHOLE = 0x4B000000  # 2^23, in float32; the next number is one more
+WHOLE = 0x4B000000  # 2^23, in float32; the next number is one more
 _BARRIER = 8  # those below are of single warp-groups
 
 
@@ -76,11 +76,11 @@ class Shape:
         return self.n_threads // 32
 
 
-def registers(shape: Shape) -> str:
-    """PTX: the registers that all texts of a row share, and who a thread is."""
+def registers(shape: Shape, n_keys: int = 0) -> str:
+    """PTX: the registers that all texts of a row share, and who a thread is. It may hold more sort keys than these."""
     return f""".reg .pred p, q, s; .reg .b32 tid, lane, warp, at, t, u, n, low, high, column, base, rank, pick, c, slot;
-.reg .b32 key, v<{shape.each}>, b<{shape.each}>, base<8>, h<8>, e, g, thr, lo, hi, middle, room, tie, i, visible;
-.reg .b32 total, buffer;
+.reg .b32 key, v<{max(shape.each, n_keys)}>, b<{shape.each}>, base<8>, h<8>, e, g, thr, lo, hi, middle, room, tie;
+.reg .b32 i, visible, total, buffer;
 .reg .b64 word; .reg .f32 x, first, last, scale;
 mov.u32 tid, %tid.x; and.b32 lane, tid, 31; shr.u32 warp, tid, 5;"""
 
@@ -92,9 +92,9 @@ def threshold_ptx(shape: Shape) -> str:
     """
     return f"""{_range(shape)}
 {_histogram(shape)}
-{_pick(shape)}
+{pick(shape)}
 {_gather(shape)}
-{_rank_of_listed(shape)}
+{rank_of_listed(shape)}
 {_bisect(shape)}"""
 
 
@@ -107,11 +107,17 @@ def each_key(shape: Shape, line: Callable[[int], str]) -> str:
     return "\n".join(line(j) for j in range(shape.each))
 
 
-def clear_ptx(shape: Shape) -> str:
-    """An empty histogram, and a list of nothing; a barrier must follow."""
+def clear_bins(shape: Shape) -> str:
+    """An empty histogram; a barrier must follow."""
     n = shape.n_threads
     lines = [f"mov.b32 u, 0; shl.b32 at, tid, 4; add.u32 at, at, $SMEM; setp.lt.u32 p, tid, {BINS // 4};"]
     lines += [f"@p st.shared.v4.b32 [at+{shape.hist + 16 * n * i}], {{u, u, u, u}};" for i in range(-(-BINS // 4 // n))]
+    return "\n".join(lines)
+
+
+def clear_ptx(shape: Shape) -> str:
+    """An empty histogram, and a list of nothing; a barrier must follow."""
+    lines = [clear_bins(shape)]
     lines.append(
         f"""shl.b32 at, tid, 2; add.u32 at, at, $SMEM; mov.b32 u, {INVISIBLE}; st.shared.b32 [at+{shape.listed}], u;
 setp.eq.u32 p, tid, 0; mov.b32 at, $SMEM; mov.b32 u, 0; @p st.shared.b32 [at+{shape.n_listed}], u;"""
@@ -119,7 +125,7 @@ setp.eq.u32 p, tid, 0; mov.b32 at, $SMEM; mov.b32 u, 0; @p st.shared.b32 [at+{sh
     return "\n".join(lines)
 
 
-def _over_warps(shape: Shape, region: int, ops: dict[str, tuple[str, int]]) -> str:
+def over_warps(shape: Shape, region: int, ops: dict[str, tuple[str, int]]) -> str:
     """PTX: registers -> what all threads' add up to, by `ops`: register -> (operation, what no thread has)."""
     names, at = list(ops), shape.parts + 512 * region
     four = (names + [names[-1]] * 3)[:4]
@@ -161,7 +167,7 @@ def _range(shape: Shape) -> str:
     return f"""mov.b32 low, {FORCED}; mov.b32 high, {INVISIBLE}; mov.b32 n, 0;
 {each_key(shape, one)}
 {bound}
-{_over_warps(shape, 0, ops)}
+{over_warps(shape, 0, ops)}
 and.b32 visible, n, 65535; shr.u32 n, n, 16; {lowest}
 setp.le.s32 p, visible, {shape.k}; @p bra emit;
 sub.s32 rank, {shape.k}, n; mov.b32 thr, {FORCED}; setp.le.s32 p, rank, 0; @p bra emit;"""
@@ -172,26 +178,36 @@ def _score(sort_key: str, into: str) -> str:
     return f"shr.s32 t, {sort_key}, 31; and.b32 t, t, {FORCED}; xor.b32 t, t, {sort_key}; mov.b32 {into}, t;"
 
 
+def bins_ptx(shape: Shape, otherwise: str) -> str:
+    """Bins of equal width from score `low` to `high`; where those are infinite or too close it goes to a label."""
+    last_bin = shape.hist + 4 * (BINS + WHOLE) - (1 << 32)
+    return f"""{_score("low", "first")} {_score("high", "last")} sub.rn.f32 last, last, first;
+setp.gt.f32 p, last, 0f0DA24260; setp.lt.and.f32 p, last, 0f7E967699, p; @!p bra {otherwise};
+div.approx.f32 scale, 0f447FC000, last; add.s32 at, $SMEM, {last_bin};"""
+
+
+def bin_of(sort_key: str, into: str) -> str:
+    """PTX: `into`, the bin of a sort key, greater ones of higher scores."""
+    # A number added to 2^23 is rounded to a whole one, in its low bits. Bin 0 has what is below all of them, and NaN,
+    # of what is forced or has no score: a condition on the addition would be a branch for each.
+    return f"""{_score(sort_key, "x")} sub.rn.f32 x, x, first; fma.rn.f32 x, x, scale, 0f4B000001;
+max.f32 x, x, 0f4B000000; mov.b32 {into}, x;"""
+
+
+def count_in(bin: str) -> str:
+    """PTX: one more in a bin, by `at` of `bins_ptx`: in memory bins 1, 2, ... are in descending order."""
+    return f"mad.lo.s32 t, {bin}, -4, at; red.shared.add.u32 [t], 1;"
+
+
 def _histogram(shape: Shape) -> str:
-    """Scores in bins of equal width. Where a score is infinite, or all are too close, halving does it alone."""
-
-    # A number added to 2^23 is rounded to a whole one, in its low bits: registers b keep these. Bins 1, 2, ... are in
-    # descending order. Bin 0 has what is below all of them, and NaN, of what is forced or has no score: a condition on
-    # the addition would be a branch for each.
-    def one(j: int) -> str:
-        return f"""{_score(f"v{j}", "x")} sub.rn.f32 x, x, first; fma.rn.f32 x, x, scale, 0f4B000001;
-max.f32 x, x, 0f4B000000; mov.b32 b{j}, x; mad.lo.s32 t, b{j}, -4, at; red.shared.add.u32 [t], 1;"""
-
-    last_bin = shape.hist + 4 * (BINS + _WHOLE) - (1 << 32)
+    """Scores in bins, which registers b keep. Where bins cannot be had, halving does it alone."""
     return f"""mov.b32 lo, low; mov.b32 hi, high;
-{_score("low", "first")} {_score("high", "last")} sub.rn.f32 last, last, first;
-setp.gt.f32 p, last, 0f0DA24260; setp.lt.and.f32 p, last, 0f7E967699, p; @!p bra bisect;
-div.approx.f32 scale, 0f447FC000, last; add.s32 at, $SMEM, {last_bin};
-{each_key(shape, one)}
+{bins_ptx(shape, "bisect")}
+{each_key(shape, lambda j: bin_of(f"v{j}", f"b{j}") + count_in(f"b{j}"))}
 {sync(shape)}"""
 
 
-def _scan(into: str) -> str:
+def scan(into: str) -> str:
     """PTX: `into` becomes its sum over this lane and those below."""
     steps = (f"shfl.sync.up.b32 u|p, {into}, {1 << d}, 0, -1; @p add.s32 {into}, {into}, u;" for d in range(5))
     return "\n".join(steps)
@@ -201,7 +217,7 @@ def before(shape: Shape, region: int, own: str) -> str:
     """PTX: `e`, the sum of `own` over the threads before this one, and `total`, over all."""
     at = shape.parts + 512 * region
     return f"""mov.b32 e, {own};
-{_scan("e")}
+{scan("e")}
 setp.eq.u32 p, lane, 31; shl.b32 at, warp, 2; add.u32 at, at, $SMEM; @p st.shared.b32 [at+{at}], e;
 {sync(shape)}shl.b32 at, lane, 2; add.u32 at, at, $SMEM; setp.lt.u32 p, lane, {shape.n_warps};
 mov.b32 u, 0; @p ld.shared.b32 u, [at+{at}];
@@ -209,8 +225,8 @@ redux.sync.add.s32 total, u, -1; setp.lt.u32 p, lane, warp; selp.b32 u, u, 0, p;
 add.s32 e, e, u; sub.s32 e, e, {own};"""
 
 
-def _pick(shape: Shape) -> str:
-    """`pick`, the bin that holds the threshold; `rank`, which of it that is; `c`, how many it has."""
+def pick(shape: Shape) -> str:
+    """`pick`, the bin that holds the threshold; `rank`, which of it that is; `c`, how many it has; `total`, of all."""
     each = BINS // shape.n_threads
     load = {1: "ld.shared.b32 h0", 2: "ld.shared.v2.b32 {h0, h1}"}.get(each, "ld.shared.v4.b32 {h0, h1, h2, h3}")
     more = f"ld.shared.v4.b32 {{h4, h5, h6, h7}}, [at+{shape.hist + 16}];" if each == 8 else ""
@@ -225,7 +241,8 @@ mov.b32 n, h0; {" ".join(f"add.s32 n, n, h{i};" for i in range(1, each))}
 {before(shape, 1, "n")}
 mov.b32 t, $SMEM;
 {"".join(one(i) for i in range(each))}
-{sync(shape)}mov.b32 t, $SMEM; ld.shared.v4.b32 {{pick, rank, c, u}}, [t+{shape.pick}];"""
+{sync(shape)}mov.b32 t, $SMEM; ld.shared.v4.b32 {{pick, rank, c, u}}, [t+{shape.pick}];
+sub.u32 pick, {WHOLE + BINS}, pick;"""
 
 
 def _gather(shape: Shape) -> str:
@@ -233,7 +250,7 @@ def _gather(shape: Shape) -> str:
     ops = {"lo": ("min", FORCED), "hi": ("max", INVISIBLE)}
     mark = each_key(shape, lambda j: f"setp.eq.u32 p, b{j}, pick; @p or.b32 n, n, {1 << j};")
     # Few threads have one: they take it from shared memory, since registers have no index.
-    return f"""sub.u32 pick, {_WHOLE + BINS}, pick; mov.b32 n, 0;
+    return f"""mov.b32 n, 0;
 {mark}
 mov.b32 at, $SMEM; mov.b32 lo, {FORCED}; mov.b32 hi, {INVISIBLE}; mul.lo.u32 u, tid, {shape.pitch}; add.u32 u, u, at;
 list: setp.ne.u32 p, n, 0; vote.sync.any.pred q, p, -1; @!q bra listed;
@@ -242,11 +259,11 @@ bfind.u32 i, n; mov.b32 t, 1; shl.b32 t, t, i; @p xor.b32 n, n, t; shl.b32 t, i,
 @p atom.shared.add.u32 slot, [at+{shape.n_listed}], 1; setp.lt.and.u32 p, slot, {shape.n_threads}, p;
 shl.b32 t, slot, 2; add.u32 t, t, at; @p st.shared.b32 [t+{shape.listed}], key; bra list;
 listed:
-{_over_warps(shape, 2, ops)}
+{over_warps(shape, 2, ops)}
 setp.gt.u32 p, c, {shape.n_threads}; @p bra bisect;"""
 
 
-def _rank_of_listed(shape: Shape) -> str:
+def rank_of_listed(shape: Shape) -> str:
     """A thread, a listed sort key: the one of which fewer than `rank` are greater, and enough not less."""
     compare = "".join(
         f"setp.gt.s32 p, h{i}, key; @p add.s32 g, g, 1; setp.eq.s32 p, h{i}, key; @p add.s32 e, e, 1;\n"
