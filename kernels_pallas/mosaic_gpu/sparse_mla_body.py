@@ -145,11 +145,14 @@ def tiles_of(plan: Plan, gmem: Inputs, split: Array, t: Array, by_warp: bool = F
 
 
 def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
-    """A warp takes half of the rows of each tile, and one part of their columns."""
-    plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
-    cta = lax.axis_index("cta")
+    """All warps bring some rows of one part of a tile, and then of the other: it lands the sooner for that.
 
-    def one_part(part: int, first: Array, brings_queries: Array) -> None:
+    Of latents in 8 bits, which take their time to convert, a warp brings half of the rows of one part.
+    """
+    plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+    cta, is_quantized = lax.axis_index("cta"), isinstance(gmem.kv, QuantizedLatents)
+
+    def copy(parts: tuple[int, ...], first: Array, n_rows: int, brings_queries: Array) -> None:
         plgpu.barrier_wait(smem.ready)
 
         def one_item(i, _):
@@ -158,35 +161,53 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
             column = split * plan.pairs * PAIR + first
             fetch = lambda j: load_lane_word(gmem.indices, t, column + j * TOKENS)  # noqa: E731
 
-            @pl.when(brings_queries)
-            def _queries():
+            def queries():
                 plgpu.barrier_wait(smem.q_free)
                 plgpu.copy_gmem_to_smem(gmem.q.at[t, pl.ds(head, HEADS)], smem.q.at[0], smem.q_full)
 
             def one_tile(j, index):
-                slot, landed = j % SLOTS, smem.landed_at(j % SLOTS * len(PARTS) + part)
+                slot = j % SLOTS
                 row = jnp.where((index >= 0) & (index < plan.keys), first_row + index, -1)
-                plgpu.barrier_wait(smem.k_free.at[landed.row])
-                tile = TileRows(smem.k, slot, first)
-                if isinstance(gmem.kv, QuantizedLatents):
-                    gather_latents(gmem.kv, row, tile, *groups_of(part), landed)
-                else:
-                    gather_rows(gmem.kv, row, tile, PARTS[part], landed, keeps=True)
-                if part == 0:
-                    store_bias(Row(smem.bias, slot, TOKENS), first, row, landed)
+                tile = TileRows(smem.k, slot, first, n_rows)
+                for part in parts:
+                    landed = smem.landed_at(slot * len(PARTS) + part)
+                    plgpu.barrier_wait(smem.k_free.at[landed.row])
+                    if isinstance(gmem.kv, QuantizedLatents):
+                        gather_latents(gmem.kv, row, tile, *groups_of(part), landed)
+                    else:
+                        gather_rows(gmem.kv, row, tile, PARTS[part], landed, keeps=True)
+                    if part == 0:
+                        store_bias(Row(smem.bias, slot, TOKENS), first, n_rows, row, landed)
                 # The next tile's index, so that it is there when its slot is.
-                return fetch(j + 1)
+                following = fetch(j + 1)
+                # The last list's queries are needed longer than the slot of this one's first tile.
+                pl.when(brings_queries & (i > 0) & (j == 0))(queries)
+                return following
 
-            lax.fori_loop(0, tiles_of(plan, gmem, split, t, by_warp=True), one_tile, fetch(0))
+            index = fetch(0)
+            pl.when(brings_queries & (i == 0))(queries)
+            lax.fori_loop(0, tiles_of(plan, gmem, split, t, by_warp=True), one_tile, index)
             return _
 
         lax.fori_loop(0, plan.items(cta), one_item, None)
 
     @plgpu.warp_map
     def _warps(warp):
-        first = warp % 2 * ROWS_PER_WARP
-        pl.when(warp // 2 == 0)(lambda: one_part(0, first, warp == 0))
-        pl.when(warp // 2 == 1)(lambda: one_part(1, first, warp < 0))
+        if is_quantized:
+            first = warp % 2 * ROWS_PER_WARP
+            pl.when(warp // 2 == 0)(lambda: copy((0,), first, ROWS_PER_WARP, warp == 0))
+            pl.when(warp // 2 == 1)(lambda: copy((1,), first, ROWS_PER_WARP, warp < 0))
+        else:
+            copy((0, 1), warp * ROWS_PER_WARP // 2, ROWS_PER_WARP // 2, warp == 0)
+
+
+def arrivals(is_quantized: bool) -> tuple[int, int]:
+    """At the barriers of both parts of a tile: of all lanes of four warps, or of two a part.
+
+    The bias arrives with the first part, a rope part beside values of 8 bits by itself.
+    """
+    lanes = ROWS_PER_WARP * (2 if is_quantized else 4)
+    return 2 * lanes, (1 + is_quantized) * lanes
 
 
 def groups_of(part: int) -> tuple[tuple[int, ...], bool]:
@@ -237,8 +258,7 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
     plgpu.set_max_registers(SCORE_REGISTERS, action="decrease")
     cta, is_quantized = lax.axis_index("cta"), isinstance(gmem.kv, QuantizedLatents)
     if not plan.interpret:
-        # Every lane of two warps. The bias arrives with the first part, a rope part beside values of 8 bits by itself.
-        gather.init_landed(smem.landed, (4 * ROWS_PER_WARP, (2 + 2 * is_quantized) * ROWS_PER_WARP) * SLOTS)
+        gather.init_landed(smem.landed, arrivals(is_quantized) * SLOTS)
         sparse_mla.unclaim(smem.turn)
         plgpu.barrier_arrive(smem.ready)
     plgpu.barrier_arrive(smem.q_free)

@@ -112,7 +112,7 @@ def test_the_loader_of_latents_in_8_bits_keeps_its_registers(tmp_path, groups, h
 @pytest.mark.parametrize("part", [0, 1])
 def test_the_loader_of_latents_keeps_its_registers(tmp_path, part):
     types = {name: 64 if name == "SOURCE" else 32 for name in gather_rows.OPERANDS}
-    text = gather_rows.rows_text(2 * KEY_DIM, tuple((first // 8, n // 8) for first, n in PARTS[part]), True)
+    text = gather_rows.rows_text(2 * KEY_DIM, tuple((first // 8, n // 8) for first, n in PARTS[part]), 16, True)
     check_loader(*assembled(tmp_path, entry(text, types, f".maxnreg {LOAD_REGISTERS}")), most=150)
 
 
