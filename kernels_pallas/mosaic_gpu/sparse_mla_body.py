@@ -36,11 +36,16 @@ PAIR = SLOTS * TOKENS  # what a list is a multiple of: every query starts at the
 KEY_DIM, VALUE_DIM = 576, 512
 HALF = VALUE_DIM // 2  # value columns a warp-group: 128 accumulators a thread
 QUARTER = HALF // 2  # columns a product: ptxas refuses 256 in a kernel launched with 128 registers a thread
-# Columns that come and go together: what each warp-group of values multiplies first, and the rest.
-PARTS = (((0, 128), (256, 128)), ((128, 128), (384, 128), (512, 64)))
+# Columns that come and go together: what each warp-group of values multiplies first, and the rest of the values. The
+# features after them come with one of both, and go as soon as there are scores.
+PARTS = (((0, 128), (256, 128)), ((128, 128), (384, 128)))
+ROPE = (VALUE_DIM, KEY_DIM - VALUE_DIM)
 SCORES, LOAD = 2, 3  # warp-groups; 0 and 1 take the values
 VALUE_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS = 168, 120, 56  # twice the first and the others: 512
 PER_TOKEN = plgpu.Layout.WGMMA.reduce(0)
+# Rows of `Smem.rows`, and in the last one by words: barriers made in PTX, and whose turn it is.
+BIAS, DECAY, TOTAL, WORDS, ROWS = 0, SLOTS, 2 * SLOTS, 3 * SLOTS, 3 * SLOTS + 1
+_TURN = WORDS * HEADS + SLOTS * len(PARTS) * BARRIER_WORDS
 _LOG2_E = math.log2(math.e)
 _LEAST = -1e30  # a finite stand-in for -inf, so that differences of maxima stay numbers
 _SLACK = 8.0  # the maximum may be this much too low (as a power of two), which spares rescaling the sums
@@ -85,36 +90,56 @@ class Inputs(NamedTuple):
 
 
 class Smem(NamedTuple):
-    """Shared memory of a CTA: the heads of one query, and two tiles with what belongs to each."""
+    """Shared memory of a CTA: the heads of one query, two tiles with what belongs to each, probabilities of one.
 
-    bias: Ref  # [2, 64] 0 or -inf a token
-    decay: Ref  # [2, 64] a head: what the sums so far are multiplied by
+    Pallas begins each array at a multiple of 1024 bytes, so that small ones share `rows`.
+    """
+
     k_free: Ref  # barriers [2 * parts of columns], of both warp-groups that add values
     k_full: Ref  # barriers [2], in interpret mode alone
     k: Ref  # [2, 64, E]
-    landed: Ref  # [2 * parts, BARRIER_WORDS] barriers made in PTX, of the lanes that copy
+    p_free: Ref  # barrier, of both warp-groups that add values
     p_full: Ref  # barriers [2], of the warp-group that scores
+    p: Ref  # [64, 64]
     q_free: Ref  # barrier, of the warp-group that scores
     q_full: Ref  # barrier, of the copy
     q: Ref  # [1, 64, E]
-    ready: Ref  # barrier: `landed` has been made
-    total: Ref  # [2, 64] a head: the sum of probabilities so far
-    turn: Ref  # [1] not 0: the warp-group that scores asks for the tensor core
+    ready: Ref  # barrier: those made in PTX are there
+    rope_free: Ref  # barriers [2], of the warp-group that scores
+    rows: Ref  # [7, 64] float32
 
-    def landed_at(self, barrier: Array) -> Row:
-        return Row(self.landed, barrier, BARRIER_WORDS)
+    def bias(self, slot: Array) -> Row:
+        """0 or -inf a token."""
+        return Row(self.rows, BIAS + slot, TOKENS)
+
+    def decay(self, slot: Array) -> Row:
+        """A head: what the sums so far are multiplied by."""
+        return Row(self.rows, DECAY + slot, HEADS)
+
+    def total(self, slot: Array) -> Row:
+        """A head: the sum of probabilities so far."""
+        return Row(self.rows, TOTAL + slot, HEADS)
+
+    def landed(self, barrier: Array) -> Row:
+        """[2 * parts] of the lanes that copy."""
+        return Row(self.rows, WORDS * HEADS // BARRIER_WORDS + barrier, BARRIER_WORDS)
+
+    def turn(self) -> Row:
+        """Not 0: the warp-group that scores asks for the tensor core."""
+        return Row(self.rows, jnp.int32(_TURN), 1)
 
 
 def sparse_mla_body(plan: Plan, gmem: Inputs, o_gmem: Ref, lse_gmem: Ref, smem: Smem) -> None:
     #   loader (4 warps)  ->  landed[slot, part]  ->  scorer  ->  p_full[slot]  ->  two warp-groups of values  ->  o
-    #                     <-  k_free[slot, part]  <---------------------------  <-  half of the columns each
+    #                     <-  rope_free[slot]  <--         <---  p_free  <---------  half of the columns each
+    #                     <-  k_free[slot, part]  <------------------------------
     #
     # A tile is 64 tokens of a query's list, and there are two slots: while values are added up for one tile, the next
-    # is scored and the one after it is on its way. Columns come and go in two parts, so that scoring starts when the
-    # first has landed, and copies when the first has been read.
+    # is scored and the one after it is on its way. Columns come and go in parts, so that scoring starts when the first
+    # has landed, and copies when the first has been read. The last 64 columns, which are no value, go before the rest.
     #
-    # A tile's probabilities take the place of its last 64 key columns, which are no value: there is no room for them
-    # elsewhere. The output and the softmax's sums stay in registers from a query's first tile to its last.
+    # There is room for one tile's probabilities: those of the next are in registers by the time these are read. The
+    # output and the softmax's sums stay in registers from a query's first tile to its last.
     #
     # Latents in 8 bits land in their slot, where the loader writes them anew in bfloat16: the rest is the same.
     #
@@ -145,7 +170,7 @@ def tiles_of(plan: Plan, gmem: Inputs, split: Array, t: Array, by_warp: bool = F
 
 
 def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
-    """All warps bring some rows of one part of a tile, and then of the other: it lands the sooner for that.
+    """All warps bring some rows of one part of a tile, and then of the next: each lands the sooner for that.
 
     Of latents in 8 bits, which take their time to convert, a warp brings half of the rows of one part.
     """
@@ -170,14 +195,19 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 row = jnp.where((index >= 0) & (index < plan.keys), first_row + index, -1)
                 tile = TileRows(smem.k, slot, first, n_rows)
                 for part in parts:
-                    landed = smem.landed_at(slot * len(PARTS) + part)
-                    plgpu.barrier_wait(smem.k_free.at[landed.row])
+                    barrier = slot * len(PARTS) + part
+                    landed = smem.landed(barrier)
+                    if part == rope_part(gmem):
+                        plgpu.barrier_wait(smem.rope_free.at[slot])
+                        if not is_quantized:  # lands with the columns that come next
+                            gather_rows(gmem.kv, row, tile, (ROPE,), None, keeps=True)
+                    plgpu.barrier_wait(smem.k_free.at[barrier])
                     if isinstance(gmem.kv, QuantizedLatents):
                         gather_latents(gmem.kv, row, tile, *groups_of(part), landed)
                     else:
                         gather_rows(gmem.kv, row, tile, PARTS[part], landed, keeps=True)
                     if part == 0:
-                        store_bias(Row(smem.bias, slot, TOKENS), first, n_rows, row, landed)
+                        store_bias(smem.bias(slot), first, n_rows, row, landed)
                 # The next tile's index, so that it is there when its slot is.
                 following = fetch(j + 1)
                 # The last list's queries are needed longer than the slot of this one's first tile.
@@ -210,10 +240,17 @@ def arrivals(is_quantized: bool) -> tuple[int, int]:
     return 2 * lanes, (1 + is_quantized) * lanes
 
 
+def rope_part(gmem: Inputs) -> int:
+    """The part that the last columns come with: the first, so that few are missing when the other one has landed.
+
+    In 8 bits they are bfloat16 already, and the warps of the second part have time for them.
+    """
+    return 1 if isinstance(gmem.kv, QuantizedLatents) else 0
+
+
 def groups_of(part: int) -> tuple[tuple[int, ...], bool]:
-    """Of latents in 8 bits, a part's groups of values that share a scale, and whether it has their rope part."""
-    first = [start for start, _ in PARTS[part]]
-    return tuple(start // GROUP for start in first if start < VALUE_DIM), VALUE_DIM in first
+    """Of latents in 8 bits, a part's groups of values that share a scale, and whether the rope part comes with it."""
+    return tuple(start // GROUP for start, _ in PARTS[part]), part == 1
 
 
 def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
@@ -234,8 +271,9 @@ def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 row = t // plan.queries * plan.keys + jnp.where(there, index, 0)
                 for part in range(len(PARTS)):
                     plgpu.barrier_wait(smem.k_free.at[slot * len(PARTS) + part])
+                plgpu.barrier_wait(smem.rope_free.at[slot])
                 smem.k[slot] = jnp.where(there[:, None], rows_of(kv, row), 0).astype(smem.k.dtype)
-                smem.bias[slot] = jnp.where(there, 0.0, -jnp.inf)
+                smem.rows[BIAS + slot] = jnp.where(there, 0.0, -jnp.inf)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(smem.k_full.at[slot])
             return _
@@ -244,6 +282,7 @@ def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
 
     lax.fori_loop(0, plan.items(cta), one_item, None)
     wait_all(smem.k_free, SLOTS * len(PARTS))
+    wait_all(smem.rope_free, SLOTS)
     plgpu.barrier_wait(smem.q_free)
 
 
@@ -258,10 +297,12 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
     plgpu.set_max_registers(SCORE_REGISTERS, action="decrease")
     cta, is_quantized = lax.axis_index("cta"), isinstance(gmem.kv, QuantizedLatents)
     if not plan.interpret:
-        gather.init_landed(smem.landed, arrivals(is_quantized) * SLOTS)
-        sparse_mla.unclaim(smem.turn)
+        gather.init_landed(smem.rows.at[WORDS], arrivals(is_quantized) * SLOTS)
+        sparse_mla.unclaim(smem.turn())
         plgpu.barrier_arrive(smem.ready)
     plgpu.barrier_arrive(smem.q_free)
+    for slot in range(SLOTS):
+        plgpu.barrier_arrive(smem.rope_free.at[slot])
     row = lambda value: plgpu.layout_cast(jnp.full((HEADS,), value, jnp.float32), PER_HEAD)  # noqa: E731
 
     def one_item(i, n_before):
@@ -274,15 +315,16 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
 
             def wait(part: int) -> None:
                 if not plan.interpret:
-                    gather.wait_landed(smem.landed_at(slot * len(PARTS) + part), (n_before + j) // SLOTS)
+                    gather.wait_landed(smem.landed(slot * len(PARTS) + part), (n_before + j) // SLOTS)
                 elif part == 0:
                     plgpu.barrier_wait(smem.k_full.at[slot])
 
             zero = jnp.int32(0) if plan.interpret else sparse_mla.opaque_zero()
-            products = products_of(smem.q.at[zero], smem.k.at[slot], wait)
+            products = products_of(smem.q.at[zero], smem.k.at[slot], wait, rope_part(gmem))
+            release(plan, smem.rope_free.at[slot])
             if not plan.interpret:
-                sparse_mla.unclaim(smem.turn)
-            bias = plgpu.load(smem.bias.at[slot], layout=PER_TOKEN)
+                sparse_mla.unclaim(smem.turn())
+            bias = plgpu.load(smem.rows.at[BIAS + slot], layout=PER_TOKEN)
             # To base two, which is what the hardware's exponential takes.
             logits = products * (plan.scale * _LOG2_E) + lax.broadcast_in_dim(bias, products.shape, [1])
             here = jnp.max(logits, axis=1)
@@ -290,19 +332,20 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
             p = jnp.exp2(logits - lax.broadcast_in_dim(new_highest, logits.shape, [0]))
             decay = jnp.exp2(highest - new_highest)
             total = total * decay + jnp.sum(p, axis=1)
-            p = p.astype(smem.k.dtype)
+            p = p.astype(smem.p.dtype)
+            plgpu.barrier_wait(smem.p_free)
             if plan.interpret:
-                smem.k.at[slot, :, pl.ds(VALUE_DIM, TOKENS)][...] = p
-                smem.decay[slot], smem.total[slot] = decay, total
+                smem.p[...] = p
+                smem.rows[DECAY + slot], smem.rows[TOTAL + slot] = decay, total
                 plgpu.commit_smem()
             else:
-                sparse_mla.store_p(smem.k, slot, VALUE_DIM, p)
-                sparse_mla.store_rows(smem.decay, slot, decay)
-                sparse_mla.store_rows(smem.total, slot, total)
+                sparse_mla.store_p(smem.p, p)
+                sparse_mla.store_rows(smem.rows, DECAY + slot, decay)
+                sparse_mla.store_rows(smem.rows, TOTAL + slot, total)
                 sparse_mla.show_stores()
                 # All others wait for probabilities: where the next tile has landed, its scores go before values.
-                following = smem.landed_at((j + 1) % SLOTS * len(PARTS))
-                sparse_mla.claim(smem.turn, following, (n_before + j + 1) // SLOTS)
+                following = smem.landed((j + 1) % SLOTS * len(PARTS))
+                sparse_mla.claim(smem.turn(), following, (n_before + j + 1) // SLOTS)
             plgpu.barrier_arrive(smem.p_full.at[slot])
             return new_highest, total
 
@@ -314,6 +357,8 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
         return n_before + n_tiles
 
     lax.fori_loop(0, plan.items(cta), one_item, jnp.int32(0))
+    if plan.interpret:
+        plgpu.barrier_wait(smem.p_free)
 
 
 def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -> None:
@@ -323,6 +368,7 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
     columns = lambda part: pl.ds((half * 2 + part) * QUARTER, QUARTER)  # noqa: E731
     for barrier in range(SLOTS * len(PARTS)):
         plgpu.barrier_arrive(smem.k_free.at[barrier])
+    plgpu.barrier_arrive(smem.p_free)
 
     def one_item(i, _):
         split, t, head = plan.item(cta, i)
@@ -330,17 +376,18 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
         def one_tile(j, carry):
             o, slot = carry[:-1], j % SLOTS
             plgpu.barrier_wait(smem.p_full.at[slot])
-            decay = plgpu.load(smem.decay.at[slot], layout=PER_HEAD)
-            total = plgpu.load(smem.total.at[slot], layout=PER_HEAD)
+            decay = plgpu.load(smem.rows.at[DECAY + slot], layout=PER_HEAD)
+            total = plgpu.load(smem.rows.at[TOTAL + slot], layout=PER_HEAD)
             scaled = lambda o: tuple(x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in o)  # noqa: E731
             if plan.interpret:
                 o = scaled(o)
             else:  # rarely does any maximum of a warp's rows move
                 o = lax.cond(sparse_mla.any_decay(decay, total) > 0, scaled, lambda o: o, o)
-                sparse_mla.let_first(smem.turn)
-            p = smem.k.at[slot, :, pl.ds(VALUE_DIM, TOKENS)]
+                sparse_mla.let_first(smem.turn())
             values = [smem.k.at[slot, :, columns(part)] for part in range(2)]
-            o = add_products(o, p, values, lambda part: release(plan, smem.k_free.at[slot * len(PARTS) + part]), plan)
+            free = lambda part: release(plan, smem.k_free.at[slot * len(PARTS) + part])  # noqa: E731
+            o = add_products(o, smem.p, values, free, plan)
+            release(plan, smem.p_free)
             return *o, total
 
         zeros = plgpu.layout_cast(jnp.zeros((HEADS, QUARTER), jnp.float32), plgpu.Layout.WGMMA)
@@ -361,13 +408,13 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
     lax.fori_loop(0, plan.items(cta), one_item, None)
 
 
-def products_of(q: Ref, k: Ref, wait: Callable[[int], None]) -> Array:
+def products_of(q: Ref, k: Ref, wait: Callable[[int], None], rope_part: int) -> Array:
     """q @ k.T in float32, part by part of their columns, each waited for."""
 
     def multiply(acc: Ref) -> Array:
         for part, pieces in enumerate(PARTS):
             wait(part)
-            for first, n in pieces:
+            for first, n in (*pieces, ROPE) if part == rope_part else pieces:
                 plgpu.wgmma(acc, q.at[:, pl.ds(first, n)], k.at[:, pl.ds(first, n)].T)
         return acc[...]
 

@@ -87,12 +87,12 @@ def gather_rows(
     row: Array,
     target: TileRows,
     columns: Sequence[tuple[int, int]],
-    landed: Row,
+    landed: Row | None,
     keeps: bool = False,
 ) -> None:
     """Starts copying the rows of the target's first lanes of `source` [*, E] to it, zeros for row -1.
 
-    Each of the 32 lanes arrives at the barrier `landed` when its copies have landed.
+    Each of the 32 lanes arrives at the barrier `landed`, if given, when all its copies so far have landed.
 
     Args:
         columns: pieces as (first column, how many), each 128, 256 or 512 bytes wide.
@@ -101,23 +101,25 @@ def gather_rows(
     E, dtype, rows = source.shape[1], source.dtype, target.tiles.shape[1]
     each = _CHUNK // dtype.itemsize
     pieces = tuple((start // each, n // each) for start, n in columns)
-    ptx = scope(rows_text(E * dtype.itemsize, pieces, target.n, keeps), OPERANDS)
+    ptx = scope(rows_text(E * dtype.itemsize, pieces, target.n, keeps, landed is not None), OPERANDS)
+    barrier = () if landed is None else (landed.ref, landed.row)
 
-    @plgpu.inline_mgpu(arg_types=(REF, plgpu.RefType(tiled(E, dtype)), REF, SPLAT, SPLAT, SPLAT, SPLAT))
-    def gather(_ctx, source, tiles, barriers, row, slot, first, barrier):
+    @plgpu.inline_mgpu(
+        arg_types=(REF, plgpu.RefType(tiled(E, dtype)), SPLAT, SPLAT, SPLAT, *(REF, SPLAT)[: len(barrier)])
+    )
+    def gather(_ctx, source, tiles, row, slot, first, *barrier):
         row_of_tiles = arith.addi(arith.muli(slot.registers.item(), utils.c(rows, i32())), first.registers.item())
         offset = arith.muli(row_of_tiles, utils.c(E * dtype.itemsize, i32()))
-        utils.inline_ptx(
-            ptx,
+        operands = [
             utils.memref_ptr(source),
             utils.getelementptr(utils.memref_ptr(tiles), [offset], ir.IntegerType.get_signless(8)),
             row.registers.item(),
-            address_of(barriers, barrier.registers.item(), BARRIER_WORDS),
-            has_side_effects=True,
-            convergent=True,
-        )
+        ]
+        if barrier:
+            operands.append(address_of(barrier[0], barrier[1].registers.item(), BARRIER_WORDS))
+        utils.inline_ptx(ptx, *operands, has_side_effects=True, convergent=True)
 
-    gather(source, target.tiles, landed.ref, row, target.slot, target.first, landed.row)
+    gather(source, target.tiles, row, target.slot, target.first, *barrier)
 
 
 def gather_scales(scales: Ref, row: Array, target: Row, first: Array) -> None:
@@ -180,7 +182,9 @@ fence.proxy.async.shared::cta; }"""
 
 
 @functools.cache
-def rows_text(row_bytes: int, pieces: tuple[tuple[int, int], ...], n_rows: int, keeps: bool) -> str:
+def rows_text(
+    row_bytes: int, pieces: tuple[tuple[int, int], ...], n_rows: int, keeps: bool, arrives: bool = True
+) -> str:
     """$SOURCE: an address, $TILE: rows in shared memory, $ROW: the lane's row, $LANDED: a barrier; pieces in chunks."""
     lines = [".reg .pred p; .reg .b32 lane, c, row, r, to; .reg .b64 a; mov.u32 lane, %laneid;"]
     hint, policy = (HINT, ", policy") if keeps else ("", "")
@@ -206,15 +210,13 @@ add.u32 r, r, row; add.u32 x{width}_{i}, r, to;"""
         # to 13.0: the GPU then takes the policy for an illegal instruction.
         for width in widths:
             lines.append(f"add.u32 from{width}, from{width}, {_BLOCK};")
-            lines += [
-                f"add.u32 x{width}_{i}, x{width}_{i}, {_BLOCK * row_bytes};" for i in range(_BLOCK * width // 32)
-            ]
+            lines += [f"add.u32 x{width}_{i}, x{width}_{i}, {_BLOCK * row_bytes};" for i in range(_BLOCK * width // 32)]
         lines.append(f"add.u32 n, n, 1; setp.lt.u32 p, n, {n_blocks}; @p bra.uni copy;")
     else:  # nothing is changed that a copy before may still have to read: none waits for another
         for block in range(n_blocks):
             lines += _block_text(row_bytes, widths, block, hint, policy)
-    # `noinc`: the arrival counts as one of those that the barrier was made for.
-    lines.append("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$LANDED];")
+    if arrives:  # `noinc`: the arrival counts as one of those that the barrier was made for
+        lines.append("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$LANDED];")
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,6 @@
 import functools
 
 from jax import Array
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import FragmentedArray, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -20,29 +19,28 @@ _QUAD = 4  # lanes that have a row of an accumulator
 _ptx = functools.partial(utils.inline_ptx, has_side_effects=True)
 
 
-def store_p(k_smem: Ref, slot: Array, first: int, p: Array) -> None:
-    """k_smem[slot, :, first :] = p, with one barrier of the warp-group where Pallas has two around a store."""
+def store_p(p_smem: Ref, p: Array) -> None:
+    """p_smem[...] = p, without the barriers of the warp-group that Pallas has around a store."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiled(k_smem.shape[2], k_smem.dtype)), plgpu.Layout.WGMMA))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiled(p_smem.shape[1], p_smem.dtype)), plgpu.Layout.WGMMA))
     def store(_ctx, target, p):
-        utils.warpgroup_barrier()  # the slowest warp may still be multiplying by what lies there
         p.store_tiled(target, swizzle=128)
 
-    store(k_smem.at[slot, :, pl.ds(first, p.shape[1])], p)
+    store(p_smem, p)
 
 
-def store_rows(ref: Ref, slot: Array, values: Array) -> None:
-    """ref[slot] = values, one a head, without any barrier."""
+def store_rows(ref: Ref, row: Array, values: Array) -> None:
+    """ref[row] = values, one a head, without any barrier."""
     ptx = """{ .reg .pred p; .reg .b32 at, x; mov.u32 at, %tid.x; and.b32 x, at, 3; setp.eq.u32 p, x, 0;
 shr.u32 x, at, 5; and.b32 x, x, 3; shl.b32 x, x, 6; and.b32 at, at, 28; add.u32 at, at, x; add.u32 at, at, $0;
 @p st.shared.f32 [at], $1; @p st.shared.f32 [at+32], $2; }"""
     width = ref.shape[1]
 
     @plgpu.inline_mgpu(arg_types=(REF, SPLAT, PER_HEAD))
-    def store(_ctx, ref, slot, values):
-        _ptx(ptx, address_of(ref, slot.registers.item(), width), *_two_rows(values))
+    def store(_ctx, ref, row, values):
+        _ptx(ptx, address_of(ref, row.registers.item(), width), *_two_rows(values))
 
-    store(ref, slot, values)
+    store(ref, row, values)
 
 
 def store_output(target_gmem: Ref, values: Array) -> None:
@@ -129,38 +127,38 @@ def opaque_zero() -> Array:
     return zero()
 
 
-def claim(turn_smem: Ref, landed: Row, phase: Array) -> None:
+def claim(turn: Row, landed: Row, phase: Array) -> None:
     """Asks the other warp-groups to let this one multiply first, if the phase of the barrier is complete."""
     ptx = """mbarrier.test_wait.parity.shared::cta.b64 p, [$1], $2; selp.b32 x, 1, 0, p;
 @q st.volatile.shared.b32 [$0], x; }"""
 
-    @plgpu.inline_mgpu(arg_types=(REF, REF, SPLAT, SPLAT))
-    def set_turn(_ctx, turn, barriers, barrier, parity):
+    @plgpu.inline_mgpu(arg_types=(REF, SPLAT, REF, SPLAT, SPLAT))
+    def set_turn(_ctx, ref, turn, barriers, barrier, parity):
         there = address_of(barriers, barrier.registers.item(), BARRIER_WORDS)
-        _ptx(_FIRST_THREAD + ptx, utils.memref_ptr(turn), there, parity.registers.item())
+        _ptx(_FIRST_THREAD + ptx, address_of(ref, turn.registers.item(), 1), there, parity.registers.item())
 
-    set_turn(turn_smem, landed.ref, landed.row, phase % 2)
+    set_turn(turn.ref, turn.row, landed.ref, landed.row, phase % 2)
 
 
-def unclaim(turn_smem: Ref) -> None:
+def unclaim(turn: Row) -> None:
     """Takes back what `claim` asked for."""
-
-    @plgpu.inline_mgpu(arg_types=(REF,))
-    def clear_turn(_ctx, turn):
-        _ptx(_FIRST_THREAD + "@q st.volatile.shared.b32 [$0], 0; }", utils.memref_ptr(turn))
-
-    clear_turn(turn_smem)
+    _at_turn(turn, _FIRST_THREAD + "@q st.volatile.shared.b32 [$0], 0; }")
 
 
-def let_first(turn_smem: Ref) -> None:
+def let_first(turn: Row) -> None:
     """Waits while another warp-group claims the tensor core. It is a matter of speed: no result depends on it."""
-    ptx = """{ .reg .pred p; .reg .b32 x; again: ld.volatile.shared.b32 x, [$0]; setp.ne.b32 p, x, 0; @p bra again; }"""
+    _at_turn(
+        turn,
+        "{ .reg .pred p; .reg .b32 x; again: ld.volatile.shared.b32 x, [$0]; setp.ne.b32 p, x, 0; @p bra again; }",
+    )
 
-    @plgpu.inline_mgpu(arg_types=(REF,))
-    def wait(_ctx, turn):
-        _ptx(ptx, utils.memref_ptr(turn))
 
-    wait(turn_smem)
+def _at_turn(turn: Row, ptx: str) -> None:
+    @plgpu.inline_mgpu(arg_types=(REF, SPLAT))
+    def run(_ctx, ref, turn):
+        _ptx(ptx, address_of(ref, turn.registers.item(), 1))
+
+    run(turn.ref, turn.row)
 
 
 def _two_rows(values: FragmentedArray) -> list[ir.Value]:
