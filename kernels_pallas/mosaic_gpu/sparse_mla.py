@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.bits import in_32_bits
 from hisa_jax.kernels_pallas.mosaic_gpu import sparse_mla_body
-from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import (
+from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_plan import (
     HEADS,
     KEY_DIM,
     PAIR,
@@ -34,6 +34,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import (
     SLOTS,
     TOKENS,
     VALUE_DIM,
+    Form,
     Inputs,
     Plan,
     Smem,
@@ -53,6 +54,7 @@ class Config:
     """How the work is divided: it changes the speed and the last bits, nothing else."""
 
     n_splits: int = 1  # parts of a query's list
+    form: Form = dataclasses.field(default_factory=Form)
 
 
 def why_not(
@@ -112,6 +114,7 @@ def sparse_mla(
         n_splits=n_splits,
         pairs=-(-K // (PAIR * n_splits)),
         scale=scale,
+        form=config.form,
         n_ctas=min(n_ctas, n_splits * B * T * groups),
         interpret=interpret,
     )

@@ -1,9 +1,7 @@
 """Device code of `sparse_mla`: the roles of the warp-groups."""
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,6 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx import sparse_mla
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.count_tiles import count_tiles
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_latents import gather_latents
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import (
-    BARRIER_WORDS,
     ROWS_PER_WARP,
     TileRows,
     gather_rows,
@@ -24,109 +21,35 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import (
     load_word,
     store_bias,
 )
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.sparse_mla import PER_HEAD
+from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_plan import (
+    BIAS,
+    DECAY,
+    HEADS,
+    HELD,
+    PAIR,
+    PARTS,
+    ROPE,
+    SLOTS,
+    TOKENS,
+    TOTAL,
+    VALUE_DIM,
+    WORDS,
+    Inputs,
+    Plan,
+    Smem,
+)
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import release, wait_all
 from hisa_jax.kernels_pallas.types import Ref
 from hisa_jax.latents import GROUP, QuantizedLatents
 
-HEADS = 64  # of one query a CTA takes: the rows of a product
-SLOTS, TOKENS = 2, 64  # of a tile
-PAIR = SLOTS * TOKENS  # what a list is a multiple of: every query starts at the first slot
-KEY_DIM, VALUE_DIM = 576, 512
 HALF = VALUE_DIM // 2  # value columns a warp-group: 128 accumulators a thread
 QUARTER = HALF // 2  # columns a product: ptxas refuses 256 in a kernel launched with 128 registers a thread
-# Columns that come and go together: what each warp-group of values multiplies first, and the rest of the values. The
-# features after them come with one of both, and go as soon as there are scores.
-PARTS = (((0, 128), (256, 128)), ((128, 128), (384, 128)))
-ROPE = (VALUE_DIM, KEY_DIM - VALUE_DIM)
 SCORES, LOAD = 2, 3  # warp-groups; 0 and 1 take the values
-VALUE_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS = 168, 120, 56  # twice the first and the others: 512
 PER_TOKEN = plgpu.Layout.WGMMA.reduce(0)
-# Rows of `Smem.rows`, and in the last one by words: barriers made in PTX, and whose turn it is.
-BIAS, DECAY, TOTAL, WORDS, ROWS = 0, SLOTS, 2 * SLOTS, 3 * SLOTS, 3 * SLOTS + 1
-_TURN = WORDS * HEADS + SLOTS * len(PARTS) * BARRIER_WORDS
 _LOG2_E = math.log2(math.e)
 _LEAST = -1e30  # a finite stand-in for -inf, so that differences of maxima stay numbers
 _SLACK = 8.0  # the maximum may be this much too low (as a power of two), which spares rescaling the sums
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The static numbers of a launch."""
-
-    T: int  # queries of all sequences
-    queries: int  # of a sequence
-    keys: int  # of a sequence
-    groups: int  # of 64 heads
-    n_splits: int
-    pairs: int  # of tiles a split
-    scale: float
-    n_ctas: int
-    interpret: object
-
-    @property
-    def n_items(self) -> int:
-        return self.n_splits * self.T * self.groups
-
-    def items(self, cta: Array) -> Array:
-        """How many items this CTA has: cta, cta + n_ctas, ..."""
-        return (self.n_items - cta + self.n_ctas - 1) // self.n_ctas
-
-    def item(self, cta: Array, i: Array) -> tuple[Array, Array, Array]:
-        """Split, query and first head. Groups of a query are neighbours: L2 serves all but one."""
-        item = cta + i * self.n_ctas
-        part = item // self.groups
-        return part // self.T, part % self.T, item % self.groups * HEADS
-
-
-class Inputs(NamedTuple):
-    """Arrays in device memory, whole."""
-
-    n_pairs: Ref | None  # [n_splits * T] int32, of tiles of each part of a list; None: all roles count for themselves
-    indices: Ref  # [T, K] int32
-    q: Ref  # [T, groups * 64, E]
-    kv: Ref | QuantizedLatents  # [B * S, E], or refs of its parts
-
-
-class Smem(NamedTuple):
-    """Shared memory of a CTA: the heads of one query, two tiles with what belongs to each, probabilities of one.
-
-    Pallas begins each array at a multiple of 1024 bytes, so that small ones share `rows`.
-    """
-
-    k_free: Ref  # barriers [2 * parts of columns], of both warp-groups that add values
-    k_full: Ref  # barriers [2], in interpret mode alone
-    k: Ref  # [2, 64, E]
-    p_free: Ref  # barrier, of both warp-groups that add values
-    p_full: Ref  # barriers [2], of the warp-group that scores
-    p: Ref  # [64, 64]
-    q_free: Ref  # barrier, of the warp-group that scores
-    q_full: Ref  # barrier, of the copy
-    q: Ref  # [1, 64, E]
-    ready: Ref  # barrier: those made in PTX are there
-    rope_free: Ref  # barriers [2], of the warp-group that scores
-    rows: Ref  # [7, 64] float32
-
-    def bias(self, slot: Array) -> Row:
-        """0 or -inf a token."""
-        return Row(self.rows, BIAS + slot, TOKENS)
-
-    def decay(self, slot: Array) -> Row:
-        """A head: what the sums so far are multiplied by."""
-        return Row(self.rows, DECAY + slot, HEADS)
-
-    def total(self, slot: Array) -> Row:
-        """A head: the sum of probabilities so far."""
-        return Row(self.rows, TOTAL + slot, HEADS)
-
-    def landed(self, barrier: Array) -> Row:
-        """[2 * parts] of the lanes that copy."""
-        return Row(self.rows, WORDS * HEADS // BARRIER_WORDS + barrier, BARRIER_WORDS)
-
-    def turn(self) -> Row:
-        """Not 0: the warp-group that scores asks for the tensor core."""
-        return Row(self.rows, jnp.int32(_TURN), 1)
 
 
 def sparse_mla_body(plan: Plan, gmem: Inputs, o_gmem: Ref, lse_gmem: Ref, smem: Smem) -> None:
@@ -174,7 +97,7 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
 
     Of latents in 8 bits, which take their time to convert, a warp brings half of the rows of one part.
     """
-    plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+    plgpu.set_max_registers(plan.form.registers[2], action="decrease")
     cta, is_quantized = lax.axis_index("cta"), isinstance(gmem.kv, QuantizedLatents)
 
     def copy(parts: tuple[int, ...], first: Array, n_rows: int, brings_queries: Array) -> None:
@@ -197,15 +120,15 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 for part in parts:
                     barrier = slot * len(PARTS) + part
                     landed = smem.landed(barrier)
-                    if part == rope_part(gmem):
+                    if part == rope_part(plan, gmem):
                         plgpu.barrier_wait(smem.rope_free.at[slot])
                         if not is_quantized:  # lands with the columns that come next
-                            gather_rows(gmem.kv, row, tile, (ROPE,), None, keeps=True)
+                            gather_rows(gmem.kv, row, tile, (ROPE,), None, keeps=True, ahead=plan.form.l2_bytes)
                     plgpu.barrier_wait(smem.k_free.at[barrier])
                     if isinstance(gmem.kv, QuantizedLatents):
                         gather_latents(gmem.kv, row, tile, *groups_of(part), landed)
                     else:
-                        gather_rows(gmem.kv, row, tile, PARTS[part], landed, keeps=True)
+                        gather_rows(gmem.kv, row, tile, PARTS[part], landed, keeps=True, ahead=plan.form.l2_bytes)
                     if part == 0:
                         store_bias(smem.bias(slot), first, n_rows, row, landed)
                 # The next tile's index, so that it is there when its slot is.
@@ -223,7 +146,7 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
 
     @plgpu.warp_map
     def _warps(warp):
-        if is_quantized:
+        if apart(plan, gmem):
             first = warp % 2 * ROWS_PER_WARP
             pl.when(warp // 2 == 0)(lambda: copy((0,), first, ROWS_PER_WARP, warp == 0))
             pl.when(warp // 2 == 1)(lambda: copy((1,), first, ROWS_PER_WARP, warp < 0))
@@ -231,21 +154,25 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
             copy((0, 1), warp * ROWS_PER_WARP // 2, ROWS_PER_WARP // 2, warp == 0)
 
 
-def arrivals(is_quantized: bool) -> tuple[int, int]:
+def arrivals(apart: bool, is_quantized: bool) -> tuple[int, int]:
     """At the barriers of both parts of a tile: of all lanes of four warps, or of two a part.
 
     The bias arrives with the first part, a rope part beside values of 8 bits by itself.
     """
-    lanes = ROWS_PER_WARP * (2 if is_quantized else 4)
+    lanes = ROWS_PER_WARP * (2 if apart else 4)
     return 2 * lanes, (1 + is_quantized) * lanes
 
 
-def rope_part(gmem: Inputs) -> int:
+def rope_part(plan: Plan, gmem: Inputs) -> int:
     """The part that the last columns come with: the first, so that few are missing when the other one has landed.
 
     In 8 bits they are bfloat16 already, and the warps of the second part have time for them.
     """
-    return 1 if isinstance(gmem.kv, QuantizedLatents) else 0
+    return 1 if apart(plan, gmem) else 0
+
+
+def apart(plan: Plan, gmem: Inputs) -> bool:
+    return plan.form.is_apart or isinstance(gmem.kv, QuantizedLatents)
 
 
 def groups_of(part: int) -> tuple[tuple[int, ...], bool]:
@@ -294,10 +221,10 @@ def rows_of(kv: Array | QuantizedLatents, row: Array) -> Array:
 
 def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
     """Probabilities of each tile, and by how much they make the earlier ones decay."""
-    plgpu.set_max_registers(SCORE_REGISTERS, action="decrease")
+    plgpu.set_max_registers(plan.form.registers[1], action="decrease")
     cta, is_quantized = lax.axis_index("cta"), isinstance(gmem.kv, QuantizedLatents)
     if not plan.interpret:
-        gather.init_landed(smem.rows.at[WORDS], arrivals(is_quantized) * SLOTS)
+        gather.init_landed(smem.rows.at[WORDS], arrivals(apart(plan, gmem), is_quantized) * SLOTS)
         sparse_mla.unclaim(smem.turn())
         plgpu.barrier_arrive(smem.ready)
     plgpu.barrier_arrive(smem.q_free)
@@ -309,6 +236,11 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
         split, t, head = plan.item(cta, i)
         n_tiles = tiles_of(plan, gmem, split, t)
         plgpu.barrier_wait(smem.q_full)
+        # So much of the queries stays in registers: the tensor core reads that from shared memory once a list.
+        n_held = 0 if plan.interpret else plan.form.held
+        held = {
+            first: plgpu.load(smem.q.at[0, :, pl.ds(first, 64)], layout=plgpu.Layout.WGMMA) for first in HELD[:n_held]
+        }
 
         def one_tile(j, carry):
             (highest, total), slot = carry, j % SLOTS
@@ -320,7 +252,7 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
                     plgpu.barrier_wait(smem.k_full.at[slot])
 
             zero = jnp.int32(0) if plan.interpret else sparse_mla.opaque_zero()
-            products = products_of(smem.q.at[zero], smem.k.at[slot], wait, rope_part(gmem))
+            products = products_of(smem.q.at[zero], smem.k.at[slot], wait, rope_part(plan, gmem), held)
             release(plan, smem.rope_free.at[slot])
             if not plan.interpret:
                 sparse_mla.unclaim(smem.turn())
@@ -342,10 +274,12 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
                 sparse_mla.store_p(smem.p, p)
                 sparse_mla.store_rows(smem.rows, DECAY + slot, decay)
                 sparse_mla.store_rows(smem.rows, TOTAL + slot, total)
-                sparse_mla.show_stores()
+                if not plan.form.holds_p:  # or no tensor core reads them there
+                    sparse_mla.show_stores()
                 # All others wait for probabilities: where the next tile has landed, its scores go before values.
-                following = smem.landed((j + 1) % SLOTS * len(PARTS))
-                sparse_mla.claim(smem.turn(), following, (n_before + j + 1) // SLOTS)
+                following = smem.landed((j + 1) % SLOTS * len(PARTS) + (plan.form.turns == "second"))
+                if plan.form.turns != "none":
+                    sparse_mla.claim(smem.turn(), following, (n_before + j + 1) // SLOTS)
             plgpu.barrier_arrive(smem.p_full.at[slot])
             return new_highest, total
 
@@ -363,7 +297,7 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
 
 def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -> None:
     """Half of the value columns of the output."""
-    plgpu.set_max_registers(VALUE_REGISTERS, action="increase")
+    plgpu.set_max_registers(plan.form.registers[0], action="increase")
     cta = lax.axis_index("cta")
     columns = lambda part: pl.ds((half * 2 + part) * QUARTER, QUARTER)  # noqa: E731
     for barrier in range(SLOTS * len(PARTS)):
@@ -383,10 +317,11 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
                 o = scaled(o)
             else:  # rarely does any maximum of a warp's rows move
                 o = lax.cond(sparse_mla.any_decay(decay, total) > 0, scaled, lambda o: o, o)
-                sparse_mla.let_first(smem.turn())
+                sparse_mla.let_first(smem.turn(), plan.form.naps)
             values = [smem.k.at[slot, :, columns(part)] for part in range(2)]
             free = lambda part: release(plan, smem.k_free.at[slot * len(PARTS) + part])  # noqa: E731
-            o = add_products(o, smem.p, values, free, plan)
+            p = plgpu.load(smem.p, layout=plgpu.Layout.WGMMA) if plan.form.holds_p and not plan.interpret else smem.p
+            o = add_products(o, p, values, free, plan)
             release(plan, smem.p_free)
             return *o, total
 
@@ -408,14 +343,22 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
     lax.fori_loop(0, plan.items(cta), one_item, None)
 
 
-def products_of(q: Ref, k: Ref, wait: Callable[[int], None], rope_part: int) -> Array:
-    """q @ k.T in float32, part by part of their columns, each waited for."""
+def products_of(q: Ref, k: Ref, wait: Callable[[int], None], rope_part: int, held: dict[int, Array]) -> Array:
+    """q @ k.T in float32, part by part of their columns, each waited for.
+
+    Args:
+        held: 64 columns of q each, in registers, by the first of them.
+    """
 
     def multiply(acc: Ref) -> Array:
         for part, pieces in enumerate(PARTS):
             wait(part)
             for first, n in (*pieces, ROPE) if part == rope_part else pieces:
-                plgpu.wgmma(acc, q.at[:, pl.ds(first, n)], k.at[:, pl.ds(first, n)].T)
+                if first in held:
+                    plgpu.wgmma(acc, held[first], k.at[:, pl.ds(first, 64)].T)
+                    first, n = first + 64, n - 64
+                if n:
+                    plgpu.wgmma(acc, q.at[:, pl.ds(first, n)], k.at[:, pl.ds(first, n)].T)
         return acc[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((HEADS, TOKENS), jnp.float32))

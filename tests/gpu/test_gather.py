@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from hisa_jax.kernels_pallas.mosaic_gpu import sparse_mla_plan
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_latents, gather_rows, sparse_mla
-from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import PARTS
 from tests.gpu.ptx_machine import Machine
 from tests.gpu.ptx_shared_memory import Race
 
@@ -87,7 +87,14 @@ def test_the_machine_sees_what_is_missing(missing):
 @pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("n", [16, 32])
 @pytest.mark.parametrize(
-    ("width", "pieces"), [*((E, part) for part in PARTS), (128, ((0, 128),)), (64, ((0, 64),))], ids="0123"
+    ("width", "pieces"),
+    [
+        *((E, part) for part in sparse_mla_plan.PARTS),
+        (E, (sparse_mla_plan.ROPE,)),
+        (128, ((0, 128),)),
+        (64, ((0, 64),)),
+    ],
+    ids="01234",
 )
 def test_rows_are_those_of_the_source(width, pieces, n, keeps):
     rng = np.random.default_rng(0)
@@ -101,6 +108,12 @@ def test_rows_are_those_of_the_source(width, pieces, n, keeps):
     got = in_rows(machine.smem[TILES // 4 :][: n * width // 2], width, n)
     np.testing.assert_array_equal(got[:, columns], wanted[:, columns])
     assert machine.arrivals == {0: 32}
+
+
+def test_copies_may_land_with_those_that_come_next():
+    text = gather_rows.rows_text(2 * E, ((0, 16),), 16, True, arrives=False)
+    machine = machine_of(text + "cp.async.wait_all;", gather_rows.OPERANDS, (0, TILES, 0, 0), np.zeros(E, np.uint32), E)
+    assert not machine.arrivals
 
 
 def test_an_accumulator_is_written_in_whole_pieces_of_rows():

@@ -145,11 +145,16 @@ def unclaim(turn: Row) -> None:
     _at_turn(turn, _FIRST_THREAD + "@q st.volatile.shared.b32 [$0], 0; }")
 
 
-def let_first(turn: Row) -> None:
-    """Waits while another warp-group claims the tensor core. It is a matter of speed: no result depends on it."""
+def let_first(turn: Row, nap: bool = True) -> None:
+    """Waits while another warp-group claims the tensor core. It is a matter of speed: no result depends on it.
+
+    Between looks it sleeps: they take cycles of shared memory, which the other one's product is in need of.
+    """
+    sleep = "@p nanosleep.u32 20; " if nap else ""
     _at_turn(
         turn,
-        "{ .reg .pred p; .reg .b32 x; again: ld.volatile.shared.b32 x, [$0]; setp.ne.b32 p, x, 0; @p bra again; }",
+        "{ .reg .pred p; .reg .b32 x; again: ld.volatile.shared.b32 x, [$0]; setp.ne.b32 p, x, 0; "
+        f"{sleep}@p bra again; }}",
     )
 
 
