@@ -157,10 +157,10 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
 def arrivals(apart: bool, is_quantized: bool) -> tuple[int, int]:
     """At the barriers of both parts of a tile: of all lanes of four warps, or of two a part.
 
-    The bias arrives with the first part, a rope part beside values of 8 bits by itself.
+    With the first part the bias arrives, once a token; a rope part beside values of 8 bits by itself.
     """
     lanes = ROWS_PER_WARP * (2 if apart else 4)
-    return 2 * lanes, (1 + is_quantized) * lanes
+    return lanes + TOKENS, (1 + is_quantized) * lanes
 
 
 def rope_part(plan: Plan, gmem: Inputs) -> int:
