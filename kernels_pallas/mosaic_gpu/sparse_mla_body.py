@@ -157,10 +157,10 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
 def arrivals(apart: bool, is_quantized: bool) -> tuple[int, int]:
     """At the barriers of both parts of a tile: of all lanes of four warps, or of two a part.
 
-    The bias arrives with the first part, a rope part beside values of 8 bits by itself.
+    With the first part the bias arrives, once a token; a rope part beside values of 8 bits by itself.
     """
     lanes = ROWS_PER_WARP * (2 if apart else 4)
-    return 2 * lanes, (1 + is_quantized) * lanes
+    return lanes + TOKENS, (1 + is_quantized) * lanes
 
 
 def rope_part(plan: Plan, gmem: Inputs) -> int:
@@ -312,6 +312,7 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
             plgpu.barrier_wait(smem.p_full.at[slot])
             decay = plgpu.load(smem.rows.at[DECAY + slot], layout=PER_HEAD)
             total = plgpu.load(smem.rows.at[TOTAL + slot], layout=PER_HEAD)
+            p = plgpu.load(smem.p, layout=plgpu.Layout.WGMMA) if plan.form.holds_p and not plan.interpret else smem.p
             scaled = lambda o: tuple(x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in o)  # noqa: E731
             if plan.interpret:
                 o = scaled(o)
@@ -320,7 +321,6 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
                 sparse_mla.let_first(smem.turn(), plan.form.naps)
             values = [smem.k.at[slot, :, columns(part)] for part in range(2)]
             free = lambda part: release(plan, smem.k_free.at[slot * len(PARTS) + part])  # noqa: E731
-            p = plgpu.load(smem.p, layout=plgpu.Layout.WGMMA) if plan.form.holds_p and not plan.interpret else smem.p
             o = add_products(o, p, values, free, plan)
             release(plan, smem.p_free)
             return *o, total

@@ -6,8 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hisa_jax.kernels_pallas.mosaic_gpu import sparse_mla_plan
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_latents, gather_rows, sparse_mla
+from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_plan import PARTS
+from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_plan import ROPE as LAST
 from tests.gpu.ptx_machine import Machine
 from tests.gpu.ptx_shared_memory import Race
 
@@ -89,8 +90,8 @@ def test_the_machine_sees_what_is_missing(missing):
 @pytest.mark.parametrize(
     ("width", "pieces"),
     [
-        *((E, part) for part in sparse_mla_plan.PARTS),
-        (E, (sparse_mla_plan.ROPE,)),
+        *((E, part) for part in PARTS),
+        (E, (LAST,)),
         (128, ((0, 128),)),
         (64, ((0, 64),)),
     ],

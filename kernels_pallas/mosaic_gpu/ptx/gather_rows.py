@@ -143,11 +143,11 @@ setp.lt.s32 p, $2, 0; mad.wide.s32 a, $2, 4, $0; cp.async.ca.shared.global [at],
 def store_bias(bias: Row, first: Array, n: int, row: Array, landed: Row) -> None:
     """bias[first + lane] = 0 for a row that is there, -inf for row -1, of the first n lanes.
 
-    Each of the 32 lanes arrives at the barrier `landed`.
+    Each of these arrives at the barrier `landed`.
     """
     ptx = f"""{{ .reg .pred p, q; .reg .b32 at, v; mov.u32 at, %laneid; setp.lt.u32 q, at, {n}; shl.b32 at, at, 2;
 add.u32 at, at, $0; setp.lt.s32 p, $1, 0; selp.b32 v, 0xff800000, 0, p; @q st.shared.b32 [at], v;
-mbarrier.arrive.shared::cta.b64 _, [$2]; }}"""
+@q mbarrier.arrive.shared::cta.b64 _, [$2]; }}"""
 
     @plgpu.inline_mgpu(arg_types=(REF,) * 2 + (SPLAT,) * 4)
     def store(_ctx, ref, barriers, slot, first, row, barrier):
