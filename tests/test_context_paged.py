@@ -14,13 +14,12 @@ from tests import emulated
 
 # What they promise; not imported from there, since that module configures JAX.
 PROMISES = {
-    "copies": ("a_copy_stays_on_its_device",),
+    "copies": ("a_copy_stays_on_its_device", "gathered_pages_are_those_that_the_tables_name"),
     "selection": (
         "pages_on_eight_devices_hold_what_one_would",
         "same_bits_for_the_scan",
         "only_candidates_are_exchanged",
         "many_queries_get_the_pages",
-        "gathered_pages_are_those_that_the_tables_name",
         "writing_exchanges_nothing",
         "sparse_mla_over_pages_is_that_of_one_device_and_exchanges_one_sum",
         "a_page_that_is_lacking_or_elsewhere_costs_its_request_alone",
