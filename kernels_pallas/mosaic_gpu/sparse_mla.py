@@ -34,7 +34,6 @@ from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_plan import (
     SLOTS,
     TOKENS,
     VALUE_DIM,
-    Form,
     Inputs,
     Plan,
     Smem,
@@ -54,7 +53,6 @@ class Config:
     """How the work is divided: it changes the speed and the last bits, nothing else."""
 
     n_splits: int = 1  # parts of a query's list
-    form: Form = dataclasses.field(default_factory=Form)
 
 
 def why_not(
@@ -114,7 +112,6 @@ def sparse_mla(
         n_splits=n_splits,
         pairs=-(-K // (PAIR * n_splits)),
         scale=scale,
-        form=config.form,
         n_ctas=min(n_ctas, n_splits * B * T * groups),
         interpret=interpret,
     )
