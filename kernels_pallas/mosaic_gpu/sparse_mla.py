@@ -3,15 +3,16 @@
 
 Floor, 4096 queries of dsv32 (128 heads, 576 / 512, 2048 tokens), H200: tensor cores 2.3 PFLOP / 990 TFLOP/s = 2.4 ms;
 L2 to the SMs 19.3 GB (each group of 64 heads reads the tokens) = 2.5 ms at the 7.5 TB/s that gathering alone reaches;
-shared memory 2.7 ms (304 KB of operands and copies a tile of 64 tokens, at 128 B a cycle). None of them is the limit:
-most of the time is stages (copy, scores, softmax, values) that wait for each other, with two slots for tiles
-(docs/notes/gpu-log.md).
+shared memory 2.7 ms (304 KB of operands and copies a tile of 64 tokens, at 128 B a cycle). None of them is the limit at
+4.14 ms: stages (copy, scores, softmax, values) wait for each other, with two slots for tiles, and no wait that was made
+shorter gave what it seemed to cost (docs/notes/gpu-log.md).
 
 A CTA takes 64 heads of a query, one CTA an SM, persistent over queries. Warp-groups: one that copies, one that scores,
 two with half of the value columns each. With few queries (decode) lists are split and `combine` adds up the parts.
 
 Latents in 8 bits are 656 bytes a token in place of 1152; the warp-group that copies makes them bfloat16 in their slot.
-A tile keeps it busy for 4,400 of 5,050 cycles, by some 1000 instructions a warp and the wait for the tile's copies.
+By clocks in an earlier form a tile kept it busy for 4,400 of 5,050 cycles, by some 1000 instructions a warp and the
+wait for the tile's copies.
 """
 
 import dataclasses
@@ -34,7 +35,6 @@ from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_plan import (
     SLOTS,
     TOKENS,
     VALUE_DIM,
-    Form,
     Inputs,
     Plan,
     Smem,
@@ -54,7 +54,6 @@ class Config:
     """How the work is divided: it changes the speed and the last bits, nothing else."""
 
     n_splits: int = 1  # parts of a query's list
-    form: Form = dataclasses.field(default_factory=Form)
 
 
 def why_not(
@@ -114,7 +113,6 @@ def sparse_mla(
         n_splits=n_splits,
         pairs=-(-K // (PAIR * n_splits)),
         scale=scale,
-        form=config.form,
         n_ctas=min(n_ctas, n_splits * B * T * groups),
         interpret=interpret,
     )

@@ -27,13 +27,16 @@ from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_plan import (
     DECAY,
     HEADS,
     HELD,
+    LOAD_REGISTERS,
     PAIR,
     PARTS,
     ROPE,
+    SCORE_REGISTERS,
     SLOTS,
     TOKENS,
     TOTAL,
     VALUE_DIM,
+    VALUE_REGISTERS,
     WORDS,
     Inputs,
     Plan,
@@ -62,7 +65,8 @@ def sparse_mla_body(plan: Plan, gmem: Inputs, o_gmem: Ref, lse_gmem: Ref, smem: 
     # has landed, and copies when the first has been read. The last 64 columns, which are no value, go before the rest.
     #
     # There is room for one tile's probabilities: those of the next are in registers by the time these are read. The
-    # output and the softmax's sums stay in registers from a query's first tile to its last.
+    # output, the softmax's sums and 128 columns of the query stay in registers from its first tile to its last. Scores
+    # and values take the tensor core as they come: to let scores go first cost 1 %.
     #
     # Latents in 8 bits land in their slot, where the loader writes them anew in bfloat16: the rest is the same.
     #
@@ -93,11 +97,11 @@ def tiles_of(plan: Plan, gmem: Inputs, split: Array, t: Array, by_warp: bool = F
 
 
 def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
-    """All warps bring some rows of one part of a tile, and then of the next: each lands the sooner for that.
+    """All warps bring some rows of one part of a tile, and then of the next.
 
     Of latents in 8 bits, which take their time to convert, a warp brings half of the rows of one part.
     """
-    plgpu.set_max_registers(plan.form.registers[2], action="decrease")
+    plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
     cta, is_quantized = lax.axis_index("cta"), isinstance(gmem.kv, QuantizedLatents)
 
     def copy(parts: tuple[int, ...], first: Array, n_rows: int, brings_queries: Array) -> None:
@@ -120,15 +124,15 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 for part in parts:
                     barrier = slot * len(PARTS) + part
                     landed = smem.landed(barrier)
-                    if part == rope_part(plan, gmem):
+                    if part == rope_part(is_quantized):
                         plgpu.barrier_wait(smem.rope_free.at[slot])
                         if not is_quantized:  # lands with the columns that come next
-                            gather_rows(gmem.kv, row, tile, (ROPE,), None, keeps=True, ahead=plan.form.l2_bytes)
+                            gather_rows(gmem.kv, row, tile, (ROPE,), None, keeps=True)
                     plgpu.barrier_wait(smem.k_free.at[barrier])
                     if isinstance(gmem.kv, QuantizedLatents):
                         gather_latents(gmem.kv, row, tile, *groups_of(part), landed)
                     else:
-                        gather_rows(gmem.kv, row, tile, PARTS[part], landed, keeps=True, ahead=plan.form.l2_bytes)
+                        gather_rows(gmem.kv, row, tile, PARTS[part], landed, keeps=True)
                     if part == 0:
                         store_bias(smem.bias(slot), first, n_rows, row, landed)
                 # The next tile's index, so that it is there when its slot is.
@@ -146,7 +150,7 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
 
     @plgpu.warp_map
     def _warps(warp):
-        if apart(plan, gmem):
+        if is_quantized:
             first = warp % 2 * ROWS_PER_WARP
             pl.when(warp // 2 == 0)(lambda: copy((0,), first, ROWS_PER_WARP, warp == 0))
             pl.when(warp // 2 == 1)(lambda: copy((1,), first, ROWS_PER_WARP, warp < 0))
@@ -154,25 +158,21 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
             copy((0, 1), warp * ROWS_PER_WARP // 2, ROWS_PER_WARP // 2, warp == 0)
 
 
-def arrivals(apart: bool, is_quantized: bool) -> tuple[int, int]:
-    """At the barriers of both parts of a tile: of all lanes of four warps, or of two a part.
+def arrivals(is_quantized: bool) -> tuple[int, int]:
+    """At the barriers of both parts of a tile: of all lanes of four warps, of latents in 8 bits of two a part.
 
     With the first part the bias arrives, once a token; a rope part beside values of 8 bits by itself.
     """
-    lanes = ROWS_PER_WARP * (2 if apart else 4)
+    lanes = ROWS_PER_WARP * (2 if is_quantized else 4)
     return lanes + TOKENS, (1 + is_quantized) * lanes
 
 
-def rope_part(plan: Plan, gmem: Inputs) -> int:
+def rope_part(is_quantized: bool) -> int:
     """The part that the last columns come with: the first, so that few are missing when the other one has landed.
 
     In 8 bits they are bfloat16 already, and the warps of the second part have time for them.
     """
-    return 1 if apart(plan, gmem) else 0
-
-
-def apart(plan: Plan, gmem: Inputs) -> bool:
-    return plan.form.is_apart or isinstance(gmem.kv, QuantizedLatents)
+    return 1 if is_quantized else 0
 
 
 def groups_of(part: int) -> tuple[tuple[int, ...], bool]:
@@ -221,11 +221,10 @@ def rows_of(kv: Array | QuantizedLatents, row: Array) -> Array:
 
 def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
     """Probabilities of each tile, and by how much they make the earlier ones decay."""
-    plgpu.set_max_registers(plan.form.registers[1], action="decrease")
+    plgpu.set_max_registers(SCORE_REGISTERS, action="decrease")
     cta, is_quantized = lax.axis_index("cta"), isinstance(gmem.kv, QuantizedLatents)
     if not plan.interpret:
-        gather.init_landed(smem.rows.at[WORDS], arrivals(apart(plan, gmem), is_quantized) * SLOTS)
-        sparse_mla.unclaim(smem.turn())
+        gather.init_landed(smem.rows.at[WORDS], arrivals(is_quantized) * SLOTS)
         plgpu.barrier_arrive(smem.ready)
     plgpu.barrier_arrive(smem.q_free)
     for slot in range(SLOTS):
@@ -237,10 +236,8 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
         n_tiles = tiles_of(plan, gmem, split, t)
         plgpu.barrier_wait(smem.q_full)
         # So much of the queries stays in registers: the tensor core reads that from shared memory once a list.
-        n_held = 0 if plan.interpret else plan.form.held
-        held = {
-            first: plgpu.load(smem.q.at[0, :, pl.ds(first, 64)], layout=plgpu.Layout.WGMMA) for first in HELD[:n_held]
-        }
+        load = lambda first: plgpu.load(smem.q.at[0, :, pl.ds(first, 64)], layout=plgpu.Layout.WGMMA)  # noqa: E731
+        held = {} if plan.interpret else {first: load(first) for first in HELD}
 
         def one_tile(j, carry):
             (highest, total), slot = carry, j % SLOTS
@@ -252,10 +249,8 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
                     plgpu.barrier_wait(smem.k_full.at[slot])
 
             zero = jnp.int32(0) if plan.interpret else sparse_mla.opaque_zero()
-            products = products_of(smem.q.at[zero], smem.k.at[slot], wait, rope_part(plan, gmem), held)
+            products = products_of(smem.q.at[zero], smem.k.at[slot], wait, rope_part(is_quantized), held)
             release(plan, smem.rope_free.at[slot])
-            if not plan.interpret:
-                sparse_mla.unclaim(smem.turn())
             bias = plgpu.load(smem.rows.at[BIAS + slot], layout=PER_TOKEN)
             # To base two, which is what the hardware's exponential takes.
             logits = products * (plan.scale * _LOG2_E) + lax.broadcast_in_dim(bias, products.shape, [1])
@@ -274,12 +269,7 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
                 sparse_mla.store_p(smem.p, p)
                 sparse_mla.store_rows(smem.rows, DECAY + slot, decay)
                 sparse_mla.store_rows(smem.rows, TOTAL + slot, total)
-                if not plan.form.holds_p:  # or no tensor core reads them there
-                    sparse_mla.show_stores()
-                # All others wait for probabilities: where the next tile has landed, its scores go before values.
-                following = smem.landed((j + 1) % SLOTS * len(PARTS) + (plan.form.turns == "second"))
-                if plan.form.turns != "none":
-                    sparse_mla.claim(smem.turn(), following, (n_before + j + 1) // SLOTS)
+                sparse_mla.show_stores()
             plgpu.barrier_arrive(smem.p_full.at[slot])
             return new_highest, total
 
@@ -297,7 +287,7 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
 
 def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -> None:
     """Half of the value columns of the output."""
-    plgpu.set_max_registers(plan.form.registers[0], action="increase")
+    plgpu.set_max_registers(VALUE_REGISTERS, action="increase")
     cta = lax.axis_index("cta")
     columns = lambda part: pl.ds((half * 2 + part) * QUARTER, QUARTER)  # noqa: E731
     for barrier in range(SLOTS * len(PARTS)):
@@ -312,16 +302,14 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
             plgpu.barrier_wait(smem.p_full.at[slot])
             decay = plgpu.load(smem.rows.at[DECAY + slot], layout=PER_HEAD)
             total = plgpu.load(smem.rows.at[TOTAL + slot], layout=PER_HEAD)
-            p = plgpu.load(smem.p, layout=plgpu.Layout.WGMMA) if plan.form.holds_p and not plan.interpret else smem.p
             scaled = lambda o: tuple(x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in o)  # noqa: E731
             if plan.interpret:
                 o = scaled(o)
             else:  # rarely does any maximum of a warp's rows move
                 o = lax.cond(sparse_mla.any_decay(decay, total) > 0, scaled, lambda o: o, o)
-                sparse_mla.let_first(smem.turn(), plan.form.naps)
             values = [smem.k.at[slot, :, columns(part)] for part in range(2)]
             free = lambda part: release(plan, smem.k_free.at[slot * len(PARTS) + part])  # noqa: E731
-            o = add_products(o, p, values, free, plan)
+            o = add_products(o, smem.p, values, free, plan)
             release(plan, smem.p_free)
             return *o, total
 

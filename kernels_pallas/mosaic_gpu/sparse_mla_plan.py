@@ -3,7 +3,6 @@
 import dataclasses
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS
@@ -19,30 +18,11 @@ KEY_DIM, VALUE_DIM = 576, 512
 # features after them come with one of both, and go as soon as there are scores.
 PARTS = (((0, 128), (256, 128)), ((128, 128), (384, 128)))
 ROPE = (VALUE_DIM, KEY_DIM - VALUE_DIM)
-LOAD_REGISTERS = 56
-HELD = (0, 256, 512)  # first columns of blocks of 64 of the queries that may stay in registers
-# Rows of `Smem.rows`, and in the last one by words: barriers made in PTX, and whose turn it is.
+HELD = (0, 256)  # first columns of the blocks of 64 of the queries that stay in registers
+# Registers a thread: twice those of values and the others are 512, all that there are.
+VALUE_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS = 168, 120, 56
+# Rows of `Smem.rows`; the last one has the barriers made in PTX.
 BIAS, DECAY, TOTAL, WORDS, ROWS = 0, SLOTS, 2 * SLOTS, 3 * SLOTS, 3 * SLOTS + 1
-_TURN = WORDS * HEADS + SLOTS * len(PARTS) * BARRIER_WORDS
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Form:
-    """What is tried side by side: it changes the speed, nothing else."""
-
-    held: int = 2  # blocks of 64 columns of the queries in registers, 0 to 3
-    holds_p: bool = False  # the warp-groups of values take probabilities to registers
-    turns: str = "first"  # scores go first if this part of their next tile has landed: "first", "second", or "none"
-    naps: bool = True  # who waits for its turn sleeps between looks
-    l2_bytes: int = 0  # of 256 around each copied piece, brought to L2
-    is_apart: bool = False  # each warp that copies has half of the rows of one part, not a quarter of those of both
-
-    @property
-    def registers(self) -> tuple[int, int, int]:
-        """A thread of values, of scores, of copies: twice the first and the others are 512."""
-        if self.holds_p:
-            return 176, 104, 56
-        return (168, 128, 48) if self.held > 2 else (168, 120, LOAD_REGISTERS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +36,6 @@ class Plan:
     n_splits: int
     pairs: int  # of tiles a split
     scale: float
-    form: Form
     n_ctas: int
     interpret: object
 
@@ -118,7 +97,3 @@ class Smem(NamedTuple):
     def landed(self, barrier: Array) -> Row:
         """[2 * parts] of the lanes that copy."""
         return Row(self.rows, WORDS * HEADS // BARRIER_WORDS + barrier, BARRIER_WORDS)
-
-    def turn(self) -> Row:
-        """Not 0: the warp-group that scores asks for the tensor core."""
-        return Row(self.rows, jnp.int32(_TURN), 1)

@@ -89,7 +89,6 @@ def gather_rows(
     columns: Sequence[tuple[int, int]],
     landed: Row | None,
     keeps: bool = False,
-    ahead: int = 0,
 ) -> None:
     """Starts copying the rows of the target's first lanes of `source` [*, E] to it, zeros for row -1.
 
@@ -98,12 +97,11 @@ def gather_rows(
     Args:
         columns: pieces as (first column, how many), each 128, 256 or 512 bytes wide.
         keeps: asks L2 to evict other data first.
-        ahead: bytes around each that L2 is to bring, too.
     """
     E, dtype, rows = source.shape[1], source.dtype, target.tiles.shape[1]
     each = _CHUNK // dtype.itemsize
     pieces = tuple((start // each, n // each) for start, n in columns)
-    ptx = scope(rows_text(E * dtype.itemsize, pieces, target.n, keeps, landed is not None, ahead), OPERANDS)
+    ptx = scope(rows_text(E * dtype.itemsize, pieces, target.n, keeps, landed is not None), OPERANDS)
     barrier = () if landed is None else (landed.ref, landed.row)
 
     @plgpu.inline_mgpu(
@@ -185,15 +183,13 @@ fence.proxy.async.shared::cta; }"""
 
 @functools.cache
 def rows_text(
-    row_bytes: int, pieces: tuple[tuple[int, int], ...], n_rows: int, keeps: bool, arrives: bool = True, ahead: int = 0
+    row_bytes: int, pieces: tuple[tuple[int, int], ...], n_rows: int, keeps: bool, arrives: bool = True
 ) -> str:
     """$SOURCE: an address, $TILE: rows in shared memory, $ROW: the lane's row, $LANDED: a barrier; pieces in chunks."""
     lines = [".reg .pred p; .reg .b32 lane, c, row, r, to; .reg .b64 a; mov.u32 lane, %laneid;"]
     hint, policy = (HINT, ", policy") if keeps else ("", "")
     if keeps:
         lines.append(KEEP)
-    if ahead:
-        hint += f".L2::{ahead}B"
     # Pieces of one width share rows and addresses. The swizzle repeats every 8 rows: so many addresses are kept.
     widths = {width: [first for first, n in pieces if n == width] for _, width in pieces}
     for width, firsts in widths.items():  # in chunks; an instruction copies `width` of each of 32 // width rows
