@@ -1,6 +1,7 @@
 """Sparse multi-head latent attention over the selected tokens, on one device or a mesh."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from hisa_jax.index_cache import IndexCache, check_cache
 from hisa_jax.latents import QuantizedLatents, check_latents
 from hisa_jax.layout import ascending, sequence_of_rows
 from hisa_jax.sharded import attention as on_mesh
-from hisa_jax.sharded import meshes, varying
+from hisa_jax.sharded import gathered, meshes, varying
 from hisa_jax.xla import attention as xla
 
 
@@ -58,7 +59,8 @@ def sparse_mla(
         `QuantizedLatents` is 0. What a row holds that a query does not select, NaN too, changes no bit of the query's
         output or of any gradient, and the row's own gradient from it is 0. With a mesh the same up to rounding, on all
         devices of `context_axis`: each device's part is rounded to q's dtype, and a sum of 4 * N * (value_dim + 2)
-        bytes a query goes over them; of many queries, parts and results in q's dtype.
+        bytes a query goes over them; of many queries, parts and results in q's dtype; where kv is fewer bytes than
+        the output, kv goes to all, and results of shares of the queries.
     Raises: TypeError: a dtype or a number not listed above. ValueError: shapes that do not fit; a scale that is not
         finite; an implementation that cannot run here; a mesh without the axes, or whose axes do not split the shapes.
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (absorbed form); the sink as in FlashMLA.
@@ -74,13 +76,15 @@ def sparse_mla(
     axes = dict(context_axis=context_axis, data_axis=data_axis)
     meshes.check_arrays(call, mesh, axes, q=q, kv=kv, indices=indices, sink=sink)
     check_batch(call, q, kv, indices)
-    n_devices = 1
+    n_devices, is_gathered = 1, False
     if mesh is not None:
         split = meshes.batch_axes(call, mesh, context_axis, data_axis, "kv's S", kv.shape[1], q.shape[0])
-        n_devices = split.n_devices
+        out_bytes = math.prod(q.shape[:-1]) * int(value_dim) * q.dtype.itemsize
+        is_gathered = gathered.of_latents(gathered.nbytes(kv), out_bytes)
+        n_devices = 1 if is_gathered else split.n_devices
     attend = _checked_attention(call, q, kv, scale, value_dim, sink, return_lse, implementation, n_devices=n_devices)
     if mesh is not None:
-        attend = functools.partial(on_mesh.attend_batch, attend, split)
+        attend = functools.partial(on_mesh.attend_batch, attend, split, is_gathered)
     out, lse = attend(q, kv, indices)
     return _result(out, lse, sink, return_lse)
 

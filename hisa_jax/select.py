@@ -25,7 +25,7 @@ from hisa_jax.lighthouse.method import Lighthouse
 from hisa_jax.methods import Method
 from hisa_jax.quantize import QuantizedKeys
 from hisa_jax.selection import Selection
-from hisa_jax.sharded import meshes, varying
+from hisa_jax.sharded import gathered, meshes, varying
 from hisa_jax.sharded.select import select_batch
 from hisa_jax.xla import select as xla
 
@@ -77,7 +77,8 @@ def select(
     Returns: `Selection`: `indices` [B, T, topk] int32, ascending, then -1; `count` [B, T] int32, how many are real.
         With a `tail` they are [B, T, topk * entry_size + entry_size - 1]; with `per_head` T becomes T, H. It carries
         no gradient. With a mesh it is that of one device, by "xla" bit for bit, the same on all devices of
-        `context_axis`.
+        `context_axis`. Keys of many queries are gathered on these devices, and queries shared out, where that is
+        fewer bytes than to exchange and merge candidates.
     Raises:
         TypeError: a dtype not listed above; a method that is none.
         ValueError: shapes that do not fit; an implementation that cannot run here; a mesh without the axes, or
@@ -99,12 +100,16 @@ def select(
     listed, budget = check_limits(call, q, method, candidates, budget, (q.shape[0], 1))
     (B, T, _, _), S = q.shape, keys.values.shape[1]
     options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
-    problem = dispatch.Problem.of(q, keys, method, is_split=mesh is not None, limits=Limits(listed, budget))
-    name = dispatch.choose_select(call, problem, implementation, tiles, **options)
-    run = dispatch.IMPLEMENTATIONS[name].select
+    axes, is_gathered = None, False
     if mesh is not None:
         axes = meshes.batch_axes(call, mesh, context_axis, data_axis, "k's S", S, B, unit_of(method, listed))
-        run = functools.partial(select_batch, name, axes)
+        is_gathered = gathered.of_keys(gathered.nbytes(keys), q, method)
+    is_split = axes is not None and not is_gathered
+    problem = dispatch.Problem.of(q, keys, method, is_split=is_split, limits=Limits(listed, budget))
+    name = dispatch.choose_select(call, problem, implementation, tiles, **options)
+    run = dispatch.IMPLEMENTATIONS[name].select
+    if axes is not None:
+        run = functools.partial(gathered.select_batch if is_gathered else select_batch, name, axes)
 
     most = most_tokens(S, method)
     if lengths is None:

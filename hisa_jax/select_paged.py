@@ -1,5 +1,6 @@
 """Selection from a paged cache, on one device or on a mesh."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,7 +15,7 @@ from hisa_jax.index_cache import IndexCache, has_all_pages
 from hisa_jax.layout import Call, Limits, ascending, last_visible
 from hisa_jax.methods import Method
 from hisa_jax.selection import Selection
-from hisa_jax.sharded import meshes, varying
+from hisa_jax.sharded import gathered, meshes, varying
 from hisa_jax.sharded import select_paged as on_mesh
 from hisa_jax.sharded.stripes import Shard
 from hisa_jax.xla import select as xla
@@ -57,7 +58,8 @@ def select_paged(
         method: of the cache's `entry_size`; where block means choose, blocks are whole pages.
         candidates: [T, m], or with `per_head` [T, H, m]; budget: [T] int32, or [1]; both as for `select`.
         mesh: run it on these devices; None: on one. Over `context_axis` each device scores the blocks and tokens whose
-            pages it has, and devices exchange candidates. Over `query_axis` each device indexes an equal share of the
+            pages it has, and devices exchange candidates; of many queries the pages, and queries are shared out, where
+            that is fewer bytes. Over `query_axis` each device indexes an equal share of the
             queries, from all pages, and selections are gathered, 4 bytes a chosen token: for ranks of tensor
             parallelism, which would all do the same. Both axes may be used together.
         context_axis: the mesh axis that splits the cache's pages, page p on device p // (n_pages / devices). None:
@@ -93,19 +95,26 @@ def select_paged(
     candidates, budget = check_limits(call, q, method, candidates, budget, (1,))
     stripe = check_stripe(call, method, cache, stripe, context_axis, candidates)
     options: Any = dict(return_scores=return_scores, return_blocks=return_blocks)
-    is_split, limits = context_axis is not None, Limits(candidates, budget)
+    axes = None if mesh is None else meshes.page_axes(call, mesh, over, cache, n_groups)
+    n_pages, shard = cache.n_pages // n_groups, None
+    if axes is not None and axes.context is not None:
+        S = block_tables.shape[1] * cache.page_size
+        shard = Shard(axes.context, axes.n_devices, stripe // method.entry_size, S)
+        index = dataclasses.replace(cache, latents=None)
+        n_bytes = gathered.nbytes(index) // cache.n_pages * block_tables.size
+        if axes.queries is None and gathered.of_keys(n_bytes, q, method):
+            cache, block_tables = gathered.pages_of_all(index, block_tables, axes, shard)
+            axes, shard = axes._replace(context=None, queries=axes.context), None
+    is_split, limits = shard is not None, Limits(candidates, budget)
     problem = dispatch.Problem.of_pages(
         q, cache, block_tables, method, is_split=is_split, n_groups=n_groups, limits=limits
     )
     name = dispatch.choose_select(call, problem, implementation, tiles, **options)
     T, tiles = q.shape[0], tiles or dispatch.default_tiles()
-    axes = None if mesh is None else meshes.page_axes(call, mesh, over, cache, n_groups)
 
-    shard, run, seen = None, dispatch.IMPLEMENTATIONS[name].select, jnp.zeros((T,), jnp.int32)
+    run, seen = dispatch.IMPLEMENTATIONS[name].select, jnp.zeros((T,), jnp.int32)
     offsets = jnp.clip(cu_seqlens_q, 0, T)
     if axes is not None:
-        if axes.context is not None:
-            shard = Shard(axes.context, axes.n_devices, stripe // method.entry_size, problem.S)
         run = functools.partial(on_mesh.select_pages, name, axes, shard)
     if 0 not in (T, *block_tables.shape):
         if axes is None:
@@ -114,7 +123,7 @@ def select_paged(
             seen = last_visible(offsets, jnp.where(has_pages, lengths, 0), T)
         else:
             has_pages, seen = on_mesh.seen_tokens(axes, shard, cache, block_tables, offsets, lengths, T)
-        check_pages(call, has_pages, cache.n_pages // n_groups)
+        check_pages(call, has_pages, n_pages)
     paged = varying.constants(
         Call(
             q=q, w=weights(q, w), visible=seen, query_offsets=offsets, table=block_tables, cache=cache,

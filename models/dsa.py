@@ -19,6 +19,7 @@ import hisa_jax as hj
 from hisa_jax.models.cache import over_context, pack, packing, plain_latents, unpack, write
 from hisa_jax.models.config import Config
 from hisa_jax.models.layers import Init, layer_norm, rms_norm
+from hisa_jax.models.memory import Memory, memory_of
 from hisa_jax.models.rope import rotate
 from hisa_jax.models.sharding import mesh_axis, per_device, size_of
 from hisa_jax.selection import selected_mask
@@ -125,7 +126,7 @@ class Attention(nnx.Module):
             selection: that of the last full layer, for layers that share it.
             form: see `choose_form`.
             mesh: what the model is split over, or None.
-            stripe: as for `select`.
+            stripe: tokens of a row one after the other that one device has, where several share its pages.
 
         Returns: output [B, T, E]; the pages with the new tokens; the selection; what these tokens brought to it, None
             if shared.
@@ -135,22 +136,23 @@ class Attention(nnx.Module):
         keys = None if self.indexer is None else self.indexer.keys(x, table)
         pages = write(pages, keys, kv, block_tables, slots, lengths, mesh)
         inputs: IndexInputs | None = None
+        memory = memory_of(config, Memory(pages, block_tables, mesh, stripe), slots.shape[1])
         if self.indexer is not None and keys is not None:
             index_q, index_w = self.indexer.queries(q_latent, x, table)
             inputs = index_q, keys, index_w
-            selection = select(index_q, index_w, pages, block_tables, slots, lengths, method, mesh, stripe)
+            selection = select(index_q, index_w, memory, slots, lengths, method)
         assert selection is not None  # Config has checked that layer 0 selects
 
         (_, T), S = slots.shape, block_tables.shape[1] * pages.page_size
-        if form == "auto" and over_context(mesh, 1):
+        if form == "auto" and over_context(memory.mesh, 1):
             form = "absorbed"  # the other one would bring all latents of a request to every device
         elif form == "auto":
             form = choose_form(config, T, S, selection.indices.shape[-1])
         k_b, v_b, scale = self.k_b[...], self.v_b[...], config.softmax_scale
         if form == "absorbed":
-            out = absorbed(q_nope, q_rope, pages, block_tables, selection.indices, k_b, v_b, scale, mesh)
+            out = absorbed(q_nope, q_rope, memory, selection.indices, k_b, v_b, scale)
         else:
-            latents = plain_latents(pages, block_tables, lengths, kv.dtype, mesh)
+            latents = plain_latents(memory.pages, memory.block_tables, lengths, kv.dtype, memory.mesh)
             out = expanded(q_nope, q_rope, latents, selection.indices, k_b, v_b, scale)
         return self.merge_heads(out), pages, selection, inputs
 
@@ -172,24 +174,20 @@ class Attention(nnx.Module):
 
 
 def select(
-    q: Array, w: Array, pages: hj.IndexCache, block_tables: Array, slots: Array, lengths: Array, method: hj.Method,
-    mesh: Mesh | None = None, stripe: int | None = None,
+    q: Array, w: Array, memory: Memory, slots: Array, lengths: Array, method: hj.Method
 ) -> hj.Selection:  # fmt: skip
     """`hj.select_paged`, the one line that a method changes, on each device for its part of the batch.
 
     Args:
         q, w: index queries [B, T, H, D], head weights [B, T, H].
-        pages, block_tables: that hold the index keys.
+        memory: that holds the index keys.
         slots: [B, T] int32, each query's number in its sequence, -1 for padding.
         lengths: [B] int32, tokens in each sequence, the queries its last ones.
         method: how to select.
-        mesh: what batch, pages of rows, and queries are split over, or None.
-        stripe: tokens of a row one after the other that one device has, where several share its pages; default: as
-            `hj.select_paged`.
 
     Returns: the selection.
     """
-
+    pages, block_tables, mesh, stripe = memory
     over = over_context(mesh, slots.shape[0]) | (dict(stripe=stripe) if over_context(mesh, 1) else {})
     if size_of(mesh, "model") > 1:
         # Ranks of tensor parallelism would all select the same: each takes a share of the queries.
@@ -266,24 +264,22 @@ def expanded(
 def absorbed(
     q_nope: Array,
     q_rope: Array,
-    pages: hj.IndexCache,
-    block_tables: Array,
+    memory: Memory,
     indices: Array,
     k_b: Array,
     v_b: Array,
     scale: float,
-    mesh: Mesh | None = None,
 ) -> Array:
     """Attention in the latent space, which all heads share, to latents where they lie.
 
     Args:
         q_nope, q_rope, indices, k_b, v_b, scale: as for `expanded`.
-        pages, block_tables: that hold the latents and rope keys.
-        mesh: what batch and heads are split over, or None.
+        memory: that holds the latents and rope keys.
 
     Returns: as `expanded`.
     """
     (L, N, _), q, heads = k_b.shape, absorb(q_nope, q_rope, k_b), ("batch", None, "heads")
+    pages, block_tables, mesh, _ = memory
 
     def attend(q: Array, pages: hj.IndexCache, tables: Array, indices: Array, **over: Any) -> Array:
         # Padding selects nothing, so it counts as a query of its row: packing would move all heads' queries.

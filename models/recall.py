@@ -10,6 +10,7 @@ from jax import Array
 import hisa_jax as hj
 from hisa_jax.methods import flat_of
 from hisa_jax.models.dsa import select
+from hisa_jax.models.memory import Memory
 from hisa_jax.models.modeling import Model, Output
 
 
@@ -49,10 +50,8 @@ def recall_of(model: Model, out: Output, is_wanted: bool) -> RecallSums:
             continue
         flat = flat_of(model.plan.layers[i])
         q, _, w = layer.index_inputs
-        reference = select(
-            q, w, out.cache.layers[i], out.cache.block_tables, out.slots, out.cache.lengths, flat, model.mesh,
-            model.stripe,
-        )  # fmt: skip
+        memory = Memory(out.cache.layers[i], out.cache.block_tables, model.mesh, model.stripe)
+        reference = select(q, w, memory, out.slots, out.cache.lengths, flat)
         chooses = out.slots >= flat.topk  # a query that sees no more than topk tokens selects them all
         recall = jnp.where(chooses, hj.compare(layer.selection, reference).recall, 0)
         sums += RecallSums(

@@ -22,6 +22,8 @@ from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 import hisa_jax as hj  # noqa: E402
 from hisa_jax.attention import latent_rows  # noqa: E402
 from hisa_jax.page_pool import PagePool  # noqa: E402
+from hisa_jax.sharded import gathered, meshes  # noqa: E402
+from hisa_jax.sharded.stripes import Shard  # noqa: E402
 from tests import draw, isolation  # noqa: E402
 from tests.collectives import collectives, elements  # noqa: E402
 from tests.own_scores import FUNCTIONS  # noqa: E402
@@ -212,6 +214,51 @@ def only_candidates_are_exchanged():
         own_m, m, k = 3, method.block_topk, method.topk if name == "hisa" else 0
         assert sent == 8 * T * (own_m + k) and merged == 4 * T * (m + k) and checked == 4 * len(LENGTHS), found
         print(f"{name}: {sent // T} + {merged // T} bytes a query")
+
+
+@contextlib.contextmanager
+def pages_go_to_the_queries():
+    """However few these are."""
+    before, gathered._MERGED = gathered._MERGED, 10**6
+    try:
+        yield
+    finally:
+        gathered._MERGED = before
+
+
+def many_queries_get_the_pages():
+    """The same bits by shares of the queries; no candidate is exchanged."""
+    with pages_go_to_the_queries():
+        found = check(METHODS["hisa"], *served("float8_e4m3fn"), return_scores=False, **OVER)
+    assert {kind for kind, *_ in found} == {"all-gather"}, found
+    # Of each request as many pages as tables have columns, in whole rounds of stripes; no latents.
+    assert max(n for *_, n in found) == len(LENGTHS) * -(-P // 16) * 16 * PAGE * D, found
+
+
+def many_queries_of_a_request_without_a_page_see_nothing():
+    with pages_go_to_the_queries():
+        a_page_that_is_lacking_or_elsewhere_costs_its_request_alone()
+
+
+def gathered_pages_are_those_that_the_tables_name():
+    """Stripes of two pages over two devices and two groups; a page on the wrong device, or none, stays missing."""
+    mesh, size, stripe = jax.make_mesh((2, 2), ("data", "context"), devices=jax.devices()[:4]), 4, 8
+    # Each of 2 groups has 2 requests and 2 * 6 pages: the first 6 are on its first device.
+    tables = jnp.array(
+        [[0, 1, 6, 7, 2, 3], [4, -1, 8, 0, 5, 99], [5, 4, 11, 10, 3, 2], [0, 1, 9, 8, 77, -5]], jnp.int32
+    )
+    cache = hj.init_cache(24, size, 8, jnp.int8, latent_dim=16, latent_value_dim=8)
+    number = np.arange(24)[:, None, None]
+    cache = dataclasses.replace(cache, keys=cache.keys + jnp.int8(number), latents=cache.latents + number)
+    axes, shard = meshes.Axes(mesh, "context", "data"), Shard("context", 2, stripe, 24)
+    copies, found = jax.jit(lambda cache, table: gathered.pages_of_all(cache, table, axes, shard))(cache, tables)
+    for row, table in enumerate(np.asarray(tables)):
+        for place, page in enumerate(table):
+            is_there = 0 <= page < 12 and page // 6 == place * size // stripe % 2
+            assert (found[row, place] >= 0) == is_there, (row, place)
+            if is_there:
+                at, wanted = row // 2 * copies.n_pages // 2 + int(found[row, place]), row // 2 * 12 + page
+                assert (copies.keys[at] == wanted).all() and (copies.latents[at] == wanted).all(), (row, place)
 
 
 def ranks_that_share_the_queries_select_the_same_and_exchange_the_chosen():

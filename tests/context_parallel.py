@@ -18,6 +18,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
+from hisa_jax.sharded import gathered  # noqa: E402
 from tests import draw, isolation  # noqa: E402
 from tests.collectives import collectives, elements  # noqa: E402
 from tests.own_scores import FUNCTIONS  # noqa: E402
@@ -141,6 +142,47 @@ def only_candidates_are_exchanged():
     # A device has 4 blocks of a sequence.
     assert sent == 8 * n_queries * (4 + method.topk) and merged == 4 * n_queries * (method.block_topk + method.topk)
     print(f"{sent // n_queries} + {merged // n_queries} bytes a query")
+
+
+def many_queries_get_the_keys(name="hisa", dtype="float8_e4m3fn"):
+    """The same bits by shares of the queries. Keys and results go to all devices, and nothing else."""
+    method, n, (q, keys, w) = METHODS[name], 6 * T + 1, inputs(dtype)
+    q, w = (jnp.concatenate([x] * 7, axis=1)[:, :n] for x in (q, w))
+    assert gathered.of_keys(gathered.nbytes(keys), q, method)
+    assert not gathered.of_keys(gathered.nbytes(keys), q[:, :T], method)
+    one, sharded = compiled(method, 2, 4)
+    positions = np.stack([np.arange(n) * 7 - 1, np.arange(n)[::-1] * 3]).astype(np.int32)
+    arrays = q, keys, w, jnp.array([S, 131], jnp.int32), positions
+    jax.tree.map(np.testing.assert_array_equal, sharded(*arrays), one(*arrays))
+    found = collectives(sharded.lower(*arrays).compile())
+    assert {kind for kind, *_ in found} == {"all-gather"}, found
+    n_keys, n_found = S * D, (n + 1) * (method.topk + 1)  # of one of two sequences a device; a list, and its length
+    assert max(n for *_, n in found) == n_keys, found
+    assert sum(n for _, dtype, n in found if dtype == "s32") == n_found, found
+
+
+def many_queries_of_other_methods_get_the_keys():
+    many_queries_get_the_keys("dsa", "bfloat16")
+    many_queries_get_the_keys("scan_units")
+
+
+def latents_go_to_many_queries_and_gradients_come_back():
+    """29 queries over 4 devices, in 2 groups."""
+    rng, axes = np.random.default_rng(0), dict(mesh=mesh(2, 4), context_axis="context", data_axis="data")
+    q, kv = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 29, 4, 24), (2, 64, 24)))
+    indices = jnp.asarray(rng.integers(-1, 64, (2, 29, 9)), jnp.int32)
+    assert gathered.of_latents(kv.nbytes, 4 * 2 * 29 * 4 * 16)
+
+    def loss(q, kv, **axes):
+        out, lse = hj.sparse_mla(q, kv, indices, value_dim=16, scale=0.2, return_lse=True, **axes)
+        return jnp.sum(out**2) + jnp.sum(jnp.sin(lse)), (out, lse)
+
+    gradients = [jax.jit(jax.grad(functools.partial(loss, **x), (0, 1), has_aux=True)) for x in ({}, axes)]
+    wanted, got = (f(q, kv) for f in gradients)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, wanted)
+    attend = jax.jit(functools.partial(hj.sparse_mla, value_dim=16, scale=0.2, **axes))
+    found = collectives(attend.lower(q, kv, indices).compile())
+    assert sorted((kind, n) for kind, _, n in found) == [("all-gather", 64 * 24), ("all-gather", 32 * 4 * 16)], found
 
 
 def what_is_on_all_devices_gets_the_gradient_of_all():
@@ -267,6 +309,8 @@ PARTS = {
         same_bits_without_scores_for_8_bits,
         what_other_devices_hold_leaves_no_trace,
         only_candidates_are_exchanged,
+        many_queries_get_the_keys,
+        latents_go_to_many_queries_and_gradients_come_back,
         what_is_on_all_devices_gets_the_gradient_of_all,
     ),
     "others": (
@@ -277,6 +321,7 @@ PARTS = {
         same_bits_for_the_other_methods,
         same_bits_for_entries_heads_lists_and_budgets,
         same_bits_for_other_dtypes,
+        many_queries_of_other_methods_get_the_keys,
         what_other_devices_hold_leaves_no_trace_in_the_flat_indexer,
     ),
 }

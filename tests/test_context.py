@@ -11,7 +11,7 @@ from tests import draw, emulated
 
 @pytest.mark.slow
 @pytest.mark.gate("some")
-@pytest.mark.parametrize(("part", "n_promises"), {"some": 8, "others": 8}.items(), ids=["some", "others"])
+@pytest.mark.parametrize(("part", "n_promises"), {"some": 10, "others": 9}.items(), ids=["some", "others"])
 def test_a_selection_over_eight_devices_is_that_of_one(part, n_promises):
     emulated.assert_kept("tests.context_parallel", part, n=n_promises)
 

@@ -1,4 +1,7 @@
-"""`python -m bench gpu-report`: the README's table and plot from rows that `python -m bench gpu --json` wrote."""
+"""`python -m bench gpu-report`: the README's table and plot from rows that `python -m bench gpu --json` wrote.
+
+A `peers.json` beside them, which `python -m bench peers` wrote, gives the peers' lines, and ours where it is newer.
+"""
 
 import argparse
 import json
@@ -9,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench import UserError, shapes
+from bench.peers.compare import dtype_of
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "h200.json"
 Row = dict[str, Any]
@@ -20,10 +24,13 @@ _LINES = {
         row="scan_2_heads", shape="dsv32", dtype="e4m3", implementation="mosaic_gpu"
     ),
     "flat indexer, e4m3": dict(row="flat", shape="dsv32", dtype="e4m3", implementation="mosaic_gpu"),
-    "HISA, bfloat16": dict(row="hisa", shape="dsv32", dtype="bf16", implementation="mosaic_gpu"),
-    "HISA, bfloat16, Triton": dict(row="hisa", shape="dsv32", dtype="bf16", implementation="triton"),
-    "HISA, GLM-5 (32 heads), e4m3": dict(row="hisa", shape="glm5", dtype="e4m3", implementation="mosaic_gpu"),
 }
+# The best of the peers, and beside what of ours it was measured.
+_PEERS = {
+    "HISA by the best public kernels": dict(row="hisa", shape="dsv32"),
+    "flat by the best public kernels": dict(row="flat", shape="dsv32"),
+}
+_KEY = ("row", "shape", "context", "dtype", "implementation")
 _PLOTTED_FIELDS = ("span_ms", "span_ms_p10", "span_ms_p90", "floor_ms")
 _PLOTTED = {"HISA, e4m3": "#0b6fb8", "Scan(), e4m3": "#c2410c", "flat indexer, e4m3": "#444444"}
 
@@ -36,16 +43,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.json.exists():
         raise UserError(f"--json {args.json}: no such file")
-    rows = json.loads(args.json.read_text())
-    print(table(rows))
+    rows, peers = read(args.json)
+    print(table(rows, peers))
     if args.plot:
         figure(rows).savefig(args.plot, dpi=150)
     return 0
 
 
-def table(rows: list[Row]) -> str:
+def read(file: pathlib.Path) -> tuple[list[Row], list[Row]]:
+    """The rows, with the span that was measured last, and those of the peers, if there are any."""
+    rows, beside = json.loads(file.read_text()), file.with_name("peers.json")
+    peers = json.loads(beside.read_text()) if beside.exists() else []
+    found = {(x["row"], x["shape"], x["context"], dtype_of(x["row"]), "mosaic_gpu"): x for x in peers}
+    return [_last(row, found.get(tuple(row[name] for name in _KEY))) for row in rows], peers
+
+
+def _last(row: Row, beside: Row | None) -> Row:
+    """The row, or with the span that it had beside a peer if that is newer. Rows without a date are older than all."""
+    if beside is None or beside["date"] <= row.get("date", ""):
+        return row
+    low, high = beside["ours_ms_p10_p90"]
+    return row | {"span_ms": beside["ours_ms"], "span_ms_p10": low, "span_ms_p90": high, "date": beside["date"]}
+
+
+def table(rows: list[Row], peers: list[Row]) -> str:
     """Markdown: a call's milliseconds by context of every whole indexer, and what HISA and the scan are faster by."""
     lines = {name: line for name, wanted in _LINES.items() if (line := by_context(rows, wanted))}
+    for name, wanted in _PEERS.items():
+        if line := {x["context"]: {"span_ms": x["best_ms"]} for x in peers if wanted.items() <= x.items()}:
+            lines[name] = line
     contexts = sorted({context for line in lines.values() for context in line})
     cells = [["", *map(shapes.label, contexts)], ["---"] * (len(contexts) + 1)]
     for name, line in lines.items():

@@ -14,6 +14,7 @@ from bench.layer.setting import Inputs, Setting, make
 from bench.timing import in_turn
 from hisa_jax.models import dsa
 from hisa_jax.models.cache import packing, write
+from hisa_jax.models.memory import Memory
 
 Call = Callable[[], Any]
 
@@ -120,9 +121,8 @@ class Layer:
 
     def _attention(self, x: Inputs, given: dsa.Projections, pages: hj.IndexCache, indices: Array) -> Array:
         layer, scale = self._layer(x.state), self.setting.config.softmax_scale
-        return dsa.absorbed(
-            given.q_nope, given.q_rope, pages, x.block_tables, indices, layer.k_b[...], layer.v_b[...], scale
-        )
+        memory = Memory(pages, x.block_tables, None, None)
+        return dsa.absorbed(given.q_nope, given.q_rope, memory, indices, layer.k_b[...], layer.v_b[...], scale)
 
     def _output(self, state: Any, values: Array) -> Array:
         return self._layer(state).merge_heads(values)

@@ -1,7 +1,7 @@
 """One row: both sides checked, then timed in turn."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,9 +45,25 @@ KINDS = (
 
 def kind_of(row: Row) -> Kind | None:
     """How a row of `python -m bench gpu` is compared, None if no peer does the same."""
-    if row.implementation != "mosaic_gpu" or row.dtype != ("bf16" if row.row.startswith("sparse_mla") else "e4m3"):
+    if row.implementation != "mosaic_gpu" or row.dtype != dtype_of(row.row):
         return None
     return next((kind for kind in KINDS if re.fullmatch(kind.names, row.row)), None)
+
+
+def dtype_of(name: str) -> str:
+    """Of the rows of a name those that are compared have this one."""
+    return "bf16" if name.startswith("sparse_mla") else "e4m3"
+
+
+def in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measured rows by kind, model, context and queries, as tables and plots have them."""
+    kinds = [kind.names for kind in KINDS]
+
+    def place(x: dict[str, Any]) -> tuple:
+        kind = next(i for i, names in enumerate(kinds) if re.fullmatch(names, x["row"]))
+        return kind, x["shape"], x["context"], x["queries"]
+
+    return sorted(rows, key=place)
 
 
 class Side(NamedTuple):

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from bench.peers.compare import label
+from bench.peers.compare import in_order, label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ def line(x: dict[str, Any]) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, microseconds of one call by the profiler."""
     cells = [["", "ours, us", "best peer, us", "ours / peer", "best peer"], ["---", "--:", "--:", "--:", "---"]]
-    for x in rows:
+    for x in in_order(rows):
         ours, best = (f"{1e3 * ms:.1f}" for ms in (x["ours_ms"], x["best_ms"]))
         cells.append([label(x), ours, best, f"{x['ratio']:.2f}", x["best"]])
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
@@ -31,14 +31,16 @@ def figure(rows: list[dict[str, Any]]) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a machine that measures need not have it
     from matplotlib.figure import Figure
 
+    rows = in_order(rows)
     result = Figure(figsize=(7, 1 + 0.28 * len(rows)), layout="constrained")
     FigureCanvasAgg(result)
     axes = result.subplots()
     ratios = [x["ratio"] for x in rows]
     colors = ["#0b6fb8" if ratio <= 1 else "#c2410c" for ratio in ratios]
     bars = axes.barh([label(x) for x in rows], ratios, color=colors)
-    axes.bar_label(bars, fmt="%.2f", padding=3, fontsize="small")
     axes.axvline(1, color="#444444", linewidth=1)
+    axes.bar_label(bars, fmt="%.2f", padding=3, fontsize="small", bbox=dict(facecolor="white", linewidth=0, pad=1))
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set(
         title=f"One call on one {rows[0]['device']}, by the profiler",

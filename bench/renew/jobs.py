@@ -171,7 +171,9 @@ def _lighthouse() -> Job:
 def tests(n_gpus: int, n_cores: int) -> Job:
     """The tests that need a GPU, 16 processes a GPU if there are as many cores."""
     workers = max(1, min(16 * n_gpus, n_cores))
-    pytest = ["-m", "pytest", "-m", "gpu", "tests/gpu", "-vv", "-p", "no:cacheprovider"]
+    # Where pytest-benchmark is installed it warns that it is off beside xdist, and our settings make that an error.
+    plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark"]
+    pytest = ["-m", "pytest", "-m", "gpu", "tests/gpu", "-vv", *plugins]
     return Job(
         name="tests", arguments=(*pytest, "-n", str(workers), "--dist", "worksteal"), figures=(), file="", code=(),
         gpus=n_gpus, start_s=60 + 4600 / workers, takes_rows=False, file_option=None,

@@ -1,13 +1,15 @@
 """Sparse attention where latents, or their pages, are split over a mesh axis, the queries on all devices.
 
 Each device attends to the selected tokens that it has. What they exchange is a sum of value_dim numbers a query and
-head, weighted by the devices' logsumexps, never latents. Other axes may split heads, and requests with their pages.
+head, weighted by the devices' logsumexps. Other axes may split heads, and requests with their pages. Of many queries of
+latents in one piece each device gets these, and attends for its share of the queries: fewer bytes, and half the steps.
 
 A device looks at the entries of a list that are its own, brought together: as many of them as an equal share and a
 quarter more, and as many again where a list has more, until all are seen. So it reads latents and multiplies in
 proportion to what it has, and no distribution of the selected tokens is wrong.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -18,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from hisa_jax.latents import QuantizedLatents
 from hisa_jax.layout import IndexCache
-from hisa_jax.sharded import meshes
+from hisa_jax.sharded import gathered, meshes
 from hisa_jax.sharded.cache import own_pages
 from hisa_jax.sharded.meshes import Axes
 
@@ -29,11 +31,27 @@ _MANY_BYTES = 32 * 2**20  # of a device's values in float32: from there on bytes
 
 
 def attend_batch(
-    attend: Attend, axes: Axes, q: Array, kv: Array | QuantizedLatents, indices: Array
+    attend: Attend, axes: Axes, is_gathered: bool, q: Array, kv: Array | QuantizedLatents, indices: Array
 ) -> tuple[Array, Array]:
-    """`attend` on a mesh: q and indices on all devices of the context axis, kv split. Differentiable."""
-    context = axes.context
+    """`attend` on a mesh: q and indices on all devices of the context axis, kv split. Differentiable.
+
+    Args:
+        is_gathered: each device gets all of kv, and takes a share of the queries.
+    """
+    context, T = axes.context, q.shape[1]
     assert context is not None
+    rows, split = PartitionSpec(axes.data), PartitionSpec(axes.data, context)
+    mesh = meshes.automatic(axes.mesh)
+    map_ = functools.partial(jax.shard_map, mesh=mesh, out_specs=rows, check_vma=False)
+
+    def a_share(q: Array, kv: Array | QuantizedLatents, indices: Array) -> tuple[Array, Array]:
+        found = attend(q, jax.tree.map(lambda x: gathered.whole(x, context, 1), kv), indices)
+        out, lse = (gathered.whole(x, context, 1)[:, :T] for x in found)
+        return out, lse
+
+    if is_gathered:
+        q, indices = gathered.shares((q, indices), axes.n_devices)
+        return jax.jit(map_(a_share, in_specs=(split,) * 3))(q, kv, indices)
 
     def one_device(q: Array, kv: Array | QuantizedLatents, indices: Array) -> tuple[Array, Array]:
         S = kv.shape[1]
@@ -41,10 +59,7 @@ def attend_batch(
         own = jnp.where((indices >= first) & (indices < first + S), indices - first, -1)
         return merge(*attend(q, kv, own), context)
 
-    rows, split = PartitionSpec(axes.data), PartitionSpec(axes.data, context)
-    mesh = meshes.automatic(axes.mesh)
-    run = jax.shard_map(one_device, mesh=mesh, in_specs=(rows, split, rows), out_specs=rows, check_vma=False)
-    return jax.jit(run)(q, kv, indices)
+    return jax.jit(map_(one_device, in_specs=(rows, split, rows)))(q, kv, indices)
 
 
 def attend_pages(

@@ -2,7 +2,8 @@
 
 Each device scores its own blocks and its own tokens. Devices exchange candidates alone, m blocks and topk tokens of
 each with their scores, never a score a token, nor keys but those that a scan by kernels samples. Merging the exact best
-of each gives the exact best of all. `select_xla.py` and `select_kernels.py` have what one device does.
+of each gives the exact best of all. `select_xla.py` and `select_kernels.py` have what one device does. Many queries do
+otherwise: `gathered.py`.
 """
 
 import functools

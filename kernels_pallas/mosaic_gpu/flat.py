@@ -33,6 +33,7 @@ _UNIT = math.lcm(384, COLUMNS)  # whole spans of three warp-groups, and whole st
 _WIDEST = topk_stage.MAX_WIDTH // _UNIT * _UNIT  # piece whose scores, in whole units, can be selected from
 FIRST = 13824  # tokens of the first tile: the most of which a CTA selects from four rows at a time
 STEP = 19968  # of later ones: bounds the memory to T * STEP sort keys
+_ALL_AT_ONCE = 8  # later tiles of keys in one piece: of more, as many are scored as queries see
 WIDTH = few_topk_stage.MAX_WIDTH  # columns of a row of few queries that a CTA selects from
 MOST_BYTES = 1 << 29  # of the sort keys of few queries
 _MANY = 8 * 384  # tokens a CTA
@@ -108,17 +109,24 @@ def _flat(
         tile = sort_keys(start, step, best.least)
         return merge_stage.merge(best, tile, start, visible, **launch)
 
-    # Two tiles a turn: after an odd number of merges the best would have to be copied to where the next turn expects
-    # them. As many turns as the query that sees most needs, which only the run knows, and for which the host waits; a
-    # tile that nobody sees adds nothing, but no tile begins beyond the last key.
-    n_later = len(starts) - 1
-    if n_later % 2:
-        best = one_tile(0, best)
-    first = n_later % 2
-    if n_later > 1:
-        n_turns = (jnp.max(visible) - n_first - first * step + 2 * step - 1) // (2 * step)
-        two_tiles = lambda i, best: one_tile(first + 2 * i + 1, one_tile(first + 2 * i, best))  # noqa: E731
-        best = lax.fori_loop(0, n_turns, two_tiles, best)
+    # An even number of tiles a turn: after an odd number of merges the best would have to be copied to where the next
+    # turn expects them. As many turns as the query that sees most needs, which only the run knows, and for which the
+    # host waits, 50 us a turn. A tile that nobody sees adds nothing, but no tile begins beyond the last key. Pages have
+    # room for more than is there; keys in one piece are what is there, so of few tiles none is asked for.
+    n_later, is_paged = len(starts) - 1, operands.pages is not None
+    per_turn = 2 if is_paged else 4
+    n_first_ones = n_later if n_later <= _ALL_AT_ONCE and not is_paged else n_later % per_turn
+    for i in range(n_first_ones):
+        best = one_tile(i, best)
+    if n_later > n_first_ones:
+
+        def a_turn(turn: Array, best: merge_stage.Best) -> merge_stage.Best:
+            for i in range(per_turn):
+                best = one_tile(n_first_ones + per_turn * turn + i, best)
+            return best
+
+        left = jnp.max(visible) - n_first - n_first_ones * step
+        best = lax.fori_loop(0, (left + per_turn * step - 1) // (per_turn * step), a_turn, best)
     if n_best == topk:
         return best.positions, best.n, best.sort_keys if has_sort_keys else None
     # Rows are whole steps of the selection: the topk of those n_best.

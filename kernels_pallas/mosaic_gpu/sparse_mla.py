@@ -3,9 +3,9 @@
 
 Floor, 4096 queries of dsv32 (128 heads, 576 / 512, 2048 tokens), H200: tensor cores 2.3 PFLOP / 990 TFLOP/s = 2.4 ms;
 L2 to the SMs 19.3 GB (each group of 64 heads reads the tokens) = 2.5 ms at the 7.5 TB/s that gathering alone reaches;
-shared memory 2.8 ms (320 KB of operands and copies a tile of 64 tokens, at 128 B a cycle). None of them is the limit:
-most of the 4.3 ms is stages (copy, scores, softmax, values) that wait for each other, with two slots for tiles: each
-warp-group waits for 40 to 55 % of the time (docs/notes/gpu-log.md).
+shared memory 2.7 ms (304 KB of operands and copies a tile of 64 tokens, at 128 B a cycle). None of them is the limit:
+most of the time is stages (copy, scores, softmax, values) that wait for each other, with two slots for tiles
+(docs/notes/gpu-log.md).
 
 A CTA takes 64 heads of a query, one CTA an SM, persistent over queries. Warp-groups: one that copies, one that scores,
 two with half of the value columns each. With few queries (decode) lists are split and `combine` adds up the parts.
@@ -25,15 +25,16 @@ from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.bits import in_32_bits
 from hisa_jax.kernels_pallas.mosaic_gpu import sparse_mla_body
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS
-from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import (
+from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_plan import (
     HEADS,
     KEY_DIM,
     PAIR,
     PARTS,
+    ROWS,
     SLOTS,
     TOKENS,
     VALUE_DIM,
+    Form,
     Inputs,
     Plan,
     Smem,
@@ -53,6 +54,7 @@ class Config:
     """How the work is divided: it changes the speed and the last bits, nothing else."""
 
     n_splits: int = 1  # parts of a query's list
+    form: Form = dataclasses.field(default_factory=Form)
 
 
 def why_not(
@@ -112,6 +114,7 @@ def sparse_mla(
         n_splits=n_splits,
         pairs=-(-K // (PAIR * n_splits)),
         scale=scale,
+        form=config.form,
         n_ctas=min(n_ctas, n_splits * B * T * groups),
         interpret=interpret,
     )
@@ -144,26 +147,25 @@ def _launch(plan: Plan, out_type: list, inputs: Inputs) -> list[Array]:
         num_threads=4,
         thread_name="warpgroup",
         scratch_types=[_smem(inputs.q.dtype, bool(plan.interpret))],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="sparse_mla",
         interpret=plan.interpret,
     )(inputs)
 
 
 def _smem(dtype: DTypeLike, interpret: bool) -> Smem:
-    barrier, smem, tile = plgpu.Barrier, plgpu.SMEM, tiled(KEY_DIM, dtype)
+    barrier, smem = plgpu.Barrier, plgpu.SMEM
     return Smem(
-        bias=smem((SLOTS, TOKENS), jnp.float32),
-        decay=smem((SLOTS, HEADS), jnp.float32),
         k_free=barrier(num_arrivals=2, num_barriers=SLOTS * len(PARTS)),
         k_full=barrier(num_barriers=SLOTS) if interpret else None,
-        k=smem((SLOTS, TOKENS, KEY_DIM), dtype, transforms=tile),
-        landed=None if interpret else smem((SLOTS * len(PARTS), BARRIER_WORDS), jnp.int32),
+        k=smem((SLOTS, TOKENS, KEY_DIM), dtype, transforms=tiled(KEY_DIM, dtype)),
+        p_free=barrier(num_arrivals=2),
         p_full=barrier(num_barriers=SLOTS),
+        p=smem((HEADS, TOKENS), dtype, transforms=tiled(TOKENS, dtype)),
         q_free=barrier(),
         q_full=barrier(),
-        q=smem((1, HEADS, KEY_DIM), dtype, transforms=tile),
+        q=smem((1, HEADS, KEY_DIM), dtype, transforms=tiled(KEY_DIM, dtype)),
         ready=None if interpret else barrier(),
-        total=smem((SLOTS, HEADS), jnp.float32),
-        turn=None if interpret else smem((1,), jnp.int32),
+        rope_free=barrier(num_barriers=SLOTS),
+        rows=smem((ROWS, HEADS), jnp.float32),
     )

@@ -1,9 +1,7 @@
 """Device code of `sparse_mla`: the roles of the warp-groups."""
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,6 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx import sparse_mla
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.count_tiles import count_tiles
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_latents import gather_latents
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import (
-    BARRIER_WORDS,
     ROWS_PER_WARP,
     TileRows,
     gather_rows,
@@ -24,97 +21,48 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import (
     load_word,
     store_bias,
 )
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.sparse_mla import PER_HEAD
+from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_plan import (
+    BIAS,
+    DECAY,
+    HEADS,
+    HELD,
+    PAIR,
+    PARTS,
+    ROPE,
+    SLOTS,
+    TOKENS,
+    TOTAL,
+    VALUE_DIM,
+    WORDS,
+    Inputs,
+    Plan,
+    Smem,
+)
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import release, wait_all
 from hisa_jax.kernels_pallas.types import Ref
 from hisa_jax.latents import GROUP, QuantizedLatents
 
-HEADS = 64  # of one query a CTA takes: the rows of a product
-SLOTS, TOKENS = 2, 64  # of a tile
-PAIR = SLOTS * TOKENS  # what a list is a multiple of: every query starts at the first slot
-KEY_DIM, VALUE_DIM = 576, 512
 HALF = VALUE_DIM // 2  # value columns a warp-group: 128 accumulators a thread
 QUARTER = HALF // 2  # columns a product: ptxas refuses 256 in a kernel launched with 128 registers a thread
-# Columns that come and go together: what each warp-group of values multiplies first, and the rest.
-PARTS = (((0, 128), (256, 128)), ((128, 128), (384, 128), (512, 64)))
 SCORES, LOAD = 2, 3  # warp-groups; 0 and 1 take the values
-VALUE_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS = 168, 120, 56  # twice the first and the others: 512
 PER_TOKEN = plgpu.Layout.WGMMA.reduce(0)
 _LOG2_E = math.log2(math.e)
 _LEAST = -1e30  # a finite stand-in for -inf, so that differences of maxima stay numbers
 _SLACK = 8.0  # the maximum may be this much too low (as a power of two), which spares rescaling the sums
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The static numbers of a launch."""
-
-    T: int  # queries of all sequences
-    queries: int  # of a sequence
-    keys: int  # of a sequence
-    groups: int  # of 64 heads
-    n_splits: int
-    pairs: int  # of tiles a split
-    scale: float
-    n_ctas: int
-    interpret: object
-
-    @property
-    def n_items(self) -> int:
-        return self.n_splits * self.T * self.groups
-
-    def items(self, cta: Array) -> Array:
-        """How many items this CTA has: cta, cta + n_ctas, ..."""
-        return (self.n_items - cta + self.n_ctas - 1) // self.n_ctas
-
-    def item(self, cta: Array, i: Array) -> tuple[Array, Array, Array]:
-        """Split, query and first head. Groups of a query are neighbours: L2 serves all but one."""
-        item = cta + i * self.n_ctas
-        part = item // self.groups
-        return part // self.T, part % self.T, item % self.groups * HEADS
-
-
-class Inputs(NamedTuple):
-    """Arrays in device memory, whole."""
-
-    n_pairs: Ref | None  # [n_splits * T] int32, of tiles of each part of a list; None: all roles count for themselves
-    indices: Ref  # [T, K] int32
-    q: Ref  # [T, groups * 64, E]
-    kv: Ref | QuantizedLatents  # [B * S, E], or refs of its parts
-
-
-class Smem(NamedTuple):
-    """Shared memory of a CTA: the heads of one query, and two tiles with what belongs to each."""
-
-    bias: Ref  # [2, 64] 0 or -inf a token
-    decay: Ref  # [2, 64] a head: what the sums so far are multiplied by
-    k_free: Ref  # barriers [2 * parts of columns], of both warp-groups that add values
-    k_full: Ref  # barriers [2], in interpret mode alone
-    k: Ref  # [2, 64, E]
-    landed: Ref  # [2 * parts, BARRIER_WORDS] barriers made in PTX, of the lanes that copy
-    p_full: Ref  # barriers [2], of the warp-group that scores
-    q_free: Ref  # barrier, of the warp-group that scores
-    q_full: Ref  # barrier, of the copy
-    q: Ref  # [1, 64, E]
-    ready: Ref  # barrier: `landed` has been made
-    total: Ref  # [2, 64] a head: the sum of probabilities so far
-    turn: Ref  # [1] not 0: the warp-group that scores asks for the tensor core
-
-    def landed_at(self, barrier: Array) -> Row:
-        return Row(self.landed, barrier, BARRIER_WORDS)
-
-
 def sparse_mla_body(plan: Plan, gmem: Inputs, o_gmem: Ref, lse_gmem: Ref, smem: Smem) -> None:
     #   loader (4 warps)  ->  landed[slot, part]  ->  scorer  ->  p_full[slot]  ->  two warp-groups of values  ->  o
-    #                     <-  k_free[slot, part]  <---------------------------  <-  half of the columns each
+    #                     <-  rope_free[slot]  <--         <---  p_free  <---------  half of the columns each
+    #                     <-  k_free[slot, part]  <------------------------------
     #
     # A tile is 64 tokens of a query's list, and there are two slots: while values are added up for one tile, the next
-    # is scored and the one after it is on its way. Columns come and go in two parts, so that scoring starts when the
-    # first has landed, and copies when the first has been read.
+    # is scored and the one after it is on its way. Columns come and go in parts, so that scoring starts when the first
+    # has landed, and copies when the first has been read. The last 64 columns, which are no value, go before the rest.
     #
-    # A tile's probabilities take the place of its last 64 key columns, which are no value: there is no room for them
-    # elsewhere. The output and the softmax's sums stay in registers from a query's first tile to its last.
+    # There is room for one tile's probabilities: those of the next are in registers by the time these are read. The
+    # output and the softmax's sums stay in registers from a query's first tile to its last.
     #
     # Latents in 8 bits land in their slot, where the loader writes them anew in bfloat16: the rest is the same.
     #
@@ -145,11 +93,14 @@ def tiles_of(plan: Plan, gmem: Inputs, split: Array, t: Array, by_warp: bool = F
 
 
 def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
-    """A warp takes half of the rows of each tile, and one part of their columns."""
-    plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
-    cta = lax.axis_index("cta")
+    """All warps bring some rows of one part of a tile, and then of the next: each lands the sooner for that.
 
-    def one_part(part: int, first: Array, brings_queries: Array) -> None:
+    Of latents in 8 bits, which take their time to convert, a warp brings half of the rows of one part.
+    """
+    plgpu.set_max_registers(plan.form.registers[2], action="decrease")
+    cta, is_quantized = lax.axis_index("cta"), isinstance(gmem.kv, QuantizedLatents)
+
+    def copy(parts: tuple[int, ...], first: Array, n_rows: int, brings_queries: Array) -> None:
         plgpu.barrier_wait(smem.ready)
 
         def one_item(i, _):
@@ -158,41 +109,75 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
             column = split * plan.pairs * PAIR + first
             fetch = lambda j: load_lane_word(gmem.indices, t, column + j * TOKENS)  # noqa: E731
 
-            @pl.when(brings_queries)
-            def _queries():
+            def queries():
                 plgpu.barrier_wait(smem.q_free)
                 plgpu.copy_gmem_to_smem(gmem.q.at[t, pl.ds(head, HEADS)], smem.q.at[0], smem.q_full)
 
             def one_tile(j, index):
-                slot, landed = j % SLOTS, smem.landed_at(j % SLOTS * len(PARTS) + part)
+                slot = j % SLOTS
                 row = jnp.where((index >= 0) & (index < plan.keys), first_row + index, -1)
-                plgpu.barrier_wait(smem.k_free.at[landed.row])
-                tile = TileRows(smem.k, slot, first)
-                if isinstance(gmem.kv, QuantizedLatents):
-                    gather_latents(gmem.kv, row, tile, *groups_of(part), landed)
-                else:
-                    gather_rows(gmem.kv, row, tile, PARTS[part], landed, keeps=True)
-                if part == 0:
-                    store_bias(Row(smem.bias, slot, TOKENS), first, row, landed)
+                tile = TileRows(smem.k, slot, first, n_rows)
+                for part in parts:
+                    barrier = slot * len(PARTS) + part
+                    landed = smem.landed(barrier)
+                    if part == rope_part(plan, gmem):
+                        plgpu.barrier_wait(smem.rope_free.at[slot])
+                        if not is_quantized:  # lands with the columns that come next
+                            gather_rows(gmem.kv, row, tile, (ROPE,), None, keeps=True, ahead=plan.form.l2_bytes)
+                    plgpu.barrier_wait(smem.k_free.at[barrier])
+                    if isinstance(gmem.kv, QuantizedLatents):
+                        gather_latents(gmem.kv, row, tile, *groups_of(part), landed)
+                    else:
+                        gather_rows(gmem.kv, row, tile, PARTS[part], landed, keeps=True, ahead=plan.form.l2_bytes)
+                    if part == 0:
+                        store_bias(smem.bias(slot), first, n_rows, row, landed)
                 # The next tile's index, so that it is there when its slot is.
-                return fetch(j + 1)
+                following = fetch(j + 1)
+                # The last list's queries are needed longer than the slot of this one's first tile.
+                pl.when(brings_queries & (i > 0) & (j == 0))(queries)
+                return following
 
-            lax.fori_loop(0, tiles_of(plan, gmem, split, t, by_warp=True), one_tile, fetch(0))
+            index = fetch(0)
+            pl.when(brings_queries & (i == 0))(queries)
+            lax.fori_loop(0, tiles_of(plan, gmem, split, t, by_warp=True), one_tile, index)
             return _
 
         lax.fori_loop(0, plan.items(cta), one_item, None)
 
     @plgpu.warp_map
     def _warps(warp):
-        first = warp % 2 * ROWS_PER_WARP
-        pl.when(warp // 2 == 0)(lambda: one_part(0, first, warp == 0))
-        pl.when(warp // 2 == 1)(lambda: one_part(1, first, warp < 0))
+        if apart(plan, gmem):
+            first = warp % 2 * ROWS_PER_WARP
+            pl.when(warp // 2 == 0)(lambda: copy((0,), first, ROWS_PER_WARP, warp == 0))
+            pl.when(warp // 2 == 1)(lambda: copy((1,), first, ROWS_PER_WARP, warp < 0))
+        else:
+            copy((0, 1), warp * ROWS_PER_WARP // 2, ROWS_PER_WARP // 2, warp == 0)
+
+
+def arrivals(apart: bool, is_quantized: bool) -> tuple[int, int]:
+    """At the barriers of both parts of a tile: of all lanes of four warps, or of two a part.
+
+    With the first part the bias arrives, once a token; a rope part beside values of 8 bits by itself.
+    """
+    lanes = ROWS_PER_WARP * (2 if apart else 4)
+    return lanes + TOKENS, (1 + is_quantized) * lanes
+
+
+def rope_part(plan: Plan, gmem: Inputs) -> int:
+    """The part that the last columns come with: the first, so that few are missing when the other one has landed.
+
+    In 8 bits they are bfloat16 already, and the warps of the second part have time for them.
+    """
+    return 1 if apart(plan, gmem) else 0
+
+
+def apart(plan: Plan, gmem: Inputs) -> bool:
+    return plan.form.is_apart or isinstance(gmem.kv, QuantizedLatents)
 
 
 def groups_of(part: int) -> tuple[tuple[int, ...], bool]:
-    """Of latents in 8 bits, a part's groups of values that share a scale, and whether it has their rope part."""
-    first = [start for start, _ in PARTS[part]]
-    return tuple(start // GROUP for start in first if start < VALUE_DIM), VALUE_DIM in first
+    """Of latents in 8 bits, a part's groups of values that share a scale, and whether the rope part comes with it."""
+    return tuple(start // GROUP for start, _ in PARTS[part]), part == 1
 
 
 def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
@@ -213,8 +198,9 @@ def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 row = t // plan.queries * plan.keys + jnp.where(there, index, 0)
                 for part in range(len(PARTS)):
                     plgpu.barrier_wait(smem.k_free.at[slot * len(PARTS) + part])
+                plgpu.barrier_wait(smem.rope_free.at[slot])
                 smem.k[slot] = jnp.where(there[:, None], rows_of(kv, row), 0).astype(smem.k.dtype)
-                smem.bias[slot] = jnp.where(there, 0.0, -jnp.inf)
+                smem.rows[BIAS + slot] = jnp.where(there, 0.0, -jnp.inf)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(smem.k_full.at[slot])
             return _
@@ -223,6 +209,7 @@ def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
 
     lax.fori_loop(0, plan.items(cta), one_item, None)
     wait_all(smem.k_free, SLOTS * len(PARTS))
+    wait_all(smem.rope_free, SLOTS)
     plgpu.barrier_wait(smem.q_free)
 
 
@@ -234,35 +221,42 @@ def rows_of(kv: Array | QuantizedLatents, row: Array) -> Array:
 
 def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
     """Probabilities of each tile, and by how much they make the earlier ones decay."""
-    plgpu.set_max_registers(SCORE_REGISTERS, action="decrease")
+    plgpu.set_max_registers(plan.form.registers[1], action="decrease")
     cta, is_quantized = lax.axis_index("cta"), isinstance(gmem.kv, QuantizedLatents)
     if not plan.interpret:
-        # Every lane of two warps. The bias arrives with the first part, a rope part beside values of 8 bits by itself.
-        gather.init_landed(smem.landed, (4 * ROWS_PER_WARP, (2 + 2 * is_quantized) * ROWS_PER_WARP) * SLOTS)
-        sparse_mla.unclaim(smem.turn)
+        gather.init_landed(smem.rows.at[WORDS], arrivals(apart(plan, gmem), is_quantized) * SLOTS)
+        sparse_mla.unclaim(smem.turn())
         plgpu.barrier_arrive(smem.ready)
     plgpu.barrier_arrive(smem.q_free)
+    for slot in range(SLOTS):
+        plgpu.barrier_arrive(smem.rope_free.at[slot])
     row = lambda value: plgpu.layout_cast(jnp.full((HEADS,), value, jnp.float32), PER_HEAD)  # noqa: E731
 
     def one_item(i, n_before):
         split, t, head = plan.item(cta, i)
         n_tiles = tiles_of(plan, gmem, split, t)
         plgpu.barrier_wait(smem.q_full)
+        # So much of the queries stays in registers: the tensor core reads that from shared memory once a list.
+        n_held = 0 if plan.interpret else plan.form.held
+        held = {
+            first: plgpu.load(smem.q.at[0, :, pl.ds(first, 64)], layout=plgpu.Layout.WGMMA) for first in HELD[:n_held]
+        }
 
         def one_tile(j, carry):
             (highest, total), slot = carry, j % SLOTS
 
             def wait(part: int) -> None:
                 if not plan.interpret:
-                    gather.wait_landed(smem.landed_at(slot * len(PARTS) + part), (n_before + j) // SLOTS)
+                    gather.wait_landed(smem.landed(slot * len(PARTS) + part), (n_before + j) // SLOTS)
                 elif part == 0:
                     plgpu.barrier_wait(smem.k_full.at[slot])
 
             zero = jnp.int32(0) if plan.interpret else sparse_mla.opaque_zero()
-            products = products_of(smem.q.at[zero], smem.k.at[slot], wait)
+            products = products_of(smem.q.at[zero], smem.k.at[slot], wait, rope_part(plan, gmem), held)
+            release(plan, smem.rope_free.at[slot])
             if not plan.interpret:
-                sparse_mla.unclaim(smem.turn)
-            bias = plgpu.load(smem.bias.at[slot], layout=PER_TOKEN)
+                sparse_mla.unclaim(smem.turn())
+            bias = plgpu.load(smem.rows.at[BIAS + slot], layout=PER_TOKEN)
             # To base two, which is what the hardware's exponential takes.
             logits = products * (plan.scale * _LOG2_E) + lax.broadcast_in_dim(bias, products.shape, [1])
             here = jnp.max(logits, axis=1)
@@ -270,19 +264,22 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
             p = jnp.exp2(logits - lax.broadcast_in_dim(new_highest, logits.shape, [0]))
             decay = jnp.exp2(highest - new_highest)
             total = total * decay + jnp.sum(p, axis=1)
-            p = p.astype(smem.k.dtype)
+            p = p.astype(smem.p.dtype)
+            plgpu.barrier_wait(smem.p_free)
             if plan.interpret:
-                smem.k.at[slot, :, pl.ds(VALUE_DIM, TOKENS)][...] = p
-                smem.decay[slot], smem.total[slot] = decay, total
+                smem.p[...] = p
+                smem.rows[DECAY + slot], smem.rows[TOTAL + slot] = decay, total
                 plgpu.commit_smem()
             else:
-                sparse_mla.store_p(smem.k, slot, VALUE_DIM, p)
-                sparse_mla.store_rows(smem.decay, slot, decay)
-                sparse_mla.store_rows(smem.total, slot, total)
-                sparse_mla.show_stores()
+                sparse_mla.store_p(smem.p, p)
+                sparse_mla.store_rows(smem.rows, DECAY + slot, decay)
+                sparse_mla.store_rows(smem.rows, TOTAL + slot, total)
+                if not plan.form.holds_p:  # or no tensor core reads them there
+                    sparse_mla.show_stores()
                 # All others wait for probabilities: where the next tile has landed, its scores go before values.
-                following = smem.landed_at((j + 1) % SLOTS * len(PARTS))
-                sparse_mla.claim(smem.turn, following, (n_before + j + 1) // SLOTS)
+                following = smem.landed((j + 1) % SLOTS * len(PARTS) + (plan.form.turns == "second"))
+                if plan.form.turns != "none":
+                    sparse_mla.claim(smem.turn(), following, (n_before + j + 1) // SLOTS)
             plgpu.barrier_arrive(smem.p_full.at[slot])
             return new_highest, total
 
@@ -294,15 +291,18 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
         return n_before + n_tiles
 
     lax.fori_loop(0, plan.items(cta), one_item, jnp.int32(0))
+    if plan.interpret:
+        plgpu.barrier_wait(smem.p_free)
 
 
 def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -> None:
     """Half of the value columns of the output."""
-    plgpu.set_max_registers(VALUE_REGISTERS, action="increase")
+    plgpu.set_max_registers(plan.form.registers[0], action="increase")
     cta = lax.axis_index("cta")
     columns = lambda part: pl.ds((half * 2 + part) * QUARTER, QUARTER)  # noqa: E731
     for barrier in range(SLOTS * len(PARTS)):
         plgpu.barrier_arrive(smem.k_free.at[barrier])
+    plgpu.barrier_arrive(smem.p_free)
 
     def one_item(i, _):
         split, t, head = plan.item(cta, i)
@@ -310,17 +310,19 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
         def one_tile(j, carry):
             o, slot = carry[:-1], j % SLOTS
             plgpu.barrier_wait(smem.p_full.at[slot])
-            decay = plgpu.load(smem.decay.at[slot], layout=PER_HEAD)
-            total = plgpu.load(smem.total.at[slot], layout=PER_HEAD)
+            decay = plgpu.load(smem.rows.at[DECAY + slot], layout=PER_HEAD)
+            total = plgpu.load(smem.rows.at[TOTAL + slot], layout=PER_HEAD)
+            p = plgpu.load(smem.p, layout=plgpu.Layout.WGMMA) if plan.form.holds_p and not plan.interpret else smem.p
             scaled = lambda o: tuple(x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in o)  # noqa: E731
             if plan.interpret:
                 o = scaled(o)
             else:  # rarely does any maximum of a warp's rows move
                 o = lax.cond(sparse_mla.any_decay(decay, total) > 0, scaled, lambda o: o, o)
-                sparse_mla.let_first(smem.turn)
-            p = smem.k.at[slot, :, pl.ds(VALUE_DIM, TOKENS)]
+                sparse_mla.let_first(smem.turn(), plan.form.naps)
             values = [smem.k.at[slot, :, columns(part)] for part in range(2)]
-            o = add_products(o, p, values, lambda part: release(plan, smem.k_free.at[slot * len(PARTS) + part]), plan)
+            free = lambda part: release(plan, smem.k_free.at[slot * len(PARTS) + part])  # noqa: E731
+            o = add_products(o, p, values, free, plan)
+            release(plan, smem.p_free)
             return *o, total
 
         zeros = plgpu.layout_cast(jnp.zeros((HEADS, QUARTER), jnp.float32), plgpu.Layout.WGMMA)
@@ -341,14 +343,22 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
     lax.fori_loop(0, plan.items(cta), one_item, None)
 
 
-def products_of(q: Ref, k: Ref, wait: Callable[[int], None]) -> Array:
-    """q @ k.T in float32, part by part of their columns, each waited for."""
+def products_of(q: Ref, k: Ref, wait: Callable[[int], None], rope_part: int, held: dict[int, Array]) -> Array:
+    """q @ k.T in float32, part by part of their columns, each waited for.
+
+    Args:
+        held: 64 columns of q each, in registers, by the first of them.
+    """
 
     def multiply(acc: Ref) -> Array:
         for part, pieces in enumerate(PARTS):
             wait(part)
-            for first, n in pieces:
-                plgpu.wgmma(acc, q.at[:, pl.ds(first, n)], k.at[:, pl.ds(first, n)].T)
+            for first, n in (*pieces, ROPE) if part == rope_part else pieces:
+                if first in held:
+                    plgpu.wgmma(acc, held[first], k.at[:, pl.ds(first, 64)].T)
+                    first, n = first + 64, n - 64
+                if n:
+                    plgpu.wgmma(acc, q.at[:, pl.ds(first, n)], k.at[:, pl.ds(first, n)].T)
         return acc[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((HEADS, TOKENS), jnp.float32))

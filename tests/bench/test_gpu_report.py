@@ -9,6 +9,7 @@ import pytest
 from bench import shapes
 from bench.__main__ import main
 from bench.gpu import report
+from bench.peers import report as peers_report
 
 ROOT = pathlib.Path(__file__).parents[2]
 FIELDS = {
@@ -39,7 +40,23 @@ def test_the_committed_rows_are_complete_and_checked(rows):
 
 
 def test_the_table_of_the_readme_is_that_of_the_committed_rows(rows):
-    assert report.table(rows) in (ROOT / "README.md").read_text()
+    assert report.table(*report.read(report.RESULTS)) in (ROOT / "README.md").read_text()
+
+
+def test_a_span_beside_a_peer_replaces_an_older_one(tmp_path):
+    row = dict(row="flat", shape="dsv32", context=8192, dtype="e4m3", implementation="mosaic_gpu", span_ms=2.0)
+    peer = dict(row="flat", shape="dsv32", context=8192, date="2026-01-02", ours_ms=1.0, ours_ms_p10_p90=[0.9, 1.1])
+    new, other = row | {"date": "2026-01-03"}, row | {"dtype": "bf16"}
+    file = tmp_path / "h200.json"
+    file.write_text(json.dumps([row, new, other]))
+    assert report.read(file) == ([row, new, other], [])
+    (tmp_path / "peers.json").write_text(json.dumps([peer]))
+    assert [row["span_ms"] for row in report.read(file)[0]] == [1.0, 2.0, 2.0]
+
+
+def test_the_ratios_of_the_documents_are_those_of_the_committed_rows():
+    peers = json.loads(report.RESULTS.with_name("peers.json").read_text())
+    assert peers_report.table(peers) in (ROOT / "docs/peers.md").read_text()
 
 
 def test_the_report_writes_a_plot(tmp_path, capsys):
@@ -53,13 +70,15 @@ def test_a_missing_file_is_a_clear_error(capsys):
     assert "--json nowhere.json: no such file" in capsys.readouterr().err
 
 
-def test_tables_of_the_documents_have_the_spans_of_the_rows(rows):
+def test_tables_of_the_documents_have_the_spans_of_the_rows():
     """A page may be newer, by a script that measures one kernel; where it is 5 % slower it is stale."""
+    rows, peers = report.read(report.RESULTS)
     spans = {
         (row["row"], row["context"]): row["span_ms"]
         for row in rows
         if "span_ms" in row and (row["shape"], row["dtype"], row["implementation"]) == ("dsv32", "e4m3", "mosaic_gpu")
     }
+    spans |= {(x["row"], x["context"]): x["ours_ms"] for x in peers if "decode" in x["row"]}
     prefill = {"flat": "flat indexer", "hisa": "HISA", "scan": "`Scan()`", "scan_2_heads": "scan, 2 exact heads, 3 k"}
     table = numbers("gpu.md", "| ms |")
     for (row, context), span in spans.items():
@@ -71,6 +90,22 @@ def test_tables_of_the_documents_have_the_spans_of_the_rows(rows):
         for n in ("1", "32", "128"):
             if (row := (name.format(n), 1 << 17)) in spans:
                 assert table[n, column] < spans[row] * 1e3 * 1.05, row
+
+
+def test_long_prompts_of_the_documents_are_those_of_the_rows():
+    rows = json.loads(report.RESULTS.with_name("serve_contexts.json").read_text())
+    table = numbers("long-contexts.md", "| | flat: first token, s |")
+    parts = {
+        "first token, s": ("time_to_first_token_s", 1), "a turn, ms": ("time_to_first_token_of_a_turn_s", 1e3),
+        "a step, ms": ("time_per_output_token_s", 1e3),
+    }  # fmt: skip
+    measured = [x for x in rows if "commit" in x and (x["mesh"] is None or x["mesh"]["model"] == 2)]
+    assert measured
+    for x in measured:
+        line = f"{shapes.label(x['context'])}, {'one GPU' if x['mesh'] is None else 'two GPUs'}"
+        for part, (field, unit) in parts.items():
+            shown = table[line, f"{'flat' if x['indexer'] == 'dsa' else 'HISA'}: {part}"]
+            assert shown == pytest.approx(x[field] * unit, rel=0.01), (line, part)
 
 
 def numbers(page, head):

@@ -291,6 +291,7 @@ def test_tests_run_first_and_on_all_gpus(only, others, card, monkeypatch):
     assert [(job.name, job.gpus) for job in started] == [("tests", 2), *((name, 1) for name in others)]
     arguments = started[0].command(Path("there"))
     assert arguments[1:6] == ["-m", "pytest", "-m", "gpu", "tests/gpu"] and "--json" not in arguments
+    assert "-p no:benchmark" in " ".join(arguments)  # its warning beside xdist would be an error
 
 
 def test_processes_of_the_tests_take_gpus_in_turn():

@@ -213,9 +213,11 @@ def test_merge_on_the_device(hopper, n_start, W, k):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rising", [False, True], ids=["any_order", "each_better_than_all_before"])
-@pytest.mark.parametrize("at_once", [False, True])
-def test_flat_on_the_device(hopper, monkeypatch, rising, at_once):
-    S = 40000 if not at_once else 300_000  # three rounds
+@pytest.mark.parametrize(
+    ("S", "at_once"), [(40_000, False), (230_000, False), (300_000, True)], ids=["tiles", "turns_of_tiles", "at_once"]
+)
+def test_flat_on_the_device(hopper, monkeypatch, rising, S, at_once):
+    """Two later tiles; eleven, of which eight are two turns of a loop; three levels of groups."""
     if not at_once:
         monkeypatch.setattr(flat, "MOST_BYTES", 0)
     visible = np.asarray([[S, S - 1, 30000, flat.FIRST, flat.FIRST + 1, 2049, 5, 0]], np.int32)

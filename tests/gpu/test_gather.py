@@ -1,11 +1,14 @@
 """`gather_rows` and `gather_latents`: their PTX run by a machine in NumPy that sees races."""
 
+import re
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_latents, gather_rows
-from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import PARTS
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_latents, gather_rows, sparse_mla
+from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_plan import PARTS
+from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_plan import ROPE as LAST
 from tests.gpu.ptx_machine import Machine
 from tests.gpu.ptx_shared_memory import Race
 
@@ -21,13 +24,13 @@ def latents(n, spread, seed):
     return values, scales, rng.normal(size=(n, ROPE)).astype(ml_dtypes.bfloat16)
 
 
-def in_rows(smem, width=E):
-    """[32, width] bfloat16 as the tensor core finds them, by the swizzle of 128 bytes."""
+def in_rows(smem, width=E, n=ROWS):
+    """[n, width] bfloat16 as the tensor core finds them, by the swizzle of 128 bytes."""
     # Tiles of 8 rows of 8 chunks of 8 values.
-    blocks = smem.view(ml_dtypes.bfloat16).reshape(ROWS // 8, width // 64, 8, 8, 8)
+    blocks = smem.view(ml_dtypes.bfloat16).reshape(n // 8, width // 64, 8, 8, 8)
     rows = np.arange(8)[:, None]
     chunks = blocks[:, :, rows, np.arange(8)[None, :] ^ rows]
-    return chunks.transpose(0, 2, 1, 3, 4).reshape(ROWS, width)
+    return chunks.transpose(0, 2, 1, 3, 4).reshape(n, width)
 
 
 def machine_of(text, names, operands, memory, width, seed=0):
@@ -83,17 +86,54 @@ def test_the_machine_sees_what_is_missing(missing):
 
 
 @pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("n", [16, 32])
 @pytest.mark.parametrize(
-    ("width", "pieces"), [*((E, part) for part in PARTS), (128, ((0, 128),)), (64, ((0, 64),))], ids="0123"
+    ("width", "pieces"),
+    [
+        *((E, part) for part in PARTS),
+        (E, (LAST,)),
+        (128, ((0, 128),)),
+        (64, ((0, 64),)),
+    ],
+    ids="01234",
 )
-def test_rows_are_those_of_the_source(width, pieces, keeps):
+def test_rows_are_those_of_the_source(width, pieces, n, keeps):
     rng = np.random.default_rng(0)
     source = rng.normal(size=(50, width)).astype(ml_dtypes.bfloat16)
     row = np.where(rng.random(ROWS) < 0.2, -1, rng.integers(0, 50, ROWS))
-    text = gather_rows.rows_text(2 * width, tuple((first // 8, n // 8) for first, n in pieces), keeps)
+    text = gather_rows.rows_text(2 * width, tuple((first // 8, n // 8) for first, n in pieces), n, keeps)
     memory = source.view(np.uint32).reshape(-1)
     machine = machine_of(text + "cp.async.wait_all;", gather_rows.OPERANDS, (0, TILES, row, 0), memory, width)
     columns = np.concatenate([np.arange(first, first + n) for first, n in pieces])
-    wanted = np.where(row[:, None] < 0, 0, source[row]).astype(source.dtype)
-    np.testing.assert_array_equal(in_rows(machine.smem[TILES // 4 :], width)[:, columns], wanted[:, columns])
+    wanted = np.where(row[:n, None] < 0, 0, source[row[:n]]).astype(source.dtype)
+    got = in_rows(machine.smem[TILES // 4 :][: n * width // 2], width, n)
+    np.testing.assert_array_equal(got[:, columns], wanted[:, columns])
     assert machine.arrivals == {0: 32}
+
+
+def test_copies_may_land_with_those_that_come_next():
+    text = gather_rows.rows_text(2 * E, ((0, 16),), 16, True, arrives=False)
+    machine = machine_of(text + "cp.async.wait_all;", gather_rows.OPERANDS, (0, TILES, 0, 0), np.zeros(E, np.uint32), E)
+    assert not machine.arrivals
+
+
+def test_an_accumulator_is_written_in_whole_pieces_of_rows():
+    """4 warps, 64 rows of 64 columns, between rows of other columns."""
+    rows, columns, stride = 64, 64, 96
+    values = np.arange(rows * columns, dtype=np.uint16).reshape(rows, columns)
+    thread, words = np.arange(128), []
+    for i in range(columns // 8):
+        for half in range(2):
+            row = thread // 32 * 16 + thread % 32 // 4 + 8 * half
+            low, high = (values[row, 8 * i + 2 * (thread % 4) + j].astype(np.uint32) for j in range(2))
+            words.append(low | high << 16)
+    text = re.sub(r"\$(\d+)", r"o\1", sparse_mla.output_text(columns // 32, 2 * stride))
+    memory = np.full(64 + rows * stride // 2, 0xFFFFFFFF, np.uint32)
+    for first in range(0, 128, 32):
+        operands = {f"o{i}": x[first : first + 32] for i, x in enumerate(words)} | {f"o{len(words)}": 64}
+        text_of_warp = text.replace("%tid.x", "tid")
+        machine = Machine(text_of_warp, 32, operands | {"tid": thread[first : first + 32]}, memory, 4)
+        machine.run()
+    written = memory[16:].view(np.uint16)[: rows * stride].reshape(rows, stride)
+    np.testing.assert_array_equal(written[:, :columns], values)
+    assert (written[:, columns:] == 0xFFFF).all() and (memory[:16] == 0xFFFFFFFF).all()

@@ -9,7 +9,7 @@ import pytest
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx import gather_latents, gather_rows, listed_loop_text, sketch_loop_text
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_loop_text import OPERANDS, loop_ptx
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.score_shape import Shape
-from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_body import KEY_DIM, LOAD_REGISTERS, PARTS, VALUE_DIM
+from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_plan import KEY_DIM, LOAD_REGISTERS, PARTS, ROPE, VALUE_DIM
 
 ADDRESSES = {"LIMITS", "O", "THRESHOLDS", "MASKS", "MAXIMA"}  # in device memory, of 64 bits
 MOST_REGISTERS = 160  # a thread of three warp-groups that score
@@ -110,10 +110,10 @@ def test_the_loader_of_latents_in_8_bits_keeps_its_registers(tmp_path, groups, h
     assert scales < next(i for i, x in enumerate(instructions) if x.startswith("LDGDEPBAR"))
 
 
-@pytest.mark.parametrize("part", [0, 1])
-def test_the_loader_of_latents_keeps_its_registers(tmp_path, part):
+@pytest.mark.parametrize("columns", [*PARTS, (ROPE,)], ids=["first", "second", "rope"])
+def test_the_loader_of_latents_keeps_its_registers(tmp_path, columns):
     types = {name: 64 if name == "SOURCE" else 32 for name in gather_rows.OPERANDS}
-    text = gather_rows.rows_text(2 * KEY_DIM, tuple((first // 8, n // 8) for first, n in PARTS[part]), True)
+    text = gather_rows.rows_text(2 * KEY_DIM, tuple((first // 8, n // 8) for first, n in columns), 16, True)
     check_loader(*assembled(tmp_path, entry(text, types, f".maxnreg {LOAD_REGISTERS}")), most=150)
 
 

@@ -19,7 +19,7 @@ from flax import nnx  # noqa: E402
 
 import hisa_jax as hj  # noqa: E402
 from hisa_jax import models  # noqa: E402
-from hisa_jax.models import moe  # noqa: E402
+from hisa_jax.models import memory, moe  # noqa: E402
 from hisa_jax.models.check import measures, reading  # noqa: E402
 from hisa_jax.models.stacked import Stacked  # noqa: E402
 from tests.models import golden  # noqa: E402
@@ -156,11 +156,46 @@ def stacked_layers_whose_pages_and_weights_devices_share():
         golden.assert_close(out.logits, want, golden.LOGITS, few)
 
 
+def many_tokens_read_gathered_pages(bits=0):
+    """What devices share the pages of is read as on one device; with 8 bits by HISA, and then step by step."""
+    config = models.read_config(golden.FOLDER / "dsv32")
+    tokens, method, mesh = golden.ids("dsv32"), None, models.make_mesh(context=2)
+    if bits:
+        config = dataclasses.replace(config, index_key_dtype="int8", index_hadamard=True)
+        method, mesh = hj.Hisa(topk=8, block_size=4, block_topk=3), models.make_mesh(data=2, context=2)
+    rule, asked = memory.is_gathered, []
+
+    def watched(*arguments):
+        asked.append((arguments[-1], rule(*arguments)))
+        return asked[-1][1]
+
+    def logits_on(mesh, n_steps):
+        model = models.from_pretrained(golden.FOLDER / "dsv32", method, mesh=mesh, config=config)
+        step, cache, logits = jax.jit(type(model).run), model.empty_cache(*tokens.shape), []
+        for new in jnp.split(tokens, [tokens.shape[1] - n for n in range(n_steps, 0, -1)], axis=1):
+            out = step(model, new, cache=cache)
+            logits, cache = [*logits, out.logits], out.cache
+        return jnp.concatenate(logits, axis=1)
+
+    memory.is_gathered = watched
+    found = logits_on(mesh, n_steps=2 if bits else 0)
+    memory.is_gathered = rule
+    assert {*asked} == ({(tokens.shape[1] - 2, True), (1, False)} if bits else {(tokens.shape[1], True)}), asked
+    want = logits_on(None, n_steps=0) if bits else golden.numbers("dsv32")["logits"]
+    golden.assert_close(found, want, golden.LOGITS)
+
+
+def many_tokens_of_8_bits_read_gathered_pages_and_few_read_them_where_they_lie():
+    many_tokens_read_gathered_pages(bits=8)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
         tensor_and_data_parallel, explicit_mesh_of_one_axis, quantised_keys_and_hisa, generation, the_self_check,
         save_here_restore_there, replayed_rollouts, stacked_layers_whose_pages_and_weights_devices_share,
+        many_tokens_read_gathered_pages,
+        many_tokens_of_8_bits_read_gathered_pages_and_few_read_them_where_they_lie,
     )
 }  # fmt: skip
 

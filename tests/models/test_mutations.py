@@ -290,9 +290,7 @@ def test_looking_one_token_ahead_or_short_fails(monkeypatch):
         monkeypatch.setattr(
             dsa,
             "select",
-            lambda q, w, pages, tables, slots, lengths, *rest, s=shift: right(
-                q, w, pages, tables, slots, lengths + s, *rest
-            ),
+            lambda q, w, memory, slots, lengths, *rest, s=shift: right(q, w, memory, slots, lengths + s, *rest),
         )
         assert failures("glm5", golden.model("glm5")) >= {"selection", "logits"}
 

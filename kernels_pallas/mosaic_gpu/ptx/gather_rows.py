@@ -4,9 +4,9 @@ Hopper's copy engine takes no index list, so lanes copy 16 bytes each by `cp.asy
 themselves. In shared memory as `warpgroups.tiled` lays it out, a tile of 8 rows by 128 bytes is 1024 bytes, and the
 16-byte chunk c of its row r lies at r * 128 + (c ^ r) * 16. Tiles follow each other along a row.
 
-A warp copies 32 rows; each lane holds the number of one of them, which to Pallas is a scalar. The copies themselves
-arrive at a barrier when they have landed, so that a warp need not wait for them. Such barriers are words of shared
-memory that `init_landed` makes: whoever waits at one counts its phases.
+A warp copies 32 rows or fewer; each lane holds the number of one of them, which to Pallas is a scalar. The copies
+themselves arrive at a barrier when they have landed, so that a warp need not wait for them. Such barriers are words of
+shared memory that `init_landed` makes: whoever waits at one counts its phases.
 """
 
 import functools
@@ -37,7 +37,7 @@ ROWS_PER_WARP = 32  # one a lane
 BARRIER_WORDS = 2
 _CHUNK = 16  # bytes a lane copies at a time
 _BLOCK = 8  # rows that the swizzle repeats after
-_UNROLLED = 4  # of more copies of a block a loop is made: the code of a tile is to stay in the caches of instructions
+_UNROLLED = 20  # of more copies a loop is made: the code of a tile is to stay in the caches of instructions
 OPERANDS = ("SOURCE", "TILE", "ROW", "LANDED")
 # For a copy that asks L2 to evict other data first.
 HINT, KEEP = ".L2::cache_hint", ".reg .b64 policy; createpolicy.fractional.L2::evict_last.b64 policy, 1.0;"
@@ -71,14 +71,15 @@ setp.lt.s32 p, at, {K}; mul.wide.u32 a, at, 4; add.u64 a, a, $1; mov.b32 $0, -1;
 
 
 class TileRows(NamedTuple):
-    """The 32 rows of shared memory that a warp fills: tiles[slot, first : first + 32].
+    """The rows of shared memory that a warp fills: tiles[slot, first : first + n].
 
-    Attributes: `tiles`: [slots, rows, E], laid out as `warpgroups.tiled`; `first`: a multiple of 8.
+    Attributes: `tiles`: [slots, rows, E], laid out as `warpgroups.tiled`; `first`, `n`: multiples of 8, n up to 32.
     """
 
     tiles: Ref
     slot: Array
     first: Array
+    n: int = ROWS_PER_WARP
 
 
 def gather_rows(
@@ -86,37 +87,41 @@ def gather_rows(
     row: Array,
     target: TileRows,
     columns: Sequence[tuple[int, int]],
-    landed: Row,
+    landed: Row | None,
     keeps: bool = False,
+    ahead: int = 0,
 ) -> None:
-    """Starts copying the lanes' rows of `source` [*, E] to a target, zeros for row -1.
+    """Starts copying the rows of the target's first lanes of `source` [*, E] to it, zeros for row -1.
 
-    Each of the 32 lanes arrives at the barrier `landed` when its copies have landed.
+    Each of the 32 lanes arrives at the barrier `landed`, if given, when all its copies so far have landed.
 
     Args:
         columns: pieces as (first column, how many), each 128, 256 or 512 bytes wide.
         keeps: asks L2 to evict other data first.
+        ahead: bytes around each that L2 is to bring, too.
     """
     E, dtype, rows = source.shape[1], source.dtype, target.tiles.shape[1]
     each = _CHUNK // dtype.itemsize
     pieces = tuple((start // each, n // each) for start, n in columns)
-    ptx = scope(rows_text(E * dtype.itemsize, pieces, keeps), OPERANDS)
+    ptx = scope(rows_text(E * dtype.itemsize, pieces, target.n, keeps, landed is not None, ahead), OPERANDS)
+    barrier = () if landed is None else (landed.ref, landed.row)
 
-    @plgpu.inline_mgpu(arg_types=(REF, plgpu.RefType(tiled(E, dtype)), REF, SPLAT, SPLAT, SPLAT, SPLAT))
-    def gather(_ctx, source, tiles, barriers, row, slot, first, barrier):
+    @plgpu.inline_mgpu(
+        arg_types=(REF, plgpu.RefType(tiled(E, dtype)), SPLAT, SPLAT, SPLAT, *(REF, SPLAT)[: len(barrier)])
+    )
+    def gather(_ctx, source, tiles, row, slot, first, *barrier):
         row_of_tiles = arith.addi(arith.muli(slot.registers.item(), utils.c(rows, i32())), first.registers.item())
         offset = arith.muli(row_of_tiles, utils.c(E * dtype.itemsize, i32()))
-        utils.inline_ptx(
-            ptx,
+        operands = [
             utils.memref_ptr(source),
             utils.getelementptr(utils.memref_ptr(tiles), [offset], ir.IntegerType.get_signless(8)),
             row.registers.item(),
-            address_of(barriers, barrier.registers.item(), BARRIER_WORDS),
-            has_side_effects=True,
-            convergent=True,
-        )
+        ]
+        if barrier:
+            operands.append(address_of(barrier[0], barrier[1].registers.item(), BARRIER_WORDS))
+        utils.inline_ptx(ptx, *operands, has_side_effects=True, convergent=True)
 
-    gather(source, target.tiles, landed.ref, row, target.slot, target.first, landed.row)
+    gather(source, target.tiles, row, target.slot, target.first, *barrier)
 
 
 def gather_scales(scales: Ref, row: Array, target: Row, first: Array) -> None:
@@ -135,11 +140,14 @@ setp.lt.s32 p, $2, 0; mad.wide.s32 a, $2, 4, $0; cp.async.ca.shared.global [at],
     gather(scales, row, target.ref, target.row, first)
 
 
-def store_bias(bias: Row, first: Array, row: Array, landed: Row) -> None:
-    """bias[first + lane] = 0 for a row that is there, -inf for row -1. Each lane arrives at the barrier `landed`."""
-    ptx = """{ .reg .pred p; .reg .b32 at, v; mov.u32 at, %laneid; shl.b32 at, at, 2; add.u32 at, at, $0;
-setp.lt.s32 p, $1, 0; selp.b32 v, 0xff800000, 0, p; st.shared.b32 [at], v;
-mbarrier.arrive.shared::cta.b64 _, [$2]; }"""
+def store_bias(bias: Row, first: Array, n: int, row: Array, landed: Row) -> None:
+    """bias[first + lane] = 0 for a row that is there, -inf for row -1, of the first n lanes.
+
+    Each of these arrives at the barrier `landed`.
+    """
+    ptx = f"""{{ .reg .pred p, q; .reg .b32 at, v; mov.u32 at, %laneid; setp.lt.u32 q, at, {n}; shl.b32 at, at, 2;
+add.u32 at, at, $0; setp.lt.s32 p, $1, 0; selp.b32 v, 0xff800000, 0, p; @q st.shared.b32 [at], v;
+@q mbarrier.arrive.shared::cta.b64 _, [$2]; }}"""
 
     @plgpu.inline_mgpu(arg_types=(REF,) * 2 + (SPLAT,) * 4)
     def store(_ctx, ref, barriers, slot, first, row, barrier):
@@ -176,47 +184,58 @@ fence.proxy.async.shared::cta; }"""
 
 
 @functools.cache
-def rows_text(row_bytes: int, pieces: tuple[tuple[int, int], ...], keeps: bool) -> str:
-    """$SOURCE: an address, $TILE: 32 rows in shared memory, $ROW: the lane's row, $LANDED: a barrier; in chunks."""
+def rows_text(
+    row_bytes: int, pieces: tuple[tuple[int, int], ...], n_rows: int, keeps: bool, arrives: bool = True, ahead: int = 0
+) -> str:
+    """$SOURCE: an address, $TILE: rows in shared memory, $ROW: the lane's row, $LANDED: a barrier; pieces in chunks."""
     lines = [".reg .pred p; .reg .b32 lane, c, row, r, to; .reg .b64 a; mov.u32 lane, %laneid;"]
     hint, policy = (HINT, ", policy") if keeps else ("", "")
     if keeps:
         lines.append(KEEP)
+    if ahead:
+        hint += f".L2::{ahead}B"
     # Pieces of one width share rows and addresses. The swizzle repeats every 8 rows: so many addresses are kept.
     widths = {width: [first for first, n in pieces if n == width] for _, width in pieces}
-    block = []
-    for width, firsts in widths.items():  # in chunks; an instruction copies `width` of each of `rows` rows
+    for width, firsts in widths.items():  # in chunks; an instruction copies `width` of each of 32 // width rows
         assert all((first - firsts[0]) % 8 == 0 for first in firsts)
-        rows = 32 // width
-        n = _BLOCK // rows
-        lines.append(f""".reg .b32 from{width}, x{width}_<{n}>; .reg .b64 source{width};
+        lines.append(f""".reg .b32 from{width}, x{width}_<{_BLOCK * width // 32}>; .reg .b64 source{width};
 and.b32 c, lane, {width - 1}; add.u32 c, c, {firsts[0]}; mul.wide.u32 source{width}, c, 16;
 add.u64 source{width}, source{width}, $SOURCE; shr.u32 from{width}, lane, {width.bit_length() - 1};
 shr.u32 to, c, 3; shl.b32 to, to, 10; add.u32 to, to, $TILE; and.b32 c, c, 7;""")
         lines += [
-            f"""add.u32 r, from{width}, {i * rows}; xor.b32 row, r, c; shl.b32 row, row, 4; shl.b32 r, r, 7;
+            f"""add.u32 r, from{width}, {i * 32 // width}; xor.b32 row, r, c; shl.b32 row, row, 4; shl.b32 r, r, 7;
 add.u32 r, r, row; add.u32 x{width}_{i}, r, to;"""
-            for i in range(n)
+            for i in range(_BLOCK * width // 32)
         ]
-        for i in range(n):
-            # The row's number comes from its lane; the predicate fills 16 bytes with zeros instead of copying.
-            block.append(f"""add.u32 r, from{width}, {i * rows}; shfl.sync.idx.b32 row, $ROW, r, 31, -1;
-setp.lt.s32 p, row, 0; mad.wide.s32 a, row, {row_bytes}, source{width};""")
-            block += [
-                f"cp.async.cg.shared.global{hint} [x{width}_{i}+{(first - firsts[0]) * 8 * _CHUNK}],"
-                f" [a+{(first - firsts[0]) * _CHUNK}], 16, p{policy};"
-                for first in firsts
-            ]
-            # Addresses are a lane's own. One with a part that all lanes share is written wrongly, with a hint, by
-            # ptxas up to 13.0: the GPU then takes the policy for an illegal instruction.
-            block.append(f"add.u32 x{width}_{i}, x{width}_{i}, {_BLOCK * row_bytes};")
-        block.append(f"add.u32 from{width}, from{width}, {_BLOCK};")
-    n_blocks = ROWS_PER_WARP // _BLOCK
-    if sum(_BLOCK * width // 32 for _, width in pieces) > _UNROLLED:
-        lines += [".reg .b32 n; mov.b32 n, 0; copy:", NOUNROLL, *block]
+    n_blocks = n_rows // _BLOCK
+    if n_blocks * sum(_BLOCK * width // 32 for _, width in pieces) > _UNROLLED:
+        lines += [".reg .b32 n; mov.b32 n, 0; copy:", NOUNROLL, *_block_text(row_bytes, widths, 0, hint, policy)]
+        # Addresses are a lane's own. One with a part that all lanes share is written wrongly, with a hint, by ptxas up
+        # to 13.0: the GPU then takes the policy for an illegal instruction.
+        for width in widths:
+            lines.append(f"add.u32 from{width}, from{width}, {_BLOCK};")
+            lines += [f"add.u32 x{width}_{i}, x{width}_{i}, {_BLOCK * row_bytes};" for i in range(_BLOCK * width // 32)]
         lines.append(f"add.u32 n, n, 1; setp.lt.u32 p, n, {n_blocks}; @p bra.uni copy;")
-    else:
-        lines += block * n_blocks
-    # `noinc`: the arrival counts as one of those that the barrier was made for.
-    lines.append("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$LANDED];")
+    else:  # nothing is changed that a copy before may still have to read: none waits for another
+        for block in range(n_blocks):
+            lines += _block_text(row_bytes, widths, block, hint, policy)
+    if arrives:  # `noinc`: the arrival counts as one of those that the barrier was made for
+        lines.append("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$LANDED];")
     return "\n".join(lines) + "\n"
+
+
+def _block_text(row_bytes: int, widths: dict[int, list[int]], block: int, hint: str, policy: str) -> list[str]:
+    """Copies of 8 rows, `block` times 8 rows after those whose addresses are kept."""
+    lines = []
+    for width, firsts in widths.items():
+        for i in range(_BLOCK * width // 32):
+            # The row's number comes from its lane; the predicate fills 16 bytes with zeros instead of copying.
+            lines.append(f"""add.u32 r, from{width}, {block * _BLOCK + i * 32 // width};
+shfl.sync.idx.b32 row, $ROW, r, 31, -1; setp.lt.s32 p, row, 0; mad.wide.s32 a, row, {row_bytes}, source{width};""")
+            for first in firsts:
+                at = block * _BLOCK * row_bytes + (first - firsts[0]) * 8 * _CHUNK
+                lines.append(
+                    f"cp.async.cg.shared.global{hint} [x{width}_{i}+{at}], [a+{(first - firsts[0]) * _CHUNK}], 16, p"
+                    f"{policy};"
+                )
+    return lines

@@ -3,7 +3,6 @@
 import functools
 
 from jax import Array
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import FragmentedArray, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -16,42 +15,80 @@ from hisa_jax.kernels_pallas.types import Ref
 
 PER_HEAD = plgpu.Layout.WGMMA.reduce(1)
 _FIRST_THREAD = "{ .reg .pred p, q; .reg .b32 x; mov.u32 x, %tid.x; and.b32 x, x, 127; setp.eq.u32 q, x, 0;"
+_QUAD = 4  # lanes that have a row of an accumulator
 _ptx = functools.partial(utils.inline_ptx, has_side_effects=True)
 
 
-def store_p(k_smem: Ref, slot: Array, first: int, p: Array) -> None:
-    """k_smem[slot, :, first :] = p, with one barrier of the warp-group where Pallas has two around a store."""
+def store_p(p_smem: Ref, p: Array) -> None:
+    """p_smem[...] = p, without the barriers of the warp-group that Pallas has around a store."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiled(k_smem.shape[2], k_smem.dtype)), plgpu.Layout.WGMMA))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiled(p_smem.shape[1], p_smem.dtype)), plgpu.Layout.WGMMA))
     def store(_ctx, target, p):
-        utils.warpgroup_barrier()  # the slowest warp may still be multiplying by what lies there
         p.store_tiled(target, swizzle=128)
 
-    store(k_smem.at[slot, :, pl.ds(first, p.shape[1])], p)
+    store(p_smem, p)
 
 
-def store_rows(ref: Ref, slot: Array, values: Array) -> None:
-    """ref[slot] = values, one a head, without any barrier."""
+def store_rows(ref: Ref, row: Array, values: Array) -> None:
+    """ref[row] = values, one a head, without any barrier."""
     ptx = """{ .reg .pred p; .reg .b32 at, x; mov.u32 at, %tid.x; and.b32 x, at, 3; setp.eq.u32 p, x, 0;
 shr.u32 x, at, 5; and.b32 x, x, 3; shl.b32 x, x, 6; and.b32 at, at, 28; add.u32 at, at, x; add.u32 at, at, $0;
 @p st.shared.f32 [at], $1; @p st.shared.f32 [at+32], $2; }"""
     width = ref.shape[1]
 
     @plgpu.inline_mgpu(arg_types=(REF, SPLAT, PER_HEAD))
-    def store(_ctx, ref, slot, values):
-        _ptx(ptx, address_of(ref, slot.registers.item(), width), *_two_rows(values))
+    def store(_ctx, ref, row, values):
+        _ptx(ptx, address_of(ref, row.registers.item(), width), *_two_rows(values))
 
-    store(ref, slot, values)
+    store(ref, row, values)
 
 
 def store_output(target_gmem: Ref, values: Array) -> None:
-    """Writes an accumulator as it lies in registers, 16 bytes of a row at a time: Pallas refuses that from 0.12 on."""
+    """Writes an accumulator in bfloat16 in pieces of 16 bytes of a row, others as they lie in registers.
+
+    Pallas writes what a lane has side by side, 4 bytes of bfloat16: half of a sector at a time.
+    """
 
     @plgpu.inline_mgpu(arg_types=(REF, plgpu.Layout.WGMMA))
     def store(_ctx, target, values):
-        values.store_untiled(target, optimized=False)
+        if utils.bitwidth(values.mlir_dtype) == 32:
+            values.store_untiled(target, optimized=False)
+            return
+        (row_stride, _), _ = ir.MemRefType(target.type).get_strides_and_offset()
+        # Of each 8 columns the rows r and r + 8 of a warp's 16.
+        words = [utils.bitcast(x, i32()) for x in values.registers.flat]
+        _ptx(output_text(len(words) // (2 * _QUAD), 2 * row_stride), *words, utils.memref_ptr(target), convergent=True)
 
     store(target_gmem, values)
+
+
+@functools.cache
+def output_text(n_pieces: int, row_bytes: int) -> str:
+    """64 rows of `n_pieces` times 32 columns, by a warp-group.
+
+    Operands are words of two columns, of each 8 columns those of a row and of the 8th row after it, and last where they
+    go. Four lanes have 8 columns of a row; they exchange words until each has all of every fourth 8 columns.
+    """
+    lines = [
+        f"""{{ .reg .pred odd, high; .reg .b32 t, row, s0, s1, r0, r1, x<4>; .reg .b64 a, at;
+mov.u32 t, %tid.x; and.b32 row, t, 127; shr.u32 row, row, 5; shl.b32 row, row, 4; and.b32 s0, t, 31;
+shr.u32 s0, s0, 2; add.u32 row, row, s0; mul.wide.u32 at, row, {row_bytes}; add.u64 at, at, ${2 * _QUAD * n_pieces};
+and.b32 s0, t, 3; mul.wide.u32 a, s0, 16; add.u64 at, at, a;
+and.b32 s0, t, 1; setp.ne.u32 odd, s0, 0; and.b32 s0, t, 2; setp.ne.u32 high, s0, 0;"""
+    ]
+    for piece in range(n_pieces):
+        for half in range(2):
+            w = [f"${2 * (_QUAD * piece + i) + half}" for i in range(_QUAD)]
+            # First with the neighbour, then with the pair of lanes beside: each sends what the other one collects.
+            lines.append(f"""selp.b32 s0, {w[0]}, {w[1]}, odd; selp.b32 s1, {w[2]}, {w[3]}, odd;
+shfl.sync.bfly.b32 r0, s0, 1, 31, -1; shfl.sync.bfly.b32 r1, s1, 1, 31, -1;
+selp.b32 x0, r0, {w[0]}, odd; selp.b32 x1, {w[1]}, r0, odd; selp.b32 x2, r1, {w[2]}, odd; selp.b32 x3, {w[3]}, r1, odd;
+selp.b32 s0, x0, x2, high; selp.b32 s1, x1, x3, high;
+shfl.sync.bfly.b32 r0, s0, 2, 31, -1; shfl.sync.bfly.b32 r1, s1, 2, 31, -1;
+selp.b32 x0, r0, x0, high; selp.b32 x1, r1, x1, high; selp.b32 x2, x2, r0, high; selp.b32 x3, x3, r1, high;""")
+            # Latents are to stay in L2, and what is written is not read here.
+            lines.append(f"st.global.cs.v4.b32 [at+{8 * half * row_bytes + 64 * piece}], {{x0, x1, x2, x3}};")
+    return "\n".join(lines) + " }"
 
 
 def show_stores() -> None:
@@ -90,38 +127,43 @@ def opaque_zero() -> Array:
     return zero()
 
 
-def claim(turn_smem: Ref, landed: Row, phase: Array) -> None:
+def claim(turn: Row, landed: Row, phase: Array) -> None:
     """Asks the other warp-groups to let this one multiply first, if the phase of the barrier is complete."""
     ptx = """mbarrier.test_wait.parity.shared::cta.b64 p, [$1], $2; selp.b32 x, 1, 0, p;
 @q st.volatile.shared.b32 [$0], x; }"""
 
-    @plgpu.inline_mgpu(arg_types=(REF, REF, SPLAT, SPLAT))
-    def set_turn(_ctx, turn, barriers, barrier, parity):
+    @plgpu.inline_mgpu(arg_types=(REF, SPLAT, REF, SPLAT, SPLAT))
+    def set_turn(_ctx, ref, turn, barriers, barrier, parity):
         there = address_of(barriers, barrier.registers.item(), BARRIER_WORDS)
-        _ptx(_FIRST_THREAD + ptx, utils.memref_ptr(turn), there, parity.registers.item())
+        _ptx(_FIRST_THREAD + ptx, address_of(ref, turn.registers.item(), 1), there, parity.registers.item())
 
-    set_turn(turn_smem, landed.ref, landed.row, phase % 2)
+    set_turn(turn.ref, turn.row, landed.ref, landed.row, phase % 2)
 
 
-def unclaim(turn_smem: Ref) -> None:
+def unclaim(turn: Row) -> None:
     """Takes back what `claim` asked for."""
-
-    @plgpu.inline_mgpu(arg_types=(REF,))
-    def clear_turn(_ctx, turn):
-        _ptx(_FIRST_THREAD + "@q st.volatile.shared.b32 [$0], 0; }", utils.memref_ptr(turn))
-
-    clear_turn(turn_smem)
+    _at_turn(turn, _FIRST_THREAD + "@q st.volatile.shared.b32 [$0], 0; }")
 
 
-def let_first(turn_smem: Ref) -> None:
-    """Waits while another warp-group claims the tensor core. It is a matter of speed: no result depends on it."""
-    ptx = """{ .reg .pred p; .reg .b32 x; again: ld.volatile.shared.b32 x, [$0]; setp.ne.b32 p, x, 0; @p bra again; }"""
+def let_first(turn: Row, nap: bool = True) -> None:
+    """Waits while another warp-group claims the tensor core. It is a matter of speed: no result depends on it.
 
-    @plgpu.inline_mgpu(arg_types=(REF,))
-    def wait(_ctx, turn):
-        _ptx(ptx, utils.memref_ptr(turn))
+    Between looks it sleeps: they take cycles of shared memory, which the other one's product is in need of.
+    """
+    sleep = "@p nanosleep.u32 20; " if nap else ""
+    _at_turn(
+        turn,
+        "{ .reg .pred p; .reg .b32 x; again: ld.volatile.shared.b32 x, [$0]; setp.ne.b32 p, x, 0; "
+        f"{sleep}@p bra again; }}",
+    )
 
-    wait(turn_smem)
+
+def _at_turn(turn: Row, ptx: str) -> None:
+    @plgpu.inline_mgpu(arg_types=(REF, SPLAT))
+    def run(_ctx, ref, turn):
+        _ptx(ptx, address_of(ref, turn.registers.item(), 1))
+
+    run(turn.ref, turn.row)
 
 
 def _two_rows(values: FragmentedArray) -> list[ir.Value]:
