@@ -103,6 +103,13 @@ def test_rows_of_128k(n_ctas, n_threads):
         assert assert_chooses(x, limit, 2048, 8, n_ctas, n_threads)
 
 
+@pytest.mark.parametrize(
+    ("T", "n_groups", "n_ctas"), [(1, 16384, 8), (16, 16384, 8), (17, 16384, 1), (1, 8196, 8), (1, 8192, 1)]
+)
+def test_a_cluster_shares_a_long_row_if_all_clusters_run_at_once(T, n_groups, n_ctas):
+    assert topk_few._ctas_a_row(T, n_groups) == n_ctas
+
+
 @pytest.mark.gate("barrier.cluster.wait.acquire.aligned")
 @pytest.mark.parametrize("op", ["bar.sync", "barrier.cluster.wait.acquire.aligned"])
 def test_the_machine_sees_a_barrier_that_is_missing(op):
