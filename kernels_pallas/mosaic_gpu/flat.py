@@ -164,9 +164,7 @@ def _of_few(
     n_score = 3 if T * n >= _MANY * launch["n_ctas"] else 2
     config = scores_stage.heuristic(sizes, n, launch["n_ctas"], n_score=n_score, n_keys=4)
     # No more queries a tile than a sequence has on average: a tile is of one sequence.
-    tile_t = min(config.tile_t, -(-T // sizes.n_sequences))
-    keeps_queries = tile_t <= config.ring * config.together
-    config = dataclasses.replace(config, tile_t=tile_t, keeps_queries=keeps_queries)
+    config = dataclasses.replace(config, tile_t=min(config.tile_t, -(-T // sizes.n_sequences)))
     # The kernel knows what one query sees without a kernel of XLA before it.
     tiles = None if T == 1 and sequences.is_one else sequences.query_tiles(T, config.tile_t, visible, COLUMNS)
     # As many neighbours a group as leave room for the best groups; all that a thread of the selection has at most.

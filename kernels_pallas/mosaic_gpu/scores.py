@@ -42,13 +42,10 @@ class Config:
     ring: int = 8  # queries in flight, a power of two
     tile_t: int = 32  # queries a work item
     together: int = 1  # queries that share a product, which has 64 columns: of 32 heads two
-    keeps_queries: bool = False  # for all spans of a CTA: for tiles of no more than the ring holds
 
     def __post_init__(self):
         if not 1 <= self.n_keys <= 4:
             raise ValueError(f"Config(n_keys={self.n_keys}): must be 1 to 4, a warp of the loader each")
-        if self.keeps_queries and self.tile_t > self.ring * self.together:
-            raise ValueError(f"Config(tile_t={self.tile_t}): a ring of {self.ring} cannot keep so many")
 
     @property
     def span(self) -> int:
@@ -181,7 +178,6 @@ def scores(
         out_columns=width,
         filters=columns.threshold is not None,
         together=config.together,
-        keeps_queries=config.keeps_queries,
         pitch=n_parts * D * itemsize + PAD if gathers else None,
         maxima_of=maxima_of,
     )

@@ -99,9 +99,7 @@ def scores_body(plan: Plan, gmem: Inputs, out: Outputs, smem: Smem) -> None:
     #
     # CTAs are persistent: each has some items, a span of keys for a tile of queries. The loader runs ahead of the
     # others by `ring` queries and `n_keys` spans, across items, so that no item starts with an empty pipeline. Keys go
-    # back as soon as they are in registers: the next span is on its way while queries stream past this one. Queries so
-    # few that the ring has all of a tile stay in it for all of the CTA's spans: else they would be a sixth of what is
-    # read out of L2.
+    # back as soon as they are in registers: the next span is on its way while queries stream past this one.
     role = lax.axis_index("warpgroup")
     # Two branches of one condition: only so does ptxas give each role the registers that it asks for.
     lax.cond(
@@ -119,8 +117,6 @@ class Work(NamedTuple):
     column: Array  # of the result, where the span's first key goes
     candidate: Array  # what limits call that key
     key_row: Array  # of the span's first key
-    begins: Array  # 1 for the first span of this CTA for the tile, else 0
-    ends: Array  # 1 for the last one
 
 
 _LAST_WARP = 3  # of the loader, a warp-group
@@ -152,11 +148,9 @@ def each_item(plan: Plan, gmem: Inputs, f: Callable[[Work, Carry], None]) -> Car
 
         def one_span(i: Array, carry: Carry) -> Carry:
             # Spans of one tile of queries are neighbours, so CTAs that run together read the same queries from L2.
-            column, (begins, ends) = (begin + i * plan.n_ctas) * width, (i == 0, i + 1 == n_mine)
-            flags = (flag.astype(jnp.int32) for flag in (begins, ends))
-            f(Work(first, n, column, first_column + column, key_row + first_column + column, *flags), carry)
-            n_slots = plan.slots(n)
-            return carry[0] + 1, carry[1] + (jnp.where(ends, n_slots, 0) if plan.loop.keeps_queries else n_slots)
+            column = (begin + i * plan.n_ctas) * width
+            f(Work(first, n, column, first_column + column, key_row + first_column + column), carry)
+            return carry[0] + 1, carry[1] + plan.slots(n)
 
         n_mine = lax.div(jnp.maximum(n_seen - begin, 0) + (plan.n_ctas - 1), jnp.int32(plan.n_ctas))
         carry = lax.fori_loop(0, n_mine, one_span, carry)
@@ -218,10 +212,7 @@ def _load_items(plan: Plan, gmem: Inputs, smem: Smem, warp: Array | None) -> Non
                 plgpu.copy_gmem_to_smem(gmem.w.at[t], smem.w.at[slot, words], smem.q_full.at[slot])
             return _
 
-        def queries() -> None:
-            lax.fori_loop(0, plan.slots(work.n), one_slot, None)
-
-        by(_LAST_WARP)(lambda: pl.when(work.begins != 0)(queries) if plan.loop.keeps_queries else queries())
+        by(_LAST_WARP)(lambda: lax.fori_loop(0, plan.slots(work.n), one_slot, None) and None)
 
     each_item(plan, gmem, one_item)
     for slot in range(plan.n_keys):
@@ -294,8 +285,6 @@ def score(plan: Plan, gmem: Inputs, group: Array, per_query: PerQuery, smem: Sme
             first=work.first,
             column=column,
             candidate=work.candidate + group * KEYS_PER_WARPGROUP,
-            begins=work.begins if plan.loop.keeps_queries else jnp.int32(1),
-            ends=work.ends if plan.loop.keeps_queries else jnp.int32(1),
         )
         if plan.interpret:
             score_queries_reference(plan.loop, item, smem, per_query, plan.interpret)

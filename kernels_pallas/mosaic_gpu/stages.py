@@ -48,7 +48,7 @@ __all__ = [
 ]  # fmt: skip
 
 _NARROW = 2048  # up to this many sort keys a row a program by itself is faster: 0.023 ms against 0.041 for 4096 x 512
-_FLAT_REQUESTS = 4  # of 128K on an H200, us: of 4 the flat indexer 52 and the scan of sketches 58, of 8 75 and 69
+_FLAT_REQUESTS = 8  # of 128K on an H200, us: of 8 the flat indexer 55 and the scan of sketches 62, of 32 171 and 153
 _QUERIES_OF_ONE, _QUERIES_A_REQUEST = 16, 4  # up to so many the flat indexer's products take less time than its reading
 _TILED_ROWS = 8  # tiled copies begin at multiples of this many rows
 _DEFAULT_SMS = 132  # of every Hopper GPU sold as H100 SXM, H200 or GH200, where no GPU can be asked

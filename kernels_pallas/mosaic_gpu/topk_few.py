@@ -23,7 +23,8 @@ from hisa_jax.kernels_pallas.operands import KeptBlocks
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Interpret, Ref
 
-_CTAS = 128  # in clusters of 2, 4 or 8, that surely run at once
+_CLUSTER = 8  # CTAs that share a row of groups, of 512 threads with 4 groups each
+_CTAS = 128  # in clusters, that surely run at once
 MAX_WIDTH = 16384  # 16 sort keys and their bins a thread of 1024, which has 64 registers
 
 
@@ -64,7 +65,7 @@ def topk(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("k", "size", "width", "per_column", "has_sort_keys", "n_parts", "interpret"),
+    static_argnames=("k", "size", "width", "per_column", "has_sort_keys", "interpret"),
 )
 def topk_by_maxima(
     x: Array,
@@ -76,7 +77,6 @@ def topk_by_maxima(
     width: int,
     per_column: int = 1,
     has_sort_keys: bool = False,
-    n_parts: int | None = None,
     interpret: Interpret = False,
 ) -> tuple[Array, Array, Array | None]:
     """[T, W] sort keys, none forced, the greatest of each `size` neighbours -> of the k best [T, k], count, sort keys.
@@ -88,16 +88,11 @@ def topk_by_maxima(
         size: 2, 4 or 8.
         limit: [T] int32, columns from limit / per_column on, rounded up, are no candidates, whatever they hold.
         width: groups from here on are not looked at.
-        n_parts: CTAs a row, 1, 2, 4 or 8; None: as many as there is room for. 0: one, which takes two selections. It
-            changes the speed alone.
     """
     T = len(x)
     of_groups, of_columns = select_few.shape_of(width, k), select_few.shape_of(k * size, k)
-    n_threads = max(of_groups.n_threads, of_columns.n_threads)
-    if n_parts is None:
-        n_parts = 0 if interpret else _parts(T, width)
-    if n_parts > 1:
-        n_threads = 512 if 2048 * n_parts >= width else 1024
+    n_ctas = 1 if interpret else _ctas_a_row(T, width)
+    n_threads = 512 if n_ctas > 1 else max(of_groups.n_threads, of_columns.n_threads)
     of_groups = dataclasses.replace(of_groups.of_threads(n_threads), has_forced=False)
     of_columns = dataclasses.replace(
         of_columns.of_threads(n_threads), has_forced=False, group=size, has_sort_keys=has_sort_keys
@@ -111,19 +106,16 @@ def topk_by_maxima(
     )
     rows, count = jax.ShapeDtypeStruct((T, k), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)
     out = Outputs(rows, count, None), Outputs(rows, count, rows if has_sort_keys else None)
-    groups = None
-    if n_parts:
-        own = dataclasses.replace(of_groups, each=4) if n_parts > 1 else of_groups
-        groups = Groups(maxima=own, size=size, n_ctas=n_parts, has_sort_keys=has_sort_keys)
-    cluster = (n_parts,) if n_parts > 1 else ()
-    smem_bytes = max(of_groups.smem_bytes, of_columns.smem_bytes, groups.smem_bytes if groups else 0)
+    own = dataclasses.replace(of_groups, each=4) if n_ctas > 1 else of_groups
+    groups = Groups(maxima=own, size=size, n_ctas=n_ctas, has_sort_keys=has_sort_keys)
+    smem_bytes = max(of_groups.smem_bytes, of_columns.smem_bytes, groups.smem_bytes)
     return plgpu.kernel(
         functools.partial(_by_maxima_body, groups, *plans),
         out_type=[out],
         grid=(T,),
         grid_names=("row",),
-        cluster=cluster,
-        cluster_names=("part",) if cluster else (),
+        cluster=(n_ctas,) if n_ctas > 1 else (),
+        cluster_names=("part",) if n_ctas > 1 else (),
         num_threads=1 if interpret else n_threads // 128,
         thread_name="warpgroup",
         scratch_types=[plgpu.SMEM((smem_bytes // 4,), jnp.int32)],
@@ -132,9 +124,9 @@ def topk_by_maxima(
     )(limit, maxima, x)[0][1]
 
 
-def _parts(T: int, width: int) -> int:
-    """CTAs a row of groups, for as many as multiprocessors: a thread of 512 or 1024 has four groups."""
-    return next((n for n in (8, 4, 2) if n * T <= _CTAS and 1024 * n < width <= 4096 * n), 1)
+def _ctas_a_row(T: int, width: int) -> int:
+    """A cluster, where all of them run at once and rows are so long that most of its threads have groups."""
+    return _CLUSTER if _CLUSTER * T <= _CTAS and 2 * width > MAX_WIDTH else 1
 
 
 def topk_of_groups(
@@ -231,7 +223,7 @@ def _body(plan: _Plan, limit_gmem: Ref | None, ids_gmem: Ref | None, x_gmem: Ref
 
 
 def _by_maxima_body(
-    groups: Groups | None,
+    groups: Groups,
     of_groups: _Plan,
     of_columns: _Plan,
     limit_gmem: Ref,
@@ -240,9 +232,11 @@ def _by_maxima_body(
     out: tuple,
     smem: Ref,
 ) -> None:
-    # One CTA, one row:   the greatest of each group -> the best groups -> their sort keys -> o, count
+    # One CTA or a cluster, one row:   the greatest of each group -> those that reach a bound
+    #                                      -> their sort keys -> those that reach it -> o, count
     #
-    # As `select_groups` does it, in one go. Where it does not, groups are chosen first, then columns.
+    # What `select_groups` leaves as it is, and in interpret mode every row, is chosen in two steps by one CTA: the best
+    # groups, then the best of their columns.
     groups_out, columns_out = out
     t = lax.axis_index("row")
     limit = limit_gmem[t]
@@ -251,7 +245,7 @@ def _by_maxima_body(
         _choose(of_groups, limit, None, maxima_gmem, groups_out, smem)
         _choose(of_columns, limit, groups_out.positions, x_gmem, columns_out, smem)
 
-    if groups is None:
+    if of_groups.interpret:
         in_two_steps()
         return
     x, maxima = (Row(ref, t, ref.shape[1]) for ref in (x_gmem, maxima_gmem))

@@ -27,7 +27,7 @@ def shape(**fields):
 SHAPES = {
     "flat": shape(),
     "flat_filters": shape(filters=True),
-    "flat_few": shape(keeps_queries=True, maxima_of=8),
+    "flat_few": shape(maxima_of=8),
     "flat_32_heads": shape(filters=True, H=32, together=2),
     "scan_6_rows": shape(filters=True, rows=8, n_rows=6, n_linear=2, keep_first=1, keep_last=1),
     "scan_4_rows": shape(filters=True, rows=4, n_rows=4, n_linear=2, keep_first=1, keep_last=1),

@@ -155,7 +155,7 @@ def test_lists_lower(stage):
     ("n_requests", "n_queries", "sketch", "way"),
     [
         (1, 1, False, "flat"), (32, 1, False, "flat"), (32, 4, False, "flat"), (1, 16, False, "flat"),
-        (1, 128, False, "samples"), (133, 1, False, "samples"), (4, 1, True, "flat"), (5, 1, True, "lists"),
+        (1, 128, False, "samples"), (133, 1, False, "samples"), (8, 1, True, "flat"), (9, 1, True, "lists"),
         (32, 4, True, "lists"), (1, 128, True, "lists"), (133, 1, True, "samples"),
     ],
 )  # fmt: skip

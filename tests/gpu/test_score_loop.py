@@ -19,26 +19,23 @@ Q, KEYS, W, PIN, SCALES, BARRIERS = (1024 * i for i in (0, 64, 96, 98, 102, 103)
 
 
 @pytest.mark.parametrize(
-    ("H", "together", "n_parts", "filters", "keep", "ends"),
+    ("H", "together", "n_parts", "filters", "keep"),
     [
-        (32, 2, 1, True, 0, None),
-        (32, 2, 2, False, 1, 0),
-        pytest.param(64, 1, 1, True, 1, None, marks=pytest.mark.exhaustive),
-        pytest.param(64, 1, 1, False, 0, 1, marks=pytest.mark.exhaustive),
-        pytest.param(64, 2, 1, True, 1, None, marks=pytest.mark.exhaustive),
+        (32, 2, 1, True, 0),
+        pytest.param(32, 2, 2, False, 1, marks=pytest.mark.exhaustive),
+        pytest.param(64, 1, 1, True, 1, marks=pytest.mark.exhaustive),
+        pytest.param(64, 1, 1, False, 0, marks=pytest.mark.exhaustive),
+        pytest.param(64, 2, 1, True, 1, marks=pytest.mark.exhaustive),
     ],
 )
-def test_the_machine_has_the_scores_of_whole_numbers(H, together, n_parts, filters, keep, ends):
-    """Three queries, of which the last has a slot by itself, from the ring's last slot on.
-
-    Those that are kept for another tile of keys, `ends` being 0, do not go back.
-    """
+def test_the_machine_has_the_scores_of_whole_numbers(H, together, n_parts, filters, keep):
+    """Three queries, of which the last has a slot by itself, from the ring's last slot on."""
     T, columns = 3, H * together
     q, k, scale, w = draw.integers(H, 1, 4, 128 * n_parts, H, 128, jnp.float8_e4m3fn, True)
     k, scale = k[0].reshape(n_parts, 128, 128), np.asarray(scale[0, :128])
     shape = Shape(
         H=H, together=together, row_bytes=128, n_parts=n_parts, is_e4m3=True, ring=RING, has_scale=True,
-        keep_first=keep, keep_last=keep, out_columns=WIDTH, filters=filters, keeps_queries=ends is not None,
+        keep_first=keep, keep_last=keep, out_columns=WIDTH, filters=filters,
     )  # fmt: skip
     limit, threshold = np.array([1000, 300, 257], np.int32), np.asarray(sort_key_of(jnp.float32([-3, 4, 0])))
     # In device memory, each with a row more, that nobody reads or writes.
@@ -50,7 +47,7 @@ def test_the_machine_has_the_scores_of_whole_numbers(H, together, n_parts, filte
         text = text.replace(f"${i}", OPERANDS[i].lower() + "_")
     before = RING - 1
     at |= dict(KEYS=KEYS, K_FREE=BARRIERS, SCALES=SCALES, Q=Q, W=W, FULL=BARRIERS + 64, FREE=BARRIERS + 128, PIN=PIN)
-    at |= dict(COUNT=T, BEFORE=before, CANDIDATE=CANDIDATE, ENDS=ends or 0)
+    at |= dict(COUNT=T, BEFORE=before, CANDIDATE=CANDIDATE)
     machine = Machine(text, 128, {name.lower() + "_": value for name, value in at.items()}, memory, 1024 * 104)
     put(machine, KEYS, swizzled(k.reshape(-1, 128)))
     put(machine, SCALES, scale)
@@ -59,8 +56,7 @@ def test_the_machine_has_the_scores_of_whole_numbers(H, together, n_parts, filte
         put(machine, Q + slot * columns * 128, swizzled(q[0, own].reshape(-1, 128)))
         put(machine, W + slot * columns * 4, np.asarray(w[0, own]))
     machine.run()
-    n_slots = 0 if ends == 0 else -(-T // together)
-    assert machine.arrivals[BARRIERS] == 128 and sum(machine.arrivals.values()) == 128 * (1 + n_slots)
+    assert machine.arrivals[BARRIERS] == 128 and sum(machine.arrivals.values()) == 128 * (1 + -(-T // together))
     check(memory, shape, reference.token_scores(q[0], k.astype(jnp.float32).sum(0), scale, w[0]), limit, threshold)
 
 

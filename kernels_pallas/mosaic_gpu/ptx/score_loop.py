@@ -45,7 +45,6 @@ class Item:
         first: the first query; `n`: how many, at least 1; `n_before`: how many slots this warp-group has met before,
             from which the ring's slot and phase follow.
         column: of the result, where the tile's first key goes; `candidate`: what limits and forced candidates call it.
-        begins, ends: where queries are kept from a tile of keys to the next, whether it is the first, or the last.
     """
 
     group: Any
@@ -56,8 +55,6 @@ class Item:
     first: Any
     column: Any
     candidate: Any
-    begins: Any
-    ends: Any
 
 
 class Smem(NamedTuple):
@@ -133,7 +130,6 @@ def score_queries(shape: Shape, item: Item, smem: Smem, per_query: PerQuery, tra
             "COUNT": at.n,
             "BEFORE": at.n_before,
             "CANDIDATE": at.candidate,
-            "ENDS": at.ends,
             # What this loop does not read may be any address.
             **dict.fromkeys(_IN_DEVICE_MEMORY, next(x for n, x in given.items() if n != "SCALES")),
             **given,
@@ -150,14 +146,13 @@ def score_queries_reference(shape: Shape, item: Item, smem: Smem, per_query: Per
 
     def one_slot(j, _):
         slot = (item.n_before + j) % shape.ring
-        if_kept = (lambda flag: pl.when(flag != 0)) if shape.keeps_queries else (lambda _: lambda body: body())
-        if_kept(item.begins)(lambda: plgpu.barrier_wait(smem.q_full.at[slot]))
+        plgpu.barrier_wait(smem.q_full.at[slot])
         w = smem.w[slot]
         parts = [smem.k.at[item.tile, part] for part in range(shape.n_parts)]
 
         def free() -> None:
             plgpu.commit_smem()  # the race detector wants a fence before the copy that overwrites what was read
-            if_kept(item.ends)(lambda: plgpu.barrier_arrive(smem.q_free.at[slot]))
+            plgpu.barrier_arrive(smem.q_free.at[slot])
 
         products = multiply(parts, smem.q.at[slot])
         if shape.rows is None:

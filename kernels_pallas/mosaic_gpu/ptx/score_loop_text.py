@@ -14,7 +14,7 @@ from hisa_jax.kernels_pallas.sort_key import FORCED, INVISIBLE
 # What the loop's $NAMEs stand for: shared-memory addresses, then counts, then addresses in device memory.
 OPERANDS = (
     *("KEYS", "K_FREE", "SCALES", "Q", "W", "FULL", "FREE", "PIN"),
-    *("COUNT", "BEFORE", "CANDIDATE", "ENDS"),
+    *("COUNT", "BEFORE", "CANDIDATE"),
     *("LIMITS", "O", "THRESHOLDS", "MASKS", "MAXIMA"),
 )
 
@@ -32,7 +32,7 @@ def loop_ptx(shape: Shape) -> str:
     weights = [f"w{i}" for i in range(shape.n // 4)]
     is_grouped = shape.rows is not None
     lines = [
-        f"""{{.reg .pred p, more, leads, ends; .reg .b64 desc, out; .reg .b32 {", ".join(a[0] + a[1])};
+        f"""{{.reg .pred p, more, leads; .reg .b64 desc, out; .reg .b32 {", ".join(a[0] + a[1])};
 .reg .f32 {", ".join(acc[0] + acc[1] + weights)};
 .reg .b32 lane, t, u, at, swizzled, j, slot, parity, q_lo, w_slot, w_at, full, free, candidate, column, pin;
 {groups.declarations(shape) if is_grouped else _declarations(shape)}""",
@@ -55,11 +55,7 @@ def loop_ptx(shape: Shape) -> str:
         if is_final:
             # The tensor core has read all heads, and the rest is in registers: the slot may be filled again. Weights
             # are, or the sums before this would not be there.
-            loaded, guard = groups.loaded_of_queries(shape) if is_grouped else [], ""
-            if shape.keeps_queries:
-                guard = "@ends "
-                lines.append("setp.ne.s32 ends, $ENDS, 0;")
-            lines.append(_arrive("free", loaded, guard))
+            lines.append(_arrive("free", groups.loaded_of_queries(shape) if is_grouped else []))
         lines.append(groups.sum_half(shape, acc[half], half) if is_grouped else _sum(shape, acc[half], half, heads))
         if i + 2 < len(shape.units):
             lines.append(_product(shape, a, acc, shape.units[i + 2]))
@@ -158,7 +154,7 @@ def _hand_back(shape: Shape, a: list[list[str]]) -> str:
     return _arrive("$K_FREE", loaded)
 
 
-def _arrive(barrier: str, loaded: list[str], guard: str = "") -> str:
+def _arrive(barrier: str, loaded: list[str]) -> str:
     """Arrives when what was loaded from shared memory is in registers: the copy engine may write there next.
 
     An arrival is not ordered after the thread's own loads. A load that waits for a burst of copies then reads what
@@ -174,7 +170,7 @@ def _arrive(barrier: str, loaded: list[str], guard: str = "") -> str:
         f"shr.u32 u, $COUNT, 31; and.b32 t, t, u; add.u32 t, t, {barrier};" if loaded else f"mov.b32 t, {barrier};"
     )
     # 128 a warp-group, as Pallas counts arrivals.
-    return "\n".join([*lines, f"{guard}mbarrier.arrive.release.cta.shared::cta.b64 _, [t], 1;"])
+    return "\n".join([*lines, "mbarrier.arrive.release.cta.shared::cta.b64 _, [t], 1;"])
 
 
 def _next_query(shape: Shape) -> str:

@@ -25,7 +25,6 @@ class Shape:
     rows: int | None = None  # heads of a query where a slot holds a group of queries; None: all, a slot is one query
     n_linear: int = 0  # of `rows`, the first ones, which are added without relu
     n_rows: int = 0  # of `rows` that count; the others are left out: 0 times infinity is NaN
-    keeps_queries: bool = False  # from a tile of keys to the next: slots go back after $ENDS alone
     maxima_of: int = 0  # neighbouring columns, a power of two up to 32, whose greatest sort key is written, too
 
     @property
