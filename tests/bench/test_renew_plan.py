@@ -70,8 +70,12 @@ def test_figures_find_the_rows_that_are_committed_and_no_others():
             matching = [row for row in rows if find(figure, [row])]
             assert len(matching) <= 1, f"{job.name}: {figure.name} has {len(matching)} rows"
             found[job.name] = found.get(job.name, 0) + len(matching)
-    full = {"gpu:attention": 24, "lighthouse": 4, "layer:decode32": 2, "sharded:2": 17, "peers": 25}
-    assert full.items() <= found.items() and found["gpu:flat"] == 5 and found["serve:hisa"] >= 3
+    # At least these: a later measurement may add others.
+    least = {
+        "gpu:attention": 24, "lighthouse": 4, "layer:decode32": 2, "sharded:2": 18, "peers": 26, "gpu:flat": 5,
+        "serve:hisa": 3,
+    }  # fmt: skip
+    assert {name: n for name, n in least.items() if found[name] < n} == {}
 
 
 KERNELS = ROOT / "kernels_pallas"
