@@ -76,10 +76,11 @@ def sparse_mla(
     axes = dict(context_axis=context_axis, data_axis=data_axis)
     meshes.check_arrays(call, mesh, axes, q=q, kv=kv, indices=indices, sink=sink)
     check_batch(call, q, kv, indices)
+    scale, value_dim = check_numbers(call, scale, value_dim, q.shape[-1])
     n_devices, is_gathered = 1, False
     if mesh is not None:
         split = meshes.batch_axes(call, mesh, context_axis, data_axis, "kv's S", kv.shape[1], q.shape[0])
-        out_bytes = math.prod(q.shape[:-1]) * int(value_dim) * q.dtype.itemsize
+        out_bytes = math.prod(q.shape[:-1]) * value_dim * q.dtype.itemsize
         is_gathered = gathered.of_latents(gathered.nbytes(kv), out_bytes)
         n_devices = 1 if is_gathered else split.n_devices
     attend = _checked_attention(call, q, kv, scale, value_dim, sink, return_lse, implementation, n_devices=n_devices)
