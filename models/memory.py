@@ -63,7 +63,7 @@ def is_gathered(
     # Queries go to all, values to who adds them up and from there to all.
     wide = config.kv_lora_rank + config.qk_rope_head_dim + 2 * config.kv_lora_rank
     itemsize = 2 if isinstance(pages.latents, hj.QuantizedLatents) else pages.latents.dtype.itemsize
-    return row_bytes <= n_tokens * (n_heads // n_ranks) * wide * itemsize
+    return 0 < row_bytes <= n_tokens * (n_heads // n_ranks) * wide * itemsize
 
 
 def ranks_alone(mesh: Mesh) -> Mesh:

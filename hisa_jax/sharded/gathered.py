@@ -36,7 +36,7 @@ def of_keys(n_bytes: int, q: Array, method: Method) -> bool:
     """Whether to gather keys of so many bytes, to select for queries [..., H, D]."""
     n_lists = math.prod(q.shape[:-2]) * (q.shape[-2] if method.per_head else 1)
     n_listed = method.topk + (method.block_topk if isinstance(method, Hisa | BlockSparse) else 0)
-    return n_bytes <= _MERGED * _CANDIDATE_BYTES * n_lists * n_listed
+    return 0 < n_bytes <= _MERGED * _CANDIDATE_BYTES * n_lists * n_listed
 
 
 def of_latents(n_bytes: int, out_bytes: int) -> bool:
@@ -44,7 +44,7 @@ def of_latents(n_bytes: int, out_bytes: int) -> bool:
 
     Else parts go to whom adds them up, and sums to all; the results of shares of queries go to all, too.
     """
-    return n_bytes <= out_bytes
+    return 0 < n_bytes <= out_bytes
 
 
 def nbytes(tree: object) -> int:
