@@ -77,8 +77,8 @@ def select(
     Returns: `Selection`: `indices` [B, T, topk] int32, ascending, then -1; `count` [B, T] int32, how many are real.
         With a `tail` they are [B, T, topk * entry_size + entry_size - 1]; with `per_head` T becomes T, H. It carries
         no gradient. With a mesh it is that of one device, by "xla" bit for bit, the same on all devices of
-        `context_axis`. Keys of many queries are gathered on these devices, and queries shared out, where that is
-        fewer bytes than to exchange and merge candidates.
+        `context_axis`. For many queries each of these devices gets all keys and a share of the queries, where that
+        is fewer bytes than to exchange and merge candidates.
     Raises:
         TypeError: a dtype not listed above; a method that is none.
         ValueError: shapes that do not fit; an implementation that cannot run here; a mesh without the axes, or

@@ -58,10 +58,10 @@ def select_paged(
         method: of the cache's `entry_size`; where block means choose, blocks are whole pages.
         candidates: [T, m], or with `per_head` [T, H, m]; budget: [T] int32, or [1]; both as for `select`.
         mesh: run it on these devices; None: on one. Over `context_axis` each device scores the blocks and tokens whose
-            pages it has, and devices exchange candidates; of many queries the pages, and queries are shared out, where
-            that is fewer bytes. Over `query_axis` each device indexes an equal share of the
-            queries, from all pages, and selections are gathered, 4 bytes a chosen token: for ranks of tensor
-            parallelism, which would all do the same. Both axes may be used together.
+            pages it has, and devices exchange candidates. For many queries pages are gathered and queries shared out
+            instead, where that is fewer bytes. Over `query_axis` each device indexes an equal share of the queries,
+            from all pages, and selections are gathered, 4 bytes a chosen token: for ranks of tensor parallelism, which
+            would all do the same. Both axes may be used together.
         context_axis: the mesh axis that splits the cache's pages, page p on device p // (n_pages / devices). None:
             every device has all.
         query_axis: the mesh axis that splits the queries, any number of them; None: every device has all.

@@ -229,7 +229,7 @@ def pages_go_to_the_queries():
 def many_queries_get_the_pages():
     """The same bits by shares of the queries; no candidate is exchanged."""
     with pages_go_to_the_queries():
-        found = check(METHODS["hisa"], *served("float8_e4m3fn"), return_scores=False, **OVER)
+        found = check(METHODS["hisa"], *served(), return_scores=False, **OVER)
     assert {kind for kind, *_ in found} == {"all-gather"}, found
     # Of each request as many pages as tables have columns, in whole rounds of stripes; no latents.
     assert max(n for *_, n in found) == len(LENGTHS) * -(-P // 16) * 16 * PAGE * D, found
@@ -238,6 +238,11 @@ def many_queries_get_the_pages():
 def many_queries_of_a_request_without_a_page_see_nothing():
     with pages_go_to_the_queries():
         a_page_that_is_lacking_or_elsewhere_costs_its_request_alone()
+
+
+def many_queries_get_the_pages_of_entries_heads_lists_and_budgets():
+    with pages_go_to_the_queries():
+        same_bits_for_entries_heads_lists_and_budgets()
 
 
 def gathered_pages_are_those_that_the_tables_name():

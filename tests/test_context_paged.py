@@ -27,6 +27,7 @@ PROMISES = {
     "others": (
         "same_bits_for_the_other_methods",
         "many_queries_of_a_request_without_a_page_see_nothing",
+        "many_queries_get_the_pages_of_entries_heads_lists_and_budgets",
         "same_bits_for_entries_heads_lists_and_budgets",
         "such_ranks_may_select_by_the_flat_indexer",
     ),

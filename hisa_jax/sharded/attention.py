@@ -2,7 +2,7 @@
 
 Each device attends to the selected tokens that it has. What they exchange is a sum of value_dim numbers a query and
 head, weighted by the devices' logsumexps. Other axes may split heads, and requests with their pages. Of many queries of
-latents in one piece each device gets these, and attends for its share of the queries: fewer bytes, and half the steps.
+latents in one piece each device gets all of these, and attends for its share of the queries: `gathered.py`.
 
 A device looks at the entries of a list that are its own, brought together: as many of them as an equal share and a
 quarter more, and as many again where a list has more, until all are seen. So it reads latents and multiplies in
@@ -42,16 +42,16 @@ def attend_batch(
     assert context is not None
     rows, split = PartitionSpec(axes.data), PartitionSpec(axes.data, context)
     mesh = meshes.automatic(axes.mesh)
-    map_ = functools.partial(jax.shard_map, mesh=mesh, out_specs=rows, check_vma=False)
+    over_mesh = functools.partial(jax.shard_map, mesh=mesh, out_specs=rows, check_vma=False)
 
-    def a_share(q: Array, kv: Array | QuantizedLatents, indices: Array) -> tuple[Array, Array]:
+    def of_a_share(q: Array, kv: Array | QuantizedLatents, indices: Array) -> tuple[Array, Array]:
         found = attend(q, jax.tree.map(lambda x: gathered.whole(x, context, 1), kv), indices)
         out, lse = (gathered.whole(x, context, 1)[:, :T] for x in found)
         return out, lse
 
     if is_gathered:
         q, indices = gathered.shares((q, indices), axes.n_devices)
-        return jax.jit(map_(a_share, in_specs=(split,) * 3))(q, kv, indices)
+        return jax.jit(over_mesh(of_a_share, in_specs=(split,) * 3))(q, kv, indices)
 
     def one_device(q: Array, kv: Array | QuantizedLatents, indices: Array) -> tuple[Array, Array]:
         S = kv.shape[1]
@@ -59,7 +59,7 @@ def attend_batch(
         own = jnp.where((indices >= first) & (indices < first + S), indices - first, -1)
         return merge(*attend(q, kv, own), context)
 
-    return jax.jit(map_(one_device, in_specs=(rows, split, rows)))(q, kv, indices)
+    return jax.jit(over_mesh(one_device, in_specs=(rows, split, rows)))(q, kv, indices)
 
 
 def attend_pages(

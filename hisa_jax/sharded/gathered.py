@@ -1,4 +1,4 @@
-"""Many queries of keys that devices share: the keys go to the queries, not what is found among them to whom it belongs.
+"""Many queries of keys that are split over devices: each device gets all keys, and a share of the queries.
 
     few queries    each device scores its own keys for all queries; candidates are exchanged, and merged
     many           each device gets all keys, and takes a share of the queries; results are gathered
@@ -27,9 +27,10 @@ from hisa_jax.sharded.meshes import Axes
 from hisa_jax.sharded.stripes import Shard, Stripes
 from hisa_jax.xla.select import Tiles
 
-# What is exchanged of a query also has to be merged, which takes about as long.
+# Candidates that are exchanged have to be merged, too, which takes about as long: 0.29 and 0.31 ms for 4096 queries of
+# HISA over 1M tokens on two H200.
 _MERGED = 2
-_CANDIDATE_BYTES = 12  # a score and an id to whom merges them, an id back
+_CANDIDATE_BYTES = 12  # a score and an id to the device that merges them, an id back
 
 
 def of_keys(n_bytes: int, q: Array, method: Method) -> bool:
@@ -42,7 +43,8 @@ def of_keys(n_bytes: int, q: Array, method: Method) -> bool:
 def of_latents(n_bytes: int, out_bytes: int) -> bool:
     """Whether to gather latents of so many bytes to attend to them, of outputs of so many bytes.
 
-    Else parts go to whom adds them up, and sums to all; the results of shares of queries go to all, too.
+    Gathered, results of shares of the queries go to all devices. Else each device's part of every result goes to the
+    device that adds the parts up, and the sums go to all.
     """
     return 0 < n_bytes <= out_bytes
 

@@ -63,10 +63,7 @@ def topk(
     return _launch(x, limit, ids, k, per_column=per_column, **options)[:2]
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("k", "size", "width", "per_column", "has_sort_keys", "interpret"),
-)
+@functools.partial(jax.jit, static_argnames=("k", "size", "width", "per_column", "has_sort_keys", "interpret"))
 def topk_by_maxima(
     x: Array,
     maxima: Array,
