@@ -126,7 +126,8 @@ class _Warp:
         self.copies = [[]]  # asked for and not waited for, by group
         self.threads = cta.first_thread + first + np.arange(32)
         self.registers = {name: np.full(32, value, np.int64) for name, value in operands.items()}
-        self.registers |= {"%tid.x": first + np.arange(32), "%cluster_ctarank": np.full(32, cta.first_thread // cta.n)}
+        self.registers |= {"%tid.x": first + np.arange(32), "%smid": np.full(32, 131)}
+        self.registers |= {"%cluster_ctarank": np.full(32, cta.first_thread // cta.n)}
         self.registers |= {"%laneid": np.arange(32), "%lanemask_lt": (1 << np.arange(32)) - 1}
 
     def run(self, most=100_000):

@@ -229,6 +229,19 @@ def test_flat_on_the_device(hopper, monkeypatch, rising, S, at_once):
     promises.check_flat(got, q, k, scale, w, visible, topk=2048, token_tolerance=2e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("T", "S", "H"), [(1, 262144, 16), (1, 524288, 64), (2, 262144, 32)])
+def test_calls_in_a_row_choose_the_same_on_the_device(hopper, T, S, H):
+    """A CTA has more spans than there are slots: a slot that goes back too early is filled anew while it is read."""
+    visible = np.full((1, T), S, np.int32)
+    operands = draw.normal(0, 1, T, S, H, 128, E4M3, True)
+    call = jax.jit(lambda *x: select(flat.flat, *x, visible, 512))
+    first, *others = [call(*operands) for _ in range(30)]
+    promises.check_flat(first, *operands, visible, topk=512, token_tolerance=2e-3)
+    for found in others:
+        np.testing.assert_array_equal(found[0], first[0])
+
+
 def test_no_register_of_the_gathering_is_read_before_it_is_written():
     assert not list(unwritten(gather_survivors.gather_ptx(6144))) and not list(
         unwritten(gather_survivors.reload_ptx(2048))

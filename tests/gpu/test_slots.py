@@ -121,11 +121,32 @@ def _indexers(T, S, H, dtype):
     return call, ((1, T, H, 128), dtype), *keys, ((1, T, H), f32), ((1, T), jnp.int32)
 
 
-def _decode(R, page_size):
-    """HISA and the flat indexer, one query of each of R requests of 128K."""
-    hisa, *shapes = whole_kernels.decode("hisa", R, page_size)
-    flat, *_ = whole_kernels.decode("flat", R, page_size)
-    return lambda *x: (hisa(*x), flat(*x)), *shapes
+def _decode(R, page_size, **options):
+    """HISA and the flat indexer, a query of each of R requests from pages."""
+
+    def both(call):
+        return whole_kernels.hisa(call), whole_kernels.flat(call)
+
+    return whole_kernels.decode(both, R, page_size, **options)
+
+
+def _scan_of_sketches(R, **options):
+    def scan(call):
+        return mosaic_gpu.select_scan(call, hj.Scan(sketch="int4"))
+
+    return whole_kernels.decode(scan, R, 64, sketch="int4", **options)
+
+
+def _by_best_token(T, S):
+    """Blocks by their best token, of fewer heads than a product has rows."""
+
+    def blocks(q, k, k_scale, w, visible):
+        call = kernel_calls.call_of(q, k, k_scale, w, visible)
+        return mosaic_gpu.select_blocks(call, hj.BlockSparse(topk=2048, scored_by="max"))
+
+    f32 = jnp.float32
+    keys = ((1, S, 128), E4M3), ((1, S), f32)
+    return blocks, ((1, T, 16, 128), E4M3), *keys, ((1, T, 16), f32), ((1, T), jnp.int32)
 
 
 def _attention(T, heads):
@@ -147,6 +168,16 @@ KERNELS = {
     "prefill_bf16": lambda: _indexers(4096, 65536, 32, BF16),
     "decode_32": lambda: _decode(32, 64),
     "decode_128": lambda: _decode(128, 128),
+    # A call of one query has numbers that ptxas knows, and does without what hangs on them.
+    "decode_1": lambda: _decode(1, 64, context=262144),
+    "decode_1_of_16_heads": lambda: _decode(1, 64, context=262144, H=16),
+    "drafts": lambda: _decode(4, 64, each=3, H=32),
+    "one_query": lambda: _indexers(1, 1 << 20, 64, E4M3),
+    "one_query_bf16": lambda: _indexers(1, 1 << 18, 64, BF16),
+    "sketches": lambda: _scan_of_sketches(32),
+    "sketches_drafts": lambda: _scan_of_sketches(16, each=4),
+    "best_tokens": lambda: _by_best_token(4096, 65536),
+    "best_tokens_of_one": lambda: _by_best_token(1, 262144),
     "sparse_mla": lambda: _attention(4096, 128),
     "latents_8_bits": _attention_8_bits,
     "sparse_mla_split": lambda: _attention(1, 64),

@@ -60,19 +60,30 @@ def make_stub(folder: Path) -> None:
     subprocess.run(["cc", "-shared", "-fPIC", "stub.c", "-o", "libcuda.so.1"], cwd=folder, check=True)
 
 
-def decode(method, R, page_size):
-    """A step of one query of each of R requests of 128K, and the shapes and dtypes that it takes."""
-    P, i32 = 131072 // page_size, jnp.int32
-    cache = jax.eval_shape(lambda: hj.init_cache(R * P, page_size, 128, E4M3, block_size=128))
+def decode(select, R, page_size, *, H=64, context=131072, each=1, sketch=None):
+    """A step of `each` queries of each of R requests from pages, and the shapes and dtypes that it takes.
+
+    Args:
+        select: of a `Call`.
+    """
+    P, T, i32 = context // page_size, R * each, jnp.int32
+    cache = jax.eval_shape(lambda: hj.init_cache(R * P, page_size, 128, E4M3, block_size=128, sketch=sketch))
     leaves, structure = jax.tree.flatten(cache)
 
     def step(q, w, visible, table, offsets, *leaves):
         cache = jax.tree.unflatten(structure, leaves)
-        call = Call(q=q, w=w, visible=visible, query_offsets=offsets, table=table, cache=cache)
-        return mosaic_gpu.select_flat(call, 2048) if method == "flat" else mosaic_gpu.select_hisa(call, hj.Hisa())
+        return select(Call(q=q, w=w, visible=visible, query_offsets=offsets, table=table, cache=cache))
 
-    of_queries = ((R, 64, 128), E4M3), ((R, 64), jnp.float32), ((R,), i32)
+    of_queries = ((T, H, 128), E4M3), ((T, H), jnp.float32), ((T,), i32)
     return step, *of_queries, ((R, P), i32), ((R + 1,), i32), *((x.shape, x.dtype) for x in leaves)
+
+
+def flat(call):
+    return mosaic_gpu.select_flat(call, 2048)
+
+
+def hisa(call):
+    return mosaic_gpu.select_hisa(call, hj.Hisa())
 
 
 class Instruction(NamedTuple):

@@ -50,5 +50,6 @@ def launches(text):
 
 
 if __name__ == "__main__":
-    asked = prefill() if sys.argv[1] == "units" else whole_kernels.decode(sys.argv[1], int(sys.argv[2]), 64)
+    decode = lambda method, R: whole_kernels.decode(getattr(whole_kernels, method), int(R), 64)  # noqa: E731
+    asked = prefill() if sys.argv[1] == "units" else decode(*sys.argv[1:3])
     print(*launches(compiled(*asked)), sep="\n")

@@ -34,8 +34,10 @@ def loop_ptx(shape: Shape) -> str:
     lines = [
         f"""{{.reg .pred p, more, leads; .reg .b64 desc, out; .reg .b32 {", ".join(a[0] + a[1])};
 .reg .f32 {", ".join(acc[0] + acc[1] + weights)};
-.reg .b32 lane, t, u, at, swizzled, j, slot, parity, q_lo, w_slot, w_at, full, free, candidate, column, pin;
+.reg .b32 lane, t, u, at, swizzled, j, slot, parity, q_lo, w_slot, w_at, full, free, candidate, column, pin, zero;
 {groups.declarations(shape) if is_grouped else _declarations(shape)}""",
+        # 0 on every device, but ptxas does not know: else it would leave out what is multiplied by it.
+        "mov.u32 zero, %smid; shr.u32 zero, zero, 16;",
         f"mov.u32 pin, %tid.x; and.b32 pin, pin, 127; mad.lo.u32 pin, pin, {4 * shape.pin_words}, $PIN;",
         _load_keys(shape, a),
         groups.start(shape) if is_grouped else _start(shape),
@@ -75,7 +77,7 @@ def _declarations(shape: Shape) -> str:
     predicates = ["upper1", "upper2", *(f"there{i}" for i in each if i > 0)]
     return f""".reg .pred {", ".join(predicates)}; .reg .b64 limits, o, thresholds, masks, maxima;
 .reg .f32 {", ".join(_sums(shape))}, t0, t1, t2, t3, x, scale;
-.reg .b32 {", ".join(words)}, sort_key, below, nothing;"""
+.reg .b32 {", ".join(words)}, sort_key, below;"""
 
 
 def _load_keys(shape: Shape, a: list[list[str]]) -> str:
@@ -115,7 +117,7 @@ def _start(shape: Shape) -> str:
     """What stays the same for all queries, and the limits (and thresholds) of the first slot."""
     # What passes of a warp's 32 columns is written side by side: no lane has a place of its own.
     lines = [
-        f"""mov.u32 j, 0; shr.u32 nothing, $COUNT, 31;
+        f"""mov.u32 j, 0;
 and.b32 t, lane, 1; setp.ne.u32 upper1, t, 0; and.b32 t, lane, 2; setp.ne.u32 upper2, t, 0;
 mov.u32 u, %tid.x; and.b32 u, u, {KEYS_PER_WARPGROUP - 1}; add.u32 candidate, u, $CANDIDATE;
 {"and.b32 t, u, -32;" if shape.filters else "mov.b32 t, u;"} mul.wide.u32 o, t, 4; add.u64 o, o, $O;
@@ -159,16 +161,15 @@ def _arrive(barrier: str, loaded: list[str]) -> str:
 
     An arrival is not ordered after the thread's own loads. A load that waits for a burst of copies then reads what
     is written next: at 1M, with 8 rows a query, 1 word in 100 of the last seven slots before a new tile of keys. So
-    the barrier's address takes all that was loaded, times a zero that ptxas does not know.
+    the barrier's address takes all that was loaded, times `zero`. (A shift of COUNT once stood for it, which is 1 where
+    a call has one query: ptxas left all of it out, and a query of 256K keys in one sequence got wrong scores.)
     """
     # In four chains: one of 65 operations would be a fifth of the time that few queries take with a tile.
     chains = ("t", "u", "at", "swizzled")[: len(loaded)]
     lines = [f"mov.b32 {chain}, {register};" for chain, register in zip(chains, loaded, strict=False)]
     lines += [f"xor.b32 {chains[i % 4]}, {chains[i % 4]}, {register};" for i, register in enumerate(loaded) if i > 3]
     lines += [f"xor.b32 t, t, {chain};" for chain in chains[1:]]
-    lines.append(
-        f"shr.u32 u, $COUNT, 31; and.b32 t, t, u; add.u32 t, t, {barrier};" if loaded else f"mov.b32 t, {barrier};"
-    )
+    lines.append(f"and.b32 t, t, zero; add.u32 t, t, {barrier};" if loaded else f"mov.b32 t, {barrier};")
     # 128 a warp-group, as Pallas counts arrivals.
     return "\n".join([*lines, "mbarrier.arrive.release.cta.shared::cta.b64 _, [t], 1;"])
 
@@ -289,7 +290,7 @@ shfl.sync.bfly.b32 t0, t0, 2, 0x1f, -1; add.f32 x, t1, t0;""",
     # The limit, and a zero of the sort key: ptxas would compare as soon as it may, and wait for the limit before the
     # products.
     lines.append(
-        f"lop3.b32 t, sort_key, nothing, limit{i}, 0x6a; "
+        f"lop3.b32 t, sort_key, zero, limit{i}, 0x6a; "
         f"setp.lt.s32 p, candidate, t; selp.b32 sort_key, sort_key, {INVISIBLE}, p;"
     )
     return "\n".join(lines)
