@@ -27,15 +27,14 @@ from jax.typing import DTypeLike
 from hisa_jax.kernels_pallas.bits import in_32_bits
 from hisa_jax.kernels_pallas.mosaic_gpu import sparse_mla_body
 from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_plan import (
-    FORM,
     HEADS,
     KEY_DIM,
     PAIR,
+    PARTS,
     ROWS,
     SLOTS,
     TOKENS,
     VALUE_DIM,
-    Form,
     Inputs,
     Plan,
     Smem,
@@ -55,7 +54,6 @@ class Config:
     """How the work is divided: it changes the speed and the last bits, nothing else."""
 
     n_splits: int = 1  # parts of a query's list
-    form: Form | None = None
 
 
 def why_not(
@@ -107,11 +105,7 @@ def sparse_mla(
     indices = indices.reshape(B * T, K)
     q = jnp.pad(q.reshape(B * T, N, E), ((0, 0), (0, groups * HEADS - N), (0, 0)))
     kv = jax.tree.map(lambda x: x.reshape(B * S, x.shape[2]), kv)
-    form = config.form or FORM
-    if isinstance(kv, QuantizedLatents):
-        form = dataclasses.replace(form, n_parts=2, n_products=2)
     plan = Plan(
-        form=form,
         T=B * T,
         queries=T,
         keys=S,
@@ -150,17 +144,17 @@ def _launch(plan: Plan, out_type: list, inputs: Inputs) -> list[Array]:
         grid_names=("cta",),
         num_threads=4,
         thread_name="warpgroup",
-        scratch_types=[_smem(plan, inputs.q.dtype)],
+        scratch_types=[_smem(inputs.q.dtype, bool(plan.interpret))],
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="sparse_mla",
         interpret=plan.interpret,
     )(inputs)
 
 
-def _smem(plan: Plan, dtype: DTypeLike) -> Smem:
-    barrier, smem, interpret = plgpu.Barrier, plgpu.SMEM, bool(plan.interpret)
+def _smem(dtype: DTypeLike, interpret: bool) -> Smem:
+    barrier, smem = plgpu.Barrier, plgpu.SMEM
     return Smem(
-        k_free=barrier(num_arrivals=2, num_barriers=SLOTS * len(plan.parts)),
+        k_free=barrier(num_arrivals=2, num_barriers=SLOTS * len(PARTS)),
         k_full=barrier(num_barriers=SLOTS) if interpret else None,
         k=smem((SLOTS, TOKENS, KEY_DIM), dtype, transforms=tiled(KEY_DIM, dtype)),
         p_free=barrier(num_arrivals=2),
@@ -172,5 +166,4 @@ def _smem(plan: Plan, dtype: DTypeLike) -> Smem:
         ready=None if interpret else barrier(),
         rope_free=barrier(num_barriers=SLOTS),
         rows=smem((ROWS, HEADS), jnp.float32),
-        scored=None if plan.form.order not in ("issued", "done") else barrier(num_barriers=SLOTS),
     )

@@ -1,6 +1,5 @@
 """Device code of `sparse_mla`: the roles of the warp-groups."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -30,6 +29,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.sparse_mla_plan import (
     HELD,
     LOAD_REGISTERS,
     PAIR,
+    PARTS,
     ROPE,
     SCORE_REGISTERS,
     SLOTS,
@@ -47,6 +47,7 @@ from hisa_jax.kernels_pallas.types import Ref
 from hisa_jax.latents import GROUP, QuantizedLatents
 
 HALF = VALUE_DIM // 2  # value columns a warp-group: 128 accumulators a thread
+QUARTER = HALF // 2  # columns a product: ptxas refuses 256 in a kernel launched with 128 registers a thread
 SCORES, LOAD = 2, 3  # warp-groups; 0 and 1 take the values
 PER_TOKEN = plgpu.Layout.WGMMA.reduce(0)
 _LOG2_E = math.log2(math.e)
@@ -117,11 +118,11 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 plgpu.copy_gmem_to_smem(gmem.q.at[t, pl.ds(head, HEADS)], smem.q.at[0], smem.q_full)
 
             def one_tile(j, index):
-                slot, following = j % SLOTS, fetch(j + 1) if plan.form.is_early else None
+                slot = j % SLOTS
                 row = jnp.where((index >= 0) & (index < plan.keys), first_row + index, -1)
                 tile = TileRows(smem.k, slot, first, n_rows)
                 for part in parts:
-                    barrier = slot * len(plan.parts) + part
+                    barrier = slot * len(PARTS) + part
                     landed = smem.landed(barrier)
                     if part == rope_part(is_quantized):
                         plgpu.barrier_wait(smem.rope_free.at[slot])
@@ -129,13 +130,13 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                             gather_rows(gmem.kv, row, tile, (ROPE,), None, keeps=True)
                     plgpu.barrier_wait(smem.k_free.at[barrier])
                     if isinstance(gmem.kv, QuantizedLatents):
-                        gather_latents(gmem.kv, row, tile, *groups_of(plan, part), landed)
+                        gather_latents(gmem.kv, row, tile, *groups_of(part), landed)
                     else:
-                        gather_rows(gmem.kv, row, tile, plan.parts[part], landed, keeps=True)
+                        gather_rows(gmem.kv, row, tile, PARTS[part], landed, keeps=True)
                     if part == 0:
                         store_bias(smem.bias(slot), first, n_rows, row, landed)
                 # The next tile's index, so that it is there when its slot is.
-                following = fetch(j + 1) if following is None else following
+                following = fetch(j + 1)
                 # The last list's queries are needed longer than the slot of this one's first tile.
                 pl.when(brings_queries & (i > 0) & (j == 0))(queries)
                 return following
@@ -154,16 +155,16 @@ def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
             pl.when(warp // 2 == 0)(lambda: copy((0,), first, ROWS_PER_WARP, warp == 0))
             pl.when(warp // 2 == 1)(lambda: copy((1,), first, ROWS_PER_WARP, warp < 0))
         else:
-            copy(tuple(range(len(plan.parts))), warp * ROWS_PER_WARP // 2, ROWS_PER_WARP // 2, warp == 0)
+            copy((0, 1), warp * ROWS_PER_WARP // 2, ROWS_PER_WARP // 2, warp == 0)
 
 
-def arrivals(plan: Plan, is_quantized: bool) -> tuple[int, ...]:
+def arrivals(is_quantized: bool) -> tuple[int, int]:
     """At the barriers of both parts of a tile: of all lanes of four warps, of latents in 8 bits of two a part.
 
     With the first part the bias arrives, once a token; a rope part beside values of 8 bits by itself.
     """
     lanes = ROWS_PER_WARP * (2 if is_quantized else 4)
-    return lanes + TOKENS, *((1 + is_quantized) * lanes for _ in plan.parts[1:])
+    return lanes + TOKENS, (1 + is_quantized) * lanes
 
 
 def rope_part(is_quantized: bool) -> int:
@@ -174,9 +175,9 @@ def rope_part(is_quantized: bool) -> int:
     return 1 if is_quantized else 0
 
 
-def groups_of(plan: Plan, part: int) -> tuple[tuple[int, ...], bool]:
+def groups_of(part: int) -> tuple[tuple[int, ...], bool]:
     """Of latents in 8 bits, a part's groups of values that share a scale, and whether the rope part comes with it."""
-    return tuple(start // GROUP for start, _ in plan.parts[part]), part == 1
+    return tuple(start // GROUP for start, _ in PARTS[part]), part == 1
 
 
 def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
@@ -195,8 +196,8 @@ def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
                 index = jnp.where(column < indices.shape[0], indices[jnp.minimum(column, indices.shape[0] - 1)], -1)
                 there = (index >= 0) & (index < plan.keys)
                 row = t // plan.queries * plan.keys + jnp.where(there, index, 0)
-                for part in range(len(plan.parts)):
-                    plgpu.barrier_wait(smem.k_free.at[slot * len(plan.parts) + part])
+                for part in range(len(PARTS)):
+                    plgpu.barrier_wait(smem.k_free.at[slot * len(PARTS) + part])
                 plgpu.barrier_wait(smem.rope_free.at[slot])
                 smem.k[slot] = jnp.where(there[:, None], rows_of(kv, row), 0).astype(smem.k.dtype)
                 smem.rows[BIAS + slot] = jnp.where(there, 0.0, -jnp.inf)
@@ -207,7 +208,7 @@ def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
         return lax.fori_loop(0, tiles_of(plan, gmem, split, t) // SLOTS, one_pair, _)
 
     lax.fori_loop(0, plan.items(cta), one_item, None)
-    wait_all(smem.k_free, SLOTS * len(plan.parts))
+    wait_all(smem.k_free, SLOTS * len(PARTS))
     wait_all(smem.rope_free, SLOTS)
     plgpu.barrier_wait(smem.q_free)
 
@@ -223,8 +224,7 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
     plgpu.set_max_registers(SCORE_REGISTERS, action="decrease")
     cta, is_quantized = lax.axis_index("cta"), isinstance(gmem.kv, QuantizedLatents)
     if not plan.interpret:
-        gather.init_landed(smem.rows.at[WORDS], arrivals(plan, is_quantized) * SLOTS)
-        sparse_mla.unclaim(smem.turn())
+        gather.init_landed(smem.rows.at[WORDS], arrivals(is_quantized) * SLOTS)
         plgpu.barrier_arrive(smem.ready)
     plgpu.barrier_arrive(smem.q_free)
     for slot in range(SLOTS):
@@ -244,19 +244,12 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
 
             def wait(part: int) -> None:
                 if not plan.interpret:
-                    gather.wait_landed(smem.landed(slot * len(plan.parts) + part), (n_before + j) // SLOTS)
+                    gather.wait_landed(smem.landed(slot * len(PARTS) + part), (n_before + j) // SLOTS)
                 elif part == 0:
                     plgpu.barrier_wait(smem.k_full.at[slot])
 
             zero = jnp.int32(0) if plan.interpret else sparse_mla.opaque_zero()
-            say = functools.partial(say_scored, smem, slot)
-            issued = say if plan.form.order == "issued" else None
-            if plan.form.order[:6] == "landed" and not plan.interpret:
-                issued = lambda: sparse_mla.unclaim(smem.turn())  # noqa: E731
-            rope = rope_part(is_quantized)
-            products = products_of(plan, smem.q.at[zero], smem.k.at[slot], wait, rope, held, issued)
-            if plan.form.order == "done":
-                say()
+            products = products_of(smem.q.at[zero], smem.k.at[slot], wait, rope_part(is_quantized), held)
             release(plan, smem.rope_free.at[slot])
             bias = plgpu.load(smem.rows.at[BIAS + slot], layout=PER_TOKEN)
             # To base two, which is what the hardware's exponential takes.
@@ -277,9 +270,6 @@ def score(plan: Plan, gmem: Inputs, lse_gmem: Ref, smem: Smem) -> None:
                 sparse_mla.store_rows(smem.rows, DECAY + slot, decay)
                 sparse_mla.store_rows(smem.rows, TOTAL + slot, total)
                 sparse_mla.show_stores()
-                if plan.form.order[:6] == "landed":
-                    following = smem.landed((j + 1) % SLOTS * len(plan.parts) + int(plan.form.order[6:]))
-                    sparse_mla.claim(smem.turn(), following, (n_before + j + 1) // SLOTS)
             plgpu.barrier_arrive(smem.p_full.at[slot])
             return new_highest, total
 
@@ -299,22 +289,17 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
     """Half of the value columns of the output."""
     plgpu.set_max_registers(VALUE_REGISTERS, action="increase")
     cta = lax.axis_index("cta")
-    n_products = plan.form.n_products
-    width, each = HALF // n_products, len(plan.parts) // n_products
-    columns = lambda i: pl.ds(half * HALF + i * width, width)  # noqa: E731
-    for barrier in range(SLOTS * len(plan.parts)):
+    columns = lambda part: pl.ds((half * 2 + part) * QUARTER, QUARTER)  # noqa: E731
+    for barrier in range(SLOTS * len(PARTS)):
         plgpu.barrier_arrive(smem.k_free.at[barrier])
     plgpu.barrier_arrive(smem.p_free)
 
     def one_item(i, _):
         split, t, head = plan.item(cta, i)
-        n_tiles = tiles_of(plan, gmem, split, t)
-        wait_scored(smem, jnp.int32(0))
 
         def one_tile(j, carry):
             o, slot = carry[:-1], j % SLOTS
             plgpu.barrier_wait(smem.p_full.at[slot])
-            pl.when(j + 1 < n_tiles)(lambda: wait_scored(smem, j + 1))
             decay = plgpu.load(smem.rows.at[DECAY + slot], layout=PER_HEAD)
             total = plgpu.load(smem.rows.at[TOTAL + slot], layout=PER_HEAD)
             scaled = lambda o: tuple(x * lax.broadcast_in_dim(decay, x.shape, [0]) for x in o)  # noqa: E731
@@ -322,21 +307,16 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
                 o = scaled(o)
             else:  # rarely does any maximum of a warp's rows move
                 o = lax.cond(sparse_mla.any_decay(decay, total) > 0, scaled, lambda o: o, o)
-                if plan.form.order[:6] == "landed":
-                    sparse_mla.let_first(smem.turn(), False)
-            values = [smem.k.at[slot, :, columns(i)] for i in range(n_products)]
-
-            def free(i: int) -> None:
-                for part in range(i * each, (i + 1) * each):
-                    release(plan, smem.k_free.at[slot * len(plan.parts) + part])
-
+            values = [smem.k.at[slot, :, columns(part)] for part in range(2)]
+            free = lambda part: release(plan, smem.k_free.at[slot * len(PARTS) + part])  # noqa: E731
             o = add_products(o, smem.p, values, free, plan)
             release(plan, smem.p_free)
             return *o, total
 
-        zeros = plgpu.layout_cast(jnp.zeros((HEADS, width), jnp.float32), plgpu.Layout.WGMMA)
+        zeros = plgpu.layout_cast(jnp.zeros((HEADS, QUARTER), jnp.float32), plgpu.Layout.WGMMA)
         nothing = plgpu.layout_cast(jnp.zeros((HEADS,), jnp.float32), PER_HEAD)
-        *o, total = lax.fori_loop(0, n_tiles, one_tile, (*(zeros,) * n_products, nothing))
+        n_tiles = tiles_of(plan, gmem, split, t)
+        *o, total = lax.fori_loop(0, n_tiles, one_tile, (zeros, zeros, nothing))
         # A query without tokens has a total of 0, and zeros for an output.
         share = 1.0 / jnp.where(total > 0, total, 1.0)
         for part, x in enumerate(o):
@@ -351,25 +331,7 @@ def add_values(plan: Plan, half: Array, gmem: Inputs, o_gmem: Ref, smem: Smem) -
     lax.fori_loop(0, plan.items(cta), one_item, None)
 
 
-def say_scored(smem: Smem, slot: Array) -> None:
-    assert smem.scored is not None
-    plgpu.barrier_arrive(smem.scored.at[slot])
-
-
-def wait_scored(smem: Smem, j: Array) -> None:
-    if smem.scored is not None:
-        plgpu.barrier_wait(smem.scored.at[j % SLOTS])
-
-
-def products_of(
-    plan: Plan,
-    q: Ref,
-    k: Ref,
-    wait: Callable[[int], None],
-    rope_part: int,
-    held: dict[int, Array],
-    issued: Callable[[], None] | None,
-) -> Array:
+def products_of(q: Ref, k: Ref, wait: Callable[[int], None], rope_part: int, held: dict[int, Array]) -> Array:
     """q @ k.T in float32, part by part of their columns, each waited for.
 
     Args:
@@ -377,7 +339,7 @@ def products_of(
     """
 
     def multiply(acc: Ref) -> Array:
-        for part, pieces in enumerate(plan.parts):
+        for part, pieces in enumerate(PARTS):
             wait(part)
             for first, n in (*pieces, ROPE) if part == rope_part else pieces:
                 if first in held:
@@ -385,8 +347,6 @@ def products_of(
                     first, n = first + 64, n - 64
                 if n:
                     plgpu.wgmma(acc, q.at[:, pl.ds(first, n)], k.at[:, pl.ds(first, n)].T)
-        if issued:
-            issued()
         return acc[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((HEADS, TOKENS), jnp.float32))
@@ -403,20 +363,18 @@ def add_products(
                 plgpu.wgmma(acc, p, values[part])
                 return acc[...]
 
-            return pl.run_scoped(multiply, plgpu.ACC((HEADS, o[part].shape[1]), jnp.float32))
+            return pl.run_scoped(multiply, plgpu.ACC((HEADS, QUARTER), jnp.float32))
 
         o = tuple(x + product(part) for part, x in enumerate(o))
-        for i in range(len(o) - 1):
-            release(i)
+        release(0)
     else:
 
         def multiply(accs: tuple[Ref, ...]) -> None:
             for acc, v in zip(accs, values, strict=True):
                 plgpu.wgmma(acc, p, v)
-            for i in range(len(values) - 1):
-                plgpu.wgmma_wait(len(values) - 1 - i)
-                release(i)
+            plgpu.wgmma_wait(1)
+            release(0)
 
         o = pl.run_state(multiply)(tuple(map(plgpu.ACC.init, o)))
-    release(len(values) - 1)
+    release(1)
     return o

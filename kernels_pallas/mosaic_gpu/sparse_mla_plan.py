@@ -3,7 +3,6 @@
 import dataclasses
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS
@@ -15,6 +14,9 @@ HEADS = 64  # of one query a CTA takes: the rows of a product
 SLOTS, TOKENS = 2, 64  # of a tile
 PAIR = SLOTS * TOKENS  # what a list is a multiple of: every query starts at the first slot
 KEY_DIM, VALUE_DIM = 576, 512
+# Columns that come and go together: what each warp-group of values multiplies first, and the rest of the values. The
+# features after them come with one of both, and go as soon as there are scores.
+PARTS = (((0, 128), (256, 128)), ((128, 128), (384, 128)))
 ROPE = (VALUE_DIM, KEY_DIM - VALUE_DIM)
 HELD = (0, 256)  # first columns of the blocks of 64 of the queries that stay in registers
 # Registers a thread: twice those of values and the others are 512, all that there are.
@@ -24,23 +26,8 @@ BIAS, DECAY, TOTAL, WORDS, ROWS = 0, SLOTS, 2 * SLOTS, 3 * SLOTS, 3 * SLOTS + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Form:
-    """What is tried side by side: it changes the speed, nothing else."""
-
-    n_parts: int = 2  # that columns of a tile come and go in
-    n_products: int = 2  # of a warp-group that adds values, a tile
-    order: str = "any"  # values of a tile "any" time, or when scores of the next one are "issued" or "done"
-    is_early: bool = False  # a tile's indices are asked for before the copies of the one before
-
-
-FORM = Form()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """The static numbers of a launch."""
-
-    form: Form
 
     T: int  # queries of all sequences
     queries: int  # of a sequence
@@ -51,15 +38,6 @@ class Plan:
     scale: float
     n_ctas: int
     interpret: object
-
-    @property
-    def parts(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Columns that come and go together, in pieces (first, how many): some of each half of the values.
-
-        The features after the values come with one of them, and go as soon as there are scores.
-        """
-        half, n = VALUE_DIM // 2, VALUE_DIM // 2 // self.form.n_parts
-        return tuple(((i * n, n), (half + i * n, n)) for i in range(self.form.n_parts))
 
     @property
     def n_items(self) -> int:
@@ -103,7 +81,6 @@ class Smem(NamedTuple):
     ready: Ref  # barrier: those made in PTX are there
     rope_free: Ref  # barriers [2], of the warp-group that scores
     rows: Ref  # [7, 64] float32
-    scored: Ref | None  # barriers [2], of the warp-group that scores; None: values are added up at any time
 
     def bias(self, slot: Array) -> Row:
         """0 or -inf a token."""
@@ -116,10 +93,6 @@ class Smem(NamedTuple):
     def total(self, slot: Array) -> Row:
         """A head: the sum of probabilities so far."""
         return Row(self.rows, TOTAL + slot, HEADS)
-
-    def turn(self) -> Row:
-        """Not 0: the warp-group that scores asks for the tensor core."""
-        return Row(self.rows, jnp.int32(WORDS * HEADS + 40), 1)
 
     def landed(self, barrier: Array) -> Row:
         """[2 * parts] of the lanes that copy."""

@@ -8,13 +8,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.gather_rows import BARRIER_WORDS
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SCALAR, SPLAT, Row, address_of, i32, scalar
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SCALAR, SPLAT, address_of, i32, scalar
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import tiled
 from hisa_jax.kernels_pallas.types import Ref
 
 PER_HEAD = plgpu.Layout.WGMMA.reduce(1)
-_FIRST_THREAD = "{ .reg .pred p, q; .reg .b32 x; mov.u32 x, %tid.x; and.b32 x, x, 127; setp.eq.u32 q, x, 0;"
 _QUAD = 4  # lanes that have a row of an accumulator
 _ptx = functools.partial(utils.inline_ptx, has_side_effects=True)
 
@@ -125,45 +123,6 @@ def opaque_zero() -> Array:
         return scalar(_ptx("mov.b32 $0, 0;", result_types=i32()))
 
     return zero()
-
-
-def claim(turn: Row, landed: Row, phase: Array) -> None:
-    """Asks the other warp-groups to let this one multiply first, if the phase of the barrier is complete."""
-    ptx = """mbarrier.test_wait.parity.shared::cta.b64 p, [$1], $2; selp.b32 x, 1, 0, p;
-@q st.volatile.shared.b32 [$0], x; }"""
-
-    @plgpu.inline_mgpu(arg_types=(REF, SPLAT, REF, SPLAT, SPLAT))
-    def set_turn(_ctx, ref, turn, barriers, barrier, parity):
-        there = address_of(barriers, barrier.registers.item(), BARRIER_WORDS)
-        _ptx(_FIRST_THREAD + ptx, address_of(ref, turn.registers.item(), 1), there, parity.registers.item())
-
-    set_turn(turn.ref, turn.row, landed.ref, landed.row, phase % 2)
-
-
-def unclaim(turn: Row) -> None:
-    """Takes back what `claim` asked for."""
-    _at_turn(turn, _FIRST_THREAD + "@q st.volatile.shared.b32 [$0], 0; }")
-
-
-def let_first(turn: Row, nap: bool = True) -> None:
-    """Waits while another warp-group claims the tensor core. It is a matter of speed: no result depends on it.
-
-    Between looks it sleeps: they take cycles of shared memory, which the other one's product is in need of.
-    """
-    sleep = "@p nanosleep.u32 20; " if nap else ""
-    _at_turn(
-        turn,
-        "{ .reg .pred p; .reg .b32 x; again: ld.volatile.shared.b32 x, [$0]; setp.ne.b32 p, x, 0; "
-        f"{sleep}@p bra again; }}",
-    )
-
-
-def _at_turn(turn: Row, ptx: str) -> None:
-    @plgpu.inline_mgpu(arg_types=(REF, SPLAT))
-    def run(_ctx, ref, turn):
-        _ptx(ptx, address_of(ref, turn.registers.item(), 1))
-
-    run(turn.ref, turn.row)
 
 
 def _two_rows(values: FragmentedArray) -> list[ir.Value]:
