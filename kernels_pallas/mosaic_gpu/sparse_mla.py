@@ -2,10 +2,11 @@
     o[t, n] = softmax_s(scale * q[t, n] . kv[s]) @ kv[s, :value_dim], s in indices[t];   lse[t, n] = log sum_s exp(...)
 
 Floor, 4096 queries of dsv32 (128 heads, 576 / 512, 2048 tokens), H200: tensor cores 2.3 PFLOP / 990 TFLOP/s = 2.4 ms;
-L2 to the SMs 19.3 GB (each group of 64 heads reads the tokens) = 2.5 ms at the 7.5 TB/s that gathering alone reaches;
+L2 to the SMs 19.3 GB (each group of 64 heads reads the tokens) = 1.8 ms at the 10.7 TB/s that copies alone reach;
 shared memory 2.7 ms (304 KB of operands and copies a tile of 64 tokens, at 128 B a cycle). None of them is the limit at
-4.14 ms: stages (copy, scores, softmax, values) wait for each other, with two slots for tiles, and no wait that was made
-shorter gave what it seemed to cost (docs/notes/gpu-log.md).
+4.06 ms: without any copies it takes 3.65. Scores of a tile and values of the one before share the tensor core, and what
+follows the scores, the softmax, leaves it idle. Values that wait until they are under the softmax take longer still,
+since with two slots tiles then land too late (docs/notes/gpu-log.md).
 
 A CTA takes 64 heads of a query, one CTA an SM, persistent over queries. Warp-groups: one that copies, one that scores,
 two with half of the value columns each. With few queries (decode) lists are split and `combine` adds up the parts.
