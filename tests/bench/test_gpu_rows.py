@@ -11,6 +11,7 @@ import pytest
 import hisa_jax as hj
 from bench import shapes
 from bench.gpu import attention_rows, entry_rows, limit_rows, scan_checks, scan_rows
+from bench.gpu.command import check_again
 from bench.gpu.rows import rows
 from hisa_jax.kernels_pallas.triton import stages
 
@@ -122,3 +123,11 @@ def test_pools_pass_their_checks_and_damaged_ones_do_not(interpreted, name, is_d
     check(out)
     with pytest.raises(AssertionError):
         check((damaged(out[0]), *out[1:]))
+
+
+def test_calls_in_a_row_must_have_the_bits_of_the_one_that_was_checked():
+    first = {"indices": np.arange(4), "scores": np.asarray([np.nan, 0.5])}
+    check_again(first, lambda: {name: x.copy() for name, x in first.items()})
+    calls = iter([first, first, first | {"scores": np.asarray([np.nan, -0.5])}, first, first])
+    with pytest.raises(AssertionError, match="calls in a row have other bits"):
+        check_again(first, lambda: next(calls))
