@@ -113,7 +113,7 @@ class SelectionContract(Contract, chex.TestCase):
     """Section 2 of the contract, in its order."""
 
     @parameterized.product(shape=list(draw.SHAPES), method=list(PLAIN))
-    # Every shape once, the flat indexer in most; of HISA and the scan of tokens all other tests have the standard shape.
+    # Every shape once, the flat indexer in most; every method has the standard shape below.
     @pytest.mark.gate(0, 6, 14, 21, 24, 30, 35)
     @pytest.mark.optimised
     def test_selects_what_the_oracle_selects(self, shape, method):

@@ -37,7 +37,7 @@ def of_the_model(model, tokens):
     return jax.jit(lambda model, tokens: model(tokens))(model, tokens)
 
 
-@pytest.mark.gate("hisa", "scan")  # the flat indexer: the next two tests
+@pytest.mark.gate("hisa")  # the flat indexer: the next two tests
 @pytest.mark.parametrize(
     "method",
     [FLAT, tiny.HISA, hj.Scan(topk=16, candidates=24, exact_heads=1), hj.BlockSparse(topk=16, block_size=8)],
