@@ -29,7 +29,7 @@ METHODS = {
 class CacheMachine(stateful.RuleBasedStateMachine):
     """Append, truncate, fork, free and reuse in any order."""
 
-    dtype, methods = "float32", ["block_sparse", "hisa", "hisa_two_pages_a_block"]
+    dtype, methods = "float32", ["block_sparse", "hisa_two_pages_a_block"]
 
     def __init__(self):
         super().__init__()

@@ -108,8 +108,8 @@ MODES = {
 NAMES = (*calls.ON_ONE_DEVICE, *calls.ON_A_MESH)
 # Of these the gate runs others that are alike in the same mode.
 REPEATS = (
-    "select_block_sparse", "select_paged_block_sparse", "select_scan", "select_without_scores",
-    "sparse_attention_paged",
+    "select_block_sparse", "select_packed_block_sparse", "select_paged_block_sparse", "select_scan",
+    "select_packed_scan", "select_without_scores", "sparse_attention_paged",
 )  # fmt: skip
 
 

@@ -111,8 +111,7 @@ MORE_CASES = [
             ("triton_interpreted", (), CASES[1:2]),
             # Decoding on Triton is in the test of kept means.
             ("triton_interpreted", pytest.mark.exhaustive, [CASES[0], *CASES[2:]]),
-            ("triton_interpreted", pytest.mark.slow, MORE_CASES[2:]),
-            ("triton_interpreted", pytest.mark.exhaustive, MORE_CASES[:2]),
+            ("triton_interpreted", pytest.mark.exhaustive, MORE_CASES),
             # The flat indexer over pages has Triton's above, Mosaic's is lowered below.
             ("mosaic_gpu_interpreted", (), [CASES[0], CASES[2]]),
             ("mosaic_gpu_interpreted", pytest.mark.exhaustive, [CASES[1], *CASES[3:]]),

@@ -149,13 +149,18 @@ def test_expanded_attention_to_a_poisoned_latent_is_nan_and_others_keep_their_bi
     rng = np.random.default_rng(0)
     B, T, S, N, P, R, L, V = 1, 5, 12, 2, 6, 4, 8, 6
     q_nope, q_rope, kv, k_b, v_b = (
-        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        rng.standard_normal(shape).astype(np.float32)
         for shape in ((B, T, N, P), (B, T, N, R), (B, S, L + R), (L, N, P), (L, N, V))
     )
     indices = jnp.asarray([[[0, 1, -1], [2, 4, 7], [7, 9, 1], [-1, -1, -1], [3, 5, 6]]], jnp.int32)
-    want = expanded(q_nope, q_rope, kv.at[0, 7].set(0), indices, k_b, v_b, 0.3)
+    attend = jax.jit(lambda kv: expanded(q_nope, q_rope, kv, indices, k_b, v_b, 0.3))
+    zeroed = kv.copy()
+    zeroed[0, 7] = 0
+    want = attend(zeroed)
     for column in (0, L, L + R - 1):  # of the latent, of the rope key
-        got = np.asarray(expanded(q_nope, q_rope, kv.at[0, 7, column].set(value), indices, k_b, v_b, 0.3))
+        poisoned = kv.copy()
+        poisoned[0, 7, column] = value
+        got = np.asarray(attend(poisoned))
         assert np.isnan(got[0, [1, 2]]).all()
         np.testing.assert_array_equal(got[0, [0, 3, 4]], want[0, [0, 3, 4]])
 
