@@ -136,6 +136,7 @@ class SelectionContract(Contract, chex.TestCase):
         ("128", "256", "float32", "hisa"),
         ("64", "64", "float8_e4m3fn", "scan_units"),
     )
+    @pytest.mark.gate(*range(5))
     @pytest.mark.slow
     def test_scores_are_the_formula_for_heads_sizes_and_dtypes_together(self, heads, size, dtype, method):
         # Every number, size and dtype by some method. One by one they are in the exhaustive run.
@@ -332,6 +333,7 @@ class SelectionContract(Contract, chex.TestCase):
         self.assert_keeps_the_contract(q, k, w, hj.Hisa(topk=20, block_size=12, block_topk=5))
 
     @each_hierarchical
+    @pytest.mark.gate("hisa", "block_sparse")  # a ratio takes fewer of the same blocks
     def test_a_mean_is_over_the_tokens_present(self, method):
         # The tail holds 3 tokens of 16. Queries past the length make it the last of several blocks, not their own.
         positions, lengths = everywhere([97, 98, 99, 111, 112, 120, 149, 500]), np.array([99, 131], np.int32)

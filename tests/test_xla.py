@@ -15,7 +15,7 @@ class XlaSelectionTest(contract.SelectionContract, contract_consequences.Consequ
     implementation = "xla"
 
     @parameterized.product(tiles=[(3, 128), (1, 1024), (64, 128)], method=list(PLAIN))
-    @pytest.mark.gate(1)  # HISA; the flat indexer and the scan have small tiles in the form for accelerators
+    @pytest.mark.gate(1)  # HISA; the scan has small tiles in the form for accelerators
     @pytest.mark.slow
     @pytest.mark.optimised
     def test_tile_sizes_do_not_change_the_selection(self, tiles, method):
@@ -57,7 +57,7 @@ def test_a_query_of_no_sequence_costs_no_scores():
 
 
 @pytest.mark.slow
-@pytest.mark.gate("dsa", "hisa_ratio", "scan")
+@pytest.mark.gate("hisa_ratio", "scan")
 @pytest.mark.parametrize("method", PLAIN.values(), ids=PLAIN)
 def test_the_form_for_accelerators_selects_the_same(method, monkeypatch):
     """Off the CPU all queries of a tile are scored in one product; that form must be right here, too."""
