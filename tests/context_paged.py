@@ -201,19 +201,21 @@ def same_bits_for_8_bits_and_for_stripes_of_two_blocks():
     check(METHODS["hisa"], one, split(one), tables, served()[3], stripe=2 * STRIPE, **OVER)
 
 
-def only_candidates_are_exchanged():
+def only_candidates_are_exchanged(name="hisa"):
     """Of a query: sort key and id of each device's best to whom merges them, the merged to all; 4 bytes a request."""
-    T = -(-sum(NEW.values()) // 8) * 8
-    for name in ("hisa", "block_sparse"):
-        method = METHODS[name]
-        found = check(method, *served(), return_scores=False, **OVER)
-        assert {dtype for _, dtype, _ in found} == {"s32"}
-        sent, merged, checked = (4 * elements(found, kind) for kind in ("all-to-all", "all-gather", "all-reduce"))
-        assert sent + merged + checked == 4 * sum(n for *_, n in found)
-        # A block-sparse selection takes its tokens from the blocks; a device has at most 3 of the blocks of a request.
-        own_m, m, k = 3, method.block_topk, method.topk if name == "hisa" else 0
-        assert sent == 8 * T * (own_m + k) and merged == 4 * T * (m + k) and checked == 4 * len(LENGTHS), found
-        print(f"{name}: {sent // T} + {merged // T} bytes a query")
+    T, method = -(-sum(NEW.values()) // 8) * 8, METHODS[name]
+    found = check(method, *served(), return_scores=False, **OVER)
+    assert {dtype for _, dtype, _ in found} == {"s32"}
+    sent, merged, checked = (4 * elements(found, kind) for kind in ("all-to-all", "all-gather", "all-reduce"))
+    assert sent + merged + checked == 4 * sum(n for *_, n in found)
+    # A block-sparse selection takes its tokens from the blocks; a device has at most 3 of the blocks of a request.
+    own_m, m, k = 3, method.block_topk, method.topk if name == "hisa" else 0
+    assert sent == 8 * T * (own_m + k) and merged == 4 * T * (m + k) and checked == 4 * len(LENGTHS), found
+    print(f"{name}: {sent // T} + {merged // T} bytes a query")
+
+
+def only_blocks_are_exchanged_where_they_alone_are_chosen():
+    only_candidates_are_exchanged("block_sparse")
 
 
 @contextlib.contextmanager
@@ -296,6 +298,12 @@ def a_page_that_is_lacking_or_elsewhere_costs_its_request_alone():
         got = compiled(q, w, cache, tables.at[0, 3].set(page), cu, lengths)
         assert (np.asarray(got.count)[~others] == 0).all() and (np.asarray(got.indices)[~others] == -1).all()
         same(jax.tree.map(lambda x: x[others], got), jax.tree.map(lambda x: x[others], wanted))
+
+
+def a_page_that_is_lacking_is_named_by_a_checked_step():
+    _, eight, tables, lengths = served()
+    q, w, cu = queries()
+    run = functools.partial(hj.select_paged, method=METHODS["hisa"], **OVER)
 
     def step(cache):
         """What a server does, under `checked`: errors of one call must pass through the next."""

@@ -69,7 +69,7 @@ def check(method, data, context, dtype="float32", lengths=(S, S), query_position
 
 
 # Which are in the gate, each on a mesh; the others take the same ways or, from pages, are in context_paged.py.
-SOME = {"dsa": (1, 8), "hisa_ratio": (2, 4)}
+SOME = {"hisa_ratio": (2, 4)}
 OTHERS = {name: (1, 8) for name in METHODS if SOME.get(name) != (1, 8)}
 
 
@@ -309,7 +309,6 @@ PARTS = {
         arrays_on_the_devices_in_another_order_are_refused,
         lighthouse_has_the_bits_of_one_device,
         same_bits_for_some_methods,
-        same_bits_without_scores_for_8_bits,
         what_other_devices_hold_leaves_no_trace,
         only_candidates_are_exchanged,
         many_queries_get_the_keys,
@@ -324,6 +323,7 @@ PARTS = {
         same_bits_for_the_other_methods,
         same_bits_for_entries_heads_lists_and_budgets,
         same_bits_for_other_dtypes,
+        same_bits_without_scores_for_8_bits,
         many_queries_of_other_methods_get_the_keys,
         what_other_devices_hold_leaves_no_trace_in_the_flat_indexer,
     ),

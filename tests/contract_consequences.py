@@ -32,6 +32,7 @@ class ConsequencesContract(Contract, chex.TestCase):
     """Few or all tokens, chunks, decoding, batches; what else may be asked for, and JAX's transforms."""
 
     @each_plain
+    @pytest.mark.gate("dsa", "block_sparse", "scan")
     def test_up_to_topk_visible_tokens_all_are_selected(self, method):
         T = method.topk
         q, k, w = draw.inputs(1, T, T, 4, 32)
@@ -92,7 +93,7 @@ class ConsequencesContract(Contract, chex.TestCase):
             assert_same_bits(part, rows(whole, slice(None), slice(start, end)))
 
     @parameterized.product(method=list(PLAIN), heads=[1, 64])
-    @pytest.mark.gate(2, 9)  # HISA and the scan
+    @pytest.mark.gate(9)  # the scan; HISA has the test above
     @pytest.mark.slow
     @pytest.mark.optimised
     def test_one_token_at_a_time_gives_the_selection_of_one_shot(self, method, heads):
@@ -108,7 +109,7 @@ class ConsequencesContract(Contract, chex.TestCase):
             assert_same_bits(one, rows(whole, slice(None), slice(t, t + 1)))
 
     @each_method
-    @pytest.mark.gate("hisa_ratio", "scan_units")
+    @pytest.mark.gate("scan_units")
     @pytest.mark.slow
     def test_a_batch_gives_each_sequence_its_own_selection(self, method):
         q, k, w = standard()

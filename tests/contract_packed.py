@@ -108,7 +108,7 @@ class PackedContract(Contract, chex.TestCase):
         self.assert_agrees(got, oracle.select_packed(*inputs, cu_q, cu_k, method))
 
     @parameterized.product(scale=["float32", "ue8m0"], method=list(PLAIN))
-    @pytest.mark.gate(7, 10)
+    @pytest.mark.gate(10)  # the scan; HISA has scaled keys in batches
     def test_packed_keys_may_be_quantized(self, scale, method):
         inputs, cu_q, cu_k = self.packed([3, 8], [40, 190])
         keys = draw.quantized(inputs.k, "float8_e4m3fn", scale)

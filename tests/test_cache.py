@@ -29,7 +29,7 @@ METHODS = {
 class CacheMachine(stateful.RuleBasedStateMachine):
     """Append, truncate, fork, free and reuse in any order."""
 
-    dtype, methods = "float32", ["block_sparse", "hisa", "hisa_two_pages_a_block"]
+    dtype, methods = "float32", ["block_sparse", "hisa_two_pages_a_block"]
 
     def __init__(self):
         super().__init__()
@@ -112,7 +112,8 @@ def test_a_selection_from_pages_is_that_from_one_piece(dtype, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page_size", [16, pytest.param(64, marks=pytest.mark.exhaustive), 256])  # smallest to a block
+@pytest.mark.parametrize("page_size", [16, 64, 256])  # smallest to a block
+@pytest.mark.gate(16)
 def test_every_page_size_gives_the_same_bits(page_size):
     rng = np.random.default_rng(3)
     k = jnp.asarray(rng.normal(size=(700, D)), jnp.float32)
@@ -155,7 +156,11 @@ def test_one_compiled_append_serves_every_length():
     np.testing.assert_array_equal(cache.counts, [16, 16, 8, 0, 0, 16, 16, 8])
 
 
-@pytest.mark.gate("hisa_two_pages_a_block-missing page", "scan-page too large", "block_sparse-length beyond the table")
+@pytest.mark.gate(  # every fault by the same programs; other methods are above
+    "hisa_two_pages_a_block-missing page",
+    "hisa_two_pages_a_block-page too large",
+    "hisa_two_pages_a_block-length beyond the table",
+)
 @pytest.mark.parametrize("fault", ["missing page", "page too large", "length beyond the table"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_request_without_all_its_pages_selects_nothing_and_the_others_are_right(fault, method):

@@ -26,9 +26,12 @@ PROMISES = {
     ),
     "others": (
         "same_bits_for_the_other_methods",
+        "only_blocks_are_exchanged_where_they_alone_are_chosen",
+        "a_page_that_is_lacking_is_named_by_a_checked_step",
         "many_queries_of_a_request_without_a_page_see_nothing",
         "many_queries_get_the_pages_of_entries_heads_lists_and_budgets",
         "same_bits_for_entries_heads_lists_and_budgets",
+        "ranks_that_share_the_queries_may_each_be_devices_that_share_the_pages",
         "such_ranks_may_select_by_the_flat_indexer",
     ),
     "layouts": (
@@ -39,7 +42,6 @@ PROMISES = {
     "groups": (
         "groups_serve_each_as_one_device",
         "ranks_that_share_the_queries_select_the_same_and_exchange_the_chosen",
-        "ranks_that_share_the_queries_may_each_be_devices_that_share_the_pages",
     ),
     "groups_exchange": ("groups_exchange_no_more_than_one",),
 }

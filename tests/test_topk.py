@@ -72,7 +72,7 @@ def test_compaction_finds_every_set_bit(S):
     rng = np.random.default_rng(S)
     for share in (0.0, 0.1, 0.5, 1.0):
         mask = rng.random((4, S)) < share
-        columns, filled = topk.columns_of(topk.words_of(jnp.asarray(mask)), 20)
+        columns, filled = map(np.asarray, jax.jit(lambda mask: topk.columns_of(topk.words_of(mask), 20))(mask))
         for row in range(4):
             wanted = np.flatnonzero(mask[row])[:20]
             np.testing.assert_array_equal(columns[row], [*wanted, *[0] * (20 - len(wanted))])
@@ -83,7 +83,9 @@ def test_all_patterns_of_eight_candidates():
     # Every subset of visible candidates, equal scores: the first k visible.
     patterns = (np.arange(256)[:, None] >> np.arange(8)) & 1 == 1
     sort_key = np.where(patterns, 7, INT_MIN).astype(np.int32)
-    _, positions = topk.topk_in_order(jnp.asarray(sort_key), jnp.broadcast_to(jnp.arange(8), (256, 8)), 3)
+    places = np.broadcast_to(np.arange(8, dtype=np.int32), (256, 8))
+    _, positions = jax.jit(topk.topk_in_order, static_argnums=2)(sort_key, places, 3)
+    positions = np.asarray(positions)
     for row in range(256):
         wanted = np.flatnonzero(patterns[row])[:3]
         assert positions[row].tolist() == [*wanted, *[-1] * (3 - len(wanted))]

@@ -40,20 +40,18 @@ def in_the_gate(*cases):
     return pytest.mark.gate(*(f"triton_interpreted-{case}" for case in cases))
 
 
-def with_mosaic_interpreted(method, exhaustive, in_triton):
-    """Mosaic's interpreter takes many seconds a call: of the tests whose rows are hardest it has one in the gate.
+def with_mosaic_interpreted(method, *exhaustive, in_triton):
+    """Mosaic's interpreter takes many seconds a call: of the tests whose rows are hardest it has a few cases.
 
-    Triton's takes some, and has two there.
+    `method` is the one of them in the gate; None: what it would show, the next test shows there.
     """
     gpu = [pytest.param(name, method, marks=pytest.mark.gpu) for name in ("mosaic_gpu", "triton") for method in METHODS]
     triton = [
         pytest.param("triton_interpreted", name, marks=() if name in in_triton else pytest.mark.exhaustive)
         for name in METHODS
     ]
-    mosaic = [
-        pytest.param("mosaic_gpu_interpreted", name, marks=mark)
-        for name, mark in ((method, pytest.mark.slow), (exhaustive, pytest.mark.exhaustive))
-    ]
+    marks = ({method: pytest.mark.slow} if method else {}) | dict.fromkeys(exhaustive, pytest.mark.exhaustive)
+    mosaic = [pytest.param("mosaic_gpu_interpreted", name, marks=mark) for name, mark in marks.items()]
     return pytest.mark.parametrize(("implementation", "method"), [*gpu, *triton, *mosaic], indirect=["implementation"])
 
 
@@ -93,8 +91,7 @@ def assert_agrees(got, reference, tolerance):
 
 @pytest.mark.slow
 @in_the_gate(
-    "prefill-dsa", "prefill-hisa", "decode-hisa", "decode-block_sparse", "ragged_tail-dsa",
-    "ragged_tail-hisa_more_forced", "all_blocks_kept-hisa", "all_blocks_kept-block_sparse",
+    "prefill-hisa", "decode-block_sparse", "ragged_tail-dsa", "ragged_tail-hisa_more_forced", "all_blocks_kept-hisa",
 )  # fmt: skip
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", CASES)
@@ -118,7 +115,7 @@ def test_keys_may_be_quantized(implementation, method):
         assert_agrees(got, oracle.select(q, keys, w, METHODS[method]), TOLERANCE)
 
 
-@with_mosaic_interpreted("hisa_more_forced", exhaustive="dsa", in_triton=("dsa", "hisa_more_forced"))
+@with_mosaic_interpreted(None, "hisa_more_forced", "dsa", in_triton=("dsa", "hisa_more_forced"))
 def test_positions_and_lengths_limit_what_is_visible(implementation, method):
     q, k, w = few_scores(draw.Shape(2, 6, 333, 16, 64), "bfloat16")
     k[0, 101:] = np.nan
@@ -128,7 +125,7 @@ def test_positions_and_lengths_limit_what_is_visible(implementation, method):
     assert_agrees(got, oracle.select(q, k, w, METHODS[method], **options), 1e-2)
 
 
-@with_mosaic_interpreted("hisa", exhaustive="block_sparse", in_triton=("hisa", "block_sparse"))
+@with_mosaic_interpreted("hisa", "block_sparse", in_triton=("block_sparse",))
 def test_a_packed_batch_gives_what_the_oracle_gives(implementation, method):
     q, k, w = (x[0] for x in few_scores(draw.Shape(1, 12, 800, 16, 64), "float8_e4m3fn"))
     cu_q, cu_k = np.array([0, 3, 3, 4, 9], np.int32), np.array([0, 300, 340, 349, 722], np.int32)

@@ -67,6 +67,7 @@ def test_latents_in_8_bits_interpreted(interpret):
 
 
 @pytest.mark.parametrize("n_splits", [1, 2])
+@pytest.mark.gate(2)
 def test_interpreted(interpret, n_splits):
     # One CTA, so that it has several queries: the ring of tiles goes on from one to the next.
     check(*draw(1, 4, 16, 130, 101), config=Config(n_splits=n_splits), n_ctas=1, interpret=interpret)

@@ -1,8 +1,10 @@
 """The golden cases: numbers of the public model code, and our model on the same weights."""
 
+import atexit
 import dataclasses
 import functools
 import json
+import tempfile
 from pathlib import Path
 
 import jax
@@ -38,10 +40,23 @@ def model(case):
     return models.from_pretrained(FOLDER / case)
 
 
-def with_config(case, **changes):
-    """The case's weights under a changed config."""
-    config = dataclasses.replace(models.read_config(FOLDER / case), **changes)
-    return models.from_pretrained(FOLDER / case, config=config)
+def with_config(folder, **changes):
+    """The weights of a case, or of a folder, under a changed config."""
+    config = dataclasses.replace(models.read_config(FOLDER / folder), **changes)
+    return models.from_pretrained(FOLDER / folder, config=config)
+
+
+@functools.cache
+def folder_of(case, layers):
+    """A checkpoint of some of a case's layers, for what is compared with no golden number: each layer is compiled."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return write_checkpoint(Path(folder.name), case, layers=layers)
+
+
+@functools.cache
+def some_layers(case, layers):
+    return models.from_pretrained(folder_of(case, layers))
 
 
 @functools.cache
@@ -92,12 +107,31 @@ def assert_close(got, want, limit, name=""):
     assert difference.max() <= limit, f"{name}: off by {difference.max():.3g} at {where}, allowed is {limit}"
 
 
-def write_checkpoint(folder, case, change=lambda tensors: None, **config):
-    """A copy of a case whose tensors and config.json keys were changed; returns the folder."""
+def write_checkpoint(folder, case, change=lambda tensors: None, *, layers=None, **config):
+    """A copy of a case, or of some of its layers, whose tensors and config.json keys were changed; the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = safetensors.numpy.load_file(FOLDER / case / "model.safetensors")
+    keys = json.loads((FOLDER / case / "config.json").read_text())
+    if layers is not None:
+        tensors, keys = _of_layers(tensors, keys, layers)
     change(tensors)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    keys = json.loads((FOLDER / case / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(keys | config))
     return folder
+
+
+def _of_layers(tensors, keys, layers):
+    """Tensors and config.json keys of some layers, which are numbered anew."""
+    kept = {}
+    for name, x in tensors.items():
+        start, *rest = name.split("model.layers.")
+        if not rest:
+            kept[name] = x
+            continue
+        number, own = rest[0].split(".", 1)
+        if int(number) in layers:
+            kept[f"{start}model.layers.{layers.index(int(number))}.{own}"] = x
+    by_layer = {key: x for key, x in keys.items() if isinstance(x, list) and len(x) == keys["num_hidden_layers"]}
+    changed = {key: [x[i] for i in layers] for key, x in by_layer.items()}
+    n_dense = sum(layer < keys["first_k_dense_replace"] for layer in layers)
+    return kept, keys | changed | dict(num_hidden_layers=len(layers), first_k_dense_replace=n_dense)

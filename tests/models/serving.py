@@ -97,9 +97,9 @@ def requests(n, seed, longest=40):
 
 
 @functools.cache
-def alone(prompts, method=HISA, stop_ids=None):
+def alone(prompts, method=HISA, stop_ids=None, kinds=("dense", "sparse")):
     """Tokens of each of these (tuples) by `generate`, without an engine and without shared pages."""
-    return models.generate(model(method), prompts, N_NEW, chunk=CHUNK, stop_ids=stop_ids).tokens
+    return models.generate(model(method, kinds), prompts, N_NEW, chunk=CHUNK, stop_ids=stop_ids).tokens
 
 
 def engine(made=None, draft=lookup, **options):

@@ -19,18 +19,19 @@ from hisa_jax.models.tokens import Bytes, load_tokenizer
 from . import golden, serving
 
 FOLDER = golden.FOLDER / "glm5"
+ONE_LAYER = ("glm5", (2,))  # with experts
 PROMPTS = [[5, 17, 30, 41, 52, 63, 74, 85, 96, 7, 18, 29, 40], [90, 80, 70, 60, 50, 40, 30, 20, 10]]
 
 
 @pytest.fixture(scope="module")
 def greedy():
-    return models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8)
+    return models.generate(golden.some_layers(*ONE_LAYER), PROMPTS, 3, chunk=8)
 
 
 @pytest.mark.slow
 def test_a_batch_of_unequal_prompts_continues_each_as_if_alone(greedy):
     for prompt, tokens in zip(PROMPTS, greedy.tokens, strict=True):
-        alone = models.generate(golden.model("glm5"), [prompt], 3, chunk=8)
+        alone = models.generate(golden.some_layers(*ONE_LAYER), [prompt], 3, chunk=8)
         assert alone.tokens == [tokens] and len(tokens) == 3
 
 
@@ -42,7 +43,7 @@ def test_it_counts_and_times(greedy):
 def test_another_number_of_new_tokens_runs_the_same_programs(greedy):
     found, programs = {}, set()
     for n in (3, 2):
-        found[n] = models.generate(golden.model("glm5"), PROMPTS, n, chunk=8).tokens
+        found[n] = models.generate(golden.some_layers(*ONE_LAYER), PROMPTS, n, chunk=8).tokens
         programs.add(_decode._cache_size())
     assert found == {3: greedy.tokens, 2: [row[:2] for row in greedy.tokens]} and len(programs) == 1
     assert [_room(n, False) for n in (1, 32, 33, 100, 1000)] == [32, 32, 64, 128, 1024]
@@ -53,7 +54,7 @@ def test_another_number_of_new_tokens_runs_the_same_programs(greedy):
 def test_a_stop_token_ends_its_row_alone(greedy):
     first, second = greedy.tokens
     stop, at = next((token, i) for i, token in enumerate(first) if i and token not in (*first[:i], *second))
-    stopped = models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8, stop_ids=[stop])
+    stopped = models.generate(golden.some_layers(*ONE_LAYER), PROMPTS, 3, chunk=8, stop_ids=[stop])
     assert stopped.tokens == [first[: at + 1], second]
 
 
@@ -66,7 +67,9 @@ def test_a_token_is_taken_from_logits_with_a_finite_maximum_alone():
 @pytest.mark.slow
 def test_draws_depend_on_the_seed_and_the_temperature_alone(greedy):
     def draw(seed, temperature):
-        return models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8, temperature=temperature, seed=seed).tokens
+        return models.generate(
+            golden.some_layers(*ONE_LAYER), PROMPTS, 3, chunk=8, temperature=temperature, seed=seed
+        ).tokens
 
     assert draw(0, 1.0) == draw(0, 1.0) != draw(1, 1.0)
     assert draw(0, 1e-4) == greedy.tokens
@@ -95,13 +98,13 @@ def test_prompts_are_padded_on_the_left_to_whole_chunks():
 @pytest.mark.parametrize("temperature", [1e-46, 1e-39, 1e-38])
 def test_a_tiny_temperature_draws_the_likeliest_tokens(temperature):
     """Divided by such numbers, logits would be infinite, those that are alike too."""
-    drawn = models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8, temperature=temperature).tokens
-    assert drawn == models.generate(golden.model("glm5"), PROMPTS, 3, chunk=8).tokens
+    drawn = models.generate(golden.some_layers(*ONE_LAYER), PROMPTS, 3, chunk=8, temperature=temperature).tokens
+    assert drawn == models.generate(golden.some_layers(*ONE_LAYER), PROMPTS, 3, chunk=8).tokens
 
 
 @pytest.mark.exhaustive
 def test_a_chunk_larger_than_the_model_takes_no_more_memory_than_its_positions():
-    assert models.generate(golden.model("glm5"), [[1, 2]], 1, chunk=10**12).prompt_tokens == 2
+    assert models.generate(golden.some_layers(*ONE_LAYER), [[1, 2]], 1, chunk=10**12).prompt_tokens == 2
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ def test_a_chunk_larger_than_the_model_takes_no_more_memory_than_its_positions()
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        models.generate(golden.model("glm5"), **{"prompts": [[1]], "max_new_tokens": 1} | arguments)
+        models.generate(golden.some_layers(*ONE_LAYER), **{"prompts": [[1]], "max_new_tokens": 1} | arguments)
 
 
 @pytest.mark.parametrize("request_", serving.BAD_REQUESTS, ids=lambda request: request[-1])
@@ -167,9 +170,9 @@ def command(*arguments, tokens=3):
 
 @pytest.mark.slow
 def test_the_command_continues_text_byte_by_byte(capsys):
-    assert command("--prompt", "HISA 2026", "--warm-up") == 0
+    assert command("--prompt", "HISA 2026", "--warm-up", "--checkpoint", str(golden.folder_of(*ONE_LAYER))) == 0
     out, err = capsys.readouterr()
-    want = models.generate(golden.model("glm5"), [list(b"HISA 2026")], 3).tokens[0]
+    want = models.generate(golden.some_layers(*ONE_LAYER), [list(b"HISA 2026")], 3, chunk=16).tokens[0]
     assert out == Bytes(101).decode(want) + "\n"
     assert "tokens/s" in err and "compilation" not in err and "recall" not in err
 

@@ -83,7 +83,9 @@ def test_other_settings_give_the_logits_of_the_public_code(case):
     golden.assert_close(golden.run(golden.model(case), golden.ids(case)).logits, numbers["logits"], golden.LOGITS)
 
 
-@pytest.mark.parametrize("case", [*golden.CASES, *golden.VARIANTS])
+@pytest.mark.parametrize(  # the other settings have the test before
+    "case", [*golden.CASES, *(pytest.param(case, marks=pytest.mark.exhaustive) for case in golden.VARIANTS)]
+)
 def test_a_left_padded_batch_gives_the_logits_of_the_public_code(case):
     numbers = golden.numbers(case)
     tokens = jnp.asarray(numbers.get("padded.input_ids", numbers["input_ids"]))

@@ -45,7 +45,7 @@ def test_quantised_index_keys_select_nearly_the_same(dtype, scale):
 @pytest.mark.slow
 def test_quantised_index_keys_are_cached_as_such():
     settings = {"index_key_dtype": "float8_e4m3fn", "index_hadamard": True}
-    model = golden.with_config("dsv32", **settings)
+    model = golden.with_config(golden.folder_of("dsv32", (1,)), **settings)
     tokens = golden.ids("dsv32")
     whole = golden.run(model, tokens)
     first = golden.run(model, tokens[:, :20], model.empty_cache(2, 40))

@@ -82,7 +82,7 @@ def part(arguments, at):
 @functools.cache
 def whole(name):
     indexer, arguments, _ = case(name)
-    return indexer(**in_jax(arguments), return_scores=True)
+    return jax.jit(functools.partial(indexer, return_scores=True))(**in_jax(arguments))
 
 
 @pytest.mark.parametrize("name", CASES)

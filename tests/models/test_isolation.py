@@ -1,7 +1,6 @@
 """Nothing leaves a trace but what is selected: NaN and Inf elsewhere change no bit, nor do they in another row.
 
-Two compiled programs a case and form, of 20 columns and of 1, whatever they are fed. In the gate HISA has both forms,
-the others one each.
+Two compiled programs a case and form, of 20 columns and of 1, whatever they are fed. In the gate a case has one form.
 """
 
 import dataclasses
@@ -27,15 +26,13 @@ LENGTHS = (17, 9)
 WIDTH = 20
 # Layers of the checkpoint that are kept, how they select, how index keys are stored. glm52 shares selections.
 CASES = {
-    "glm52-hisa": ("glm52", [0, 5, 6], hj.Hisa(topk=8, block_size=4, block_topk=2), None),
-    "dsv32-flat-e4m3": ("dsv32", [0, 1], hj.Dsa(topk=8), "float8_e4m3fn"),
+    "glm52-hisa": ("glm52", [0, 5], hj.Hisa(topk=8, block_size=4, block_topk=2), None),
+    "dsv32-flat-e4m3": ("dsv32", [1], hj.Dsa(topk=8), "float8_e4m3fn"),
     "glm5-scan": ("glm5", [0], hj.Scan(topk=8, candidates=10, exact_heads=1, unit=2, sketch="int4"), None),
 }
 both = pytest.mark.parametrize("form", ["expanded", "absorbed"])
 each_case = pytest.mark.parametrize("case", CASES)
-some = pytest.mark.gate(
-    "glm52-hisa-expanded", "glm52-hisa-absorbed", "dsv32-flat-e4m3-absorbed", "glm5-scan-expanded"
-)  # fmt: skip
+some = pytest.mark.gate("glm52-hisa-absorbed", "dsv32-flat-e4m3-absorbed", "glm5-scan-expanded")
 
 
 @functools.cache
@@ -96,7 +93,7 @@ def poisoned(cache, value, lengths=LENGTHS):
             return None
         filling = value if jnp.issubdtype(x.dtype, jnp.floating) else 0 if value == 0 else 255
         keep = keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim))
-        return jnp.where(keep, x, jnp.asarray(filling, x.dtype))
+        return np.where(keep, np.asarray(x), np.asarray(filling).astype(x.dtype))
 
     layers = tuple(
         dataclasses.replace(
@@ -152,13 +149,18 @@ def test_expanded_attention_to_a_poisoned_latent_is_nan_and_others_keep_their_bi
     rng = np.random.default_rng(0)
     B, T, S, N, P, R, L, V = 1, 5, 12, 2, 6, 4, 8, 6
     q_nope, q_rope, kv, k_b, v_b = (
-        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        rng.standard_normal(shape).astype(np.float32)
         for shape in ((B, T, N, P), (B, T, N, R), (B, S, L + R), (L, N, P), (L, N, V))
     )
     indices = jnp.asarray([[[0, 1, -1], [2, 4, 7], [7, 9, 1], [-1, -1, -1], [3, 5, 6]]], jnp.int32)
-    want = expanded(q_nope, q_rope, kv.at[0, 7].set(0), indices, k_b, v_b, 0.3)
+    attend = jax.jit(lambda kv: expanded(q_nope, q_rope, kv, indices, k_b, v_b, 0.3))
+    zeroed = kv.copy()
+    zeroed[0, 7] = 0
+    want = attend(zeroed)
     for column in (0, L, L + R - 1):  # of the latent, of the rope key
-        got = np.asarray(expanded(q_nope, q_rope, kv.at[0, 7, column].set(value), indices, k_b, v_b, 0.3))
+        poisoned = kv.copy()
+        poisoned[0, 7, column] = value
+        got = np.asarray(attend(poisoned))
         assert np.isnan(got[0, [1, 2]]).all()
         np.testing.assert_array_equal(got[0, [0, 3, 4]], want[0, [0, 3, 4]])
 
@@ -200,9 +202,10 @@ def test_a_row_of_nan_changes_no_bit_of_another(case, form):
 
 
 @both
+@pytest.mark.gate("expanded")  # an embedding is looked up before there is a form
 def test_an_id_outside_the_vocabulary_is_nan_and_changes_no_bit_of_another_row(form):
     """Under jit, where nothing can be raised; padding may have any id."""
-    case = "glm52-hisa"
+    case = "glm5-scan"
     net, ids, mask = model(case), tokens(case)[:, :WIDTH], np.ones((2, WIDTH), bool)
     mask[1, :4] = False
     cache = dataclasses.replace(prompts(case, form), lengths=jnp.zeros((2,), jnp.int32))

@@ -12,7 +12,8 @@ import hisa_jax as hj
 from hisa_jax import models
 from tests.models import golden
 
-CASE, PROMPTS = "glm5", [[3, 5, 9, 2, 44], [7, 8]]  # unlike lengths, so that there is padding
+CASE, LAYERS = "glm5", (0, 2)  # one of each kind
+PROMPTS = [[3, 5, 9, 2, 44], [7, 8]]  # unlike lengths, so that there is padding
 METHOD = hj.Hisa(topk=8, block_size=2, block_topk=5)
 MODES = {
     "auto_mesh": lambda: jax.set_mesh(models.make_mesh(1, 1)),
@@ -27,7 +28,7 @@ MODES = {
 
 def logits(method=None):
     """Of a model that is loaded in the mode."""
-    model = models.from_pretrained(golden.FOLDER / CASE, method)
+    model = models.from_pretrained(golden.folder_of(CASE, LAYERS), method)
     return model, nnx.jit(lambda model, ids: model(ids))(model, golden.ids(CASE))
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
     "checks",
     [
         pytest.param(["tensor_and_data_parallel", "explicit_mesh_of_one_axis"], marks=pytest.mark.oldest),
-        pytest.param(["generation", "save_here_restore_there"], marks=pytest.mark.slow),
+        pytest.param(["save_here_restore_there"], marks=pytest.mark.slow),
         ["many_tokens_read_gathered_pages"],
         pytest.param(
             ["many_tokens_of_8_bits_read_gathered_pages_and_few_read_them_where_they_lie"], marks=pytest.mark.exhaustive
@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
             marks=pytest.mark.exhaustive,
         ),
         pytest.param(["quantised_keys_and_hisa", "the_self_check"], marks=pytest.mark.exhaustive),
+        pytest.param(["generation"], marks=pytest.mark.exhaustive),  # test_engine_meshes.py makes tokens on a mesh
         pytest.param(["replayed_rollouts"], marks=pytest.mark.exhaustive),
     ],
     ids="+".join,

@@ -39,7 +39,8 @@ def inputs(model, phase, S, dtype):
         pytest.param("dsv32", "prefill", 128 * K, "bf16", marks=pytest.mark.exhaustive),
         pytest.param("glm5", "prefill", 32 * K, "int8", marks=pytest.mark.exhaustive),
         ("glm52", "prefill", 1024 * K, "bf16"),  # keys copied block by block
-        ("dsv32", "decode128", 128 * K, "bf16"),
+        # Decoding on pages is in test_ragged.py.
+        pytest.param("dsv32", "decode128", 128 * K, "bf16", marks=pytest.mark.exhaustive),
         pytest.param("glm52", "decode1", 1024 * K, "int8", marks=pytest.mark.exhaustive),
     ],
 )

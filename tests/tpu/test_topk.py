@@ -63,7 +63,7 @@ def test_takes_the_largest_and_the_lowest_columns_of_ties(kind, interpret):
     ("T", "W", "k", "tiles"),
     [
         pytest.param(1, 1, 1, 1, marks=pytest.mark.exhaustive),
-        (3, 100, 200, 1),  # fewer candidates than are wanted
+        pytest.param(3, 100, 200, 1, marks=pytest.mark.exhaustive),  # fewer candidates than are wanted
         (17, 1025, 64, 2),  # a filter of blocks, odd numbers everywhere
         pytest.param(8, 8192, 2048, 1, marks=pytest.mark.exhaustive),  # the candidates of dsv32
         pytest.param(
