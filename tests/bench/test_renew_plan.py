@@ -7,6 +7,7 @@ import fnmatch
 import functools
 import importlib
 import json
+import re
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -195,10 +196,13 @@ def test_a_job_gives_the_rows_that_end_in_the_time_there_is():
 
 
 def test_the_plan_needs_no_gpu(capsys):
+    """Which of the committed rows are due, and so come first, changes with every run on a GPU."""
     assert bench(["renew", "--plan", "--only", "gpu:flat*", "serve:dsa:model=2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:-1]] == ["gpu:flat", "gpu:flat_decode", "serve:dsa:model=2"]
-    assert "not there" in lines[1] and "of 14 rows are due" in lines[-1]
+    jobs = {line.split()[0]: line for line in lines[1:-1]}
+    assert jobs.keys() == {"gpu:flat", "gpu:flat_decode", "serve:dsa:model=2"}
+    said = re.compile("not there|older than the code|of code that is not known|of this code")
+    assert all(said.search(line) for line in jobs.values()) and re.match(r"\d+ of 14 rows are due", lines[-1])
 
 
 @pytest.mark.parametrize(
