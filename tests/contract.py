@@ -56,8 +56,6 @@ each_hierarchical = parameterized.named_parameters(HIERARCHICAL.items())
 
 # Tests that differ by values alone share this shape, and so a compiled program.
 STANDARD = draw.Shape(2, 8, 150, 4, 32)
-
-
 STANDARD_QUERIES = (STANDARD.B, STANDARD.T, STANDARD.H, STANDARD.D)
 _as_one_program = jax.jit(
     hj.select, static_argnames=("method", "implementation", "return_scores", "return_blocks", "tiles")

@@ -22,7 +22,7 @@ from bench.gpu.rows import rows
 from bench.gpu.span import AS_A_GRAPH, clock_mhz, spans
 from bench.timing import device_times, in_turn
 
-_IN_A_ROW = 5
+_IN_A_ROW = 5  # calls that are compared with the one that was checked
 _KERNELS = 8  # of a row, those that take longest are written down
 
 
@@ -71,7 +71,11 @@ def measure(row: Row, samples: int) -> dict:
 
 
 def check_again(first: Any, call: Callable[[], Any]) -> None:
-    """Calls in a row have the bits of the first one, which was checked: what races does so where nothing is cold."""
+    """Some calls in a row must have the bits of `first`, which was checked.
+
+    A race may show where caches are warm and no call waits, and not in a first call. A row that writes over its
+    operands cannot be called again like that.
+    """
     for result in [call() for _ in range(_IN_A_ROW)]:
         for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(result), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), "calls in a row have other bits than the first"

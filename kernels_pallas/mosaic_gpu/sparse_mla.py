@@ -6,7 +6,7 @@ L2 to the SMs 19.3 GB (each group of 64 heads reads the tokens) = 1.8 ms at the 
 shared memory 2.7 ms (304 KB of operands and copies a tile of 64 tokens, at 128 B a cycle). None of them is the limit at
 4.06 ms: without any copies it takes 3.65. Scores of a tile and values of the one before share the tensor core, and what
 follows the scores, the softmax, leaves it idle. Values that wait until they are under the softmax take longer still,
-since with two slots tiles then land too late (docs/notes/gpu-log.md).
+presumably since with two slots tiles then land too late (docs/notes/gpu-log.md).
 
 A CTA takes 64 heads of a query, one CTA an SM, persistent over queries. Warp-groups: one that copies, one that scores,
 two with half of the value columns each. With few queries (decode) lists are split and `combine` adds up the parts.

@@ -86,7 +86,7 @@ FAULTS = [  # and a judge that must see it
 ]
 
 
-@pytest.mark.gate("one_token_too_many_visible", "latents_of_no_token")  # of a batch, and of pages
+@pytest.mark.gate("one_token_too_many_visible", "pages_in_the_order_of_their_ids", "latents_of_no_token")
 @pytest.mark.parametrize(("fault", "judge"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
 def test_a_fault_is_found_and_made_small(fault, judge, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "_MOST_SHOWN", 1)

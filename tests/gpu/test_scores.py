@@ -155,6 +155,18 @@ def test_scattered_rows_on_the_device(H, D, dtype, n_parts, n_keys):
     check_scattered(H, D, dtype, n_parts, n_keys, 200, False, 8)
 
 
+def test_a_tile_goes_back_after_what_ptxas_cannot_know():
+    """An operand may be a number when a call is traced. Then ptxas leaves out what holds the arrival back."""
+    shape = Shape(
+        H=64, row_bytes=128, n_parts=1, is_e4m3=True, ring=4, has_scale=True, keep_first=0, keep_last=0,
+        out_columns=1024, filters=False,
+    )  # fmt: skip
+    ptx = loop_ptx(shape)
+    (mask,) = re.findall(r"and\.b32 t, t, (\w+); add\.u32 t, t, \$K_FREE;", ptx)
+    sources = {x for written in re.findall(rf"\w+\.\w+ {mask}, ([^;]*);", ptx) for x in written.split(", ")}
+    assert sources == {"%smid", mask, "16"}
+
+
 @pytest.mark.parametrize(("H", "together"), [(16, 1), (32, 2), (64, 1), (128, 1)])
 @pytest.mark.parametrize(("row_bytes", "n_parts"), [(64, 2), (128, 1), (256, 1)])
 @pytest.mark.parametrize("filters", [False, True])
