@@ -98,7 +98,7 @@ def refine(
         n_ctas: how many persistent CTAs; the SMs of the device.
     """
     T = operands.q.shape[0]
-    plan = _plan_of(operands, kept, k_top, config, min(n_ctas, T), interpret)
+    plan = plan_of(operands, kept, k_top, config, min(n_ctas, T), interpret)
     out_type = [jax.ShapeDtypeStruct((T, k_top), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)]
     indices, count = _launch(refine_body.refine_body, plan, out_type, operands, kept)
     return indices, count
@@ -130,14 +130,14 @@ def refine_scores(
         first=jnp.repeat(kept.first, n_parts),
         count=kept.count if n_parts == 1 else None,
     )
-    plan = _plan_of(operands, kept, None, config, min(n_ctas, T * n_parts), interpret)
+    plan = plan_of(operands, kept, None, config, min(n_ctas, T * n_parts), interpret)
     out_type = [jax.ShapeDtypeStruct((plan.T, plan.width), jnp.int32)]
     return _launch(refine_body.refine_scores_body, plan, out_type, operands, kept)[0].reshape(T, -1)
 
 
 def meta_of(kept: KeptBlocks, plan: Plan) -> Array:
     """[T, m + META] int32: what a CTA must know about a query, in one copy."""
-    if plan.n_parts > 1:
+    if plan.n_parts > 1 and kept.count is None:
         n_tiles = jnp.full_like(kept.visible, plan.width // plan.tile_s)
     else:
         n_tiles = (kept.n_real * plan.block_size + plan.columns - 1) // plan.columns * (plan.columns // plan.tile_s)
@@ -160,7 +160,7 @@ def _n_listed(n: int) -> int:
     return -(-n // unit) * unit
 
 
-def _plan_of(
+def plan_of(
     operands: Operands, kept: KeptBlocks, k_top: int | None, config: Config, n_ctas: int, interpret: Interpret
 ) -> Plan:
     q, _, k, k_scale, pages = operands
@@ -188,12 +188,16 @@ def _plan_of(
     )
 
 
-def _launch(body: Ref, plan: Plan, out_type: list, operands: Operands, kept: KeptBlocks) -> list[Array]:
+def inputs_of(operands: Operands, kept: KeptBlocks, plan: Plan) -> Inputs:
     q, w, k, k_scale, pages = operands
     meta = meta_of(kept, plan)
     if pages is not None:
         # One array, so that one kernel of XLA makes it.
         meta = jnp.concatenate([meta, pages_of(kept, pages)], axis=1)
+    return Inputs(meta, q, w, k, k_scale)
+
+
+def _launch(body: Ref, plan: Plan, out_type: list, operands: Operands, kept: KeptBlocks) -> list[Array]:
     return plgpu.kernel(
         functools.partial(body, plan),
         out_type=out_type,
@@ -204,7 +208,7 @@ def _launch(body: Ref, plan: Plan, out_type: list, operands: Operands, kept: Kep
         scratch_types=[smem_of(plan)],
         kernel_name="hisa_refine",
         interpret=plan.interpret,
-    )(Inputs(meta, q, w, k, k_scale))
+    )(inputs_of(operands, kept, plan))
 
 
 def smem_of(plan: Plan) -> Smem:

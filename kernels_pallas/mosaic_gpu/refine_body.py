@@ -121,7 +121,9 @@ class Smem(NamedTuple):
     q_full: Ref = None  # of a query's copies: meta, pages, q, w
     q: Ref = None  # [2, H, D]
     ready: Ref = None  # `landed` has been made
+    row: Ref = None  # words, the sort keys of a query among them, that all who score select from
     scale: Ref = None  # [ring, tile_s]
+    scored: Ref = None  # of those that score: their sort keys are in `row`
     sort_keys_free: Ref = None  # of the warp-group that selects
     sort_keys_full: Ref = None  # of those that score
     sort_keys: Ref = None  # [n_sort_keys, width]
@@ -140,24 +142,27 @@ def refine_body(plan: Plan, gmem: Inputs, o_gmem: Ref, count_gmem: Ref, smem: Sm
     #
     # A warp-group meets every `n_score`th tile. The ring is a multiple of that, so its slots repeat with its turns, and
     # it sees every phase of those slots.
-    role = lax.axis_index("warpgroup")
-    pl.when(role < plan.n_score)(lambda: score(plan, role, None, smem))
-    pl.when(role == plan.n_score)(lambda: load_keys(plan, gmem, smem))
+    role, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+    pl.when(role < plan.n_score)(lambda: score(plan, cta, role, smem))
+    pl.when(role == plan.n_score)(lambda: load_keys(plan, cta, gmem, smem))
     out = Outputs(o_gmem, count_gmem, None)
-    pl.when(role == plan.n_score + 1)(lambda: select(plan, None, out, smem))
+    pl.when(role == plan.n_score + 1)(lambda: select(plan, cta, None, out, smem))
 
 
 def refine_scores_body(plan: Plan, gmem: Inputs, sort_keys_gmem: Ref, smem: Smem) -> None:
     # As `refine_body` without the selector: sort keys go to device memory.
-    role = lax.axis_index("warpgroup")
-    pl.when(role < plan.n_score)(lambda: score(plan, role, sort_keys_gmem, smem))
-    pl.when(role == plan.n_score)(lambda: load_keys(plan, gmem, smem))
+    role, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+
+    def store(t: Array, first: Array, sort_key: Array) -> None:
+        store_lanes(sort_keys_gmem, t, first, plan.tile_s, sort_key, plan.interpret)
+
+    pl.when(role < plan.n_score)(lambda: score(plan, cta, role, smem, store))
+    pl.when(role == plan.n_score)(lambda: load_keys(plan, cta, gmem, smem))
 
 
-def load_keys(plan: Plan, gmem: Inputs, smem: Smem) -> None:
+def load_keys(plan: Plan, cta: Array, gmem: Inputs, smem: Smem) -> None:
     """Brings each query with its lists, then the tiles of its blocks."""
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-    cta = lax.axis_index("cta")
     n_queries = plan.queries(cta)
 
     def one_query(i, _):
@@ -210,18 +215,19 @@ def copy_query(plan: Plan, gmem: Inputs, smem: Smem, t: Array, slot: Array) -> N
 
 def score(
     plan: Plan,
+    cta: Array,
     group: Array,
-    sort_keys_gmem: Ref | None,
     smem: Smem,
+    store: Callable[[Array, Array, Array], None] | None = None,
     wait: Callable[[Array, Array], None] | None = None,
 ) -> None:
-    """Sort keys of this warp-group's tiles, to the selector's row or, without one, to device memory.
+    """Sort keys of this warp-group's tiles.
 
     Args:
+        store: puts those of query t, from a column on, where they belong; None: they go to the selector's row.
         wait: for a slot of the ring to be filled, for the n-th time.
     """
     plgpu.set_max_registers(plan.score_registers, action="increase")
-    cta = lax.axis_index("cta")
     # Nothing is in use yet: every buffer is handed to the loader once.
     for turn in range(plan.ring // plan.n_score):
         plgpu.barrier_arrive(smem.k_free.at[turn * plan.n_score + group])
@@ -264,8 +270,11 @@ def score(
                 scores = scores * scale
             is_visible = _positions(plan, smem.meta, query_slot, j, key) < visible
             sort_key = jnp.where(is_visible, sort_key_of(scores), INVISIBLE)
-            target, row = (smem.sort_keys, sort_key_slot) if plan.selects else (sort_keys_gmem, t)
-            store_lanes(target, row, j * plan.tile_s, plan.tile_s, sort_key, plan.interpret)
+            if store is None:
+                row, first = sort_key_slot, j * plan.tile_s
+                store_lanes(smem.sort_keys, row, first, plan.tile_s, sort_key, plan.interpret)
+            else:
+                store(t, j * plan.tile_s, sort_key)
             return _
 
         lax.fori_loop(0, n_tiles // plan.n_score, one_tile, None)
@@ -279,10 +288,9 @@ def score(
         wait_all(smem.sort_keys_free, plan.n_sort_keys)
 
 
-def select(plan: Plan, tokens_gmem: Ref | None, outputs: Outputs, smem: Smem) -> None:
+def select(plan: Plan, cta: Array, tokens_gmem: Ref | None, outputs: Outputs, smem: Smem) -> None:
     """The best of each query's sort keys, while the other warp-groups score the next query."""
     plgpu.set_max_registers(SELECT_REGISTERS, action="decrease")
-    cta = lax.axis_index("cta")
     for slot in range(2):
         plgpu.barrier_arrive(smem.q_free.at[slot])
     for sort_key_slot in range(plan.n_sort_keys):

@@ -27,7 +27,7 @@ def refine_tokens_body(plan: Plan, gmem: Inputs, out: Outputs, smem: Smem) -> No
     # reads it some tiles ahead and the selector looks up what it has chosen.
     #
     # In interpret mode, which cannot run PTX, `load_interpreted` loads and `k_full` stands for `landed`.
-    role = lax.axis_index("warpgroup")
+    role, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
 
     def wait(slot: Array, lap: Array) -> None:
         if plan.interpret:
@@ -36,15 +36,14 @@ def refine_tokens_body(plan: Plan, gmem: Inputs, out: Outputs, smem: Smem) -> No
             gather.wait_landed(Row(smem.landed, slot, BARRIER_WORDS), lap)
 
     load = load_interpreted if plan.interpret else load_tokens
-    pl.when(role < plan.n_score)(lambda: score(plan, role, None, smem, wait))
-    pl.when(role == plan.n_score)(lambda: load(plan, gmem, smem))
-    pl.when(role == plan.n_score + 1)(lambda: select(plan, gmem.tokens, out, smem))
+    pl.when(role < plan.n_score)(lambda: score(plan, cta, role, smem, wait=wait))
+    pl.when(role == plan.n_score)(lambda: load(plan, cta, gmem, smem))
+    pl.when(role == plan.n_score + 1)(lambda: select(plan, cta, gmem.tokens, out, smem))
 
 
-def load_tokens(plan: Plan, gmem: Inputs, smem: Smem) -> None:
+def load_tokens(plan: Plan, cta: Array, gmem: Inputs, smem: Smem) -> None:
     """Each warp brings a quarter of the rows of each tile; the first one brings the queries, too."""
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-    cta = lax.axis_index("cta")
     listed = gmem.tokens if gmem.rows is None else gmem.rows
     gather.init_landed(smem.landed, (4 * ROWS_PER_WARP,) * plan.ring)
     plgpu.barrier_arrive(smem.ready)
@@ -98,9 +97,8 @@ def load_tokens(plan: Plan, gmem: Inputs, smem: Smem) -> None:
     plgpu.warp_map(one_warp)
 
 
-def load_interpreted(plan: Plan, gmem: Inputs, smem: Smem) -> None:
+def load_interpreted(plan: Plan, cta: Array, gmem: Inputs, smem: Smem) -> None:
     """`load_tokens` in jnp, for interpret mode, which cannot run PTX."""
-    cta = lax.axis_index("cta")
 
     def one_query(i, _):
         t, query_slot = cta + i * plan.n_ctas, i % 2

@@ -15,8 +15,9 @@ from hisa_jax.kernels_pallas.mosaic_gpu import flat as flat_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import list_best as list_best_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import list_tokens as list_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine as refine_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import refine_few as few_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens as refine_tokens_stage
-from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens_few as refine_few_stage
+from hisa_jax.kernels_pallas.mosaic_gpu import refine_tokens_few as tokens_few_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scan as scan_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scan_sketch as sketch_stage
 from hisa_jax.kernels_pallas.mosaic_gpu import scan_slopes as slopes_stage
@@ -163,15 +164,19 @@ def best_columns(x: Array, limit: Array, k: int, interpret: Interpret = False) -
 
 
 def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret = False) -> tuple[Array, Array]:
-    """`refine.refine`, or its scores and then `topk`, where queries are fewer than CTAs or outgrow shared memory."""
+    """`refine_few.refine_few` or `refine.refine`; or scores and then `topk`, of what outgrows shared memory."""
     (T, H, D), m, itemsize, n_ctas = call.q.shape, block_ids.shape[1], call.k.dtype.itemsize, n_sms()
     block_size, topk, pages = method.block_size, method.topk, call.pages
     kept = _kept(call, block_ids, block_size)
     if not has_ratio(method):
         # A query has as many kept blocks as it sees, as far as the filter keeps so many.
         kept = dataclasses.replace(kept, count=jnp.minimum(-(-call.visible // block_size), m))
-    n_parts = refine_stage.split(T, m, block_size, _apart(H), n_ctas)
     page_size = None if pages is None else pages.size
+    few = few_stage.heuristic(T, H, D, m, block_size, itemsize, topk, n_ctas, page_size)
+    if few is not None:
+        few = dataclasses.replace(few, n_ctas=1) if interpret else few
+        return few_stage.refine_few(call.operands, kept, k_top=topk, config=few, interpret=interpret)
+    n_parts = refine_stage.split(T, m, block_size, _apart(H), n_ctas)
     fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size)
     if fused is not None and n_parts == 1:
         shape = dict(H=H, D=D, m=m, block_size=block_size, itemsize=itemsize)
@@ -360,13 +365,13 @@ def best_listed(call: FlatCall, tokens: Array, count: Array, k: int, interpret: 
 def _listed_scores(call: FlatCall, tokens: Array, count: Array, interpret: Interpret) -> tuple[Array, Array]:
     """`refine_tokens_few.refine_tokens_scores`, or Triton's of what that declines; and tokens in as many columns."""
     T, H, D = call.q.shape
-    if refine_few_stage.why_not(H, D, call.k.dtype.itemsize):
+    if tokens_few_stage.why_not(H, D, call.k.dtype.itemsize):
         sort_keys, listed = triton_stages.listed_scores(call, tokens, count, bool(interpret))
         return sort_keys, listed.ids
-    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % refine_few_stage.COLUMNS)), constant_values=-1)
-    first, steps = call.sequences.key_start_of_queries(T), refine_few_stage.heuristic(T, tokens.shape[1], n_sms())
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % tokens_few_stage.COLUMNS)), constant_values=-1)
+    first, steps = call.sequences.key_start_of_queries(T), tokens_few_stage.heuristic(T, tokens.shape[1], n_sms())
     lists = tokens, count, first
-    return refine_few_stage.refine_tokens_scores(call.operands, *lists, steps=steps, interpret=interpret), tokens
+    return tokens_few_stage.refine_tokens_scores(call.operands, *lists, steps=steps, interpret=interpret), tokens
 
 
 def units(call: FlatCall, method: BlockSparse, interpret: Interpret = False) -> Array:

@@ -76,8 +76,8 @@ def head_sum(products: Array, w: Array, interpret: Interpret) -> Array:
                     pair, weights = products.registers[half, octet, 0, 0, g].item(), w.registers[octet].item()
                     for column in range(2):
                         # One multiply-add a product; the first is a product alone, which saves clearing the sum.
-                        x = arith.maximumf(_element(pair, column), utils.c(0.0, ir.F32Type.get()))
-                        weight = _element(weights, column)
+                        x = arith.maximumf(element(pair, column), utils.c(0.0, ir.F32Type.get()))
+                        weight = element(weights, column)
                         total = arith.mulf(x, weight) if total is None else mlir_math.fma(x, weight, total)
                 sums.append(total)
         return _to_lanes(_scatter_sum(sums))
@@ -92,7 +92,7 @@ def keys_of_lanes(n_keys: int, interpret: Interpret) -> Array:
 
     @plgpu.inline_mgpu(return_type=_lanes(jnp.int32))
     def keys(_ctx):
-        return _to_lanes(_key_of_lane(n_keys), is_signed=True)
+        return _to_lanes(key_of_lane(n_keys), is_signed=True)
 
     return keys()
 
@@ -105,7 +105,7 @@ def load_lanes(ref: Ref, row: Array, n_keys: int, interpret: Interpret) -> Array
 
     @plgpu.inline_mgpu(arg_types=(REF, SPLAT), return_type=_lanes(jnp.float32))
     def load(_ctx, ref, row):
-        address = address_of(ref, row.registers.item(), width, _key_of_lane(n_keys))
+        address = address_of(ref, row.registers.item(), width, key_of_lane(n_keys))
         value = utils.inline_ptx(
             "ld.shared.f32 $0, [$1];", address, result_types=ir.F32Type.get(), has_side_effects=True
         )
@@ -138,16 +138,16 @@ def store_lanes(ref: Ref, row: Array, first: Array, n_keys: int, values: Array, 
 
     @plgpu.inline_mgpu(arg_types=(REF, SPLAT, SPLAT, LANES))
     def store(_ctx, ref, row, first, values):
-        column = arith.addi(first.registers.item(), _key_of_lane(n_keys))
+        column = arith.addi(first.registers.item(), key_of_lane(n_keys))
         pointer = address_of(ref, row.registers.item(), width, column)
         space = "shared" if utils.is_smem_ref(ref) else "global"
-        value = _element(values.registers.flat[0], 0)
+        value = element(values.registers.flat[0], 0)
         utils.inline_ptx(f"st.{space}.b32 [$0], $1;", pointer, value, has_side_effects=True)
 
     store(ref, row, first, values)
 
 
-def _key_of_lane(n_keys: int) -> ir.Value:
+def key_of_lane(n_keys: int) -> ir.Value:
     """The row of the accumulator that `_scatter_sum` leaves in this thread."""
     word = i32()
     thread = utils.inline_ptx("mov.u32 $0, %tid.x;", result_types=word)
@@ -160,7 +160,7 @@ def _key_of_lane(n_keys: int) -> ir.Value:
 
 
 def _scatter_sum(sums: list[ir.Value]) -> ir.Value:
-    """Sums over the four lanes of a row, each lane keeping one of the lane's two or four rows (see `_key_of_lane`)."""
+    """Sums over the four lanes of a row, each lane keeping one of the lane's two or four rows (see `key_of_lane`)."""
     lane = utils.inline_ptx("mov.u32 $0, %laneid;", result_types=i32())
     for bit in (1, 2):
         # Each lane gives away the half of its rows that the lane `bit` further keeps, and adds what it is given.
@@ -189,5 +189,5 @@ def _to_lanes(value: ir.Value, is_signed: bool | None = None) -> FragmentedArray
     )
 
 
-def _element(register: ir.Value, i: int) -> ir.Value:
+def element(register: ir.Value, i: int) -> ir.Value:
     return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))

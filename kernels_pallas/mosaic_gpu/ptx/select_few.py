@@ -8,14 +8,17 @@ in registers from the first pass to the last. A bin that is too long to be liste
 """
 
 from jax import Array
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import arith
 
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import REF, SPLAT, Row, address_of
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import select_ptx
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import LANES, element, key_of_lane
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import row_ptx, select_ptx
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import Output
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.threshold_text import Shape
-from hisa_jax.kernels_pallas.types import Ref
+from hisa_jax.kernels_pallas.types import Interpret, Ref
 
 
 def shape_of(width: int, k: int) -> Shape:
@@ -37,11 +40,33 @@ def own_position() -> str:
     return "mov.b32 base, column;"
 
 
-def choose(shape: Shape, x: Row, limit: Array, ids: Row | None, block_size: int, smem: Ref, out: Output) -> None:
-    """Writes the best of the first `limit` sort keys of a row; runs on all threads of the CTA.
+def store(
+    shape: Shape, smem: Ref, first: Array, n_keys: int, sort_keys: Array, *, n_ctas: int, interpret: Interpret
+) -> None:
+    """Puts sort keys in lane order, from column `first` on, where `choose` finds them if shape.is_there.
 
     Args:
-        x: of shape.width sort keys, or of groups of which so many are listed.
+        smem: as of `choose`; of `n_ctas` that share a row it is the first one's.
+    """
+    if interpret:
+        smem[pl.ds(first, n_keys)] = sort_keys
+        return
+    ptx = row_ptx(shape, n_ctas)
+
+    @plgpu.inline_mgpu(arg_types=(REF, SPLAT, LANES))
+    def run(_ctx, smem, first, sort_keys):
+        column = arith.addi(first.registers.item(), key_of_lane(n_keys))
+        value = element(sort_keys.registers.flat[0], 0)
+        utils.inline_ptx(ptx, column, utils.memref_ptr(smem), value, has_side_effects=True)
+
+    run(smem, first, sort_keys)
+
+
+def choose(shape: Shape, x: Row | None, limit: Array, ids: Row | None, block_size: int, smem: Ref, out: Output) -> None:
+    """Writes the best of the first `limit` sort keys of a row; runs on all threads of the CTA, or the first so many.
+
+    Args:
+        x: of shape.width sort keys, or of groups of which so many are listed; None if shape.is_there.
         ids: blocks that columns are of; if shape.is_listed, what each stands for; with shape.group the listed groups.
         smem: [shape.smem_bytes / 4] int32.
     """
@@ -49,7 +74,8 @@ def choose(shape: Shape, x: Row, limit: Array, ids: Row | None, block_size: int,
     if ids is not None:
         n_ids = ids.width
         position = lambda: block_position(block_size, n_ids)  # noqa: E731
-    ptx, ids = select_ptx(shape, position), ids or x
+    ptx, ids, x = select_ptx(shape, position), ids or x, x or ids
+    assert x is not None and ids is not None
     refs = [x.ref, ids.ref, out.positions, out.count, smem] + ([] if out.sort_keys is None else [out.sort_keys])
     scalars = [x.row, ids.row, limit, out.t]
 

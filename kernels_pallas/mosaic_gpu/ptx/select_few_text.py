@@ -1,7 +1,7 @@
 """The PTX of select_few.py: the exact top-k of one row by all threads of a CTA, its sort keys in registers.
 
 They are loaded so that each thread has neighbouring columns, `threshold_text.py` finds the threshold, and each thread
-writes what is chosen of its own.
+writes what is chosen of its own. Where kernels have just made them, they are in shared memory already.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.threshold_text import (
 )
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 
+ROW_OPERANDS = ("COLUMN", "SMEM", "SORT_KEY")
 OPERANDS = ("X", "LIMIT", "IDS", "O", "COUNT", "SMEM", "SORT_KEYS")
 _CHUNK = 4  # sort keys that a thread loads at a time
 
@@ -30,13 +31,26 @@ def select_ptx(shape: Shape, position: Callable[[], str]) -> str:
             up in. Not of listed columns, nor of listed groups.
     """
     text = f"""{registers(shape)}
-{_load_groups(shape) if shape.group else _load(shape)}
+{_load_own(shape) if shape.is_there else _load_groups(shape) if shape.group else _load(shape)}
 {threshold_ptx(shape)}
 emit:
 {_emit(shape, position)}
 out:
 """
     return scope(text, OPERANDS)
+
+
+def row_ptx(shape: Shape, n_ctas: int) -> str:
+    """Stores $SORT_KEY of $COLUMN in the shared memory of the first of `n_ctas` where a thread finds its own."""
+    store = f"st.shared.b32 [at+{shape.keys}], $SORT_KEY;"
+    if n_ctas > 1:
+        store = f"""mov.b32 t, 0; mapa.shared::cluster.u32 at, at, t;
+st.shared::cluster.b32 [at+{shape.keys}], $SORT_KEY;"""
+    text = f""".reg .b32 at, t;
+shr.u32 t, $COLUMN, {shape.each.bit_length() - 1}; mad.lo.u32 at, t, {shape.pitch - 4 * shape.each}, $SMEM;
+shl.b32 t, $COLUMN, 2; add.u32 at, at, t; {store}
+"""
+    return scope(text, ROW_OPERANDS)
 
 
 def _load(shape: Shape) -> str:
@@ -74,6 +88,15 @@ sub.s32 t, $LIMIT, column;
 whole:"""
     )
     return "\n".join(lines)
+
+
+def _load_own(shape: Shape) -> str:
+    """What is in shared memory as `_load` leaves it there."""
+    lines = [clear_ptx(shape), f"mul.lo.u32 at, tid, {shape.pitch}; add.u32 at, at, $SMEM;"]
+    for i in range(0, shape.each, _CHUNK):
+        four = ", ".join(f"v{i + u}" for u in range(_CHUNK))
+        lines.append(f"ld.shared.v4.b32 {{{four}}}, [at+{shape.keys + 4 * i}];")
+    return "\n".join([*lines, f"shl.b32 column, tid, {shape.each.bit_length() - 1};", sync(shape)])
 
 
 def _load_groups(shape: Shape) -> str:

@@ -33,6 +33,7 @@ class Shape:
         group: $IDS lists groups of so many neighbouring sort keys of a longer row, which are the columns; 0: it does
             not. 2, 4 or 8. Columns stand for themselves in that row, and so are limited. Each group has a candidate.
         has_sort_keys: whether those of the chosen are written, too, to $SORT_KEYS.
+        is_there: sort keys are in shared memory already, each thread's own in a run, `INVISIBLE` for no candidate.
     """
 
     width: int
@@ -44,6 +45,7 @@ class Shape:
     is_listed: bool = False
     group: int = 0
     has_sort_keys: bool = False
+    is_there: bool = False
 
     # Bytes of shared memory: where each part begins. Parts of warps: range, bins, listed, chosen; two of a
     # bisection; ties.

@@ -1,0 +1,106 @@
+"""`refine_few`: scores and top-k of few queries in one kernel, against `refine`, interpreted and on a GPU.
+
+In the gate it costs 20 seconds.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hisa_jax.kernels_pallas.mosaic_gpu import refine, refine_few
+from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
+from hisa_jax.kernels_pallas.pages import Pages
+from tests.gpu import draw
+from tests.gpu.test_lowering import BF16, E4M3
+
+
+def inputs(T, S, m, H, D, block_size, dtype, page_size=None, draw_arrays=draw.integers):
+    """Queries of one sequence that keep all blocks, few of them or none, and see all tokens or some."""
+    rng = np.random.default_rng(T)
+    q, k, scale, w = draw_arrays(3, 1, T, S, H, D, dtype, dtype == E4M3)
+    n_blocks = S // block_size
+    ids = np.full((T, m), -1, np.int32)
+    visible = np.full(T, S - 7, np.int32)
+    for t in range(T):
+        n = (min(m, n_blocks), 3, 1, 0)[t % 4]
+        ids[t, :n] = np.sort(rng.permutation(n_blocks)[:n])
+        if n == 1:
+            visible[t] = ids[t, 0] * block_size + 5
+        if n == 0:
+            visible[t] = 0
+    kept = KeptBlocks(
+        ids=jnp.asarray(ids), visible=jnp.asarray(visible), first=jnp.zeros(T, jnp.int32), size=block_size
+    )
+    k, scale = k[0], None if scale is None else scale[0]
+    pages = None
+    if page_size is not None:
+        table = rng.permutation(S // page_size).astype(np.int32)
+        order = np.argsort(table)
+        k = k.reshape(-1, page_size, D)[order].reshape(S, D)
+        scale = None if scale is None else scale.reshape(-1, page_size)[order].reshape(S)
+        pages = Pages(table=jnp.asarray(table), size=page_size, n_pages=len(table))
+    return Operands(q[0], w[0], k, scale, pages), kept
+
+
+def check(operands, kept, k_top, config, interpret=False):
+    got = refine_few.refine_few(operands, kept, k_top=k_top, config=config, interpret=interpret)
+    of_many = refine.Config(ring=4) if operands.q.shape[1] <= 64 else refine.Config(ring=4, tile_s=64, n_score=2)
+    wanted = refine.refine(operands, kept, k_top=k_top, config=of_many, n_ctas=3, interpret=interpret)
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.gate("64-e4m3-page")
+@pytest.mark.parametrize(
+    ("block_size", "dtype", "page_size"),
+    [(64, E4M3, 32), (32, BF16, None), (256, E4M3, None), (128, E4M3, 64)],
+    ids=["64-e4m3-page", "32-bf16", "256-e4m3", "128-e4m3-page"],
+)
+def test_it_chooses_what_refine_chooses(interpret, block_size, dtype, page_size):
+    operands, kept = inputs(4, 1024, 5, 16, 64, block_size, dtype, page_size)
+    config = refine_few.Config(ring=4)
+    check(operands, kept, 60, config, interpret)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("T", "H", "D", "block_size", "m", "dtype", "page_size"),
+    [
+        (1, 64, 128, 128, 64, E4M3, 64),
+        (3, 64, 128, 128, 64, BF16, None),
+        (16, 32, 128, 128, 50, E4M3, None),
+        (24, 64, 128, 64, 128, E4M3, 64),
+        (40, 16, 64, 32, 200, BF16, 32),
+        (100, 128, 128, 128, 64, E4M3, None),
+        (132, 64, 128, 128, 64, E4M3, 64),
+    ],
+)
+def test_on_the_device(T, H, D, block_size, m, dtype, page_size):
+    """Again and again: what CTAs have stored is there when the first one selects."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs an NVIDIA GPU")
+    k_top = 2048 if m * block_size > 6000 else 500
+    shape = dict(H=H, D=D, block_size=block_size)
+    itemsize = jnp.dtype(dtype).itemsize
+    config = refine_few.heuristic(T=T, m=m, itemsize=itemsize, topk=k_top, n_sms=132, page_size=page_size, **shape)
+    assert config is not None
+    for draw_arrays in (draw.integers, draw.normal):
+        operands, kept = inputs(T, 16384, m, dtype=dtype, page_size=page_size, draw_arrays=draw_arrays, **shape)
+        for _ in range(3):
+            check(operands, kept, k_top, config)
+
+
+def test_as_many_ctas_share_a_query_as_run_at_once():
+    of = lambda T, **other: refine_few.heuristic(  # noqa: E731
+        **(dict(T=T, H=64, D=128, m=64, block_size=128, itemsize=1, topk=2048, n_sms=132) | other)
+    )
+    assert [of(T).n_ctas for T in (1, 16, 17, 32, 33, 64, 65, 132)] == [8, 8, 4, 4, 2, 2, 1, 1]
+    assert of(133) is None
+    assert of(1, m=4).n_ctas == 1 and of(1, m=9).n_ctas == 2  # no CTA without blocks
+    assert of(1, m=65) is None  # no row of registers
+    assert of(1, H=128, block_size=32, m=256).row(8192, 2048).each == 32
+    for H, itemsize in ((64, 1), (64, 2), (128, 1), (128, 2)):
+        config = of(1, H=H, itemsize=itemsize, page_size=64)
+        n_bytes = config.smem_bytes(H, 128, 64 // config.n_ctas, 128, itemsize, 64)
+        assert n_bytes + config.row(8192, 2048).smem_bytes <= refine.SMEM_BYTES
