@@ -22,8 +22,9 @@ from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.mosaic_gpu import refine_body
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import N_LANES
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_blocks import Lists
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS, SCRATCH_WORDS
-from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import META, WORDS_A_COPY, Inputs, Plan, Smem
+from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import META, WORDS_A_COPY, Inputs, Kept, Plan, Smem
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import RESERVED_BYTES, SMEM_BYTES
 from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
 from hisa_jax.kernels_pallas.pages import Pages
@@ -100,7 +101,7 @@ def refine(
     T = operands.q.shape[0]
     plan = plan_of(operands, kept, k_top, config, min(n_ctas, T), interpret)
     out_type = [jax.ShapeDtypeStruct((T, k_top), jnp.int32), jax.ShapeDtypeStruct((T,), jnp.int32)]
-    indices, count = _launch(refine_body.refine_body, plan, out_type, operands, kept)
+    indices, count = _launch(refine_body.refine_body, plan, out_type, inputs_of(operands, kept, plan))
     return indices, count
 
 
@@ -120,19 +121,50 @@ def refine_scores(
         n_parts: CTAs that share a query, each with that part of its blocks (see `split`). If 1, columns beyond the kept
             blocks of a query are not written, otherwise they are `INVISIBLE`.
     """
+    T = len(kept.ids)
+    parts = dataclasses.replace(parts_of(kept, n_parts, config), count=None) if n_parts > 1 else kept
+    plan = plan_of(operands, parts, None, config, min(n_ctas, T * n_parts), interpret)
+    if n_parts > 1:
+        plan = with_lists(plan, kept, parts, operands.pages, has_all_tiles=True)
+    out_type = [jax.ShapeDtypeStruct((plan.T, plan.width), jnp.int32)]
+    inputs = inputs_of(operands, kept if plan.lists else parts, plan)
+    return _launch(refine_body.refine_scores_body, plan, out_type, inputs)[0].reshape(T, -1)
+
+
+def parts_of(kept: KeptBlocks, n_parts: int, config: Config) -> KeptBlocks:
+    """To a kernel a part is a query by itself, with its share of the blocks; all have as many columns."""
     (T, m), step = kept.ids.shape, n_parts * config.columns
-    missing = (-m * kept.size % step) // kept.size if n_parts > 1 else 0
-    # To the kernel a part is a query by itself, with its share of the blocks.
-    kept = dataclasses.replace(
+    own = -(-m * kept.size // step) * config.columns // kept.size
+    first = own * jnp.arange(n_parts, dtype=jnp.int32)
+    return dataclasses.replace(
         kept,
-        ids=jnp.pad(kept.ids, ((0, 0), (0, missing)), constant_values=-1).reshape(T * n_parts, -1),
+        ids=jnp.pad(kept.ids, ((0, 0), (0, n_parts * own - m)), constant_values=-1).reshape(T * n_parts, own),
         visible=jnp.repeat(kept.visible, n_parts),
         first=jnp.repeat(kept.first, n_parts),
-        count=kept.count if n_parts == 1 else None,
+        count=jnp.clip(kept.n_real[:, None] - first, 0, own).reshape(-1),
     )
-    plan = plan_of(operands, kept, None, config, min(n_ctas, T * n_parts), interpret)
-    out_type = [jax.ShapeDtypeStruct((plan.T, plan.width), jnp.int32)]
-    return _launch(refine_body.refine_scores_body, plan, out_type, operands, kept)[0].reshape(T, -1)
+
+
+def with_lists(plan: Plan, kept: KeptBlocks, parts: KeptBlocks, pages: Pages | None, *, has_all_tiles: bool) -> Plan:
+    """The same plan of parts, whose loader makes their lists of the queries' own: no kernel of XLA before this one.
+
+    In interpret mode, which cannot run PTX, they stay arrays.
+    """
+    if plan.interpret:
+        return plan
+    lists = Lists(
+        n_ids=kept.ids.shape[1],
+        n_own=parts.ids.shape[1],
+        m=plan.m,
+        block_size=plan.block_size,
+        tile_s=plan.tile_s,
+        columns=plan.columns,
+        n_tiles=plan.width // plan.tile_s if has_all_tiles else None,
+    )
+    if pages is not None:
+        of_pages = dict(per_block=kept.size // pages.size, n_table=pages.table.shape[0], n_pages=pages.n_pages)
+        lists = dataclasses.replace(lists, n_listed=plan.n_listed, **of_pages)
+    return dataclasses.replace(plan, lists=lists)
 
 
 def meta_of(kept: KeptBlocks, plan: Plan) -> Array:
@@ -189,7 +221,11 @@ def plan_of(
 
 
 def inputs_of(operands: Operands, kept: KeptBlocks, plan: Plan) -> Inputs:
+    """Of the parts' lists, or of the queries' if the plan makes them."""
     q, w, k, k_scale, pages = operands
+    if plan.lists is not None:
+        table = None if pages is None else pages.table
+        return Inputs(Kept(kept.ids, kept.visible, kept.first, table), q, w, k, k_scale)
     meta = meta_of(kept, plan)
     if pages is not None:
         # One array, so that one kernel of XLA makes it.
@@ -197,7 +233,7 @@ def inputs_of(operands: Operands, kept: KeptBlocks, plan: Plan) -> Inputs:
     return Inputs(meta, q, w, k, k_scale)
 
 
-def _launch(body: Ref, plan: Plan, out_type: list, operands: Operands, kept: KeptBlocks) -> list[Array]:
+def _launch(body: Ref, plan: Plan, out_type: list, inputs: Inputs) -> list[Array]:
     return plgpu.kernel(
         functools.partial(body, plan),
         out_type=out_type,
@@ -208,7 +244,7 @@ def _launch(body: Ref, plan: Plan, out_type: list, operands: Operands, kept: Kep
         scratch_types=[smem_of(plan)],
         kernel_name="hisa_refine",
         interpret=plan.interpret,
-    )(inputs_of(operands, kept, plan))
+    )(inputs)
 
 
 def smem_of(plan: Plan) -> Smem:

@@ -18,6 +18,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import (
     multiply_and_sum,
     store_lanes,
 )
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_blocks import Lists, list_blocks
 from hisa_jax.kernels_pallas.mosaic_gpu.topk_body import Outputs
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import (
     HEAD_COLUMN,
@@ -35,6 +36,9 @@ from hisa_jax.kernels_pallas.types import Ref
 META = 4  # words after the block ids of a query: number of tiles, visible, first block of the sequence, 0
 WORDS_A_COPY = 256  # at most
 _NOWHERE = 2**30  # a position beyond what any query sees
+
+# Puts sort keys of query t, in lane order, from a column on where they belong: (t, column, sort keys).
+Store = Callable[[Array, Array, Array], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ class Plan:
     page_size: int | None  # None: the blocks of a sequence follow each other
     n_listed: int  # pages a query lists, padded
     gathers: bool = False  # listed tokens, row by row: refine_tokens_body.py
+    lists: Lists | None = None  # how the loader makes the lists of a part; None: they are arrays
 
     @property
     def selects(self) -> bool:
@@ -83,6 +88,8 @@ class Plan:
     @property
     def n_list_copies(self) -> int:
         """Of what a query lists: its blocks with what is known of it, and its pages."""
+        if self.lists is not None:
+            return 0
         return -(-(self.m + META) // WORDS_A_COPY) + -(-self.n_listed // WORDS_A_COPY)
 
     @property
@@ -94,10 +101,19 @@ class Plan:
         return (self.T - cta + self.n_ctas - 1) // self.n_ctas
 
 
+class Kept(NamedTuple):
+    """What the lists of queries are made of, arrays in device memory."""
+
+    ids: Ref  # [T, n] int32, blocks of each query
+    visible: Ref  # [T] int32, tokens that it sees
+    first: Ref  # [T] int32, first block of its sequence
+    table: Ref | None  # [n] int32, the page of every group of rows
+
+
 class Inputs(NamedTuple):
     """Arrays in device memory, whole; T counts parts of queries, too."""
 
-    meta: Ref  # [T, m + META + n_listed] int32: what is known of a query, then for keys in pages those of its blocks
+    meta: Ref  # [T, m + META + n_listed] int32: what is known of a query, then its pages; `Kept` if the plan makes lists
     q: Ref  # [T / n_parts, H, D]
     w: Ref  # [T / n_parts, H]
     k: Ref  # [S, D]
@@ -168,9 +184,13 @@ def load_keys(plan: Plan, cta: Array, gmem: Inputs, smem: Smem) -> None:
     def one_query(i, _):
         t, slot = cta + i * plan.n_ctas, i % 2
         plgpu.barrier_wait(smem.q_free.at[slot])
+        if plan.lists is not None:
+            # Before the copies, which the other roles wait for.
+            _make_lists(plan, plan.lists, gmem.meta, smem, t, slot)
         copy_query(plan, gmem, smem, t, slot)
-        # The loader reads what it has just copied: which blocks, and so which keys come next.
-        plgpu.barrier_wait(smem.q_full.at[slot])
+        if plan.lists is None:
+            # The loader reads what it has just copied: which blocks, and so which keys come next.
+            plgpu.barrier_wait(smem.q_full.at[slot])
         meta = lambda column: load_word(smem.meta, slot, column, plan.interpret)  # noqa: E731
         page = lambda column: load_word(smem.pages, slot, column, plan.interpret)  # noqa: E731
         n_tiles, first_block = meta(plan.m), meta(plan.m + 2)
@@ -199,11 +219,19 @@ def load_keys(plan: Plan, cta: Array, gmem: Inputs, smem: Smem) -> None:
         wait_all(smem.q_free, 2)
 
 
+def _make_lists(plan: Plan, lists: Lists, kept: Kept, smem: Smem, t: Array, slot: Array) -> None:
+    ids = Row(kept.ids, t // plan.n_parts, lists.n_ids)
+    meta = Row(smem.meta, slot, plan.m + META)
+    pages = None if kept.table is None else Row(smem.pages, slot, plan.n_listed)
+    column = t % plan.n_parts * lists.n_own
+    list_blocks(lists, ids, column, kept.visible, kept.first, meta, kept.table, pages)
+
+
 def copy_query(plan: Plan, gmem: Inputs, smem: Smem, t: Array, slot: Array) -> None:
     """All that is known of query t, to one barrier: block ids, pages, heads, weights."""
     full = smem.q_full.at[slot]
-    lists: list[tuple[Ref, int, int]] = [(smem.meta, 0, plan.m + META), (smem.pages, plan.m + META, plan.n_listed)]
-    for target, begin, n in lists:
+    listed: list[tuple[Ref, int, int]] = [(smem.meta, 0, plan.m + META), (smem.pages, plan.m + META, plan.n_listed)]
+    for target, begin, n in listed if plan.lists is None else []:
         for first in range(0, n, WORDS_A_COPY):
             size = min(n - first, WORDS_A_COPY)
             source = gmem.meta.at[t, pl.ds(begin + first, size)]
@@ -218,13 +246,13 @@ def score(
     cta: Array,
     group: Array,
     smem: Smem,
-    store: Callable[[Array, Array, Array], None] | None = None,
+    store: Store | None = None,
     wait: Callable[[Array, Array], None] | None = None,
 ) -> None:
     """Sort keys of this warp-group's tiles.
 
     Args:
-        store: puts those of query t, from a column on, where they belong; None: they go to the selector's row.
+        store: None: sort keys go to the selector's row.
         wait: for a slot of the ring to be filled, for the n-th time.
     """
     plgpu.set_max_registers(plan.score_registers, action="increase")

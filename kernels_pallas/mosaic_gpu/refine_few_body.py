@@ -13,7 +13,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.cluster_text import CLUSTER_SYNC
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.inline import Row
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import LANES, N_LANES
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.threshold_text import Shape
-from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import Inputs, Plan, Smem, load_keys, score
+from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import Inputs, Plan, Smem, Store, load_keys, score
 from hisa_jax.kernels_pallas.mosaic_gpu.topk_body import Outputs
 from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from hisa_jax.kernels_pallas.types import Ref
@@ -35,14 +35,14 @@ def refine_few_body(plan: FewPlan, gmem: Inputs, ids_gmem: Ref, out: Outputs, sm
     # The first of them:       o, count  <-  the same warp-groups  <-  row of the query
     #
     # A CTA has a part of one query's blocks. Its sort keys go to the shared memory of the first CTA, which goes on
-    # when all are there. One CTA may have a query by itself.
+    # when all are there. A CTA may have a query by itself.
     part, role = plan.part, lax.axis_index("warpgroup")
     rank = lax.axis_index("part") if plan.n_ctas > 1 else jnp.int32(0)
     cta = lax.axis_index("query") * plan.n_ctas + rank
 
     def store(_t: Array, first: Array, sort_keys: Array) -> None:
-        options = dict(n_ctas=plan.n_ctas, interpret=part.interpret)
-        select_few.store(plan.row, smem.row, rank * part.width + first, part.tile_s, sort_keys, **options)
+        column, options = rank * part.width + first, {"n_ctas": plan.n_ctas, "interpret": bool(part.interpret)}
+        select_few.store(plan.row, smem.row, column, part.tile_s, sort_keys, **options)
 
     @pl.when(role < part.n_score)
     def _score() -> None:
@@ -61,9 +61,9 @@ def refine_few_body(plan: FewPlan, gmem: Inputs, ids_gmem: Ref, out: Outputs, sm
             _cluster_sync()
 
 
-def _hide_rest(part: Plan, cta: Array, group: Array, smem: Smem, store) -> None:
+def _hide_rest(part: Plan, cta: Array, group: Array, smem: Smem, store: Store) -> None:
     """Nothing is chosen of tiles that a query has no blocks for."""
-    nothing = jnp.full((N_LANES if not part.interpret else part.tile_s,), INVISIBLE, jnp.int32)
+    nothing = jnp.full((part.tile_s if part.interpret else N_LANES,), INVISIBLE, jnp.int32)
     if not part.interpret:
         nothing = plgpu.layout_cast(nothing, LANES)
 

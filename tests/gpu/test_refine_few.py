@@ -25,10 +25,9 @@ def inputs(T, S, m, H, D, block_size, dtype, page_size=None, draw_arrays=draw.in
     for t in range(T):
         n = (min(m, n_blocks), 3, 1, 0)[t % 4]
         ids[t, :n] = np.sort(rng.permutation(n_blocks)[:n])
-        if n == 1:
-            visible[t] = ids[t, 0] * block_size + 5
-        if n == 0:
-            visible[t] = 0
+        if n < 2:
+            ids[t, :n] = 0
+            visible[t] = 5 * n  # `refine` looks at no score of a query that keeps all it sees
     kept = KeptBlocks(
         ids=jnp.asarray(ids), visible=jnp.asarray(visible), first=jnp.zeros(T, jnp.int32), size=block_size
     )
@@ -45,7 +44,8 @@ def inputs(T, S, m, H, D, block_size, dtype, page_size=None, draw_arrays=draw.in
 
 def check(operands, kept, k_top, config, interpret=False):
     got = refine_few.refine_few(operands, kept, k_top=k_top, config=config, interpret=interpret)
-    of_many = refine.Config(ring=4) if operands.q.shape[1] <= 64 else refine.Config(ring=4, tile_s=64, n_score=2)
+    (_, H, D), itemsize, m = operands.q.shape, operands.k.dtype.itemsize, kept.ids.shape[1]
+    of_many = refine.heuristic(H, D, m, kept.size, itemsize, None if operands.pages is None else operands.pages.size)
     wanted = refine.refine(operands, kept, k_top=k_top, config=of_many, n_ctas=3, interpret=interpret)
     for x, y in zip(got, wanted, strict=True):
         np.testing.assert_array_equal(x, y)
@@ -67,10 +67,10 @@ def test_it_chooses_what_refine_chooses(interpret, block_size, dtype, page_size)
 @pytest.mark.parametrize(
     ("T", "H", "D", "block_size", "m", "dtype", "page_size"),
     [
-        (1, 64, 128, 128, 64, E4M3, 64),
-        (3, 64, 128, 128, 64, BF16, None),
-        (16, 32, 128, 128, 50, E4M3, None),
-        (24, 64, 128, 64, 128, E4M3, 64),
+        (33, 64, 128, 128, 64, E4M3, 64),
+        (67, 64, 128, 128, 64, BF16, None),
+        (40, 32, 128, 128, 50, E4M3, None),
+        (64, 64, 128, 64, 128, E4M3, 64),
         (40, 16, 64, 32, 200, BF16, 32),
         (100, 128, 128, 128, 64, E4M3, None),
         (132, 64, 128, 128, 64, E4M3, 64),
@@ -91,16 +91,16 @@ def test_on_the_device(T, H, D, block_size, m, dtype, page_size):
             check(operands, kept, k_top, config)
 
 
-def test_as_many_ctas_share_a_query_as_run_at_once():
+def test_queries_that_leave_half_of_the_ctas_have_two_each():
     of = lambda T, **other: refine_few.heuristic(  # noqa: E731
         **(dict(T=T, H=64, D=128, m=64, block_size=128, itemsize=1, topk=2048, n_sms=132) | other)
     )
-    assert [of(T).n_ctas for T in (1, 16, 17, 32, 33, 64, 65, 132)] == [8, 8, 4, 4, 2, 2, 1, 1]
-    assert of(133) is None
-    assert of(1, m=4).n_ctas == 1 and of(1, m=9).n_ctas == 2  # no CTA without blocks
-    assert of(1, m=65) is None  # no row of registers
-    assert of(1, H=128, block_size=32, m=256).row(8192, 2048).each == 32
+    assert [of(T).n_ctas for T in (33, 66, 67, 132)] == [2, 2, 1, 1]
+    assert of(32) is of(133) is None
+    assert of(40, m=4).n_ctas == 1 and of(40, m=5).n_ctas == 2  # no CTA without blocks
+    assert of(40, m=65) is None  # no row of registers
+    assert of(40, H=128, block_size=32, m=256).row(8192, 2048).each == 32
     for H, itemsize in ((64, 1), (64, 2), (128, 1), (128, 2)):
-        config = of(1, H=H, itemsize=itemsize, page_size=64)
+        config = of(40, H=H, itemsize=itemsize, page_size=64)
         n_bytes = config.smem_bytes(H, 128, 64 // config.n_ctas, 128, itemsize, 64)
         assert n_bytes + config.row(8192, 2048).smem_bytes <= refine.SMEM_BYTES

@@ -96,7 +96,12 @@ def _load_own(shape: Shape) -> str:
     for i in range(0, shape.each, _CHUNK):
         four = ", ".join(f"v{i + u}" for u in range(_CHUNK))
         lines.append(f"ld.shared.v4.b32 {{{four}}}, [at+{shape.keys + 4 * i}];")
-    return "\n".join([*lines, f"shl.b32 column, tid, {shape.each.bit_length() - 1};", sync(shape)])
+    lines.append(f"shl.b32 column, tid, {shape.each.bit_length() - 1};")
+    if shape.n_threads * shape.each != shape.width:
+        # No thread has columns before the end of the row and after it.
+        hide = each_key(shape, lambda j: f"@p mov.b32 v{j}, {INVISIBLE};")
+        lines.append(f"setp.ge.u32 p, column, {shape.width};\n{hide}")
+    return "\n".join([*lines, sync(shape)])
 
 
 def _load_groups(shape: Shape) -> str:
