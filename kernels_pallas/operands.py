@@ -83,6 +83,8 @@ class KeptBlocks:
         first: [T] int32, where the query's sequence begins among the rows of all, in blocks.
         size: tokens of a block.
         count: [T] int32, how many of them are real, where that is known without looking.
+        sequence: [T] int32, which sequence each query is of, of padding any number; None: unless `first` is
+            min(sequence, n_sequences - 1) * apart. Kernels that take this need no other to work out `first`.
     """
 
     ids: Array
@@ -90,6 +92,9 @@ class KeptBlocks:
     first: Array
     size: int = dataclasses.field(metadata=_STATIC)
     count: Array | None = None
+    sequence: Array | None = None
+    n_sequences: int = dataclasses.field(default=1, metadata=_STATIC)
+    apart: int = dataclasses.field(default=1, metadata=_STATIC)
 
     @property
     def n_real(self) -> Array:

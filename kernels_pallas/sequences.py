@@ -39,6 +39,14 @@ class Sequences:
         """Whether it is known when tracing that there is one sequence, whose keys begin with the first row."""
         return isinstance(self.key_starts, np.ndarray) and self.key_starts.tolist() == [0]
 
+    @property
+    def apart(self) -> int | None:
+        """Rows from one sequence's first key to the next one's, if it is known when tracing that all are equal."""
+        if not isinstance(self.key_starts, np.ndarray) or np.any(np.diff(self.key_starts, n=2)):
+            return None
+        first, *others = self.key_starts.tolist()
+        return others[0] - first if others else 0
+
     def blocks(self, block_size: int) -> "Sequences":
         """The same sequences with blocks for tokens; they begin with a block."""
         return dataclasses.replace(
@@ -90,10 +98,9 @@ class Sequences:
         """[T] int32: the first key of each query's sequence."""
         xp = self._np
         r = xp.minimum(self.of_queries(T), len(self.key_starts) - 1)
-        if isinstance(self.key_starts, np.ndarray) and not np.any(np.diff(self.key_starts, n=2)):
-            # Equally far apart, as those of requests in pages: arithmetic goes into other kernels, a look-up does not.
-            first, *others = self.key_starts.tolist()
-            return jnp.asarray(first + r * (others[0] - first if others else 0), jnp.int32)
+        if self.apart is not None:
+            # As those of requests in pages: arithmetic goes into other kernels, a look-up does not.
+            return jnp.asarray(int(self.key_starts[0]) + r * self.apart, jnp.int32)
         return jnp.asarray(xp.asarray(self.key_starts)[r], jnp.int32)
 
     def of_queries(self, T: int) -> Rows:

@@ -141,6 +141,7 @@ def parts_of(kept: KeptBlocks, n_parts: int, config: Config) -> KeptBlocks:
         ids=jnp.pad(kept.ids, ((0, 0), (0, n_parts * own - m)), constant_values=-1).reshape(T * n_parts, own),
         visible=jnp.repeat(kept.visible, n_parts),
         first=jnp.repeat(kept.first, n_parts),
+        sequence=None,
         count=jnp.clip(kept.n_real[:, None] - first, 0, own).reshape(-1),
     )
 
@@ -160,6 +161,8 @@ def with_lists(plan: Plan, kept: KeptBlocks, parts: KeptBlocks, pages: Pages | N
         tile_s=plan.tile_s,
         columns=plan.columns,
         n_tiles=plan.width // plan.tile_s if has_all_tiles else None,
+        n_sequences=None if kept.sequence is None else kept.n_sequences,
+        apart=kept.apart,
     )
     if pages is not None:
         of_pages = dict(per_block=kept.size // pages.size, n_table=pages.table.shape[0], n_pages=pages.n_pages)
@@ -225,7 +228,8 @@ def inputs_of(operands: Operands, kept: KeptBlocks, plan: Plan) -> Inputs:
     q, w, k, k_scale, pages = operands
     if plan.lists is not None:
         table = None if pages is None else pages.table
-        return Inputs(Kept(kept.ids, kept.visible, kept.first, table), q, w, k, k_scale)
+        first = kept.first if kept.sequence is None else jnp.asarray(kept.sequence)
+        return Inputs(Kept(kept.ids, kept.visible, first, table), q, w, k, k_scale)
     meta = meta_of(kept, plan)
     if pages is not None:
         # One array, so that one kernel of XLA makes it.

@@ -106,14 +106,14 @@ class Kept(NamedTuple):
 
     ids: Ref  # [T, n] int32, blocks of each query
     visible: Ref  # [T] int32, tokens that it sees
-    first: Ref  # [T] int32, first block of its sequence
+    first: Ref  # [T] int32, first block of its sequence, or which sequence that is
     table: Ref | None  # [n] int32, the page of every group of rows
 
 
 class Inputs(NamedTuple):
     """Arrays in device memory, whole; T counts parts of queries, too."""
 
-    meta: Ref  # [T, m + META + n_listed] int32: what is known of a query, then its pages; `Kept` if the plan makes lists
+    meta: Ref  # [T, m + META + n_listed] int32: what is known of a query, then its pages; or `Kept`, to make them of
     q: Ref  # [T / n_parts, H, D]
     w: Ref  # [T / n_parts, H]
     k: Ref  # [S, D]

@@ -205,7 +205,14 @@ def _are_few(sort_keys: Array) -> bool:
 
 
 def _kept(call: FlatCall, block_ids: Array, block_size: int) -> KeptBlocks:
-    return KeptBlocks(ids=block_ids, visible=call.visible, first=call.first_blocks(block_size), size=block_size)
+    kept = KeptBlocks(ids=block_ids, visible=call.visible, first=call.first_blocks(block_size), size=block_size)
+    T, sequences = call.q.shape[0], call.sequences.blocks(block_size)
+    R = len(sequences.lengths)
+    if not sequences.apart or sequences.key_starts[0] != 0:
+        return kept
+    return dataclasses.replace(
+        kept, sequence=jnp.asarray(sequences.of_queries(T)), n_sequences=R, apart=sequences.apart
+    )
 
 
 def _apart(H: int) -> refine_stage.Config:

@@ -31,6 +31,10 @@ def test_a_part_lists_what_xla_lists(m, block_size, page_size, n_parts, has_all_
         # Shorter than what is asked for, and of pages that there are not.
         table = rng.integers(-3, 900, 310 * block_size // page_size).astype(np.int32)
         pages = Pages(table=jnp.asarray(table), size=page_size, n_pages=850)
+    if n_parts > 2:  # a query of each of five sequences, the last one padding
+        sequence = jnp.asarray([0, 1, 2, 3, 7])
+        first = np.asarray([0, 1, 2, 3, 3], np.int32) * 11
+        kept = dataclasses.replace(kept, first=jnp.asarray(first), sequence=sequence, n_sequences=4, apart=11)
     config = refine_few.Config(ring=4, n_ctas=n_parts)
     parts = refine.parts_of(kept, n_parts, config)
     if has_all_tiles:
@@ -45,7 +49,9 @@ def test_a_part_lists_what_xla_lists(m, block_size, page_size, n_parts, has_all_
     text = list_ptx(lists)
     for i in reversed(range(len(OPERANDS))):
         text = text.replace(f"${i}", f"o_{OPERANDS[i]}")
-    memory = np.concatenate([ids.reshape(-1), visible, first, table]).view(np.uint32)
+    # What the kernel would be given.
+    _, seen, begins, _ = (np.asarray(x) for x in refine.inputs_of(operands, kept, plan).meta)
+    memory = np.concatenate([ids.reshape(-1), seen, begins, table]).astype(np.int32).view(np.uint32)
     n_words = plan.m + META
     for t in range(T * n_parts):
         query, part = divmod(t, n_parts)

@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 
 from hisa_jax.kernels_pallas.mosaic_gpu import refine, refine_few
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx import select_few
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.cluster_text import CLUSTER_SYNC
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import OPERANDS, row_ptx, select_ptx
 from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
 from hisa_jax.kernels_pallas.pages import Pages
 from tests.gpu import draw
+from tests.gpu.ptx_machine import Cluster
 from tests.gpu.test_lowering import BF16, E4M3
+from tests.gpu.test_topk_few import chosen, rows
 
 
 def inputs(T, S, m, H, D, block_size, dtype, page_size=None, draw_arrays=draw.integers):
@@ -61,6 +66,49 @@ def test_it_chooses_what_refine_chooses(interpret, block_size, dtype, page_size)
     operands, kept = inputs(4, 1024, 5, 16, 64, block_size, dtype, page_size)
     config = refine_few.Config(ring=4)
     check(operands, kept, 60, config, interpret)
+
+
+@pytest.mark.parametrize("name", ["normal", "few values", "0.9 invisible"])
+@pytest.mark.parametrize("n_ctas", [1, 2])
+def test_sort_keys_of_all_ctas_meet_in_the_first(n_ctas, name):
+    """In PTX: each CTA stores its part of a row, then the first one selects from it. The row leaves threads without."""
+    width, k = 3072, 500
+    x, _ = rows(width, k)[name]
+    row = refine_few.Config().row(width, k)
+    n, own = row.n_threads, width // n_ctas
+    assert row.is_there and n * row.each > width and own % n == 0
+    ids = np.random.default_rng(1).permutation(1000)[: width // 128].astype(np.int32)
+
+    def with_registers(text, names):
+        text = text.strip().removeprefix("{").removesuffix("}")  # no scopes: registers of one name are of all
+        for i in reversed(range(len(names))):
+            text = text.replace(f"${i}", names[i])
+        return text
+
+    stores = "".join(
+        f"""add.u32 own, first, {n * i}; mul.wide.u32 word, own, 4; add.s64 word, word, o_X;
+ld.global.b32 key, [word];
+{with_registers(row_ptx(row, n_ctas), ["own", "o_SMEM", "key"])}
+"""
+        for i in range(own // n)
+    )
+    select = select_ptx(row, lambda: select_few.block_position(128, len(ids)))
+    text = f"""mov.u32 tid, %tid.x; {"mov.u32 cta, %cluster_ctarank;" if n_ctas > 1 else "mov.b32 cta, 0;"}
+mad.lo.u32 first, cta, {own}, tid;
+{stores}
+{CLUSTER_SYNC if n_ctas > 1 else f"bar.sync 8, {n};"}
+setp.ne.s32 p, cta, 0; @p bra end;
+{with_registers(select, [f"o_{name}" for name in OPERANDS])}
+end:
+"""
+    start = width + len(ids)
+    memory = np.concatenate([x, ids, np.full(k + 1, 77)]).astype(np.int32).view(np.uint32)
+    at = dict(X=0, IDS=4 * width, O=4 * start, COUNT=4 * (start + k), SMEM=0, LIMIT=width)
+    Cluster(n_ctas, text, n, {f"o_{name}": value for name, value in at.items()}, memory, row.smem_bytes).run()
+    result = memory[start:].view(np.int32)
+    positions, count = chosen(x, width, k, ids)
+    np.testing.assert_array_equal(result[:k], positions)
+    assert result[k] == count
 
 
 @pytest.mark.gpu

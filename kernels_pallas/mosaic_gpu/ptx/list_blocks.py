@@ -25,6 +25,8 @@ class Lists:
         n_ids: blocks that a query lists; `n_own`: a part; `m`: words for them, of which the last ones may be -1.
         block_size: tokens of a block; `tile_s`: of a tile, `columns`: of as many tiles as are scored at a time.
         n_tiles: how many tiles each part has; None: those of its blocks.
+        n_sequences: of that many the query's is listed at $FIRST, and begins `apart` blocks after the one before; None:
+            its first block is listed there.
         n_listed: words for pages, a multiple of 32; 0: keys are in one piece.
         per_block: pages of a block, a power of two; `n_table`: words of the table; `n_pages`: pages there are.
     """
@@ -36,6 +38,8 @@ class Lists:
     tile_s: int
     columns: int
     n_tiles: int | None
+    n_sequences: int | None = None
+    apart: int = 0
     n_listed: int = 0
     per_block: int = 1
     n_table: int = 0
@@ -54,10 +58,14 @@ def list_ptx(lists: Lists) -> str:
     if lists.n_tiles is None:
         n_tiles = f"""mad.lo.u32 n, n, {lists.block_size}, {lists.columns - 1}; div.u32 n, n, {lists.columns};
 mul.lo.u32 n, n, {lists.columns // lists.tile_s}; setp.le.s32 p, visible, 0; @p mov.b32 n, 0;"""
+    find = ""
+    if lists.n_sequences is not None:
+        find = f"min.s32 first, first, {lists.n_sequences - 1}; mul.lo.s32 first, first, {lists.apart};"
     text = f"""{registers}
 mov.u32 lane, %laneid; mov.b32 n, 0; mov.b32 zero, 0; mov.b64 word, $VISIBLE; ld.global.b32 visible, [word];
 mov.b64 word, $FIRST; ld.global.b32 first, [word];
 {_join(_load_id(lists, u) for u in chunks)}
+{find}
 {_join(f"setp.ge.s32 p, id{u}, 0; vote.sync.ballot.b32 t, p, -1; popc.b32 t, t; add.s32 n, n, t;" for u in chunks)}
 {_join(_load_page(lists, i) for i in pages)}
 shl.b32 at, lane, 2; add.u32 at, at, $META;
@@ -108,7 +116,7 @@ def list_blocks(
 
     Args:
         ids: of the query, in device memory; `column`: the first one of the part.
-        visible, first: [T] int32, what each query sees and the first block of its sequence.
+        visible, first: [T] int32, what each query sees, and the first block of its sequence or which sequence it is.
         meta, pages: rows of shared memory; table: page of each, in device memory.
     """
     ptx = list_ptx(lists)

@@ -272,7 +272,7 @@ def rank_of_listed(shape: Shape) -> str:
         for i in range(4)
     )
     return f"""shl.b32 t, tid, 2; add.u32 t, t, $SMEM; ld.shared.b32 key, [t+{shape.listed}];
-mov.b32 g, 0; mov.b32 e, 0; mov.b32 i, 0; mov.b32 at, $SMEM;
+mov.b32 g, 0; mov.b32 e, 0; mov.b32 i, 0; mov.b32 at, $SMEM; shl.b32 t, warp, 5; setp.ge.u32 p, t, c; @p bra compared;
 compare: setp.ge.u32 p, i, c; @p bra compared;
 ld.shared.v4.b32 {{h0, h1, h2, h3}}, [at+{shape.listed}];
 {compare}add.u32 i, i, 4; add.u32 at, at, 16; bra compare;
