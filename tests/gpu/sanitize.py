@@ -26,6 +26,8 @@ TESTS = {
     "isolation.py::test_in_pages[mosaic_gpu-hisa_two_pages_a_block-float8_e4m3fn-decode]": TOOLS,
     "isolation.py::test_in_pages[mosaic_gpu-dsa-float8_e4m3fn-decode]": TOOLS,
     "flat.py::test_merge_on_the_device[8192-13824-2048]": TOOLS,
+    "refine_few.py::test_on_the_device[33-64-128-128-64-float8_e4m3fn-64]": TOOLS,
+    "refine_few.py::test_on_the_device[67-64-128-128-64-bfloat16-None]": TOOLS,
     # Selections of few rows: by one CTA, by groups, by clusters of CTAs.
     "topk_few.py": (MEMCHECK, RACECHECK),
     "select_groups.py::test_on_the_device[3-40000-1000]": TOOLS,
