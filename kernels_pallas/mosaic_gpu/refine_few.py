@@ -53,8 +53,8 @@ def heuristic(
 ) -> Config | None:
     """A CTA a query, or two if that is one wave; None where other kernels are faster, or this one has no room.
 
-    Of 128 / 64 / 32 / 16 / 1 requests, 64 blocks of 128, the whole decoding step takes 66.8 / 43.1 / 31.3 / 25.2 / 15.5
-    us so, by scores of more parts and `topk_few` 70.5 / 45.4 / 28.1 / 20.7 / 14.9. (Clusters of eight for 16 and one.)
+    Of 128 / 64 / 32 requests, 64 blocks of 128, a whole decoding step takes 65.3 / 42.2 / 30.5 us so, and 69.9 / 44.7 /
+    27.4 by `refine`, or by scores of more parts and `topk_few`.
     """
     if not _FEWEST <= T <= n_sms:
         return None
