@@ -83,8 +83,9 @@ class KeptBlocks:
         first: [T] int32, where the query's sequence begins among the rows of all, in blocks.
         size: tokens of a block.
         count: [T] int32, how many of them are real, where that is known without looking.
-        sequence: [T] int32, which sequence each query is of, of padding any number; None: unless `first` is
-            min(sequence, n_sequences - 1) * apart. Kernels that take this need no other to work out `first`.
+        sequence: [T] int32 or None, which sequence each query is of, of padding any number. If it is there, `first` is
+            min(sequence, n_sequences - 1) * apart, which a kernel can work out by itself.
+        n_sequences, apart: how many sequences, and how many blocks from one to the next.
     """
 
     ids: Array

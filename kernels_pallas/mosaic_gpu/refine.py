@@ -161,6 +161,7 @@ def with_lists(plan: Plan, kept: KeptBlocks, parts: KeptBlocks, pages: Pages | N
         tile_s=plan.tile_s,
         columns=plan.columns,
         n_tiles=plan.width // plan.tile_s if has_all_tiles else None,
+        keeps_all=plan.keeps_all,
         n_sequences=None if kept.sequence is None else kept.n_sequences,
         apart=kept.apart,
     )
@@ -176,8 +177,7 @@ def meta_of(kept: KeptBlocks, plan: Plan) -> Array:
         n_tiles = jnp.full_like(kept.visible, plan.width // plan.tile_s)
     else:
         n_tiles = (kept.n_real * plan.block_size + plan.columns - 1) // plan.columns * (plan.columns // plan.tile_s)
-        # A query that keeps all it sees needs no scores.
-        n_tiles = jnp.where(kept.visible <= (plan.k_top or 0), 0, n_tiles)
+        n_tiles = jnp.where(kept.visible <= plan.keeps_all, 0, n_tiles)
     block_ids = jnp.pad(kept.ids, ((0, 0), (0, plan.m - kept.ids.shape[1])), constant_values=-1)
     tail = jnp.stack([n_tiles, kept.visible, kept.first, jnp.zeros_like(kept.visible)], axis=1)
     return jnp.concatenate([block_ids, tail], axis=1)
@@ -209,6 +209,7 @@ def plan_of(
         dtype=k.dtype,
         has_scale=k_scale is not None,
         k_top=k_top,
+        keeps_all=k_top or 0,
         block_size=kept.size,
         tile_s=config.tile_s,
         n_score=config.n_score,

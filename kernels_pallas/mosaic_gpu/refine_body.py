@@ -53,6 +53,7 @@ class Plan:
     dtype: jnp.dtype
     has_scale: bool
     k_top: int | None  # None: sort keys out, no selection
+    keeps_all: int  # a query that sees as few tokens keeps all of them, and needs no scores
     block_size: int
     tile_s: int
     n_score: int
@@ -266,7 +267,7 @@ def score(
     key = keys_of_lanes(plan.tile_s, plan.interpret)
 
     def one_query(i, laps):
-        t, query_slot, sort_key_slot = cta + i * plan.n_ctas, i % 2, i % plan.n_sort_keys
+        t, query_slot, sort_key_slot = cta + i * plan.n_ctas, i % 2, i % max(plan.n_sort_keys, 1)
         plgpu.barrier_wait(smem.q_full.at[query_slot])
         n_tiles, visible = smem.meta[query_slot, plan.m], smem.meta[query_slot, plan.m + 1]
         w = plgpu.load(smem.w.at[query_slot, pl.ds(0, plan.H)], layout=HEAD_COLUMN)

@@ -6,7 +6,7 @@ that have scored select, by the passes of `topk_few`. Where CTAs are left two sh
 meet in the shared memory of the first. Fewer queries are split into more parts, and have kernels of their own: a CTA
 that selects from 8192 columns takes 5 us, as `topk_few` does, and larger clusters do not all run at once.
 
-Floor, 128 queries of 64 blocks of 128 on an H200: 138 MB, 32 us at the 4.3 TB/s of copies. It takes 42.
+Floor, 128 queries of 64 blocks of 128 on an H200: 138 MB, 32 us at the 4.3 TB/s of copies. It takes 40.4 to 41.4.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import SMEM_BYTES
 from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
 from hisa_jax.kernels_pallas.types import Interpret
 
-_FEWEST = 33
-_WIDEST = 8192  # 16 sort keys a thread of four warp-groups, 32 of two
+_FEWEST = 33  # fewer of short lists were not measured
+_WIDEST = 8192  # 16 sort keys a thread of four warp-groups, 32 of two: all of one block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,37 +41,32 @@ class Config(refine_stage.Config):
         step = self.n_ctas * self.columns
         return -(-m * block_size // step) * step
 
-    def row(self, width: int, k: int) -> Shape:
+    def row(self, width: int, k: int, *, is_full: bool = False) -> Shape:
         """What `n_score` warp-groups select from."""
         n_threads = 128 * self.n_score
         each = next(n for n in (8, 16, 32) if n * n_threads >= width)
-        return Shape(width=width, k=k, each=each, n_threads=n_threads, has_forced=False, is_there=True)
+        kind = {"has_forced": False, "is_full": is_full, "is_there": True}
+        return Shape(width=width, k=k, each=each, n_threads=n_threads, **kind)
 
 
 def heuristic(
     T: int, H: int, D: int, m: int, block_size: int, itemsize: int, topk: int, n_sms: int, page_size: int | None = None
 ) -> Config | None:
-    """A CTA a query, or two if that is one wave; None where other kernels are faster, or this one has no room.
+    """A CTA a query, or two where that is all there are; None where more share one, or where this kernel has no room.
 
-    Of 128 / 64 / 32 requests, 64 blocks of 128, a whole decoding step takes 65.3 / 42.2 / 30.5 us so, and 69.9 / 44.7 /
-    27.4 by `refine`, or by scores of more parts and `topk_few`.
+    Of 128 / 64 / 32 requests, 64 blocks of 128, a whole decoding step takes 65.3 / 42.2 / 30.5 us so. By `refine` 128
+    take 69.9, by scores of two parts and `topk_few` 64 take 44.7, by scores of four 32 take 27.4.
     """
-    if not _FEWEST <= T <= n_sms:
+    config = Config(tile_s=128 if H <= 64 else 64, n_score=4 if H <= 64 else 2, ring=4)
+    n_ctas = refine_stage.split(T, m, block_size, config, n_sms)
+    if not _FEWEST <= T <= n_sms or n_ctas > 2:
         return None
-    tile_s, n_score = (128, 4) if H <= 64 else (64, 2)
-    each = _WIDEST // (128 * n_score)
-    for n_ctas in (2, 1):
-        config = Config(tile_s=tile_s, n_score=n_score, ring=4, n_ctas=n_ctas)
-        width = config.width(m, block_size)
-        is_one_wave = n_ctas * T <= n_sms
-        have_all_work = m * block_size > (n_ctas - 1) * config.columns
-        # A thread's columns are of one block.
-        if not is_one_wave or not have_all_work or width > _WIDEST or block_size < each:
-            continue
-        n_bytes = config.smem_bytes(H, D, width // n_ctas // block_size, block_size, itemsize, page_size)
-        if n_bytes + config.row(width, topk).smem_bytes <= SMEM_BYTES:
-            return config
-    return None
+    config = dataclasses.replace(config, n_ctas=n_ctas)
+    width = config.width(m, block_size)
+    if width > _WIDEST:
+        return None
+    n_bytes = config.smem_bytes(H, D, width // n_ctas // block_size, block_size, itemsize, page_size)
+    return config if n_bytes + config.row(width, topk).smem_bytes <= SMEM_BYTES else None
 
 
 @functools.partial(jax.jit, static_argnames=("k_top", "config", "interpret"))
@@ -79,12 +74,15 @@ def refine_few(
     operands: Operands, kept: KeptBlocks, *, k_top: int, config: Config, interpret: Interpret = False
 ) -> tuple[Array, Array]:
     """As `refine`: keys [S, D] -> [T, k_top] int32 positions, ascending, then -1; [T] int32 count."""
-    T, n_ctas = len(kept.ids), config.n_ctas
+    (T, m), n_ctas = kept.ids.shape, config.n_ctas
+    # Of a query that sees k_top tokens or fewer all blocks are kept, if so many tokens can be.
+    is_full = k_top <= m * kept.size
     parts = refine_stage.parts_of(kept, n_ctas, config)
     part = refine_stage.plan_of(operands, parts, None, config, T * n_ctas, interpret)
+    part = dataclasses.replace(part, keeps_all=k_top if is_full else 0)
     part = refine_stage.with_lists(part, kept, parts, operands.pages, has_all_tiles=False)
     width = n_ctas * part.width
-    plan = FewPlan(part=part, row=config.row(width, k_top), n_ctas=n_ctas)
+    plan = FewPlan(part=part, row=config.row(width, k_top, is_full=is_full), n_ctas=n_ctas)
     smem = refine_stage.smem_of(part)._replace(
         row=plgpu.SMEM((plan.row.smem_bytes // 4,), jnp.int32), scored=plgpu.Barrier(num_arrivals=part.n_score)
     )

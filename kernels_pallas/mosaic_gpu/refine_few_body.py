@@ -85,11 +85,11 @@ def _cluster_sync() -> None:
 
 
 def _select(plan: FewPlan, role: Array, ids_gmem: Ref, out: Outputs, smem: Smem) -> None:
-    query, size, width = lax.axis_index("query"), plan.part.block_size, jnp.int32(plan.row.width)
+    query, size, visible = lax.axis_index("query"), plan.part.block_size, smem.meta[0, plan.part.m + 1]
     output = select_row.Output(query, *out)
     if not plan.part.interpret:
         ids = Row(ids_gmem, query, ids_gmem.shape[1])
-        select_few.choose(plan.row, None, width, ids, size, smem.row, output)
+        select_few.choose(plan.row, None, visible, ids, size, smem.row, output)
         return
 
     @pl.when(role == 0)
@@ -97,4 +97,7 @@ def _select(plan: FewPlan, role: Array, ids_gmem: Ref, out: Outputs, smem: Smem)
         columns = jnp.arange(plan.row.width, dtype=jnp.int32)
         ids = ids_gmem[query]
         positions = ids[jnp.minimum(columns // size, len(ids) - 1)] * size + columns % size
-        select_row.choose_reference(smem.row[pl.ds(0, plan.row.width)], positions, output)
+        sort_keys = smem.row[pl.ds(0, plan.row.width)]
+        has_no_scores = plan.row.is_full & (visible <= plan.row.k)
+        sort_keys = jnp.where(has_no_scores, jnp.where(columns < visible, 0, INVISIBLE), sort_keys)
+        select_row.choose_reference(sort_keys, positions, output)

@@ -90,6 +90,7 @@ def _launch(
         dtype=k.dtype,
         has_scale=k_scale is not None,
         k_top=k_top,
+        keeps_all=k_top,
         block_size=config.tile_s,
         tile_s=config.tile_s,
         n_score=config.n_score,

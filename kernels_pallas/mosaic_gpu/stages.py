@@ -164,7 +164,7 @@ def best_columns(x: Array, limit: Array, k: int, interpret: Interpret = False) -
 
 
 def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret = False) -> tuple[Array, Array]:
-    """`refine_few.refine_few` or `refine.refine`; or scores and then `topk`, of what outgrows shared memory."""
+    """`refine_few.refine_few` or `refine.refine`; or scores and then `topk`, where queries have more than two parts."""
     (T, H, D), m, itemsize, n_ctas = call.q.shape, block_ids.shape[1], call.k.dtype.itemsize, n_sms()
     block_size, topk, pages = method.block_size, method.topk, call.pages
     kept = _kept(call, block_ids, block_size)
@@ -174,7 +174,8 @@ def refine(call: FlatCall, block_ids: Array, method: Hisa, interpret: Interpret 
     page_size = None if pages is None else pages.size
     few = few_stage.heuristic(T, H, D, m, block_size, itemsize, topk, n_ctas, page_size)
     if few is not None:
-        few = dataclasses.replace(few, n_ctas=1) if interpret else few
+        if interpret:
+            few = dataclasses.replace(few, n_ctas=1)  # which has no clusters
         return few_stage.refine_few(call.operands, kept, k_top=topk, config=few, interpret=interpret)
     n_parts = refine_stage.split(T, m, block_size, _apart(H), n_ctas)
     fused = refine_stage.heuristic(H, D, m, block_size, itemsize, page_size)

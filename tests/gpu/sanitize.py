@@ -1,7 +1,8 @@
 """NVIDIA's compute-sanitizer over one small test of each kernel: `python -m tests.gpu.sanitize [WORD ...]`.
 
 It needs a GPU, and CUDA's `compute-sanitizer` on the path. A run takes 15 to 60 s, most of it on the CPU; many share
-the GPU. With words, only tests that have one of them in their name. Exit status 1: a run is not clean.
+the GPU. With words, only tests that have one of them in their name. Exit status 1: a run is not clean. The tool itself
+ends in a segmentation fault (exit status -11) in some runs, others each time: it says nothing of the kernel.
 
 What no tool sees is a copy engine that fills a slot of shared memory too early: tests/gpu/test_slots.py is for that.
 """
@@ -9,6 +10,7 @@ What no tool sees is a copy engine that fills a slot of shared memory too early:
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +28,7 @@ TESTS = {
     "isolation.py::test_in_pages[mosaic_gpu-hisa_two_pages_a_block-float8_e4m3fn-decode]": TOOLS,
     "isolation.py::test_in_pages[mosaic_gpu-dsa-float8_e4m3fn-decode]": TOOLS,
     "flat.py::test_merge_on_the_device[8192-13824-2048]": TOOLS,
-    "refine_few.py::test_on_the_device[33-64-128-128-64-float8_e4m3fn-64]": TOOLS,
+    "refine_few.py::test_on_the_device[34-64-128-128-64-float8_e4m3fn-64]": TOOLS,
     "refine_few.py::test_on_the_device[67-64-128-128-64-bfloat16-None]": TOOLS,
     # Selections of few rows: by one CTA, by groups, by clusters of CTAs.
     "topk_few.py": (MEMCHECK, RACECHECK),
@@ -58,15 +60,19 @@ def run(tool: str, test: str, log: Path, seconds: float) -> tuple[bool, str]:
     # An array an allocation: in a pool of all arrays an index beyond one is still within the pool.
     env = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "86", "--print-limit", "20", *pytest]
-    with log.open("wb") as file:
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True) as process,
+    ):
         try:
-            done = subprocess.run(command, env=env, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False)
-            ended = f"exit status {done.returncode}"
+            ended = f"exit status {process.wait(seconds)}"
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the test, too
             ended = f"stopped after {seconds:.0f} s"
     text = log.read_text(errors="replace")
     summary, passed = SUMMARY.search(text), PASSED.search(text)
-    is_clean = ended == "exit status 0" and bool(passed) and bool(summary)
+    found = summary is None or re.search(r"[1-9]\d* (?:errors?|hazards?|warnings?)\b", summary[1])
+    is_clean = ended == "exit status 0" and bool(passed) and not found
     said = [passed[0] if passed else "no test passed", summary[1] if summary else "no summary", ended]
     return is_clean, f"{'; '.join(said)}; {time.monotonic() - start:.0f} s"
 

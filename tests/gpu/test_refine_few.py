@@ -3,6 +3,8 @@
 In the gate it costs 20 seconds.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from hisa_jax.kernels_pallas.mosaic_gpu.ptx.cluster_text import CLUSTER_SYNC
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_few_text import OPERANDS, row_ptx, select_ptx
 from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
 from hisa_jax.kernels_pallas.pages import Pages
+from hisa_jax.kernels_pallas.sort_key import INVISIBLE
 from tests.gpu import draw
 from tests.gpu.ptx_machine import Cluster
 from tests.gpu.test_lowering import BF16, E4M3
@@ -68,13 +71,18 @@ def test_it_chooses_what_refine_chooses(interpret, block_size, dtype, page_size)
     check(operands, kept, 60, config, interpret)
 
 
-@pytest.mark.parametrize("name", ["normal", "few values", "0.9 invisible"])
+@pytest.mark.parametrize("name", ["normal", "few values", "0.9 invisible", "limit none", "limit k", "limit k and one"])
 @pytest.mark.parametrize("n_ctas", [1, 2])
 def test_sort_keys_of_all_ctas_meet_in_the_first(n_ctas, name):
-    """In PTX: each CTA stores its part of a row, then the first one selects from it. The row leaves threads without."""
+    """In PTX: each CTA stores its part of a row, then the first one selects from it. The row leaves threads without.
+
+    Where as many columns are seen as are chosen, their sort keys may be anything.
+    """
     width, k = 3072, 500
-    x, _ = rows(width, k)[name]
-    row = refine_few.Config().row(width, k)
+    x, limit = rows(width, k)[name]
+    row = refine_few.Config().row(width, k, is_full="limit" in name)
+    if limit > k:
+        x = np.where(np.arange(width) < limit, x, INVISIBLE).astype(np.int32)
     n, own = row.n_threads, width // n_ctas
     assert row.is_there and n * row.each > width and own % n == 0
     ids = np.random.default_rng(1).permutation(1000)[: width // 128].astype(np.int32)
@@ -103,10 +111,10 @@ end:
 """
     start = width + len(ids)
     memory = np.concatenate([x, ids, np.full(k + 1, 77)]).astype(np.int32).view(np.uint32)
-    at = dict(X=0, IDS=4 * width, O=4 * start, COUNT=4 * (start + k), SMEM=0, LIMIT=width)
+    at = dict(X=0, IDS=4 * width, O=4 * start, COUNT=4 * (start + k), SMEM=0, LIMIT=limit)
     Cluster(n_ctas, text, n, {f"o_{name}": value for name, value in at.items()}, memory, row.smem_bytes).run()
     result = memory[start:].view(np.int32)
-    positions, count = chosen(x, width, k, ids)
+    positions, count = chosen(x, limit, k, ids)
     np.testing.assert_array_equal(result[:k], positions)
     assert result[k] == count
 
@@ -115,7 +123,7 @@ end:
 @pytest.mark.parametrize(
     ("T", "H", "D", "block_size", "m", "dtype", "page_size"),
     [
-        (33, 64, 128, 128, 64, E4M3, 64),
+        (34, 64, 128, 128, 64, E4M3, 64),
         (67, 64, 128, 128, 64, BF16, None),
         (40, 32, 128, 128, 50, E4M3, None),
         (64, 64, 128, 64, 128, E4M3, 64),
@@ -135,6 +143,9 @@ def test_on_the_device(T, H, D, block_size, m, dtype, page_size):
     assert config is not None
     for draw_arrays in (draw.integers, draw.normal):
         operands, kept = inputs(T, 16384, m, dtype=dtype, page_size=page_size, draw_arrays=draw_arrays, **shape)
+        if page_size is not None:  # all queries are of the first of two sequences, as a number and as its first block
+            sequence, n_blocks = jnp.zeros(T, jnp.int32), 8192 // block_size
+            kept = dataclasses.replace(kept, sequence=sequence, n_sequences=2, apart=n_blocks)
         for _ in range(3):
             check(operands, kept, k_top, config)
 
@@ -143,8 +154,8 @@ def test_queries_that_leave_half_of_the_ctas_have_two_each():
     of = lambda T, **other: refine_few.heuristic(  # noqa: E731
         **(dict(T=T, H=64, D=128, m=64, block_size=128, itemsize=1, topk=2048, n_sms=132) | other)
     )
-    assert [of(T).n_ctas for T in (33, 66, 67, 132)] == [2, 2, 1, 1]
-    assert of(32) is of(133) is None
+    assert [of(T).n_ctas for T in (34, 66, 67, 132)] == [2, 2, 1, 1]
+    assert of(33) is of(133) is of(40, m=48) is None  # of more parts, or of several queries a CTA
     assert of(40, m=4).n_ctas == 1 and of(40, m=5).n_ctas == 2  # no CTA without blocks
     assert of(40, m=65) is None  # no row of registers
     assert of(40, H=128, block_size=32, m=256).row(8192, 2048).each == 32

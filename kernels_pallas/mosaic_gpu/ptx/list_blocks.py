@@ -25,6 +25,7 @@ class Lists:
         n_ids: blocks that a query lists; `n_own`: a part; `m`: words for them, of which the last ones may be -1.
         block_size: tokens of a block; `tile_s`: of a tile, `columns`: of as many tiles as are scored at a time.
         n_tiles: how many tiles each part has; None: those of its blocks.
+        keeps_all: where a query sees so many tokens or fewer, it has no tiles.
         n_sequences: of that many the query's is listed at $FIRST, and begins `apart` blocks after the one before; None:
             its first block is listed there.
         n_listed: words for pages, a multiple of 32; 0: keys are in one piece.
@@ -38,6 +39,7 @@ class Lists:
     tile_s: int
     columns: int
     n_tiles: int | None
+    keeps_all: int = 0
     n_sequences: int | None = None
     apart: int = 0
     n_listed: int = 0
@@ -57,7 +59,7 @@ def list_ptx(lists: Lists) -> str:
     n_tiles = f"mov.b32 n, {lists.n_tiles};"
     if lists.n_tiles is None:
         n_tiles = f"""mad.lo.u32 n, n, {lists.block_size}, {lists.columns - 1}; div.u32 n, n, {lists.columns};
-mul.lo.u32 n, n, {lists.columns // lists.tile_s}; setp.le.s32 p, visible, 0; @p mov.b32 n, 0;"""
+mul.lo.u32 n, n, {lists.columns // lists.tile_s}; setp.le.s32 p, visible, {lists.keeps_all}; @p mov.b32 n, 0;"""
     find = ""
     if lists.n_sequences is not None:
         find = f"min.s32 first, first, {lists.n_sequences - 1}; mul.lo.s32 first, first, {lists.apart};"

@@ -1,4 +1,4 @@
-"""Selection from one row of sort keys in device memory by a whole CTA, in PTX: for rows so few that each has a CTA.
+"""Selection from one row of sort keys by a whole CTA, in PTX: for rows so few that each has a CTA.
 
 A row's passes wait for each other, and each takes the time of a few instructions, a sum over the CTA and a barrier. So
 there are few passes: scores go to 1024 bins of equal width between the least and the greatest, the bin that holds the

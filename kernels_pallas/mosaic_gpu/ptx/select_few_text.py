@@ -97,6 +97,13 @@ def _load_own(shape: Shape) -> str:
         four = ", ".join(f"v{i + u}" for u in range(_CHUNK))
         lines.append(f"ld.shared.v4.b32 {{{four}}}, [at+{shape.keys + 4 * i}];")
     lines.append(f"shl.b32 column, tid, {shape.each.bit_length() - 1};")
+    if shape.is_full:
+        own = lambda j: f"setp.gt.s32 p, t, {j}; selp.b32 v{j}, 0, {INVISIBLE}, p;"  # noqa: E731
+        lines.append(
+            f"""setp.gt.s32 p, $LIMIT, {shape.k}; @p bra scored; sub.s32 t, $LIMIT, column;
+{each_key(shape, own)}
+scored:"""
+        )
     if shape.n_threads * shape.each != shape.width:
         # No thread has columns before the end of the row and after it.
         hide = each_key(shape, lambda j: f"@p mov.b32 v{j}, {INVISIBLE};")

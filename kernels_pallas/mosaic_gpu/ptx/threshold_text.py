@@ -5,8 +5,8 @@
                                                too many of them, or no range of scores: by halving -> `thr`
 
 Three kernels begin so: what is chosen is written by select_few_text.py, list_best_text.py and slopes_text.py. Names in
-capitals after a $ are operands (see `scope`). Branches are taken by all threads of a warp or by none, and but for one
-loop by all warps.
+capitals after a $ are operands (see `scope`). Branches are taken by all threads of a warp or by none, and but for
+two loops without barriers by all warps.
 """
 
 import dataclasses
@@ -33,7 +33,8 @@ class Shape:
         group: $IDS lists groups of so many neighbouring sort keys of a longer row, which are the columns; 0: it does
             not. 2, 4 or 8. Columns stand for themselves in that row, and so are limited. Each group has a candidate.
         has_sort_keys: whether those of the chosen are written, too, to $SORT_KEYS.
-        is_there: sort keys are in shared memory already, each thread's own in a run, `INVISIBLE` for no candidate.
+        is_there: sort keys are in shared memory already, each thread's own in a run, `INVISIBLE` for no candidate. The
+            limit says no more than with `is_full`.
     """
 
     width: int
