@@ -177,7 +177,7 @@ def test_every_call_has_the_bits_of_the_plain_one(mode, name):
     assert_same(got, want)
 
 
-@pytest.mark.oldest
+@pytest.mark.oldest(*calls.ON_A_MESH)  # of the others the examples run there
 @pytest.mark.parametrize("name", NAMES)
 def test_no_call_makes_a_nan_or_moves_an_array(name):
     """Padding, empty lists and sequences without keys are among the arrays."""

@@ -179,7 +179,7 @@ def test_refusals_say_why(change, reason):
     assert append_stage.why_not("8.0", **shape) == reason
 
 
-@pytest.mark.oldest
+@pytest.mark.oldest("page_is_a_block_with_sketch")
 @pytest.mark.parametrize(
     ("dtype", "T", "R", "P", "page_size", "latent_dim", "sketch", "block_size"),
     [

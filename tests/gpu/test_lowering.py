@@ -15,10 +15,7 @@ from hisa_jax.kernels_pallas.triton.pool import pool
 from hisa_jax.kernels_pallas.triton.sparse_mla import sparse_mla
 from tests import kernel_calls
 
-pytestmark = [
-    pytest.mark.oldest,
-    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 BACKENDS = {"mosaic_gpu": mosaic_gpu, "triton": triton}
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 _CUSTOM_CALLS = ("mosaic_gpu_v2", "__gpu$xla.gpu.triton")
@@ -43,6 +40,7 @@ def _shapes(B, T, S, H, D, dtype):
     "mosaic_gpu-dsv32_64k-e4m3", "mosaic_gpu-decode_32-e4m3", "mosaic_gpu-odd-bf16", "triton-glm5_128k-e4m3",
     "triton-decode_32-bf16", "triton-odd_blocks-bf16",
 )  # fmt: skip
+@pytest.mark.oldest("mosaic_gpu-odd-bf16", "triton-odd_blocks-bf16")
 @pytest.mark.parametrize("dtype", [E4M3, BF16], ids=["e4m3", "bf16"])
 @pytest.mark.parametrize(
     ("B", "T", "S", "H"),

@@ -230,7 +230,7 @@ def test_small_pages_are_declined_with_the_reason():
     assert triton.why_not("9.0", **shape, page_size=16) is None
 
 
-@pytest.mark.oldest
+@pytest.mark.oldest("mosaic_gpu-32-32-131072-128-float8_e4m3fn", "triton-32-32-131072-64-float8_e4m3fn")
 @pytest.mark.parametrize(
     ("backend", "T", "R", "context", "page_size", "dtype"),
     [
