@@ -14,9 +14,6 @@ import pytest
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("fixed")
 
-# Tracing makes many objects and few cycles: to look for cycles seldom takes a sixth off what a test takes.
-gc.set_threshold(200_000, 50, 1000)
-
 
 def pytest_collection_finish():
     """Modules and tests stay to the end: nothing of them is looked at again."""

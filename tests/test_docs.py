@@ -68,6 +68,7 @@ def test_examples_of_public_functions_run(name):
         assert runner.run(example).failed == 0
 
 
+@pytest.mark.gate("README.md", "docs/serving.md", "docs/attention.md")
 @pytest.mark.oldest("README.md")
 @pytest.mark.parametrize(
     "page", [

@@ -60,6 +60,7 @@ def devices(chip):
     return CHIPS[chip].pod_chips * CHIPS[chip].devices_per_chip
 
 
+@pytest.mark.exhaustive  # in the gate is the next that compiles the same kernels for a pod, and test_pod_steps.py
 def test_prefill_shares_sequences_and_queries(chip):
     context = CHIPS[chip].pod_chips // 16  # an axis of the mesh is whole axes of the torus
     data = devices(chip) // context
