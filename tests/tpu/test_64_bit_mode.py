@@ -80,7 +80,7 @@ def kernels(f, arrays):
     return found, [x.dtype.name for x in jax.tree.leaves(traced.out_info)]
 
 
-@pytest.mark.gate("hisa_decode", "flat_paged", "sparse_mla")  # of each family one
+@pytest.mark.gate("hisa_decode", "sparse_mla")
 @pytest.mark.oldest("hisa_decode", "sparse_mla")
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_are_the_same(case):

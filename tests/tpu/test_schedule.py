@@ -119,8 +119,7 @@ def test_rows_a_cycle_of_the_matrix_units(chip):
     ("name", "context"),
     [
         ("topk", 8192),
-        ("hisa", 131072),
-        *(pytest.param(name, 131072, marks=pytest.mark.exhaustive) for name in ("flat", "mla")),
+        *(pytest.param(name, 131072, marks=pytest.mark.exhaustive) for name in ("flat", "hisa", "mla")),
     ],
 )
 def test_no_kernel_has_grown_by_more_than_a_tenth(chip, name, context):
@@ -145,6 +144,7 @@ def test_rows_are_drawn_as_they_are_compiled():
         ), row.row
 
 
+@pytest.mark.exhaustive  # rows for GPUs have such tests in the gate
 def test_a_wrong_result_is_not_timed():
     """The check that `--run` makes first: of the selection of few queries, which XLA makes, and of a damaged one."""
     S, small = 2048, dataclasses.replace(shapes.DSV32, H=16, D=64, topk=128, block_size=64, block_topk=8)
