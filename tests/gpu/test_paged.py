@@ -234,7 +234,7 @@ def test_small_pages_are_declined_with_the_reason():
 @pytest.mark.parametrize(
     ("backend", "T", "R", "context", "page_size", "dtype"),
     [
-        ("mosaic_gpu", 128, 128, 131072, 64, E4M3),  # a query a CTA
+        pytest.param("mosaic_gpu", 128, 128, 131072, 64, E4M3, marks=pytest.mark.exhaustive),  # a query a CTA
         ("mosaic_gpu", 32, 32, 131072, 128, E4M3),  # several CTAs a query
         pytest.param("mosaic_gpu", 4200, 8, 65536, 64, BF16, marks=pytest.mark.exhaustive),  # prefill among decode
         pytest.param("mosaic_gpu", 4200, 8, 65536, 128, BF16, marks=pytest.mark.exhaustive),
