@@ -83,16 +83,17 @@ mutants: .venv-test/test.stamp
 test-integrations:
 	$(PYTHON) -m tests.integrations $(ARGS)
 
-# On the oldest supported jax what could be different there: the example of every public function and those of the README,
-# calls on a mesh, a model, one on a mesh, a saved one, a kernel a backend interpreted, and their kernels lowered. Only files
-# that have such tests are read.
+# On the oldest supported jax one of each kind of what could be different there: the example of every public function,
+# those of the README, calls on a mesh, a model, one on a mesh, a saved one, and of each backend a kernel interpreted and
+# some lowered. Only files that have such tests are read.
 OLDEST_OF = $(shell grep -rl --include='test_*.py' 'mark\.oldest' $(1))
 test-oldest: .venv-oldest/test.stamp
 	$(FAST) $(TESTS) -m "oldest and not exhaustive" $(call OLDEST_OF,tests/*.py tests/models tests/bench) $(ARGS)
 	$(FAST) $(KERNEL_TESTS) -m "oldest and not exhaustive" $(call OLDEST_OF,$(KERNELS))
 
 # There, what `make check` runs, and each value of the parameters of tests.
-OLDEST_CORE := $(addprefix tests/,test_docs.py test_modes.py test_golden.py test_cache.py test_checked.py test_context.py test_context_paged.py \
+OLDEST_CORE := $(addprefix tests/,test_docs.py test_modes.py test_golden.py test_cache.py test_checked.py \
+	test_context.py test_context_paged.py \
 	test_processes.py test_sparse_mla.py test_training.py models/test_golden.py models/test_readme.py \
 	models/test_sharding.py models/test_checkpoint.py models/test_loader.py)
 test-oldest-exhaustive: .venv-oldest/test.stamp
@@ -142,7 +143,7 @@ endef
 .venv-test/serve.stamp: pyproject.toml .venv-test/test.stamp
 	$(call install,'openai>=1.60' 'playwright>=1.49')
 
-# What it does not have itself it finds in .venv-test: jax and what does not go with that one are installed, all else is there.
+# What it does not have itself it finds in .venv-test: only jax is installed, and what does not go with that one.
 PACKAGES = import sysconfig; print(sysconfig.get_path("purelib"))
 .venv-oldest/test.stamp: .venv-test/test.stamp | .venv-oldest/bin/python
 	.venv-test/bin/python -c '$(PACKAGES)' > "$$(.venv-oldest/bin/python -c '$(PACKAGES)')/of_venv_test.pth"

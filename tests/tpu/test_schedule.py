@@ -144,7 +144,6 @@ def test_rows_are_drawn_as_they_are_compiled():
         ), row.row
 
 
-@pytest.mark.exhaustive  # rows for GPUs have such tests in the gate
 def test_a_wrong_result_is_not_timed():
     """The check that `--run` makes first: of the selection of few queries, which XLA makes, and of a damaged one."""
     S, small = 2048, dataclasses.replace(shapes.DSV32, H=16, D=64, topk=128, block_size=64, block_topk=8)
