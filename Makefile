@@ -11,6 +11,8 @@ OLDEST := 0.11.2
 # What XLA has compiled is kept for both workers, the next run and other checkouts, a folder a version.
 CACHE = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/hisa_jax/jaxlib-$$($(<D)/bin/python -c 'import jaxlib; print(jaxlib.__version__)')
 CACHED = JAX_COMPILATION_CACHE_DIR=$(CACHE) JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+# Python's own compiled files are kept as well: each of the processes reads the same tests and modules.
+unexport PYTHONDONTWRITEBYTECODE
 # Tests run on the CPU, whatever the machine has: `pytest -m gpu` and `pytest -m tpu` are for that.
 ON_CPU = JAX_PLATFORMS=cpu $(CACHED) $(<D)/bin/python -m
 # To compile takes longer than to run: unoptimised, it takes half the time. Tests marked `optimised` are compiled as for users.
@@ -81,17 +83,21 @@ mutants: .venv-test/test.stamp
 test-integrations:
 	$(PYTHON) -m tests.integrations $(ARGS)
 
-# On the oldest supported jax what could be different there: every public call, the examples of the documentation, a model,
-# one of the models on a mesh, a kernel a backend interpreted, every kernel lowered.
+# On the oldest supported jax one of each kind of what could be different there: the example of every public function,
+# those of the README, calls on a mesh, a model, one on a mesh, a saved one, and of each backend a kernel interpreted and
+# some lowered. Only files that have such tests are read.
+OLDEST_OF = $(shell grep -rl --include='test_*.py' 'mark\.oldest' $(1))
 test-oldest: .venv-oldest/test.stamp
-	$(FAST) $(TESTS) -m "(check or oldest) and not exhaustive" $(CORE) $(ARGS)
-	$(FAST) $(KERNEL_TESTS) -m "(check or oldest) and not exhaustive" $(KERNELS)
+	$(FAST) $(TESTS) -m "oldest and not exhaustive" $(call OLDEST_OF,tests/*.py tests/models tests/bench) $(ARGS)
+	$(FAST) $(KERNEL_TESTS) -m "oldest and not exhaustive" $(call OLDEST_OF,$(KERNELS))
 
-# Each value of a test's parameters there.
-OLDEST_CORE := $(addprefix tests/,test_docs.py test_golden.py test_cache.py test_checked.py test_context.py test_context_paged.py \
+# There, what `make check` runs, and each value of the parameters of tests.
+OLDEST_CORE := $(addprefix tests/,test_docs.py test_modes.py test_golden.py test_cache.py test_checked.py \
+	test_context.py test_context_paged.py \
 	test_processes.py test_sparse_mla.py test_training.py models/test_golden.py models/test_readme.py \
 	models/test_sharding.py models/test_checkpoint.py models/test_loader.py)
 test-oldest-exhaustive: .venv-oldest/test.stamp
+	$(FAST) $(TESTS) -m "check and not exhaustive" $(CORE)
 	$(FAST) $(TESTS) -m "not slow" --each-value $(OLDEST_CORE)
 	$(FAST) $(KERNEL_TESTS) -m "not slow and not exhaustive" --each-value $(KERNELS)
 
@@ -107,18 +113,20 @@ lint: .venv-test/test.stamp
 
 # The documentation as a site in build/site. The tutorials are executed: 2.5 minutes of CPU, 5 where nothing was compiled
 # before. Docstrings are read, so without tutorials nothing of the library is imported, and it takes seconds.
-docs: $(if $(filter false,$(TUTORIALS)),.venv-test/docs.stamp,.venv-docs/docs.stamp)
+docs: $(if $(filter false,$(TUTORIALS)),.venv-test/test.stamp,.venv-docs/docs.stamp)
 	TUTORIALS=$(TUTORIALS) NO_MKDOCS_2_WARNING=1 $(ON_CPU) mkdocs build --strict
 
 format: .venv-test/test.stamp
 	.venv-test/bin/ruff check --fix .
 	.venv-test/bin/ruff format .
 
-# What is fetched, how large it is and how far it is stands in pip's own lines.
+# What is fetched, how large it is and how far it is stands in pip's own lines. Python compiles what is imported when it
+# first is: all of it takes pip most of a minute.
 FOR_THE_DEMO := '.[models,bench]'
+FOR_TESTS := '.[test,docs]'
 define install
 	@echo "Installing into $(@D): $(1)$(if $(2),; about $(2) to fetch the first time)"
-	@$(@D)/bin/python -m pip install --disable-pip-version-check $(1)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --no-compile $(1)
 	@touch $@
 endef
 
@@ -126,10 +134,7 @@ endef
 	$(call install,'$(JAX)' -e $(FOR_THE_DEMO),210 MB)
 
 .venv-test/test.stamp: pyproject.toml | .venv-test/bin/python
-	$(call install,'$(JAX)' -e '.[test]')
-
-.venv-test/docs.stamp: pyproject.toml .venv-test/test.stamp
-	$(call install,-e '.[docs]')
+	$(call install,'$(JAX)' -e $(FOR_TESTS))
 
 .venv-docs/docs.stamp: pyproject.toml | .venv-docs/bin/python
 	.venv-docs/bin/python -m pip install --quiet '$(JAX)' -e '.[docs,tutorials]'
@@ -138,7 +143,10 @@ endef
 .venv-test/serve.stamp: pyproject.toml .venv-test/test.stamp
 	$(call install,'openai>=1.60' 'playwright>=1.49')
 
-.venv-oldest/test.stamp: pyproject.toml | .venv-oldest/bin/python
+# What it does not have itself it finds in .venv-test: only jax is installed, and what does not go with that one.
+PACKAGES = import sysconfig; print(sysconfig.get_path("purelib"))
+.venv-oldest/test.stamp: .venv-test/test.stamp | .venv-oldest/bin/python
+	.venv-test/bin/python -c '$(PACKAGES)' > "$$(.venv-oldest/bin/python -c '$(PACKAGES)')/of_venv_test.pth"
 	$(call install,'$(JAX)==$(OLDEST)' -e '.[test]')
 
 .venv/bin/python .venv-test/bin/python .venv-docs/bin/python .venv-oldest/bin/python:

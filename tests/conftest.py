@@ -1,6 +1,7 @@
 """Strict JAX for the tests of the library, what the marks of pyproject.toml do, and `--each-value`."""
 
 import collections
+import gc
 import itertools
 import pathlib
 import re
@@ -12,6 +13,12 @@ import pytest
 # Examples are drawn the same way in every run, and a first call that compiles is no failure.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("fixed")
+
+
+def pytest_collection_finish():
+    """Modules and tests stay to the end: nothing of them is looked at again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +41,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     unknown = _mark_exhaustive(items)
     if unknown and not any("::" in argument for argument in config.args):
-        raise pytest.UsageError(f"marks `gate` name cases that are not there: {unknown}")
+        raise pytest.UsageError(f"marks name cases that are not there: {unknown}")
     result = yield
     items.sort(key=_is_compiled_fast, reverse=True)  # each change forgets what is compiled
     for item in items:
@@ -48,11 +55,19 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _mark_exhaustive(items) -> dict[str, set]:
-    """Marks the cases that a mark `gate` does not name; returns what it names and no test is, by test."""
+    """Marks the cases that a mark `gate` does not name, and unmarks those that a mark `oldest` does not.
+
+    Returns what they name and no test is, by test.
+    """
     unknown = {}
     for item in items:
         if "_family_" in item.name:
             item.add_marker(pytest.mark.exhaustive)
+        if (oldest := item.get_closest_marker("oldest")) and oldest.args:
+            found = {case for case in oldest.args if _is_case(item.name, case)}
+            if not found:
+                item.own_markers.remove(oldest)
+            unknown.setdefault(id(oldest), [item.nodeid, set(oldest.args)])[1].difference_update(found)
         if gate := item.get_closest_marker("gate"):
             found = {case for case in gate.args if _is_case(item.name, case)}
             if not found:

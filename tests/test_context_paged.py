@@ -48,7 +48,7 @@ PROMISES = {
 
 
 @pytest.mark.slow
-@pytest.mark.gate("copies", "selection", "groups")
+@pytest.mark.gate("copies", "selection")  # an engine on a mesh has groups
 @pytest.mark.parametrize("promises", PROMISES)
 def test_pages_on_eight_devices_serve_as_on_one(promises):
     emulated.assert_kept("tests.context_paged", *PROMISES[promises], n=len(PROMISES[promises]))

@@ -61,9 +61,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.gate(
-    "one_tile-float32-odd", "one_tile-float32-one", "tiles_of_few_queries-bfloat16-wide",
-)  # fmt: skip
+@pytest.mark.gate("one_tile-float32-odd", "tiles_of_few_queries-bfloat16-wide")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("few", [False, True], ids=["one_tile", "tiles_of_few_queries"])

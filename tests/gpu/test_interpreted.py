@@ -66,6 +66,7 @@ def test_mosaic_flat_keeps_the_contract(interpret, S):
     promises.check_flat(got, q, k, scale, w, visible, topk=50, token_tolerance=1e-9)
 
 
+@pytest.mark.oldest
 def test_streaming_topk_of_triton_equals_one_piece(monkeypatch):
     monkeypatch.setattr(triton.stages, "_FLAT_WIDTH", 512)
     visible = np.asarray([[1200, 700]], np.int32)
@@ -161,6 +162,7 @@ def _check_topk(x, limit, got):
         assert (np.asarray(got[0][t])[count:] == -1).all()
 
 
+@pytest.mark.oldest
 def test_mosaic_topk_breaks_ties_from_the_left(interpret):
     x, limit = _sort_keys(7)
     _check_topk(x, limit, mosaic_topk.topk(jnp.asarray(x), jnp.asarray(limit), 100, n_ctas=2, interpret=interpret))

@@ -125,7 +125,7 @@ def test_positions_and_lengths_limit_what_is_visible(implementation, method):
     assert_agrees(got, oracle.select(q, k, w, METHODS[method], **options), 1e-2)
 
 
-@with_mosaic_interpreted("hisa", "block_sparse", in_triton=("block_sparse",))
+@with_mosaic_interpreted(None, "hisa", "block_sparse", in_triton=("hisa", "block_sparse"))
 def test_a_packed_batch_gives_what_the_oracle_gives(implementation, method):
     q, k, w = (x[0] for x in few_scores(draw.Shape(1, 12, 800, 16, 64), "float8_e4m3fn"))
     cu_q, cu_k = np.array([0, 3, 3, 4, 9], np.int32), np.array([0, 300, 340, 349, 722], np.int32)

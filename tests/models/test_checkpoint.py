@@ -16,7 +16,7 @@ from hisa_jax import models
 from . import golden
 
 
-@pytest.mark.oldest
+@pytest.mark.oldest("dsv32")
 @pytest.mark.parametrize("case", ["dsv32", "glm52"])
 def test_a_saved_model_comes_back_bit_by_bit(tmp_path, case):
     model = golden.model(case)

@@ -72,6 +72,7 @@ def test_both_forms_of_attention_give_the_logits_of_the_public_code(case, form):
     golden.assert_close(golden.output(case, form).logits, golden.numbers(case)["logits"], golden.LOGITS)
 
 
+@pytest.mark.oldest("dsv32")
 @cases
 def test_calling_the_model_gives_the_logits_of_the_public_code(case):
     golden.assert_close(golden.model(case)(golden.ids(case)), golden.numbers(case)["logits"], golden.LOGITS)

@@ -54,7 +54,7 @@ def plain(function):
     return function()
 
 
-@pytest.mark.gate("explicit_mesh", "x64", "debug_nans")
+@pytest.mark.gate("explicit_mesh", "debug_nans")  # tests/test_modes.py has each call in 64-bit mode
 @pytest.mark.parametrize("mode", MODES)
 def test_a_model_of_one_device_has_the_same_logits(mode):
     _, want = plain(logits)

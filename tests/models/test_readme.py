@@ -15,7 +15,6 @@ README = (ROOT / "models/README.md").read_text()
 GUIDE = (ROOT / "docs/models.md").read_text()
 
 
-@pytest.mark.oldest
 def test_the_ten_lines_run_and_print_what_they_promise(monkeypatch):
     monkeypatch.chdir(ROOT)
     code, more = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)

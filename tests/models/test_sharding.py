@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
     "checks",
     [
         pytest.param(["tensor_and_data_parallel", "explicit_mesh_of_one_axis"], marks=pytest.mark.oldest),
-        pytest.param(["save_here_restore_there"], marks=pytest.mark.slow),
+        pytest.param(["save_here_restore_there"], marks=[pytest.mark.slow, pytest.mark.exhaustive]),
         ["many_tokens_read_gathered_pages"],
         pytest.param(
             ["many_tokens_of_8_bits_read_gathered_pages_and_few_read_them_where_they_lie"], marks=pytest.mark.exhaustive

@@ -1,6 +1,7 @@
 """The mistakes that tests must notice: read from the tables, made in a tree."""
 
 import dataclasses
+import functools
 import pathlib
 import tomllib
 
@@ -37,6 +38,7 @@ class Mutant:
         return text[:at] + self.after + text[at + len(self.before) :]
 
 
+@functools.cache
 def read() -> list[Mutant]:
     """All of them, file by file."""
     return [Mutant(**row) for table in TABLES for row in tomllib.loads(table.read_text())["mutant"]]

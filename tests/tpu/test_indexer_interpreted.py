@@ -109,6 +109,7 @@ def test_every_kind_of_tile(interpret, H, block_size):
     promises.check_hisa(run(inputs, visible, interpret, **options), *inputs, visible, **options, **EXACT)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("dtype", "has_scale"),
     [pytest.param(BF16, False, id="bf16", marks=pytest.mark.exhaustive), pytest.param(E4M3, True, id="e4m3")],

@@ -60,6 +60,7 @@ def devices(chip):
     return CHIPS[chip].pod_chips * CHIPS[chip].devices_per_chip
 
 
+@pytest.mark.exhaustive  # in the gate test_pod_steps.py compiles a step of whole layers
 def test_prefill_shares_sequences_and_queries(chip):
     context = CHIPS[chip].pod_chips // 16  # an axis of the mesh is whole axes of the torus
     data = devices(chip) // context
@@ -72,7 +73,7 @@ def test_prefill_shares_sequences_and_queries(chip):
     assert memory.temp_size_in_bytes < keys + queries, "nothing of [T, S]"
 
 
-@pytest.mark.exhaustive  # in the gate test_pod_steps.py compiles a step of whole layers
+@pytest.mark.exhaustive
 def test_decode_shares_sequences(chip):
     n = devices(chip)
     mesh = aot.pod_mesh(chip, data=n, context=1)
