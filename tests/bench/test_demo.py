@@ -23,7 +23,6 @@ def text_file(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive  # 30 s of CPU
 def test_the_demo_shows_rows_and_passages_and_writes_them_and_a_figure(text_file, tmp_path, capsys, monkeypatch):
     measure, parts = command.measure, []
 

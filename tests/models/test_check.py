@@ -102,7 +102,7 @@ def check(*arguments, checkpoint=golden.FOLDER / "glm5"):
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive  # the gate has what it shows
+@pytest.mark.exhaustive  # what it shows is tested above
 @pytest.mark.parametrize(
     "methods",
     [("flat", "HISA", "scan, 1.5 k"), tuple(METHODS)],
