@@ -1,5 +1,6 @@
 """The models split over 8 emulated devices compute what one device does."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -38,6 +39,16 @@ def test_eight_devices_give_what_one_gives(checks):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines() == [f"passed {name}" for name in checks]
+
+
+def test_every_check_is_there():
+    """Most of them are exhaustive: two once had a name that nothing ran under."""
+    (cases,) = (
+        mark.args[1] for mark in test_eight_devices_give_what_one_gives.pytestmark if mark.name == "parametrize"
+    )
+    asked = {name for case in cases for name in (case.values[0] if hasattr(case, "values") else case)}
+    functions = {x.name for x in ast.parse((ROOT / "tests/models/sharded.py").read_text()).body if hasattr(x, "name")}
+    assert asked <= functions, asked - functions
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
