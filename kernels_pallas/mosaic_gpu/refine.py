@@ -22,9 +22,9 @@ from jax.typing import DTypeLike
 
 from hisa_jax.kernels_pallas.mosaic_gpu import refine_body
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.lanes import N_LANES
-from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_blocks import Lists
+from hisa_jax.kernels_pallas.mosaic_gpu.ptx.list_blocks import Kept, Lists
 from hisa_jax.kernels_pallas.mosaic_gpu.ptx.select_row import COLUMNS, SCRATCH_WORDS
-from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import META, WORDS_A_COPY, Inputs, Kept, Plan, Smem
+from hisa_jax.kernels_pallas.mosaic_gpu.refine_body import META, WORDS_A_COPY, Inputs, Plan, Smem
 from hisa_jax.kernels_pallas.mosaic_gpu.warpgroups import RESERVED_BYTES, SMEM_BYTES
 from hisa_jax.kernels_pallas.operands import KeptBlocks, Operands
 from hisa_jax.kernels_pallas.pages import Pages

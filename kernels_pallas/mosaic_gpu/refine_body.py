@@ -102,15 +102,6 @@ class Plan:
         return (self.T - cta + self.n_ctas - 1) // self.n_ctas
 
 
-class Kept(NamedTuple):
-    """What the lists of queries are made of, arrays in device memory."""
-
-    ids: Ref  # [T, n] int32, blocks of each query
-    visible: Ref  # [T] int32, tokens that it sees
-    first: Ref  # [T] int32, first block of its sequence, or which sequence that is
-    table: Ref | None  # [n] int32, the page of every group of rows
-
-
 class Inputs(NamedTuple):
     """Arrays in device memory, whole; T counts parts of queries, too."""
 
@@ -187,7 +178,9 @@ def load_keys(plan: Plan, cta: Array, gmem: Inputs, smem: Smem) -> None:
         plgpu.barrier_wait(smem.q_free.at[slot])
         if plan.lists is not None:
             # Before the copies, which the other roles wait for.
-            _make_lists(plan, plan.lists, gmem.meta, smem, t, slot)
+            meta_row = Row(smem.meta, slot, plan.m + META)
+            pages_row = None if smem.pages is None else Row(smem.pages, slot, plan.n_listed)
+            list_blocks(plan.lists, gmem.meta, t // plan.n_parts, t % plan.n_parts, meta_row, pages_row)
         copy_query(plan, gmem, smem, t, slot)
         if plan.lists is None:
             # The loader reads what it has just copied: which blocks, and so which keys come next.
@@ -218,14 +211,6 @@ def load_keys(plan: Plan, cta: Array, gmem: Inputs, smem: Smem) -> None:
         lax.fori_loop(0, n_queries, one_query, None)
         wait_all(smem.k_free, plan.ring)
         wait_all(smem.q_free, 2)
-
-
-def _make_lists(plan: Plan, lists: Lists, kept: Kept, smem: Smem, t: Array, slot: Array) -> None:
-    ids = Row(kept.ids, t // plan.n_parts, lists.n_ids)
-    meta = Row(smem.meta, slot, plan.m + META)
-    pages = None if kept.table is None else Row(smem.pages, slot, plan.n_listed)
-    column = t % plan.n_parts * lists.n_own
-    list_blocks(lists, ids, column, kept.visible, kept.first, meta, kept.table, pages)
 
 
 def copy_query(plan: Plan, gmem: Inputs, smem: Smem, t: Array, slot: Array) -> None:

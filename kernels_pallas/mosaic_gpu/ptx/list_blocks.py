@@ -6,6 +6,7 @@ and one for the pages.
 
 import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from jax import Array
 from jax.experimental.mosaic.gpu import utils
@@ -46,6 +47,15 @@ class Lists:
     per_block: int = 1
     n_table: int = 0
     n_pages: int = 0
+
+
+class Kept(NamedTuple):
+    """What the lists of queries are made of, arrays in device memory."""
+
+    ids: Ref  # [T, n] int32, blocks of each query
+    visible: Ref  # [T] int32, tokens that it sees
+    first: Ref  # [T] int32, first block of its sequence, or which sequence that is
+    table: Ref | None  # [n] int32, the page of every group of rows
 
 
 def list_ptx(lists: Lists) -> str:
@@ -111,35 +121,26 @@ def _store_page(lists: Lists, i: int) -> str:
 shl.b32 at, lane, 2; add.u32 at, at, $PAGES; st.shared.b32 [at+{128 * i}], page{i};"""
 
 
-def list_blocks(
-    lists: Lists, ids: Row, column: Array, visible: Ref, first: Ref, meta: Row, table: Ref | None, pages: Row | None
-) -> None:
-    """Runs `list_ptx` on a warp.
-
-    Args:
-        ids: of the query, in device memory; `column`: the first one of the part.
-        visible, first: [T] int32, what each query sees, and the first block of its sequence or which sequence it is.
-        meta, pages: rows of shared memory; table: page of each, in device memory.
-    """
-    ptx = list_ptx(lists)
-    refs = [ids.ref, visible, first, meta.ref] + ([] if pages is None else [table, pages.ref])
+def list_blocks(lists: Lists, kept: Kept, query: Array, part: Array, meta: Row, pages: Row | None) -> None:
+    """Makes the lists of a part of a query, on a warp. `meta`, `pages`: rows of shared memory."""
+    ptx, n_ids = list_ptx(lists), lists.n_ids
+    refs = [kept.ids, kept.visible, kept.first, meta.ref] + ([] if pages is None else [kept.table, pages.ref])
 
     @plgpu.inline_mgpu(arg_types=(*(REF for _ in refs), SPLAT, SPLAT, SPLAT))
-    def run(_ctx, ids_ref, visible, first, meta_ref, *rest):
-        *paged, t, column, slot = rest
-        t, column, slot = (x.registers.item() for x in (t, column, slot))
-        to = address_of(meta_ref, slot, meta.width)
+    def run(_ctx, ids, visible, first, meta_ref, *rest):
+        *paged, query, column, slot = rest
+        query, column, slot = (x.registers.item() for x in (query, column, slot))
         of_pages = [utils.memref_ptr(paged[0]), address_of(paged[1], slot, pages.width)] if pages else []
         utils.inline_ptx(
             ptx,
-            address_of(ids_ref, t, ids.width),
+            address_of(ids, query, n_ids),
             column,
-            address_of(visible, t, 1),
-            address_of(first, t, 1),
-            to,
+            address_of(visible, query, 1),
+            address_of(first, query, 1),
+            address_of(meta_ref, slot, meta.width),
             *of_pages,
             has_side_effects=True,
             convergent=True,
         )
 
-    run(*refs, ids.row, column, meta.row)
+    run(*refs, query, part * lists.n_own, meta.row)
