@@ -19,6 +19,7 @@ from hisa_jax.candidates import CandidateBlocks
 from hisa_jax.index_cache import IndexCache
 from hisa_jax.xla import sketch
 from hisa_jax.xla.means import mean, tree_sum
+from hisa_jax.xla.rounding import widened
 
 # Widths of key tiles are multiples of this one. XLA's CPU matmul gives a product the same bits at every such width,
 # which is what makes chunked prefill, decode and the flat indexer agree bit for bit.
@@ -54,7 +55,7 @@ class Keys(NamedTuple):
 
     def dequantised(self, present: Array) -> Array:
         """[..., s, D] float32, zeros where no key is present, as `present` [..., s] bool says."""
-        values = self.values.astype(jnp.float32)
+        values = widened(self.values)
         if self.scales is not None:
             values = values * self.scales[..., None]
         # A select, not a product with 0: absent rows may hold NaN.

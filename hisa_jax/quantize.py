@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from hisa_jax import checks
+from hisa_jax.xla.rounding import to_e4m3, widened
 
 ScaleFormat = Literal["float32", "ue8m0"]
 
@@ -95,14 +96,14 @@ def quantize_groups(call: str, name: str, x: Array, dtype: DTypeLike, scale: str
     if not isinstance(scale, str) or scale not in ("float32", "ue8m0"):
         raise ValueError(f"{call}: scale={scale!r}, wanted 'float32' or 'ue8m0'")
     largest = _LARGEST[kind]
-    x = jnp.asarray(x).astype(jnp.float32)
+    x = widened(jnp.asarray(x))
     amax = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, initial=0.0), _AMAX_FLOOR)
     # The published kernel multiplies by the rounded reciprocal; dividing would differ in the last bit of the scale.
     scales = amax * np.float32(1.0 / largest)
     if scale == "ue8m0":
         scales = _next_power_of_two(scales)
     scaled = jnp.clip(_divided(x, jnp.broadcast_to(scales[..., None], x.shape)), -largest, largest)
-    return (jnp.round(scaled) if kind == "int8" else scaled).astype(dtype), scales
+    return (jnp.round(scaled) if kind == "int8" else to_e4m3(scaled)).astype(dtype), scales
 
 
 def _divided(x: Array, divisor: Array) -> Array:

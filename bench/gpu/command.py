@@ -49,7 +49,7 @@ def measure(row: Row, samples: int) -> dict:
     clock = clock_mhz()
     span = spans(in_turn(f, operands) if row.carries else lambda: compiled(*operands))
     if not row.carries:
-        check_again(first, lambda: compiled(*operands))
+        check_again(row.defined(first, operands), lambda: row.defined(compiled(*operands), operands))
     ms = float(np.median(times))
     p10, p90 = (float(x) for x in np.percentile(times, [10, 90]))
     span_p10, span_p90 = (float(x) for x in np.percentile(span.ms, [10, 90]))

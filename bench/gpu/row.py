@@ -22,6 +22,7 @@ class Row:
     Attributes:
         make: () -> (f, its operands, check of its result that raises; the last operand is int32 and may be delayed).
         carries: f returns its first operand anew, for the next repetition.
+        defined: (result, operands) -> what of the result has a meaning; a kernel may leave the rest as memory was.
         flop: arithmetic of the visible work; `moved_bytes`: what must cross device memory.
     """
 
@@ -33,6 +34,7 @@ class Row:
     dtype: str = "e4m3"
     implementation: str = "mosaic_gpu"
     carries: bool = False
+    defined: Callable[[Any, tuple], Any] = lambda result, operands: result
     flop: float = 0.0
     moved_bytes: float = 0.0
 

@@ -133,9 +133,9 @@ def of_stages(model: shapes.Model, context: int, T: int = 4096) -> Iterator[Row]
     _, most, _, step = scan.ask_of(method, context)
     n, listed, n_samples = method.exact_heads + 2, m + m // 5, context // step  # two rows are the virtual head in e4m3
 
-    def row(name: str, make: Callable, flop: float, moved_bytes: float) -> Row:
+    def row(name: str, make: Callable, flop: float, moved_bytes: float, **more: Any) -> Row:
         shape: dict[str, Any] = dict(shape=model.name, context=context, queries=T)
-        return Row(row=name, make=make, flop=T * flop, moved_bytes=moved_bytes, **shape)
+        return Row(row=name, make=make, flop=T * flop, moved_bytes=moved_bytes, **shape, **more)
 
     def heads_of(inputs: Inputs) -> ScanHeads:
         return jax.jit(lambda *x: stages.scan_heads(call_of(*x), method))(*inputs)
@@ -168,6 +168,11 @@ def of_stages(model: shapes.Model, context: int, T: int = 4096) -> Iterator[Row]
         threshold = jax.jit(thresholds_of)(heads, *inputs)
         return masks_of, (heads, threshold, *inputs), lambda out: check_masks(out, threshold, heads, inputs)
 
+    def visible_words(masks: Array, operands: tuple) -> Array:
+        """Zeros in place of the words that `scan_masks` need not write."""
+        *_, visible = operands
+        return jnp.where(32 * jnp.arange(masks.shape[1]) < visible.reshape(-1, 1), masks, 0)
+
     def list_tokens():
         inputs = draw(model, 1, T, context)
         heads = heads_of(inputs)
@@ -193,7 +198,7 @@ def of_stages(model: shapes.Model, context: int, T: int = 4096) -> Iterator[Row]
     queries, keys = T * H * (D + 4.0), context * (D + 4.0)
     yield row("scan_heads", scan_heads, 2.0 * 256 * H * D, queries)
     yield row("scan_samples", scan_samples, 2.0 * n * D * n_samples, 2 * 4.0 * T * n_samples)
-    yield row("scan_masks", scan_masks, 2.0 * n * D * context, keys + T * context / 8)
+    yield row("scan_masks", scan_masks, 2.0 * n * D * context, keys + T * context / 8, defined=visible_words)
     yield row("list_tokens", list_tokens, 0.0, T * (context / 8 + 4.0 * listed))
     yield row("refine_tokens", refine_tokens, 2.0 * H * D * listed, queries + keys + 4.0 * T * listed)
 

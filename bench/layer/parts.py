@@ -61,7 +61,7 @@ class Layer:
         """Those that it does change; `sparse_mla` is the kernel alone, a part of `attention`."""
         x = self.inputs
         select = functools.partial(dsa.select, method=method)
-        operands = self.q, self.w, self.pages, x.block_tables, x.slots, x.lengths
+        operands = self.q, self.w, _memory(self.pages, x), x.slots, x.lengths
         selection = jax.jit(select)(*operands)
         yield "select", _bound(select, *operands)
         yield "attention", _bound(self._attention, x, self.projections, self.pages, selection.indices)
@@ -120,12 +120,15 @@ class Layer:
         return dsa.absorb(given.q_nope, given.q_rope, self._layer(state).k_b[...])
 
     def _attention(self, x: Inputs, given: dsa.Projections, pages: hj.IndexCache, indices: Array) -> Array:
-        layer, scale = self._layer(x.state), self.setting.config.softmax_scale
-        memory = Memory(pages, x.block_tables, None, None)
+        layer, scale, memory = self._layer(x.state), self.setting.config.softmax_scale, _memory(pages, x)
         return dsa.absorbed(given.q_nope, given.q_rope, memory, indices, layer.k_b[...], layer.v_b[...], scale)
 
     def _output(self, state: Any, values: Array) -> Array:
         return self._layer(state).merge_heads(values)
+
+
+def _memory(pages: hj.IndexCache, x: Inputs) -> Memory:
+    return Memory(pages, x.block_tables, mesh=None, stripe=None)
 
 
 def _bound(f: Callable, *operands: Any) -> Call:

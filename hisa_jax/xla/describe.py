@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from hisa_jax.xla import block_means
 from hisa_jax.xla.means import mean, mean_parts, tree_sum
+from hisa_jax.xla.rounding import widened
 
 _NUMBERS = 1 << 24  # of keys at a time, which are float32 then
 
@@ -43,7 +44,7 @@ def describe(
 
     def total(page: tuple[Array, Array | None, Array]) -> Array:
         values, scales, count = page
-        keys = values.astype(jnp.float32)
+        keys = widened(values)
         if scales is not None:
             keys = keys * scales[:, None]
         # A select, not a product with 0: rows without a token may hold NaN.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-_E4M3_MAX = 448.0
+from hisa_jax.xla.rounding import E4M3_MAX, to_e4m3
 
 
 def tree_sum(values: Array) -> Array:
@@ -64,16 +64,10 @@ def split(means: Array, n_parts: int, dtype: DTypeLike, step: float = 1.0) -> tu
     scale, inverse = (lax.bitcast_convert_type(x << 23, jnp.float32) for x in (exponent, 254 - exponent))
     rest = means * (inverse if means.ndim == 1 else inverse[..., None])
     # Selects keep NaN, which Triton's minimum and maximum drop.
-    rest = jnp.where(rest > _E4M3_MAX, _E4M3_MAX, jnp.where(rest < -_E4M3_MAX, -_E4M3_MAX, rest))
+    rest = jnp.where(rest > E4M3_MAX, E4M3_MAX, jnp.where(rest < -E4M3_MAX, -E4M3_MAX, rest))
     parts = []
     for _ in range(n_parts):
-        parts.append(_four_bits(rest).astype(dtype))
-        rest = (rest - parts[-1].astype(jnp.float32)) * step
+        rounded = to_e4m3(rest)
+        parts.append(rounded.astype(dtype))
+        rest = (rest - rounded) * step
     return parts, scale
-
-
-def _four_bits(x: Array) -> Array:
-    """Rounds to what e4m3 holds of a number, to even: by way of float16, as some compilers go, ties come out wrong."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    rounded = lax.bitcast_convert_type((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000, jnp.float32)
-    return jnp.where(x == x, rounded, x)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from hisa_jax.xla.rounding import widened
+
 GROUP = 32  # numbers with one scale
 HALF = GROUP // 2  # numbers in the low 4 bits of a group's bytes, and in the high ones
 _LARGEST = 7  # of the whole numbers in 4 bits that have a negative
@@ -67,7 +69,7 @@ def sizes(D: int) -> tuple[int, int]:
 def _groups(values: Array) -> Array:
     """[..., D] -> [..., groups, 32] float32."""
     missing = ((0, 0),) * (values.ndim - 1) + ((0, -values.shape[-1] % GROUP),)
-    return jnp.pad(values.astype(jnp.float32), missing).reshape(*values.shape[:-1], -1, GROUP)
+    return jnp.pad(widened(values), missing).reshape(*values.shape[:-1], -1, GROUP)
 
 
 def _scale_of(*parts: Array) -> Array:

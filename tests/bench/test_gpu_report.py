@@ -95,6 +95,8 @@ def test_tables_of_the_documents_have_the_spans_of_the_rows():
 def test_long_prompts_of_the_documents_are_those_of_the_rows():
     rows = json.loads(report.RESULTS.with_name("serve_contexts.json").read_text())
     table = numbers("long-contexts.md", "| | flat: first token, s |")
+    table |= numbers("long-contexts.md", "| | `Scan()`: first token, s |")
+    names = {"dsa": "flat", "hisa": "HISA", "scan": "`Scan()`"}
     parts = {
         "first token, s": ("time_to_first_token_s", 1), "a turn, ms": ("time_to_first_token_of_a_turn_s", 1e3),
         "a step, ms": ("time_per_output_token_s", 1e3),
@@ -105,7 +107,7 @@ def test_long_prompts_of_the_documents_are_those_of_the_rows():
         split = [f"`{axis}={n}`" for axis, n in (x["mesh"] or {}).items() if n > 1]
         line = ", ".join([shapes.label(x["context"]), *(split or ["one GPU"])])
         for part, (field, unit) in parts.items():
-            shown = table[line, f"{'flat' if x['indexer'] == 'dsa' else 'HISA'}: {part}"]
+            shown = table[line, f"{names[x['indexer']]}: {part}"]
             assert shown == pytest.approx(x[field] * unit, rel=0.01), (line, part)
 
 

@@ -66,7 +66,8 @@ def check(operands, kept, k_top, config, interpret=False):
     ids=["64-e4m3-page", "32-bf16", "256-e4m3", "128-e4m3-page"],
 )
 def test_it_chooses_what_refine_chooses(interpret, block_size, dtype, page_size):
-    operands, kept = inputs(4, 1024, 5, 16, 64, block_size, dtype, page_size)
+    # Two laps of the ring, of which a query of three blocks has one.
+    operands, kept = inputs(4, 1024, 768 // block_size, 16, 64, block_size, dtype, page_size)
     config = refine_few.Config(ring=4)
     check(operands, kept, 60, config, interpret)
 

@@ -1,0 +1,37 @@
+"""Roundings that no compiler drops.
+
+A number that a program rounds to fewer bits and reads again in the same program, XLA's compilers for GPUs and TPUs read
+as it was before (`xla_allow_excess_precision`). What pages say of their keys would then not be of the keys that they
+hold. So numbers are rounded while they are float32, by operations that stay; the conversion after it changes nothing.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+E4M3_MAX = 448.0
+_LEAST_NORMAL, _STEP = 2.0**-6, 2.0**-9  # below the first, e4m3 are multiples of the second
+# A number whose last bit stands for a step, and its bits.
+_BESIDE = 1.5 * 2**23 * _STEP
+_BESIDE_BITS = int(np.float32(_BESIDE).view(np.int32))
+_SIGN = -(1 << 31)
+
+
+def to_e4m3(x: Array) -> Array:
+    """Float32 of at most 448 -> the nearest numbers that e4m3 has, in float32; ties to even, NaN stay.
+
+    Compilers that convert by way of float16 round twice, and ties come out wrong. For kernels, too.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    normal = lax.bitcast_convert_type((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000, jnp.float32)
+    # A sum rounds to whole steps. The difference of bits counts them: one of numbers a compiler might simplify.
+    steps = lax.bitcast_convert_type(jnp.abs(x) + _BESIDE, jnp.int32) - _BESIDE_BITS
+    small = lax.bitcast_convert_type(steps.astype(jnp.float32) * _STEP, jnp.int32) | (bits & _SIGN)
+    rounded = jnp.where(jnp.abs(x) < _LEAST_NORMAL, lax.bitcast_convert_type(small, jnp.float32), normal)
+    return jnp.where(x == x, rounded, x)
+
+
+def widened(x: Array) -> Array:
+    """Numbers in float32 as they are stored, whatever made them in the same program; those of 8 bits by `to_e4m3`."""
+    wide = x.astype(jnp.float32)
+    return lax.reduce_precision(wide, 8, 7) if x.dtype == jnp.bfloat16 else wide
