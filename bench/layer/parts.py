@@ -60,7 +60,7 @@ class Layer:
     def parts_of(self, method: hj.Method) -> Iterator[tuple[str, Call]]:
         """Those that it does change; `sparse_mla` is the kernel alone, a part of `attention`."""
         x = self.inputs
-        select = functools.partial(dsa.select, method=method)
+        select = functools.partial(self._select, method)
         operands = self.q, self.w, _memory(self.pages, x), x.slots, x.lengths
         selection = jax.jit(select)(*operands)
         yield "select", _bound(select, *operands)
@@ -115,6 +115,11 @@ class Layer:
         indexer = self._indexer(state)
         q, w = indexer.queries(q_latent, x, table)
         return q, indexer.keys(x, table), w
+
+    def _select(
+        self, method: hj.Method, q: Array, w: Array, memory: Memory, slots: Array, lengths: Array
+    ) -> hj.Selection:  # fmt: skip
+        return dsa.select(q, w, memory, slots, lengths, method)
 
     def _absorb(self, state: Any, given: dsa.Projections) -> Array:
         return dsa.absorb(given.q_nope, given.q_rope, self._layer(state).k_b[...])

@@ -55,7 +55,7 @@ def one_token_too_many_visible(monkeypatch):
 
 def a_forgotten_scale(monkeypatch):
     right = stages.scores
-    monkeypatch.setattr(stages, "scores", lambda q, k, w: right(q, k._replace(scales=None), w))
+    monkeypatch.setattr(stages, "scores", lambda q, k, w, **options: right(q, k._replace(scales=None), w, **options))
     return dataclasses.replace(DSA, q_dtype="int8", k_dtype="int8", scale="float32")
 
 

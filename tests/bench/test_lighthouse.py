@@ -11,7 +11,7 @@ from bench.__main__ import main
 @pytest.mark.exhaustive  # 20 seconds
 def test_a_layer_is_checked_and_timed_stage_by_stage(tmp_path, capsys):
     file = tmp_path / "rows.json"
-    sizes = ["--contexts", "2048", "--heads", "2", "--dim", "32", "--samples", "1"]
+    sizes = ["--contexts", "2048", "--heads", "2", "--dim", "32", "--samples", "5"]
     assert main(["lighthouse", *sizes, "--json", str(file)]) == 0
     assert "selection that of the oracle" in capsys.readouterr().out
     (row,) = json.loads(file.read_text())
