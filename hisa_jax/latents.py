@@ -13,6 +13,7 @@ from jax import Array, lax
 
 from hisa_jax import checks
 from hisa_jax.quantize import ScaleFormat, quantize_groups
+from hisa_jax.xla.rounding import widened
 
 GROUP = 128  # values that share a scale
 
@@ -44,9 +45,9 @@ class QuantizedLatents:
 
     def dequantize(self) -> Array:
         """Float32 latents, [..., S, V + R]."""
-        grouped = self.values.astype(jnp.float32).reshape(*self.scales.shape, self.value_dim // self.scales.shape[-1])
+        grouped = widened(self.values).reshape(*self.scales.shape, self.value_dim // self.scales.shape[-1])
         values = (grouped * self.scales[..., None]).reshape(self.values.shape)
-        return jnp.concatenate([values, self.rope.astype(jnp.float32)], axis=-1)
+        return jnp.concatenate([values, widened(self.rope)], axis=-1)
 
     def to_bytes(self) -> Array:
         """[..., S, V + 4 ceil(V / 128) + 2 R] uint8: a token's values, scales and rope part in a row, as FlashMLA has

@@ -39,7 +39,7 @@ class QuantizedKeys:
 
     def dequantize(self) -> Array:
         """Float32 keys, [..., S, D]."""
-        return self.values.astype(jnp.float32) * self.scales[..., None]
+        return widened(self.values) * self.scales[..., None]
 
 
 def quantize_keys(k: Array, dtype: DTypeLike = jnp.float8_e4m3fn, scale: ScaleFormat = "float32") -> QuantizedKeys:
@@ -50,7 +50,7 @@ def quantize_keys(k: Array, dtype: DTypeLike = jnp.float8_e4m3fn, scale: ScaleFo
         dtype: float8_e4m3fn, or int8 (symmetric).
         scale: "float32", or "ue8m0", which rounds the scale up to a power of two.
 
-    Returns: `QuantizedKeys`, values [..., S, D] and scales [..., S].
+    Returns: `QuantizedKeys`, values [..., S, D] and scales [..., S]. Gradients go through the scales alone.
     Raises: TypeError: a dtype not listed above. ValueError: a scale format not listed above.
     Source: `act_quant` of DeepSeek-V3.2's inference code: amax floored at 1e-4, scale amax / 448, values clipped.
     Example:

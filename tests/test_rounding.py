@@ -9,14 +9,15 @@ from jax import lax
 from jax.extend.core import Literal
 
 import hisa_jax as hj
-from hisa_jax.layout import Keys
-from hisa_jax.xla import sketch
+from hisa_jax.kernels_pallas.mosaic_tpu.pool_body import parts_of
+from hisa_jax.layout import Keys, Queries
+from hisa_jax.xla import scan, sketch, stages
 from hisa_jax.xla.means import mean_parts
-from hisa_jax.xla.rounding import E4M3_MAX, to_e4m3
+from hisa_jax.xla.rounding import E4M3_MAX, to_e4m3, widened
 
-NARROW = (jnp.bfloat16, jnp.float8_e4m3fn)
+BF16, E4M3 = jnp.bfloat16, jnp.float8_e4m3fn
 X = 3 * jax.random.normal(jax.random.key(0), (2, 16, 256))
-PRESENT = jnp.ones(X.shape[:-1], bool)
+PRESENT, SEEN = jnp.ones(X.shape[:-1], bool), jnp.full((len(X),), 9, jnp.int32)
 
 
 @pytest.mark.parametrize("sign", [0, -(2**31)], ids=["positive", "negative"])
@@ -35,20 +36,26 @@ def test_e4m3_is_rounded_to_nearest_even(sign):
     )
 
 
-@pytest.mark.parametrize(
-    "made",
-    [
-        lambda x: hj.quantize_keys(x).dequantize(),
-        lambda x: hj.quantize_keys(x.astype(jnp.bfloat16), scale="ue8m0").dequantize(),
-        lambda x: hj.quantize_keys(x.astype(jnp.bfloat16), jnp.int8).values,
-        lambda x: hj.quantize_queries(x, x[..., 0])[0].astype(jnp.float32),
-        lambda x: hj.quantize_latents(x, 256).dequantize(),
-        lambda x: Keys(x.astype(jnp.bfloat16), None).dequantised(PRESENT),
-        lambda x: sketch.pack(x.astype(jnp.bfloat16))[0],
-        lambda x: [part.astype(jnp.float32) for part in mean_parts(x, jnp.float8_e4m3fn)],
-    ],
-    ids=["keys", "bfloat16_keys", "int8_keys", "queries", "latents", "page_keys", "sketch", "means"],
-)  # fmt: skip
+MADE = {
+    "keys": lambda x: hj.quantize_keys(x).dequantize(),
+    "keys_of_bfloat16": lambda x: hj.quantize_keys(x.astype(BF16), scale="ue8m0").dequantize(),
+    "keys_in_int8": lambda x: hj.quantize_keys(x.astype(BF16), jnp.int8).values,
+    "keys_by_others": lambda x: hj.QuantizedKeys(x.astype(E4M3), x[..., 0]).dequantize(),
+    "queries": lambda x: hj.quantize_queries(x, x[..., 0])[0].astype(jnp.float32),
+    "latents": lambda x: hj.quantize_latents(x, 128).dequantize(),
+    "page": lambda x: Keys(x.astype(BF16), None).dequantised(PRESENT),
+    "sketch": lambda x: sketch.pack(x.astype(BF16))[0],
+    "means": lambda x: [part.astype(jnp.float32) for part in mean_parts(x, E4M3)],
+    "means_for_tpus": lambda x: widened(parts_of(x[0], 2)),
+    "products": lambda x: stages.head_products(x[0], Keys(x[1].astype(BF16), None)),
+    "virtual_head": lambda x: scan.virtual_head(
+        Queries(x.astype(BF16), x[..., 0], SEEN), x[..., 1], jnp.zeros((len(x), 1), jnp.int32)
+    ),
+    "exact_heads": lambda x: scan.exact_heads(Queries(x.astype(BF16), x[..., 0], SEEN), hj.Scan(topk=8, exact_heads=2)),
+}
+
+
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
 def test_what_is_made_of_rounded_numbers_is_of_those_that_are_stored(made):
     jaxpr = jax.make_jaxpr(made)(X)
     for wanted, got in zip(
@@ -58,7 +65,7 @@ def test_what_is_made_of_rounded_numbers_is_of_those_that_are_stored(made):
 
 
 def test_a_conversion_that_is_left_out_is_noticed():
-    jaxpr = jax.make_jaxpr(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32))(X)
+    jaxpr = jax.make_jaxpr(lambda x: x.astype(BF16).astype(jnp.float32))(X)
     np.testing.assert_array_equal(without_conversions(jaxpr.jaxpr, jaxpr.consts, [X])[0], X)
 
 
@@ -68,7 +75,7 @@ def without_conversions(jaxpr, consts, operands):
     read = lambda x: x.val if isinstance(x, Literal) else values[x]  # noqa: E731
     for eqn in jaxpr.eqns:
         given, params = [read(x) for x in eqn.invars], eqn.params
-        if eqn.primitive is lax.convert_element_type_p and params["new_dtype"] in NARROW:
+        if eqn.primitive is lax.convert_element_type_p and params["new_dtype"] in (BF16, E4M3):
             out = [given[0].astype(jnp.float32)]
         elif inner := params.get("jaxpr") or params.get("call_jaxpr"):
             out = without_conversions(inner.jaxpr, inner.consts, given)

@@ -244,7 +244,7 @@ def scan_scores(view: View, slopes: Array, keys: Array, heads: Array) -> Array:
     """[t, H], [S, D], [t, n] -> [t, S] float32: scan scores with some heads exact, -inf where a query does not see."""
     virtual = scan.virtual_head(view.queries, slopes, heads)
     if view.k.dtype != jnp.float32:  # rounded as for the keys, also where a sketch of them is in float32
-        virtual = virtual.astype(jnp.bfloat16).astype(jnp.float32)
+        virtual = lax.reduce_precision(virtual, 8, 7)
     scores = scan.scores(scan.scan_heads(view.queries, virtual, heads), Keys(keys.astype(jnp.float32), None))
     return jnp.where(view.seen, scores, -jnp.inf)
 

@@ -7,6 +7,7 @@ from jax import Array
 
 from hisa_jax.lighthouse.method import DILATION, Lighthouse
 from hisa_jax.lighthouse.sums import total
+from hisa_jax.xla.rounding import widened
 
 Attend = Callable[[Array, Array, Array], Array]
 
@@ -44,5 +45,5 @@ def _strength(x: Array, G: int) -> Array:
     """[B, T, H, D] -> [B, T, G]: the largest squared norm among the heads of a group."""
     B, T, H, _ = x.shape
     # Not the root: it would make ties of numbers that differ.
-    squares = total(jnp.square(x.astype(jnp.float32)), -1)
+    squares = total(jnp.square(widened(x)), -1)
     return jnp.max(jnp.where(jnp.isnan(squares), -1.0, squares).reshape(B, T, G, H // G), axis=-1)

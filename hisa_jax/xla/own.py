@@ -14,6 +14,7 @@ from jax import Array, lax
 from hisa_jax.layout import Keys, Sequence
 from hisa_jax.methods import BlockSparse, Hisa, Method, name_of
 from hisa_jax.sharded import varying
+from hisa_jax.xla.rounding import widened
 
 Score = Callable[..., Array]  # (query, keys, weights): [H, D], s keys, [H] -> [s] float32
 _BLOCKS = 32  # pooled at a time: their keys are gathered
@@ -28,7 +29,7 @@ def score_of(method: Method, name: str, default: Score) -> Score:
     def score(q: Array, keys: Keys, w: Array) -> Array:
         values = _values(keys)
         what = f"for q [{', '.join(map(str, q.shape))}] and keys [{', '.join(map(str, values.shape))}]"
-        scores = function(q.astype(jnp.float32), values, w)
+        scores = function(widened(q), values, w)
         scores = _floats(method, name, scores, (values.shape[0],), f"{what}, wanted [{values.shape[0]}] floats")
         return varying.like(scores, q, values, w)
 

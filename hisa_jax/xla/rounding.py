@@ -1,8 +1,9 @@
 """Roundings that no compiler drops.
 
-A number that a program rounds to fewer bits and reads again in the same program, XLA's compilers for GPUs and TPUs read
-as it was before (`xla_allow_excess_precision`). What pages say of their keys would then not be of the keys that they
-hold. So numbers are rounded while they are float32, by operations that stay; the conversion after it changes nothing.
+A number that a program rounds to fewer bits and reads again in the same program, XLA may read as it was before
+(`xla_allow_excess_precision`): on GPUs bfloat16 and e4m3, on TPUs bfloat16. What pages say of their keys would then not
+be of the keys that they hold. So what is to be e4m3 is rounded before its conversion, which then changes nothing, and
+what is read in float32 is rounded once more after it.
 """
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 E4M3_MAX = 448.0
+_E4M3_TIE = 464.0  # up to here a conversion gives 448, beyond it NaN
 _LEAST_NORMAL, _STEP = 2.0**-6, 2.0**-9  # below the first, e4m3 are multiples of the second
 # A number whose last bit stands for a step, and its bits.
 _BESIDE = 1.5 * 2**23 * _STEP
@@ -18,7 +20,7 @@ _SIGN = -(1 << 31)
 
 
 def to_e4m3(x: Array) -> Array:
-    """Float32 of at most 448 -> the nearest numbers that e4m3 has, in float32; ties to even, NaN stay.
+    """Float32 of magnitude 448 at most -> the nearest numbers that e4m3 has, in float32; ties to even, NaN stay.
 
     Compilers that convert by way of float16 round twice, and ties come out wrong. For kernels, too.
     """
@@ -32,6 +34,10 @@ def to_e4m3(x: Array) -> Array:
 
 
 def widened(x: Array) -> Array:
-    """Numbers in float32 as they are stored, whatever made them in the same program; those of 8 bits by `to_e4m3`."""
+    """Numbers in float32, as they are stored, whatever made them in the same program."""
     wide = x.astype(jnp.float32)
-    return lax.reduce_precision(wide, 8, 7) if x.dtype == jnp.bfloat16 else wide
+    if x.dtype == jnp.bfloat16:
+        return lax.reduce_precision(wide, 8, 7)
+    if x.dtype == jnp.float8_e4m3fn:
+        return jnp.where(jnp.abs(wide) <= _E4M3_TIE, to_e4m3(wide), jnp.nan)
+    return wide

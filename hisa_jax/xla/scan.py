@@ -19,6 +19,7 @@ from jax import Array, lax
 from hisa_jax.layout import Keys, Paged, Queries, Sequence
 from hisa_jax.methods import Scan, Sketch
 from hisa_jax.xla import stages, topk, units
+from hisa_jax.xla.rounding import widened
 from hisa_jax.xla.sketch import int4
 from hisa_jax.xla.stages import Candidates
 
@@ -84,7 +85,7 @@ def exact_heads(queries: Queries, method: Scan) -> Array:
     n = min(method.exact_heads, queries.w.shape[1])
     if n == 0:
         return jnp.zeros((queries.w.shape[0], 0), jnp.int32)
-    q = queries.q.astype(jnp.float32)
+    q = widened(queries.q)
     sizes = jnp.abs(queries.w) * jnp.sqrt(jnp.sum(q * q, axis=2))
     return topk.topk_in_order(topk.sort_key_of(sizes), None, n)[1]
 
@@ -94,7 +95,7 @@ def virtual_head(queries: Queries, slopes: Array, exact: Array) -> Array:
     heads = jnp.arange(slopes.shape[1], dtype=jnp.int32)
     is_exact = jnp.any(exact[:, :, None] == heads[None, None, :], axis=1)
     # Neither weight nor query of an exact head: 0 times infinity is NaN.
-    q = jnp.where(is_exact[:, :, None], 0.0, queries.q.astype(jnp.float32))
+    q = jnp.where(is_exact[:, :, None], 0.0, widened(queries.q))
     return jnp.einsum("th,thd->td", jnp.where(is_exact, 0.0, queries.w * slopes), q, precision=lax.Precision.HIGHEST)
 
 

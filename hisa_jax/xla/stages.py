@@ -25,6 +25,7 @@ from hisa_jax.methods import Activation, BlockSparse, Hisa, Scan, has_ratio, lea
 from hisa_jax.sharded import varying
 from hisa_jax.xla import own, topk
 from hisa_jax.xla.means import mean, tree_sum
+from hisa_jax.xla.rounding import widened
 
 
 class Candidates(NamedTuple):
@@ -65,13 +66,14 @@ def scores(q: Array, keys: Keys, w: Array, activation: Activation | None = "relu
 
 def head_products(q: Array, keys: Keys) -> Array:
     """[H, D], s keys -> [H, s] float32, without the keys' scales."""
-    wide = product_dtype(q.dtype, keys.values.dtype)
+    dtype = product_dtype(q.dtype, keys.values.dtype)
+    wide = widened if dtype == jnp.float32 else lambda x: x.astype(dtype)
     # A product of one row is another loop on a CPU, whose bits depend on what surrounds it.
     rows = jnp.pad(q, ((0, max(2 - q.shape[0], 0)), (0, 0)))
     products = jnp.einsum(
         "hd,sd->hs",
-        rows.astype(wide),
-        keys.values.astype(wide),
+        wide(rows),
+        wide(keys.values),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )

@@ -19,6 +19,7 @@ from hisa_jax.kernels_pallas.mosaic_tpu.fetch import CopyGroup
 from hisa_jax.kernels_pallas.mosaic_tpu.launch import Tile
 from hisa_jax.kernels_pallas.mosaic_tpu.score_body import column
 from hisa_jax.kernels_pallas.types import Ref
+from hisa_jax.xla.rounding import widened
 
 Store = Callable[[Array, Array], None]  # (first block, [GROUP, D] float32 means)
 
@@ -139,5 +140,5 @@ def parts_of(means: Array, n_parts: int) -> Array:
     parts = []
     for _ in range(n_parts):
         parts.append(means.astype(jnp.bfloat16))
-        means = means - parts[-1].astype(jnp.float32)
+        means = means - widened(parts[-1])  # outside of a kernel, too
     return jnp.concatenate(parts, axis=-1)

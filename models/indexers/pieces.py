@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from hisa_jax.xla.rounding import widened
+
 # What a token brings to its key, [.., n] each: "key", "gate", and "cos" and "sin" of its position.
 Rows = dict[str, Array]
 
 
 def norm(x: Array, kind: str, weight: Array, bias: Array | None, eps: float) -> Array:
     """[..., D]: LayerNorm ("layer"), RMSNorm ("rms"), or RMSNorm by 1 + weight ("unit"), in float32."""
-    x32 = x.astype(jnp.float32)
+    x32 = widened(x)
     if kind == "layer":
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     # A root and a division, as public code has them: `rsqrt` is less exact.
@@ -32,7 +34,7 @@ def turn(x: Array, cos: Array, sin: Array, where: str, pairs: str) -> Array:
     """
     n = 2 * cos.shape[-1]
     rest, turned = (x[..., n:], x[..., :n]) if where == "first" else (x[..., :-n], x[..., -n:])
-    turned32 = turned.astype(jnp.float32)
+    turned32 = widened(turned)
     first, second = (
         (turned32[..., : n // 2], turned32[..., n // 2 :])
         if pairs == "halves"
@@ -67,9 +69,9 @@ def pool(pooled: str, rows: Rows, is_there: Array, ape: Array | None) -> Array:
     """
     keys = rows["key"]
     if pooled == "mean":
-        return jnp.mean(keys.astype(jnp.float32), axis=-2).astype(keys.dtype)
+        return jnp.mean(widened(keys), axis=-2).astype(keys.dtype)
     assert ape is not None
-    gates = rows["gate"].astype(jnp.float32)
+    gates = widened(rows["gate"])
     if pooled == "windows":
         D, r = keys.shape[-1] // 2, keys.shape[-2] // 2
         halves = [jnp.split(x, 2, axis=-2) for x in (keys, gates)]
