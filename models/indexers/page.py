@@ -136,22 +136,23 @@ Pools, tails and calls without weights are the kernels' as tokens are. What else
   tell; there a scan has no budget. Budgets of blocks, and HISA's `block_ratio`, go by the blocks' sort keys.
 
 One H200, bfloat16, prefills of the last 4096 queries, the span of one call, ms
-([rows](../bench/results/h200_limits.json)). The floor is what reading the keys or multiplying them takes.
+([rows](../bench/results/h200_limits.json)). The floor is what reading the keys, at the 4.3 TB/s of
+copies, or multiplying them takes; reading alone may be a little faster.
 
 | | 128K | floor | of it the kernel, the rest |
 |---|--:|--:|---|
-| MiniMax-M3, prefill | 1.161 | 0.555 | 1.034; the selection 0.09, index arithmetic 0.04 |
-| decode, 1 sequence in pages | 0.0264 | 0.0078 | 0.008; the selection 0.009 |
-| 32 | 0.279 | 0.25 | 0.254; the selection 0.009 |
-| 128 | 1.010 | 0.999 | 0.974; the selection 0.010 |
-| DeepSeek-V4.1's source layer, prefill | 8.21 | 4.44 | 6.76; the best of each block 0.93, the selection 0.27 |
+| MiniMax-M3, prefill | 1.166 | 0.555 | 1.038; the selection 0.09, index arithmetic 0.04 |
+| decode, 1 sequence in pages | 0.0266 | 0.0078 | 0.008; the selection 0.009 |
+| 32 | 0.273 | 0.25 | 0.248; the selection 0.009 |
+| 128 | 0.990 | 0.999 | 0.953; the selection 0.010 |
+| DeepSeek-V4.1's source layer, prefill | 8.30 | 4.44 | 6.80; the best of each block 0.93, the selection 0.27 |
 | the same, by Triton | 15.8 | | 13.9 |
-| a later layer, prefill from its list | 3.75 | 0.555 | 2.83; two sorts of the list 0.77 |
-| the same, by Triton | 3.72 | | 2.18; the selection 0.61, two sorts 0.78 |
-| the same, decode, 32 sequences | 0.0849 | 0.0312 | 0.039; two sorts 0.028, the selection 0.007 |
+| a later layer, prefill from its list | 3.76 | 0.555 | 2.85; two sorts of the list 0.77 |
+| the same, by Triton | 3.73 | | 2.19; the selection 0.61, two sorts 0.78 |
+| the same, decode, 32 sequences | 0.0840 | 0.0312 | 0.038; two sorts 0.028, the selection 0.007 |
 
-MiniMax-M3's prefill takes 0.587 at 64K. HISA with budgets takes 1.27 at 64K in e4m3, where it takes 0.67 without them:
-the chosen tokens' second scores are 0.54, their selection 0.05. With a ratio of 8 it takes 0.688.
+MiniMax-M3's prefill takes 0.587 at 64K. HISA with budgets takes 1.27 at 64K in e4m3, where it takes 0.69 without them:
+the chosen tokens' second scores are 0.54, their selection 0.05. With a ratio of 8 it takes 0.693.
 
 MiniMax-M3's prefill took 5.46: a reshape of a tile's scores, before their maximum, had XLA's Triton move them all
 through shared memory. Triton by itself does not, so what a kernel becomes is read from XLA's program
