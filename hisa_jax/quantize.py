@@ -10,13 +10,13 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from hisa_jax import checks
-from hisa_jax.xla.rounding import to_e4m3, widened
+from hisa_jax.xla.rounding import E4M3_MAX, to_e4m3, widened
 
 ScaleFormat = Literal["float32", "ue8m0"]
 
 # The amax below which a token's scale no longer shrinks: an all-zero token must not divide by zero.
 _AMAX_FLOOR = 1e-4
-_LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
+_LARGEST = {"float8_e4m3fn": E4M3_MAX, "int8": 127.0}
 
 
 @jax.tree_util.register_dataclass

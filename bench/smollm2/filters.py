@@ -19,6 +19,7 @@ import hisa_jax as hj
 from bench.smollm2.indexers import index_scores
 from hisa_jax.layout import Keys
 from hisa_jax.xla import scan, stages
+from hisa_jax.xla.rounding import widened
 from hisa_jax.xla.sketch import int4
 from hisa_jax.xla.topk import FORCED, INVISIBLE, chosen_mask, sort_key_of
 
@@ -244,7 +245,7 @@ def scan_scores(view: View, slopes: Array, keys: Array, heads: Array) -> Array:
     """[t, H], [S, D], [t, n] -> [t, S] float32: scan scores with some heads exact, -inf where a query does not see."""
     virtual = scan.virtual_head(view.queries, slopes, heads)
     if view.k.dtype != jnp.float32:  # rounded as for the keys, also where a sketch of them is in float32
-        virtual = lax.reduce_precision(virtual, 8, 7)
+        virtual = widened(virtual.astype(jnp.bfloat16))
     scores = scan.scores(scan.scan_heads(view.queries, virtual, heads), Keys(keys.astype(jnp.float32), None))
     return jnp.where(view.seen, scores, -jnp.inf)
 

@@ -13,7 +13,7 @@ from jax import Array, lax
 E4M3_MAX = 448.0
 _E4M3_TIE = 464.0  # up to here a conversion gives 448, beyond it NaN
 _LEAST_NORMAL, _STEP = 2.0**-6, 2.0**-9  # below the first, e4m3 are multiples of the second
-# A number whose last bit stands for a step, and its bits.
+# A float32 so large that its last bit stands for such a step, and its bits.
 _BESIDE = 1.5 * 2**23 * _STEP
 _BESIDE_BITS = int(np.float32(_BESIDE).view(np.int32))
 _SIGN = -(1 << 31)
@@ -26,7 +26,8 @@ def to_e4m3(x: Array) -> Array:
     """
     bits = lax.bitcast_convert_type(x, jnp.int32)
     normal = lax.bitcast_convert_type((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000, jnp.float32)
-    # A sum rounds to whole steps. The difference of bits counts them: one of numbers a compiler might simplify.
+    # The sum is rounded to whole steps, ties to even, and its bits less those of _BESIDE are how many. They are taken
+    # apart as integers: of floats a compiler might simplify (x + a) - a to x.
     steps = lax.bitcast_convert_type(jnp.abs(x) + _BESIDE, jnp.int32) - _BESIDE_BITS
     small = lax.bitcast_convert_type(steps.astype(jnp.float32) * _STEP, jnp.int32) | (bits & _SIGN)
     rounded = jnp.where(jnp.abs(x) < _LEAST_NORMAL, lax.bitcast_convert_type(small, jnp.float32), normal)
